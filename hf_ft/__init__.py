@@ -1,0 +1,58 @@
+"""Fine-tuning strategies for Hugging Face models: one config, one Trainer, a plain checkpoint."""
+
+__version__ = "0.1.0"
+
+from hf_ft.anatomy import Anatomy, Part, anatomy
+from hf_ft.checkpoint import CheckpointError, load_delta, load_weights
+from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
+from hf_ft.fields import OptionError, option
+from hf_ft.objective import Objective, TaskLoss, View
+from hf_ft.plan import Plan, Rate, Stage, Term, compose
+from hf_ft.registry import config_class, register, strategies
+from hf_ft.run import Run, set_up
+from hf_ft.strategies import (
+    FullConfig,
+    GradualUnfreezingConfig,
+    L2SPConfig,
+    LayerDecayConfig,
+    LinearProbeConfig,
+    LPFTConfig,
+)
+from hf_ft.trainer import FTTrainer
+
+__all__ = [
+    "Anatomy",
+    "CheckpointError",
+    "Context",
+    "FTConfig",
+    "FTTrainer",
+    "FullConfig",
+    "GradualUnfreezingConfig",
+    "L2SPConfig",
+    "LPFTConfig",
+    "LayerDecayConfig",
+    "LinearProbeConfig",
+    "Objective",
+    "OptionError",
+    "Paper",
+    "Part",
+    "Plan",
+    "Rate",
+    "Recommended",
+    "Run",
+    "Stage",
+    "State",
+    "TaskLoss",
+    "Term",
+    "View",
+    "anatomy",
+    "compose",
+    "config_class",
+    "load_configs",
+    "load_delta",
+    "load_weights",
+    "option",
+    "register",
+    "set_up",
+    "strategies",
+]

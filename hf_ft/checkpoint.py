@@ -1,0 +1,298 @@
+"""What is written and read: weights (strictly), states, deltas, and which checkpoints are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from hf_ft.anatomy import anatomy
+from hf_ft.config import FTConfig, State, read_config_file, shared_option, write_configs
+from hf_ft.plan import covers
+
+STATE_NAME = "ft_state.safetensors"
+DELTA_NAME = "ft_delta.safetensors"
+MODULES_NAME = "ft_modules.safetensors"
+BUFFERS_NAME = "ft_buffers.safetensors"
+WEIGHTS_NAME = "model.safetensors"
+TRAINER_STATE = "trainer_state.json"
+INCOMPLETE = "incomplete-"
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+class CheckpointError(ValueError):
+    """A file that is missing, damaged, or belongs to something else. The message names it and the fix."""
+
+
+def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged.
+    """
+    try:
+        with safe_open(tensors_file, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(tensors_file), metadata
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{tensors_file} is missing: the folder is incomplete. Take another one.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{tensors_file} is damaged ({error}). Restore it, or take another one.") from error
+
+
+def write_states(folder: Path, states: Mapping[str, State]) -> None:
+    """Write ``ft_state.safetensors``: every strategy's tensors under its name, what is JSON in the header."""
+    tensors = {f"{name}/{key}": t.contiguous().cpu() for name, s in states.items() for key, t in s.tensors.items()}
+    info = json.dumps({name: dict(state.info) for name, state in states.items()})
+    save_file(tensors, folder / STATE_NAME, metadata={"format": "pt", "info": info})
+
+
+def read_states(folder: str | Path) -> dict[str, State]:
+    """The states saved in a folder, by strategy.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    file = Path(folder) / STATE_NAME
+    tensors, metadata = checked(file)
+    try:
+        infos = json.loads(metadata["info"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: no readable header. Restore it, or take another one.") from error
+    return {
+        name: State({key.partition("/")[2]: t for key, t in tensors.items() if key.partition("/")[0] == name}, info)
+        for name, info in infos.items()
+    }
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Put the weights saved in a folder into a model: all of them, or an error.
+
+    They are read by the model class's own loader. Names in ``model.safetensors`` differ from those of
+    ``state_dict()`` for some families (ViT, Swin), so that loading the file by names leaves most weights as
+    they were.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model.
+    """
+    folder = Path(folder)
+    try:
+        if isinstance(model, PeftModel):
+            _load_adapter(model, folder)
+        elif isinstance(model, PreTrainedModel):
+            model.load_state_dict(_read_pretrained(model, folder), strict=True)
+        else:
+            model.load_state_dict(checked(folder / WEIGHTS_NAME)[0], strict=True)
+    except (RuntimeError, SafetensorError, OSError) as error:
+        raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
+
+
+def _read_pretrained(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    with _quietly(), torch.random.fork_rng(devices=[]):
+        loader: Any = type(model)
+        fresh, info = loader.from_pretrained(
+            folder, config=copy.deepcopy(model.config), output_loading_info=True, local_files_only=True
+        )
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise CheckpointError(f"the weights in {folder} do not fit the model: {wrong}. Take the model they are of.")
+    return fresh.state_dict()
+
+
+def _load_adapter(model: PeftModel, folder: Path) -> None:
+    adapter = model.active_adapters[0]
+    saved = load_peft_weights(str(folder), device="cpu")
+    wanted = set(get_peft_model_state_dict(model, adapter_name=adapter))
+    if set(saved) != wanted:
+        raise CheckpointError(
+            f"the adapter in {folder} does not fit the model: missing {sorted(wanted - set(saved))[:5]}, "
+            f"unexpected {sorted(set(saved) - wanted)[:5]}. Take the model and tuner they are of."
+        )
+    set_peft_model_state_dict(model, saved, adapter_name=adapter)
+    result = model.load_state_dict(checked(folder / BUFFERS_NAME)[0], strict=False)
+    if result.unexpected_keys:
+        raise CheckpointError(f"{folder / BUFFERS_NAME} holds buffers unknown to the model: {result.unexpected_keys}.")
+
+
+def save_buffers(model: PeftModel, folder: Path) -> None:
+    """Write the buffers of a PEFT model: PEFT saves parameters only, and BatchNorm statistics may have moved."""
+    buffers = {name: b.detach().cpu().contiguous() for name, b in model.named_buffers() if name in model.state_dict()}
+    save_file(buffers, folder / BUFFERS_NAME)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bar and no loading report for a checkpoint that we wrote ourselves."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# --- checkpoints of a run ---------------------------------------------------------------------------------
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint can be resumed from: all its files are there and can be read."""
+    try:
+        json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        read_config_file(folder)
+        read_states(folder)
+    except (OSError, ValueError):
+        return False
+    return any(folder.glob("*.safetensors")) and any(
+        (folder / name).exists() for name in (WEIGHTS_NAME, "model.safetensors.index.json", "adapter_model.safetensors")
+    )
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := _CHECKPOINT.match(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(output_dir: str | Path) -> Path:
+    """The newest whole checkpoint of a run; broken ones are passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for folder in reversed(checkpoints(output_dir)):
+        if is_complete(folder):
+            return folder
+        logging.get_logger(__name__).warning(f"{folder} is incomplete or damaged and is passed over.")
+    raise CheckpointError(f"no whole checkpoint in {output_dir}: start without resume_from_checkpoint.")
+
+
+def remove_incomplete(output_dir: str | Path) -> None:
+    """Delete what a killed process left half written."""
+    for folder in Path(output_dir).glob(f"{INCOMPLETE}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_into_place(written: Path, final: Path) -> None:
+    """Give a wholly written folder its name; one of that name is replaced, and never lost before."""
+    if final.exists():
+        old = final.with_name(f"{INCOMPLETE}old-{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        written.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        written.rename(final)
+
+
+# --- deltas -----------------------------------------------------------------------------------------------
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """A hash of every parameter and buffer by its name, so that no copy need be kept to tell what changed."""
+    return {name: _digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    tensor = tensor.detach().cpu().contiguous()
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return hashlib.sha256(head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def base_digest(hashes: Mapping[str, str], head: tuple[str, ...]) -> str:
+    """One hash of a base model without its head, which is new in every fine-tuning."""
+    body = sorted(item for item in hashes.items() if not any(covers(prefix, item[0]) for prefix in head))
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
+def save_delta(
+    model: nn.Module,
+    folder: str | Path,
+    base: Mapping[str, str],
+    configs: tuple[FTConfig, ...],
+    base_name: str | None,
+) -> None:
+    """Write only what differs from the base: ``ft_delta.safetensors``, ``ft_config.json``, ``config.json``.
+
+    Args:
+        model: after training.
+        base: :func:`digests` of the model before training.
+        base_name: the base's Hub id, kept for the reader.
+
+    Raises:
+        CheckpointError: a PEFT model (its adapter is its delta), or a model with other tensors than its base.
+    """
+    if isinstance(model, PeftModel):
+        raise CheckpointError("a PEFT adapter is a delta already: use save_model or model.save_pretrained.")
+    state = model.state_dict()
+    if set(state) != set(base):
+        raise CheckpointError("the model has other tensors than its base; use save_model, which saves all of them.")
+    head = anatomy(model, shared_option(configs, "head"), shared_option(configs, "blocks")).head.modules
+    changed = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in state.items()
+        if any(covers(prefix, name) for prefix in head) or _digest(tensor) != base[name]
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {"name": base_name, "sha256": base_digest(base, head), "head": list(head)}
+    save_file(changed, folder / DELTA_NAME, metadata={"format": "pt", "base": json.dumps(described)})
+    write_configs(folder, configs, base_model=described)
+    if isinstance(model, PreTrainedModel):
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+
+
+def load_delta(base: nn.Module | str, path: str | Path) -> nn.Module:
+    """The fine-tuned model from its base and what :func:`save_delta` wrote, bit for bit.
+
+    Args:
+        base: the base model with a head of the right size (changed in place), or its Hub id or folder, from
+            which it is loaded with the head that the delta brings.
+
+    Raises:
+        CheckpointError: another base, or a damaged file.
+    """
+    folder = Path(path)
+    tensors, metadata = checked(folder / DELTA_NAME)
+    described = json.loads(metadata["base"])
+    model = _load_base(base, folder) if isinstance(base, str) else base
+    found = base_digest(digests(model), tuple(described["head"]))
+    if found != described["sha256"]:
+        raise CheckpointError(
+            f"{base if isinstance(base, str) else 'this model'} is not the base of {folder}: its hash without the "
+            f"head is {found[:12]}, wanted is {described['sha256'][:12]} ({described['name'] or 'unnamed'})."
+        )
+    try:
+        result = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / DELTA_NAME} does not fit the base: {error}") from error
+    if result.unexpected_keys:
+        raise CheckpointError(f"{folder / DELTA_NAME} holds tensors unknown to the base: {result.unexpected_keys[:5]}.")
+    return model
+
+
+def _load_base(name: str, folder: Path) -> nn.Module:
+    import transformers
+
+    config = AutoConfig.from_pretrained(folder)
+    model_class: Any = getattr(transformers, config.architectures[0])
+    return model_class.from_pretrained(name, config=config, ignore_mismatched_sizes=True)

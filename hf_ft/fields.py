@@ -1,0 +1,120 @@
+"""Options of a strategy: one declaration feeds validation, ``--help``, ``hf-ft describe`` and the docs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal, Union
+
+
+class OptionError(ValueError):
+    """A value that cannot work. The message names the field, the value and the fix."""
+
+
+def option(default: Any, help: str, *, range: str | None = None, source: str = "ours") -> Any:
+    """Declare one option of a config.
+
+    Args:
+        default: its default value.
+        help: one sentence; it stands in ``--help``, in ``hf-ft describe`` and in the docs.
+        range: an interval such as ``"[0, 1)"`` or ``"(0, inf)"``, for numbers.
+        source: where the default comes from: ``code`` (read in the authors' code), ``paper``, or ``ours``.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "range": range, "source": source})
+
+
+def options(config_class: type) -> list[dataclasses.Field]:
+    """All options of a config class, the class's own ones first."""
+    fields = [f for f in dataclasses.fields(config_class) if "help" in f.metadata]
+    own = getattr(config_class, "__annotations__", {})
+    return sorted(fields, key=lambda f: f.name not in own)
+
+
+def annotation(config_class: type, name: str) -> Any:
+    """The type of an option, with string annotations resolved."""
+    return typing.get_type_hints(config_class)[name]
+
+
+def in_range(value: float, interval: str) -> bool:
+    low, high = (float(x) for x in interval.strip()[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def validate(config: Any) -> None:
+    """Check every option of a config against its type and its range.
+
+    Raises:
+        OptionError: naming the field, the value, and what it may be.
+    """
+    for field in options(type(config)):
+        value, kind = getattr(config, field.name), annotation(type(config), field.name)
+        name = f"{type(config).__name__}.{field.name}"
+        if not _fits(value, kind):
+            raise OptionError(f"{name}={value!r} is not {describe_type(kind)}. Default: {field.default!r}.")
+        interval = field.metadata["range"]
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if interval and is_number and not (math.isfinite(value) and in_range(value, interval)):
+            raise OptionError(f"{name}={value!r} lies outside {interval}. Default: {field.default!r}.")
+
+
+def describe_type(kind: Any) -> str:
+    """A type as a reader says it: ``float or None``, ``"auto" or "keep"``."""
+    if kind is type(None):
+        return "None"
+    if _is_union(kind):
+        return " or ".join(describe_type(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(f'"{v}"' if isinstance(v, str) else str(v) for v in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {describe_type(typing.get_args(kind)[0])}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def parse(text: str, kind: Any, name: str) -> Any:
+    """Read a value of the given type from the command line.
+
+    Raises:
+        OptionError: naming the option, the text, and what it may be.
+    """
+    for candidate in typing.get_args(kind) if _is_union(kind) else (kind,):
+        try:
+            return _parse_one(text, candidate)
+        except (ValueError, KeyError, StopIteration):
+            continue
+    raise OptionError(f"{name}={text!r} is not {describe_type(kind)}.")
+
+
+def _parse_one(text: str, kind: Any) -> Any:
+    if kind is type(None):
+        if text.lower() in ("none", "null"):
+            return None
+        raise ValueError(text)
+    if kind is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+    if typing.get_origin(kind) is Literal:
+        return next(v for v in typing.get_args(kind) if str(v) == text)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse_one(part, typing.get_args(kind)[0]) for part in text.split(","))
+    return kind(text)
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (Union, types.UnionType)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if _is_union(kind):
+        return any(_fits(value, k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind) and not isinstance(value, bool)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)

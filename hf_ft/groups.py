@@ -1,0 +1,92 @@
+"""Learning rates: which parameter group gets which rate in which stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from hf_ft.plan import Names, Plan, Rate, Stage, covers, stage_index, trained_by
+
+STAGE_RATES = "stage_rates"
+
+
+def rate_of(name: str, stage: Stage, base: float) -> float:
+    """The learning rate of a parameter that trains in a stage: the rate with the longest matching name."""
+    best: tuple[int, Rate | None] = (-1, None)
+    for rate in stage.rates:
+        lengths = [len(prefix) for prefix in rate.names if covers(prefix, name)]
+        if lengths and max(lengths) > best[0]:
+            best = (max(lengths), rate)
+    rate_found = best[1]
+    if rate_found is None:
+        return base
+    return rate_found.lr if rate_found.lr is not None else base * rate_found.scale
+
+
+def ever_trained(plan: Plan, model: nn.Module, trainable: Collection[str]) -> list[str]:
+    """Names of the parameters that some stage trains, in the model's order.
+
+    Raises:
+        OptionError: a stage's names match nothing (see :func:`hf_ft.plan.trained_by`).
+    """
+    trained = {name for stage in plan.stages for name in trained_by(stage, model, trainable)}
+    return [name for name, _ in model.named_parameters() if name in trained]
+
+
+def split_groups(
+    groups: Iterable[Mapping[str, Any]], model: nn.Module, plan: Plan, trainable: Collection[str]
+) -> list[dict[str, Any]]:
+    """Split an optimizer's groups so that each has one rate in every stage.
+
+    A group's own ``lr`` is the base rate. Where a term stands in for the optimizer's decay, that becomes 0.
+    Each new group holds its rates under ``"stage_rates"``, 0 where it is frozen.
+
+    Returns:
+        The groups, in the order of their first parameter.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = [set(trained_by(stage, model, trainable)) for stage in plan.stages]
+    undecayed: Names = tuple(prefix for term in plan.terms for prefix in term.replaces_decay)
+    split: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for index, group in enumerate(groups):
+        for parameter in group["params"]:
+            name = names.get(id(parameter), "")
+            rates = tuple(
+                rate_of(name, stage, group["lr"]) if name in chosen or not name else 0.0
+                for stage, chosen in zip(plan.stages, trained, strict=True)
+            )
+            decay = 0.0 if any(covers(prefix, name) for prefix in undecayed) else group.get("weight_decay", 0.0)
+            new = {**group, "params": [], "weight_decay": decay, "lr": _first_rate(rates), STAGE_RATES: rates}
+            split.setdefault((index, rates, decay), new)["params"].append(parameter)
+    return list(split.values())
+
+
+def _first_rate(rates: Sequence[float]) -> float:
+    return next((rate for rate in rates if rate), 0.0)
+
+
+def stage_scheduler(
+    optimizer: Optimizer, borders: Sequence[int], schedule: Callable[[int], Callable[[int], float]]
+) -> LambdaLR:
+    """One scheduler for all stages: each stage runs its own schedule from its first step to its last.
+
+    Args:
+        optimizer: with groups from :func:`split_groups`.
+        borders: the step at which each stage ends.
+        schedule: number of steps -> (step -> factor), the schedule of one stage.
+    """
+    begins = [0, *borders[:-1]]
+    curves = [schedule(end - begin) for begin, end in zip(begins, borders, strict=True)]
+
+    def factor(rates: Sequence[float], first: float) -> Callable[[int], float]:
+        def at(step: int) -> float:
+            stage = stage_index(borders, step)
+            return rates[stage] / first * curves[stage](step - begins[stage]) if first else 0.0
+
+        return at
+
+    return LambdaLR(optimizer, [factor(g[STAGE_RATES], _first_rate(g[STAGE_RATES])) for g in optimizer.param_groups])

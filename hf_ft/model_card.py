@@ -1,0 +1,150 @@
+"""The model card: what was trained, how, from what, and how well."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from hf_ft.config import FTConfig
+from hf_ft.fields import options
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ model_name }}
+
+{{ base_sentence }} fine-tuned with [hf_ft](https://pypi.org/project/hf-ft/).
+
+## How it was fine-tuned
+
+{{ strategies }}
+
+## Training
+
+{{ training }}
+
+## Results
+
+{{ results }}
+
+## Use
+
+```python
+{{ usage }}
+```
+"""
+
+
+def base_model_id(name: str | None) -> str | None:
+    """The base model as a card may carry it: a Hub id, never a local path (which the Hub refuses)."""
+    if not name or os.path.isabs(name) or os.path.exists(name) or name.startswith((".", "~")):
+        return None
+    parts = name.split("/")
+    plain = all(part and all(c.isalnum() or c in "-_." for c in part) for part in parts)
+    return name if plain and len(parts) <= 2 else None
+
+
+def model_card(
+    configs: Sequence[FTConfig],
+    model: Any,
+    *,
+    model_name: str,
+    base_model: str | None,
+    metrics: Mapping[str, float],
+    arguments: Mapping[str, Any],
+    tags: Sequence[str] = (),
+    **card_fields: Any,
+) -> ModelCard:
+    """The card of a fine-tuned model.
+
+    Args:
+        configs: the strategies, whose options and papers it names.
+        model: for its task and class.
+        base_model: name or path the model was loaded from; a path is left out.
+        metrics: evaluation results to show.
+        arguments: training arguments to show.
+        card_fields: further metadata (license, language, datasets, ...).
+    """
+    base = base_model_id(base_model)
+    task = _task(model)
+    names = [config.ft_type for config in configs]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        base_model=base,
+        tags=list(dict.fromkeys(["hf_ft", *names, *tags])),
+        model_name=model_name,
+        eval_results=_results(metrics, task),
+        **card_fields,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        model_name=model_name,
+        base_sentence=f"[{base}](https://huggingface.co/{base})" if base else "A pretrained model",
+        strategies="\n\n".join(_describe(config) for config in configs),
+        training=_table({k: v for k, v in arguments.items() if v is not None}, "argument"),
+        results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
+        usage=_usage(model, model_name),
+    )
+
+
+def _describe(config: FTConfig) -> str:
+    changed = {
+        field.name: getattr(config, field.name)
+        for field in options(type(config))
+        if field.name in type(config).__annotations__ or getattr(config, field.name) != field.default
+    }
+    lines = [f"**{config.ft_type}**: {(type(config).__doc__ or '').strip().splitlines()[0]}"]
+    if changed:
+        lines.append(_table(changed, "option"))
+    if config.paper:
+        lines.append(f"Paper: {config.paper}")
+    return "\n\n".join(lines)
+
+
+def _table(rows: Mapping[str, Any], title: str) -> str:
+    return "\n".join([f"| {title} | value |", "| --- | --- |", *(f"| {k} | `{v}` |" for k, v in rows.items())])
+
+
+def _task(model: Any) -> str | None:
+    name = type(model).__name__
+    for ending, task in (
+        ("ForImageClassification", "image-classification"),
+        ("ForSequenceClassification", "text-classification"),
+    ):
+        if name.endswith(ending):
+            return task
+    return None
+
+
+def _results(metrics: Mapping[str, float], task: str | None) -> list[EvalResult] | None:
+    if not metrics or task is None:
+        return None
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="unknown",
+            dataset_name="unknown",
+            metric_type=key,
+            metric_value=value,
+        )
+        for key, value in metrics.items()
+    ]
+
+
+def _usage(model: Any, model_name: str) -> str:
+    name = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
+    return f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("{model_name}")'
+
+
+def write_card(card: ModelCard, folder: Path) -> None:
+    card.save(folder / "README.md")

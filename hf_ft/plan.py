@@ -1,0 +1,188 @@
+"""A plan: what a strategy does to a model, as an immutable value. Plans compose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
+
+from hf_ft.fields import OptionError
+
+if TYPE_CHECKING:
+    from hf_ft.objective import View
+
+NormMode = Literal["auto", "eval", "train"]
+Names = tuple[str, ...]
+EVERYTHING: Names = ("",)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The learning rate of some parameters in a stage.
+
+    ``names`` are names of modules or parameters; the longest match decides. The rate is ``lr`` where that is
+    given, else ``args.learning_rate * scale``.
+    """
+
+    names: Names
+    scale: float = 1.0
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run in which one set of parameters trains.
+
+    Attributes:
+        name: as logged and shown.
+        trains: names of modules or parameters (a module stands for all that is in it; ``""`` for everything).
+            What was frozen before training stays frozen.
+        duration: the stage's share of all optimizer steps; the shares of a plan sum to 1.
+        rates: learning rates where they differ from ``args.learning_rate``.
+        norm_mode: which normalisation layers with running statistics use and move batch statistics.
+            ``auto``: those whose own parameters train. ``eval``: none. ``train``: all, frozen ones too.
+    """
+
+    name: str
+    trains: Names = EVERYTHING
+    duration: float = 1.0
+    rates: tuple[Rate, ...] = ()
+    norm_mode: NormMode = "auto"
+
+
+@dataclass(frozen=True)
+class Term:
+    r"""A summand of the training loss: :math:`\text{weight} \cdot \text{schedule}(t) \cdot \text{fn}(\text{view})`.
+
+    Attributes:
+        name: the key under which it is logged, ``loss/<name>``.
+        fn: :class:`~hf_ft.objective.View` -> scalar; a micro-batch mean where it depends on the batch. It
+            runs in float32, outside autocast. Where it is an ``nn.Module``, its
+            parameters train in every stage at ``args.learning_rate`` and are saved with each checkpoint.
+        weight: a constant factor.
+        schedule: a further factor, a function of the progress of the whole run in [0, 1].
+        anchors: names whose values at the start are kept for ``view.starts``.
+        needs: what else the view must hold; ``"features"`` is what goes into the head.
+        replaces_decay: names of parameters that the optimizer must not decay, since the term does.
+        couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.
+    """
+
+    name: str
+    fn: Callable[[View], Tensor]
+    weight: float = 1.0
+    schedule: Callable[[float], float] | None = None
+    anchors: Names = ()
+    needs: frozenset[str] = frozenset()
+    replaces_decay: Names = ()
+    couples_batch: bool = False
+
+
+Surgery = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do: change the model, train it in stages under a sum of terms, change it back.
+
+    Attributes:
+        surgery: applied in order before training; each takes the model and returns it or its replacement.
+        terms: summands beside the task's loss.
+        stages: one after the other; none means one stage that trains everything.
+        finalise: applied in order after training and after the best model was loaded.
+        owner: the strategy that set the stages, for the error when two do.
+    """
+
+    surgery: tuple[Surgery, ...] = ()
+    terms: tuple[Term, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    finalise: tuple[Surgery, ...] = ()
+    owner: str | None = field(default=None, compare=False)
+
+
+def compose(plans: Iterable[Plan]) -> Plan:
+    """One plan of several: terms add, surgery and finalise run in order, one plan at most has stages.
+
+    Raises:
+        OptionError: two plans own stages (both are named), two terms share a name, or shares do not sum to 1.
+    """
+    plans = tuple(plans)
+    owners = [plan for plan in plans if plan.stages]
+    if len(owners) > 1:
+        names = " and ".join(str(plan.owner) for plan in owners)
+        raise OptionError(f"{names} both decide which parameters train when; use one of them.")
+    terms = tuple(term for plan in plans for term in plan.terms)
+    names_seen = [term.name for term in terms]
+    twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
+    if twice:
+        raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
+    stages = owners[0].stages if owners else (Stage("train"),)
+    total = sum(stage.duration for stage in stages)
+    if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
+        shares = [stage.duration for stage in stages]
+        raise OptionError(f"stage durations {shares} must be positive and sum to 1.")
+    return Plan(
+        # Equal surgery asked for by several strategies is done once.
+        surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
+        terms=terms,
+        stages=stages,
+        finalise=tuple(s for plan in plans for s in plan.finalise),
+        owner=owners[0].owner if owners else None,
+    )
+
+
+def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> list[str]:
+    """The parameters that a stage trains, in the model's order.
+
+    Args:
+        trainable: names of those that were not frozen before training; the others stay frozen.
+
+    Raises:
+        OptionError: one of ``stage.trains`` is no module or parameter, or all together hold no trainable one.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    known = {"", *names, *(name for name, _ in model.named_modules())}
+    for prefix in stage.trains:
+        if prefix not in known:
+            tops = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+            shown = ", ".join([*tops[:6], "...", *tops[-2:]] if len(tops) > 8 else tops)
+            raise OptionError(f"stage {stage.name!r}: {prefix!r} matches no parameter. There are: {shown}.")
+    allowed = set(trainable)
+    found = [name for name in names if name in allowed and any(covers(prefix, name) for prefix in stage.trains)]
+    if not found:
+        raise OptionError(
+            f"stage {stage.name!r}: {', '.join(stage.trains) or 'the model'} holds no parameter that is free to "
+            "train: all were frozen before training (requires_grad=False). Let some of them train."
+        )
+    return found
+
+
+def covers(prefix: str, name: str) -> bool:
+    """Whether a module or parameter name covers a parameter name; ``""`` covers all."""
+    return prefix in ("", name) or name.startswith(prefix + ".")
+
+
+def stage_index(progress_borders: Sequence[int], step: int) -> int:
+    """The stage that optimizer step ``step`` (0-based) belongs to; past the end, the last one."""
+    return min(sum(step >= border for border in progress_borders), len(progress_borders) - 1)
+
+
+def stage_borders(stages: Sequence[Stage], total_steps: int) -> tuple[int, ...]:
+    """The step at which each stage ends, the last being ``total_steps``.
+
+    Raises:
+        OptionError: a stage would get no step.
+    """
+    done, borders = 0.0, []
+    for stage in stages:
+        done += stage.duration
+        borders.append(round(done * total_steps))
+    borders[-1] = total_steps
+    for stage, begin, end in zip(stages, [0, *borders], borders, strict=False):
+        if end <= begin:
+            raise OptionError(
+                f"stage {stage.name!r} (share {stage.duration:g} of {total_steps} optimizer steps) gets no step. "
+                "Train longer (num_train_epochs or max_steps) or give it a larger share."
+            )
+    return tuple(borders)

@@ -1,0 +1,141 @@
+"""What is checked before any training: arguments that cannot work, labels, class weights, the last batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from hf_ft.anatomy import batch_norms
+from hf_ft.config import FTConfig, recommended_arguments
+from hf_ft.fields import OptionError
+
+logger = logging.get_logger(__name__)
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse by name what this trainer cannot do.
+
+    Raises:
+        OptionError: sharded training.
+    """
+    for name in ("deepspeed", "fsdp"):
+        if getattr(args, name, None):
+            raise OptionError(
+                f"args.{name}={getattr(args, name)!r}: sharded training is not supported, since strategies address "
+                "single parameters. Use DDP (accelerate launch --multi_gpu), gradient accumulation, or activation "
+                "checkpointing."
+            )
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs are visible to one process; DataParallel is not supported, the first is used. "
+            "Start with `accelerate launch` to use all."
+        )
+        args._n_gpu = 1
+
+
+def check_labels(dataset: Any, model: nn.Module) -> None:
+    """Check class labels against the model's head, where they can be read without decoding the inputs.
+
+    Raises:
+        OptionError: a label lies outside [0, num_labels).
+    """
+    labels, classes = _class_labels(dataset), getattr(getattr(model, "config", None), "num_labels", None)
+    if labels is None or classes is None or len(labels) == 0 or classes == 1:
+        return
+    bad = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
+    if bad.size:
+        raise OptionError(
+            f"train_dataset: label {bad[0]} lies outside [0, {classes}), the model's num_labels={classes}. "
+            "Load the model with num_labels=<number of classes>, or map the labels to 0..num_labels-1."
+        )
+
+
+def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any, label_smoother: Any) -> Tensor | None:
+    """The weight of each class, (C,).
+
+    Raises:
+        OptionError: another number of weights than classes, or together with another loss.
+    """
+    if wanted is None:
+        return None
+    config: Any = getattr(model, "config", None)
+    if function is not None or label_smoother is not None:
+        raise OptionError("class_weights cannot be combined with compute_loss_func or label_smoothing_factor.")
+    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        raise OptionError(f"class_weights need single-label classes, the model's are {config.problem_type}.")
+    classes = config.num_labels
+    if isinstance(wanted, str):
+        if wanted != "balanced":
+            raise OptionError(f"class_weights={wanted!r}: 'balanced', or one number per class.")
+        labels = _class_labels(dataset)
+        if labels is None:
+            raise OptionError("class_weights='balanced' needs a column of labels in train_dataset; pass numbers.")
+        present = np.unique(labels)
+        wanted = np.ones(classes)  # a class without samples is never weighed
+        wanted[present] = compute_class_weight("balanced", classes=present, y=labels)
+    weights = torch.as_tensor(wanted, dtype=torch.float32)
+    if weights.shape != (classes,) or not bool((weights >= 0).all()):
+        raise OptionError(f"class_weights={wanted!r}: {classes} non-negative numbers are needed, one per class.")
+    return weights
+
+
+def _class_labels(dataset: Any) -> np.ndarray | None:
+    """The column of integer labels, read without transforms; None where there is none to be read cheaply."""
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    column = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
+    if column is None:
+        return None
+    labels = np.asarray(dataset.with_format(None)[column])
+    return labels if labels.ndim == 1 and labels.dtype.kind in "iu" else None
+
+
+def check_last_batch(trainer: Any, objective: nn.Module) -> None:
+    """BatchNorm in train mode fails on one sample with 1x1 maps: tell before, not at the end of an epoch.
+
+    Raises:
+        OptionError: the last batch of an epoch holds one sample, and the model cannot train on it.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    norms = [norm for _, norm in batch_norms(objective) if norm.training]
+    alone = hasattr(dataset, "__len__") and len(dataset) % trainer._train_batch_size == 1
+    if not alone or not norms or args.dataloader_drop_last or args.world_size > 1:
+        return
+    kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            rows = trainer._get_dataloader(torch.utils.data.Subset(dataset, [0]), "Probing", 1)
+            objective.train()(**trainer._prepare_inputs(next(iter(rows))))
+    except ValueError as error:
+        raise OptionError(
+            f"per_device_train_batch_size={trainer._train_batch_size}: with {len(dataset)} samples the last batch "
+            f"holds one, on which BatchNorm cannot train ({error}). Set dataloader_drop_last=True, or another size."
+        ) from error
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm.load_state_dict(buffers, strict=False)
+
+
+def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:
+    """Say which training arguments differ from what the method's source uses."""
+    wanted = recommended_arguments(configs)
+    untouched = TrainingArguments.__dataclass_fields__["learning_rate"].default
+    differing = []
+    for name, value in wanted.items():
+        given = getattr(args, name)
+        given = getattr(given, "value", given)
+        # A rate is tuned: only one that was never set is worth a word.
+        if given != value.value and (name != "learning_rate" or given == untouched):
+            differing.append(f"{name}={given!r} (recommended: {value.value!r}, {value.source})")
+    if differing:
+        names = ", ".join(config.ft_type for config in configs)
+        logger.warning(f"{names}: these training arguments differ from the recommended ones: {'; '.join(differing)}.")

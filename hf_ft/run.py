@@ -1,0 +1,194 @@
+"""A run: what strategies become for one model. The Trainer and a hand-written loop use the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from hf_ft.anatomy import Part, anatomy, norm_layers
+from hf_ft.config import Context, FTConfig, State, build_plan, resolve, shared_option
+from hf_ft.fields import OptionError
+from hf_ft.groups import ever_trained, split_groups, stage_scheduler
+from hf_ft.objective import Objective, TaskLoss
+from hf_ft.plan import Plan, covers, stage_borders, stage_index
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Strategies, set up for one model.
+
+    Attributes:
+        configs: the strategies.
+        states: what each measured, by ``ft_type``.
+        plan: their plans as one.
+        model: the model after surgery (the same object where nothing had to be replaced).
+        parts: its parts in forward order; empty where they cannot be told and nothing needs them.
+        trainable: names of the parameters that were not frozen before.
+        anchors: starting values of the parameters that a term pulls back.
+    """
+
+    configs: tuple[FTConfig, ...]
+    states: Mapping[str, State]
+    plan: Plan
+    model: nn.Module
+    parts: tuple[Part, ...]
+    trainable: tuple[str, ...]
+    anchors: Mapping[str, Tensor]
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the parameters that some stage trains."""
+        return ever_trained(self.plan, self.model, self.trainable)
+
+    def objective(self, task_loss: TaskLoss | None = None) -> Objective:
+        """The loss as a module, in its first stage."""
+        objective = Objective(self.model, self.plan, self.parts, self.trainable, self.anchors, task_loss)
+        objective.enter(self.plan.stages[0])
+        return objective
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for any torch optimizer: all that is ever trained, norms and biases undecayed."""
+        trained = set(self.trained)
+        norms = tuple(name for name, _ in norm_layers(self.model))
+        decayed: list[Tensor] = []
+        others: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            if name in trained:
+                bare = name.endswith("bias") or any(covers(norm, name) for norm in norms)
+                (others if bare else decayed).append(parameter)
+        groups = [
+            {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+            {"params": others, "lr": lr, "weight_decay": 0.0},
+        ]
+        return split_groups(groups, self.model, self.plan, self.trainable)
+
+    def scheduler(self, optimizer: Optimizer, total_steps: int, name: str = "linear", warmup: float = 0.0) -> LambdaLR:
+        """The schedule ``name`` of Transformers, once per stage; ``warmup`` is a fraction of each stage."""
+        borders = stage_borders(self.plan.stages, total_steps)
+        return stage_scheduler(optimizer, borders, lambda steps: schedule_curve(name, steps, round(warmup * steps)))
+
+    def stepper(self, objective: Objective, total_steps: int) -> Callable[[int], None]:
+        """A function to call with the number of each optimizer step (from 0) before it: it changes stages."""
+        borders = stage_borders(self.plan.stages, total_steps)
+        present = [0]
+
+        def at(step: int) -> None:
+            objective.progress = step / total_steps
+            index = stage_index(borders, step)
+            if index != present[0]:
+                objective.enter(self.plan.stages[index])
+                present[0] = index
+
+        return at
+
+    def thaw(self) -> None:
+        """Make trainable what was trainable before: which parameters train is a stage's matter."""
+        trainable = set(self.trainable)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+
+    def finish(self) -> nn.Module:
+        """The model as the user wants it back: thawed, and after the plan's ``finalise``."""
+        self.thaw()
+        model = self.model
+        for operation in self.plan.finalise:
+            model = operation(model)
+        return model
+
+
+def set_up(
+    model: nn.Module,
+    strategy: FTConfig | str | Iterable[FTConfig | str],
+    context: Context | None = None,
+    states: Mapping[str, State] | None = None,
+) -> Run:
+    """Measure, plan, and apply surgery.
+
+    Args:
+        model: a classifier of Transformers, or a PEFT model of one.
+        strategy: a config, a registered name, or a list of either.
+        context: for strategies that look at the data first.
+        states: what was measured before (after a resume); then nothing is measured again.
+
+    Raises:
+        OptionError: whatever cannot work, before the model is changed.
+    """
+    configs = resolve(strategy)
+    if states is None:
+        states = measure(configs, model, context)
+    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    plan = check(configs, model, states, trainable)
+    for operation in plan.surgery:
+        model = operation(model)
+    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    anchored = [prefix for term in plan.terms for prefix in term.anchors]
+    anchors = {
+        name: parameter.detach().clone().to(torch.promote_types(parameter.dtype, torch.float32))
+        for name, parameter in model.named_parameters()
+        if name in trainable and any(covers(prefix, name) for prefix in anchored)
+    }
+    return Run(configs, states, plan, model, _parts(configs, model, plan, trainable), trainable, anchors)
+
+
+def measure(configs: Iterable[FTConfig], model: nn.Module, context: Context | None) -> dict[str, State]:
+    """What each strategy that looks at the data sees, by ``ft_type``."""
+    states = {}
+    for config in configs:
+        if measures(config):
+            if context is None:
+                raise OptionError(f"{config.ft_type} looks at the data before training: pass a context, or states.")
+            states[config.ft_type] = config.measure(model, context)
+    return states
+
+
+def measures(config: FTConfig) -> bool:
+    """Whether a strategy looks at the data."""
+    return type(config).measure is not FTConfig.measure
+
+
+def check(
+    configs: tuple[FTConfig, ...], model: nn.Module, states: Mapping[str, State], trainable: tuple[str, ...]
+) -> Plan:
+    """The plan, with everything that can be told wrong before training told."""
+    if not trainable:
+        raise OptionError("every parameter of the model is frozen (requires_grad=False): nothing could train.")
+    plan = build_plan(configs, model, states)
+    ever_trained(plan, model, trainable)  # raises where a stage's names match nothing
+    _parts(configs, model, plan, trainable)
+    return plan
+
+
+def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callable[[int], float]:
+    """A learning-rate schedule of Transformers as a function of the step.
+
+    Raises:
+        OptionError: it is no function of the step alone (``reduce_lr_on_plateau``, ``greedy``).
+    """
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        scheduler = get_scheduler(name, dummy, min(warmup, steps), steps, scheduler_specific_kwargs=kwargs or None)
+    except TypeError as error:
+        raise OptionError(f"lr_scheduler_type={str(name)!r}, lr_scheduler_kwargs={kwargs}: {error}") from error
+    if not isinstance(scheduler, LambdaLR):
+        raise OptionError(
+            f"lr_scheduler_type={str(name)!r} is no function of the step, so it cannot run once per stage. "
+            "Use linear, cosine, constant, polynomial, ... or a strategy of one stage."
+        )
+    return scheduler.lr_lambdas[0]
+
+
+def _parts(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]) -> tuple[Part, ...]:
+    everything = sum(1 for _ in model.parameters())
+    needed = any("features" in term.needs for term in plan.terms)
+    needed |= any(len(ever_trained(Plan(stages=(s,)), model, trainable)) < everything for s in plan.stages)
+    if not needed:  # so that plain fine-tuning works on models whose parts nobody can tell
+        return ()
+    head, blocks = shared_option(configs, "head"), shared_option(configs, "blocks")
+    return anatomy(model, head=head, blocks=blocks).parts

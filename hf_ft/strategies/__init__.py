@@ -1,0 +1,17 @@
+"""The strategies. One file is one strategy; importing this package registers all of them."""
+
+from hf_ft.strategies.full import FullConfig
+from hf_ft.strategies.gradual_unfreezing import GradualUnfreezingConfig
+from hf_ft.strategies.l2_sp import L2SPConfig
+from hf_ft.strategies.layer_decay import LayerDecayConfig
+from hf_ft.strategies.linear_probe import LinearProbeConfig
+from hf_ft.strategies.lp_ft import LPFTConfig
+
+__all__ = [
+    "FullConfig",
+    "GradualUnfreezingConfig",
+    "L2SPConfig",
+    "LPFTConfig",
+    "LayerDecayConfig",
+    "LinearProbeConfig",
+]

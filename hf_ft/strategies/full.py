@@ -1,0 +1,40 @@
+"""Full fine-tuning: every parameter, from the first step to the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from hf_ft.config import FTConfig, Recommended, State
+from hf_ft.fields import option
+from hf_ft.plan import Plan, Rate, Stage
+from hf_ft.registry import register
+
+
+@register("full")
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(FTConfig):
+    r"""Train all parameters on the task's loss: the baseline of every comparison.
+
+    .. math:: L = \mathrm{CE}(h(f(x)), y)
+    """
+
+    formula = "L = CE(h(f(x)), y) over all parameters"
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    head_lr: float | None = option(
+        None,
+        "Learning rate of the head; None for that of the backbone, args.learning_rate.",
+        range="(0, inf)",
+    )
+    norm_mode: Literal["auto", "eval"] = option(
+        "auto", "'eval' keeps the statistics of normalisation layers at their pretrained values."
+    )
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        if self.head_lr is None and self.norm_mode == "auto":
+            return Plan()  # one stage that trains everything is what a plan without stages means
+        rates = (Rate(self.anatomy(model).head.modules, lr=self.head_lr),) if self.head_lr is not None else ()
+        return Plan(stages=(Stage("train", rates=rates, norm_mode=self.norm_mode),))

@@ -1,0 +1,70 @@
+"""Gradual unfreezing with discriminative rates (ULMFiT): from the head down, a group of blocks at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.fields import OptionError, option
+from hf_ft.plan import Names, Plan, Rate, Stage
+from hf_ft.registry import register
+
+
+def unfreezing_groups(parts: tuple[Names, ...], stages: int) -> list[Names]:
+    """Cut parts in forward order into ``stages`` runs of about equal length, the last parts first.
+
+    Raises:
+        OptionError: more stages than parts.
+    """
+    if stages > len(parts):
+        raise OptionError(
+            f"GradualUnfreezingConfig.stages={stages} is more than the {len(parts)} parts of this model; "
+            f"use 2 to {len(parts)}."
+        )
+    borders = [round(i * len(parts) / stages) for i in range(stages + 1)]
+    runs = [parts[low:high] for low, high in zip(borders, borders[1:], strict=False)]
+    return [tuple(name for part in run for name in part) for run in reversed(runs)]
+
+
+@register("gradual_unfreezing")
+@dataclass(frozen=True, kw_only=True)
+class GradualUnfreezingConfig(FTConfig):
+    r"""Train the head first, then unfreeze the blocks from the top down, lower ones at lower rates.
+
+    Group :math:`g` counted from the top (head: 0) trains from stage :math:`g` on, at
+
+    .. math:: \eta_g = \eta / d^{\,g}, \qquad d = 2.6
+
+    The first stage trains the head alone; the remaining parts are cut into ``stages - 1`` groups.
+    """
+
+    paper = Paper(
+        "Howard, Ruder",
+        "Universal Language Model Fine-tuning for Text Classification",
+        "ACL 2018",
+        "https://arxiv.org/abs/1801.06146",
+    )
+    formula = "group g from the top trains from stage g on, at lr / decay^g"
+    recommended = {"learning_rate": Recommended(1e-3)}
+
+    stages: int = option(4, "Number of stages, the head's own included; all take the same share.", range="[2, inf)")
+    decay: float = option(2.6, "Factor between the rates of neighbouring groups.", range="[1, inf)", source="paper")
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        anatomy = self.anatomy(model)
+        body = tuple(part.modules for part in anatomy.parts if part.name != "head")
+        groups = [anatomy.head.modules, *unfreezing_groups(body, self.stages - 1)]
+        rates = tuple(Rate(group, scale=self.decay**-g) for g, group in enumerate(groups))
+        return Plan(
+            stages=tuple(
+                Stage(
+                    f"unfreeze{i}",
+                    trains=tuple(name for group in groups[: i + 1] for name in group),
+                    duration=1 / self.stages,
+                    rates=rates[: i + 1],
+                )
+                for i in range(self.stages)
+            )
+        )

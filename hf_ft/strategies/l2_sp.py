@@ -1,0 +1,74 @@
+"""L2-SP: weight decay towards the pretrained weights instead of towards zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.fields import option
+from hf_ft.functional import l2_sp
+from hf_ft.objective import View
+from hf_ft.plan import Names, Plan, Term
+from hf_ft.registry import register
+
+
+@dataclass(frozen=True)
+class DistanceFromStart:
+    """Half the squared distance of the named parameters from where they started."""
+
+    names: Names
+
+    def __call__(self, view: View) -> Tensor:
+        return l2_sp(view.weights(self.names), view.starts(self.names))
+
+
+@dataclass(frozen=True)
+class SquaredNorm:
+    """Half the squared norm of the named parameters."""
+
+    names: Names
+
+    def __call__(self, view: View) -> Tensor:
+        return l2_sp(view.weights(self.names))
+
+
+@register("l2_sp")
+@dataclass(frozen=True, kw_only=True)
+class L2SPConfig(FTConfig):
+    r"""Penalise the distance of the pretrained weights from their start, and the norm of the new head.
+
+    .. math::
+        L = \mathrm{CE} + \tfrac{\alpha}{2} \lVert w_S - w_S^0 \rVert^2
+            + \tfrac{\beta}{2} \lVert w_{\text{new}} \rVert^2
+
+    The optimizer's own weight decay is off on the parameters that a term holds. A weight of 0 removes the term.
+    """
+
+    paper = Paper(
+        "Li, Grandvalet, Davoine",
+        "Explicit Inductive Bias for Transfer Learning with Convolutional Networks",
+        "ICML 2018",
+        "https://arxiv.org/abs/1802.01483",
+    )
+    formula = "L = CE + alpha/2 ||w_S - w0_S||^2 + beta/2 ||w_new||^2"
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    alpha: float = option(
+        0.01,
+        "Weight of the distance from the pretrained weights (the authors' own code: 0.1).",
+        range="[0, inf)",
+        source="code",
+    )
+    beta: float = option(0.01, "Weight of the squared norm of the new head.", range="[0, inf)", source="code")
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        anatomy = self.anatomy(model)
+        head = anatomy.head.modules
+        body = tuple(name for part in anatomy.parts if part.name != "head" for name in part.modules)
+        terms = (
+            Term("l2_sp", DistanceFromStart(body), weight=self.alpha, anchors=body, replaces_decay=body),
+            Term("l2_head", SquaredNorm(head), weight=self.beta, replaces_decay=head),
+        )
+        return Plan(terms=tuple(term for term in terms if term.weight))

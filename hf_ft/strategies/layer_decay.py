@@ -1,0 +1,41 @@
+"""Layer-wise learning-rate decay: all parameters at once, the lower the slower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.fields import option
+from hf_ft.plan import Plan, Rate, Stage
+from hf_ft.registry import register
+
+
+@register("layer_decay")
+@dataclass(frozen=True, kw_only=True)
+class LayerDecayConfig(FTConfig):
+    r"""Train everything, each part at a rate that falls geometrically from the head to the stem.
+
+    With the parts numbered :math:`0` (stem) to :math:`L` (head):
+
+    .. math:: \eta_l = \eta \, d^{\,L - l}
+    """
+
+    paper = Paper(
+        "Clark, Luong, Le, Manning",
+        "ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Generators",
+        "ICLR 2020",
+        "https://arxiv.org/abs/2003.10555",
+    )
+    formula = "lr_l = lr * decay^(L - l), parts l = 0 (stem) ... L (head)"
+    recommended = {"learning_rate": Recommended(1e-3)}
+
+    decay: float = option(
+        0.8, "Factor between the rates of neighbouring parts (ELECTRA's 0.8).", range="(0, 1]", source="paper"
+    )
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        parts = self.anatomy(model).parts
+        rates = tuple(Rate(part.modules, scale=self.decay ** (len(parts) - 1 - i)) for i, part in enumerate(parts))
+        return Plan(stages=(Stage("train", rates=rates),))

@@ -1,0 +1,50 @@
+"""LP-FT: a linear probe first, then full fine-tuning from the probe's head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.fields import option
+from hf_ft.plan import Plan, Rate, Stage
+from hf_ft.registry import register
+
+
+@register("lp_ft")
+@dataclass(frozen=True, kw_only=True)
+class LPFTConfig(FTConfig):
+    r"""Train the head to convergence on frozen features, then everything, starting from that head.
+
+    A random head sends large, meaningless gradients into the backbone and distorts its features; a trained one
+    does not.
+
+    .. math::
+        \text{probe: } \min_h \mathrm{CE}(h(f_0(x)), y) \qquad \text{finetune: } \min_{h, f} \mathrm{CE}(h(f(x)), y)
+    """
+
+    paper = Paper(
+        "Kumar, Raghunathan, Jones, Ma, Liang",
+        "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",
+        "ICLR 2022",
+        "https://arxiv.org/abs/2202.10054",
+    )
+    formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    probe: float = option(0.5, "Share of the optimizer steps spent on the probe.", range="(0, 1)")
+    head_lr: float = option(1e-2, "Learning rate of the head during the probe.", range="(0, inf)")
+    norm_mode: Literal["auto", "eval"] = option(
+        "eval", "Normalisation statistics while everything trains: 'eval' keeps them fixed.", source="code"
+    )
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        head = self.anatomy(model).head.modules
+        return Plan(
+            stages=(
+                Stage("probe", trains=head, duration=self.probe, rates=(Rate(head, lr=self.head_lr),)),
+                Stage("finetune", duration=1 - self.probe, norm_mode=self.norm_mode),
+            )
+        )

@@ -1,0 +1,432 @@
+"""The one Trainer: it interprets a plan, and otherwise is ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from hf_ft import checkpoint as files
+from hf_ft.anatomy import norm_layers
+from hf_ft.config import FTConfig, State, read_config_file, resolve, write_configs
+from hf_ft.fields import OptionError
+from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler
+from hf_ft.model_card import model_card, write_card
+from hf_ft.objective import Objective, TaskLoss
+from hf_ft.plan import Plan, covers, stage_borders, stage_index
+from hf_ft.preflight import (
+    check_arguments,
+    check_labels,
+    check_last_batch,
+    class_weights_of,
+    warn_recommended,
+)
+from hf_ft.run import Run, check, measures, schedule_curve, set_up
+from hf_ft.sampling import measuring_context
+from hf_ft.whole_checkpoints import WholeCheckpoints
+
+logger = logging.get_logger(__name__)
+ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
+
+
+class FTTrainer(WholeCheckpoints, Trainer):
+    """``transformers.Trainer`` with a fine-tuning strategy.
+
+    All stages of a strategy run in one ``train()``: one global step, one log, one set of checkpoints, one best
+    model. ``eval_loss`` is the task's loss alone; each summand of the training loss is logged as
+    ``loss/<name>``. Losses are micro-batch means, so that gradient accumulation and ranks do not change them.
+
+    Args:
+        model, args, *positional, **keywords: as ``Trainer`` takes them.
+        strategy: a config, a registered name such as ``"lp_ft"``, or a list of them.
+        class_weights: a weight per class of the cross-entropy, or ``"balanced"``: n / (C * n_c) over the
+            training labels.
+        overwrite: whether checkpoints of an earlier run in ``args.output_dir`` may be deleted.
+
+    Raises:
+        OptionError: a value, or a combination with ``args``, that cannot work. Nothing is written before.
+    """
+
+    # Losses are means over a micro-batch, which the Trainer then divides by the accumulation steps.
+    loss_is_scaled_for_ga = False
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        strategy: FTConfig | str | Iterable[FTConfig | str] = "full",
+        class_weights: ClassWeights | None = None,
+        overwrite: bool = False,
+        **keywords: Any,
+    ) -> None:
+        self.configs = resolve(strategy)
+        self.overwrite = overwrite
+        args = args or TrainingArguments("tmp_trainer")
+        check_arguments(args)
+        super().__init__(model, args, *positional, **keywords)
+        # Both are the task loss's: were they left here, the Trainer would count items and scale again.
+        function, self.compute_loss_func = self.compute_loss_func, None
+        self.model_accepts_loss_kwargs = False
+        check_labels(self.train_dataset, self.model)
+        weights = class_weights_of(class_weights, self.train_dataset, self.model, function, self.label_smoother)
+        self.task_loss = TaskLoss(self.label_smoother, weights, function)
+        self._run: Run | None = None
+        self._resuming: Path | None = None
+        self._objective: Objective | None = None
+        self._borders: tuple[int, ...] = ()
+        self._stage = 0
+        self._logged = _TermLog()
+        self._users_optimizer = self.optimizer
+        self._base_name = _base_name(self.model)
+        self._base: dict[str, str] = {}
+        self._early_checks()
+        warn_recommended(self.configs, args)
+        # First in the list: stages change, and the model is finalised, before any other callback looks.
+        self.callback_handler.callbacks.insert(0, _Stages(self))
+
+    # --- the run -------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Train through all stages; see ``Trainer.train``.
+
+        With ``resume_from_checkpoint=True`` the newest whole checkpoint is taken, and its stage with it.
+
+        Raises:
+            OptionError: checkpoints of an earlier run are in the way; resumed with another strategy.
+            CheckpointError: nothing whole to resume from, or from another starting point.
+        """
+        folder = Path(self._get_output_dir(trial))
+        resume = self._resume_folder(resume_from_checkpoint, folder)
+        if resume is None and self.args.save_strategy != "no":
+            self._clear(folder)
+        if self._users_optimizer is None:
+            self.optimizer = None  # its groups and flags are those of an earlier run
+        self._resuming = resume
+        try:
+            return super().train(str(resume) if resume else None, trial, ignore_keys_for_eval, **kwargs)
+        finally:
+            self._resuming = None
+            if self._run is not None:
+                self._run.thaw()
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        run = self._start_run()
+        # Anew for every attempt: accelerate patches the forward of what it prepares.
+        self._objective = run.objective(self.task_loss)
+        self._logged = _TermLog()
+        check_last_batch(self, self._objective)
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _start_run(self) -> Run:
+        """Measure, plan and apply surgery, once per model."""
+        if self._run is not None and self._run.model is self.model:
+            self._run.thaw()
+            return self._run
+        self._base = files.digests(self.model)
+        self._run = set_up(self.model, self.configs, states=self._states())
+        if self._run.model is not self.model:
+            self.model = self.model_wrapped = self._run.model
+        if self._resuming is not None and self._run.anchors:
+            self._check_start(self._resuming)
+        return self._run
+
+    def _states(self) -> dict[str, State]:
+        """What the strategies measured: read from the checkpoint, or measured and sent from rank 0 to all."""
+        if self._resuming is not None:
+            return files.read_states(self._resuming)
+        states = {}
+        for config in self.configs:
+            if measures(config):
+                states[config.ft_type] = config.measure(self.model, measuring_context(self))
+        return broadcast_object_list([states])[0] if self.args.world_size > 1 else states
+
+    def _finish_run(self) -> None:
+        assert self._run is not None
+        self.model = self.callback_handler.model = self._run.finish()
+        if self._run.plan.finalise:
+            self._run = None  # the model is another one now; a further train() starts anew
+
+    # --- what the Trainer asks for -------------------------------------------------------------------------
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Hand the Trainer the objective in the model's place. ``self.model`` stays the user's."""
+        if training:
+            run = self._start_run()
+            if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
+                # Parameters that only a later stage trains get no gradient until then.
+                several = len(run.plan.stages) > 1
+                self.accelerator.ddp_handler.find_unused_parameters |= several
+            return self.accelerator.prepare_model(self._objective)
+        if self._objective is None or self._objective.model is not self.model:
+            self._objective = Objective(self.model, Plan(), task_loss=self.task_loss)
+            self.accelerator.prepare_model(self._objective, evaluation_mode=True)
+        return self._objective
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer over all that is ever trained, its groups split by stage and rate."""
+        run = self._start_run()
+        trained = set(run.trained)
+        for name, parameter in run.model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        super().create_optimizer(run.model)
+        assert self.optimizer is not None
+        groups = split_groups(self.optimizer.param_groups, run.model, run.plan, run.trainable)
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        missing = [n for n, p in run.model.named_parameters() if n in trained and id(p) not in held]
+        if missing:
+            raise OptionError(
+                f"the optimizer ({type(self.optimizer).__name__}) does not hold {len(missing)} of the parameters "
+                f"that the strategy trains, such as {missing[0]!r}: choose another optim, or pass all parameters."
+            )
+        # In place: whoever holds the list (a wrapper of the optimizer) keeps seeing it.
+        self.optimizer.param_groups[:] = groups
+        extra = [p for module in self._term_modules().values() for p in module.parameters()]
+        if extra and self._users_optimizer is None:
+            rates = (self.args.learning_rate,) * len(run.plan.stages)
+            self.optimizer.add_param_group({"params": extra, "lr": rates[0], STAGE_RATES: rates})
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The Trainer's scheduler; with several stages, one that runs its schedule once in each."""
+        stages = self._start_run().plan.stages
+        self._borders = stage_borders(stages, num_training_steps)
+        if len(stages) == 1:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, self._borders, self._curve)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _curve(self, steps: int) -> Any:
+        kwargs: Any = self.args.lr_scheduler_kwargs or {}
+        return schedule_curve(self.args.lr_scheduler_type, steps, self.args.get_warmup_steps(steps), **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the Trainer's, without normalisation layers, which it tells by names that many models do not use."""
+        norms = [name for name, _ in norm_layers(model)]
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not any(covers(norm, name) for norm in norms)]
+
+    def _get_learning_rate(self) -> float:
+        """The rate of the first parameter group that trains at present: the backbone's where it does."""
+        groups = getattr(self.optimizer, "param_groups", [])
+        for group in groups:
+            if STAGE_RATES in group and group[STAGE_RATES][self._stage]:
+                return float(group["lr"]) if len(groups) > 1 else super()._get_learning_rate()
+        return super()._get_learning_rate()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss: task and terms in training, the task alone in evaluation."""
+        outputs = model(**inputs)
+        if outputs.get("loss") is None:
+            raise ValueError(
+                f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(inputs)}. "
+                "Is there a column of labels in the data set (see args.label_names)?"
+            )
+        self._logged.add(outputs.pop("terms", None))
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._logged.drain(self.accelerator))
+            if self._run is not None and len(self._run.plan.stages) > 1:
+                logs["stage"] = self._stage
+        super().log(logs, start_time)
+
+    def _enter_stage(self, step: int, force: bool = False) -> None:
+        """Make the run be where this optimizer step (from 0) belongs."""
+        assert self._objective is not None and self._run is not None
+        self._objective.progress = step / self._borders[-1]
+        index = stage_index(self._borders, step)
+        if force or index != self._stage:
+            self._stage = index
+            self._objective.enter(self._run.plan.stages[index])
+
+    # --- saving and loading --------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        run = self._run
+        states = run.states if run is not None else {}
+        write_configs(folder, self.configs, base_model=self._base_description())
+        files.write_states(folder, {c.ft_type: states.get(c.ft_type, State()) for c in self.configs})
+        modules = nn.ModuleDict(self._term_modules())
+        if modules:
+            save_file(
+                {k: v.contiguous().cpu() for k, v in modules.state_dict().items()},
+                folder / files.MODULES_NAME,
+            )
+        if isinstance(self.model, PeftModel):
+            files.save_buffers(self.model, folder)
+        write_card(self._card(folder.name), folder)
+
+    def save_delta(self, path: str | Path) -> None:
+        """Write only the tensors and buffers that training changed; :func:`hf_ft.load_delta` puts them back.
+
+        Raises:
+            CheckpointError: before training, or for a model that has no delta.
+        """
+        if not self._base:
+            raise files.CheckpointError("save_delta: nothing was trained yet; call train() first.")
+        if self.args.should_save:
+            files.save_delta(self.model, path, self._base, self.configs, self._base_name)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._start_run()  # what terms pull back to is the start, not the checkpoint
+        self._load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
+        self._load(str(best))
+
+    def _load(self, folder: str) -> None:
+        files.load_weights(self.model, folder)
+        modules = nn.ModuleDict(self._term_modules())
+        if modules:
+            modules.load_state_dict(files.checked(Path(folder) / files.MODULES_NAME)[0])
+
+    def _check_start(self, resume: Path) -> None:
+        saved = read_config_file(resume).get("base_model", {}).get("sha256")
+        if saved and saved != self._base_description()["sha256"]:
+            raise files.CheckpointError(
+                f"{resume} was trained from other weights than the model has now, and {self.configs[-1].ft_type} "
+                "pulls towards the start: make the trainer with the same pretrained model, not with the checkpoint."
+            )
+
+    # --- the card ------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write README.md into the output folder: strategy, options, paper, base model, metrics."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        fields = {key: value for key, value in kwargs.items() if value is not None and key in ("language", "license")}
+        tags = kwargs.get("tags") or []
+        if kwargs.get("dataset"):
+            fields["datasets"] = kwargs["dataset"]
+        write_card(self._card(model_name or folder.name, [tags] if isinstance(tags, str) else tags, **fields), folder)
+
+    def _card(self, name: str, tags: Sequence[str] = (), **fields: Any) -> Any:
+        kept = "learning_rate optim lr_scheduler_type weight_decay per_device_train_batch_size "
+        kept += "gradient_accumulation_steps seed num_train_epochs max_steps"
+        arguments = self.args.to_dict()
+        return model_card(
+            self.configs,
+            self.model,
+            model_name=name if self.args.hub_model_id is None else self.args.hub_model_id,
+            base_model=self._base_name,
+            metrics=self._card_metrics(),
+            arguments={key: arguments[key] for key in kept.split() if key in arguments},
+            tags=tags,
+            **fields,
+        )
+
+    def _card_metrics(self) -> dict[str, float]:
+        """The last evaluation's figures; with best-model loading, those of the best step."""
+        logs = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
+        best = [entry for entry in logs if entry["step"] == self.state.best_global_step]
+        speed = ("runtime", "per_second", "preparation_time")
+        chosen = ((best if self.args.load_best_model_at_end else []) or logs)[-1:]
+        return {k: v for e in chosen for k, v in e.items() if k.startswith("eval_") and not k.endswith(speed)}
+
+    # --- small things --------------------------------------------------------------------------------------
+
+    def _early_checks(self) -> None:
+        """Tell in ``__init__`` whatever can be told without looking at the data."""
+        if any(measures(config) for config in self.configs):
+            return
+        trainable = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
+        plan = check(self.configs, self.model, {}, trainable)
+        if len(plan.stages) == 1:
+            return
+        if self.lr_scheduler is not None:
+            raise OptionError(
+                f"optimizers: a scheduler of your own cannot follow the {len(plan.stages)} stages of "
+                f"{plan.owner!r}; pass (optimizer, None) and choose args.lr_scheduler_type."
+            )
+        self._curve(10)  # raises where the schedule cannot run once per stage
+
+    def _term_modules(self) -> dict[str, nn.Module]:
+        terms = self._run.plan.terms if self._run is not None else ()
+        return {term.name: term.fn for term in terms if isinstance(term.fn, nn.Module)}
+
+    def _base_description(self) -> dict[str, Any]:
+        parts = self._run.parts if self._run is not None else ()
+        head = parts[-1].modules if parts else ()
+        sha256 = files.base_digest(self._base, head) if self._base else None
+        return {"name": self._base_name, "sha256": sha256}
+
+
+class _Stages(TrainerCallback):
+    """Moves the run through its stages."""
+
+    def __init__(self, trainer: FTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._enter_stage(state.global_step, force=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._enter_stage(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._finish_run()
+
+
+@dataclass
+class _TermLog:
+    """Sums of the loss's summands since the last log, on their device: reading them each step would wait."""
+
+    sums: dict[str, Tensor] | None = None
+    count: int = 0
+
+    def add(self, terms: dict[str, Tensor] | None) -> None:
+        if terms is None:
+            return
+        self.sums = self.sums or {}
+        for name, value in terms.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        if not self.sums:
+            return {}
+        means = torch.stack([value.float() for value in self.sums.values()]) / self.count
+        values = accelerator.reduce(means, reduction="mean").tolist()
+        names, self.sums, self.count = list(self.sums), None, 0
+        return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def _base_name(model: nn.Module) -> str | None:
+    if isinstance(model, PeftModel):
+        return next(iter(model.peft_config.values())).base_model_name_or_path
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
