@@ -8,7 +8,7 @@ from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_conf
 from hf_ft.fields import OptionError, option
 from hf_ft.objective import Objective, TaskLoss, View
 from hf_ft.plan import Plan, Rate, Stage, Term, compose
-from hf_ft.registry import config_class, register, strategies
+from hf_ft.registry import config_class, register
 from hf_ft.run import Run, set_up
 from hf_ft.strategies import (
     FullConfig,
@@ -54,5 +54,4 @@ __all__ = [
     "option",
     "register",
     "set_up",
-    "strategies",
 ]

@@ -30,6 +30,7 @@ DELTA_NAME = "ft_delta.safetensors"
 MODULES_NAME = "ft_modules.safetensors"
 BUFFERS_NAME = "ft_buffers.safetensors"
 WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAMES = (WEIGHTS_NAME, "model.safetensors.index.json", "adapter_model.safetensors")
 TRAINER_STATE = "trainer_state.json"
 INCOMPLETE = "incomplete-"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
@@ -153,16 +154,17 @@ def _quietly() -> Iterator[None]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint can be resumed from: all its files are there and can be read."""
+    """Whether a checkpoint can be resumed from: all its files are there and whole."""
     try:
         json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         read_config_file(folder)
         read_states(folder)
-    except (OSError, ValueError):
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):  # reads the header and checks it against the file's length
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return any(folder.glob("*.safetensors")) and any(
-        (folder / name).exists() for name in (WEIGHTS_NAME, "model.safetensors.index.json", "adapter_model.safetensors")
-    )
+    return any((folder / name).exists() for name in WEIGHTS_NAMES)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

@@ -1,0 +1,260 @@
+"""The laws. Each is a function of a config, a maker of models, and an empty folder; it asserts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_ft.anatomy import batch_norms
+from hf_ft.config import FTConfig, State, build_plan
+from hf_ft.fields import OptionError, in_range, options
+from hf_ft.objective import Objective
+from hf_ft.plan import Plan, covers
+from hf_ft.run import measures, set_up
+from hf_ft.testing.models import tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
+from hf_ft.testing.training import make_trainer, same_tensors, snapshot, still, train
+
+Maker = Callable[[], Any]
+Law = Callable[[FTConfig, Maker, Path], None]
+
+
+def config_round_trip(config: FTConfig, make: Maker, folder: Path) -> None:
+    """Saved and loaded, a config is the same; an option of a newer version is dropped, not fatal."""
+    config.save_pretrained(folder)
+    assert FTConfig.from_pretrained(folder) == config
+    assert type(config).from_pretrained(folder) == config
+    assert FTConfig.from_dict({**config.to_dict(), "option_of_the_future": 1}) == config
+
+
+def out_of_range_raises(config: FTConfig, make: Maker, folder: Path) -> None:
+    """A value out of range, or of a wrong type, is refused with field, value and fix."""
+    for field in options(type(config)):
+        interval = field.metadata["range"]
+        bad: list[Any] = [object()]
+        if interval:
+            low, high = (float(bound) for bound in interval[1:-1].split(","))
+            bad += [x for x in (low - 1, high + 1, math.nan) if math.isnan(x) or not in_range(x, interval)]
+            integer = isinstance(getattr(config, field.name), int)
+            bad = [int(x) if integer and isinstance(x, float) and math.isfinite(x) else x for x in bad]
+            bad = [x for x in bad if not (isinstance(x, float) and math.isinf(x))]
+        for value in bad:
+            try:
+                dataclasses.replace(config, **{field.name: value})
+            except OptionError as error:
+                message = str(error)
+                assert field.name in message and repr(value) in message, f"{message!r} names no field or value"
+                assert interval is None or interval in message or "is not" in message, f"{message!r} tells no fix"
+            else:
+                raise AssertionError(f"{field.name}={value!r} was accepted")
+
+
+def plan_is_pure(config: FTConfig, make: Maker, folder: Path) -> None:
+    """Planning twice gives the same, and leaves the model as it was."""
+    model = make()
+    before, modes = snapshot(model), [module.training for module in model.modules()]
+    frozen = [parameter.requires_grad for parameter in model.parameters()]
+    state = _state(config, model, folder)
+    first, second = config.plan(model, state), config.plan(model, state)
+    assert _comparable(first) == _comparable(second), "two plans of one config differ"
+    same_tensors(snapshot(model), before)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == frozen
+
+
+def weightless_terms_change_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
+    """With all weights 0, a plan trains bit for bit as without terms."""
+    results = []
+    for keep in (True, False):
+        model = make()
+        plan = set_up(copy.deepcopy(model), config, states=_states(config, model, folder)).plan
+        zero = tuple(dataclasses.replace(term, weight=0.0, replaces_decay=()) for term in plan.terms)
+        plan = dataclasses.replace(plan, terms=zero if keep else ())
+        results.append(_train_plan(model, plan))
+    same_tensors(*results)
+
+
+def anchored_terms_start_at_zero(config: FTConfig, make: Maker, folder: Path) -> None:
+    """Whatever pulls towards the start is exactly 0 there, with the model in eval mode."""
+    model = make()
+    run = set_up(model, config, states=_states(config, model, folder))
+    anchored = {term.name for term in run.plan.terms if term.anchors}
+    for stage in run.plan.stages:
+        objective = run.objective()
+        objective.enter(stage)
+        objective.train()
+        for module in objective.modules():
+            module.training = module is objective
+        terms = objective(**tiny_inputs(model))["terms"]
+        for name in anchored & set(terms):
+            assert float(terms[name]) == 0.0, f"{name} is {float(terms[name])} at the start"
+
+
+def frozen_stays_frozen(config: FTConfig, make: Maker, folder: Path) -> None:
+    """What a stage does not train, parameter or buffer, is bit for bit the same after it."""
+    trainer = make_trainer(make(), config, folder)
+    run = trainer._start_run()
+    for index, stage in enumerate(run.plan.stages):
+        objective = Objective(run.model, run.plan, run.parts, run.trainable, run.anchors)
+        objective.enter(stage)
+        objective.train()
+        trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
+        moving = [name for name, norm in batch_norms(run.model) if norm.training]
+        before = snapshot(run.model)
+        optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=0.1)
+        for seed in range(2):
+            objective(**tiny_inputs(run.model, 8, seed))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = snapshot(run.model)
+        still = [n for n in before if n not in trained and not any(covers(norm, n) for norm in moving)]
+        same_tensors({n: before[n] for n in still}, {n: after[n] for n in still})
+        changed = [n for n in trained if not torch.equal(before[n], after[n])]
+        assert changed, f"stage {index} ({stage.name}) trained nothing"
+        run.thaw()
+
+
+def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
+    """One batch of 8, or two micro-batches of 4, or four of 2: the same weights."""
+    probe = make()
+    plan = build_plan([config], probe, _states(config, probe, folder))
+    if any(term.couples_batch for term in plan.terms):
+        return  # such a term is tested against a micro-batch reference of its own
+    results = []
+    for steps in (1, 2, 4):
+        model = still(make())
+        trainer = train(
+            model,
+            config,
+            folder / str(steps),
+            per_device_train_batch_size=8 // steps,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+        )
+        results.append(snapshot(trainer.model))
+    same_tensors(results[0], results[1], 2e-6)
+    same_tensors(results[0], results[2], 2e-6)
+
+
+def resume_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
+    """Stopped and resumed at any checkpoint, in any stage: the weights, optimizer and log of one piece."""
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    whole = train(make(), config, folder, **arguments)
+    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+        resumed = make_trainer(make(), config, folder / "again", **arguments)
+        resumed.train(resume_from_checkpoint=str(folder / checkpoint))
+        same_tensors(snapshot(resumed.model), snapshot(whole.model))
+        _same_optimizers(resumed.optimizer, whole.optimizer)
+        assert _losses(resumed) == _losses(whole), "the logs differ"
+
+
+def plain_reload(config: FTConfig, make: Maker, folder: Path) -> None:
+    """What is saved loads with plain Transformers, and gives the same logits."""
+    trainer = train(make(), config, folder)
+    trainer.save_model(str(folder / "saved"))
+    loaded = type(trainer.model).from_pretrained(folder / "saved").eval()
+    inputs = tiny_inputs(trainer.model)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
+    for name in ("ft_config.json", "ft_state.safetensors", "README.md"):
+        assert (folder / "saved" / name).is_file(), f"{name} was not saved"
+
+
+def term_order_is_irrelevant(config: FTConfig, make: Maker, folder: Path) -> None:
+    """The terms of a plan can be added up in any order."""
+    results = []
+    for step in (1, -1):
+        model = make()
+        plan = set_up(copy.deepcopy(model), config, states=_states(config, model, folder)).plan
+        results.append(_train_plan(model, dataclasses.replace(plan, terms=plan.terms[::step])))
+    same_tensors(*results, 1e-6)
+
+
+LAWS: dict[str, Law] = {
+    law.__name__: law
+    for law in (
+        config_round_trip,
+        out_of_range_raises,
+        plan_is_pure,
+        weightless_terms_change_nothing,
+        anchored_terms_start_at_zero,
+        frozen_stays_frozen,
+        accumulation_changes_nothing,
+        resume_changes_nothing,
+        plain_reload,
+        term_order_is_irrelevant,
+    )
+}
+
+
+def check_strategy(config: FTConfig, makers: Iterable[Maker] = (tiny_resnet, tiny_vit, tiny_bert)) -> None:
+    """Hold a strategy to all laws, on a tiny random ResNet, ViT and BERT.
+
+    Raises:
+        AssertionError: naming the law, the model, and what is wrong.
+    """
+    for make in makers:
+        for name, law in LAWS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    law(config, make, Path(folder))
+                except AssertionError as error:
+                    raise AssertionError(f"{config.ft_type} breaks {name} on {make.__name__}: {error}") from error
+
+
+def _state(config: FTConfig, model: nn.Module, folder: Path) -> State:
+    return _states(config, model, folder).get(config.ft_type, State())
+
+
+def _states(config: FTConfig, model: nn.Module, folder: Path) -> dict[str, State]:
+    if not measures(config):
+        return {}
+    trainer = make_trainer(copy.deepcopy(model), config, folder / "measure")
+    return dict(trainer._states())
+
+
+def _train_plan(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """Two SGD steps in each stage of a plan, by hand."""
+    names = [name for name, _ in model.named_parameters()]
+    anchors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    objective = Objective(model, plan, trainable=names, anchors=anchors)
+    for stage in plan.stages:
+        objective.enter(stage)
+        objective.train()
+        optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.05)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            objective(**tiny_inputs(model, 8, seed))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return snapshot(model)
+
+
+def _comparable(plan: Plan) -> Plan:
+    """A plan without what is compared by identity: the modules of its terms."""
+    terms = (dataclasses.replace(t, fn=type(t.fn)) if isinstance(t.fn, nn.Module) else t for t in plan.terms)  # type: ignore[arg-type]
+    return dataclasses.replace(plan, terms=tuple(terms))
+
+
+def _losses(trainer: Any) -> list[dict[str, float]]:
+    kept = ("learning_rate", "grad_norm", "step", "stage")
+    return [
+        {key: value for key, value in entry.items() if key in kept or key.startswith("loss")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def _same_optimizers(one: Any, other: Any) -> None:
+    first, second = one.state_dict()["state"], other.state_dict()["state"]
+    assert set(first) == set(second), "the optimizers hold state for different parameters"
+    for key in first:
+        for name, value in first[key].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[key][name])), f"optimizer {name}"

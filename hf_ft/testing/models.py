@@ -1,0 +1,229 @@
+"""Tiny randomly initialised classifiers: real Transformers classes, a few thousand parameters, 32x32 images.
+
+Each factory takes the number of classes, a seed, and any field of the architecture's config. Like a model from
+`from_pretrained`, what it returns is in eval mode. The global random state is left as it was.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
+
+# Ten times the usual width: the usual one is made for hundreds of channels, and here lets the signal die out.
+_INIT = {"initializer_range": 0.2}
+_WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+_VISION: dict[str, Any] = {**_INIT, **_WIDTH, "image_size": 32, "patch_size": 8}
+_TEXT: dict[str, Any] = {**_INIT, **_WIDTH, "vocab_size": 64, "max_position_embeddings": 40}
+
+
+def _build(
+    model: Callable[..., Any],
+    config: Callable[..., Any],
+    num_labels: int,
+    seed: int,
+    kw: Mapping[str, Any],
+    **default: Any,
+) -> hf.PreTrainedModel:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        built = model(config(**{**default, "num_labels": num_labels, **kw}))
+        _set_running_statistics(built)
+    return built.eval()
+
+
+@torch.no_grad()
+def _set_running_statistics(model: Any) -> None:
+    """Take batch-norm statistics from one random batch: those of a new model, 0 and 1, are nothing a test could see."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        model.train()(pixel_values=torch.randn(16, model.config.num_channels, 32, 32))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def tiny_resnet(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Blocks 1 + 2 in two stages."""
+    default = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
+    return _build(hf.ResNetForImageClassification, hf.ResNetConfig, num_labels, seed, kw, **default)
+
+
+def tiny_regnet(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Blocks 1 + 2 in two stages, with squeeze-and-excitation."""
+    default = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "groups_width": 8}
+    return _build(hf.RegNetForImageClassification, hf.RegNetConfig, num_labels, seed, kw, **default)
+
+
+def tiny_convnext(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Blocks 1 + 2 in two stages, with a downsampling layer between them."""
+    default = {**_INIT, "hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2}
+    default |= {"layer_scale_init_value": 0.1}
+    return _build(hf.ConvNextForImageClassification, hf.ConvNextConfig, num_labels, seed, kw, **default)
+
+
+def tiny_mobilenet_v1(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """All 13 depthwise-separable blocks, with 4 to 51 channels; BatchNorm momentum 0.9997."""
+    default = {**_INIT, "depth_multiplier": 0.05, "min_depth": 4, "image_size": 32}
+    return _build(hf.MobileNetV1ForImageClassification, hf.MobileNetV1Config, num_labels, seed, kw, **default)
+
+
+def tiny_mobilenet_v2(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """All 16 inverted residuals, with 8 to 16 channels; BatchNorm momentum 0.997."""
+    default = {**_INIT, "depth_multiplier": 0.05, "expand_ratio": 2.0, "image_size": 32}
+    default |= {"finegrained_output": False}
+    return _build(hf.MobileNetV2ForImageClassification, hf.MobileNetV2Config, num_labels, seed, kw, **default)
+
+
+def tiny_efficientnet(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Blocks 1 + 2 + 1 at strides 1, 2, 1; a mix of BatchNorm momenta 0.99 and 0.1."""
+    default: dict[str, Any] = {**_INIT, "image_size": 32, "hidden_dim": 320}
+    default |= {"width_coefficient": 0.25, "depth_coefficient": 1.0, "kernel_sizes": [3, 3, 5]}
+    default |= {"in_channels": [32, 32, 64], "out_channels": [32, 64, 64], "strides": [1, 2, 1]}
+    default |= {"num_block_repeats": [1, 2, 1], "expand_ratios": [1, 2, 2]}
+    return _build(hf.EfficientNetForImageClassification, hf.EfficientNetConfig, num_labels, seed, kw, **default)
+
+
+def tiny_vit(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Three layers over 16 patches."""
+    return _build(hf.ViTForImageClassification, hf.ViTConfig, num_labels, seed, kw, **_VISION)
+
+
+def tiny_deit(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Three layers over 16 patches, with a distillation token."""
+    return _build(hf.DeiTForImageClassification, hf.DeiTConfig, num_labels, seed, kw, **_VISION)
+
+
+def tiny_swin(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Blocks 1 + 2 in two stages, with patch merging between them."""
+    default: dict[str, Any] = {**_INIT, "image_size": 32, "patch_size": 4, "window_size": 2, "embed_dim": 8}
+    default |= {"depths": [1, 2], "num_heads": [1, 2]}
+    return _build(hf.SwinForImageClassification, hf.SwinConfig, num_labels, seed, kw, **default)
+
+
+def tiny_bert(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Three layers, pooler, dropout and classifier."""
+    return _build(hf.BertForSequenceClassification, hf.BertConfig, num_labels, seed, kw, **_TEXT)
+
+
+def tiny_roberta(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Three layers and a head of two linear layers in one module."""
+    return _build(hf.RobertaForSequenceClassification, hf.RobertaConfig, num_labels, seed, kw, **_TEXT)
+
+
+def tiny_distilbert(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """Three layers and a head of two linear layers in two modules."""
+    default = {**_INIT, "dim": 16, "hidden_dim": 32, "n_layers": 3, "n_heads": 2}
+    default |= {"vocab_size": 64, "max_position_embeddings": 40}
+    return _build(hf.DistilBertForSequenceClassification, hf.DistilBertConfig, num_labels, seed, kw, **default)
+
+
+def tiny_timm(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
+    """A model laid out as Transformers' wrapper of a timm ViT, without timm: two blocks over 16 patches."""
+    return _build(TimmLikeForImageClassification, TimmLikeConfig, num_labels, seed, kw)
+
+
+class TimmLikeConfig(hf.PreTrainedConfig):
+    """Config of `TimmLikeForImageClassification`, under the wrapper's `model_type`."""
+
+    model_type = "timm_wrapper"
+    image_size: int = 32
+    hidden_size: int = 16
+    depth: int = 2
+    initializer_range: float = 0.2
+
+
+class TimmLikeBlock(nn.Module):
+    """Pre-norm residual MLP: enough of a ViT block to have the same shapes and names."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class TimmLikeViT(nn.Module):
+    """timm's VisionTransformer in outline: a loose class token, and the head inside of the model."""
+
+    def __init__(self, config: TimmLikeConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.patch_embed = nn.Conv2d(3, dim, kernel_size=8, stride=8)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, (config.image_size // 8) ** 2 + 1, dim) * 0.02)
+        self.pos_drop = nn.Dropout(0.0)
+        self.blocks = nn.Sequential(*(TimmLikeBlock(dim) for _ in range(config.depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.fc_norm = nn.Identity()
+        self.head_drop = nn.Dropout(0.0)
+        self.head = nn.Linear(dim, config.num_labels or 1)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # (batch, patches, dim)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = self.norm(self.blocks(self.pos_drop(x)))
+        return self.head(self.head_drop(self.fc_norm(x.mean(dim=1))))
+
+
+class TimmLikeForImageClassification(hf.PreTrainedModel):
+    """TimmWrapperForImageClassification in outline."""
+
+    config_class = TimmLikeConfig
+    base_model_prefix = "timm_model"
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TimmLikeConfig) -> None:
+        super().__init__(config)
+        self.timm_model = TimmLikeViT(config)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        logits = self.timm_model(pixel_values)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+TINY_MODELS: dict[str, Callable[..., hf.PreTrainedModel]] = {
+    "resnet": tiny_resnet,
+    "regnet": tiny_regnet,
+    "convnext": tiny_convnext,
+    "mobilenet_v1": tiny_mobilenet_v1,
+    "mobilenet_v2": tiny_mobilenet_v2,
+    "efficientnet": tiny_efficientnet,
+    "vit": tiny_vit,
+    "deit": tiny_deit,
+    "swin": tiny_swin,
+    "bert": tiny_bert,
+    "roberta": tiny_roberta,
+    "distilbert": tiny_distilbert,
+    "timm": tiny_timm,
+}
+
+
+def tiny_inputs(model: nn.Module, batch: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """A random batch for a tiny model, with labels; in text, the last row ends in two padded tokens.
+
+    Returns:
+        pixel_values (batch, 3, 32, 32), or input_ids and attention_mask (batch, 8); and labels (batch,).
+    """
+    random = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    labels = torch.randint(config.num_labels, (batch,), generator=random)
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn(batch, channels, 32, 32, generator=random), "labels": labels}
+    input_ids = torch.randint(5, config.vocab_size, (batch, 8), generator=random)  # 0 to 4: special tokens
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[-1, -2:], attention_mask[-1, -2:] = config.pad_token_id, 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

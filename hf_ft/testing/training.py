@@ -1,0 +1,85 @@
+"""Small trainings for tests: a tiny model, a few random samples, a few steps on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from hf_ft.anatomy import batch_norms
+from hf_ft.testing.models import tiny_inputs
+from hf_ft.trainer import FTTrainer
+
+
+def tiny_data(model: nn.Module, samples: int = 32, seed: int = 0) -> datasets.Dataset:
+    """Random inputs and labels that the model takes."""
+    rows = {name: value.numpy() for name, value in tiny_inputs(model, samples, seed).items()}
+    return datasets.Dataset.from_dict(rows).with_format("torch")
+
+
+def tiny_arguments(folder: str | Path, **arguments: Any) -> TrainingArguments:
+    """Training arguments for eight quiet steps on the CPU; any of them can be given."""
+    defaults: dict[str, Any] = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(str(folder), **{**defaults, **arguments})
+
+
+def make_trainer(model: nn.Module, strategy: Any, folder: str | Path, **arguments: Any) -> FTTrainer:
+    """A trainer on tiny data, which has not trained yet."""
+    data = tiny_data(model)
+    args = tiny_arguments(folder, **arguments)
+    return FTTrainer(model, args, strategy=strategy, train_dataset=data, eval_dataset=tiny_data(model, 16, seed=1))
+
+
+def train(model: nn.Module, strategy: Any, folder: str | Path, resume: Any = None, **arguments: Any) -> FTTrainer:
+    """Train a tiny model with a strategy; returns the trainer."""
+    trainer = make_trainer(model, strategy, folder, **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def still(model: nn.Module) -> nn.Module:
+    """Make a sample's result depend on nothing else: BatchNorm in eval mode for good, and no dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for _, norm in batch_norms(model):
+        norm.eval()
+        norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign,misc]
+    return model
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor], tolerance: float = 0.0) -> None:
+    """Assert that two state dicts agree, bit for bit unless a tolerance is given.
+
+    Raises:
+        AssertionError: naming the tensor that differs most.
+    """
+    assert set(one) == set(other), f"different names: {sorted(set(one) ^ set(other))[:5]}"
+    gaps = {name: float((one[name].double() - other[name].double()).abs().max()) for name in one if one[name].numel()}
+    if not gaps:
+        return
+    worst = max(gaps, key=lambda name: gaps[name])
+    assert gaps[worst] <= tolerance, f"{worst} differs by {gaps[worst]:.3g} (allowed: {tolerance:g})"
+    if tolerance == 0.0:
+        unequal = [name for name in one if not torch.equal(one[name], other[name])]
+        assert not unequal, f"{unequal[0]} is not equal bit for bit"

@@ -1,0 +1,62 @@
+"""Runs every strategy on one or two ranks and writes what came out: `distributed_worker.py FOLDER RANKS`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from hf_ft.registry import strategies
+from hf_ft.testing import still, tiny_resnet, tiny_vit
+from hf_ft.testing.laws import _losses
+from hf_ft.testing.training import make_trainer, same_tensors, snapshot
+
+from tests.measured import MeasuredConfig
+
+folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+logs, weights = {}, {}
+
+
+def run(label, model, strategy, **arguments):
+    arguments = {"optim": "sgd", "per_device_train_batch_size": 8 // ranks, **arguments}
+    trainer = make_trainer(model, strategy, folder / f"{label}-{ranks}", **arguments)
+    assert trainer.args.world_size == ranks, f"{trainer.args.world_size} ranks, not {ranks}"
+    trainer.train()
+    logs[label] = _losses(trainer)
+    weights.update({f"{label}/{name}": value for name, value in snapshot(trainer.model).items()})
+    return trainer
+
+
+for name in strategies():
+    if name == "measured":
+        continue
+    for make in (tiny_resnet, tiny_vit):
+        run(f"{name}-{make.__name__}", still(make()), name)
+run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
+run("accumulated", still(tiny_vit()), ["lp_ft", "l2_sp"], per_device_train_batch_size=4 // ranks, gradient_accumulation_steps=2)
+
+# Each of 37 samples is looked at once, and all ranks hold the same state, bit for bit.
+trainer = make_trainer(tiny_vit(), MeasuredConfig(), folder / "measured")
+trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
+state = trainer._states()["measured"]
+assert state.info["values"] == 37 * 3 * 32 * 32, state.info
+gathered = trainer.accelerator.gather(state.tensors["mean"].reshape(1))
+assert bool((gathered == gathered[0]).all())
+weights["measured/mean"] = state.tensors["mean"].float()
+run("term that trains", still(tiny_vit()), MeasuredConfig())
+
+# Saved, the best loaded, and resumed across a stage's border.
+saving = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+whole = run("saved", still(tiny_resnet()), "lp_ft", load_best_model_at_end=True, metric_for_best_model="loss", **saving)
+trainer = make_trainer(still(tiny_resnet()), "lp_ft", folder / f"saved-{ranks}", optim="sgd",
+                       per_device_train_batch_size=8 // ranks, load_best_model_at_end=True,
+                       metric_for_best_model="loss", **saving)  # fmt: skip
+trainer.train(resume_from_checkpoint=str(folder / f"saved-{ranks}" / "checkpoint-3"))
+same_tensors(snapshot(trainer.model), snapshot(whole.model))
+
+if int(os.environ.get("RANK", 0)) == 0:
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"weights-{ranks}.safetensors")
+    (folder / f"logs-{ranks}.json").write_text(json.dumps(logs))
