@@ -133,9 +133,7 @@ def _read_folder(path: Path, config_name: str | None, train_split: str) -> Datas
         return data if isinstance(data, DatasetDict) else DatasetDict({train_split: data})
     if (patterns := _image_patterns(path, train_split)) is None:
         return _absolute_image_paths(load_dataset(str(path), name=config_name), path)
-    return load_dataset(
-        "imagefolder", data_dir=str(path), data_files=patterns, drop_labels=False, drop_metadata=True
-    )
+    return load_dataset("imagefolder", data_dir=str(path), data_files=patterns, drop_labels=False, drop_metadata=True)
 
 
 def _image_patterns(folder: Path, train_split: str) -> dict[str, str] | None:
@@ -224,9 +222,7 @@ def find_columns(
         for column in (*inputs, label):
             if column not in split.column_names:
                 wrong = "--label_column" if column == label else flag
-                raise ValueError(
-                    f"split {name!r} has no column {column!r}, only {_shown(split)}: set {wrong}"
-                )
+                raise ValueError(f"split {name!r} has no column {column!r}, only {_shown(split)}: set {wrong}")
         if name != "test" and (rows := unlabelled(split, label)):
             raise ValueError(
                 f"split {name!r}: {len(rows)} rows have no {label!r} (the first is row {rows[0]}): drop them, "
@@ -236,9 +232,7 @@ def find_columns(
     return Columns("image" if image else "text", inputs, label, *_classes(splits, label))
 
 
-def _classes(
-    splits: Mapping[str, Dataset], label: str
-) -> tuple[ProblemType, tuple[str, ...], dict[Any, int] | None]:
+def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tuple[str, ...], dict[Any, int] | None]:
     features = {name: split.features[label] for name, split in splits.items()}
     feature = next(iter(features.values()))
     if any(other != feature for other in features.values()):
@@ -338,9 +332,7 @@ def _open_rgb(value: Any, row: int) -> PIL.Image.Image:
         raise ValueError(f"cannot read the image in row {row} ({path or 'no path'}): {error}") from error
 
 
-def _image_batch(
-    batch: dict[str, list[Any]], processor: Any, columns: Columns, augment: str
-) -> dict[str, Any]:
+def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, augment: str) -> dict[str, Any]:
     values = batch[columns.inputs[0]]
     rows = batch.get(ROW, range(len(values)))
     images = [_open_rgb(value, row) for value, row in zip(values, rows, strict=True)]
@@ -350,9 +342,7 @@ def _image_batch(
     return ready | ({"labels": columns.encode(batch[columns.label])} if columns.label in batch else {})
 
 
-def image_transform(
-    processor: Any, columns: Columns, augment: str = "none"
-) -> Callable[[dict[str, Any]], Any]:
+def image_transform(processor: Any, columns: Columns, augment: str = "none") -> Callable[[dict[str, Any]], Any]:
     """Make the function for ``Dataset.set_transform`` that opens, augments and processes a batch of images.
 
     A damaged image raises a ``ValueError`` that names its row in the source (or, for data that does not come
@@ -375,9 +365,7 @@ def _text_batch(
     return encoded | {"labels": columns.encode(batch[columns.label])}
 
 
-def text_transform(
-    tokenizer: Any, columns: Columns, max_length: int | None = None
-) -> Callable[[dict[str, Any]], Any]:
+def text_transform(tokenizer: Any, columns: Columns, max_length: int | None = None) -> Callable[[dict[str, Any]], Any]:
     """Make the function for ``Dataset.map(batched=True)`` that tokenises, cut at ``max_length`` tokens."""
     return partial(_text_batch, tokenizer=tokenizer, columns=columns, max_length=max_length)
 

@@ -80,7 +80,9 @@ def parse(text: str, kind: Any, name: str) -> Any:
     Raises:
         OptionError: naming the option, the text, and what it may be.
     """
-    for candidate in typing.get_args(kind) if _is_union(kind) else (kind,):
+    # "none" is a string as well: text comes last.
+    candidates = sorted(typing.get_args(kind), key=lambda k: k is str) if _is_union(kind) else [kind]
+    for candidate in candidates:
         try:
             return _parse_one(text, candidate)
         except (ValueError, KeyError, StopIteration):

@@ -116,8 +116,7 @@ class MeanAbsoluteError(_LocalMetric):
 
 
 LOCAL_METRICS: dict[str, type[_LocalMetric]] = {
-    metric.key: metric
-    for metric in (Accuracy, BalancedAccuracy, MacroF1, MeanSquaredError, MeanAbsoluteError)
+    metric.key: metric for metric in (Accuracy, BalancedAccuracy, MacroF1, MeanSquaredError, MeanAbsoluteError)
 }
 
 
@@ -199,9 +198,7 @@ def compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], Scores]:
         for name, module in modules.items():
             if name in LOCAL_METRICS and kind not in LOCAL_METRICS[name].kinds:
                 fitting = [key for key, metric in LOCAL_METRICS.items() if kind in metric.kinds]
-                raise ValueError(
-                    f"metric {name!r} does not suit a {kind} task; these do: {', '.join(fitting)}"
-                )
+                raise ValueError(f"metric {name!r} does not suit a {kind} task; these do: {', '.join(fitting)}")
             scores |= module.compute(predictions=predictions, references=references) or {}
         return scores
 

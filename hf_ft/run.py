@@ -175,7 +175,9 @@ def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callabl
     try:
         scheduler = get_scheduler(name, dummy, min(warmup, steps), steps, scheduler_specific_kwargs=kwargs or None)
     except TypeError as error:
-        raise OptionError(f"lr_scheduler_type={getattr(name, 'value', name)!r}, lr_scheduler_kwargs={kwargs}: {error}") from error
+        raise OptionError(
+            f"lr_scheduler_type={getattr(name, 'value', name)!r}, lr_scheduler_kwargs={kwargs}: {error}"
+        ) from error
     if not isinstance(scheduler, LambdaLR):
         raise OptionError(
             f"lr_scheduler_type={getattr(name, 'value', name)!r} is no function of the step, so it cannot run once per stage. "

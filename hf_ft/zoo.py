@@ -144,9 +144,7 @@ def _image_processor(name: str, size: int) -> Any:
         options |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
         return hf.MobileNetV2ImageProcessorPil(**options, do_center_crop=False)
     # `include_top` would divide by the standard deviation a second time.
-    return hf.EfficientNetImageProcessorPil(
-        **options, image_mean=[0.5] * 3, image_std=[0.5] * 3, include_top=False
-    )
+    return hf.EfficientNetImageProcessorPil(**options, image_mean=[0.5] * 3, image_std=[0.5] * 3, include_top=False)
 
 
 def _short_image_model(name: str, labels: dict[str, Any], size: int) -> tuple[Any, Any]:

@@ -36,7 +36,13 @@ for name in strategies():
     for make in (tiny_resnet, tiny_vit):
         run(f"{name}-{make.__name__}", still(make()), name)
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
-run("accumulated", still(tiny_vit()), ["lp_ft", "l2_sp"], per_device_train_batch_size=4 // ranks, gradient_accumulation_steps=2)
+run(
+    "accumulated",
+    still(tiny_vit()),
+    ["lp_ft", "l2_sp"],
+    per_device_train_batch_size=4 // ranks,
+    gradient_accumulation_steps=2,
+)
 
 # Each of 37 samples is looked at once, and all ranks hold the same state, bit for bit.
 trainer = make_trainer(tiny_vit(), MeasuredConfig(), folder / "measured")

@@ -37,9 +37,7 @@ def tokenizer():
     words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "good", "bad", "film"])}
     raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64)
 
 
 def write_images(folder, per_class, names=("cat", "dog"), size=(24, 20)):
@@ -48,9 +46,7 @@ def write_images(folder, per_class, names=("cat", "dog"), size=(24, 20)):
         (folder / name).mkdir(parents=True)
         for number in range(per_class):
             pixels = rng.integers(0, 255, size=(size[1], size[0]), dtype=np.uint8)  # grey
-            Image.fromarray(pixels).save(
-                folder / name / f"test_{number}.png"
-            )  # a name that looks like a split
+            Image.fromarray(pixels).save(folder / name / f"test_{number}.png")  # a name that looks like a split
     return folder
 
 
@@ -176,9 +172,7 @@ def test_string_and_integer_labels_are_numbered_alike_in_all_splits():
 def test_kinds_of_labels():
     def kind(values, feature):
         features = datasets.Features(text=datasets.Value("string"), label=feature)
-        return find_columns(
-            datasets.Dataset.from_dict({"text": ["a"] * 2, "label": values}, features=features)
-        )
+        return find_columns(datasets.Dataset.from_dict({"text": ["a"] * 2, "label": values}, features=features))
 
     regression = kind([0.5, 2.0], datasets.Value("float32"))
     assert (regression.problem_type, regression.num_labels, regression.id2label) == ("regression", 1, None)
@@ -254,9 +248,7 @@ def test_augmentation_changes_train_only(pets, processor):
 
 
 def test_flip_and_shift_keeps_the_size_and_reflects():
-    image = Image.fromarray(np.arange(24 * 16, dtype=np.uint16).reshape(16, 24).astype(np.uint8)).convert(
-        "RGB"
-    )
+    image = Image.fromarray(np.arange(24 * 16, dtype=np.uint16).reshape(16, 24).astype(np.uint8)).convert("RGB")
     random.seed(3)
     seen = {flip_and_shift(image).tobytes() for _ in range(50)}
     assert len(seen) > 20
@@ -309,11 +301,7 @@ def test_text_pairs_and_missing_text(tokenizer):
     data = {"premise": ["good", "bad"], "hypothesis": ["film", None], "label": [0, 1]}
     splits = datasets.DatasetDict(train=datasets.Dataset.from_dict(data))
     columns = find_columns(splits)
-    assert (
-        columns.inputs
-        == ("premise", "hypothesis")
-        == find_columns(splits, text_column="premise, hypothesis").inputs
-    )
+    assert columns.inputs == ("premise", "hypothesis") == find_columns(splits, text_column="premise, hypothesis").inputs
     with pytest.raises(ValueError, match="row 1 has no text in column 'hypothesis'"):
         prepare(splits, tokenizer, columns)
 

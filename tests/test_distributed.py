@@ -24,7 +24,10 @@ def results(tmp_path_factory):
         done = subprocess.run([*launcher, WORKER, folder, str(ranks)], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-4000:]
     return {
-        ranks: (load_file(folder / f"weights-{ranks}.safetensors"), json.loads((folder / f"logs-{ranks}.json").read_text()))
+        ranks: (
+            load_file(folder / f"weights-{ranks}.safetensors"),
+            json.loads((folder / f"logs-{ranks}.json").read_text()),
+        )
         for ranks in (1, 2)
     }
 

@@ -52,16 +52,12 @@ def test_class_absent_from_references_is_silent_and_left_out(batch):
         warnings.simplefilter("error")
         scores = classification_metrics(EvalPrediction(logits, labels))
     with pytest.warns(UserWarning, match="not in y_true"):
-        assert scores["balanced_accuracy"] == pytest.approx(
-            sk.balanced_accuracy_score(labels, logits.argmax(-1))
-        )
+        assert scores["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, logits.argmax(-1)))
 
 
 def test_multi_label_cuts_logits_at_zero():
     logits = np.array([[2.0, -1.0, 3.0], [-0.1, 0.2, -5.0]])
-    labels = np.array(
-        [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
-    )  # the Trainer hands multi-label references as floats
+    labels = np.array([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])  # the Trainer hands multi-label references as floats
     scores = classification_metrics(EvalPrediction(logits, labels))
     assert scores == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 3})
 

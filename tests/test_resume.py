@@ -37,7 +37,9 @@ def test_killed_and_resumed(where, at, last, tmp_path):
     assert not list((tmp_path / "run").glob("incomplete-*")), "a half-written folder was left"
 
 
-@pytest.mark.parametrize("damage", ["model.safetensors", "ft_state.safetensors", "ft_config.json", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "damage", ["model.safetensors", "ft_state.safetensors", "ft_config.json", "trainer_state.json"]
+)
 def test_broken_checkpoints_are_passed_over(damage, tmp_path):
     train(tiny_resnet(), STRATEGY, tmp_path, **SAVING)
     (tmp_path / "checkpoint-8" / damage).unlink()

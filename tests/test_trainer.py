@@ -8,10 +8,29 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_ft import CheckpointError, FTTrainer, FullConfig, L2SPConfig, LinearProbeConfig, LPFTConfig, OptionError, load_delta
+from hf_ft import (
+    CheckpointError,
+    FTTrainer,
+    FullConfig,
+    L2SPConfig,
+    LinearProbeConfig,
+    LPFTConfig,
+    OptionError,
+    load_delta,
+)
 from hf_ft.anatomy import batch_norms
 from hf_ft.groups import STAGE_RATES
-from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
+from hf_ft.testing import (
+    TINY_MODELS,
+    same_tensors,
+    still,
+    tiny_bert,
+    tiny_data,
+    tiny_inputs,
+    tiny_resnet,
+    tiny_vit,
+    train,
+)
 from hf_ft.testing.models import tiny_mobilenet_v2, tiny_swin
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 
@@ -99,7 +118,9 @@ def test_stages_share_one_axis(tmp_path):
     assert [entry["step"] for entry in logs] == list(range(1, 9))
     assert [entry["stage"] for entry in logs] == [0] * 4 + [1] * 4
     # Each stage runs its own linear schedule: from its rate to 0.
-    assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.01, 0.0075, 0.005, 0.0025])
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx(
+        [0.1, 0.075, 0.05, 0.025, 0.01, 0.0075, 0.005, 0.0025]
+    )
     assert all("loss/task" in entry for entry in logs)
 
 
@@ -124,7 +145,10 @@ def test_frozen_layers_get_no_backward(tmp_path):
     run.model.resnet.register_forward_hook(lambda module, args, out: outputs.append(out.pooler_output))
     objective(**tiny_inputs(run.model))["loss"].backward()
     assert not outputs[0].requires_grad
-    assert [n for n, p in run.model.named_parameters() if p.grad is not None] == ["classifier.1.weight", "classifier.1.bias"]
+    assert [n for n, p in run.model.named_parameters() if p.grad is not None] == [
+        "classifier.1.weight",
+        "classifier.1.bias",
+    ]
 
 
 def test_too_few_steps_for_the_stages(tmp_path):
@@ -235,7 +259,9 @@ def test_push_to_hub_uploads_a_plain_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.create_repo", lambda *a, **k: made, raising=False)
     trainer = train(tiny_resnet(), "l2_sp", tmp_path, hub_model_id="me/tiny", hub_token="x")
     trainer.push_to_hub()
-    assert {"README.md", "config.json", "ft_config.json", "ft_state.safetensors", "model.safetensors"} <= set(uploads["me/tiny"])
+    assert {"README.md", "config.json", "ft_config.json", "ft_state.safetensors", "model.safetensors"} <= set(
+        uploads["me/tiny"]
+    )
     assert "me/tiny" in (tmp_path / "README.md").read_text()
 
 
@@ -243,7 +269,9 @@ def test_push_to_hub_uploads_a_plain_checkpoint(tmp_path, monkeypatch):
 
 
 def test_label_smoothing_is_the_stock_trainers(tmp_path):
-    stock = Trainer(tiny_vit(), tiny_arguments(tmp_path, label_smoothing_factor=0.2), train_dataset=tiny_data(tiny_vit()))
+    stock = Trainer(
+        tiny_vit(), tiny_arguments(tmp_path, label_smoothing_factor=0.2), train_dataset=tiny_data(tiny_vit())
+    )
     stock.train()
     ours = train(tiny_vit(), "full", tmp_path, label_smoothing_factor=0.2)
     same_tensors(snapshot(ours.model), snapshot(stock.model))
@@ -253,7 +281,9 @@ def test_class_weights(tmp_path):
     weights = [0.2, 1.0, 3.0]
     trainer = make_trainer(tiny_vit(), "full", tmp_path)
     data = tiny_data(tiny_vit())
-    trainer = FTTrainer(tiny_vit(), tiny_arguments(tmp_path), class_weights=weights, train_dataset=data, eval_dataset=data)
+    trainer = FTTrainer(
+        tiny_vit(), tiny_arguments(tmp_path), class_weights=weights, train_dataset=data, eval_dataset=data
+    )
     batch = {key: data[key][:] for key in data.column_names}
     with torch.no_grad():
         out = trainer.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
@@ -273,7 +303,9 @@ def test_balanced_class_weights_and_their_refusals(tmp_path):
         with pytest.raises(OptionError, match="class_weights="):
             FTTrainer(tiny_vit(), tiny_arguments(tmp_path), class_weights=bad, train_dataset=data)
     with pytest.raises(OptionError, match="compute_loss_func"):
-        FTTrainer(tiny_vit(), tiny_arguments(tmp_path), class_weights=[1, 1, 1], compute_loss_func=print, train_dataset=data)
+        FTTrainer(
+            tiny_vit(), tiny_arguments(tmp_path), class_weights=[1, 1, 1], compute_loss_func=print, train_dataset=data
+        )
 
 
 @pytest.mark.parametrize("divide", [True, False])
@@ -285,7 +317,9 @@ def test_compute_loss_func_means_the_same_with_accumulation(divide, tmp_path):
 
     weights = []
     for steps in (1, 2):
-        args = tiny_arguments(tmp_path, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps, optim="sgd")
+        args = tiny_arguments(
+            tmp_path, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps, optim="sgd"
+        )
         trainer = FTTrainer(still(tiny_vit()), args, compute_loss_func=loss, train_dataset=tiny_data(tiny_vit()))
         trainer.train()
         weights.append(snapshot(trainer.model))
@@ -318,7 +352,9 @@ def test_eval_loss_is_the_task_alone(tmp_path):
 
 def test_model_init_starts_anew_each_time(tmp_path):
     args = tiny_arguments(tmp_path)
-    trainer = FTTrainer(None, args, strategy=LINE, model_init=lambda: tiny_resnet(), train_dataset=tiny_data(tiny_resnet()))
+    trainer = FTTrainer(
+        None, args, strategy=LINE, model_init=lambda: tiny_resnet(), train_dataset=tiny_data(tiny_resnet())
+    )
     first = trainer.train()
     kept = snapshot(trainer.model)
     second = trainer.train()
@@ -345,7 +381,11 @@ def test_bf16(tmp_path):
 def test_activation_checkpointing_changes_nothing(tmp_path):
     results = []
     for on in (False, True):
-        key = "activation_checkpointing" if hasattr(tiny_arguments(tmp_path), "activation_checkpointing") else "gradient_checkpointing"
+        key = (
+            "activation_checkpointing"
+            if hasattr(tiny_arguments(tmp_path), "activation_checkpointing")
+            else "gradient_checkpointing"
+        )
         trainer = train(still(tiny_vit()), LPFTConfig(probe=0.5), tmp_path, **{key: on})
         results.append(snapshot(trainer.model))
     same_tensors(*results, 1e-6)
@@ -369,7 +409,11 @@ def test_auto_find_batch_size(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_torch_compile(tmp_path):
     results = [
-        snapshot(train(still(tiny_vit()), LPFTConfig(probe=0.5), tmp_path, torch_compile=on, torch_compile_backend=back).model)
+        snapshot(
+            train(
+                still(tiny_vit()), LPFTConfig(probe=0.5), tmp_path, torch_compile=on, torch_compile_backend=back
+            ).model
+        )
         for on, back in ((False, None), (True, "aot_eager"))
     ]
     same_tensors(*results, 1e-5)
@@ -384,7 +428,9 @@ def test_hyperparameter_search_arguments_reach_the_stages(tmp_path):
 def test_users_optimizer(tmp_path):
     model = tiny_resnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy="lp_ft", train_dataset=tiny_data(model), optimizers=(optimizer, None))
+    trainer = FTTrainer(
+        model, tiny_arguments(tmp_path), strategy="lp_ft", train_dataset=tiny_data(model), optimizers=(optimizer, None)
+    )
     trainer.train()
     assert {group[STAGE_RATES] for group in optimizer.param_groups} == {(0.0, 0.05), (0.01, 0.05)}
     lacking = torch.optim.SGD(model.classifier.parameters(), lr=0.05)

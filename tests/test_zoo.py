@@ -28,9 +28,7 @@ from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES, load_by_position, loa
 
 def real(package):
     missing = importlib.util.find_spec(package) is None
-    skip = pytest.mark.skipif(
-        missing, reason=f"the package {package} with real weights or data is not installed"
-    )
+    skip = pytest.mark.skipif(missing, reason=f"the package {package} with real weights or data is not installed")
 
     def mark(function):
         return pytest.mark.real(skip(function))
@@ -76,9 +74,7 @@ def test_efficientnet_lite0_gates_are_dead_and_frozen():
     assert outputs and all(bool((output == 1).all()) for output in outputs)
     assert all(float(gate.grad.abs().max()) == 0 for gate in gates.values())
     assert all(
-        value.grad is not None and value.grad.any()
-        for name, value in model.named_parameters()
-        if "_conv" in name
+        value.grad is not None and value.grad.any() for name, value in model.named_parameters() if "_conv" in name
     )
 
 
@@ -97,10 +93,7 @@ def test_real_cells_through_real_weights(name, mean, std, tmp_path):
     images = [cell["image"].resize((64, 64)) for cell in DATASETS["elpv"]().select(range(4))]
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     plain = (
-        torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).permute(
-            0, 3, 1, 2
-        )
-        / 255
+        torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).permute(0, 3, 1, 2) / 255
     )
     expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
@@ -130,9 +123,7 @@ def test_new_head_is_seeded_and_leaves_the_global_random_state():
 
 
 def test_local_folder_gets_a_seeded_head_and_keeps_its_backbone(tmp_path):
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5
-    )
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
     source = ResNetForImageClassification(config)
     source.save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
@@ -190,9 +181,7 @@ def test_disagreeing_labels_are_refused():
 def test_load_by_position_checks_shapes_and_names():
     model = torch.nn.Linear(3, 2)
     weight, bias = torch.ones(2, 3), torch.ones(2)
-    assert load_by_position(model, {"fc.weight": weight, "fc.bias": bias}) == 2 and bool(
-        (model.weight == 1).all()
-    )
+    assert load_by_position(model, {"fc.weight": weight, "fc.bias": bias}) == 2 and bool((model.weight == 1).all())
     for wrong in (
         {"a.weight": weight.T, "a.bias": bias},
         {"a.bias": bias, "a.weight": weight},

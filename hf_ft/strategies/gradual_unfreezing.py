@@ -12,18 +12,18 @@ from hf_ft.plan import Names, Plan, Rate, Stage
 from hf_ft.registry import register
 
 
-def unfreezing_groups(parts: tuple[Names, ...], stages: int) -> list[Names]:
-    """Cut parts in forward order into ``stages`` runs of about equal length, the last parts first.
+def unfreezing_groups(parts: tuple[Names, ...], groups: int) -> list[Names]:
+    """Cut parts in forward order into runs of about equal length, the last parts first.
 
     Raises:
-        OptionError: more stages than parts.
+        OptionError: more groups than parts.
     """
-    if stages > len(parts):
+    if groups > len(parts):
         raise OptionError(
-            f"GradualUnfreezingConfig.stages={stages} is more than the {len(parts)} parts of this model; "
-            f"use 2 to {len(parts)}."
+            f"GradualUnfreezingConfig.stages={groups + 1} is more than this model has parts, its head and "
+            f"{len(parts)} more: use 2 to {len(parts) + 1}."
         )
-    borders = [round(i * len(parts) / stages) for i in range(stages + 1)]
+    borders = [round(i * len(parts) / groups) for i in range(groups + 1)]
     runs = [parts[low:high] for low, high in zip(borders, borders[1:], strict=False)]
     return [tuple(name for part in run for name in part) for run in reversed(runs)]
 

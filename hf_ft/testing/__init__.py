@@ -1,7 +1,7 @@
 """A conformance kit: the laws that every strategy keeps, for strategies of your own too.
 
-    >>> from hf_ft.testing import check_strategy
-    >>> check_strategy(MyConfig())
+>>> from hf_ft.testing import check_strategy
+>>> check_strategy(MyConfig())
 """
 
 from hf_ft.testing.laws import LAWS, check_strategy

@@ -1,0 +1,72 @@
+"""A PEFT model is a valid model: strategies act on what it trains, and it is saved as PEFT saves it."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from hf_ft import CheckpointError, L2SPConfig
+from hf_ft.registry import strategies
+from hf_ft.testing import same_tensors, tiny_inputs, tiny_resnet, tiny_vit, train
+from hf_ft.testing.training import make_trainer, snapshot
+
+VIT = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+RESNET = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["classifier"])
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+def lora(make=tiny_vit, config=VIT):
+    torch.manual_seed(0)
+    model = make()
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if make is tiny_vit and "q_proj" not in names:
+        config = LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
+    return get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("name", [n for n in strategies() if n != "measured"])
+def test_only_what_peft_trains_is_trained(name, tmp_path):
+    model = lora()
+    before = snapshot(model)
+    allowed = {n for n, p in model.named_parameters() if p.requires_grad}
+    trainer = train(model, name, tmp_path)
+    changed = {n for n, t in snapshot(trainer.model).items() if not torch.equal(t, before[n])}
+    assert changed and changed <= allowed
+
+
+@pytest.mark.parametrize(("make", "config"), [(tiny_vit, VIT), (tiny_resnet, RESNET)])
+def test_saved_adapter_is_peft_s_own(make, config, tmp_path):
+    """BatchNorm statistics under frozen layers do not move, so the adapter alone gives the same logits."""
+    trainer = train(lora(make, config), "l2_sp", tmp_path)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "saved").eval()
+    inputs = tiny_inputs(make())
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
+    assert (tmp_path / "saved" / "ft_config.json").is_file()
+
+
+@pytest.mark.parametrize(("make", "config"), [(tiny_vit, VIT), (tiny_resnet, RESNET)])
+def test_resume_and_best_model(make, config, tmp_path):
+    arguments = {**SAVING, "eval_strategy": "steps", "eval_steps": 2}
+    whole = train(lora(make, config), L2SPConfig(), tmp_path, **arguments)
+    again = train(lora(make, config), L2SPConfig(), tmp_path, resume=str(tmp_path / "checkpoint-4"), **arguments)
+    same_tensors(snapshot(whole.model), snapshot(again.model))
+    kept = {}
+    arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "goal"}
+    trainer = make_trainer(lora(make, config), "full", tmp_path / "best", **arguments)
+
+    def metrics(prediction):
+        kept[trainer.state.global_step] = snapshot(trainer.model)
+        return {"goal": float(trainer.state.global_step == 4)}
+
+    trainer.compute_metrics = metrics
+    trainer.train()
+    same_tensors(snapshot(trainer.model), kept[4])
+    with pytest.raises(AssertionError):
+        same_tensors(kept[4], kept[8])
+
+
+def test_no_delta_of_a_delta(tmp_path):
+    trainer = train(lora(), "full", tmp_path)
+    with pytest.raises(CheckpointError, match="delta already"):
+        trainer.save_delta(tmp_path / "delta")
