@@ -48,9 +48,16 @@ class Run:
         return ever_trained(self.plan, self.model, self.trainable)
 
     def objective(self, task_loss: TaskLoss | None = None) -> Objective:
-        """The loss as a module, in its first stage."""
+        """The loss as a module, ready to be wrapped: in its first stage, but for what requires a gradient.
+
+        That is all that is ever trained, since DDP registers what requires a gradient when it wraps; the first
+        call of :meth:`stepper` freezes what the first stage does not train.
+        """
         objective = Objective(self.model, self.plan, self.parts, self.trainable, self.anchors, task_loss)
         objective.enter(self.plan.stages[0])
+        trained = set(self.trained)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in trained)
         return objective
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -77,7 +84,7 @@ class Run:
     def stepper(self, objective: Objective, total_steps: int) -> Callable[[int], None]:
         """A function to call with the number of each optimizer step (from 0) before it: it changes stages."""
         borders = stage_borders(self.plan.stages, total_steps)
-        present = [0]
+        present: list[int | None] = [None]
 
         def at(step: int) -> None:
             objective.progress = step / total_steps
@@ -180,8 +187,8 @@ def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callabl
         ) from error
     if not isinstance(scheduler, LambdaLR):
         raise OptionError(
-            f"lr_scheduler_type={getattr(name, 'value', name)!r} is no function of the step, so it cannot run once per stage. "
-            "Use linear, cosine, constant, polynomial, ... or a strategy of one stage."
+            f"lr_scheduler_type={getattr(name, 'value', name)!r} is no function of the step, so it cannot run "
+            "once per stage. Use linear, cosine, constant, polynomial, ... or a strategy of one stage."
         )
     return scheduler.lr_lambdas[0]
 

@@ -16,7 +16,6 @@ from hf_ft import (
     LayerDecayConfig,
     LinearProbeConfig,
     LPFTConfig,
-    OptionError,
     Plan,
     Stage,
     compose,
@@ -67,7 +66,13 @@ def test_unknown_option():
 
 
 def test_more_stages_than_parts(tmp_path):
-    refused("stages=50 is more than the", make_trainer, tiny_resnet(), GradualUnfreezingConfig(stages=50), tmp_path)
+    refused(
+        "stages=50 is more than this model has",
+        make_trainer,
+        tiny_resnet(),
+        GradualUnfreezingConfig(stages=50),
+        tmp_path,
+    )
 
 
 def test_two_stage_owners(tmp_path):

@@ -16,9 +16,8 @@ from torch import nn
 from hf_ft.anatomy import batch_norms
 from hf_ft.config import FTConfig, State, build_plan
 from hf_ft.fields import OptionError, in_range, options
-from hf_ft.objective import Objective
-from hf_ft.plan import Plan, covers
-from hf_ft.run import measures, set_up
+from hf_ft.plan import Plan, Term, covers
+from hf_ft.run import Run, measures, set_up
 from hf_ft.testing.models import tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot, still, train
 
@@ -73,18 +72,15 @@ def weightless_terms_change_nothing(config: FTConfig, make: Maker, folder: Path)
     """With all weights 0, a plan trains bit for bit as without terms."""
     results = []
     for keep in (True, False):
-        model = make()
-        plan = set_up(copy.deepcopy(model), config, states=_states(config, model, folder)).plan
-        zero = tuple(dataclasses.replace(term, weight=0.0, replaces_decay=()) for term in plan.terms)
-        plan = dataclasses.replace(plan, terms=zero if keep else ())
-        results.append(_train_plan(model, plan))
-    same_tensors(*results)
+        run = _run(config, make(), folder)
+        zero = tuple(dataclasses.replace(term, weight=0.0, replaces_decay=()) for term in run.plan.terms)
+        results.append(_train(run, zero if keep else ()))
+    same_tensors(results[0], results[1])
 
 
 def anchored_terms_start_at_zero(config: FTConfig, make: Maker, folder: Path) -> None:
     """Whatever pulls towards the start is exactly 0 there, with the model in eval mode."""
-    model = make()
-    run = set_up(model, config, states=_states(config, model, folder))
+    run = _run(config, make(), folder)
     anchored = {term.name for term in run.plan.terms if term.anchors}
     for stage in run.plan.stages:
         objective = run.objective()
@@ -92,7 +88,7 @@ def anchored_terms_start_at_zero(config: FTConfig, make: Maker, folder: Path) ->
         objective.train()
         for module in objective.modules():
             module.training = module is objective
-        terms = objective(**tiny_inputs(model))["terms"]
+        terms = objective(**tiny_inputs(run.model))["terms"]
         for name in anchored & set(terms):
             assert float(terms[name]) == 0.0, f"{name} is {float(terms[name])} at the start"
 
@@ -102,7 +98,7 @@ def frozen_stays_frozen(config: FTConfig, make: Maker, folder: Path) -> None:
     trainer = make_trainer(make(), config, folder)
     run = trainer._start_run()
     for index, stage in enumerate(run.plan.stages):
-        objective = Objective(run.model, run.plan, run.parts, run.trainable, run.anchors)
+        objective = run.objective()
         objective.enter(stage)
         objective.train()
         trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
@@ -169,12 +165,9 @@ def plain_reload(config: FTConfig, make: Maker, folder: Path) -> None:
 
 def term_order_is_irrelevant(config: FTConfig, make: Maker, folder: Path) -> None:
     """The terms of a plan can be added up in any order."""
-    results = []
-    for step in (1, -1):
-        model = make()
-        plan = set_up(copy.deepcopy(model), config, states=_states(config, model, folder)).plan
-        results.append(_train_plan(model, dataclasses.replace(plan, terms=plan.terms[::step])))
-    same_tensors(*results, 1e-6)
+    runs = [_run(config, make(), folder) for _ in range(2)]
+    results = [_train(run, run.plan.terms[::step]) for run, step in zip(runs, (1, -1), strict=True)]
+    same_tensors(results[0], results[1], 1e-6)
 
 
 LAWS: dict[str, Law] = {
@@ -220,21 +213,24 @@ def _states(config: FTConfig, model: nn.Module, folder: Path) -> dict[str, State
     return dict(trainer._states())
 
 
-def _train_plan(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    """Two SGD steps in each stage of a plan, by hand."""
-    names = [name for name, _ in model.named_parameters()]
-    anchors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    objective = Objective(model, plan, trainable=names, anchors=anchors)
-    for stage in plan.stages:
+def _run(config: FTConfig, model: nn.Module, folder: Path) -> Run:
+    return set_up(model, config, states=_states(config, model, folder))
+
+
+def _train(run: Run, terms: tuple[Term, ...]) -> dict[str, torch.Tensor]:
+    """Two SGD steps in each stage of a run with other terms, by hand."""
+    run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, terms=terms))
+    objective = run.objective()
+    for stage in run.plan.stages:
         objective.enter(stage)
         objective.train()
         optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.05)
         for seed in range(2):
             torch.manual_seed(seed)
-            objective(**tiny_inputs(model, 8, seed))["loss"].backward()
+            objective(**tiny_inputs(run.model, 8, seed))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
-    return snapshot(model)
+    return snapshot(run.model)
 
 
 def _comparable(plan: Plan) -> Plan:
