@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from hf_ft.anatomy import Anatomy, Part, anatomy
+from hf_ft.anatomy import Anatomy, AnatomyError, Part, anatomy
 from hf_ft.checkpoint import CheckpointError, load_delta, load_weights
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
 from hf_ft.fields import OptionError, option
@@ -22,6 +22,7 @@ from hf_ft.trainer import FTTrainer
 
 __all__ = [
     "Anatomy",
+    "AnatomyError",
     "CheckpointError",
     "Context",
     "FTConfig",

@@ -211,14 +211,17 @@ def resolve(strategy: FTConfig | str | Iterable[FTConfig | str]) -> tuple[FTConf
     Raises:
         OptionError: something else, nothing, or an unknown name.
     """
-    items = (strategy,) if isinstance(strategy, (str, FTConfig)) else tuple(strategy)
+    several = isinstance(strategy, Iterable) and not isinstance(strategy, str)
+    items = tuple(strategy) if several else (strategy,)  # type: ignore[arg-type]
     configs = tuple(config_class(item)() if isinstance(item, str) else item for item in items)
-    if not configs or not all(isinstance(c, FTConfig) for c in configs):
+    wrong = [item for item in configs if not isinstance(item, FTConfig)]
+    if wrong or not configs:
+        hint = f" Call it: {wrong[0].__name__}()." if wrong and isinstance(wrong[0], type) else ""
         raise OptionError(
-            f"strategy={strategy!r} is not a strategy. Pass a config such as L2SPConfig(), a registered name "
+            f"strategy={strategy!r} is not a strategy.{hint} Pass a config such as L2SPConfig(), a registered name "
             f"({', '.join(strategies())}), or a list of them."
         )
-    return configs
+    return configs  # type: ignore[return-value]
 
 
 def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
@@ -262,7 +265,7 @@ def _momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
 
 
 def recommended_arguments(configs: Iterable[FTConfig]) -> dict[str, Recommended]:
-    """The training arguments that the strategies want; where two differ, the one that owns more of the run first."""
+    """The training arguments that the strategies want; where two differ, the one named first decides."""
     merged: dict[str, Recommended] = {}
     for config in configs:
         for name, wanted in config.recommended.items():

@@ -19,7 +19,7 @@ _TEMPLATE = """---
 
 # {{ model_name }}
 
-{{ base_sentence }} fine-tuned with [hf_ft](https://pypi.org/project/hf-ft/).
+{{ base_sentence }} fine-tuned with hf_ft.
 
 ## How it was fine-tuned
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +55,7 @@ class FTTrainer(WholeCheckpoints, Trainer):
         overwrite: whether checkpoints of an earlier run in ``args.output_dir`` may be deleted.
 
     Raises:
-        OptionError: a value, or a combination with ``args``, that cannot work. Nothing is written before.
+        OptionError: a value, or a combination with ``args``, that cannot work.
     """
 
     # Losses are means over a micro-batch, which the Trainer then divides by the accumulation steps.
@@ -76,11 +78,19 @@ class FTTrainer(WholeCheckpoints, Trainer):
         self.overwrite = overwrite
         args = args or TrainingArguments("tmp_trainer")
         check_arguments(args)
+        if model is not None:  # before the Trainer makes its output folder
+            given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *positional, **keywords)
+            check_labels(given.arguments.get("train_dataset"), model)
+            self._early_checks(model, args, given.arguments.get("optimizers", (None, None))[1])
         super().__init__(model, args, *positional, **keywords)
+        if model is None:
+            check_labels(self.train_dataset, self.model)
+            self._early_checks(self.model, args, self.lr_scheduler)
         # Both are the task loss's: were they left here, the Trainer would count items and scale again.
         function, self.compute_loss_func = self.compute_loss_func, None
         self.model_accepts_loss_kwargs = False
-        check_labels(self.train_dataset, self.model)
+        # Older Trainers let accelerate divide by the accumulation steps as well: once is enough.
+        self.accelerator.gradient_accumulation_steps = 1
         weights = class_weights_of(class_weights, self.train_dataset, self.model, function, self.label_smoother)
         self.task_loss = TaskLoss(self.label_smoother, weights, function)
         self._run: Run | None = None
@@ -92,7 +102,6 @@ class FTTrainer(WholeCheckpoints, Trainer):
         self._users_optimizer = self.optimizer
         self._base_name = _base_name(self.model)
         self._base: dict[str, str] = {}
-        self._early_checks()
         warn_recommended(self.configs, args)
         # First in the list: stages change, and the model is finalised, before any other callback looks.
         self.callback_handler.callbacks.insert(0, _Stages(self))
@@ -108,7 +117,8 @@ class FTTrainer(WholeCheckpoints, Trainer):
     ) -> Any:
         """Train through all stages; see ``Trainer.train``.
 
-        With ``resume_from_checkpoint=True`` the newest whole checkpoint is taken, and its stage with it.
+        With ``resume_from_checkpoint=True`` the newest whole checkpoint is taken, and its stage with it. A further
+        call trains on from the present weights, as a run of its own whose checkpoints replace those of the last.
 
         Raises:
             OptionError: checkpoints of an earlier run are in the way; resumed with another strategy.
@@ -212,13 +222,9 @@ class FTTrainer(WholeCheckpoints, Trainer):
         if len(stages) == 1:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, self._borders, self._curve)
+            self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, self._borders, partial(_curve, self.args))
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _curve(self, steps: int) -> Any:
-        kwargs: Any = self.args.lr_scheduler_kwargs or {}
-        return schedule_curve(self.args.lr_scheduler_type, steps, self.args.get_warmup_steps(steps), **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without normalisation layers, which it tells by names that many models do not use."""
@@ -360,20 +366,20 @@ class FTTrainer(WholeCheckpoints, Trainer):
 
     # --- small things --------------------------------------------------------------------------------------
 
-    def _early_checks(self) -> None:
+    def _early_checks(self, model: nn.Module, args: TrainingArguments, scheduler: Any) -> None:
         """Tell in ``__init__`` whatever can be told without looking at the data."""
         if any(measures(config) for config in self.configs):
             return
-        trainable = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
-        plan = check(self.configs, self.model, {}, trainable)
+        trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        plan = check(self.configs, model, {}, trainable)
         if len(plan.stages) == 1:
             return
-        if self.lr_scheduler is not None:
+        if scheduler is not None:
             raise OptionError(
                 f"optimizers: a scheduler of your own cannot follow the {len(plan.stages)} stages of "
                 f"{plan.owner!r}; pass (optimizer, None) and choose args.lr_scheduler_type."
             )
-        self._curve(10)  # raises where the schedule cannot run once per stage
+        _curve(args, 10)  # raises where the schedule cannot run once per stage
 
     def _term_modules(self) -> dict[str, nn.Module]:
         terms = self._run.plan.terms if self._run is not None else ()
@@ -424,6 +430,12 @@ class _TermLog:
         values = accelerator.reduce(means, reduction="mean").tolist()
         names, self.sums, self.count = list(self.sums), None, 0
         return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def _curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
+    """The schedule that the arguments ask for, over one stage."""
+    kwargs: Any = args.lr_scheduler_kwargs or {}
+    return schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs)
 
 
 def _base_name(model: nn.Module) -> str | None:

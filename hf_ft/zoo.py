@@ -181,7 +181,9 @@ def task_of(config: hf.PreTrainedConfig) -> Task:
 def _pretrained(
     source: str, labels: dict[str, Any], hub: dict[str, Any], task: Task | None, size: int | None
 ) -> tuple[Any, Any]:
-    config = hf.AutoConfig.from_pretrained(source, **labels, **hub)
+    config = hf.AutoConfig.from_pretrained(source, **hub)
+    for key, value in labels.items():  # not as arguments above, which warn where the checkpoint's classes are others
+        setattr(config, key, value)
     image = (task or task_of(config)) == "image"
     auto = hf.AutoModelForImageClassification if image else hf.AutoModelForSequenceClassification
     model = auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)

@@ -12,7 +12,6 @@ from hf_ft.registry import strategies
 from hf_ft.testing import still, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
-
 from tests.measured import MeasuredConfig
 
 folder, ranks = Path(sys.argv[1]), int(sys.argv[2])

@@ -37,6 +37,8 @@ def test_unknown_strategy(tmp_path):
     )
     refused("not a strategy.*L2SPConfig", make_trainer, tiny_resnet(), [3], tmp_path)
     refused("not a strategy", make_trainer, tiny_resnet(), [], tmp_path)
+    refused("not a strategy", make_trainer, tiny_resnet(), None, tmp_path)
+    refused(r"Call it: LPFTConfig\(\)", make_trainer, tiny_resnet(), LPFTConfig, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -73,6 +75,14 @@ def test_more_stages_than_parts(tmp_path):
         GradualUnfreezingConfig(stages=50),
         tmp_path,
     )
+
+
+def test_nothing_is_written_before_the_checks(tmp_path):
+    for strategy in (["lp_ft", "linear_probe"], GradualUnfreezingConfig(stages=50), LinearProbeConfig(head="no")):
+        refused("both|more than|no module", make_trainer, tiny_resnet(), strategy, tmp_path / "out")
+    data = tiny_data(tiny_vit(num_labels=5))
+    refused("label", FTTrainer, tiny_vit(), tiny_arguments(tmp_path / "out"), train_dataset=data)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_stage_owners(tmp_path):

@@ -256,6 +256,7 @@ def test_push_to_hub_uploads_a_plain_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     made = type("Made", (), {"repo_id": "me/tiny"})()
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *a, **k: made)
+    monkeypatch.setattr("transformers.trainer.upload_folder", lambda **k: upload(None, **k), raising=False)
     monkeypatch.setattr("transformers.trainer.create_repo", lambda *a, **k: made, raising=False)
     trainer = train(tiny_resnet(), "l2_sp", tmp_path, hub_model_id="me/tiny", hub_token="x")
     trainer.push_to_hub()

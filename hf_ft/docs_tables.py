@@ -1,0 +1,283 @@
+"""The generated places of README.md and docs/: tables of strategies and options, help texts, the API reference.
+
+    python -m hf_ft.docs_tables             rewrite them all
+    python -m hf_ft.docs_tables --check     exit with 1 and name the pages that are out of date
+
+A place is what stands between ``<!-- begin: NAME arguments -->`` and ``<!-- end -->``; NAME is a key of ``PLACES``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import hf_ft
+from hf_ft import registry
+from hf_ft.config import FTConfig, Paper
+from hf_ft.fields import annotation, describe_type, options
+from hf_ft.registry import config_class, strategies
+
+ROOT = Path(__file__).parents[1]
+_PLACE = re.compile(r"(<!-- begin: (\w+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
+_SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Reference):", re.M)
+SOURCES = "Source of a default: `code` = read in the authors' code, `paper` = stated there, `ours` = chosen here."
+
+
+def documented() -> dict[str, type[FTConfig]]:
+    """The strategies of this package; a test or a user may have registered others."""
+    return {name: kind for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.strategies.")}
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """README.md and every page of docs/."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def rendered(page: Path) -> str:
+    """A page's text with its generated places made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        content = PLACES[match[2]](page, *match[3].split())
+        return f"{match[1]}\n{content.strip()}\n\n{match[4]}"
+
+    return _PLACE.sub(fill, page.read_text(encoding="utf-8"))
+
+
+# --- strategies and options -------------------------------------------------------------------------------
+
+
+def table_of_strategies(page: Path) -> str:
+    """Name with a link to its page, what it does, and where from."""
+    folder = ROOT / "docs" / "methods"
+    rows = []
+    for name, kind in documented().items():
+        link = Path(os.path.relpath(folder / f"{name}.md", page.parent)).as_posix()
+        rows.append((f"[`{name}`]({link})", _summary(kind), _source(kind.paper)))
+    return _table(("strategy", "what it does", "paper"), rows)
+
+
+def about(page: Path, name: str) -> str:
+    """The head of a strategy's page: config class, paper, formula."""
+    kind = config_class(name)
+    paper = f"Paper: {kind.paper}" if kind.paper else "No paper: this is a common baseline."
+    return f"{_summary(kind)}\n\nConfig: `hf_ft.{kind.__name__}`, name `{name}`. {paper}\n\n{_fence(kind.formula)}"
+
+
+def table_of_options(page: Path, name: str | None = None) -> str:
+    """A strategy's own options and its recommended arguments; without a name, the options common to all."""
+    kind = config_class(name) if name else FTConfig
+    own = [field for field in options(kind) if field.name in kind.__annotations__]
+    rows = [(f"`{f.name}`", f"`{f.default}`", _allowed(kind, f), f.metadata["source"], f.metadata["help"]) for f in own]
+    parts = [_table(("option", "default", "values", "source", "meaning"), rows)] if own else ["It has none of its own."]
+    if own:
+        parts.append(SOURCES)
+    if kind.recommended:
+        wanted = ", ".join(f"`{key}={r.value}` ({r.source})" for key, r in kind.recommended.items())
+        parts.append(f"Recommended training arguments: {wanted}.")
+    return "\n\n".join(parts)
+
+
+def table_of_laws(page: Path) -> str:
+    """The laws that ``hf_ft.testing`` checks."""
+    from hf_ft.testing import LAWS
+
+    rows = [(f"`{name}`", _markdown(_paragraphs(law)[0])) for name, law in LAWS.items()]
+    return _table(("law", "what it says"), rows)
+
+
+def _summary(kind: type) -> str:
+    return _markdown(_paragraphs(kind)[0])
+
+
+def _source(paper: Paper | None) -> str:
+    if paper is None:
+        return ""
+    authors = paper.authors.split(", ")
+    short = " and ".join(authors) if len(authors) < 3 else f"{authors[0]} et al."
+    return f"[{short}, {paper.venue}]({paper.url})"
+
+
+def _allowed(kind: type, field: dataclasses.Field) -> str:
+    text = describe_type(annotation(kind, field.name)).replace('"', "`")
+    return text + (f" in {field.metadata['range']}" if field.metadata["range"] else "")
+
+
+def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [tuple(headers), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
+    lines.insert(1, ("---",) * len(lines[0]))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _fence(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```"
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def help_text(page: Path, *command: str) -> str:
+    """What ``hf-ft COMMAND --help`` prints."""
+    from hf_ft.cli import main
+
+    out, names = io.StringIO(), documented()
+    with (
+        mock.patch.dict(os.environ, COLUMNS="100"),
+        mock.patch.dict(registry._CONFIGS, names, clear=True),
+        contextlib.redirect_stdout(out),
+        contextlib.suppress(SystemExit),
+    ):
+        main([*command, "--help"])
+    return _fence("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
+
+
+# --- the API reference ------------------------------------------------------------------------------------
+
+
+def api(page: Path, module: str) -> str:
+    """Every public name of ``hf_ft`` that a module defines, from signatures and docstrings."""
+    home = importlib.import_module(module)
+    names = [name for name in dir(home) if name in hf_ft.__all__ and getattr(hf_ft, name).__module__ == module]
+    names.sort(key=lambda name: inspect.getsourcelines(getattr(hf_ft, name))[1])
+    return "\n\n".join(_entry(name, getattr(hf_ft, name)) for name in names)
+
+
+def table_of_configs(page: Path) -> str:
+    """The config classes of the strategies, with a link to each one's page."""
+    rows = [(f"`{kind.__name__}`", f"[`{name}`](methods/{name}.md)") for name, kind in documented().items()]
+    return _table(("class", "options and page"), rows)
+
+
+def _entry(name: str, thing: Any) -> str:
+    parts = [f"### {name}", _fence(_signature(name, thing)), *map(_markdown, _paragraphs(thing)), _details(thing)]
+    parts += [
+        f"`{_signature('.' + method, function, width=10_000)}`: {_markdown(_paragraphs(function)[0])}"
+        for method, function in _methods(thing)
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _methods(thing: Any) -> Iterator[tuple[str, Any]]:
+    """A class's own public methods and properties that have a docstring."""
+    if not inspect.isclass(thing):
+        return
+    for name, member in vars(thing).items():
+        function = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
+        if not name.startswith("_") and inspect.isfunction(function) and function.__doc__:
+            yield name, member if isinstance(member, property) else function
+
+
+class _Verbatim:
+    """An annotation that shows as it stands in the source."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _signature(name: str, thing: Any, width: int = 90) -> str:
+    if isinstance(thing, property):
+        return name
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return f"{name}(ValueError)"
+    signature = inspect.signature(thing)
+
+    def shown(note: Any) -> Any:
+        if note is signature.empty or note is None:
+            return note
+        return _Verbatim(re.sub(r"\b\w+(?:\.\w+)*\.(?=[A-Z])", "", _annotation(note)))
+
+    parameters = [p.replace(annotation=shown(p.annotation)) for p in signature.parameters.values() if p.name != "self"]
+    returns = signature.empty if inspect.isclass(thing) else shown(signature.return_annotation)
+    line = name + str(signature.replace(parameters=parameters, return_annotation=returns))
+    if len(line) <= width:
+        return line
+    tail = "" if returns is signature.empty else f" -> {returns}"
+    shown_parameters: list[str] = []
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(p.startswith("*") for p in shown_parameters):
+            shown_parameters.append("*")
+        shown_parameters.append(str(parameter))
+    return "\n".join([f"{name}(", *(f"    {p}," for p in shown_parameters), f"){tail}"])
+
+
+def _annotation(note: Any) -> str:
+    return note if isinstance(note, str) else inspect.formatannotation(note)
+
+
+def _paragraphs(thing: Any) -> list[str]:
+    """What a docstring says before its first section and its formula."""
+    doc = _SECTION.split((inspect.getdoc(thing) or "").strip())[0]
+    found = [" ".join(paragraph.split()) for paragraph in doc.split("\n\n")]
+    return [text for text in found if text and not text.startswith(".. math::")]
+
+
+def _details(thing: Any) -> str:
+    """The sections of a docstring as lists."""
+    parts = _SECTION.split((inspect.getdoc(thing) or "").strip())[1:]
+    shown = []
+    for title, body in zip(parts[::2], parts[1::2], strict=True):
+        items = re.split(r"\n(?=    \S)", "\n" + body.strip("\n")) if body.startswith("\n") else [body]
+        lines = [_item(" ".join(item.split()), title) for item in items if item.strip()]
+        shown.append(f"{title}:\n\n" + "\n".join(lines))
+    return "\n\n".join(shown)
+
+
+def _item(text: str, title: str) -> str:
+    name, colon, rest = text.partition(": ")
+    named = colon and title != "Returns" and re.fullmatch(r"[\w*, ]+", name)
+    return f"- `{name}`: {_markdown(rest)}" if named else f"- {_markdown(text)}"
+
+
+def _markdown(text: str) -> str:
+    """Docstrings are reStructuredText: roles and double backticks become code."""
+    text = re.sub(r":math:`([^`]*)`", lambda m: f"`{_plain_formula(m[1])}`", text)
+    text = re.sub(r":(?:class|func|meth|mod):`~?(?:hf_ft\.(?:\w+\.)*)?([^`]*)`", r"`\1`", text)
+    return text.replace("``", "`")
+
+
+def _plain_formula(text: str) -> str:
+    return re.sub(r"\\text\{([^}]*)\}", r"\1", text).replace("\\cdot", "·").replace("\\", "")
+
+
+PLACES: dict[str, Callable[..., str]] = {
+    "strategies": table_of_strategies,
+    "about": about,
+    "options": table_of_options,
+    "help": help_text,
+    "api": api,
+    "configs": table_of_configs,
+    "laws": table_of_laws,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    check = parser.parse_args().check
+    if not (ROOT / "docs").is_dir():
+        raise SystemExit("there is no docs folder beside the package: run this from a clone.")
+    stale = 0
+    for page in pages():
+        text = rendered(page)
+        if text != page.read_text(encoding="utf-8"):
+            stale += 1
+            print(f"{page.relative_to(ROOT)} {'is out of date' if check else 'is rewritten'}")
+            if not check:
+                page.write_text(text, encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

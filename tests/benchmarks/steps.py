@@ -1,0 +1,131 @@
+"""Step times as ratios, measured in one run: `python tests/benchmarks/steps.py`.
+
+Two trainers take a step each in turn, in random order, on one batch; the figure is the median of the ratios of
+these pairs, with a bootstrap 95 % interval of that median. The first row compares a thing with itself: a ratio is
+worth no more than that row's distance from 1.
+
+Geometry: ResNet-18 (11 M parameters), 96 px, batch 32, SGD with momentum, float32, CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer
+from transformers.utils import logging
+
+from hf_ft import FTTrainer, L2SPConfig, Plan, Term
+from hf_ft.config import FTConfig
+from hf_ft.registry import register
+from hf_ft.testing import tiny_data
+from hf_ft.testing.training import tiny_arguments
+
+BATCH, PIXELS = 32, 96
+
+
+class UsualLoop:
+    """L2-SP as it is usually written: a loop over the parameters."""
+
+    def __call__(self, view):
+        starts = dict(zip(map(id, view.weights(("",))), view.starts(("",)), strict=True))
+        return 0.5 * sum(((p - starts[id(p)]) ** 2).sum() for p in view.model.parameters())
+
+
+@register("usual_loop")
+class UsualLoopConfig(FTConfig):
+    """For comparison only."""
+
+    def plan(self, model, state):
+        return Plan(terms=(Term("usual", UsualLoop(), weight=0.01, anchors=("",)),))
+
+
+def resnet18() -> ResNetForImageClassification:
+    torch.manual_seed(0)
+    config = ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=2)
+    return ResNetForImageClassification(config)
+
+
+class Stepper:
+    """One trainer, brought to the point where the body of its training loop can be run by hand."""
+
+    def __init__(self, strategy: object | None, folder: str) -> None:
+        model = resnet18()
+        # The cure of transformers#47688 on both sides.
+        model.accepts_loss_kwargs = False
+        args = tiny_arguments(folder, max_steps=1, per_device_train_batch_size=BATCH, optim="sgd", logging_steps=10**6)
+        args.optim_args = "momentum=0.9"
+        kind, extra = (Trainer, {}) if strategy is None else (FTTrainer, {"strategy": strategy})
+        self.trainer = kind(model, args, train_dataset=tiny_data(model, 4), **extra)
+        self.trainer.train()
+        if strategy is not None:
+            self.trainer._enter_stage(0, force=True)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(BATCH, 3, PIXELS, PIXELS, generator=generator)
+        self.batch = {"pixel_values": pixels, "labels": torch.arange(BATCH) % 2}
+
+    def step(self) -> float:
+        """Seconds of one pass through the body of the Trainer's loop."""
+        t, started = self.trainer, time.perf_counter()
+        t.callback_handler.on_step_begin(t.args, t.state, t.control)
+        t.training_step(t.model_wrapped, dict(self.batch))
+        t.accelerator.clip_grad_norm_(t.model_wrapped.parameters(), 1.0)
+        t.optimizer.step()
+        t.lr_scheduler.step()
+        t.model_wrapped.zero_grad()
+        t.callback_handler.on_step_end(t.args, t.state, t.control)
+        return time.perf_counter() - started
+
+
+def compare(one: Stepper, other: Stepper, pairs: int) -> dict[str, float]:
+    """The ratio other / one: median over pairs, and the bootstrap 95 % interval of the median."""
+    for stepper in (one, other) * 3:
+        stepper.step()
+    rng, ratios, seconds = random.Random(0), [], []
+    for _ in range(pairs):
+        order = [one, other]
+        rng.shuffle(order)
+        taken = {id(stepper): stepper.step() for stepper in order}
+        ratios.append(taken[id(other)] / taken[id(one)])
+        seconds.append(taken[id(one)])
+    draws = np.random.default_rng(0).choice(ratios, (10_000, pairs))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return {"ratio": float(np.median(ratios)), "low": low, "high": high, "base_seconds": float(np.median(seconds))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "steps.json")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    rows = {
+        "full / full (A/A)": ("full", "full", None),
+        "FTTrainer full / stock Trainer": (None, "full", 1.03),
+        "L2-SP / full": ("full", L2SPConfig(), 1.03),
+        "L2-SP as a loop over parameters / full": ("full", UsualLoopConfig(), None),
+        "linear probe / full": ("full", "linear_probe", None),
+    }
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (one, other, goal) in rows.items():
+            found = compare(Stepper(one, folder), Stepper(other, folder), options.pairs)
+            results[name] = {**found, "goal": goal}
+            met = "" if goal is None else f"   goal {goal}: {'met' if found['low'] <= goal else 'MISSED'}"
+            print(f"{name:42s} {found['ratio']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]{met}", flush=True)
+    about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+    about |= {"processor": platform.processor() or platform.machine(), "pairs": options.pairs}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"about": about, "rows": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
