@@ -1,0 +1,79 @@
+"""The command ``hf-ft``. Each command is one module with ``run(arguments)``, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from hf_ft.cli.console import is_main, rank, say
+
+COMMANDS = {
+    "train": ("train", "fine-tune an image or text classifier with a strategy"),
+    "list": ("catalog", "all strategies in a table"),
+    "describe": ("catalog", "one strategy: paper, formula, options and their defaults"),
+    "blocks": ("blocks", "what a model is made of: stem, blocks, neck, head, normalisation layers"),
+    "demo": ("demo", "compare four strategies on real images, in a few minutes and without a GPU"),
+}
+HELP = """hf-ft: fine-tuning strategies for Hugging Face models.
+
+usage: hf-ft COMMAND [flags]
+       accelerate launch -m hf_ft COMMAND [flags]
+
+{commands}
+
+`hf-ft COMMAND --help` tells more. Start with `hf-ft demo`.
+--version prints the version. --traceback (or HF_FT_TRACEBACK=1) shows where an error came from.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 for what the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    traceback_wanted = "--traceback" in arguments or os.environ.get("HF_FT_TRACEBACK", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        commands = "\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items())
+        say(HELP.format(commands=commands))
+        return 0
+    if arguments[0] == "--version":
+        from hf_ft import __version__
+
+        say(f"hf-ft {__version__}")
+        return 0
+    try:
+        _call(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        say("interrupted", error=True)
+        return 130
+    # What a user can mend is one of these everywhere in hf_ft; anything else is a bug and keeps its traceback.
+    except (ValueError, ImportError, OSError) as error:
+        if traceback_wanted:
+            traceback.print_exc()
+        print(_message(arguments[0], error), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _call(command: str, arguments: list[str]) -> None:
+    if command not in COMMANDS:
+        guess = get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        raise ValueError(f"unknown command {command!r}.{hint} Known: {', '.join(COMMANDS)}.")
+    module = importlib.import_module(f"hf_ft.cli.{COMMANDS[command][0]}")
+    getattr(module, f"run_{command}")(arguments)
+
+
+def _message(command: str, error: Exception) -> str:
+    """One line; an error from outside of hf_ft says where from, since its text alone may not be enough."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    frames = list(traceback.walk_tb(error.__traceback__))
+    origin = frames[-1][0].f_globals.get("__name__", "") if frames else "hf_ft"
+    if origin.partition(".")[0] != "hf_ft":
+        text += f" ({type(error).__name__} in {origin}; --traceback shows more)"
+    # Every process reports: what went wrong on one of them only would be lost otherwise.
+    where = "" if is_main() else f" [process {rank()}]"
+    return f"hf-ft {command}{where}: error: {text}"

@@ -1,0 +1,264 @@
+"""What ``hf-ft train`` is asked to do: flags and a YAML file become one set of values, then configs and arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_ft.config import FTConfig, Recommended, recommended_arguments
+from hf_ft.data import AUGMENTATIONS
+from hf_ft.fields import annotation, options, parse
+from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.registry import config_class, strategies
+from hf_ft.zoo import DATASETS, SHORT_NAMES
+
+
+def _flag(help: str, default: Any = None, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+def _list_flag(help: str) -> Any:
+    return field(default_factory=list, metadata={"help": help, "action": "extend"})
+
+
+@dataclass
+class DataFlags:
+    """Model and data. HfArgumentParser makes the flags of it."""
+
+    model: str | None = _flag(f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}")
+    dataset: str | None = _flag(
+        "Hub id; folder of class folders of images, or of split folders of those; csv, tsv, json, jsonl or parquet "
+        f"file, or a folder of them; folder of save_to_disk; or one of {', '.join(DATASETS)}"
+    )
+    revision: str | None = _flag("branch, tag or commit of the model on the Hub")
+    config_name: str | None = _flag("which of a Hub data set's configurations")
+    train_split: str = _flag("name of the training split", "train")
+    validation_split: str | None = _flag("its name (default: the usual names, else a part of train is set aside)")
+    test_split: str | None = _flag("its name (default: the usual names; none is made up)")
+    validation_fraction: float = _flag("share of train to set aside where there is no validation split", 0.2)
+    split_seed: int = _flag("seed of that split, apart from --seed so that runs can be compared", 0)
+    max_train_samples: int | None = _flag("train on so many rows, with the shares of the classes")
+    image_column: str | None = _flag("name of the column of images (default: found by name and type)")
+    text_column: str | None = _flag("name of the column of text, or two joined by a comma for pairs")
+    label_column: str | None = _flag("name of the column of labels (default: found by name and type)")
+    image_size: int | None = _flag("side in pixels (default: what the checkpoint says; 224 for short names)")
+    max_length: int | None = _flag("cut text at so many tokens (default: what the model takes, at most 512)")
+    augment: str | None = _flag(
+        f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, none for text)"
+    )
+
+
+@dataclass
+class MethodFlags:
+    """Strategy and scores."""
+
+    strategy: list[str] = _list_flag("name from `hf-ft list`; several compose (default: full)")
+    metrics: list[str] = _list_flag(
+        f"names; {', '.join(LOCAL_METRICS)} are computed locally, any other by evaluate.load, which runs code from "
+        "the Hub (default: all local ones that fit)"
+    )
+    class_weights: Literal["balanced", "none"] = _flag("balanced: weigh classes by their rarity", "none")
+    overwrite: bool = _flag("go on though output_dir is not empty; checkpoints in it are deleted", False)
+
+
+# Where TrainingArguments' own defaults make no sense for some hundreds of images.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/train",
+    "num_train_epochs": 16,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "logging_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "report_to": "none",
+    "log_level_replica": "error",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of ``hf-ft train``, read and checked as far as that goes without model and data.
+
+    Attributes:
+        configs: the strategies.
+        given: the training arguments that the user set.
+        recommended: those of the strategies, as far as the user did not set them.
+    """
+
+    data: DataFlags
+    method: MethodFlags
+    configs: tuple[FTConfig, ...]
+    given: Mapping[str, Any]
+    recommended: Mapping[str, Recommended]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(str(self.given.get("output_dir") or DEFAULTS["output_dir"]))
+
+    @property
+    def resume(self) -> str | bool | None:
+        """A checkpoint's folder, True for the newest one, or None."""
+        wanted = str(self.given.get("resume_from_checkpoint") or "")
+        return {"": None, "false": None, "none": None, "true": True}.get(wanted.lower(), wanted)
+
+    def training_arguments(self) -> dict[str, Any]:
+        """What the user set, else what the strategies recommend, else the defaults of this command."""
+        values = DEFAULTS | {name: wanted.value for name, wanted in self.recommended.items()} | dict(self.given)
+        evaluates, chosen = str(values["eval_strategy"]), set(self.given)
+        if "save_strategy" not in chosen and evaluates != "no":
+            values["save_strategy"] = evaluates  # best-model loading wants both alike
+            if "save_steps" not in chosen and "eval_steps" in chosen:
+                values["save_steps"] = values["eval_steps"]
+        if "load_best_model_at_end" not in chosen:
+            values["load_best_model_at_end"] = evaluates != "no" and values["save_strategy"] in (evaluates, "best")
+        return values | {"output_dir": str(self.output_dir), "resume_from_checkpoint": None}
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags, each None where it is not given, so that what the user set can be told from defaults."""
+    kinds: list[Any] = [DataFlags, MethodFlags, TrainingArguments]
+    parser = _Parser(kinds, add_help=False, allow_abbrev=False)
+    for name in _strategy_flags():
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--config")
+    parser.set_defaults(**dict.fromkeys(_plain_flags()))
+    return parser
+
+
+def _plain_flags() -> list[str]:
+    return [f.name for kind in (DataFlags, MethodFlags, TrainingArguments) for f in fields(kind) if f.init]
+
+
+def _strategy_flags() -> list[str]:
+    return [f"{name}.{option.name}" for name, config in strategies().items() for option in options(config)]
+
+
+def read(argv: Sequence[str]) -> Request:
+    """Read the command line, and the YAML file it names; flags win over the file.
+
+    Raises:
+        ValueError: an unknown flag, key, strategy or option, or a value that cannot be; the message names it.
+    """
+    parser = make_parser()
+    values, files = _parse(parser, argv)
+    file = values.pop("config", None)
+    files = [*([file] if file else []), *files]
+    if len(files) > 1:
+        raise ValueError(f"one YAML file at most can be read, not {', '.join(files)}")
+    if files:
+        values = _from_yaml(parser, Path(files[0]), values.get("strategy")) | values
+    chosen = {
+        kind: {f.name: values[f.name] for f in fields(kind) if f.init and f.name in values}
+        for kind in (DataFlags, MethodFlags, TrainingArguments)
+    }
+    method = MethodFlags(**chosen[MethodFlags])
+    configs = _configs(method.strategy or ["full"], values)
+    given = chosen[TrainingArguments]
+    recommended = {k: v for k, v in recommended_arguments(configs).items() if k not in given}
+    return Request(DataFlags(**chosen[DataFlags]), method, configs, given, recommended)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Values by flag, and what is no flag."""
+    namespace, rest = parser.parse_known_args(list(argv))
+    for word in rest:
+        if word.startswith("--"):
+            _unknown(word.partition("=")[0][2:].replace("-", "_"), "--")
+    return {key: value for key, value in vars(namespace).items() if value is not None}, rest
+
+
+def _from_yaml(parser: argparse.ArgumentParser, file: Path, chosen: list[str] | None) -> dict[str, Any]:
+    """The values of a YAML file, read as the flags they stand for.
+
+    Args:
+        chosen: strategies of the command line; they replace the file's, and the options of those.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {str(file)!r}: {error.strerror}. Is it a flag without its --?") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: keys and values are needed, such as `model: microsoft/resnet-18`")
+    words: list[str] = []
+    nothing: dict[str, None] = {}  # YAML's null, which no flag can say
+    known = {*_plain_flags(), *_strategy_flags()}
+    for key, value in _flat(content).items():
+        name = key.partition(".")[0]
+        if key not in known:
+            _unknown(key, f"{file}: ")
+        if chosen is not None and (key == "strategy" or (name in strategies() and name not in chosen)):
+            continue
+        if value is None and "." not in key:
+            nothing[key] = None
+        else:
+            words += _words(key, value)
+    try:
+        return _parse(parser, words)[0] | nothing
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _flat(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """Nested options, ``l2_sp: {alpha: 0.1}``, as ``l2_sp.alpha: 0.1``; dashes in keys as in flags."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name in strategies() and isinstance(value, Mapping):
+            flat |= {f"{name}.{option}": v for option, v in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """A key and its value as they stand on a command line."""
+    if isinstance(value, list) and "." in key:
+        return [f"--{key}={','.join(map(str, value))}"]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def _unknown(key: str, where: str) -> NoReturn:
+    """Refuse a flag or a key by name."""
+    name, dot, option = key.partition(".")
+    if dot:
+        own = [o.name for o in options(config_class(name))]  # raises where the strategy is unknown
+        raise ValueError(f"{where}{key}: {name} has no option {option!r}, only {', '.join(own)}.")
+    guess = get_close_matches(key, [*_plain_flags(), *strategies()], n=1)
+    hint = f" Did you mean {guess[0]!r}?" if guess else ""
+    raise ValueError(f"{where}{key} is unknown.{hint} `hf-ft train --help-all` lists all.")
+
+
+def _configs(names: Sequence[str], values: Mapping[str, Any]) -> tuple[FTConfig, ...]:
+    """The strategies with their options."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--strategy {twice[0]} is given twice.")
+    classes = {name: config_class(name) for name in names}
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, text in values.items():
+        name, dot, option = key.partition(".")
+        if not dot:
+            continue
+        if name not in chosen:
+            raise ValueError(f"--{key} is set, but the strategy {name} is not used: add --strategy {name}.")
+        chosen[name][option] = parse(text, annotation(classes[name], option), f"--{key}")
+    return tuple(classes[name](**chosen[name]) for name in names)

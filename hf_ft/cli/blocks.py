@@ -1,0 +1,75 @@
+"""``hf-ft blocks``: a model as the strategies see it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from hf_ft.anatomy import Anatomy, Part, anatomy, batch_norms, norm_layers, tensorflow_momentum
+from hf_ft.cli.console import Parser, say, table
+from hf_ft.cli.models import skeleton
+from hf_ft.zoo import SHORT_NAMES
+
+EXAMPLE = """example:
+  hf-ft blocks microsoft/resnet-18
+  hf-ft blocks my_model/ --head classifier --blocks 'encoder\\.layer\\.\\d+'"""
+
+
+def run_blocks(arguments: list[str]) -> None:
+    """Print the parts of a model, its stages, and its normalisation layers."""
+    parser = Parser(
+        prog="hf-ft blocks",
+        description="Show what a model is made of, as strategies see it: parts in forward order, stages, norms.",
+        epilog=EXAMPLE,
+    )
+    known = ", ".join(SHORT_NAMES)
+    parser.add_argument("model", help=f"a Hub id, a folder, or one of {known}")
+    parser.add_argument("--head", help="the head's module names, separated by commas, instead of what is found")
+    parser.add_argument("--blocks", help="regular expression of whole block names, instead of what is known")
+    flags = parser.parse_args(arguments)
+    model = skeleton(flags.model)
+    say(report(model, anatomy(model, head=flags.head, blocks=flags.blocks)))
+
+
+def report(model: nn.Module, found: Anatomy) -> str:
+    """The text that `hf-ft blocks` prints."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    kind = getattr(getattr(model, "config", None), "model_type", "?")
+    rows = [
+        (part.name, f"{size:,}", f"{size / max(1, total):.1%}", ", ".join(part.modules))
+        for part, size in ((part, _size(model, part)) for part in found.parts)
+    ]
+    stages = " | ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in found.stages)
+    facts = [("stages", f"{len(found.stages)}, of the blocks {stages}"), *_norms(model)]
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    if frozen:
+        facts.append(("frozen", f"{frozen:,} parameters that never train"))
+    title = f"{type(model).__name__} ({kind}): {total:,} parameters, {len(found.blocks)} blocks"
+    return "\n".join([title, "", table(rows, ("part", "parameters", "share", "modules")), "", table(facts)])
+
+
+def _size(model: nn.Module, part: Part) -> int:
+    names = dict(model.named_parameters())
+    return sum(
+        p.numel() for name, p in names.items() if any(name == m or name.startswith(f"{m}.") for m in part.modules)
+    )
+
+
+def _norms(model: nn.Module) -> list[tuple[str, str]]:
+    kinds = Counter(type(norm).__name__ for _, norm in norm_layers(model))
+    facts = [("norms", ", ".join(f"{number} {kind}" for kind, number in kinds.items()) or "none")]
+    momenta = Counter(norm.momentum for _, norm in batch_norms(model))
+    if momenta:
+        shown = ", ".join(f"{momentum} on {number} layers" for momentum, number in momenta.items())
+        facts.append(("momentum", shown))
+    trapped = tensorflow_momentum(model)
+    if trapped:
+        facts.append(
+            (
+                "",
+                f"On {len(trapped)} layers it is TensorFlow's decay: in training their running statistics would be "
+                "about the last batch's. Strategies set it to 0.1 (--NAME.batch_norm_momentum keep leaves it).",
+            )
+        )
+    return facts

@@ -1,0 +1,86 @@
+"""What the commands share: one voice among several processes, notes, and plain tables."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+def rank() -> int:
+    """The number of this process under a launcher such as ``accelerate launch`` or torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(text: str = "", error: bool = False) -> None:
+    """Print on the main process."""
+    if is_main():
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+class _Notes(logging.Handler):
+    """Warnings of hf_ft as a line each; stderr is looked up anew, since a progress bar may stand in for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"note: {record.getMessage()}", error=True)
+
+
+def quieten() -> None:
+    """Show notes of hf_ft in one voice, and keep the libraries on the other processes silent."""
+    import datasets
+    import transformers
+
+    logger = logging.getLogger("hf_ft")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes(logging.WARNING))
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if not is_main():
+        transformers.utils.logging.set_verbosity_error()
+        datasets.logging.set_verbosity_error()
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are raised, so that all errors end in the same way."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str] = (), indent: str = "") -> str:
+    """Rows as aligned text; the last column is wrapped at the width of the terminal."""
+    cells = [[str(cell) for cell in row] for row in ([headers] if headers else []) + list(rows)]
+    if not cells:
+        return ""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
+    hang = len(indent) + sum(width + 2 for width in widths)
+    room = max(30, min(shutil.get_terminal_size((110, 24)).columns, 120) - hang)
+    if headers:
+        last = min(room, max(len(row[-1]) for row in cells))
+        cells.insert(1, ["-" * width for width in (*widths, last)])
+    lines = []
+    for row in cells:
+        wrapped = textwrap.wrap(row[-1], room, break_on_hyphens=False) or [""]
+        start = indent + "".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=False))
+        lines += [(start + wrapped[0]).rstrip(), *(" " * hang + line for line in wrapped[1:])]
+    return "\n".join(lines)
+
+
+def count(number: int) -> str:
+    """A number of parameters as one says it: 3.5 M, 12.8 k, 640."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+    return str(number)

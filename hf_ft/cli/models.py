@@ -1,0 +1,84 @@
+"""Models by name, for the commands: what a name stands for, whether it fits the data, how its result is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+
+from hf_ft.data import Columns
+from hf_ft.zoo import SHORT_NAMES, load_model
+
+
+def read_config(name: str) -> Any:
+    """The config of a Hub id or a folder.
+
+    Raises:
+        ValueError: there is none, or it is of no model that Transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot read the model {name!r}: {str(error).strip().splitlines()[0]} It may be a Hub id, a folder "
+            f"written by save_pretrained, or one of {', '.join(SHORT_NAMES)}."
+        ) from error
+
+
+def skeleton(name: str) -> nn.Module:
+    """A classifier to look at. Of a Hub id or a folder, only the config is read: no weights, no memory."""
+    if name in SHORT_NAMES:
+        return load_model(name)[0]
+    config = read_config(name)
+    image = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if not image and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(f"{name} ({type(config).__name__}) is neither an image nor a text classifier.")
+    auto = AutoModelForImageClassification if image else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def load_classifier(
+    name: str, columns: Columns, seed: int, image_size: int | None = None, revision: str | None = None
+) -> tuple[Any, Any]:
+    """The model with a head for these classes, and its image processor or tokenizer.
+
+    Raises:
+        ValueError: the model cannot be read, or is for another kind of data.
+    """
+    if name in SHORT_NAMES:
+        fits, kind = SHORT_NAMES[name].task == columns.task, "a short name"
+    else:
+        image = columns.task == "image"
+        config = read_config(name)
+        mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if image else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        fits, kind = type(config) in mapping, type(config).__name__
+    if not fits:
+        raise ValueError(
+            f"--model {name} ({kind}) is no {columns.task} classifier, and column {columns.inputs[0]!r} of the data "
+            f"is read as {columns.task}: choose another model, or set --image_column or --text_column."
+        )
+    labels: dict[str, Any] = {"id2label": columns.id2label} if columns.names else {"num_labels": 1}
+    more: dict[str, Any] = {"task": columns.task, "seed": seed, "image_size": image_size, "revision": revision}
+    model, processor = load_model(name, **labels, **more)
+    model.config.problem_type = columns.problem_type
+    return model, processor
+
+
+def usage(folder: str | Path, task: str, example: str | Path | None = None) -> str:
+    """How to use a checkpoint with Transformers alone."""
+    given = example or ("photo.png" if task == "image" else "some text")
+    return (
+        "  from transformers import pipeline\n\n"
+        f'  classify = pipeline("{task}-classification", model="{folder}")\n'
+        f'  print(classify("{given}"))'
+    )

