@@ -23,7 +23,9 @@ class _HalfSquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = torch._foreach_mul(list(ctx.saved_tensors), grad)
+        # On a CPU a number is free to read, and a 0-d tensor takes foreach's slow path (several times slower).
+        scale = grad.item() if grad.device.type == "cpu" else grad
+        grads = torch._foreach_mul(list(ctx.saved_tensors), scale)
         return (None, *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)))
 
 

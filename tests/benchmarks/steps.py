@@ -105,7 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "steps.json")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     rows = {
         "full / full (A/A)": ("full", "full", None),
@@ -123,6 +125,7 @@ def main() -> None:
             print(f"{name:42s} {found['ratio']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]{met}", flush=True)
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     about |= {"processor": platform.processor() or platform.machine(), "pairs": options.pairs}
+    about["geometry"] = "ResNet-18, 96 px, batch 32, SGD with momentum, float32"
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"about": about, "rows": results}, indent=2) + "\n")
 
