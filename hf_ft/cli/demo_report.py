@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_ft import __version__
-from hf_ft.cli.console import count, say
+from hf_ft.cli.console import count, say, table
 from hf_ft.cli.demo import MADE_BY, Trained
 from hf_ft.cli.models import usage
 from hf_ft.zoo import DATA_NOTICES
 
+SPLITS = ("validation", "test")
 SCORES = ("accuracy", "balanced_accuracy", "standard_error")
 
 
@@ -101,7 +102,7 @@ def finish(
     example = splits["test"][0]
     example["image"].save(folder / "example.png")
     truth = splits["test"].features["label"].int2str(example["label"])
-    say(f"{_verdict(winner, splits)}\n")
+    say(table([("*", _verdict(winner, splits))]) + "\n")
     say(f"Done in {seconds:.0f} s. In {folder}: best/ (the winner), plot.png, results.md, results.json.")
     say(f"Load the winner with plain Transformers (the example is a {truth} cell):\n")
     say(usage(folder / "best", "image", str(folder / "example.png")))
@@ -109,12 +110,12 @@ def finish(
 
 HEADERS = (
     "strategy",
-    "validation accuracy",
-    "validation balanced",
+    "valid. accuracy",
+    "valid. balanced",
     "test accuracy",
     "test balanced",
     "seconds",
-    "parameters trained",
+    "weights trained",
 )
 
 
@@ -131,30 +132,34 @@ def _row(summary: Summary) -> tuple[str, ...]:
 
 
 def _print_table(rows: Sequence[Sequence[str]], best: Sequence[bool]) -> None:
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # within 80 columns
     for i, header in enumerate(HEADERS):
         shown.add_column(header.replace(" ", "\n"), justify="right" if i else "left", vertical="bottom")
     for row, wins in zip(rows, best, strict=True):
         cells = [cell.replace(" ± ", "\n± ") for cell in row]
         shown.add_row(cells[0] + (" *" if wins else ""), *cells[1:], style="bold green" if wins else "")
+    say()
     Console().print(shown)
+    say()
 
 
 def _verdict(winner: Summary, splits: DatasetDict) -> str:
-    errors = [winner.best.validation["standard_error"], winner.best.test["standard_error"]]
-    several = f"mean ± std of {len(winner.runs)} seeds; " if len(winner.runs) > 1 else ""
-    more = "" if several else " `--seeds 3` tells more."
+    errors = {
+        split: f"±{winner.mean(_score(split, 'standard_error')):.3f} on {split} ({len(splits[split]):,})"
+        for split in SPLITS
+    }
+    several = len(winner.runs) > 1
     return (
-        f"* Winner by validation: {winner.strategy}, test balanced accuracy {winner.shown(_score('test'))}.\n"
-        f"  ({several}standard error from so few images: ±{errors[0]:.3f} on the {len(splits['validation']):,} of "
-        f"validation, ±{errors[1]:.3f} on\n  the {len(splits['test']):,} of test; smaller differences mean "
-        f"little.{more})"
+        f"Winner by validation: {winner.strategy}, test balanced accuracy {winner.shown(_score('test'))}. "
+        + (f"Shown is mean ± std of {len(winner.runs)} seeds. " if several else "")
+        + f"One standard error from so few images is {errors['validation']} and {errors['test']}: smaller "
+        + ("differences mean little." if several else "differences mean little; `--seeds 3` tells more.")
     )
 
 
 def _entry(summary: Summary) -> dict[str, Any]:
     measured: dict[str, Any] = {}
-    for split in ("validation", "test"):
+    for split in SPLITS:
         for name in SCORES:
             measured[f"{split}_{name}"] = summary.mean(_score(split, name))
             if name != "standard_error" and len(summary.runs) > 1:
@@ -166,7 +171,7 @@ def _entry(summary: Summary) -> dict[str, Any]:
 
 def _markdown(title: str, rows: Sequence[Sequence[str]], winner: Summary, splits: DatasetDict) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (HEADERS, ["---"] * len(HEADERS), *rows)]
-    verdict = _verdict(winner, splits).removeprefix("* ").replace("\n ", "")
+    verdict = _verdict(winner, splits)
     return "\n".join([f"# {title}", "", *lines, "", verdict, "", "![plot](plot.png)", "", DATA_NOTICES["elpv"], ""])
 
 
