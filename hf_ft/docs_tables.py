@@ -103,7 +103,12 @@ def table_of_steps(page: Path) -> str:
         return "Not measured yet."
     content = json.loads(file.read_text(encoding="utf-8"))
     rows = [
-        (name, f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", f"<= {row['goal']}" if row["goal"] else "")
+        (
+            name,
+            f"{row['ratio']:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            f"<= {row['goal']}" if row["goal"] else "",
+        )
         for name, row in content["rows"].items()
     ]
     about = content["about"]

@@ -74,7 +74,7 @@ def test_train_images(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "16 train, 4 validation, 8 test; 2 classes; augmentation: basic" in words(printed)
     assert "lp_ft(norm_mode=auto) + l2_sp(alpha=0.5)" in printed and "1 process on cpu" in printed
-    assert "recommended by lp_ft, l2_sp: learning_rate=0.0003 (ours)" in printed and f'model="{out}"' in printed
+    assert "recommended by lp_ft, l2_sp: learning_rate=3e-05 (ours)" in printed and f'model="{out}"' in printed
     lp_ft, l2_sp = load_configs(out)
     assert lp_ft.norm_mode == "auto" and l2_sp.alpha == 0.5
     scores = json.loads((out / "all_results.json").read_text())

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--epochs",
         type=positive_number,
-        default=12,
+        default=8,
         help="per strategy, all its stages together (default: %(default)s)",
     )
     add("--image_size", type=positive_number, help="side in pixels (default: 96 for the short names, 224 for others)")

@@ -134,7 +134,7 @@ def _row(summary: Summary) -> tuple[str, ...]:
 def _print_table(rows: Sequence[Sequence[str]], best: Sequence[bool]) -> None:
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # within 80 columns
     for i, header in enumerate(HEADERS):
-        shown.add_column(header.replace(" ", "\n"), justify="right" if i else "left", vertical="bottom")
+        shown.add_column(header.replace(" ", "\n"), justify="right" if i else "left")
     for row, wins in zip(rows, best, strict=True):
         cells = [cell.replace(" ± ", "\n± ") for cell in row]
         shown.add_row(cells[0] + (" *" if wins else ""), *cells[1:], style="bold green" if wins else "")
