@@ -36,9 +36,7 @@ BLOCK = re.compile(r"^<!-- setup:(?P<hidden>.*?)-->$|^```(?P<kind>\w*)\n(?P<show
 # Tried elsewhere, or not by a test: they install, or run for minutes.
 EXEMPT = ("make demo", "make test", "pip install", "git clone", "hf-ft demo")
 LAUNCHER = "accelerate launch --multi_gpu --num_processes 2 "
-FOREIGN = re.compile(
-    r"(?<![\w.])/(?:home|root|work|tmp|usr)/|\b(?:session|agent|prompt|brief|spike|TODO|FIXME)\b", re.I
-)
+FOREIGN = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|usr)/|\b(?:TODO|FIXME)\b", re.I)
 
 
 # What pages speak of
