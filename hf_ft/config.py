@@ -15,13 +15,12 @@ from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin, cached_file
 
 from hf_ft.anatomy import Anatomy, anatomy, batch_norms, tensorflow_momentum
-from hf_ft.fields import OptionError, annotation, option, options, validate
+from hf_ft.fields import OptionError, option, options, validate
 from hf_ft.plan import Plan, compose
 from hf_ft.registry import config_class, strategies
 
 logger = logging.get_logger(__name__)
 CONFIG_NAME = "ft_config.json"
-Strategy = "FTConfig | str | Iterable[FTConfig | str]"
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class Paper:
     title: str
     venue: str
     url: str = ""
-    bibtex_key: str = ""
 
     def __str__(self) -> str:
         return f"{self.authors}. {self.title}. {self.venue}." + (f" {self.url}" if self.url else "")
@@ -271,6 +269,3 @@ def recommended_arguments(configs: Iterable[FTConfig]) -> dict[str, Recommended]
         for name, wanted in config.recommended.items():
             merged.setdefault(name, wanted)
     return merged
-
-
-__all__ = ["CONFIG_NAME", "Context", "FTConfig", "OptionError", "Paper", "Recommended", "State", "annotation"]
