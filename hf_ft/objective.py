@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_ft.anatomy import Part, batch_norms
+from hf_ft.frozen_prefix import FrozenPrefix
 from hf_ft.plan import Names, Plan, Stage, covers, trained_by
 
 
@@ -18,7 +19,8 @@ class View:
 
     Attributes:
         model: the model in training.
-        batch: its keyword arguments.
+        batch: its keyword arguments, for terms that need ``"inputs"``; else empty, since a stage may start
+            from recorded activations.
         outputs: what it returned.
         features: what went into the head, (B, d) or as the head takes it, for terms that need ``"features"``.
         progress: how much of the run is done, in [0, 1).
@@ -99,6 +101,10 @@ class TaskLoss:
         return self.label_smoother(outputs, labels)
 
 
+# A batch of a stage that starts at a frozen prefix's border holds the activations there under this name.
+ACTIVATION = "frozen_prefix_activation"
+
+
 class Objective(nn.Module):
     """Model and plan as one module: keyword arguments of the model in, its outputs with the whole loss out.
 
@@ -114,6 +120,10 @@ class Objective(nn.Module):
         trainable: names of the parameters that may train at all.
         anchors: starting values by parameter name.
         task_loss: the loss of the task.
+
+    Attributes:
+        prefix: where set, batches with ``ACTIVATION`` run only what follows it; others run as always.
+        live_parts: the parts from the first on that trains, or whose norms move, in the present stage.
     """
 
     # Tells transformers.Trainer that losses are micro-batch means: without it, losses and gradients of many
@@ -140,9 +150,20 @@ class Objective(nn.Module):
         self._view = View(model, anchors or {})
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []
+        self.prefix: FrozenPrefix | None = None
+        self.live_parts = self._parts
         self._wants_features = any("features" in term.needs for term in plan.terms)
+        self.wants_inputs = any("inputs" in term.needs for term in plan.terms)
 
     def forward(self, **batch: Any) -> dict[str, Any]:
+        if ACTIVATION in batch:
+            assert self.prefix is not None
+            activation = batch.pop(ACTIVATION)
+            with self.prefix.replaying(activation):
+                return self._forward(self.prefix.batch(batch, len(activation)))
+        return self._forward(batch)
+
+    def _forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         with _FeatureTap(self._head() if self._wants_features and self.training else None) as tap:
             loss, outputs = self.task_loss(self.model, batch)
         if loss is None:
@@ -150,7 +171,8 @@ class Objective(nn.Module):
         if not self.training:
             return {"loss": loss, **outputs}
         view = self._view
-        view.batch, view.outputs, view.features, view.progress = batch, outputs, tap.features, self.progress
+        view.batch = batch if self.wants_inputs else {}
+        view.outputs, view.features, view.progress = outputs, tap.features, self.progress
         total, terms = loss, {"task": loss.detach()}
         # Differences of weights and kernels of features need float32, whatever the model computes in.
         with torch.autocast(loss.device.type, enabled=False):
@@ -172,13 +194,17 @@ class Objective(nn.Module):
         self._view.forget()
         asleep = self._frozen_prefix(trained)
         awake: list[nn.Module] = []
+        moving: list[str] = []
         for name, norm in batch_norms(self.model):
             own = any(covers(name, parameter) for parameter in trained)
             if stage.norm_mode == "train" or (stage.norm_mode == "auto" and own):
                 awake.append(norm)
+                moving.append(name)
             else:
                 asleep.append(norm)
         self._asleep, self._awake = asleep, awake if stage.norm_mode == "train" else []
+        self.prefix = None
+        self.live_parts = self._parts[self._first_part({*trained, *moving}) :]
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Objective:
@@ -193,15 +219,19 @@ class Objective(nn.Module):
     def _frozen_prefix(self, trained: set[str]) -> list[nn.Module]:
         """Every module of the parts that come before the first part with a trained parameter."""
         prefix: list[nn.Module] = []
-        for part in self._parts:
-            if any(covers(module, name) for module in part.modules for name in trained):
-                return prefix
+        first = self._first_part(trained)
+        for part in self._parts[:first] if first < len(self._parts) else ():
             for name in part.modules:
                 try:
                     prefix += self.model.get_submodule(name).modules()
                 except AttributeError:  # a single parameter
                     continue
-        return []
+        return prefix
+
+    def _first_part(self, names: set[str]) -> int:
+        """The index of the first part that holds one of these parameters or modules."""
+        holds = (any(covers(module, name) for module in part.modules for name in names) for part in self._parts)
+        return next((index for index, found in enumerate(holds) if found), len(self._parts))
 
     def _head(self) -> nn.Module:
         return self.model.get_submodule(self._parts[-1].modules[0])

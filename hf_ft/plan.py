@@ -64,7 +64,8 @@ class Term:
         weight: a constant factor.
         schedule: a further factor, a function of the progress of the whole run in [0, 1].
         anchors: names whose values at the start are kept for ``view.starts``.
-        needs: what else the view must hold; ``"features"`` is what goes into the head.
+        needs: what else the view must hold; ``"features"`` is what goes into the head, ``"inputs"`` the batch
+            (then nothing frozen can be left out).
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
         couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.
     """
@@ -74,7 +75,7 @@ class Term:
     weight: float = 1.0
     schedule: Callable[[float], float] | None = None
     anchors: Names = ()
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[Literal["features", "inputs"]] = frozenset()
     replaces_decay: Names = ()
     couples_batch: bool = False
 

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from hf_ft import checkpoint as files
 from hf_ft.anatomy import norm_layers
+from hf_ft.cached_stages import CachedStages
 from hf_ft.config import FTConfig, State, read_config_file, resolve, write_configs
 from hf_ft.fields import OptionError
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler
@@ -32,6 +33,7 @@ from hf_ft.preflight import (
     class_weights_of,
     warn_recommended,
 )
+from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, check, measures, schedule_curve, set_up
 from hf_ft.sampling import measuring_context
 from hf_ft.whole_checkpoints import WholeCheckpoints
@@ -40,7 +42,7 @@ logger = logging.get_logger(__name__)
 ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
 
 
-class FTTrainer(WholeCheckpoints, Trainer):
+class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
     """``transformers.Trainer`` with a fine-tuning strategy.
 
     All stages of a strategy run in one ``train()``: one global step, one log, one set of checkpoints, one best
@@ -53,6 +55,8 @@ class FTTrainer(WholeCheckpoints, Trainer):
         class_weights: a weight per class of the cross-entropy, or ``"balanced"``: n / (C * n_c) over the
             training labels.
         overwrite: whether checkpoints of an earlier run in ``args.output_dir`` may be deleted.
+        frozen_cache: whether a stage that trains only what follows a frozen part computes that part once instead
+            of in every step: ``"auto"``, ``"always"``, ``"never"``, or a :class:`~hf_ft.row_cache.FrozenCache`.
 
     Raises:
         OptionError: a value, or a combination with ``args``, that cannot work.
@@ -72,10 +76,12 @@ class FTTrainer(WholeCheckpoints, Trainer):
         strategy: FTConfig | str | Iterable[FTConfig | str] = "full",
         class_weights: ClassWeights | None = None,
         overwrite: bool = False,
+        frozen_cache: FrozenCache | Literal["auto", "always", "never"] = "auto",
         **keywords: Any,
     ) -> None:
         self.configs = resolve(strategy)
         self.overwrite = overwrite
+        self.frozen_cache = frozen_cache if isinstance(frozen_cache, FrozenCache) else FrozenCache(use=frozen_cache)
         args = args or TrainingArguments("tmp_trainer")
         check_arguments(args)
         if model is not None:  # before the Trainer makes its output folder
@@ -135,6 +141,7 @@ class FTTrainer(WholeCheckpoints, Trainer):
             return super().train(str(resume) if resume else None, trial, ignore_keys_for_eval, **kwargs)
         finally:
             self._resuming = None
+            self._forget_recorded()
             if self._run is not None:
                 self._run.thaw()
 
@@ -248,7 +255,7 @@ class FTTrainer(WholeCheckpoints, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's loss: task and terms in training, the task alone in evaluation."""
-        outputs = model(**inputs)
+        outputs = model(**self._in_present_form(inputs))
         if outputs.get("loss") is None:
             raise ValueError(
                 f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(inputs)}. "
@@ -272,6 +279,7 @@ class FTTrainer(WholeCheckpoints, Trainer):
         if force or index != self._stage:
             self._stage = index
             self._objective.enter(self._run.plan.stages[index])
+            self._start_from_recorded(self._borders[index] - step)
 
     # --- saving and loading --------------------------------------------------------------------------------
 

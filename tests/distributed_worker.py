@@ -43,6 +43,17 @@ run(
     gradient_accumulation_steps=2,
 )
 
+# What is frozen is computed once, each rank its share: as without that (37 samples make unequal shares).
+for use in ("never", "always"):
+    for name in ("linear_probe", "gradual_unfreezing"):
+        trainer = make_trainer(still(tiny_resnet()), name, folder / use, use, max_steps=12, optim="sgd",
+                               per_device_train_batch_size=8 // ranks, eval_strategy="steps", eval_steps=4)  # fmt: skip
+        trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
+        trainer.train()
+        weights.update({f"{use} {name}/{key}": value for key, value in snapshot(trainer.model).items()})
+for key in [key for key in weights if key.startswith("never ")]:
+    assert bool((weights[key] - weights[key.replace("never", "always")]).abs().max() <= 1e-6), key
+
 # Each of 37 samples is looked at once, and all ranks hold the same state, bit for bit.
 trainer = make_trainer(tiny_vit(), MeasuredConfig(), folder / "measured")
 trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ def tiny_arguments(folder: str | Path, **arguments: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**defaults, **arguments})
 
 
-def make_trainer(model: nn.Module, strategy: Any, folder: str | Path, **arguments: Any) -> FTTrainer:
+def make_trainer(
+    model: nn.Module, strategy: Any, folder: str | Path, frozen_cache: Any = "auto", **arguments: Any
+) -> FTTrainer:
     """A trainer on tiny data, which has not trained yet."""
-    data = tiny_data(model)
+    data = {"train_dataset": tiny_data(model), "eval_dataset": tiny_data(model, 16, seed=1)}
     args = tiny_arguments(folder, **arguments)
-    return FTTrainer(model, args, strategy=strategy, train_dataset=data, eval_dataset=tiny_data(model, 16, seed=1))
+    return FTTrainer(model, args, strategy=strategy, frozen_cache=frozen_cache, **data)
 
 
 def train(model: nn.Module, strategy: Any, folder: str | Path, resume: Any = None, **arguments: Any) -> FTTrainer:
@@ -60,7 +63,13 @@ def still(model: nn.Module) -> nn.Module:
     for _, norm in batch_norms(model):
         norm.eval()
         norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign,misc]
+        # A stage may set the flag itself. A method, which a deep copy binds to the copy.
+        norm.forward = types.MethodType(_by_running_statistics, norm)  # type: ignore[method-assign]
     return model
+
+
+def _by_running_statistics(norm: Any, values: Tensor) -> Tensor:
+    return nn.functional.batch_norm(values, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,238 @@
+"""Stages that never compute twice what is frozen: the Trainer's side of the frozen-prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from hf_ft.frozen_prefix import FrozenPrefix, find_prefix
+from hf_ft.objective import ACTIVATION, Objective
+from hf_ft.row_cache import (
+    ROW,
+    Columns,
+    FrozenCache,
+    RowsDiffer,
+    RowStore,
+    StagedCollator,
+    StagedRows,
+    fill,
+    read_rows,
+    same_each_time,
+)
+
+logger = logging.get_logger(__name__)
+CHECKED = 8  # rows read several times to see whether they stay the same
+
+
+class CachedStages:
+    """Mixin for a Trainer: a stage whose first parts are frozen computes them once for each sample.
+
+    Its data loader then deals out recorded activations, and the :class:`~hf_ft.objective.Objective` runs what
+    follows. Whichever form a batch has, the step it makes is the same: one that was fetched before a stage changed
+    is read anew in the present form.
+    """
+
+    frozen_cache: FrozenCache
+    # The Trainer's own.
+    args: Any
+    model: Any
+    accelerator: Any
+    data_collator: Any
+    _run: Any
+    _objective: Objective | None
+    _prepare_inputs: Any
+    _remove_unused_columns: Any
+    _get_collator_with_removed_columns: Any
+
+    _train_rows: StagedRows | None = None
+    _eval_rows: dict[int, tuple[Any, StagedRows | None]] | None = None
+
+    # --- data ----------------------------------------------------------------------------------------------
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Any] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        """As the Trainer's; where activations are recorded, over rows of those."""
+        rows = self._rows_for(dataset, description, is_training)
+        if rows is None:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)  # type: ignore[misc]
+        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        collate, self.data_collator = self.data_collator, StagedCollator(self.data_collator, rows)
+        try:
+            return super()._get_dataloader(rows, description, batch_size, sampler, is_training, dataloader_key)  # type: ignore[misc]
+        finally:
+            self.data_collator = collate
+
+    def _rows_for(self, dataset: Any, description: str, is_training: bool) -> StagedRows | None:
+        if self.frozen_cache.use == "never" or not hasattr(dataset, "__len__") or self._run is None:
+            return None
+        if is_training:
+            self._train_rows = StagedRows(self._used_columns(dataset, description)) if self._run.parts else None
+            return self._train_rows
+        if self._eval_rows is None or "inputs" in self.args.include_for_metrics:
+            return None
+        if id(dataset) not in self._eval_rows:  # the data set is kept as well: an id alone may be given again
+            self._eval_rows[id(dataset)] = dataset, self._recorded_evaluation(dataset, description)
+        return self._eval_rows[id(dataset)][1]
+
+    def _used_columns(self, dataset: Any, description: str) -> Any:
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, description=description)
+        return dataset
+
+    def _reader(self, dataset: Any) -> Callable[[list[int]], dict[str, Any]]:
+        """Reads rows by number as a batch on the model's device."""
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="recorded")
+        return lambda rows: self._prepare_inputs(collate(read_rows(dataset, rows)))
+
+    def _in_present_form(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch for the present stage; one with activations of an earlier stage is read anew."""
+        name = next((name for name in inputs if name.startswith(ROW)), None)
+        if name is None:
+            return inputs
+        rows = inputs.pop(name)
+        staged, objective = self._train_rows, self._objective
+        if objective is not None and not objective.training:
+            return inputs
+        assert staged is not None
+        if staged.stored and staged.store is not None and name == f"{ROW}{staged.store.number}":
+            return inputs
+        return self._reader(staged.dataset)(rows.tolist())
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, and 0 where activations stand in for the inputs."""
+        return 0 if ACTIVATION in inputs else super().floating_point_ops(inputs)  # type: ignore[misc]
+
+    # --- recording -----------------------------------------------------------------------------------------
+
+    def _start_from_recorded(self, steps: int) -> None:
+        """At the start of a stage of so many steps: record what comes before it, if that can be and pays."""
+        rows = self._train_rows
+        self._forget_recorded()
+        if rows is None or not self._pays(rows, steps):
+            return
+        assert self._objective is not None
+        recorded = self._record(rows.dataset)
+        if recorded is not None:
+            self._objective.prefix, store = recorded
+            rows.activate(store)
+            self._eval_rows = {}
+
+    def _forget_recorded(self) -> None:
+        self._eval_rows = None
+        if self._train_rows is not None:
+            self._train_rows.activate(None)
+        if self._objective is not None:
+            self._objective.prefix = None
+
+    def _pays(self, rows: StagedRows, steps: int) -> bool:
+        """Whether something is frozen, nothing needs the inputs, and the stage goes over the data again."""
+        objective = self._objective
+        assert objective is not None
+        frozen = 0 < len(objective.live_parts) < len(self._run.parts)
+        if not frozen or objective.wants_inputs or getattr(self.args, "torch_compile", False):
+            return False
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self.frozen_cache.use == "always" or steps * per_step > len(rows)
+
+    def _record(self, dataset: Any) -> tuple[FrozenPrefix, RowStore] | None:
+        """The longest prefix of the present stage and its activations for all rows; None, with a word, if neither."""
+        assert self._objective is not None
+        read, samples = self._reader(dataset), len(dataset)
+        if samples < 4:
+            return None
+        spread = list(range(0, samples, max(1, samples // CHECKED)))[:CHECKED]
+        if self.frozen_cache.use == "auto" and not same_each_time(lambda: read(spread)):
+            logger.info("Training samples differ each time they are read: the frozen part is computed in every step.")
+            return None
+        small = read(list(range(2))), read(spread[:1] + spread[-2:])
+        varying = {name for name in small[0] if _row_shape(small[0][name]) != _row_shape(small[1].get(name))}
+        for _ in range(len(small[0]) + 1):
+            with self._computing():
+                prefix = find_prefix(self.model, self._objective.live_parts, *small, varying)
+            if prefix is None:
+                reason = "no module's output can stand in for all before it"
+                break
+            try:
+                return prefix, self._fill(prefix, dataset)
+            except RowsDiffer as error:
+                reason = str(error)
+                if error.column not in prefix.kept:
+                    break
+                varying.add(error.column)
+        logger.warning(f"The frozen part of the model is computed in every step: {reason}.")
+        return None
+
+    def _recorded_evaluation(self, dataset: Any, description: str) -> StagedRows | None:
+        """Rows of activations of data to evaluate on, with the present stage's prefix."""
+        assert self._objective is not None
+        prefix, rows = self._objective.prefix, StagedRows(self._used_columns(dataset, description))
+        if prefix is None or not len(rows):
+            return None
+        try:
+            rows.activate(self._fill(prefix, rows.dataset))
+        except (RowsDiffer, KeyError) as error:
+            logger.warning(f"Evaluation runs the whole model: {error}.")
+            return None
+        return rows
+
+    def _fill(self, prefix: FrozenPrefix, dataset: Any) -> RowStore:
+        hidden = self.args.disable_tqdm or self.args.process_index > 0
+        with tqdm(total=len(dataset), desc="Recording frozen activations", leave=False, disable=hidden) as bar:
+            return fill(len(dataset), self._recordings(prefix, dataset), self.frozen_cache, bar.update)
+
+    def _recordings(self, prefix: FrozenPrefix, dataset: Any) -> Iterator[tuple[Tensor, Columns]]:
+        """All rows' columns on every rank; each rank computes every so-manieth batch."""
+        size, ranks, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
+        everything = list(range(len(dataset)))
+        batches = [everything[i : i + size] for i in range(0, len(dataset), size)]
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches[rank::ranks],
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="recorded"),
+            num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
+            generator=torch.Generator(),  # else iterating draws from the global one
+        )
+        mine, columns = iter(loader), {}
+        for start in range(0, len(batches), ranks):
+            if start + rank < len(batches):
+                batch = self._prepare_inputs(next(mine))
+                with self._computing():
+                    columns = {ACTIVATION: prefix.record(batch), **{name: batch[name] for name in prefix.kept}}
+            shared = _exchange(self.accelerator, columns, size) if ranks > 1 else [columns]
+            for rows, found in zip(batches[start : start + ranks], shared, strict=False):
+                yield torch.tensor(rows), {name: column[: len(rows)].cpu() for name, column in found.items()}
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        return self.accelerator.autocast()
+
+
+def _row_shape(column: Any) -> tuple[int, ...] | None:
+    return tuple(column.shape[1:]) if isinstance(column, Tensor) else None
+
+
+def _exchange(accelerator: Any, columns: Columns, size: int) -> list[Columns]:
+    """Every rank's columns of this round, padded to ``size`` rows; a rank without a batch sends its last one."""
+    padded = {}
+    for name, column in columns.items():
+        blank = column.new_zeros((size, *column.shape[1:]))
+        blank[: len(column)] = column
+        padded[name] = blank
+    gathered = {name: accelerator.gather(column) for name, column in padded.items()}
+    ranks = accelerator.num_processes
+    return [{name: column[r * size : (r + 1) * size] for name, column in gathered.items()} for r in range(ranks)]
