@@ -341,6 +341,63 @@ def test_blocks_reads_no_weights(tmp_path, capsys):
     assert f"{expected:,} parameters, 3 blocks" in capsys.readouterr().out
 
 
+def test_blocks_lists_candidates_from_the_output_end(files, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["blocks", str(files / "mobilenet"), "--scheme", "stage"]) == 0
+    printed = capsys.readouterr().out
+    assert "52 layers outside the head; 5 candidates by stage" in printed
+    lines = printed.splitlines()
+    assert [line.split()[0] for line in lines[4:9]] == ["stage3", "stage2", "stage1", "stage0", "stem"]
+    assert lines[4].split()[1:3] == ["Q4", "39-51"] and "conv_1x1" in lines[4]
+    assert lines[7].endswith("mobilenet_v2.layer.{0, 1}")
+    assert "no search  stage3, the last of the fourth quarter" in printed and "momentum" not in printed
+    total = sum(p.numel() for p in tiny_mobilenet_v2().parameters())
+    size = sum(p.numel() for p in tiny_mobilenet_v2().mobilenet_v2.layer[:2].parameters())
+    assert f"stage0     Q1       3-8     {size:,}" in printed and f"{size / total:.1%}" in printed
+
+
+def test_blocks_lists_windows(files, capsys):
+    assert main(["blocks", str(files / "resnet"), "--scheme", "window"]) == 0
+    assert "6 candidates by window" in words(capsys.readouterr().out)  # of 8 layers, 3 long
+    assert main(["blocks", str(files / "resnet"), "--scheme", "window", "--length", "8"]) == 0
+    printed = words(capsys.readouterr().out)
+    assert "1 candidate by window" in printed and "window0-7 Q2 0-7" in printed
+    assert "no search window0-7, the last; none has its centre in the fourth" in printed
+    head = ["--head", "resnet.encoder.stages.1,classifier", "--blocks", r"resnet\.encoder\.stages\.0\.layers\.\d+"]
+    assert main(["blocks", str(files / "resnet"), "--scheme", "layer", *head]) == 0
+    printed = words(capsys.readouterr().out)
+    assert "3 candidates by layer" in printed and "resnet.encoder.stages.1, classifier" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--scheme stages", "--scheme stages is unknown. There are: layer, top_layers, segment, window, stage, block."),
+        ("--scheme top_layers", "needs that search's scores"),
+        ("--scheme window --length 9", "length=9 does not fit: the network has 8 layers"),
+        ("--scheme window --length 0", "length=0 does not fit"),
+        ("--scheme window --length x", "invalid int value: 'x'"),
+        ("--scheme layer --length 2", "--length is the number of layers of a window: add --scheme window"),
+        ("--length 2", "add --scheme window"),
+        ("--scheme layer --blocks nothing", "Found no blocks by blocks='nothing'"),
+    ],
+)
+def test_blocks_refuses(flags, message, files, capsys):
+    assert main(["blocks", str(files / "resnet"), *flags.split()]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    assert line.startswith("hf-ft blocks: error: ") and message in line and not printed.out
+
+
+def test_blocks_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        main(["blocks", "--help"])
+    printed = capsys.readouterr().out
+    assert "hf-ft blocks microsoft/resnet-18 --scheme window --length 3" in printed
+    assert all(f"\n  {name} " in printed for name in ("layer", "segment", "window", "stage", "block"))
+    assert max(map(len, printed.splitlines())) <= 120
+
+
 def test_table_wraps_its_last_column(monkeypatch):
     monkeypatch.setenv("COLUMNS", "44")
     text = console.table([("a", "b " * 30), ("long", "c")], ("x", "y"))

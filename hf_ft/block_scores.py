@@ -1,0 +1,215 @@
+"""What a search over blocks found: a score per candidate and seed, the baselines, and which candidate is best."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_ft.candidates import Candidate, last_quarter
+
+HEADERS = ("candidate", "quarter", "layers", "parameters", "score", "epochs", "seconds", "note")
+
+
+@dataclass(frozen=True)
+class BlockScore:
+    """The validation score of one candidate.
+
+    Attributes:
+        candidate: what trained beside the head.
+        scores: one per seed that ran, higher is better; not finite where training diverged.
+        pruned: whether it was given up early, so that its scores are not of a whole run.
+        epochs: how many were trained, over all seeds.
+        seconds: how long that took.
+    """
+
+    candidate: Candidate
+    scores: tuple[float, ...]
+    pruned: bool = False
+    epochs: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise ValueError(f"{self.candidate.name} has no score: one per seed is needed.")
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def std(self) -> float | None:
+        r"""Over the seeds, :math:`\sqrt{\sum_i (s_i - \bar s)^2 / (n - 1)}`; None with one seed."""
+        if len(self.scores) < 2:
+            return None
+        return statistics.stdev(self.scores) if all(map(math.isfinite, self.scores)) else math.nan
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it may be the best: neither pruned nor diverged."""
+        return not self.pruned and math.isfinite(self.mean)
+
+    def shown(self) -> str:
+        """The mean, with the standard deviation where there are several seeds."""
+        return f"{self.mean:.3f}" + ("" if self.std is None else f" ± {self.std:.3f}")
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """The result of a search over the candidates of one scheme.
+
+    Attributes:
+        scheme: one of :data:`hf_ft.candidates.SCHEMES`.
+        metric: what the scores are; higher is better.
+        layers: how many the network has.
+        seeds: of the runs of each candidate.
+        scores: one entry per candidate, in the order of the search (from the output end).
+        baselines: by name: ``head`` (the classifier only) and ``all`` (all layers).
+    """
+
+    scheme: str
+    metric: str
+    layers: int
+    seeds: tuple[int, ...]
+    scores: tuple[BlockScore, ...]
+    baselines: Mapping[str, BlockScore] = field(default_factory=dict)
+
+    @property
+    def best(self) -> BlockScore:
+        """The highest mean among those not pruned; of equals, the one nearest the output.
+
+        Raises:
+            ValueError: all are pruned or diverged.
+        """
+        found = _best(self.scores)
+        if found is None:
+            raise ValueError("no candidate was trained to the end with a finite score, so none is the best.")
+        return found
+
+    def best_in(self, quarter: int) -> BlockScore | None:
+        """The best candidate whose centre lies in a quarter of the depth (1 to 4), if there is one."""
+        return _best(score for score in self.scores if score.candidate.quarter == quarter)
+
+    @property
+    def last_quarter(self) -> BlockScore:
+        """The score of what :func:`hf_ft.candidates.last_quarter` takes without any search; it may be pruned."""
+        chosen = last_quarter(score.candidate for score in self.scores)
+        return next(score for score in self.scores if score.candidate == chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: lists, strings, numbers, and null for a score that is not finite."""
+        return {
+            "scheme": self.scheme,
+            "metric": self.metric,
+            "layers": self.layers,
+            "seeds": list(self.seeds),
+            "scores": [_to_dict(score) for score in self.scores],
+            "baselines": {name: _to_dict(score) for name, score in self.baselines.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> BlockScores:
+        """What :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: something is missing; the message names it.
+        """
+        try:
+            return cls(
+                scheme=content["scheme"],
+                metric=content["metric"],
+                layers=content["layers"],
+                seeds=tuple(content["seeds"]),
+                scores=tuple(map(_from_dict, content["scores"])),
+                baselines={name: _from_dict(score) for name, score in content["baselines"].items()},
+            )
+        except KeyError as error:
+            raise ValueError(f"these are no block scores: {error} is missing.") from error
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headers, and a row of text for each candidate and then each baseline."""
+        best = _best(self.scores)
+        rows = [_row(score, "best" if score is best else "") for score in self.scores]
+        return HEADERS, rows + [_row(score, "baseline") for score in self.baselines.values()]
+
+    def verdict(self) -> list[tuple[str, str]]:
+        """What the search says, as pairs of a label and a candidate with its score."""
+        best, in_last = _best(self.scores), self.best_in(4)
+        found = [("best", best), ("best in the fourth quarter", in_last)]
+        found += [("last of the fourth quarter, no search", self.last_quarter)] if self.scores else []
+        names = {"head": "head only", "all": "all layers"}
+        found += [(names.get(name, name), score) for name, score in self.baselines.items()]
+        return [(label, "none" if score is None else _named(score)) for label, score in found]
+
+    def markdown(self) -> str:
+        """The table and the verdict as Markdown."""
+        headers, rows = self.table()
+        lines = ["| " + " | ".join(cells) + " |" for cells in (headers, ("---",) * len(headers), *rows)]
+        several = f"mean ± std of {len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed"
+        about = f"Scheme `{self.scheme}`, {self.layers} layers; score: {self.metric}, {several}."
+        return "\n".join([about, "", *lines, "", *(f"- {label}: {text}" for label, text in self.verdict()), ""])
+
+
+def _best(scores: Iterable[BlockScore]) -> BlockScore | None:
+    ranked = [score for score in scores if score.ranks]
+    return max(ranked, key=lambda score: (score.mean, score.candidate.centre), default=None)
+
+
+def _named(score: BlockScore) -> str:
+    candidate = score.candidate
+    remark = f", quarter {candidate.quarter}" if candidate.quarter and candidate.name != "all" else ""
+    return f"{candidate.name}, {score.shown()}{remark}{', pruned' if score.pruned else ''}"
+
+
+def _row(score: BlockScore, note: str) -> tuple[str, ...]:
+    candidate = score.candidate
+    quarter = f"Q{candidate.quarter}" if candidate.quarter and note != "baseline" else ""
+    notes = [note, "pruned" if score.pruned else "", "" if math.isfinite(score.mean) else "diverged"]
+    return (
+        candidate.name,
+        quarter,
+        layers_shown(candidate.layers),
+        f"{candidate.parameters:,}",
+        score.shown(),
+        str(score.epochs),
+        f"{score.seconds:.0f}",
+        ", ".join(filter(None, notes)),
+    )
+
+
+def layers_shown(layers: tuple[int, ...]) -> str:
+    """Layer indices in short: ``5-7``, ``3``, ``0, 4, 9`` where they are scattered, ``-`` for none."""
+    if not layers:
+        return "-"
+    if len(layers) > 1 and layers[-1] - layers[0] == len(layers) - 1:
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def _to_dict(score: BlockScore) -> dict[str, Any]:
+    content = asdict(score)
+    for name in ("modules", "layers"):
+        content["candidate"][name] = list(content["candidate"][name])
+    content["scores"] = [_number(value) for value in score.scores]
+    # For readers of the file; reading back computes them anew.
+    return content | {"mean": _number(score.mean), "std": _number(score.std)}
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _from_dict(content: Mapping[str, Any]) -> BlockScore:
+    raw = content["candidate"]
+    candidate = Candidate(
+        name=raw["name"],
+        modules=tuple(raw["modules"]),
+        layers=tuple(raw["layers"]),
+        quarter=raw["quarter"],
+        parameters=raw["parameters"],
+    )
+    scores = tuple(math.nan if value is None else value for value in content["scores"])
+    return BlockScore(candidate, scores, content["pruned"], content["epochs"], content["seconds"])

@@ -1,0 +1,223 @@
+"""The weight-bearing layers of a backbone, counted from the input, and where pooling and activations separate them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers.utils import logging
+
+from hf_ft.anatomy import Anatomy, Part, anatomy, matches, norm_layers
+from hf_ft.plan import Names, covers
+
+logger = logging.get_logger(__name__)
+
+_POOLING = re.compile(r".*Pool(?:ing)?\w*")
+_ACTIVATION = re.compile(r".*(?:ReLU\d?|[EGS]ELU|SiLU|Swish|Mish|Sigmoid|Tanh|Activation)", re.I)
+# Of the module that defines torch's activations, what is none: it weighs inputs.
+_NO_ACTIVATION = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight-bearing module outside the head with the norm that follows it.
+
+    Attributes:
+        modules: their names, and those of loose parameters that belong to them.
+        parameters: how many of their parameters can train.
+    """
+
+    modules: Names
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PlacedLayer:
+    """A layer, the name of the part of :func:`~hf_ft.anatomy.anatomy` it lies in, and the number of its segment."""
+
+    layer: Layer
+    part: str
+    segment: int
+
+
+@dataclass
+class _Draft:
+    """A layer while it is put together; frozen ones are dropped at the end."""
+
+    part: str
+    weight: str
+    modules: list[str] = field(default_factory=list)
+
+
+def weight_layers(model: nn.Module, head: str | None = None, blocks: str | None = None) -> tuple[Layer, ...]:
+    """The layers of a backbone from input to output, by the names and in the order of definition.
+
+    A layer is a module with parameters of its own that is no normalisation: convolution, linear, embedding. With
+    it come the norms defined after it; a norm with which a part begins (pre-norm) comes with the layer that
+    follows, and a neck of norms alone with the last layer. A loose parameter of a block (layer scale, the input
+    projection of ``nn.MultiheadAttention``) belongs to the last layer of the module that holds it; one of the stem
+    (class token, learned positions) to no layer.
+
+    What is approximate: definition order is the forward order but for branches. A ResNet's shortcut convolution
+    counts as a layer, the one before its main path; Swin's position bias comes after the attention that reads it;
+    ViT's pre-norm blocks define both their norms after the attention, so they come with its output projection.
+
+    Args:
+        model: as it is before training: a layer of which all parameters are frozen does not count.
+        head: as for :func:`~hf_ft.anatomy.anatomy`.
+        blocks: likewise.
+
+    Raises:
+        AnatomyError: head or blocks cannot be told.
+    """
+    return tuple(placed.layer for placed in placed_layers(model, anatomy(model, head=head, blocks=blocks)))
+
+
+def placed_layers(model: nn.Module, found: Anatomy) -> tuple[PlacedLayer, ...]:
+    """Every layer with its part and its segment; segments are numbered in order, some may be empty."""
+    drafts = _drafts(model, found)
+    sizes = trainable_sizes(model)
+    cuts = _cuts(model, found, drafts)
+    placed = []
+    for index, draft in enumerate(drafts):
+        size = size_of(draft.modules, sizes)
+        if size:
+            layer = Layer(tuple(draft.modules), size)
+            placed.append(PlacedLayer(layer, draft.part, sum(cut < index for cut in cuts)))
+    return tuple(placed)
+
+
+def trainable_sizes(model: nn.Module) -> dict[str, int]:
+    """Numbers of elements of the parameters that can train, by name; a shared one counts under its first name."""
+    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def size_of(modules: list[str] | Names, sizes: Mapping[str, int]) -> int:
+    """How many parameters that can train lie in these modules."""
+    return sum(size for name, size in sizes.items() if any(covers(module, name) for module in modules))
+
+
+def backbone_parts(found: Anatomy) -> tuple[Part, ...]:
+    """Stem, blocks and neck."""
+    return tuple(part for part in found.parts if part is not found.head)
+
+
+def _drafts(model: nn.Module, found: Anatomy) -> list[_Draft]:
+    # An activation with a parameter (PReLU) follows its layer as a norm does.
+    followers = {name for name, _ in norm_layers(model)}
+    followers |= {name for name, module in model.named_modules() if _is_activation(module)}
+    drafts: list[_Draft] = []
+    waiting: list[str] = []  # norms before the first layer of their part
+    for part in backbone_parts(found):
+        first, loose = len(drafts), []
+        for name, module in _walk(model, part):
+            own = [f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False)]
+            if not own or (len(drafts) > first and matches(name, drafts[-1].modules)):
+                continue
+            if name in followers:
+                (drafts[-1].modules if len(drafts) > first else waiting).append(name)
+            elif _holds_weights(name, module, followers):
+                loose.append((name, own))
+            else:
+                drafts.append(_Draft(part.name, name, [*waiting, name]))
+                waiting = []
+        if part is not found.stem:
+            _place_loose(loose, drafts[first:])
+        if waiting and drafts:
+            drafts[-1].modules += waiting
+            waiting = []
+    return drafts
+
+
+def _walk(model: nn.Module, part: Part) -> Iterator[tuple[str, nn.Module]]:
+    modules = dict(model.named_modules())
+    for top in part.modules:
+        if top in modules:  # a stem may hold bare parameters
+            yield from modules[top].named_modules(prefix=top)
+
+
+def _holds_weights(name: str, module: nn.Module, followers: set[str]) -> bool:
+    """Whether a module has weights inside of its children: then its own parameters are loose, else a layer."""
+    return any(
+        next(child.parameters(recurse=False), None) is not None
+        for inner, child in module.named_modules(prefix=name)
+        if inner != name and inner not in followers
+    )
+
+
+def _place_loose(loose: list[tuple[str, list[str]]], drafts: list[_Draft]) -> None:
+    """Give the parameters of a container to the last layer in it: a layer scale multiplies what comes out."""
+    for container, names in loose:
+        inside = [draft for draft in drafts if matches(draft.weight, [container])]
+        for last in (inside or drafts)[-1:]:
+            last.modules += names
+
+
+# --- segments ---------------------------------------------------------------------------------------------
+
+
+def _cuts(model: nn.Module, found: Anatomy, drafts: list[_Draft]) -> set[int]:
+    """The indices of the layers after which the network is cut."""
+    owner = {draft.weight: index for index, draft in enumerate(drafts)}
+    cuts: set[int] = set()
+    current: int | None = None
+    for name, module in model.named_modules():  # not by part: a pooling beside the blocks is in none
+        if matches(name, found.head.modules):
+            continue
+        current = owner.get(name, current)
+        if _separates(module):
+            inside = _layer_before(model, name, owner) if _is_activation(module) else None
+            after = current if inside is None else inside
+            cuts |= set() if after is None else {after}
+    if lacks_separators(model, found):
+        cuts |= {i for i, (a, b) in enumerate(itertools.pairwise(drafts)) if a.part != b.part}
+    return cuts
+
+
+def lacks_separators(model: nn.Module, found: Anatomy) -> bool:
+    """Whether no pooling and no activation is a module of the blocks: they are called as functions, then."""
+    return not any(_separates(module) for part in found.blocks for _, module in _walk(model, part))
+
+
+def _layer_before(model: nn.Module, name: str, owner: Mapping[str, int]) -> int | None:
+    """The layer that an activation follows, where a module defines its activations all before or all after its layers.
+
+    Transformers writes an MLP as ``activation_fn, fc1, fc2`` (ViT, Swin) or ``lin1, lin2, activation`` (DistilBERT),
+    and a gate as ``reduce, expand, act_reduce, act_expand`` (EfficientNet): the first follows the first, and so on.
+    """
+    prefix, _, last = name.rpartition(".")
+    parent = model.get_submodule(prefix)
+    if isinstance(parent, nn.Sequential):
+        return None  # what it runs is in order
+    children = list(parent.named_children())
+    layers = [i for i, (child, _) in enumerate(children) if f"{prefix}.{child}" in owner]
+    activations = [i for i, (_, child) in enumerate(children) if _is_activation(child)]
+    mixed = any(layers[0] < i < layers[-1] for i in activations) if layers else True
+    if mixed or len(layers) < 2 or len(activations) not in (len(layers) - 1, len(layers)):
+        return None
+    nth = [children[i][0] for i in activations].index(last)
+    return owner[f"{prefix}.{children[layers[nth]][0]}"]
+
+
+def _separates(module: nn.Module) -> bool:
+    return _is_pooling(module) or _is_activation(module)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _is_pooling(module: nn.Module) -> bool:
+    has_weights = next(module.parameters(), None) is not None
+    return _is_leaf(module) and not has_weights and _POOLING.fullmatch(type(module).__name__) is not None
+
+
+def _is_activation(module: nn.Module) -> bool:
+    kind = type(module)
+    if not _is_leaf(module) or isinstance(module, _NO_ACTIVATION):
+        return False
+    known = kind.__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    return known or _ACTIVATION.fullmatch(kind.__name__) is not None
