@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, Union
+
+from peft import PeftConfig
 
 
 class OptionError(ValueError):
@@ -90,11 +94,52 @@ def parse(text: str, kind: Any, name: str) -> Any:
     raise OptionError(f"{name}={text!r} is not {describe_type(kind)}.")
 
 
+def to_json(value: Any) -> Any:
+    """An option's value as JSON holds it."""
+    if isinstance(value, PeftConfig):
+        return tuner_to_json(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_json(value: Any) -> Any:
+    """What :func:`to_json` was given."""
+    if isinstance(value, dict) and "peft_type" in value:
+        return tuner_from_json(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def tuner_to_json(tuner: PeftConfig) -> dict[str, Any]:
+    """A PEFT config as JSON holds it: sets become sorted lists, and what is None is left out."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
+
+    given = {key: value for key, value in tuner.to_dict().items() if value is not None}
+    return json.loads(json.dumps(given, default=plain))
+
+
+def tuner_from_json(content: Mapping[str, Any]) -> PeftConfig:
+    """The PEFT config that :func:`tuner_to_json` wrote.
+
+    Raises:
+        OptionError: no or an unknown ``peft_type``, or a value that PEFT refuses.
+    """
+    try:
+        return PeftConfig.from_peft_type(**content)
+    except (TypeError, KeyError, ValueError) as error:
+        raise OptionError(
+            f"tuner={dict(content)!r} is no PEFT config ({error}): give its fields with 'peft_type', such as "
+            '{"peft_type": "LORA", "r": 8}.'
+        ) from error
+
+
 def _parse_one(text: str, kind: Any) -> Any:
     if kind is type(None):
         if text.lower() in ("none", "null"):
             return None
         raise ValueError(text)
+    if kind is PeftConfig:
+        return tuner_from_json(json.loads(text))
     if kind is bool:
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
     if typing.get_origin(kind) is Literal:

@@ -145,13 +145,13 @@ class Objective(nn.Module):
         self.task_loss = task_loss or TaskLoss()
         self.term_modules = nn.ModuleDict({t.name: t.fn for t in plan.terms if isinstance(t.fn, nn.Module)})
         self.progress = 0.0
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
         self._trainable = list(trainable if trainable is not None else dict(model.named_parameters()))
         self._view = View(model, anchors or {})
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []
         self.prefix: FrozenPrefix | None = None
-        self.live_parts = self._parts
+        self.live_parts = self.parts
         self._wants_features = any("features" in term.needs for term in plan.terms)
         self.wants_inputs = any("inputs" in term.needs for term in plan.terms)
 
@@ -204,7 +204,7 @@ class Objective(nn.Module):
                 asleep.append(norm)
         self._asleep, self._awake = asleep, awake if stage.norm_mode == "train" else []
         self.prefix = None
-        self.live_parts = self._parts[self._first_part({*trained, *moving}) :]
+        self.live_parts = self.parts[self._first_part({*trained, *moving}) :]
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Objective:
@@ -220,7 +220,7 @@ class Objective(nn.Module):
         """Every module of the parts that come before the first part with a trained parameter."""
         prefix: list[nn.Module] = []
         first = self._first_part(trained)
-        for part in self._parts[:first] if first < len(self._parts) else ():
+        for part in self.parts[:first] if first < len(self.parts) else ():
             for name in part.modules:
                 try:
                     prefix += self.model.get_submodule(name).modules()
@@ -230,11 +230,11 @@ class Objective(nn.Module):
 
     def _first_part(self, names: set[str]) -> int:
         """The index of the first part that holds one of these parameters or modules."""
-        holds = (any(covers(module, name) for module in part.modules for name in names) for part in self._parts)
-        return next((index for index, found in enumerate(holds) if found), len(self._parts))
+        holds = (any(covers(module, name) for module in part.modules for name in names) for part in self.parts)
+        return next((index for index, found in enumerate(holds) if found), len(self.parts))
 
     def _head(self) -> nn.Module:
-        return self.model.get_submodule(self._parts[-1].modules[0])
+        return self.model.get_submodule(self.parts[-1].modules[0])
 
 
 class _FeatureTap:

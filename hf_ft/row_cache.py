@@ -104,6 +104,10 @@ class RowStore:
                 raise RowsDiffer(f"rows of {name!r} differ: {shapes}", name)
             kept[rows] = column.to(kept.device)
 
+    @property
+    def in_memory(self) -> bool:
+        return self._folder is None
+
     def take(self, rows: Tensor) -> Columns:
         """Rows by number, and these numbers under a name that tells the store."""
         taken = {name: column[rows] for name, column in self.columns.items()}
@@ -194,10 +198,7 @@ def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> boo
     """
     first: Mapping[str, Any] | None = None
     for seed in range(times):
-        with random_states_kept():
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+        with random_states_kept(seed):
             found = read()
         if first is not None and not _equal(first, found):
             return False
@@ -206,11 +207,19 @@ def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> boo
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Whatever draws random numbers in here, Python's, NumPy's and torch's states are as before."""
+def random_states_kept(seed: int | None = None) -> Iterator[None]:
+    """Whatever draws random numbers in here, Python's, NumPy's and torch's states are as before.
+
+    Args:
+        seed: of all three in here.
+    """
     kept = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
             yield
         finally:
             random.setstate(kept[0])

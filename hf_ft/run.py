@@ -81,8 +81,14 @@ class Run:
         borders = stage_borders(self.plan.stages, total_steps)
         return stage_scheduler(optimizer, borders, lambda steps: schedule_curve(name, steps, round(warmup * steps)))
 
-    def stepper(self, objective: Objective, total_steps: int) -> Callable[[int], None]:
-        """A function to call with the number of each optimizer step (from 0) before it: it changes stages."""
+    def stepper(
+        self, objective: Objective, total_steps: int, then: Callable[[Objective], None] | None = None
+    ) -> Callable[[int], None]:
+        """A function to call with the number of each optimizer step (from 0) before it: it changes stages.
+
+        Args:
+            then: called with the objective whenever a stage has begun.
+        """
         borders = stage_borders(self.plan.stages, total_steps)
         present: list[int | None] = [None]
 
@@ -92,6 +98,8 @@ class Run:
             if index != present[0]:
                 objective.enter(self.plan.stages[index])
                 present[0] = index
+                if then is not None:
+                    then(objective)
 
         return at
 
@@ -131,7 +139,11 @@ def set_up(
     if states is None:
         states = measure(configs, model, context)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    plan = check(configs, model, states, trainable)
+    return start(configs, model, check(configs, model, states, trainable), states)
+
+
+def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: Mapping[str, State]) -> Run:
+    """Apply a plan's surgery, and note where its terms are anchored."""
     for operation in plan.surgery:
         model = operation(model)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -148,16 +160,11 @@ def measure(configs: Iterable[FTConfig], model: nn.Module, context: Context | No
     """What each strategy that looks at the data sees, by ``ft_type``."""
     states = {}
     for config in configs:
-        if measures(config):
+        if config.measures():
             if context is None:
                 raise OptionError(f"{config.ft_type} looks at the data before training: pass a context, or states.")
             states[config.ft_type] = config.measure(model, context)
     return states
-
-
-def measures(config: FTConfig) -> bool:
-    """Whether a strategy looks at the data."""
-    return type(config).measure is not FTConfig.measure
 
 
 def check(

@@ -20,7 +20,8 @@ from transformers.utils import logging
 from hf_ft import checkpoint as files
 from hf_ft.anatomy import norm_layers
 from hf_ft.cached_stages import CachedStages
-from hf_ft.config import FTConfig, State, read_config_file, resolve, write_configs
+from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
+from hf_ft.context import measuring_context
 from hf_ft.fields import OptionError
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler
 from hf_ft.model_card import model_card, write_card
@@ -34,8 +35,7 @@ from hf_ft.preflight import (
     warn_recommended,
 )
 from hf_ft.row_cache import FrozenCache
-from hf_ft.run import Run, check, measures, schedule_curve, set_up
-from hf_ft.sampling import measuring_context
+from hf_ft.run import Run, check, schedule_curve, set_up
 from hf_ft.whole_checkpoints import WholeCheckpoints
 
 logger = logging.get_logger(__name__)
@@ -57,6 +57,8 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
         overwrite: whether checkpoints of an earlier run in ``args.output_dir`` may be deleted.
         frozen_cache: whether a stage that trains only what follows a frozen part computes that part once instead
             of in every step: ``"auto"``, ``"always"``, ``"never"``, or a :class:`~hf_ft.row_cache.FrozenCache`.
+        plain_train_dataset: the training samples without augmentation, in the same order, for strategies that
+            search or measure on them; default: ``train_dataset``.
 
     Raises:
         OptionError: a value, or a combination with ``args``, that cannot work.
@@ -77,6 +79,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
         class_weights: ClassWeights | None = None,
         overwrite: bool = False,
         frozen_cache: FrozenCache | Literal["auto", "always", "never"] = "auto",
+        plain_train_dataset: Any = None,
         **keywords: Any,
     ) -> None:
         self.configs = resolve(strategy)
@@ -99,6 +102,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         weights = class_weights_of(class_weights, self.train_dataset, self.model, function, self.label_smoother)
         self.task_loss = TaskLoss(self.label_smoother, weights, function)
+        self.plain_train_dataset = plain_train_dataset
         self._run: Run | None = None
         self._resuming: Path | None = None
         self._objective: Objective | None = None
@@ -172,9 +176,13 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
             return files.read_states(self._resuming)
         states = {}
         for config in self.configs:
-            if measures(config):
-                states[config.ft_type] = config.measure(self.model, measuring_context(self))
+            if config.measures():
+                states[config.ft_type] = config.measure(self.model, self.context())
         return broadcast_object_list([states])[0] if self.args.world_size > 1 else states
+
+    def context(self) -> Context:
+        """What a strategy may use to look at the data: samples, and how they are trained on."""
+        return measuring_context(self)
 
     def _finish_run(self) -> None:
         assert self._run is not None
@@ -376,7 +384,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
 
     def _early_checks(self, model: nn.Module, args: TrainingArguments, scheduler: Any) -> None:
         """Tell in ``__init__`` whatever can be told without looking at the data."""
-        if any(measures(config) for config in self.configs):
+        if any(config.measures() for config in self.configs):
             return
         trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         plan = check(self.configs, model, {}, trainable)

@@ -1,0 +1,86 @@
+"""PEFT adapters inside chosen modules only, as surgery of a plan."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftConfig, get_peft_model
+from torch import nn
+
+from hf_ft.anatomy import norm_layers
+from hf_ft.fields import OptionError, tuner_from_json, tuner_to_json
+from hf_ft.plan import Names, covers
+
+PREFIX = "base_model.model."  # under which a PeftModel has the modules of its base
+
+
+def adapter_targets(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig) -> Names:
+    """The modules under ``inside``, but not in the head, that get an adapter: those the tuner names, else all that can.
+
+    A depthwise or grouped convolution cannot take a rank of its own.
+    """
+    wanted = getattr(tuner, "target_modules", None)
+    found = []
+    for name, module in model.named_modules():
+        fits = isinstance(module, (nn.Linear, nn.Embedding)) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        named = wanted is None or wanted == "all-linear" or _is_named(name, wanted)
+        if fits and named and _in(name, inside) and not _in(name, head) and module.weight.requires_grad:
+            found.append(name)
+    return tuple(found)
+
+
+def _is_named(name: str, wanted: Any) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == target or name.endswith("." + target) for target in wanted)
+
+
+@dataclass(frozen=True)
+class AddAdapters:
+    """Surgery: adapters on the target modules; ``saved`` modules (head, norms) train whole and are saved with them.
+
+    Attributes:
+        tuner: the PEFT config as JSON text, so that equal ones are equal.
+    """
+
+    targets: Names
+    saved: Names
+    tuner: str
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        config = tuner_from_json(json.loads(self.tuner))
+        config.target_modules = list(self.targets)  # type: ignore[attr-defined]
+        config.modules_to_save = list(self.saved)  # type: ignore[attr-defined]
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise OptionError(f"tuner: PEFT refuses {type(config).__name__} on this block: {error}") from error
+
+
+def add_adapters(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig) -> AddAdapters:
+    """Adapters in the modules ``inside``; the head and the norms inside train whole.
+
+    Raises:
+        OptionError: no module inside can take an adapter.
+    """
+    targets = adapter_targets(model, inside, head, tuner)
+    if not targets:
+        raise OptionError(
+            f"tuner: none of {', '.join(inside) or 'no modules'} can take an adapter (linear layers, embeddings and "
+            "convolutions of one group can): choose another block, or other target_modules."
+        )
+    norms = [name for name, _ in norm_layers(model) if _in(name, inside) and not _in(name, head)]
+    norms = [name for name in norms if _trains(model, name)]
+    heads = [name for name in head if _trains(model, name)]
+    return AddAdapters(targets, (*norms, *heads), json.dumps(tuner_to_json(tuner), sort_keys=True))
+
+
+def _in(name: str, modules: Names) -> bool:
+    return any(covers(module, name) for module in modules)
+
+
+def _trains(model: nn.Module, name: str) -> bool:
+    return any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())

@@ -1,0 +1,263 @@
+"""The search for the salient block: every candidate is trained briefly from the same start and scored.
+
+Reference: Barakat and Huang, "Improving Reliability of Fine-tuning with Block-wise Optimisation", ICMLA 2023,
+arXiv:2301.06133. Candidates, baselines and quarters: :mod:`hf_ft.candidates`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from hf_ft.block_scores import BlockScore, BlockScores
+from hf_ft.candidates import Candidate, baseline_candidates, candidates, top_layers, weight_layers
+from hf_ft.checkpoint import digests
+from hf_ft.config import Context
+from hf_ft.fields import OptionError
+from hf_ft.fit import Batches, fit, score
+from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.objective import Objective
+from hf_ft.recordings import Recordings
+from hf_ft.row_cache import random_states_kept
+from hf_ft.run import Run, start
+from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
+
+if TYPE_CHECKING:
+    from hf_ft.strategies.blockwise import BlockwiseConfig
+
+logger = logging.get_logger(__name__)
+STORAGE = "block_search.db"
+BASELINES = ("head", "all")
+
+
+@dataclass
+class BlockSearch:
+    """Score the candidates of a scheme on a split carved from the training samples.
+
+    Every candidate starts from the same weights, the same head, the same order of the data, and has the same budget.
+    Of further seeds, each brings another order, other dropout, and a head drawn anew.
+
+    Trials are an Optuna study: an interrupted search goes on where it was, and every process that runs the same
+    search on the same storage takes its share of the candidates.
+
+    Args:
+        model: the pretrained model with a new head; not changed.
+        options: scheme, budget, metric and storage.
+        context: samples and recipe, for instance :meth:`hf_ft.FTTrainer.context`.
+        progress: whether to show a bar.
+
+    Raises:
+        OptionError: an option does not fit the model or the data, or the storage cannot be opened.
+        ImportError: Optuna is missing.
+    """
+
+    model: nn.Module
+    options: BlockwiseConfig
+    context: Context
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        options = self.options
+        if options.metric != "loss" and options.metric not in LOCAL_METRICS:
+            raise OptionError(f"metric={options.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
+        scheme = "layer" if options.scheme == "top_layers" else options.scheme
+        place = {"head": options.head, "blocks": options.blocks}
+        found = candidates(self.model, scheme, length=options.length, **place)
+        self.candidates = [candidate for candidate in found if options.adaptable(self.model, candidate)]
+        self.baselines = baseline_candidates(self.model, **place) if options.baselines else {}
+        self.seeds = tuple(range(options.search_seeds))
+        self.train_rows, self.validation_rows = self._split()
+        cache, computing = self.context.frozen_cache, self.context.recipe.computing
+        self.recordings = Recordings(self.model, self.context.samples, cache, computing)
+        self._batches = Batches(self.context.samples, self.recordings)
+        self._signature = self._describe()
+
+    # --- the search ----------------------------------------------------------------------------------------
+
+    def run(self) -> BlockScores:
+        """Train and score what no earlier or other process has; returns the scores of all."""
+        found = self._score([*self.candidates, *self.baselines.values()])
+        made = [self._collect(candidate, found) for candidate in self.candidates]
+        if self.options.scheme == "top_layers":
+            made = self._join_best(made)
+        return BlockScores(
+            scheme=self.options.scheme,
+            metric=self.options.metric,
+            layers=len(weight_layers(self.model, self.options.head, self.options.blocks)),
+            seeds=self.seeds,
+            scores=tuple(made),
+            baselines={name: self._collect(candidate, found) for name, candidate in self.baselines.items()},
+        )
+
+    def _join_best(self, layers: Sequence[BlockScore]) -> list[BlockScore]:
+        """Scheme (2): the best k layers together, for each k; one layer alone was scored already."""
+        ranked = sorted((s for s in layers if s.ranks), key=lambda s: (s.mean, s.candidate.centre), reverse=True)
+        indices = [entry.candidate.layers[0] for entry in ranked[: self.options.top]]
+        joined = top_layers(self.model, indices, head=self.options.head, blocks=self.options.blocks)
+        found = self._score(joined[1:])
+        first = BlockScore(joined[0], ranked[0].scores, False, ranked[0].epochs, ranked[0].seconds)
+        return [first, *(self._collect(candidate, found) for candidate in joined[1:])]
+
+    def _score(self, wanted: Sequence[Candidate]) -> dict[str, Outcome]:
+        options = self.options
+        named = {candidate.name: candidate for candidate in wanted}
+        jobs = [
+            Job(f"{candidate.name}/seed{seed}", {"block": candidate.name, "seed": seed})
+            for seed in self.seeds
+            for candidate in wanted
+        ]
+        self._planned = False
+
+        def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
+            return self._evaluate(named[str(job.params["block"])], int(job.params["seed"]), report, wanted)
+
+        with self._bar(len(jobs)) as advance:
+            return run_trials(
+                jobs,
+                evaluate,
+                storage=self._storage(),
+                name=f"blocks-{options.scheme}-{_short(self._signature)}",
+                signature=self._signature,
+                pruner=Halving() if options.halving else None,
+                progress=advance,
+            )
+
+    def _evaluate(
+        self, candidate: Candidate, seed: int, report: Report, wanted: Sequence[Candidate]
+    ) -> tuple[float, dict[str, Any]]:
+        """Train one candidate; its score is that of its best epoch."""
+        if not self._planned:  # by the first trial that really runs: a search that is complete records nothing
+            self._plan_recordings(wanted)
+        run = self._start(candidate, seed)
+        scores: list[float] = []
+
+        def after_epoch(epoch: int, objective: Objective) -> None:
+            recipe, options = self.context.recipe, self.options
+            scores.append(score(objective, recipe, self._batches, self.validation_rows, options.metric))
+            if candidate.name not in BASELINES:  # these are there to compare with: never stopped early
+                report(epoch, scores[-1])
+
+        fit(run, self.context.recipe, self._batches, self.train_rows, self.options.search_epochs, seed, after_epoch)
+        return max(scores), {"epochs": len(scores)}
+
+    def _start(self, candidate: Candidate, seed: int) -> Run:
+        """A copy of the model, with the head of this seed, made ready to train this candidate."""
+        model: Any = copy.deepcopy(self.model)
+        if seed and hasattr(model, "_init_weights"):
+            with random_states_kept(seed):
+                for name in self.options.anatomy(model).head.modules:
+                    model.get_submodule(name).apply(_uninitialised)
+                    model.get_submodule(name).apply(model._init_weights)
+        return start((self.options,), model, self.options.plan_for(model, candidate), {})
+
+    def _plan_recordings(self, wanted: Sequence[Candidate]) -> None:
+        """Tell which borders will be asked for, so that one pass over the samples records all."""
+        self._planned = True
+        for candidate in wanted:
+            run = self._start(candidate, 0)
+            prefix = self.recordings.prefix(run.objective())
+            if prefix is not None:
+                self.recordings.plan(prefix)
+
+    # --- what is searched on -------------------------------------------------------------------------------
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        """Training and validation rows, stratified by class where there are enough of each."""
+        count = self.context.samples.count
+        size = round(count * self.options.validation)
+        if not 1 <= size < count:
+            raise OptionError(
+                f"validation={self.options.validation:g} of {count} training samples leaves {count - size} to train "
+                f"and {size} to score on: give more samples, or another share."
+            )
+        labels = self.context.labels
+        counts = np.unique(labels, return_counts=True)[1] if labels is not None else np.array([0])
+        fits = counts.min() > 1 and min(size, count - size) >= len(counts)
+        rows = train_test_split(np.arange(count), test_size=size, random_state=0, stratify=labels if fits else None)
+        return rows[0].tolist(), rows[1].tolist()
+
+    def _describe(self) -> dict[str, Any]:
+        """Everything that the scores depend on."""
+        hashes = json.dumps(sorted(digests(self.model).items()))
+        samples = self.context.samples
+        with random_states_kept(0):
+            first = samples.read(list(range(min(4, samples.count))))
+        data = b"".join(_bytes(value) for _, value in sorted(first.items()) if isinstance(value, Tensor))
+        unused = ("block", "storage", "search_seeds", "top", "baselines", "halving")  # the study knows of the last
+        recipe = self.context.recipe
+        return {
+            "model": hashlib.sha256(hashes.encode()).hexdigest(),
+            "samples": samples.count,
+            "data": hashlib.sha256(data + np.asarray(self.context.labels).tobytes()).hexdigest(),
+            "options": {key: value for key, value in self.options.to_dict().items() if key not in unused},
+            "recipe": {**dict(self.context.described), "batch_size": recipe.batch_size},
+        }
+
+    def _storage(self) -> str | None:
+        if self.options.storage is not None:
+            return None if self.options.storage == "memory" else self.options.storage
+        if self.context.folder is None:
+            return None
+        self.context.folder.mkdir(parents=True, exist_ok=True)
+        return str(Path(self.context.folder) / STORAGE)
+
+    def _collect(self, candidate: Candidate, found: dict[str, Outcome]) -> BlockScore:
+        outcomes = [found[f"{candidate.name}/seed{seed}"] for seed in self.seeds]
+        return BlockScore(
+            candidate,
+            tuple(outcome.value for outcome in outcomes),
+            any(outcome.pruned for outcome in outcomes),
+            sum(len(outcome.steps) or int(outcome.info.get("epochs", 0)) for outcome in outcomes),
+            sum(outcome.seconds for outcome in outcomes),
+        )
+
+    def _bar(self, total: int) -> _Bar:
+        return _Bar(total, self.options.metric, not self.progress)
+
+
+class _Bar:
+    """A progress bar that shows the best score so far."""
+
+    def __init__(self, total: int, metric: str, hidden: bool) -> None:
+        self.bar = tqdm(total=total, desc="Searching blocks", disable=hidden, leave=False)
+        self.metric, self.best = metric, float("-inf")
+
+    def __enter__(self) -> Callable[[int, int, Outcome | None], None]:
+        return self._advance
+
+    def _advance(self, done: int, total: int, outcome: Outcome | None) -> None:
+        self.bar.n = done
+        if outcome is not None and not outcome.pruned and outcome.value > self.best:
+            self.best = outcome.value
+            self.bar.set_postfix_str(f"best {self.metric} {self.best:.3f}: {outcome.key}")
+        self.bar.refresh()
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def _uninitialised(module: nn.Module) -> None:
+    """Undo the mark by which Transformers leaves alone what was loaded."""
+    marked: list[Any] = [module, *module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for item in marked:
+        item._is_hf_initialized = False
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _short(signature: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(signature, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,71 @@
+"""What a strategy gets from a Trainer to look at the data with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from hf_ft.config import Context
+from hf_ft.fields import OptionError
+from hf_ft.fit import recipe_of
+from hf_ft.preflight import class_labels
+from hf_ft.recordings import Samples
+from hf_ft.row_cache import read_rows
+from hf_ft.sampling import batches_of
+
+
+def measuring_context(trainer: Any) -> Context:
+    """What ``measure`` gets from a Trainer."""
+    recipe, described = recipe_of(trainer)
+    return Context(
+        batches=partial(batches_of, trainer),
+        reduce=partial(trainer.accelerator.reduce, reduction="sum"),
+        device=trainer.args.device,
+        generator=torch.Generator().manual_seed(trainer.args.seed),
+        samples=_samples(trainer),
+        labels=class_labels(trainer.train_dataset),
+        recipe=recipe,
+        described=described,
+        frozen_cache=trainer.frozen_cache,
+        folder=Path(trainer.args.output_dir),
+    )
+
+
+def _samples(trainer: Any) -> Samples:
+    """The training samples by number, without augmentation where the user gave such.
+
+    Raises:
+        OptionError: those are not as many as the augmented ones.
+    """
+    dataset, plain = trainer.train_dataset, trainer.plain_train_dataset
+    if plain is not None and len(plain) != len(dataset):
+        raise OptionError(
+            f"plain_train_dataset has {len(plain)} samples, train_dataset {len(dataset)}: pass the same ones, in the "
+            "same order, without augmentation."
+        )
+    chosen = dataset if plain is None else plain
+
+    def read(rows: Sequence[int]) -> dict[str, Any]:
+        kept, collate = readable(trainer, chosen)
+        return trainer._prepare_inputs(collate(read_rows(kept, rows)))
+
+    return Samples(len(chosen) if hasattr(chosen, "__len__") else 0, read)
+
+
+def readable(trainer: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """A data set without unused columns, and what makes batches of its rows.
+
+    Raises:
+        OptionError: it has no length, so that it cannot be divided among ranks, nor read by number.
+    """
+    if not hasattr(dataset, "__len__"):
+        names = ", ".join(config.ft_type for config in trainer.configs)
+        raise OptionError(f"{names} looks at the training data first: train_dataset must be map-style, not iterable.")
+    if isinstance(dataset, datasets.Dataset):
+        return trainer._remove_unused_columns(dataset, description="measured"), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="measured")

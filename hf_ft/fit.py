@@ -1,0 +1,170 @@
+"""Short trainings inside a search: each from the same start, with the same data order and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import EvalPrediction
+
+from hf_ft.anatomy import batch_norms
+from hf_ft.groups import stage_scheduler
+from hf_ft.metrics import LOCAL_METRICS, compute_metrics
+from hf_ft.objective import Objective, TaskLoss
+from hf_ft.plan import stage_borders
+from hf_ft.recordings import Recordings, Samples
+from hf_ft.row_cache import ROW, RowStore, random_states_kept
+from hf_ft.run import Run, schedule_curve
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train, as the training arguments say it.
+
+    Attributes:
+        optimizer: makes one of parameter groups.
+        curve: number of steps -> (step -> factor of the rate), the schedule.
+        max_grad_norm: gradients are clipped to this norm; 0 for not at all.
+        task_loss: the loss of the task.
+        computing: the context in which the model computes, such as autocast.
+    """
+
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer]
+    curve: Callable[[int], Callable[[int], float]]
+    learning_rate: float
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    max_grad_norm: float = 1.0
+    task_loss: TaskLoss = field(default_factory=TaskLoss)
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a Trainer, and what it was made of."""
+    args = trainer.args
+    kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    kwargs = args.lr_scheduler_kwargs or {}
+    recipe = Recipe(
+        optimizer=lambda groups: kind(groups, **options),
+        curve=lambda steps: schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs),
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        batch_size=args.per_device_train_batch_size,
+        max_grad_norm=args.max_grad_norm or 0.0,
+        task_loss=trainer.task_loss,
+        computing=trainer.accelerator.autocast,
+    )
+    names = "learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+    names += "max_grad_norm label_smoothing_factor bf16 fp16"
+    described = {name: value for name, value in args.to_dict().items() if name in names.split()}
+    weights = trainer.task_loss.class_weights
+    described["class_weights"] = None if weights is None else weights.tolist()
+    return recipe, described
+
+
+def fit(
+    run: Run,
+    recipe: Recipe,
+    batches: Batches,
+    rows: Sequence[int],
+    epochs: int,
+    seed: int,
+    after_epoch: Callable[[int, Objective], None],
+) -> None:
+    """Train a run's model on some samples.
+
+    Args:
+        batches: where samples come from.
+        rows: which of them.
+        seed: of the order of the data and of dropout.
+        after_epoch: called with the number of finished epochs, in evaluation mode; may raise to stop.
+    """
+    objective = run.objective(recipe.task_loss)
+    model = run.model
+    optimizer = recipe.optimizer(run.param_groups(recipe.learning_rate, recipe.weight_decay))
+    order = [_epoch(rows, recipe.batch_size, seed, epoch, model) for epoch in range(epochs)]
+    total = sum(map(len, order))
+    borders = stage_borders(run.plan.stages, total)
+    scheduler = stage_scheduler(optimizer, borders, recipe.curve)
+    at = run.stepper(objective, total, then=batches.follow)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    step = 0
+    with random_states_kept(seed):
+        for epoch, chunks in enumerate(order):
+            objective.train()
+            for chunk in chunks:
+                at(step)
+                with recipe.computing():
+                    loss = objective(**batches.take(chunk))["loss"]
+                loss.backward()
+                if recipe.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                step += 1
+            objective.eval()
+            after_epoch(epoch + 1, objective)
+
+
+def _epoch(rows: Sequence[int], size: int, seed: int, epoch: int, model: nn.Module) -> list[list[int]]:
+    """The batches of an epoch. A last one of a single sample is left out where BatchNorm could not train on it."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 7919 + epoch)).tolist()
+    chunks = [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows), size)]
+    alone = len(chunks) > 1 and len(chunks[-1]) == 1 and batch_norms(model)
+    return chunks[:-1] if alone else chunks
+
+
+class Batches:
+    """Batches of samples by number: from records where there are some, else read and collated.
+
+    Args:
+        samples: the samples.
+        recordings: of the model that is copied and trained.
+    """
+
+    def __init__(self, samples: Samples, recordings: Recordings | None = None) -> None:
+        self.samples, self.recordings = samples, recordings
+        self._store: RowStore | None = None
+
+    def follow(self, objective: Objective) -> None:
+        """Start from the activations at the border of the objective's present stage, where that can be."""
+        self._store = None
+        prefix = None if self.recordings is None else self.recordings.prefix(objective)
+        if self.recordings is not None and prefix is not None:
+            self._store = self.recordings.store(prefix)
+            objective.prefix = prefix if self._store is not None else None
+
+    def take(self, rows: Sequence[int]) -> dict[str, Any]:
+        if self._store is None:
+            return self.samples.read(rows)
+        taken = self._store.take(torch.tensor(rows))
+        return {name: column for name, column in taken.items() if not name.startswith(ROW)}
+
+
+def score(objective: Objective, recipe: Recipe, batches: Batches, rows: Sequence[int], metric: str) -> float:
+    """A metric of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``; more is better, so errors come out negative.
+
+    Reading draws the same random numbers each time, so that augmented samples are the same for all candidates.
+    """
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    losses: list[Tensor] = []
+    with random_states_kept(0), torch.no_grad():
+        for start in range(0, len(rows), recipe.batch_size):
+            batch = batches.take(rows[start : start + recipe.batch_size])
+            with recipe.computing():
+                outputs = objective(**batch)
+            logits.append(outputs["logits"].float())
+            labels.append(batch["labels"])
+            losses.append(outputs["loss"].float() * len(batch["labels"]))
+    if metric == "loss":
+        return -float(torch.stack(losses).sum() / len(rows))
+    found = EvalPrediction(torch.cat(logits).cpu().numpy(), torch.cat(labels).cpu().numpy())
+    value = compute_metrics([metric])(found)[metric]
+    return -value if "regression" in LOCAL_METRICS[metric].kinds else value

@@ -1,0 +1,134 @@
+"""Block-wise fine-tuning: the salient block and the head train, all else stays as pretrained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft import PeftConfig
+from torch import nn
+
+from hf_ft.adapters import PREFIX, adapter_targets, add_adapters
+from hf_ft.block_scores import BlockScores
+from hf_ft.block_search import BASELINES, BlockSearch
+from hf_ft.candidates import (
+    Candidate,
+    baseline_candidates,
+    candidates,
+    find_candidate,
+    last_quarter,
+)
+from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
+from hf_ft.fields import OptionError, option
+from hf_ft.plan import EVERYTHING, Plan, Rate, Stage, Surgery, compose
+from hf_ft.registry import register
+
+
+@register("blockwise")
+@dataclass(frozen=True, kw_only=True)
+class BlockwiseConfig(FTConfig):
+    r"""Find the block that matters on the data, and train it and the head alone.
+
+    Every candidate block :math:`b` of a scheme starts from the same weights :math:`w^0` and trains for a few epochs
+    on a part of the training samples; the rest of these ranks them:
+
+    .. math:: b^* = \arg\max_b \; \mathrm{score}\big(\arg\min_{w_b, h} \mathrm{CE};\; w_{\bar b} = w^0_{\bar b}\big)
+
+    ``block="last_quarter"`` takes the candidate of the last quarter nearest the output, without a search.
+    """
+
+    paper = Paper(
+        "Barakat, Huang",
+        "Improving Reliability of Fine-tuning with Block-wise Optimisation",
+        "ICMLA 2023",
+        "https://arxiv.org/abs/2301.06133",
+    )
+    formula = "min CE over the weights of the head and of block b* alone; b* = the candidate best on held-out samples"
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    block: str | int = option(
+        "auto",
+        "'auto' searches; 'last_quarter' takes the last block; a candidate's name such as 'stage3', or its index from "
+        "the input (-1: the last), takes that one; 'head' and 'all' are the baselines. `hf-ft blocks MODEL` lists.",
+    )
+    scheme: Literal["stage", "block", "layer", "top_layers", "segment", "window"] = option(
+        "stage", "How candidates are formed.", source="ours"
+    )
+    length: int = option(3, "Layers in a window.", range="[1, inf)")
+    top: int = option(5, "For 'top_layers': join up to so many of the best layers.", range="[1, inf)")
+    head_lr: float | None = option(None, "Learning rate of the head; None for that of the block.", range="(0, inf)")
+    tuner: PeftConfig | None = option(
+        None,
+        "A PEFT config, such as LoraConfig(r=8): adapters train in the block, and its norms, in place of its weights. "
+        'On the command line as JSON: \'{"peft_type": "LORA", "r": 8}\'.',
+    )
+    search_epochs: int = option(5, "Epochs of each candidate's training.", range="[1, inf)")
+    search_seeds: int = option(1, "Trainings of each candidate; ranked by their mean.", range="[1, inf)")
+    validation: float = option(0.25, "Share of the training samples that ranks the candidates.", range="(0, 1)")
+    metric: str = option(
+        "accuracy", "What ranks them: accuracy, balanced_accuracy, macro_f1, mse, mae or loss (errors by the lowest)."
+    )
+    halving: bool = option(False, "Stop the worse candidates early (successive halving); False trains all to the end.")
+    baselines: bool = option(True, "Score the head alone and all layers, too, to compare with.")
+    storage: str | None = option(
+        None,
+        "Where the trials are kept: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
+        "block_search.db in the output folder. Processes with one storage share one search.",
+    )
+
+    def measures(self) -> bool:
+        return self.block == "auto"
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        scores = BlockSearch(model, self, context).run()
+        return State(info={"scores": scores.to_dict(), "block": dataclasses.asdict(scores.best.candidate)})
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        return self._plan(model, self.chosen(model, state))
+
+    def chosen(self, model: nn.Module, state: State) -> Candidate:
+        """The block that trains.
+
+        Raises:
+            OptionError: it does not exist (those that do are listed), or was not searched for.
+        """
+        place = {"head": self.head, "blocks": self.blocks}
+        if self.block == "auto":
+            if "block" not in state.info:
+                raise OptionError("BlockwiseConfig(block='auto') searches before it plans: pass a context, or states.")
+            return _candidate(state.info["block"])
+        if self.block in BASELINES:
+            return baseline_candidates(model, **place)[str(self.block)]
+        found = candidates(model, self.scheme, length=self.length, **place)
+        return last_quarter(found) if self.block == "last_quarter" else find_candidate(found, self.block)
+
+    def scores(self, state: State) -> BlockScores:
+        """The table of the search that ``block="auto"`` made."""
+        return BlockScores.from_dict(state.info["scores"])
+
+    def plan_for(self, model: nn.Module, candidate: Candidate) -> Plan:
+        """The whole plan that trains one candidate."""
+        return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, candidate)])
+
+    def adaptable(self, model: nn.Module, candidate: Candidate) -> bool:
+        """Whether a candidate can be trained: with a tuner, something in it must take an adapter."""
+        if self.tuner is None:
+            return True
+        return bool(adapter_targets(model, candidate.modules, self.anatomy(model).head.modules, self.tuner))
+
+    def _plan(self, model: nn.Module, candidate: Candidate) -> Plan:
+        head = self.anatomy(model).head.modules
+        trains = (*candidate.modules, *head)
+        surgery: tuple[Surgery, ...] = ()
+        if self.tuner is not None and candidate.modules:
+            surgery = (add_adapters(model, candidate.modules, head, self.tuner),)
+            # All that PEFT lets train: adapters, norms and head, under the names they get.
+            head, trains = tuple(PREFIX + name for name in head), EVERYTHING
+        rates = (Rate(head, lr=self.head_lr),) if self.head_lr is not None else ()
+        return Plan(surgery=surgery, stages=(Stage(candidate.name, trains=trains, rates=rates),))
+
+
+def _candidate(content: dict[str, Any]) -> Candidate:
+    fields = {**content, "modules": tuple(content["modules"]), "layers": tuple(content["layers"])}
+    return Candidate(**fields)
