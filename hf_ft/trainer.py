@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,6 +180,11 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
                 states[config.ft_type] = config.measure(self.model, self.context())
         return broadcast_object_list([states])[0] if self.args.world_size > 1 else states
 
+    @property
+    def states(self) -> Mapping[str, State]:
+        """What the strategies measured, by name; empty before training."""
+        return self._run.states if self._run is not None else {}
+
     def context(self) -> Context:
         """What a strategy may use to look at the data: samples, and how they are trained on."""
         return measuring_context(self)
@@ -296,10 +301,8 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
-        run = self._run
-        states = run.states if run is not None else {}
         write_configs(folder, self.configs, base_model=self._base_description())
-        files.write_states(folder, {c.ft_type: states.get(c.ft_type, State()) for c in self.configs})
+        files.write_states(folder, {c.ft_type: self.states.get(c.ft_type, State()) for c in self.configs})
         modules = nn.ModuleDict(self._term_modules())
         if modules:
             save_file(

@@ -16,6 +16,7 @@ COMMANDS = {
     "list": ("catalog", "all strategies in a table"),
     "describe": ("catalog", "one strategy: paper, formula, options and their defaults"),
     "blocks": ("blocks", "what a model is made of: stem, blocks, neck, head, normalisation layers"),
+    "search-blocks": ("search_blocks", "find the block that is worth training, and plot the score over the depth"),
     "demo": ("demo", "compare four strategies on real images, in a few minutes and without a GPU"),
 }
 HELP = """hf-ft: fine-tuning strategies for Hugging Face models.
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback_wanted = "--traceback" in arguments or os.environ.get("HF_FT_TRACEBACK", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        commands = "\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items())
+        commands = "\n".join(f"  {name:<14}{what}" for name, (_, what) in COMMANDS.items())
         say(HELP.format(commands=commands))
         return 0
     if arguments[0] == "--version":
@@ -64,7 +65,7 @@ def _call(command: str, arguments: list[str]) -> None:
         hint = f" Did you mean {guess[0]!r}?" if guess else ""
         raise ValueError(f"unknown command {command!r}.{hint} Known: {', '.join(COMMANDS)}.")
     module = importlib.import_module(f"hf_ft.cli.{COMMANDS[command][0]}")
-    getattr(module, f"run_{command}")(arguments)
+    getattr(module, f"run_{command.replace('-', '_')}")(arguments)
 
 
 def _message(command: str, error: Exception) -> str:

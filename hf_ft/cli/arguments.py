@@ -66,6 +66,12 @@ class MethodFlags:
         "the Hub (default: all local ones that fit)"
     )
     class_weights: Literal["balanced", "none"] = _flag("balanced: weigh classes by their rarity", "none")
+    frozen_cache: Literal["auto", "always", "never"] = _flag(
+        "whether a stage computes what is frozen once: auto where samples are the same each time (--augment none)",
+        "auto",
+    )
+    frozen_cache_memory_gb: float = _flag("keep so much of it in memory; more goes into a temporary file", 2.0)
+    frozen_cache_disk_gb: float = _flag("write so much to that file at most", 20.0)
     overwrite: bool = _flag("go on though output_dir is not empty; checkpoints in it are deleted", False)
 
 

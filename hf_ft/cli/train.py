@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
+from hf_ft.block_scores import BlockScores
+from hf_ft.block_search import STORAGE
 from hf_ft.cli.arguments import DataFlags, Request, read
 from hf_ft.cli.console import count, quieten, say, table
 from hf_ft.cli.models import load_classifier, usage
+from hf_ft.cli.search_blocks import report
 from hf_ft.cli.train_help import train_help
 from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_splits, prepare
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
+from hf_ft.row_cache import FrozenCache
 from hf_ft.trainer import FTTrainer
 from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
 
@@ -25,6 +31,24 @@ def run_train(arguments: list[str]) -> None:
         return
     request = read(arguments)
     _check(request)
+    made = make(request)
+    _announce(request, made)
+    made.trainer.train(resume_from_checkpoint=request.resume)
+    _finish(made)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a request became: a trainer, the prepared splits, and how the data were read."""
+
+    trainer: FTTrainer
+    splits: DatasetDict
+    columns: Columns
+    augment: str
+
+
+def make(request: Request) -> Made:
+    """Load model and data, and make the trainer."""
     quieten()
     args = TrainingArguments(**request.training_arguments())
     with args.main_process_first(desc="reading the data"):
@@ -34,25 +58,27 @@ def run_train(arguments: list[str]) -> None:
     model, processor = load_classifier(
         str(request.data.model), columns, args.seed, request.data.image_size, request.data.revision
     )
+    length = _max_length(request.data, model, processor)
     with args.main_process_first(desc="preparing the data"):
-        ready = prepare(splits, processor, columns, augment, _max_length(request.data, model, processor))
+        ready = prepare(splits, processor, columns, augment, length)
+        plain = ready if augment == "none" else prepare(splits, processor, columns, "none", length)
     _settle(args, request, columns)
-    scores = compute_metrics(request.method.metrics) if request.method.metrics else classification_metrics
+    method = request.method
     trainer = FTTrainer(
         model,
         args,
         strategy=request.configs,
-        class_weights=None if request.method.class_weights == "none" else request.method.class_weights,
-        overwrite=request.method.overwrite,
+        class_weights=None if method.class_weights == "none" else method.class_weights,
+        overwrite=method.overwrite,
+        frozen_cache=FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb),
+        plain_train_dataset=plain["train"],
         train_dataset=ready["train"],
         eval_dataset=ready["validation"],
         data_collator=collate(processor),
         processing_class=processor,
-        compute_metrics=scores,
+        compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
     )
-    _announce(request, trainer, ready, columns, augment)
-    trainer.train(resume_from_checkpoint=request.resume)
-    _finish(trainer, ready, columns)
+    return Made(trainer, ready, columns, augment)
 
 
 def _check(request: Request) -> None:
@@ -69,7 +95,12 @@ def _check(request: Request) -> None:
     folder = request.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (request.method.overwrite or request.resume):
+    # A search that was interrupted goes on where it was.
+    if (
+        folder.is_dir()
+        and any(file.name != STORAGE for file in folder.iterdir())
+        and not (request.method.overwrite or request.resume)
+    ):
         raise ValueError(
             f"--output_dir {folder} is not empty: add --overwrite, or --resume_from_checkpoint true to go on with "
             "the run in it, or name another folder."
@@ -115,9 +146,10 @@ def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None
     args.greater_is_better = best != "loss" and LOCAL_METRICS[best].kinds != ("regression",)
 
 
-def _announce(request: Request, trainer: FTTrainer, ready: DatasetDict, columns: Columns, augment: str) -> None:
+def _announce(request: Request, made: Made) -> None:
+    trainer, columns, augment = made.trainer, made.columns, made.augment
     args = trainer.args
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in ready.items())
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
     classes = f"{columns.num_labels} classes" if columns.names else "regression"
     if columns.problem_type == "multi_label_classification":
         classes += ", several per row"
@@ -143,8 +175,9 @@ def _shown(config: Any) -> str:
     return config.ft_type + (f"({', '.join(f'{k}={v}' for k, v in changed.items())})" if changed else "")
 
 
-def _finish(trainer: FTTrainer, ready: DatasetDict, columns: Columns) -> None:
+def _finish(made: Made) -> None:
     """Score, save the model, and say how to load it."""
+    trainer, ready, columns = made.trainer, made.splits, made.columns
     metrics = trainer.evaluate()
     if "test" in ready:
         metrics |= trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
@@ -155,6 +188,9 @@ def _finish(trainer: FTTrainer, ready: DatasetDict, columns: Columns) -> None:
     say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
     say(f"saved       {folder}, a plain Transformers checkpoint:\n")
     say(usage(folder, columns.task))
+    for state in trainer.states.values():
+        if "scores" in state.info:
+            report(BlockScores.from_dict(state.info["scores"]), Path(folder))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,0 +1,100 @@
+"""``hf-ft search-blocks``: which block is worth training, as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+
+from hf_ft.block_scores import BlockScores
+from hf_ft.block_search import BlockSearch
+from hf_ft.cli.console import say, table
+from hf_ft.fields import options
+
+HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
+
+usage: hf-ft search-blocks --model MODEL --dataset DATA [--scheme SCHEME ...] [flags of hf-ft train]
+       accelerate launch -m hf_ft search-blocks ...    (several processes share the candidates)
+
+Each candidate block trains with the head for a few epochs, from the same start, on a part of the training samples;
+the rest ranks them. Trials are kept as an Optuna study: the same command goes on where an interrupted search was, and
+several processes or machines that name one --storage work on one search.
+
+example:
+  hf-ft search-blocks --model microsoft/resnet-18 --dataset my_photos/ --scheme stage --search_seeds 3
+
+Written to --output_dir (default: runs/blocks): blocks.json, blocks.md, blocks.png and the study.
+
+flags of the search
+{flags}
+
+`hf-ft blocks MODEL --scheme SCHEME` lists the candidates; `hf-ft train --help` the other flags. Images are not
+augmented here (--augment basic changes that), so that what is frozen is computed once."""
+
+
+def run_search_blocks(arguments: list[str]) -> None:
+    """Search, print the scores, and write them."""
+    from hf_ft.cli.arguments import read
+    from hf_ft.cli.train import make
+    from hf_ft.strategies import BlockwiseConfig
+
+    own = [field for field in options(BlockwiseConfig) if field.name != "block"]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        rows = [(f"--{f.name}", f"{f.metadata['help']} (default: {f.default})") for f in own]
+        say(HELP.format(flags=table(rows, indent="  ")))
+        return
+    names = {field.name for field in own}
+    request = read(["--strategy", "blockwise", *(_prefixed(word, names) for word in _with_defaults(arguments))])
+    for name in ("model", "dataset"):
+        if not getattr(request.data, name):
+            raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or a short name.")
+    if len(request.configs) > 1:
+        raise ValueError("search-blocks searches for blocks only: leave --strategy out.")
+    made = make(request)
+    config = request.configs[0]
+    assert isinstance(config, BlockwiseConfig)
+    scores = BlockSearch(made.trainer.model, config, made.trainer.context()).run()
+    report(scores, request.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _with_defaults(arguments: list[str]) -> list[str]:
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    extra = [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
+    return [*arguments, *extra]
+
+
+DEFAULTS = {"output_dir": "runs/blocks", "augment": "none"}
+
+
+def _prefixed(word: str, names: set[str]) -> str:
+    """``--scheme`` as ``--blockwise.scheme``, the name it has in ``hf-ft train``."""
+    flag, equals, value = word.partition("=")
+    name = flag[2:].replace("-", "_")
+    return f"--blockwise.{name}{equals}{value}" if flag.startswith("--") and name in names else word
+
+
+def report(scores: BlockScores, folder: Path) -> None:
+    """Print the scores, and write ``blocks.json``, ``blocks.md`` and, with matplotlib, ``blocks.png``."""
+    from hf_ft.cli.console import is_main
+
+    headers, rows = scores.table()
+    say(f"\nblocks by {scores.scheme}, {scores.metric} on held-out training samples:\n")
+    say(table(rows, headers))
+    say()
+    say(table(scores.verdict()))
+    if not is_main():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "blocks.json").write_text(json.dumps(scores.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (folder / "blocks.md").write_text(scores.markdown() + "\n", encoding="utf-8")
+    written = ["blocks.json", "blocks.md"]
+    if importlib.util.find_spec("matplotlib") is not None:
+        from hf_ft.block_plot import plot_scores
+
+        plot_scores(scores, folder / "blocks.png")
+        written.append("blocks.png")
+    say(f"\nIn {folder}: {', '.join(written)}.")
