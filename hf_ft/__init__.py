@@ -2,15 +2,22 @@
 
 __version__ = "0.1.0"
 
+from hf_ft import diagnostics
 from hf_ft.anatomy import Anatomy, AnatomyError, Part, anatomy
+from hf_ft.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
+from hf_ft.block_scores import BlockScores
+from hf_ft.block_search import BlockSearch
 from hf_ft.checkpoint import CheckpointError, load_delta, load_weights
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
 from hf_ft.fields import OptionError, option
 from hf_ft.objective import Objective, TaskLoss, View
 from hf_ft.plan import Plan, Rate, Stage, Term, compose
 from hf_ft.registry import config_class, register
+from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, set_up
 from hf_ft.strategies import (
+    BlockwiseConfig,
+    DAFTConfig,
     FullConfig,
     GradualUnfreezingConfig,
     L2SPConfig,
@@ -23,10 +30,16 @@ from hf_ft.trainer import FTTrainer
 __all__ = [
     "Anatomy",
     "AnatomyError",
+    "BatchNormStatistics",
+    "BlockScores",
+    "BlockSearch",
+    "BlockwiseConfig",
     "CheckpointError",
     "Context",
+    "DAFTConfig",
     "FTConfig",
     "FTTrainer",
+    "FrozenCache",
     "FullConfig",
     "GradualUnfreezingConfig",
     "L2SPConfig",
@@ -49,6 +62,9 @@ __all__ = [
     "anatomy",
     "compose",
     "config_class",
+    "convert_batch_norm",
+    "diagnostics",
+    "estimate_batch_norm",
     "load_configs",
     "load_delta",
     "load_weights",

@@ -7,17 +7,23 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin, cached_file
 
 from hf_ft.anatomy import Anatomy, anatomy, batch_norms, tensorflow_momentum
-from hf_ft.fields import OptionError, option, options, validate
+from hf_ft.fields import OptionError, from_json, option, options, to_json, validate
 from hf_ft.plan import Plan, compose
 from hf_ft.registry import config_class, strategies
+
+if TYPE_CHECKING:
+    from hf_ft.fit import Recipe
+    from hf_ft.recordings import Samples
+    from hf_ft.row_cache import FrozenCache
 
 logger = logging.get_logger(__name__)
 CONFIG_NAME = "ft_config.json"
@@ -38,10 +44,11 @@ class Paper:
 
 @dataclass(frozen=True)
 class Recommended:
-    """A training argument that a method wants, and why or from where (code, paper, ours)."""
+    """A training argument that a method wants, from where (code, paper, ours), and why, where that is not plain."""
 
     value: Any
     source: str = "ours"
+    why: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,29 @@ class Context:
 
     Attributes:
         batches: a fresh pass over this process's share of the training data, each sample exactly once over all
-            processes, as keyword arguments of the model, on its device.
+            processes, as keyword arguments of the model, on its device. Batches of the size on each device are
+            dealt out whole, in shuffled order: the same ones on any number of processes.
         reduce: sums a tensor over all processes.
         device: where the model is.
         generator: a CPU generator, seeded alike on every process.
+        samples: the training samples by number, without augmentation where the user gave such.
+        labels: their classes, (samples,), where they can be told without reading the inputs.
+        recipe: how training will be done, for short trainings of one's own.
+        described: what the recipe was made of, to tell whether results belong to it.
+        frozen_cache: whether and where what is frozen may be kept.
+        folder: where intermediate results may be kept.
     """
 
     batches: Callable[[], Iterator[dict[str, Any]]]
     reduce: Callable[[Tensor], Tensor]
     device: torch.device
     generator: torch.Generator
+    samples: Samples
+    labels: np.ndarray | None
+    recipe: Recipe
+    described: Mapping[str, Any]
+    frozen_cache: FrozenCache
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +134,10 @@ class FTConfig(PushToHubMixin):
         """Look at the data once, before training. The model comes back as it was."""
         return State()
 
+    def measures(self) -> bool:
+        """Whether this strategy looks at the data first."""
+        return type(self).measure is not FTConfig.measure
+
     def plan(self, model: nn.Module, state: State) -> Plan:
         """What to do. Cheap, repeatable, and without any effect on the model."""
         raise NotImplementedError(f"{type(self).__name__} defines no plan().")
@@ -123,7 +147,8 @@ class FTConfig(PushToHubMixin):
         return anatomy(model, head=self.head, blocks=self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"ft_type": self.ft_type, **dataclasses.asdict(self)}
+        values = {f.name: to_json(getattr(self, f.name)) for f in options(type(self))}
+        return {"ft_type": self.ft_type, **values}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FTConfig:
@@ -139,9 +164,7 @@ class FTConfig(PushToHubMixin):
         unknown = sorted(set(data) - known - {"ft_type"})
         if unknown:
             logger.warning(f"{data['ft_type']}: dropped options unknown to this version of hf_ft: {unknown}.")
-        # JSON has no tuples.
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
-        return kind(**values)
+        return kind(**{key: from_json(value) for key, value in data.items() if key in known})
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write ``ft_config.json``; with ``push_to_hub=True`` upload it as PEFT does."""
@@ -243,10 +266,11 @@ def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[st
         dataclasses.replace(config.plan(model, states.get(config.ft_type, State())), owner=config.ft_type)
         for config in configs
     ]
-    return compose([_momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
+    return compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
 
 
-def _momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
+def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
+    """Surgery that sets the momentum of BatchNorm layers as ``batch_norm_momentum`` says."""
     if momentum == "keep":
         return Plan()
     if momentum == "auto":

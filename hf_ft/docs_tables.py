@@ -168,11 +168,12 @@ def help_text(page: Path, *command: str) -> str:
 
 
 def api(page: Path, module: str) -> str:
-    """Every public name of ``hf_ft`` that a module defines, from signatures and docstrings."""
+    """Every public name that a module defines, its own ``__all__`` or that of ``hf_ft``, in the order of its source."""
     home = importlib.import_module(module)
-    names = [name for name in dir(home) if name in hf_ft.__all__ and getattr(hf_ft, name).__module__ == module]
-    names.sort(key=lambda name: inspect.getsourcelines(getattr(hf_ft, name))[1])
-    return "\n\n".join(_entry(name, getattr(hf_ft, name)) for name in names)
+    public = vars(home).get("__all__", hf_ft.__all__)
+    things = {name: thing for name, thing in vars(home).items() if name in public and thing.__module__ == module}
+    ordered = sorted(things.items(), key=lambda item: inspect.getsourcelines(item[1])[1])
+    return "\n\n".join(_entry(name, thing) for name, thing in ordered)
 
 
 def table_of_configs(page: Path) -> str:

@@ -48,7 +48,7 @@ def check_labels(dataset: Any, model: nn.Module) -> None:
     Raises:
         OptionError: a label lies outside [0, num_labels).
     """
-    labels, classes = _class_labels(dataset), getattr(getattr(model, "config", None), "num_labels", None)
+    labels, classes = class_labels(dataset), getattr(getattr(model, "config", None), "num_labels", None)
     if labels is None or classes is None or len(labels) == 0 or classes == 1:
         return
     bad = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
@@ -76,7 +76,7 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
     if isinstance(wanted, str):
         if wanted != "balanced":
             raise OptionError(f"class_weights={wanted!r}: 'balanced', or one number per class.")
-        labels = _class_labels(dataset)
+        labels = class_labels(dataset)
         if labels is None:
             raise OptionError("class_weights='balanced' needs a column of labels in train_dataset; pass numbers.")
         present = np.unique(labels)
@@ -88,7 +88,7 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
     return weights
 
 
-def _class_labels(dataset: Any) -> np.ndarray | None:
+def class_labels(dataset: Any) -> np.ndarray | None:
     """The column of integer labels, read without transforms; None where there is none to be read cheaply."""
     if not isinstance(dataset, datasets.Dataset):
         return None
@@ -135,7 +135,8 @@ def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> No
         given = getattr(given, "value", given)
         # A rate is tuned: only one that was never set is worth a word.
         if given != value.value and (name != "learning_rate" or given == untouched):
-            differing.append(f"{name}={given!r} (recommended: {value.value!r}, {value.source})")
+            why = f": {value.why}" if value.why else ""
+            differing.append(f"{name}={given!r} (recommended: {value.value!r}, {value.source}{why})")
     if differing:
         names = ", ".join(config.ft_type for config in configs)
         logger.warning(f"{names}: these training arguments differ from the recommended ones: {'; '.join(differing)}.")

@@ -1,49 +1,85 @@
-"""Passes over the data for what a strategy measures: every sample exactly once, on any number of ranks."""
+"""Passes over the data for what is measured: every sample exactly once, on any number of ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from hf_ft.config import Context
 from hf_ft.fields import OptionError
+from hf_ft.row_cache import random_states_kept
 
 
-def measuring_context(trainer: Any) -> Context:
-    """What ``measure`` gets from a Trainer.
+def batches_of(trainer: Any) -> Iterator[dict[str, Any]]:
+    """This process's batches.
 
     Raises:
         OptionError: the training data have no length, so that they cannot be divided among ranks.
     """
-    if not hasattr(trainer.train_dataset, "__len__"):
+    dataset, collate, args = trainer.train_dataset, trainer.data_collator, trainer.args
+    if not hasattr(dataset, "__len__"):
         names = ", ".join(config.ft_type for config in trainer.configs)
         raise OptionError(f"{names} looks at the training data first: train_dataset must be map-style, not iterable.")
-    return Context(
-        batches=partial(_batches, trainer),
-        reduce=partial(trainer.accelerator.reduce, reduction="sum"),
-        device=trainer.args.device,
-        generator=torch.Generator().manual_seed(trainer.args.seed),
-    )
-
-
-def _batches(trainer: Any) -> Iterator[dict[str, Any]]:
-    dataset, collate = trainer.train_dataset, trainer.data_collator
     if isinstance(dataset, datasets.Dataset):
         dataset = trainer._remove_unused_columns(dataset, description="measured")
     else:
         collate = trainer._get_collator_with_removed_columns(collate, description="measured")
-    # accelerate's samplers repeat samples so that all ranks get as many: a mean would count those twice.
-    share = range(trainer.args.process_index, len(dataset), trainer.args.world_size)
     loader = DataLoader(
-        Subset(dataset, share),
-        batch_size=trainer.args.per_device_train_batch_size,
+        dataset,
+        batch_sampler=share_of_batches(
+            len(dataset), args.per_device_train_batch_size, args.seed, args.process_index, args.world_size
+        ),
         collate_fn=collate,
-        num_workers=trainer.args.dataloader_num_workers,
+        num_workers=args.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(args.seed),  # without one, it draws from the global random state
     )
     for batch in loader:
         yield trainer._prepare_inputs(batch)
+
+
+def share_of_batches(samples: int, batch_size: int, seed: int, rank: int, ranks: int) -> list[list[int]]:
+    """The batches of one rank, as indices: every ``ranks``-th of one shuffled sequence.
+
+    Whole batches are dealt out, so that what stands together in a batch is the same on any number of ranks.
+    A rank may get fewer than another, or none. accelerate's samplers repeat samples instead, so that all ranks
+    get as many: a mean would count those twice.
+    """
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = [order[start : start + batch_size] for start in range(0, samples, batch_size)]
+    return batches[rank::ranks]
+
+
+@contextlib.contextmanager
+def observing(*models: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradient inside; afterwards modes and all global random states are as before.
+
+    Reading data inside counts as well: augmentations draw from Python's, NumPy's or PyTorch's random state.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        with random_states_kept(), torch.no_grad():
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def model_inputs(batch: Any, device: torch.device) -> dict[str, Any]:
+    """A batch as keyword arguments on a device, without labels: what is measured needs no loss.
+
+    Raises:
+        OptionError: it is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise OptionError(
+            f"a batch is a {type(batch).__name__}: each must be a dictionary of the model's keyword arguments, "
+            "such as {'pixel_values': ...}."
+        )
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from hf_ft import DAFTConfig
 from hf_ft.registry import strategies
-from hf_ft.testing import still, tiny_resnet, tiny_vit
+from hf_ft.testing import still, suited, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
 from tests.measured import MeasuredConfig
@@ -33,7 +34,9 @@ for name in strategies():
     if name == "measured":
         continue
     for make in (tiny_resnet, tiny_vit):
-        run(f"{name}-{make.__name__}", still(make()), name)
+        # Variances within batches are others where batches are smaller; pooled ones are not.
+        config = DAFTConfig(statistics="pooled") if name == "daft" else strategies()[name]()
+        run(f"{name}-{make.__name__}", still(make()), suited(config, make()))
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
 run(
     "accumulated",
@@ -43,16 +46,16 @@ run(
     gradient_accumulation_steps=2,
 )
 
-# What is frozen is computed once, each rank its share: as without that (37 samples make unequal shares).
-for use in ("never", "always"):
-    for name in ("linear_probe", "gradual_unfreezing"):
+# What is frozen is computed once, each rank its share: as without that (of 37 samples, the shares are unequal).
+for name in ("linear_probe", "gradual_unfreezing"):
+    found = {}
+    for use in ("never", "always"):
         trainer = make_trainer(still(tiny_resnet()), name, folder / use, use, max_steps=12, optim="sgd",
                                per_device_train_batch_size=8 // ranks, eval_strategy="steps", eval_steps=4)  # fmt: skip
         trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
         trainer.train()
-        weights.update({f"{use} {name}/{key}": value for key, value in snapshot(trainer.model).items()})
-for key in [key for key in weights if key.startswith("never ")]:
-    assert bool((weights[key] - weights[key.replace("never", "always")]).abs().max() <= 1e-6), key
+        found[use] = snapshot(trainer.model)
+    same_tensors(found["never"], found["always"], 1e-6)
 
 # Each of 37 samples is looked at once, and all ranks hold the same state, bit for bit.
 trainer = make_trainer(tiny_vit(), MeasuredConfig(), folder / "measured")
@@ -63,6 +66,17 @@ gathered = trainer.accelerator.gather(state.tensors["mean"].reshape(1))
 assert bool((gathered == gathered[0]).all())
 weights["measured/mean"] = state.tensors["mean"].float()
 run("term that trains", still(tiny_vit()), MeasuredConfig())
+
+# BatchNorm statistics: 500 images in batches of 32, and 20, which leave the second rank without a batch.
+for statistics in ("batch", "pooled"):
+    for samples in (500, 20):
+        trainer = make_trainer(tiny_resnet(), DAFTConfig(statistics=statistics), folder / "daft",
+                               per_device_train_batch_size=32)  # fmt: skip
+        assert trainer.args.world_size == ranks
+        trainer.train_dataset = tiny_data(tiny_resnet(), samples)
+        for key, value in trainer._states()["daft"].tensors.items():
+            assert bool((trainer.accelerator.gather(value[None]) == value).all()), key
+            weights[f"moments/{statistics}-{samples}/{key}"] = value
 
 # Saved, the best loaded, and resumed across a stage's border.
 saving = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}

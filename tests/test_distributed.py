@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hf_ft.testing import same_tensors
 
+KINDS = ("batch", "pooled")
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -35,6 +37,16 @@ def results(tmp_path_factory):
 @pytest.mark.slow
 def test_two_ranks_train_the_same_weights(results):
     same_tensors(results[1][0], results[2][0], 5e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_the_same(results):
+    """Each sample counts once, in the same batches: what BatchNorm sees agrees to the last digits of float32."""
+    one, two = ({k: v for k, v in results[n][0].items() if k.startswith("moments/")} for n in (1, 2))
+    assert len(one) == 4 * 16
+    same_tensors(one, two, 1e-6)
+    within, pooled = (one[f"moments/{kind}-500/resnet.embedder.embedder.normalization.var"] for kind in KINDS)
+    assert not torch.allclose(within, pooled, rtol=1e-4)
 
 
 @pytest.mark.slow

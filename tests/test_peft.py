@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_ft import CheckpointError, L2SPConfig
 from hf_ft.registry import strategies
-from hf_ft.testing import same_tensors, tiny_inputs, tiny_resnet, tiny_vit, train
+from hf_ft.testing import same_tensors, suited, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot
 
 VIT = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
@@ -28,7 +28,7 @@ def test_only_what_peft_trains_is_trained(name, tmp_path):
     model = lora()
     before = snapshot(model)
     allowed = {n for n, p in model.named_parameters() if p.requires_grad}
-    trainer = train(model, name, tmp_path)
+    trainer = train(model, suited(strategies()[name](), model), tmp_path)
     changed = {n for n, t in snapshot(trainer.model).items() if not torch.equal(t, before[n])}
     assert changed and changed <= allowed
 

@@ -1,5 +1,7 @@
 """The strategies. One file is one strategy; importing this package registers all of them."""
 
+from hf_ft.strategies.blockwise import BlockwiseConfig
+from hf_ft.strategies.daft import DAFTConfig
 from hf_ft.strategies.full import FullConfig
 from hf_ft.strategies.gradual_unfreezing import GradualUnfreezingConfig
 from hf_ft.strategies.l2_sp import L2SPConfig
@@ -8,6 +10,8 @@ from hf_ft.strategies.linear_probe import LinearProbeConfig
 from hf_ft.strategies.lp_ft import LPFTConfig
 
 __all__ = [
+    "BlockwiseConfig",
+    "DAFTConfig",
     "FullConfig",
     "GradualUnfreezingConfig",
     "L2SPConfig",

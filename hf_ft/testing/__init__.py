@@ -4,7 +4,7 @@
 >>> check_strategy(MyConfig())
 """
 
-from hf_ft.testing.laws import LAWS, check_strategy
+from hf_ft.testing.laws import LAWS, check_strategy, suited
 from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import same_tensors, still, tiny_data, train
 
@@ -14,6 +14,7 @@ __all__ = [
     "check_strategy",
     "same_tensors",
     "still",
+    "suited",
     "tiny_bert",
     "tiny_data",
     "tiny_inputs",

@@ -1,0 +1,170 @@
+"""DAFT: BatchNorm converted to the target's statistics, and a zero head at its own rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_ft.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
+from hf_ft.config import Context, FTConfig, Paper, Recommended, State
+from hf_ft.fields import OptionError, option
+from hf_ft.plan import Names, Plan, Rate, Stage, Surgery
+from hf_ft.registry import register
+
+
+@dataclass(frozen=True)
+class ConvertBatchNorm:
+    """Surgery: target statistics for the named layers, without a change of the model's function."""
+
+    names: Names
+    # Left out of comparisons: tensors have no truth value.
+    statistics: tuple[BatchNormStatistics, ...] = field(compare=False, repr=False)
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        return convert_batch_norm(model, dict(zip(self.names, self.statistics, strict=True)))
+
+
+@dataclass(frozen=True)
+class ZeroHead:
+    """Surgery: weight and bias of the named layers become zero."""
+
+    names: Names
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> nn.Module:
+        for name in self.names:
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                parameter.zero_()
+        return model
+
+
+def logit_layers(model: nn.Module, head: Names) -> Names:
+    """The layers of a head that give the logits: the last one with a weight that trains.
+
+    Two of one shape (a distilled model's, whose logits are averaged) both do. A square one stands alone, since
+    the layer before it may have its shape too.
+
+    Raises:
+        OptionError: no layer of the head trains, or an adapter sits on it.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix in head:
+        for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight.dim() > 1 and weight.requires_grad:
+                found[name] = weight
+    if not found:
+        raise OptionError(f"zero_head: no layer of the head ({', '.join(head)}) trains. Let it, or zero_head=False.")
+    last, weight = list(found.items())[-1]
+    if any(hasattr(model.get_submodule(last[:i]), "base_layer") for i, letter in enumerate(last) if letter == "."):
+        raise OptionError(
+            f"zero_head: an adapter sits on the head ({last}), whose own weight is frozen. Train the head whole "
+            "(modules_to_save), or zero_head=False."
+        )
+    square = weight.shape[0] == weight.shape[1]
+    return (last,) if square else tuple(name for name, other in found.items() if other.shape == weight.shape)
+
+
+@register("daft")
+@dataclass(frozen=True, kw_only=True)
+class DAFTConfig(FTConfig):
+    r"""Convert BatchNorm to the target's statistics, then train all from a zero head at a rate of its own.
+
+    .. math::
+        \beta' = \beta + \gamma (\mu_t - \mu_s) / \sqrt{v_s + \epsilon} \qquad
+        \gamma' = \gamma \sqrt{v_t + \epsilon} / \sqrt{v_s + \epsilon} \qquad
+        h = 0, \; \eta_h \gg \eta_f
+
+    In train mode the pretrained network then starts near the function it has in eval mode. From a zero head no
+    gradient reaches the backbone at first; it grows as the head fits.
+    """
+
+    paper = Paper(
+        "Ha, Jeong, Lee",
+        "Domain-Aware Fine-Tuning: Enhancing Neural Network Adaptability",
+        "AAAI 2024",
+        "https://arxiv.org/abs/2308.07728",
+    )
+    formula = (
+        "beta' = beta + gamma (mu_t - mu_s) / sqrt(v_s + eps);  gamma' = gamma sqrt(v_t + eps) / sqrt(v_s + eps);  "
+        "head = 0;  lr_head >> lr_backbone"
+    )
+    recommended = {
+        "optim": Recommended(
+            "sgd",
+            "code",
+            why="the first steps of Adam and its kin have full size however small the gradient is, which undoes the "
+            "gentle start from a zero head",
+        ),
+        "optim_args": Recommended("momentum=0.9", "code"),
+        "learning_rate": Recommended(3e-4),
+        "lr_scheduler_type": Recommended("cosine", "code"),
+        "weight_decay": Recommended(0.0, "code"),
+        "max_grad_norm": Recommended(0.0, "code"),
+    }
+
+    convert_batch_norm: bool = option(
+        True, "Whether BatchNorm layers get the training data's statistics, at the same function.", source="code"
+    )
+    statistics: Literal["batch", "pooled"] = option(
+        "batch",
+        "What is measured: 'batch' for the mean of the variances within batches, 'pooled' for the variance of all "
+        "values.",
+        source="code",
+    )
+    zero_head: bool = option(True, "Whether the layer that gives the logits starts at zero.", source="code")
+    head_lr: float | None = option(
+        0.1,
+        "Learning rate of the head (the authors try 10, 3, 1, 0.3 and 0.1); None for that of the backbone.",
+        range="(0, inf)",
+        source="code",
+    )
+    norm_mode: Literal["train", "auto", "eval"] = option(
+        "train",
+        "Which BatchNorm layers use and move batch statistics: all, those that train, or none.",
+        source="code",
+    )
+
+    def measures(self) -> bool:
+        return self.convert_batch_norm
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        found = estimate_batch_norm(model, context.batches(), self.statistics, context.reduce)
+        _check_saved_by_peft(model, found)
+        tensors = {f"{name}.mean": statistics.mean.cpu() for name, statistics in found.items()}
+        return State(tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in found.items()})
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        head = self.anatomy(model).head.modules
+        surgery: list[Surgery] = []
+        if self.convert_batch_norm:
+            surgery.append(_conversion(state))
+        if self.zero_head:
+            surgery.append(ZeroHead(logit_layers(model, head)))
+        rates = (Rate(head, lr=self.head_lr),) if self.head_lr is not None else ()
+        return Plan(surgery=tuple(surgery), stages=(Stage("train", rates=rates, norm_mode=self.norm_mode),))
+
+
+def _conversion(state: State) -> ConvertBatchNorm:
+    names = tuple(key.removesuffix(".mean") for key in state.tensors if key.endswith(".mean"))
+    if not names:
+        raise OptionError(
+            "daft: the state holds no BatchNorm statistics. Measure first (pass a context to set_up), or set "
+            "convert_batch_norm=False."
+        )
+    return ConvertBatchNorm(
+        names, tuple(BatchNormStatistics(state.tensors[f"{n}.mean"], state.tensors[f"{n}.var"]) for n in names)
+    )
+
+
+def _check_saved_by_peft(model: nn.Module, names: dict[str, BatchNormStatistics]) -> None:
+    """An adapter is saved without the layers under it, so that converted ones would be lost."""
+    lost = [name for name in names if not all(p.requires_grad for p in model.get_submodule(name).parameters())]
+    if lost and hasattr(model, "peft_config"):
+        raise OptionError(
+            f"convert_batch_norm changes {len(lost)} layers, such as {lost[0]!r}, that the PEFT adapter does not save. "
+            "Name them in modules_to_save, or set convert_batch_norm=False."
+        )

@@ -1,0 +1,191 @@
+"""Opening an Optuna storage and a study in it for several processes, and telling whether the study is the right one."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_ft.fields import OptionError
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.storages import BaseStorage
+    from sqlalchemy.engine import Engine
+
+JOURNAL = "journal:///"
+ATTEMPTS = 8  # at opening a database, while other processes create its tables
+KINDS = "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, mysql+pymysql://user@host/database"
+
+
+def open_storage(storage: str | None) -> BaseStorage:
+    """Open a storage that several processes may write to.
+
+    Args:
+        storage: a path, a URL, or None for memory; see :func:`hf_ft.trials.run_trials`.
+
+    Raises:
+        OptionError: it cannot be opened. The message names the storage, the reason and the fix.
+    """
+    from optuna.storages import InMemoryStorage
+
+    if storage is None:
+        return InMemoryStorage()
+    if storage.startswith(JOURNAL) or ("://" not in storage and storage.endswith(".log")):
+        return _open_journal(storage.removeprefix(JOURNAL))
+    if "://" in storage:
+        return _open_database(storage, storage)
+    if Path(storage).suffix not in (".db", ".sqlite3"):
+        raise OptionError(f"storage={storage!r} is of no known kind. Give {KINDS}.")
+    return _open_database(f"sqlite:///{storage}", storage)
+
+
+def _open_journal(path: str) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    _check_folder(path, path)
+    try:
+        # Absolute: the lock is a symbolic link to the file, and Optuna looks through it.
+        return JournalStorage(JournalFileBackend(os.path.abspath(path)))
+    except OSError as error:
+        raise OptionError(f"storage={path!r} cannot be opened: {error}. Give a file that can be written.") from error
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise OptionError(f"storage={path!r} is no journal of Optuna, or a damaged one. Give another file.") from error
+
+
+def _open_database(url: str, given: str) -> BaseStorage:
+    from optuna.exceptions import StorageInternalError
+    from optuna.storages import RDBStorage
+    from sqlalchemy import exc
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.pool import NullPool
+
+    try:
+        parsed = make_url(url)
+    except exc.ArgumentError as error:
+        raise OptionError(f"storage={given!r} is no URL. Give {KINDS}.") from error
+    given = parsed.render_as_string() if given == url else given  # hides a password
+    sqlite = parsed.get_backend_name() == "sqlite"
+    if sqlite:
+        _check_folder(parsed.database or "", given)
+    # No pool: a connection would go stale during an evaluation, and be inherited by its data loader's processes.
+    options = {"poolclass": NullPool, "connect_args": {"timeout": 60} if sqlite else {}}
+    for attempt in range(ATTEMPTS):
+        try:
+            # Optuna formats the URL.
+            opened = RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=dict(options))
+            break
+        except (exc.DBAPIError, exc.ArgumentError, StorageInternalError, ImportError, RuntimeError) as error:
+            if attempt + 1 == ATTEMPTS or not _is_race(error):
+                raise OptionError(f"storage={given!r} cannot be opened: {_reason(error)}") from error
+            time.sleep(min(0.05 * 2**attempt, 1.0) + os.getpid() % 16 / 100)
+    if sqlite:
+        _lock_before_reading(opened.engine)
+    return opened
+
+
+def _check_folder(path: str, given: str) -> None:
+    if path in ("", ":memory:"):
+        raise OptionError(f"storage={given!r} names no file. For a study in memory give None.")
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise OptionError(f"storage={given!r}: there is no folder {str(folder)!r}. Create it, or give another path.")
+
+
+def _is_race(error: Exception) -> bool:
+    from sqlalchemy import exc
+
+    text = f"{error} {error.__cause__}"
+    return isinstance(error, exc.IntegrityError) or "already exists" in text or "locked" in text
+
+
+def _reason(error: Exception) -> str:
+    from sqlalchemy import exc
+
+    if isinstance(error, ImportError):
+        return f"its driver is missing ({error.__cause__}). Install it: pip install pymysql, psycopg2-binary, ..."
+    if isinstance(error, exc.ArgumentError):
+        return f"{error}. Give {KINDS}."
+    cause = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
+    return f"{cause}. Is it a database of this kind, may it be written, does its server run? Otherwise give another."
+
+
+def _lock_before_reading(engine: Engine) -> None:
+    """Let each transaction lock the SQLite file before its first read.
+
+    Optuna reads a trial's state and then writes it. Python's sqlite3 begins a transaction between the two, so that of
+    two workers one could complete a trial that the other has just failed.
+    """
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "connect")
+    def leave_beginning_to_us(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def open_study(storage: BaseStorage, name: str, halving: tuple[int, int] | None) -> Study:
+    """Create a study, or join it.
+
+    Args:
+        storage: where it is kept.
+        name: of the study.
+        halving: steps before the first pruning, and reduction factor; None does not prune.
+    """
+    import optuna
+
+    return optuna.create_study(
+        storage=storage,
+        study_name=name,
+        direction="maximize",
+        load_if_exists=True,
+        sampler=optuna.samplers.RandomSampler(),  # never asked
+        pruner=optuna.pruners.SuccessiveHalvingPruner(*halving) if halving else optuna.pruners.NopPruner(),
+    )
+
+
+def check_signature(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], name: str) -> None:
+    """Refuse a study whose scores depend on other things than ours.
+
+    Raises:
+        OptionError: naming the keys that differ.
+    """
+    if theirs is None:
+        raise OptionError(f"the study {name!r} is there already and holds other trials. Give another name or storage.")
+    differences = _differences(theirs, ours)
+    if differences:
+        raise OptionError(
+            f"the study {name!r} was begun with other settings: {', '.join(differences)}. "
+            "Give another name or storage, or the same settings."
+        )
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted({*theirs, *ours}):
+        old, new = theirs.get(key), ours.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif json.dumps(old) != json.dumps(new):  # as text, nan is nan
+            found.append(f"{prefix}{key} ({reprlib.repr(old)} there, {reprlib.repr(new)} here)")
+    return found
+
+
+def as_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A dict as it comes back from JSON.
+
+    Raises:
+        OptionError: it holds something else than numbers, text, lists and dicts.
+    """
+    try:
+        return json.loads(json.dumps(dict(value)))
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{what} is no JSON dict: {error}. Keep to numbers, text, lists and dicts.") from error

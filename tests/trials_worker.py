@@ -1,0 +1,64 @@
+"""A process that works on a study, and writes down each evaluation it starts as ``key pid``."""
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from hf_ft.study import open_storage, open_study
+from hf_ft.trials import Job, run_trials
+
+# Forked: a new interpreter would take seconds to import torch.
+_context = multiprocessing.get_context("fork")
+
+
+def jobs(number):
+    return [
+        Job(f"stage{index % 4}/seed{index}", {"block": f"stage{index % 4}", "seed": index}) for index in range(number)
+    ]
+
+
+def work(folder, storage, number, seconds, heartbeat, start=0.0, signals=()):
+    """Run the jobs; in each evaluation send this process the next of ``signals``, where there is one."""
+    pending = list(signals)
+
+    def evaluate(job, report):
+        with open(folder / "log", "a") as log:
+            log.write(f"{job.key} {os.getpid()}\n")
+        if pending and (now := pending.pop(0)):
+            os.kill(os.getpid(), now)
+        time.sleep(seconds)
+        return float(job.params["seed"]), {"pid": os.getpid()}
+
+    time.sleep(max(0.0, start - time.time()))
+    outcomes = run_trials(
+        jobs(number), evaluate, storage=storage, name="study", signature={"model": "a"}, heartbeat=heartbeat
+    )
+    (folder / f"done{os.getpid()}").write_text("\n".join(f"{o.key} {o.info['pid']}" for o in outcomes.values()))
+
+
+def open_all(folder, storages, start):
+    """Open new storages, each at the moment at which others do."""
+    for index, storage in enumerate(storages):
+        while time.time() < start + 0.3 * index:
+            pass
+        open_study(open_storage(storage), "study", None)
+
+
+def _main(target, folder, *args, **kwargs):
+    try:
+        target(folder, *args, **kwargs)
+    except BaseException:
+        traceback.print_exc()
+        (folder / f"error{os.getpid()}").write_text(traceback.format_exc())
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def start(folder: Path, *args, target=work, **kwargs):
+    process = _context.Process(target=_main, args=(target, folder, *args), kwargs=kwargs, daemon=True)
+    process.start()
+    return process
