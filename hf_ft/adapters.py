@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,9 @@ class AddAdapters:
         config.target_modules = list(self.targets)  # type: ignore[attr-defined]
         config.modules_to_save = list(self.saved)  # type: ignore[attr-defined]
         try:
-            return get_peft_model(model, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT asks Transformers for what it has renamed
+                return get_peft_model(model, config)
         except ValueError as error:
             raise OptionError(f"tuner: PEFT refuses {type(config).__name__} on this block: {error}") from error
 
@@ -66,6 +69,8 @@ def add_adapters(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig
     Raises:
         OptionError: no module inside can take an adapter.
     """
+    if not hasattr(tuner, "target_modules"):
+        raise OptionError(f"tuner: {type(tuner).__name__} adapts no modules, so none of a block: LoraConfig(r=8) does.")
     targets = adapter_targets(model, inside, head, tuner)
     if not targets:
         raise OptionError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,8 @@ class BlockSearch:
 
         def after_epoch(epoch: int, objective: Objective) -> None:
             recipe, options = self.context.recipe, self.options
-            scores.append(score(objective, recipe, self._batches, self.validation_rows, options.metric))
+            found = score(objective, recipe, self._batches, self.validation_rows, options.metric)
+            scores.append(found if math.isfinite(found) else -math.inf)  # diverged
             if candidate.name not in BASELINES:  # these are there to compare with: never stopped early
                 report(epoch, scores[-1])
 
@@ -176,6 +178,8 @@ class BlockSearch:
     def _split(self) -> tuple[list[int], list[int]]:
         """Training and validation rows, stratified by class where there are enough of each."""
         count = self.context.samples.count
+        if not count:
+            self.context.samples.read([])  # says why samples cannot be read by number
         size = round(count * self.options.validation)
         if not 1 <= size < count:
             raise OptionError(

@@ -197,7 +197,8 @@ class CachedStages:
 
     def _recordings(self, prefix: FrozenPrefix, dataset: Any) -> Iterator[tuple[Tensor, Columns]]:
         """All rows' columns on every rank; each rank computes every so-manieth batch."""
-        size, ranks, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
+        ranks, rank = self.args.world_size, self.args.process_index
+        size = max(self.args.eval_batch_size, 2 * self.args.train_batch_size)  # without gradients there is room
         everything = list(range(len(dataset)))
         batches = [everything[i : i + size] for i in range(0, len(dataset), size)]
         loader = DataLoader(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ class FrozenPrefix:
     kept: tuple[str, ...]
     skipped: Mapping[str, Placeholder]
     constants: Mapping[str, Any]
-    _outputs: Mapping[str, tuple[list[Any], Any]]  # module name -> leaves and structure of its output
+    _outputs: Mapping[str, tuple[list[Any], Any]]  # module name -> leaves and structure of its output; border last
+    _made: dict[int, list[tuple[nn.Module, _Returns]]] = field(default_factory=dict, init=False, repr=False)
 
     def record(self, batch: Batch) -> Tensor:
         """The activations at the border for a batch, (B, ...), without gradient and in evaluation mode."""
@@ -69,11 +70,12 @@ class FrozenPrefix:
         """Within this context the model's forward starts at the border."""
         patched: list[tuple[nn.Module, Any]] = []
         try:
-            for name, (leaves, structure) in self._outputs.items():
-                made = tree_unflatten([_fill(leaf, activation, name == self.border) for leaf in leaves], structure)
-                module = self.model.get_submodule(name)
+            for module, forward in self._placeholders(len(activation)):
                 patched.append((module, module.__dict__.get("forward")))
-                module.forward = _Returns(made)
+                module.forward = forward
+            leaves, structure = self._outputs[self.border]
+            made = [activation if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
+            module.forward = _Returns(tree_unflatten(made, structure))  # the last one: the border
             yield
         finally:
             for module, forward in patched:
@@ -81,6 +83,16 @@ class FrozenPrefix:
                     del module.forward
                 else:  # accelerate patches the forward of what it prepares
                     module.forward = forward
+
+    def _placeholders(self, samples: int) -> list[tuple[nn.Module, _Returns]]:
+        """The modules that are left out, each with what it returns for so many samples; the border comes last."""
+        if samples not in self._made:
+            self._made[samples] = []
+            for name, (leaves, structure) in self._outputs.items():
+                filled = [leaf.make(samples) if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
+                module = self.model.get_submodule(name)
+                self._made[samples].append((module, _Returns(tree_unflatten(filled, structure))))
+        return self._made[samples]
 
     def __call__(self, activation: Tensor, rows: Mapping[str, Tensor]) -> Any:
         """The model's outputs from recorded activations and the kept columns."""
@@ -96,12 +108,6 @@ class _Returns:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.value
-
-
-def _fill(leaf: Any, activation: Tensor, border: bool) -> Any:
-    if not isinstance(leaf, Placeholder):
-        return leaf
-    return activation if border else leaf.make(len(activation))
 
 
 class _Reached(Exception):
@@ -201,6 +207,7 @@ def _prefix(
     later = {call.name for call in calls if call.end > border.end}
     if later & {call.name for call in outermost}:
         return None
+    outermost.sort(key=lambda call: call.end)  # so that the border comes last
     outputs = {call.name: _template(call.output, samples) for call in outermost}
     columns = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == samples}
     skipped = {

@@ -124,6 +124,7 @@ class Objective(nn.Module):
     Attributes:
         prefix: where set, batches with ``ACTIVATION`` run only what follows it; others run as always.
         live_parts: the parts from the first on that trains, or whose norms move, in the present stage.
+        trained: the parameters that train in it, those of terms too.
     """
 
     # Tells transformers.Trainer that losses are micro-batch means: without it, losses and gradients of many
@@ -150,8 +151,10 @@ class Objective(nn.Module):
         self._view = View(model, anchors or {})
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []
+        self._settled = False
         self.prefix: FrozenPrefix | None = None
         self.live_parts = self.parts
+        self.trained: list[nn.Parameter] = list(self.parameters())
         self._wants_features = any("features" in term.needs for term in plan.terms)
         self.wants_inputs = any("inputs" in term.needs for term in plan.terms)
 
@@ -189,8 +192,10 @@ class Objective(nn.Module):
     def enter(self, stage: Stage) -> None:
         """Make this stage's parameters train, and no others; choose what runs in eval mode."""
         trained = set(trained_by(stage, self.model, self._trainable))
+        super().zero_grad()  # those of the last stage
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
+        self.trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self._view.forget()
         asleep = self._frozen_prefix(trained)
         awake: list[nn.Module] = []
@@ -204,17 +209,29 @@ class Objective(nn.Module):
                 asleep.append(norm)
         self._asleep, self._awake = asleep, awake if stage.norm_mode == "train" else []
         self.prefix = None
+        self._settled = False
         self.live_parts = self.parts[self._first_part({*trained, *moving}) :]
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Objective:
+        if mode and self._settled and self.training and self.model.training:
+            return self  # the Trainer calls this every step: going through all modules takes longer than a probe's step
         super().train(mode)
-        if mode:  # the Trainer calls this every step, and would wake what is frozen
+        self._settled = mode
+        if mode:  # which would have woken what is frozen
             for module in self._asleep:
                 module.training = False
             for module in self._awake:
                 module.training = True
         return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any module; only what trains has gradients, and going through all modules each step is slow."""
+        for parameter in self.trained:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
 
     def _frozen_prefix(self, trained: set[str]) -> list[nn.Module]:
         """Every module of the parts that come before the first part with a trained parameter."""

@@ -252,6 +252,16 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not any(covers(norm, name) for norm in norms)]
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(self._trained_alone(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._trained_alone(model), grad_norm)
+
+    def _trained_alone(self, model: nn.Module) -> Any:
+        """What stands in for the model where its gradients are asked for: going through all modules is slow."""
+        return model if self._objective is None else _Parameters(self._objective.trained)
+
     def _get_learning_rate(self) -> float:
         """The rate of the first parameter group that trains at present: the backbone's where it does."""
         groups = getattr(self.optimizer, "param_groups", [])
@@ -449,6 +459,16 @@ class _TermLog:
         values = accelerator.reduce(means, reduction="mean").tolist()
         names, self.sums, self.count = list(self.sums), None, 0
         return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """Has parameters, as a model has."""
+
+    trained: list[nn.Parameter]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.trained
 
 
 def _curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:

@@ -38,7 +38,7 @@ def test_same_weights_and_scores(name, strategy, tmp_path):
     same_tensors(snapshot(plain.model), snapshot(cached.model), 1e-6)
     for one, other in zip(plain.state.log_history[:-1], cached.state.log_history[:-1], strict=True):
         for key in ("loss", "eval_loss", "grad_norm"):
-            assert one.get(key) == pytest.approx(other.get(key), abs=1e-5)
+            assert one.get(key) == pytest.approx(other.get(key), rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "vit", "bert"])
