@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from hf_ft.anatomy import batch_norms
 from hf_ft.fields import OptionError
-from hf_ft.sampling import model_inputs, observing
+from hf_ft.sampling import model_inputs
+from hf_ft.undisturbed import observing
 
 logger = logging.get_logger(__name__)
 Reduce = Callable[[Tensor], Tensor]

@@ -31,9 +31,9 @@ from hf_ft.fit import Batches, fit, score
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.objective import Objective
 from hf_ft.recordings import Recordings
-from hf_ft.row_cache import random_states_kept
 from hf_ft.run import Run, start
 from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
+from hf_ft.undisturbed import random_states_kept
 
 if TYPE_CHECKING:
     from hf_ft.strategies.blockwise import BlockwiseConfig
@@ -57,7 +57,7 @@ class BlockSearch:
         model: the pretrained model with a new head; not changed.
         options: scheme, budget, metric and storage.
         context: samples and recipe, for instance :meth:`hf_ft.FTTrainer.context`.
-        progress: whether to show a bar.
+        progress: whether to show a bar; None for what the context says.
 
     Raises:
         OptionError: an option does not fit the model or the data, or the storage cannot be opened.
@@ -67,7 +67,7 @@ class BlockSearch:
     model: nn.Module
     options: BlockwiseConfig
     context: Context
-    progress: bool = True
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         options = self.options
@@ -228,7 +228,8 @@ class BlockSearch:
         )
 
     def _bar(self, total: int) -> _Bar:
-        return _Bar(total, self.options.metric, not self.progress)
+        shown = self.context.progress if self.progress is None else self.progress
+        return _Bar(total, self.options.metric, not shown)
 
 
 class _Bar:

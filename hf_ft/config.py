@@ -76,6 +76,7 @@ class Context:
         described: what the recipe was made of, to tell whether results belong to it.
         frozen_cache: whether and where what is frozen may be kept.
         folder: where intermediate results may be kept.
+        progress: whether to show progress bars.
     """
 
     batches: Callable[[], Iterator[dict[str, Any]]]
@@ -88,6 +89,7 @@ class Context:
     described: Mapping[str, Any]
     frozen_cache: FrozenCache
     folder: Path | None = None
+    progress: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 
 from hf_ft.config import Context
@@ -16,7 +15,7 @@ from hf_ft.fit import recipe_of
 from hf_ft.preflight import class_labels
 from hf_ft.recordings import Samples
 from hf_ft.row_cache import read_rows
-from hf_ft.sampling import batches_of
+from hf_ft.sampling import batches_of, readable
 
 
 def measuring_context(trainer: Any) -> Context:
@@ -33,6 +32,7 @@ def measuring_context(trainer: Any) -> Context:
         described=described,
         frozen_cache=trainer.frozen_cache,
         folder=Path(trainer.args.output_dir),
+        progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
     )
 
 
@@ -55,17 +55,3 @@ def _samples(trainer: Any) -> Samples:
         return trainer._prepare_inputs(collate(read_rows(kept, rows)))
 
     return Samples(len(chosen) if hasattr(chosen, "__len__") else 0, read)
-
-
-def readable(trainer: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any]]:
-    """A data set without unused columns, and what makes batches of its rows.
-
-    Raises:
-        OptionError: it has no length, so that it cannot be divided among ranks, nor read by number.
-    """
-    if not hasattr(dataset, "__len__"):
-        names = ", ".join(config.ft_type for config in trainer.configs)
-        raise OptionError(f"{names} looks at the training data first: train_dataset must be map-style, not iterable.")
-    if isinstance(dataset, datasets.Dataset):
-        return trainer._remove_unused_columns(dataset, description="measured"), trainer.data_collator
-    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="measured")

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from hf_ft.anatomy import Anatomy, anatomy
 from hf_ft.fields import OptionError
-from hf_ft.sampling import model_inputs, observing
+from hf_ft.sampling import model_inputs
+from hf_ft.undisturbed import observing
 
 __all__ = ["Distortion", "FeatureDistortionCallback", "feature_distortion", "plot_distortion"]
 

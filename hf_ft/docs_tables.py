@@ -14,7 +14,6 @@ import dataclasses
 import importlib
 import inspect
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import hf_ft
-from hf_ft import registry
+from hf_ft import docs_measured, registry
 from hf_ft.config import FTConfig, Paper
 from hf_ft.fields import annotation, describe_type, options
 from hf_ft.registry import config_class, strategies
@@ -94,29 +93,6 @@ def table_of_laws(page: Path) -> str:
 
     rows = [(f"`{name}`", _markdown(_paragraphs(law)[0])) for name, law in LAWS.items()]
     return _table(("law", "what it says"), rows)
-
-
-def table_of_steps(page: Path) -> str:
-    """The figures that tests/benchmarks/steps.py wrote."""
-    file = ROOT / "tests" / "benchmarks" / "results" / "steps.json"
-    if not file.exists():
-        return "Not measured yet."
-    content = json.loads(file.read_text(encoding="utf-8"))
-    rows = [
-        (
-            name,
-            f"{row['ratio']:.3f}",
-            f"{row['low']:.3f} to {row['high']:.3f}",
-            f"<= {row['goal']}" if row["goal"] else "",
-        )
-        for name, row in content["rows"].items()
-    ]
-    about = content["about"]
-    where = (
-        f"{about['pairs']} pairs, torch {about['torch']}, transformers {about['transformers']}, "
-        f"{about['threads']} threads on a CPU; {about['geometry']}."
-    )
-    return _table(("ratio of step times", "median", "95 % interval", "goal"), rows) + "\n\n" + where
 
 
 def _summary(kind: type) -> str:
@@ -284,7 +260,9 @@ PLACES: dict[str, Callable[..., str]] = {
     "api": api,
     "configs": table_of_configs,
     "laws": table_of_laws,
-    "steps": table_of_steps,
+    "steps": lambda page: docs_measured.table_of_steps(_table),
+    "frozen": lambda page: docs_measured.table_of_frozen(_table),
+    "measured": lambda page, name: docs_measured.table_of_strategies(_table, name),
 }
 
 

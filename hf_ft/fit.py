@@ -18,8 +18,9 @@ from hf_ft.metrics import LOCAL_METRICS, compute_metrics
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import stage_borders
 from hf_ft.recordings import Recordings, Samples
-from hf_ft.row_cache import ROW, RowStore, random_states_kept
+from hf_ft.row_cache import ROW, RowStore
 from hf_ft.run import Run, schedule_curve
+from hf_ft.undisturbed import random_states_kept
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,12 @@ class Batches:
     def __init__(self, samples: Samples, recordings: Recordings | None = None) -> None:
         self.samples, self.recordings = samples, recordings
         self._store: RowStore | None = None
+        self._device = torch.device("cpu")
 
     def follow(self, objective: Objective) -> None:
         """Start from the activations at the border of the objective's present stage, where that can be."""
         self._store = None
+        self._device = next(objective.model.parameters()).device
         prefix = None if self.recordings is None else self.recordings.prefix(objective)
         if self.recordings is not None and prefix is not None:
             self._store = self.recordings.store(prefix)
@@ -144,7 +147,7 @@ class Batches:
         if self._store is None:
             return self.samples.read(rows)
         taken = self._store.take(torch.tensor(rows))
-        return {name: column for name, column in taken.items() if not name.startswith(ROW)}
+        return {name: column.to(self._device) for name, column in taken.items() if not name.startswith(ROW)}
 
 
 def score(objective: Objective, recipe: Recipe, batches: Batches, rows: Sequence[int], metric: str) -> float:

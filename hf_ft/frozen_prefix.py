@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_ft.anatomy import Part
 from hf_ft.plan import covers
+from hf_ft.undisturbed import evaluating
 
 TRIES = 6  # borders tried before giving up; one is enough in nearly all architectures
 Batch = Mapping[str, Any]
@@ -138,18 +139,6 @@ def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[
         for handle in hooks:
             handle.remove()
     return found
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode; afterwards each in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass

@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from hf_ft.frozen_prefix import FrozenPrefix, activations, find_prefix
 from hf_ft.objective import ACTIVATION, Objective
-from hf_ft.row_cache import GB, Columns, FrozenCache, RowsDiffer, RowStore, random_states_kept, same_each_time
+from hf_ft.row_cache import GB, Columns, FrozenCache, RowsDiffer, RowStore, same_each_time
+from hf_ft.undisturbed import random_states_kept
 
 logger = logging.get_logger(__name__)
 PASS = 64  # samples in a batch of a recording pass; larger ones are slower on a CPU

@@ -8,20 +8,18 @@ user's rows, or places in the store while one is active, so that samplers, ranks
 from __future__ import annotations
 
 import math
-import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hf_ft.fields import OptionError, option, validate
+from hf_ft.undisturbed import random_states_kept
 
 ROW = "frozen_prefix_row_"  # a batch of a store holds its rows' numbers under this and the store's own number
 Columns = dict[str, Tensor]
@@ -204,26 +202,6 @@ def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> boo
             return False
         first = found
     return True
-
-
-@contextmanager
-def random_states_kept(seed: int | None = None) -> Iterator[None]:
-    """Whatever draws random numbers in here, Python's, NumPy's and torch's states are as before.
-
-    Args:
-        seed: of all three in here.
-    """
-    kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed)
-                torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
 
 
 def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_ft.fields import OptionError
-from hf_ft.row_cache import random_states_kept
 
 
 def batches_of(trainer: Any) -> Iterator[dict[str, Any]]:
-    """This process's batches.
-
-    Raises:
-        OptionError: the training data have no length, so that they cannot be divided among ranks.
-    """
-    dataset, collate, args = trainer.train_dataset, trainer.data_collator, trainer.args
-    if not hasattr(dataset, "__len__"):
-        names = ", ".join(config.ft_type for config in trainer.configs)
-        raise OptionError(f"{names} looks at the training data first: train_dataset must be map-style, not iterable.")
-    if isinstance(dataset, datasets.Dataset):
-        dataset = trainer._remove_unused_columns(dataset, description="measured")
-    else:
-        collate = trainer._get_collator_with_removed_columns(collate, description="measured")
+    """This process's batches of the training data."""
+    args, (dataset, collate) = trainer.args, readable(trainer, trainer.train_dataset)
     loader = DataLoader(
         dataset,
         batch_sampler=share_of_batches(
@@ -42,6 +29,20 @@ def batches_of(trainer: Any) -> Iterator[dict[str, Any]]:
         yield trainer._prepare_inputs(batch)
 
 
+def readable(trainer: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """A data set without unused columns, and what makes batches of its rows.
+
+    Raises:
+        OptionError: it has no length, so that it cannot be divided among ranks, nor read by number.
+    """
+    if not hasattr(dataset, "__len__"):
+        names = ", ".join(config.ft_type for config in trainer.configs)
+        raise OptionError(f"{names} looks at the training data first: train_dataset must be map-style, not iterable.")
+    if isinstance(dataset, datasets.Dataset):
+        return trainer._remove_unused_columns(dataset, description="measured"), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="measured")
+
+
 def share_of_batches(samples: int, batch_size: int, seed: int, rank: int, ranks: int) -> list[list[int]]:
     """The batches of one rank, as indices: every ``ranks``-th of one shuffled sequence.
 
@@ -52,23 +53,6 @@ def share_of_batches(samples: int, batch_size: int, seed: int, rank: int, ranks:
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [order[start : start + batch_size] for start in range(0, samples, batch_size)]
     return batches[rank::ranks]
-
-
-@contextlib.contextmanager
-def observing(*models: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradient inside; afterwards modes and all global random states are as before.
-
-    Reading data inside counts as well: augmentations draw from Python's, NumPy's or PyTorch's random state.
-    """
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        with random_states_kept(), torch.no_grad():
-            for model in models:
-                model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def model_inputs(batch: Any, device: torch.device) -> dict[str, Any]:

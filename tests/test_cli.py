@@ -389,6 +389,74 @@ def test_blocks_refuses(flags, message, files, capsys):
     assert line.startswith("hf-ft blocks: error: ") and message in line and not printed.out
 
 
+def test_search_blocks(files, tmp_path, monkeypatch, capsys):
+    where = [
+        "--model",
+        str(files / "resnet"),
+        "--dataset",
+        str(files / "photos"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    search = ["search-blocks", *where, "--use_cpu", "true", "--search-epochs", "1", "--metric=loss", "--disable_tqdm=1"]
+    assert main([*search, "--search_seeds", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "blocks by stage, loss on held-out training samples" in printed and "head only" in printed
+    content = json.loads((tmp_path / "out" / "blocks.json").read_text())
+    assert [score["candidate"]["name"] for score in content["scores"]] == ["stage1", "stage0", "stem"]
+    assert content["seeds"] == [0, 1] and set(content["baselines"]) == {"head", "all"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "block_search.db", "blocks.json", "blocks.md", "blocks.png"
+    }  # fmt: skip
+    # Again: all trials are there already, so none is run.
+    monkeypatch.setattr("hf_ft.block_search.fit", lambda *a, **k: pytest.fail("run again"))
+    assert main([*search, "--search_seeds", "2"]) == 0
+    assert json.loads((tmp_path / "out" / "blocks.json").read_text()) == content
+
+
+def test_train_says_what_a_search_found(files, tmp_path, capsys):
+    more = ["--strategy", "blockwise", "--blockwise.search_epochs", "1", "--blockwise.scheme", "block"]
+    assert photos(files, tmp_path / "out", *more) == 0
+    printed = capsys.readouterr().out
+    assert "blocks by block, accuracy on held-out training samples" in printed
+    assert (tmp_path / "out" / "blocks.png").is_file() and (tmp_path / "out" / "config.json").is_file()
+
+
+def test_train_with_adapters(files, tmp_path):
+    tuner = json.dumps({"peft_type": "LORA", "r": 2})
+    more = ["--strategy", "blockwise", "--blockwise.block", "-1", "--blockwise.tuner", tuner]
+    assert photos(files, tmp_path / "out", *more) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert load_configs(tmp_path / "out")[0].block == -1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scheme", "blocks"], "--blockwise.scheme='blocks' is not"),
+        (["--scheme", "window", "--length", "99"], "length=99 does not fit: the network has 8 layers"),
+        (["--storage", "/no/such/folder/x.db"], "/no/such/folder"),
+        (["--metric", "f2"], "metric='f2' is unknown"),
+        (["--strategy", "full"], "searches for blocks only"),
+        (["--tuner", "{r: 8}"], "--blockwise.tuner='{r: 8}' is not"),
+        (["--no_such_flag", "1"], "no_such_flag is unknown"),
+    ],
+)
+def test_search_blocks_refuses(flags, message, files, tmp_path, capsys):
+    where = ["--model", str(files / "resnet"), "--dataset", str(files / "photos"), "--output_dir", str(tmp_path)]
+    assert main(["search-blocks", *where, "--use_cpu", "true", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in words(error) and "Traceback" not in error
+
+
+def test_search_blocks_help_teaches(capsys):
+    assert main(["search-blocks", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "--search_epochs" in printed and "hf-ft search-blocks --model microsoft/resnet-18" in printed
+    assert main(["search-blocks", "--dataset", "x"]) == 2
+    assert "--model is missing" in capsys.readouterr().err
+
+
 def test_blocks_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["blocks", "--help"])

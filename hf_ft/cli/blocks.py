@@ -20,8 +20,8 @@ EPILOG = """--scheme shows what block-wise fine-tuning may adapt beside the head
   layer     each layer alone: a convolution, linear layer or embedding with the norm that follows it
   segment   the layers between two poolings or activations
   window    every run of --length consecutive layers
-  stage     the architecture's own stages; in a plain transformer each block
-  block     each block by itself; like stage with stem and neck where they hold layers
+  stage     the architecture's own stages, in a plain transformer each block; and the stem
+  block     each block by itself; the stem, and the neck where it holds layers
 top_layers, the best layers together, needs the scores of a search by layer. The quarter is that of a candidate's
 centre in the depth: the paper finds the best block in the fourth mostly (Barakat and Huang, arXiv:2301.06133).
 

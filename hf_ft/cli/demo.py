@@ -1,4 +1,4 @@
-"""``hf-ft demo``: four strategies on real images of solar cells, compared as one should.
+"""``hf-ft demo``: six strategies on real images of solar cells, compared as one should.
 
 The best epoch of each strategy, and the best strategy, are chosen on the validation split; the test split is looked
 at once for each, and chooses nothing.
@@ -36,7 +36,7 @@ from hf_ft.zoo import DATA_NOTICES, SHORT_NAMES, elpv, stratified_split
 
 DEFAULT_DIR = "runs/demo"
 MADE_BY = "hf-ft demo"
-WRITTEN = ("best", "work", "results.json", "results.md", "plot.png", "example.png")
+WRITTEN = ("best", "work", "results.json", "results.md", "plot.png", "blocks.png", "example.png")
 EPILOG = """Images are opened and resized once, augmentation (mirror, shift) is new each epoch. Each strategy trains at
 the rate its config recommends. The best epoch and the winner are chosen on validation by balanced accuracy, the
 mean of the accuracies on either class; test is scored once per strategy, at the end, and chooses nothing.
@@ -57,6 +57,7 @@ class Trained:
     seconds: float
     parameters: int
     folder: Path
+    search: dict[str, Any] | None = None  # the scores of a search over blocks
 
 
 def run_demo(arguments: list[str]) -> None:
@@ -65,7 +66,7 @@ def run_demo(arguments: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("the demo runs in one process; `hf-ft train` runs in several.")
     started = time.perf_counter()
-    missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "rich", "optuna") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"the demo needs {' and '.join(missing)}: pip install 'hf-ft[demo]'")
     configs = resolve(name.strip() for name in flags.strategies.split(","))
@@ -81,6 +82,7 @@ def run_demo(arguments: list[str]) -> None:
     _introduce(flags, model, splits, size)
     ready = {
         "train": Cells(splits["train"], processor, size, augment=True),
+        "plain": Cells(splits["train"], processor, size, keep=True),
         "validation": Cells(splits["validation"], processor, size, keep=True),
         "test": Cells(splits["test"], processor, size),
     }
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     short = ", ".join(name for name, entry in SHORT_NAMES.items() if entry.task == "image")
     add("--model", default="mobilenet_v2", help=f"{short}, any Hub id or folder (default: %(default)s)")
-    names = "linear_probe,full,lp_ft,l2_sp"
+    names = "linear_probe,full,lp_ft,l2_sp,daft,blockwise"
     add("--strategies", default=names, metavar="A,B", help="names from `hf-ft list` (default: %(default)s)")
     add("--seeds", type=positive_number, default=1, help="how many; with several, mean ± std is shown (default: 1)")
     add(
@@ -235,6 +237,7 @@ def _trainer(
         model,
         args,
         strategy=config,
+        plain_train_dataset=ready["plain"],
         train_dataset=ready["train"],
         eval_dataset=ready["validation"],
         data_collator=channels_last,
@@ -263,6 +266,7 @@ def _train(trainer: FTTrainer, config: FTConfig, seed: int, ready: dict[str, Cel
         # The optimizer holds every parameter that any stage trains.
         parameters=sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"]),
         folder=folder,
+        search=next((state.info["scores"] for state in trainer.states.values() if "scores" in state.info), None),
     )
 
 

@@ -21,7 +21,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_ft import __version__
+from hf_ft import BlockScores, __version__
+from hf_ft.block_plot import plot_scores
 from hf_ft.cli.console import count, say, table
 from hf_ft.cli.demo import MADE_BY, Trained
 from hf_ft.cli.models import usage
@@ -103,7 +104,8 @@ def finish(
     example["image"].save(folder / "example.png")
     truth = splits["test"].features["label"].int2str(example["label"])
     say(table([("*", _verdict(winner, splits))]) + "\n")
-    say(f"Done in {seconds:.0f} s. In {folder}: best/ (the winner), plot.png, results.md, results.json.")
+    plots = ["plot.png", *_plot_blocks(found, folder)]
+    say(f"Done in {seconds:.0f} s. In {folder}: best/ (the winner), {', '.join(plots)}, results.md, results.json.")
     say(f"Load the winner with plain Transformers (the example is a {truth} cell):\n")
     say(usage(folder / "best", "image", str(folder / "example.png")))
 
@@ -117,6 +119,19 @@ HEADERS = (
     "seconds",
     "weights trained",
 )
+
+
+def _plot_blocks(found: Sequence[Summary], folder: Path) -> list[str]:
+    """Say what a search over blocks found, and draw its scores."""
+    searches = [BlockScores.from_dict(run.search) for summary in found for run in summary.runs[:1] if run.search]
+    for scores in searches:
+        best = scores.best.candidate
+        say(
+            table([("blocks", f"the search chose {best.name} (quarter {best.quarter} of the depth): blocks.png")])
+            + "\n"
+        )
+        plot_scores(scores, folder / "blocks.png")
+    return ["blocks.png"] if searches else []
 
 
 def _row(summary: Summary) -> tuple[str, ...]:

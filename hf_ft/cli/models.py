@@ -82,3 +82,12 @@ def usage(folder: str | Path, task: str, example: str | Path | None = None) -> s
         f'  classify = pipeline("{task}-classification", model="{folder}")\n'
         f'  print(classify("{given}"))'
     )
+
+
+def adapter_usage(folder: str | Path) -> str:
+    """How to put an adapter on its base model with PEFT alone."""
+    return (
+        "  from peft import PeftModel\n\n"
+        "  # base: the pretrained model with a head of as many classes\n"
+        f'  model = PeftModel.from_pretrained(base, "{folder}")'
+    )

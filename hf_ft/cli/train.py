@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
+from peft import PeftModel
 from transformers import TrainingArguments
 
 from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import STORAGE
 from hf_ft.cli.arguments import DataFlags, Request, read
 from hf_ft.cli.console import count, quieten, say, table
-from hf_ft.cli.models import load_classifier, usage
+from hf_ft.cli.models import adapter_usage, load_classifier, usage
 from hf_ft.cli.search_blocks import report
 from hf_ft.cli.train_help import train_help
 from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_splits, prepare
@@ -186,8 +187,9 @@ def _finish(made: Made) -> None:
     folder = str(trainer.args.output_dir)
     say()
     say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
-    say(f"saved       {folder}, a plain Transformers checkpoint:\n")
-    say(usage(folder, columns.task))
+    adapter = isinstance(trainer.model, PeftModel)
+    say(f"saved       {folder}, {'a PEFT adapter' if adapter else 'a plain Transformers checkpoint'}:\n")
+    say(adapter_usage(folder) if adapter else usage(folder, columns.task))
     for state in trainer.states.values():
         if "scores" in state.info:
             report(BlockScores.from_dict(state.info["scores"]), Path(folder))

@@ -35,6 +35,7 @@ from hf_ft.testing.training import tiny_arguments
 from hf_ft.zoo import load_model
 
 IMAGES, PIXELS, BATCH, CLASSES = 500, 96, 32, 10
+NOISE = 6.0  # hard enough for blocks to differ
 CHANNELS_LAST = torch.channels_last
 
 
@@ -46,7 +47,7 @@ class Images(torch.utils.data.Dataset):
         patterns = nn.functional.interpolate(torch.randn(CLASSES, 3, 6, 6, generator=random), PIXELS, mode="bilinear")
         self.labels = torch.randint(CLASSES, (IMAGES,), generator=random)
         noise = torch.randn(IMAGES, 3, PIXELS, PIXELS, generator=random)
-        self.pixels = (patterns[self.labels] + noise).contiguous(memory_format=CHANNELS_LAST)
+        self.pixels = (patterns[self.labels] + NOISE * noise).contiguous(memory_format=CHANNELS_LAST)
 
     def __len__(self) -> int:
         return IMAGES
