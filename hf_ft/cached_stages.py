@@ -133,6 +133,8 @@ class CachedStages:
             self._eval_rows = {}
 
     def _forget_recorded(self) -> None:
+        if self._eval_rows:
+            self.__dict__.pop("_eval_dataloaders", None)  # kept by the Trainer where workers persist
         self._eval_rows = None
         if self._train_rows is not None:
             self._train_rows.activate(None)

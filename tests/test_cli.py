@@ -182,6 +182,9 @@ def test_defaults_follow_what_is_set():
     assert arguments.read(["--eval_strategy", "steps", "--eval_steps", "5"]).training_arguments()["save_steps"] == 5
     assert arguments.read(["--bf16", "--no_ignore_data_skip"][:1]).given == {"bf16": True}
     assert arguments.read(["--resume_from_checkpoint", "true"]).resume is True
+    daft = ["--strategy", "daft"]
+    assert arguments.read(daft).training_arguments()["optim_args"] == "momentum=0.9"
+    assert "optim_args" not in arguments.read([*daft, "--optim", "adamw_torch"]).training_arguments()
     assert arguments.read(["--resume_from_checkpoint", "some/folder"]).resume == "some/folder"
 
 

@@ -57,6 +57,7 @@ def test_same_weights_with_accumulation_and_resumed(name, tmp_path):
 
 def test_worker_processes_see_the_stage_change(tmp_path):
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 16}
+    workers |= {"eval_strategy": "steps", "eval_steps": 4}
     plain, _ = run(tiny_vit(), "lp_ft", tmp_path, "never", **workers)
     cached, used = run(tiny_vit(), "lp_ft", tmp_path, "always", **workers)
     assert used == [True, False]

@@ -176,6 +176,8 @@ def read(argv: Sequence[str]) -> Request:
     configs = _configs(method.strategy or ["full"], values)
     given = chosen[TrainingArguments]
     recommended = {k: v for k, v in recommended_arguments(configs).items() if k not in given}
+    if "optim" in given:
+        recommended.pop("optim_args", None)  # those of the recommended optimizer
     return Request(DataFlags(**chosen[DataFlags]), method, configs, given, recommended)
 
 
