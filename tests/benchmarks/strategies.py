@@ -183,6 +183,7 @@ def tune(runs: Runs, task: Task, name: str, trials: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="mnist,elpv")
+    parser.add_argument("--strategies", default="", help="those whose name holds this")
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -193,7 +194,7 @@ def main() -> None:
     runs = Runs(options.results)
     for name in options.tasks.split(","):
         made = Task(name)
-        for strategy in strategies(0.1):
+        for strategy in (strategy for strategy in strategies(0.1) if options.strategies in strategy):
             best = tune(runs, made, strategy, options.trials)
             for seed in range(options.seeds):
                 runs.get(made, strategy, best, seed, final=True)
