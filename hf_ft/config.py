@@ -144,6 +144,10 @@ class FTConfig(PushToHubMixin):
         """What to do. Cheap, repeatable, and without any effect on the model."""
         raise NotImplementedError(f"{type(self).__name__} defines no plan().")
 
+    def learned(self, state: State) -> str:
+        """A sentence for people, in the model card, on what was measured; empty where there is nothing to say."""
+        return ""
+
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Stem, blocks, neck and head of the model, as ``head`` and ``blocks`` say where they are set."""
         return anatomy(model, head=self.head, blocks=self.blocks)

@@ -108,6 +108,15 @@ def from_json(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def describe_value(value: Any) -> str:
+    """An option's value as one writes it; of a PEFT config, what is not its class's default."""
+    if not isinstance(value, PeftConfig):
+        return str(value)
+    usual = type(value)().to_dict()
+    given = {key: v for key, v in value.to_dict().items() if v != usual[key] and key != "base_model_name_or_path"}
+    return f"{type(value).__name__}({', '.join(f'{key}={v!r}' for key, v in given.items())})"
+
+
 def tuner_to_json(tuner: PeftConfig) -> dict[str, Any]:
     """A PEFT config as JSON holds it: sets become sorted lists, and what is None is left out."""
 

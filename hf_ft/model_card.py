@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_ft.config import FTConfig
-from hf_ft.fields import options
+from hf_ft.fields import describe_value, options
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -59,6 +59,7 @@ def model_card(
     metrics: Mapping[str, float],
     arguments: Mapping[str, Any],
     tags: Sequence[str] = (),
+    learned: Mapping[str, str] | None = None,
     **card_fields: Any,
 ) -> ModelCard:
     """The card of a fine-tuned model.
@@ -69,6 +70,7 @@ def model_card(
         base_model: name or path the model was loaded from; a path is left out.
         metrics: evaluation results to show.
         arguments: training arguments to show.
+        learned: what a strategy has to say of its measuring, by ``ft_type``.
         card_fields: further metadata (license, language, datasets, ...).
     """
     base = base_model_id(base_model)
@@ -88,22 +90,24 @@ def model_card(
         template_str=_TEMPLATE,
         model_name=model_name,
         base_sentence=f"[{base}](https://huggingface.co/{base})" if base else "A pretrained model",
-        strategies="\n\n".join(_describe(config) for config in configs),
+        strategies="\n\n".join(_describe(config, (learned or {}).get(config.ft_type, "")) for config in configs),
         training=_table({k: v for k, v in arguments.items() if v is not None}, "argument"),
         results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
         usage=_usage(model, model_name),
     )
 
 
-def _describe(config: FTConfig) -> str:
+def _describe(config: FTConfig, learned: str = "") -> str:
     changed = {
-        field.name: getattr(config, field.name)
+        field.name: describe_value(getattr(config, field.name))
         for field in options(type(config))
         if field.name in type(config).__annotations__ or getattr(config, field.name) != field.default
     }
     lines = [f"**{config.ft_type}**: {(type(config).__doc__ or '').strip().splitlines()[0]}"]
     if changed:
         lines.append(_table(changed, "option"))
+    if learned:
+        lines.append(learned)
     if config.paper:
         lines.append(f"Paper: {config.paper}")
     return "\n\n".join(lines)
@@ -148,3 +152,51 @@ def _usage(model: Any, model_name: str) -> str:
 
 def write_card(card: ModelCard, folder: Path) -> None:
     card.save(folder / "README.md")
+
+
+class WritesCard:
+    """Mixin for a Trainer: the model card of a run."""
+
+    configs: tuple[FTConfig, ...]
+    states: Any
+    _base_name: str | None
+    # The Trainer's own.
+    args: Any
+    model: Any
+    state: Any
+    is_world_process_zero: Any
+
+    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
+        """Write README.md into the output folder: strategy, options, paper, base model, metrics."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        fields = {key: value for key, value in kwargs.items() if value is not None and key in ("language", "license")}
+        tags = kwargs.get("tags") or []
+        if kwargs.get("dataset"):
+            fields["datasets"] = kwargs["dataset"]
+        write_card(self._card(model_name or folder.name, [tags] if isinstance(tags, str) else tags, **fields), folder)
+
+    def _card(self, name: str, tags: Sequence[str] = (), **fields: Any) -> Any:
+        kept = "learning_rate optim lr_scheduler_type weight_decay per_device_train_batch_size "
+        kept += "gradient_accumulation_steps seed num_train_epochs max_steps"
+        arguments = self.args.to_dict()
+        return model_card(
+            self.configs,
+            self.model,
+            model_name=name if self.args.hub_model_id is None else self.args.hub_model_id,
+            base_model=self._base_name,
+            metrics=self._card_metrics(),
+            arguments={key: arguments[key] for key in kept.split() if key in arguments},
+            tags=tags,
+            learned={c.ft_type: c.learned(self.states[c.ft_type]) for c in self.configs if c.ft_type in self.states},
+            **fields,
+        )
+
+    def _card_metrics(self) -> dict[str, float]:
+        """The last evaluation's figures; with best-model loading, those of the best step."""
+        logs = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
+        best = [entry for entry in logs if entry["step"] == self.state.best_global_step]
+        speed = ("runtime", "per_second", "preparation_time")
+        chosen = ((best if self.args.load_best_model_at_end else []) or logs)[-1:]
+        return {k: v for e in chosen for k, v in e.items() if k.startswith("eval_") and not k.endswith(speed)}

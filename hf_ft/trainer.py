@@ -24,7 +24,7 @@ from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, wr
 from hf_ft.context import measuring_context
 from hf_ft.fields import OptionError
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler
-from hf_ft.model_card import model_card, write_card
+from hf_ft.model_card import WritesCard, write_card
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, covers, stage_borders, stage_index
 from hf_ft.preflight import (
@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
 
 
-class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
+class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
     """``transformers.Trainer`` with a fine-tuning strategy.
 
     All stages of a strategy run in one ``train()``: one global step, one log, one set of checkpoints, one best
@@ -356,42 +356,6 @@ class FTTrainer(WholeCheckpoints, CachedStages, Trainer):
                 f"{resume} was trained from other weights than the model has now, and {self.configs[-1].ft_type} "
                 "pulls towards the start: make the trainer with the same pretrained model, not with the checkpoint."
             )
-
-    # --- the card ------------------------------------------------------------------------------------------
-
-    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write README.md into the output folder: strategy, options, paper, base model, metrics."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        fields = {key: value for key, value in kwargs.items() if value is not None and key in ("language", "license")}
-        tags = kwargs.get("tags") or []
-        if kwargs.get("dataset"):
-            fields["datasets"] = kwargs["dataset"]
-        write_card(self._card(model_name or folder.name, [tags] if isinstance(tags, str) else tags, **fields), folder)
-
-    def _card(self, name: str, tags: Sequence[str] = (), **fields: Any) -> Any:
-        kept = "learning_rate optim lr_scheduler_type weight_decay per_device_train_batch_size "
-        kept += "gradient_accumulation_steps seed num_train_epochs max_steps"
-        arguments = self.args.to_dict()
-        return model_card(
-            self.configs,
-            self.model,
-            model_name=name if self.args.hub_model_id is None else self.args.hub_model_id,
-            base_model=self._base_name,
-            metrics=self._card_metrics(),
-            arguments={key: arguments[key] for key in kept.split() if key in arguments},
-            tags=tags,
-            **fields,
-        )
-
-    def _card_metrics(self) -> dict[str, float]:
-        """The last evaluation's figures; with best-model loading, those of the best step."""
-        logs = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
-        best = [entry for entry in logs if entry["step"] == self.state.best_global_step]
-        speed = ("runtime", "per_second", "preparation_time")
-        chosen = ((best if self.args.load_best_model_at_end else []) or logs)[-1:]
-        return {k: v for e in chosen for k, v in e.items() if k.startswith("eval_") and not k.endswith(speed)}
 
     # --- small things --------------------------------------------------------------------------------------
 

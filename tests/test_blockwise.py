@@ -181,6 +181,8 @@ def test_auto_searches_once_and_keeps_the_table(tmp_path, monkeypatch):
         n for n in snapshot(trainer.model) if any(n.startswith(module) for module in block)
     }
     assert (tmp_path / "run" / "block_search.db").is_file()
+    card = (tmp_path / "run" / "checkpoint-4" / "README.md").read_text()
+    assert f"best: {scores.best.candidate.name}, " in card and "head only: head, " in card and "Barakat" in card
     monkeypatch.setattr(block_search, "run_trials", lambda *a, **k: pytest.fail("searched again"))
     resumed = make_trainer(tiny_resnet(), config, tmp_path / "run", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
@@ -233,6 +235,7 @@ def test_adapters_in_the_block_alone(name, tmp_path):
     assert adapted and all(any(n.startswith(module) for module in block) for n in adapted)
     convolutions = [base.get_submodule(n) for n in adapted if isinstance(base.get_submodule(n), nn.Conv2d)]
     assert all(convolution.groups == 1 for convolution in convolutions)
+    assert "| tuner | `LoraConfig(r=2, init_lora_weights=False)` |" in str(trainer._card("name"))
     # Saved as PEFT saves it, and loaded by PEFT alone: adapter, head, the block's norms and their buffers.
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "saved").eval()

@@ -19,6 +19,7 @@ from hf_ft.cli.models import adapter_usage, load_classifier, usage
 from hf_ft.cli.search_blocks import report
 from hf_ft.cli.train_help import train_help
 from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_splits, prepare
+from hf_ft.fields import describe_value, options
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.row_cache import FrozenCache
 from hf_ft.trainer import FTTrainer
@@ -172,8 +173,9 @@ def _announce(request: Request, made: Made) -> None:
 
 def _shown(config: Any) -> str:
     """A strategy as one writes it: with the options that are not the defaults."""
-    changed = {key: value for key, value in config.to_dict().items() if value != getattr(type(config), key)}
-    return config.ft_type + (f"({', '.join(f'{k}={v}' for k, v in changed.items())})" if changed else "")
+    values = {field.name: getattr(config, field.name) for field in options(type(config))}
+    changed = [f"{k}={describe_value(v)}" for k, v in values.items() if v != getattr(type(config), k)]
+    return config.ft_type + (f"({', '.join(changed)})" if changed else "")
 
 
 def _finish(made: Made) -> None:

@@ -107,6 +107,12 @@ class BlockwiseConfig(FTConfig):
         """The table of the search that ``block="auto"`` made."""
         return BlockScores.from_dict(state.info["scores"])
 
+    def learned(self, state: State) -> str:
+        if "scores" not in state.info:
+            return ""
+        said = "; ".join(f"{label}: {what}" for label, what in self.scores(state).verdict())
+        return f"Found by a search with scheme `{self.scheme}`, {self.metric} on held-out training samples. {said}."
+
     def plan_for(self, model: nn.Module, candidate: Candidate) -> Plan:
         """The whole plan that trains one candidate."""
         return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, candidate)])

@@ -137,6 +137,10 @@ class DAFTConfig(FTConfig):
         tensors = {f"{name}.mean": statistics.mean.cpu() for name, statistics in found.items()}
         return State(tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in found.items()})
 
+    def learned(self, state: State) -> str:
+        layers = sum(name.endswith(".mean") for name in state.tensors)
+        return f"{layers} BatchNorm layers were converted to the statistics of the training data." if layers else ""
+
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules
         surgery: list[Surgery] = []
