@@ -20,7 +20,6 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from hf_ft.block_scores import BlockScore, BlockScores
 from hf_ft.candidates import Candidate, baseline_candidates, candidates, top_layers, weight_layers
@@ -38,7 +37,6 @@ from hf_ft.undisturbed import random_states_kept
 if TYPE_CHECKING:
     from hf_ft.strategies.blockwise import BlockwiseConfig
 
-logger = logging.get_logger(__name__)
 STORAGE = "block_search.db"
 BASELINES = ("head", "all")
 
@@ -199,12 +197,14 @@ class BlockSearch:
         with random_states_kept(0):
             first = samples.read(list(range(min(4, samples.count))))
         data = b"".join(_bytes(value) for _, value in sorted(first.items()) if isinstance(value, Tensor))
-        unused = ("block", "storage", "search_seeds", "top", "baselines", "halving")  # the study knows of the last
+        labels = self.context.labels
+        data += labels.tobytes() if labels is not None else b""
+        unused = ("block", "storage", "search_seeds", "top", "baselines")
         recipe = self.context.recipe
         return {
             "model": hashlib.sha256(hashes.encode()).hexdigest(),
             "samples": samples.count,
-            "data": hashlib.sha256(data + np.asarray(self.context.labels).tobytes()).hexdigest(),
+            "data": hashlib.sha256(data).hexdigest(),
             "options": {key: value for key, value in self.options.to_dict().items() if key not in unused},
             "recipe": {**dict(self.context.described), "batch_size": recipe.batch_size},
         }

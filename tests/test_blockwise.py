@@ -1,6 +1,7 @@
 """The search finds the block that was broken; every candidate has the same start; what comes out trains that alone."""
 
 import copy
+import hashlib
 import json
 
 import optuna
@@ -117,7 +118,21 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     assert [s.scores for s in resumed.scores] == [s.scores for s in whole.scores]
     # Other settings make another study in the same storage.
     searched(tiny_resnet(), tmp_path, metric="loss", storage=storage, search_epochs=1).run()
-    assert len(calls) == 11 and len(optuna.get_all_study_names(f"sqlite:///{storage}")) == 2
+    searched(tiny_resnet(), tmp_path, metric="loss", storage=storage, halving=True).run()
+    assert len(calls) == 16 and len(optuna.get_all_study_names(f"sqlite:///{storage}")) == 3
+
+
+def test_another_process_knows_the_search_again(tmp_path):
+    """What names the study is a function of model, data and options alone, also where no labels can be read."""
+    model = TINY_MODELS["mobilenet_v1"](num_labels=4)
+    data = Images(20)
+    search = searched(model, tmp_path, data=data)
+    assert search.context.labels is None
+    columns = {"labels": data.labels[:4], "pixel_values": data.pixels[:4]}
+    plain = b"".join(column.contiguous().numpy().tobytes() for column in columns.values())
+    assert search._signature["data"] == hashlib.sha256(plain).hexdigest()
+    assert searched(model, tmp_path, data=Images(20))._signature == search._signature
+    assert searched(model, tmp_path, data=Images(20, seed=2))._signature != search._signature
 
 
 def test_halving_stops_the_worse_ones(tmp_path):
