@@ -69,7 +69,9 @@ def table_of_frozen(table: Table) -> str:
             f"{search['exhaustive score of the best']:.3f}. Halving chose {search['chosen by halving']}, whose "
             f"exhaustive score is {search['exhaustive score of that']:.3f}."
         )
-    notes.append(f"Medians of {about['repeats']} runs in turn, {_where(about)}")
+    runs = {part: len(next(iter(content[part]["seconds"].values()))) for part in epochs if part in content}
+    counted = ", ".join(f"{part}: {number} run{'s' if number > 1 else ''}" for part, number in runs.items())
+    notes.append(f"Medians over all runs ({counted}), {_where(about)}")
     return "\n\n".join([table(("ratio of times", "measured", "goal"), rows), *notes])
 
 
