@@ -46,7 +46,7 @@ def test_same_weights_and_scores(name, strategy, tmp_path):
     for one, other in zip(plain.state.log_history[:-1], cached.state.log_history[:-1], strict=True):
         for key in ("loss", "eval_loss", "grad_norm"):
             assert (key in one) == (key in other)
-            assert key not in one or one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5)
+            assert key not in one or one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "vit", "bert"])
