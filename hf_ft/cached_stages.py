@@ -198,7 +198,7 @@ class CachedStages:
             return fill(len(dataset), self._recordings(prefix, dataset), self.frozen_cache, bar.update)
 
     def _recordings(self, prefix: FrozenPrefix, dataset: Any) -> Iterator[tuple[Tensor, Columns]]:
-        """All rows' columns on every rank; each rank computes every so-manieth batch."""
+        """All rows' columns on every rank; each computes its share of the batches."""
         ranks, rank = self.args.world_size, self.args.process_index
         size = max(self.args.eval_batch_size, 2 * self.args.train_batch_size)  # without gradients there is room
         everything = list(range(len(dataset)))

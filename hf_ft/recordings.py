@@ -72,7 +72,9 @@ class Recordings:
         if key not in self._prefixes:
             with random_states_kept(), self._computing():
                 small = self.samples.read([0, 1]), self.samples.read([0, 2, 3])
-                self._prefixes[key] = find_prefix(objective.model, live, *small)
+                found = find_prefix(objective.model, live, *small)
+            # Not with the copy it was found on, which would stay in memory.
+            self._prefixes[key] = None if found is None else dataclasses.replace(found, model=self.model)
         found = self._prefixes[key]
         return None if found is None else dataclasses.replace(found, model=objective.model)
 
@@ -112,14 +114,16 @@ class Recordings:
             if name == wanted[0] or used + size <= room:
                 chosen.append(name)
                 used += size
-        stores = {name: self._empty(first[name], kept) for name in chosen}
+        stores: dict[str, RowStore] = {}
+        for name in chosen:
+            stores[name] = self._empty(first[name], kept, [*self._stores.values(), *stores.values()])
         self._record(chosen, stores, prefix.kept)
         self._stores |= stores
         self.passes += 1
 
-    def _empty(self, activation: Tensor, kept: Columns) -> RowStore:
-        """A store in memory as far as that is free, else in a file."""
-        used = sum(store.bytes for store in self._stores.values() if store.in_memory)
+    def _empty(self, activation: Tensor, kept: Columns, others: Sequence[RowStore]) -> RowStore:
+        """A store in memory as far as the others leave room there, else in a file."""
+        used = sum(store.bytes for store in others if store.in_memory)
         free = max(0.0, self.cache.memory_gb - used / GB)
         return RowStore(
             self.samples.count, {ACTIVATION: activation, **kept}, dataclasses.replace(self.cache, memory_gb=free)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import BertTokenizerFast, DataCollatorWithPadding
 
-from hf_ft import FrozenCache, FTTrainer, OptionError, Plan, Stage, Term
+from hf_ft import FrozenCache, FTTrainer, GradualUnfreezingConfig, OptionError, Plan, Stage, Term, set_up
 from hf_ft.config import FTConfig
+from hf_ft.objective import ACTIVATION
+from hf_ft.recordings import Recordings, Samples
 from hf_ft.registry import register
-from hf_ft.row_cache import RowsDiffer, RowStore, StagedRows, same_each_time
+from hf_ft.row_cache import GB, RowsDiffer, RowStore, StagedRows, same_each_time
 from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 
@@ -233,6 +235,37 @@ def test_stores():
     assert rows[1] == 1 and rows.stored
     rows.activate(None)
     assert rows.__getitems__([0, 3]) == ["a", "d"]
+
+
+def test_several_borders_share_the_room(tmp_path):
+    """One pass records all that were planned: in memory together no more than allowed, the rest in files."""
+    model = tiny_resnet()
+    data = tiny_inputs(model, 24)
+    samples = Samples(24, lambda rows: {name: column[list(rows)] for name, column in data.items()})
+    run = set_up(model, GradualUnfreezingConfig())
+    objective = run.objective()
+
+    def recorded(cache):
+        recordings, prefixes = Recordings(model, samples, cache), []
+        for stage in run.plan.stages[:-1]:
+            objective.enter(stage)
+            prefixes.append(recordings.prefix(objective))
+            recordings.plan(prefixes[-1])
+        assert all(prefix.model is model for prefix in prefixes)
+        return recordings, prefixes, [recordings.store(prefix) for prefix in prefixes]
+
+    _, _, free = recorded(FrozenCache("always"))
+    room = max(store.bytes for store in free) / GB
+    recordings, prefixes, stores = recorded(FrozenCache("always", memory_gb=room, folder=str(tmp_path)))
+    assert recordings.passes == 1 and len({store.number for store in stores}) == 3
+    assert 0 < sum(store.bytes for store in stores if store.in_memory) <= room * GB
+    assert not all(store.in_memory for store in stores)
+    for prefix, store in zip(prefixes, stores, strict=True):
+        kept = store.take(torch.arange(24))[ACTIVATION]
+        assert torch.allclose(kept, prefix.record(data), atol=1e-6)
+    none = Recordings(model, samples, FrozenCache("always", memory_gb=0.0, disk_gb=0.0))
+    objective.enter(run.plan.stages[0])
+    assert none.store(none.prefix(objective)) is None and not none.usable
 
 
 @pytest.mark.parametrize(
