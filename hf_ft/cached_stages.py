@@ -205,7 +205,8 @@ class CachedStages:
         batches = [everything[i : i + size] for i in range(0, len(dataset), size)]
         loader = DataLoader(
             dataset,
-            batch_sampler=batches[rank::ranks],
+            # Where there are fewer batches than ranks, one without computes the first, to have something to send.
+            batch_sampler=batches[rank::ranks] or batches[:1],
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="recorded"),
             num_workers=self.args.dataloader_num_workers,
             multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
@@ -213,7 +214,7 @@ class CachedStages:
         )
         mine, columns = iter(loader), {}
         for start in range(0, len(batches), ranks):
-            if start + rank < len(batches):
+            if start == 0 or start + rank < len(batches):
                 batch = self._prepare_inputs(next(mine))
                 with self._computing():
                     columns = {ACTIVATION: prefix.record(batch), **{name: batch[name] for name in prefix.kept}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,12 @@ def _samples(trainer: Any) -> Samples:
         )
     chosen = dataset if plain is None else plain
 
+    @cache  # not at once: a stream is refused only where samples are asked for
+    def source() -> Any:
+        return readable(trainer, chosen)
+
     def read(rows: Sequence[int]) -> dict[str, Any]:
-        kept, collate = readable(trainer, chosen)
+        kept, collate = source()
         return trainer._prepare_inputs(collate(read_rows(kept, rows)))
 
     return Samples(len(chosen) if hasattr(chosen, "__len__") else 0, read)

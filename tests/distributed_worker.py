@@ -57,6 +57,12 @@ for name in ("linear_probe", "gradual_unfreezing"):
         found[use] = snapshot(trainer.model)
     same_tensors(found["never"], found["always"], 1e-6)
 
+# One batch of each data set, so that the second rank has none to compute.
+trainer = make_trainer(still(tiny_resnet()), "linear_probe", folder / "one", "always", max_steps=12, optim="sgd",
+                       eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=64)  # fmt: skip
+trainer.train()
+assert bool(torch.isfinite(torch.tensor(trainer.state.log_history[-2]["eval_loss"])))
+
 # Each of 37 samples is looked at once, and all ranks hold the same state, bit for bit.
 trainer = make_trainer(tiny_vit(), MeasuredConfig(), folder / "measured")
 trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
