@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _HalfSquaredDistance(torch.autograd.Function):
@@ -52,3 +53,251 @@ def l2_sp(weights: Sequence[Tensor], starts: Sequence[Tensor] | None = None) -> 
     if starts is not None and [w.shape for w in weights] != [s.shape for s in starts]:
         raise ValueError("l2_sp: weights and starts differ in number or in shape.")
     return _HalfSquaredDistance.apply(starts, *weights)
+
+
+# --- feature maps -----------------------------------------------------------------------------------------
+
+
+def as_positions(features: Tensor) -> Tensor:
+    """Feature maps (B, C, H, W) or token states (B, T, C) as (B, positions, C).
+
+    Raises:
+        ValueError: another number of dimensions.
+    """
+    if features.dim() == 4:
+        return features.flatten(2).transpose(1, 2)
+    if features.dim() == 3:
+        return features
+    raise ValueError(f"features are (B, C, H, W) or (B, T, C), not {tuple(features.shape)}.")
+
+
+def pooled(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean over positions, (B, C), of feature maps (B, C, H, W) or token states (B, T, C).
+
+    Args:
+        mask: (B, T), 0 where a token is padding and does not count.
+    """
+    positions = as_positions(features)
+    if mask is None:
+        return positions.mean(dim=1)
+    weights = mask.to(positions)[..., None]
+    return (positions * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+
+
+def attention_map(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Where a layer looks: the mean square over channels at each position, of unit length per sample.
+
+    .. math:: A = \frac{a}{\lVert a \rVert_2}, \qquad a_p = \tfrac1C \sum_c F_{cp}^2
+
+    Args:
+        features: (B, C, H, W) or (B, T, C).
+        mask: (B, T), 0 where a token is padding: nothing is seen there.
+
+    Returns:
+        (B, H * W) or (B, T); zeros for features that are all zero.
+
+    Reference: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017.
+    """
+    energy = as_positions(features).square().mean(dim=2)
+    return nn.functional.normalize(energy if mask is None else energy * mask.to(energy), dim=1)
+
+
+def attention_distance(target: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""The mean squared difference of two :func:`attention_map`, over samples and positions.
+
+    Args:
+        target: (B, C, H, W) or (B, T, C).
+        source: of the same shape, but for the number of channels.
+        mask: (B, T), 0 where a token is padding and does not count.
+
+    Raises:
+        ValueError: the two differ in samples or positions.
+    """
+    one, other = attention_map(target, mask), attention_map(source, mask)
+    _same_shape("attention_distance", one, other)
+    squares = (one - other).square()
+    return squares.mean() if mask is None else squares.sum() / mask.sum().clamp_min(1)
+
+
+def feature_distance(
+    target: Tensor,
+    source: Tensor,
+    channel_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    r"""The squared distance of two feature maps per position, summed over channels.
+
+    .. math:: \frac1{hw} \sum_c w_c \lVert T_c - S_c \rVert_2^2
+
+    Args:
+        target: (B, C, H, W) or (B, T, C).
+        source: of the same shape.
+        channel_weights: (C,); None for ones.
+        mask: (B, T), 0 where a token is padding: then a sample's own tokens are the positions.
+        reduction: mean or sum over the batch.
+
+    Raises:
+        ValueError: the shapes differ, or the number of weights from that of channels.
+
+    Reference: Li et al., "DELTA: Deep Learning Transfer using Feature Map with Attention for Convolutional
+    Networks", ICLR 2019.
+    """
+    _same_shape("feature_distance", target, source)
+    squares = (target - source).square()
+    if channel_weights is not None:
+        channels = target.shape[1 if target.dim() == 4 else -1]
+        if channel_weights.shape != (channels,):
+            raise ValueError(
+                f"feature_distance: channel_weights are {tuple(channel_weights.shape)}, features have {channels} "
+                "channels."
+            )
+        squares = squares * channel_weights.to(squares).reshape((-1, 1, 1) if target.dim() == 4 else (-1,))
+    if mask is None:
+        positions = math.prod(target.shape[2:]) if target.dim() == 4 else target.shape[1]
+        total = squares.sum() / positions
+    else:
+        per_token = squares.sum(dim=2) * mask.to(squares)
+        total = (per_token.sum(dim=1) / mask.to(squares).sum(dim=1).clamp_min(1)).sum()
+    return total if reduction == "sum" else total / len(target)
+
+
+def batch_spectral_shrinkage(features: Tensor, k: int = 1) -> Tensor:
+    r"""The sum of the k smallest squared singular values of a batch of features.
+
+    .. math:: \sum_{i=1}^{k} \sigma_{-i}^2
+
+    There are min(B, d) singular values, of which all are summed where k is larger; those that are 0 up to rounding
+    count as 0. A batch of one sample has a single one, which says nothing of a spectrum: 0.
+
+    Args:
+        features: (B, d); computed in float32 where they are of a narrower type.
+        k: how many.
+
+    Reference: Chen et al., "Catastrophic Forgetting Meets Negative Transfer: Batch Spectral Shrinkage for Safe
+    Transfer Learning", NeurIPS 2019.
+    """
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    if len(wide) < 2:
+        return (wide * 0.0).sum()
+    # Singular values only: the gradient of singular vectors divides by the gaps between them.
+    values = torch.linalg.svdvals(wide)
+    noise = values.detach()[0] * max(wide.shape) * torch.finfo(wide.dtype).eps  # as for the rank of a matrix
+    return torch.where(values > noise, values, 0.0)[-k:].square().sum()
+
+
+# --- distributions ----------------------------------------------------------------------------------------
+
+BANDWIDTHS = 5
+
+
+def gaussian_bandwidths(x: Tensor, y: Tensor, eps: float = 1e-6) -> Tensor:
+    r"""The bandwidths of the five Gaussians of :func:`mmd2`, without gradient.
+
+    .. math:: b_i = 2^{i-2} \max\Big(\varepsilon, \frac{1}{n(n-1)} \sum_{a \ne b} \lVert z_a - z_b \rVert^2\Big),
+        \quad i = 0 \ldots 4
+
+    Args:
+        x: (n1, d).
+        y: (n2, d); z is the two together, n = n1 + n2.
+
+    Returns:
+        (5,).
+    """
+    with torch.no_grad():
+        joined = torch.cat([x, y])
+        count = len(joined)
+        mean = _squared_distances(joined, joined).sum() / (count * (count - 1))
+        return mean.clamp_min(eps) * 2.0 ** (torch.arange(BANDWIDTHS, device=x.device).to(mean) - BANDWIDTHS // 2)
+
+
+def mmd2(x: Tensor, y: Tensor, *, unbiased: bool = False, bandwidths: Tensor | None = None) -> Tensor:
+    r"""The squared maximum mean discrepancy of two samples under a sum of Gaussian kernels.
+
+    .. math:: \overline{k(x, x')} + \overline{k(y, y')} - 2\,\overline{k(x, y)}, \qquad
+        k(a, b) = \sum_i e^{-\lVert a - b \rVert^2 / b_i}
+
+    Args:
+        x: (n1, d).
+        y: (n2, d); both are widened to float32 where they are of a narrower type.
+        unbiased: leave the pairs of a sample with itself out of the first two means. The result is 0 on average
+            where the distributions are equal, and may be negative. With them (biased) it is never negative, and 0
+            for equal samples.
+        bandwidths: of the Gaussians; default: :func:`gaussian_bandwidths`. No gradient goes through them.
+
+    Returns:
+        A scalar, at most twice the number of Gaussians.
+
+    Raises:
+        ValueError: no (n, d), or fewer samples than the means need.
+
+    Reference: Gretton et al., "A Kernel Two-Sample Test", JMLR 2012; Long et al., "Learning Transferable Features
+    with Deep Adaptation Networks", ICML 2015, for the sum of kernels.
+    """
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"mmd2: samples are (n, d) with one d, not {tuple(x.shape)} and {tuple(y.shape)}.")
+    least = 2 if unbiased else 1
+    if min(len(x), len(y)) < least:
+        raise ValueError(f"mmd2: {least} samples on each side are needed, there are {len(x)} and {len(y)}.")
+    x, y = (sample.to(torch.promote_types(sample.dtype, torch.float32)) for sample in (x, y))
+    widths = gaussian_bandwidths(x, y) if bandwidths is None else bandwidths.detach()
+
+    def mean_kernel(a: Tensor, b: Tensor, without_self: bool = False) -> Tensor:
+        kernel = torch.exp(-_squared_distances(a, b)[..., None] / widths.to(a)).sum(dim=2)
+        if not without_self:
+            return kernel.mean()
+        return (kernel.sum() - kernel.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return mean_kernel(x, x, unbiased) + mean_kernel(y, y, unbiased) - 2 * mean_kernel(x, y)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(n1, n2), from differences: by a matrix product, equal samples would not be exactly 0 apart."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def gaussian_log_likelihood(mean: Tensor, log_var: Tensor, samples: Tensor) -> Tensor:
+    r"""The mean log-likelihood of samples under diagonal Gaussians, a scalar.
+
+    .. math:: \frac1B \sum_i \log \mathcal N(s_i;\, \mu_i, \operatorname{diag} e^{v_i})
+
+    Args:
+        mean: (B, d).
+        log_var: (B, d).
+        samples: (B, d).
+    """
+    terms = (samples - mean).square() / log_var.exp() + log_var + math.log(2 * math.pi)
+    return -terms.sum(dim=1).mean() / 2
+
+
+def club_upper_bound(mean: Tensor, log_var: Tensor, samples: Tensor) -> Tensor:
+    r"""CLUB, an upper bound of the mutual information of p and n, if q(n | p) is near the true conditional.
+
+    .. math:: \frac1B \sum_i \log q(n_i \mid p_i) - \frac1{B^2} \sum_{i,j} \log q(n_j \mid p_i), \qquad
+        q(n \mid p_i) = \mathcal N(\mu_i, \operatorname{diag} e^{v_i})
+
+    Both sums hold the same log-variances, which cancel.
+
+    Args:
+        mean: (B, d), of q given p_i.
+        log_var: (B, d), likewise.
+        samples: (B, d), the n_i.
+
+    Returns:
+        A scalar. It may be negative: by chance, or where q fits badly.
+
+    Reference: Cheng et al., "CLUB: A Contrastive Log-ratio Upper Bound of Mutual Information", ICML 2020.
+    """
+    # The mean of (n_j - mu_i)^2 over j is (mean n - mu_i)^2 + var n: no table of all pairs.
+    centre, spread = samples.mean(dim=0), samples.var(dim=0, correction=0)
+    matched = (samples - mean).square()
+    crossed = (centre - mean).square() + spread
+    return ((crossed - matched) / log_var.exp()).sum(dim=1).mean() / 2
+
+
+def _same_shape(name: str, one: Tensor, other: Tensor) -> None:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"{name}: target {tuple(one.shape)} and source {tuple(other.shape)} differ in shape: both must come from "
+            "the same layer of the same architecture, at one image size."
+        )
