@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hf_ft.frozen_prefix import FrozenPrefix, find_prefix
 from hf_ft.objective import ACTIVATION, Objective
+from hf_ft.reference import REFERENCE, recorded_states
 from hf_ft.row_cache import (
     ROW,
     Columns,
@@ -33,11 +34,12 @@ CHECKED = 8  # rows read several times to see whether they stay the same
 
 
 class CachedStages:
-    """Mixin for a Trainer: a stage whose first parts are frozen computes them once for each sample.
+    """Mixin for a Trainer: what is frozen computes each sample once.
 
-    Its data loader then deals out recorded activations, and the :class:`~hf_ft.objective.Objective` runs what
-    follows. Whichever form a batch has, the step it makes is the same: one that was fetched before a stage changed
-    is read anew in the present form.
+    Where the first parts of a stage are frozen, its data loader deals out recorded activations, and the
+    :class:`~hf_ft.objective.Objective` runs what follows. Where terms compare with the model as it was, that one's
+    recorded states come beside the inputs. Whichever form a batch has, the step it makes is the same: one that was
+    fetched before a stage changed is brought into the present form.
     """
 
     frozen_cache: FrozenCache
@@ -111,7 +113,10 @@ class CachedStages:
         assert staged is not None
         if staged.stored and staged.store is not None and name == f"{ROW}{staged.store.number}":
             return inputs
-        return self._reader(staged.dataset)(rows.tolist())
+        if ACTIVATION in inputs:
+            return self._reader(staged.dataset)(rows.tolist())
+        recorded_states(inputs)  # dropped: the reference computes what this stage needs
+        return inputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As the Trainer's, and 0 where activations stand in for the inputs."""
@@ -120,17 +125,20 @@ class CachedStages:
     # --- recording -----------------------------------------------------------------------------------------
 
     def _start_from_recorded(self, steps: int) -> None:
-        """At the start of a stage of so many steps: record what comes before it, if that can be and pays."""
-        rows = self._train_rows
+        """At the start of a stage of so many steps: record what it would compute again and again, if that pays."""
+        rows, objective = self._train_rows, self._objective
         self._forget_recorded()
         if rows is None or not self._pays(rows, steps):
             return
-        assert self._objective is not None
-        recorded = self._record(rows.dataset)
-        if recorded is not None:
-            self._objective.prefix, store = recorded
-            rows.activate(store)
-            self._eval_rows = {}
+        assert objective is not None
+        if objective.reference_layers:
+            rows.activate(self._record_reference(rows.dataset), beside=True)
+        elif 0 < len(objective.live_parts) < len(objective.parts) and not objective.wants_inputs:
+            recorded = self._record(rows.dataset)
+            if recorded is not None:
+                objective.prefix, store = recorded
+                rows.activate(store)
+                self._eval_rows = {}
 
     def _forget_recorded(self) -> None:
         if self._eval_rows:
@@ -142,24 +150,47 @@ class CachedStages:
             self._objective.prefix = None
 
     def _pays(self, rows: StagedRows, steps: int) -> bool:
-        """Whether something is frozen, nothing needs the inputs, and the stage goes over the data again."""
-        objective = self._objective
-        assert objective is not None
-        frozen = 0 < len(objective.live_parts) < len(self._run.parts)
-        if not frozen or objective.wants_inputs or getattr(self.args, "torch_compile", False):
+        """Whether the stage goes over the data again."""
+        if getattr(self.args, "torch_compile", False):
             return False
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return self.frozen_cache.use == "always" or steps * per_step > len(rows)
+
+    def _differs(self, read: Callable[[list[int]], dict[str, Any]], rows: list[int]) -> bool:
+        """Whether samples are others each time they are read, so that nothing can be recorded."""
+        if self.frozen_cache.use == "always" or same_each_time(lambda: read(rows)):
+            return False
+        logger.info("Training samples differ each time they are read: what is frozen is computed in every step.")
+        return True
+
+    def _record_reference(self, dataset: Any) -> RowStore | None:
+        """The reference states of all rows; None, with a word, where they cannot be kept."""
+        assert self._objective is not None and self._objective.reference is not None
+        reference, layers = self._objective.reference, self._objective.reference_layers
+        read, spread = self._reader(dataset), _spread(len(dataset))
+        if self._differs(read, spread):
+            return None
+        alone = [{name: _row_shape(column) for name, column in read([row]).items()} for row in spread]
+        if any(shapes != alone[0] for shapes in alone):
+            logger.warning("The reference model runs in every step: samples differ in shape (padded per batch).")
+            return None
+
+        def record(batch: dict[str, Any]) -> Columns:
+            found = reference.states(layers, batch, self.args.device)
+            return {f"{REFERENCE}{name}": state for name, state in found.items()}
+
+        try:
+            return self._fill(record, dataset, "Recording reference states")
+        except RowsDiffer as error:
+            logger.warning(f"The reference model runs in every step: {error}.")
+            return None
 
     def _record(self, dataset: Any) -> tuple[FrozenPrefix, RowStore] | None:
         """The longest prefix of the present stage and its activations for all rows; None, with a word, if neither."""
         assert self._objective is not None
         read, samples = self._reader(dataset), len(dataset)
-        if samples < 4:
-            return None
-        spread = list(range(0, samples, max(1, samples // CHECKED)))[:CHECKED]
-        if self.frozen_cache.use == "auto" and not same_each_time(lambda: read(spread)):
-            logger.info("Training samples differ each time they are read: the frozen part is computed in every step.")
+        spread = _spread(samples)
+        if samples < 4 or self._differs(read, spread):
             return None
         small = read(list(range(2))), read(spread[:1] + spread[-2:])
         varying = {name for name in small[0] if _row_shape(small[0][name]) != _row_shape(small[1].get(name))}
@@ -170,7 +201,7 @@ class CachedStages:
                 reason = "no module's output can stand in for all before it"
                 break
             try:
-                return prefix, self._fill(prefix, dataset)
+                return prefix, self._fill_prefix(prefix, dataset)
             except RowsDiffer as error:
                 reason = str(error)
                 if error.column not in prefix.kept:
@@ -186,18 +217,26 @@ class CachedStages:
         if prefix is None or not len(rows):
             return None
         try:
-            rows.activate(self._fill(prefix, rows.dataset))
+            rows.activate(self._fill_prefix(prefix, rows.dataset))
         except (RowsDiffer, KeyError) as error:
             logger.warning(f"Evaluation runs the whole model: {error}.")
             return None
         return rows
 
-    def _fill(self, prefix: FrozenPrefix, dataset: Any) -> RowStore:
-        hidden = self.args.disable_tqdm or self.args.process_index > 0
-        with tqdm(total=len(dataset), desc="Recording frozen activations", leave=False, disable=hidden) as bar:
-            return fill(len(dataset), self._recordings(prefix, dataset), self.frozen_cache, bar.update)
+    def _fill_prefix(self, prefix: FrozenPrefix, dataset: Any) -> RowStore:
+        def record(batch: dict[str, Any]) -> Columns:
+            return {ACTIVATION: prefix.record(batch), **{name: batch[name] for name in prefix.kept}}
 
-    def _recordings(self, prefix: FrozenPrefix, dataset: Any) -> Iterator[tuple[Tensor, Columns]]:
+        return self._fill(record, dataset, "Recording frozen activations")
+
+    def _fill(self, record: Callable[[dict[str, Any]], Columns], dataset: Any, title: str) -> RowStore:
+        hidden = self.args.disable_tqdm or self.args.process_index > 0
+        with tqdm(total=len(dataset), desc=title, leave=False, disable=hidden) as bar:
+            return fill(len(dataset), self._recordings(record, dataset), self.frozen_cache, bar.update)
+
+    def _recordings(
+        self, record: Callable[[dict[str, Any]], Columns], dataset: Any
+    ) -> Iterator[tuple[Tensor, Columns]]:
         """All rows' columns on every rank; each computes its share of the batches."""
         ranks, rank = self.args.world_size, self.args.process_index
         size = max(self.args.eval_batch_size, 2 * self.args.train_batch_size)  # without gradients there is room
@@ -217,7 +256,7 @@ class CachedStages:
             if start == 0 or start + rank < len(batches):
                 batch = self._prepare_inputs(next(mine))
                 with self._computing():
-                    columns = {ACTIVATION: prefix.record(batch), **{name: batch[name] for name in prefix.kept}}
+                    columns = record(batch)
             shared = _exchange(self.accelerator, columns, size) if ranks > 1 else [columns]
             for rows, found in zip(batches[start : start + ranks], shared, strict=False):
                 yield torch.tensor(rows), {name: column[: len(rows)].cpu() for name, column in found.items()}
@@ -226,14 +265,26 @@ class CachedStages:
         return self.accelerator.autocast()
 
 
+def _spread(samples: int) -> list[int]:
+    """The numbers of some rows, spread over the data set."""
+    return list(range(0, samples, max(1, samples // CHECKED)))[:CHECKED]
+
+
 def _row_shape(column: Any) -> tuple[int, ...] | None:
     return tuple(column.shape[1:]) if isinstance(column, Tensor) else None
 
 
 def _exchange(accelerator: Any, columns: Columns, size: int) -> list[Columns]:
-    """Every rank's columns of this round, padded to ``size`` rows; a rank without a batch sends its last one."""
+    """Every rank's columns of this round, padded to ``size`` rows; a rank without a batch sends its last one.
+
+    Raises:
+        RowsDiffer: the ranks' rows differ in shape; on all ranks alike.
+    """
     padded = {}
     for name, column in columns.items():
+        shapes = accelerator.gather(torch.tensor([column.shape[1:]], device=column.device))
+        if column.dim() > 1 and bool((shapes != shapes[0]).any()):
+            raise RowsDiffer(f"rows of {name!r} differ: {shapes.tolist()}", name)
         blank = column.new_zeros((size, *column.shape[1:]))
         blank[: len(column)] = column
         padded[name] = blank

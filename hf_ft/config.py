@@ -21,6 +21,8 @@ from hf_ft.plan import Plan, compose
 from hf_ft.registry import config_class, strategies
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from hf_ft.fit import Recipe
     from hf_ft.recordings import Samples
     from hf_ft.row_cache import FrozenCache
@@ -77,6 +79,7 @@ class Context:
         frozen_cache: whether and where what is frozen may be kept.
         folder: where intermediate results may be kept.
         progress: whether to show progress bars.
+        rank, ranks: which process this is, of how many.
     """
 
     batches: Callable[[], Iterator[dict[str, Any]]]
@@ -90,6 +93,8 @@ class Context:
     frozen_cache: FrozenCache
     folder: Path | None = None
     progress: bool = True
+    rank: int = 0
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,13 @@ class FTConfig(PushToHubMixin):
 
     def __post_init__(self) -> None:
         validate(self)
+
+    def check_arguments(self, args: TrainingArguments) -> None:
+        """Refuse training arguments under which the strategy can never work.
+
+        Raises:
+            OptionError: naming the argument, its value and the fix.
+        """
 
     def measure(self, model: nn.Module, context: Context) -> State:
         """Look at the data once, before training. The model comes back as it was."""

@@ -33,6 +33,8 @@ def measuring_context(trainer: Any) -> Context:
         frozen_cache=trainer.frozen_cache,
         folder=Path(trainer.args.output_dir),
         progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
+        rank=trainer.args.process_index,
+        ranks=trainer.args.world_size,
     )
 
 

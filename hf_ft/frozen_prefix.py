@@ -141,6 +141,12 @@ def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[
     return found
 
 
+def module_outputs(model: nn.Module, batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
+    """The modules whose output is one tensor, with its shape, in the order in which they end."""
+    calls = sorted(_trace(model, batch), key=lambda call: call.end)
+    return [(c.name, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)]
+
+
 @dataclass
 class _Call:
     """One call of a module: when it began and ended, and what came out."""

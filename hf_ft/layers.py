@@ -203,14 +203,15 @@ def _layer_before(model: nn.Module, name: str, owner: Mapping[str, int]) -> int 
 
 
 def _separates(module: nn.Module) -> bool:
-    return _is_pooling(module) or _is_activation(module)
+    return is_pooling(module) or _is_activation(module)
 
 
 def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-def _is_pooling(module: nn.Module) -> bool:
+def is_pooling(module: nn.Module) -> bool:
+    """Whether a module pools, and has no weights of its own."""
     has_weights = next(module.parameters(), None) is not None
     return _is_leaf(module) and not has_weights and _POOLING.fullmatch(type(module).__name__) is not None
 

@@ -7,57 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_ft.anatomy import Part, batch_norms
+from hf_ft.fields import OptionError
 from hf_ft.frozen_prefix import FrozenPrefix
-from hf_ft.plan import Names, Plan, Stage, covers, trained_by
-
-
-class View:
-    """What a term of the loss may look at, for one micro-batch.
-
-    Attributes:
-        model: the model in training.
-        batch: its keyword arguments, for terms that need ``"inputs"``; else empty, since a stage may start
-            from recorded activations.
-        outputs: what it returned.
-        features: what went into the head, (B, d) or as the head takes it, for terms that need ``"features"``.
-        progress: how much of the run is done, in [0, 1).
-    """
-
-    def __init__(self, model: nn.Module, anchors: Mapping[str, Tensor]) -> None:
-        self.model = model
-        self._anchors = anchors
-        self._pairs: dict[Names, tuple[list[Tensor], list[Tensor]]] = {}
-        self.batch: Mapping[str, Any] = {}
-        self.outputs: Any = None
-        self.features: Tensor | None = None
-        self.progress = 0.0
-
-    def weights(self, names: Names) -> list[Tensor]:
-        """The parameters under these names that train in the present stage."""
-        return self._pair(names)[0]
-
-    def starts(self, names: Names) -> list[Tensor]:
-        """The starting values of :meth:`weights`, in the same order."""
-        return self._pair(names)[1]
-
-    def forget(self) -> None:
-        """Look parameters up anew: another stage trains others."""
-        self._pairs.clear()
-
-    def _pair(self, names: Names) -> tuple[list[Tensor], list[Tensor]]:
-        if names not in self._pairs:  # once a stage: walking a module tree every step is slow
-            chosen = [
-                (parameter, self._anchors.get(name))
-                for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad and any(covers(prefix, name) for prefix in names)
-            ]
-            weights: list[Tensor] = [parameter for parameter, _ in chosen]
-            starts = [start.to(parameter.device) for parameter, start in chosen if start is not None]
-            self._pairs[names] = (weights, starts)
-        return self._pairs[names]
+from hf_ft.plan import Plan, Stage, Term, covers, trained_by
+from hf_ft.reference import Reference, recorded_states
+from hf_ft.taps import Taps
+from hf_ft.view import View
 
 
 class TaskLoss:
@@ -120,8 +77,10 @@ class Objective(nn.Module):
         trainable: names of the parameters that may train at all.
         anchors: starting values by parameter name.
         task_loss: the loss of the task.
+        reference: the model as it was at the start, for terms that compare with it.
 
     Attributes:
+        reference_layers: the layers whose reference states the present stage's terms need.
         prefix: where set, batches with ``ACTIVATION`` run only what follows it; others run as always.
         live_parts: the parts from the first on that trains, or whose norms move, in the present stage.
         trained: the parameters that train in it, those of terms too.
@@ -139,6 +98,7 @@ class Objective(nn.Module):
         trainable: Sequence[str] | None = None,
         anchors: Mapping[str, Tensor] | None = None,
         task_loss: TaskLoss | None = None,
+        reference: Reference | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -148,46 +108,80 @@ class Objective(nn.Module):
         self.progress = 0.0
         self.parts = tuple(parts)
         self._trainable = list(trainable if trainable is not None else dict(model.named_parameters()))
+        self.reference = reference
         self._view = View(model, anchors or {})
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []
         self._settled = False
+        self._live_layers: set[str] = set()  # those that a trained parameter reaches
         self.prefix: FrozenPrefix | None = None
         self.live_parts = self.parts
         self.trained: list[nn.Parameter] = list(self.parameters())
-        self._wants_features = any("features" in term.needs for term in plan.terms)
-        self.wants_inputs = any("inputs" in term.needs for term in plan.terms)
+        self._choose_terms(0)
 
     def forward(self, **batch: Any) -> dict[str, Any]:
+        recorded = recorded_states(batch)
         if ACTIVATION in batch:
             assert self.prefix is not None
             activation = batch.pop(ACTIVATION)
             with self.prefix.replaying(activation):
-                return self._forward(self.prefix.batch(batch, len(activation)))
-        return self._forward(batch)
+                return self._forward(self.prefix.batch(batch, len(activation)), recorded)
+        return self._forward(batch, recorded)
 
-    def _forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        with _FeatureTap(self._head() if self._wants_features and self.training else None) as tap:
+    def _forward(self, batch: dict[str, Any], recorded: Mapping[str, Tensor]) -> dict[str, Any]:
+        if not self.training:
+            loss, outputs = self.task_loss(self.model, batch)
+            return outputs if loss is None else {"loss": loss, **outputs}
+        weighed = [(term, factor) for term in self._terms if (factor := self._factor(term)) != 0.0]
+        layers = tuple(dict.fromkeys(layer for term, _ in weighed for layer in term.layers))
+        wants_features = any("features" in term.needs for term, _ in weighed)
+        with Taps(self.model, layers, self.parts[-1].modules if wants_features else ()) as taps:
             loss, outputs = self.task_loss(self.model, batch)
         if loss is None:
             return outputs
-        if not self.training:
-            return {"loss": loss, **outputs}
         view = self._view
-        view.batch = batch if self.wants_inputs else {}
-        view.outputs, view.features, view.progress = outputs, tap.features, self.progress
+        view.batch = batch if any("inputs" in term.needs for term, _ in weighed) else {}
+        view.outputs, view.features, view.progress = outputs, taps.features, self.progress
+        self._look_at_states(weighed, taps.states, recorded, batch, loss.device)
         total, terms = loss, {"task": loss.detach()}
         # Differences of weights and kernels of features need float32, whatever the model computes in.
         with torch.autocast(loss.device.type, enabled=False):
-            for term in self.plan.terms:
-                factor = term.weight * (term.schedule(self.progress) if term.schedule else 1.0)
-                if factor == 0.0:
-                    continue
+            for term, factor in weighed:
                 value = factor * term.fn(view).to(loss.device)
                 total = total + value
                 terms[term.name] = value.detach()
-        view.batch, view.outputs, view.features = {}, None, None  # let go of the graph
+        view.release()
         return {"loss": total, "terms": terms, **outputs}
+
+    def _factor(self, term: Term) -> float:
+        return term.weight * (term.schedule(self.progress) if term.schedule else 1.0)
+
+    def _look_at_states(
+        self,
+        weighed: Sequence[tuple[Term, float]],
+        states: Mapping[str, Tensor],
+        recorded: Mapping[str, Tensor],
+        batch: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        """Show the view what its terms' layers gave, and what they gave at the start: as recorded, or computed."""
+        hidden = [name for name in states if name in self._live_layers and not states[name].requires_grad]
+        if hidden:
+            raise OptionError(
+                f"no gradient comes from layer {hidden[0]!r}, which a term of the loss needs. With gradient "
+                "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        wanted = [layer for term, _ in weighed if "reference" in term.needs for layer in term.layers]
+        # Text recorded in another batch may have been padded to another length.
+        reference = {name: state for name, state in recorded.items() if state.shape == states[name].shape}
+        missing = [layer for layer in dict.fromkeys(wanted) if layer not in reference]
+        if missing:
+            assert self.reference is not None
+            reference |= self.reference.states(missing, batch, device)
+        view, mask = self._view, batch.get("attention_mask")
+        view.states = {name: state.float() for name, state in states.items()}
+        view.reference = {name: reference[name].float() for name in wanted}
+        view.token_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def enter(self, stage: Stage) -> None:
         """Make this stage's parameters train, and no others; choose what runs in eval mode."""
@@ -197,7 +191,8 @@ class Objective(nn.Module):
             parameter.requires_grad_(name in trained)
         self.trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self._view.forget()
-        asleep = self._frozen_prefix(trained)
+        first_trained = self._first_part(trained)
+        asleep = self._frozen_prefix(first_trained)
         awake: list[nn.Module] = []
         moving: list[str] = []
         for name, norm in batch_norms(self.model):
@@ -210,8 +205,26 @@ class Objective(nn.Module):
         self._asleep, self._awake = asleep, awake if stage.norm_mode == "train" else []
         self.prefix = None
         self._settled = False
-        self.live_parts = self.parts[self._first_part({*trained, *moving}) :]
+        first_live = self._first_part({*trained, *moving})
+        self.live_parts = self.parts[first_live:]
+        self._choose_terms(first_live)
+        layers = {layer for term in self._terms for layer in term.layers}
+        self._live_layers = {layer for layer in layers if self._last(layer) >= first_trained}
         self.train(self.training)
+
+    def _choose_terms(self, first_live: int) -> None:
+        """The terms that matter in a stage: not those that look at layers before all that changes."""
+        self._terms = [
+            term for term in self.plan.terms if not term.layers or any(self._last(x) >= first_live for x in term.layers)
+        ]
+        reference = (layer for term in self._terms if "reference" in term.needs for layer in term.layers)
+        self.reference_layers = tuple(dict.fromkeys(reference))
+        self.wants_inputs = any(term.layers or "inputs" in term.needs for term in self._terms)
+
+    def _last(self, layer: str) -> int:
+        """The index of the last part that a layer is in, or that is in it; just before the head where none is."""
+        found = [i for i, part in enumerate(self.parts) for m in part.modules if covers(m, layer) or covers(layer, m)]
+        return max(found, default=len(self.parts) - 2)  # an activation between two parts, say
 
     def train(self, mode: bool = True) -> Objective:
         if mode and self._settled and self.training and self.model.training:
@@ -233,10 +246,9 @@ class Objective(nn.Module):
             elif parameter.grad is not None:
                 parameter.grad.zero_()
 
-    def _frozen_prefix(self, trained: set[str]) -> list[nn.Module]:
+    def _frozen_prefix(self, first: int) -> list[nn.Module]:
         """Every module of the parts that come before the first part with a trained parameter."""
         prefix: list[nn.Module] = []
-        first = self._first_part(trained)
         for part in self.parts[:first] if first < len(self.parts) else ():
             for name in part.modules:
                 try:
@@ -249,31 +261,6 @@ class Objective(nn.Module):
         """The index of the first part that holds one of these parameters or modules."""
         holds = (any(covers(module, name) for module in part.modules for name in names) for part in self.parts)
         return next((index for index, found in enumerate(holds) if found), len(self.parts))
-
-    def _head(self) -> nn.Module:
-        return self.model.get_submodule(self.parts[-1].modules[0])
-
-
-class _FeatureTap:
-    """Records what goes into a module while it is open."""
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.module = module
-        self.features: Tensor | None = None
-        self._handle: RemovableHandle | None = None
-
-    def __enter__(self) -> _FeatureTap:
-        if self.module is not None:
-            self._handle = self.module.register_forward_pre_hook(self._record)
-        return self
-
-    def _record(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features = inputs[0]
-        self.features = features.flatten(1) if features.dim() == 4 else features
-
-    def __exit__(self, *error: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
 
 
 def _as_dict(outputs: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_ft.fields import OptionError
 
 if TYPE_CHECKING:
-    from hf_ft.objective import View
+    from hf_ft.view import View
 
 NormMode = Literal["auto", "eval", "train"]
 Names = tuple[str, ...]
@@ -58,16 +58,21 @@ class Term:
 
     Attributes:
         name: the key under which it is logged, ``loss/<name>``.
-        fn: :class:`~hf_ft.objective.View` -> scalar; a micro-batch mean where it depends on the batch. It
+        fn: :class:`~hf_ft.view.View` -> scalar; a micro-batch mean where it depends on the batch. It
             runs in float32, outside autocast. Where it is an ``nn.Module``, its
             parameters train in every stage at ``args.learning_rate`` and are saved with each checkpoint.
         weight: a constant factor.
         schedule: a further factor, a function of the progress of the whole run in [0, 1].
         anchors: names whose values at the start are kept for ``view.starts``.
         needs: what else the view must hold; ``"features"`` is what goes into the head, ``"inputs"`` the batch
-            (then nothing frozen can be left out).
+            (then nothing frozen can be left out), ``"reference"`` what ``layers`` give in the model as it was at
+            the start.
+        layers: names of modules whose outputs ``view.states`` holds. In a stage in which none of them can change,
+            the term is a constant and is left out.
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
         couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.
+        starts_at_zero: whether it is exactly 0 before the first step, with the model in eval mode.
+        zero_means: what is wrong where it is exactly 0 all the time between two logs; said once.
     """
 
     name: str
@@ -75,9 +80,12 @@ class Term:
     weight: float = 1.0
     schedule: Callable[[float], float] | None = None
     anchors: Names = ()
-    needs: frozenset[Literal["features", "inputs"]] = frozenset()
+    needs: frozenset[Literal["features", "inputs", "reference"]] = frozenset()
+    layers: Names = ()
     replaces_decay: Names = ()
     couples_batch: bool = False
+    starts_at_zero: bool = False
+    zero_means: str = ""
 
 
 Surgery = Callable[[nn.Module], nn.Module]

@@ -21,12 +21,14 @@ logger = logging.get_logger(__name__)
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
-def check_arguments(args: TrainingArguments) -> None:
-    """Refuse by name what this trainer cannot do.
+def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -> None:
+    """Refuse by name what this trainer, or one of the strategies, cannot do.
 
     Raises:
-        OptionError: sharded training.
+        OptionError: sharded training, or what a strategy refuses.
     """
+    for config in configs:
+        config.check_arguments(args)
     for name in ("deepspeed", "fsdp"):
         if getattr(args, name, None):
             raise OptionError(

@@ -1,8 +1,9 @@
 """Rows of recorded activations, in memory or in a file mapped into it, and a data set that deals them out.
 
-A :class:`RowStore` holds, for every sample of a data set, its activation at a border and the small columns that the
-rest of the model needs. :class:`StagedRows` stands in for the user's data set in a data loader: it yields the
-user's rows, or places in the store while one is active, so that samplers, ranks and resuming see no difference.
+A :class:`RowStore` holds, for every sample of a data set, what a frozen network computes from it: its activation at
+a border, with the small columns that the rest of the model needs, or its reference states. :class:`StagedRows` stands
+in for the user's data set in a data loader: it yields the user's rows, places in the store while one is active, or
+both, so that samplers, ranks and resuming see no difference.
 """
 
 from __future__ import annotations
@@ -136,6 +137,14 @@ class StoredRow(int):
     """The place of a row in a store."""
 
 
+@dataclass
+class BothRows:
+    """The user's row, and its place in a store of what comes beside it."""
+
+    row: Any
+    place: int
+
+
 class StagedRows(torch.utils.data.Dataset):
     """The user's rows, or, while a store is active, their places in it.
 
@@ -146,14 +155,15 @@ class StagedRows(torch.utils.data.Dataset):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self.store: RowStore | None = None
+        self._beside = False
         self._active = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def activate(self, store: RowStore | None) -> None:
-        """Deal out places in this store from now on; None for the user's rows."""
-        self.store = store
+    def activate(self, store: RowStore | None, beside: bool = False) -> None:
+        """Deal out places in this store from now on, alone or beside the user's rows; None for these alone."""
+        self.store, self._beside = store, beside
         self._active.fill_(store.number if store is not None else 0)
 
     @property
@@ -164,21 +174,29 @@ class StagedRows(torch.utils.data.Dataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Any]:
-        return [StoredRow(row) for row in rows] if self.stored else read_rows(self.dataset, rows)
+        if self.stored and not self._beside:
+            return [StoredRow(row) for row in rows]
+        found = read_rows(self.dataset, rows)
+        return [BothRows(row, place) for row, place in zip(found, rows, strict=True)] if self.stored else found
 
 
 @dataclass
 class StagedCollator:
-    """The user's collator; places in a store become a batch of it."""
+    """The user's collator; places in a store become a batch of it, or columns beside the user's."""
 
     collate: Callable[[list[Any]], Any]
     rows: StagedRows
 
     def __call__(self, rows: list[Any]) -> Any:
-        if not isinstance(rows[0], StoredRow):
-            return self.collate(rows)
+        if isinstance(rows[0], StoredRow):
+            return self._taken([int(row) for row in rows])
+        if isinstance(rows[0], BothRows):
+            return {**self.collate([both.row for both in rows]), **self._taken([both.place for both in rows])}
+        return self.collate(rows)
+
+    def _taken(self, places: list[int]) -> Columns:
         assert self.rows.store is not None
-        return self.rows.store.take(torch.tensor(rows, dtype=torch.int64))
+        return self.rows.store.take(torch.tensor(places, dtype=torch.int64))
 
 
 def read_rows(dataset: Any, rows: Sequence[int]) -> list[Any]:

@@ -18,6 +18,7 @@ from hf_ft.fields import OptionError
 from hf_ft.groups import ever_trained, split_groups, stage_scheduler
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, covers, stage_borders, stage_index
+from hf_ft.reference import Reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Run:
         parts: its parts in forward order; empty where they cannot be told and nothing needs them.
         trainable: names of the parameters that were not frozen before.
         anchors: starting values of the parameters that a term pulls back.
+        reference: the model as it was at the start, where a term compares with it.
     """
 
     configs: tuple[FTConfig, ...]
@@ -41,6 +43,7 @@ class Run:
     parts: tuple[Part, ...]
     trainable: tuple[str, ...]
     anchors: Mapping[str, Tensor]
+    reference: Reference | None = None
 
     @property
     def trained(self) -> list[str]:
@@ -53,7 +56,9 @@ class Run:
         That is all that is ever trained, since DDP registers what requires a gradient when it wraps; the first
         call of :meth:`stepper` freezes what the first stage does not train.
         """
-        objective = Objective(self.model, self.plan, self.parts, self.trainable, self.anchors, task_loss)
+        objective = Objective(
+            self.model, self.plan, self.parts, self.trainable, self.anchors, task_loss, self.reference
+        )
         objective.enter(self.plan.stages[0])
         trained = set(self.trained)
         for name, parameter in self.model.named_parameters():
@@ -153,7 +158,9 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
         for name, parameter in model.named_parameters()
         if name in trainable and any(covers(prefix, name) for prefix in anchored)
     }
-    return Run(configs, states, plan, model, _parts(configs, model, plan, trainable), trainable, anchors)
+    compares = any("reference" in term.needs for term in plan.terms)
+    parts, reference = _parts(configs, model, plan, trainable), Reference(model) if compares else None
+    return Run(configs, states, plan, model, parts, trainable, anchors, reference)
 
 
 def measure(configs: Iterable[FTConfig], model: nn.Module, context: Context | None) -> dict[str, State]:
@@ -202,7 +209,7 @@ def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callabl
 
 def _parts(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]) -> tuple[Part, ...]:
     everything = sum(1 for _ in model.parameters())
-    needed = any("features" in term.needs for term in plan.terms)
+    needed = any(term.layers or "features" in term.needs for term in plan.terms)
     needed |= any(len(ever_trained(Plan(stages=(s,)), model, trainable)) < everything for s in plan.stages)
     if not needed:  # so that plain fine-tuning works on models whose parts nobody can tell
         return ()

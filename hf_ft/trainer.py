@@ -59,6 +59,8 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
             of in every step: ``"auto"``, ``"always"``, ``"never"``, or a :class:`~hf_ft.row_cache.FrozenCache`.
         plain_train_dataset: the training samples without augmentation, in the same order, for strategies that
             search or measure on them; default: ``train_dataset``.
+        states: what the strategies measured before (``trainer.states`` of another run on the same model, data and
+            options), so that trials of other rates need not measure again.
 
     Raises:
         OptionError: a value, or a combination with ``args``, that cannot work.
@@ -80,13 +82,14 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         overwrite: bool = False,
         frozen_cache: FrozenCache | Literal["auto", "always", "never"] = "auto",
         plain_train_dataset: Any = None,
+        states: Mapping[str, State] | None = None,
         **keywords: Any,
     ) -> None:
         self.configs = resolve(strategy)
         self.overwrite = overwrite
         self.frozen_cache = frozen_cache if isinstance(frozen_cache, FrozenCache) else FrozenCache(use=frozen_cache)
         args = args or TrainingArguments("tmp_trainer")
-        check_arguments(args)
+        check_arguments(args, self.configs)
         if model is not None:  # before the Trainer makes its output folder
             given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *positional, **keywords)
             check_labels(given.arguments.get("train_dataset"), model)
@@ -103,12 +106,14 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         weights = class_weights_of(class_weights, self.train_dataset, self.model, function, self.label_smoother)
         self.task_loss = TaskLoss(self.label_smoother, weights, function)
         self.plain_train_dataset = plain_train_dataset
+        self._known_states = dict(states or {})
         self._run: Run | None = None
         self._resuming: Path | None = None
         self._objective: Objective | None = None
         self._borders: tuple[int, ...] = ()
         self._stage = 0
         self._logged = _TermLog()
+        self._zeros_told: set[str] = set()
         self._users_optimizer = self.optimizer
         self._base_name = _base_name(self.model)
         self._base: dict[str, str] = {}
@@ -166,7 +171,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         self._run = set_up(self.model, self.configs, states=self._states())
         if self._run.model is not self.model:
             self.model = self.model_wrapped = self._run.model
-        if self._resuming is not None and self._run.anchors:
+        if self._resuming is not None and (self._run.anchors or self._run.reference):
             self._check_start(self._resuming)
         return self._run
 
@@ -176,7 +181,9 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
             return files.read_states(self._resuming)
         states = {}
         for config in self.configs:
-            if config.measures():
+            if config.ft_type in self._known_states:
+                states[config.ft_type] = self._known_states[config.ft_type]
+            elif config.measures():
                 states[config.ft_type] = config.measure(self.model, self.context())
         return broadcast_object_list([states])[0] if self.args.world_size > 1 else states
 
@@ -289,10 +296,19 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._logged.drain(self.accelerator))
+            terms = self._logged.drain(self.accelerator)
+            logs.update(terms)
+            self._warn_of_zeros(terms)
             if self._run is not None and len(self._run.plan.stages) > 1:
                 logs["stage"] = self._stage
         super().log(logs, start_time)
+
+    def _warn_of_zeros(self, logged: dict[str, float]) -> None:
+        """A term that is exactly 0 may have nothing to work on: told where values are read anyway, at a log."""
+        for term in self._run.plan.terms if self._run is not None else ():
+            if term.zero_means and logged.get(f"loss/{term.name}") == 0.0 and term.name not in self._zeros_told:
+                self._zeros_told.add(term.name)
+                logger.warning(f"loss/{term.name} was exactly 0 since the last log: {term.zero_means}.")
 
     def _enter_stage(self, step: int, force: bool = False) -> None:
         """Make the run be where this optimizer step (from 0) belongs."""
@@ -354,7 +370,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         if saved and saved != self._base_description()["sha256"]:
             raise files.CheckpointError(
                 f"{resume} was trained from other weights than the model has now, and {self.configs[-1].ft_type} "
-                "pulls towards the start: make the trainer with the same pretrained model, not with the checkpoint."
+                "compares with the start: make the trainer with the same pretrained model, not with the checkpoint."
             )
 
     # --- small things --------------------------------------------------------------------------------------

@@ -4,34 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_ft.config import FTConfig, Paper, Recommended, State
 from hf_ft.fields import option
-from hf_ft.functional import l2_sp
-from hf_ft.objective import View
-from hf_ft.plan import Names, Plan, Term
+from hf_ft.plan import Plan, Term
 from hf_ft.registry import register
-
-
-@dataclass(frozen=True)
-class DistanceFromStart:
-    """Half the squared distance of the named parameters from where they started."""
-
-    names: Names
-
-    def __call__(self, view: View) -> Tensor:
-        return l2_sp(view.weights(self.names), view.starts(self.names))
-
-
-@dataclass(frozen=True)
-class SquaredNorm:
-    """Half the squared norm of the named parameters."""
-
-    names: Names
-
-    def __call__(self, view: View) -> Tensor:
-        return l2_sp(view.weights(self.names))
+from hf_ft.terms import DistanceFromStart, SquaredNorm
 
 
 @register("l2_sp")
@@ -68,7 +47,14 @@ class L2SPConfig(FTConfig):
         head = anatomy.head.modules
         body = tuple(name for part in anatomy.parts if part.name != "head" for name in part.modules)
         terms = (
-            Term("l2_sp", DistanceFromStart(body), weight=self.alpha, anchors=body, replaces_decay=body),
+            Term(
+                "l2_sp",
+                DistanceFromStart(body),
+                weight=self.alpha,
+                anchors=body,
+                replaces_decay=body,
+                starts_at_zero=True,
+            ),
             Term("l2_head", SquaredNorm(head), weight=self.beta, replaces_decay=head),
         )
         return Plan(terms=tuple(term for term in terms if term.weight))

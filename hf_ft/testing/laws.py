@@ -85,7 +85,7 @@ def weightless_terms_change_nothing(config: FTConfig, make: Maker, folder: Path)
 def anchored_terms_start_at_zero(config: FTConfig, make: Maker, folder: Path) -> None:
     """Whatever pulls towards the start is exactly 0 there, with the model in eval mode."""
     run = _run(config, make(), folder)
-    anchored = {term.name for term in run.plan.terms if term.anchors}
+    anchored = {term.name for term in run.plan.terms if term.starts_at_zero or term.anchors}
     for stage in run.plan.stages:
         objective = run.objective()
         objective.enter(stage)

@@ -1,0 +1,47 @@
+"""Terms of the loss that several strategies share, as functions of a :class:`~hf_ft.view.View`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_ft.fields import OptionError
+from hf_ft.functional import l2_sp
+from hf_ft.plan import Names
+from hf_ft.view import View
+
+
+@dataclass(frozen=True)
+class DistanceFromStart:
+    """Half the squared distance of the named parameters from where they started."""
+
+    names: Names
+
+    def __call__(self, view: View) -> Tensor:
+        return l2_sp(view.weights(self.names), view.starts(self.names))
+
+
+@dataclass(frozen=True)
+class SquaredNorm:
+    """Half the squared norm of the named parameters."""
+
+    names: Names
+
+    def __call__(self, view: View) -> Tensor:
+        return l2_sp(view.weights(self.names))
+
+
+def compared(view: View, layer: str) -> tuple[Tensor, Tensor]:
+    """A layer's states in the model and in the reference, (B, C, H, W) or (B, T, C).
+
+    Raises:
+        OptionError: the layer gives something else.
+    """
+    state = view.states[layer]
+    if state.dim() not in (3, 4):
+        raise OptionError(
+            f"layer {layer!r} gives {tuple(state.shape)}: feature maps (B, C, H, W) or token states (B, T, C) are "
+            "compared. Name layers before the pooling (layers=...), or compare weights with L2SPConfig."
+        )
+    return state, view.reference[layer]
