@@ -1,0 +1,144 @@
+"""TRED's disentangler: what splits a frozen network's features F into P, which serves the target, and N, the rest.
+
+How it is trained: :mod:`hf_ft.disentangling`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_ft.functional import as_positions
+
+Kind = Literal["branches", "mask"]
+
+
+class Disentangler(nn.Module):
+    """(P, N) of features of either layout, at least in float32 and in the units of F.
+
+    ``scale`` is the root mean square of F, by which :meth:`split` sees it divided: start, rates and weights then
+    mean the same for every network. ``non_negative``: F has no negative values, and P and N get none.
+    """
+
+    scale: Tensor
+
+    def __init__(self, channels: int, non_negative: bool) -> None:
+        super().__init__()
+        self.channels, self.non_negative = channels, non_negative
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Both of the shape of ``features``; 0 at padded tokens, where the (B, T) ``mask`` is 0.
+
+        Raises:
+            ValueError: features of another number of channels than it was made for.
+        """
+        # In half precision, as under autocast, the two would not add up to F.
+        with torch.autocast(features.device.type, enabled=False):
+            positions = as_positions(wide(features)) / self.scale
+            if positions.shape[-1] != self.channels:
+                raise ValueError(
+                    f"the disentangler is for {self.channels} channels, the features {tuple(features.shape)} have "
+                    f"{positions.shape[-1]}: it must be of the same layer of the same architecture."
+                )
+            valid = valid_positions(positions, mask)
+            p, n = self.split(positions[valid])
+            return _laid_out(p * self.scale, valid, features), _laid_out(n * self.scale, valid, features)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """P and N of (positions, C)."""
+        raise NotImplementedError
+
+    def start(self, mean: Tensor, covariance: Tensor) -> None:
+        """Prepare for features of these moments over all positions."""
+
+    def settle(self, mean: Tensor, covariance: Tensor) -> None:
+        """Finish, for the same moments."""
+
+
+class Mask(Disentangler):
+    """One gate a channel, m = sigmoid(a): P = m F and N = F - P. It starts at 1/2."""
+
+    def __init__(self, channels: int, non_negative: bool = True) -> None:
+        super().__init__(channels, non_negative)
+        self.logits = nn.Parameter(torch.zeros(channels))
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.logits.sigmoid() * rows
+        return p, rows - p
+
+
+class Branches(Disentangler):
+    """P and N by a 1x1 convolution, BatchNorm and ReLU each; no ReLU where F is negative too. Both start as F / 2."""
+
+    def __init__(self, channels: int, non_negative: bool = True) -> None:
+        super().__init__(channels, non_negative)
+        self.p, self.n = _Branch(channels), _Branch(channels)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        p, n = self.p(rows), self.n(rows)
+        return (p.relu(), n.relu()) if self.non_negative else (p, n)
+
+    def start(self, mean: Tensor, covariance: Tensor) -> None:
+        for branch in (self.p, self.n):
+            branch.measure(mean, covariance)
+            branch.undo()
+
+    def settle(self, mean: Tensor, covariance: Tensor) -> None:
+        for branch in (self.p, self.n):
+            branch.measure(mean, covariance)
+
+
+class _Branch(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # A 1x1 convolution is linear over channels. BatchNorm would take its bias out again.
+        self.mix = nn.Linear(channels, channels, bias=False)
+        self.norm = nn.BatchNorm1d(channels)
+        nn.init.eye_(self.mix.weight).data.div_(2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.norm(self.mix(rows))
+
+    @torch.no_grad()
+    def measure(self, mean: Tensor, covariance: Tensor) -> None:
+        """The norm's exact statistics: those of a linear map follow from those of F.
+
+        Running averages lag behind a map that was trained for a few steps only, and it would not reconstruct.
+        """
+        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        weight = self.mix.weight.to(covariance)
+        self.norm.running_mean.copy_(weight @ mean)
+        self.norm.running_var.copy_(((weight @ covariance) * weight).sum(dim=1).clamp_min(0))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Affine parameters by which the norm changes nothing."""
+        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        self.norm.bias.copy_(self.norm.running_mean)
+        self.norm.weight.copy_((self.norm.running_var + self.norm.eps).sqrt())
+
+
+def make_disentangler(kind: Kind, channels: int, non_negative: bool) -> Disentangler:
+    """An untrained one, which a trained one's state fits."""
+    return (Branches if kind == "branches" else Mask)(channels, non_negative)
+
+
+def wide(values: Tensor) -> Tensor:
+    """At least in float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def valid_positions(positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Which of (B, positions, C) are no padding, (B, positions)."""
+    if mask is None:
+        return torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
+    return mask.to(positions.device).bool()
+
+
+def _laid_out(rows: Tensor, valid: Tensor, like: Tensor) -> Tensor:
+    positions = rows.new_zeros(*valid.shape, rows.shape[-1])
+    positions[valid] = rows
+    return positions.transpose(1, 2).reshape(like.shape) if like.dim() == 4 else positions

@@ -1,0 +1,66 @@
+"""The features of a frozen network's layer for all samples, computed once where they can be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from hf_ft.config import Context
+from hf_ft.frozen_prefix import activations
+from hf_ft.row_cache import Columns, RowsDiffer, RowStore, fill
+from hf_ft.undisturbed import random_states_kept
+
+logger = logging.get_logger(__name__)
+PASS = 64  # samples in a batch of the pass
+
+
+class RecordedFeatures:
+    """Reads the features, labels and token masks of samples by number.
+
+    All are recorded in one pass, and then only looked up. Where rows differ in shape (text padded per batch) or take
+    more room than the frozen cache may have, they are computed each time they are read.
+
+    Args:
+        model: frozen; runs in evaluation mode.
+        layer: the name of the module whose output is wanted.
+        context: samples, and how much room there is.
+    """
+
+    def __init__(self, model: nn.Module, layer: str, context: Context) -> None:
+        self.model, self.layer, self.context = model, layer, context
+        self.count = context.samples.count
+        self._store: RowStore | None = None
+        if context.frozen_cache.use == "never":
+            return
+        try:
+            with tqdm(total=self.count, desc="Recording features", leave=False, disable=not context.progress) as bar:
+                self._store = fill(self.count, self._all(), context.frozen_cache, bar.update)
+        except RowsDiffer as error:
+            logger.warning(f"The features of {layer} are computed in every step: {error}.")
+
+    def __call__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features (B, C, H, W) or (B, T, C), labels (B,), and the mask (B, T) of valid tokens where there is one."""
+        columns = self._compute(rows) if self._store is None else self._store.take(torch.tensor(rows))
+        return columns["features"], columns["labels"], columns.get("mask")
+
+    def _all(self) -> Iterator[tuple[Tensor, Columns]]:
+        for start in range(0, self.count, PASS):
+            rows = list(range(start, min(start + PASS, self.count)))
+            yield torch.tensor(rows), self._compute(rows)
+
+    def _compute(self, rows: Sequence[int]) -> Columns:
+        with random_states_kept(), self.context.recipe.computing():
+            batch: dict[str, Any] = self.context.samples.read(rows)
+            columns = {
+                "features": activations(self.model, [self.layer], batch)[self.layer].cpu(),
+                "labels": batch["labels"].cpu(),
+            }
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and columns["features"].dim() == 3:
+            columns["mask"] = mask.cpu()
+        return columns
