@@ -10,26 +10,33 @@ from hf_ft.block_search import BlockSearch
 from hf_ft.checkpoint import CheckpointError, load_delta, load_weights
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
 from hf_ft.fields import OptionError, option
-from hf_ft.objective import Objective, TaskLoss, View
+from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, Rate, Stage, Term, compose
 from hf_ft.registry import config_class, register
 from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, set_up
 from hf_ft.strategies import (
+    AttentionTransferConfig,
     BlockwiseConfig,
+    BSSConfig,
     DAFTConfig,
+    DELTAConfig,
     FullConfig,
     GradualUnfreezingConfig,
     L2SPConfig,
     LayerDecayConfig,
     LinearProbeConfig,
     LPFTConfig,
+    TREDConfig,
 )
 from hf_ft.trainer import FTTrainer
+from hf_ft.view import View
 
 __all__ = [
     "Anatomy",
     "AnatomyError",
+    "AttentionTransferConfig",
+    "BSSConfig",
     "BatchNormStatistics",
     "BlockScores",
     "BlockSearch",
@@ -37,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "Context",
     "DAFTConfig",
+    "DELTAConfig",
     "FTConfig",
     "FTTrainer",
     "FrozenCache",
@@ -56,6 +64,7 @@ __all__ = [
     "Run",
     "Stage",
     "State",
+    "TREDConfig",
     "TaskLoss",
     "Term",
     "View",

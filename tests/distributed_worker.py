@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hf_ft import DAFTConfig
+from hf_ft import DAFTConfig, DELTAConfig
 from hf_ft.registry import strategies
 from hf_ft.testing import still, suited, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
@@ -33,10 +33,12 @@ def run(label, model, strategy, **arguments):
 for name in strategies():
     if name == "measured":
         continue
+    # A term of a whole batch is the same on the same micro-batches alone: two ranks, or two steps accumulated.
+    couples = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // ranks} if name == "bss" else {}
     for make in (tiny_resnet, tiny_vit):
         # Variances within batches are others where batches are smaller; pooled ones are not.
         config = DAFTConfig(statistics="pooled") if name == "daft" else strategies()[name]()
-        run(f"{name}-{make.__name__}", still(make()), suited(config, make()))
+        run(f"{name}-{make.__name__}", still(make()), suited(config, make()), **couples)
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
 run(
     "accumulated",
@@ -56,6 +58,16 @@ for name in ("linear_probe", "gradual_unfreezing"):
         trainer.train()
         found[use] = snapshot(trainer.model)
     same_tensors(found["never"], found["always"], 1e-6)
+
+# Reference states likewise.
+found = {}
+for use in ("never", "always"):
+    trainer = make_trainer(still(tiny_resnet()), DELTAConfig(weights="uniform"), folder / use, use, max_steps=12,
+                           optim="sgd", per_device_train_batch_size=8 // ranks)  # fmt: skip
+    trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
+    trainer.train()
+    found[use] = snapshot(trainer.model)
+same_tensors(found["never"], found["always"], 1e-6)
 
 # One batch of each data set, so that the second rank has none to compute.
 trainer = make_trainer(still(tiny_resnet()), "linear_probe", folder / "one", "always", max_steps=12, optim="sgd",

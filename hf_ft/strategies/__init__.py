@@ -1,21 +1,29 @@
 """The strategies. One file is one strategy; importing this package registers all of them."""
 
+from hf_ft.strategies.attention_transfer import AttentionTransferConfig
 from hf_ft.strategies.blockwise import BlockwiseConfig
+from hf_ft.strategies.bss import BSSConfig
 from hf_ft.strategies.daft import DAFTConfig
+from hf_ft.strategies.delta import DELTAConfig
 from hf_ft.strategies.full import FullConfig
 from hf_ft.strategies.gradual_unfreezing import GradualUnfreezingConfig
 from hf_ft.strategies.l2_sp import L2SPConfig
 from hf_ft.strategies.layer_decay import LayerDecayConfig
 from hf_ft.strategies.linear_probe import LinearProbeConfig
 from hf_ft.strategies.lp_ft import LPFTConfig
+from hf_ft.strategies.tred import TREDConfig
 
 __all__ = [
+    "AttentionTransferConfig",
+    "BSSConfig",
     "BlockwiseConfig",
     "DAFTConfig",
+    "DELTAConfig",
     "FullConfig",
     "GradualUnfreezingConfig",
     "L2SPConfig",
     "LPFTConfig",
     "LayerDecayConfig",
     "LinearProbeConfig",
+    "TREDConfig",
 ]

@@ -1,0 +1,155 @@
+r"""How much each channel of a layer matters to the target: what the loss grows by without it.
+
+.. math:: a = \operatorname{softmax}(z / 5), \qquad
+    z_c = \frac{g_c - \overline g}{\operatorname{std}(g)}, \quad g_c = L(\text{channel } c = 0) - L
+
+Reference: Li et al., "DELTA: Deep Learning Transfer using Feature Map with Attention for Convolutional Networks",
+ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_ft.anatomy import Part
+from hf_ft.config import Context, FTConfig
+from hf_ft.fields import OptionError
+from hf_ft.fit import Batches, fit
+from hf_ft.frozen_prefix import FrozenPrefix, activations, find_prefix
+from hf_ft.plan import Names, Plan, Stage, compose, covers
+from hf_ft.recordings import Recordings
+from hf_ft.run import start
+from hf_ft.undisturbed import observing
+
+TEMPERATURE = 5.0
+ROWS = 256  # samples in a forward pass: several channels are left out side by side
+Batch = Mapping[str, Any]
+
+
+def attention_weights(growth: Tensor) -> Tensor:
+    """softmax(z / 5) of the growths of the loss, (C,), standardised with the population's deviation.
+
+    Where all channels matter alike, so do their weights: 1 / C each.
+    """
+    spread = growth.std(correction=0)
+    standardised = (growth - growth.mean()) / spread if float(spread) > 0 else torch.zeros_like(growth)
+    return torch.softmax(standardised / TEMPERATURE, dim=0)
+
+
+def channel_weights(
+    model: nn.Module, layers: Names, config: FTConfig, context: Context, *, epochs: int, lr: float, batches: int
+) -> dict[str, Tensor]:
+    """The weights of every layer's channels, by its name, (C,) each, with sum 1.
+
+    A copy of the model gets a head trained on the frozen features, since the loss of a random head tells nothing.
+    Then, on some batches in evaluation mode, each channel in turn is set to zero.
+
+    Args:
+        layers: modules that give (B, C, H, W) or (B, T, C).
+        config: names the head and blocks where they cannot be found.
+        epochs: of the head's training.
+        lr: its learning rate.
+        batches: how many the growth of the loss is averaged over.
+
+    Raises:
+        OptionError: another task than single-label classification, or a layer that gives no channels.
+    """
+    labels = context.samples.read([0]).get("labels")
+    if labels is None or labels.dim() != 1 or labels.is_floating_point():
+        raise OptionError("delta: channels are weighed by a cross-entropy of class labels. Set weights='uniform'.")
+    probe = _with_trained_head(model, config, context, epochs, lr)
+    size = context.recipe.batch_size * context.ranks  # any number of processes weighs on the same batches
+    order = torch.randperm(context.samples.count, generator=context.generator).tolist()
+    chosen = [order[begin : begin + size] for begin in range(0, len(order), size)][:batches]
+    with observing(probe), context.recipe.computing():
+        read = [context.samples.read(rows) for rows in chosen]
+        parts = config.anatomy(probe).parts
+        growths = {layer: _growth(probe, layer, parts, read, context) for layer in layers}
+    return {layer: attention_weights(growth.double()).float().cpu() for layer, growth in growths.items()}
+
+
+def _with_trained_head(model: nn.Module, config: FTConfig, context: Context, epochs: int, lr: float) -> nn.Module:
+    probe = copy.deepcopy(model)
+    head = config.anatomy(probe).head.modules
+    run = start((config,), probe, compose([Plan(stages=(Stage("head", trains=head),))]), {})
+    recipe = dataclasses.replace(context.recipe, learning_rate=lr, batch_size=context.recipe.batch_size * context.ranks)
+    recordings = Recordings(model, context.samples, context.frozen_cache, recipe.computing)
+    seed = int(torch.randint(2**31, (), generator=context.generator))
+    rows = list(range(context.samples.count))
+    fit(run, recipe, Batches(context.samples, recordings), rows, epochs, seed, lambda epoch, objective: None)
+    return probe
+
+
+def _growth(model: nn.Module, layer: str, parts: Sequence[Part], read: Sequence[Batch], context: Context) -> Tensor:
+    """By how much the mean loss over the batches grows without each channel, (C,). Processes share the channels."""
+    suffix = _Suffix(model, layer, parts, read[0])
+    channels, total = suffix.channels, torch.zeros(suffix.channels, device=context.device, dtype=torch.float64)
+    bar = tqdm(total=len(read), desc=f"Weighing {layer}", disable=not context.progress, leave=False)
+    for batch in read:
+        rows = len(batch["labels"])
+        together = max(1, ROWS // rows)
+        at_border = suffix.at_border(batch)
+        whole = suffix.losses(batch, at_border, [-1])
+        mine = list(range(context.rank, channels, context.ranks))
+        for begin in range(0, len(mine), together):
+            some = mine[begin : begin + together]
+            total[some] += (suffix.losses(batch, at_border, some) - whole).double()
+        bar.update()
+    bar.close()
+    return context.reduce(total) / len(read)
+
+
+class _Suffix:
+    """What of a network follows from the part that a layer is in, run for several left-out channels at once."""
+
+    def __init__(self, model: nn.Module, layer: str, parts: Sequence[Part], batch: Batch) -> None:
+        self.model, self.layer = model, layer
+        shape = activations(model, [layer], batch)[layer].shape
+        if len(shape) not in (3, 4):
+            raise OptionError(f"layer {layer!r} gives {tuple(shape)}: it has no channels to weigh. Name another layer.")
+        self.dim = 1 if len(shape) == 4 else 2
+        self.channels = int(shape[self.dim])
+        inside = [i for i, part in enumerate(parts) if any(covers(m, layer) or covers(layer, m) for m in part.modules)]
+        first = min(inside, default=0)
+        small = [{k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()} for rows in ([0], [0, -1])]
+        enough = first > 0 and len(batch["labels"]) > 1
+        self.prefix: FrozenPrefix | None = find_prefix(model, parts[first:], *small) if enough else None
+
+    def at_border(self, batch: Batch) -> Tensor | None:
+        return None if self.prefix is None else self.prefix.record(batch)
+
+    def losses(self, batch: Batch, at_border: Tensor | None, left_out: Sequence[int]) -> Tensor:
+        """The mean loss of the batch without each of these channels (-1: with all of them), (channels,)."""
+        copies, rows = len(left_out), len(batch["labels"])
+        repeated = {k: _repeat(v, copies) if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+        labels = repeated.pop("labels")
+
+        def leave_out(module: nn.Module, inputs: Any, output: Any) -> Any:
+            state = output[0] if isinstance(output, tuple) else output
+            state = state.clone()
+            for number, channel in enumerate(left_out):
+                if channel >= 0:
+                    state[number * rows : (number + 1) * rows].select(self.dim, channel).zero_()
+            return (state, *output[1:]) if isinstance(output, tuple) else state
+
+        handle = self.model.get_submodule(self.layer).register_forward_hook(leave_out)
+        try:
+            if self.prefix is None or at_border is None:
+                outputs = self.model(**repeated)
+            else:
+                outputs = self.prefix(_repeat(at_border, copies), repeated)
+        finally:
+            handle.remove()
+        logits = outputs["logits"].float()
+        return nn.functional.cross_entropy(logits, labels, reduction="none").reshape(copies, rows).mean(dim=1)
+
+
+def _repeat(column: Tensor, copies: int) -> Tensor:
+    return column if copies == 1 else column.repeat(copies, *(1,) * (column.dim() - 1))

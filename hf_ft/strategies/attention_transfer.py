@@ -1,0 +1,71 @@
+"""Attention transfer: the network goes on looking where the pretrained one looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.feature_layers import layers_of, positions, stage_outputs
+from hf_ft.fields import OptionError, option
+from hf_ft.functional import attention_distance
+from hf_ft.plan import Names, Plan, Term
+from hf_ft.registry import register
+from hf_ft.terms import compared
+from hf_ft.view import View
+
+
+@dataclass(frozen=True)
+class AttentionDistance:
+    """The mean squared difference of the attention maps of model and reference, summed over layers."""
+
+    layers: Names
+
+    def __call__(self, view: View) -> Tensor:
+        if all(positions(view.states[layer].shape) == 1 for layer in self.layers if view.states[layer].dim() > 2):
+            raise OptionError(
+                f"attention_transfer: {', '.join(self.layers)} have a single position, so that every attention map is "
+                "the same. Take larger images or earlier layers (layers=...), or DELTAConfig, which compares channels."
+            )
+        pairs = [compared(view, layer) for layer in self.layers]
+        return torch.stack([attention_distance(now, before, view.token_mask) for now, before in pairs]).sum()
+
+
+@register("attention_transfer")
+@dataclass(frozen=True, kw_only=True)
+class AttentionTransferConfig(FTConfig):
+    r"""Penalise that the network looks elsewhere: the distance of attention maps from the pretrained network's.
+
+    .. math::
+        L = \mathrm{CE} + \beta \sum_l \overline{(A_l - A_l^0)^2}, \qquad
+        A_l = \frac{a_l}{\lVert a_l \rVert_2}, \; a_l = \tfrac1C \sum_c F_{l,c}^2
+    """
+
+    paper = Paper(
+        "Zagoruyko, Komodakis",
+        "Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via "
+        "Attention Transfer",
+        "ICLR 2017",
+        "https://arxiv.org/abs/1612.03928",
+    )
+    formula = "L = CE + beta * sum over layers of mean (A - A0)^2;  A = flatten(mean_c F^2), of unit length per sample"
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    beta: float = option(1000.0, "Weight of the distance.", range="[0, inf)", source="code")
+    layers: tuple[str, ...] | None = option(
+        None, "Names of the modules that are compared; None for the last block of each stage.", source="code"
+    )
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        layers = layers_of(model, self.layers, lambda: stage_outputs(self.anatomy(model)))
+        term = Term(
+            "attention_transfer",
+            AttentionDistance(layers),
+            weight=self.beta,
+            needs=frozenset({"reference"}),
+            layers=layers,
+            starts_at_zero=True,
+        )
+        return Plan(terms=(term,) if self.beta else ())

@@ -1,0 +1,74 @@
+"""BSS: batch spectral shrinkage, a penalty on what transfers badly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.fields import OptionError, option
+from hf_ft.functional import batch_spectral_shrinkage
+from hf_ft.plan import Plan, Term
+from hf_ft.registry import register
+from hf_ft.view import View
+
+
+@dataclass(frozen=True)
+class SmallestSingularValues:
+    """The sum of the k smallest squared singular values of the batch's features."""
+
+    k: int
+
+    def __call__(self, view: View) -> Tensor:
+        features = view.features
+        if features is None or features.dim() != 2:
+            shape = None if features is None else tuple(features.shape)
+            raise OptionError(
+                f"bss: what goes into the head is {shape}, not one vector per sample (B, d): name the module that "
+                "takes such with head=..., or use L2SPConfig."
+            )
+        return batch_spectral_shrinkage(features, self.k)
+
+
+@register("bss")
+@dataclass(frozen=True, kw_only=True)
+class BSSConfig(FTConfig):
+    r"""Shrink the smallest singular values of each batch's features, which transfer badly.
+
+    .. math:: L = \mathrm{CE} + \eta \sum_{i=1}^{k} \sigma_{-i}^2(F)
+
+    F are the (B, d) features that go into the head.
+    """
+
+    paper = Paper(
+        "Chen, Wang, Fu, Long, Wang",
+        "Catastrophic Forgetting Meets Negative Transfer: Batch Spectral Shrinkage for Safe Transfer Learning",
+        "NeurIPS 2019",
+        "https://papers.nips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html",
+    )
+    formula = "L = CE + eta * sum of the k smallest squared singular values of the (B, d) features"
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    eta: float = option(0.001, "Weight of the penalty.", range="[0, inf)", source="code")
+    k: int = option(1, "How many singular values are shrunk.", range="[1, inf)", source="code")
+
+    def check_arguments(self, args: TrainingArguments) -> None:
+        size = args.per_device_train_batch_size
+        if self.eta and size <= self.k:
+            raise OptionError(
+                f"per_device_train_batch_size={size} with bss.k={self.k}: a batch has at most {size} singular values, "
+                "and all of them would be shrunk, that is the features themselves. Take larger batches or a smaller k."
+            )
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        term = Term(
+            "bss",
+            SmallestSingularValues(self.k),
+            weight=self.eta,
+            needs=frozenset({"features"}),
+            couples_batch=True,
+            zero_means="features have fewer dimensions than a batch has different samples, or batches hold one sample",
+        )
+        return Plan(terms=(term,) if self.eta else ())

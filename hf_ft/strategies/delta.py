@@ -1,0 +1,125 @@
+"""DELTA: feature maps stay near the pretrained network's, channel by channel as these matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_ft.channel_weights import channel_weights
+from hf_ft.config import Context, FTConfig, Paper, Recommended, State
+from hf_ft.feature_layers import layers_of, stage_convolutions
+from hf_ft.fields import OptionError, option
+from hf_ft.functional import feature_distance
+from hf_ft.plan import Names, Plan, Term
+from hf_ft.registry import register
+from hf_ft.terms import SquaredNorm, compared
+from hf_ft.view import View
+
+
+@dataclass(frozen=True)
+class FeatureDistance:
+    """Half the weighted squared distance of the feature maps of model and reference, summed over layers."""
+
+    layers: Names
+    reduction: Literal["mean", "sum"]
+    # Left out of comparisons: tensors have no truth value.
+    weights: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
+
+    def __call__(self, view: View) -> Tensor:
+        distances = []
+        for number, layer in enumerate(self.layers):
+            now, before = compared(view, layer)
+            weights = self.weights[number] * len(self.weights[number]) if self.weights else None
+            distances.append(feature_distance(now, before, weights, view.token_mask, self.reduction))
+        return torch.stack(distances).sum() / 2
+
+
+@register("delta")
+@dataclass(frozen=True, kw_only=True)
+class DELTAConfig(FTConfig):
+    r"""Penalise the distance of feature maps from the pretrained network's, by channels as they matter.
+
+    .. math::
+        L = \mathrm{CE} + \frac{\alpha}{2} \sum_l \sum_c C_l \, a_{lc}
+            \frac{\lVert F_{lc} - F^0_{lc} \rVert^2}{hw} + \frac{\beta}{2} \lVert w_{\text{head}} \rVert^2,
+        \qquad a_l = \operatorname{softmax}(z_l / 5)
+
+    :math:`z_{lc}` is how much the loss grows when channel c is set to zero, standardised within the layer.
+    """
+
+    paper = Paper(
+        "Li, Xiong, Wang, Rao, Liu, Huan",
+        "DELTA: Deep Learning Transfer using Feature Map with Attention for Convolutional Networks",
+        "ICLR 2019",
+        "https://arxiv.org/abs/1901.09229",
+    )
+    formula = (
+        "L = CE + alpha/2 sum_layers sum_c C a_c ||F_c - F0_c||^2 / (h w) + beta/2 ||w_head||^2;  a = softmax(z/5), "
+        "z_c = standardised growth of the loss without channel c"
+    )
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    alpha: float = option(0.01, "Weight of the distance of feature maps.", range="[0, inf)", source="code")
+    beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)", source="code")
+    weights: Literal["attention", "uniform"] = option(
+        "attention",
+        "'attention' weighs channels by what the loss loses without them; 'uniform' alike (a_c = 1/C): the plain "
+        "feature-map regulariser.",
+        source="code",
+    )
+    reduction: Literal["mean", "sum"] = option(
+        "mean", "Over the batch. 'sum' is the authors': with it, alpha grows with the batch size."
+    )
+    layers: tuple[str, ...] | None = option(
+        None, "Names of the modules that are compared; None for the last convolution of each stage.", source="code"
+    )
+    batches: int = option(4, "Batches on which channels are weighed.", range="[1, inf)", source="code")
+    head_epochs: int = option(5, "Epochs in which the head alone is trained before that.", range="[1, inf)")
+    head_lr: float = option(1e-2, "Its learning rate then.", range="(0, inf)")
+
+    def measures(self) -> bool:
+        return self.weights == "attention" and self.alpha > 0
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        layers = self._layers(model)
+        found = channel_weights(
+            model, layers, self, context, epochs=self.head_epochs, lr=self.head_lr, batches=self.batches
+        )
+        return State(tensors=found)
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        head, layers = self.anatomy(model).head.modules, self._layers(model)
+        distance = Term(
+            "delta",
+            FeatureDistance(layers, self.reduction, self._weights(layers, state)),
+            weight=self.alpha,
+            needs=frozenset({"reference"}),
+            layers=layers,
+            couples_batch=self.reduction == "sum",
+            starts_at_zero=True,
+        )
+        norm = Term("delta_head", SquaredNorm(head), weight=self.beta, replaces_decay=head)
+        return Plan(terms=tuple(term for term in (distance, norm) if term.weight))
+
+    def learned(self, state: State) -> str:
+        if not state.tensors:
+            return ""
+        shares = ", ".join(f"`{name}` {float(a.max()) * len(a):.1f}" for name, a in state.tensors.items())
+        return f"The heaviest channel of each layer weighs, in multiples of the mean: {shares}."
+
+    def _layers(self, model: nn.Module) -> Names:
+        return layers_of(model, self.layers, lambda: stage_convolutions(model, self.anatomy(model)))
+
+    def _weights(self, layers: Names, state: State) -> tuple[Tensor, ...] | None:
+        if not self.measures():
+            return None
+        missing = [layer for layer in layers if layer not in state.tensors]
+        if missing:
+            raise OptionError(
+                f"delta: no weights were measured for layer {missing[0]!r}. Measure first (pass a context to set_up), "
+                "or set weights='uniform'."
+            )
+        return tuple(state.tensors[layer] for layer in layers)

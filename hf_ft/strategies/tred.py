@@ -1,0 +1,216 @@
+"""TRED: what of the pretrained representation serves the target is disentangled, and fine-tuning is held to that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from hf_ft.config import Context, FTConfig, Paper, Recommended, State
+from hf_ft.disentangler import Disentangler, make_disentangler
+from hf_ft.disentangling import Disentangled, Weights, disentangle
+from hf_ft.feature_layers import last_feature_map, layers_of
+from hf_ft.fields import OptionError, option
+from hf_ft.functional import feature_distance
+from hf_ft.plan import Plan, Term
+from hf_ft.recorded_features import RecordedFeatures
+from hf_ft.registry import register
+from hf_ft.terms import SquaredNorm, compared
+from hf_ft.undisturbed import random_states_kept
+from hf_ft.view import View
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class DistanceFromRelevant:
+    """The squared distance of the features from the part of the reference's that serves the target, per position."""
+
+    layer: str
+    # Left out of comparisons: tensors have no truth value.
+    disentangler: Disentangler | None = field(compare=False, repr=False)
+
+    def __call__(self, view: View) -> Tensor:
+        now, before = compared(view, self.layer)
+        if self.disentangler is not None:
+            self._follow(before)
+            with torch.no_grad():
+                before = self.disentangler(before, view.token_mask)[0]
+        return feature_distance(now, before, mask=view.token_mask)
+
+    def _follow(self, features: Tensor) -> None:
+        assert self.disentangler is not None
+        if self.disentangler.scale.device != features.device:
+            self.disentangler.to(features.device)
+
+
+@register("tred")
+@dataclass(frozen=True, kw_only=True)
+class TREDConfig(FTConfig):
+    r"""Disentangle what of the pretrained features serves the target, and hold the features to that part.
+
+    First, on the frozen network's last feature map F, P and N are learned:
+
+    .. math::
+        L_1 = \mathrm{CE}(c(\bar P), y) + \lambda_r \overline{(P + N - F)^2} - \lambda_m \mathrm{MMD}^2(\bar P, \bar N)
+            + \lambda_i I(\bar P; \bar N) + \lambda_b B
+
+    Then, with the disentangler frozen, the network is fine-tuned:
+
+    .. math::
+        L_2 = \mathrm{CE} + \alpha \frac{\lVert F(x; w) - P(x) \rVert^2}{hw}
+            + \frac{\beta}{2} \lVert w_{\text{head}} \rVert^2
+    """
+
+    paper = Paper(
+        "Li, Hu, Li, Xiong, Ye, Wang, Xu, Dou",
+        "Towards Accurate Knowledge Transfer via Target-awareness Representation Disentanglement",
+        "Machine Learning 113, 2024",
+        "https://arxiv.org/abs/2010.08532",
+    )
+    formula = (
+        "first: L1 = CE(c(P), y) + lambda_r (P + N - F)^2 - lambda_m MMD2(P, N) + lambda_i I(P; N) + lambda_b B;  "
+        "then: L2 = CE + alpha ||F(x; w) - P(x)||^2 / (h w) + beta/2 ||w_head||^2"
+    )
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
+        "both",
+        "What separates P from N: a large MMD, a small mutual information, or both. 'none': no disentangling, the "
+        "features are held to all of F (the plain feature regulariser).",
+        source="paper",
+    )
+    disentangler: Literal["branches", "mask"] = option(
+        "mask",
+        "'mask': a gate per channel, P = m F and N = (1 - m) F. 'branches': P and N by a 1x1 convolution, BatchNorm "
+        "and ReLU each, which can also part what channels mix, and needs more images.",
+    )
+    alpha: float = option(0.01, "Weight of the distance from P; the paper tries 0.001, 0.01, 0.1.", range="[0, inf)")
+    beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)")
+    reconstruction: float = option(10.0, "lambda_r, weight of the reconstruction of F by P + N.", range="[0, inf)")
+    mmd: float = option(0.1, "lambda_m, weight of the MMD that separates.", range="[0, inf)")
+    information: float = option(0.1, "lambda_i, weight of the mutual information that separates.", range="[0, inf)")
+    bottleneck: float = option(
+        1.0,
+        "lambda_b, weight of the term that takes out of P what has nothing to do with the label, and the label out of "
+        "N; 0 for the paper's terms alone, which leave P = F as an optimum.",
+        range="[0, inf)",
+    )
+    epochs: int = option(20, "Epochs of disentangling.", range="[1, inf)")
+    lr: float = option(0.3, "Its learning rate (Adam).", range="(0, inf)")
+    layer: str | None = option(None, "Name of the module whose output is F; None for the last feature map.")
+
+    def check_arguments(self, args: TrainingArguments) -> None:
+        size = args.per_device_train_batch_size
+        if self.criterion != "none" and self.alpha and size < 2:
+            raise OptionError(
+                f"per_device_train_batch_size={size}: tred.criterion={self.criterion!r} compares samples with each "
+                "other, and a batch of one has none to compare. Take 2 or more (32, say), or criterion='none'."
+            )
+
+    def measures(self) -> bool:
+        return self.alpha > 0
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        labels = context.samples.read([0]).get("labels")
+        classes = getattr(getattr(model, "config", None), "num_labels", None)
+        if labels is None or labels.dim() != 1 or labels.is_floating_point() or classes is None:
+            raise OptionError(
+                "tred: class labels (B,) say what serves the target; this task has none. Use DELTAConfig."
+            )
+        with random_states_kept(), context.recipe.computing():
+            some = context.samples.read(list(range(min(2, context.samples.count))))
+            layer = layers_of(
+                model,
+                None if self.layer is None else (self.layer,),
+                lambda: (last_feature_map(model, self.anatomy(model), some),),
+            )[0]
+        if self.criterion == "none":
+            return State(info={"layer": layer})
+        found = self._disentangle(RecordedFeatures(model, layer, context), classes, context)
+        for epoch, terms in enumerate(found.history):
+            logger.info(f"tred, disentangling, epoch {epoch + 1}: {_in_words(terms)}")
+        logger.info(f"tred, disentangled {layer}: {_in_words(found.figures)}")
+        if found.verdict:
+            logger.warning(f"tred: the disentangling of {layer} went wrong: {found.verdict}")
+        info: dict[str, Any] = {
+            "layer": layer,
+            "figures": found.figures,
+            "history": found.history,
+            "verdict": found.verdict,
+        }
+        info["non_negative"] = found.module.non_negative
+        return State(tensors={name: t.cpu() for name, t in found.module.state_dict().items()}, info=info)
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        head = self.anatomy(model).head.modules
+        terms = [Term("tred_head", SquaredNorm(head), weight=self.beta, replaces_decay=head)] if self.beta else []
+        if self.alpha:
+            layer = state.info.get("layer")
+            if layer is None:
+                raise OptionError("tred looks at the data before it plans: pass a context to set_up, or states.")
+            terms.append(
+                Term(
+                    "tred",
+                    DistanceFromRelevant(layer, self._module(state)),
+                    weight=self.alpha,
+                    needs=frozenset({"reference"}),
+                    layers=(layer,),
+                    starts_at_zero=self.criterion == "none",
+                )
+            )
+        return Plan(terms=tuple(terms))
+
+    def learned(self, state: State) -> str:
+        """What was disentangled, for the model card."""
+        if "figures" not in state.info:
+            return ""
+        figures, layer = state.info["figures"], state.info["layer"]
+        said = f"Disentangled the output of `{layer}`: {_in_words(figures)}."
+        return f"{said} It went wrong: {state.info['verdict']}" if state.info["verdict"] else said
+
+    def _disentangle(self, read: RecordedFeatures, classes: int, context: Context) -> Disentangled:
+        weights = Weights(
+            reconstruction=self.reconstruction,
+            mmd=self.mmd if self.criterion in ("max_mmd", "both") else 0.0,
+            information=self.information if self.criterion in ("min_mi", "both") else 0.0,
+            bottleneck=self.bottleneck,
+        )
+        with tqdm(total=self.epochs, desc="Disentangling", leave=False, disable=not context.progress) as bar:
+
+            def advance(terms: dict[str, float]) -> None:
+                bar.set_postfix_str(_in_words(terms))
+                bar.update()
+
+            return disentangle(
+                read,
+                read.count,
+                classes,
+                self.disentangler,
+                weights,
+                epochs=self.epochs,
+                batch_size=context.recipe.batch_size * context.ranks,  # the same on any number of processes
+                lr=self.lr,
+                generator=context.generator,
+                advance=advance,
+            )
+
+    def _module(self, state: State) -> Disentangler | None:
+        """The frozen disentangler that a state holds."""
+        if self.criterion == "none":
+            return None
+        weights = [t for t in state.tensors.values() if t.dim()]
+        if not weights:
+            raise OptionError("tred: the state holds no disentangler. Measure first (pass a context to set_up).")
+        module = make_disentangler(self.disentangler, weights[0].shape[-1], state.info["non_negative"])
+        module.load_state_dict(dict(state.tensors))
+        return module.eval().requires_grad_(False)
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())

@@ -1,0 +1,145 @@
+"""BSS: the formula on every architecture, in half precision, and where there is nothing to shrink."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_ft import BSSConfig, OptionError, State, set_up
+from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_inputs, tiny_resnet, tiny_vit, train
+from hf_ft.testing.training import make_trainer, snapshot
+
+
+def features_of(model, batch):
+    """What the last linear layer, or the one layer before it, takes in: found apart from the package."""
+    seen = []
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    name = type(model).__name__
+    layer = head[-2] if name.startswith(("Roberta", "Distil")) else head[-1]
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_the_term_is_the_formula(name, k):
+    model = still(TINY_MODELS[name]())
+    batch = tiny_inputs(model, 6)
+    objective = set_up(model, BSSConfig(eta=0.5, k=k, batch_norm_momentum="keep")).objective().train()
+    model.eval()
+    values = np.linalg.svd(features_of(model, batch).double().numpy(), compute_uv=False)
+    outputs = objective(**batch)
+    energy = float((values**2).sum())
+    assert outputs["terms"]["bss"].item() == pytest.approx(0.5 * float((values[-k:] ** 2).sum()), abs=1e-6 * energy)
+
+
+def test_accumulated_batches_are_each_shrunk(tmp_path):
+    """The loss of two micro-batches is the mean of theirs, each with its own singular values."""
+    arguments = {"optim": "sgd", "max_steps": 2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = make_trainer(
+        still(tiny_vit()), BSSConfig(eta=0.3), tmp_path, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, **arguments,
+    )  # fmt: skip
+    rows = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda batch: rows.append(collate(batch)) or rows[-1]
+    trainer.train()
+    model = still(tiny_vit())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for step in range(2):
+        for batch in rows[2 * step : 2 * step + 2]:
+            outputs = model(**batch, output_hidden_states=True)
+            features = model.vit.layernorm(outputs.hidden_states[-1])[:, 0]
+            ((outputs.loss + 0.3 * torch.linalg.svdvals(features)[-1] ** 2) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    same_tensors(snapshot(trainer.model), snapshot(model), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "bert"])
+def test_bfloat16(name, tmp_path):
+    trainer = train(TINY_MODELS[name](), BSSConfig(eta=0.1), tmp_path, bf16=True)
+    assert all(np.isfinite(logged_bss(trainer))) and min(logged_bss(trainer)) > 0
+
+
+class Same(torch.utils.data.Dataset):
+    """The same sample again and again."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, row):
+        return {name: column[0] for name, column in tiny_inputs(tiny_resnet(), 1).items()}
+
+
+def warnings_of_zero(caplog):
+    return [record for record in caplog.records if "exactly 0 since the last log" in record.getMessage()]
+
+
+def logged_bss(trainer):
+    return [entry["loss/bss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_ft"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="hf_ft")
+    return caplog
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
+def test_equal_rows_give_zero_and_one_warning(make, tmp_path, told):
+    trainer = make_trainer(still(make()), BSSConfig(eta=1.0), tmp_path)
+    trainer.train_dataset = Same()
+    trainer.train()
+    assert logged_bss(trainer) == [0.0] * 8 and len(warnings_of_zero(told)) == 1
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
+
+
+def test_constant_features_give_zero_and_one_warning(tmp_path, told):
+    model = tiny_vit()
+    with torch.no_grad():
+        model.vit.layernorm.weight.zero_()
+        model.vit.layernorm.bias.fill_(0.5)
+    model.vit.layernorm.requires_grad_(False)
+    trainer = make_trainer(model, BSSConfig(eta=1.0), tmp_path)
+    trainer.train()
+    assert logged_bss(trainer) == [0.0] * 8 and len(warnings_of_zero(told)) == 1
+
+
+def test_a_last_batch_of_one_is_left_alone(tmp_path, told):
+    trainer = make_trainer(tiny_vit(), BSSConfig(eta=1.0), tmp_path, max_steps=4)
+    trainer.train_dataset = trainer.train_dataset.select(range(9))
+    trainer.train()
+    assert [value == 0.0 for value in logged_bss(trainer)] == [False, True, False, True]
+    assert len(warnings_of_zero(told)) == 1
+
+
+def test_settings_that_can_never_work(tmp_path):
+    with pytest.raises(OptionError, match="per_device_train_batch_size=1 with bss.k=1"):
+        make_trainer(tiny_resnet(), "bss", tmp_path / "out", per_device_train_batch_size=1)
+    with pytest.raises(OptionError, match="smaller k"):
+        make_trainer(tiny_resnet(), BSSConfig(k=8), tmp_path / "out", per_device_train_batch_size=8)
+    assert not (tmp_path / "out").exists()
+    assert BSSConfig(eta=0.0).plan(tiny_resnet(), State()).terms == ()
+
+
+def test_a_head_that_takes_tokens_says_so(tmp_path):
+    model = tiny_vit()
+    model.classifier = nn.Sequential(nn.Identity(), nn.Linear(16, 3))
+    forward = model.forward
+
+    def tokens(pixel_values, labels=None, **kwargs):
+        states = model.vit(pixel_values).last_hidden_state
+        logits = model.classifier(states).mean(dim=1)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    model.forward = tokens
+    with pytest.raises(OptionError, match=r"goes into the head is \(8, 17, 16\)"):
+        train(model, "bss", tmp_path)
+    assert forward is not None

@@ -1,0 +1,253 @@
+"""The reference model: one frozen copy outside of the module tree, whose states are computed once where they can be."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertTokenizerFast, DataCollatorWithPadding
+
+from hf_ft import (
+    AttentionTransferConfig,
+    DELTAConfig,
+    FrozenCache,
+    FTTrainer,
+    L2SPConfig,
+    OptionError,
+    Plan,
+    Term,
+    TREDConfig,
+    set_up,
+)
+from hf_ft.config import FTConfig
+from hf_ft.functional import feature_distance
+from hf_ft.reference import REFERENCE, Reference
+from hf_ft.registry import register
+from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
+from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+
+# Slow, so that the last digits in which a batch of another size differs do not grow.
+LONG = {"max_steps": 12, "optim": "sgd", "learning_rate": 1e-3}
+UNIFORM = DELTAConfig(weights="uniform")
+BOTH = [UNIFORM, AttentionTransferConfig(beta=1.0)]
+
+
+def run(model, strategy, folder, use, resume=None, **arguments):
+    """A training, and whether each batch brought reference states."""
+    trainer = make_trainer(model, strategy, folder, use, **{**LONG, **arguments})
+    brought = []
+    compute = trainer.compute_loss
+
+    def spy(model, inputs, *args, **kwargs):
+        if model.training:
+            brought.append(any(name.startswith(REFERENCE) for name in inputs))
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = spy
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, brought
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "efficientnet", "convnext", "vit", "swin", "bert"])
+@pytest.mark.parametrize("strategy", [BOTH, TREDConfig(criterion="none")], ids=["delta+at", "tred"])
+def test_recorded_states_train_the_same(name, strategy, tmp_path):
+    plain, none = run(TINY_MODELS[name](), strategy, tmp_path, "never")
+    cached, all_of_them = run(TINY_MODELS[name](), strategy, tmp_path, "auto")
+    assert none == [False] * 12 and all_of_them == [True] * 12
+    for key, value in snapshot(plain.model).items():
+        tolerance = 1e-5 * max(1.0, float(value.double().abs().max()))
+        same_tensors({key: value}, {key: snapshot(cached.model)[key]}, tolerance)
+
+
+def test_with_accumulation_worker_processes_and_resumed(tmp_path):
+    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    arguments |= {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 6}
+    plain, _ = run(tiny_resnet(), BOTH, tmp_path / "plain", "never", **arguments)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    cached, brought = run(tiny_resnet(), BOTH, tmp_path / "cached", "always", **arguments, **workers)
+    assert all(brought) and len(brought) == 24
+    same_tensors(snapshot(plain.model), snapshot(cached.model), 1e-5)
+    checkpoint = str(tmp_path / "cached" / "checkpoint-9")
+    resumed, _ = run(tiny_resnet(), BOTH, tmp_path / "again", "always", checkpoint, **arguments)
+    same_tensors(snapshot(resumed.model), snapshot(cached.model))
+
+
+def test_stages_with_recorded_prefix_and_recorded_reference(tmp_path):
+    """LP-FT's probe starts from activations, its second stage from inputs with reference states beside them."""
+    strategy = ["lp_ft", UNIFORM]
+    plain, _ = run(tiny_vit(), strategy, tmp_path, "never", max_steps=16)
+    cached, brought = run(tiny_vit(), strategy, tmp_path, "always", max_steps=16)
+    assert not any(brought[:8]) and all(brought[10:]), "two batches were fetched before the stage changed"
+    same_tensors(snapshot(plain.model), snapshot(cached.model), 1e-6)
+
+
+def test_random_samples_are_never_recorded(tmp_path):
+    """The reference sees the very sample that the model sees."""
+
+    class Jitter(torch.utils.data.Dataset):
+        def __init__(self, model):
+            self.inputs = tiny_inputs(model, 16)
+
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, row):
+            values = {name: column[row] for name, column in self.inputs.items()}
+            return {**values, "pixel_values": values["pixel_values"] + torch.rand(())}
+
+    model = tiny_resnet()
+    args = tiny_arguments(tmp_path, **LONG)
+    trainer = FTTrainer(model, args, strategy=UNIFORM, train_dataset=Jitter(model))
+    record = trainer._record_reference
+    found = []
+    trainer._record_reference = lambda dataset: found.append(record(dataset)) or found[-1]
+    trainer.train()
+    assert found == [None]
+
+
+def test_no_room_and_no_epoch_to_repeat(tmp_path):
+    _, brought = run(tiny_resnet(), UNIFORM, tmp_path, FrozenCache(memory_gb=0, disk_gb=0))
+    assert not any(brought)
+    _, brought = run(tiny_resnet(), UNIFORM, tmp_path, FrozenCache(memory_gb=0))
+    assert all(brought), "from a file"
+    _, brought = run(tiny_resnet(), UNIFORM, tmp_path, "auto", max_steps=4)
+    assert not any(brought), "a single epoch reads each sample once"
+
+
+def test_text_padded_per_batch(tmp_path):
+    """Rows differ in length: nothing is recorded, and padded tokens do not count."""
+    words = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"])}
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    rows = [{**tokenizer(" ".join("abcdefgh"[: 1 + i % 7])), "labels": i % 3} for i in range(32)]
+    args = tiny_arguments(tmp_path / "out", **LONG)
+    model = tiny_bert()
+    data = {"train_dataset": rows, "data_collator": DataCollatorWithPadding(tokenizer)}
+    trainer = FTTrainer(model, args, strategy=[*BOTH, "bss", TREDConfig(epochs=2)], **data)
+    trainer.train()
+    logged = trainer.state.log_history[-2]
+    assert all(logged[f"loss/{name}"] > 0 for name in ("delta", "attention_transfer", "bss", "tred"))
+
+
+# --- the copy ---------------------------------------------------------------------------------------------
+
+
+def copies_of(model_class):
+    gc.collect()
+    return sum(1 for thing in gc.get_objects() if type(thing) is model_class)
+
+
+def test_one_copy_serves_all_terms_outside_of_the_tree(tmp_path):
+    model = tiny_resnet()
+    before = copies_of(type(model))
+    trainer = make_trainer(model, [*BOTH, TREDConfig(criterion="none")], tmp_path)
+    trainer.train()
+    assert copies_of(type(model)) == before + 1
+    objective, reference = trainer._objective, trainer._run.reference
+    inside = {id(p) for p in objective.parameters()}
+    assert objective.reference is reference and not any(id(p) in inside for p in reference.model.parameters())
+    assert not any("reference" in name for name in objective.state_dict())
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not any(id(p) in held or p.requires_grad or p.grad is not None for p in reference.model.parameters())
+    assert not any(module.training for module in reference.model.modules())
+    same_tensors(snapshot(reference.model), snapshot(tiny_resnet()))
+
+
+def test_none_where_start_weights_suffice(tmp_path):
+    for strategy in (L2SPConfig(), "bss", "full", DELTAConfig(alpha=0.0), AttentionTransferConfig(beta=0.0)):
+        assert set_up(tiny_resnet(), strategy).reference is None
+
+
+def test_it_is_not_saved_and_does_not_run_in_evaluation(tmp_path):
+    trainer = make_trainer(tiny_resnet(), UNIFORM, tmp_path, "never", save_strategy="steps", save_steps=4, **LONG)
+    trainer.train()
+    trainer._run.reference.model = None
+    assert trainer.evaluate()["eval_loss"] > 0
+    stored = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert not any("reference" in name for name in stored)
+    saved = type(trainer.model).from_pretrained(tmp_path / "checkpoint-4")
+    assert set(saved.state_dict()) == set(trainer.model.state_dict())
+
+
+def test_dtype_and_device_follow_the_model():
+    model = tiny_resnet().to(torch.bfloat16)
+    reference = Reference(model)
+    batch = {**tiny_inputs(model), "pixel_values": tiny_inputs(model)["pixel_values"].bfloat16()}
+    states = reference.states(["resnet.encoder.stages.0"], batch, torch.device("cpu"))
+    assert states["resnet.encoder.stages.0"].dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert Reference(model).states(["resnet.embedder"], {"pixel_values": torch.empty(2, 3, 32, 32).bfloat16()},
+                                       torch.device("meta"))["resnet.embedder"].device.type == "meta"  # fmt: skip
+
+
+def test_with_daft_it_is_the_converted_model(tmp_path):
+    """Surgery comes first: the start is what training starts from."""
+    trainer = make_trainer(tiny_resnet(), ["daft", UNIFORM], tmp_path)
+    run = trainer._start_run()
+    same_tensors(snapshot(run.reference.model), snapshot(run.model))
+    assert not torch.equal(
+        run.model.resnet.embedder.embedder.normalization.running_mean,
+        tiny_resnet().resnet.embedder.embedder.normalization.running_mean,
+    )
+
+
+def test_resuming_from_another_start_is_refused(tmp_path):
+    train(tiny_resnet(), UNIFORM, tmp_path, save_strategy="steps", save_steps=4)
+    other = make_trainer(tiny_resnet(seed=5), UNIFORM, tmp_path, save_strategy="steps", save_steps=4)
+    with pytest.raises(ValueError, match="trained from other weights"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# --- what a term sees -------------------------------------------------------------------------------------
+
+
+@register("probe_of_states")
+class ProbeConfig(FTConfig):
+    """Hands the view to a function of the test."""
+
+    look = None
+    layers = ("vit.layers.1",)
+
+    def plan(self, model, state):
+        fn = ProbeConfig.look
+        return Plan(terms=(Term("probe", fn, layers=self.layers, needs=frozenset({"reference"})),))
+
+
+def test_the_view_shows_both_states_in_float32_under_autocast():
+    seen = {}
+
+    def look(view):
+        now, before = view.states["vit.layers.1"], view.reference["vit.layers.1"]
+        seen["dtypes"] = now.dtype, before.dtype
+        seen["grad"] = now.requires_grad, before.requires_grad
+        return feature_distance(now, before)
+
+    ProbeConfig.look = staticmethod(look)
+    model = tiny_vit().train()
+    objective = set_up(model, ProbeConfig()).objective().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = objective(**tiny_inputs(model))
+    assert seen == {"dtypes": (torch.float32,) * 2, "grad": (True, False)}
+    assert outputs["terms"]["probe"].item() == 0.0  # the same computation on both sides
+    assert objective._view.states == {} and objective._view.reference == {}, "the graph is let go"
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("layer", ["vit.layers.1", "vit.layers.1.mlp"])
+def test_gradient_checkpointing(reentrant, layer, tmp_path):
+    """Reentrant checkpointing hides what is computed inside a block: refused, not ignored."""
+    config = DELTAConfig(weights="uniform", alpha=1.0, layers=(layer,))
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    if reentrant and layer.endswith("mlp"):
+        with pytest.raises(OptionError, match="use_reentrant': False"):
+            train(tiny_vit(), config, tmp_path, **arguments)
+        return
+    with_it = train(tiny_vit(), config, tmp_path, optim="sgd", **arguments)
+    without = train(tiny_vit(), config, tmp_path, optim="sgd")
+    same_tensors(snapshot(with_it.model), snapshot(without.model), 1e-6)
+
+
+def test_the_model_itself_is_left_without_hooks(tmp_path):
+    model = tiny_resnet()
+    train(model, [*BOTH, "bss"], tmp_path)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Module))
