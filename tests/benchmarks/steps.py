@@ -2,7 +2,9 @@
 
 Two trainers take a step each in turn, in random order, on one batch; the figure is the median of the ratios of
 these pairs, with a bootstrap 95 % interval of that median. The first row compares a thing with itself: a ratio is
-worth no more than that row's distance from 1.
+worth no more than that row's distance from 1. Terms that compare with the model as it was are timed with that one's
+states computed in each step, and recorded. The last row compares whole trainings of ten epochs: TRED's disentangling,
+the pass that records the features included, with full fine-tuning.
 
 Geometry: ResNet-18 (11 M parameters), 96 px, batch 32, SGD with momentum, float32, CPU.
 """
@@ -23,8 +25,9 @@ import transformers
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer
 from transformers.utils import logging
 
-from hf_ft import FTTrainer, L2SPConfig, Plan, Term
+from hf_ft import AttentionTransferConfig, BSSConfig, DELTAConfig, FTTrainer, L2SPConfig, Plan, Term, TREDConfig
 from hf_ft.config import FTConfig
+from hf_ft.reference import REFERENCE
 from hf_ft.registry import register
 from hf_ft.testing import tiny_data
 from hf_ft.testing.training import tiny_arguments
@@ -57,20 +60,24 @@ def resnet18() -> ResNetForImageClassification:
 class Stepper:
     """One trainer, brought to the point where the body of its training loop can be run by hand."""
 
-    def __init__(self, strategy: object | None, folder: str) -> None:
+    def __init__(self, strategy: object | None, folder: str, recorded: bool = False) -> None:
         model = resnet18()
         # The cure of transformers#47688 on both sides.
         model.accepts_loss_kwargs = False
         args = tiny_arguments(folder, max_steps=1, per_device_train_batch_size=BATCH, optim="sgd", logging_steps=10**6)
         args.optim_args = "momentum=0.9"
         kind, extra = (Trainer, {}) if strategy is None else (FTTrainer, {"strategy": strategy})
-        self.trainer = kind(model, args, train_dataset=tiny_data(model, 4), **extra)
+        self.trainer = kind(model, args, train_dataset=tiny_data(model, 8), **extra)
         self.trainer.train()
         if strategy is not None:
             self.trainer._enter_stage(0, force=True)
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(BATCH, 3, PIXELS, PIXELS, generator=generator)
         self.batch = {"pixel_values": pixels, "labels": torch.arange(BATCH) % 2}
+        if recorded:
+            objective = self.trainer._objective
+            states = objective.reference.states(objective.reference_layers, self.batch, pixels.device)
+            self.batch |= {f"{REFERENCE}{name}": state for name, state in states.items()}
 
     def step(self) -> float:
         """Seconds of one pass through the body of the Trainer's loop."""
@@ -101,28 +108,87 @@ def compare(one: Stepper, other: Stepper, pairs: int) -> dict[str, float]:
     return {"ratio": float(np.median(ratios)), "low": low, "high": high, "base_seconds": float(np.median(seconds))}
 
 
+class Images(torch.utils.data.Dataset):
+    """Random images, ready in memory."""
+
+    def __init__(self, images: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(images, 3, PIXELS, PIXELS, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, row: int) -> dict[str, object]:
+        return {"pixel_values": self.pixels[row], "labels": row % 2}
+
+
+def disentangling(folder: str, epochs: int = 10, images: int = 320, repeats: int = 3) -> dict[str, float]:
+    """Seconds of TRED's disentangling over those of a full fine-tuning of as many epochs, in turn."""
+    ratios, seconds = [], []
+    data = Images(images)
+    for _ in range(repeats):
+        taken = []
+        for strategy in ("full", TREDConfig(epochs=epochs)):
+            args = tiny_arguments(folder, max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=BATCH,
+                                  optim="sgd", logging_strategy="no", remove_unused_columns=False)  # fmt: skip
+            trainer = FTTrainer(resnet18(), args, strategy=strategy, train_dataset=data)
+            started = time.perf_counter()
+            if strategy == "full":
+                trainer.train()
+            else:
+                trainer._states()
+            taken.append(time.perf_counter() - started)
+        ratios.append(taken[1] / taken[0])
+        seconds.append(taken[0])
+    return {"ratio": float(np.median(ratios)), "low": min(ratios), "high": max(ratios),
+            "base_seconds": float(np.median(seconds))}  # fmt: skip
+
+
+def show(name: str, found: dict[str, float]) -> None:
+    met = (
+        ""
+        if found["goal"] is None
+        else f"   goal {found['goal']}: {'met' if found['low'] <= found['goal'] else 'MISSED'}"
+    )
+    print(f"{name:58s} {found['ratio']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]{met}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--only", default="", help="rows whose name holds this; the others stay as they are")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "steps.json")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
+    delta = DELTAConfig(weights="uniform")  # weights of channels are a multiplication more
     rows = {
-        "full / full (A/A)": ("full", "full", None),
-        "FTTrainer full / stock Trainer": (None, "full", 1.03),
-        "L2-SP / full": ("full", L2SPConfig(), 1.03),
-        "L2-SP as a loop over parameters / full": ("full", UsualLoopConfig(), None),
-        "linear probe / full": ("full", "linear_probe", None),
+        "full / full (A/A)": (None, None, "full", "full"),
+        "FTTrainer full / stock Trainer": (1.03, None, None, "full"),
+        "L2-SP / full": (1.03, None, "full", L2SPConfig()),
+        "L2-SP as a loop over parameters / full": (None, None, "full", UsualLoopConfig()),
+        "linear probe / full": (None, None, "full", "linear_probe"),
+        "BSS / full": (1.02, None, "full", BSSConfig()),
+        "DELTA / full": (1.35, False, "full", delta),
+        "DELTA, recorded reference / full": (1.10, True, "full", delta),
+        "attention transfer / full": (1.35, False, "full", AttentionTransferConfig()),
+        "attention transfer, recorded reference / full": (1.10, True, "full", AttentionTransferConfig()),
+        "TRED, branches / full": (1.35, False, "full", TREDConfig(epochs=1)),
+        "TRED, branches, recorded reference / full": (1.10, True, "full", TREDConfig(epochs=1)),
+        "TRED, mask, recorded reference / full": (1.10, True, "full", TREDConfig(epochs=1, disentangler="mask")),
     }
-    results = {}
+    results = json.loads(options.output.read_text())["rows"] if options.only and options.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (one, other, goal) in rows.items():
-            found = compare(Stepper(one, folder), Stepper(other, folder), options.pairs)
-            results[name] = {**found, "goal": goal}
-            met = "" if goal is None else f"   goal {goal}: {'met' if found['low'] <= goal else 'MISSED'}"
-            print(f"{name:42s} {found['ratio']:.3f}  [{found['low']:.3f}, {found['high']:.3f}]{met}", flush=True)
+        for name, (goal, recorded, one, other) in rows.items():
+            if options.only in name:
+                found = compare(Stepper(one, folder), Stepper(other, folder, bool(recorded)), options.pairs)
+                results[name] = {**found, "goal": goal}
+                show(name, results[name])
+        name = "disentangling of TRED / full fine-tuning, 10 epochs each"
+        if options.only in name:
+            results[name] = {**disentangling(folder), "goal": 0.5}
+            show(name, results[name])
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     about |= {"processor": platform.processor() or platform.machine(), "pairs": options.pairs}
     about["geometry"] = "ResNet-18, 96 px, batch 32, SGD with momentum, float32"

@@ -1,0 +1,135 @@
+"""What the comparisons of strategies share: images made ready, a run, a file of runs, and equal tuning budgets."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+import transformers
+from datasets import Dataset
+from transformers import PrinterCallback, TrainingArguments
+
+from hf_ft import FTTrainer
+from hf_ft.cli.demo_data import Cells, channels_last
+from hf_ft.config import FTConfig, State
+from hf_ft.metrics import classification_metrics
+
+PIXELS = 64
+Entry = dict[str, Any]
+
+
+def ready(splits: Mapping[str, Dataset], processor: Any) -> dict[str, Cells]:
+    """Images resized and processed once."""
+    return {key: Cells(split, processor, PIXELS, keep=True) for key, split in splits.items()}
+
+
+def quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def train(
+    model: Any,
+    config: FTConfig,
+    data: Mapping[str, Cells],
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    tests: tuple[str, ...] = (),
+    states: Mapping[str, State] | None = None,
+) -> tuple[FTTrainer, Entry]:
+    """One run with SGD (momentum 0.9, cosine, no clipping): the validation score of its best epoch, and test scores."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=64,
+            optim="sgd",
+            optim_args="momentum=0.9",
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            save_only_model=True,
+            load_best_model_at_end=True,
+            metric_for_best_model="balanced_accuracy",
+            logging_strategy="epoch",
+            report_to="none",
+            log_level="error",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            seed=seed,
+        )
+        trainer = FTTrainer(
+            model,
+            args,
+            strategy=config,
+            states=states,
+            train_dataset=data["train"],
+            eval_dataset=data["validation"],
+            data_collator=channels_last,
+            compute_metrics=classification_metrics,
+        )
+        trainer.remove_callback(PrinterCallback)
+        started = time.perf_counter()
+        trainer.train()
+        found: Entry = {"seconds": time.perf_counter() - started, "validation": trainer.state.best_metric}
+        for split in tests:
+            metrics = trainer.predict(data[split]).metrics or {}
+            found[split] = metrics["test_balanced_accuracy"]
+        return trainer, found
+
+
+class Runs:
+    """The results file: a line for each run. A run that is there is not made again.
+
+    Args:
+        file: of JSON lines.
+        names: what tells one run from another.
+    """
+
+    def __init__(self, file: Path, names: tuple[str, ...]) -> None:
+        self.file, self.names = file, names
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.found = {self._key(entry): entry for entry in map(json.loads, lines)}
+
+    def _key(self, entry: Entry) -> str:
+        return json.dumps([entry[name] for name in self.names])
+
+    def get(self, entry: Entry, make: Callable[[], Entry]) -> Entry:
+        key = self._key(entry)
+        if key not in self.found:
+            entry = {**entry, **make(), "torch": torch.__version__, "transformers": transformers.__version__}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(entry) + "\n")
+            self.found[key] = entry
+            scores = ", ".join(f"{k} {entry[k]:.3f}" for k in ("validation", "test", "ood") if k in entry)
+            told = " ".join(f"{entry[n]:.1e}" if isinstance(entry[n], float) else str(entry[n]) for n in self.names)
+            print(f"{told}: {scores}, {entry['seconds']:.0f} s", flush=True)
+        return self.found[key]
+
+
+def tune(score: Callable[[dict[str, float]], float], space: Mapping[str, tuple[float, float]], trials: int) -> Entry:
+    """The values with the best score, of the same number of log-uniform draws for every strategy."""
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.QMCSampler(scramble=True, seed=0))
+
+    def objective(trial: optuna.Trial) -> float:
+        return score({name: trial.suggest_float(name, *bounds, log=True) for name, bounds in space.items()})
+
+    study.optimize(objective, n_trials=trials)
+    return study.best_params
