@@ -31,7 +31,7 @@ lint: $(VENV)/.base
 	$(BIN)/mypy
 
 test: $(VENV)/.weights lint
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 bench: $(VENV)/.base
 	$(BIN)/python tests/benchmarks/steps.py $(ARGS)

@@ -1,4 +1,4 @@
-"""How far fine-tuning moved a model's features: block by block, against the model before."""
+"""How far fine-tuning moved a model's features, block by block; and what TRED's disentangling found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from hf_ft.fields import OptionError
 from hf_ft.sampling import model_inputs
 from hf_ft.undisturbed import observing
 
-__all__ = ["Distortion", "FeatureDistortionCallback", "feature_distortion", "plot_distortion"]
+__all__ = ["Distortion", "FeatureDistortionCallback", "feature_distortion", "plot_disentangling", "plot_distortion"]
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.get_logger(__name__)
 FEATURES = "features"
@@ -101,11 +104,7 @@ def plot_distortion(results: Mapping[str, Mapping[str, Distortion]], file: str |
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
-    except ImportError as error:
-        raise ImportError('plot_distortion needs matplotlib: pip install "hf-ft[report]"') from error
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = _figure("plot_distortion")
     axes = figure.subplots(1, 2)
     titles = {"cosine": "cosine similarity", "relative_l2": "relative L2 distance"}
     for axis, (field, title) in zip(axes, titles.items(), strict=True):
@@ -116,6 +115,52 @@ def plot_distortion(results: Mapping[str, Mapping[str, Distortion]], file: str |
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(file)
+
+
+def plot_disentangling(info: Mapping[str, Any], file: str | Path) -> None:
+    """Draw the terms of TRED's first stage over its epochs, and what P and N hold of F.
+
+    Args:
+        info: of the measured state, ``trainer.states["tred"].info``.
+        file: to write; its ending says the format.
+
+    Raises:
+        OptionError: nothing was disentangled.
+        ImportError: matplotlib is not installed.
+    """
+    if "history" not in info:
+        raise OptionError("plot_disentangling: the state holds no disentangling (criterion='none').")
+    figure, history, figures = _figure("plot_disentangling"), info["history"], info["figures"]
+    terms, shares = figure.subplots(1, 2)
+    epochs = range(1, len(history) + 1)
+    for name in history[0]:
+        terms.plot(epochs, [epoch[name] for epoch in history], label=name, marker="." if len(history) < 3 else None)
+    terms.set_title("terms of the first stage, unweighted")
+    terms.set_xlabel("epoch")
+    terms.grid(alpha=0.3)
+    terms.legend(fontsize="small")
+    rows = {
+        "norm of P / norm of F": figures["p_share"],
+        "norm of N / norm of F": figures["n_share"],
+        "label's part of the variance of F": figures["f_label"],
+        "of P": figures["p_label"],
+        "of N": figures["n_label"],
+        "error of P + N": figures["reconstruction"],
+    }
+    bars = shares.barh(list(rows), list(rows.values()), color=["C0", "C1", "C7", "C0", "C1", "C3"])
+    shares.bar_label(bars, fmt="%.2f", padding=2)
+    shares.set_xlim(0, 1.15 * max(1.0, *rows.values()))
+    shares.invert_yaxis()
+    shares.set_title(info["verdict"].partition(":")[0] or "sound", color="C3" if info["verdict"] else "C2")
+    figure.savefig(file)
+
+
+def _figure(who: str) -> Figure:
+    try:
+        from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
+    except ImportError as error:
+        raise ImportError(f'{who} needs matplotlib: pip install "hf-ft[report]"') from error
+    return Figure(figsize=(9, 3.5), layout="constrained")
 
 
 class FeatureDistortionCallback(TrainerCallback):

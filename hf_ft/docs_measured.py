@@ -77,10 +77,7 @@ def table_of_frozen(table: Table) -> str:
 
 def table_of_strategies(table: Table, name: str) -> str:
     """A strategy beside its ablations and baselines, from tests/benchmarks/strategies.py."""
-    file = RESULTS / "strategies.jsonl"
-    if not file.exists():
-        return NOT_YET
-    runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    runs = _read_lines("strategies.jsonl")
     parts = []
     for task, (title, other) in TASKS.items():
         rows = [row for row in (_row(runs, task, strategy) for strategy in SHOWN[name]) if row]
@@ -88,6 +85,81 @@ def table_of_strategies(table: Table, name: str) -> str:
             headers = ("strategy", "validation", "test", f"out of distribution ({other})", "rates", "seconds a run")
             parts.append(f"**{title}**\n\n{table(headers, rows)}")
     return "\n\n".join(parts) or NOT_YET
+
+
+REGULARISED = {
+    "digits_5": "Near: digits 0-4 -> 5-9, 5 images a class",
+    "digits_10": "Near: digits 0-4 -> 5-9, 10 images a class",
+    "digits_20": "Near: digits 0-4 -> 5-9, 20 images a class",
+    "poly_50": "Near: ELPV mono -> poly, 50 images",
+    "poly_200": "Near: ELPV mono -> poly, 200 images",
+    "elpv_100": "Far: ImageNet -> ELPV, 100 images",
+    "elpv_500": "Far: ImageNet -> ELPV, 500 images",
+}
+EVAL = "BatchNorm in eval mode: "
+
+
+def table_of_regularisers(table: Table) -> str:
+    """Strategies over tasks, and each one's mean difference from plain fine-tuning, from regularisers.py."""
+    runs = _read_lines("regularisers.jsonl")
+    if not runs:
+        return NOT_YET
+    parts = []
+    names = list(dict.fromkeys(run["strategy"] for run in runs))
+    tasks = [task for task in REGULARISED if any(run["task"] == task for run in runs)]
+    for title, chosen in (
+        ("BatchNorm in train mode, as papers and most users have it", [n for n in names if not n.startswith(EVAL)]),
+        ("BatchNorm in eval mode, on both sides", [n for n in names if n.startswith(EVAL)]),
+    ):
+        rows = [_regularised(runs, name, tasks, chosen[0]) for name in chosen]
+        shown = [t for i, t in enumerate(tasks) if any(row[i + 1] for row in rows)]
+        rows = [(row[0], *(row[tasks.index(t) + 1] for t in shown), row[-1]) for row in rows]
+        parts.append(f"**{title}**\n\n{table(('strategy', *shown, 'mean difference from full'), rows)}")
+    legend = "\n".join(f"- `{task}`: {REGULARISED[task]}." for task in tasks)
+    return "\n\n".join([legend, *parts])
+
+
+def _regularised(runs: list[dict[str, Any]], name: str, tasks: list[str], base: str) -> tuple[str, ...]:
+    cells, differences = [], []
+    for task in tasks:
+        found = {r["seed"]: r["test"] for r in runs if r["task"] == task and r["strategy"] == name and r["final"]}
+        plain = {r["seed"]: r["test"] for r in runs if r["task"] == task and r["strategy"] == base and r["final"]}
+        cells.append(_mean_std(list(found.values())) if found else "")
+        differences += [found[seed] - plain[seed] for seed in found if seed in plain]
+    shown = "" if name == base or not differences else _difference(differences)
+    return (name.removeprefix(EVAL), *cells, shown)
+
+
+def _difference(values: list[float]) -> str:
+    """Mean and standard error, in points."""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{100 * statistics.fmean(values):+.1f} ± {100 * error:.1f} ({len(values)} pairs)"
+
+
+def table_of_disentangling(table: Table) -> str:
+    """What P and N hold of F on the tasks of regularisers.py."""
+    runs = [run for run in _read_lines("regularisers.jsonl") if run["final"] and "disentangled" in run]
+    if not runs:
+        return NOT_YET
+    rows = []
+    for name in dict.fromkeys(run["strategy"] for run in runs if not run["strategy"].startswith(EVAL)):
+        for task in (task for task in REGULARISED if any(r["task"] == task for r in runs)):
+            chosen = [r for r in runs if r["strategy"] == name and r["task"] == task]
+            if chosen:
+                figures = [f"{statistics.fmean(r['disentangled'][key] for r in chosen):.2f}" for key in FIGURES]
+                sound = sum(not r["verdict"] for r in chosen)
+                rows.append((name, task, *figures, f"{sound} of {len(chosen)}"))
+    return table(("strategy", "task", *FIGURES.values(), "sound"), rows)
+
+
+FIGURES = {
+    "p_share": "norm of P / F",
+    "n_share": "norm of N / F",
+    "f_label": "label's part of F",
+    "p_label": "of P",
+    "n_label": "of N",
+    "accuracy": "classifier, train",
+}
 
 
 def _row(runs: list[dict[str, Any]], task: str, strategy: str) -> tuple[str, ...] | None:
@@ -117,6 +189,11 @@ def _where(about: dict[str, Any]) -> str:
         f"torch {about['torch']}, transformers {about['transformers']}, {about['threads']} threads on a CPU; "
         f"{about['geometry']}."
     )
+
+
+def _read_lines(name: str) -> list[dict[str, Any]]:
+    file = RESULTS / name
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def _read(name: str) -> dict[str, Any] | None:

@@ -262,6 +262,8 @@ PLACES: dict[str, Callable[..., str]] = {
     "laws": table_of_laws,
     "steps": lambda page: docs_measured.table_of_steps(_table),
     "frozen": lambda page: docs_measured.table_of_frozen(_table),
+    "regularisers": lambda page: docs_measured.table_of_regularisers(_table),
+    "disentangling": lambda page: docs_measured.table_of_disentangling(_table),
     "measured": lambda page, name: docs_measured.table_of_strategies(_table, name),
 }
 

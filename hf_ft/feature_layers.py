@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from hf_ft.frozen_prefix import module_outputs
 from hf_ft.layers import is_pooling
 from hf_ft.plan import Names
 
+_SHORTCUT = re.compile(r".*\.(?:downsample|shortcut)(?:\..*)?")  # which some define after the main path
 FLAT = 4  # groups that the blocks of a network without stages are cut into
 
 
@@ -54,6 +56,7 @@ def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
             (name, module)
             for name, module in model.named_modules()
             if name not in norms
+            and not _SHORTCUT.fullmatch(name)
             and any(matches(name, part.modules) for part in parts)
             and next(module.parameters(recurse=False), None) is not None
         ]

@@ -9,6 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+__all__ = [
+    "as_positions",
+    "attention_distance",
+    "attention_map",
+    "batch_spectral_shrinkage",
+    "club_upper_bound",
+    "feature_distance",
+    "gaussian_bandwidths",
+    "gaussian_log_likelihood",
+    "l2_sp",
+    "mmd2",
+    "pooled",
+]
+
 
 class _HalfSquaredDistance(torch.autograd.Function):
     """One autograd node for all tensors: a node per tensor costs several passes over memory more."""

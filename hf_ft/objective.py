@@ -166,7 +166,7 @@ class Objective(nn.Module):
     ) -> None:
         """Show the view what its terms' layers gave, and what they gave at the start: as recorded, or computed."""
         hidden = [name for name in states if name in self._live_layers and not states[name].requires_grad]
-        if hidden:
+        if hidden and torch.is_grad_enabled():
             raise OptionError(
                 f"no gradient comes from layer {hidden[0]!r}, which a term of the loss needs. With gradient "
                 "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}."

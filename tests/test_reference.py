@@ -247,6 +247,13 @@ def test_gradient_checkpointing(reentrant, layer, tmp_path):
     same_tensors(snapshot(with_it.model), snapshot(without.model), 1e-6)
 
 
+def test_a_last_batch_of_one_is_looked_at_without_gradients(tmp_path):
+    trainer = make_trainer(tiny_resnet(), BOTH, tmp_path)
+    trainer.train_dataset = trainer.train_dataset.select(range(9))
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
 def test_the_model_itself_is_left_without_hooks(tmp_path):
     model = tiny_resnet()
     train(model, [*BOTH, "bss"], tmp_path)

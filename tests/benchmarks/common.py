@@ -37,7 +37,7 @@ def quiet() -> None:
 
 def train(
     model: Any,
-    config: FTConfig,
+    config: FTConfig | list[FTConfig],
     data: Mapping[str, Cells],
     *,
     epochs: int,
