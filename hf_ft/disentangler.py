@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.functional import as_positions
+from hf_ft.functional import as_positions, wide
 
 Kind = Literal["branches", "mask"]
 
@@ -124,11 +124,6 @@ class _Branch(nn.Module):
 def make_disentangler(kind: Kind, channels: int, non_negative: bool) -> Disentangler:
     """An untrained one, which a trained one's state fits."""
     return (Branches if kind == "branches" else Mask)(channels, non_negative)
-
-
-def wide(values: Tensor) -> Tensor:
-    """At least in float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def valid_positions(positions: Tensor, mask: Tensor | None) -> Tensor:

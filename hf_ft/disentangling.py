@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.collapse import judge
-from hf_ft.disentangler import Disentangler, Kind, Mask, make_disentangler, valid_positions, wide
+from hf_ft.disentangler import Disentangler, Kind, Mask, make_disentangler, valid_positions
 from hf_ft.fields import OptionError
-from hf_ft.functional import as_positions, club_upper_bound, gaussian_log_likelihood, mmd2, pooled
+from hf_ft.functional import as_positions, club_upper_bound, gaussian_log_likelihood, mmd2, pooled, wide
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 Read = Callable[[Sequence[int]], Batch]

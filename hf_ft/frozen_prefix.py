@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_ft.anatomy import Part
+from hf_ft.fields import OptionError
 from hf_ft.plan import covers
 from hf_ft.undisturbed import evaluating
 
+NOT_CALLED = "it is not called in the forward pass, as a list of modules is not. Name a module in it."
 TRIES = 6  # borders tried before giving up; one is enough in nearly all architectures
 Batch = Mapping[str, Any]
 
@@ -120,6 +122,9 @@ def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[
 
     Returns:
         By module name, (B, ...), in evaluation mode and without gradient.
+
+    Raises:
+        OptionError: one of the modules is not called.
     """
     found: dict[str, Tensor] = {}
 
@@ -138,6 +143,9 @@ def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[
     finally:
         for handle in hooks:
             handle.remove()
+    silent = [name for name in borders if name not in found]
+    if silent:
+        raise OptionError(f"layer {silent[0]!r} gave nothing: {NOT_CALLED}")
     return found
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "l2_sp",
     "mmd2",
     "pooled",
+    "wide",
 ]
 
 
@@ -69,6 +70,11 @@ def l2_sp(weights: Sequence[Tensor], starts: Sequence[Tensor] | None = None) -> 
     return _HalfSquaredDistance.apply(starts, *weights)
 
 
+def wide(values: Tensor) -> Tensor:
+    """Values in float32, or in float64 where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 # --- feature maps -----------------------------------------------------------------------------------------
 
 
@@ -112,7 +118,8 @@ def attention_map(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Reference: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017.
     """
-    energy = as_positions(features).square().mean(dim=2)
+    squares = features.square()
+    energy = squares.mean(dim=1).flatten(1) if features.dim() == 4 else as_positions(squares).mean(dim=2)
     return nn.functional.normalize(energy if mask is None else energy * mask.to(energy), dim=1)
 
 
@@ -191,12 +198,12 @@ def batch_spectral_shrinkage(features: Tensor, k: int = 1) -> Tensor:
     Reference: Chen et al., "Catastrophic Forgetting Meets Negative Transfer: Batch Spectral Shrinkage for Safe
     Transfer Learning", NeurIPS 2019.
     """
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    if len(wide) < 2:
-        return (wide * 0.0).sum()
+    features = wide(features)
+    if len(features) < 2:
+        return (features * 0.0).sum()
     # Singular values only: the gradient of singular vectors divides by the gaps between them.
-    values = torch.linalg.svdvals(wide)
-    noise = values.detach()[0] * max(wide.shape) * torch.finfo(wide.dtype).eps  # as for the rank of a matrix
+    values = torch.linalg.svdvals(features)
+    noise = values.detach()[0] * max(features.shape) * torch.finfo(features.dtype).eps  # as for the rank of a matrix
     return torch.where(values > noise, values, 0.0)[-k:].square().sum()
 
 
@@ -253,7 +260,7 @@ def mmd2(x: Tensor, y: Tensor, *, unbiased: bool = False, bandwidths: Tensor | N
     least = 2 if unbiased else 1
     if min(len(x), len(y)) < least:
         raise ValueError(f"mmd2: {least} samples on each side are needed, there are {len(x)} and {len(y)}.")
-    x, y = (sample.to(torch.promote_types(sample.dtype, torch.float32)) for sample in (x, y))
+    x, y = wide(x), wide(y)
     widths = gaussian_bandwidths(x, y) if bandwidths is None else bandwidths.detach()
 
     def mean_kernel(a: Tensor, b: Tensor, without_self: bool = False) -> Tensor:

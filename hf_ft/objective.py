@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hf_ft.anatomy import Part, batch_norms
 from hf_ft.fields import OptionError
-from hf_ft.frozen_prefix import FrozenPrefix
+from hf_ft.frozen_prefix import NOT_CALLED, FrozenPrefix
+from hf_ft.functional import wide
 from hf_ft.plan import Plan, Stage, Term, covers, trained_by
 from hf_ft.reference import Reference, recorded_states
 from hf_ft.taps import Taps
@@ -165,6 +166,9 @@ class Objective(nn.Module):
         device: torch.device,
     ) -> None:
         """Show the view what its terms' layers gave, and what they gave at the start: as recorded, or computed."""
+        absent = [layer for term, _ in weighed for layer in term.layers if layer not in states]
+        if absent:
+            raise OptionError(f"layer {absent[0]!r} gave nothing: {NOT_CALLED}")
         hidden = [name for name in states if name in self._live_layers and not states[name].requires_grad]
         if hidden and torch.is_grad_enabled():
             raise OptionError(
@@ -173,14 +177,14 @@ class Objective(nn.Module):
             )
         wanted = [layer for term, _ in weighed if "reference" in term.needs for layer in term.layers]
         # Text recorded in another batch may have been padded to another length.
-        reference = {name: state for name, state in recorded.items() if state.shape == states[name].shape}
+        reference = {n: state for n, state in recorded.items() if n in states and state.shape == states[n].shape}
         missing = [layer for layer in dict.fromkeys(wanted) if layer not in reference]
         if missing:
             assert self.reference is not None
             reference |= self.reference.states(missing, batch, device)
         view, mask = self._view, batch.get("attention_mask")
-        view.states = {name: state.float() for name, state in states.items()}
-        view.reference = {name: reference[name].float() for name in wanted}
+        view.states = {name: wide(state) for name, state in states.items()}
+        view.reference = {name: wide(reference[name]) for name in wanted}
         view.token_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def enter(self, stage: Stage) -> None:

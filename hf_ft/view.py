@@ -19,7 +19,8 @@ class View:
             from recorded activations.
         outputs: what it returned.
         features: what goes into the head, (B, d), for terms that need ``"features"``.
-        states: what a term's layers gave, by name, in float32: feature maps (B, C, H, W) or token states (B, T, C).
+        states: what a term's layers gave, by name, at least in float32: feature maps (B, C, H, W) or token states
+            (B, T, C).
         reference: what they give in the model as it was at the start, for terms that need ``"reference"``.
         token_mask: (B, T), 0 where a token is padding; None where there is none.
         progress: how much of the run is done, in [0, 1).

@@ -247,6 +247,11 @@ def test_gradient_checkpointing(reentrant, layer, tmp_path):
     same_tensors(snapshot(with_it.model), snapshot(without.model), 1e-6)
 
 
+def test_a_layer_that_is_never_called(tmp_path):
+    with pytest.raises(OptionError, match="'vit.layers' gave nothing"):
+        train(tiny_vit(), DELTAConfig(weights="uniform", layers=("vit.layers",)), tmp_path)
+
+
 def test_a_last_batch_of_one_is_looked_at_without_gradients(tmp_path):
     trainer = make_trainer(tiny_resnet(), BOTH, tmp_path)
     trainer.train_dataset = trainer.train_dataset.select(range(9))

@@ -235,6 +235,8 @@ def test_what_can_never_work(tmp_path):
     make_trainer(tiny_vit(), TREDConfig(criterion="none"), tmp_path / "ok", per_device_train_batch_size=1)
     with pytest.raises(OptionError, match="no module 'stage9'.*default would be resnet.encoder.stages.1.*There are"):
         train(tiny_resnet(), TREDConfig(layer="stage9"), tmp_path / "layer")
+    with pytest.raises(OptionError, match="'resnet.encoder.stages' gave nothing"):
+        train(tiny_resnet(), TREDConfig(layer="resnet.encoder.stages"), tmp_path / "list")
     with pytest.raises(OptionError, match="looks at the data before it plans"):
         TREDConfig().plan(tiny_resnet(), State())
     with pytest.raises(OptionError, match="holds no disentangler"):
