@@ -84,8 +84,11 @@ def parse(text: str, kind: Any, name: str) -> Any:
     Raises:
         OptionError: naming the option, the text, and what it may be.
     """
-    # "none" is a string as well: text comes last.
-    candidates = sorted(typing.get_args(kind), key=lambda k: k is str) if _is_union(kind) else [kind]
+    # "none" is a string as well, and a list of one: what takes any text comes last.
+    takes_any = {str: 2}
+    candidates = [kind]
+    if _is_union(kind):
+        candidates = sorted(typing.get_args(kind), key=lambda k: takes_any.get(k, int(typing.get_origin(k) is tuple)))
     for candidate in candidates:
         try:
             return _parse_one(text, candidate)

@@ -8,6 +8,7 @@ from torch import nn
 
 import hf_ft
 from hf_ft import (
+    DELTAConfig,
     FTConfig,
     FTTrainer,
     FullConfig,
@@ -253,3 +254,8 @@ def test_parse_refuses():
 
 def test_plan_of_nothing_is_plain():
     assert build_plan([FullConfig()], tiny_resnet(), {}).stages == (Stage("train"),)
+
+
+@pytest.mark.parametrize(("text", "value"), [("none", None), ("a.b", ("a.b",)), ("a.b,c", ("a.b", "c"))])
+def test_parse_a_list_or_none(text, value):
+    assert parse(text, annotation(DELTAConfig, "layers"), "layers") == value
