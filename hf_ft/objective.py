@@ -81,7 +81,8 @@ class Objective(nn.Module):
         reference: the model as it was at the start, for terms that compare with it.
 
     Attributes:
-        reference_layers: the layers whose reference states the present stage's terms need.
+        terms: those of the plan's that matter in the present stage.
+        reference_layers: the layers whose reference states these need.
         prefix: where set, batches with ``ACTIVATION`` run only what follows it; others run as always.
         live_parts: the parts from the first on that trains, or whose norms move, in the present stage.
         trained: the parameters that train in it, those of terms too.
@@ -133,7 +134,7 @@ class Objective(nn.Module):
         if not self.training:
             loss, outputs = self.task_loss(self.model, batch)
             return outputs if loss is None else {"loss": loss, **outputs}
-        weighed = [(term, factor) for term in self._terms if (factor := self._factor(term)) != 0.0]
+        weighed = [(term, factor) for term in self.terms if (factor := self._factor(term)) != 0.0]
         layers = tuple(dict.fromkeys(layer for term, _ in weighed for layer in term.layers))
         wants_features = any("features" in term.needs for term, _ in weighed)
         with Taps(self.model, layers, self.parts[-1].modules if wants_features else ()) as taps:
@@ -212,18 +213,18 @@ class Objective(nn.Module):
         first_live = self._first_part({*trained, *moving})
         self.live_parts = self.parts[first_live:]
         self._choose_terms(first_live)
-        layers = {layer for term in self._terms for layer in term.layers}
+        layers = {layer for term in self.terms for layer in term.layers}
         self._live_layers = {layer for layer in layers if self._last(layer) >= first_trained}
         self.train(self.training)
 
     def _choose_terms(self, first_live: int) -> None:
         """The terms that matter in a stage: not those that look at layers before all that changes."""
-        self._terms = [
+        self.terms = [
             term for term in self.plan.terms if not term.layers or any(self._last(x) >= first_live for x in term.layers)
         ]
-        reference = (layer for term in self._terms if "reference" in term.needs for layer in term.layers)
+        reference = (layer for term in self.terms if "reference" in term.needs for layer in term.layers)
         self.reference_layers = tuple(dict.fromkeys(reference))
-        self.wants_inputs = any(term.layers or "inputs" in term.needs for term in self._terms)
+        self.wants_inputs = any(term.layers or "inputs" in term.needs for term in self.terms)
 
     def _last(self, layer: str) -> int:
         """The index of the last part that a layer is in, or that is in it; just before the head where none is."""

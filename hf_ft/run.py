@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
+from transformers.utils import logging
 
 from hf_ft.anatomy import Part, anatomy, norm_layers
 from hf_ft.config import Context, FTConfig, State, build_plan, resolve, shared_option
@@ -19,6 +20,8 @@ from hf_ft.groups import ever_trained, split_groups, stage_scheduler
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, covers, stage_borders, stage_index
 from hf_ft.reference import Reference
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,13 @@ class Run:
         objective = Objective(
             self.model, self.plan, self.parts, self.trainable, self.anchors, task_loss, self.reference
         )
-        objective.enter(self.plan.stages[0])
+        used: set[str] = set()
+        for stage in reversed(self.plan.stages):  # the first one comes last
+            objective.enter(stage)
+            used |= {term.name for term in objective.terms}
+        idle = [term.name for term in self.plan.terms if term.name not in used]
+        if idle:
+            logger.warning_once(f"{', '.join(idle)}: all that this compares is frozen in every stage; it does nothing.")
         trained = set(self.trained)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)

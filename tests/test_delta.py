@@ -59,7 +59,7 @@ def test_terms_are_the_formula(make, reduction):
             for c in range(channels):
                 distance = sum(float(d) ** 2 for d in now[sample, c] - before[sample, c])
                 total += channels * float(a[c]) * distance / positions / (batch if reduction == "mean" else 1)
-    head = sum(float(p.double().square().sum()) for p in model.classifier.parameters())
+    head = sum(float(p.detach().double().square().sum()) for p in model.classifier.parameters())
     assert terms["delta"] == pytest.approx(0.3 * total / 2, rel=1e-5) and total > 0
     assert terms["delta_head"] == pytest.approx(0.7 / 2 * head, rel=1e-5)
 

@@ -10,10 +10,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from hf_ft import disentangling as stage
 from hf_ft.collapse import judge
-from hf_ft.disentangler import Branches, Mask
-from hf_ft.disentangling import Conditional, Disentangled, Weights, disentangle
+from hf_ft.disentangler import Branches, Disentangler, Mask, make_disentangler
+from hf_ft.disentangling import Disentangled, _figures, disentangle
+from hf_ft.disentangling_loss import ClassMoments, Conditional, DisentanglingLoss, Weights, class_variances
 from hf_ft.fields import OptionError
 from hf_ft.functional import pooled
 
@@ -159,10 +159,10 @@ def test_many_channels_and_few_samples(kind):
 # --- the objective ----------------------------------------------------------------------------------------
 
 
-def objective(features: Tensor, labels: Tensor, module=None, weights: Weights | None = None) -> stage.Objective:
-    moments = stage.ClassMoments(int(labels.max()) + 1)
+def objective(features: Tensor, labels: Tensor, module=None, weights: Weights | None = None) -> DisentanglingLoss:
+    moments = ClassMoments(int(labels.max()) + 1)
     moments.add(pooled(features), labels)
-    return stage.Objective(module or Mask(features.shape[1]), moments, weights or Weights(), lr=0.1)
+    return DisentanglingLoss(module or Mask(features.shape[1]), moments, weights or Weights(), lr=0.1)
 
 
 def test_the_terms_of_l1_by_an_independent_computation():
@@ -225,9 +225,9 @@ def test_class_variances_are_unbiased_in_small_batches():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (8000,), generator=generator)
     values = 2 * torch.randn(5, 3, generator=generator)[labels] + torch.randn(8000, 3, generator=generator)
-    moments = stage.ClassMoments(5)
+    moments = ClassMoments(5)
     moments.add(values, labels)
-    batches = [stage.class_variances(*batch) for batch in zip(values.split(8), labels.split(8), strict=True)]
+    batches = [class_variances(*batch) for batch in zip(values.split(8), labels.split(8), strict=True)]
     within, between = np.mean([[float(x) for x in pair] for pair in batches], axis=0)
     assert within == pytest.approx(float(moments.within.sum()), rel=0.05)
     assert between == pytest.approx(float(moments.between.sum()), rel=0.1)
@@ -235,7 +235,7 @@ def test_class_variances_are_unbiased_in_small_batches():
 
 def test_batches_without_pairs_tell_nothing():
     for labels in (torch.arange(4), torch.zeros(4)):
-        assert [float(x) for x in stage.class_variances(torch.randn(4, 3), labels)] == [0, 0]
+        assert [float(x) for x in class_variances(torch.randn(4, 3), labels)] == [0, 0]
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
@@ -299,7 +299,7 @@ def test_a_state_fits_a_new_module_and_carries_the_scale():
     features, labels, _ = synthetic(0)
     for kind in ("mask", "branches"):
         module = learn(features, labels, samples=64, kind=kind, epochs=1).module
-        copy = stage.make_disentangler(kind, 32, module.non_negative).eval()
+        copy = make_disentangler(kind, 32, module.non_negative).eval()
         copy.load_state_dict(module.state_dict())
         assert "scale" in module.state_dict() and float(copy.scale) != 1
         assert torch.equal(copy(features[:5])[0], module(features[:5])[0])
@@ -363,7 +363,7 @@ def test_figures_of_constructed_collapses(logit, bias, verdict):
     features, labels, _ = synthetic(0)
     x, y = features[:100], labels[:100]
     if logit is not None:
-        module: stage.Disentangler = Mask(32)
+        module: Disentangler = Mask(32)
         module.logits.data.fill_(logit)
     else:
         # What a network with negative features can do: P = F + c and N = -c.
@@ -375,9 +375,9 @@ def test_figures_of_constructed_collapses(logit, bias, verdict):
         module.p.norm.bias.data.mul_(2).add_(bias)
         module.n.norm.bias.data.fill_(-bias)
     found = objective(x, y, module.eval())
-    moments = stage.ClassMoments(CLASSES)
+    moments = ClassMoments(CLASSES)
     moments.add(pooled(x), y)
-    figures = stage._figures(found, moments, iter([(x, y, None)]))
+    figures = _figures(found, moments, iter([(x, y, None)]))
     assert figures["reconstruction"] < 1e-3
     assert judge(figures).startswith(verdict)
 
@@ -402,7 +402,7 @@ def test_an_offset_gains_nothing_where_features_are_negative():
     x, y = features[:40], labels[:40]
     for non_negative in (False, True):
         module = Branches(32, non_negative).eval()
-        before = float(objective(x, y, module).terms(x, y, None)["mmd2"])
+        before = objective(x, y, module).terms(x, y, None)["mmd2"].item()
         module.p.norm.bias.data.add_(5)
         module.n.norm.bias.data.sub_(5)
         after = float(objective(x, y, module).terms(x, y, None)["mmd2"])

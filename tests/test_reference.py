@@ -247,6 +247,17 @@ def test_gradient_checkpointing(reentrant, layer, tmp_path):
     same_tensors(snapshot(with_it.model), snapshot(without.model), 1e-6)
 
 
+def test_terms_of_what_is_frozen_throughout_are_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_ft.run.logger.warning_once", said.append)
+    trainer = train(tiny_vit(), ["linear_probe", UNIFORM], tmp_path)
+    assert said and all("delta: all that this compares is frozen" in text for text in said)
+    assert not any("loss/delta" in entry for entry in trainer.state.log_history)
+    said.clear()
+    train(tiny_vit(), ["lp_ft", UNIFORM], tmp_path)
+    assert not said
+
+
 def test_a_layer_that_is_never_called(tmp_path):
     with pytest.raises(OptionError, match="'vit.layers' gave nothing"):
         train(tiny_vit(), DELTAConfig(weights="uniform", layers=("vit.layers",)), tmp_path)

@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State
 from hf_ft.disentangler import Disentangler, make_disentangler
-from hf_ft.disentangling import Disentangled, Weights, disentangle
+from hf_ft.disentangling import Disentangled, disentangle
+from hf_ft.disentangling_loss import Weights
 from hf_ft.feature_layers import last_feature_map, layers_of
 from hf_ft.fields import OptionError, option
 from hf_ft.functional import feature_distance
