@@ -1,9 +1,11 @@
-"""Every registered strategy keeps every law."""
+"""Every strategy keeps every law, and trains under bfloat16 autocast."""
+
+import math
 
 import pytest
 
 from hf_ft.docs_tables import documented
-from hf_ft.testing import LAWS, suited, tiny_bert, tiny_resnet, tiny_vit
+from hf_ft.testing import LAWS, suited, tiny_bert, tiny_resnet, tiny_vit, train
 
 # A search as long as the default takes most of the time here, and shows no more.
 OPTIONS = {"blockwise": {"search_epochs": 1, "storage": "memory", "baselines": False}}
@@ -15,3 +17,13 @@ OPTIONS = {"blockwise": {"search_epochs": 1, "storage": "memory", "baselines": F
 def test_law(name, make, law, tmp_path):
     config = documented()[name](**OPTIONS.get(name, {}))
     LAWS[law](suited(config, make()), make, tmp_path)
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
+@pytest.mark.parametrize("name", documented())
+def test_bfloat16_autocast(name, make, tmp_path):
+    config = documented()[name](**OPTIONS.get(name, {}))
+    trainer = train(make(), suited(config, make()), tmp_path, bf16=True, max_steps=6, learning_rate=1e-3)
+    losses = [value for entry in trainer.state.log_history for key, value in entry.items() if key.startswith("loss")]
+    assert losses and all(map(math.isfinite, losses))
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())

@@ -1,6 +1,7 @@
 """The reference model: one frozen copy outside of the module tree, whose states are computed once where they can be."""
 
 import gc
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from hf_ft.reference import REFERENCE, Reference
 from hf_ft.registry import register
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from hf_ft.zoo import SHORT_NAMES, load_model
 
 # Slow, so that the last digits in which a batch of another size differs do not grow.
 LONG = {"max_steps": 12, "optim": "sgd", "learning_rate": 1e-3}
@@ -274,3 +276,29 @@ def test_the_model_itself_is_left_without_hooks(tmp_path):
     model = tiny_resnet()
     train(model, [*BOTH, "bss"], tmp_path)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Module))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet-lite0"])
+def test_on_real_networks(name, tmp_path):
+    """Terms are 0 at the start in eval mode, and train the same with and without recorded states."""
+    package = SHORT_NAMES[name].requirement.partition("==")[0].replace("-", "_")
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    strategy = [DELTAConfig(weights="uniform", alpha=1e-3), AttentionTransferConfig(beta=1.0), "bss"]
+    random = torch.Generator().manual_seed(0)
+    data = [{"pixel_values": torch.randn(3, 64, 64, generator=random), "labels": i % 2} for i in range(24)]
+    weights = []
+    for use in ("never", "always"):
+        model, _ = load_model(name, num_labels=2, image_size=64)
+        args = tiny_arguments(tmp_path / use, max_steps=4, optim="sgd", learning_rate=1e-4)
+        trainer = FTTrainer(model, args, strategy=strategy, train_dataset=data, frozen_cache=use)
+        objective = trainer._start_run().objective()
+        objective.model.eval()
+        batch = {"pixel_values": torch.stack([d["pixel_values"] for d in data[:4]]), "labels": torch.zeros(4).long()}
+        terms = objective(**batch)["terms"]
+        assert terms["delta"].item() == terms["attention_transfer"].item() == 0.0 < terms["bss"].item()
+        trainer.train()
+        weights.append(snapshot(trainer.model))
+    for key, value in weights[0].items():
+        same_tensors({key: value}, {key: weights[1][key]}, 1e-4 * max(1.0, float(value.double().abs().max())))

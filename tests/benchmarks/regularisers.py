@@ -33,6 +33,7 @@ from hf_ft import (
     DELTAConfig,
     FullConfig,
     L2SPConfig,
+    LinearProbeConfig,
     TREDConfig,
 )
 from hf_ft.config import FTConfig, State
@@ -64,6 +65,7 @@ def _tred(criterion: Literal["max_mmd", "min_mi", "both", "none"], **options: An
 # strategy -> the config of a weight, the range of that
 STRATEGIES: dict[str, tuple[Make, tuple[float, float]]] = {
     "full": (lambda _: FullConfig(), (1.0, 10.0)),  # its trials are of rates alone
+    "linear_probe": (lambda _: LinearProbeConfig(), (1.0, 10.0)),  # how far the frozen features go
     "l2_sp": (lambda alpha: L2SPConfig(alpha=alpha), (1e-3, 1.0)),
     "attention_transfer": (lambda beta: AttentionTransferConfig(beta=beta), (10.0, 1e4)),
     "delta": (lambda alpha: DELTAConfig(alpha=alpha), (1e-3, 1.0)),
