@@ -101,7 +101,7 @@ def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None
     Raises:
         AnatomyError: no head or no blocks are found, or the arguments match nothing or overlap.
     """
-    base, prefix = _unwrap(model)
+    base, prefix = unwrap(model)
     backbone = _backbone(base)
     head_names = _find_head(base, backbone, head)
     groups = _find_blocks(base, backbone, head_names, blocks)
@@ -187,7 +187,7 @@ def _children(model: nn.Module) -> str:
     return f"{type(model).__name__} has the top-level children: {', '.join(found) or 'none'}"
 
 
-def _unwrap(model: nn.Module) -> tuple[nn.Module, str]:
+def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
     """The model inside a PeftModel, and the prefix its names have there ('base_model.model.' for LoRA)."""
     if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
         return model, ""

@@ -73,7 +73,9 @@ class CachedStages:
         if rows is None:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)  # type: ignore[misc]
         sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        collate, self.data_collator = self.data_collator, StagedCollator(self.data_collator, rows)
+        collate = self.data_collator
+        cleaned = self._get_collator_with_removed_columns(collate, description=description)
+        self.data_collator = StagedCollator(cleaned, rows)
         try:
             return super()._get_dataloader(rows, description, batch_size, sampler, is_training, dataloader_key)  # type: ignore[misc]
         finally:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 from hf_ft.anatomy import Part
@@ -23,6 +24,7 @@ from hf_ft.config import Context, FTConfig
 from hf_ft.fields import OptionError
 from hf_ft.fit import Batches, fit
 from hf_ft.frozen_prefix import FrozenPrefix, activations, find_prefix
+from hf_ft.objective import as_dict
 from hf_ft.plan import Names, Plan, Stage, compose, covers
 from hf_ft.recordings import Recordings
 from hf_ft.run import start
@@ -72,12 +74,14 @@ def channel_weights(
         read = [context.samples.read(rows) for rows in chosen]
         parts = config.anatomy(probe).parts
         growths = {layer: _growth(probe, layer, parts, read, context) for layer in layers}
-    return {layer: attention_weights(growth.double()).float().cpu() for layer, growth in growths.items()}
+    return {layer: attention_weights(growth.cpu().double()).float() for layer, growth in growths.items()}
 
 
 def _with_trained_head(model: nn.Module, config: FTConfig, context: Context, epochs: int, lr: float) -> nn.Module:
     probe = copy.deepcopy(model)
     head = config.anatomy(probe).head.modules
+    if not any(parameter.requires_grad for name in head for parameter in probe.get_submodule(name).parameters()):
+        return probe  # frozen, so that it is the one to come
     run = start((config,), probe, compose([Plan(stages=(Stage("head", trains=head),))]), {})
     recipe = dataclasses.replace(context.recipe, learning_rate=lr, batch_size=context.recipe.batch_size * context.ranks)
     recordings = Recordings(model, context.samples, context.frozen_cache, recipe.computing)
@@ -90,7 +94,7 @@ def _with_trained_head(model: nn.Module, config: FTConfig, context: Context, epo
 def _growth(model: nn.Module, layer: str, parts: Sequence[Part], read: Sequence[Batch], context: Context) -> Tensor:
     """By how much the mean loss over the batches grows without each channel, (C,). Processes share the channels."""
     suffix = _Suffix(model, layer, parts, read[0])
-    channels, total = suffix.channels, torch.zeros(suffix.channels, device=context.device, dtype=torch.float64)
+    channels, total = suffix.channels, torch.zeros(suffix.channels, device=context.device)
     bar = tqdm(total=len(read), desc=f"Weighing {layer}", disable=not context.progress, leave=False)
     for batch in read:
         rows = len(batch["labels"])
@@ -100,7 +104,7 @@ def _growth(model: nn.Module, layer: str, parts: Sequence[Part], read: Sequence[
         mine = list(range(context.rank, channels, context.ranks))
         for begin in range(0, len(mine), together):
             some = mine[begin : begin + together]
-            total[some] += (suffix.losses(batch, at_border, some) - whole).double()
+            total[some] += suffix.losses(batch, at_border, some) - whole
         bar.update()
     bar.close()
     return context.reduce(total) / len(read)
@@ -132,19 +136,20 @@ class _Suffix:
         labels = repeated.pop("labels")
 
         def leave_out(module: nn.Module, inputs: Any, output: Any) -> Any:
-            state = output[0] if isinstance(output, tuple) else output
-            state = state.clone()
+            leaves, structure = tree_flatten(output)
+            first = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+            leaves[first] = leaves[first].clone()
             for number, channel in enumerate(left_out):
                 if channel >= 0:
-                    state[number * rows : (number + 1) * rows].select(self.dim, channel).zero_()
-            return (state, *output[1:]) if isinstance(output, tuple) else state
+                    leaves[first][number * rows : (number + 1) * rows].select(self.dim, channel).zero_()
+            return tree_unflatten(leaves, structure)
 
         handle = self.model.get_submodule(self.layer).register_forward_hook(leave_out)
         try:
             if self.prefix is None or at_border is None:
-                outputs = self.model(**repeated)
+                outputs = as_dict(self.model(**repeated))
             else:
-                outputs = self.prefix(_repeat(at_border, copies), repeated)
+                outputs = as_dict(self.prefix(_repeat(at_border, copies), repeated))
         finally:
             handle.remove()
         logits = outputs["logits"].float()

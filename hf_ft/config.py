@@ -144,6 +144,13 @@ class FTConfig(PushToHubMixin):
             OptionError: naming the argument, its value and the fix.
         """
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that the options do not fit, as far as can be told without looking at the data.
+
+        Raises:
+            OptionError: naming the option, its value and the fix.
+        """
+
     def measure(self, model: nn.Module, context: Context) -> State:
         """Look at the data once, before training. The model comes back as it was."""
         return State()

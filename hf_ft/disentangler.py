@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hf_ft.functional import as_positions, wide
 
 Kind = Literal["branches", "mask"]
+# A gate below this lets through 1/400 of a channel's energy, all of which a probe that rescales channels would read.
+CLOSED = 0.05
 
 
 class Disentangler(nn.Module):
@@ -43,9 +45,14 @@ class Disentangler(nn.Module):
                     f"the disentangler is for {self.channels} channels, the features {tuple(features.shape)} have "
                     f"{positions.shape[-1]}: it must be of the same layer of the same architecture."
                 )
-            valid = valid_positions(positions, mask)
-            p, n = self.split(positions[valid])
-            return _laid_out(p * self.scale, valid, features), _laid_out(n * self.scale, valid, features)
+            if mask is not None and self.training:  # BatchNorm must not see padding
+                valid = valid_positions(positions, mask)
+                parts = [_scattered(part, valid) for part in self.split(positions[valid])]
+            else:  # without a choice of rows, for which a GPU would have to wait
+                parts = [part.reshape(positions.shape) for part in self.split(positions.flatten(0, 1))]
+                parts = parts if mask is None else [part * mask.to(part)[..., None] for part in parts]
+            p, n = (_laid_out(part * self.scale, features) for part in parts)
+            return p, n
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """P and N of (positions, C)."""
@@ -59,7 +66,10 @@ class Disentangler(nn.Module):
 
 
 class Mask(Disentangler):
-    """One gate a channel, m = sigmoid(a): P = m F and N = F - P. It starts at 1/2."""
+    """One gate a channel, m = sigmoid(a): P = m F and N = F - P.
+
+    Gates start at 1/2. In the end those that are nearly closed are shut.
+    """
 
     def __init__(self, channels: int, non_negative: bool = True) -> None:
         super().__init__(channels, non_negative)
@@ -68,6 +78,10 @@ class Mask(Disentangler):
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         p = self.logits.sigmoid() * rows
         return p, rows - p
+
+    @torch.no_grad()
+    def settle(self, mean: Tensor, covariance: Tensor) -> None:
+        self.logits[self.logits.sigmoid() < CLOSED] = -torch.inf
 
 
 class Branches(Disentangler):
@@ -133,7 +147,11 @@ def valid_positions(positions: Tensor, mask: Tensor | None) -> Tensor:
     return mask.to(positions.device).bool()
 
 
-def _laid_out(rows: Tensor, valid: Tensor, like: Tensor) -> Tensor:
+def _scattered(rows: Tensor, valid: Tensor) -> Tensor:
     positions = rows.new_zeros(*valid.shape, rows.shape[-1])
     positions[valid] = rows
+    return positions
+
+
+def _laid_out(positions: Tensor, like: Tensor) -> Tensor:
     return positions.transpose(1, 2).reshape(like.shape) if like.dim() == 4 else positions

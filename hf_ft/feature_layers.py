@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from hf_ft.anatomy import Anatomy, matches, norm_layers
+from hf_ft.anatomy import Anatomy, matches, norm_layers, unwrap
 from hf_ft.fields import OptionError
 from hf_ft.frozen_prefix import module_outputs
 from hf_ft.layers import is_pooling
@@ -22,12 +23,17 @@ FLAT = 4  # groups that the blocks of a network without stages are cut into
 def layers_of(model: nn.Module, wanted: Sequence[str] | None, default: Callable[[], Names]) -> Names:
     """The named layers, or the default ones.
 
+    Args:
+        wanted: names of modules; those of a model in a PeftModel with or without PEFT's prefix.
+
     Raises:
         OptionError: none is named, or one that the model does not have; those that it has are listed.
     """
     if wanted is None:
         return default()
     known = [name for name, _ in model.named_modules() if name]
+    prefix = unwrap(model)[1]
+    wanted = tuple(prefix + name if name not in known and prefix + name in known else name for name in wanted)
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         usual = ", ".join(default())
@@ -35,7 +41,7 @@ def layers_of(model: nn.Module, wanted: Sequence[str] | None, default: Callable[
             f"layers={tuple(wanted)!r}: the model has no module {', '.join(map(repr, unknown)) or '()'}. The default "
             f"would be {usual}. There are: {', '.join(known)}."
         )
-    return tuple(wanted)
+    return wanted
 
 
 def stage_outputs(found: Anatomy) -> Names:
@@ -49,16 +55,20 @@ def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
     Where the last layer with weights is no convolution (ViT, Swin, ConvNeXt, BERT), the stage's last block.
     """
     norms = {name for name, _ in norm_layers(model)}
+    adapted = {
+        name: module.get_base_layer() for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
     layers = []
     for number, stage in enumerate(_stages(found)):
         parts = [found.blocks[stage[-1]]] + ([found.neck] if number == len(_stages(found)) - 1 else [])
         weights = [
-            (name, module)
+            (name, adapted.get(name, module))
             for name, module in model.named_modules()
             if name not in norms
+            and not any(name.startswith(f"{layer}.") for layer in adapted)  # an adapter and its layer are one
             and not _SHORTCUT.fullmatch(name)
             and any(matches(name, part.modules) for part in parts)
-            and next(module.parameters(recurse=False), None) is not None
+            and next(adapted.get(name, module).parameters(recurse=False), None) is not None
         ]
         name, module = weights[-1] if weights else ("", None)
         layers.append(name if isinstance(module, _ConvNd) else found.blocks[stage[-1]].modules[-1])

@@ -14,7 +14,7 @@ from hf_ft.frozen_prefix import NOT_CALLED, FrozenPrefix
 from hf_ft.functional import wide
 from hf_ft.plan import Plan, Stage, Term, covers, trained_by
 from hf_ft.reference import Reference, recorded_states
-from hf_ft.taps import Taps
+from hf_ft.taps import Taps, token_mask
 from hf_ft.view import View
 
 
@@ -43,10 +43,10 @@ class TaskLoss:
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
         own_loss = not (self.label_smoother or self.compute_loss_func or self.class_weights is not None)
         if own_loss or batch.get("labels") is None:
-            outputs = _as_dict(model(**batch))
+            outputs = as_dict(model(**batch))
             return outputs.pop("loss", None), outputs
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        outputs = _as_dict(model(**inputs))
+        outputs = as_dict(model(**inputs))
         return self._loss(outputs, batch["labels"]), outputs
 
     def _loss(self, outputs: dict[str, Any], labels: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class Objective(nn.Module):
         if absent:
             raise OptionError(f"layer {absent[0]!r} gave nothing: {NOT_CALLED}")
         hidden = [name for name in states if name in self._live_layers and not states[name].requires_grad]
-        if hidden and torch.is_grad_enabled():
+        if hidden and torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
             raise OptionError(
                 f"no gradient comes from layer {hidden[0]!r}, which a term of the loss needs. With gradient "
                 "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}."
@@ -183,10 +183,10 @@ class Objective(nn.Module):
         if missing:
             assert self.reference is not None
             reference |= self.reference.states(missing, batch, device)
-        view, mask = self._view, batch.get("attention_mask")
+        view = self._view
         view.states = {name: wide(state) for name, state in states.items()}
         view.reference = {name: wide(reference[name]) for name in wanted}
-        view.token_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        view.token_mask = token_mask(batch, states.values())
 
     def enter(self, stage: Stage) -> None:
         """Make this stage's parameters train, and no others; choose what runs in eval mode."""
@@ -268,7 +268,7 @@ class Objective(nn.Module):
         return next((index for index, found in enumerate(holds) if found), len(self.parts))
 
 
-def _as_dict(outputs: Any) -> dict[str, Any]:
+def as_dict(outputs: Any) -> dict[str, Any]:
     """Model outputs as a dictionary, tuples (``return_dict=False``) as well."""
     if isinstance(outputs, Mapping):
         return dict(outputs)

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from hf_ft.config import Context
 from hf_ft.frozen_prefix import activations
 from hf_ft.row_cache import Columns, RowsDiffer, RowStore, fill
+from hf_ft.taps import token_mask
 from hf_ft.undisturbed import random_states_kept
 
 logger = logging.get_logger(__name__)
@@ -44,8 +45,12 @@ class RecordedFeatures:
             logger.warning(f"The features of {layer} are computed in every step: {error}.")
 
     def __call__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features (B, C, H, W) or (B, T, C), labels (B,), and the mask (B, T) of valid tokens where there is one."""
+        """Features (B, C, H, W) or (B, T, C), labels (B,), and the mask (B, T) of valid tokens where there is one.
+
+        All on the model's device.
+        """
         columns = self._compute(rows) if self._store is None else self._store.take(torch.tensor(rows))
+        columns = {name: column.to(self.context.device) for name, column in columns.items()}
         return columns["features"], columns["labels"], columns.get("mask")
 
     def _all(self) -> Iterator[tuple[Tensor, Columns]]:
@@ -60,7 +65,7 @@ class RecordedFeatures:
                 "features": activations(self.model, [self.layer], batch)[self.layer].cpu(),
                 "labels": batch["labels"].cpu(),
             }
-        mask = batch.get("attention_mask")
-        if isinstance(mask, Tensor) and columns["features"].dim() == 3:
+        mask = token_mask(batch, [columns["features"]])
+        if mask is not None:
             columns["mask"] = mask.cpu()
         return columns

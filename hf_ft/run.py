@@ -189,6 +189,8 @@ def check(
     """The plan, with everything that can be told wrong before training told."""
     if not trainable:
         raise OptionError("every parameter of the model is frozen (requires_grad=False): nothing could train.")
+    for config in configs:
+        config.check_model(model)
     plan = build_plan(configs, model, states)
     ever_trained(plan, model, trainable)  # raises where a stage's names match nothing
     _parts(configs, model, plan, trainable)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
+
+from hf_ft.fields import OptionError
 
 
 class Taps:
@@ -28,6 +30,7 @@ class Taps:
         self.states: dict[str, Tensor] = {}
         self.features: Tensor | None = None
         self._handles: list[RemovableHandle] = []
+        self._versions: dict[str, int] = {}
 
     def __enter__(self) -> Taps:
         for name in self.layers:
@@ -42,13 +45,37 @@ class Taps:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for name, state in self.states.items():
+            if state._version != self._versions[name] and error[0] is None:
+                raise OptionError(
+                    f"layer {name!r}: what it gives is changed in place afterwards (a shortcut is added to it, say), "
+                    "so that it cannot be compared. Name the block that it is in."
+                )
 
     def _keeper(self, name: str) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            if name in self.states:
+                raise OptionError(
+                    f"layer {name!r} is called several times in a forward pass (weights that are shared), and has no "
+                    "one output to compare. Name another layer, or use L2SPConfig, which compares weights."
+                )
             self.states[name] = next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+            self._versions[name] = self.states[name]._version
 
         return keep
 
     def _keep_features(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.features is None:
             self.features = inputs[0].flatten(1) if inputs[0].dim() == 4 else inputs[0]
+
+
+def token_mask(batch: Mapping[str, Any], states: Iterable[Tensor]) -> Tensor | None:
+    """Which tokens of the states (B, T, C) are no padding, (B, T); None where a batch does not say, and for maps.
+
+    Tokens that a prompt puts before the text are none.
+    """
+    mask = batch.get("attention_mask")
+    tokens = next((state.shape[1] for state in states if state.dim() == 3), None)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or tokens < mask.shape[1]:
+        return None
+    return nn.functional.pad(mask, (tokens - mask.shape[1], 0), value=1)

@@ -25,7 +25,7 @@ from hf_ft.context import measuring_context
 from hf_ft.fields import OptionError
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler
 from hf_ft.model_card import WritesCard, write_card
-from hf_ft.objective import Objective, TaskLoss
+from hf_ft.objective import ACTIVATION, Objective, TaskLoss
 from hf_ft.plan import Plan, covers, stage_borders, stage_index
 from hf_ft.preflight import (
     check_arguments,
@@ -34,6 +34,7 @@ from hf_ft.preflight import (
     class_weights_of,
     warn_recommended,
 )
+from hf_ft.reference import REFERENCE
 from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, check, schedule_curve, set_up
 from hf_ft.whole_checkpoints import WholeCheckpoints
@@ -288,7 +289,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         outputs = model(**self._in_present_form(inputs))
         if outputs.get("loss") is None:
             raise ValueError(
-                f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(inputs)}. "
+                f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(_users(inputs))}. "
                 "Is there a column of labels in the data set (see args.label_names)?"
             )
         self._logged.add(outputs.pop("terms", None))
@@ -377,6 +378,8 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
 
     def _early_checks(self, model: nn.Module, args: TrainingArguments, scheduler: Any) -> None:
         """Tell in ``__init__`` whatever can be told without looking at the data."""
+        for config in self.configs:
+            config.check_model(model)
         if any(config.measures() for config in self.configs):
             return
         trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -439,6 +442,11 @@ class _TermLog:
         values = accelerator.reduce(means, reduction="mean").tolist()
         names, self.sums, self.count = list(self.sums), None, 0
         return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def _users(inputs: Mapping[str, Any]) -> list[str]:
+    """The columns of a batch that come from the user's data."""
+    return [name for name in inputs if not name.startswith((REFERENCE, ACTIVATION))]
 
 
 @dataclass(frozen=True)

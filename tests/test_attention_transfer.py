@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,4 +81,5 @@ def test_features_that_are_all_zero_or_constant_give_no_nan(tmp_path):
             block.bias.zero_()
         model.resnet.embedder.embedder.convolution.weight.zero_()
     trainer = train(model, AttentionTransferConfig(), tmp_path)
+    assert np.isfinite([e["loss/attention_transfer"] for e in trainer.state.log_history if "loss" in e]).all()
     assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_ft import DELTAConfig, LPFTConfig, OptionError, State, set_up
-from hf_ft.channel_weights import _Suffix, attention_weights
+from hf_ft import DELTAConfig, LPFTConfig, OptionError, State, TREDConfig, set_up
+from hf_ft.channel_weights import _growth, _Suffix, attention_weights
 from hf_ft.config import load_configs
 from hf_ft.frozen_prefix import activations
 from hf_ft.testing import TINY_MODELS, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
@@ -121,18 +122,20 @@ def test_measured_weights(make, tmp_path):
         assert 0.5 / len(weights) < float(weights.min()) < float(weights.max()) < 3 / len(weights)
 
 
-def test_a_channel_that_matters_weighs_most(tmp_path):
-    """All but one channel of the last convolution are cut off behind it."""
+def test_growth_is_the_loss_without_a_channel_less_the_loss(tmp_path):
+    """Over all batches, for each channel; the sign counts: what is missed most weighs most."""
     model = tiny_resnet()
     layer = DELTAConfig()._layers(model)[-1]
-    block = model.resnet.encoder.stages[1].layers[1]
+    batches = [tiny_inputs(model, 6, seed) for seed in range(2)]
+    context = make_trainer(model, DELTAConfig(), tmp_path).context()
     with torch.no_grad():
-        block.layer[1].normalization.weight.zero_()
-        block.layer[1].normalization.weight[5] = 8.0
-    weights = make_trainer(model, DELTAConfig(), tmp_path)._states()["delta"].tensors[layer]
-    assert int(weights.argmax()) == 5 or int(weights.argmin()) == 5
-    others = weights[torch.arange(16) != 5]
-    assert float(others.std()) < 1e-6 < abs(float(weights[5] - others.mean()))
+        growth = _growth(model, layer, DELTAConfig().anatomy(model).parts, batches, context)
+        for channel in range(16):
+            without = zeroed(model, layer, channel)
+            expected = sum(float(without(**b).loss - model(**b).loss) for b in batches) / 2
+            assert float(growth[channel]) == pytest.approx(expected, abs=2e-6), channel
+    weights = attention_weights(growth)
+    assert int(weights.argmax()) == int(growth.argmax()) and float(growth.abs().max()) > 1e-4
 
 
 def test_measuring_leaves_the_model_and_options_are_kept(tmp_path):
@@ -147,6 +150,38 @@ def test_measuring_leaves_the_model_and_options_are_kept(tmp_path):
 def test_alpha_zero_measures_nothing():
     config = DELTAConfig(alpha=0.0)
     assert not config.measures() and [t.name for t in config.plan(tiny_resnet(), State()).terms] == ["delta_head"]
+
+
+def test_an_adapter_and_its_layer_are_one():
+    """On a LoRA model the same feature maps are compared, and names may leave PEFT's prefix out."""
+    tuner = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["classifier"])
+    adapted = get_peft_model(tiny_resnet(), tuner)
+    prefix = "base_model.model."
+    assert DELTAConfig()._layers(adapted) == tuple(prefix + name for name in DELTAConfig()._layers(tiny_resnet()))
+    named = DELTAConfig(layers=("resnet.encoder.stages.1",))._layers(adapted)
+    assert named == (prefix + "resnet.encoder.stages.1",)
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": ("resnet.encoder",)}])
+def test_tuples_and_model_outputs(options, tmp_path):
+    """A model that returns tuples, and a layer that returns an output with several fields."""
+    model = tiny_resnet()
+    model.config.return_dict = False
+    weights = train(model, DELTAConfig(**options), tmp_path).states["delta"].tensors
+    assert all(float(w.sum()) == pytest.approx(1, abs=1e-5) for w in weights.values())
+
+
+def test_a_frozen_head_is_the_one_to_come(tmp_path):
+    tuner = LoraConfig(r=2, target_modules=["convolution"])
+    trainer = train(get_peft_model(tiny_resnet(), tuner), DELTAConfig(), tmp_path)
+    assert len(trainer.states["delta"].tensors) == 2
+
+
+def test_layers_are_checked_when_the_trainer_is_made(tmp_path):
+    for config in (DELTAConfig(layers=("stage9",)), TREDConfig(layer="stage9")):
+        with pytest.raises(OptionError, match="no module 'stage9'"):
+            make_trainer(tiny_resnet(), config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_cannot_be():

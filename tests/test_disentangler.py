@@ -66,10 +66,10 @@ def probe(train: np.ndarray, held_out: np.ndarray, labels: Tensor) -> float:
 
 @cache
 def read_back(seed: int, kind: str, weights: Weights, mixed: bool = False) -> tuple[dict[str, float], Disentangled]:
-    """What held-out probes read from F, P and N of label (y) and nuisance (u), all in F's deviations.
+    """What held-out probes read from F, P and N of label (y) and nuisance (u).
 
-    One unit for all three: what P lets through at 1 % is 1e-4 of the distance that stage two penalises. A probe
-    that rescales each channel would read any gate that is not exactly 0.
+    In F's deviations, one unit for all three; and rescaled, where each channel has unit deviation of its own, so that
+    whatever is let through is read, however small (*).
     """
     features, labels, nuisance = synthetic(seed, mixed)
     found = learn(features, labels, samples=TRAIN, kind=kind, weights=weights, seed=seed)
@@ -77,9 +77,11 @@ def read_back(seed: int, kind: str, weights: Weights, mixed: bool = False) -> tu
     unit = pooled(features[:TRAIN]).std(dim=0)
     figures = {}
     for name, part in {"F": features, "P": p, "N": n}.items():
-        values = (pooled(part) / unit).numpy()
-        for factor, truth in {"y": labels, "u": nuisance}.items():
-            figures[name + factor] = probe(values[:TRAIN], values[TRAIN:], truth)
+        pools = pooled(part)
+        own = pools[:TRAIN].std(dim=0)
+        for mark, values in {"": pools / unit, "*": pools / torch.where(own > 0, own, 1.0)}.items():
+            for factor, truth in {"y": labels, "u": nuisance}.items():
+                figures[name + factor + mark] = probe(values[:TRAIN].numpy(), values[TRAIN:].numpy(), truth)
     return figures, found
 
 
@@ -93,8 +95,8 @@ def test_p_keeps_the_label_and_loses_the_nuisance(kind, criterion, seed):
     figures, found = read_back(seed, kind, CRITERIA[criterion])
     assert min(figures["Fy"], figures["Fu"]) > 0.95
     assert figures["Py"] >= 0.95 * figures["Fy"]
-    # Chance is 0.25. Measured: mask 0.24 to 0.31, branches 0.26 to 0.51, from F 0.98 to 1.
-    assert figures["Pu"] < 0.65 < figures["Fu"] - 0.3
+    # Chance is 0.25. Measured, also rescaled: mask 0.23 to 0.33, branches 0.25 to 0.58, from F 0.98 to 1.
+    assert max(figures["Pu"], figures["Pu*"]) < 0.65 < figures["Fu"] - 0.3
     assert figures["Nu"] > 0.95  # and N is where it went
     assert found.figures["n_label"] < 0.05 < found.figures["f_label"] < found.figures["p_label"]
     assert found.figures["reconstruction"] < 0.02
@@ -105,6 +107,7 @@ def test_p_keeps_the_label_and_loses_the_nuisance(kind, criterion, seed):
 @pytest.mark.parametrize("kind", ["mask", "branches"])
 def test_with_all_three_terms_the_nuisance_is_near_chance(kind):
     assert np.mean([read_back(seed, kind, BOTH)[0]["Pu"] for seed in SEEDS]) < 0.33
+    assert np.mean([read_back(seed, kind, BOTH)[0]["Pu*"] for seed in SEEDS]) < 0.35
 
 
 @pytest.mark.parametrize("kind", ["mask", "branches"])

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_ft import CheckpointError, L2SPConfig
-from hf_ft.registry import strategies
+from hf_ft.docs_tables import documented
 from hf_ft.testing import same_tensors, suited, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot
 
@@ -23,12 +23,12 @@ def lora(make=tiny_vit, config=VIT):
     return get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("name", [n for n in strategies() if n != "measured"])
+@pytest.mark.parametrize("name", documented())
 def test_only_what_peft_trains_is_trained(name, tmp_path):
     model = lora()
     before = snapshot(model)
     allowed = {n for n, p in model.named_parameters() if p.requires_grad}
-    trainer = train(model, suited(strategies()[name](), model), tmp_path)
+    trainer = train(model, suited(documented()[name](), model), tmp_path)
     changed = {n for n, t in snapshot(trainer.model).items() if not torch.equal(t, before[n])}
     assert changed and changed <= allowed
 

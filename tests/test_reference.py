@@ -1,10 +1,13 @@
 """The reference model: one frozen copy outside of the module tree, whose states are computed once where they can be."""
 
+import copy
 import gc
 from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import BertTokenizerFast, DataCollatorWithPadding
 
@@ -247,6 +250,115 @@ def test_gradient_checkpointing(reentrant, layer, tmp_path):
     with_it = train(tiny_vit(), config, tmp_path, optim="sgd", **arguments)
     without = train(tiny_vit(), config, tmp_path, optim="sgd")
     same_tensors(snapshot(with_it.model), snapshot(without.model), 1e-6)
+
+
+def test_terms_are_computed_outside_autocast():
+    """A product of two float32 matrices would come out in bfloat16 inside."""
+    seen = []
+
+    def look(view):
+        now = view.states["vit.layers.1"]
+        seen.append((now[0] @ now[0].T).dtype)
+        return now.mean()
+
+    ProbeConfig.look = staticmethod(look)
+    model = tiny_vit()
+    objective = set_up(model, ProbeConfig()).objective().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective(**tiny_inputs(model))
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [
+        (tiny_resnet, "resnet.encoder.stages.1.layers.1.layer"),
+        (TINY_MODELS["regnet"], "regnet.encoder.stages.1.layers.1.layer"),
+    ],
+)
+def test_what_is_changed_in_place_cannot_be_compared(make, layer, tmp_path):
+    """Residual blocks add the shortcut to it: the live state would hold the sum, the reference's would not."""
+    with pytest.raises(OptionError, match="changed in place.*Name the block"):
+        train(make(), DELTAConfig(weights="uniform", layers=(layer,)), tmp_path)
+
+
+def test_shared_layers_have_no_one_output(tmp_path):
+    config = transformers.AlbertConfig(
+        hidden_size=16, embedding_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        vocab_size=64, max_position_embeddings=40, num_labels=3,
+    )  # fmt: skip
+    model = transformers.AlbertForSequenceClassification(config)
+    for strategy in (UNIFORM, AttentionTransferConfig()):
+        with pytest.raises(OptionError, match="called several times.*L2SPConfig"):
+            train(copy.deepcopy(model), strategy, tmp_path)
+
+
+def test_a_layer_before_the_first_that_trains_is_a_constant(tmp_path):
+    """In one part with it, so that the term stays: no gradient comes from there, and that is right."""
+    model = tiny_resnet().requires_grad_(False)
+    for trained in (model.classifier, model.resnet.encoder.stages[1].layers[1].layer[1].normalization):
+        trained.requires_grad_(True)
+    trainer = train(model, UNIFORM, tmp_path)
+    assert trainer.state.log_history[-2]["loss/delta"] >= 0
+
+
+class Boxes(torch.utils.data.Dataset):
+    """Has a column that the model does not take, of another length in each row."""
+
+    def __init__(self):
+        self.inputs = tiny_inputs(tiny_resnet(), 16)
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, row):
+        return {**{name: column[row] for name, column in self.inputs.items()}, "boxes": torch.zeros(row)}
+
+
+def test_unused_columns_are_dropped_beside_recorded_states(tmp_path):
+    args = tiny_arguments(tmp_path, **LONG)
+    trainer = FTTrainer(tiny_resnet(), args, strategy=UNIFORM, train_dataset=Boxes(), frozen_cache="always")
+    trainer.train()
+    assert trainer.state.global_step == 12
+
+
+def test_in_a_loop_by_hand():
+    """The reference follows the model without a Trainer, as set_up and the objective do."""
+    model = tiny_resnet()
+    run = set_up(model, BOTH)
+    objective = run.objective().train()
+    optimizer = torch.optim.SGD(run.param_groups(lr=1e-2))
+    distances = []
+    for seed in range(3):
+        outputs = objective(**tiny_inputs(model, 8, seed))
+        outputs["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        distances.append(outputs["terms"]["delta"].item())
+    assert all(value > 0 for value in distances)
+    same_tensors(snapshot(run.reference.model), snapshot(tiny_resnet()))
+
+
+@pytest.mark.parametrize("tuner", ["lora", "prompt"])
+def test_peft(tuner, tmp_path):
+    """Adapters: trained, saved, resumed as without these terms. Prompts: tokens of their own before the text's."""
+    if tuner == "lora":
+        lora = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["classifier"])
+        make = lambda: peft_model(tiny_resnet(), lora)  # noqa: E731
+    else:
+        make = lambda: peft_model(tiny_bert(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))  # noqa: E731
+    strategy = [UNIFORM, AttentionTransferConfig(beta=1.0), "bss", TREDConfig(epochs=2)]
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    whole = train(make(), strategy, tmp_path, **arguments)
+    again = train(make(), strategy, tmp_path, resume=str(tmp_path / "checkpoint-4"), **arguments)
+    same_tensors(snapshot(whole.model), snapshot(again.model))
+    logged = whole.state.log_history[-2]
+    assert all(logged[f"loss/{name}"] >= 0 for name in ("delta", "attention_transfer", "bss", "tred"))
+
+
+def peft_model(model, config):
+    torch.manual_seed(0)
+    return get_peft_model(model, config)
 
 
 def test_terms_of_what_is_frozen_throughout_are_told(tmp_path, monkeypatch):

@@ -254,6 +254,27 @@ def test_regression_has_no_classes(tmp_path):
         trainer.train()
 
 
+def test_samples_without_a_label_are_left_out(tmp_path):
+    """-100, as cross-entropy has it; another number that is no class is refused."""
+    model = tiny_resnet()
+    rows = [{**row, "labels": -100 if i % 4 == 0 else row["labels"]} for i, row in enumerate(separable(model))]
+    args = tiny_arguments(tmp_path, **FEW)
+    trainer = FTTrainer(model, args, strategy=TREDConfig(**SHORT), train_dataset=rows)
+    trainer.train()
+    kept = [row for i, row in enumerate(separable(model)) if i % 4]
+    alone = FTTrainer(tiny_resnet(), args, strategy=TREDConfig(**SHORT), train_dataset=kept)._states()
+    same_tensors(trainer.states["tred"].tensors, alone["tred"].tensors, 1e-5)
+    rows[1]["labels"] = 7
+    with pytest.raises(OptionError, match="label 7 lies outside"):
+        FTTrainer(model, args, strategy=TREDConfig(**SHORT), train_dataset=rows)._states()
+
+
+def test_a_first_stage_that_diverges_is_an_error(tmp_path):
+    config = TREDConfig(lr=1e30, disentangler="branches", **SHORT)
+    with pytest.raises(OptionError, match="tred.lr=1e.30.*diverged"):
+        train(tiny_resnet(), config, tmp_path, **FEW)
+
+
 def test_a_disentangler_of_other_channels(tmp_path):
     """Measured on a wider network: refused at the first step, with both numbers."""
     wide = train(tiny_resnet(hidden_sizes=[8, 24]), TREDConfig(**SHORT), tmp_path / "wide", **FEW)

@@ -25,14 +25,16 @@ class FeatureDistance:
 
     layers: Names
     reduction: Literal["mean", "sum"]
-    # Left out of comparisons: tensors have no truth value.
-    weights: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
+    # C a_c of each layer. Left out of comparisons: tensors have no truth value.
+    weights: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, view: View) -> Tensor:
         distances = []
-        for number, layer in enumerate(self.layers):
+        for layer in self.layers:
             now, before = compared(view, layer)
-            weights = self.weights[number] * len(self.weights[number]) if self.weights else None
+            if layer in self.weights and self.weights[layer].device != now.device:
+                self.weights[layer] = self.weights[layer].to(now.device)
+            weights = self.weights.get(layer)
             distances.append(feature_distance(now, before, weights, view.token_mask, self.reduction))
         return torch.stack(distances).sum() / 2
 
@@ -80,6 +82,9 @@ class DELTAConfig(FTConfig):
     head_epochs: int = option(5, "Epochs in which the head alone is trained before that.", range="[1, inf)")
     head_lr: float = option(1e-2, "Its learning rate then.", range="(0, inf)")
 
+    def check_model(self, model: nn.Module) -> None:
+        self._layers(model)
+
     def measures(self) -> bool:
         return self.weights == "attention" and self.alpha > 0
 
@@ -113,13 +118,13 @@ class DELTAConfig(FTConfig):
     def _layers(self, model: nn.Module) -> Names:
         return layers_of(model, self.layers, lambda: stage_convolutions(model, self.anatomy(model)))
 
-    def _weights(self, layers: Names, state: State) -> tuple[Tensor, ...] | None:
+    def _weights(self, layers: Names, state: State) -> dict[str, Tensor]:
         if not self.measures():
-            return None
+            return {}
         missing = [layer for layer in layers if layer not in state.tensors]
         if missing:
             raise OptionError(
                 f"delta: no weights were measured for layer {missing[0]!r}. Measure first (pass a context to set_up), "
                 "or set weights='uniform'."
             )
-        return tuple(state.tensors[layer] for layer in layers)
+        return {layer: state.tensors[layer] * len(state.tensors[layer]) for layer in layers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,11 +16,11 @@ from hf_ft.config import Context, FTConfig, Paper, Recommended, State
 from hf_ft.disentangler import Disentangler, make_disentangler
 from hf_ft.disentangling import Disentangled, disentangle
 from hf_ft.disentangling_loss import Weights
-from hf_ft.feature_layers import last_feature_map, layers_of
+from hf_ft.feature_layers import last_feature_map, layers_of, stage_outputs
 from hf_ft.fields import OptionError, option
 from hf_ft.functional import feature_distance
 from hf_ft.plan import Plan, Term
-from hf_ft.recorded_features import RecordedFeatures
+from hf_ft.recorded_features import PASS, RecordedFeatures
 from hf_ft.registry import register
 from hf_ft.terms import SquaredNorm, compared
 from hf_ft.undisturbed import random_states_kept
@@ -114,6 +115,9 @@ class TREDConfig(FTConfig):
                 "other, and a batch of one has none to compare. Take 2 or more (32, say), or criterion='none'."
             )
 
+    def check_model(self, model: nn.Module) -> None:
+        self._named(model)
+
     def measures(self) -> bool:
         return self.alpha > 0
 
@@ -126,14 +130,13 @@ class TREDConfig(FTConfig):
             )
         with random_states_kept(), context.recipe.computing():
             some = context.samples.read(list(range(min(2, context.samples.count))))
-            layer = layers_of(
-                model,
-                None if self.layer is None else (self.layer,),
-                lambda: (last_feature_map(model, self.anatomy(model), some),),
-            )[0]
+            del some["labels"]  # which may be none
+            layer = self._named(model) or last_feature_map(model, self.anatomy(model), some)
         if self.criterion == "none":
             return State(info={"layer": layer})
         found = self._disentangle(RecordedFeatures(model, layer, context), classes, context)
+        if not all(math.isfinite(value) for value in found.figures.values()):
+            raise OptionError(f"tred.lr={self.lr!r}: {found.verdict}")
         for epoch, terms in enumerate(found.history):
             logger.info(f"tred, disentangling, epoch {epoch + 1}: {_in_words(terms)}")
         logger.info(f"tred, disentangled {layer}: {_in_words(found.figures)}")
@@ -175,6 +178,12 @@ class TREDConfig(FTConfig):
         said = f"Disentangled the output of `{layer}`: {_in_words(figures)}."
         return f"{said} It went wrong: {state.info['verdict']}" if state.info["verdict"] else said
 
+    def _named(self, model: nn.Module) -> str | None:
+        """The layer that was named, if one was."""
+        if self.layer is None:
+            return None
+        return layers_of(model, (self.layer,), lambda: stage_outputs(self.anatomy(model))[-1:])[0]
+
     def _disentangle(self, read: RecordedFeatures, classes: int, context: Context) -> Disentangled:
         weights = Weights(
             reconstruction=self.reconstruction,
@@ -188,9 +197,10 @@ class TREDConfig(FTConfig):
                 bar.set_postfix_str(_in_words(terms))
                 bar.update()
 
+            rows = _labelled(read, classes)
             return disentangle(
-                read,
-                read.count,
+                lambda chosen: read([rows[row] for row in chosen]),
+                len(rows),
                 classes,
                 self.disentangler,
                 weights,
@@ -211,6 +221,20 @@ class TREDConfig(FTConfig):
         module = make_disentangler(self.disentangler, weights[0].shape[-1], state.info["non_negative"])
         module.load_state_dict(dict(state.tensors))
         return module.eval().requires_grad_(False)
+
+
+def _labelled(read: RecordedFeatures, classes: int) -> list[int]:
+    """The samples that have a label: -100 stands for none, as in cross-entropy.
+
+    Raises:
+        OptionError: a label is no class of the model's.
+    """
+    everything = range(read.count)
+    labels = torch.cat([read(everything[begin : begin + PASS])[1].cpu() for begin in everything[::PASS]])
+    bad = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+    if len(bad):
+        raise OptionError(f"train_dataset: label {int(bad[0])} lies outside [0, {classes}), the model's num_labels.")
+    return torch.nonzero(labels != -100).flatten().tolist()
 
 
 def _in_words(values: dict[str, Any]) -> str:
