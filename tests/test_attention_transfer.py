@@ -9,6 +9,7 @@ import torch
 from hf_ft import AttentionTransferConfig, OptionError, State, set_up
 from hf_ft.frozen_prefix import activations
 from hf_ft.testing import TINY_MODELS, tiny_inputs, tiny_resnet, tiny_vit, train
+from tests.moved import moved
 
 
 def attention(features):
@@ -28,12 +29,7 @@ def test_the_term_is_the_formula(name):
     start = copy.deepcopy(model)
     run = set_up(model, AttentionTransferConfig(beta=7.0))
     objective = run.objective().train()
-    for module in model.modules():
-        module.training = False
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    moved(model)
     batch = tiny_inputs(model, 3)
     value = objective(**batch)["terms"]["attention_transfer"].item()
     layers = run.plan.terms[0].layers

@@ -13,15 +13,7 @@ from hf_ft.config import load_configs
 from hf_ft.frozen_prefix import activations
 from hf_ft.testing import TINY_MODELS, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer
-
-
-def changed(model, seed=1):
-    """The model with all parameters moved, as training would."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+from tests.moved import moved
 
 
 def term_values(config, model, states=None):
@@ -30,9 +22,7 @@ def term_values(config, model, states=None):
     run = set_up(model, config, states=states or {})
     objective = run.objective()
     objective.train()
-    for module in run.model.modules():
-        module.training = False
-    changed(model)
+    moved(model)
     batch = tiny_inputs(model)
     terms = {name: value.item() for name, value in objective(**batch)["terms"].items()}
     layers = next(term.layers for term in run.plan.terms if term.layers)

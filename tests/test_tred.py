@@ -18,6 +18,7 @@ from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.undisturbed import evaluating
 from hf_ft.zoo import load_model
+from tests.moved import moved
 
 SHORT = {"epochs": 3}
 FEW = {"max_steps": 4}
@@ -40,12 +41,7 @@ def test_terms_are_the_formula(make, disentangler, tmp_path):
     start = copy.deepcopy(model)
     states = make_trainer(model, config, tmp_path)._states()
     objective = set_up(model, config, states=states).objective().train()
-    for module in model.modules():
-        module.training = False
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    moved(model)
     batch = tiny_inputs(model)
     terms = {name: value.item() for name, value in objective(**batch)["terms"].items()}
 
