@@ -284,9 +284,10 @@ def _exchange(accelerator: Any, columns: Columns, size: int) -> list[Columns]:
     """
     padded = {}
     for name, column in columns.items():
-        shapes = accelerator.gather(torch.tensor([column.shape[1:]], device=column.device))
-        if column.dim() > 1 and bool((shapes != shapes[0]).any()):
-            raise RowsDiffer(f"rows of {name!r} differ: {shapes.tolist()}", name)
+        if column.dim() > 1:
+            shapes = accelerator.gather(torch.tensor([column.shape[1:]], device=column.device))
+            if bool((shapes != shapes[0]).any()):
+                raise RowsDiffer(f"rows of {name!r} differ: {shapes.tolist()}", name)
         blank = column.new_zeros((size, *column.shape[1:]))
         blank[: len(column)] = column
         padded[name] = blank
