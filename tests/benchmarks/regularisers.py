@@ -10,8 +10,9 @@ Tasks, all at 64 px with an ImageNet MobileNetV2. Far: ELPV with 100 and 500 cel
 on MNIST digits 0 to 4 and then on 5, 10 and 20 images of each of the digits 5 to 9; or first on all monocrystalline
 cells of ELPV and then on 50 and 200 polycrystalline ones. Scores are balanced accuracies.
 
-On some tasks TRED is tried at weaker weights, too, and the same is done with BatchNorm in eval mode, on both sides of the comparison: in train mode a network
-is at once another function than the reference, which terms that compare features see.
+On some tasks TRED is tried at weaker weights, too, and the same is done with BatchNorm in eval mode, on both sides of
+the comparison: in train mode a network is at once another function than the reference, which terms that compare
+features see.
 """
 
 from __future__ import annotations
