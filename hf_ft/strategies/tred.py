@@ -92,7 +92,9 @@ class TREDConfig(FTConfig):
         "'mask': a gate per channel, P = m F and N = (1 - m) F. 'branches': P and N by a 1x1 convolution, BatchNorm "
         "and ReLU each, which can also part what channels mix, and needs more images.",
     )
-    alpha: float = option(0.01, "Weight of the distance from P; the paper tries 0.001, 0.01, 0.1.", range="[0, inf)")
+    alpha: float = option(
+        0.001, "Weight of the distance from P; the paper tries 0.001, 0.01, 0.1.", range="[0, inf)", source="paper"
+    )
     beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)")
     reconstruction: float = option(10.0, "lambda_r, weight of the reconstruction of F by P + N.", range="[0, inf)")
     mmd: float = option(0.1, "lambda_m, weight of the MMD that separates.", range="[0, inf)")
