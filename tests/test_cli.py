@@ -294,7 +294,8 @@ def test_help_and_version(capsys):
     assert main(["trian"]) == 2 and "Did you mean 'train'?" in capsys.readouterr().err
 
 
-def test_train_help_teaches_and_hides(capsys):
+def test_train_help_teaches_and_hides(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
     assert main(["train", "--help"]) == 0
     short = capsys.readouterr().out
     assert main(["train", "--help-all"]) == 0

@@ -408,7 +408,7 @@ def test_an_offset_gains_nothing_where_features_are_negative():
         before = objective(x, y, module).terms(x, y, None)["mmd2"].item()
         module.p.norm.bias.data.add_(5)
         module.n.norm.bias.data.sub_(5)
-        after = float(objective(x, y, module).terms(x, y, None)["mmd2"])
+        after = objective(x, y, module).terms(x, y, None)["mmd2"].item()
         assert after > 1 if non_negative else after == pytest.approx(before, abs=1e-5)
 
 
