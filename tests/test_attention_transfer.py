@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ft import AttentionTransferConfig, OptionError, State, set_up
+from hf_ft import AttentionTransferConfig, OptionError, State, anatomy, set_up
 from hf_ft.frozen_prefix import activations
 from hf_ft.testing import TINY_MODELS, tiny_inputs, tiny_resnet, tiny_vit, train
 from tests.moved import moved
@@ -52,7 +52,8 @@ def test_default_layers_are_the_ends_of_stages():
     assert layers("bert") == tuple(f"bert.encoder.layer.{i}" for i in range(3))
     deep = TINY_MODELS["vit"](num_hidden_layers=12)
     found = AttentionTransferConfig().plan(deep, State()).terms[0].layers
-    assert found == tuple(f"vit.layers.{i}" for i in (2, 5, 8, 11)), "four groups of a network without stages"
+    blocks = [block.modules[0] for block in anatomy(deep).blocks]
+    assert found == tuple(blocks[i] for i in (2, 5, 8, 11)), "four groups of a network without stages"
 
 
 def test_maps_of_one_position_are_refused(tmp_path):

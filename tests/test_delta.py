@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_ft import DELTAConfig, LPFTConfig, OptionError, State, TREDConfig, set_up
+from hf_ft import DELTAConfig, LPFTConfig, OptionError, State, TREDConfig, anatomy, set_up
 from hf_ft.channel_weights import _growth, _Suffix, attention_weights
 from hf_ft.config import load_configs
 from hf_ft.frozen_prefix import activations
@@ -210,7 +210,7 @@ def test_with_lp_ft_the_probe_stage_has_no_such_term(tmp_path):
 
 def test_filters_of_a_linear_layer_are_channels_of_tokens():
     model = tiny_vit()
-    layer = "vit.layers.1"
+    layer = anatomy(model).blocks[1].modules[0]
     batch = tiny_inputs(model, 4)
     with torch.no_grad():
         suffix = _Suffix(model, layer, DELTAConfig().anatomy(model).parts, batch)

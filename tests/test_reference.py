@@ -21,6 +21,7 @@ from hf_ft import (
     Plan,
     Term,
     TREDConfig,
+    anatomy,
     set_up,
 )
 from hf_ft.config import FTConfig
@@ -33,6 +34,11 @@ from hf_ft.zoo import SHORT_NAMES, load_model
 
 # Slow, so that the last digits in which a batch of another size differs do not grow.
 LONG = {"max_steps": 12, "optim": "sgd", "learning_rate": 1e-3}
+# The second block of a ViT, whose names differ between versions of Transformers, and a module inside it.
+BLOCK = anatomy(tiny_vit()).blocks[1].modules[0]
+INNER = next(
+    f"{BLOCK}.{n}" for n, _ in tiny_vit().get_submodule(BLOCK).named_children() if n in ("mlp", "intermediate")
+)
 UNIFORM = DELTAConfig(weights="uniform")
 BOTH = [UNIFORM, AttentionTransferConfig(beta=1.0)]
 
@@ -212,7 +218,7 @@ class ProbeConfig(FTConfig):
     """Hands the view to a function of the test."""
 
     look = None
-    layers = ("vit.layers.1",)
+    layers = (BLOCK,)
 
     def plan(self, model, state):
         fn = ProbeConfig.look
@@ -223,7 +229,7 @@ def test_the_view_shows_both_states_in_float32_under_autocast():
     seen = {}
 
     def look(view):
-        now, before = view.states["vit.layers.1"], view.reference["vit.layers.1"]
+        now, before = view.states[BLOCK], view.reference[BLOCK]
         seen["dtypes"] = now.dtype, before.dtype
         seen["grad"] = now.requires_grad, before.requires_grad
         return feature_distance(now, before)
@@ -239,12 +245,12 @@ def test_the_view_shows_both_states_in_float32_under_autocast():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("layer", ["vit.layers.1", "vit.layers.1.mlp"])
+@pytest.mark.parametrize("layer", [BLOCK, INNER])
 def test_gradient_checkpointing(reentrant, layer, tmp_path):
     """Reentrant checkpointing hides what is computed inside a block: refused, not ignored."""
     config = DELTAConfig(weights="uniform", alpha=1.0, layers=(layer,))
     arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    if reentrant and layer.endswith("mlp"):
+    if reentrant and layer == INNER:
         with pytest.raises(OptionError, match="use_reentrant': False"):
             train(tiny_vit(), config, tmp_path, **arguments)
         return
@@ -258,7 +264,7 @@ def test_terms_are_computed_outside_autocast():
     seen = []
 
     def look(view):
-        now = view.states["vit.layers.1"]
+        now = view.states[BLOCK]
         seen.append((now[0] @ now[0].T).dtype)
         return now.mean()
 
@@ -374,8 +380,9 @@ def test_terms_of_what_is_frozen_throughout_are_told(tmp_path, monkeypatch):
 
 
 def test_a_layer_that_is_never_called(tmp_path):
-    with pytest.raises(OptionError, match="'vit.layers' gave nothing"):
-        train(tiny_vit(), DELTAConfig(weights="uniform", layers=("vit.layers",)), tmp_path)
+    blocks = BLOCK.rpartition(".")[0]
+    with pytest.raises(OptionError, match=f"'{blocks}' gave nothing"):
+        train(tiny_vit(), DELTAConfig(weights="uniform", layers=(blocks,)), tmp_path)
 
 
 def test_a_last_batch_of_one_is_looked_at_without_gradients(tmp_path):
