@@ -378,9 +378,9 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
 
     def _early_checks(self, model: nn.Module, args: TrainingArguments, scheduler: Any) -> None:
         """Tell in ``__init__`` whatever can be told without looking at the data."""
-        for config in self.configs:
-            config.check_model(model)
-        if any(config.measures() for config in self.configs):
+        if any(config.measures() for config in self.configs):  # there is no plan yet
+            for config in self.configs:
+                config.check_model(model)
             return
         trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         plan = check(self.configs, model, {}, trainable)

@@ -149,8 +149,8 @@ class TREDConfig(FTConfig):
             "figures": found.figures,
             "history": found.history,
             "verdict": found.verdict,
+            "non_negative": found.module.non_negative,
         }
-        info["non_negative"] = found.module.non_negative
         return State(tensors={name: t.cpu() for name, t in found.module.state_dict().items()}, info=info)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
@@ -199,7 +199,7 @@ class TREDConfig(FTConfig):
                 bar.set_postfix_str(_in_words(terms))
                 bar.update()
 
-            rows = _labelled(read, classes)
+            rows = _labelled(read, classes, context)
             return disentangle(
                 lambda chosen: read([rows[row] for row in chosen]),
                 len(rows),
@@ -225,14 +225,17 @@ class TREDConfig(FTConfig):
         return module.eval().requires_grad_(False)
 
 
-def _labelled(read: RecordedFeatures, classes: int) -> list[int]:
+def _labelled(read: RecordedFeatures, classes: int, context: Context) -> list[int]:
     """The samples that have a label: -100 stands for none, as in cross-entropy.
 
     Raises:
         OptionError: a label is no class of the model's.
     """
-    everything = range(read.count)
-    labels = torch.cat([read(everything[begin : begin + PASS])[1].cpu() for begin in everything[::PASS]])
+    if context.labels is not None:
+        labels = torch.from_numpy(context.labels)
+    else:
+        everything = range(read.count)
+        labels = torch.cat([read(everything[begin : begin + PASS])[1].cpu() for begin in everything[::PASS]])
     bad = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
     if len(bad):
         raise OptionError(f"train_dataset: label {int(bad[0])} lies outside [0, {classes}), the model's num_labels.")

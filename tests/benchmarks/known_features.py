@@ -1,0 +1,30 @@
+"""TRED's first stage on features that are known: `python tests/benchmarks/known_features.py`.
+
+What held-out probes read of label (y) and nuisance (u) from P and N, also with every channel rescaled (*), by seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.test_disentangler import BOTH, CRITERIA, SEEDS, read_back
+
+
+def main() -> None:
+    rows = [(kind, name, weights, False) for kind in ("mask", "branches") for name, weights in CRITERIA.items()]
+    rows = [
+        (k, f"{n}, bottleneck {b:g}", dataclasses.replace(w, bottleneck=b), m) for b in (0, 1) for k, n, w, m in rows
+    ]
+    rows += [(kind, "both, mixed channels", BOTH, True) for kind in ("mask", "branches")]
+    for kind, name, weights, mixed in rows:
+        found = [read_back(seed, kind, weights, mixed)[0] for seed in SEEDS]
+        shown = (f"{key} {' '.join(f'{f[key]:.2f}' for f in found)}" for key in ("Py", "Pu", "Pu*", "Ny", "Nu"))
+        print(f"{kind:9s}{name:26s}{'   '.join(shown)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
