@@ -11,7 +11,7 @@ from hf_ft.checkpoint import CheckpointError, load_delta, load_weights
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
 from hf_ft.fields import OptionError, option
 from hf_ft.objective import Objective, TaskLoss
-from hf_ft.plan import Plan, Rate, Stage, Term, compose
+from hf_ft.plan import Plan, Rate, Stage, Stream, Term, compose
 from hf_ft.registry import config_class, register
 from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, set_up
@@ -27,10 +27,13 @@ from hf_ft.strategies import (
     LayerDecayConfig,
     LinearProbeConfig,
     LPFTConfig,
+    LwFConfig,
+    SoftConfig,
     TREDConfig,
 )
 from hf_ft.trainer import FTTrainer
 from hf_ft.view import View
+from hf_ft.zoo import from_pretrained
 
 __all__ = [
     "Anatomy",
@@ -54,6 +57,7 @@ __all__ = [
     "LPFTConfig",
     "LayerDecayConfig",
     "LinearProbeConfig",
+    "LwFConfig",
     "Objective",
     "OptionError",
     "Paper",
@@ -63,7 +67,9 @@ __all__ = [
     "Recommended",
     "Run",
     "Stage",
+    "SoftConfig",
     "State",
+    "Stream",
     "TREDConfig",
     "TaskLoss",
     "Term",
@@ -74,6 +80,7 @@ __all__ = [
     "convert_batch_norm",
     "diagnostics",
     "estimate_batch_norm",
+    "from_pretrained",
     "load_configs",
     "load_delta",
     "load_weights",

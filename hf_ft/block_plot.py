@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ft.block_scores import BlockScore, BlockScores
+from hf_ft.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,11 +32,7 @@ def plot_scores(scores: BlockScores, file: str | Path) -> None:
     Raises:
         ImportError: matplotlib is not installed; it comes with the extra ``report``.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no backend, no global state
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'hf-ft[report]'") from error
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = new_figure("plot_scores", 8, 4)
     axes = figure.subplots()
     scattered = scores.scheme == "top_layers"
     finite = [score for score in scores.scores if math.isfinite(score.mean)]

@@ -77,6 +77,7 @@ class Context:
         recipe: how training will be done, for short trainings of one's own.
         described: what the recipe was made of, to tell whether results belong to it.
         frozen_cache: whether and where what is frozen may be kept.
+        source: up to so many samples of the source data, as ``batches``; None where there are none.
         folder: where intermediate results may be kept.
         progress: whether to show progress bars.
         rank, ranks: which process this is, of how many.
@@ -91,6 +92,7 @@ class Context:
     recipe: Recipe
     described: Mapping[str, Any]
     frozen_cache: FrozenCache
+    source: Callable[[int], Iterator[dict[str, Any]]] | None = None
     folder: Path | None = None
     progress: bool = True
     rank: int = 0
@@ -154,6 +156,10 @@ class FTConfig(PushToHubMixin):
     def measure(self, model: nn.Module, context: Context) -> State:
         """Look at the data once, before training. The model comes back as it was."""
         return State()
+
+    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
+        """What it needs beside model and data: the pretrained head, the data of the pretraining."""
+        return frozenset()
 
     def measures(self) -> bool:
         """Whether this strategy looks at the data first."""

@@ -31,6 +31,7 @@ def measuring_context(trainer: Any) -> Context:
         recipe=recipe,
         described=described,
         frozen_cache=trainer.frozen_cache,
+        source=None if trainer.source_dataset is None else trainer._source_batches,
         folder=Path(trainer.args.output_dir),
         progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
         rank=trainer.args.process_index,

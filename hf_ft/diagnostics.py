@@ -1,4 +1,7 @@
-"""How far fine-tuning moved a model's features, block by block; and what TRED's disentangling found."""
+"""How far fine-tuning moved a model's features, block by block; and what TRED's disentangling found.
+
+How well the features tell other classes apart is in :mod:`hf_ft.discrimination`; its names are here as well.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +19,28 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_ft.anatomy import Anatomy, anatomy
+from hf_ft.discrimination import (
+    Discrimination,
+    GeneralDiscriminationCallback,
+    general_discrimination,
+    plot_discrimination,
+)
 from hf_ft.fields import OptionError
+from hf_ft.figures import new_figure
 from hf_ft.sampling import model_inputs
 from hf_ft.undisturbed import observing
 
-__all__ = ["Distortion", "FeatureDistortionCallback", "feature_distortion", "plot_disentangling", "plot_distortion"]
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = [
+    "Discrimination",
+    "Distortion",
+    "FeatureDistortionCallback",
+    "GeneralDiscriminationCallback",
+    "feature_distortion",
+    "general_discrimination",
+    "plot_discrimination",
+    "plot_disentangling",
+    "plot_distortion",
+]
 
 logger = logging.get_logger(__name__)
 FEATURES = "features"
@@ -104,7 +121,7 @@ def plot_distortion(results: Mapping[str, Mapping[str, Distortion]], file: str |
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure("plot_distortion")
+    figure = new_figure("plot_distortion")
     axes = figure.subplots(1, 2)
     titles = {"cosine": "cosine similarity", "relative_l2": "relative L2 distance"}
     for axis, (field, title) in zip(axes, titles.items(), strict=True):
@@ -130,7 +147,7 @@ def plot_disentangling(info: Mapping[str, Any], file: str | Path) -> None:
     """
     if "history" not in info:
         raise OptionError("plot_disentangling: the state holds no disentangling (criterion='none').")
-    figure, history, figures = _figure("plot_disentangling"), info["history"], info["figures"]
+    figure, history, figures = new_figure("plot_disentangling"), info["history"], info["figures"]
     terms, shares = figure.subplots(1, 2)
     epochs = range(1, len(history) + 1)
     for name in history[0]:
@@ -153,14 +170,6 @@ def plot_disentangling(info: Mapping[str, Any], file: str | Path) -> None:
     shares.invert_yaxis()
     shares.set_title(info["verdict"].partition(":")[0] or "sound", color="C3" if info["verdict"] else "C2")
     figure.savefig(file)
-
-
-def _figure(who: str) -> Figure:
-    try:
-        from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
-    except ImportError as error:
-        raise ImportError(f'{who} needs matplotlib: pip install "hf-ft[report]"') from error
-    return Figure(figsize=(9, 3.5), layout="constrained")
 
 
 class FeatureDistortionCallback(TrainerCallback):

@@ -75,7 +75,7 @@ def describe_type(kind: Any) -> str:
         return " or ".join(f'"{v}"' if isinstance(v, str) else str(v) for v in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return f"a list of {describe_type(typing.get_args(kind)[0])}"
-    return getattr(kind, "__name__", str(kind))
+    return "a dictionary" if kind is dict else getattr(kind, "__name__", str(kind))
 
 
 def parse(text: str, kind: Any, name: str) -> Any:
@@ -152,6 +152,8 @@ def _parse_one(text: str, kind: Any) -> Any:
         raise ValueError(text)
     if kind is PeftConfig:
         return tuner_from_json(json.loads(text))
+    if kind is dict:
+        return _dictionary(text)
     if kind is bool:
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
     if typing.get_origin(kind) is Literal:
@@ -159,6 +161,13 @@ def _parse_one(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(_parse_one(part, typing.get_args(kind)[0]) for part in text.split(","))
     return kind(text)
+
+
+def _dictionary(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(text)
+    return content
 
 
 def _is_union(kind: Any) -> bool:

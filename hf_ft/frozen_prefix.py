@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_ft.anatomy import Part
-from hf_ft.fields import OptionError
 from hf_ft.plan import covers
+from hf_ft.taps import run_to
 from hf_ft.undisturbed import evaluating
 
-NOT_CALLED = "it is not called in the forward pass, as a list of modules is not. Name a module in it."
 TRIES = 6  # borders tried before giving up; one is enough in nearly all architectures
 Batch = Mapping[str, Any]
 
@@ -113,40 +112,17 @@ class _Returns:
         return self.value
 
 
-class _Reached(Exception):
-    """All borders were passed: the rest of the forward is not needed."""
-
-
 def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-    """The outputs of several modules in one forward pass, which ends at the last of them.
+    """Several layers in one forward pass, which ends at the last of them (see :mod:`hf_ft.taps`).
 
     Returns:
-        By module name, (B, ...), in evaluation mode and without gradient.
+        By layer, (B, ...), in evaluation mode and without gradient.
 
     Raises:
         OptionError: one of the modules is not called.
     """
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[name] = next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
-            if len(found) == len(borders):
-                raise _Reached
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in borders]
-    try:
-        with evaluating(model), torch.no_grad(), contextlib.suppress(_Reached):
-            model(**batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    silent = [name for name in borders if name not in found]
-    if silent:
-        raise OptionError(f"layer {silent[0]!r} gave nothing: {NOT_CALLED}")
-    return found
+    with evaluating(model), torch.no_grad():
+        return run_to(model, borders, batch)
 
 
 def module_outputs(model: nn.Module, batch: Batch) -> list[tuple[str, tuple[int, ...]]]:

@@ -15,6 +15,7 @@ __all__ = [
     "attention_map",
     "batch_spectral_shrinkage",
     "club_upper_bound",
+    "distillation_loss",
     "feature_distance",
     "gaussian_bandwidths",
     "gaussian_log_likelihood",
@@ -314,6 +315,27 @@ def club_upper_bound(mean: Tensor, log_var: Tensor, samples: Tensor) -> Tensor:
     matched = (samples - mean).square()
     crossed = (centre - mean).square() + spread
     return ((crossed - matched) / log_var.exp()).sum(dim=1).mean() / 2
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:
+    r"""How far a student's softened predictions are from a teacher's; exactly 0 where the logits are equal.
+
+    .. math:: \frac1B \sum_b \mathrm{KL}(\operatorname{softmax}(t_b / T) \,\|\, \operatorname{softmax}(s_b / T)),
+
+    without the factor T^2 of Hinton et al.
+
+    Args:
+        student: logits (B, C).
+        teacher: logits (B, C), which should bring no gradient.
+        temperature: T > 0.
+
+    Returns:
+        A scalar, at least in float32.
+
+    Reference: Li and Hoiem, "Learning without Forgetting", ECCV 2016.
+    """
+    s, t = (nn.functional.log_softmax(wide(logits) / temperature, dim=1) for logits in (student, teacher))
+    return nn.functional.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
 def _same_shape(name: str, one: Tensor, other: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_ft.anatomy import norm_layers
 from hf_ft.plan import Names, Plan, Rate, Stage, covers, stage_index, trained_by
 
 STAGE_RATES = "stage_rates"
@@ -63,6 +64,21 @@ def split_groups(
             new = {**group, "params": [], "weight_decay": decay, "lr": _first_rate(rates), STAGE_RATES: rates}
             split.setdefault((index, rates, decay), new)["params"].append(parameter)
     return list(split.values())
+
+
+def term_groups(plan: Plan, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of the terms that train: at one rate in every stage, biases and norms undecayed."""
+    modules = nn.ModuleDict({term.name: term.fn for term in plan.terms if isinstance(term.fn, nn.Module)})
+    norms = tuple(name for name, _ in norm_layers(modules))
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in modules.named_parameters():
+        if parameter.requires_grad:
+            bare = name.endswith("bias") or any(covers(norm, name) for norm in norms)
+            (others if bare else decayed).append(parameter)
+    shared = {"lr": lr, STAGE_RATES: (lr,) * len(plan.stages)}
+    groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
+    return [{**group, **shared} for group in groups if group["params"]]
 
 
 def _first_rate(rates: Sequence[float]) -> float:

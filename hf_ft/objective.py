@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from hf_ft.anatomy import Part, batch_norms
 from hf_ft.fields import OptionError
-from hf_ft.frozen_prefix import NOT_CALLED, FrozenPrefix
+from hf_ft.frozen_prefix import FrozenPrefix
 from hf_ft.functional import wide
-from hf_ft.plan import Plan, Stage, Term, covers, trained_by
+from hf_ft.joint_forward import STREAM, StreamBatch, forward, take_streams
+from hf_ft.plan import Names, Plan, Stage, Term, covers, trained_by
 from hf_ft.reference import Reference, recorded_states
-from hf_ft.taps import Taps, token_mask
+from hf_ft.taps import NOT_CALLED, token_mask
 from hf_ft.view import View
 
 
@@ -122,29 +123,38 @@ class Objective(nn.Module):
         self._choose_terms(0)
 
     def forward(self, **batch: Any) -> dict[str, Any]:
-        recorded = recorded_states(batch)
+        recorded, streams = recorded_states(batch), take_streams(batch)
         if ACTIVATION in batch:
             assert self.prefix is not None
             activation = batch.pop(ACTIVATION)
             with self.prefix.replaying(activation):
-                return self._forward(self.prefix.batch(batch, len(activation)), recorded)
-        return self._forward(batch, recorded)
+                return self._forward(self.prefix.batch(batch, len(activation)), recorded, streams)
+        return self._forward(batch, recorded, streams)
 
-    def _forward(self, batch: dict[str, Any], recorded: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _forward(
+        self, batch: dict[str, Any], recorded: Mapping[str, Tensor], streams: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
         if not self.training:
             loss, outputs = self.task_loss(self.model, batch)
             return outputs if loss is None else {"loss": loss, **outputs}
-        weighed = [(term, factor) for term in self.terms if (factor := self._factor(term)) != 0.0]
-        layers = tuple(dict.fromkeys(layer for term, _ in weighed for layer in term.layers))
-        wants_features = any("features" in term.needs for term, _ in weighed)
-        with Taps(self.model, layers, self.parts[-1].modules if wants_features else ()) as taps:
-            loss, outputs = self.task_loss(self.model, batch)
+        weighed = self._weighed()
+        passed = forward(
+            self.model,
+            self.task_loss,
+            batch,
+            layers=_layers(term for term, _ in weighed if term.stream is None),
+            head=self.parts[-1].modules if self.parts else (),
+            wants_features=any("features" in term.needs for term, _ in weighed),
+            streams=self._stream_batches(weighed, streams),
+        )
+        loss, outputs = passed.loss, passed.outputs
         if loss is None:
             return outputs
         view = self._view
         view.batch = batch if any("inputs" in term.needs for term, _ in weighed) else {}
-        view.outputs, view.features, view.progress = outputs, taps.features, self.progress
-        self._look_at_states(weighed, taps.states, recorded, batch, loss.device)
+        view.outputs, view.features, view.progress = outputs, passed.features, self.progress
+        view.streams = passed.streams
+        self._look_at_states(weighed, passed.states, recorded, batch, loss.device)
         total, terms = loss, {"task": loss.detach()}
         # Differences of weights and kernels of features need float32, whatever the model computes in.
         with torch.autocast(loss.device.type, enabled=False):
@@ -154,6 +164,31 @@ class Objective(nn.Module):
                 terms[term.name] = value.detach()
         view.release()
         return {"loss": total, "terms": terms, **outputs}
+
+    def _weighed(self) -> list[tuple[Term, float]]:
+        """The terms that count at present, each with its weight."""
+        return [(term, factor) for term in self.terms if (factor := self._factor(term)) != 0.0]
+
+    @property
+    def live_streams(self) -> tuple[str, ...]:
+        """The streams of which the present step needs a batch, as ``stream_<name>`` beside the target's."""
+        return tuple(dict.fromkeys(term.stream for term, _ in self._weighed() if term.stream is not None))
+
+    def _stream_batches(
+        self, weighed: Sequence[tuple[Term, float]], given: Mapping[str, Mapping[str, Any]]
+    ) -> list[StreamBatch]:
+        wanted = {term.stream for term, _ in weighed if term.stream is not None}
+        missing = sorted(wanted - set(given))
+        if missing:
+            raise OptionError(
+                f"a term of the loss needs a batch of the stream {missing[0]!r}: pass it to the objective as "
+                f"{STREAM}{missing[0]}={{...}}."
+            )
+        return [
+            StreamBatch(s, given[s.name], _layers(term for term, _ in weighed if term.stream == s.name))
+            for s in self.plan.streams
+            if s.name in wanted
+        ]
 
     def _factor(self, term: Term) -> float:
         return term.weight * (term.schedule(self.progress) if term.schedule else 1.0)
@@ -167,7 +202,8 @@ class Objective(nn.Module):
         device: torch.device,
     ) -> None:
         """Show the view what its terms' layers gave, and what they gave at the start: as recorded, or computed."""
-        absent = [layer for term, _ in weighed for layer in term.layers if layer not in states]
+        mine = [term for term, _ in weighed if term.stream is None]
+        absent = [layer for term in mine for layer in term.layers if layer not in states]
         if absent:
             raise OptionError(f"layer {absent[0]!r} gave nothing: {NOT_CALLED}")
         hidden = [name for name in states if name in self._live_layers and not states[name].requires_grad]
@@ -176,7 +212,7 @@ class Objective(nn.Module):
                 f"no gradient comes from layer {hidden[0]!r}, which a term of the loss needs. With gradient "
                 "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        wanted = [layer for term, _ in weighed if "reference" in term.needs for layer in term.layers]
+        wanted = [layer for term in mine if "reference" in term.needs for layer in term.layers]
         # Text recorded in another batch may have been padded to another length.
         reference = {n: state for n, state in recorded.items() if n in states and state.shape == states[n].shape}
         missing = [layer for layer in dict.fromkeys(wanted) if layer not in reference]
@@ -224,7 +260,7 @@ class Objective(nn.Module):
         ]
         reference = (layer for term in self.terms if "reference" in term.needs for layer in term.layers)
         self.reference_layers = tuple(dict.fromkeys(reference))
-        self.wants_inputs = any(term.layers or "inputs" in term.needs for term in self.terms)
+        self.wants_inputs = any(term.layers or term.stream or "inputs" in term.needs for term in self.terms)
 
     def _last(self, layer: str) -> int:
         """The index of the last part that a layer is in, or that is in it; just before the head where none is."""
@@ -266,6 +302,11 @@ class Objective(nn.Module):
         """The index of the first part that holds one of these parameters or modules."""
         holds = (any(covers(module, name) for module in part.modules for name in names) for part in self.parts)
         return next((index for index, found in enumerate(holds) if found), len(self.parts))
+
+
+def _layers(terms: Iterable[Term]) -> Names:
+    """The layers of some terms, each once."""
+    return tuple(dict.fromkeys(layer for term in terms for layer in term.layers))
 
 
 def as_dict(outputs: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -53,6 +53,40 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A second stream of data: endless, shuffled anew in every pass, and read only while a term of weight > 0 uses it.
+
+    Attributes:
+        name: the data that the Trainer was given under this name; ``"source"`` is its ``source_dataset``.
+        ratio: samples of it for each sample of the target data; every batch of it has as many, since its loss and
+            the target's are means.
+        forward: ``"joint"`` runs it and the target's batch concatenated, the head seeing the target's rows alone:
+            normalisation layers take their statistics from both. ``"separate"`` runs it by itself after the target's.
+        prepare: called with the data set before training, refuses it, or returns what each of its batches, on the
+            CPU, is to be passed through.
+    """
+
+    name: str
+    ratio: float = 1.0
+    forward: Literal["joint", "separate"] = "joint"
+    prepare: Callable[[Any], Callable[[dict[str, Any]], dict[str, Any]]] | None = None
+
+    def batch_size(self, target: int) -> int:
+        """Samples in a batch of it beside one of so many target samples.
+
+        Raises:
+            OptionError: none.
+        """
+        size = round(self.ratio * target)
+        if size < 1:
+            raise OptionError(
+                f"{self.name}_ratio={self.ratio:g} of per_device_train_batch_size={target} gives batches without a "
+                f"sample: set at least {1 / target:g}, or use larger batches."
+            )
+        return size
+
+
+@dataclass(frozen=True)
 class Term:
     r"""A summand of the training loss: :math:`\text{weight} \cdot \text{schedule}(t) \cdot \text{fn}(\text{view})`.
 
@@ -67,8 +101,9 @@ class Term:
         needs: what else the view must hold; ``"features"`` is what goes into the head, ``"inputs"`` the batch
             (then nothing frozen can be left out), ``"reference"`` what ``layers`` give in the model as it was at
             the start.
-        layers: names of modules whose outputs ``view.states`` holds. In a stage in which none of them can change,
-            the term is a constant and is left out.
+        layers: what ``view.states`` holds: names of modules, for their outputs, or ``"input:<module>"``. In a stage
+            in which none of them can change, the term is a constant and is left out.
+        stream: the name of the stream whose batch, and ``layers`` of it, ``view.streams`` holds.
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
         couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.
         starts_at_zero: whether it is exactly 0 before the first step, with the model in eval mode.
@@ -82,6 +117,7 @@ class Term:
     anchors: Names = ()
     needs: frozenset[Literal["features", "inputs", "reference"]] = frozenset()
     layers: Names = ()
+    stream: str | None = None
     replaces_decay: Names = ()
     couples_batch: bool = False
     starts_at_zero: bool = False
@@ -99,6 +135,7 @@ class Plan:
         surgery: applied in order before training; each takes the model and returns it or its replacement.
         terms: summands beside the task's loss.
         stages: one after the other; none means one stage that trains everything.
+        streams: data beside the target's, for terms that name them.
         finalise: applied in order after training and after the best model was loaded.
         owner: the strategy that set the stages, for the error when two do.
     """
@@ -106,6 +143,7 @@ class Plan:
     surgery: tuple[Surgery, ...] = ()
     terms: tuple[Term, ...] = ()
     stages: tuple[Stage, ...] = ()
+    streams: tuple[Stream, ...] = ()
     finalise: tuple[Surgery, ...] = ()
     owner: str | None = field(default=None, compare=False)
 
@@ -114,7 +152,8 @@ def compose(plans: Iterable[Plan]) -> Plan:
     """One plan of several: terms add, surgery and finalise run in order, one plan at most has stages.
 
     Raises:
-        OptionError: two plans own stages (both are named), two terms share a name, or shares do not sum to 1.
+        OptionError: two plans own stages (both are named), two terms share a name, two streams of one name differ,
+            or shares do not sum to 1.
     """
     plans = tuple(plans)
     owners = [plan for plan in plans if plan.stages]
@@ -126,6 +165,9 @@ def compose(plans: Iterable[Plan]) -> Plan:
     twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
     if twice:
         raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
+    streams = tuple(dict.fromkeys(stream for plan in plans for stream in plan.streams))
+    if len({stream.name for stream in streams}) < len(streams):
+        raise OptionError(f"two strategies want the stream {streams[0].name!r} in different ways: {streams}.")
     stages = owners[0].stages if owners else (Stage("train"),)
     total = sum(stage.duration for stage in stages)
     if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
@@ -136,6 +178,7 @@ def compose(plans: Iterable[Plan]) -> Plan:
         surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
         terms=terms,
         stages=stages,
+        streams=streams,
         finalise=tuple(s for plan in plans for s in plan.finalise),
         owner=owners[0].owner if owners else None,
     )

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_ft.anatomy import Part, anatomy, norm_layers
 from hf_ft.config import Context, FTConfig, State, build_plan, resolve, shared_option
 from hf_ft.fields import OptionError
-from hf_ft.groups import ever_trained, split_groups, stage_scheduler
+from hf_ft.groups import ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, covers, stage_borders, stage_index
 from hf_ft.reference import Reference
@@ -75,7 +75,7 @@ class Run:
         return objective
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Parameter groups for any torch optimizer: all that is ever trained, norms and biases undecayed."""
+        """Parameter groups for any torch optimizer: all that is ever trained, terms too, norms and biases undecayed."""
         trained = set(self.trained)
         norms = tuple(name for name, _ in norm_layers(self.model))
         decayed: list[Tensor] = []
@@ -88,7 +88,10 @@ class Run:
             {"params": decayed, "lr": lr, "weight_decay": weight_decay},
             {"params": others, "lr": lr, "weight_decay": 0.0},
         ]
-        return split_groups(groups, self.model, self.plan, self.trainable)
+        return [
+            *split_groups(groups, self.model, self.plan, self.trainable),
+            *term_groups(self.plan, lr, weight_decay),
+        ]
 
     def scheduler(self, optimizer: Optimizer, total_steps: int, name: str = "linear", warmup: float = 0.0) -> LambdaLR:
         """The schedule ``name`` of Transformers, once per stage; ``warmup`` is a fraction of each stage."""

@@ -1,8 +1,12 @@
-"""What modules take in and give out during a forward pass, recorded by hooks that are gone afterwards."""
+"""What modules take in and give out during a forward pass, recorded by hooks that are gone afterwards.
+
+A *layer* is a module's name, for what it gives out, or ``input:`` and a module's name, for what it takes in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,17 +15,73 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_ft.fields import OptionError
 
+INPUT = "input:"
+NOT_CALLED = "it is not called in the forward pass, as a list of modules is not. Name a module in it."
+
+
+def tap(model: nn.Module, layer: str, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have ``keep`` called with the first tensor of a layer whenever it is computed, until the handle is removed."""
+    module = model.get_submodule(layer.removeprefix(INPUT))
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        keep(first_tensor((args, kwargs)))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        keep(first_tensor(output))
+
+    if layer.startswith(INPUT):
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The first tensor in nested tuples, lists, dictionaries and outputs."""
+    return next(leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+
+
+class _Reached(Exception):
+    """All that was wanted was computed: the rest of the forward is not needed."""
+
+
+def run_to(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Several layers in one forward pass, which ends at the last of them.
+
+    Raises:
+        OptionError: one of them is not called.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[[Tensor], None]:
+        def keep(state: Tensor) -> None:
+            found[name] = state
+            if len(found) == len(layers):
+                raise _Reached
+
+        return keep
+
+    handles = [tap(model, name, keeper(name)) for name in layers]
+    try:
+        with contextlib.suppress(_Reached):
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [name for name in layers if name not in found]
+    if silent:
+        raise OptionError(f"layer {silent[0]!r} gave nothing: {NOT_CALLED}")
+    return found
+
 
 class Taps:
     """Records while it is open.
 
     Args:
         model: whose modules are tapped.
-        layers: names of modules whose outputs are wanted.
+        layers: those that are wanted.
         head: names of the head's modules, if what goes into it is wanted.
 
     Attributes:
-        states: the first tensor of each layer's output, by name.
+        states: the first tensor of each layer, by its name.
         features: what the first module inside the head takes in, (B, d).
     """
 
@@ -34,7 +94,7 @@ class Taps:
 
     def __enter__(self) -> Taps:
         for name in self.layers:
-            self._handles.append(self.model.get_submodule(name).register_forward_hook(self._keeper(name)))
+            self._handles.append(tap(self.model, name, self._keeper(name)))
         for name in self.head:
             for module in self.model.get_submodule(name).modules():
                 # A head of several modules may take whole sequences and pick a token itself: look inside.
@@ -52,15 +112,14 @@ class Taps:
                     "so that it cannot be compared. Name the block that it is in."
                 )
 
-    def _keeper(self, name: str) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _keeper(self, name: str) -> Callable[[Tensor], None]:
+        def keep(state: Tensor) -> None:
             if name in self.states:
                 raise OptionError(
                     f"layer {name!r} is called several times in a forward pass (weights that are shared), and has no "
                     "one output to compare. Name another layer, or use L2SPConfig, which compares weights."
                 )
-            self.states[name] = next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
-            self._versions[name] = self.states[name]._version
+            self.states[name], self._versions[name] = state, state._version
 
         return keep
 

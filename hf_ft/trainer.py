@@ -23,7 +23,7 @@ from hf_ft.cached_stages import CachedStages
 from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
 from hf_ft.context import measuring_context
 from hf_ft.fields import OptionError
-from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler
+from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
 from hf_ft.model_card import WritesCard, write_card
 from hf_ft.objective import ACTIVATION, Objective, TaskLoss
 from hf_ft.plan import Plan, covers, stage_borders, stage_index
@@ -37,13 +37,14 @@ from hf_ft.preflight import (
 from hf_ft.reference import REFERENCE
 from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, check, schedule_curve, set_up
+from hf_ft.streamed_steps import StreamedSteps
 from hf_ft.whole_checkpoints import WholeCheckpoints
 
 logger = logging.get_logger(__name__)
 ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
 
 
-class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
+class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Trainer):
     """``transformers.Trainer`` with a fine-tuning strategy.
 
     All stages of a strategy run in one ``train()``: one global step, one log, one set of checkpoints, one best
@@ -60,6 +61,9 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
             of in every step: ``"auto"``, ``"always"``, ``"never"``, or a :class:`~hf_ft.row_cache.FrozenCache`.
         plain_train_dataset: the training samples without augmentation, in the same order, for strategies that
             search or measure on them; default: ``train_dataset``.
+        source_dataset: the data of the pretraining, or other data, for strategies that train on it beside the target's:
+            processed as they are, map-style or iterable, with labels of the source head's classes.
+        source_data_collator: makes batches of them; default: ``data_collator``.
         states: what the strategies measured before (``trainer.states`` of another run on the same model, data and
             options), so that trials of other rates need not measure again.
 
@@ -83,14 +87,18 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         overwrite: bool = False,
         frozen_cache: FrozenCache | Literal["auto", "always", "never"] = "auto",
         plain_train_dataset: Any = None,
+        source_dataset: Any = None,
+        source_data_collator: Callable[[list[Any]], Any] | None = None,
         states: Mapping[str, State] | None = None,
         **keywords: Any,
     ) -> None:
         self.configs = resolve(strategy)
         self.overwrite = overwrite
         self.frozen_cache = frozen_cache if isinstance(frozen_cache, FrozenCache) else FrozenCache(use=frozen_cache)
+        self.source_dataset, self.source_data_collator = source_dataset, source_data_collator
         args = args or TrainingArguments("tmp_trainer")
         check_arguments(args, self.configs)
+        self._check_source()
         if model is not None:  # before the Trainer makes its output folder
             given = inspect.signature(Trainer.__init__).bind_partial(self, model, args, *positional, **keywords)
             check_labels(given.arguments.get("train_dataset"), model)
@@ -109,6 +117,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         self.plain_train_dataset = plain_train_dataset
         self._known_states = dict(states or {})
         self._run: Run | None = None
+        self._finished = False
         self._resuming: Path | None = None
         self._objective: Objective | None = None
         self._borders: tuple[int, ...] = ()
@@ -152,6 +161,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         finally:
             self._resuming = None
             self._forget_recorded()
+            self._close_streams()
             if self._run is not None:
                 self._run.thaw()
 
@@ -160,14 +170,16 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         # Anew for every attempt: accelerate patches the forward of what it prepares.
         self._objective = run.objective(self.task_loss)
         self._logged = _TermLog()
+        self._begin_streams(run.plan)
         check_last_batch(self, self._objective)
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def _start_run(self) -> Run:
         """Measure, plan and apply surgery, once per model."""
-        if self._run is not None and self._run.model is self.model:
+        if self._run is not None and self._run.model is self.model and not self._finished:
             self._run.thaw()
             return self._run
+        self._finished = False
         self._base = files.digests(self.model)
         self._run = set_up(self.model, self.configs, states=self._states())
         if self._run.model is not self.model:
@@ -200,8 +212,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
     def _finish_run(self) -> None:
         assert self._run is not None
         self.model = self.callback_handler.model = self._run.finish()
-        if self._run.plan.finalise:
-            self._run = None  # the model is another one now; a further train() starts anew
+        self._finished = bool(self._run.plan.finalise)  # the model is another one now: a further train() starts anew
 
     # --- what the Trainer asks for -------------------------------------------------------------------------
 
@@ -210,9 +221,10 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         if training:
             run = self._start_run()
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
-                # Parameters that only a later stage trains get no gradient until then.
-                several = len(run.plan.stages) > 1
-                self.accelerator.ddp_handler.find_unused_parameters |= several
+                # Parameters that only a later stage trains get no gradient until then, nor those of a term at 0.
+                idle = len(run.plan.stages) > 1
+                idle |= any(t.schedule is not None and isinstance(t.fn, nn.Module) for t in run.plan.terms)
+                self.accelerator.ddp_handler.find_unused_parameters |= idle
             return self.accelerator.prepare_model(self._objective)
         if self._objective is None or self._objective.model is not self.model:
             self._objective = Objective(self.model, Plan(), task_loss=self.task_loss)
@@ -237,10 +249,9 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
             )
         # In place: whoever holds the list (a wrapper of the optimizer) keeps seeing it.
         self.optimizer.param_groups[:] = groups
-        extra = [p for module in self._term_modules().values() for p in module.parameters()]
-        if extra and self._users_optimizer is None:
-            rates = (self.args.learning_rate,) * len(run.plan.stages)
-            self.optimizer.add_param_group({"params": extra, "lr": rates[0], STAGE_RATES: rates})
+        if self._users_optimizer is None:
+            for group in term_groups(run.plan, self.args.learning_rate, self.args.weight_decay):
+                self.optimizer.add_param_group(group)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -286,7 +297,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's loss: task and terms in training, the task alone in evaluation."""
-        outputs = model(**self._in_present_form(inputs))
+        outputs = model(**self._with_streams(self._in_present_form(inputs)))
         if outputs.get("loss") is None:
             raise ValueError(
                 f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(_users(inputs))}. "
@@ -331,7 +342,7 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
         write_configs(folder, self.configs, base_model=self._base_description())
         files.write_states(folder, {c.ft_type: self.states.get(c.ft_type, State()) for c in self.configs})
         modules = nn.ModuleDict(self._term_modules())
-        if modules:
+        if modules and self.is_in_train:  # what is only for training is not in its result
             save_file(
                 {k: v.contiguous().cpu() for k, v in modules.state_dict().items()},
                 folder / files.MODULES_NAME,
@@ -384,6 +395,10 @@ class FTTrainer(WholeCheckpoints, CachedStages, WritesCard, Trainer):
             return
         trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         plan = check(self.configs, model, {}, trainable)
+        for stream in plan.streams:
+            stream.batch_size(args.per_device_train_batch_size)
+            if stream.prepare is not None:
+                stream.prepare(self._data_of(stream))
         if len(plan.stages) == 1:
             return
         if scheduler is not None:

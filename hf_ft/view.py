@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_ft.plan import Names, covers
+
+
+@dataclass(frozen=True)
+class StreamView:
+    """One batch of a stream.
+
+    Attributes:
+        batch: its keyword arguments, labels too.
+        states: what the layers of the terms that use it gave, as in :class:`View`.
+    """
+
+    batch: Mapping[str, Any]
+    states: Mapping[str, Tensor]
 
 
 class View:
@@ -22,6 +36,7 @@ class View:
         states: what a term's layers gave, by name, at least in float32: feature maps (B, C, H, W) or token states
             (B, T, C).
         reference: what they give in the model as it was at the start, for terms that need ``"reference"``.
+        streams: the batches of other data, by the stream's name, for terms that name one.
         token_mask: (B, T), 0 where a token is padding; None where there is none.
         progress: how much of the run is done, in [0, 1).
     """
@@ -35,6 +50,7 @@ class View:
         self.features: Tensor | None = None
         self.states: Mapping[str, Tensor] = {}
         self.reference: Mapping[str, Tensor] = {}
+        self.streams: Mapping[str, StreamView] = {}
         self.token_mask: Tensor | None = None
         self.progress = 0.0
 
@@ -53,7 +69,7 @@ class View:
     def release(self) -> None:
         """Let go of the micro-batch, and of the graph that hangs on it."""
         self.batch, self.outputs, self.features, self.token_mask = {}, None, None, None
-        self.states, self.reference = {}, {}
+        self.states, self.reference, self.streams = {}, {}, {}
 
     def _pair(self, names: Names) -> tuple[list[Tensor], list[Tensor]]:
         if names not in self._pairs:  # once a stage: walking a module tree every step is slow

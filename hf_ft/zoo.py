@@ -19,6 +19,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from hf_ft.plan import covers
+from hf_ft.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
+
 Task = Literal["image", "text"]
 GATES = ".squeeze_excite."
 logger = hf.utils.logging.get_logger(__name__)
@@ -147,9 +150,11 @@ def _image_processor(name: str, size: int) -> Any:
     return hf.EfficientNetImageProcessorPil(**options, image_mean=[0.5] * 3, image_std=[0.5] * 3, include_top=False)
 
 
-def _short_image_model(name: str, labels: dict[str, Any], size: int) -> tuple[Any, Any]:
+def _short_image_model(name: str, labels: dict[str, Any], size: int, keep: bool) -> tuple[Any, Any]:
     model = _imagenet_model(name)
     if labels:
+        if keep:
+            attach_source_head(model, SourceHead(model.classifier))
         head = nn.Linear(model.classifier.in_features, labels["num_labels"])
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
@@ -179,14 +184,21 @@ def task_of(config: hf.PreTrainedConfig) -> Task:
 
 
 def _pretrained(
-    source: str, labels: dict[str, Any], hub: dict[str, Any], task: Task | None, size: int | None
+    source: str, labels: dict[str, Any], hub: dict[str, Any], task: Task | None, size: int | None, keep: bool
 ) -> tuple[Any, Any]:
     config = hf.AutoConfig.from_pretrained(source, **hub)
-    for key, value in labels.items():  # not as arguments above, which warn where the checkpoint's classes are others
-        setattr(config, key, value)
     image = (task or task_of(config)) == "image"
     auto = hf.AutoModelForImageClassification if image else hf.AutoModelForSequenceClassification
-    model = auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
+    if keep and labels:
+        model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
+        renew_head(model, labels)
+        if any(covers(head_module(model), name) for name in info["missing_keys"]):
+            drop_source_head(model)
+            logger.warning(f"{source} holds no pretrained head: there is none to keep.")
+    else:
+        for key, value in labels.items():  # not as arguments above, which warn where the checkpoint has other classes
+            setattr(config, key, value)
+        model = auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
     freeze_pinned_gates(model)
     if not image:
         return model, hf.AutoTokenizer.from_pretrained(source, **hub)
@@ -203,6 +215,7 @@ def load_model(
     image_size: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    keep_source_head: bool = False,
 ) -> tuple[hf.PreTrainedModel, Any]:
     """Load a classifier and its image processor or tokenizer; never runs code from the Hub.
 
@@ -214,8 +227,11 @@ def load_model(
         image_size: side in pixels of a plain square resize without a crop (default: 224 for a short name,
             else what the checkpoint says).
         seed: of a new head's weights; the global random state is left as it was.
+        keep_source_head: keep the pretrained head beside the new one, for strategies that go on training it; the head
+            is then new even where it would fit. Nothing is loaded twice.
 
     Raises:
+        OptionError: a head that cannot be kept.
         ImportError: a short name's package is missing; the message holds the pip line.
         ValueError: ``num_labels`` and ``id2label`` disagree, or the task cannot be told.
     """
@@ -225,13 +241,34 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if entry and entry.task == "image":
-            model, processor = _short_image_model(name_or_path, labels, image_size or 224)
+            model, processor = _short_image_model(name_or_path, labels, image_size or 224, keep_source_head)
         else:
             source = str(_package_path(entry.requirement, entry.path)) if entry else name_or_path
-            model, processor = _pretrained(source, labels, {} if entry else hub, task, image_size)
+            model, processor = _pretrained(source, labels, {} if entry else hub, task, image_size, keep_source_head)
     if entry:
         model.config.name_or_path = model.name_or_path = entry.public_name
     return model.eval(), processor
+
+
+def from_pretrained(
+    name_or_path: str, num_labels: int | None = None, id2label: Mapping[int, str] | None = None, **options: Any
+) -> hf.PreTrainedModel:
+    """A classifier with a new head, and the pretrained head kept beside it (see :func:`load_model`).
+
+    The pretrained head is for strategies that hold on to what it knows (SoftConfig, LwFConfig, CoTuningConfig). It is
+    no part of the model: neither saved with it nor in its parameters, and gone after training.
+
+    Args:
+        name_or_path: a Hub id, a folder, or a name of ``SHORT_NAMES``.
+        num_labels: classes of the new head; or ``id2label``, their names.
+        options: as for :func:`load_model`.
+
+    Raises:
+        ValueError: no classes are given.
+    """
+    if num_labels is None and id2label is None:
+        raise ValueError("from_pretrained: num_labels or id2label is needed, the classes of the new head.")
+    return load_model(name_or_path, num_labels, id2label, keep_source_head=True, **options)[0]
 
 
 def elpv(binary: bool = True) -> Dataset:

@@ -11,6 +11,7 @@ from hf_ft.strategies.l2_sp import L2SPConfig
 from hf_ft.strategies.layer_decay import LayerDecayConfig
 from hf_ft.strategies.linear_probe import LinearProbeConfig
 from hf_ft.strategies.lp_ft import LPFTConfig
+from hf_ft.strategies.soft import LwFConfig, SoftConfig
 from hf_ft.strategies.tred import TREDConfig
 
 __all__ = [
@@ -25,5 +26,7 @@ __all__ = [
     "LPFTConfig",
     "LayerDecayConfig",
     "LinearProbeConfig",
+    "LwFConfig",
+    "SoftConfig",
     "TREDConfig",
 ]

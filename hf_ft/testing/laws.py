@@ -19,7 +19,7 @@ from hf_ft.fields import OptionError, in_range, options
 from hf_ft.plan import Plan, Term, covers
 from hf_ft.run import Run, set_up
 from hf_ft.testing.models import tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
-from hf_ft.testing.training import make_trainer, same_tensors, snapshot, still, train
+from hf_ft.testing.training import equipped, make_trainer, same_tensors, snapshot, still, tiny_batch, train
 
 Maker = Callable[[], Any]
 Law = Callable[[FTConfig, Maker, Path], None]
@@ -57,7 +57,7 @@ def out_of_range_raises(config: FTConfig, make: Maker, folder: Path) -> None:
 
 def plan_is_pure(config: FTConfig, make: Maker, folder: Path) -> None:
     """Planning twice gives the same, and leaves the model as it was."""
-    model = make()
+    model = equipped(make(), config)
     before, modes = snapshot(model), [module.training for module in model.modules()]
     frozen = [parameter.requires_grad for parameter in model.parameters()]
     state = _state(config, model, folder)
@@ -92,7 +92,7 @@ def anchored_terms_start_at_zero(config: FTConfig, make: Maker, folder: Path) ->
         objective.train()
         for module in objective.modules():
             module.training = module is objective
-        terms = objective(**tiny_inputs(run.model))["terms"]
+        terms = objective(**tiny_batch(objective))["terms"]
         for name in anchored & set(terms):
             assert float(terms[name]) == 0.0, f"{name} is {float(terms[name])} at the start"
 
@@ -110,7 +110,7 @@ def frozen_stays_frozen(config: FTConfig, make: Maker, folder: Path) -> None:
         before = snapshot(run.model)
         optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=0.1)
         for seed in range(2):
-            objective(**tiny_inputs(run.model, 8, seed))["loss"].backward()
+            objective(**tiny_batch(objective, 8, seed))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
         after = snapshot(run.model)
@@ -123,7 +123,7 @@ def frozen_stays_frozen(config: FTConfig, make: Maker, folder: Path) -> None:
 
 def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
     """One batch of 8, or two micro-batches of 4, or four of 2: the same weights, where the same was measured."""
-    probe = make()
+    probe = equipped(make(), config)
     states = _states(config, probe, folder)
     plan = build_plan([config], probe, states)
     if any(term.couples_batch for term in plan.terms):
@@ -229,6 +229,7 @@ def _states(config: FTConfig, model: nn.Module, folder: Path) -> dict[str, State
 
 
 def _run(config: FTConfig, model: nn.Module, folder: Path) -> Run:
+    model = equipped(model, config)
     return set_up(model, config, states=_states(config, model, folder))
 
 
@@ -242,7 +243,7 @@ def _train(run: Run, terms: tuple[Term, ...]) -> dict[str, torch.Tensor]:
         optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.05)
         for seed in range(2):
             torch.manual_seed(seed)
-            objective(**tiny_inputs(run.model, 8, seed))["loss"].backward()
+            objective(**tiny_batch(objective, 8, seed))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
     return snapshot(run.model)

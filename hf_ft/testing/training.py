@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_ft.anatomy import batch_norms
+from hf_ft.config import resolve
+from hf_ft.joint_forward import STREAM
+from hf_ft.objective import Objective
+from hf_ft.source_head import SourceHead, attach_source_head, has_source_head, head_module, renew_head
 from hf_ft.testing.models import tiny_inputs
 from hf_ft.trainer import FTTrainer
 
@@ -44,8 +49,28 @@ def make_trainer(
 ) -> FTTrainer:
     """A trainer on tiny data, which has not trained yet."""
     data = {"train_dataset": tiny_data(model), "eval_dataset": tiny_data(model, 16, seed=1)}
+    equipped(model, strategy)
+    if any("source_data" in config.requires() for config in resolve(strategy)):
+        data["source_dataset"] = tiny_data(model, 20, seed=2)
     args = tiny_arguments(folder, **arguments)
     return FTTrainer(model, args, strategy=strategy, frozen_cache=frozen_cache, **data)
+
+
+def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:
+    """The model, with a pretrained head of so many classes where the strategy needs one and it has none."""
+    if any("source_head" in config.requires() for config in resolve(strategy)) and not has_source_head(model):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            other = copy.deepcopy(model)
+            renew_head(other, {"num_labels": classes})
+        attach_source_head(model, SourceHead(other.get_submodule(head_module(other))))
+    return model
+
+
+def tiny_batch(objective: Objective, samples: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Inputs for an objective, and a batch of each stream that it needs at present."""
+    streams = {f"{STREAM}{name}": tiny_inputs(objective.model, samples, seed + 100) for name in objective.live_streams}
+    return {**tiny_inputs(objective.model, samples, seed), **streams}
 
 
 def train(model: nn.Module, strategy: Any, folder: str | Path, resume: Any = None, **arguments: Any) -> FTTrainer:

@@ -1,0 +1,245 @@
+r"""How the source classes relate to the target classes: the maths of Co-Tuning, as pure functions.
+
+A pretrained classifier's own head, kept and run on labelled target samples, says which source classes each
+target class looks like. That relationship, :math:`p(y_s \mid y_t)`, is a soft source label for every target
+sample, on which the pretrained head is trained along with the new one.
+
+Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor, nn
+
+from hf_ft.fields import OptionError
+from hf_ft.functional import wide
+
+__all__ = ["direct_relationship", "fit_temperature", "relationship_loss", "reverse_relationship"]
+
+TEMPERATURES = (0.05, 20.0)
+# Probabilities over many source classes are small numbers: their weights must be free to become large.
+STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 5))
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    r"""The temperature that makes a classifier's confidence fit its accuracy, between 0.05 and 20.
+
+    .. math:: \arg\min_T \; -\frac1N \sum_n \log \operatorname{softmax}(z_n / T)_{y_n}
+
+    Args:
+        logits: (N, C), of samples the classifier was not trained on.
+        labels: (N,), in [0, C).
+
+    Raises:
+        OptionError: no sample, a label out of range, or logits that are not finite.
+
+    Reference: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    logits, labels = _checked("fit_temperature", logits, labels)
+    _check_labels("fit_temperature", labels, logits.shape[1])
+
+    def loss(log_temperature: float) -> float:
+        return nn.functional.cross_entropy(logits / math.exp(log_temperature), labels).item()
+
+    # The loss is convex in 1 / T, so it has a single valley in log T too.
+    bounds = tuple(math.log(limit) for limit in TEMPERATURES)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8}).x)
+
+
+def direct_relationship(logits: Tensor, labels: Tensor, classes: int, temperature: float = 1.0) -> Tensor:
+    r"""What the source head predicts, on average, for the samples of each target class.
+
+    .. math:: p(y_s \mid y_t) = \frac{1}{N_t} \sum_{n : y_n = t} \operatorname{softmax}(z_n / T)_s
+
+    Args:
+        logits: (N, C_s), the source head's, on target samples.
+        labels: (N,), the target classes, in [0, classes).
+        classes: number of target classes.
+        temperature: T, by which the source head is calibrated (:func:`fit_temperature` on source samples).
+
+    Returns:
+        (classes, C_s), float32 on the CPU; rows sum to 1.
+
+    Raises:
+        OptionError: no sample at all or of some class, a label out of range, logits that are not finite, or a
+            temperature that is not positive.
+
+    Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
+    """
+    logits, labels = _checked("direct_relationship", logits, labels)
+    counts = _counts("direct_relationship", labels, classes)
+    source = _log_source("direct_relationship", logits, temperature).exp()
+    sums = source.new_zeros(classes, source.shape[1]).index_add_(0, labels, source)
+    return (sums / counts[:, None]).float()
+
+
+def reverse_relationship(
+    logits: Tensor, labels: Tensor, classes: int, temperature: float = 1.0, folds: int = 5, seed: int = 0
+) -> Tensor:
+    r"""Learn the target class from the source head's prediction, and turn that round by Bayes' rule.
+
+    .. math:: p(y_s \mid y_t) \propto p(y_t \mid y_s) \, p(y_s), \qquad
+        p(y_t \mid y_s) = \operatorname{softmax}(g(e_s) / T_g)_t, \qquad
+        p(y_s) = \frac1N \sum_n \operatorname{softmax}(z_n / T)_s
+
+    g is a multinomial logistic regression from source probabilities to target classes, :math:`e_s` the one-hot
+    distribution on source class s. Cross-validation chooses the strength of its L2 penalty, by likelihood, and
+    gives the held-out logits its temperature :math:`T_g` is fitted on. Where some class has a single sample
+    there is nothing to hold out: the penalty is scikit-learn's C = 1, and :math:`T_g = 1`.
+
+    Args:
+        logits: (N, C_s), the source head's, on target samples. Their order does not matter.
+        labels: (N,), the target classes, in [0, classes).
+        classes: number of target classes.
+        temperature: T, by which the source head is calibrated (:func:`fit_temperature` on source samples).
+        folds: parts of the cross-validation; lowered to the size of the smallest class.
+        seed: of the split into folds.
+
+    Returns:
+        (classes, C_s), float32 on the CPU; rows sum to 1.
+
+    Raises:
+        OptionError: no sample at all or of some class, a label out of range, logits that are not finite, a
+            temperature that is not positive, or fewer than 2 folds.
+
+    Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
+    """
+    logits, labels = _checked("reverse_relationship", logits, labels)
+    counts = _counts("reverse_relationship", labels, classes)
+    if folds < 2:
+        raise OptionError(f"reverse_relationship: folds={folds} leaves nothing to hold out: take 2 or more (5, say).")
+    if classes == 1:  # nothing to tell apart: p(y_t | y_s) is 1
+        return direct_relationship(logits, labels, classes, temperature)
+
+    # The folds depend on the order of the samples, which a shuffling loader gives anew each time.
+    rows = logits.numpy()
+    order = sorted(range(len(rows)), key=lambda n: (int(labels[n]), rows[n].tobytes()))
+    labels = labels[order]
+    log_source = _log_source("reverse_relationship", logits[order], temperature)
+    features, targets = log_source.exp().numpy(), labels.numpy()
+
+    folds = min(folds, int(counts.min()))
+    strength, calibration = 1.0, 1.0
+    if folds > 1:
+        held_out = _held_out(features, targets, classes, StratifiedKFold(folds, shuffle=True, random_state=seed))
+        losses = [nn.functional.cross_entropy(z, labels).item() for z in held_out]
+        best = int(np.argmin(losses))
+        strength, calibration = STRENGTHS[best], fit_temperature(held_out[best], labels)
+
+    g = _regression(classes).set_params(C=_sklearn_c(strength, classes)).fit(features, targets)
+    log_target = (_logits(g, np.eye(features.shape[1])) / calibration).log_softmax(dim=1)
+    # In logs: a product of small probabilities would be 0 for every source class.
+    log_marginal = log_source.logsumexp(dim=0) - math.log(len(log_source))
+    return (log_target.T + log_marginal).softmax(dim=1).float()
+
+
+def relationship_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    r"""The cross-entropy of the source head's predictions and soft source labels.
+
+    .. math:: -\frac1B \sum_b \sum_s q_{bs} \log \operatorname{softmax}(z_b)_s
+
+    Args:
+        logits: (B, C_s), the source head's.
+        targets: (B, C_s), the rows of the relationship of the samples' target classes.
+
+    Returns:
+        A scalar, in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: the two differ in shape.
+
+    Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
+    """
+    if logits.dim() != 2 or logits.shape != targets.shape:
+        raise ValueError(
+            f"relationship_loss: logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must both be "
+            "(samples, source classes): take the relationship's row of each label."
+        )
+    logits = wide(logits)
+    return nn.functional.cross_entropy(logits, targets.to(logits))
+
+
+# --- the regression from source to target classes -----------------------------------------------------------
+
+
+def _sklearn_c(strength: float, classes: int) -> float:
+    """The C by which scikit-learn fits the softmax model with this strength.
+
+    For two classes it fits a single row w, the difference of the softmax model's rows -w/2 and w/2. Their
+    penalty, half the sum of squares, is half of w's: the same model needs twice the C.
+    """
+    return 2 * strength if classes == 2 else strength
+
+
+def _regression(classes: int) -> LogisticRegression:
+    return LogisticRegression(tol=1e-6, max_iter=10_000, warm_start=True)
+
+
+def _logits(regression: LogisticRegression, features: np.ndarray) -> Tensor:
+    """(N, classes): for two classes scikit-learn gives (N,), the second's logit minus the first's."""
+    scores = torch.from_numpy(regression.decision_function(features))
+    return torch.stack((-scores / 2, scores / 2), dim=1) if scores.dim() == 1 else scores
+
+
+def _held_out(features: np.ndarray, targets: np.ndarray, classes: int, folds: StratifiedKFold) -> Tensor:
+    """(strengths, N, classes): each sample's logits by the regressions of the folds that leave it out."""
+    logits = torch.empty(len(STRENGTHS), len(targets), classes, dtype=torch.float64)
+    for train, test in folds.split(features, targets):
+        regression = _regression(classes)
+        for i, strength in enumerate(STRENGTHS):  # each fit starts from the one before
+            regression.set_params(C=_sklearn_c(strength, classes)).fit(features[train], targets[train])
+            logits[i, test] = _logits(regression, features[test])
+    return logits
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def _checked(name: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in float64 and labels as integers, on the CPU (some devices have no float64)."""
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise OptionError(
+            f"{name}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} ({labels.dtype}) do not fit: "
+            "logits are (samples, classes), labels one integer per sample."
+        )
+    if not logits.numel():
+        raise OptionError(f"{name}: logits {tuple(logits.shape)} are empty: at least one sample and class are needed.")
+    logits = logits.detach().cpu().double()
+    finite = logits.isfinite().all(dim=1)
+    if not finite.all():
+        raise OptionError(
+            f"{name}: logits of sample {int(finite.int().argmin())} are not finite: check that model's weights and "
+            "inputs, or compute in float32."
+        )
+    return logits, labels.detach().cpu().long()
+
+
+def _check_labels(name: str, labels: Tensor, classes: int) -> None:
+    bad = labels[(labels < 0) | (labels >= classes)]
+    if len(bad):
+        raise OptionError(f"{name}: label {int(bad[0])} lies outside [0, {classes}): map the labels to 0..classes-1.")
+
+
+def _counts(name: str, labels: Tensor, classes: int) -> Tensor:
+    _check_labels(name, labels, classes)
+    counts = labels.bincount(minlength=classes)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise OptionError(
+            f"{name}: no sample of target class {', '.join(map(str, empty[:5]))}{', ...' if empty[5:] else ''} (of "
+            f"classes={classes}): give more samples, every class needs at least one training sample."
+        )
+    return counts
+
+
+def _log_source(name: str, logits: Tensor, temperature: float) -> Tensor:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise OptionError(f"{name}: temperature={temperature!r} must be a positive number; 1 leaves the logits alone.")
+    return (logits / temperature).log_softmax(dim=1)

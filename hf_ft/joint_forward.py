@@ -1,0 +1,177 @@
+"""The forward passes of a step: the target's batch, with those of streams concatenated to it or after it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ft.fields import OptionError
+from hf_ft.functional import wide
+from hf_ft.plan import Names, Stream
+from hf_ft.taps import Taps, run_to
+from hf_ft.view import StreamView
+
+# A batch brings the batch of a stream, itself a dictionary, under this and the stream's name.
+STREAM = "stream_"
+PADDING = {"attention_mask": 0, "token_type_ids": 0}
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """A batch of a stream, and the layers that are wanted of it."""
+
+    stream: Stream
+    batch: Mapping[str, Any]
+    layers: Names
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What came out.
+
+    Attributes:
+        loss: the task's, of the target's batch; None where it has no labels.
+        outputs: the model's.
+        states: the layers of the target's batch.
+        features: what goes into the head, of the target's batch, if wanted.
+        streams: the streams' batches and layers, by name.
+    """
+
+    loss: Tensor | None
+    outputs: dict[str, Any]
+    states: dict[str, Tensor]
+    features: Tensor | None
+    streams: dict[str, StreamView]
+
+
+def forward(
+    model: nn.Module,
+    task_loss: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor | None, dict[str, Any]]],
+    batch: Mapping[str, Any],
+    *,
+    layers: Names = (),
+    head: Names = (),
+    wants_features: bool = False,
+    streams: Sequence[StreamBatch] = (),
+) -> Forward:
+    """Run the target's batch, and those of streams as each of them says.
+
+    Args:
+        task_loss: model and batch -> loss and outputs.
+        layers: those wanted of the target's batch.
+        head: names of the head's modules.
+        wants_features: whether what goes into it is wanted.
+    """
+    together = [other for other in streams if other.stream.forward == "joint"]
+    rows, joined = None, batch
+    if together:
+        pad_token = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        joined = concatenate(batch, {other.stream.name: other.batch for other in together}, pad_token)
+        rows = rows_of(batch)
+    tapped = tuple(dict.fromkeys([*layers, *(layer for other in together for layer in other.layers)]))
+    # The taps come first: they see all rows where the head takes fewer.
+    with Taps(model, tapped, head if wants_features else ()) as taps, head_sees(model, head, rows):
+        loss, outputs = task_loss(model, joined)
+    found, start = {}, rows or 0
+    for other in together:
+        end = start + rows_of(other.batch)
+        found[other.stream.name] = _view(other, {layer: taps.states[layer][start:end] for layer in other.layers})
+        start = end
+    for other in streams:
+        if other.stream.forward == "separate":
+            found[other.stream.name] = _view(other, run_to(model, other.layers, inputs_of(other.batch)))
+    states = {layer: taps.states[layer][:rows] for layer in layers if layer in taps.states}
+    return Forward(loss, outputs, states, None if taps.features is None else taps.features[:rows], found)
+
+
+def _view(other: StreamBatch, states: Mapping[str, Tensor]) -> StreamView:
+    return StreamView(other.batch, {layer: wide(state) for layer, state in states.items()})
+
+
+def take_streams(batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take the batches of streams out of a batch, by stream."""
+    names = [name for name in batch if name.startswith(STREAM)]
+    return {name.removeprefix(STREAM): batch.pop(name) for name in names}
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without its labels."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def rows_of(batch: Mapping[str, Any]) -> int:
+    """The number of samples in a batch."""
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+
+def concatenate(
+    target: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]], pad_token: int = 0
+) -> dict[str, Any]:
+    """The batch of the target and, after it, those of streams; labels are the target's alone.
+
+    Token sequences are padded to the longest.
+
+    Args:
+        target: keyword arguments of the model; what has no row per sample is kept.
+        others: batches by the name of their stream.
+        pad_token: fills ``input_ids``.
+
+    Raises:
+        OptionError: a column is missing, or its rows have another shape; the stream and the fix are named.
+    """
+    rows, joined = rows_of(target), dict(target)
+    for name, column in inputs_of(target).items():
+        if not isinstance(column, Tensor) or not column.dim() or len(column) != rows:
+            continue
+        columns = [column]
+        for stream, batch in others.items():
+            if name not in batch:
+                raise OptionError(
+                    f"{stream}_dataset has no column {name!r}, which the target's batches have: process both alike, "
+                    f"or set {stream}_forward='separate'."
+                )
+            columns.append(batch[name].to(column.device))
+        padding = pad_token if name == "input_ids" else PADDING.get(name)
+        if padding is not None and column.dim() == 2:
+            width = max(c.shape[1] for c in columns)
+            columns = [nn.functional.pad(c, (0, width - c.shape[1]), value=padding) for c in columns]
+        for stream, other in zip(others, columns[1:], strict=True):
+            if other.shape[1:] != columns[0].shape[1:]:
+                raise OptionError(
+                    f"{stream}_dataset gives {name!r} of shape {tuple(other.shape[1:])}, train_dataset "
+                    f"{tuple(column.shape[1:])}: process both to one size, or set {stream}_forward='separate'."
+                )
+        joined[name] = torch.cat([other.to(column.dtype) for other in columns])
+    return joined
+
+
+@contextlib.contextmanager
+def head_sees(model: nn.Module, head: Sequence[str], rows: int | None) -> Iterator[None]:
+    """Within this context, the head takes the first rows of whatever comes to it; all where that is None.
+
+    Args:
+        head: names of its modules. Those without parameters (a dropout before the last layer) see all rows.
+    """
+    if rows is None:
+        yield
+        return
+
+    def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tuple(map(first, args)), {name: first(value) for name, value in kwargs.items()}
+
+    def first(value: Any) -> Any:
+        return value[:rows] if isinstance(value, Tensor) and value.dim() else value
+
+    modules = [model.get_submodule(name) for name in head]
+    learned = [module for module in modules if next(module.parameters(), None) is not None]
+    handles = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in learned]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,153 @@
+"""What the labels of a source data set are among the classes of the pretrained head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from datasets import ClassLabel
+from torch import Tensor
+
+from hf_ft.fields import OptionError
+from hf_ft.preflight import LABEL_COLUMNS, class_labels
+
+LabelMap = Mapping[str, Any] | Literal["by_name", "by_number"] | None
+_GENERIC = re.compile(r"LABEL_\d+")
+SHOWN = 4  # names in a message
+
+
+@dataclass(frozen=True)
+class SourceLabels:
+    """A stream's ``prepare``: refuses a data set whose labels do not fit the head, and maps those of each batch.
+
+    Without a map, labels are the head's class numbers, and where both sides name their classes, the names must be the
+    same in the same order.
+
+    Args:
+        classes: how many the head has.
+        names: of its classes, in order; empty where nobody named them.
+        label_map: from the data set's class names or numbers to the head's; ``"by_name"``, or ``"by_number"`` to
+            trust the numbers whatever the names.
+    """
+
+    classes: int
+    names: tuple[str, ...] = ()
+    label_map: LabelMap = None
+
+    def __call__(self, dataset: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """What maps the labels of a batch of this data set.
+
+        Raises:
+            OptionError: they do not fit; the message says how to map them.
+        """
+        named = class_names(dataset)
+        if self.label_map is None:
+            self._compare(named)
+        table = self._table(named)
+        labels = class_labels(dataset)
+        if labels is not None:
+            self._apply(torch.as_tensor(labels), table)
+        return lambda batch: {**batch, "labels": self._apply(_labels(batch), table)}
+
+    def _compare(self, named: tuple[str, ...]) -> None:
+        if not named or not self.names or named == self.names:
+            return
+        if sorted(named) == sorted(self.names):
+            wrong, fix = "in another order", "set source_label_map='by_name'"
+        elif set(named) <= set(self.names):
+            wrong, fix = "only a part of them", "set source_label_map='by_name'"
+        else:
+            fix = (
+                f"set source_label_map={{{named[0]!r}: {self.names[0]!r}, ...}} (names or numbers on either side), or "
+                "'by_number' if label i is the head's class i all the same"
+            )
+            wrong = "others"
+        raise OptionError(
+            f"source_dataset's classes are {_shown(named)}, the source head's {_shown(self.names)}: {wrong}. {fix}."
+        )
+
+    def _table(self, named: tuple[str, ...]) -> Tensor | None:
+        """The head's class of each label, -1 where there is none; None where they are the same."""
+        if self.label_map in (None, "by_number"):
+            return None
+        if self.label_map == "by_name":
+            if not named or not self.names:
+                side = "source_dataset" if not named else "the source head"
+                raise OptionError(
+                    f"source_label_map='by_name': {side} does not name its classes. Give a dictionary from labels to "
+                    "the head's class numbers."
+                )
+            pairs: Mapping[str, Any] = {name: name for name in named}
+        else:
+            assert isinstance(self.label_map, Mapping)
+            pairs = self.label_map
+        places = {self._label(key, named): self._class(key, value) for key, value in pairs.items()}
+        table = torch.full((max(places) + 1,), -1)
+        for label, place in places.items():
+            table[label] = place
+        return table
+
+    def _label(self, key: str, named: tuple[str, ...]) -> int:
+        if key in named:
+            return named.index(key)
+        if key.isdigit():
+            return int(key)
+        known = f"its classes are {_shown(named)}" if named else "it does not name its classes: use numbers"
+        raise OptionError(f"source_label_map: source_dataset has no class {key!r}; {known}.")
+
+    def _class(self, key: str, value: Any) -> int:
+        if isinstance(value, str) and value in self.names:
+            return self.names.index(value)
+        number = int(value) if isinstance(value, int) or str(value).isdigit() else -1
+        if not 0 <= number < self.classes:
+            known = f"a number in [0, {self.classes})" + (f" or one of {_shown(self.names)}" if self.names else "")
+            raise OptionError(f"source_label_map: {key!r} -> {value!r} is no class of the source head: {known}.")
+        return number
+
+    def _apply(self, labels: Tensor, table: Tensor | None) -> Tensor:
+        if table is None:
+            bad = labels[(labels < 0) | (labels >= self.classes)]
+            if len(bad):
+                raise OptionError(
+                    f"source_dataset: label {int(bad[0])} lies outside [0, {self.classes}), the source head's classes. "
+                    "Map the data set's labels to them: source_label_map={<label>: <class of the head>, ...}."
+                )
+            return labels
+        known = (labels >= 0) & (labels < len(table))
+        mapped = torch.where(known, table[labels.clamp(0, len(table) - 1)], -1)
+        if bool((mapped < 0).any()):
+            raise OptionError(
+                f"source_label_map says nothing of label {int(labels[mapped < 0][0])} of source_dataset: add it, or "
+                "leave its samples out."
+            )
+        return mapped
+
+
+def class_names(dataset: Any) -> tuple[str, ...]:
+    """The names of a data set's classes, where its features hold them."""
+    features = getattr(dataset, "features", None) or {}
+    column = next((features[name] for name in LABEL_COLUMNS if name in features), None)
+    return tuple(column.names) if isinstance(column, ClassLabel) else ()
+
+
+def head_names(names: Mapping[int, str]) -> tuple[str, ...]:
+    """The names of a head's classes in order; none where they are only numbered."""
+    found = tuple(names[index] for index in sorted(names))
+    return () if any(_GENERIC.fullmatch(str(name)) for name in found) else found
+
+
+def _labels(batch: Mapping[str, Any]) -> Tensor:
+    if "labels" not in batch:
+        raise OptionError(
+            f"source_dataset gives batches of {sorted(batch)}, without 'labels', which the source loss needs: add a "
+            "column of labels, or go source-free (source='head')."
+        )
+    return batch["labels"]
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    shown = list(names[:SHOWN])
+    return f"{shown}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

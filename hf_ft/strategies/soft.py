@@ -1,0 +1,196 @@
+"""Soft fine-tuning: the source task goes on beside the target's, and its loss is removed softly."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.decay import Decay, Schedule
+from hf_ft.fields import option
+from hf_ft.functional import distillation_loss
+from hf_ft.plan import Plan, Stream, Term
+from hf_ft.registry import register
+from hf_ft.source_head import SourceHead, drop_source_head, head_input, source_head
+from hf_ft.source_labels import SourceLabels, head_names
+from hf_ft.view import View
+
+
+class SourceLoss(nn.Module):
+    """The cross-entropy of the source head on a batch of source data."""
+
+    def __init__(self, head: SourceHead, layer: str) -> None:
+        super().__init__()
+        self.head, self.layer = head, layer
+
+    def forward(self, view: View) -> Tensor:
+        source = view.streams["source"]
+        return nn.functional.cross_entropy(self.head(source.states[self.layer]), source.batch["labels"])
+
+
+class SourceDistillation(nn.Module):
+    """How far the source head's predictions on the target's batch are from those before training."""
+
+    def __init__(self, head: SourceHead, teacher: SourceHead, layer: str, temperature: float) -> None:
+        super().__init__()
+        self.head, self.layer, self.temperature = head, layer, temperature
+        self.teacher = teacher.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SourceDistillation:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, view: View) -> Tensor:
+        with torch.no_grad():
+            wanted = self.teacher(view.reference[self.layer])
+        return distillation_loss(self.head(view.states[self.layer]), wanted, self.temperature)
+
+
+@register("soft")
+@dataclass(frozen=True, kw_only=True)
+class SoftConfig(FTConfig):
+    r"""Hold the source loss beside the target's, and let it go softly instead of at once.
+
+    .. math::
+        L(t) = \mathrm{CE}(h_T(f(x_T)), y_T) + \lambda(t) \, \mathrm{CE}(h_S(f(x_S)), y_S), \qquad
+        \lambda(t) = \lambda_0 \, s(t / t_0)
+
+    :math:`h_S` is the pretrained head, which trains while :math:`\lambda > 0` and is gone afterwards; s falls from 1
+    to 0 (:func:`hf_ft.decay.decay`). Without source data, ``source="head"``, the second loss is
+    :math:`4 \, \mathrm{KL}(h_S^0(f^0(x_T)) \,\|\, h_S(f(x_T)))` at temperature 3: what the pretrained network said of
+    the target's images.
+    """
+
+    paper = Paper(
+        "Zhao, Zhang, Jiang, Xu, Li, Ma",
+        "Soft Fine-tuning: Towards General Discrimination and Robustness to Data Bias",
+        "2019",
+        "https://arxiv.org/abs/1909.02236",
+    )
+    formula = (
+        "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
+    )
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    schedule: Schedule = option(
+        "linear",
+        "How the source loss is removed. 'step' removes it at once (abrupt), 'constant' never (joint training).",
+    )
+    weight: float = option(1.0, "Weight of the source loss at the start; 0 is plain fine-tuning.", range="[0, inf)")
+    until: float = option(0.5, "Share of the run at whose end the weight is 0; 'constant' ignores it.", range="(0, 1]")
+    source_ratio: float = option(1.0, "Source samples for each target sample of a batch.", range="(0, inf)")
+    source_forward: Literal["joint", "separate"] = option(
+        "joint",
+        "One forward pass for both batches, whose normalisation layers see both domains at once, or one for each.",
+    )
+    source: Literal["data", "head"] = option(
+        "data", "'data': a source data set. 'head': none, the pretrained head's predictions on the target's samples."
+    )
+    source_label_map: dict | Literal["by_name", "by_number"] | None = option(
+        None,
+        "Where the source data's labels are not the source head's classes: a dictionary from one to the other, names "
+        "or numbers; 'by_name'; or 'by_number' to trust the numbers though names differ.",
+    )
+    distillation_weight: float = option(
+        4.0, "With source='head': weight of the distillation loss.", range="(0, inf)", source="code"
+    )
+    temperature: float = option(3.0, "With source='head': its temperature.", range="(0, inf)", source="code")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.source_label_map, Mapping):  # as JSON has it
+            object.__setattr__(self, "source_label_map", {str(k): v for k, v in self.source_label_map.items()})
+
+    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
+        if not self.weight:
+            return frozenset()
+        return frozenset({"source_head", "source_data"} if self.source == "data" else {"source_head"})
+
+    def check_model(self, model: nn.Module) -> None:
+        if self.weight:
+            source_head(model)
+            head_input(model, self.head, self.blocks)
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        if not self.weight:
+            return Plan()
+        head, layer = source_head(model), head_input(model, self.head, self.blocks)
+        term = self._from_data(head, layer) if self.source == "data" else self._from_head(head, layer)
+        schedule = None if self.schedule == "constant" else Decay(self.schedule, self.until)
+        return Plan(
+            terms=(dataclasses.replace(term, schedule=schedule),),
+            streams=(self._stream(head),) if self.source == "data" else (),
+            finalise=(drop_source_head,),
+        )
+
+    def _from_data(self, head: SourceHead, layer: str) -> Term:
+        return Term("source", SourceLoss(head, layer), weight=self.weight, layers=(layer,), stream="source")
+
+    def _from_head(self, head: SourceHead, layer: str) -> Term:
+        distillation = SourceDistillation(head, copy.deepcopy(head), layer, self.temperature)
+        return Term(
+            "source",
+            distillation,
+            weight=self.weight * self.distillation_weight,
+            needs=frozenset({"reference"}),
+            layers=(layer,),
+            starts_at_zero=True,
+        )
+
+    def _stream(self, head: SourceHead) -> Stream:
+        labels = SourceLabels(head.classes, head_names(head.names), self.source_label_map)
+        return Stream("source", self.source_ratio, self.source_forward, labels)
+
+
+@register("lwf")
+@dataclass(frozen=True, kw_only=True)
+class LwFConfig(FTConfig):
+    r"""Learning without Forgetting: keep what the pretrained head says of the target's samples.
+
+    .. math::
+        L = \mathrm{CE}(h_T(f(x)), y)
+            + \lambda \, \mathrm{KL}(\sigma(h_S^0(f^0(x)) / T) \,\|\, \sigma(h_S(f(x)) / T)), \qquad
+        \sigma = \operatorname{softmax}
+
+    It is :class:`SoftConfig` with ``source="head"`` and a constant weight.
+    """
+
+    paper = Paper(
+        "Li, Hoiem",
+        "Learning without Forgetting",
+        "ECCV 2016",
+        "https://arxiv.org/abs/1606.09282",
+    )
+    formula = "L = CE(h_T(f(x)), y) + weight KL(softmax(h0_S(f0(x)) / T) || softmax(h_S(f(x)) / T))"
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    weight: float = option(4.0, "Weight of the distillation loss.", range="[0, inf)", source="code")
+    temperature: float = option(3.0, "Its temperature.", range="(0, inf)", source="code")
+
+    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
+        return frozenset({"source_head"} if self.weight else ())
+
+    def check_model(self, model: nn.Module) -> None:
+        self._soft().check_model(model)
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        return self._soft().plan(model, state)
+
+    def _soft(self) -> SoftConfig:
+        shared: dict[str, Any] = {"head": self.head, "blocks": self.blocks}
+        if not self.weight:
+            return SoftConfig(weight=0.0, **shared)
+        return SoftConfig(
+            source="head",
+            schedule="constant",
+            distillation_weight=self.weight,
+            temperature=self.temperature,
+            **shared,
+        )
