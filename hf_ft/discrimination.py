@@ -280,7 +280,7 @@ def _check_classes(labels: np.ndarray, folds: int) -> None:
             f"general_discrimination: all {len(labels)} samples are of class {classes[0]}: two classes are needed at "
             "least."
         )
-    rarest, fewest = classes[counts.argmin()], counts.min()
+    rarest, fewest = classes[counts.argmin()], int(counts.min())
     if fewest < folds:
         fewer = f", or set folds={fewest}" if fewest > 1 else " or leave it out"
         raise OptionError(

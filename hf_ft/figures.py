@@ -22,5 +22,5 @@ def new_figure(who: str, width: float = 9, height: float = 3.5) -> Figure:
     try:
         from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
     except ImportError as error:
-        raise ImportError(f'{who} needs matplotlib: pip install "hf-ft[report]"') from error
+        raise ImportError(f"{who} needs matplotlib: pip install 'hf-ft[report]'") from error
     return Figure(figsize=(width, height), layout="constrained")

@@ -44,9 +44,11 @@ class StreamedSteps:
     _prepare_inputs: Any
     _get_collator_with_removed_columns: Any
 
-    _opened: dict[str, Iterator[tuple[Position, dict[str, Any]]]]
-    _positions: dict[str, Position]
-    _prepared: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._opened: dict[str, Iterator[tuple[Position, dict[str, Any]]]] = {}
+        self._positions: dict[str, Position] = {}
+        self._prepared: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+        super().__init__(*args, **kwargs)
 
     # --- before training -----------------------------------------------------------------------------------
 
@@ -101,10 +103,11 @@ class StreamedSteps:
 
     def _with_streams(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with one of every stream that the present step uses."""
-        live = self._objective.live_streams if self._objective.training else ()
+        if not self._objective.training:
+            return inputs
+        live = self._objective.live_streams
         for name in set(self._opened) - set(live):
-            if self._objective.training:
-                del self._opened[name]  # its worker processes end
+            del self._opened[name]  # its worker processes end
         return {**inputs, **{f"{STREAM}{name}": self._next_of(name) for name in live}} if live else inputs
 
     def _next_of(self, name: str) -> dict[str, Any]:

@@ -1,0 +1,414 @@
+"""L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S), against loops written by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, default_data_collator
+
+from hf_ft import DELTAConfig, FTTrainer, L2SPConfig, LPFTConfig, OptionError, SoftConfig, set_up
+from hf_ft.decay import Decay, decay
+from hf_ft.source_head import head_input, source_head
+from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
+from hf_ft.testing.models import tiny_mobilenet_v2
+from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments, tiny_batch
+
+SCHEDULES = ("linear", "cosine", "exponential", "step", "constant")
+PLAIN = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.05}
+SOFT = SoftConfig(schedule="constant", weight=0.7)
+
+
+class Kept:
+    """A collator that keeps the batches it made."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, rows):
+        self.batches.append(default_data_collator(rows))
+        return self.batches[-1]
+
+
+def soft_trainer(model, config, folder, source=None, **arguments):
+    """A trainer whose two collators keep what they made."""
+    equipped(model, config)
+    return FTTrainer(
+        model,
+        tiny_arguments(folder, **{**PLAIN, **arguments}),
+        strategy=config,
+        train_dataset=tiny_data(model),
+        source_dataset=tiny_data(model, 20, seed=2) if source is None else source,
+        data_collator=Kept(),
+        source_data_collator=Kept(),
+    )
+
+
+def body(model):
+    """Images to what comes into the head."""
+    if hasattr(model, "vit"):
+        return lambda images: model.vit(images).last_hidden_state[:, 0]
+    return lambda images: model.resnet(images).pooler_output
+
+
+def by_hand(model, head, target, source, weights, joint=True, lr=0.05):
+    """SGD on both losses, with a weight for each step; the source is left out where that is 0."""
+    model.train()
+    parameters = [*model.parameters(), *head.parameters()]
+    for batch, weight in zip(target, weights, strict=True):
+        images, labels, features = batch["pixel_values"], batch["labels"], body(model)
+        if not weight:
+            loss = nn.functional.cross_entropy(model.classifier(features(images)), labels)
+        else:
+            other = source.pop(0)
+            if joint:
+                both = features(torch.cat([images, other["pixel_values"]]))
+                mine, theirs = both[: len(images)], both[len(images) :]
+            else:
+                mine, theirs = features(images), features(other["pixel_values"])
+            loss = nn.functional.cross_entropy(model.classifier(mine), labels)
+            loss = loss + weight * nn.functional.cross_entropy(head(theirs), other["labels"])
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+        with torch.no_grad():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter -= lr * parameter.grad
+
+
+# --- the schedule -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_begin_at_1_end_at_0_and_never_rise(name):
+    values = [decay(name, i / 1000) for i in range(1500)]
+    assert values[0] == pytest.approx(1.0, abs=1e-15)
+    assert all(b <= a for a, b in zip(values, values[1:], strict=False))
+    assert all(value == (1.0 if name == "constant" else 0.0) for value in values[1000:])
+
+
+def test_schedules_are_the_formulas():
+    for u in (0.0, 0.1, 0.5, 0.9, 0.999):
+        assert decay("linear", u) == pytest.approx(1 - u)
+        assert decay("cosine", u) == pytest.approx((1 + math.cos(math.pi * u)) / 2)
+        assert decay("exponential", u) == pytest.approx((math.exp(-5 * u) - math.exp(-5)) / (1 - math.exp(-5)))
+        assert decay("step", u) == decay("constant", u) == 1.0
+
+
+@pytest.mark.parametrize("until", [0.1, 0.3, 0.6, 0.7, 1 / 3, 1.0])
+def test_the_weight_is_0_from_the_very_step(until):
+    """Whatever the rounding of step / total / until."""
+    for total in (10, 30, 70, 90, 110):
+        end = round(until * total)
+        if abs(end - until * total) < 1e-9:
+            for name in SCHEDULES[:4]:
+                assert Decay(name, until)(end / total) == 0.0
+                assert Decay(name, until)((end - 1) / total) > 0.0
+
+
+# --- the loss ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
+@pytest.mark.parametrize("joint", [True, False])
+def test_constant_is_a_joint_loop(make, joint, tmp_path):
+    config = SoftConfig(schedule="constant", weight=0.7, source_forward="joint" if joint else "separate")
+    trainer = soft_trainer(make(), config, tmp_path)
+    model, head = copy.deepcopy(trainer.model), source_head(trainer.model).module
+    before = snapshot(model)
+    trainer.train()
+    source = [batch for batch in trainer.source_data_collator.batches if len(batch["labels"]) == 8]
+    target = [batch for batch in trainer.data_collator.batches if len(batch["labels"]) == 8]
+    assert len(source) == len(target) == 8
+    by_hand(model, head, target, source, [0.7] * 8, joint)
+    assert not source
+    same_tensors(snapshot(trainer.model), snapshot(model), 1e-6)
+    trained = trainer._run.plan.terms[0].fn.head.module
+    same_tensors(trained.state_dict(), head.state_dict(), 1e-6)
+    moved = [name for name, value in snapshot(model).items() if not torch.equal(value, before[name])]
+    assert len(moved) > len(before) / 2
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
+def test_abrupt_is_two_runs_glued(make, tmp_path):
+    trainer = soft_trainer(make(), SoftConfig(schedule="step", until=0.5), tmp_path)
+    model, head = copy.deepcopy(trainer.model), source_head(trainer.model).module
+    trainer.train()
+    source = [batch for batch in trainer.source_data_collator.batches if len(batch["labels"]) == 8]
+    target = [batch for batch in trainer.data_collator.batches if len(batch["labels"]) == 8]
+    by_hand(model, head, target[:4], source, [1.0] * 4)
+    by_hand(model, head, target[4:], source, [0.0] * 4)
+    assert not source
+    same_tensors(snapshot(trainer.model), snapshot(model), 1e-6)
+
+
+def test_linear_is_the_formula(tmp_path):
+    trainer = soft_trainer(tiny_vit(), SoftConfig(weight=2.0, until=0.5), tmp_path)
+    model, head = copy.deepcopy(trainer.model), source_head(trainer.model).module
+    trainer.train()
+    source = [batch for batch in trainer.source_data_collator.batches if len(batch["labels"]) == 8]
+    target = [batch for batch in trainer.data_collator.batches if len(batch["labels"]) == 8]
+    by_hand(model, head, target, source, [2.0, 1.5, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0])
+    same_tensors(snapshot(trainer.model), snapshot(model), 1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_terms_in_float64(make, forward):
+    """Each summand alone, from logits that the plain models give."""
+    config = SoftConfig(weight=0.3, source_forward=forward)
+    model = equipped(still(make()), config)
+    objective = set_up(model, config).objective().train()
+    batch = tiny_batch(objective)
+    outputs = objective(**batch)
+    source, plain = batch.pop("stream_source"), copy.deepcopy(model).double().eval()
+    other = copy.deepcopy(plain)  # the pretrained network: the same body under the source head
+    name = head_input(model).removeprefix("input:")
+    other.set_submodule(name, source_head(model).module.double())
+    other.config.num_labels = other.num_labels = 5
+
+    def entropy(network, inputs):
+        labels = inputs["labels"]
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items() if k != "labels"}
+        logits = network(**wide).logits.detach()
+        return -sum(float(logits[i].log_softmax(0)[labels[i]]) for i in range(len(labels))) / len(labels)
+
+    assert outputs["terms"]["task"].item() == pytest.approx(entropy(plain, batch), rel=1e-5)
+    assert outputs["terms"]["source"].item() == pytest.approx(0.3 * entropy(other, source), rel=1e-5)
+    assert outputs["loss"].item() == pytest.approx(sum(t.item() for t in outputs["terms"].values()), rel=1e-6)
+    assert outputs["logits"].shape == (8, 3)
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
+def test_weight_0_is_full_fine_tuning(make, tmp_path):
+    full = train(make(), "full", tmp_path / "full")
+    soft = train(make(), SoftConfig(weight=0.0), tmp_path / "soft")
+    same_tensors(snapshot(full.model), snapshot(soft.model))
+    model = equipped(make(), SOFT)
+    args = tiny_arguments(tmp_path / "data")
+    given = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model, 20, seed=2)}
+    unused = FTTrainer(model, args, strategy=SoftConfig(weight=0.0), **given)
+    unused.train()
+    same_tensors(snapshot(full.model), snapshot(unused.model))
+
+
+def test_texts_of_other_lengths_are_padded():
+    config = SoftConfig(schedule="constant")
+    model = equipped(still(tiny_bert()), config)
+    found = []
+    for forward in ("joint", "separate"):
+        chosen = SoftConfig(schedule="constant", source_forward=forward)
+        objective = set_up(model, chosen).objective().train()
+        batch, source = tiny_inputs(model, 6), tiny_inputs(model, 4, seed=1)
+        source = {name: value[:, :5] if value.dim() == 2 else value for name, value in source.items()}
+        found.append(objective(**batch, stream_source=source)["terms"])
+    assert source["input_ids"].shape[1] < batch["input_ids"].shape[1]
+    for name in ("task", "source"):
+        assert found[0][name].item() == pytest.approx(found[1][name].item(), rel=1e-5)
+
+
+# --- what the normalisation layers see ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_what_moves_which_statistics(forward):
+    """Joint: one update, by the moments of both batches together. Separate: one by each, the source's last."""
+    config = SoftConfig(schedule="constant", source_forward=forward)
+    model = equipped(tiny_resnet(), config)
+    objective = set_up(model, config).objective().train()
+    batch = tiny_batch(objective)
+    batch["stream_source"]["pixel_values"] = 3 * batch["stream_source"]["pixel_values"] + 1  # another domain
+    stem = model.resnet.embedder.embedder
+    old = stem.normalization.running_mean.double().clone()
+    with torch.no_grad():
+        both = (batch["pixel_values"], batch["stream_source"]["pixel_values"])
+        maps = [stem.convolution(images).double() for images in both]
+    objective(**batch)
+    means = [m.mean(dim=(0, 2, 3)) for m in maps]
+    if forward == "joint":
+        wanted = 0.9 * old + 0.1 * (means[0] + means[1]) / 2
+    else:
+        wanted = 0.9 * (0.9 * old + 0.1 * means[0]) + 0.1 * means[1]
+    assert torch.allclose(stem.normalization.running_mean.double(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_the_target_sees_the_source_in_a_joint_forward_only(forward):
+    config = SoftConfig(schedule="constant", source_forward=forward)
+    model = equipped(tiny_resnet(), config)
+    objective = set_up(model, config).objective().train()
+    batch, found = tiny_batch(objective), []
+    for scale in (1.0, 4.0):
+        batch["stream_source"]["pixel_values"] = scale * batch["stream_source"]["pixel_values"]
+        found.append(objective(**batch)["logits"])
+    assert torch.equal(found[0], found[1]) == (forward == "separate")
+
+
+# --- nothing more once the weight is 0 ----------------------------------------------------------------------
+
+
+class Counted(torch.utils.data.Dataset):
+    def __init__(self, dataset):
+        self.dataset, self.read = dataset, []
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, row):
+        self.read.append(row)
+        return self.dataset[row]
+
+
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_nothing_is_loaded_or_computed_once_the_weight_is_0(forward, tmp_path):
+    model = tiny_resnet()
+    source = Counted(tiny_data(model, 20, seed=2))
+    config = SoftConfig(schedule="cosine", until=0.5, source_forward=forward, source_ratio=0.5)
+    trainer = soft_trainer(model, config, tmp_path, source, eval_strategy="no")
+    rows, reads = [], []
+    trainer.model.resnet.embedder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    count = trainer._with_streams
+    trainer._with_streams = lambda inputs: (reads.append(len(source.read)), count(inputs))[1]
+    trainer.train()
+    first = [12] * 4 if forward == "joint" else [8, 4] * 4
+    assert rows == first + [8] * 4
+    looked_at = reads[0]  # one sample, to see whether it fits
+    assert looked_at <= 2
+    assert [n - looked_at for n in reads] == [0, 4, 8, 12, 16, 16, 16, 16]
+    assert len(source.read) == reads[-1]
+    assert not trainer._opened
+    terms = [entry["loss/source"] for entry in trainer.state.log_history if "loss/source" in entry]
+    assert len(terms) == 4  # and it is not logged
+
+
+def test_evaluation_runs_no_source(tmp_path):
+    model = tiny_resnet()
+    source = Counted(tiny_data(model, 20, seed=2))
+    trainer = soft_trainer(model, SOFT, tmp_path, source)
+    loss = trainer.evaluate(tiny_data(model, 16, seed=1))["eval_loss"]
+    assert not source.read
+    trainer.train()
+    seen = len(source.read)
+    assert trainer.evaluate(tiny_data(model, 16, seed=1))["eval_loss"] != loss
+    assert len(source.read) == seen
+
+
+# --- what comes out -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_mobilenet_v2])
+def test_the_result_is_a_plain_checkpoint(make, tmp_path):
+    trainer = train(make(), SOFT, tmp_path, save_strategy="steps", save_steps=4)
+    trainer.save_model(str(tmp_path / "saved"))
+    files = {file.name for file in (tmp_path / "saved").iterdir()}
+    assert {"model.safetensors", "ft_config.json"} <= files and "ft_modules.safetensors" not in files
+    assert (tmp_path / "checkpoint-4" / "ft_modules.safetensors").is_file()
+    for folder in ("saved", "checkpoint-8"):
+        loaded, info = AutoModelForImageClassification.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(info.values())
+        inputs = tiny_inputs(trainer.model)
+        with torch.no_grad():
+            logits = loaded.eval()(**inputs).logits, trainer.model.eval()(**inputs).logits
+        assert torch.allclose(*logits, atol=1e-5)
+    with pytest.raises(OptionError, match="no source head"):
+        source_head(trainer.model)
+    assert trainer.states == {} and trainer._run is not None
+    with pytest.raises(OptionError, match="gone after training"):
+        trainer.train()
+
+
+def test_composes(tmp_path):
+    for others in ([L2SPConfig()], [DELTAConfig(weights="uniform")], [LPFTConfig()], ["daft"]):
+        trainer = train(tiny_resnet(), [SoftConfig(until=0.9), *others], tmp_path / str(others)[:12])
+        logged = {key for entry in trainer.state.log_history for key in entry}
+        assert "loss/source" in logged
+        assert bool(torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"])))
+
+
+def test_terms_on_layers_see_the_target_alone():
+    configs = [SoftConfig(schedule="constant"), DELTAConfig(weights="uniform")]
+    found = []
+    for chosen in (configs, configs[1:]):
+        model = equipped(still(tiny_resnet()), SOFT)
+        objective = set_up(model, chosen).objective().train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        found.append(objective(**tiny_batch(objective))["terms"]["delta"].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] > 0
+
+
+def test_head_modules_take_part_as_the_model_has_them():
+    """A dropout before the last layer drops the source's features as well, once."""
+    config = SoftConfig(schedule="constant")
+    model = equipped(tiny_mobilenet_v2(classifier_dropout_prob=1.0), config)
+    objective = set_up(model, config).objective().train()
+    batch = tiny_batch(objective)
+    term = objective(**batch)["terms"]["source"]
+    bias = source_head(model).module.bias
+    labels = batch["stream_source"]["labels"]
+    assert term.item() == pytest.approx(nn.functional.cross_entropy(bias.expand(8, -1), labels).item(), rel=1e-5)
+
+
+# --- refused before training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source_ratio": 0.0}, r"source_ratio=0.0 lies outside \(0, inf\)"),
+        ({"until": 1.5}, r"until=1.5 lies outside \(0, 1\].*"),
+        ({"until": 0.0}, r"until=0.0 lies outside"),
+        ({"schedule": "slow"}, "schedule='slow' is not"),
+        ({"source": "teacher"}, "source='teacher' is not"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(OptionError, match=message):
+        SoftConfig(**options)
+
+
+def test_no_source_data(tmp_path):
+    model = equipped(tiny_resnet(), SOFT)
+    with pytest.raises(OptionError, match="source_dataset=.*source-free with source='head'"):
+        FTTrainer(model, tiny_arguments(tmp_path), strategy=SOFT, train_dataset=tiny_data(model))
+
+
+def test_no_source_head(tmp_path):
+    model = tiny_resnet()
+    data = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model, 20, seed=2)}
+    with pytest.raises(OptionError, match="hf_ft.from_pretrained"):
+        FTTrainer(model, tiny_arguments(tmp_path), strategy=SOFT, **data)
+
+
+def test_empty_source(tmp_path):
+    with pytest.raises(OptionError, match="source_dataset holds no sample"):
+        soft_trainer(tiny_resnet(), SOFT, tmp_path, tiny_data(tiny_resnet()).select([]))
+
+
+def test_too_small_a_share(tmp_path):
+    with pytest.raises(OptionError, match=r"source_ratio=0.01 of per_device_train_batch_size=8.*at least 0.125"):
+        soft_trainer(tiny_resnet(), SoftConfig(source_ratio=0.01), tmp_path)
+
+
+def test_another_image_size(tmp_path):
+    model = tiny_resnet()
+    rows = [{"pixel_values": torch.zeros(3, 16, 16), "labels": 0}] * 20
+    trainer = soft_trainer(model, SOFT, tmp_path, rows)
+    with pytest.raises(OptionError, match=r"\(3, 16, 16\), train_dataset \(3, 32, 32\).*source_forward='separate'"):
+        trainer.train()
+    separate = SoftConfig(schedule="constant", source_forward="separate")
+    soft_trainer(tiny_resnet(), separate, tmp_path / "separate", rows).train()
+
+
+def test_no_labels_in_the_source(tmp_path):
+    trainer = soft_trainer(tiny_resnet(), SOFT, tmp_path, [{"pixel_values": torch.zeros(3, 32, 32)}] * 20)
+    with pytest.raises(OptionError, match="without 'labels'"):
+        trainer.train()
+
+
+def test_make_trainer_needs_nothing_for_weight_0(tmp_path):
+    trainer = make_trainer(tiny_resnet(), SoftConfig(weight=0.0), tmp_path)
+    assert trainer.source_dataset is None
