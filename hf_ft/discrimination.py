@@ -32,7 +32,6 @@ __all__ = ["Discrimination", "GeneralDiscriminationCallback", "general_discrimin
 
 logger = logging.get_logger(__name__)
 FIGURES = {"linear_probe": "linear probe", "nearest_class_mean": "nearest class mean"}
-Loader = Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class _Diverged(OptionError):
 
 def general_discrimination(
     model: nn.Module,
-    loader: Loader,
+    loader: Iterable[Mapping[str, Any]],
     *,
     folds: int = 5,
     seed: int = 0,
@@ -68,9 +67,8 @@ def general_discrimination(
     """Cross-validated accuracy of simple classifiers on a model's frozen features.
 
     ``accuracy = 1/N sum_i [c_k(i)(f_i) = y_i]``, where f_i goes into the head and c_k(i) was fitted without sample
-    i's fold; folds are stratified. The classes are best ones that the model was never trained on: its own would show
-    what it has learned, not what it can still tell apart. The model runs in eval mode; modes and random states are
-    as before afterwards.
+    i's fold; folds are stratified. Take classes that the model was never trained on: its own show what it has
+    learned, not what it can still tell apart. It runs in eval mode; modes and random states are as before afterwards.
 
     Args:
         model: a classifier, of whatever classes.
@@ -166,7 +164,7 @@ class GeneralDiscriminationCallback(TrainerCallback):
 
     def __init__(
         self,
-        loaders: Mapping[str, Loader],
+        loaders: Mapping[str, Iterable[Mapping[str, Any]]],
         *,
         folds: int = 5,
         seed: int = 0,
@@ -203,7 +201,7 @@ class GeneralDiscriminationCallback(TrainerCallback):
         state.log_history.append({"epoch": state.epoch, **figures, "step": state.global_step})
         return figures
 
-    def _measured(self, name: str, model: nn.Module, loader: Loader) -> Discrimination:
+    def _measured(self, name: str, model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Discrimination:
         try:
             return self._measure(model, loader)
         except _Diverged as error:
@@ -228,7 +226,7 @@ class _NearestMean(ClassifierMixin, BaseEstimator):
 
 
 def _collect(
-    model: nn.Module, loader: Loader, seed: int, head: str | None, blocks: str | None
+    model: nn.Module, loader: Iterable[Mapping[str, Any]], seed: int, head: str | None, blocks: str | None
 ) -> tuple[Tensor, Tensor]:
     """Features (N, d) and labels (N,) of all samples, on the CPU."""
     modules = anatomy(model, head=head, blocks=blocks).head.modules
@@ -240,7 +238,9 @@ def _collect(
     return torch.cat(features).double(), torch.cat(labels)
 
 
-def _batches(model: nn.Module, loader: Loader, head: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    model: nn.Module, loader: Iterable[Mapping[str, Any]], head: tuple[str, ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(model.parameters()).device
     for batch in loader:
         inputs = model_inputs(batch, device)  # labels are none of the head's classes: no loss is defined

@@ -80,7 +80,9 @@ class Passes(IterableDataset):
     """Batches of an iterable data set, pass after pass.
 
     One of ``datasets`` is shuffled within a buffer, anew in every pass, and shared among ranks by it; of any other,
-    each rank takes every ``ranks``-th sample, in its order.
+    each rank takes every ``ranks``-th sample, in its order. ``datasets`` shuffles otherwise in a worker process than
+    without one, and fills its buffer ahead: on a resume, keep ``dataloader_num_workers``, and expect random
+    augmentation in its ``map`` to draw other numbers.
 
     Args:
         start: the position to go on from.
@@ -98,6 +100,9 @@ class Passes(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Position, Batch]]:
         samples, position = self._samples(), self.start
+        with random_states_kept():
+            for _ in range(self.start[1]):  # consumed before
+                next(samples, None)
         while True:
             with random_states_kept(seed=_mixed(self.share.seed, *position, self.share.rank)):
                 read = list(itertools.islice(samples, self.share.size))
@@ -109,11 +114,9 @@ class Passes(IterableDataset):
         for passes in itertools.count(self.start[0]):
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(passes)
-            skipped = self.start[1] if passes == self.start[0] else 0
             place = 0
             for place, row in enumerate(self._mine(), 1):
-                if place > skipped:
-                    yield (passes, place), row
+                yield (passes, place), row
             if not place:
                 raise OptionError(_dry(passes))
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from hf_ft import OptionError, diagnostics
+from hf_ft.anatomy import AnatomyError
 from hf_ft.discrimination import (
     Discrimination,
     GeneralDiscriminationCallback,
@@ -135,9 +136,9 @@ def test_parts_can_be_named():
     found = general_discrimination(model, batches(samples(model)))
     assert general_discrimination(model, batches(samples(model)), head="pre_classifier,classifier") == found
     assert general_discrimination(model, batches(samples(model)), head="classifier") != found
-    with pytest.raises(OptionError, match="no module 'top'"):
+    with pytest.raises(AnatomyError, match="no module 'top'"):
         general_discrimination(model, batches(samples(model)), head="top")
-    with pytest.raises(OptionError, match="Found no blocks by blocks='x'"):
+    with pytest.raises(AnatomyError, match="Found no blocks by blocks='x'"):
         general_discrimination(model, batches(samples(model)), blocks="x")
 
 
