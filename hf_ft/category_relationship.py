@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from hf_ft.fields import OptionError
 from hf_ft.functional import wide
 
-__all__ = [
-    "direct_relationship",
-    "fit_temperature",
-    "relationship_loss",
-    "reverse_relationship",
-]
+__all__ = ["direct_relationship", "fit_temperature", "relationship_loss", "reverse_relationship"]
 
 TEMPERATURES = (0.05, 20.0)
 # Probabilities over many source classes are small numbers: their weights must be free to become large.
@@ -53,22 +48,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     _check_labels("fit_temperature", labels, logits.shape[1])
 
     def loss(log_temperature: float) -> float:
-        return nn.functional.cross_entropy(
-            logits / math.exp(log_temperature), labels
-        ).item()
+        return nn.functional.cross_entropy(logits / math.exp(log_temperature), labels).item()
 
     # The loss is convex in 1 / T, so it has a single valley in log T too.
     bounds = tuple(math.log(limit) for limit in TEMPERATURES)
-    return math.exp(
-        minimize_scalar(
-            loss, bounds=bounds, method="bounded", options={"xatol": 1e-8}
-        ).x
-    )
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8}).x)
 
 
-def direct_relationship(
-    logits: Tensor, labels: Tensor, classes: int, temperature: float = 1.0
-) -> Tensor:
+def direct_relationship(logits: Tensor, labels: Tensor, classes: int, temperature: float = 1.0) -> Tensor:
     r"""What the source head predicts, on average, for the samples of each target class.
 
     .. math:: p(y_s \mid y_t) = \frac{1}{N_t} \sum_{n : y_n = t} \operatorname{softmax}(z_n / T)_s
@@ -96,12 +83,7 @@ def direct_relationship(
 
 
 def reverse_relationship(
-    logits: Tensor,
-    labels: Tensor,
-    classes: int,
-    temperature: float = 1.0,
-    folds: int = 5,
-    seed: int = 0,
+    logits: Tensor, labels: Tensor, classes: int, temperature: float = 1.0, folds: int = 5, seed: int = 0
 ) -> Tensor:
     r"""Learn the target class from the source head's prediction, and turn that round by Bayes' rule.
 
@@ -134,9 +116,7 @@ def reverse_relationship(
     logits, labels = _checked("reverse_relationship", logits, labels)
     counts = _counts("reverse_relationship", labels, classes)
     if folds < 2:
-        raise OptionError(
-            f"reverse_relationship: folds={folds} leaves nothing to hold out: take 2 or more (5, say)."
-        )
+        raise OptionError(f"reverse_relationship: folds={folds} leaves nothing to hold out: take 2 or more (5, say).")
     if classes == 1:  # nothing to tell apart: p(y_t | y_s) is 1
         return direct_relationship(logits, labels, classes, temperature)
 
@@ -145,21 +125,18 @@ def reverse_relationship(
     order = sorted(range(len(rows)), key=lambda n: (int(labels[n]), rows[n].tobytes()))
     labels = labels[order]
     log_source = _log_source("reverse_relationship", logits[order], temperature)
-    features = log_source.exp().numpy()
+    # The L2 penalty keeps the weights in the span of the samples and does not mind a rotation: in coordinates of
+    # that span the fits are the same, and cost less where samples are fewer than source classes.
+    left, scale, one_hot = np.linalg.svd(log_source.exp().numpy(), full_matrices=False)
+    features = left * scale
 
     folds = min(folds, int(counts.min()))
     strength, calibration = 1.0, 1.0
     if folds > 1:
         strength, held_out = _cross_validated(features, labels, classes, folds, seed)
         calibration = fit_temperature(held_out, labels)
-    g = (
-        _regression(1e-7)
-        .set_params(C=_sklearn_c(strength, classes))
-        .fit(features, labels.numpy())
-    )
-    log_target = (_logits(g, np.eye(features.shape[1])) / calibration).log_softmax(
-        dim=1
-    )
+    g = _regression().set_params(C=_sklearn_c(strength, classes)).fit(features, labels.numpy())
+    log_target = (_logits(g, one_hot.T) / calibration).log_softmax(dim=1)
     # In logs: a product of small probabilities would be 0 for every source class.
     log_marginal = log_source.logsumexp(dim=0) - math.log(len(log_source))
     return (log_target.T + log_marginal).softmax(dim=1).float()
@@ -203,34 +180,27 @@ def _sklearn_c(strength: float, classes: int) -> float:
     return 2 * strength if classes == 2 else strength
 
 
-def _regression(tolerance: float) -> LogisticRegression:
-    return LogisticRegression(tol=tolerance, max_iter=10_000, warm_start=True)
+def _regression() -> LogisticRegression:
+    # The tolerance is of the mean gradient, which features this small make small from the start.
+    return LogisticRegression(tol=1e-6, max_iter=10_000, warm_start=True)
 
 
 def _logits(regression: LogisticRegression, features: np.ndarray) -> Tensor:
     """(N, classes): for two classes scikit-learn gives (N,), the second's logit minus the first's."""
     scores = torch.from_numpy(regression.decision_function(features))
-    return (
-        torch.stack((-scores / 2, scores / 2), dim=1) if scores.dim() == 1 else scores
-    )
+    return torch.stack((-scores / 2, scores / 2), dim=1) if scores.dim() == 1 else scores
 
 
-def _cross_validated(
-    features: np.ndarray, labels: Tensor, classes: int, folds: int, seed: int
-) -> tuple[float, Tensor]:
+def _cross_validated(features: np.ndarray, labels: Tensor, classes: int, folds: int, seed: int) -> tuple[float, Tensor]:
     """The strength of the highest held-out likelihood, and the held-out logits (N, classes) at that strength."""
     targets = labels.numpy()
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(
-        features, targets
-    )
-    parts = [(train, test, _regression(1e-5)) for train, test in split]
+    split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, targets)
+    parts = [(train, test, _regression()) for train, test in split]
     losses: dict[float, float] = {}
     for strength in STRENGTHS:  # each fit starts from the one before
         logits = torch.empty(len(targets), classes, dtype=torch.float64)
         for train, test, regression in parts:
-            regression.set_params(C=_sklearn_c(strength, classes)).fit(
-                features[train], targets[train]
-            )
+            regression.set_params(C=_sklearn_c(strength, classes)).fit(features[train], targets[train])
             logits[test] = _logits(regression, features[test])
         losses[strength] = nn.functional.cross_entropy(logits, labels).item()
         lowest = min(losses, key=losses.__getitem__)
@@ -246,19 +216,13 @@ def _cross_validated(
 
 def _checked(name: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits in float64 and labels as integers, on the CPU (some devices have no float64)."""
-    if (
-        logits.dim() != 2
-        or labels.shape != logits.shape[:1]
-        or labels.is_floating_point()
-    ):
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise OptionError(
             f"{name}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} ({labels.dtype}) do not fit: "
             "logits are (samples, classes), labels one integer per sample."
         )
     if not logits.numel():
-        raise OptionError(
-            f"{name}: logits {tuple(logits.shape)} are empty: at least one sample and class are needed."
-        )
+        raise OptionError(f"{name}: logits {tuple(logits.shape)} are empty: at least one sample and class are needed.")
     logits = logits.detach().cpu().double()
     finite = logits.isfinite().all(dim=1)
     if not finite.all():
@@ -272,9 +236,7 @@ def _checked(name: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 def _check_labels(name: str, labels: Tensor, classes: int) -> None:
     bad = labels[(labels < 0) | (labels >= classes)]
     if len(bad):
-        raise OptionError(
-            f"{name}: label {int(bad[0])} lies outside [0, {classes}): map the labels to 0..classes-1."
-        )
+        raise OptionError(f"{name}: label {int(bad[0])} lies outside [0, {classes}): map the labels to 0..classes-1.")
 
 
 def _counts(name: str, labels: Tensor, classes: int) -> Tensor:
@@ -291,7 +253,5 @@ def _counts(name: str, labels: Tensor, classes: int) -> Tensor:
 
 def _log_source(name: str, logits: Tensor, temperature: float) -> Tensor:
     if not (math.isfinite(temperature) and temperature > 0):
-        raise OptionError(
-            f"{name}: temperature={temperature!r} must be a positive number; 1 leaves the logits alone."
-        )
+        raise OptionError(f"{name}: temperature={temperature!r} must be a positive number; 1 leaves the logits alone.")
     return (logits / temperature).log_softmax(dim=1)

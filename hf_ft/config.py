@@ -62,6 +62,19 @@ class State:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The source data.
+
+    Attributes:
+        dataset: as the user gave it.
+        batches: up to so many of its samples, the same on every process, as keyword arguments on the device.
+    """
+
+    dataset: Any
+    batches: Callable[[int], Iterator[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
 class Context:
     """What ``measure`` may use: capabilities, never the Trainer.
 
@@ -77,7 +90,7 @@ class Context:
         recipe: how training will be done, for short trainings of one's own.
         described: what the recipe was made of, to tell whether results belong to it.
         frozen_cache: whether and where what is frozen may be kept.
-        source: up to so many samples of the source data, as ``batches``; None where there are none.
+        source: the source data, where there are such.
         folder: where intermediate results may be kept.
         progress: whether to show progress bars.
         rank, ranks: which process this is, of how many.
@@ -92,7 +105,7 @@ class Context:
     recipe: Recipe
     described: Mapping[str, Any]
     frozen_cache: FrozenCache
-    source: Callable[[int], Iterator[dict[str, Any]]] | None = None
+    source: Source | None = None
     folder: Path | None = None
     progress: bool = True
     rank: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_ft.config import Context
+from hf_ft.config import Context, Source
 from hf_ft.fields import OptionError
 from hf_ft.fit import recipe_of
 from hf_ft.preflight import class_labels
@@ -31,7 +31,7 @@ def measuring_context(trainer: Any) -> Context:
         recipe=recipe,
         described=described,
         frozen_cache=trainer.frozen_cache,
-        source=None if trainer.source_dataset is None else trainer._source_batches,
+        source=None if trainer.source_dataset is None else Source(trainer.source_dataset, trainer._source_batches),
         folder=Path(trainer.args.output_dir),
         progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
         rank=trainer.args.process_index,

@@ -81,6 +81,19 @@ def load_splits(
     return DatasetDict({key: parts[key] for key in wanted if key in parts})
 
 
+def load_split(source: str, split: str = "train") -> Dataset:
+    """Read one split of a data set as it is (see :func:`load_splits`).
+
+    Raises:
+        ValueError: the source cannot be read, or has no such split.
+    """
+    found = _read(source, None, split)
+    if split not in found:
+        raise ValueError(f"{source!r} has no split {split!r}, only {list(found)}: set --source_split")
+    part = found[split]
+    return part if ROW in part.column_names else part.add_column(ROW, np.arange(len(part)))
+
+
 def _carve(train: Dataset, fraction: float, seed: int, by: str | None) -> dict[str, Dataset]:
     size = round(len(train) * fraction)
     if not 0 < size < len(train):

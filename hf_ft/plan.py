@@ -165,9 +165,13 @@ def compose(plans: Iterable[Plan]) -> Plan:
     twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
     if twice:
         raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
-    streams = tuple(dict.fromkeys(stream for plan in plans for stream in plan.streams))
-    if len({stream.name for stream in streams}) < len(streams):
-        raise OptionError(f"two strategies want the stream {streams[0].name!r} in different ways: {streams}.")
+    streams: list[Stream] = []
+    for stream in (stream for plan in plans for stream in plan.streams):
+        if stream in streams:
+            continue
+        if any(stream.name == other.name for other in streams):
+            raise OptionError(f"two strategies want the stream {stream.name!r} in different ways: {streams}, {stream}.")
+        streams.append(stream)
     stages = owners[0].stages if owners else (Stage("train"),)
     total = sum(stage.duration for stage in stages)
     if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
@@ -178,7 +182,7 @@ def compose(plans: Iterable[Plan]) -> Plan:
         surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
         terms=terms,
         stages=stages,
-        streams=streams,
+        streams=tuple(streams),
         finalise=tuple(s for plan in plans for s in plan.finalise),
         owner=owners[0].owner if owners else None,
     )

@@ -14,7 +14,11 @@ from torch import Tensor
 from hf_ft.fields import OptionError
 from hf_ft.preflight import LABEL_COLUMNS, class_labels
 
-LabelMap = Mapping[str, Any] | Literal["by_name", "by_number"] | None
+LabelMap = dict | Literal["by_name", "by_number"] | None
+LABEL_MAP_HELP = (
+    "Where the source data's labels are not the source head's classes: a dictionary from one to the other, names or "
+    "numbers; 'by_name'; or 'by_number' to trust the numbers though names differ."
+)
 _GENERIC = re.compile(r"LABEL_\d+")
 SHOWN = 4  # names in a message
 
@@ -80,9 +84,9 @@ class SourceLabels:
                     f"source_label_map='by_name': {side} does not name its classes. Give a dictionary from labels to "
                     "the head's class numbers."
                 )
-            pairs: Mapping[str, Any] = {name: name for name in named}
+            pairs = {name: name for name in named}
         else:
-            assert isinstance(self.label_map, Mapping)
+            assert isinstance(self.label_map, dict)
             pairs = self.label_map
         places = {self._label(key, named): self._class(key, value) for key, value in pairs.items()}
         table = torch.full((max(places) + 1,), -1)
@@ -124,6 +128,11 @@ class SourceLabels:
                 "leave its samples out."
             )
         return mapped
+
+
+def as_json(label_map: LabelMap) -> LabelMap:
+    """A map with keys as JSON has them."""
+    return {str(key): value for key, value in label_map.items()} if isinstance(label_map, dict) else label_map
 
 
 def class_names(dataset: Any) -> tuple[str, ...]:

@@ -91,6 +91,27 @@ def test_train_images(files, tmp_path, capsys):
     assert state["best_metric"] == max(log["eval_macro_f1"] for log in state["log_history"] if "eval_loss" in log)
 
 
+def test_train_with_source_data(files, tmp_path, capsys):
+    """The pretrained head is kept beside the new one, and gone from what is saved."""
+    names = {0: "dog", 1: "owl", 2: "cat"}
+    tiny_resnet(id2label=names, label2id={v: k for k, v in names.items()}).save_pretrained(tmp_path / "named")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "named")
+    source = ["--model", str(tmp_path / "named"), "--source_dataset", str(files / "photos"), "--source_split", "test"]
+    soft = ["--strategy", "soft", "--soft.schedule", "cosine", *source]
+    assert photos(files, tmp_path / "out", *soft) == 2
+    assert "only a part of them. set source_label_map='by_name'" in capsys.readouterr().err
+    for labels in ("by_name", '{"cat": "cat", "dog": 0}'):
+        out = tmp_path / labels[:7]
+        assert photos(files, out, *soft, "--soft.source_label_map", labels) == 0
+        printed = capsys.readouterr().out
+        assert "source photos: 8 samples".split()[0] in printed and "8 samples" in words(printed)
+        assert "soft(schedule=cosine" in printed and "loss/source" in printed
+        assert {p.name for p in out.iterdir()} >= {"model.safetensors"} and not list(out.glob("ft_modules*"))
+        answer = make_pipeline("image-classification", model=str(out))(str(files / "photos/test/cat/0.png"))
+        assert {item["label"] for item in answer} == {"cat", "dog"}
+    assert photos(files, tmp_path / "free", "--strategy", "lwf") == 0
+
+
 def test_resume_goes_on(files, tmp_path):
     more = [
         "--max_steps",
@@ -222,6 +243,11 @@ REFUSED = {
     "--metrics accuracy no_such_metric": "metric 'no_such_metric' could not be loaded",
     "--strategy lp_ft --strategy linear_probe": "lp_ft and linear_probe both decide which parameters train when",
     "--strategy linear_probe --linear_probe.head nowhere": "the model has no module 'nowhere'",
+    "--strategy soft": "soft needs the data of the pretraining: pass source_dataset=... to FTTrainer (--source_dataset",
+    "--source_dataset /no/such": "cannot read the data '/no/such'",
+    "--source_dataset PHOTOS --source_split exam": "has no split 'exam', only",
+    "--source_dataset CSV": "holds text, --dataset image.",
+    "--strategy soft --soft.source_label_map=cat --source_dataset PHOTOS": "soft.source_label_map='cat' is not",
     "--resume_from_checkpoint true": "no whole checkpoint in",
     "--eval_strategy sometimes": "invalid choice: 'sometimes'",
 }

@@ -54,6 +54,8 @@ class DataFlags:
     augment: str | None = _flag(
         f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, none for text)"
     )
+    source_dataset: str | None = _flag("data of the pretraining, for strategies that go on training on them (soft)")
+    source_split: str = _flag("which split of them", "train")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from hf_ft.cli.console import count, quieten, say, table
 from hf_ft.cli.models import adapter_usage, load_classifier, usage
 from hf_ft.cli.search_blocks import report
 from hf_ft.cli.train_help import train_help
-from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_splits, prepare
+from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_split, load_splits, prepare
 from hf_ft.fields import describe_value, options
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.row_cache import FrozenCache
@@ -58,12 +58,18 @@ def make(request: Request) -> Made:
     columns = find_columns(splits, request.data.image_column, request.data.text_column, request.data.label_column)
     augment = _augmentation(request.data.augment, columns)
     model, processor = load_classifier(
-        str(request.data.model), columns, args.seed, request.data.image_size, request.data.revision
+        str(request.data.model),
+        columns,
+        args.seed,
+        request.data.image_size,
+        request.data.revision,
+        keep_source_head=any("source_head" in config.requires() for config in request.configs),
     )
     length = _max_length(request.data, model, processor)
     with args.main_process_first(desc="preparing the data"):
         ready = prepare(splits, processor, columns, augment, length)
         plain = ready if augment == "none" else prepare(splits, processor, columns, "none", length)
+        source = _source(request.data, processor, columns, augment, length)
     _settle(args, request, columns)
     method = request.method
     trainer = FTTrainer(
@@ -74,6 +80,7 @@ def make(request: Request) -> Made:
         overwrite=method.overwrite,
         frozen_cache=FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb),
         plain_train_dataset=plain["train"],
+        source_dataset=source,
         train_dataset=ready["train"],
         eval_dataset=ready["validation"],
         data_collator=collate(processor),
@@ -123,6 +130,21 @@ def _splits(flags: DataFlags) -> DatasetDict:
     )
 
 
+def _source(flags: DataFlags, processor: Any, target: Columns, augment: str, length: int | None) -> Any:
+    """The source data, processed as the target's.
+
+    Raises:
+        ValueError: they are of another kind than the target's.
+    """
+    if flags.source_dataset is None:
+        return None
+    rows = DatasetDict({"train": load_split(flags.source_dataset, flags.source_split)})
+    columns = find_columns(rows)
+    if columns.task != target.task:
+        raise ValueError(f"--source_dataset {flags.source_dataset} holds {columns.task}, --dataset {target.task}.")
+    return prepare(rows, processor, columns, augment, length)["train"]
+
+
 def _augmentation(wanted: str | None, columns: Columns) -> str:
     if columns.task == "text" and wanted not in (None, "none"):
         raise ValueError(f"--augment {wanted} changes images, and these data are text: use none.")
@@ -163,11 +185,14 @@ def _announce(request: Request, made: Made) -> None:
         ("strategy", " + ".join(map(_shown, request.configs))),
         ("training", f"{length}, batches of {args.per_device_train_batch_size}, {processes}"),
     ]
+    if trainer.source_dataset is not None:
+        rows.insert(2, ("source", f"{request.data.source_dataset}: {len(trainer.source_dataset):,} samples"))
     taken = ", ".join(f"{name}={wanted.value} ({wanted.source})" for name, wanted in request.recommended.items())
     if taken:
         rows.append(("", f"recommended by {', '.join(c.ft_type for c in request.configs)}: {taken}"))
-    if request.data.dataset in DATA_NOTICES:
-        rows.append(("notice", DATA_NOTICES[request.data.dataset]))
+    for name in dict.fromkeys((request.data.dataset, request.data.source_dataset)):
+        if name in DATA_NOTICES:
+            rows.append(("notice", DATA_NOTICES[name]))
     say(f"{table(rows)}\n")
 
 

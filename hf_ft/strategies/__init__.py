@@ -3,6 +3,7 @@
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig
 from hf_ft.strategies.blockwise import BlockwiseConfig
 from hf_ft.strategies.bss import BSSConfig
+from hf_ft.strategies.co_tuning import CoTuningConfig
 from hf_ft.strategies.daft import DAFTConfig
 from hf_ft.strategies.delta import DELTAConfig
 from hf_ft.strategies.full import FullConfig
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionTransferConfig",
     "BSSConfig",
     "BlockwiseConfig",
+    "CoTuningConfig",
     "DAFTConfig",
     "DELTAConfig",
     "FullConfig",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from hf_ft.functional import distillation_loss
 from hf_ft.plan import Plan, Stream, Term
 from hf_ft.registry import register
 from hf_ft.source_head import SourceHead, drop_source_head, head_input, source_head
-from hf_ft.source_labels import SourceLabels, head_names
+from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.view import View
 
 
@@ -93,11 +92,7 @@ class SoftConfig(FTConfig):
     source: Literal["data", "head"] = option(
         "data", "'data': a source data set. 'head': none, the pretrained head's predictions on the target's samples."
     )
-    source_label_map: dict | Literal["by_name", "by_number"] | None = option(
-        None,
-        "Where the source data's labels are not the source head's classes: a dictionary from one to the other, names "
-        "or numbers; 'by_name'; or 'by_number' to trust the numbers though names differ.",
-    )
+    source_label_map: LabelMap = option(None, LABEL_MAP_HELP)
     distillation_weight: float = option(
         4.0, "With source='head': weight of the distillation loss.", range="(0, inf)", source="code"
     )
@@ -105,8 +100,7 @@ class SoftConfig(FTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.source_label_map, Mapping):  # as JSON has it
-            object.__setattr__(self, "source_label_map", {str(k): v for k, v in self.source_label_map.items()})
+        object.__setattr__(self, "source_label_map", as_json(self.source_label_map))
 
     def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
         if not self.weight:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_ft.anatomy import batch_norms
+from hf_ft.anatomy import batch_norms, unwrap
 from hf_ft.config import resolve
 from hf_ft.joint_forward import STREAM
 from hf_ft.objective import Objective
@@ -61,7 +61,8 @@ def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:
     if any("source_head" in config.requires() for config in resolve(strategy)) and not has_source_head(model):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            other = copy.deepcopy(model)
+            base = unwrap(model)[0]
+            other = type(base)(copy.deepcopy(base.config))
             renew_head(other, {"num_labels": classes})
         attach_source_head(model, SourceHead(other.get_submodule(head_module(other))))
     return model

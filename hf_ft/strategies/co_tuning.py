@@ -1,0 +1,148 @@
+"""Co-Tuning: the pretrained head trains along, on what each target class looks like in source classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_ft.category_relationship import (
+    direct_relationship,
+    fit_temperature,
+    relationship_loss,
+    reverse_relationship,
+)
+from hf_ft.config import Context, FTConfig, Paper, Recommended, State
+from hf_ft.fields import OptionError, option
+from hf_ft.frozen_prefix import activations
+from hf_ft.plan import Plan, Term
+from hf_ft.recorded_features import RecordedFeatures
+from hf_ft.registry import register
+from hf_ft.source_head import SourceHead, drop_source_head, head_input, source_head
+from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
+from hf_ft.view import View
+
+PASS = 64  # samples in a batch of the pass
+CALIBRATED_ON = 2000  # source samples at most
+
+
+class RelationshipLoss(nn.Module):
+    """The cross-entropy of the source head on the target's batch and the source classes of its labels."""
+
+    relationship: Tensor
+
+    def __init__(self, head: SourceHead, layer: str, relationship: Tensor) -> None:
+        super().__init__()
+        self.head, self.layer = head, layer
+        self.register_buffer("relationship", relationship.clone())
+
+    def forward(self, view: View) -> Tensor:
+        labels = view.batch["labels"]
+        return relationship_loss(self.head(view.states[self.layer]), self.relationship[labels])
+
+
+@register("co_tuning")
+@dataclass(frozen=True, kw_only=True)
+class CoTuningConfig(FTConfig):
+    r"""Fine-tune the pretrained head as well, on soft source labels.
+
+    .. math::
+        L = \mathrm{CE}(h_T(f(x)), y)
+            - \lambda \sum_s p(y_s = s \mid y_t = y) \, \log \operatorname{softmax}(h_S(f(x)))_s
+
+    :math:`p(y_s \mid y_t)` is learned before training from the pretrained network's predictions on the training
+    samples. The pretrained head is gone afterwards. A weight of 0 is plain fine-tuning.
+    """
+
+    paper = Paper(
+        "You, Kou, Long, Wang",
+        "Co-Tuning for Transfer Learning",
+        "NeurIPS 2020",
+        "https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html",
+    )
+    formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
+    recommended = {"learning_rate": Recommended(3e-4)}
+
+    weight: float = option(2.3, "Weight of the source head's loss.", range="[0, inf)", source="code")
+    relationship: Literal["reverse", "direct"] = option(
+        "reverse",
+        "'reverse' learns the target class from the source head's predictions, by a calibrated logistic regression, "
+        "and turns that round by Bayes' rule; 'direct' takes the mean prediction of each class.",
+    )
+    temperature: float | Literal["auto"] = option(
+        "auto",
+        "Of the source head's predictions. 'auto' calibrates it on source data where there are such, and is 1 where "
+        "there are none.",
+        range="(0, inf)",
+    )
+
+    source_label_map: LabelMap = option(None, LABEL_MAP_HELP)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "source_label_map", as_json(self.source_label_map))
+
+    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
+        return frozenset({"source_head"} if self.weight else ())
+
+    def check_model(self, model: nn.Module) -> None:
+        if self.weight:
+            source_head(model)
+            head_input(model, self.head, self.blocks)
+            kind = getattr(getattr(model, "config", None), "problem_type", None)
+            if kind in ("regression", "multi_label_classification"):
+                raise OptionError(f"co_tuning needs one class per sample, the model's problem_type is {kind!r}.")
+
+    def measures(self) -> bool:
+        return self.weight > 0
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        head, layer = source_head(model).eval().to(context.device), head_input(model, self.head, self.blocks)
+        features = RecordedFeatures(model, layer, context)
+        logits, labels = [], []
+        with torch.no_grad():
+            for start in range(0, features.count, PASS):
+                states, classes, _ = features(range(start, min(start + PASS, features.count)))
+                logits.append(head(states).cpu())
+                labels.append(classes.cpu())
+        temperature = self._calibrate(model, head, layer, context)
+        learn = reverse_relationship if self.relationship == "reverse" else direct_relationship
+        config: Any = model.config
+        found = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
+        names = {str(place): name for place, name in head.names.items()}
+        return State({"relationship": found}, {"temperature": temperature, "names": names})
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        if not self.weight:
+            return Plan()
+        if "relationship" not in state.tensors:
+            raise OptionError("co_tuning: no relationship was measured: pass a context to set_up, or use FTTrainer.")
+        head, layer = source_head(model), head_input(model, self.head, self.blocks)
+        loss = RelationshipLoss(head, layer, state.tensors["relationship"])
+        term = Term("co_tuning", loss, weight=self.weight, needs=frozenset({"inputs"}), layers=(layer,))
+        return Plan(terms=(term,), finalise=(drop_source_head,))
+
+    def learned(self, state: State) -> str:
+        if "relationship" not in state.tensors:
+            return ""
+        found, names = state.tensors["relationship"], state.info["names"]
+        tops = ", ".join(
+            f"{label} is most like `{names.get(str(int(row.argmax())), int(row.argmax()))}` ({float(row.max()):.2f})"
+            for label, row in enumerate(found[:10])
+        )
+        return f"In source classes (temperature {state.info['temperature']:.2f}), target class {tops}."
+
+    def _calibrate(self, model: nn.Module, head: SourceHead, layer: str, context: Context) -> float:
+        if not isinstance(self.temperature, str):
+            return float(self.temperature)
+        if context.source is None:
+            return 1.0
+        prepare = SourceLabels(head.classes, head_names(head.names), self.source_label_map)(context.source.dataset)
+        logits, labels = [], []
+        with torch.no_grad(), context.recipe.computing():
+            for batch in context.source.batches(CALIBRATED_ON):
+                logits.append(head(activations(model, [layer], batch)[layer]).float().cpu())
+                labels.append(prepare(batch)["labels"].cpu())
+        return fit_temperature(torch.cat(logits), torch.cat(labels))
