@@ -96,6 +96,9 @@ def reverse_relationship(
     gives the held-out logits its temperature :math:`T_g` is fitted on. Where some class has a single sample
     there is nothing to hold out: the penalty is scikit-learn's C = 1, and :math:`T_g = 1`.
 
+    No sample is as sure of its source class as :math:`e_s`, so g extrapolates: with a few dozen samples of a class
+    its rows vary much more from one draw of samples to the next than :func:`direct_relationship`'s.
+
     Args:
         logits: (N, C_s), the source head's, on target samples. Their order does not matter.
         labels: (N,), the target classes, in [0, classes).

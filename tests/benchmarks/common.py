@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import optuna
 import torch
 import transformers
 from datasets import Dataset
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft import FTTrainer
 from hf_ft.cli.demo_data import Cells, channels_last
@@ -46,8 +46,20 @@ def train(
     seed: int,
     tests: tuple[str, ...] = (),
     states: Mapping[str, State] | None = None,
+    source: Cells | None = None,
+    evaluations: int = 0,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[FTTrainer, Entry]:
-    """One run with SGD (momentum 0.9, cosine, no clipping): the validation score of its best epoch, and test scores."""
+    """One run with SGD (momentum 0.9, cosine, no clipping): the validation score of its best epoch, and test scores.
+
+    Args:
+        evaluations: how often to evaluate, at equal distances, instead of after every epoch; the best of these counts.
+    """
+    when: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+    if evaluations:
+        every = max(1, epochs * -(-len(data["train"]) // batch_size) // evaluations)
+        when = {f"{what}_strategy": "steps" for what in ("eval", "save", "logging")}
+        when |= {f"{what}_steps": every for what in ("eval", "save", "logging")}
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -60,13 +72,11 @@ def train(
             lr_scheduler_type="cosine",
             weight_decay=0.0,
             max_grad_norm=0.0,
-            eval_strategy="epoch",
-            save_strategy="epoch",
+            **when,
             save_total_limit=1,
             save_only_model=True,
             load_best_model_at_end=True,
             metric_for_best_model="balanced_accuracy",
-            logging_strategy="epoch",
             report_to="none",
             log_level="error",
             disable_tqdm=True,
@@ -81,6 +91,8 @@ def train(
             states=states,
             train_dataset=data["train"],
             eval_dataset=data["validation"],
+            source_dataset=source,
+            callbacks=list(callbacks),
             data_collator=channels_last,
             compute_metrics=classification_metrics,
         )

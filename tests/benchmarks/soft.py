@@ -1,0 +1,238 @@
+"""Soft fine-tuning beside its controls, on real images: `python tests/benchmarks/soft.py`.
+
+The source network is an ImageNet MobileNetV2 that `hf-ft train` first trains on the source data, in this script; all
+at 64 px.
+
+- `digits_*`: MNIST's digits 0 to 6 -> UCI's digits 0 to 6, 50, 100 and 200 images, and 100 of which each class has
+  about two thirds of the one before (a biased sample; validation and test are not). Classes that neither loss sees:
+  the digits 7, 8 and 9 of both.
+- `poly_*`: monocrystalline -> polycrystalline cells of ELPV (defective or not), 100 and 300 images. Classes that
+  neither loss sees: the ten UCI digits.
+
+Every method gets the same tuning budget: so many trials (seed 0) of its learning rate and of its weight, drawn
+log-uniformly around the default and judged on validation. Then the best setting runs with each seed, which draws other
+training images, another new head and another order; the test split is looked at once for each. All train with SGD
+(momentum 0.9, cosine, no clipping, no augmentation), are evaluated 20 times a run, and keep the best of these. In the
+final runs the frozen features' general discrimination is measured four times as well. Every run is a line of the
+results file; one that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import PIXELS, Runs, quiet, ready, train, tune
+from datasets import ClassLabel, Dataset, DatasetDict
+from torch.utils.data import DataLoader
+
+from hf_ft import CoTuningConfig, FullConfig, LwFConfig, SoftConfig
+from hf_ft.cli import main as hf_ft
+from hf_ft.cli.demo_data import channels_last
+from hf_ft.config import FTConfig
+from hf_ft.diagnostics import GeneralDiscriminationCallback
+from hf_ft.zoo import elpv, load_model, mnist5k, stratified_split, uci_digits
+
+RESULTS = Path(__file__).parent / "results" / "soft.jsonl"
+RATE = (3e-4, 1e-1)
+EVALUATIONS = 20
+MEASURED = 5  # every so many evaluations, the general discrimination
+HELD_OUT = 200  # samples of each set of classes that neither loss sees
+KNOWN = 7  # digits below it are trained on
+# task -> training images, epochs, batch size
+TASKS = {
+    "digits_50": (50, 20, 16),
+    "digits_100": (100, 16, 16),
+    "digits_200": (200, 12, 16),
+    "digits_100_biased": (100, 16, 16),
+    "poly_100": (100, 16, 16),
+    "poly_300": (300, 10, 16),
+}
+VALIDATION, TEST = 140, 700
+Make = Callable[[float], FTConfig]
+# method -> the config of a weight, and the range of that: ten times the default and a tenth
+METHODS: dict[str, tuple[Make, tuple[float, float]]] = {
+    "full": (lambda _: FullConfig(), (0.1, 10.0)),  # its trials are of rates alone
+    "joint": (lambda weight: SoftConfig(schedule="constant", weight=weight), (0.1, 10.0)),
+    "abrupt": (lambda weight: SoftConfig(schedule="step", weight=weight), (0.1, 10.0)),
+    "soft, linear": (lambda weight: SoftConfig(weight=weight), (0.1, 10.0)),
+    "soft, cosine": (lambda weight: SoftConfig(schedule="cosine", weight=weight), (0.1, 10.0)),
+    "lwf": (lambda weight: LwFConfig(weight=weight), (0.4, 40.0)),
+    "co_tuning": (lambda weight: CoTuningConfig(weight=weight), (0.23, 23.0)),
+}
+
+
+def digits(data: Dataset, low: int, high: int) -> Dataset:
+    """The digits from low to high, as classes from 0."""
+    labels = np.asarray(data["label"][:])
+    rows = np.flatnonzero((labels >= low) & (labels <= high))
+    chosen = data.select(rows).remove_columns("label").add_column("label", labels[rows] - low)
+    return chosen.cast_column("label", ClassLabel(names=[str(digit) for digit in range(low, high + 1)]))
+
+
+def cells(kind: str) -> Dataset:
+    data = elpv()
+    return data.select(np.flatnonzero(np.asarray(data["cell_type"][:]) == kind)).remove_columns("cell_type")
+
+
+def source_data(task: str) -> Dataset:
+    return digits(mnist5k(), 0, KNOWN - 1) if task.startswith("digits") else cells("mono")
+
+
+def target_data(task: str) -> Dataset:
+    return digits(uci_digits(), 0, KNOWN - 1) if task.startswith("digits") else cells("poly")
+
+
+def unseen_data(task: str) -> dict[str, Dataset]:
+    """Classes that neither loss sees, by name."""
+    if task.startswith("digits"):
+        return {"uci_789": digits(uci_digits(), KNOWN, 9), "mnist_789": digits(mnist5k(), KNOWN, 9)}
+    return {"uci_digits": uci_digits()}
+
+
+def source_model(task: str, folder: Path) -> Path:
+    """The network trained on the task's source by `hf-ft train`; made where it is missing."""
+    name = "mnist_0_6" if task.startswith("digits") else "mono"
+    made = folder / name
+    if not (made / "config.json").is_file():
+        data = folder / f"{name}_data"
+        DatasetDict({"train": source_data(task)}).save_to_disk(str(data))
+        flags = {
+            "model": "mobilenet_v2",
+            "dataset": data,
+            "image_size": PIXELS,
+            "augment": "none",
+            "num_train_epochs": 4 if task.startswith("digits") else 12,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "output_dir": made,
+        }
+        if hf_ft(["train", *(f"--{key}={value}" for key, value in flags.items())]):
+            raise SystemExit(f"the source network of {task} was not trained")
+    return made
+
+
+def biased(data: Dataset, size: int, seed: int) -> np.ndarray:
+    """Rows of which each class has about two thirds of the one before."""
+    labels, random = np.asarray(data["label"][:]), np.random.default_rng(seed)
+    shares = 0.65 ** np.arange(labels.max() + 1)
+    counts = np.maximum(2, np.round(size * shares / shares.sum()).astype(int))
+    picked = [random.permutation(np.flatnonzero(labels == c))[: counts[c]] for c in range(len(counts))]
+    return np.concatenate(picked)
+
+
+class SometimesMeasured(GeneralDiscriminationCallback):
+    """Measures at some of the evaluations."""
+
+    seen = 0
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.seen += 1
+        if self.seen % MEASURED == 0:
+            super().on_evaluate(*args, **kwargs)
+
+
+class Task:
+    """A task: its images for each seed, its network, its source data."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.images, self.epochs, self.batch_size = TASKS[name]
+        self.dataset, self.folder = target_data(name), source_model(name, folder)
+        self.names = dict(enumerate(self.dataset.features["label"].names))
+        processor = self.model(0)[1]
+        self.source = ready({"source": source_data(name)}, processor)["source"]
+        self.unseen = {
+            key: DataLoader(
+                ready({key: stratified_split(rows, HELD_OUT, 0, 0, seed=0)["train"]}, processor)[key],
+                batch_size=50,
+                collate_fn=channels_last,
+            )
+            for key, rows in unseen_data(name).items()
+        }
+        self._data: dict[int, Any] = {}
+
+    def model(self, seed: int) -> Any:
+        options: dict[str, Any] = {"image_size": PIXELS, "seed": seed, "keep_source_head": True}
+        return load_model(str(self.folder), id2label=self.names, **options)
+
+    def data(self, seed: int) -> Any:
+        if seed not in self._data:
+            pool = len(self.dataset) - VALIDATION - TEST
+            splits = stratified_split(self.dataset, pool, VALIDATION, TEST, seed=seed)
+            if "biased" in self.name:
+                rows = biased(splits["train"], self.images, seed)
+                splits["train"] = splits["train"].select(rows)
+            else:
+                splits["train"] = stratified_split(splits["train"], self.images, 0, 0, seed=seed)["train"]
+            self._data = {seed: ready(splits, self.model(0)[1])}
+        return self._data[seed]
+
+    def run(self, runs: Runs, method: str, rates: dict[str, float], seed: int, final: bool) -> dict[str, Any]:
+        entry = {"task": self.name, "method": method, **rates, "seed": seed, "final": final}
+
+        def make() -> dict[str, Any]:
+            config = METHODS[method][0](rates["weight"])
+            measured = SometimesMeasured(self.unseen) if final else None
+            trainer, found = train(
+                self.model(seed)[0],
+                config,
+                self.data(seed),
+                epochs=self.epochs,
+                batch_size=self.batch_size,
+                learning_rate=rates["learning_rate"],
+                seed=seed,
+                tests=("test",) if final else (),
+                source=self.source if "source_data" in config.requires() else None,
+                evaluations=EVALUATIONS,
+                callbacks=[measured] if measured else [],
+            )
+            log = trainer.state.log_history
+            found["curve"] = [(e["step"], e["eval_accuracy"]) for e in log if "eval_accuracy" in e]
+            if measured:
+                found["discrimination"] = [
+                    (step, {key: (one.linear_probe, one.nearest_class_mean) for key, one in by_name.items()})
+                    for step, by_name in measured.history
+                ]
+            return found
+
+        return runs.get(entry, make)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--methods", default="", help="those whose name begins with one of these, by commas")
+    parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--sources", type=Path, default=Path("runs/benchmarks/soft"), help="where they are kept")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    quiet()
+    runs = Runs(options.results, ("task", "method", "learning_rate", "weight", "seed", "final"))
+    for name in options.tasks.split(","):
+        task = Task(name, options.sources)
+        for method, (_, weights) in METHODS.items():
+            if not method.startswith(tuple(options.methods.split(","))):
+                continue
+
+            def score(rates: dict[str, float], task: Task = task, method: str = method) -> float:
+                return task.run(runs, method, rates, 0, final=False)["validation"]
+
+            best = tune(score, {"learning_rate": RATE, "weight": weights}, options.trials)
+            finals = [task.run(runs, method, best, seed, final=True) for seed in range(options.seeds)]
+            print(
+                json.dumps({"task": name, "method": method, **best, "test": [run["test"] for run in finals]}),
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
