@@ -179,7 +179,7 @@ def test_the_regression_is_a_stationary_point_of_the_penalised_softmax_likelihoo
     features, strength = logits.softmax(1), 3.0
     regression = category_relationship._regression().set_params(C=category_relationship._sklearn_c(strength, classes))
     regression.fit(features.numpy(), labels.numpy())
-    coefficients, intercepts = (torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_))
+    coefficients, intercepts = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
     if classes == 2:
         coefficients, intercepts = (torch.cat((-rows / 2, rows / 2)) for rows in (coefficients, intercepts))
     coefficients.requires_grad_()
@@ -274,7 +274,7 @@ def test_loss_against_loops_and_its_gradient():
 
 def test_loss_of_half_precision_logits_is_computed_in_float32():
     logits, labels = samples(per_class=2)
-    targets, half = (direct_relationship(logits, labels, 3)[labels], logits.bfloat16().requires_grad_())
+    targets, half = direct_relationship(logits, labels, 3)[labels], logits.bfloat16().requires_grad_()
     value = relationship_loss(half, targets)
     value.backward()
     assert value.dtype == torch.float32 and half.grad.dtype == torch.bfloat16

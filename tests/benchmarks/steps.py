@@ -3,8 +3,9 @@
 Two trainers take a step each in turn, in random order, on one batch; the figure is the median of the ratios of
 these pairs, with a bootstrap 95 % interval of that median. The first row compares a thing with itself: a ratio is
 worth no more than that row's distance from 1. Terms that compare with the model as it was are timed with that one's
-states computed in each step, and recorded. The last row compares whole trainings of ten epochs: TRED's disentangling,
-the pass that records the features included, with full fine-tuning.
+states computed in each step, and recorded. A step of soft fine-tuning, with as many source as target samples, is
+compared with a plain one on twice as many, and once its weight is 0 with a plain one. The last row compares whole
+trainings of ten epochs: TRED's disentangling, the pass that records the features included, with full fine-tuning.
 
 Geometry: ResNet-18 (11 M parameters), 96 px, batch 32, SGD with momentum, float32, CPU.
 """
@@ -25,12 +26,21 @@ import transformers
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer
 from transformers.utils import logging
 
-from hf_ft import AttentionTransferConfig, BSSConfig, DELTAConfig, FTTrainer, L2SPConfig, Plan, Term, TREDConfig
+from hf_ft import (
+    AttentionTransferConfig,
+    BSSConfig,
+    DELTAConfig,
+    FTTrainer,
+    L2SPConfig,
+    Plan,
+    SoftConfig,
+    Term,
+    TREDConfig,
+)
 from hf_ft.config import FTConfig
 from hf_ft.reference import REFERENCE
 from hf_ft.registry import register
-from hf_ft.testing import tiny_data
-from hf_ft.testing.training import tiny_arguments
+from hf_ft.testing.training import equipped, tiny_arguments
 
 BATCH, PIXELS = 32, 96
 
@@ -60,20 +70,24 @@ def resnet18() -> ResNetForImageClassification:
 class Stepper:
     """One trainer, brought to the point where the body of its training loop can be run by hand."""
 
-    def __init__(self, strategy: object | None, folder: str, recorded: bool = False) -> None:
+    def __init__(self, strategy: object | None, folder: str, recorded: bool = False, batch: int = BATCH) -> None:
         model = resnet18()
+        if isinstance(strategy, SoftConfig):
+            equipped(model, strategy)
         # The cure of transformers#47688 on both sides.
         model.accepts_loss_kwargs = False
-        args = tiny_arguments(folder, max_steps=1, per_device_train_batch_size=BATCH, optim="sgd", logging_steps=10**6)
+        args = tiny_arguments(folder, max_steps=1, per_device_train_batch_size=batch, optim="sgd", logging_steps=10**6)
         args.optim_args = "momentum=0.9"
         kind, extra = (Trainer, {}) if strategy is None else (FTTrainer, {"strategy": strategy})
-        self.trainer = kind(model, args, train_dataset=tiny_data(model, 8), **extra)
+        if isinstance(strategy, SoftConfig):
+            extra["source_dataset"] = Images(4 * BATCH)
+        self.trainer = kind(model, args, train_dataset=Images(batch), **extra)
         self.trainer.train()
         if strategy is not None:
             self.trainer._enter_stage(0, force=True)
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(BATCH, 3, PIXELS, PIXELS, generator=generator)
-        self.batch = {"pixel_values": pixels, "labels": torch.arange(BATCH) % 2}
+        pixels = torch.randn(batch, 3, PIXELS, PIXELS, generator=generator)
+        self.batch = {"pixel_values": pixels, "labels": torch.arange(batch) % 2}
         if recorded:
             objective = self.trainer._objective
             states = objective.reference.states(objective.reference_layers, self.batch, pixels.device)
@@ -184,6 +198,14 @@ def main() -> None:
             if options.only in name:
                 found = compare(Stepper(one, folder), Stepper(other, folder, bool(recorded)), options.pairs)
                 results[name] = {**found, "goal": goal}
+                show(name, results[name])
+        for schedule, name, goal, batch in (
+            ("constant", "soft, 32 + 32 samples / full on 64", 1.05, 2 * BATCH),
+            ("linear", "soft once its weight is 0 / full", 1.02, BATCH),  # where the steppers are: at the run's end
+        ):
+            if options.only in name:
+                soft = Stepper(SoftConfig(schedule=schedule), folder)
+                results[name] = {**compare(Stepper("full", folder, batch=batch), soft, options.pairs), "goal": goal}
                 show(name, results[name])
         name = "disentangling of TRED / full fine-tuning, 10 epochs each"
         if options.only in name:
