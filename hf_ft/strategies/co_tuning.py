@@ -66,10 +66,11 @@ class CoTuningConfig(FTConfig):
     recommended = {"learning_rate": Recommended(3e-4)}
 
     weight: float = option(2.3, "Weight of the source head's loss.", range="[0, inf)", source="code")
-    relationship: Literal["reverse", "direct"] = option(
-        "reverse",
-        "'reverse' learns the target class from the source head's predictions, by a calibrated logistic regression, "
-        "and turns that round by Bayes' rule; 'direct' takes the mean prediction of each class.",
+    relationship: Literal["direct", "reverse"] = option(
+        "direct",
+        "'direct' takes the source head's mean prediction on each class; 'reverse' learns the target class from these "
+        "predictions, by a calibrated logistic regression, and turns that round by Bayes' rule: sharper, and noisy "
+        "with few samples.",
     )
     temperature: float | Literal["auto"] = option(
         "auto",

@@ -63,7 +63,8 @@ METHODS: dict[str, tuple[Make, tuple[float, float]]] = {
     "soft, linear": (lambda weight: SoftConfig(weight=weight), (0.1, 10.0)),
     "soft, cosine": (lambda weight: SoftConfig(schedule="cosine", weight=weight), (0.1, 10.0)),
     "lwf": (lambda weight: LwFConfig(weight=weight), (0.4, 40.0)),
-    "co_tuning": (lambda weight: CoTuningConfig(weight=weight), (0.23, 23.0)),
+    "co_tuning, direct": (lambda weight: CoTuningConfig(weight=weight), (0.23, 23.0)),
+    "co_tuning, reverse": (lambda weight: CoTuningConfig(weight=weight, relationship="reverse"), (0.23, 23.0)),
 }
 
 
