@@ -162,6 +162,11 @@ def head_sees(model: nn.Module, head: Sequence[str], rows: int | None) -> Iterat
         return
 
     def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if isinstance(module, nn.Linear) and args and args[0].dim() > 2:
+            raise OptionError(
+                "this model picks a token after its head, which therefore cannot see a part of the batch: set "
+                "source_forward='separate'. Strategies that keep the source head cannot be used with it at all."
+            )
         return tuple(map(first, args)), {name: first(value) for name, value in kwargs.items()}
 
     def first(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hf_ft import DAFTConfig, DELTAConfig
+from hf_ft import DAFTConfig, DELTAConfig, SoftConfig
 from hf_ft.registry import strategies
 from hf_ft.testing import still, suited, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
@@ -44,6 +44,16 @@ run(
     "accumulated",
     still(tiny_vit()),
     ["lp_ft", "l2_sp"],
+    per_device_train_batch_size=4 // ranks,
+    gradient_accumulation_steps=2,
+)
+
+# Two batches a step, then one: parameters of the source head get no gradient any more.
+run("soft, separate", still(tiny_resnet()), SoftConfig(source_forward="separate", source_ratio=0.5, schedule="step"))
+run(
+    "soft, accumulated",
+    still(tiny_vit()),
+    SoftConfig(until=0.75),
     per_device_train_batch_size=4 // ranks,
     gradient_accumulation_steps=2,
 )
@@ -104,6 +114,18 @@ trainer = make_trainer(still(tiny_resnet()), "lp_ft", folder / f"saved-{ranks}",
                        metric_for_best_model="loss", **saving)  # fmt: skip
 trainer.train(resume_from_checkpoint=str(folder / f"saved-{ranks}" / "checkpoint-3"))
 same_tensors(snapshot(trainer.model), snapshot(whole.model))
+
+# A stream goes on where each rank left it.
+for source in ("rows", "streaming"):
+    ends = []
+    for resume in (None, str(folder / f"soft-{source}-{ranks}" / "checkpoint-3")):
+        trainer = make_trainer(still(tiny_resnet()), SoftConfig(until=0.75), folder / f"soft-{source}-{ranks}",
+                               optim="sgd", per_device_train_batch_size=8 // ranks, **saving)  # fmt: skip
+        if source == "streaming":
+            trainer.source_dataset = trainer.source_dataset.to_iterable_dataset(num_shards=4)
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append(snapshot(trainer.model))
+    same_tensors(*ends)
 
 if int(os.environ.get("RANK", 0)) == 0:
     save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"weights-{ranks}.safetensors")

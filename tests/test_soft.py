@@ -6,7 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, default_data_collator
+from transformers import (
+    AutoModelForImageClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    default_data_collator,
+)
 
 from hf_ft import DELTAConfig, FTTrainer, L2SPConfig, LPFTConfig, OptionError, SoftConfig, set_up
 from hf_ft.decay import Decay, decay
@@ -359,7 +364,7 @@ def test_head_modules_take_part_as_the_model_has_them():
     ("options", "message"),
     [
         ({"source_ratio": 0.0}, r"source_ratio=0.0 lies outside \(0, inf\)"),
-        ({"until": 1.5}, r"until=1.5 lies outside \(0, 1\].*"),
+        ({"until": 1.5}, r"until=1.5 lies outside \(0, 1\].*never ends, set schedule='constant'"),
         ({"until": 0.0}, r"until=0.0 lies outside"),
         ({"schedule": "slow"}, "schedule='slow' is not"),
         ({"source": "teacher"}, "source='teacher' is not"),
@@ -403,10 +408,35 @@ def test_another_image_size(tmp_path):
     soft_trainer(tiny_resnet(), separate, tmp_path / "separate", rows).train()
 
 
+@pytest.mark.parametrize(
+    ("forward", "message"), [("joint", "source_forward='separate'"), ("separate", "one row of logits")]
+)
+def test_models_that_pick_a_token_after_the_head(forward, message):
+    config = SoftConfig(source_forward=forward)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 16, "n_positions": 8}
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+    objective = set_up(equipped(model, config), config).objective().train()
+    batch = {"input_ids": torch.randint(1, 16, (4, 5)), "labels": torch.tensor([0, 1, 0, 1])}
+    with pytest.raises(OptionError, match=message):
+        objective(**batch, stream_source=batch)
+
+
 def test_no_labels_in_the_source(tmp_path):
     trainer = soft_trainer(tiny_resnet(), SOFT, tmp_path, [{"pixel_values": torch.zeros(3, 32, 32)}] * 20)
     with pytest.raises(OptionError, match="without 'labels'"):
         trainer.train()
+
+
+def test_gradient_checkpointing(tmp_path):
+    """The same weights, though the second forward pass ends before the head."""
+    found = []
+    for checkpointing in (False, True):
+        config = SoftConfig(schedule="constant", source_forward="separate")
+        more = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        trainer = soft_trainer(tiny_vit(), config, tmp_path / str(checkpointing), **more)
+        trainer.train()
+        found.append(snapshot(trainer.model))
+    same_tensors(*found, 1e-6)
 
 
 def test_make_trainer_needs_nothing_for_weight_0(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_ft.config import FTConfig, Paper, Recommended, State
 from hf_ft.decay import Decay, Schedule
-from hf_ft.fields import option
+from hf_ft.fields import OptionError, option
 from hf_ft.functional import distillation_loss
 from hf_ft.plan import Plan, Stream, Term
 from hf_ft.registry import register
@@ -99,6 +99,11 @@ class SoftConfig(FTConfig):
     temperature: float = option(3.0, "With source='head': its temperature.", range="(0, inf)", source="code")
 
     def __post_init__(self) -> None:
+        if isinstance(self.until, float) and self.until > 1:
+            raise OptionError(
+                f"SoftConfig.until={self.until!r} lies outside (0, 1]: the run would end before the source loss does. "
+                "Default: 0.5. For one that never ends, set schedule='constant'."
+            )
         super().__post_init__()
         object.__setattr__(self, "source_label_map", as_json(self.source_label_map))
 
