@@ -413,7 +413,7 @@ def test_another_image_size(tmp_path):
 )
 def test_models_that_pick_a_token_after_the_head(forward, message):
     config = SoftConfig(source_forward=forward)
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 16, "n_positions": 8}
+    sizes = {"n_layer": 3, "n_head": 2, "n_embd": 8, "vocab_size": 16, "n_positions": 8}
     model = GPT2ForSequenceClassification(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0))
     objective = set_up(equipped(model, config), config).objective().train()
     batch = {"input_ids": torch.randint(1, 16, (4, 5)), "labels": torch.tensor([0, 1, 0, 1])}
