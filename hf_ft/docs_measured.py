@@ -162,6 +162,77 @@ FIGURES = {
 }
 
 
+SOFT = {
+    "digits_50": "MNIST digits 0-6 -> UCI digits 0-6, 50 images",
+    "digits_100": "the same, 100 images",
+    "digits_200": "the same, 200 images",
+    "digits_100_biased": "the same, 100 images, each class two thirds of the one before (37 to 3)",
+    "poly_100": "ELPV mono -> poly, 100 images",
+    "poly_300": "ELPV mono -> poly, 300 images",
+}
+UNSEEN = {
+    "uci_789": "digits 7-9 of UCI, the target's domain",
+    "mnist_789": "digits 7-9 of MNIST, the source's domain",
+    "uci_digits": "ten UCI digits, a domain of neither",
+}
+
+
+def table_of_soft(table: Table) -> str:
+    """Accuracy, speed and general discrimination of soft fine-tuning and its controls, from soft.py."""
+    runs = [run for run in _read_lines("soft.jsonl") if run["final"]]
+    if not runs:
+        return NOT_YET
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    tasks = [task for task in SOFT if any(run["task"] == task for run in runs)]
+
+    def of(task: str, method: str) -> list[dict[str, Any]]:
+        return [run for run in runs if run["task"] == task and run["method"] == method]
+
+    accuracy, steps = [], []
+    for method in methods:
+        pairs = [
+            one["test"] - other["test"]
+            for task in tasks
+            for one in of(task, method)
+            for other in of(task, methods[0])
+            if one["seed"] == other["seed"]
+        ]
+        cells = [_mean_std([run["test"] for run in of(task, method)]) if of(task, method) else "" for task in tasks]
+        accuracy.append((method, *cells, "" if method == methods[0] else _difference(pairs)))
+        fast = [[_steps_to(run["curve"]) for run in of(task, method)] for task in tasks]
+        steps.append((method, *(f"{statistics.fmean(cell):.0f}" if cell else "" for cell in fast)))
+    parts = [
+        "\n".join(f"- `{task}`: {SOFT[task]}." for task in tasks),
+        "**Balanced accuracy on test**",
+        table(("method", *tasks, "mean difference from full"), accuracy),
+        "**Steps until the validation accuracy has 90 % of what it is at the end**",
+        table(("method", *tasks), steps),
+        "**General discrimination at the end: linear probe / nearest class mean on classes of neither loss**",
+        _table_of_discrimination(table, tasks, methods, of),
+    ]
+    return "\n\n".join(parts)
+
+
+def _table_of_discrimination(
+    table: Table, tasks: list[str], methods: list[str], of: Callable[[str, str], list[dict[str, Any]]]
+) -> str:
+    columns = [(task, name) for task in tasks for name in of(task, methods[0])[0]["discrimination"][0][1]]
+
+    def cell(task: str, name: str, method: str, place: int) -> str:
+        found = [run["discrimination"][place][1][name] for run in of(task, method)]
+        return " / ".join(f"{statistics.fmean(values):.2f}" for values in zip(*found, strict=True))
+
+    rows = [("before training", *(cell(task, name, methods[0], 0) for task, name in columns))]
+    rows += [(method, *(cell(task, name, method, -1) for task, name in columns)) for method in methods]
+    legend = "\n".join(f"- `{name}`: {UNSEEN[name]}." for name in dict.fromkeys(name for _, name in columns))
+    return table(("method", *(f"{task}: {name}" for task, name in columns)), rows) + "\n\n" + legend
+
+
+def _steps_to(curve: list[tuple[int, float]], share: float = 0.9) -> int:
+    """The first step that has this share of the last accuracy."""
+    return next(step for step, accuracy in curve if accuracy >= share * curve[-1][1])
+
+
 def _row(runs: list[dict[str, Any]], task: str, strategy: str) -> tuple[str, ...] | None:
     final = [run for run in runs if run["task"] == task and run["strategy"] == strategy and run["final"]]
     if not final:

@@ -263,6 +263,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "steps": lambda page: docs_measured.table_of_steps(_table),
     "frozen": lambda page: docs_measured.table_of_frozen(_table),
     "regularisers": lambda page: docs_measured.table_of_regularisers(_table),
+    "soft": lambda page: docs_measured.table_of_soft(_table),
     "disentangling": lambda page: docs_measured.table_of_disentangling(_table),
     "measured": lambda page, name: docs_measured.table_of_strategies(_table, name),
 }
