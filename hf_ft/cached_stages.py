@@ -173,7 +173,7 @@ class CachedStages:
         if self._differs(read, spread):
             return None
         alone = [{name: _row_shape(column) for name, column in read([row]).items()} for row in spread]
-        if any(shapes != alone[0] for shapes in alone):
+        if any(shapes != alone[0] for shapes in alone) and not self._pooled(read(spread[:1])):
             logger.warning("The reference model runs in every step: samples differ in shape (padded per batch).")
             return None
 
@@ -186,6 +186,12 @@ class CachedStages:
         except RowsDiffer as error:
             logger.warning(f"The reference model runs in every step: {error}.")
             return None
+
+    def _pooled(self, batch: dict[str, Any]) -> bool:
+        """Whether the reference states are one vector per sample, whatever it is padded to."""
+        assert self._objective is not None and self._objective.reference is not None
+        found = self._objective.reference.states(self._objective.reference_layers, batch, self.args.device)
+        return all(state.dim() == 2 for state in found.values())
 
     def _record(self, dataset: Any) -> tuple[FrozenPrefix, RowStore] | None:
         """The longest prefix of the present stage and its activations for all rows; None, with a word, if neither."""

@@ -109,6 +109,38 @@ def test_predictions_are_recorded_once_before_training(tmp_path):
     same_tensors(found["never"][1], found["recorded"][1], 1e-6)
 
 
+def test_text_of_all_lengths_is_recorded(tmp_path):
+    """What comes into the head is one vector per sample, however long the batch is that it is in."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": torch.randint(1, 64, (int(n),), generator=generator), "labels": int(n) % 3}
+        for n in torch.randint(3, 12, (24,), generator=generator)
+    ]
+
+    def pad(batch):
+        ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in batch], batch_first=True)
+        labels = torch.tensor([row["labels"] for row in batch])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+    found = []
+    for cache in ("never", "auto"):
+        model = equipped(still(tiny_bert()), LwFConfig())
+        args = tiny_arguments(tmp_path / cache, optim="sgd")
+        given = {"train_dataset": rows, "data_collator": pad, "frozen_cache": cache}
+        trainer = FTTrainer(model, args, strategy=LwFConfig(), **given)
+        recorded, begin = [], trainer._start_from_recorded
+
+        def begun(steps, trainer=trainer, recorded=recorded, begin=begin):
+            begin(steps)
+            recorded.append(trainer._train_rows is not None and trainer._train_rows.stored)
+
+        trainer._start_from_recorded = begun
+        trainer.train()
+        assert recorded == [cache == "auto"]
+        found.append(snapshot(trainer.model))
+    same_tensors(*found, 1e-6)
+
+
 def test_the_teacher_survives_a_resume(tmp_path):
     """It is what the head was at the start, not what it had become."""
     saving = {"save_strategy": "steps", "save_steps": 4}

@@ -214,6 +214,53 @@ def test_texts_of_other_lengths_are_padded():
         assert found[0][name].item() == pytest.approx(found[1][name].item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_both_parts_in_bf16(make, forward, tmp_path):
+    """The first step's summands are those of float32 to bf16's digits; the last step's are finite."""
+    config = SoftConfig(source_forward=forward, until=1.0)
+    logged = []
+    for bf16 in (False, True):
+        trainer = soft_trainer(make(), config, tmp_path / str(bf16), bf16=bf16)
+        trainer.train()
+        logged.append([entry for entry in trainer.state.log_history if "loss/source" in entry])
+    for name in ("loss/task", "loss/source"):
+        assert logged[1][0][name] == pytest.approx(logged[0][0][name], rel=3e-2)
+        assert logged[1][0][name] != logged[0][0][name]  # it was another precision
+        assert math.isfinite(logged[1][-1][name])
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
+def test_accumulated_logs_are_of_both_parts(make, tmp_path):
+    """One batch of 8, or four micro-batches of 2 with 2 source samples each: the same summands are logged."""
+    logged = []
+    for steps in (1, 4):
+        more = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+        trainer = soft_trainer(still(make()), SoftConfig(until=1.0), tmp_path / str(steps), **more)
+        trainer.train()
+        logged.append([entry for entry in trainer.state.log_history if "loss/source" in entry])
+    for one, other in zip(*logged, strict=True):
+        for name in ("loss", "loss/task", "loss/source"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+        assert one["loss"] == pytest.approx(one["loss/task"] + one["loss/source"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_targets_of_other_kinds(kind):
+    """The target's loss is the model's own, whatever it is; the source's labels are classes."""
+    config = SoftConfig(schedule="constant")
+    labels = torch.rand(4, 3) if kind == "regression" else (torch.rand(4, 3) > 0.5).float()
+    found = []
+    for forward in ("joint", "separate"):
+        model = equipped(still(tiny_vit(problem_type=kind)), config)
+        objective = set_up(model, SoftConfig(schedule="constant", source_forward=forward)).objective().train()
+        batch = {**tiny_inputs(tiny_vit()), "labels": labels}
+        found.append(objective(**batch, stream_source=tiny_inputs(tiny_vit(), 6, 1))["terms"])
+        plain = model.eval()(**batch).loss
+        assert found[-1]["task"].item() == pytest.approx(plain.item(), rel=1e-5)
+    assert found[0]["source"].item() == pytest.approx(found[1]["source"].item(), rel=1e-5)
+
+
 # --- what the normalisation layers see ----------------------------------------------------------------------
 
 
