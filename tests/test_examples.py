@@ -56,14 +56,31 @@ def test_raw_loop(tmp_path):
     AutoModelForImageClassification.from_pretrained(tmp_path / "runs" / "raw_loop")
 
 
+def photos(folder, labels=("dark", "light")):
+    random = np.random.default_rng(0)
+    for shade, label in enumerate(labels):
+        (folder / label).mkdir(parents=True)
+        for i in range(10):
+            pixels = random.integers(80 * shade, 80 * shade + 80, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+
+
+@pytest.mark.slow
+def test_soft_on_two_ranks(tmp_path):
+    photos(tmp_path / "photos")
+    photos(tmp_path / "source", ("high", "low", "mid"))
+    names = dict(enumerate(["low", "mid", "high"]))
+    tiny_vit(id2label=names, label2id={v: k for k, v in names.items()}).save_pretrained(tmp_path / "base")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")
+    arguments = ["--model", "base", "--data", "photos", "--source", "source", "--output_dir", "out"]
+    out = run([*LAUNCH, EXAMPLES / "soft.py", *arguments, *TRAINING, "--logging_steps", "1"], tmp_path)
+    assert "2 process(es), accuracy" in out and "loss/source" in out
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "dark", 1: "light"}
+
+
 @pytest.mark.slow
 def test_train_image_on_two_ranks(tmp_path):
-    random = np.random.default_rng(0)
-    for label, shade in (("dark", 0), ("light", 128)):
-        (tmp_path / "photos" / label).mkdir(parents=True)
-        for i in range(10):
-            pixels = random.integers(shade, shade + 128, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{i}.png")
+    photos(tmp_path / "photos")
     tiny_vit().save_pretrained(tmp_path / "base")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")
     arguments = ["--model", "base", "--data", "photos", "--strategy", "lp_ft", "l2_sp", "--output_dir", "out"]
