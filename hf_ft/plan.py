@@ -75,7 +75,7 @@ class Stream:
         """Samples in a batch of it beside one of so many target samples.
 
         Raises:
-            OptionError: none.
+            OptionError: it would hold none.
         """
         size = round(self.ratio * target)
         if size < 1:

@@ -100,18 +100,19 @@ def drop_source_head(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def renew_head(model: Any, labels: Mapping[str, Any]) -> None:
+def renew_head(model: Any, labels: Mapping[str, Any], head: str | None = None) -> None:
     """Give a model of Transformers a new head, and keep the one that it has as its source head.
 
     The new head is initialised as the model class does it; nothing else is touched or loaded.
 
     Args:
         labels: of its config: ``num_labels``, ``id2label``, ``label2id``.
+        head: the name of its head, where that cannot be found.
 
     Raises:
         OptionError: the head is not one module.
     """
-    name = head_module(model)
+    name = head_module(model, head)
     old = model.get_submodule(name)
     config = copy.deepcopy(model.config)
     known = dict(config.id2label) if config.id2label else {}

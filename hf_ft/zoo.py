@@ -184,15 +184,21 @@ def task_of(config: hf.PreTrainedConfig) -> Task:
 
 
 def _pretrained(
-    source: str, labels: dict[str, Any], hub: dict[str, Any], task: Task | None, size: int | None, keep: bool
+    source: str,
+    labels: dict[str, Any],
+    hub: dict[str, Any],
+    task: Task | None,
+    size: int | None,
+    keep: bool,
+    head: str | None,
 ) -> tuple[Any, Any]:
     config = hf.AutoConfig.from_pretrained(source, **hub)
     image = (task or task_of(config)) == "image"
     auto = hf.AutoModelForImageClassification if image else hf.AutoModelForSequenceClassification
     if keep and labels:
         model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
-        renew_head(model, labels)
-        if any(covers(head_module(model), name) for name in info["missing_keys"]):
+        renew_head(model, labels, head)
+        if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
             drop_source_head(model)
             logger.warning(f"{source} holds no pretrained head: there is none to keep.")
     else:
@@ -216,6 +222,7 @@ def load_model(
     seed: int = 0,
     revision: str | None = None,
     keep_source_head: bool = False,
+    head: str | None = None,
 ) -> tuple[hf.PreTrainedModel, Any]:
     """Load a classifier and its image processor or tokenizer; never runs code from the Hub.
 
@@ -229,6 +236,7 @@ def load_model(
         seed: of a new head's weights; the global random state is left as it was.
         keep_source_head: keep the pretrained head beside the new one, for strategies that go on training it; the head
             is then new even where it would fit. Nothing is loaded twice.
+        head: the name of the head to keep, where it cannot be told (as the strategy's option of that name).
 
     Raises:
         OptionError: a head that cannot be kept.
@@ -244,7 +252,9 @@ def load_model(
             model, processor = _short_image_model(name_or_path, labels, image_size or 224, keep_source_head)
         else:
             source = str(_package_path(entry.requirement, entry.path)) if entry else name_or_path
-            model, processor = _pretrained(source, labels, {} if entry else hub, task, image_size, keep_source_head)
+            model, processor = _pretrained(
+                source, labels, {} if entry else hub, task, image_size, keep_source_head, head
+            )
     if entry:
         model.config.name_or_path = model.name_or_path = entry.public_name
     return model.eval(), processor

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedTokenizerFast
 
 import hf_ft
 from hf_ft import OptionError, SoftConfig
@@ -86,6 +87,23 @@ def test_heads_of_several_modules_are_refused():
         head_module(tiny_distilbert())
     assert head_module(tiny_distilbert(), head="classifier") == "classifier"
     assert head_module(tiny_deit()) == "classifier"
+
+
+def test_a_head_by_name(tmp_path):
+    old = tiny_distilbert(num_labels=7)
+    old.save_pretrained(tmp_path)
+    words = {"[PAD]": 0, "[UNK]": 1}
+    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match="head='...'"):
+        hf_ft.from_pretrained(str(tmp_path), num_labels=3)
+    model = hf_ft.from_pretrained(str(tmp_path), num_labels=3, head="classifier")
+    assert torch.equal(source_head(model).module.weight, old.classifier.weight)
+    assert torch.equal(model.pre_classifier.weight, old.pre_classifier.weight)
+    config = SoftConfig(schedule="constant", head="classifier")
+    logged = make_trainer(model, config, tmp_path / "run")
+    logged.train()
+    assert "loss/source" in logged.state.log_history[0]
 
 
 @pytest.mark.parametrize("adapted", ["classifier kept in full", "classifier frozen"])

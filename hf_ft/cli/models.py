@@ -54,6 +54,7 @@ def load_classifier(
     image_size: int | None = None,
     revision: str | None = None,
     keep_source_head: bool = False,
+    head: str | None = None,
 ) -> tuple[Any, Any]:
     """The model with a head for these classes, and its image processor or tokenizer.
 
@@ -74,7 +75,7 @@ def load_classifier(
         )
     labels: dict[str, Any] = {"id2label": columns.id2label} if columns.names else {"num_labels": 1}
     more: dict[str, Any] = {"task": columns.task, "seed": seed, "image_size": image_size, "revision": revision}
-    more["keep_source_head"] = keep_source_head
+    more |= {"keep_source_head": keep_source_head, "head": head}
     model, processor = load_model(name, **labels, **more)
     model.config.problem_type = columns.problem_type
     return model, processor

@@ -18,6 +18,7 @@ from hf_ft.cli.console import count, quieten, say, table
 from hf_ft.cli.models import adapter_usage, load_classifier, usage
 from hf_ft.cli.search_blocks import report
 from hf_ft.cli.train_help import train_help
+from hf_ft.config import shared_option
 from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_split, load_splits, prepare
 from hf_ft.fields import describe_value, options
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
@@ -64,6 +65,7 @@ def make(request: Request) -> Made:
         request.data.image_size,
         request.data.revision,
         keep_source_head=any("source_head" in config.requires() for config in request.configs),
+        head=shared_option(request.configs, "head"),
     )
     length = _max_length(request.data, model, processor)
     with args.main_process_first(desc="preparing the data"):
