@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+__all__ = ["Decay", "decay"]
+
 Schedule = Literal["linear", "cosine", "exponential", "step", "constant"]
 STEEPNESS = 5.0  # of the exponential: e^-5 is 0.7 %, what is taken off so that it ends at 0
 

@@ -36,6 +36,8 @@ class RecordedFeatures:
         self.model, self.layer, self.context = model, layer, context
         self.count = context.samples.count
         self._store: RowStore | None = None
+        if not self.count:
+            context.samples.read([0])  # raises: a stream of samples has no numbers
         if context.frozen_cache.use == "never":
             return
         try:

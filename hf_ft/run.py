@@ -18,7 +18,7 @@ from hf_ft.config import Context, FTConfig, State, build_plan, resolve, shared_o
 from hf_ft.fields import OptionError
 from hf_ft.groups import ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.objective import Objective, TaskLoss
-from hf_ft.plan import Plan, covers, stage_borders, stage_index
+from hf_ft.plan import Plan, Term, covers, stage_borders, stage_index
 from hf_ft.reference import Reference
 
 logger = logging.get_logger(__name__)
@@ -63,12 +63,16 @@ class Run:
             self.model, self.plan, self.parts, self.trainable, self.anchors, task_loss, self.reference
         )
         used: set[str] = set()
+        end = 1.0
         for stage in reversed(self.plan.stages):  # the first one comes last
             objective.enter(stage)
-            used |= {term.name for term in objective.terms}
+            used |= {term.name for term in objective.terms if _counts(term, end - stage.duration, end)}
+            end -= stage.duration
         idle = [term.name for term in self.plan.terms if term.name not in used]
         if idle:
-            logger.warning_once(f"{', '.join(idle)}: all that this compares is frozen in every stage; it does nothing.")
+            logger.warning_once(
+                f"{', '.join(idle)} does nothing: in every stage all that it looks at is frozen, or its weight is 0."
+            )
         trained = set(self.trained)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -219,6 +223,12 @@ def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callabl
             "once per stage. Use linear, cosine, constant, polynomial, ... or a strategy of one stage."
         )
     return scheduler.lr_lambdas[0]
+
+
+def _counts(term: Term, begin: float, end: float) -> bool:
+    """Whether a term has a weight at some time of a stage."""
+    times = (begin + (end - begin) * share for share in (0.0, 0.25, 0.5, 0.75))
+    return term.weight != 0 and (term.schedule is None or any(term.schedule(max(0.0, time)) != 0 for time in times))
 
 
 def _parts(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]) -> tuple[Part, ...]:

@@ -13,6 +13,16 @@ from hf_ft.anatomy import anatomy, unwrap
 from hf_ft.fields import OptionError
 from hf_ft.taps import INPUT
 
+__all__ = [
+    "SourceHead",
+    "attach_source_head",
+    "has_source_head",
+    "head_input",
+    "head_module",
+    "renew_head",
+    "source_head",
+]
+
 ATTRIBUTE = "_source_head"
 
 

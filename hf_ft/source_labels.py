@@ -60,12 +60,12 @@ class SourceLabels:
         if not named or not self.names or named == self.names:
             return
         if sorted(named) == sorted(self.names):
-            wrong, fix = "in another order", "set source_label_map='by_name'"
+            wrong, fix = "in another order", "Set source_label_map='by_name'"
         elif set(named) <= set(self.names):
-            wrong, fix = "only a part of them", "set source_label_map='by_name'"
+            wrong, fix = "only a part of them", "Set source_label_map='by_name'"
         else:
             fix = (
-                f"set source_label_map={{{named[0]!r}: {self.names[0]!r}, ...}} (names or numbers on either side), or "
+                f"Set source_label_map={{{named[0]!r}: {self.names[0]!r}, ...}} (names or numbers on either side), or "
                 "'by_number' if label i is the head's class i all the same"
             )
             wrong = "others"

@@ -17,6 +17,7 @@ from hf_ft.joint_forward import STREAM, concatenate
 from hf_ft.plan import Plan, Stream
 from hf_ft.row_cache import read_rows
 from hf_ft.streams import Position, Share, first_rows, open_stream
+from hf_ft.undisturbed import random_states_kept
 
 logger = logging.get_logger(__name__)
 SOURCE = "source"
@@ -174,8 +175,13 @@ class StreamedSteps:
         else:
             samples = itertools.islice(iter(dataset), limit)
             parts = iter(lambda: list(itertools.islice(samples, READ)), [])
-        for part in parts:
-            yield self._prepare_inputs(collate(part))
+        while True:
+            with random_states_kept(seed=self.args.seed):  # augmentation, too, is the same on every rank
+                part = next(parts, None)
+                batch = None if part is None else collate(part)
+            if batch is None:
+                return
+            yield self._prepare_inputs(batch)
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -22,6 +22,8 @@ from hf_ft.fields import OptionError
 from hf_ft.row_cache import read_rows
 from hf_ft.undisturbed import random_states_kept
 
+__all__ = ["Share", "open_stream"]
+
 Position = tuple[int, int]  # passes done, and samples of the present one: of all ranks, or of this one if iterable
 Batch = dict[str, Any]
 BUFFER = 1000  # samples among which a streaming data set is shuffled

@@ -99,7 +99,7 @@ def test_train_with_source_data(files, tmp_path, capsys):
     source = ["--model", str(tmp_path / "named"), "--source_dataset", str(files / "photos"), "--source_split", "test"]
     soft = ["--strategy", "soft", "--soft.schedule", "cosine", *source]
     assert photos(files, tmp_path / "out", *soft) == 2
-    assert "only a part of them. set source_label_map='by_name'" in capsys.readouterr().err
+    assert "only a part of them. Set source_label_map='by_name'" in capsys.readouterr().err
     for labels in ("by_name", '{"cat": "cat", "dog": 0}'):
         out = tmp_path / labels[:7]
         assert photos(files, out, *soft, "--soft.source_label_map", labels) == 0

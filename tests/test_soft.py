@@ -13,6 +13,7 @@ from transformers import (
     default_data_collator,
 )
 
+import hf_ft
 from hf_ft import DELTAConfig, FTTrainer, L2SPConfig, LPFTConfig, OptionError, SoftConfig, set_up
 from hf_ft.decay import Decay, decay
 from hf_ft.source_head import head_input, source_head
@@ -377,6 +378,17 @@ def test_composes(tmp_path):
         logged = {key for entry in trainer.state.log_history for key in entry}
         assert "loss/source" in logged
         assert bool(torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"])))
+
+
+@pytest.mark.parametrize(("until", "idle"), [(0.5, True), (0.75, False)])
+def test_a_source_loss_that_never_counts_is_told(until, idle, monkeypatch):
+    """LP-FT's probe, in which all that the source loss looks at is frozen, takes half of the run."""
+    told = []
+    monkeypatch.setattr(hf_ft.run.logger, "warning_once", told.append)
+    config = SoftConfig(until=until)
+    set_up(equipped(tiny_resnet(), config), [config, LPFTConfig()]).objective()
+    assert [message for message in told if message.startswith("source does nothing")] == told
+    assert len(told) == idle
 
 
 def test_terms_on_layers_see_the_target_alone():

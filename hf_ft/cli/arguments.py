@@ -54,7 +54,7 @@ class DataFlags:
     augment: str | None = _flag(
         f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, none for text)"
     )
-    source_dataset: str | None = _flag("data of the pretraining, for strategies that go on training on them (soft)")
+    source_dataset: str | None = _flag("data of the pretraining, for strategies that use them (soft, co_tuning)")
     source_split: str = _flag("which split of them", "train")
 
 
