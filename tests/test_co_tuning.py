@@ -107,6 +107,23 @@ def test_what_comes_out(tmp_path):
     same_tensors(snapshot(full.model), snapshot(none.model))
 
 
+def test_calibrating_disturbs_nothing(tmp_path):
+    """Augmented source data draw numbers of their own."""
+    drawn = []
+    for source in (False, True):
+        model = equipped(tiny_resnet(), CoTuningConfig())
+        data = tiny_data(model, 20, seed=2).with_transform(
+            lambda rows: {**rows, "pixel_values": [torch.as_tensor(x) + torch.rand(()) for x in rows["pixel_values"]]}
+        )
+        given = {"train_dataset": tiny_data(model)} | ({"source_dataset": data} if source else {})
+        trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy="co_tuning", **given)
+        torch.manual_seed(0)
+        state = trainer._states()["co_tuning"]
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    assert state.info["temperature"] != 1.0
+
+
 def test_refused(tmp_path):
     with pytest.raises(OptionError, match="hf_ft.from_pretrained"):
         FTTrainer(tiny_vit(), tiny_arguments(tmp_path), strategy="co_tuning", train_dataset=tiny_data(tiny_vit()))
@@ -119,6 +136,9 @@ def test_refused(tmp_path):
     data = tiny_data(model).filter(lambda row: row["labels"] != 1)
     with pytest.raises(OptionError, match="class 1"):
         FTTrainer(model, tiny_arguments(tmp_path), strategy="co_tuning", train_dataset=data).train()
+    stream = tiny_data(model).to_iterable_dataset()
+    with pytest.raises(OptionError, match="train_dataset must be map-style"):
+        FTTrainer(model, tiny_arguments(tmp_path), strategy="co_tuning", train_dataset=stream).train()
     with pytest.raises(OptionError, match=r"temperature=0.0 lies outside \(0, inf\)"):
         CoTuningConfig(temperature=0.0)
     assert isinstance(source_head(model), SourceHead)
