@@ -142,6 +142,12 @@ class CachedStages:
                 rows.activate(store)
                 self._eval_rows = {}
 
+    def _leave_out_unused(self) -> None:
+        """Reference states that no term of weight > 0 looks at any more are not read either."""
+        rows, objective = self._train_rows, self._objective
+        if rows is not None and rows.beside and objective is not None and not objective.uses_reference:
+            rows.activate(None)
+
     def _forget_recorded(self) -> None:
         if self._eval_rows:
             self.__dict__.pop("_eval_dataloaders", None)  # kept by the Trainer where workers persist

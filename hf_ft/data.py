@@ -401,10 +401,17 @@ def prepare(
             logger.warning("the test split has rows without a label: it is left out")
         elif columns.task == "text":
             tokenise = text_transform(processor, columns, max_length)
-            ready[name] = split.map(tokenise, batched=True, remove_columns=split.column_names)
+            ready[name] = _named(split.map(tokenise, batched=True, remove_columns=split.column_names), columns)
         else:
             ready[name] = _images(split, processor, columns, augment if name == "train" else "none")
     return ready
+
+
+def _named(ready: Dataset, columns: Columns) -> Dataset:
+    """The same with names of its classes, where a label is one of them."""
+    if columns.problem_type != "single_label_classification":
+        return ready
+    return ready.cast_column("labels", ClassLabel(names=list(columns.names)))
 
 
 def _images(split: Dataset, processor: Any, columns: Columns, augment: str) -> Dataset:

@@ -77,6 +77,9 @@ def forward(
     # The taps come first: they see all rows where the head takes fewer.
     with Taps(model, tapped, head if wants_features else ()) as taps, head_sees(model, head, rows):
         loss, outputs = task_loss(model, joined)
+    if together:
+        everything = sum(rows_of(one) for one in (batch, *(other.batch for other in together)))
+        _check_rows(taps.states, everything, [layer for other in together for layer in other.layers])
     found, start = {}, rows or 0
     for other in together:
         end = start + rows_of(other.batch)
@@ -87,6 +90,16 @@ def forward(
             found[other.stream.name] = _view(other, run_to(model, other.layers, inputs_of(other.batch)))
     states = {layer: taps.states[layer][:rows] for layer in layers if layer in taps.states}
     return Forward(loss, outputs, states, None if taps.features is None else taps.features[:rows], found)
+
+
+def _check_rows(states: Mapping[str, Tensor], rows: int, of_streams: Sequence[str]) -> None:
+    """Refuse a layer that a joint forward cannot divide: one behind the head, say, or of windows of images."""
+    for layer, state in states.items():
+        if len(state) != rows and (layer in of_streams or len(state) > rows):
+            raise OptionError(
+                f"layer {layer!r} has {len(state)} rows where the target's batch and the stream's have {rows}: it "
+                "cannot be divided between them. Set source_forward='separate', or name another layer."
+            )
 
 
 def _view(other: StreamBatch, states: Mapping[str, Tensor]) -> StreamView:
@@ -109,6 +122,22 @@ def rows_of(batch: Mapping[str, Any]) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
 
 
+def check_columns(target: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse streams that have other columns than the target.
+
+    Raises:
+        OptionError: naming stream, column and fix.
+    """
+    for stream, batch in others.items():
+        names = [{n for n, value in inputs_of(one).items() if isinstance(value, Tensor)} for one in (target, batch)]
+        for only, has, lacks in ((0, "train", stream), (1, stream, "train")):
+            if names[only] - names[1 - only]:
+                raise OptionError(
+                    f"{has}_dataset has a column {min(names[only] - names[1 - only])!r} and {lacks}_dataset has none: "
+                    "process both alike, by one processor or tokenizer."
+                )
+
+
 def concatenate(
     target: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]], pad_token: int = 0
 ) -> dict[str, Any]:
@@ -124,21 +153,21 @@ def concatenate(
     Raises:
         OptionError: a column is missing, or its rows have another shape; the stream and the fix are named.
     """
+    check_columns(target, others)
     rows, joined = rows_of(target), dict(target)
     for name, column in inputs_of(target).items():
         if not isinstance(column, Tensor) or not column.dim() or len(column) != rows:
             continue
         columns = [column]
-        for stream, batch in others.items():
-            if name not in batch:
-                raise OptionError(
-                    f"{stream}_dataset has no column {name!r}, which the target's batches have: process both alike, "
-                    f"or set {stream}_forward='separate'."
-                )
-            columns.append(batch[name].to(column.device))
+        columns += [batch[name].to(column.device) for batch in others.values()]
         padding = pad_token if name == "input_ids" else PADDING.get(name)
         if padding is not None and column.dim() == 2:
             width = max(c.shape[1] for c in columns)
+            if "attention_mask" not in target and any(c.shape[1] != width for c in columns):
+                raise OptionError(
+                    "sequences of the target and of a stream differ in length, and no 'attention_mask' tells padding: "
+                    "let the tokenizer give one, or set source_forward='separate'."
+                )
             columns = [nn.functional.pad(c, (0, width - c.shape[1]), value=padding) for c in columns]
         for stream, other in zip(others, columns[1:], strict=True):
             if other.shape[1:] != columns[0].shape[1:]:

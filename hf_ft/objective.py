@@ -174,6 +174,11 @@ class Objective(nn.Module):
         """The streams of which the present step needs a batch, as ``stream_<name>`` beside the target's."""
         return tuple(dict.fromkeys(term.stream for term, _ in self._weighed() if term.stream is not None))
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether a term compares with the model as it was in the present step."""
+        return any("reference" in term.needs for term, _ in self._weighed())
+
     def _stream_batches(
         self, weighed: Sequence[tuple[Term, float]], given: Mapping[str, Mapping[str, Any]]
     ) -> list[StreamBatch]:

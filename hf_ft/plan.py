@@ -54,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stream:
-    """A second stream of data: endless, shuffled anew in every pass, and read only while a term of weight > 0 uses it.
+    """A second stream of data: endless, shuffled where that can be, and read only while a term of weight > 0 uses it.
 
     Attributes:
         name: the data that the Trainer was given under this name; ``"source"`` is its ``source_dataset``.

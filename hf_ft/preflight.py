@@ -101,7 +101,7 @@ def class_labels(dataset: Any) -> np.ndarray | None:
     return labels if labels.ndim == 1 and labels.dtype.kind in "iu" else None
 
 
-def check_last_batch(trainer: Any, objective: nn.Module) -> None:
+def check_last_batch(trainer: Any, objective: Any) -> None:
     """BatchNorm in train mode fails on one sample with 1x1 maps: tell before, not at the end of an epoch.
 
     Raises:
@@ -116,7 +116,8 @@ def check_last_batch(trainer: Any, objective: nn.Module) -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             rows = trainer._get_dataloader(torch.utils.data.Subset(dataset, [0]), "Probing", 1)
-            objective.train()(**trainer._prepare_inputs(next(iter(rows))))
+            objective.train()
+            objective.task_loss(objective.model, trainer._prepare_inputs(next(iter(rows))))
     except ValueError as error:
         raise OptionError(
             f"per_device_train_batch_size={trainer._train_batch_size}: with {len(dataset)} samples the last batch "

@@ -167,6 +167,11 @@ class StagedRows(torch.utils.data.Dataset):
         self._active.fill_(store.number if store is not None else 0)
 
     @property
+    def beside(self) -> bool:
+        """Whether places in a store come beside the user's rows at present."""
+        return self.stored and self._beside
+
+    @property
     def stored(self) -> bool:
         return self.store is not None and self.store.number == int(self._active)
 

@@ -20,6 +20,7 @@ from hf_ft.groups import ever_trained, split_groups, stage_scheduler, term_group
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, Term, covers, stage_borders, stage_index
 from hf_ft.reference import Reference
+from hf_ft.source_head import drop_source_head
 
 logger = logging.get_logger(__name__)
 
@@ -131,9 +132,9 @@ class Run:
             parameter.requires_grad_(name in trainable)
 
     def finish(self) -> nn.Module:
-        """The model as the user wants it back: thawed, and after the plan's ``finalise``."""
+        """The model as the user wants it back: thawed, without a source head, and after the plan's ``finalise``."""
         self.thaw()
-        model = self.model
+        model = drop_source_head(self.model)
         for operation in self.plan.finalise:
             model = operation(model)
         return model

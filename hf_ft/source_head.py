@@ -94,17 +94,26 @@ def source_head(model: nn.Module) -> SourceHead:
     Raises:
         OptionError: there is none.
     """
+    require_source_head(model)
+    return copy.deepcopy(unwrap(model)[0].__dict__[ATTRIBUTE])
+
+
+def require_source_head(model: nn.Module) -> None:
+    """Refuse a model without a source head.
+
+    Raises:
+        OptionError: there is none.
+    """
     if not has_source_head(model):
         raise OptionError(
             "the model has no source head (that of its pretraining): load it with hf_ft.from_pretrained(name, "
             "num_labels=...), which keeps it beside the new head. It is gone after training, and where a checkpoint "
             "never had one."
         )
-    return copy.deepcopy(unwrap(model)[0].__dict__[ATTRIBUTE])
 
 
 def drop_source_head(model: nn.Module) -> nn.Module:
-    """Finalising: the pretrained head is let go."""
+    """Let go of the pretrained head, where there is one."""
     unwrap(model)[0].__dict__.pop(ATTRIBUTE, None)
     return model
 

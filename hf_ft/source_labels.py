@@ -78,21 +78,31 @@ class SourceLabels:
         if self.label_map in (None, "by_number"):
             return None
         if self.label_map == "by_name":
-            if not named or not self.names:
-                side = "source_dataset" if not named else "the source head"
-                raise OptionError(
-                    f"source_label_map='by_name': {side} does not name its classes. Give a dictionary from labels to "
-                    "the head's class numbers."
-                )
-            pairs = {name: name for name in named}
+            places = self._by_name(named)
         else:
             assert isinstance(self.label_map, dict)
-            pairs = self.label_map
-        places = {self._label(key, named): self._class(key, value) for key, value in pairs.items()}
+            if not self.label_map:
+                raise OptionError("source_label_map={} maps nothing: give a class of the head for each label.")
+            places = {self._label(key, named): self._class(key, value) for key, value in self.label_map.items()}
         table = torch.full((max(places) + 1,), -1)
         for label, place in places.items():
             table[label] = place
         return table
+
+    def _by_name(self, named: tuple[str, ...]) -> dict[int, int]:
+        for side, names in (("source_dataset", named), ("the source head", self.names)):
+            if not names:
+                raise OptionError(
+                    f"source_label_map='by_name': {side} does not name its classes. Give a dictionary from labels to "
+                    "the head's class numbers."
+                )
+        unknown = [name for name in named if name not in self.names]
+        if unknown:
+            raise OptionError(
+                f"source_label_map='by_name': the source head has no class {unknown[0]!r}, only {_shown(self.names)}. "
+                "Give a dictionary, or leave its samples and its name out."
+            )
+        return {label: self.names.index(name) for label, name in enumerate(named)}
 
     def _label(self, key: str, named: tuple[str, ...]) -> int:
         if key in named:
@@ -149,12 +159,15 @@ def head_names(names: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
-    if "labels" not in batch:
+    labels = batch.get("labels")
+    if labels is None:
         raise OptionError(
-            f"source_dataset gives batches of {sorted(batch)}, without 'labels', which the source loss needs: add a "
-            "column of labels, or go source-free (source='head')."
+            f"source_dataset gives batches of {sorted(batch)}, without 'labels': add a column of them, its classes."
         )
-    return batch["labels"]
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise OptionError(f"source_dataset: 'labels' are {found}, not one class number per sample, (B,) integers.")
+    return labels
 
 
 def _shown(names: tuple[str, ...]) -> str:

@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 from hf_ft.checkpoint import CheckpointError
 from hf_ft.fields import OptionError
-from hf_ft.joint_forward import STREAM, concatenate
+from hf_ft.joint_forward import STREAM, check_columns, concatenate
 from hf_ft.plan import Plan, Stream
 from hf_ft.row_cache import read_rows
-from hf_ft.streams import Position, Share, first_rows, open_stream
+from hf_ft.streams import Position, Share, first_rows, is_map_style, open_stream
 from hf_ft.undisturbed import random_states_kept
 
 logger = logging.get_logger(__name__)
@@ -54,39 +54,49 @@ class StreamedSteps:
     # --- before training -----------------------------------------------------------------------------------
 
     def _check_source(self) -> None:
-        """Tell what is missing or left over, as far as that needs no plan.
+        """Tell what is missing, left over or of no use, as far as that needs no plan.
 
         Raises:
-            OptionError: a strategy needs source data, and there are none.
+            OptionError: a strategy needs source data, and there are none; or they are no data set, or empty.
         """
-        needing = [config.ft_type for config in self.configs if "source_data" in config.requires()]  # type: ignore[attr-defined]
-        if needing and self.source_dataset is None:
-            raise OptionError(
-                f"{needing[0]} needs the data of the pretraining: pass source_dataset=... to FTTrainer "
-                "(--source_dataset on the command line), or go source-free with source='head'."
-            )
-        if self.source_dataset is not None and hasattr(self.source_dataset, "__len__") and not len(self.source_dataset):
-            first_rows(self.source_dataset, 1)  # raises
+        configs, dataset = self.configs, self.source_dataset  # type: ignore[attr-defined]
+        if dataset is None:
+            for config in configs:
+                if "source_data" in config.requires():
+                    raise OptionError(
+                        f"{config.ft_type} needs the data of the pretraining: pass source_dataset=... to FTTrainer "
+                        f"(--source_dataset on the command line){config.without_source_data}."
+                    )
+            return
+        if not any(config.takes_source_data for config in configs):
+            names = ", ".join(config.ft_type for config in configs)
+            logger.warning(f"source_dataset is not used: {names} takes no source data.")
+        elif isinstance(dataset, (str, Mapping)):
+            what = f"of the splits {list(dataset)}" if isinstance(dataset, Mapping) else repr(dataset)
+            raise OptionError(f"source_dataset is a {type(dataset).__name__} {what}: pass one data set.")
+        elif is_map_style(dataset) and not len(dataset):
+            raise OptionError("source_dataset holds no sample: pass one that does.")
 
-    def _begin_streams(self, plan: Plan) -> None:
+    def _begin_streams(self, plan: Plan, batch_size: int) -> None:
         """Start every stream anew, or where a checkpoint left it; refuse one that does not fit.
 
         Raises:
             OptionError: too small a share of a batch, labels that do not fit, or samples of another shape.
         """
-        self._opened, self._prepared = {}, {}
-        self._positions = {} if self._resuming is None else self._saved_positions(self._resuming)
+        self._opened, self._prepared, self._positions = {}, {}, {}
+        if plan.streams and self._resuming is not None:
+            self._positions = self._saved_positions(self._resuming)
         for stream in plan.streams:
-            stream.batch_size(self._train_batch_size)
             dataset = self._data_of(stream)
+            rows = first_rows(dataset, stream.batch_size(batch_size), f"{stream.name}_dataset")
             self._prepared[stream.name] = stream.prepare(dataset) if stream.prepare else dict
-            batch = self._prepared[stream.name](self._collator_of_streams()(first_rows(dataset, 1)))
-            if stream.forward == "joint":
-                concatenate(self._one_of_target(), {stream.name: batch})
-
-    def _one_of_target(self) -> Mapping[str, Any]:
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="looked at")
-        return collate(first_rows(self.train_dataset, 1))
+            batch = self._prepared[stream.name](self._collator_of_streams()(rows))
+            if is_map_style(self.train_dataset):  # else a look would take samples away
+                collate = self._get_collator_with_removed_columns(self.data_collator, description="looked at")
+                target = collate(first_rows(self.train_dataset, batch_size, "train_dataset"))
+                check_columns(target, {stream.name: batch})
+                if stream.forward == "joint":
+                    concatenate(target, {stream.name: batch})
 
     def _data_of(self, stream: Stream) -> Any:
         if stream.name != SOURCE or self.source_dataset is None:
@@ -145,22 +155,24 @@ class StreamedSteps:
     def _save_rng_state(self, output_dir: str) -> None:
         """As the Trainer's, by each rank; and how far the streams were consumed."""
         super()._save_rng_state(output_dir)  # type: ignore[misc]
-        if self._positions:
+        if self._run.plan.streams:
             _file(Path(output_dir), self.args.process_index).write_text(json.dumps(self._positions), encoding="utf-8")
 
     def _saved_positions(self, folder: Path) -> dict[str, Position]:
         """The positions that this rank saved.
 
         Raises:
-            CheckpointError: damaged.
+            CheckpointError: missing or damaged.
         """
         file = _file(folder, self.args.process_index)
         if not file.exists() and _file(folder, 0).exists():
             logger.warning(f"{folder} was written by fewer processes: source samples will follow in another order.")
             file = _file(folder, 0)
         try:
-            saved = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            saved = json.loads(file.read_text(encoding="utf-8"))
             return {name: (int(passes), int(samples)) for name, (passes, samples) in saved.items()}
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file} is missing: {folder} is incomplete. Take another checkpoint.") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is damaged ({error}). Restore it, or take another checkpoint.") from error
 
@@ -169,14 +181,14 @@ class StreamedSteps:
     def _source_batches(self, limit: int) -> Iterator[dict[str, Any]]:
         """Up to so many source samples, the same on every rank, as batches on the device."""
         dataset, collate = self.source_dataset, self._collator_of_streams()
-        if hasattr(dataset, "__len__"):
-            rows = list(range(0, len(dataset), max(1, -(-len(dataset) // limit))))
+        if is_map_style(dataset):
+            rows = range(0, len(dataset), max(1, -(-len(dataset) // limit)))
             parts: Iterator[list[Any]] = (read_rows(dataset, rows[i : i + READ]) for i in range(0, len(rows), READ))
         else:
             samples = itertools.islice(iter(dataset), limit)
             parts = iter(lambda: list(itertools.islice(samples, READ)), [])
-        while True:
-            with random_states_kept(seed=self.args.seed):  # augmentation, too, is the same on every rank
+        for number in itertools.count():
+            with random_states_kept(seed=self.args.seed + number):  # augmentation disturbs nothing
                 part = next(parts, None)
                 batch = None if part is None else collate(part)
             if batch is None:

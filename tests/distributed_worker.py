@@ -58,6 +58,9 @@ run(
     gradient_accumulation_steps=2,
 )
 
+# A term that trains, and is left out since all that it looks at is frozen.
+run("lwf, linear probe", still(tiny_resnet()), ["lwf", "linear_probe"])
+
 # What is frozen is computed once, each rank its share: as without that (of 37 samples, the shares are unequal).
 for name in ("linear_probe", "gradual_unfreezing"):
     found = {}

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -110,6 +111,20 @@ def test_train_with_source_data(files, tmp_path, capsys):
         answer = make_pipeline("image-classification", model=str(out))(str(files / "photos/test/cat/0.png"))
         assert {item["label"] for item in answer} == {"cat", "dog"}
     assert photos(files, tmp_path / "free", "--strategy", "lwf") == 0
+
+
+def test_source_texts_are_mapped_by_name(files, tmp_path, capsys):
+    """Labels of a table are words: their numbers are not the head's."""
+    names = {0: "good", 1: "fair", 2: "bad"}
+    tiny_bert(id2label=names, label2id={v: k for k, v in names.items()}).save_pretrained(tmp_path / "named")
+    for file in (files / "bert").glob("*token*"):
+        shutil.copy(file, tmp_path / "named")
+    source = ["--source_dataset", str(files / "reviews.csv"), "--strategy", "soft", "--max_steps", "2"]
+    where = ["--model", str(tmp_path / "named"), "--dataset", str(files / "reviews.csv"), "--use_cpu", "true"]
+    assert main(["train", *where, *source, "--output_dir", str(tmp_path / "a")]) == 2
+    assert "classes are ['bad', 'good'], the source head's ['good', 'fair', 'bad']" in capsys.readouterr().err
+    more = ["--soft.source_label_map", "by_name", "--output_dir", str(tmp_path / "b")]
+    assert main(["train", *where, *source, *more]) == 0
 
 
 def test_resume_goes_on(files, tmp_path):

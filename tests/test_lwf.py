@@ -51,7 +51,7 @@ def test_the_term(make):
         teacher = first(run_to(start, [layer], plain)[layer])
     expected = 2.5 * reference(student, teacher, 1.7)
     assert expected > 1e-3
-    assert outputs["terms"]["source"].item() == pytest.approx(expected, rel=1e-4)
+    assert outputs["terms"]["distillation"].item() == pytest.approx(expected, rel=1e-4)
     outputs["loss"].backward()
     assert all(p.grad is not None for p in head.parameters())
     assert all(p.grad is None for p in run.plan.terms[0].fn.teacher.parameters())
@@ -70,7 +70,7 @@ def test_it_is_soft_fine_tuning_from_the_head_at_a_constant_weight(tmp_path):
 def test_no_source_data_are_needed_and_the_term_decays(tmp_path):
     trainer = train(tiny_vit(), SoftConfig(source="head", until=0.5), tmp_path)
     assert trainer.source_dataset is None
-    assert len([1 for entry in trainer.state.log_history if "loss/source" in entry]) == 4
+    assert len([1 for entry in trainer.state.log_history if "loss/distillation" in entry]) == 4
 
 
 def test_predictions_are_recorded_once_before_training(tmp_path):
@@ -107,6 +107,20 @@ def test_predictions_are_recorded_once_before_training(tmp_path):
     assert found["never"][0] == found["augmented"][0] == 12 * 8
     assert found["recorded"][0] == 32
     same_tensors(found["never"][1], found["recorded"][1], 1e-6)
+
+
+def test_recorded_predictions_are_not_read_once_the_weight_is_0(tmp_path):
+    trainer = make_trainer(tiny_resnet(), SoftConfig(source="head", until=0.5), tmp_path, max_steps=12)
+    brought, present = [], trainer._in_present_form
+
+    def note(inputs):
+        brought.append(any("reference" in name for name in inputs))
+        return present(inputs)
+
+    trainer._in_present_form = note
+    trainer.train()
+    assert brought[:6] == [True] * 6
+    assert brought[8:] == [False] * 4  # those of the two steps before had been fetched
 
 
 def test_text_of_all_lengths_is_recorded(tmp_path):

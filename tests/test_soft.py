@@ -1,8 +1,10 @@
 """L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S), against loops written by hand."""
 
 import copy
+import dataclasses
 import math
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from transformers import (
 import hf_ft
 from hf_ft import DELTAConfig, FTTrainer, L2SPConfig, LPFTConfig, OptionError, SoftConfig, set_up
 from hf_ft.decay import Decay, decay
-from hf_ft.source_head import head_input, source_head
+from hf_ft.source_head import has_source_head, head_input, source_head
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.models import tiny_mobilenet_v2
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments, tiny_batch
@@ -49,6 +51,13 @@ def soft_trainer(model, config, folder, source=None, **arguments):
         data_collator=Kept(),
         source_data_collator=Kept(),
     )
+
+
+def trained_on(trainer, source_steps):
+    """The batches of each; one was looked at before."""
+    source, target = trainer.source_data_collator.batches, trainer.data_collator.batches
+    assert (len(source), len(target)) == (source_steps + 1, 9)
+    return source[1:], target[1:]
 
 
 def body(model):
@@ -125,9 +134,7 @@ def test_constant_is_a_joint_loop(make, joint, tmp_path):
     model, head = copy.deepcopy(trainer.model), source_head(trainer.model).module
     before = snapshot(model)
     trainer.train()
-    source = [batch for batch in trainer.source_data_collator.batches if len(batch["labels"]) == 8]
-    target = [batch for batch in trainer.data_collator.batches if len(batch["labels"]) == 8]
-    assert len(source) == len(target) == 8
+    source, target = trained_on(trainer, 8)
     by_hand(model, head, target, source, [0.7] * 8, joint)
     assert not source
     same_tensors(snapshot(trainer.model), snapshot(model), 1e-6)
@@ -142,8 +149,7 @@ def test_abrupt_is_two_runs_glued(make, tmp_path):
     trainer = soft_trainer(make(), SoftConfig(schedule="step", until=0.5), tmp_path)
     model, head = copy.deepcopy(trainer.model), source_head(trainer.model).module
     trainer.train()
-    source = [batch for batch in trainer.source_data_collator.batches if len(batch["labels"]) == 8]
-    target = [batch for batch in trainer.data_collator.batches if len(batch["labels"]) == 8]
+    source, target = trained_on(trainer, 4)
     by_hand(model, head, target[:4], source, [1.0] * 4)
     by_hand(model, head, target[4:], source, [0.0] * 4)
     assert not source
@@ -154,8 +160,7 @@ def test_linear_is_the_formula(tmp_path):
     trainer = soft_trainer(tiny_vit(), SoftConfig(weight=2.0, until=0.5), tmp_path)
     model, head = copy.deepcopy(trainer.model), source_head(trainer.model).module
     trainer.train()
-    source = [batch for batch in trainer.source_data_collator.batches if len(batch["labels"]) == 8]
-    target = [batch for batch in trainer.data_collator.batches if len(batch["labels"]) == 8]
+    source, target = trained_on(trainer, 4)
     by_hand(model, head, target, source, [2.0, 1.5, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0])
     same_tensors(snapshot(trainer.model), snapshot(model), 1e-6)
 
@@ -327,8 +332,8 @@ def test_nothing_is_loaded_or_computed_once_the_weight_is_0(forward, tmp_path):
     trainer.train()
     first = [12] * 4 if forward == "joint" else [8, 4] * 4
     assert rows == first + [8] * 4
-    looked_at = reads[0]  # one sample, to see whether it fits
-    assert looked_at <= 2
+    looked_at = reads[0]  # a batch, to see whether it fits
+    assert looked_at == 4
     assert [n - looked_at for n in reads] == [0, 4, 8, 12, 16, 16, 16, 16]
     assert len(source.read) == reads[-1]
     assert not trainer._opened
@@ -367,13 +372,72 @@ def test_the_result_is_a_plain_checkpoint(make, tmp_path):
         assert torch.allclose(*logits, atol=1e-5)
     with pytest.raises(OptionError, match="no source head"):
         source_head(trainer.model)
-    assert trainer.states == {} and trainer._run is not None
-    with pytest.raises(OptionError, match="gone after training"):
-        trainer.train()
+
+
+def test_training_on_goes_on_with_the_source(tmp_path):
+    """From the present weights, the source head's too, as a run of its own."""
+    trainer = train(tiny_resnet(), SoftConfig(until=0.5), tmp_path, save_strategy="steps", save_steps=4)
+    head = copy.deepcopy(trainer._run.plan.terms[0].fn.head)
+    trainer.train()
+    log = trainer.state.log_history
+    assert [entry["step"] for entry in log if "loss/source" in entry] == [1, 2, 3, 4]
+    assert not torch.equal(head.module[1].weight, trainer._run.plan.terms[0].fn.head.module[1].weight)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+
+
+@pytest.mark.parametrize("strategy", ["full", "l2_sp", SoftConfig(weight=0.0), SoftConfig(source="head")])
+def test_the_source_head_is_gone_whatever_was_trained(strategy, tmp_path):
+    model = equipped(tiny_resnet(), SOFT)
+    make_trainer(model, strategy, tmp_path).train()
+    assert not has_source_head(model)
+
+
+def test_the_best_model_is_loaded(tmp_path):
+    """Of a step before the source was gone, with what was saved of the source head."""
+    kept = {}
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(
+        tiny_vit(), SoftConfig(), tmp_path, load_best_model_at_end=True, metric_for_best_model="goal", **saving
+    )
+
+    def metrics(prediction):
+        kept[trainer.state.global_step] = snapshot(trainer.model)
+        return {"goal": float(trainer.state.global_step == 2)}
+
+    trainer.compute_metrics = metrics
+    trainer.train()
+    same_tensors(snapshot(trainer.model), kept[2])
+    with pytest.raises(AssertionError):
+        same_tensors(kept[2], kept[8])
+
+
+def test_smaller_batches_after_running_out_of_memory(tmp_path):
+    trainer = soft_trainer(tiny_resnet(), SOFT, tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
+    draw, failed = trainer._next_of, []
+
+    def first_fails(name):
+        if not failed:
+            failed.append(name)
+            raise RuntimeError("CUDA out of memory.")
+        return draw(name)
+
+    trainer._next_of = first_fails
+    trainer.train()
+    assert failed and trainer.state.global_step == 8
+    assert len(trainer.source_data_collator.batches[-1]["labels"]) < 8
+
+
+def test_a_last_batch_of_one(tmp_path):
+    """Of a network whose maps have several positions, one sample has a variance."""
+    model = equipped(tiny_resnet(), SOFT)
+    given = {"train_dataset": tiny_data(model, 33), "source_dataset": tiny_data(model, 20, seed=2)}
+    trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=SoftConfig(), **given)
+    trainer.train()
+    assert trainer.state.global_step == 8
 
 
 def test_composes(tmp_path):
-    for others in ([L2SPConfig()], [DELTAConfig(weights="uniform")], [LPFTConfig()], ["daft"]):
+    for others in ([L2SPConfig()], [DELTAConfig(weights="uniform")], [LPFTConfig()], ["daft"], ["lwf"]):
         trainer = train(tiny_resnet(), [SoftConfig(until=0.9), *others], tmp_path / str(others)[:12])
         logged = {key for entry in trainer.state.log_history for key in entry}
         assert "loss/source" in logged
@@ -424,6 +488,7 @@ def test_head_modules_take_part_as_the_model_has_them():
     [
         ({"source_ratio": 0.0}, r"source_ratio=0.0 lies outside \(0, inf\)"),
         ({"until": 1.5}, r"until=1.5 lies outside \(0, 1\].*never ends, set schedule='constant'"),
+        ({"until": 2}, "never ends, set schedule='constant'"),
         ({"until": 0.0}, r"until=0.0 lies outside"),
         ({"schedule": "slow"}, "schedule='slow' is not"),
         ({"source": "teacher"}, "source='teacher' is not"),
@@ -450,6 +515,67 @@ def test_no_source_head(tmp_path):
 def test_empty_source(tmp_path):
     with pytest.raises(OptionError, match="source_dataset holds no sample"):
         soft_trainer(tiny_resnet(), SOFT, tmp_path, tiny_data(tiny_resnet()).select([]))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (datasets.DatasetDict({"train": 1}), r"source_dataset is a DatasetDict of the splits \['train'\]: pass one"),
+        ("mnist", "source_dataset is a str 'mnist': pass one data set"),
+        (
+            [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0.5}],
+            r"'labels' are torch.float32 \(1,\), not one class",
+        ),
+        ([{"pixel_values": torch.zeros(3, 32, 32), "labels": [0, 1]}], r"'labels' are torch.int64 \(1, 2\)"),
+        ([{"labels": 0}], "train_dataset has a column 'pixel_values' and source_dataset has none"),
+        ([{"pixel_values": torch.zeros(3, 32, 32), "labels": 0, "size": 3.0}], "source_dataset has a column 'size'"),
+    ],
+)
+@pytest.mark.parametrize("forward", ["joint", "separate"])
+def test_no_source_data_set(source, message, forward, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        config = SoftConfig(source_forward=forward)
+        soft_trainer(tiny_resnet(), config, tmp_path, source, remove_unused_columns=False).train()
+
+
+def test_a_source_that_nobody_uses_is_told(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(hf_ft.streamed_steps.logger, "warning", told.append)
+    model = tiny_resnet()
+    given = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model)}
+    FTTrainer(model, tiny_arguments(tmp_path), strategy="l2_sp", **given)
+    assert told == ["source_dataset is not used: l2_sp takes no source data."]
+
+
+def test_texts_without_masks_are_not_padded():
+    config = SoftConfig(schedule="constant")
+    objective = set_up(equipped(tiny_bert(), config), config).objective().train()
+    batch = {"input_ids": torch.randint(1, 64, (4, 7)), "labels": torch.tensor([0, 1, 0, 1])}
+    objective(**batch, stream_source=batch)
+    with pytest.raises(OptionError, match="no 'attention_mask' tells padding"):
+        objective(**batch, stream_source={**batch, "input_ids": batch["input_ids"][:, :5]})
+    with pytest.raises(OptionError, match="source_dataset has a column 'token_type_ids' and train_dataset has none"):
+        objective(**batch, stream_source={**batch, "token_type_ids": batch["input_ids"]})
+
+
+def test_layers_that_a_joint_forward_cannot_divide():
+    """What comes out of the head has the target's rows alone."""
+    config = SoftConfig(schedule="constant")
+    run = set_up(equipped(tiny_resnet(), config), config)
+    term = dataclasses.replace(run.plan.terms[0], layers=("classifier",))
+    run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, terms=(term,)))
+    objective = run.objective().train()
+    with pytest.raises(OptionError, match="layer 'classifier' has 8 rows.*16.*source_forward='separate'"):
+        objective(**tiny_batch(objective))
+
+
+def test_labels_may_come_first():
+    config = SoftConfig(schedule="constant")
+    objective = set_up(equipped(still(tiny_vit()), config), config).objective().train()
+    batch = tiny_batch(objective)
+    turned = dict(reversed(batch.items()))
+    turned["stream_source"] = dict(reversed(batch["stream_source"].items()))
+    assert torch.equal(objective(**batch)["loss"], objective(**turned)["loss"])
 
 
 def test_too_small_a_share(tmp_path):

@@ -63,6 +63,8 @@ def test_dictionaries_of_names_and_numbers():
         (data([0]), {"c": 0}, "no class 'c'; it does not name its classes: use numbers"),
         (data([0]), {"0": 3}, r"'0' -> 3 is no class of the source head: a number in \[0, 3\)"),
         (data([0]), {"0": "cow"}, "'0' -> 'cow' is no class"),
+        (data([0], ("0", "1")), "by_name", r"by_name': the source head has no class '0', only \['cat'"),
+        (data([0]), {}, "maps nothing"),
         (data([0]), "by_name", "source_dataset does not name its classes"),
     ],
 )

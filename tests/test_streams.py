@@ -14,7 +14,7 @@ from transformers import default_data_collator
 
 from hf_ft import CheckpointError, FTTrainer, OptionError, Plan, SoftConfig, Stream, compose
 from hf_ft.streams import Share, first_rows, open_stream
-from hf_ft.testing import same_tensors, tiny_data, tiny_resnet
+from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments, train
 from tests.numbered import Numbered, NumberedPasses, numbers
 
@@ -122,7 +122,7 @@ def test_running_dry():
     with pytest.raises(OptionError, match="ran dry: pass 2 over it gave no sample"):
         next(stream)
     with pytest.raises(OptionError, match="source_dataset holds no sample"):
-        first_rows([], 1)
+        first_rows([], 1, "source_dataset")
 
 
 def test_a_source_that_runs_dry_stops_training(tmp_path):
@@ -214,6 +214,57 @@ def test_a_streaming_source_is_resumed(workers, tmp_path):
 
     whole = run(tmp_path / "whole")
     same_tensors(whole, run(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-4")))
+
+
+def test_iterables_that_know_their_length(tmp_path):
+    class Sized(NumberedPasses):
+        def __len__(self):
+            return self.count
+
+    assert rows_of(opened(Sized(10), 5), 3) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 1, 2, 3, 4]]
+
+
+def test_worker_processes_leave_cuda_alone(monkeypatch):
+    """A forked process must not touch what its parent has on a GPU: torch refuses that."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("CUDA was touched"))
+    assert rows_of(opened(Numbered(10), workers=1), 2) == rows_of(opened(Numbered(10)), 2)
+
+
+def test_an_iterable_target_loses_no_sample(tmp_path):
+    model = equipped(tiny_resnet(), SOFT)
+    rows, seen = iter(list(tiny_data(model, 64))), []
+
+    class Once(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return rows
+
+    def collate(batch):
+        seen.append(batch[0]["pixel_values"])
+        return default_data_collator(batch)
+
+    data = {"train_dataset": Once(), "source_dataset": tiny_data(model, 20, seed=2)}
+    args = tiny_arguments(tmp_path)
+    more = {"data_collator": collate, "source_data_collator": default_data_collator}
+    FTTrainer(model, args, strategy=SOFT, **data, **more).train()
+    assert torch.equal(seen[0], tiny_data(model, 64)[0]["pixel_values"])
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resumed_at_the_border(step, tmp_path):
+    """At the very step at which the weight becomes 0, and before it."""
+    whole = train(tiny_vit(), SoftConfig(schedule="step", until=0.5), tmp_path, **SAVING)
+    resumed = make_trainer(tiny_vit(), SoftConfig(schedule="step", until=0.5), tmp_path / "again", **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    same_tensors(snapshot(resumed.model), snapshot(whole.model))
+
+
+def test_a_missing_position_is_named(tmp_path):
+    train(tiny_resnet(), SOFT, tmp_path, **SAVING)
+    (tmp_path / "checkpoint-4" / "ft_streams_0.json").unlink()
+    trainer = make_trainer(tiny_resnet(), SOFT, tmp_path / "again", **SAVING)
+    with pytest.raises(CheckpointError, match=r"ft_streams_0.json is missing.*Take another"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_columns_that_the_model_does_not_take_are_removed(tmp_path):

@@ -20,7 +20,7 @@ from hf_ft.frozen_prefix import activations
 from hf_ft.plan import Plan, Term
 from hf_ft.recorded_features import RecordedFeatures
 from hf_ft.registry import register
-from hf_ft.source_head import SourceHead, drop_source_head, head_input, source_head
+from hf_ft.source_head import SourceHead, head_input, require_source_head, source_head
 from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.view import View
 
@@ -64,6 +64,7 @@ class CoTuningConfig(FTConfig):
     )
     formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
     recommended = {"learning_rate": Recommended(3e-4)}
+    takes_source_data = True
 
     weight: float = option(2.3, "Weight of the source head's loss.", range="[0, inf)", source="code")
     relationship: Literal["direct", "reverse"] = option(
@@ -90,7 +91,7 @@ class CoTuningConfig(FTConfig):
 
     def check_model(self, model: nn.Module) -> None:
         if self.weight:
-            source_head(model)
+            require_source_head(model)
             head_input(model, self.head, self.blocks)
             kind = getattr(getattr(model, "config", None), "problem_type", None)
             if kind in ("regression", "multi_label_classification"):
@@ -101,6 +102,7 @@ class CoTuningConfig(FTConfig):
 
     def measure(self, model: nn.Module, context: Context) -> State:
         head, layer = source_head(model).eval().to(context.device), head_input(model, self.head, self.blocks)
+        temperature = self._calibrate(model, head, layer, context)  # first: it may refuse the source data's labels
         features = RecordedFeatures(model, layer, context)
         logits, labels = [], []
         with torch.no_grad():
@@ -108,7 +110,6 @@ class CoTuningConfig(FTConfig):
                 states, classes, _ = features(range(start, min(start + PASS, features.count)))
                 logits.append(head(states).cpu())
                 labels.append(classes.cpu())
-        temperature = self._calibrate(model, head, layer, context)
         learn = reverse_relationship if self.relationship == "reverse" else direct_relationship
         config: Any = model.config
         found = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
@@ -123,7 +124,7 @@ class CoTuningConfig(FTConfig):
         head, layer = source_head(model), head_input(model, self.head, self.blocks)
         loss = RelationshipLoss(head, layer, state.tensors["relationship"])
         term = Term("co_tuning", loss, weight=self.weight, needs=frozenset({"inputs"}), layers=(layer,))
-        return Plan(terms=(term,), finalise=(drop_source_head,))
+        return Plan(terms=(term,))
 
     def learned(self, state: State) -> str:
         if "relationship" not in state.tensors:

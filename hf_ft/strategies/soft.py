@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from hf_ft.fields import OptionError, option
 from hf_ft.functional import distillation_loss
 from hf_ft.plan import Plan, Stream, Term
 from hf_ft.registry import register
-from hf_ft.source_head import SourceHead, drop_source_head, head_input, source_head
+from hf_ft.source_head import SourceHead, head_input, require_source_head, source_head
 from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.view import View
 
@@ -77,6 +77,8 @@ class SoftConfig(FTConfig):
         "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
     )
     recommended = {"learning_rate": Recommended(3e-4)}
+    takes_source_data = True
+    without_source_data = ", or go source-free with source='head'"
 
     schedule: Schedule = option(
         "linear",
@@ -99,7 +101,7 @@ class SoftConfig(FTConfig):
     temperature: float = option(3.0, "With source='head': its temperature.", range="(0, inf)", source="code")
 
     def __post_init__(self) -> None:
-        if isinstance(self.until, float) and self.until > 1:
+        if isinstance(self.until, (int, float)) and self.until > 1:
             raise OptionError(
                 f"SoftConfig.until={self.until!r} lies outside (0, 1]: the run would end before the source loss does. "
                 "Default: 0.5. For one that never ends, set schedule='constant'."
@@ -114,7 +116,7 @@ class SoftConfig(FTConfig):
 
     def check_model(self, model: nn.Module) -> None:
         if self.weight:
-            source_head(model)
+            require_source_head(model)
             head_input(model, self.head, self.blocks)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
@@ -126,7 +128,6 @@ class SoftConfig(FTConfig):
         return Plan(
             terms=(dataclasses.replace(term, schedule=schedule),),
             streams=(self._stream(head),) if self.source == "data" else (),
-            finalise=(drop_source_head,),
         )
 
     def _from_data(self, head: SourceHead, layer: str) -> Term:
@@ -135,7 +136,7 @@ class SoftConfig(FTConfig):
     def _from_head(self, head: SourceHead, layer: str) -> Term:
         distillation = SourceDistillation(head, copy.deepcopy(head), layer, self.temperature)
         return Term(
-            "source",
+            "distillation",
             distillation,
             weight=self.weight * self.distillation_weight,
             needs=frozenset({"reference"}),
@@ -174,7 +175,7 @@ class LwFConfig(FTConfig):
     temperature: float = option(3.0, "Its temperature.", range="(0, inf)", source="code")
 
     def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
-        return frozenset({"source_head"} if self.weight else ())
+        return self._soft().requires()
 
     def check_model(self, model: nn.Module) -> None:
         self._soft().check_model(model)
@@ -183,13 +184,12 @@ class LwFConfig(FTConfig):
         return self._soft().plan(model, state)
 
     def _soft(self) -> SoftConfig:
-        shared: dict[str, Any] = {"head": self.head, "blocks": self.blocks}
-        if not self.weight:
-            return SoftConfig(weight=0.0, **shared)
         return SoftConfig(
             source="head",
             schedule="constant",
-            distillation_weight=self.weight,
+            weight=self.weight,
+            distillation_weight=1.0,
             temperature=self.temperature,
-            **shared,
+            head=self.head,
+            blocks=self.blocks,
         )

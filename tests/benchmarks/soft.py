@@ -4,8 +4,8 @@ The source network is an ImageNet MobileNetV2 that `hf-ft train` first trains on
 at 64 px.
 
 - `digits_*`: MNIST's digits 0 to 6 -> UCI's digits 0 to 6, 50, 100 and 200 images, and 100 of which each class has
-  about two thirds of the one before (a biased sample; validation and test are not). Classes that neither loss sees:
-  the digits 7, 8 and 9 of both.
+  about two thirds of the one before, 36 to 3 (a biased sample; validation and test are not). Classes that neither loss
+  sees: the digits 7, 8 and 9 of both.
 - `poly_*`: monocrystalline -> polycrystalline cells of ELPV (defective or not), 100 and 300 images. Classes that
   neither loss sees: the ten UCI digits.
 
