@@ -252,9 +252,14 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
             )
         # In place: whoever holds the list (a wrapper of the optimizer) keeps seeing it.
         self.optimizer.param_groups[:] = groups
-        if self._users_optimizer is None:
-            for group in term_groups(run.plan, self.args.learning_rate, self.args.weight_decay):
-                self.optimizer.add_param_group(group)
+        extra = term_groups(run.plan, self.args.learning_rate, self.args.weight_decay)
+        for group in extra if self._users_optimizer is None else ():
+            self.optimizer.add_param_group(group)
+        if extra and self._users_optimizer is not None:
+            names = ", ".join(self._term_modules())
+            logger.warning(
+                f"optimizers: yours does not hold what {names} would train beside the model; it stays as is."
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:

@@ -436,6 +436,29 @@ def test_a_last_batch_of_one(tmp_path):
     assert trainer.state.global_step == 8
 
 
+def test_an_optimizer_of_ones_own_leaves_the_source_head(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(hf_ft.trainer.logger, "warning", told.append)
+    model = equipped(tiny_vit(), SOFT)
+    before = source_head(model).module.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    data = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model, 20, seed=2)}
+    trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=SOFT, optimizers=(optimizer, None), **data)
+    trainer.train()
+    assert any("yours does not hold what source would train" in message for message in told)
+    assert torch.equal(trainer._run.plan.terms[0].fn.head.module.weight, before)
+
+
+def test_the_source_head_decays_as_other_weights_do(tmp_path):
+    """By args.weight_decay, but for its bias; not by the optimizer's own default."""
+    for decay in (0.0, 0.3):
+        trainer = make_trainer(tiny_vit(), SOFT, tmp_path, optim="adamw_torch", weight_decay=decay)
+        trainer.train()
+        head = trainer._run.plan.terms[0].fn.head.module
+        found = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        assert (found[id(head.weight)], found[id(head.bias)]) == (decay, 0.0)
+
+
 def test_composes(tmp_path):
     for others in ([L2SPConfig()], [DELTAConfig(weights="uniform")], [LPFTConfig()], ["daft"], ["lwf"]):
         trainer = train(tiny_resnet(), [SoftConfig(until=0.9), *others], tmp_path / str(others)[:12])
