@@ -182,14 +182,15 @@ def table_of_soft(table: Table) -> str:
     runs = [run for run in _read_lines("soft.jsonl") if run["final"]]
     if not runs:
         return NOT_YET
-    methods = list(dict.fromkeys(run["method"] for run in runs))
+    methods = list(dict.fromkeys(run["method"] for run in runs if "curve" in run))
+    others = list(dict.fromkeys(run["method"] for run in runs if "curve" not in run))  # not trained
     tasks = [task for task in SOFT if any(run["task"] == task for run in runs)]
 
     def of(task: str, method: str) -> list[dict[str, Any]]:
         return [run for run in runs if run["task"] == task and run["method"] == method]
 
-    accuracy, steps = [], []
-    for method in methods:
+    accuracy = []
+    for method in [*methods, *others]:
         pairs = [
             one["test"] - other["test"]
             for task in tasks
@@ -199,7 +200,7 @@ def table_of_soft(table: Table) -> str:
         ]
         cells = [_mean_std([run["test"] for run in of(task, method)]) if of(task, method) else "" for task in tasks]
         accuracy.append((method, *cells, "" if method == methods[0] else _difference(pairs)))
-        steps.append((method, *(_steps_to(of(task, method), of(task, methods[0])) for task in tasks)))
+    steps = [(m, *(_steps_to(of(task, m), of(task, methods[0])) for task in tasks)) for m in methods]
     parts = [
         "\n".join(f"- `{task}`: {SOFT[task]}." for task in tasks),
         "**Balanced accuracy on test**",

@@ -451,12 +451,12 @@ def test_an_optimizer_of_ones_own_leaves_the_source_head(tmp_path, monkeypatch):
 
 def test_the_source_head_decays_as_other_weights_do(tmp_path):
     """By args.weight_decay, but for its bias; not by the optimizer's own default."""
-    for decay in (0.0, 0.3):
-        trainer = make_trainer(tiny_vit(), SOFT, tmp_path, optim="adamw_torch", weight_decay=decay)
+    for strength in (0.0, 0.3):
+        trainer = make_trainer(tiny_vit(), SOFT, tmp_path, optim="adamw_torch", weight_decay=strength)
         trainer.train()
         head = trainer._run.plan.terms[0].fn.head.module
         found = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
-        assert (found[id(head.weight)], found[id(head.bias)]) == (decay, 0.0)
+        assert (found[id(head.weight)], found[id(head.bias)]) == (strength, 0.0)
 
 
 def test_composes(tmp_path):

@@ -14,7 +14,8 @@ log-uniformly around the default and judged by the mean validation accuracy over
 best of many noisy values flatters. Then the best setting runs with three other seeds, each of which draws other
 training images, another new head and another order; the test split is looked at once for each. All train with SGD
 (momentum 0.9, cosine, no clipping, no augmentation), are evaluated 20 times a run, and keep the best of these. In the
-final runs the frozen features' general discrimination is measured four times as well. Every run is a line of the
+final runs the frozen features' general discrimination is measured four times as well. The source network with its own
+head, which all methods replace by a new one, is scored for comparison. Every run is a line of the
 results file; one that is there is not made again.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ import torch
 from common import PIXELS, Runs, quiet, ready, train, tune
 from datasets import ClassLabel, Dataset, DatasetDict
 from matplotlib.figure import Figure
+from sklearn.metrics import balanced_accuracy_score
 from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification
 
 from hf_ft import CoTuningConfig, FullConfig, LwFConfig, SoftConfig
 from hf_ft.cli import main as hf_ft
@@ -68,6 +72,9 @@ METHODS: dict[str, tuple[Make, tuple[float, float]]] = {
     "co_tuning, direct": (lambda weight: CoTuningConfig(weight=weight), (0.23, 23.0)),
     "co_tuning, reverse": (lambda weight: CoTuningConfig(weight=weight, relationship="reverse"), (0.23, 23.0)),
 }
+
+
+UNTOUCHED = "source network as it is"
 
 
 def digits(data: Dataset, low: int, high: int) -> Dataset:
@@ -177,6 +184,28 @@ class Task:
             self._data = {seed: ready(splits, self.model(0)[1])}
         return self._data[seed]
 
+    def untouched(self, runs: Runs, seed: int) -> dict[str, Any]:
+        """What the source network scores with its own head: both sides have the same classes."""
+        entry = {
+            "task": self.name,
+            "method": UNTOUCHED,
+            "learning_rate": 0.0,
+            "weight": 0.0,
+            "seed": seed,
+            "final": True,
+        }
+
+        def make() -> dict[str, Any]:
+            model, started = AutoModelForImageClassification.from_pretrained(self.folder).eval(), time.perf_counter()
+            found, labels = [], []
+            with torch.no_grad():
+                for batch in DataLoader(self.data(seed)["test"], batch_size=50, collate_fn=channels_last):
+                    found += model(pixel_values=batch["pixel_values"]).logits.argmax(1).tolist()
+                    labels += batch["labels"].tolist()
+            return {"seconds": time.perf_counter() - started, "test": balanced_accuracy_score(labels, found)}
+
+        return runs.get(entry, make)
+
     def run(self, runs: Runs, method: str, rates: dict[str, float], seed: int, final: bool) -> dict[str, Any]:
         entry = {"task": self.name, "method": method, **rates, "seed": seed, "final": final}
 
@@ -261,6 +290,8 @@ def main() -> None:
     runs = Runs(options.results, ("task", "method", "learning_rate", "weight", "seed", "final"))
     for name in options.tasks.split(","):
         task = Task(name, options.sources)
+        for seed in range(1, options.seeds + 1):
+            task.untouched(runs, seed)
         for method, (_, weights) in METHODS.items():
             if not method.startswith(tuple(options.methods.split(","))):
                 continue
