@@ -10,8 +10,8 @@ at 64 px.
   neither loss sees: the ten UCI digits.
 
 Every method gets the same tuning budget: so many trials (seed 0) of its learning rate and of its weight, drawn
-log-uniformly around the default and judged by the mean validation accuracy over the last quarter of a run, since the
-best of many noisy values flatters. Then the best setting runs with three other seeds, each of which draws other
+log-uniformly and judged by the mean of the balanced validation accuracy over the last quarter of a run, since the best
+of many noisy values flatters. Then the best setting runs with three other seeds, each of which draws other
 training images, another new head and another order; the test split is looked at once for each. All train with SGD
 (momentum 0.9, cosine, no clipping, no augmentation), are evaluated 20 times a run, and keep the best of these. In the
 final runs the frozen features' general discrimination is measured four times as well. The source network with its own
@@ -226,7 +226,7 @@ class Task:
                 callbacks=[measured] if measured else [],
             )
             log = trainer.state.log_history
-            found["curve"] = [(e["step"], e["eval_accuracy"]) for e in log if "eval_accuracy" in e]
+            found["curve"] = [(e["step"], e["eval_balanced_accuracy"]) for e in log if "eval_balanced_accuracy" in e]
             late = [accuracy for _, accuracy in found["curve"][-EVALUATIONS // 4 :]]
             found["late"] = sum(late) / len(late)
             if measured:
