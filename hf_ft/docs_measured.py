@@ -184,31 +184,37 @@ def table_of_soft(table: Table) -> str:
         return NOT_YET
     methods = list(dict.fromkeys(run["method"] for run in runs if "curve" in run))
     others = list(dict.fromkeys(run["method"] for run in runs if "curve" not in run))  # not trained
-    tasks = [task for task in SOFT if any(run["task"] == task for run in runs)]
+    tasks = [task for task in SOFT if any(run["task"] == task and "curve" in run for run in runs)]
 
     def of(task: str, method: str) -> list[dict[str, Any]]:
         return [run for run in runs if run["task"] == task and run["method"] == method]
 
+    kinds = list(dict.fromkeys(task.split("_")[0] for task in tasks))
     accuracy = []
     for method in [*methods, *others]:
-        pairs = [
-            one["test"] - other["test"]
-            for task in tasks
-            for one in of(task, method)
-            for other in of(task, methods[0])
-            if one["seed"] == other["seed"]
-        ]
         cells = [_mean_std([run["test"] for run in of(task, method)]) if of(task, method) else "" for task in tasks]
-        accuracy.append((method, *cells, "" if method == methods[0] else _difference(pairs)))
+        for kind in kinds:
+            pairs = [
+                one["test"] - other["test"]
+                for task in tasks
+                if task.startswith(kind)
+                for one in of(task, method)
+                for other in of(task, methods[0])
+                if one["seed"] == other["seed"]
+            ]
+            cells.append("" if method == methods[0] or len(pairs) < 2 else _difference(pairs))
+        accuracy.append((method, *cells))
     steps = [(m, *(_steps_to(of(task, m), of(task, methods[0])) for task in tasks)) for m in methods]
     parts = [
         "\n".join(f"- `{task}`: {SOFT[task]}." for task in tasks),
         "**Balanced accuracy on test**",
-        table(("method", *tasks, "mean difference from full"), accuracy),
+        table(("method", *tasks, *(f"{kind}: mean difference from full" for kind in kinds)), accuracy),
         "**Steps until the validation accuracy has 90 % of what plain fine-tuning has at the end**",
         table(("method", *tasks), steps),
         "**General discrimination at the end: linear probe / nearest class mean on classes of neither loss**",
         _table_of_discrimination(table, tasks, methods, of),
+        "**What training changed in the linear probe's accuracy there, over all tasks, in points**",
+        _table_of_changes(table, methods, runs),
     ]
     return "\n\n".join(parts)
 
@@ -226,6 +232,18 @@ def _table_of_discrimination(
     rows += [(method, *(cell(task, name, method, -1) for task, name in columns)) for method in methods]
     legend = "\n".join(f"- `{name}`: {UNSEEN[name]}." for name in dict.fromkeys(name for _, name in columns))
     return table(("method", *(f"{task}: {name}" for task, name in columns)), rows) + "\n\n" + legend
+
+
+def _table_of_changes(table: Table, methods: list[str], runs: list[dict[str, Any]]) -> str:
+    rows = []
+    for method in methods:
+        cells = []
+        for name in UNSEEN:
+            found = [run["discrimination"] for run in runs if run["method"] == method and "discrimination" in run]
+            changes = [by[-1][1][name][0] - by[0][1][name][0] for by in found if name in by[0][1]]
+            cells.append(_difference(changes).replace("pairs", "runs") if len(changes) > 1 else "")
+        rows.append((method, *cells))
+    return table(("method", *UNSEEN), rows)
 
 
 def _steps_to(runs: list[dict[str, Any]], plain: list[dict[str, Any]], share: float = 0.9) -> str:

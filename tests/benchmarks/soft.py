@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--sources", type=Path, default=Path("runs/benchmarks/soft"), help="where they are kept")
+    parser.add_argument("--rates", help="only these, with the final seeds, judged on validation: a look at a choice")
     parser.add_argument("--plot", type=Path, help="train nothing: draw what the results file holds into this file")
     options = parser.parse_args()
     if options.plot:
@@ -294,6 +295,13 @@ def main() -> None:
             task.untouched(runs, seed)
         for method, (_, weights) in METHODS.items():
             if not method.startswith(tuple(options.methods.split(","))):
+                continue
+
+            if options.rates:
+                for rate in map(float, options.rates.split(",")):
+                    rates = {"learning_rate": rate, "weight": 1.0}
+                    found = [task.run(runs, method, rates, s, final=False)["late"] for s in range(1, options.seeds + 1)]
+                    print(f"{name} {method} {rate}: {np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}", flush=True)
                 continue
 
             def score(rates: dict[str, float], task: Task = task, method: str = method) -> float:
