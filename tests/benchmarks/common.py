@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
 import transformers
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft import FTTrainer
 from hf_ft.cli.demo_data import Cells, channels_last
 from hf_ft.config import FTConfig, State
 from hf_ft.metrics import classification_metrics
+from hf_ft.zoo import elpv
 
 PIXELS = 64
 Entry = dict[str, Any]
@@ -27,6 +29,22 @@ Entry = dict[str, Any]
 def ready(splits: Mapping[str, Dataset], processor: Any) -> dict[str, Cells]:
     """Images resized and processed once."""
     return {key: Cells(split, processor, PIXELS, keep=True) for key, split in splits.items()}
+
+
+def digits(data: Dataset, low: int, high: int) -> Dataset:
+    """The digits from low to high, as classes from 0."""
+    labels = np.asarray(data["label"][:])
+    rows = np.flatnonzero((labels >= low) & (labels <= high))
+    chosen = data.select(rows).remove_columns("label").add_column("label", labels[rows] - low)
+    return chosen.cast_column("label", ClassLabel(names=[str(digit) for digit in range(low, high + 1)]))
+
+
+def cells(kind: str | None) -> Dataset:
+    """The solar cells, of one kind."""
+    data = elpv()
+    if kind is not None:
+        data = data.select(np.flatnonzero(np.asarray(data["cell_type"][:]) == kind))
+    return data.remove_columns("cell_type")
 
 
 def quiet() -> None:

@@ -22,10 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from common import PIXELS, Runs, quiet, ready, train, tune
-from datasets import ClassLabel, Dataset
+from common import PIXELS, Runs, cells, digits, quiet, ready, train, tune
 from transformers import AutoModelForImageClassification
 
 from hf_ft import (
@@ -38,7 +36,7 @@ from hf_ft import (
     TREDConfig,
 )
 from hf_ft.config import FTConfig, State
-from hf_ft.zoo import elpv, load_model, mnist5k, stratified_split
+from hf_ft.zoo import load_model, mnist5k, stratified_split
 
 RESULTS = Path(__file__).parent / "results" / "regularisers.jsonl"
 MODEL = "mobilenet_v2"
@@ -100,29 +98,13 @@ def strategies_of(task: str) -> list[str]:
     return [*STRATEGIES, *WEAK, *(EVAL + name for name in (*STILL_STRATEGIES, *WEAK))]
 
 
-def digits(low: int, high: int) -> Dataset:
-    """MNIST's digits from low to high, as classes from 0."""
-    data = mnist5k()
-    labels = np.asarray(data["label"][:])
-    rows = np.flatnonzero((labels >= low) & (labels <= high))
-    chosen = data.select(rows).remove_columns("label").add_column("label", labels[rows] - low)
-    return chosen.cast_column("label", ClassLabel(names=[str(digit) for digit in range(low, high + 1)]))
-
-
-def cells(kind: str | None) -> Dataset:
-    data = elpv()
-    if kind is None:
-        return data
-    return data.select(np.flatnonzero(np.asarray(data["cell_type"][:]) == kind))
-
-
 def source_model(task: str, folder: Path) -> str | None:
     """The folder of the network first trained on the task's source; None for ImageNet's. Made where it is missing."""
     name = {"digits": "digits_0_4", "poly": "mono"}.get(task.split("_")[0])
     if name is None:
         return None
     if not (folder / name / "config.json").is_file():
-        data = digits(0, 4) if name == "digits_0_4" else cells("mono")
+        data = digits(mnist5k(), 0, 4) if name == "digits_0_4" else cells("mono")
         rows = len(data) // 5
         splits = stratified_split(data, len(data) - rows, rows, 0)
         labels = splits["train"].features["label"].names
@@ -141,7 +123,7 @@ class Task:
         self.name = name
         self.train_images, self.validation_images, self.epochs, self.batch_size = TASKS[name]
         kind = name.split("_")[0]
-        self.dataset = digits(5, 9) if kind == "digits" else cells("poly" if kind == "poly" else None)
+        self.dataset = digits(mnist5k(), 5, 9) if kind == "digits" else cells("poly" if kind == "poly" else None)
         self.source = source_model(name, folder)
         self.labels = self.dataset.features["label"].names
         self._data: dict[int, Any] = {}

@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import PIXELS, Runs, quiet, ready, train, tune
-from datasets import ClassLabel, Dataset, DatasetDict
+from common import PIXELS, Runs, cells, digits, quiet, ready, train, tune
+from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
 from sklearn.metrics import balanced_accuracy_score
 from torch.utils.data import DataLoader
@@ -42,7 +42,7 @@ from hf_ft.cli import main as hf_ft
 from hf_ft.cli.demo_data import channels_last
 from hf_ft.config import FTConfig
 from hf_ft.diagnostics import GeneralDiscriminationCallback
-from hf_ft.zoo import elpv, load_model, mnist5k, stratified_split, uci_digits
+from hf_ft.zoo import load_model, mnist5k, stratified_split, uci_digits
 
 RESULTS = Path(__file__).parent / "results" / "soft.jsonl"
 RATE = (3e-4, 2e-2)
@@ -75,19 +75,6 @@ METHODS: dict[str, tuple[Make, tuple[float, float]]] = {
 
 
 UNTOUCHED = "source network as it is"
-
-
-def digits(data: Dataset, low: int, high: int) -> Dataset:
-    """The digits from low to high, as classes from 0."""
-    labels = np.asarray(data["label"][:])
-    rows = np.flatnonzero((labels >= low) & (labels <= high))
-    chosen = data.select(rows).remove_columns("label").add_column("label", labels[rows] - low)
-    return chosen.cast_column("label", ClassLabel(names=[str(digit) for digit in range(low, high + 1)]))
-
-
-def cells(kind: str) -> Dataset:
-    data = elpv()
-    return data.select(np.flatnonzero(np.asarray(data["cell_type"][:]) == kind)).remove_columns("cell_type")
 
 
 def source_data(task: str) -> Dataset:
