@@ -137,7 +137,7 @@ class FTConfig(PushToHubMixin):
     paper: ClassVar[Paper | None] = None
     formula: ClassVar[str] = ""
     recommended: ClassVar[Mapping[str, Recommended]] = {}
-    takes_source_data: ClassVar[bool] = False  # whether it can use a source data set
+    takes_source_data: ClassVar[bool] = False  # whether it can use a source data set that it does not require
     without_source_data: ClassVar[str] = ""  # what else can be done, at the end of a sentence that asks for one
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(

@@ -68,7 +68,7 @@ class StreamedSteps:
                         f"(--source_dataset on the command line){config.without_source_data}."
                     )
             return
-        if not any(config.takes_source_data for config in configs):
+        if not any(config.takes_source_data or "source_data" in config.requires() for config in configs):
             names = ", ".join(config.ft_type for config in configs)
             logger.warning(f"source_dataset is not used: {names} takes no source data.")
         elif isinstance(dataset, (str, Mapping)):

@@ -568,6 +568,9 @@ def test_a_source_that_nobody_uses_is_told(tmp_path, monkeypatch):
     given = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model)}
     FTTrainer(model, tiny_arguments(tmp_path), strategy="l2_sp", **given)
     assert told == ["source_dataset is not used: l2_sp takes no source data."]
+    for strategy in (SOFT, "co_tuning", SoftConfig(source="head")):
+        FTTrainer(equipped(model, SOFT), tiny_arguments(tmp_path), strategy=strategy, **given)
+    assert len(told) == 1
 
 
 def test_texts_without_masks_are_not_padded():
