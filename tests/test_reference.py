@@ -372,7 +372,7 @@ def test_terms_of_what_is_frozen_throughout_are_told(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.run.logger.warning_once", said.append)
     trainer = train(tiny_vit(), ["linear_probe", UNIFORM], tmp_path)
-    assert said and all("delta: all that this compares is frozen" in text for text in said)
+    assert said and all("delta does nothing: in every stage all that it looks at is frozen" in text for text in said)
     assert not any("loss/delta" in entry for entry in trainer.state.log_history)
     said.clear()
     train(tiny_vit(), ["lp_ft", UNIFORM], tmp_path)
