@@ -79,7 +79,6 @@ class CoTuningConfig(FTConfig):
         "there are none.",
         range="(0, inf)",
     )
-
     source_label_map: LabelMap = option(None, LABEL_MAP_HELP)
 
     def __post_init__(self) -> None:

@@ -278,7 +278,7 @@ def main() -> None:
     runs = Runs(options.results, ("task", "method", "learning_rate", "weight", "seed", "final"))
     for name in options.tasks.split(","):
         task = Task(name, options.sources)
-        for seed in range(1, options.seeds + 1):
+        for seed in range(1, options.seeds + 1) if not options.rates else ():
             task.untouched(runs, seed)
         for method, (_, weights) in METHODS.items():
             if not method.startswith(tuple(options.methods.split(","))):
