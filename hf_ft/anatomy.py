@@ -7,13 +7,14 @@ as in `model.named_modules()`, never as in a checkpoint file (Transformers renam
 import itertools
 import re
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from hf_ft.parts import Anatomy, Part, joined
 
 # Transformer layers, or the blocks of a flat CNN, in one list under the backbone.
 _FLAT = r"\w+\.(?:encoder\.|transformer\.)?layers?\.\d+"
@@ -55,33 +56,6 @@ class AnatomyError(ValueError):
     """The model's head or blocks cannot be told; the message names the argument that settles it."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A group of modules that is trained or frozen as one; `modules` holds names, in forward order."""
-
-    name: str
-    modules: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Parts in forward order; `stages` groups block indices as the architecture does (else one block each).
-
-    Every parameter and buffer lies under the modules of exactly one part; stem and neck may have none.
-    """
-
-    stem: Part
-    blocks: tuple[Part, ...]
-    neck: Part
-    head: Part
-    stages: tuple[tuple[int, ...], ...]
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """Stem, blocks, neck and head, without those that have no modules."""
-        return tuple(part for part in (self.stem, *self.blocks, self.neck, self.head) if part.modules)
-
-
 def matches(name: str, prefixes: Iterable[str]) -> bool:
     """Whether `name` is one of the modules `prefixes`, or lies inside one."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
@@ -102,6 +76,9 @@ def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None
         AnatomyError: no head or no blocks are found, or the arguments match nothing or overlap.
     """
     base, prefix = unwrap(model)
+    members = members_of(base)
+    if members:
+        return joined([(f"{prefix}{name}", anatomy(member, head, blocks)) for name, member in members])
     backbone = _backbone(base)
     head_names = _find_head(base, backbone, head)
     groups = _find_blocks(base, backbone, head_names, blocks)
@@ -123,6 +100,14 @@ def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None
     )
 
 
+def members_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The models that a model of several runs side by side, with their module names; of any other, none."""
+    members = getattr(model, "members", None)
+    if not isinstance(members, nn.ModuleList) or not hasattr(model, "input_names"):
+        return []
+    return [(f"members.{index}", member) for index, member in enumerate(members)]
+
+
 def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every normalisation layer: by type, else a leaf whose class name ends in Norm (Transformers has many)."""
     return [(name, module) for name, module in model.named_modules() if _is_norm(module)]
@@ -135,6 +120,11 @@ def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module drops something at random in training: values, or whole paths."""
+    return _DROPOUT.search(type(module).__name__) is not None
 
 
 def tensorflow_momentum(model: nn.Module) -> list[str]:
@@ -154,10 +144,6 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORM_TYPES) or bool(leaf and _NORM_CLASS.fullmatch(type(module).__name__))
 
 
-def _is_dropout(module: nn.Module) -> bool:
-    return _DROPOUT.search(type(module).__name__) is not None
-
-
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
@@ -165,7 +151,7 @@ def _has_parameters(module: nn.Module) -> bool:
 def _is_unit(module: nn.Module) -> bool:
     """Whether a module matters to training: it holds tensors, or behaves differently in train mode."""
     has_buffers = next(module.buffers(), None) is not None
-    return _has_parameters(module) or has_buffers or any(_is_dropout(child) for child in module.modules())
+    return _has_parameters(module) or has_buffers or any(is_dropout(child) for child in module.modules())
 
 
 def _size(module: nn.Module) -> int:
@@ -332,7 +318,7 @@ def _assign(
         if name in owner:
             parts[owner[name]] += [*between, name]
             between = []
-        elif late and _parent(name) in beside_head and _is_dropout(model.get_submodule(name)):
+        elif late and _parent(name) in beside_head and is_dropout(model.get_submodule(name)):
             dropouts.append(name)
         elif (before and not _FOLLOWS_BLOCKS.fullmatch(name)) or (after and _FEEDS_BLOCKS.fullmatch(name)):
             stem.append(name)

@@ -7,30 +7,18 @@ arXiv:2301.06133. Candidates, baselines and quarters: :mod:`hf_ft.candidates`.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from hf_ft.block_scores import BlockScore, BlockScores
 from hf_ft.candidates import Candidate, baseline_candidates, candidates, top_layers, weight_layers
-from hf_ft.checkpoint import digests
 from hf_ft.config import Context
-from hf_ft.fields import OptionError
-from hf_ft.fit import Batches, fit, score
-from hf_ft.metrics import LOCAL_METRICS
-from hf_ft.objective import Objective
-from hf_ft.recordings import Recordings
 from hf_ft.run import Run, start
+from hf_ft.short_trainings import ShortTrainings, short
 from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
 from hf_ft.undisturbed import random_states_kept
 
@@ -69,19 +57,18 @@ class BlockSearch:
 
     def __post_init__(self) -> None:
         options = self.options
-        if options.metric != "loss" and options.metric not in LOCAL_METRICS:
-            raise OptionError(f"metric={options.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
+        self.trainings = ShortTrainings(
+            self.model, self.context, options.metric, options.validation, options.search_epochs
+        )
         scheme = "layer" if options.scheme == "top_layers" else options.scheme
         place = {"head": options.head, "blocks": options.blocks}
         found = candidates(self.model, scheme, length=options.length, **place)
         self.candidates = [candidate for candidate in found if options.adaptable(self.model, candidate)]
         self.baselines = baseline_candidates(self.model, **place) if options.baselines else {}
         self.seeds = tuple(range(options.search_seeds))
-        self.train_rows, self.validation_rows = self._split()
-        cache, computing = self.context.frozen_cache, self.context.recipe.computing
-        self.recordings = Recordings(self.model, self.context.samples, cache, computing)
-        self._batches = Batches(self.context.samples, self.recordings)
-        self._signature = self._describe()
+        unused = ("block", "storage", "search_seeds", "top", "baselines")
+        told = {key: value for key, value in options.to_dict().items() if key not in unused}
+        self._signature = self.trainings.describe(told)
 
     # --- the search ----------------------------------------------------------------------------------------
 
@@ -126,8 +113,8 @@ class BlockSearch:
             return run_trials(
                 jobs,
                 evaluate,
-                storage=self._storage(),
-                name=f"blocks-{options.scheme}-{_short(self._signature)}",
+                storage=self.trainings.storage(options.storage, STORAGE),
+                name=f"blocks-{options.scheme}-{short(self._signature)}",
                 signature=self._signature,
                 pruner=Halving() if options.halving else None,
                 progress=advance,
@@ -138,18 +125,12 @@ class BlockSearch:
     ) -> tuple[float, dict[str, Any]]:
         """Train one candidate; its score is that of its best epoch."""
         if not self._planned:  # by the first trial that really runs: a search that is complete records nothing
-            self._plan_recordings(wanted)
-        run = self._start(candidate, seed)
-        scores: list[float] = []
-
-        def after_epoch(epoch: int, objective: Objective) -> None:
-            recipe, options = self.context.recipe, self.options
-            found = score(objective, recipe, self._batches, self.validation_rows, options.metric)
-            scores.append(found if math.isfinite(found) else -math.inf)  # diverged
-            if candidate.name not in BASELINES:  # these are there to compare with: never stopped early
-                report(epoch, scores[-1])
-
-        fit(run, self.context.recipe, self._batches, self.train_rows, self.options.search_epochs, seed, after_epoch)
+            self._planned = True
+            self.trainings.plan_recordings(self._start(other, 0) for other in wanted)
+        # Baselines are there to compare with: never stopped early.
+        scores = self.trainings.train(
+            self._start(candidate, seed), seed, None if candidate.name in BASELINES else report
+        )
         return max(scores), {"epochs": len(scores)}
 
     def _start(self, candidate: Candidate, seed: int) -> Run:
@@ -161,61 +142,6 @@ class BlockSearch:
                     model.get_submodule(name).apply(_uninitialised)
                     model.get_submodule(name).apply(model._init_weights)
         return start((self.options,), model, self.options.plan_for(model, candidate), {})
-
-    def _plan_recordings(self, wanted: Sequence[Candidate]) -> None:
-        """Tell which borders will be asked for, so that one pass over the samples records all."""
-        self._planned = True
-        for candidate in wanted:
-            run = self._start(candidate, 0)
-            prefix = self.recordings.prefix(run.objective())
-            if prefix is not None:
-                self.recordings.plan(prefix)
-
-    # --- what is searched on -------------------------------------------------------------------------------
-
-    def _split(self) -> tuple[list[int], list[int]]:
-        """Training and validation rows, stratified by class where there are enough of each."""
-        count = self.context.samples.count
-        if not count:
-            self.context.samples.read([])  # says why samples cannot be read by number
-        size = round(count * self.options.validation)
-        if not 1 <= size < count:
-            raise OptionError(
-                f"validation={self.options.validation:g} of {count} training samples leaves {count - size} to train "
-                f"and {size} to score on: give more samples, or another share."
-            )
-        labels = self.context.labels
-        counts = np.unique(labels, return_counts=True)[1] if labels is not None else np.array([0])
-        fits = counts.min() > 1 and min(size, count - size) >= len(counts)
-        rows = train_test_split(np.arange(count), test_size=size, random_state=0, stratify=labels if fits else None)
-        return rows[0].tolist(), rows[1].tolist()
-
-    def _describe(self) -> dict[str, Any]:
-        """Everything that the scores depend on."""
-        hashes = json.dumps(sorted(digests(self.model).items()))
-        samples = self.context.samples
-        with random_states_kept(0):
-            first = samples.read(list(range(min(4, samples.count))))
-        data = b"".join(_bytes(value) for _, value in sorted(first.items()) if isinstance(value, Tensor))
-        labels = self.context.labels
-        data += labels.tobytes() if labels is not None else b""
-        unused = ("block", "storage", "search_seeds", "top", "baselines")
-        recipe = self.context.recipe
-        return {
-            "model": hashlib.sha256(hashes.encode()).hexdigest(),
-            "samples": samples.count,
-            "data": hashlib.sha256(data).hexdigest(),
-            "options": {key: value for key, value in self.options.to_dict().items() if key not in unused},
-            "recipe": {**dict(self.context.described), "batch_size": recipe.batch_size},
-        }
-
-    def _storage(self) -> str | None:
-        if self.options.storage is not None:
-            return None if self.options.storage == "memory" else self.options.storage
-        if self.context.folder is None:
-            return None
-        self.context.folder.mkdir(parents=True, exist_ok=True)
-        return str(Path(self.context.folder) / STORAGE)
 
     def _collect(self, candidate: Candidate, found: dict[str, Outcome]) -> BlockScore:
         outcomes = [found[f"{candidate.name}/seed{seed}"] for seed in self.seeds]
@@ -258,11 +184,3 @@ def _uninitialised(module: nn.Module) -> None:
     marked: list[Any] = [module, *module.parameters(recurse=False), *module.buffers(recurse=False)]
     for item in marked:
         item._is_hf_initialized = False
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _short(signature: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(signature, sort_keys=True, default=str).encode()).hexdigest()[:12]

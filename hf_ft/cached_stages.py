@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_ft.frozen_prefix import FrozenPrefix, find_prefix
-from hf_ft.objective import ACTIVATION, Objective
+from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix, as_columns
+from hf_ft.objective import Objective
+from hf_ft.prefix_search import find_prefix
 from hf_ft.reference import REFERENCE, recorded_states
 from hf_ft.row_cache import (
     ROW,
@@ -85,7 +86,7 @@ class CachedStages:
         if self.frozen_cache.use == "never" or not hasattr(dataset, "__len__") or self._run is None:
             return None
         if is_training:
-            self._train_rows = StagedRows(self._used_columns(dataset, description)) if self._run.parts else None
+            self._train_rows = StagedRows(self._used_columns(dataset, description)) if self._run.chains else None
             return self._train_rows
         if self._eval_rows is None or "inputs" in self.args.include_for_metrics:
             return None
@@ -115,14 +116,14 @@ class CachedStages:
         assert staged is not None
         if staged.stored and staged.store is not None and name == f"{ROW}{staged.store.number}":
             return inputs
-        if ACTIVATION in inputs:
+        if _starts_at_borders(inputs):
             return self._reader(staged.dataset)(rows.tolist())
         recorded_states(inputs)  # dropped: the reference computes what this stage needs
         return inputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As the Trainer's, and 0 where activations stand in for the inputs."""
-        return 0 if ACTIVATION in inputs else super().floating_point_ops(inputs)  # type: ignore[misc]
+        return 0 if _starts_at_borders(inputs) else super().floating_point_ops(inputs)  # type: ignore[misc]
 
     # --- recording -----------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class CachedStages:
         assert objective is not None
         if objective.reference_layers:
             rows.activate(self._record_reference(rows.dataset), beside=True)
-        elif 0 < len(objective.live_parts) < len(objective.parts) and not objective.wants_inputs:
+        elif objective.alive.has_prefix and not objective.wants_inputs:
             recorded = self._record(rows.dataset)
             if recorded is not None:
                 objective.prefix, store = recorded
@@ -210,7 +211,7 @@ class CachedStages:
         varying = {name for name in small[0] if _row_shape(small[0][name]) != _row_shape(small[1].get(name))}
         for _ in range(len(small[0]) + 1):
             with self._computing():
-                prefix = find_prefix(self.model, self._objective.live_parts, *small, varying)
+                prefix = find_prefix(self.model, self._objective.alive.chains, *small, varying)
             if prefix is None:
                 reason = "no module's output can stand in for all before it"
                 break
@@ -239,7 +240,7 @@ class CachedStages:
 
     def _fill_prefix(self, prefix: FrozenPrefix, dataset: Any) -> RowStore:
         def record(batch: dict[str, Any]) -> Columns:
-            return {ACTIVATION: prefix.record(batch), **{name: batch[name] for name in prefix.kept}}
+            return {**as_columns(prefix.record(batch)), **{name: batch[name] for name in prefix.kept}}
 
         return self._fill(record, dataset, "Recording frozen activations")
 
@@ -277,6 +278,11 @@ class CachedStages:
 
     def _computing(self) -> AbstractContextManager[Any]:
         return self.accelerator.autocast()
+
+
+def _starts_at_borders(inputs: dict[str, Any]) -> bool:
+    """Whether activations stand in for the inputs."""
+    return any(name.startswith(ACTIVATION) for name in inputs)
 
 
 def _spread(samples: int) -> list[int]:

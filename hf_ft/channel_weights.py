@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
-from hf_ft.anatomy import Part
 from hf_ft.config import Context, FTConfig
 from hf_ft.fields import OptionError
 from hf_ft.fit import Batches, fit
-from hf_ft.frozen_prefix import FrozenPrefix, activations, find_prefix
+from hf_ft.frozen_prefix import FrozenPrefix, activations
 from hf_ft.objective import as_dict
+from hf_ft.parts import Chain, Part
 from hf_ft.plan import Names, Plan, Stage, compose, covers
+from hf_ft.prefix_search import find_prefix
 from hf_ft.recordings import Recordings
 from hf_ft.run import start
 from hf_ft.undisturbed import observing
@@ -124,12 +125,13 @@ class _Suffix:
         first = min(inside, default=0)
         small = [{k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()} for rows in ([0], [0, -1])]
         enough = first > 0 and len(batch["labels"]) > 1
-        self.prefix: FrozenPrefix | None = find_prefix(model, parts[first:], *small) if enough else None
+        follows = [Chain("", tuple(parts[first:]))]
+        self.prefix: FrozenPrefix | None = find_prefix(model, follows, *small) if enough else None
 
-    def at_border(self, batch: Batch) -> Tensor | None:
-        return None if self.prefix is None else self.prefix.record(batch)
+    def at_border(self, batch: Batch) -> tuple[Tensor, ...]:
+        return () if self.prefix is None else self.prefix.record(batch)
 
-    def losses(self, batch: Batch, at_border: Tensor | None, left_out: Sequence[int]) -> Tensor:
+    def losses(self, batch: Batch, at_border: Sequence[Tensor], left_out: Sequence[int]) -> Tensor:
         """The mean loss of the batch without each of these channels (-1: with all of them), (channels,)."""
         copies, rows = len(left_out), len(batch["labels"])
         repeated = {k: _repeat(v, copies) if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
@@ -146,10 +148,10 @@ class _Suffix:
 
         handle = self.model.get_submodule(self.layer).register_forward_hook(leave_out)
         try:
-            if self.prefix is None or at_border is None:
+            if self.prefix is None:
                 outputs = as_dict(self.model(**repeated))
             else:
-                outputs = as_dict(self.prefix(_repeat(at_border, copies), repeated))
+                outputs = as_dict(self.prefix([_repeat(activation, copies) for activation in at_border], repeated))
         finally:
             handle.remove()
         logits = outputs["logits"].float()

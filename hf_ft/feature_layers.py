@@ -12,9 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_ft.anatomy import Anatomy, matches, norm_layers, unwrap
 from hf_ft.fields import OptionError
-from hf_ft.frozen_prefix import module_outputs
 from hf_ft.layers import is_pooling
 from hf_ft.plan import Names
+from hf_ft.prefix_search import module_outputs
 
 _SHORTCUT = re.compile(r".*\.(?:downsample|shortcut)(?:\..*)?")  # which some define after the main path
 FLAT = 4  # groups that the blocks of a network without stages are cut into

@@ -17,8 +17,7 @@ from hf_ft.groups import stage_scheduler
 from hf_ft.metrics import LOCAL_METRICS, compute_metrics
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import stage_borders
-from hf_ft.recordings import Recordings, Samples
-from hf_ft.row_cache import ROW, RowStore
+from hf_ft.recordings import RecordedRows, Recordings, Samples
 from hf_ft.run import Run, schedule_curve
 from hf_ft.undisturbed import random_states_kept
 
@@ -131,7 +130,7 @@ class Batches:
 
     def __init__(self, samples: Samples, recordings: Recordings | None = None) -> None:
         self.samples, self.recordings = samples, recordings
-        self._store: RowStore | None = None
+        self._store: RecordedRows | None = None
         self._device = torch.device("cpu")
 
     def follow(self, objective: Objective) -> None:
@@ -147,7 +146,7 @@ class Batches:
         if self._store is None:
             return self.samples.read(rows)
         taken = self._store.take(torch.tensor(rows))
-        return {name: column.to(self._device) for name, column in taken.items() if not name.startswith(ROW)}
+        return {name: column.to(self._device) for name, column in taken.items()}
 
 
 def score(objective: Objective, recipe: Recipe, batches: Batches, rows: Sequence[int], metric: str) -> float:

@@ -1,28 +1,30 @@
-"""Run only what follows a frozen prefix: the activations at its border stand in for all that comes before.
+"""Run only what follows a frozen prefix: the activations at its borders stand in for all that comes before.
 
-Whatever a frozen, deterministic part of a model computes from a sample is the same each time. Its output at the
-*border* is recorded once; later forward passes *replay* it: for their duration, the border module returns the
-recorded activation, and the modules before it return placeholders of the right shape. The model's own forward,
-its head and its loss stay as they are.
+Whatever a frozen, deterministic part of a model computes from a sample is the same each time. What the rest needs of
+it, the outputs at its *borders*, is recorded once; later forward passes *replay* it: for their duration, the modules
+at the borders return what was recorded, and all other modules before them return placeholders of the right shape. The
+model's own forward, its head and its loss stay as they are.
+
+One border is enough at the end of a block. Inside of a residual block there are two: the shortcut needs the block's
+input as well. A model of several members has borders in each.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
-from hf_ft.anatomy import Part
-from hf_ft.plan import covers
 from hf_ft.taps import run_to
 from hf_ft.undisturbed import evaluating
 
-TRIES = 6  # borders tried before giving up; one is enough in nearly all architectures
+# A batch of a stage that starts at borders holds the activation at each under this and the border's place.
+ACTIVATION = "frozen_prefix_activation_"
 Batch = Mapping[str, Any]
 
 
@@ -41,26 +43,32 @@ class Placeholder:
 
 @dataclass(frozen=True, eq=False)
 class FrozenPrefix:
-    """What comes before a border, and how to leave it out.
+    """What comes before some borders, and how to leave it out.
 
     Attributes:
-        border: name of the module whose output is recorded.
+        borders: names of the modules whose outputs are recorded.
         kept: the batch's columns that are still needed.
         skipped: the columns that are not, such as pixels: replaced by placeholders.
         constants: what in a batch does not belong to single samples.
     """
 
     model: nn.Module
-    border: str
+    borders: tuple[str, ...]
     kept: tuple[str, ...]
     skipped: Mapping[str, Placeholder]
     constants: Mapping[str, Any]
-    _outputs: Mapping[str, tuple[list[Any], Any]]  # module name -> leaves and structure of its output; border last
+    _outputs: Mapping[str, tuple[list[Any], Any]]  # module name -> leaves and structure of its output
     _made: dict[int, list[tuple[nn.Module, _Returns]]] = field(default_factory=dict, init=False, repr=False)
 
-    def record(self, batch: Batch) -> Tensor:
-        """The activations at the border for a batch, (B, ...), without gradient and in evaluation mode."""
-        return activations(self.model, [self.border], batch)[self.border]
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the modules that do not run."""
+        return tuple(self._outputs)
+
+    def record(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The activations at the borders for a batch, (B, ...) each, without gradient and in evaluation mode."""
+        found = activations(self.model, self.borders, batch)
+        return tuple(found[border] for border in self.borders)
 
     def batch(self, rows: Mapping[str, Tensor], samples: int) -> dict[str, Any]:
         """Keyword arguments for the model from the kept columns, placeholders for the others."""
@@ -68,16 +76,14 @@ class FrozenPrefix:
         return {**skipped, **self.constants, **{name: rows[name] for name in self.kept if name in rows}}
 
     @contextlib.contextmanager
-    def replaying(self, activation: Tensor) -> Iterator[None]:
-        """Within this context the model's forward starts at the border."""
+    def replaying(self, at_borders: Sequence[Tensor]) -> Iterator[None]:
+        """Within this context the model's forward starts at the borders."""
         patched: list[tuple[nn.Module, Any]] = []
+        returning = [*self._placeholders(len(at_borders[0])), *self._recorded(at_borders)]
         try:
-            for module, forward in self._placeholders(len(activation)):
+            for module, forward in returning:
                 patched.append((module, module.__dict__.get("forward")))
                 module.forward = forward
-            leaves, structure = self._outputs[self.border]
-            made = [activation if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
-            module.forward = _Returns(tree_unflatten(made, structure))  # the last one: the border
             yield
         finally:
             for module, forward in patched:
@@ -86,20 +92,41 @@ class FrozenPrefix:
                 else:  # accelerate patches the forward of what it prepares
                     module.forward = forward
 
+    def _recorded(self, at_borders: Sequence[Tensor]) -> list[tuple[nn.Module, _Returns]]:
+        made = []
+        for border, activation in zip(self.borders, at_borders, strict=True):
+            leaves, structure = self._outputs[border]
+            filled = [activation if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
+            made.append((self.model.get_submodule(border), _Returns(tree_unflatten(filled, structure))))
+        return made
+
     def _placeholders(self, samples: int) -> list[tuple[nn.Module, _Returns]]:
-        """The modules that are left out, each with what it returns for so many samples; the border comes last."""
+        """The modules that are left out, each with what it returns for so many samples."""
         if samples not in self._made:
             self._made[samples] = []
             for name, (leaves, structure) in self._outputs.items():
+                if name in self.borders:
+                    continue
                 filled = [leaf.make(samples) if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
                 module = self.model.get_submodule(name)
                 self._made[samples].append((module, _Returns(tree_unflatten(filled, structure))))
         return self._made[samples]
 
-    def __call__(self, activation: Tensor, rows: Mapping[str, Tensor]) -> Any:
+    def __call__(self, at_borders: Sequence[Tensor], rows: Mapping[str, Tensor]) -> Any:
         """The model's outputs from recorded activations and the kept columns."""
-        with self.replaying(activation):
-            return self.model(**self.batch(rows, len(activation)))
+        with self.replaying(at_borders):
+            return self.model(**self.batch(rows, len(at_borders[0])))
+
+
+def as_columns(at_borders: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Activations as columns of a batch."""
+    return {f"{ACTIVATION}{place}": activation for place, activation in enumerate(at_borders)}
+
+
+def take_activations(batch: dict[str, Any]) -> list[Tensor]:
+    """Take the activations out of a batch, border by border; none where it holds the model's own inputs."""
+    places = sum(name.startswith(ACTIVATION) for name in batch)
+    return [batch.pop(f"{ACTIVATION}{place}") for place in range(places)]
 
 
 class _Returns:
@@ -123,154 +150,3 @@ def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[
     """
     with evaluating(model), torch.no_grad():
         return run_to(model, borders, batch)
-
-
-def module_outputs(model: nn.Module, batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
-    """The modules whose output is one tensor, with its shape, in the order in which they end."""
-    calls = sorted(_trace(model, batch), key=lambda call: call.end)
-    return [(c.name, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)]
-
-
-@dataclass
-class _Call:
-    """One call of a module: when it began and ended, and what came out."""
-
-    name: str
-    begin: int
-    end: int = 0
-    output: Any = None
-
-
-def find_prefix(
-    model: nn.Module, live: Iterable[Part], first: Batch, second: Batch, varying: Iterable[str] = ()
-) -> FrozenPrefix | None:
-    """The longest prefix that can be left out.
-
-    Args:
-        live: parts that train or change; the border lies before the first of them.
-        first: a batch to trace, on the model's device.
-        second: another one, of other samples and another size, on which replaying is compared with the full
-            forward before it is trusted.
-        varying: columns whose rows differ in shape, so that they cannot be kept.
-
-    Returns:
-        None where no border gives the full forward's outputs.
-    """
-    samples = _samples(first)
-    calls = _trace(model, first)
-    units = [name for part in live for name in part.modules]
-    begins = [call.begin for call in calls if any(covers(unit, call.name) for unit in units)]
-    if not begins or samples is None or _samples(second) is None:
-        return None
-    times = [call.name for call in calls]
-    possible = [
-        call
-        for call in calls
-        if call.end < min(begins) and times.count(call.name) == 1 and _is_activation(call.output, samples)
-    ]
-    with evaluating(model), torch.no_grad():
-        full = _tensors(model(**second))
-    for call in sorted(possible, key=lambda call: -call.end)[:TRIES]:
-        prefix = _prefix(model, call, calls, first, samples, tuple(varying))
-        if prefix is not None and _same(prefix, second, full):
-            return prefix
-    return None
-
-
-def _prefix(
-    model: nn.Module, border: _Call, calls: list[_Call], batch: Batch, samples: int, varying: tuple[str, ...]
-) -> FrozenPrefix | None:
-    """A prefix that ends with this call; None where a module of it is called again later."""
-    done = [call for call in calls if call.end <= border.end]
-    outermost = [c for c in done if not any(o.begin < c.begin and c.end < o.end for o in done)]
-    later = {call.name for call in calls if call.end > border.end}
-    if later & {call.name for call in outermost}:
-        return None
-    outermost.sort(key=lambda call: call.end)  # so that the border comes last
-    outputs = {call.name: _template(call.output, samples) for call in outermost}
-    columns = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == samples}
-    skipped = {
-        name: Placeholder(tuple(column.shape[1:]), column.dtype, column.device)
-        for name, column in columns.items()
-        # Pixels: what the prefix is there to replace. All else is small, and masks may be needed later on.
-        if name in varying or (column.is_floating_point() and column.dim() > 2)
-    }
-    kept = tuple(name for name in columns if name not in skipped)
-    constants = {name: value for name, value in batch.items() if name not in columns}
-    return FrozenPrefix(model, border.name, kept, skipped, constants, outputs)
-
-
-def _trace(model: nn.Module, batch: Batch) -> list[_Call]:
-    """All calls of modules in one forward pass in evaluation mode, in the order they began."""
-    calls: list[_Call] = []
-    open_calls: list[_Call] = []
-    clock = iter(range(10**9))
-
-    def enter(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            call = _Call(name, next(clock))
-            calls.append(call)
-            open_calls.append(call)
-
-        return hook
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        call = open_calls.pop()
-        call.end, call.output = next(clock), output
-
-    hooks = []
-    for name, module in model.named_modules():
-        if name:
-            hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(**batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return calls
-
-
-def _samples(batch: Batch) -> int | None:
-    """The number of samples, if all tensors with a first dimension agree on it."""
-    sizes = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def _is_activation(output: Any, samples: int) -> bool:
-    """Whether an output holds one tensor alone, with one entry per sample."""
-    tensors = _tensors(output)
-    return len(tensors) == 1 and tensors[0].dim() > 1 and len(tensors[0]) == samples
-
-
-def _template(output: Any, samples: int) -> tuple[list[Any], Any]:
-    """An output's structure; what has an entry per sample becomes a placeholder, all else keeps its value."""
-    leaves, structure = tree_flatten(output)
-    made = [
-        Placeholder(tuple(leaf.shape[1:]), leaf.dtype, leaf.device)
-        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples
-        else leaf
-        for leaf in leaves
-    ]
-    return made, structure
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-
-
-def _same(prefix: FrozenPrefix, batch: Batch, full: list[Tensor]) -> bool:
-    """Whether replaying gives the outputs of the full forward."""
-    try:
-        activation = prefix.record(batch)
-        with evaluating(prefix.model), torch.no_grad():
-            found = _tensors(prefix(activation, {name: batch[name] for name in prefix.kept}))
-    except Exception:  # code between two modules may not take a placeholder, in whatever way
-        return False
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in full]:
-        return False
-    return all(
-        torch.allclose(one.float(), other.float(), rtol=1e-5, atol=1e-6 * float(other.float().abs().amax() + 1))
-        for one, other in zip(found, full, strict=True)
-        if other.numel()
-    )

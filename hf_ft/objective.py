@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ft.anatomy import Part, batch_norms
+from hf_ft.anatomy import batch_norms
 from hf_ft.fields import OptionError
-from hf_ft.frozen_prefix import FrozenPrefix
+from hf_ft.frozen_prefix import FrozenPrefix, take_activations
 from hf_ft.functional import wide
 from hf_ft.joint_forward import STREAM, StreamBatch, forward, take_streams
+from hf_ft.liveness import liveness
+from hf_ft.parts import Chain
 from hf_ft.plan import Names, Plan, Stage, Term, covers, trained_by
 from hf_ft.reference import Reference, recorded_states
 from hf_ft.taps import NOT_CALLED, token_mask
@@ -22,7 +24,8 @@ from hf_ft.view import View
 class TaskLoss:
     """The loss of the task alone, a mean over the micro-batch.
 
-    Without any of the arguments it is the model's own (which follows ``config.problem_type``).
+    Without any of the arguments it is the model's own (which follows ``config.problem_type``). Of a model of several
+    members it is the sum over them.
 
     Args:
         label_smoother: as the Trainer makes it from ``label_smoothing_factor``.
@@ -48,7 +51,10 @@ class TaskLoss:
             return outputs.pop("loss", None), outputs
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         outputs = as_dict(model(**inputs))
-        return self._loss(outputs, batch["labels"]), outputs
+        members = outputs.get("member_logits")
+        whose = [outputs] if members is None else [{"logits": logits} for logits in members]
+        losses = [self._loss(one, batch["labels"]) for one in whose]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outputs
 
     def _loss(self, outputs: dict[str, Any], labels: Tensor) -> Tensor:
         if self.compute_loss_func is not None:
@@ -58,10 +64,6 @@ class TaskLoss:
             return nn.functional.cross_entropy(outputs["logits"].float(), labels, weight=weights)
         assert self.label_smoother is not None
         return self.label_smoother(outputs, labels)
-
-
-# A batch of a stage that starts at a frozen prefix's border holds the activations there under this name.
-ACTIVATION = "frozen_prefix_activation"
 
 
 class Objective(nn.Module):
@@ -74,8 +76,8 @@ class Objective(nn.Module):
     Args:
         model: the user's model.
         plan: what :func:`hf_ft.run.set_up` made of the strategies.
-        parts: the model's parts in forward order (anatomy); those before the first that trains run in eval
-            mode, dropout and norms alike.
+        chains: the model's parts in forward order (anatomy); what comes before all that trains runs in eval mode,
+            dropout and norms alike.
         trainable: names of the parameters that may train at all.
         anchors: starting values by parameter name.
         task_loss: the loss of the task.
@@ -84,8 +86,8 @@ class Objective(nn.Module):
     Attributes:
         terms: those of the plan's that matter in the present stage.
         reference_layers: the layers whose reference states these need.
-        prefix: where set, batches with ``ACTIVATION`` run only what follows it; others run as always.
-        live_parts: the parts from the first on that trains, or whose norms move, in the present stage.
+        prefix: where set, batches with activations at its borders run only what follows; others run as always.
+        alive: what trains, and whose norms move, in the present stage.
         trained: the parameters that train in it, those of terms too.
     """
 
@@ -97,7 +99,7 @@ class Objective(nn.Module):
         self,
         model: nn.Module,
         plan: Plan,
-        parts: Sequence[Part] = (),
+        chains: Sequence[Chain] = (),
         trainable: Sequence[str] | None = None,
         anchors: Mapping[str, Tensor] | None = None,
         task_loss: TaskLoss | None = None,
@@ -109,7 +111,7 @@ class Objective(nn.Module):
         self.task_loss = task_loss or TaskLoss()
         self.term_modules = nn.ModuleDict({t.name: t.fn for t in plan.terms if isinstance(t.fn, nn.Module)})
         self.progress = 0.0
-        self.parts = tuple(parts)
+        self.chains = tuple(chains)
         self._trainable = list(trainable if trainable is not None else dict(model.named_parameters()))
         self.reference = reference
         self._view = View(model, anchors or {})
@@ -118,17 +120,18 @@ class Objective(nn.Module):
         self._settled = False
         self._live_layers: set[str] = set()  # those that a trained parameter reaches
         self.prefix: FrozenPrefix | None = None
-        self.live_parts = self.parts
         self.trained: list[nn.Parameter] = list(self.parameters())
-        self._choose_terms(0)
+        everything = [name for name, _ in model.named_parameters()]
+        self.alive = liveness(model, self.chains, everything, ())
+        self._choose_terms()
 
     def forward(self, **batch: Any) -> dict[str, Any]:
         recorded, streams = recorded_states(batch), take_streams(batch)
-        if ACTIVATION in batch:
+        at_borders = take_activations(batch)
+        if at_borders:
             assert self.prefix is not None
-            activation = batch.pop(ACTIVATION)
-            with self.prefix.replaying(activation):
-                return self._forward(self.prefix.batch(batch, len(activation)), recorded, streams)
+            with self.prefix.replaying(at_borders):
+                return self._forward(self.prefix.batch(batch, len(at_borders[0])), recorded, streams)
         return self._forward(batch, recorded, streams)
 
     def _forward(
@@ -143,7 +146,7 @@ class Objective(nn.Module):
             self.task_loss,
             batch,
             layers=_layers(term for term, _ in weighed if term.stream is None),
-            head=self.parts[-1].modules if self.parts else (),
+            head=tuple(name for chain in self.chains for name in chain.parts[-1].modules),
             wants_features=any("features" in term.needs for term, _ in weighed),
             streams=self._stream_batches(weighed, streams),
         )
@@ -237,9 +240,8 @@ class Objective(nn.Module):
             parameter.requires_grad_(name in trained)
         self.trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self._view.forget()
-        first_trained = self._first_part(trained)
-        asleep = self._frozen_prefix(first_trained)
         awake: list[nn.Module] = []
+        asleep: list[nn.Module] = []
         moving: list[str] = []
         for name, norm in batch_norms(self.model):
             own = any(covers(name, parameter) for parameter in trained)
@@ -248,29 +250,40 @@ class Objective(nn.Module):
                 moving.append(name)
             else:
                 asleep.append(norm)
-        self._asleep, self._awake = asleep, awake if stage.norm_mode == "train" else []
+        self.alive = liveness(self.model, self.chains, trained, moving)
+        self._asleep = [*self.alive.resting, *asleep]
+        self._awake = awake if stage.norm_mode == "train" else []
         self.prefix = None
         self._settled = False
-        first_live = self._first_part({*trained, *moving})
-        self.live_parts = self.parts[first_live:]
-        self._choose_terms(first_live)
+        self._choose_terms()
         layers = {layer for term in self.terms for layer in term.layers}
-        self._live_layers = {layer for layer in layers if self._last(layer) >= first_trained}
+        self._live_layers = {layer for layer in layers if self._follows(layer, self.alive.trained_from)}
         self.train(self.training)
 
-    def _choose_terms(self, first_live: int) -> None:
+    def _choose_terms(self) -> None:
         """The terms that matter in a stage: not those that look at layers before all that changes."""
+        begins = self.alive.live_from
         self.terms = [
-            term for term in self.plan.terms if not term.layers or any(self._last(x) >= first_live for x in term.layers)
+            term for term in self.plan.terms if not term.layers or any(self._follows(x, begins) for x in term.layers)
         ]
         reference = (layer for term in self.terms if "reference" in term.needs for layer in term.layers)
         self.reference_layers = tuple(dict.fromkeys(reference))
         self.wants_inputs = any(term.layers or term.stream or "inputs" in term.needs for term in self.terms)
 
-    def _last(self, layer: str) -> int:
-        """The index of the last part that a layer is in, or that is in it; just before the head where none is."""
-        found = [i for i, part in enumerate(self.parts) for m in part.modules if covers(m, layer) or covers(layer, m)]
-        return max(found, default=len(self.parts) - 2)  # an activation between two parts, say
+    def _follows(self, layer: str, begins: Sequence[int]) -> bool:
+        """Whether a layer lies in, or holds, one of its chain's parts from this index on."""
+        for chain, begin in zip(self.chains, begins, strict=True):
+            inside = [
+                index
+                for index, part in enumerate(chain.parts)
+                for module in part.modules
+                if covers(module, layer) or covers(layer, module)
+            ]
+            # An activation between two parts, say, is in none: it may lie anywhere before the head.
+            last = max(inside, default=len(chain.parts) - 2 if covers(chain.name, layer) else -1)
+            if last >= begin:
+                return True
+        return not self.chains
 
     def train(self, mode: bool = True) -> Objective:
         if mode and self._settled and self.training and self.model.training:
@@ -291,22 +304,6 @@ class Objective(nn.Module):
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.zero_()
-
-    def _frozen_prefix(self, first: int) -> list[nn.Module]:
-        """Every module of the parts that come before the first part with a trained parameter."""
-        prefix: list[nn.Module] = []
-        for part in self.parts[:first] if first < len(self.parts) else ():
-            for name in part.modules:
-                try:
-                    prefix += self.model.get_submodule(name).modules()
-                except AttributeError:  # a single parameter
-                    continue
-        return prefix
-
-    def _first_part(self, names: set[str]) -> int:
-        """The index of the first part that holds one of these parameters or modules."""
-        holds = (any(covers(module, name) for module in part.modules for name in names) for part in self.parts)
-        return next((index for index, found in enumerate(holds) if found), len(self.parts))
 
 
 def _layers(terms: Iterable[Term]) -> Names:

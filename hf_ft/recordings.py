@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_ft.frozen_prefix import FrozenPrefix, activations, find_prefix
-from hf_ft.objective import ACTIVATION, Objective
+from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix, activations
+from hf_ft.objective import Objective
+from hf_ft.parts import Chain
+from hf_ft.prefix_search import find_prefix
 from hf_ft.row_cache import GB, Columns, FrozenCache, RowsDiffer, RowStore, same_each_time
 from hf_ft.undisturbed import random_states_kept
 
 logger = logging.get_logger(__name__)
+VALUES = "values"  # the one column of a store
+COLUMN = "column:"  # before the name of a column of the batch, to tell it from a border
 PASS = 64  # samples in a batch of a recording pass; larger ones are slower on a CPU
 
 
@@ -33,6 +37,17 @@ class Samples:
 
     count: int
     read: Callable[[Sequence[int]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RecordedRows:
+    """All samples at the borders of one prefix: activations and the columns beside them, each from its own store."""
+
+    stores: Mapping[str, RowStore]  # by the name of the column in a batch
+
+    def take(self, rows: Tensor) -> Columns:
+        """Rows by number."""
+        return {name: store.take(rows)[VALUES] for name, store in self.stores.items()}
 
 
 class Recordings:
@@ -55,8 +70,8 @@ class Recordings:
         computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.samples, self.cache, self._computing = model, samples, cache, computing
-        self._prefixes: dict[str, FrozenPrefix | None] = {}
-        self._stores: dict[str, RowStore] = {}
+        self._prefixes: dict[tuple[Chain, ...], FrozenPrefix | None] = {}
+        self._stores: dict[str, RowStore] = {}  # by border, and by column of the batch
         self._planned: dict[str, None] = {}
         self.passes = 0
         some = list(range(0, samples.count, max(1, samples.count // 8)))[:8]
@@ -65,82 +80,80 @@ class Recordings:
 
     def prefix(self, objective: Objective) -> FrozenPrefix | None:
         """What can be left out in the present stage of a copy of the model, perhaps one with adapters."""
-        live = objective.live_parts
-        if not self.usable or objective.wants_inputs or not 0 < len(live) < len(objective.parts):
+        if not self.usable or objective.wants_inputs or not objective.alive.has_prefix:
             return None
-        key = live[0].modules[0]  # copies differ in what follows the prefix only
+        # Copies differ in what follows the prefix only.
+        key = tuple(Chain(chain.name, chain.parts[:1]) for chain in objective.alive.chains)
         if key not in self._prefixes:
             with random_states_kept(), self._computing():
                 small = self.samples.read([0, 1]), self.samples.read([0, 2, 3])
-                found = find_prefix(objective.model, live, *small)
+                found = find_prefix(objective.model, objective.alive.chains, *small)
             # Not with the copy it was found on, which would stay in memory.
             self._prefixes[key] = None if found is None else dataclasses.replace(found, model=self.model)
         found = self._prefixes[key]
         return None if found is None else dataclasses.replace(found, model=objective.model)
 
     def plan(self, prefix: FrozenPrefix) -> None:
-        """Record this border, too, in the next pass if there is room: it will be asked for."""
-        self._planned[self._plain(prefix.border)] = None
+        """Record these borders, too, in the next pass if there is room: they will be asked for."""
+        self._planned |= dict.fromkeys(map(self._plain, prefix.borders))
 
-    def store(self, prefix: FrozenPrefix) -> RowStore | None:
-        """All samples' activations at a border.
+    def store(self, prefix: FrozenPrefix) -> RecordedRows | None:
+        """All samples at a prefix's borders.
 
         Returns:
             None where they cannot be kept; the reason is logged.
         """
-        name = self._plain(prefix.border)
-        if name not in self._stores:
-            try:
-                self._fill(prefix, [name, *self._planned])
-            except RowsDiffer as error:
-                logger.warning_once(f"The frozen part of the model is computed in every step: {error}.")
-                self.usable = False
-        return self._stores.get(name)
+        borders = {f"{ACTIVATION}{place}": self._plain(border) for place, border in enumerate(prefix.borders)}
+        columns = {**borders, **{name: f"{COLUMN}{name}" for name in prefix.kept}}
+        try:
+            if any(key not in self._stores for key in columns.values()):
+                self._fill(list(columns.values()))
+        except RowsDiffer as error:
+            logger.warning_once(f"The frozen part of the model is computed in every step: {error}.")
+            self.usable = False
+            return None
+        return RecordedRows({name: self._stores[key] for name, key in columns.items()})
 
-    def _fill(self, prefix: FrozenPrefix, names: Sequence[str]) -> None:
-        wanted = [name for name in dict.fromkeys(names) if name not in self._stores]
-        with random_states_kept(), self._computing():
-            rows = self.samples.read([0])
-            kept = {name: rows[name] for name in prefix.kept}
-            first = activations(self.model, wanted, rows)
+    def _fill(self, needed: Sequence[str]) -> None:
+        """Record what is needed, and of what is planned as much as there is room for."""
+        more = [border for border in self._planned if border not in self._stores and border not in needed]
+        missing = [key for key in needed if key not in self._stores]
+        first = self._compute([*missing, *more], [0])
         room = (self.cache.memory_gb + self.cache.disk_gb) * GB
-        used = sum(store.bytes for store in self._stores.values())
-        chosen = []
-        for name in wanted:
-            size = self.samples.count * math.prod(first[name].shape[1:]) * first[name].element_size()
-            if name == wanted[0] and used + size > room:
-                self._stores.clear()
-                used = 0
-            if name == wanted[0] or used + size <= room:
-                chosen.append(name)
-                used += size
+        size = {key: self.samples.count * math.prod(v.shape[1:]) * v.element_size() for key, v in first.items()}
+        if self._used() + sum(size[key] for key in missing) > room:
+            self._stores = {key: store for key, store in self._stores.items() if key in needed}
         stores: dict[str, RowStore] = {}
-        for name in chosen:
-            stores[name] = self._empty(first[name], kept, [*self._stores.values(), *stores.values()])
-        self._record(chosen, stores, prefix.kept)
+        for key in [*missing, *more]:
+            used = self._used() + sum(store.bytes for store in stores.values())
+            if key in missing or used + size[key] <= room:
+                stores[key] = self._empty(first[key], [*self._stores.values(), *stores.values()])
+        for start in range(0, self.samples.count, PASS):
+            rows = list(range(start, min(start + PASS, self.samples.count)))
+            for key, values in self._compute(list(stores), rows).items():
+                stores[key].put(torch.tensor(rows), {VALUES: values})
         self._stores |= stores
         self.passes += 1
 
-    def _empty(self, activation: Tensor, kept: Columns, others: Sequence[RowStore]) -> RowStore:
+    def _used(self) -> int:
+        return sum(store.bytes for store in self._stores.values())
+
+    def _compute(self, keys: Sequence[str], rows: Sequence[int]) -> Columns:
+        """Activations at borders, and columns of the batch, of some samples."""
+        borders = [key for key in keys if not key.startswith(COLUMN)]
+        with random_states_kept(), self._computing():
+            batch = self.samples.read(rows)
+            found = activations(self.model, borders, batch) if borders else {}
+        return {key: batch[key.removeprefix(COLUMN)] if key.startswith(COLUMN) else found[key] for key in keys}
+
+    def _empty(self, values: Tensor, others: Sequence[RowStore]) -> RowStore:
         """A store in memory as far as the others leave room there, else in a file."""
         used = sum(store.bytes for store in others if store.in_memory)
         free = max(0.0, self.cache.memory_gb - used / GB)
-        return RowStore(
-            self.samples.count, {ACTIVATION: activation, **kept}, dataclasses.replace(self.cache, memory_gb=free)
-        )
-
-    def _record(self, names: Sequence[str], stores: dict[str, RowStore], kept: Sequence[str]) -> None:
-        for start in range(0, self.samples.count, PASS):
-            rows = list(range(start, min(start + PASS, self.samples.count)))
-            with random_states_kept(), self._computing():
-                batch = self.samples.read(rows)
-                found = activations(self.model, names, batch)
-            columns = {name: batch[name] for name in kept}
-            for name, store in stores.items():
-                store.put(torch.tensor(rows), {ACTIVATION: found[name], **columns})
+        return RowStore(self.samples.count, {VALUES: values}, dataclasses.replace(self.cache, memory_gb=free))
 
     def _plain(self, border: str) -> str:
-        """A border's name in the model itself: a copy with adapters has it under a prefix."""
+        """A border's name in the model itself: a copy with adapters has it under a prefix, and inside of an adapter."""
         names = dict(self.model.named_modules())
-        parts = border.split(".")
+        parts = [part for part in border.split(".") if part != "base_layer"]
         return next(name for name in (".".join(parts[skip:]) for skip in range(len(parts))) if name in names and name)

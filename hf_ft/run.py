@@ -13,11 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.utils import logging
 
-from hf_ft.anatomy import Part, anatomy, norm_layers
+from hf_ft.anatomy import anatomy, norm_layers
 from hf_ft.config import Context, FTConfig, State, build_plan, resolve, shared_option
 from hf_ft.fields import OptionError
 from hf_ft.groups import ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.objective import Objective, TaskLoss
+from hf_ft.parts import Chain
 from hf_ft.plan import Plan, Term, covers, stage_borders, stage_index
 from hf_ft.reference import Reference
 from hf_ft.source_head import drop_source_head
@@ -34,7 +35,7 @@ class Run:
         states: what each measured, by ``ft_type``.
         plan: their plans as one.
         model: the model after surgery (the same object where nothing had to be replaced).
-        parts: its parts in forward order; empty where they cannot be told and nothing needs them.
+        chains: its parts in forward order; empty where they cannot be told and nothing needs them.
         trainable: names of the parameters that were not frozen before.
         anchors: starting values of the parameters that a term pulls back.
         reference: the model as it was at the start, where a term compares with it.
@@ -44,7 +45,7 @@ class Run:
     states: Mapping[str, State]
     plan: Plan
     model: nn.Module
-    parts: tuple[Part, ...]
+    chains: tuple[Chain, ...]
     trainable: tuple[str, ...]
     anchors: Mapping[str, Tensor]
     reference: Reference | None = None
@@ -61,7 +62,7 @@ class Run:
         call of :meth:`stepper` freezes what the first stage does not train.
         """
         objective = Objective(
-            self.model, self.plan, self.parts, self.trainable, self.anchors, task_loss, self.reference
+            self.model, self.plan, self.chains, self.trainable, self.anchors, task_loss, self.reference
         )
         used: set[str] = set()
         end = 1.0
@@ -176,8 +177,8 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
         if name in trainable and any(covers(prefix, name) for prefix in anchored)
     }
     compares = any("reference" in term.needs for term in plan.terms)
-    parts, reference = _parts(configs, model, plan, trainable), Reference(model) if compares else None
-    return Run(configs, states, plan, model, parts, trainable, anchors, reference)
+    chains, reference = _chains(configs, model, plan, trainable), Reference(model) if compares else None
+    return Run(configs, states, plan, model, chains, trainable, anchors, reference)
 
 
 def measure(configs: Iterable[FTConfig], model: nn.Module, context: Context | None) -> dict[str, State]:
@@ -201,7 +202,13 @@ def check(
         config.check_model(model)
     plan = build_plan(configs, model, states)
     ever_trained(plan, model, trainable)  # raises where a stage's names match nothing
-    _parts(configs, model, plan, trainable)
+    chains = _chains(configs, model, plan, trainable)
+    wanting = [term.name for term in plan.terms if "features" in term.needs]
+    if wanting and len(chains) > 1:
+        raise OptionError(
+            f"{wanting[0]} looks at what goes into the head, and this model of {len(chains)} members has as many "
+            "heads: use it with one of them (model.members[0])."
+        )
     return plan
 
 
@@ -232,11 +239,13 @@ def _counts(term: Term, begin: float, end: float) -> bool:
     return term.weight != 0 and (term.schedule is None or any(term.schedule(max(0.0, time)) != 0 for time in times))
 
 
-def _parts(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]) -> tuple[Part, ...]:
+def _chains(
+    configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]
+) -> tuple[Chain, ...]:
     everything = sum(1 for _ in model.parameters())
     needed = any(term.layers or "features" in term.needs for term in plan.terms)
     needed |= any(len(ever_trained(Plan(stages=(s,)), model, trainable)) < everything for s in plan.stages)
     if not needed:  # so that plain fine-tuning works on models whose parts nobody can tell
         return ()
     head, blocks = shared_option(configs, "head"), shared_option(configs, "blocks")
-    return anatomy(model, head=head, blocks=blocks).parts
+    return anatomy(model, head=head, blocks=blocks).chains

@@ -23,9 +23,10 @@ from hf_ft.cached_stages import CachedStages
 from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
 from hf_ft.context import measuring_context
 from hf_ft.fields import OptionError
+from hf_ft.frozen_prefix import ACTIVATION
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
 from hf_ft.model_card import WritesCard, write_card
-from hf_ft.objective import ACTIVATION, Objective, TaskLoss
+from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, covers, stage_borders, stage_index
 from hf_ft.preflight import (
     check_arguments,
@@ -422,8 +423,8 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         return {term.name: term.fn for term in terms if isinstance(term.fn, nn.Module)}
 
     def _base_description(self) -> dict[str, Any]:
-        parts = self._run.parts if self._run is not None else ()
-        head = parts[-1].modules if parts else ()
+        chains = self._run.chains if self._run is not None else ()
+        head = tuple(name for chain in chains for name in chain.parts[-1].modules)
         sha256 = files.base_digest(self._base, head) if self._base else None
         return {"name": self._base_name, "sha256": sha256}
 

@@ -10,7 +10,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig
 from torch import nn
 
-from hf_ft import BlockScores, BlockSearch, BlockwiseConfig, FTConfig, FTTrainer, OptionError, block_search
+from hf_ft import BlockScores, BlockSearch, BlockwiseConfig, FTConfig, FTTrainer, OptionError, short_trainings
 from hf_ft.checkpoint import read_states
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
@@ -58,7 +58,9 @@ def test_the_cache_changes_no_score(name, tmp_path):
     for use in ("never", "always"):
         search = searched(TINY_MODELS[name](), tmp_path, use, metric="loss", scheme="block")
         found.append(search.run())
-        assert search.recordings.passes == (use == "always"), "one pass over the samples records for all candidates"
+        assert search.trainings.recordings.passes == (use == "always"), (
+            "one pass over the samples records for all candidates"
+        )
     assert [s.candidate.name for s in found[0].scores] == [s.candidate.name for s in found[1].scores]
     for one, other in zip(found[0].scores, found[1].scores, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
@@ -72,14 +74,14 @@ def test_all_start_alike_and_the_model_is_left_alone(tmp_path, monkeypatch):
     flags = [(p.requires_grad) for p in model.parameters()]
     momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     starts, orders = {}, {}
-    fit = block_search.fit
+    fit = short_trainings.fit
 
     def spy(run, recipe, batches, rows, epochs, seed, after_epoch):
         starts.setdefault(seed, []).append(snapshot(run.model))
         orders.setdefault(seed, []).append((tuple(rows), epochs))
         fit(run, recipe, batches, rows, epochs, seed, after_epoch)
 
-    monkeypatch.setattr(block_search, "fit", spy)
+    monkeypatch.setattr(short_trainings, "fit", spy)
     search = searched(model, tmp_path, search_seeds=2)
     scores = search.run()
     assert len(starts[0]) == len(starts[1]) == len(scores.scores) + 2
@@ -90,7 +92,7 @@ def test_all_start_alike_and_the_model_is_left_alone(tmp_path, monkeypatch):
     same_tensors(starts[0][0], before)
     changed = {name for name in before if not torch.equal(starts[0][0][name], starts[1][0][name])}
     assert changed == {"classifier.weight"}, "the second seed draws the head anew, and nothing else"
-    assert not set(search.train_rows) & set(search.validation_rows)
+    assert not set(search.trainings.train_rows) & set(search.trainings.validation_rows)
     same_tensors(snapshot(model), before)
     assert [p.requires_grad for p in model.parameters()] == flags and model.training
     assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
@@ -100,7 +102,7 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     storage = str(tmp_path / "search.db")
     whole = searched(tiny_resnet(), tmp_path, metric="loss").run()
     calls = []
-    fit = block_search.fit
+    fit = short_trainings.fit
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -108,7 +110,7 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         fit(*args, **kwargs)
 
-    monkeypatch.setattr(block_search, "fit", stopped)
+    monkeypatch.setattr(short_trainings, "fit", stopped)
     with pytest.raises(KeyboardInterrupt):
         searched(tiny_resnet(), tmp_path, metric="loss", storage=storage).run()
     resumed = searched(tiny_resnet(), tmp_path, metric="loss", storage=storage).run()
@@ -198,7 +200,7 @@ def test_auto_searches_once_and_keeps_the_table(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "block_search.db").is_file()
     card = (tmp_path / "run" / "checkpoint-4" / "README.md").read_text()
     assert f"best: {scores.best.candidate.name}, " in card and "head only: head, " in card and "Barakat" in card
-    monkeypatch.setattr(block_search, "run_trials", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr("hf_ft.block_search.run_trials", lambda *a, **k: pytest.fail("searched again"))
     resumed = make_trainer(tiny_resnet(), config, tmp_path / "run", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(trainer.model))

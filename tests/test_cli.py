@@ -455,7 +455,7 @@ def test_search_blocks(files, tmp_path, monkeypatch, capsys):
         "block_search.db", "blocks.json", "blocks.md", "blocks.png"
     }  # fmt: skip
     # Again: all trials are there already, so none is run.
-    monkeypatch.setattr("hf_ft.block_search.fit", lambda *a, **k: pytest.fail("run again"))
+    monkeypatch.setattr("hf_ft.short_trainings.fit", lambda *a, **k: pytest.fail("run again"))
     assert main([*search, "--search_seeds", "2"]) == 0
     assert json.loads((tmp_path / "out" / "blocks.json").read_text()) == content
 

@@ -9,7 +9,7 @@ from transformers import BertTokenizerFast, DataCollatorWithPadding
 
 from hf_ft import FrozenCache, FTTrainer, GradualUnfreezingConfig, OptionError, Plan, Stage, Term, set_up
 from hf_ft.config import FTConfig
-from hf_ft.objective import ACTIVATION
+from hf_ft.frozen_prefix import ACTIVATION
 from hf_ft.recordings import Recordings, Samples
 from hf_ft.registry import register
 from hf_ft.row_cache import GB, RowsDiffer, RowStore, StagedRows, same_each_time
@@ -200,7 +200,7 @@ def test_a_file_takes_what_memory_may_not(tmp_path):
         patch.setattr(RowStore, "put", spy)
         filed, used = run(tiny_resnet(), "lp_ft", tmp_path / "run", cache)
     plain, _ = run(tiny_resnet(), "lp_ft", tmp_path / "run", "never")
-    assert used == [True, False] and "frozen_prefix_activation" in seen
+    assert used == [True, False] and "frozen_prefix_activation_0" in seen
     same_tensors(snapshot(filed.model), snapshot(plain.model), 1e-6)
     del filed
     assert not list((tmp_path / "files").iterdir()), "the file was left behind"
@@ -237,6 +237,11 @@ def test_stores():
     assert rows.__getitems__([0, 3]) == ["a", "d"]
 
 
+def size(rows):
+    """Bytes of all that is recorded for a prefix."""
+    return sum(store.bytes for store in rows.stores.values())
+
+
 def test_several_borders_share_the_room(tmp_path):
     """One pass records all that were planned: in memory together no more than allowed, the rest in files."""
     model = tiny_resnet()
@@ -255,14 +260,16 @@ def test_several_borders_share_the_room(tmp_path):
         return recordings, prefixes, [recordings.store(prefix) for prefix in prefixes]
 
     _, _, free = recorded(FrozenCache("always"))
-    room = max(store.bytes for store in free) / GB
+    room = max(size(rows) for rows in free) / GB
     recordings, prefixes, stores = recorded(FrozenCache("always", memory_gb=room, folder=str(tmp_path)))
-    assert recordings.passes == 1 and len({store.number for store in stores}) == 3
-    assert 0 < sum(store.bytes for store in stores if store.in_memory) <= room * GB
-    assert not all(store.in_memory for store in stores)
+    kept = {store.number: store for rows in stores for store in rows.stores.values()}.values()
+    assert recordings.passes == 1 and len(kept) == 4, "three borders, and the labels once"
+    assert 0 < sum(store.bytes for store in kept if store.in_memory) <= room * GB
+    assert not all(store.in_memory for store in kept)
     for prefix, store in zip(prefixes, stores, strict=True):
-        kept = store.take(torch.arange(24))[ACTIVATION]
-        assert torch.allclose(kept, prefix.record(data), atol=1e-6)
+        found = store.take(torch.arange(24))
+        assert torch.equal(found["labels"], data["labels"])
+        assert torch.allclose(found[f"{ACTIVATION}0"], prefix.record(data)[0], atol=1e-6)
     none = Recordings(model, samples, FrozenCache("always", memory_gb=0.0, disk_gb=0.0))
     objective.enter(run.plan.stages[0])
     assert none.store(none.prefix(objective)) is None and not none.usable

@@ -5,14 +5,19 @@ import torch
 from torch import nn
 
 from hf_ft import anatomy
-from hf_ft.anatomy import Part
-from hf_ft.frozen_prefix import activations, find_prefix
+from hf_ft.frozen_prefix import activations
+from hf_ft.parts import Chain, Part
+from hf_ft.prefix_search import find_prefix
 from hf_ft.testing import TINY_MODELS, tiny_inputs, tiny_resnet, tiny_vit
 
 
 def borders(model):
+    """What is alive behind each border between two parts."""
     parts = anatomy(model).parts
-    return [parts[index:] for index in range(1, len(parts))]
+    return [[Chain("", parts[index:])] for index in range(1, len(parts))]
+
+
+HEAD = [Chain("", (Part("head", ("head",)),))]
 
 
 def rows(prefix, batch):
@@ -25,10 +30,10 @@ def test_outputs_and_gradients_are_those_of_the_whole_model(name):
     batch = tiny_inputs(model, 6, seed=2)
     for live in borders(model):
         prefix = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
-        assert prefix is not None, live[0].name
+        assert prefix is not None, live
         activation = prefix.record(batch)
-        assert not activation.requires_grad and not model.training
-        suffix = [p for part in live for m in part.modules for p in model.get_submodule(m).parameters()]
+        assert len(activation) == 1 and not activation[0].requires_grad and not model.training
+        suffix = [p for part in live[0].parts for m in part.modules for p in model.get_submodule(m).parameters()]
         model.requires_grad_(False)  # as in training: some kernels are chosen by whether their input needs a gradient
         for parameter in suffix:
             parameter.requires_grad_(True)
@@ -37,14 +42,14 @@ def test_outputs_and_gradients_are_those_of_the_whole_model(name):
             gradients = torch.autograd.grad(outputs.loss, suffix, allow_unused=True)
             results.append((outputs.logits, outputs.loss, *(g for g in gradients if g is not None)))
         for one, other in zip(*results, strict=True):
-            assert torch.equal(one, other), live[0].name
+            assert torch.equal(one, other), live
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "bert"])
 def test_nothing_before_the_border_runs(name):
     model = TINY_MODELS[name]()
     parts = anatomy(model).parts
-    prefix = find_prefix(model, parts[-1:], tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
+    prefix = find_prefix(model, [Chain("", parts[-1:])], tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
     batch = tiny_inputs(model, 4)
     activation = prefix.record(batch)
     for part in parts[:-1]:
@@ -123,15 +128,13 @@ def test_a_model_that_cannot_be_cut_is_refused(kind):
     model = kind()
     x = torch.randn(2, 4), torch.randn(3, 4)
     # (x, 4) is kept as a small column: drop it, as pixels are.
-    found = find_prefix(model, [Part("head", ("head",))], {"x": x[0]}, {"x": x[1]}, varying={"x"})
+    found = find_prefix(model, HEAD, {"x": x[0]}, {"x": x[1]}, varying={"x"})
     assert found is None
 
 
 def test_the_border_lies_before_what_is_read_again():
-    prefix = find_prefix(
-        Skipping(), [Part("head", ("head",))], {"x": torch.randn(2, 4)}, {"x": torch.randn(3, 4)}, varying={"x"}
-    )
-    assert prefix.border == "first"
+    prefix = find_prefix(Skipping(), HEAD, {"x": torch.randn(2, 4)}, {"x": torch.randn(3, 4)}, varying={"x"})
+    assert prefix.borders == ("first",)
 
 
 def test_several_borders_in_one_pass():

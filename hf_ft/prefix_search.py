@@ -1,0 +1,258 @@
+"""Finding where a frozen prefix can be cut: the model is traced once, and each cut is tried before it is trusted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from hf_ft.frozen_prefix import Batch, FrozenPrefix, Placeholder
+from hf_ft.parts import Chain
+from hf_ft.plan import covers
+from hf_ft.undisturbed import evaluating
+
+TRIES = 8  # last borders of a chain that are tried before giving up; one is enough in nearly all architectures
+
+
+def module_outputs(model: nn.Module, batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
+    """The modules whose output is one tensor, with its shape, in the order in which they end."""
+    calls = sorted(_trace(model, batch), key=lambda call: call.end)
+    return [(c.name, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)]
+
+
+@dataclass
+class _Call:
+    """One call of a module: when it began and ended, and what came out."""
+
+    name: str
+    begin: int
+    end: int = 0
+    output: Any = None
+
+
+def find_prefix(
+    model: nn.Module, live: Sequence[Chain], first: Batch, second: Batch, varying: Iterable[str] = ()
+) -> FrozenPrefix | None:
+    """The longest prefix that can be left out.
+
+    Args:
+        live: of each chain of the model, the parts that train or change; its borders lie before the first of them.
+        first: a batch to trace, on the model's device.
+        second: another one, of other samples and another size, on which replaying is compared with the full
+            forward before it is trusted.
+        varying: columns whose rows differ in shape, so that they cannot be kept.
+
+    Returns:
+        None where no border gives the full forward's outputs.
+    """
+    samples = _samples(first)
+    if samples is None or _samples(second) is None:
+        return None
+    search = _Search(model, _trace(model, first), first, second, samples, frozenset(varying))
+    found = [cut for chain in live if (cut := search.cut(chain, alone=len(live) == 1)) is not None]
+    if not found:
+        return None
+    needed = search.pixels
+    # Several chains may read one column, and not all of them may have a border: each is dropped where that shows not.
+    for column in search.pixels if len(live) > 1 else ():
+        if search.works(found, needed - {column}):
+            needed = needed - {column}
+    prefix = search.prefix(found, needed if len(live) > 1 else frozenset())
+    return prefix if search.same(prefix) else None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where a chain is cut: the calls that are left out, outermost ones only, and those of them to record."""
+
+    borders: tuple[_Call, ...]
+    left_out: tuple[_Call, ...]
+
+
+class _Search:
+    """Finds where a traced model can be cut, by trying."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Sequence[_Call],
+        first: Batch,
+        second: Batch,
+        samples: int,
+        varying: frozenset[str],
+    ) -> None:
+        self.model, self.calls, self.second, self.samples, self.varying = model, calls, second, samples, varying
+        self.columns = {k: v for k, v in first.items() if isinstance(v, Tensor) and v.dim() and len(v) == samples}
+        self.constants = {name: value for name, value in first.items() if name not in self.columns}
+        # What the prefix is there to replace. All else is small, and masks may be needed later on.
+        pixels = (name for name, column in self.columns.items() if column.is_floating_point() and column.dim() > 2)
+        self.pixels = frozenset(pixels) - varying
+        names = [call.name for call in calls]
+        self.once = {name for name, times in Counter(names).items() if times == 1}
+        self.full, self.inputs = _observed(model, lambda: model(**second))
+
+    def cut(self, chain: Chain, alone: bool) -> _Cut | None:
+        """The latest cut of a chain; None where there is none.
+
+        Args:
+            alone: whether it is the only chain, so that no pixels are needed beside its borders.
+        """
+        mine = [call for call in self.calls if covers(chain.name, call.name)]
+        units = [name for part in chain.parts for name in part.modules]
+        live = [call for call in mine if any(covers(unit, call.name) for unit in units)]
+        if not live:
+            return None
+        start = min(call.begin for call in live)
+        around = [call for call in mine if call.begin < start < call.end]
+        done = sorted((call for call in mine if call.end < start), key=lambda call: -call.end)
+        usable = [call for call in done if call.name in self.once and _is_activation(call.output, self.samples)]
+        needed = frozenset() if alone else self.pixels
+        for border in usable[:TRIES]:
+            for borders in _with_inputs(border, around, usable):
+                cut = self._cut(borders, mine)
+                if cut is not None and self.works([cut], needed):
+                    return cut
+        return None
+
+    def _cut(self, borders: tuple[_Call, ...], mine: Sequence[_Call]) -> _Cut | None:
+        """Leave out all up to the last border; None where a module of that is called again later."""
+        end = max(border.end for border in borders)
+        done = [call for call in mine if call.end <= end]
+        inner = {border.name for border in borders}
+        # A border inside of a larger call that is done is left as it is: what holds it must run.
+        outermost = [c for c in done if not any(o.begin < c.begin and c.end < o.end for o in done)]
+        later = {call.name for call in self.calls if call.end > end}
+        if later & {call.name for call in outermost} or not inner <= {call.name for call in outermost}:
+            return None
+        return _Cut(borders, tuple(outermost))
+
+    def prefix(self, cuts: Sequence[_Cut], needed: frozenset[str]) -> FrozenPrefix:
+        """A prefix of some cuts, one a chain, that keeps these pixels."""
+        left_out = {name for name in self.columns if name in self.varying or name in self.pixels - needed}
+        return FrozenPrefix(
+            self.model,
+            tuple(border.name for cut in cuts for border in cut.borders),
+            tuple(name for name in self.columns if name not in left_out),
+            {n: Placeholder(tuple(c.shape[1:]), c.dtype, c.device) for n, c in self.columns.items() if n in left_out},
+            self.constants,
+            {call.name: _template(call.output, self.samples) for cut in cuts for call in cut.left_out},
+        )
+
+    def works(self, cuts: Sequence[_Cut], needed: frozenset[str]) -> bool:
+        return self.same(self.prefix(cuts, needed))
+
+    def same(self, prefix: FrozenPrefix) -> bool:
+        """Whether replaying gives the outputs of the full forward, and feeds every layer behind the borders the same.
+
+        The outputs alone tell too little: what goes into an adapter, say, has no effect before the first step.
+        """
+        rows = {name: self.second[name] for name in prefix.kept}
+        try:
+            at_borders = prefix.record(self.second)
+            found, inputs = _observed(self.model, lambda: prefix(at_borders, rows))
+        except Exception:  # code between two modules may not take a placeholder, in whatever way
+            return False
+        behind = [name for name in inputs if not any(covers(gone, name) for gone in prefix.left_out)]
+        return _equal(found, self.full) and all(_equal(inputs[name], self.inputs.get(name, [])) for name in behind)
+
+
+def _observed(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """The outputs of a forward pass in evaluation mode, and what went into each layer that holds no other."""
+    inputs: dict[str, list[Tensor]] = {}
+
+    def keeper(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: inputs.setdefault(name, []).extend(_tensors(args))
+
+    leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
+    hooks = [module.register_forward_pre_hook(keeper(name)) for name, module in leaves]
+    try:
+        with evaluating(model), torch.no_grad():
+            return _tensors(run()), inputs
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _equal(found: Sequence[Tensor], full: Sequence[Tensor]) -> bool:
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in full]:
+        return False
+    return all(
+        torch.allclose(one.float(), other.float(), rtol=1e-5, atol=1e-6 * float(other.float().abs().amax() + 1))
+        for one, other in zip(found, full, strict=True)
+        if other.numel()
+    )
+
+
+def _with_inputs(border: _Call, around: Sequence[_Call], usable: Sequence[_Call]) -> Iterator[tuple[_Call, ...]]:
+    """A border alone, then with what went into the modules around it, from the innermost: shortcuts start there."""
+    borders = [border]
+    yield (border,)
+    for call in sorted((c for c in around if c.begin < border.begin), key=lambda call: -call.begin):
+        before = next((done for done in usable if done.end < call.begin), None)
+        if before is not None and before not in borders:
+            borders.append(before)
+            yield tuple(borders)
+
+
+def _trace(model: nn.Module, batch: Batch) -> list[_Call]:
+    """All calls of modules in one forward pass in evaluation mode, in the order they began."""
+    calls: list[_Call] = []
+    open_calls: list[_Call] = []
+    clock = iter(range(10**9))
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            call = _Call(name, next(clock))
+            calls.append(call)
+            open_calls.append(call)
+
+        return hook
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        call = open_calls.pop()
+        call.end, call.output = next(clock), output
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return calls
+
+
+def _samples(batch: Batch) -> int | None:
+    """The number of samples, if all tensors with a first dimension agree on it."""
+    sizes = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _is_activation(output: Any, samples: int) -> bool:
+    """Whether an output holds one tensor alone, with one entry per sample."""
+    tensors = _tensors(output)
+    return len(tensors) == 1 and tensors[0].dim() > 1 and len(tensors[0]) == samples
+
+
+def _template(output: Any, samples: int) -> tuple[list[Any], Any]:
+    """An output's structure; what has an entry per sample becomes a placeholder, all else keeps its value."""
+    leaves, structure = tree_flatten(output)
+    made = [
+        Placeholder(tuple(leaf.shape[1:]), leaf.dtype, leaf.device)
+        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples
+        else leaf
+        for leaf in leaves
+    ]
+    return made, structure
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]

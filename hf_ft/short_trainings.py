@@ -1,0 +1,137 @@
+"""Short trainings of copies of a model, on a part of the training samples, scored on the rest: what a search costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from hf_ft.checkpoint import digests
+from hf_ft.config import Context
+from hf_ft.fields import OptionError
+from hf_ft.fit import Batches, fit, score
+from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.objective import Objective
+from hf_ft.recordings import Recordings
+from hf_ft.run import Run
+from hf_ft.trials import Report
+from hf_ft.undisturbed import random_states_kept
+
+
+@dataclass
+class ShortTrainings:
+    """All from the same weights, with the same order of the data and the same budget.
+
+    Args:
+        model: never changed.
+        context: samples and recipe.
+        metric: of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``.
+        validation: the share of the training samples that is scored on.
+        epochs: of each training.
+
+    Attributes:
+        train_rows, validation_rows: the two parts, stratified by class where there are enough samples of each.
+        recordings: what frozen parts compute, shared by all trainings.
+
+    Raises:
+        OptionError: an unknown metric, or too few samples for the split.
+    """
+
+    model: nn.Module
+    context: Context
+    metric: str
+    validation: float
+    epochs: int
+
+    def __post_init__(self) -> None:
+        if self.metric != "loss" and self.metric not in LOCAL_METRICS:
+            raise OptionError(f"metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
+        self.train_rows, self.validation_rows = self._split()
+        context = self.context
+        self.recordings = Recordings(self.model, context.samples, context.frozen_cache, context.recipe.computing)
+        self._batches = Batches(context.samples, self.recordings)
+
+    def train(self, run: Run, seed: int, report: Report | None = None) -> list[float]:
+        """The score after each epoch; more is better, and one that diverged scores -inf.
+
+        Args:
+            run: of a copy of the model.
+            seed: of the order of the data and of dropout.
+            report: told each score; may stop the training.
+        """
+        scores: list[float] = []
+
+        def after_epoch(epoch: int, objective: Objective) -> None:
+            found = score(objective, self.context.recipe, self._batches, self.validation_rows, self.metric)
+            scores.append(found if math.isfinite(found) else -math.inf)
+            if report is not None:
+                report(epoch, scores[-1])
+
+        fit(run, self.context.recipe, self._batches, self.train_rows, self.epochs, seed, after_epoch)
+        return scores
+
+    def plan_recordings(self, runs: Iterable[Run]) -> None:
+        """Tell which borders will be asked for, so that one pass over the samples records all."""
+        for run in runs:
+            prefix = self.recordings.prefix(run.objective())
+            if prefix is not None:
+                self.recordings.plan(prefix)
+
+    def describe(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything that the scores depend on: model, data, recipe, and these options."""
+        hashes = json.dumps(sorted(digests(self.model).items()))
+        samples, labels = self.context.samples, self.context.labels
+        with random_states_kept(0):
+            first = samples.read(list(range(min(4, samples.count))))
+        data = b"".join(_bytes(value) for _, value in sorted(first.items()) if isinstance(value, Tensor))
+        data += labels.tobytes() if labels is not None else b""
+        return {
+            "model": hashlib.sha256(hashes.encode()).hexdigest(),
+            "samples": samples.count,
+            "data": hashlib.sha256(data).hexdigest(),
+            "options": dict(options),
+            "recipe": {**dict(self.context.described), "batch_size": self.context.recipe.batch_size},
+        }
+
+    def storage(self, wanted: str | None, usual: str) -> str | None:
+        """Where trials are kept: as wanted, ``"memory"`` for nowhere, None for a file in the output folder."""
+        if wanted is not None:
+            return None if wanted == "memory" else wanted
+        if self.context.folder is None:
+            return None
+        self.context.folder.mkdir(parents=True, exist_ok=True)
+        return str(Path(self.context.folder) / usual)
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        count = self.context.samples.count
+        if not count:
+            self.context.samples.read([])  # says why samples cannot be read by number
+        size = round(count * self.validation)
+        if not 1 <= size < count:
+            raise OptionError(
+                f"validation={self.validation:g} of {count} training samples leaves {count - size} to train "
+                f"and {size} to score on: give more samples, or another share."
+            )
+        labels = self.context.labels
+        counts = np.unique(labels, return_counts=True)[1] if labels is not None else np.array([0])
+        fits = counts.min() > 1 and min(size, count - size) >= len(counts)
+        rows = train_test_split(np.arange(count), test_size=size, random_state=0, stratify=labels if fits else None)
+        return rows[0].tolist(), rows[1].tolist()
+
+
+def short(signature: Mapping[str, Any]) -> str:
+    """A study's name needs no more than the beginning of its signature's hash."""
+    return hashlib.sha256(json.dumps(signature, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
