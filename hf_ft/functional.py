@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_ft.fields import OptionError
+
 __all__ = [
     "as_positions",
     "attention_distance",
@@ -344,3 +346,46 @@ def _same_shape(name: str, one: Tensor, other: Tensor) -> None:
             f"{name}: target {tuple(one.shape)} and source {tuple(other.shape)} differ in shape: both must come from "
             "the same layer of the same architecture, at one image size."
         )
+
+
+def disagreement(logits: Sequence[Tensor]) -> Tensor:
+    r"""How far the members of an ensemble are from their mean: :math:`\frac{1}{B N} \sum_b \sum_j \|z_j - \bar z\|_2`.
+
+    The norm is not squared, and its gradient is 0 where the members agree.
+
+    Args:
+        logits: N of (B, C).
+
+    Returns:
+        A scalar, in the type of the logits.
+    """
+    stacked = torch.stack(list(logits))
+    # torch's own norm has the subgradient 0 at 0, where the root of a sum of squares has none.
+    return torch.linalg.vector_norm(stacked - stacked.mean(dim=0), dim=-1).mean()
+
+
+def collaborative_loss(logits: Sequence[Tensor], labels: Tensor, consistency: float = 0.2) -> Tensor:
+    r"""The loss of AMCF: every member's cross-entropy, and how far they are from each other.
+
+    .. math:: \sum_j \mathrm{CE}(z_j, y) + \lambda \frac{1}{B} \sum_b \frac{1}{N} \sum_j \|z_j - \bar z\|_2,
+        \qquad \bar z = \frac{1}{N} \sum_j z_j
+
+    With one member it is the cross-entropy.
+
+    Args:
+        logits: of N members, (B, C) each.
+        labels: (B,), class numbers.
+        consistency: lambda, >= 0.
+
+    Raises:
+        OptionError: no member, members of different shapes, or a negative weight.
+
+    Reference: Feng et al., PeerJ Computer Science 2107 (2024), as in the authors' code.
+    """
+    shapes = [tuple(member.shape) for member in logits]
+    if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 2:
+        raise OptionError(f"logits: (B, C) of each member is needed, all alike, not {shapes}.")
+    if not consistency >= 0:
+        raise OptionError(f"consistency={consistency!r} lies outside [0, inf). Default: 0.2.")
+    loss = torch.stack([nn.functional.cross_entropy(member, labels) for member in logits]).sum()
+    return loss + consistency * disagreement(logits) if consistency else loss

@@ -17,6 +17,9 @@ logger = logging.get_logger(__name__)
 
 _POOLING = re.compile(r".*Pool(?:ing)?\w*")
 _ACTIVATION = re.compile(r".*(?:ReLU\d?|[EGS]ELU|SiLU|Swish|Mish|Sigmoid|Tanh|Activation)", re.I)
+# Inside of a block: what carries its input past it, and what weighs its channels.
+_SHORTCUT = re.compile(r"\.(?:shortcut|downsample)\b")
+_GATE = re.compile(r"\.(?:squeeze_excit\w*|se(?:_module|_layer)?|attention\.\d)\b")
 # Of the module that defines torch's activations, what is none: it weighs inputs.
 _NO_ACTIVATION = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
 
@@ -74,6 +77,42 @@ def weight_layers(model: nn.Module, head: str | None = None, blocks: str | None 
         AnatomyError: head or blocks cannot be told.
     """
     return tuple(placed.layer for placed in placed_layers(model, anatomy(model, head=head, blocks=blocks)))
+
+
+def main_path_layers(model: nn.Module, head: str | None = None, blocks: str | None = None) -> tuple[Layer, ...]:
+    """As :func:`weight_layers`, but for what lies beside the main path, which does not count.
+
+    A block's shortcut belongs to its first layer, since it starts from the block's input too; a gate that weighs
+    channels (squeeze-and-excitation) to the layer before it. A ResNet-50 has 49.
+    """
+    found = anatomy(model, head=head, blocks=blocks)
+    tops = {part.name: part.modules for part in found.parts}
+    made: list[tuple[str, Layer]] = []
+    waiting: list[Layer] = []  # shortcuts that are defined before all else of their block
+    for placed in placed_layers(model, found):
+        inside = _inside(placed, tops[placed.part])
+        if not _SHORTCUT.search(inside) and not (_GATE.search(inside) and made):
+            made.append((placed.part, _merged([*waiting, placed.layer])))
+            waiting = []
+        elif _GATE.search(inside):
+            made[-1] = (made[-1][0], _merged([made[-1][1], placed.layer]))
+        elif (first := next((i for i, (part, _) in enumerate(made) if part == placed.part), None)) is not None:
+            made[first] = (placed.part, _merged([placed.layer, made[first][1]]))
+        else:
+            waiting.append(placed.layer)
+    return tuple(layer for _, layer in made)
+
+
+def _inside(placed: PlacedLayer, tops: Names) -> str:
+    """The path of a layer below the module of its part: patch merging, say, is called a downsample too."""
+    name = placed.layer.modules[0]
+    top = next((top for top in tops if covers(top, name)), "")
+    return name.removeprefix(top) if top else name
+
+
+def _merged(layers: list[Layer]) -> Layer:
+    names = tuple(name for layer in layers for name in layer.modules)
+    return Layer(names, sum(layer.parameters for layer in layers))
 
 
 def placed_layers(model: nn.Module, found: Anatomy) -> tuple[PlacedLayer, ...]:

@@ -1,5 +1,6 @@
 """The strategies. One file is one strategy; importing this package registers all of them."""
 
+from hf_ft.strategies.amcf import AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig
 from hf_ft.strategies.blockwise import BlockwiseConfig
 from hf_ft.strategies.bss import BSSConfig
@@ -16,6 +17,7 @@ from hf_ft.strategies.soft import LwFConfig, SoftConfig
 from hf_ft.strategies.tred import TREDConfig
 
 __all__ = [
+    "AMCFConfig",
     "AttentionTransferConfig",
     "BSSConfig",
     "BlockwiseConfig",

@@ -1,0 +1,234 @@
+"""AMCF: several source models fine-tuned together; a swarm chooses how many layers of each stay frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_ft.anatomy import Anatomy, batch_norms, members_of, unwrap
+from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
+from hf_ft.fields import OptionError, option
+from hf_ft.functional import disagreement, wide
+from hf_ft.layers import main_path_layers
+from hf_ft.plan import EVERYTHING, Names, Plan, Stage, Surgery, Term, compose, covers
+from hf_ft.registry import register
+from hf_ft.swarm_scores import SwarmScores
+from hf_ft.swarm_search import SwarmSearch
+from hf_ft.view import View
+
+logger = logging.get_logger(__name__)
+Frozen = tuple[int, ...]
+
+
+@register("amcf")
+@dataclass(frozen=True, kw_only=True)
+class AMCFConfig(FTConfig):
+    r"""Fine-tune several source models together, each from a layer on that a particle swarm chooses.
+
+    Each of the :math:`N` members has a head of its own and trains with its own cross-entropy; a term holds their
+    logits :math:`z_j` together:
+
+    .. math:: \sum_j \mathrm{CE}(z_j, y) + \lambda \cdot \mathrm{mean}_b \tfrac1N \sum_j \|z_j - \bar z\|_2
+
+    Of member :math:`j` the first :math:`k_j` layers stay frozen. The model is a
+    :class:`~hf_ft.CollaborativeModel`, which :func:`hf_ft.load_sources` makes; any other is taken for one member.
+    """
+
+    paper = Paper(
+        "Feng et al.",
+        "Adaptive multi-source domain collaborative fine-tuning for transfer learning",
+        "PeerJ Computer Science 10:e2107, 2024",
+        "https://doi.org/10.7717/peerj-cs.2107",
+    )
+    formula = (
+        "sum_j CE(z_j, y) + consistency * mean_batch( 1/N sum_j ||z_j - mean_i z_i||_2 )\n"
+        "member j trains from its layer k_j on; (k_1, ..., k_N) from a particle swarm\n"
+        "prediction: argmax sum_j z_j"
+    )
+    recommended = {
+        "optim": Recommended("sgd", "code"),
+        "optim_args": Recommended("momentum=0.9", "code"),
+        "learning_rate": Recommended(0.01, "code"),
+        "weight_decay": Recommended(5e-4, "code"),
+        "lr_scheduler_type": Recommended("cosine", "ours"),  # the authors' steps are no schedule of Transformers
+        "max_grad_norm": Recommended(0.0, "ours", "clipping by the common norm couples the members"),
+    }
+
+    source_models: tuple[str, ...] = option(
+        (), "Hub ids, folders or short names of the source models; hf_ft.load_sources and the command line load them."
+    )
+    consistency: float = option(0.2, "Weight of the members' disagreement.", range="[0, inf)", source="code")
+    frozen: tuple[int, ...] | Literal["search"] = option(
+        "search",
+        "How many layers of each member stay frozen, counted from the input: a list such as [12, 30], [0, 0] for none; "
+        "'search' lets a particle swarm find out.",
+        source="code",
+    )
+    prediction: Literal["sum", "mean_probability"] = option(
+        "sum", "How the members' logits become one: their sum, or the log of the mean probability.", source="code"
+    )
+    freeze_norm_statistics: bool = option(
+        True, "Frozen layers keep their BatchNorm statistics; False lets these move, as in the authors' code."
+    )
+    particles: int = option(10, "Particles of the swarm.", range="[1, inf)", source="code")
+    iterations: int = option(5, "Moves of the swarm.", range="[1, inf)", source="code")
+    search_epochs: int = option(5, "Epochs of each training in the search.", range="[1, inf)", source="code")
+    search_budget: int | None = option(
+        None, "Train so many distinct positions at most; None for as many as the swarm visits.", range="[1, inf)"
+    )
+    patience: int | None = option(
+        None, "Stop the search when the best score did not grow for so many moves; None for never.", range="[1, inf)"
+    )
+    halving: bool = option(False, "Give up the worse positions early (successive halving); False trains all.")
+    validation: float = option(0.25, "Share of the training samples that scores the positions.", range="(0, 1)")
+    metric: str = option(
+        "accuracy", "What scores them, of the ensemble: accuracy, balanced_accuracy, macro_f1 or loss."
+    )
+    search_seed: int = option(0, "Seed of the swarm, and of the trainings in it.", range="[0, inf)")
+    storage: str | None = option(
+        None,
+        "Where the trials are kept: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
+        "swarm_search.db in the output folder. Processes with one storage share one search.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("source_models", "frozen"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        super().__post_init__()
+
+    # --- before training -----------------------------------------------------------------------------------
+
+    def check_model(self, model: nn.Module) -> None:
+        members = self.members(model)
+        if self.source_models and len(self.source_models) != len(members):
+            raise OptionError(
+                f"AMCFConfig.source_models names {len(self.source_models)} models and the model has {len(members)} "
+                "members: load it with hf_ft.load_sources(config.source_models, num_labels=...)."
+            )
+        if self.frozen != "search":
+            self._check_frozen(self.frozen, self.layers(model))
+        without = [name or type(member).__name__ for name, member in members if not batch_norms(member)]
+        if without and not self.freeze_norm_statistics:
+            raise OptionError(
+                f"AMCFConfig.freeze_norm_statistics=False: {without[0]} has no BatchNorm, whose statistics could move. "
+                "Set it to True."
+            )
+
+    def _check_frozen(self, frozen: Frozen, layers: Sequence[int]) -> None:
+        if len(frozen) != len(layers):
+            raise OptionError(
+                f"AMCFConfig.frozen={list(frozen)!r} has {len(frozen)} numbers for {len(layers)} members: one each."
+            )
+        for j, (k, count) in enumerate(zip(frozen, layers, strict=True)):
+            if not 0 <= k < count:
+                raise OptionError(
+                    f"AMCFConfig.frozen={list(frozen)!r}: member {j} has {count} layers, of which 0 to {count - 1} can "
+                    f"stay frozen, not {k}."
+                )
+
+    def measures(self) -> bool:
+        return self.frozen == "search"
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        scores = SwarmSearch(model, self, context).run()
+        return State(info={"swarm": scores.to_dict(), "frozen": list(scores.best.position)})
+
+    # --- the plan ------------------------------------------------------------------------------------------
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        return self._plan(model, self.chosen(state))
+
+    def chosen(self, state: State) -> Frozen:
+        """How many layers of each member stay frozen.
+
+        Raises:
+            OptionError: that was to be searched, and was not.
+        """
+        if self.frozen != "search":
+            return self.frozen
+        if "frozen" not in state.info:
+            raise OptionError("AMCFConfig(frozen='search') searches before it plans: pass a context, or states.")
+        return tuple(state.info["frozen"])
+
+    def scores(self, state: State) -> SwarmScores:
+        """Every position that ``frozen="search"`` visited, and its score."""
+        return SwarmScores.from_dict(state.info["swarm"])
+
+    def learned(self, state: State) -> str:
+        return self.scores(state).verdict() if "swarm" in state.info else ""
+
+    def plan_for(self, model: nn.Module, frozen: Frozen) -> Plan:
+        """The whole plan that trains one position of the search."""
+        return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, frozen)])
+
+    def _plan(self, model: nn.Module, frozen: Frozen) -> Plan:
+        members = self.members(model)
+        self._check_frozen(frozen, self.layers(model))
+        trains = (
+            EVERYTHING
+            if not any(frozen)
+            else tuple(
+                name
+                for (prefix, member), k in zip(members, frozen, strict=True)
+                for name in self._after(prefix, member, k)
+            )
+        )
+        surgery: tuple[Surgery, ...] = ()
+        terms: tuple[Term, ...] = ()
+        if members_of(unwrap(model)[0]):
+            surgery = (SetPrediction(self.prediction),)
+        if len(members) > 1:
+            terms = (Term("consistency", _disagreement, weight=self.consistency),)
+        norm_mode: Any = "auto" if self.freeze_norm_statistics else "train"
+        return Plan(surgery=surgery, terms=terms, stages=(Stage("collaborative", trains, norm_mode=norm_mode),))
+
+    # --- members -------------------------------------------------------------------------------------------
+
+    def members(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The members with their module names; a model that has none is the only one."""
+        base, prefix = unwrap(model)
+        found = members_of(base)
+        return [(f"{prefix}{name}", member) for name, member in found] if found else [("", model)]
+
+    def layers(self, model: nn.Module) -> tuple[int, ...]:
+        """How many layers each member has, counted on the main path."""
+        return tuple(len(main_path_layers(m, self.head, self.blocks)) for _, m in self.members(model))
+
+    def _after(self, prefix: str, member: nn.Module, frozen: int) -> Names:
+        """Names of a member's parameters that train, by their names in the whole model."""
+        if not frozen:
+            return (prefix,)
+        layers = main_path_layers(member, self.head, self.blocks)
+        still = [module for layer in layers[:frozen] for module in layer.modules]
+        still += _loose(self.anatomy(member), [module for layer in layers for module in layer.modules])
+        names = [n for n, _ in member.named_parameters() if not any(covers(module, n) for module in still)]
+        return tuple(f"{prefix}.{name}" if prefix else name for name in names)
+
+
+@dataclass(frozen=True)
+class SetPrediction:
+    """Surgery: how the members' logits become one."""
+
+    prediction: str
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        base: Any = unwrap(model)[0]
+        base.config.prediction = self.prediction
+        return model
+
+
+def _disagreement(view: View) -> Tensor:
+    return disagreement([wide(logits) for logits in view.outputs["member_logits"]])
+
+
+def _loose(found: Anatomy, layers: Sequence[str]) -> list[str]:
+    """What of the stem is in no layer (a class token): it stands before the first."""
+    return [
+        name for name in found.stem.modules if not any(covers(name, layer) or covers(layer, name) for layer in layers)
+    ]

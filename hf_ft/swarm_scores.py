@@ -1,0 +1,262 @@
+"""What a search by :mod:`hf_ft.swarm` found: the way of each particle, and a score per position that was trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_ft.checkpoint import CheckpointError
+from hf_ft.fields import OptionError
+from hf_ft.swarm import Swarm, truncated
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The score of one distinct position.
+
+    Attributes:
+        position: (N,), how many layers of each model stay frozen.
+        score: of the best epoch, higher is better; ``-inf`` where training diverged.
+        epochs: how many were trained.
+        seconds: how long that took.
+        pruned: whether it was given up early, so that its score is not of a whole run.
+        steps: the score after each epoch.
+    """
+
+    position: tuple[int, ...]
+    score: float
+    epochs: int = 0
+    seconds: float = 0.0
+    pruned: bool = False
+    steps: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_scores(f"position {self.position}", (self.score, *self.steps))
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it may be the best: neither pruned nor diverged."""
+        return not self.pruned and math.isfinite(self.score)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All particles at one time.
+
+    Attributes:
+        positions: (P, N).
+        velocities: (P, N).
+        scores: (P,), what each particle was told of its position; ``-inf`` where training diverged.
+    """
+
+    positions: tuple[tuple[float, ...], ...]
+    velocities: tuple[tuple[float, ...], ...]
+    scores: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        counts = len(self.positions), len(self.velocities), len(self.scores)
+        if len(set(counts)) > 1 or not self.positions:
+            raise OptionError(
+                f"a generation has {counts[0]} positions, {counts[1]} velocities and {counts[2]} scores: give one of "
+                "each per particle."
+            )
+        _check_scores("a generation", self.scores)
+
+    @classmethod
+    def of(cls, swarm: Swarm, scores: Iterable[float]) -> Generation:
+        """The present positions of a swarm, with their scores (P,)."""
+        positions, velocities = (tuple(map(tuple, array.tolist())) for array in (swarm.positions, swarm.velocities))
+        return cls(positions, velocities, tuple(map(float, scores)))
+
+    def integers(self) -> tuple[tuple[int, ...], ...]:
+        """The positions as they were trained: (P, N)."""
+        return truncated(self.positions)
+
+
+@dataclass(frozen=True)
+class SwarmScores:
+    """The record of a search.
+
+    Attributes:
+        metric: what the scores are; higher is better.
+        members: (N,), the names of the models.
+        layers: (N,), how many each has.
+        generations: those that were scored as a whole, from the start on.
+        evaluations: one per distinct position, in the order of the first visit.
+        stopped: why the search ended early, in words; empty where it did not.
+    """
+
+    metric: str
+    members: tuple[str, ...]
+    layers: tuple[int, ...]
+    generations: tuple[Generation, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    stopped: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise OptionError("members is empty: name each model.")
+        if len(self.members) != len(self.layers):
+            raise OptionError(f"members={self.members!r} and layers={self.layers!r} differ in length: give one each.")
+        for position in (position for generation in self.generations for position in generation.integers()):
+            _check_position(position, self.layers)
+        seen: set[tuple[int, ...]] = set()
+        for position in (evaluation.position for evaluation in self.evaluations):
+            _check_position(position, self.layers)
+            if position in seen:
+                raise OptionError(f"position {position} has two evaluations: keep the first.")
+            seen.add(position)
+
+    @property
+    def best(self) -> Evaluation:
+        """The highest score among those not pruned; of equals, the one that was visited first.
+
+        Raises:
+            OptionError: all are pruned or diverged.
+        """
+        found = self._best()
+        if found is None:
+            raise OptionError(
+                "no position was trained to the end with a finite score, so none is the best: lower the learning "
+                "rate, or prune later."
+            )
+        return found
+
+    @property
+    def visits(self) -> int:
+        """How many particles asked for a score, counting each generation anew."""
+        visited = [position for generation in self.generations for position in generation.integers()]
+        # A generation that was left half scored is no part of the record, but its evaluations are.
+        return len(visited) + len({evaluation.position for evaluation in self.evaluations} - set(visited))
+
+    def evaluation(self, position: Sequence[int]) -> Evaluation | None:
+        """What a position scored, if it was trained."""
+        return next((found for found in self.evaluations if found.position == tuple(position)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: lists, strings, numbers, and null for ``-inf``."""
+        return {
+            "metric": self.metric,
+            "members": list(self.members),
+            "layers": list(self.layers),
+            "generations": [
+                {
+                    "positions": [list(row) for row in generation.positions],
+                    "velocities": [list(row) for row in generation.velocities],
+                    "scores": _numbers(generation.scores),
+                }
+                for generation in self.generations
+            ],
+            "evaluations": [
+                {
+                    "position": list(found.position),
+                    "score": _numbers([found.score])[0],
+                    "epochs": found.epochs,
+                    "seconds": found.seconds,
+                    "pruned": found.pruned,
+                    "steps": _numbers(found.steps),
+                }
+                for found in self.evaluations
+            ],
+            "stopped": self.stopped,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> SwarmScores:
+        """What :meth:`to_dict` wrote.
+
+        Raises:
+            CheckpointError: something is missing or cannot be; the message names it.
+        """
+        try:
+            return cls(
+                metric=content["metric"],
+                members=tuple(content["members"]),
+                layers=tuple(content["layers"]),
+                generations=tuple(map(_generation, content["generations"])),
+                evaluations=tuple(map(_evaluation, content["evaluations"])),
+                stopped=content["stopped"],
+            )
+        except KeyError as error:
+            raise CheckpointError(f"these are no swarm scores: {error} is missing. Take another file.") from error
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"these swarm scores are damaged ({error}). Take another file.") from error
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Headers, and a row of text for each position, the highest score first."""
+        best = self._best()
+        ordered = sorted(self.evaluations, key=lambda found: -found.score)
+        return (*self.members, "score", "epochs", "seconds", "note"), [self._row(found, best) for found in ordered]
+
+    def verdict(self) -> str:
+        """What the search says, for a reader who knows nothing of swarms."""
+        best, trained = self._best(), len(self.evaluations)
+        pruned = sum(found.pruned for found in self.evaluations)
+        parts = ["no position was trained to the end with a finite score" if best is None else self._frozen(best)]
+        parts.append(f"{trained} distinct positions of {self.visits} visits were trained")
+        parts[-1] += f", {pruned} of them pruned" if pruned else ""
+        nothing = self.evaluation([0] * len(self.members))
+        if nothing is not None:
+            parts.append(f"with nothing frozen {_shown(nothing.score)}{' (pruned)' if nothing.pruned else ''}")
+        return (
+            "; ".join(parts) + "." + (f" The search ended early: {self.stopped.rstrip('.')}." if self.stopped else "")
+        )
+
+    def _best(self) -> Evaluation | None:
+        ranked = (found for found in self.evaluations if found.ranks)
+        return max(ranked, key=lambda found: found.score, default=None)
+
+    def _row(self, found: Evaluation, best: Evaluation | None) -> tuple[str, ...]:
+        notes = ["best" if found is best else "", "pruned" if found.pruned else ""]
+        notes.append("" if math.isfinite(found.score) else "diverged")
+        frozen = (f"{count} of {total}" for count, total in zip(found.position, self.layers, strict=True))
+        numbers = f"{found.score:.3f}", str(found.epochs), f"{found.seconds:.0f}"
+        return *frozen, *numbers, ", ".join(filter(None, notes))
+
+    def _frozen(self, found: Evaluation) -> str:
+        each = list(zip(found.position, self.layers, self.members, strict=True))
+        shares = [f"{each[0][0]} of {each[0][1]} layers of {each[0][2]}"]
+        shares += [f"{count} of {total} of {name}" for count, total, name in each[1:]]
+        listed = " and ".join(filter(None, [", ".join(shares[:-1]), shares[-1]]))
+        what = f"{self.metric.replace('_', ' ')} {found.score:.3f}"
+        return f"{listed} stay frozen ({what} on held-out training samples)"
+
+
+def _shown(score: float) -> str:
+    return f"{score:.3f}" if math.isfinite(score) else "training diverged"
+
+
+def _check_scores(whose: str, scores: Iterable[float]) -> None:
+    if not all(score < math.inf for score in scores):  # false for nan as well
+        raise OptionError(f"a score of {whose} is nan or inf: give -inf for a training that diverged.")
+
+
+def _check_position(position: tuple[int, ...], layers: tuple[int, ...]) -> None:
+    if len(position) != len(layers) or not all(0 <= k < total for k, total in zip(position, layers, strict=True)):
+        raise OptionError(f"position {position} does not fit the layers {layers}: give 0 to L - 1 for each model.")
+
+
+def _numbers(scores: Iterable[float]) -> list[float | None]:
+    return [score if math.isfinite(score) else None for score in scores]
+
+
+def _scores(numbers: Iterable[float | None]) -> tuple[float, ...]:
+    return tuple(-math.inf if number is None else number for number in numbers)
+
+
+def _generation(raw: Mapping[str, Any]) -> Generation:
+    positions, velocities = (tuple(map(tuple, raw[name])) for name in ("positions", "velocities"))
+    return Generation(positions, velocities, _scores(raw["scores"]))
+
+
+def _evaluation(raw: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(
+        position=tuple(raw["position"]),
+        score=_scores([raw["score"]])[0],
+        epochs=raw["epochs"],
+        seconds=raw["seconds"],
+        pruned=raw["pruned"],
+        steps=_scores(raw["steps"]),
+    )

@@ -1,0 +1,185 @@
+"""The search for how many layers of each source model stay frozen: a swarm whose evaluations are Optuna trials.
+
+Reference: Feng et al., PeerJ Computer Science 2107 (2024). The swarm itself: :mod:`hf_ft.swarm`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_ft.config import Context
+from hf_ft.run import Run, start
+from hf_ft.short_trainings import ShortTrainings, short
+from hf_ft.swarm import begin, move, remember
+from hf_ft.swarm_scores import Evaluation, Generation, SwarmScores
+from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
+
+if TYPE_CHECKING:
+    from hf_ft.strategies.amcf import AMCFConfig
+
+STORAGE = "swarm_search.db"
+Position = tuple[int, ...]
+
+
+@dataclass
+class SwarmSearch:
+    """Move a swarm over the numbers of frozen layers; score each distinct position once.
+
+    Every position starts from the same weights, the same heads, the same order of the data, and has the same budget.
+    Its score is the ensemble's, of its best epoch, on a split carved from the training samples. A generation waits for
+    all of its particles; these are trials of one Optuna study, which any number of processes may share, and an
+    interrupted search goes on where it was.
+
+    Args:
+        model: the source models with new heads; not changed.
+        options: swarm, budget, metric and storage.
+        context: samples and recipe, for instance :meth:`hf_ft.FTTrainer.context`.
+        progress: whether to show a bar; None for what the context says.
+
+    Raises:
+        OptionError: an option does not fit the model or the data, or the storage cannot be opened.
+        ImportError: Optuna is missing.
+    """
+
+    model: nn.Module
+    options: AMCFConfig
+    context: Context
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.layers = options.layers(self.model)
+        self.trainings = ShortTrainings(
+            self.model, self.context, options.metric, options.validation, options.search_epochs
+        )
+        # What moves the swarm is not part of it: another swarm on the same study finds what was trained.
+        unused = ["frozen", "storage", "particles", "iterations", "search_budget", "patience", "source_models"]
+        told = {key: value for key, value in options.to_dict().items() if key not in unused}
+        self._signature = self.trainings.describe(told)
+        self._jobs: dict[Position, Job] = {}
+
+    def run(self) -> SwarmScores:
+        """Train and score what no earlier or other process has; returns all generations."""
+        options = self.options
+        swarm = begin(self.layers, options.particles, options.search_seed)
+        found: dict[Position, Outcome] = {}
+        generations: list[Generation] = []
+        grew, stopped = 0, ""
+        with self._bar() as bar:
+            for generation in range(options.iterations + 1):
+                new = [position for position in dict.fromkeys(swarm.integers()) if position not in found]
+                room = len(new) if options.search_budget is None else options.search_budget - len(found)
+                found |= self._evaluate(new[:room], bar.trained)
+                scores = [_fitness(found.get(position)) for position in swarm.integers()]
+                generations.append(Generation.of(swarm, scores))
+                bar.visited(generation + 1)
+                known = remember(swarm, scores)
+                grew = generation if known.leader_score > swarm.leader_score else grew
+                if len(new) > room:
+                    stopped = f"the budget of {options.search_budget} trainings was used up"
+                elif options.patience is not None and generation - grew >= options.patience:
+                    stopped = f"the best score did not grow for {options.patience} moves"
+                if stopped or generation == options.iterations:
+                    break
+                swarm = move(known, self.layers, options.iterations, options.search_seed)
+        return SwarmScores(
+            metric=options.metric,
+            members=self._names(),
+            layers=self.layers,
+            generations=tuple(generations),
+            evaluations=tuple(_evaluation(position, outcome) for position, outcome in found.items()),
+            stopped=stopped,
+        )
+
+    def _evaluate(self, new: Sequence[Position], progress: Callable[..., None]) -> dict[Position, Outcome]:
+        """Score these positions, together with all processes that search on the same storage."""
+        if not new:
+            return {}
+        options = self.options
+        keys = {position: "-".join(map(str, position)) for position in new}
+        jobs = [Job(keys[p], {f"frozen_{j}": k for j, k in enumerate(p)}) for p in new]
+        positions = {key: position for position, key in keys.items()}
+        planned = False
+
+        def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
+            nonlocal planned
+            if not planned:  # by the first trial that really runs: a search that is complete records nothing
+                planned = True
+                self.trainings.plan_recordings(self._start(position) for position in new)
+            scores = self.trainings.train(self._start(positions[job.key]), options.search_seed, report)
+            return max(scores), {"epochs": len(scores)}
+
+        outcomes = run_trials(
+            jobs,
+            evaluate,
+            storage=self.trainings.storage(options.storage, STORAGE),
+            name=f"swarm-{short(self._signature)}",
+            signature=self._signature,
+            pruner=Halving() if options.halving else None,
+            progress=progress,
+        )
+        return {position: outcomes[key] for position, key in keys.items()}
+
+    def _start(self, position: Position) -> Run:
+        """A copy of the model, made ready to train from these layers on."""
+        model = copy.deepcopy(self.model)
+        return start((self.options,), model, self.options.plan_for(model, position), {})
+
+    def _names(self) -> tuple[str, ...]:
+        """What the members are called: the sources' names where they are known and differ, else classes."""
+        members = self.options.members(self.model)
+        known = [getattr(getattr(member, "config", None), "_name_or_path", "") or "" for _, member in members]
+        names = [
+            name.rstrip("/").rpartition("/")[2] or type(m).__name__ for name, (_, m) in zip(known, members, strict=True)
+        ]
+        return tuple(name if names.count(name) == 1 else f"{name} ({j})" for j, name in enumerate(names))
+
+    def _bar(self) -> _Bar:
+        shown = self.context.progress if self.progress is None else self.progress
+        return _Bar(self.options.particles, self.options.iterations + 1, self.options.metric, not shown)
+
+
+class _Bar:
+    """A progress bar over all visits, which shows the best score so far."""
+
+    def __init__(self, particles: int, generations: int, metric: str, hidden: bool) -> None:
+        self.bar = tqdm(total=particles * generations, desc="Moving the swarm", disable=hidden, leave=False)
+        self.particles, self.metric, self.best, self.before = particles, metric, -math.inf, 0
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def trained(self, done: int, total: int, outcome: Outcome | None) -> None:
+        self.bar.n = self.before + done
+        if outcome is not None and not outcome.pruned and outcome.value > self.best:
+            self.best = outcome.value
+            self.bar.set_postfix_str(f"best {self.metric} {self.best:.3f} with {outcome.key} layers frozen")
+        self.bar.refresh()
+
+    def visited(self, generations: int) -> None:
+        self.before = self.bar.n = self.particles * generations
+        self.bar.refresh()
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def _fitness(outcome: Outcome | None) -> float:
+    """What a particle is told: the best epoch's score, of one that was given up early the best until then."""
+    if outcome is None:
+        return -math.inf
+    if outcome.pruned:
+        return max(outcome.steps, default=-math.inf)
+    return outcome.value
+
+
+def _evaluation(position: Position, outcome: Outcome) -> Evaluation:
+    epochs = len(outcome.steps) or int(outcome.info.get("epochs", 0))
+    return Evaluation(position, _fitness(outcome), epochs, outcome.seconds, outcome.pruned, outcome.steps)
