@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -204,8 +204,8 @@ def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> li
             tops = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
             shown = ", ".join([*tops[:6], "...", *tops[-2:]] if len(tops) > 8 else tops)
             raise OptionError(f"stage {stage.name!r}: {prefix!r} matches no parameter. There are: {shown}.")
-    allowed = set(trainable)
-    found = [name for name in names if name in allowed and any(covers(prefix, name) for prefix in stage.trains)]
+    allowed, trains = set(trainable), set(stage.trains)
+    found = [name for name in names if name in allowed and covered(name, trains)]
     if not found:
         raise OptionError(
             f"stage {stage.name!r}: {', '.join(stage.trains) or 'the model'} holds no parameter that is free to "
@@ -217,6 +217,17 @@ def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> li
 def covers(prefix: str, name: str) -> bool:
     """Whether a module or parameter name covers a parameter name; ``""`` covers all."""
     return prefix in ("", name) or name.startswith(prefix + ".")
+
+
+def covered(name: str, prefixes: Collection[str]) -> bool:
+    """Whether one of many module or parameter names, best as a set, covers a parameter name."""
+    return "" in prefixes or any(parent in prefixes for parent in _parents(name))
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def stage_index(progress_borders: Sequence[int], step: int) -> int:

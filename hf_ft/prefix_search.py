@@ -50,20 +50,8 @@ def find_prefix(
     Returns:
         None where no border gives the full forward's outputs.
     """
-    samples = _samples(first)
-    if samples is None or _samples(second) is None:
-        return None
-    search = _Search(model, _trace(model, first), first, second, samples, frozenset(varying))
-    found = [cut for chain in live if (cut := search.cut(chain, alone=len(live) == 1)) is not None]
-    if not found:
-        return None
-    needed = search.pixels
-    # Several chains may read one column, and not all of them may have a border: each is dropped where that shows not.
-    for column in search.pixels if len(live) > 1 else ():
-        if search.works(found, needed - {column}):
-            needed = needed - {column}
-    prefix = search.prefix(found, needed if len(live) > 1 else frozenset())
-    return prefix if search.same(prefix) else None
+    finder = PrefixFinder.of(model, first, second, varying)
+    return None if finder is None else finder.find(live)
 
 
 @dataclass(frozen=True)
@@ -74,8 +62,8 @@ class _Cut:
     left_out: tuple[_Call, ...]
 
 
-class _Search:
-    """Finds where a traced model can be cut, by trying."""
+class PrefixFinder:
+    """Finds prefixes of one model, for any number of stages: it is traced once, and no chain's cut is sought twice."""
 
     def __init__(
         self,
@@ -95,6 +83,35 @@ class _Search:
         names = [call.name for call in calls]
         self.once = {name for name, times in Counter(names).items() if times == 1}
         self.full, self.inputs = _observed(model, lambda: model(**second))
+        self._known: dict[tuple[Chain, bool], _Cut | None] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, first: Batch, second: Batch, varying: Iterable[str] = ()) -> PrefixFinder | None:
+        """As :func:`find_prefix`; None where the batches' tensors do not have an entry per sample each."""
+        samples = _samples(first)
+        if samples is None or _samples(second) is None:
+            return None
+        return cls(model, _trace(model, first), first, second, samples, frozenset(varying))
+
+    def find(self, live: Sequence[Chain]) -> FrozenPrefix | None:
+        """As :func:`find_prefix`."""
+        alone = len(live) == 1
+        found = [cut for chain in live if (cut := self._memorised(chain, alone)) is not None]
+        if not found:
+            return None
+        needed = frozenset() if alone else self.pixels
+        # Several chains may read one column, and not all of them may have a border: each is dropped if that shows not.
+        for column in () if alone else self.pixels:
+            if self.works(found, needed - {column}):
+                needed = needed - {column}
+        prefix = self.prefix(found, needed)
+        return prefix if self.same(prefix) else None
+
+    def _memorised(self, chain: Chain, alone: bool) -> _Cut | None:
+        key = Chain(chain.name, chain.parts[:1]), alone  # what comes later does not matter
+        if key not in self._known:
+            self._known[key] = self.cut(chain, alone)
+        return self._known[key]
 
     def cut(self, chain: Chain, alone: bool) -> _Cut | None:
         """The latest cut of a chain; None where there is none.

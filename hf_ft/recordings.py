@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix, activations
 from hf_ft.objective import Objective
 from hf_ft.parts import Chain
-from hf_ft.prefix_search import find_prefix
+from hf_ft.prefix_search import PrefixFinder
 from hf_ft.row_cache import GB, Columns, FrozenCache, RowsDiffer, RowStore, same_each_time
 from hf_ft.undisturbed import random_states_kept
 
@@ -73,6 +73,7 @@ class Recordings:
         self._prefixes: dict[tuple[Chain, ...], FrozenPrefix | None] = {}
         self._stores: dict[str, RowStore] = {}  # by border, and by column of the batch
         self._planned: dict[str, None] = {}
+        self._finder: PrefixFinder | None = None
         self.passes = 0
         some = list(range(0, samples.count, max(1, samples.count // 8)))[:8]
         usable = samples.count >= 4 and cache.use != "never"
@@ -86,12 +87,21 @@ class Recordings:
         key = tuple(Chain(chain.name, chain.parts[:1]) for chain in objective.alive.chains)
         if key not in self._prefixes:
             with random_states_kept(), self._computing():
-                small = self.samples.read([0, 1]), self.samples.read([0, 2, 3])
-                found = find_prefix(objective.model, objective.alive.chains, *small)
+                finder = self._finder_of(objective.model)
+                found = None if finder is None else finder.find(objective.alive.chains)
             # Not with the copy it was found on, which would stay in memory.
             self._prefixes[key] = None if found is None else dataclasses.replace(found, model=self.model)
         found = self._prefixes[key]
         return None if found is None else dataclasses.replace(found, model=objective.model)
+
+    def _finder_of(self, model: nn.Module) -> PrefixFinder | None:
+        """One for the model and all of its copies; a copy with adapters has other modules, and its own."""
+        small = self.samples.read([0, 1]), self.samples.read([0, 2, 3])
+        if [name for name, _ in model.named_modules()] != [name for name, _ in self.model.named_modules()]:
+            return PrefixFinder.of(model, *small)
+        if self._finder is None:
+            self._finder = PrefixFinder.of(self.model, *small)
+        return self._finder
 
     def plan(self, prefix: FrozenPrefix) -> None:
         """Record these borders, too, in the next pass if there is room: they will be asked for."""
@@ -129,7 +139,9 @@ class Recordings:
             if key in missing or used + size[key] <= room:
                 stores[key] = self._empty(first[key], [*self._stores.values(), *stores.values()])
         for start in range(0, self.samples.count, PASS):
-            rows = list(range(start, min(start + PASS, self.samples.count)))
+            # All batches as large: kernels for a few samples round otherwise, and training may amplify that.
+            end = min(start + PASS, self.samples.count)
+            rows = list(range(max(0, end - PASS), end))
             for key, values in self._compute(list(stores), rows).items():
                 stores[key].put(torch.tensor(rows), {VALUES: values})
         self._stores |= stores

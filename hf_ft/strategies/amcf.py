@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers.utils import logging
 
-from hf_ft.anatomy import Anatomy, batch_norms, members_of, unwrap
+from hf_ft.anatomy import batch_norms, members_of, unwrap
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
 from hf_ft.fields import OptionError, option
 from hf_ft.functional import disagreement, wide
-from hf_ft.layers import main_path_layers
-from hf_ft.plan import EVERYTHING, Names, Plan, Stage, Surgery, Term, compose, covers
+from hf_ft.layers import Layer, main_path_layers
+from hf_ft.plan import Names, Plan, Stage, Surgery, Term, compose, covered
 from hf_ft.registry import register
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import SwarmSearch
 from hf_ft.view import View
 
-logger = logging.get_logger(__name__)
 Frozen = tuple[int, ...]
 
 
@@ -168,16 +166,12 @@ class AMCFConfig(FTConfig):
         return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, frozen)])
 
     def _plan(self, model: nn.Module, frozen: Frozen) -> Plan:
-        members = self.members(model)
-        self._check_frozen(frozen, self.layers(model))
-        trains = (
-            EVERYTHING
-            if not any(frozen)
-            else tuple(
-                name
-                for (prefix, member), k in zip(members, frozen, strict=True)
-                for name in self._after(prefix, member, k)
-            )
+        members = self._members_with_layers(model)
+        self._check_frozen(frozen, [len(layers) for _, _, layers in members])
+        trains = tuple(
+            name
+            for (prefix, member, layers), k in zip(members, frozen, strict=True)
+            for name in self._after(prefix, member, layers, k)
         )
         surgery: tuple[Surgery, ...] = ()
         terms: tuple[Term, ...] = ()
@@ -198,16 +192,24 @@ class AMCFConfig(FTConfig):
 
     def layers(self, model: nn.Module) -> tuple[int, ...]:
         """How many layers each member has, counted on the main path."""
-        return tuple(len(main_path_layers(m, self.head, self.blocks)) for _, m in self.members(model))
+        return tuple(len(layers) for _, _, layers in self._members_with_layers(model))
 
-    def _after(self, prefix: str, member: nn.Module, frozen: int) -> Names:
-        """Names of a member's parameters that train, by their names in the whole model."""
+    def _members_with_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, tuple[Layer, ...]]]:
+        return [(name, m, main_path_layers(m, self.head, self.blocks)) for name, m in self.members(model)]
+
+    def _after(self, prefix: str, member: nn.Module, layers: Sequence[Layer], frozen: int) -> Names:
+        """What of a member trains, by names in the whole model: all but its first layers."""
         if not frozen:
             return (prefix,)
-        layers = main_path_layers(member, self.head, self.blocks)
-        still = [module for layer in layers[:frozen] for module in layer.modules]
-        still += _loose(self.anatomy(member), [module for layer in layers for module in layer.modules])
-        names = [n for n, _ in member.named_parameters() if not any(covers(module, n) for module in still)]
+        still = {module for layer in layers[:frozen] for module in layer.modules}
+        inside = {module for layer in layers for module in layer.modules}
+        stem = set(self.anatomy(member).stem.modules)
+        # What of the stem is in no layer (a class token) stands before the first.
+        names = [
+            name
+            for name, _ in member.named_parameters()
+            if not covered(name, still) and (covered(name, inside) or not covered(name, stem))
+        ]
         return tuple(f"{prefix}.{name}" if prefix else name for name in names)
 
 
@@ -225,10 +227,3 @@ class SetPrediction:
 
 def _disagreement(view: View) -> Tensor:
     return disagreement([wide(logits) for logits in view.outputs["member_logits"]])
-
-
-def _loose(found: Anatomy, layers: Sequence[str]) -> list[str]:
-    """What of the stem is in no layer (a class token): it stands before the first."""
-    return [
-        name for name in found.stem.modules if not any(covers(name, layer) or covers(layer, name) for layer in layers)
-    ]

@@ -1,0 +1,166 @@
+"""What the search over frozen layers costs, as ratios in one run: `python tests/benchmarks/swarm.py`.
+
+Two MobileNetV2 at 64 px, 200 images of MNIST (150 train, 50 score), batch 32, SGD with momentum, CPU; the paper's
+budget: 10 particles, 5 moves, 5 epochs.
+
+- search: as it is. Every distinct position is trained once, and starts from recorded activations.
+- floor: the training steps and scoring passes of the same positions alone, from activations that are there already.
+- uncached: the same search, every forward pass from the pixels.
+- authors: every particle of every generation trained anew, from the pixels.
+- cheaper (`--cheaper`): halving, fewer epochs, patience; their time, and the score of what they find, trained as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import quiet, ready
+
+from hf_ft import AMCFConfig, FTTrainer, SwarmScores, SwarmSearch
+from hf_ft.cli.demo_data import Cells, channels_last
+from hf_ft.fit import _epoch
+from hf_ft.sources import load_sources
+from hf_ft.testing.training import tiny_arguments
+from hf_ft.zoo import mnist5k, stratified_split
+
+IMAGES, BATCH = 200, 32
+CONFIG = AMCFConfig(storage="memory", validation=0.25)
+CHEAPER = {
+    "halving": {"halving": True},
+    "2 epochs": {"search_epochs": 2},
+    "patience 2": {"patience": 2},
+    "2 epochs, patience 2": {"search_epochs": 2, "patience": 2},
+}
+
+
+def searching(model: Any, data: Cells, config: AMCFConfig, cache: str) -> SwarmSearch:
+    """A search made ready; nothing is trained or recorded yet."""
+    args = tiny_arguments(
+        tempfile.mkdtemp(),
+        optim="sgd",
+        optim_args="momentum=0.9",
+        learning_rate=0.01,
+        weight_decay=5e-4,
+        lr_scheduler_type="cosine",
+        max_grad_norm=0.0,
+        per_device_train_batch_size=BATCH,
+        remove_unused_columns=False,
+    )
+    trainer = FTTrainer(
+        model, args, strategy=config, train_dataset=data, data_collator=channels_last, frozen_cache=cache
+    )
+    return SwarmSearch(model, config, trainer.context(), progress=False)
+
+
+def timed(search: SwarmSearch) -> tuple[float, SwarmScores]:
+    began = time.perf_counter()
+    found = search.run()
+    return time.perf_counter() - began, found
+
+
+def authors(search: SwarmSearch, scores: SwarmScores) -> float:
+    """Seconds of training every particle of every generation anew."""
+    began = time.perf_counter()
+    for generation in scores.generations:
+        for position in generation.integers():
+            search.trainings.train(search._start(position), 0)
+    return time.perf_counter() - began
+
+
+def floor(search: SwarmSearch, scores: SwarmScores) -> float:
+    """Seconds of the steps and scoring passes of all distinct positions, everything else done before the clock runs."""
+    trainings, total = search.trainings, 0.0
+    recipe, batches = search.context.recipe, trainings._batches
+    for evaluation in scores.evaluations:
+        run = search._start(evaluation.position)
+        objective = run.objective(recipe.task_loss)
+        objective.enter(run.plan.stages[0])
+        batches.follow(objective)
+        optimizer = recipe.optimizer(run.param_groups(recipe.learning_rate, recipe.weight_decay))
+        for epoch in range(CONFIG.search_epochs):
+            chunks = _epoch(trainings.train_rows, BATCH, 0, epoch, run.model)
+            steps = [batches.take(rows) for rows in chunks]
+            held = trainings.validation_rows
+            scored = [batches.take(held[i : i + BATCH]) for i in range(0, len(held), BATCH)]
+            objective.train()
+            began = time.perf_counter()
+            for batch in steps:
+                objective(**batch)["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            objective.eval()
+            with torch.no_grad():
+                for batch in scored:
+                    objective(**batch)
+            total += time.perf_counter() - began
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--particles", type=int, default=10)
+    parser.add_argument("--cheaper", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "swarm.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    quiet()
+    model, processor = load_sources(["mobilenet_v2", "mobilenet_v2"], num_labels=10, image_size=64)
+    data = ready(stratified_split(mnist5k(), IMAGES, 0, 0), processor)["train"]
+    config = dataclasses.replace(CONFIG, particles=options.particles)
+    searching(model, data, dataclasses.replace(config, particles=1, iterations=1), "always").run()  # warms up
+    cached, plain = searching(model, data, config, "always"), searching(model, data, config, "never")
+    seconds: dict[str, float] = {}
+    seconds["search"], scores = timed(cached)
+    seconds["floor"] = floor(cached, scores)
+    print(f"best {scores.best.position}: {scores.best.score:.3f}; {len(scores.evaluations)} positions", flush=True)
+    entry: dict[str, Any] = {"best": scores.best.score, "position": list(scores.best.position)}
+    if options.cheaper:
+        entry["cheaper"] = cheaper(model, data, config, cached)
+    else:
+        seconds["uncached"], other = timed(plain)
+        gaps = [abs(a.score - b.score) for a, b in zip(scores.evaluations, other.evaluations, strict=True)]
+        entry["largest_gap"] = max(gaps)
+        seconds["authors"] = authors(plain, scores)
+    entry |= {
+        "positions": len(scores.evaluations),
+        "visits": scores.visits,
+        "recording_passes": cached.trainings.recordings.passes,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "ratios": {
+            f"search / {name}": seconds["search"] / value for name, value in seconds.items() if name != "search"
+        },
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(entry, indent=2))
+
+
+def cheaper(model: Any, data: Cells, config: AMCFConfig, judge: SwarmSearch) -> dict[str, Any]:
+    """Time and finding of the cheaper searches; what each finds is trained as long as in the whole search."""
+    found: dict[str, Any] = {}
+    for name, changes in CHEAPER.items():
+        seconds, scores = timed(searching(model, data, dataclasses.replace(config, **changes), "always"))
+        position = scores.best.position
+        judged = max(judge.trainings.train(judge._start(position), 0))
+        epochs = sum(evaluation.epochs for evaluation in scores.evaluations)
+        found[name] = {"seconds": round(seconds, 1), "position": list(position), "score": judged, "epochs": epochs}
+        print(name, found[name], flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()
