@@ -8,14 +8,19 @@ from hf_ft.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_b
 from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import BlockSearch
 from hf_ft.checkpoint import CheckpointError, load_delta, load_weights
+from hf_ft.collaborative import CollaborativeConfig, CollaborativeModel
+from hf_ft.collaborative_processor import CollaborativeImageProcessor, CollaborativeTokenizer
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
 from hf_ft.fields import OptionError, option
+from hf_ft.functional import collaborative_loss
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, Rate, Stage, Stream, Term, compose
 from hf_ft.registry import config_class, register
 from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, set_up
+from hf_ft.sources import load_sources
 from hf_ft.strategies import (
+    AMCFConfig,
     AttentionTransferConfig,
     BlockwiseConfig,
     BSSConfig,
@@ -32,11 +37,14 @@ from hf_ft.strategies import (
     SoftConfig,
     TREDConfig,
 )
+from hf_ft.swarm_scores import SwarmScores
+from hf_ft.swarm_search import SwarmSearch
 from hf_ft.trainer import FTTrainer
 from hf_ft.view import View
 from hf_ft.zoo import from_pretrained
 
 __all__ = [
+    "AMCFConfig",
     "Anatomy",
     "AnatomyError",
     "AttentionTransferConfig",
@@ -46,6 +54,10 @@ __all__ = [
     "BlockSearch",
     "BlockwiseConfig",
     "CheckpointError",
+    "CollaborativeConfig",
+    "CollaborativeImageProcessor",
+    "CollaborativeModel",
+    "CollaborativeTokenizer",
     "CoTuningConfig",
     "Context",
     "DAFTConfig",
@@ -71,12 +83,15 @@ __all__ = [
     "Stage",
     "SoftConfig",
     "State",
+    "SwarmScores",
+    "SwarmSearch",
     "Stream",
     "TREDConfig",
     "TaskLoss",
     "Term",
     "View",
     "anatomy",
+    "collaborative_loss",
     "compose",
     "config_class",
     "convert_batch_norm",
@@ -85,6 +100,7 @@ __all__ = [
     "from_pretrained",
     "load_configs",
     "load_delta",
+    "load_sources",
     "load_weights",
     "option",
     "register",

@@ -24,13 +24,12 @@ from transformers.utils import logging
 from hf_ft.anatomy import anatomy
 from hf_ft.config import FTConfig, State, read_config_file, shared_option, write_configs
 from hf_ft.plan import covers
+from hf_ft.weight_files import COLLABORATIVE, WEIGHTS_NAME, has_whole_weights
 
 STATE_NAME = "ft_state.safetensors"
 DELTA_NAME = "ft_delta.safetensors"
 MODULES_NAME = "ft_modules.safetensors"
 BUFFERS_NAME = "ft_buffers.safetensors"
-WEIGHTS_NAME = "model.safetensors"
-WEIGHTS_NAMES = (WEIGHTS_NAME, "model.safetensors.index.json", "adapter_model.safetensors")
 TRAINER_STATE = "trainer_state.json"
 INCOMPLETE = "incomplete-"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
@@ -159,12 +158,9 @@ def is_complete(folder: Path) -> bool:
         json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         read_config_file(folder)
         read_states(folder)
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, framework="pt"):  # reads the header and checks it against the file's length
-                pass
-    except (OSError, ValueError, SafetensorError):
+        return has_whole_weights(folder)
+    except (OSError, ValueError):
         return False
-    return any((folder / name).exists() for name in WEIGHTS_NAMES)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -296,5 +292,8 @@ def _load_base(name: str, folder: Path) -> nn.Module:
     import transformers
 
     config = AutoConfig.from_pretrained(folder)
-    model_class: Any = getattr(transformers, config.architectures[0])
+    if config.model_type == COLLABORATIVE:
+        model_class: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    else:
+        model_class = getattr(transformers, config.architectures[0])
     return model_class.from_pretrained(name, config=config, ignore_mismatched_sizes=True)

@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value, load_
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.utils import logging
 
+from .collaborative_processor import CollaborativeTokenizer
 from .zoo import DATASETS, Task, stratified_split
 
 ROW = "__row__"  # the row number in the source: splits are shuffled, and an error must name the row
@@ -351,7 +352,7 @@ def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, 
     images = [_open_rgb(value, row) for value, row in zip(values, rows, strict=True)]
     if change := AUGMENTATIONS[augment]:
         images = [change(image) for image in images]
-    ready = {"pixel_values": list(processor(images=images, return_tensors="pt")["pixel_values"])}
+    ready = {name: list(tensor) for name, tensor in processor(images=images, return_tensors="pt").items()}
     return ready | ({"labels": columns.encode(batch[columns.label])} if columns.label in batch else {})
 
 
@@ -432,6 +433,5 @@ def _images(split: Dataset, processor: Any, columns: Columns, augment: str) -> D
 
 def collate(processor: Any) -> Callable[[list[Any]], Any]:
     """Choose what stacks prepared rows into a batch: padding for a tokenizer, plain stacking for images."""
-    if isinstance(processor, PreTrainedTokenizerBase):
-        return DataCollatorWithPadding(processor)
-    return default_data_collator
+    text = isinstance(processor, PreTrainedTokenizerBase | CollaborativeTokenizer)
+    return DataCollatorWithPadding(processor) if text else default_data_collator

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from hf_ft.anatomy import is_dropout
+from hf_ft.anatomy import batch_norms, is_dropout
 from hf_ft.parts import Chain, Part
-from hf_ft.plan import covers
+from hf_ft.plan import Stage, covers
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,15 @@ class Liveness:
     chains: tuple[Chain, ...]
     resting: tuple[nn.Module, ...]
     has_prefix: bool
+
+
+def moving_norms(model: nn.Module, stage: Stage, trained: Collection[str]) -> list[str]:
+    """The normalisation layers that use and move batch statistics in a stage which trains these parameters."""
+    if stage.norm_mode == "train":
+        return [name for name, _ in batch_norms(model)]
+    if stage.norm_mode == "eval":
+        return []
+    return [name for name, _ in batch_norms(model) if any(covers(name, parameter) for parameter in trained)]
 
 
 def liveness(model: nn.Module, chains: Sequence[Chain], trained: Collection[str], moving: Collection[str]) -> Liveness:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_ft.config import FTConfig
 from hf_ft.fields import describe_value, options
+from hf_ft.weight_files import COLLABORATIVE, member_folder
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -67,19 +68,19 @@ def model_card(
     Args:
         configs: the strategies, whose options and papers it names.
         model: for its task and class.
-        base_model: name or path the model was loaded from; a path is left out.
+        base_model: name or path the model was loaded from; a path is left out. An ensemble knows its members' own.
         metrics: evaluation results to show.
         arguments: training arguments to show.
         learned: what a strategy has to say of its measuring, by ``ft_type``.
         card_fields: further metadata (license, language, datasets, ...).
     """
-    base = base_model_id(base_model)
+    bases = _bases(model, base_model)
     task = _task(model)
     names = [config.ft_type for config in configs]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        base_model=base,
+        base_model=bases[0] if len(bases) == 1 else bases or None,
         tags=list(dict.fromkeys(["hf_ft", *names, *tags])),
         model_name=model_name,
         eval_results=_results(metrics, task),
@@ -89,12 +90,29 @@ def model_card(
         data,
         template_str=_TEMPLATE,
         model_name=model_name,
-        base_sentence=f"[{base}](https://huggingface.co/{base})" if base else "A pretrained model",
+        base_sentence=_sentence(model, bases),
         strategies="\n\n".join(_describe(config, (learned or {}).get(config.ft_type, "")) for config in configs),
         training=_table({k: v for k, v in arguments.items() if v is not None}, "argument"),
         results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
         usage=_usage(model, model_name),
     )
+
+
+def _bases(model: Any, base_model: str | None) -> list[str]:
+    """The ids of what the model was made from, each once."""
+    names = model.config.sources if _is_ensemble(model) else [base_model]
+    return list(dict.fromkeys(filter(None, map(base_model_id, names))))
+
+
+def _sentence(model: Any, bases: Sequence[str]) -> str:
+    links = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
+    if _is_ensemble(model):
+        return f"An ensemble of {len(model.members)} members{f' from {links},' if links else ','}"
+    return links or "A pretrained model"
+
+
+def _is_ensemble(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) == COLLABORATIVE
 
 
 def _describe(config: FTConfig, learned: str = "") -> str:
@@ -118,6 +136,8 @@ def _table(rows: Mapping[str, Any], title: str) -> str:
 
 
 def _task(model: Any) -> str | None:
+    if _is_ensemble(model):
+        return {"image": "image-classification", "text": "text-classification"}[model.config.task]
     name = type(model).__name__
     for ending, task in (
         ("ForImageClassification", "image-classification"),
@@ -144,10 +164,28 @@ def _results(metrics: Mapping[str, float], task: str | None) -> list[EvalResult]
 
 
 def _usage(model: Any, model_name: str) -> str:
+    if isinstance(model, PreTrainedModel) and _is_ensemble(model):
+        return _ensemble_usage(model, model_name)
     name = type(model).__name__
     if isinstance(model, PreTrainedModel):
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
     return f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("{model_name}")'
+
+
+def _ensemble_usage(model: Any, model_name: str) -> str:
+    auto = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
+    name = auto[model.config.task]
+    return "\n".join(
+        [
+            "import hf_ft  # makes the ensemble known to Transformers",
+            f"from transformers import {name}",
+            "",
+            f'model = {name}.from_pretrained("{model_name}")',
+            "",
+            "# One member alone, which does not need hf_ft:",
+            f'member = {name}.from_pretrained("{model_name}", subfolder="{member_folder(0)}")',
+        ]
+    )
 
 
 def write_card(card: ModelCard, folder: Path) -> None:

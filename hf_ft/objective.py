@@ -13,7 +13,7 @@ from hf_ft.fields import OptionError
 from hf_ft.frozen_prefix import FrozenPrefix, take_activations
 from hf_ft.functional import wide
 from hf_ft.joint_forward import STREAM, StreamBatch, forward, take_streams
-from hf_ft.liveness import liveness
+from hf_ft.liveness import liveness, moving_norms
 from hf_ft.parts import Chain
 from hf_ft.plan import Names, Plan, Stage, Term, covers, trained_by
 from hf_ft.reference import Reference, recorded_states
@@ -240,19 +240,11 @@ class Objective(nn.Module):
             parameter.requires_grad_(name in trained)
         self.trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self._view.forget()
-        awake: list[nn.Module] = []
-        asleep: list[nn.Module] = []
-        moving: list[str] = []
-        for name, norm in batch_norms(self.model):
-            own = any(covers(name, parameter) for parameter in trained)
-            if stage.norm_mode == "train" or (stage.norm_mode == "auto" and own):
-                awake.append(norm)
-                moving.append(name)
-            else:
-                asleep.append(norm)
+        moving = moving_norms(self.model, stage, trained)
         self.alive = liveness(self.model, self.chains, trained, moving)
-        self._asleep = [*self.alive.resting, *asleep]
-        self._awake = awake if stage.norm_mode == "train" else []
+        norms = dict(batch_norms(self.model))
+        self._asleep = [*self.alive.resting, *(norm for name, norm in norms.items() if name not in moving)]
+        self._awake = [norms[name] for name in moving] if stage.norm_mode == "train" else []
         self.prefix = None
         self._settled = False
         self._choose_terms()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,13 +100,15 @@ class PrefixFinder:
         found = [cut for chain in live if (cut := self._memorised(chain, alone)) is not None]
         if not found:
             return None
-        needed = frozenset() if alone else self.pixels
-        # Several chains may read one column, and not all of them may have a border: each is dropped if that shows not.
-        for column in () if alone else self.pixels:
-            if self.works(found, needed - {column}):
-                needed = needed - {column}
-        prefix = self.prefix(found, needed)
-        return prefix if self.same(prefix) else None
+        if alone:
+            return self.prefix(found, frozenset())  # tried already
+        # Several chains may read one column, and not all of them may have a border: what is needed shows by trying.
+        for number in range(len(self.pixels) + 1):
+            for needed in itertools.combinations(sorted(self.pixels), number):
+                prefix = self.prefix(found, frozenset(needed))
+                if self.same(prefix):
+                    return prefix
+        return None
 
     def _memorised(self, chain: Chain, alone: bool) -> _Cut | None:
         key = Chain(chain.name, chain.parts[:1]), alone  # what comes later does not matter

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix, activations
+from hf_ft.liveness import Liveness
 from hf_ft.objective import Objective
 from hf_ft.parts import Chain
 from hf_ft.prefix_search import PrefixFinder
@@ -81,18 +82,22 @@ class Recordings:
 
     def prefix(self, objective: Objective) -> FrozenPrefix | None:
         """What can be left out in the present stage of a copy of the model, perhaps one with adapters."""
-        if not self.usable or objective.wants_inputs or not objective.alive.has_prefix:
+        return None if objective.wants_inputs else self.prefix_of(objective.model, objective.alive)
+
+    def prefix_of(self, model: nn.Module, alive: Liveness) -> FrozenPrefix | None:
+        """What can be left out of a copy of the model, or of itself, where this is alive."""
+        if not self.usable or not alive.has_prefix:
             return None
         # Copies differ in what follows the prefix only.
-        key = tuple(Chain(chain.name, chain.parts[:1]) for chain in objective.alive.chains)
+        key = tuple(Chain(chain.name, chain.parts[:1]) for chain in alive.chains)
         if key not in self._prefixes:
             with random_states_kept(), self._computing():
-                finder = self._finder_of(objective.model)
-                found = None if finder is None else finder.find(objective.alive.chains)
+                finder = self._finder_of(model)
+                found = None if finder is None else finder.find(alive.chains)
             # Not with the copy it was found on, which would stay in memory.
             self._prefixes[key] = None if found is None else dataclasses.replace(found, model=self.model)
         found = self._prefixes[key]
-        return None if found is None else dataclasses.replace(found, model=objective.model)
+        return None if found is None else dataclasses.replace(found, model=model)
 
     def _finder_of(self, model: nn.Module) -> PrefixFinder | None:
         """One for the model and all of its copies; a copy with adapters has other modules, and its own."""

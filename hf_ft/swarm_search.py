@@ -15,6 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_ft.config import Context
+from hf_ft.liveness import liveness, moving_norms
+from hf_ft.plan import trained_by
 from hf_ft.run import Run, start
 from hf_ft.short_trainings import ShortTrainings, short
 from hf_ft.swarm import begin, move, remember
@@ -63,7 +65,7 @@ class SwarmSearch:
         unused = ["frozen", "storage", "particles", "iterations", "search_budget", "patience", "source_models"]
         told = {key: value for key, value in options.to_dict().items() if key not in unused}
         self._signature = self.trainings.describe(told)
-        self._jobs: dict[Position, Job] = {}
+        self._chains = options.anatomy(self.model).chains
 
     def run(self) -> SwarmScores:
         """Train and score what no earlier or other process has; returns all generations."""
@@ -112,7 +114,7 @@ class SwarmSearch:
             nonlocal planned
             if not planned:  # by the first trial that really runs: a search that is complete records nothing
                 planned = True
-                self.trainings.plan_recordings(self._start(position) for position in new)
+                self._plan_recordings(new)
             scores = self.trainings.train(self._start(positions[job.key]), options.search_seed, report)
             return max(scores), {"epochs": len(scores)}
 
@@ -126,6 +128,20 @@ class SwarmSearch:
             progress=progress,
         )
         return {position: outcomes[key] for position, key in keys.items()}
+
+    def _plan_recordings(self, new: Sequence[Position]) -> None:
+        """Tell which borders will be asked for, so that one pass over the samples records all."""
+        recordings, trainable = (
+            self.trainings.recordings,
+            [n for n, p in self.model.named_parameters() if p.requires_grad],
+        )
+        for position in new:
+            stage = self.options.plan_for(self.model, position).stages[0]
+            trained = set(trained_by(stage, self.model, trainable))
+            moving = moving_norms(self.model, stage, trained)
+            prefix = recordings.prefix_of(self.model, liveness(self.model, self._chains, trained, moving))
+            if prefix is not None:
+                recordings.plan(prefix)
 
     def _start(self, position: Position) -> Run:
         """A copy of the model, made ready to train from these layers on."""

@@ -16,6 +16,9 @@ import transformers as hf
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from torch import Tensor, nn
 
+from hf_ft.collaborative import CollaborativeConfig
+from hf_ft.collaborative_processor import CollaborativeTokenizer
+from hf_ft.fields import OptionError
 from hf_ft.plan import covers
 from hf_ft.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
 
@@ -172,6 +175,8 @@ def _label_options(num_labels: int | None, id2label: Mapping[int, str] | None) -
 
 def task_of(config: hf.PreTrainedConfig) -> Task:
     """Tell an image from a text classifier by its config class; ``ValueError`` if it is neither or both."""
+    if isinstance(config, CollaborativeConfig):
+        return "image" if config.task == "image" else "text"
     image = type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     text = type(config) in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if image == text:
@@ -188,6 +193,8 @@ def _pretrained(
         for key, value in labels.items():  # not as arguments above, which warn where the checkpoint has other classes
             setattr(config, key, value)
         return auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
+    if isinstance(config, CollaborativeConfig):
+        raise OptionError(f"{source} is an ensemble: it has a head for each member, and no source head can be kept.")
     model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
     renew_head(model, labels, head)
     if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
@@ -231,14 +238,24 @@ def _source(name_or_path: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]
     return name_or_path, {key: value for key, value in hub.items() if value is not None} | {"trust_remote_code": False}
 
 
-def _processor(name_or_path: str, task: Task, image_size: int | None, revision: str | None) -> Any:
+def _processor(
+    name_or_path: str, config: hf.PreTrainedConfig, task: Task, image_size: int | None, revision: str | None
+) -> Any:
     if name_or_path in SHORT_NAMES and task == "image":
         return _image_processor(name_or_path, image_size or 224)
     source, hub = _source(name_or_path, {"revision": revision})
-    if task == "text":
-        return hf.AutoTokenizer.from_pretrained(source, **hub)
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
-    return hf.AutoImageProcessor.from_pretrained(source, **size, **hub)
+    try:
+        if task == "image":
+            return hf.AutoImageProcessor.from_pretrained(source, **size, **hub)
+        if isinstance(config, CollaborativeConfig) and len(set(config.inputs or [])) > 1:
+            return CollaborativeTokenizer.from_pretrained(source, revision=revision)
+        return hf.AutoTokenizer.from_pretrained(source, **hub)
+    except OSError as error:
+        what = "image processor" if task == "image" else "tokenizer"
+        raise OptionError(
+            f"{name_or_path} has no {what} ({error}): save the one of its base model there, with save_pretrained."
+        ) from error
 
 
 def load_model(
@@ -268,13 +285,13 @@ def load_model(
         head: the name of the head to keep, where it cannot be told (as the strategy's option of that name).
 
     Raises:
-        OptionError: a head that cannot be kept.
+        OptionError: a head that cannot be kept, or no image processor or tokenizer.
         ImportError: a short name's package is missing; the message holds the pip line.
         ValueError: ``num_labels`` and ``id2label`` disagree, or the task cannot be told.
     """
     more: dict[str, Any] = {"task": task, "image_size": image_size, "seed": seed, "revision": revision}
     model = _load(name_or_path, _label_options(num_labels, id2label), keep=keep_source_head, head=head, **more)
-    return model, _processor(name_or_path, task or task_of(model.config), image_size, revision)
+    return model, _processor(name_or_path, model.config, task or task_of(model.config), image_size, revision)
 
 
 def from_pretrained(

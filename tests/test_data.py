@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MobileNetV2ImageProcessorPil, PreTrainedTokenizerFast
 
+from hf_ft.collaborative_processor import combined
 from hf_ft.data import (
     ROW,
     collate,
@@ -32,12 +33,16 @@ def processor():
     return MobileNetV2ImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
 
 
+def make_tokenizer(*words, unit=pre_tokenizers.Whitespace):
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = unit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "good", "bad", "film"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64)
+    return make_tokenizer("good", "bad", "film")
 
 
 def write_images(folder, per_class, names=("cat", "dog"), size=(24, 20)):
@@ -247,6 +252,21 @@ def test_augmentation_changes_train_only(pets, processor):
     assert torch.equal(first, pixels(basic["train"]))
 
 
+def test_each_part_of_a_processor_sees_the_same_augmented_images(pets, processor):
+    other = MobileNetV2ImageProcessorPil(size={"height": 24, "width": 24}, do_center_crop=False, image_mean=[0.4] * 3)
+    columns = find_columns(pets)
+
+    def batch(processor):
+        random.seed(5)
+        return collate(processor)(prepare(pets, processor, columns, "basic")["train"].__getitems__([0, 3, 1]))
+
+    both, first, second = map(batch, (combined([processor, other]), processor, other))
+    assert set(both) == {"pixel_values", "pixel_values_1", "labels"}
+    assert torch.equal(both["pixel_values"], first["pixel_values"])
+    assert torch.equal(both["pixel_values_1"], second["pixel_values"])
+    assert torch.equal(both["labels"], first["labels"])
+
+
 def test_flip_and_shift_keeps_the_size_and_reflects():
     image = Image.fromarray(np.arange(24 * 16, dtype=np.uint16).reshape(16, 24).astype(np.uint8)).convert("RGB")
     random.seed(3)
@@ -295,6 +315,23 @@ def test_prepared_text_is_cut_and_padded(tmp_path, tokenizer):
     cut = prepare(splits, tokenizer, columns, max_length=2)["train"]
     assert {len(ids) for ids in cut["input_ids"][:]} == {2}
     assert set(ready["train"].column_names) <= {"input_ids", "attention_mask", "token_type_ids", "labels"}
+
+
+def test_text_for_several_tokenizers(tmp_path, tokenizer):
+    splits = load_splits(write_csv(tmp_path / "a.csv", [*REVIEWS, "bad good bad,negative"]))
+    columns = find_columns(splits)
+    digits = make_tokenizer("film", *map(str, range(9)), unit=lambda: pre_tokenizers.Digits(individual_digits=True))
+
+    def batch(tokenizer):
+        ready = prepare(splits, tokenizer, columns, max_length=3)["train"]
+        return collate(tokenizer)([ready[row] for row in range(len(ready))])
+
+    both, first, second = map(batch, (combined([tokenizer, digits, tokenizer]), tokenizer, digits))
+    wanted = {**first, **{f"{name}_1": tensor for name, tensor in second.items() if name != "labels"}}
+    assert both.keys() == wanted.keys() and all(torch.equal(both[name], wanted[name]) for name in wanted)
+    assert both["input_ids"].shape != both["input_ids_1"].shape or not torch.equal(
+        both["input_ids"], both["input_ids_1"]
+    )
 
 
 def test_text_pairs_and_missing_text(tokenizer):

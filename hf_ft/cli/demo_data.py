@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import PIL.Image
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import default_data_collator
 
+from hf_ft.collaborative_processor import column
 from hf_ft.data import flip_and_shift
 
 
@@ -16,38 +20,63 @@ class Cells(torch.utils.data.Dataset):
     """Images opened and resized once, then kept in memory: with small images, that is the slow part.
 
     Args:
-        augment: mirrored and shifted anew each time they are asked for.
+        size: the side that images are resized to. Where the parts of a collaborative processor want different sizes,
+            images are kept as they are, and each part resizes them to its own.
+        augment: mirrored and shifted anew each time they are asked for, alike for all parts of the processor.
         keep: keep what the processor makes of them, too.
     """
 
     def __init__(self, split: Dataset, processor: Any, size: int, augment: bool = False, keep: bool = False) -> None:
-        resample = PIL.Image.Resampling(getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC)
-        self.images = [row["image"].convert("RGB").resize((size, size), resample) for row in split]
+        self.parts = getattr(processor, "processors", [processor])
+        self.images = _resized([row["image"].convert("RGB") for row in split], self.parts, size)
         self.labels = split["label"][:]
-        self.processor = processor
         self.augment = augment
-        self.kept = self._pixels(self.images) if keep else None
+        self.kept = self._tensors(range(len(self)), augment=False) if keep else None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
         if self.kept is not None:
-            pixels = self.kept[rows]
+            tensors = {name: tensor[rows] for name, tensor in self.kept.items()}
         else:
-            images = [self.images[row] for row in rows]
-            pixels = self._pixels([flip_and_shift(image) for image in images] if self.augment else images)
-        return [{"pixel_values": p, "labels": self.labels[row]} for p, row in zip(pixels, rows, strict=True)]
+            tensors = self._tensors(rows, self.augment)
+        labels = [self.labels[row] for row in rows]
+        return [
+            {**{name: tensor[place] for name, tensor in tensors.items()}, "labels": label}
+            for place, label in enumerate(labels)
+        ]
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.__getitems__([row])[0]
 
-    def _pixels(self, images: list[PIL.Image.Image]) -> torch.Tensor:
-        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+    def _tensors(self, rows: Sequence[int], augment: bool) -> dict[str, Tensor]:
+        state = random.getstate()
+        tensors: dict[str, Tensor] = {}
+        for index, part in enumerate(self.parts):
+            images = [self.images[index][row] for row in rows]
+            if augment:
+                random.setstate(state)  # the same draws for every part
+                images = [flip_and_shift(image) for image in images]
+            made = part(images=images, return_tensors="pt")
+            tensors |= {column(name, index): tensor for name, tensor in made.items()}
+        return tensors
 
 
-def channels_last(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _resized(images: list[PIL.Image.Image], parts: Sequence[Any], size: int) -> list[list[PIL.Image.Image]]:
+    """For each part, the images at the size that all want, by the part's own kind of interpolation."""
+    sizes = [getattr(part, "size", None) for part in parts]
+    if any(other != sizes[0] for other in sizes):
+        return [images] * len(parts)
+    kinds = [PIL.Image.Resampling(getattr(part, "resample", None) or PIL.Image.Resampling.BICUBIC) for part in parts]
+    made = {kind: [image.resize((size, size), kind) for image in images] for kind in set(kinds)}
+    return [made[kind] for kind in kinds]
+
+
+def channels_last(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Stack rows with the channels innermost in memory: convolutions on a CPU run up to 1.5 times faster."""
     batch = default_data_collator(rows)
-    batch["pixel_values"] = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-    return batch
+    return {
+        name: tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+        for name, tensor in batch.items()
+    }

@@ -1,0 +1,291 @@
+"""An ensemble of classifiers as one model of Transformers: each member learns by its own loss, all predict together."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, logsigmoid
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from hf_ft.collaborative_config import AUTO, CollaborativeConfig, common_config, described
+from hf_ft.collaborative_processor import column
+from hf_ft.fields import OptionError
+from hf_ft.member_files import UPLOAD, check_count, merged, read_member, upload, write_member
+
+__all__ = ["CollaborativeConfig", "CollaborativeModel", "CollaborativeOutput", "joint_logits"]
+
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Tensors that a forward takes and no processor makes.
+_NOT_DATA = ("labels", "position_ids", "inputs_embeds", "head_mask", "bool_masked_pos")
+
+
+@dataclass
+class CollaborativeOutput(ModelOutput):
+    """What an ensemble returns.
+
+    Attributes:
+        loss: (), the sum of the members' losses, each on its own logits; with labels only.
+        logits: (B, C), the ensemble's.
+        member_logits: N tensors (B, C).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    member_logits: tuple[Tensor, ...] | None = None
+
+
+def joint_logits(logits: Iterable[Tensor], prediction: str, problem_type: str) -> Tensor:
+    r"""The ensemble's logits from its members' :math:`z_j`.
+
+    .. math::
+        \text{sum: } \sum_j z_j, \qquad
+        \text{mean\_probability: } \log \tfrac{1}{N} \sum_j \mathrm{softmax}(z_j)
+
+    With several labels at once, the latter is the logit of the mean sigmoid. Regression takes the mean of outputs.
+
+    Args:
+        logits: N tensors (B, C).
+        prediction: ``sum`` or ``mean_probability``.
+        problem_type: as in a config.
+
+    Returns:
+        (B, C)
+    """
+    stacked = torch.stack(tuple(logits))
+    if problem_type == "regression":
+        return stacked.mean(dim=0)
+    if prediction == "sum":
+        return stacked.sum(dim=0)
+    wide = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+    if problem_type == "multi_label_classification":  # 1/N is in both and goes away
+        return logsigmoid(wide).logsumexp(dim=0) - logsigmoid(-wide).logsumexp(dim=0)
+    return log_softmax(wide, dim=-1).logsumexp(dim=0) - math.log(len(wide))
+
+
+class CollaborativeModel(hf.PreTrainedModel):
+    r"""N classifiers as one model, with the loss :math:`\sum_j L_j(z_j, y)`.
+
+    Members may be of any architectures that Transformers knows, never of code from the Hub. On disk each is a plain
+    checkpoint in a folder of its own, ``member_0``, ``member_1``, ..., which loads without this package.
+
+    Args:
+        config: of the ensemble.
+        members: the modules; without them, new ones are built from the config.
+
+    Raises:
+        OptionError: the config has no members.
+    """
+
+    config_class = CollaborativeConfig
+    # The loss is a mean over the micro-batch, whatever number of items the accumulated batch has.
+    accepts_loss_kwargs = False
+    members: Any  # a ModuleList
+
+    def __init__(self, config: CollaborativeConfig, members: Sequence[Any] | None = None) -> None:
+        if not config.members:
+            raise OptionError("members: the config names none. Is it the config of an ensemble?")
+        attention = config._attn_implementation
+        super().__init__(config)
+        config._attn_implementation_internal = attention  # else it would be chosen for the members, too
+        if members is None:
+            build = AUTO[config.task].from_config
+            members = [build(config.member(index), trust_remote_code=False) for index in range(len(config.members))]
+        self.members = nn.ModuleList(members)
+        self.training = self.members.training = all(member.training for member in members)
+        self._takes = [_arguments_of(member) for member in members]
+        self.main_input_name = column(members[0].main_input_name, self._inputs[0])
+        self.supports_gradient_checkpointing = any(member.supports_gradient_checkpointing for member in members)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing: members have initialised themselves, and a head put in later would be drawn anew."""
+
+    @classmethod
+    def from_members(
+        cls,
+        models: Sequence[Any],
+        inputs: Sequence[int] | None = None,
+        prediction: str = "sum",
+        sources: Sequence[str | None] | None = None,
+    ) -> CollaborativeModel:
+        """An ensemble of these very modules; nothing is copied.
+
+        Args:
+            models: classifiers of Transformers, all for the same labels.
+            inputs: for each, which of the distinct processors makes what it reads; all the same by default.
+            prediction: ``sum`` or ``mean_probability``.
+            sources: for each, the public name of what it came from.
+
+        Raises:
+            OptionError: models that cannot work together; the message names them.
+        """
+        common = common_config(models)
+        common |= {"inputs": inputs, "prediction": prediction, "sources": sources}
+        return cls(CollaborativeConfig(members=[described(model) for model in models], **common), models)
+
+    @property
+    def _inputs(self) -> list[int]:
+        return self.config.inputs
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The columns of a batch that some member reads, but for the labels."""
+        members = zip(self.members, self._takes, self._inputs, strict=True)
+        found = [column(name, index) for member, takes, index in members for name in _data_names(member, takes)]
+        return tuple(dict.fromkeys(found))
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **more: Any,
+    ) -> CollaborativeOutput:
+        """Run every member on its own input.
+
+        Args:
+            pixel_values: (B, 3, H, W) from the first distinct processor; likewise ``input_ids`` (B, T), ...
+            labels: (B,), or (B, C) with several labels or targets at once.
+            more: what further processors make (``pixel_values_1``, ``input_ids_1``, ...), and options of the
+                members' forwards, for those that have them.
+
+        Raises:
+            OptionError: the input of a member is missing.
+        """
+        named = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        named |= {"token_type_ids": token_type_ids, **more}
+        given = {name: value for name, value in named.items() if value is not None}
+        answer: dict[str, Any] = {}
+        if labels is not None:
+            answer["labels"] = labels
+            for member in self.members:
+                member.config.problem_type = self.config.problem_type
+        outputs = [member(**self._arguments(index, given), **answer) for index, member in enumerate(self.members)]
+        if labels is not None and self.config.problem_type is None:  # told from the labels, as by any classifier
+            self.config.problem_type = self.members[0].config.problem_type
+        default = "regression" if self.config.num_labels == 1 else "single_label_classification"
+        logits = tuple(output.logits for output in outputs)
+        return CollaborativeOutput(
+            loss=None if labels is None else sum((output.loss for output in outputs[1:]), start=outputs[0].loss),
+            logits=joint_logits(logits, self.config.prediction, self.config.problem_type or default),
+            member_logits=logits,
+        )
+
+    def _arguments(self, index: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What one member's forward takes of the inputs: its own tensors under their plain names, and options."""
+        processor, own = self._inputs[index], {}
+        for name in self._takes[index]:
+            if column(name, processor) in given:
+                own[name] = given[column(name, processor)]
+            elif name in given and not isinstance(given[name], Tensor):
+                own[name] = given[name]
+        if not any(isinstance(value, Tensor) for value in own.values()):
+            wanted = column(self.members[index].main_input_name, processor)
+            raise OptionError(
+                f"member {index} reads {wanted!r}, and the inputs hold {sorted(given)}: make them with the processor "
+                "of the whole ensemble, and set remove_unused_columns=False where a Trainer drops columns."
+            )
+        return own
+
+    def soup(self, *, same_ancestor: bool | None = None) -> Any:
+        """One plain model with the mean of the members' weights: see :func:`hf_ft.soup.soup`."""
+        from hf_ft.soup import soup
+
+        return soup(self, same_ancestor=same_ancestor)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write ``config.json``, and each member to a folder of its own.
+
+        Args:
+            state_dict: weights to write instead of the present ones, by their names in this model.
+            push_to_hub: upload the files to ``repo_id`` (by default, the folder's name).
+            options: of any model's ``save_pretrained`` (``max_shard_size``, ...), and of the upload.
+        """
+        folder = Path(save_directory)
+        address = {name: options.pop(name) for name in UPLOAD if name in options}
+        for index, member in enumerate(self.members):
+            self.config.share_with(member.config)
+            write_member(member, index, folder, state_dict, is_main_process=is_main_process, **options)
+        if not is_main_process:
+            return
+        self.config.members = [described(member) for member in self.members]
+        dtypes = {member.dtype for member in self.members}
+        self.config.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+        if push_to_hub:
+            upload(folder, **address)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: Any = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Load an ensemble in eval mode, each member strictly and by its own class.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            config: instead of the one there.
+            output_loading_info: return the members' infos as well, in the names of this model.
+            options: of any model's ``from_pretrained`` (``revision``, ``dtype``, ...).
+
+        Raises:
+            CheckpointError: a file of a member is missing or damaged; the others can be loaded alone.
+        """
+        name = str(pretrained_model_name_or_path)
+        where = {key: options.pop(key) for key in _HUB if options.get(key) is not None}
+        dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
+        if not isinstance(config, hf.PreTrainedConfig):
+            options["return_unused_kwargs"] = True
+            config, options = CollaborativeConfig.from_pretrained(config or name, **where, **options)
+        check_count(config, name, where)
+        config = copy.deepcopy(config)
+        config.name_or_path = name
+        if dtype not in (None, "auto"):
+            config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        loaded = [read_member(config, index, name, where, **options) for index in range(len(config.members))]
+        model = cls(config, [member for member, _ in loaded]).eval()
+        return (model, merged(info for _, info in loaded)) if output_loading_info else model
+
+
+def _arguments_of(member: Any) -> dict[str, bool]:
+    """The names that a member's forward takes, and whether they are of tensors."""
+    found = inspect.signature(member.forward).parameters
+    return {name: "Tensor" in str(parameter.annotation) for name, parameter in found.items()}
+
+
+def _data_names(member: Any, takes: Mapping[str, bool]) -> list[str]:
+    """The arguments of a member's forward that come from data."""
+    tensors = [name for name, is_tensor in takes.items() if is_tensor]
+    # An image has no padding: what some vision models call so is an option.
+    apart = _NOT_DATA if member.main_input_name == "input_ids" else (*_NOT_DATA, "attention_mask")
+    return [name for name in dict.fromkeys([member.main_input_name, *tensors]) if name not in apart]
+
+
+hf.AutoConfig.register(CollaborativeConfig.model_type, CollaborativeConfig, exist_ok=True)
+for _auto in AUTO.values():
+    _auto.register(CollaborativeConfig, CollaborativeModel, exist_ok=True)

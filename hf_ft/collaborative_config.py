@@ -1,0 +1,142 @@
+"""The config of an ensemble of classifiers, and what its members must have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import transformers as hf
+
+from hf_ft.fields import OptionError
+from hf_ft.weight_files import COLLABORATIVE
+
+AUTO: dict[str, Any] = {"image": hf.AutoModelForImageClassification, "text": hf.AutoModelForSequenceClassification}
+_MAPPINGS: dict[str, Any] = {
+    "image": hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    "text": hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+PREDICTIONS = ("sum", "mean_probability")
+# The ensemble's config holds these for all members.
+_SHARED = ("id2label", "label2id", "problem_type")
+
+
+class CollaborativeConfig(hf.PreTrainedConfig):
+    """Config of an ensemble; labels and ``problem_type`` are as of any classifier, and the same for all members.
+
+    Args:
+        members: the members' configs as dicts, with ``model_type`` and ``architectures``.
+        inputs: for each member, which of the distinct processors makes what it reads.
+        prediction: ``sum`` of the logits, or ``mean_probability``.
+        task: ``image`` or ``text``.
+        sources: for each member, the public name of what it came from, if it has one.
+        ancestors: for each member, the public name of the pretrained model that it descends from, if known.
+
+    Raises:
+        OptionError: an unknown value, or another number of values than members.
+    """
+
+    model_type = COLLABORATIVE
+    keys_to_ignore_at_inference = ["member_logits"]
+
+    members: list[dict[str, Any]] | None = None
+    inputs: list[int] | None = None
+    prediction: str = "sum"
+    task: str = "image"
+    sources: list[str | None] | None = None
+    ancestors: list[str | None] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.members = list(self.members or [])
+        count = len(self.members)
+        self.inputs = [0] * count if self.inputs is None else list(self.inputs)
+        self.sources = [None] * count if self.sources is None else list(self.sources)
+        self.ancestors = [None] * count if self.ancestors is None else list(self.ancestors)
+        for name, known in (("prediction", PREDICTIONS), ("task", tuple(AUTO))):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}.")
+        for name in ("inputs", "sources", "ancestors"):
+            if len(getattr(self, name)) != count:
+                raise OptionError(f"{name}={getattr(self, name)!r}: one value for each of {count} members is needed.")
+        if set(self.inputs) != set(range(len(set(self.inputs)))):
+            raise OptionError(f"inputs={self.inputs!r}: number the distinct processors 0, 1, ... without a gap.")
+
+    def member(self, index: int) -> Any:
+        """The config of one member, with the ensemble's labels."""
+        assert self.members is not None
+        content = copy.deepcopy(self.members[index])
+        config = hf.AutoConfig.for_model(content.pop("model_type"), **content)
+        self.share_with(config)
+        config.dtype = self.dtype or config.dtype
+        if self._attn_implementation is not None:
+            config._attn_implementation = self._attn_implementation
+        return config
+
+    def share_with(self, config: Any) -> None:
+        """Give the config of a member what is the same for all."""
+        for name in _SHARED:
+            setattr(config, name, copy.deepcopy(getattr(self, name)))
+
+
+def described(model: Any) -> dict[str, Any]:
+    """The config of a member as a dict, without what the ensemble's holds."""
+    content = model.config.to_diff_dict()
+    content["architectures"] = [type(model).__name__]
+    return {name: value for name, value in content.items() if name not in _SHARED}
+
+
+def common_config(models: Sequence[Any]) -> dict[str, Any]:
+    """What the members have in common: ``task``, ``id2label``, ``label2id``, ``problem_type``.
+
+    Raises:
+        OptionError: they cannot work together; the message names them.
+    """
+    if not models:
+        raise OptionError("members: none are given; at least one classifier is needed.")
+    names = [f"member {index} ({type(model).__name__})" for index, model in enumerate(models)]
+    for index, model in enumerate(models):
+        if any(model is other for other in models[:index]):
+            raise OptionError(f"{names[index]} was given before: give a copy (copy.deepcopy).")
+    tasks = [_task_of(model, name) for model, name in zip(models, names, strict=True)]
+    for name, task, model in zip(names, tasks, models, strict=True):
+        if task != tasks[0]:
+            raise OptionError(f"{names[0]} is for {tasks[0]}, {name} for {task}: take members of one task.")
+        _same_labels(names[0], models[0].config, name, model.config)
+    problems = {model.config.problem_type: name for name, model in zip(names, models, strict=True)}
+    problems.pop(None, None)
+    if len(problems) > 1:
+        found = ", ".join(f"{name} has {problem!r}" for problem, name in problems.items())
+        raise OptionError(f"problem_type: {found}; give all members the same, or none.")
+    first = models[0].config
+    labels = {"id2label": dict(first.id2label), "label2id": dict(first.label2id)}
+    return {"task": tasks[0], "problem_type": next(iter(problems), None), **labels}
+
+
+def _same_labels(first: str, one: Any, name: str, other: Any) -> None:
+    fix = "load all members with the same num_labels or id2label."
+    if one.num_labels != other.num_labels:
+        raise OptionError(f"{first} has num_labels={one.num_labels}, {name} has num_labels={other.num_labels}: {fix}")
+    for index, label in one.id2label.items():
+        if other.id2label.get(index) != label:
+            raise OptionError(
+                f"id2label: {first} calls class {index} {label!r}, {name} calls it {other.id2label.get(index)!r}: {fix}"
+            )
+
+
+def _task_of(model: Any, name: str) -> str:
+    """What a classifier of Transformers is for, by its class."""
+    if not isinstance(model, hf.PreTrainedModel):
+        raise OptionError(f"{name} is no model of Transformers with a config: give a PreTrainedModel.")
+    if model.config.model_type == COLLABORATIVE:
+        raise OptionError(f"{name} is an ensemble itself: give its members, list(model.members).")
+    if getattr(type(model), "_auto_class", None) is not None:
+        raise OptionError(f"{name} runs code from the Hub, which is not loaded here: take a model of Transformers.")
+    for task, mapping in _MAPPINGS.items():
+        known = mapping.get(type(model.config), ())
+        if type(model) in (known if isinstance(known, tuple) else (known,)):
+            return task
+    raise OptionError(
+        f"{name} is no classifier that {' or '.join(auto.__name__ for auto in AUTO.values())} knows, so it could not "
+        "be loaded again: take one of Transformers, or register the class there and with AutoConfig."
+    )

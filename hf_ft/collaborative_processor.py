@@ -1,0 +1,299 @@
+"""One processor for the members of an ensemble that each normalise, resize or tokenise in their own way.
+
+Members whose processors do the same share one tensor. That of the first distinct processor keeps its plain name
+(``pixel_values``), those of the others get a number (``pixel_values_1``): see :func:`column`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.utils import IMAGE_PROCESSOR_NAME, PushToHubMixin, cached_file
+
+from hf_ft.checkpoint import CheckpointError
+from hf_ft.fields import OptionError
+
+TOKENIZERS_NAME = "collaborative_tokenizer.json"
+TYPE = "image_processor_type"
+# Where something was read from, or what reads it, does not change what it does.
+_ORIGINS = {"_processor_class", "processor_class", "feature_extractor_type", "auto_map", "name_or_path"}
+_ORIGINS |= {"_name_or_path", "vocab_file", "merges_file", "tokenizer_file", "special_tokens_map_file", "is_local"}
+_TEXT_SETTINGS = ("model_max_length", "padding_side", "truncation_side", "model_input_names", "special_tokens_map")
+
+
+def column(name: str, index: int) -> str:
+    """The batch's name of a tensor that the distinct processor of this index makes."""
+    return name if index == 0 else f"{name}_{index}"
+
+
+def distinct(processors: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The processors that differ in class, settings or vocabulary, and for each given one the index of its own.
+
+    Raises:
+        OptionError: one is missing, or no image processor or tokenizer, or there are both.
+    """
+    _same_kind(processors, BaseImageProcessor, PreTrainedTokenizerBase)
+    identities = [_identity(processor) for processor in processors]
+    first = [identities.index(identity) for identity in identities]
+    own = sorted(set(first))
+    return [processors[index] for index in own], [own.index(index) for index in first]
+
+
+def combined(processors: Sequence[Any]) -> Any:
+    """One processor for all members: their own where they share it, else a collaborative one.
+
+    Raises:
+        OptionError: as :func:`distinct`.
+    """
+    parts, _ = distinct(processors)
+    kind: Any = CollaborativeTokenizer if isinstance(parts[0], PreTrainedTokenizerBase) else CollaborativeImageProcessor
+    return parts[0] if len(parts) == 1 else kind(parts)
+
+
+class CollaborativeImageProcessor(BaseImageProcessor):
+    """Several image processors as one: each image is opened once, and gives one tensor per processor.
+
+    Written and read as any image processor, in one ``preprocessor_config.json``; ``AutoImageProcessor`` knows it once
+    ``hf_ft`` is imported.
+
+    Args:
+        processors: the parts, or what their ``to_dict`` gave; from that, Transformers alone builds them.
+        options: settings that parts given as dicts take in place of their own (``size``, ...).
+
+    Raises:
+        OptionError: a part is missing or cannot be built.
+    """
+
+    def __init__(self, processors: Sequence[Any], **options: Any) -> None:
+        super().__init__()
+        options.pop(TYPE, None)
+        self.processors = [
+            _built({**part, **options}, index) if isinstance(part, Mapping) else part
+            for index, part in enumerate(processors)
+        ]
+        _same_kind(self.processors, BaseImageProcessor)
+        self.model_input_names = _input_names(self.processors)
+
+    def preprocess(self, images: Any, *args: Any, **options: Any) -> BatchFeature:
+        """Process images by every part.
+
+        Args:
+            images: one or several images, arrays, paths or addresses, as any image processor takes them.
+            options: for every part (``return_tensors``, ...).
+
+        Returns:
+            ``pixel_values`` (B, C, H_0, W_0), ``pixel_values_1`` (B, C, H_1, W_1), ...
+        """
+        opened = self.fetch_images(images)
+        return BatchFeature(_joined(part(opened, *args, **options) for part in self.processors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: the name of this class, and each part's dict."""
+        return {TYPE: type(self).__name__, "processors": [part.to_dict() for part in self.processors]}
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the file in a folder or on the Hub holds.
+
+        Raises:
+            CheckpointError: it is missing, damaged or incomplete.
+        """
+        where = f"{pretrained_model_name_or_path}/{IMAGE_PROCESSOR_NAME}"
+        fix = "Restore it, or write it again: combined(processors).save_pretrained(...)."
+        try:
+            content, rest = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            raise CheckpointError(f"{where} cannot be read ({error}). {fix}") from error
+        parts = content.get("processors") if isinstance(content, dict) else content
+        for part in parts if parts and isinstance(parts, list) else [parts]:
+            if not isinstance(part, dict) or TYPE not in part:
+                raise CheckpointError(f"{where}: 'processors' holds {part!r}, no settings with their {TYPE!r}. {fix}")
+        return content, rest
+
+
+# AutoImageProcessor finds a class by its name among all that are registered, so any key will do. Its own `register`
+# cannot be called without torchvision in some versions.
+_known: Any = IMAGE_PROCESSOR_MAPPING
+_known.register(
+    CollaborativeImageProcessor, dict.fromkeys(("pil", "torchvision"), CollaborativeImageProcessor), exist_ok=True
+)
+
+
+class CollaborativeTokenizer(PushToHubMixin):
+    """Several tokenizers as one: each text gives the tensors of every tokenizer.
+
+    ``AutoTokenizer`` cannot know it: read it with ``CollaborativeTokenizer.from_pretrained(folder)``, and give the
+    object to a pipeline, ``pipeline("text-classification", model=model, tokenizer=tokenizer)``.
+
+    Raises:
+        OptionError: a part is missing or no tokenizer.
+    """
+
+    def __init__(self, tokenizers: Sequence[Any]) -> None:
+        _same_kind(tokenizers, PreTrainedTokenizerBase)
+        self.tokenizers = list(tokenizers)
+        self.model_input_names = _input_names(self.tokenizers)
+
+    def __call__(self, *texts: Any, **options: Any) -> BatchEncoding:
+        """Tokenise texts or pairs of texts, with the options of any tokenizer.
+
+        Returns:
+            ``input_ids`` (B, T_0), ``attention_mask`` (B, T_0), ..., ``input_ids_1`` (B, T_1), ...
+        """
+        return BatchEncoding(_joined(part(*texts, **options) for part in self.tokenizers))
+
+    def pad(self, features: Any, padding: Any = True, **options: Any) -> BatchEncoding:
+        """Pad the tensors of each part by its own tokenizer; other columns, such as labels, are kept.
+
+        Args:
+            features: a list of rows, or a dict of columns.
+
+        Raises:
+            OptionError: the columns of a part are missing.
+        """
+        padded = []
+        for index, part in enumerate(self.tokenizers):
+            own = _of_part(features, index, len(self.tokenizers))
+            if (wanted := part.model_input_names[0]) not in (own if isinstance(own, Mapping) else own[0]):
+                raise OptionError(
+                    f"the rows have no {column(wanted, index)!r}: prepare them with this tokenizer, and set "
+                    "remove_unused_columns=False, which would drop it."
+                )
+            padded.append(pad_without_fast_tokenizer_warning(part, own, padding=padding, **options))
+        return BatchEncoding(_joined(padded))
+
+    @property
+    def model_max_length(self) -> int:
+        """The longest text that every part can take, in tokens."""
+        return min(part.model_max_length for part in self.tokenizers)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """That of the first part."""
+        return self.tokenizers[0].pad_token_id
+
+    @property
+    def padding_side(self) -> str:
+        """That of all parts. Pipelines read it to make batches, and pad all but the first part with 0.
+
+        Raises:
+            OptionError: the parts cannot be padded so.
+        """
+        sides = [part.padding_side for part in self.tokenizers]
+        tokens = [part.pad_token_id for part in self.tokenizers[1:]]
+        if len(set(sides)) > 1 or any(token != 0 for token in tokens):
+            raise OptionError(
+                f"a pipeline pads all texts on one side and all but the first tokenizer's with 0; these pad on {sides} "
+                f"and with {tokens}. Use batch_size=1, or call tokenizer(texts, padding=True) and the model."
+            )
+        return sides[0]
+
+    def save_pretrained(self, save_directory: str | Path, max_shard_size: Any = None) -> tuple[str, ...]:
+        """Write each tokenizer to ``tokenizer_0``, ..., and the names of their files to one more; returns the files.
+
+        Args:
+            max_shard_size: has no effect; ``push_to_hub`` gives it to whatever it saves.
+        """
+        top = Path(save_directory, TOKENIZERS_NAME)
+        files = [part.save_pretrained(str(top.parent / f"tokenizer_{i}")) for i, part in enumerate(self.tokenizers)]
+        content = {"tokenizers": [[Path(file).name for file in written] for written in files]}
+        top.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return (*(file for written in files for file in written), str(top))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> CollaborativeTokenizer:
+        """What :meth:`save_pretrained` wrote, from a folder or the Hub; runs no code from there.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        name = str(pretrained_model_name_or_path)
+        where, parts = f"{name}/{TOKENIZERS_NAME}", []
+        try:
+            content = json.loads(Path(str(cached_file(name, TOKENIZERS_NAME, **hub))).read_text(encoding="utf-8"))
+            for index, files in enumerate(content["tokenizers"]):
+                options = {"subfolder": f"tokenizer_{index}", **hub}
+                for file in files:  # AutoTokenizer would go on without a file, with no vocabulary
+                    where = f"{name}/tokenizer_{index}/{file}"
+                    cached_file(name, file, **options)
+                where = f"{name}/tokenizer_{index}"
+                parts.append(AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options))
+            return cls(parts)
+        except Exception as error:  # the tokenizers package raises nothing more special
+            fix = "Restore it, or write all again: combined(tokenizers).save_pretrained(...)."
+            raise CheckpointError(f"{where} is missing or damaged ({error}). {fix}") from error
+
+
+def _same_kind(processors: Sequence[Any], *kinds: type) -> None:
+    if not processors:
+        raise OptionError("processors=[] is empty: one for each member is needed.")
+    for index, processor in enumerate(processors):
+        if processor is None:
+            raise OptionError(
+                f"processors[{index}] is None: member {index} has no image processor or tokenizer. Take one that fits "
+                "its model (AutoImageProcessor or AutoTokenizer), or save one to the member's folder."
+            )
+        if not isinstance(processor, kinds) or isinstance(processor, CollaborativeImageProcessor):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise OptionError(f"processors[{index}] is a {type(processor).__name__}: give a plain {names}.")
+    if len({isinstance(processor, PreTrainedTokenizerBase) for processor in processors}) > 1:
+        names = ", ".join(type(processor).__name__ for processor in processors)
+        raise OptionError(f"processors={names}: image processors and tokenizers are mixed. Take members of one kind.")
+
+
+def _identity(processor: Any) -> tuple[Any, ...]:
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        options = json.loads(processor.to_json_string())
+        return type(processor), {key: value for key, value in options.items() if key not in _ORIGINS}
+    settings = [getattr(processor, name) for name in _TEXT_SETTINGS]
+    if (backend := getattr(processor, "backend_tokenizer", None)) is None:
+        options = {key: value for key, value in processor.init_kwargs.items() if key not in _ORIGINS}
+        return type(processor), settings, processor.get_vocab(), options
+    content = json.loads(backend.to_str())
+    del content["truncation"], content["padding"]  # of the last call
+    return type(processor), settings, content
+
+
+def _built(content: Mapping[str, Any], index: int) -> Any:
+    """An image processor from its dict, by the rules by which Transformers reads a file of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, IMAGE_PROCESSOR_NAME).write_text(json.dumps(content), encoding="utf-8")
+        try:
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # a name that is none of an image processor fails in many ways
+            why = str(error).strip().partition(".")[0]
+            raise OptionError(
+                f"processors[{index}] is a {content.get(TYPE)!r}, which cannot be built here ({why}): "
+                "install the version of Transformers or the package that has it, or take another processor."
+            ) from error
+
+
+def _input_names(parts: Sequence[Any]) -> list[str]:
+    return [column(name, index) for index, part in enumerate(parts) for name in part.model_input_names]
+
+
+def _joined(outputs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {column(name, index): value for index, output in enumerate(outputs) for name, value in output.items()}
+
+
+def _of_part(features: Any, index: int, parts: int) -> Any:
+    """The columns of one part under their plain names; those of no part go to the first."""
+    if not isinstance(features, Mapping):
+        return [_of_part(row, index, parts) for row in features]
+    found = {}
+    for name, value in features.items():
+        plain, _, number = name.rpartition("_")
+        numbered = number.isdecimal() and 0 < int(number) < parts
+        if (int(number) if numbered else 0) == index:
+            found[plain if numbered else name] = value
+    return found

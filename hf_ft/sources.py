@@ -1,0 +1,98 @@
+"""An ensemble from pretrained sources: each gives a member, and a part of the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers as hf
+from huggingface_hub import metadata_load
+from yaml import YAMLError
+
+from hf_ft import zoo
+from hf_ft.collaborative import CollaborativeModel
+from hf_ft.collaborative_processor import combined, distinct
+from hf_ft.fields import OptionError
+from hf_ft.model_card import base_model_id
+from hf_ft.source_head import drop_source_head
+
+
+def load_sources(
+    source_models: Sequence[str],
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    *,
+    image_size: int | None = None,
+    seed: int = 0,
+    prediction: str = "sum",
+    task: zoo.Task | None = None,
+    revision: str | None = None,
+) -> tuple[CollaborativeModel, Any]:
+    """Load an ensemble with a member from each source, and its image processor or tokenizer.
+
+    Args:
+        source_models: names of ``SHORT_NAMES``, Hub ids or folders; the same one may be given several times.
+        num_labels: classes of the new heads; or ``id2label``, their names. Without both, each keeps its own head.
+        image_size: side in pixels of a plain square resize, for all; by default each source's own.
+        seed: member j draws its head with ``seed + j``.
+        prediction: ``sum`` or ``mean_probability``.
+        task: needed only where a config does not tell an image from a text classifier.
+        revision: of Hub ids, for all.
+
+    Raises:
+        OptionError: no sources, sources that cannot work together, or one without a processor.
+    """
+    names = [source_models] if isinstance(source_models, str) else list(source_models)
+    if not names:
+        raise OptionError("source_models is empty: name at least one pretrained model.")
+    options: dict[str, Any] = {"task": task, "image_size": image_size, "revision": revision}
+    loaded = [_load(name, num_labels, id2label, seed=seed + j, **options) for j, name in enumerate(names)]
+    models, processors = [list(part) for part in zip(*loaded, strict=True)]
+    tasks = [task or zoo.task_of(model.config) for model in models]
+    if len(set(tasks)) > 1:
+        found = ", ".join(f"{name} ({kind})" for name, kind in zip(names, tasks, strict=True))
+        raise OptionError(f"source_models: {found}; take sources of one task.")
+    sources = [base_model_id(model.config.name_or_path) for model in models]
+    made = CollaborativeModel.from_members(models, distinct(processors)[1], prediction, sources)
+    made.config.ancestors = [_ancestor(name) or source for name, source in zip(names, sources, strict=True)]
+    return made, combined(processors)
+
+
+def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None, **options: Any) -> tuple[Any, Any]:
+    """A source with a new head, also where its own would fit: else one source, given twice, made one member twice."""
+    fits = _has_head(name, num_labels if id2label is None else len(id2label), options["revision"])
+    try:
+        model, processor = zoo.load_model(name, num_labels, id2label, keep_source_head=fits, **options)
+    except OptionError as error:
+        raise OptionError(f"source_models: {name}: {error}") from error
+    if isinstance(model, CollaborativeModel):
+        raise OptionError(f"source_models: {name} is an ensemble itself: name the sources of its members instead.")
+    vocabulary = getattr(processor, "get_vocab", None)
+    # Transformers makes up an empty tokenizer where a folder has none.
+    if vocabulary is not None and set(vocabulary()) <= set(processor.all_special_tokens):
+        raise OptionError(
+            f"source_models: {name} has no tokenizer: save the one of its base model there, with save_pretrained."
+        )
+    return drop_source_head(model), processor
+
+
+def _has_head(name: str, classes: int | None, revision: str | None) -> bool:
+    """Whether a source's checkpoint has a head for so many classes."""
+    if classes is None or name in zoo.SHORT_NAMES:
+        return False
+    config = hf.AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    return config.num_labels == classes and any("Classification" in kind for kind in config.architectures or [])
+
+
+def _ancestor(name: str) -> str | None:
+    """The base model that the card in a folder names."""
+    card = Path(name) / "README.md"
+    if name in zoo.SHORT_NAMES or not card.is_file():
+        return None
+    try:
+        base = (metadata_load(card) or {}).get("base_model")
+    except (ValueError, YAMLError):  # a README of another kind
+        return None
+    bases = base if isinstance(base, list) else [base]
+    return base_model_id(bases[0]) if len(bases) == 1 and isinstance(bases[0], str) else None
