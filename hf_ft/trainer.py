@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_ft import checkpoint as files
-from hf_ft.anatomy import norm_layers
+from hf_ft.anatomy import norm_layers, unwrap
 from hf_ft.cached_stages import CachedStages
 from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
 from hf_ft.context import measuring_context
@@ -279,6 +279,11 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         norms = [name for name, _ in norm_layers(model)]
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not any(covers(norm, name) for norm in norms)]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As the Trainer's, with the tensors that a model of several members reads under numbered names."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, *getattr(unwrap(self.model)[0], "input_names", ())]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return super()._clip_grad_norm(self._trained_alone(model))

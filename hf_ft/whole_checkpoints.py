@@ -13,6 +13,7 @@ from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from hf_ft import checkpoint as files
 from hf_ft.config import FTConfig, load_configs, read_config_file
 from hf_ft.fields import OptionError
+from hf_ft.weight_files import member_folder
 
 
 class WholeCheckpoints:
@@ -70,6 +71,9 @@ class WholeCheckpoints:
             self._written.add(final.name)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            if self.args.should_save:  # the Trainer takes files alone from the checkpoint, and members have folders
+                for member in final.glob(member_folder("*")):
+                    shutil.copytree(member, run_dir / member.name, dirs_exist_ok=True)
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
             best_folder = self.state.best_model_checkpoint

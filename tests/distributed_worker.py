@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from hf_ft import DAFTConfig, DELTAConfig, SoftConfig
+from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, SoftConfig
 from hf_ft.registry import strategies
-from hf_ft.testing import still, suited, tiny_data, tiny_resnet, tiny_vit
+from hf_ft.testing import still, suited, tiny_collaborative, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
 from tests.measured import MeasuredConfig
@@ -37,9 +37,12 @@ for name in strategies():
     couples = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // ranks} if name == "bss" else {}
     for make in (tiny_resnet, tiny_vit):
         # Variances within batches are others where batches are smaller; pooled ones are not.
-        config = DAFTConfig(statistics="pooled") if name == "daft" else strategies()[name]()
+        options = {"daft": {"statistics": "pooled"}, "amcf": {"particles": 2, "iterations": 1, "search_epochs": 1}}
+        config = strategies()[name](**options.get(name, {}))
         run(f"{name}-{make.__name__}", still(make()), suited(config, make()), **couples)
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
+run("several members", still(tiny_collaborative()), AMCFConfig(frozen=(2, 10)))
+run("several members, one still", still(tiny_collaborative()), AMCFConfig(frozen=(0, 51)), frozen_cache="never")
 run(
     "accumulated",
     still(tiny_vit()),

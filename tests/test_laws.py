@@ -8,7 +8,10 @@ from hf_ft.docs_tables import documented
 from hf_ft.testing import LAWS, suited, tiny_bert, tiny_resnet, tiny_vit, train
 
 # A search as long as the default takes most of the time here, and shows no more.
-OPTIONS = {"blockwise": {"search_epochs": 1, "storage": "memory", "baselines": False}}
+OPTIONS = {
+    "blockwise": {"search_epochs": 1, "storage": "memory", "baselines": False},
+    "amcf": {"search_epochs": 1, "storage": "memory", "particles": 2, "iterations": 1},
+}
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -33,7 +33,9 @@ def _list_flag(help: str) -> Any:
 class DataFlags:
     """Model and data. HfArgumentParser makes the flags of it."""
 
-    model: str | None = _flag(f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}")
+    model: str | None = _flag(
+        f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}; several: --amcf.source_models a,b"
+    )
     dataset: str | None = _flag(
         "Hub id; folder of class folders of images, or of split folders of those; csv, tsv, json, jsonl or parquet "
         f"file, or a folder of them; folder of save_to_disk; or one of {', '.join(DATASETS)}"
@@ -112,6 +114,11 @@ class Request:
     @property
     def output_dir(self) -> Path:
         return Path(str(self.given.get("output_dir") or DEFAULTS["output_dir"]))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source models that a strategy names, in place of ``--model``."""
+        return next((found for config in self.configs if (found := getattr(config, "source_models", ()))), ())
 
     @property
     def resume(self) -> str | bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from hf_ft.data import Columns
+from hf_ft.sources import load_sources
 from hf_ft.zoo import SHORT_NAMES, load_model
 
 
@@ -81,11 +83,24 @@ def load_classifier(
     return model, processor
 
 
-def usage(folder: str | Path, task: str, example: str | Path | None = None) -> str:
-    """How to use a checkpoint with Transformers alone."""
+def load_ensemble(
+    names: Sequence[str], columns: Columns, seed: int, image_size: int | None = None, revision: str | None = None
+) -> tuple[Any, Any]:
+    """As :func:`load_classifier`, a member from each of several source models."""
+    labels: dict[str, Any] = {"id2label": columns.id2label} if columns.names else {"num_labels": 1}
+    model, processor = load_sources(
+        names, **labels, image_size=image_size, seed=seed, task=columns.task, revision=revision
+    )
+    model.config.problem_type = columns.problem_type
+    return model, processor
+
+
+def usage(folder: str | Path, task: str, example: str | Path | None = None, ensemble: bool = False) -> str:
+    """How to use a checkpoint with Transformers alone; an ensemble needs to be known to it."""
     given = example or ("photo.png" if task == "image" else "some text")
+    known = "  import hf_ft  # which tells Transformers what an ensemble is\n" if ensemble else ""
     return (
-        "  from transformers import pipeline\n\n"
+        f"{known}  from transformers import pipeline\n\n"
         f'  classify = pipeline("{task}-classification", model="{folder}")\n'
         f'  print(classify("{given}"))'
     )

@@ -12,19 +12,25 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from hf_ft.block_scores import BlockScores
-from hf_ft.block_search import STORAGE
+from hf_ft.block_search import STORAGE as BLOCK_STUDY
 from hf_ft.cli.arguments import DataFlags, Request, read
 from hf_ft.cli.console import count, quieten, say, table
-from hf_ft.cli.models import adapter_usage, load_classifier, usage
+from hf_ft.cli.models import adapter_usage, load_classifier, load_ensemble, usage
 from hf_ft.cli.search_blocks import report
+from hf_ft.cli.swarm_report import report_swarm
 from hf_ft.cli.train_help import train_help
+from hf_ft.collaborative import CollaborativeModel
 from hf_ft.config import shared_option
 from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_split, load_splits, prepare
 from hf_ft.fields import describe_value, options
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.row_cache import FrozenCache
+from hf_ft.swarm_scores import SwarmScores
+from hf_ft.swarm_search import STORAGE as SWARM_STUDY
 from hf_ft.trainer import FTTrainer
 from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
+
+STUDIES = (BLOCK_STUDY, SWARM_STUDY)
 
 
 def run_train(arguments: list[str]) -> None:
@@ -58,15 +64,19 @@ def make(request: Request) -> Made:
         splits = _splits(request.data)
     columns = find_columns(splits, request.data.image_column, request.data.text_column, request.data.label_column)
     augment = _augmentation(request.data.augment, columns)
-    model, processor = load_classifier(
-        str(request.data.model),
-        columns,
-        args.seed,
-        request.data.image_size,
-        request.data.revision,
-        keep_source_head=any("source_head" in config.requires() for config in request.configs),
-        head=shared_option(request.configs, "head"),
-    )
+    size, revision = request.data.image_size, request.data.revision
+    if request.sources:
+        model, processor = load_ensemble(request.sources, columns, args.seed, size, revision)
+    else:
+        model, processor = load_classifier(
+            str(request.data.model),
+            columns,
+            args.seed,
+            size,
+            revision,
+            keep_source_head=any("source_head" in config.requires() for config in request.configs),
+            head=shared_option(request.configs, "head"),
+        )
     length = _max_length(request.data, model, processor)
     with args.main_process_first(desc="preparing the data"):
         ready = prepare(splits, processor, columns, augment, length)
@@ -99,8 +109,10 @@ def _check(request: Request) -> None:
         ValueError: a flag is missing, or the output folder is in use.
     """
     for name, what in (("model", ", ".join(SHORT_NAMES)), ("dataset", ", ".join(DATASETS))):
-        if not getattr(request.data, name):
+        if not getattr(request.data, name) and not (name == "model" and request.sources):
             raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
+    if request.data.model and request.sources:
+        raise ValueError(f"--model {request.data.model} and --amcf.source_models both say what to load: give one.")
     if request.data.augment not in (None, *AUGMENTATIONS):
         raise ValueError(f"--augment {request.data.augment} is unknown: choose one of {', '.join(AUGMENTATIONS)}.")
     folder = request.output_dir
@@ -109,7 +121,7 @@ def _check(request: Request) -> None:
     # A search that was interrupted goes on where it was.
     if (
         folder.is_dir()
-        and any(file.name != STORAGE for file in folder.iterdir())
+        and any(file.name not in STUDIES for file in folder.iterdir())
         and not (request.method.overwrite or request.resume)
     ):
         raise ValueError(
@@ -181,8 +193,9 @@ def _announce(request: Request, made: Made) -> None:
         classes += ", several per row"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''} on {args.device.type}"
+    named = request.data.model or " + ".join(request.sources)
     rows = [
-        ("model", f"{request.data.model}, {count(sum(p.numel() for p in trainer.model.parameters()))} parameters"),
+        ("model", f"{named}, {count(sum(p.numel() for p in trainer.model.parameters()))} parameters"),
         ("data", f"{request.data.dataset}: {sizes}; {classes}; augmentation: {augment}"),
         ("strategy", " + ".join(map(_shown, request.configs))),
         ("training", f"{length}, batches of {args.per_device_train_batch_size}, {processes}"),
@@ -218,10 +231,13 @@ def _finish(made: Made) -> None:
     say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
     adapter = isinstance(trainer.model, PeftModel)
     say(f"saved       {folder}, {'a PEFT adapter' if adapter else 'a plain Transformers checkpoint'}:\n")
-    say(adapter_usage(folder) if adapter else usage(folder, columns.task))
+    ensemble = isinstance(trainer.model, CollaborativeModel)
+    say(adapter_usage(folder) if adapter else usage(folder, columns.task, ensemble=ensemble))
     for state in trainer.states.values():
         if "scores" in state.info:
             report(BlockScores.from_dict(state.info["scores"]), Path(folder))
+        if "swarm" in state.info:
+            report_swarm(SwarmScores.from_dict(state.info["swarm"]), Path(folder))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

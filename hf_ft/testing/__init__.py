@@ -5,7 +5,7 @@
 """
 
 from hf_ft.testing.laws import LAWS, check_strategy, suited
-from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
+from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_collaborative, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import same_tensors, still, tiny_data, train
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "still",
     "suited",
     "tiny_bert",
+    "tiny_collaborative",
     "tiny_data",
     "tiny_inputs",
     "tiny_resnet",

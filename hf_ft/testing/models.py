@@ -12,6 +12,8 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from hf_ft.collaborative import CollaborativeModel
+
 # Ten times the usual width: the usual one is made for hundreds of channels, and here lets the signal die out.
 _INIT = {"initializer_range": 0.2}
 _WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -194,6 +196,12 @@ class TimmLikeForImageClassification(hf.PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
+def tiny_collaborative(num_labels: int = 3, seed: int = 0) -> CollaborativeModel:
+    """A ResNet and a MobileNetV2, each with images of its own processor."""
+    members = [tiny_resnet(num_labels, seed), tiny_mobilenet_v2(num_labels, seed + 1)]
+    return CollaborativeModel.from_members(members, inputs=[0, 1])
+
+
 TINY_MODELS: dict[str, Callable[..., hf.PreTrainedModel]] = {
     "resnet": tiny_resnet,
     "regnet": tiny_regnet,
@@ -215,14 +223,17 @@ def tiny_inputs(model: nn.Module, batch: int = 4, seed: int = 0) -> dict[str, Te
     """A random batch for a tiny model, with labels; in text, the last row ends in two padded tokens.
 
     Returns:
-        pixel_values (batch, 3, 32, 32), or input_ids and attention_mask (batch, 8); and labels (batch,).
+        pixel_values (batch, 3, 32, 32) for each processor of the model, or input_ids and attention_mask (batch, 8); and
+        labels (batch,).
     """
     random = torch.Generator().manual_seed(seed)
     config: Any = model.config
     labels = torch.randint(config.num_labels, (batch,), generator=random)
     if getattr(model, "main_input_name", "") == "pixel_values":
         channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(batch, channels, 32, 32, generator=random), "labels": labels}
+        names = getattr(model, "input_names", ("pixel_values",))
+        images = {name: torch.randn(batch, channels, 32, 32, generator=random) for name in names}
+        return {**images, "labels": labels}
     input_ids = torch.randint(5, config.vocab_size, (batch, 8), generator=random)  # 0 to 4: special tokens
     attention_mask = torch.ones_like(input_ids)
     input_ids[-1, -2:], attention_mask[-1, -2:] = config.pad_token_id, 0

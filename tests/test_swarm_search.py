@@ -1,0 +1,222 @@
+"""The search over frozen layers: each position once, nothing frozen computed twice, kept, resumed and shared."""
+
+import dataclasses
+import json
+
+import optuna
+import pytest
+import torch
+
+from hf_ft import AMCFConfig, FrozenCache, OptionError, SwarmScores, SwarmSearch, short_trainings
+from hf_ft.swarm import begin, step
+from hf_ft.testing import tiny_collaborative, tiny_resnet
+from hf_ft.testing.training import make_trainer, same_tensors, snapshot
+
+SMALL = AMCFConfig(particles=4, iterations=2, search_epochs=2, metric="loss", storage="memory")
+
+
+def searching(folder, model=None, cache="always", **options):
+    config = dataclasses.replace(SMALL, **options)
+    model = tiny_collaborative() if model is None else model
+    trainer = make_trainer(
+        model, config, folder, frozen_cache=cache, optim="sgd", learning_rate=1e-2, max_grad_norm=0.0
+    )
+    return SwarmSearch(model, config, trainer.context(), progress=False)
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """The positions that were really trained, as the sets of their trained parameters; may raise at the nth."""
+    calls, fit = [], short_trainings.fit
+
+    def spy(run, *args, **kwargs):
+        calls.append(frozenset(run.trained))
+        if len(calls) == spy.stop:
+            raise KeyboardInterrupt
+        fit(run, *args, **kwargs)
+
+    spy.stop = None
+    monkeypatch.setattr(short_trainings, "fit", spy)
+    return calls, spy
+
+
+def test_the_swarm_moves_by_the_scores(tmp_path, fitted):
+    search = searching(tmp_path)
+    scores = search.run()
+    assert scores.layers == (7, 52) and len(scores.generations) == 3 and not scores.stopped
+    swarm = begin(scores.layers, 4, 0)
+    for generation in scores.generations:
+        assert generation.integers() == swarm.integers()
+        told = [scores.evaluation(position).score for position in swarm.integers()]
+        assert list(generation.scores) == told
+        if generation is not scores.generations[-1]:
+            swarm = step(swarm, told, scores.layers, 2, 0)
+    # Equal integer positions are trained once.
+    positions = [evaluation.position for evaluation in scores.evaluations]
+    assert len(positions) == len(set(positions)) == len(fitted[0]) <= scores.visits == 12
+    assert scores.best.score == max(evaluation.score for evaluation in scores.evaluations)
+
+
+def test_each_score_is_that_of_its_position_trained_alone(tmp_path):
+    search = searching(tmp_path)
+    for evaluation in search.run().evaluations[:4]:
+        steps = search.trainings.train(search._start(evaluation.position), 0)
+        assert evaluation.score == pytest.approx(max(steps), abs=1e-6)
+        assert evaluation.steps == pytest.approx(steps, abs=1e-6) and evaluation.epochs == 2
+
+
+def test_recorded_and_computed_give_the_same_scores(tmp_path):
+    found = [searching(tmp_path, cache=use).run() for use in ("always", "never")]
+    assert [e.position for e in found[0].evaluations] == [e.position for e in found[1].evaluations]
+    for one, other in zip(found[0].evaluations, found[1].evaluations, strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+
+
+def test_nothing_frozen_is_computed_in_a_training(tmp_path, monkeypatch):
+    """While a position trains, no layer that is frozen in it runs, of either member."""
+    search = searching(tmp_path)
+    position = (5, 20)
+    fit, ran = short_trainings.fit, set()
+
+    def spy(run, recipe, batches, *rest):
+        search.trainings.recordings.store(search.trainings.recordings.prefix(entered(run)))  # recorded before
+        hooks = [
+            module.register_forward_hook(lambda m, i, o, name=name: ran.add(name) if m.forward.__name__ else None)
+            for name, module in run.model.named_modules()
+            if name.endswith("convolution") and "forward" not in module.__dict__
+        ]
+        fit(run, recipe, batches, *rest)
+        for hook in hooks:
+            hook.remove()
+
+    def entered(run):
+        objective = run.objective()
+        objective.enter(run.plan.stages[0])
+        return objective
+
+    monkeypatch.setattr(short_trainings, "fit", spy)
+    run = search._start(position)
+    trained = {name.removesuffix(".weight") for name in run.trained if name.endswith("convolution.weight")}
+    search.trainings.train(run, 0)
+    assert ran == trained
+
+
+def test_one_pass_records_a_generation(tmp_path):
+    search = searching(tmp_path)
+    scores = search.run()
+    assert 1 <= search.trainings.recordings.passes <= len(scores.generations)
+
+
+def test_the_model_is_left_alone(tmp_path):
+    model = tiny_collaborative().train()
+    model.members[0].resnet.embedder.requires_grad_(False)
+    before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
+    momenta = [m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    search = searching(tmp_path, model)
+    assert search.layers == (6, 52), "what is frozen before is no layer"
+    search.run()
+    same_tensors(snapshot(model), before)
+    assert [p.requires_grad for p in model.parameters()] == flags and model.training
+    assert [m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)] == momenta
+
+
+def test_an_interrupted_search_goes_on(tmp_path, fitted):
+    calls, spy = fitted
+    whole = searching(tmp_path).run()
+    storage, trained = str(tmp_path / "swarm.db"), len(calls)
+    calls.clear()
+    spy.stop = trained - 2  # in the last generation but for luck
+    with pytest.raises(KeyboardInterrupt):
+        searching(tmp_path, storage=storage).run()
+    spy.stop = None
+    resumed = searching(tmp_path, storage=storage).run()
+    assert len(calls) == trained + 1, "only the one that was interrupted runs twice"
+    assert [(e.position, e.score) for e in resumed.evaluations] == [(e.position, e.score) for e in whole.evaluations]
+    assert searching(tmp_path, storage=storage).run() == resumed and len(calls) == trained + 1
+    # A longer swarm finds what was trained; other options make another study.
+    searching(tmp_path, storage=storage, particles=5).run()
+    assert trained + 1 < len(calls) <= trained + 1 + 15 - 1
+    assert len(optuna.get_all_study_names(f"sqlite:///{storage}")) == 1
+    searching(tmp_path, storage=storage, consistency=0.0, iterations=1).run()
+    assert len(optuna.get_all_study_names(f"sqlite:///{storage}")) == 2
+
+
+def test_a_budget_and_patience_end_it(tmp_path, fitted):
+    calls, _ = fitted
+    short = searching(tmp_path, search_budget=5).run()
+    assert len(short.evaluations) == len(calls) == 5 and "budget of 5" in short.stopped
+    assert short.best.position in [e.position for e in short.evaluations]
+    patient = searching(tmp_path, iterations=5, patience=1).run()
+    bests = [max(generation.scores) for generation in patient.generations]
+    if patient.stopped:
+        assert "did not grow for 1 moves" in patient.stopped and max(bests[:-1]) >= bests[-1]
+    assert all(b > max(bests[:i]) for i, b in enumerate(bests) if 0 < i < len(bests) - 1), "it went on while it grew"
+
+
+def test_halving_gives_up_the_worse(tmp_path):
+    scores = searching(tmp_path, halving=True, particles=8, search_epochs=4).run()
+    pruned = [evaluation for evaluation in scores.evaluations if evaluation.pruned]
+    assert pruned and all(evaluation.epochs < 4 for evaluation in pruned) and not scores.best.pruned
+    for generation in scores.generations:
+        for position, told in zip(generation.integers(), generation.scores, strict=True):
+            assert told == scores.evaluation(position).score
+
+
+def test_positions_that_diverge_do_not_stop_the_swarm(tmp_path, monkeypatch):
+    score = short_trainings.score
+    calls = []
+
+    def diverging(*args):
+        calls.append(1)
+        return float("nan") if len(calls) % 3 else score(*args)
+
+    monkeypatch.setattr(short_trainings, "score", diverging)
+    scores = searching(tmp_path).run()
+    assert len(scores.generations) == 3 and scores.best.score > float("-inf")
+
+
+def test_a_trainer_searches_keeps_and_resumes(tmp_path, fitted):
+    config = dataclasses.replace(SMALL, storage=None)
+    saving = {"save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
+    trainer = make_trainer(tiny_collaborative(), config, tmp_path, **saving)
+    trainer.train()
+    assert (tmp_path / "swarm_search.db").is_file()
+    state = trainer.states["amcf"]
+    scores = config.scores(state)
+    assert tuple(state.info["frozen"]) == scores.best.position
+    assert SwarmScores.from_dict(json.loads(json.dumps(scores.to_dict()))) == scores
+    card = (tmp_path / "checkpoint-8" / "README.md").read_text()
+    assert "PeerJ" in card and scores.verdict() in card
+    calls = len(fitted[0])
+    resumed = make_trainer(tiny_collaborative(), config, tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    same_tensors(snapshot(resumed.model), snapshot(trainer.model))
+    assert len(fitted[0]) == calls and resumed.states["amcf"].info == state.info
+    # A new run on the same storage finds all trials there.
+    make_trainer(tiny_collaborative(), config, tmp_path, optim="sgd").train()
+    assert len(fitted[0]) == calls
+
+
+def test_one_model_is_a_swarm_of_one_coordinate(tmp_path):
+    scores = searching(tmp_path, tiny_resnet()).run()
+    assert scores.layers == (7,) and scores.members == ("ResNetForImageClassification",)
+    assert {len(evaluation.position) for evaluation in scores.evaluations} == {1}
+
+
+def test_samples_that_change_are_computed(tmp_path):
+    search = searching(tmp_path, cache=FrozenCache("never"))
+    assert not search.trainings.recordings.usable
+    assert search.run().best.score > float("-inf")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "bleu"}, "metric='bleu' is unknown"),
+        ({"storage": "/no/such/folder/x.db"}, "no/such/folder"),
+        ({"validation": 0.001}, "validation=0.001 of 32"),
+    ],
+)
+def test_bad_input(options, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        searching(tmp_path, **options).run()
