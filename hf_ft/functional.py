@@ -360,8 +360,10 @@ def disagreement(logits: Sequence[Tensor]) -> Tensor:
         A scalar, in the type of the logits.
     """
     stacked = torch.stack(list(logits))
+    # Beside the first member, so that equal ones are exactly 0 apart: their mean alone may round.
+    beside = stacked - stacked[0]
     # torch's own norm has the subgradient 0 at 0, where the root of a sum of squares has none.
-    return torch.linalg.vector_norm(stacked - stacked.mean(dim=0), dim=-1).mean()
+    return torch.linalg.vector_norm(beside - beside.mean(dim=0), dim=-1).mean()
 
 
 def collaborative_loss(logits: Sequence[Tensor], labels: Tensor, consistency: float = 0.2) -> Tensor:

@@ -42,7 +42,7 @@ for name in strategies():
         run(f"{name}-{make.__name__}", still(make()), suited(config, make()), **couples)
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
 run("several members", still(tiny_collaborative()), AMCFConfig(frozen=(2, 10)))
-run("several members, one still", still(tiny_collaborative()), AMCFConfig(frozen=(0, 51)), frozen_cache="never")
+run("several members, one still", still(tiny_collaborative()), AMCFConfig(frozen=(0, 21)), frozen_cache="never")
 run(
     "accumulated",
     still(tiny_vit()),

@@ -175,7 +175,7 @@ def test_label_smoothing_and_class_weights_are_summed_over_members(tmp_path):
 
 @pytest.mark.parametrize("prediction", ["sum", "mean_probability"])
 def test_the_prediction_is_set_in_the_model(prediction, tmp_path):
-    config = AMCFConfig(frozen=[6, 51], prediction=prediction)
+    config = AMCFConfig(frozen=[6, 21], prediction=prediction)
     trainer = train(tiny_collaborative(), config, tmp_path, save_strategy="steps", save_steps=8)
     trainer.save_model(str(tmp_path / "saved"))
     loaded = hf.AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
@@ -275,9 +275,14 @@ def test_composes_with_a_penalty(tmp_path):
 # --- laws, on a model of two members --------------------------------------------------------------------------
 
 
+def resnet_and_vit():
+    """Depthwise convolutions round otherwise where weights lie elsewhere in memory; in these, logits are equal."""
+    return CollaborativeModel.from_members([tiny_resnet(), tiny_vit()], inputs=[0, 1])
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_law_with_several_members(law, tmp_path):
-    LAWS[law](FROZEN, tiny_collaborative, tmp_path)
+    LAWS[law](FROZEN, resnet_and_vit, tmp_path)
 
 
 @pytest.mark.parametrize("use", ["never", "always"])
@@ -294,7 +299,7 @@ def test_bfloat16_and_the_best_model(use, tmp_path):
 
 def test_recorded_members_train_as_computed_ones(tmp_path):
     """Also where one member is frozen to its last layer and the other not at all."""
-    for frozen in ([2, 10], [0, 51], [6, 0]):
+    for frozen in ([2, 10], [0, 21], [6, 0]):
         config = AMCFConfig(frozen=frozen)
         ends = {
             use: train(tiny_collaborative(), config, tmp_path / use, frozen_cache=use, max_steps=12, optim="sgd")
@@ -311,7 +316,7 @@ def test_recorded_members_train_as_computed_ones(tmp_path):
     ("options", "message"),
     [
         ({"frozen": [7, 0]}, r"frozen=\[7, 0\]: member 0 has 7 layers, of which 0 to 6 can stay frozen, not 7"),
-        ({"frozen": [0, -1]}, r"member 1 has 52 layers, of which 0 to 51 can stay frozen, not -1"),
+        ({"frozen": [0, -1]}, r"member 1 has 22 layers, of which 0 to 21 can stay frozen, not -1"),
         ({"frozen": [1]}, r"has 1 numbers for 2 members"),
         ({"frozen": [0, 0], "source_models": ["a"]}, "names 1 models and the model has 2 members"),
         ({"source_models": ["a", "b", "c"]}, "names 3 models and the model has 2 members"),

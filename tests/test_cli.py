@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessorPil,
+)
 from transformers import pipeline as make_pipeline
 
-from hf_ft import FTConfig, load_configs
+from hf_ft import CollaborativeModel, FTConfig, SwarmScores, load_configs
 from hf_ft.cli import arguments, console, main
 from hf_ft.fields import options
 from hf_ft.registry import strategies
@@ -125,6 +131,97 @@ def test_source_texts_are_mapped_by_name(files, tmp_path, capsys):
     assert "classes are ['bad', 'good'], the source head's ['good', 'fair', 'bad']" in capsys.readouterr().err
     more = ["--soft.source_label_map", "by_name", "--output_dir", str(tmp_path / "b")]
     assert main(["train", *where, *source, *more]) == 0
+
+
+def together(files, output, *more, sources="resnet,mobilenet"):
+    """AMCF on several source models, which are named in place of --model."""
+    named = ",".join(str(files / name) for name in sources.split(","))
+    where = ["--dataset", str(files / "photos"), "--output_dir", str(output), "--use_cpu", "true", "--max_steps", "2"]
+    return main(["train", "--strategy", "amcf", "--amcf.source_models", named, *where, *more])
+
+
+SWARM = ["--amcf.particles", "2", "--amcf.iterations", "1", "--amcf.search_epochs", "1", "--disable_tqdm", "true"]
+
+
+def test_train_several_models(files, tmp_path, capsys):
+    """The whole is an image classifier once hf_ft is imported, and each member is one without."""
+    out = tmp_path / "out"
+    assert together(files, out, "--amcf.frozen", "2,1", "--amcf.prediction", "mean_probability") == 0
+    printed = words(capsys.readouterr().out)
+    assert f"model {files / 'resnet'} + {files / 'mobilenet'}," in printed
+    assert "frozen=(2, 1), prediction=mean_probability" in printed and "import hf_ft" in printed
+    assert "recommended by amcf: optim=sgd (code), optim_args=momentum=0.9 (code), learning_rate=0.01 (code)" in printed
+    assert load_configs(out)[0].frozen == (2, 1) and not (out / "swarm.json").exists()
+    picture = str(files / "photos/test/cat/0.png")
+    whole = AutoModelForImageClassification.from_pretrained(out)
+    assert type(whole) is CollaborativeModel and whole.config.prediction == "mean_probability"
+    classify = make_pipeline("image-classification", model=str(out))
+    assert {item["label"] for item in classify(picture)} == {"cat", "dog"}
+    for index, name in enumerate(("ResNet", "MobileNetV2")):
+        member = AutoModelForImageClassification.from_pretrained(out, subfolder=f"member_{index}")
+        assert type(member).__name__ == f"{name}ForImageClassification"
+        alone = make_pipeline("image-classification", model=member, image_processor=classify.image_processor)
+        assert {item["label"] for item in alone(picture)} == {"cat", "dog"}
+
+
+def test_train_searches_for_frozen_layers(files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert together(files, out, *SWARM) == 0
+    printed = capsys.readouterr().out
+    scores = SwarmScores.from_dict(json.loads((out / "swarm.json").read_text()))
+    assert scores.members == ("resnet", "mobilenet") and scores.layers == (7, 52) and scores.visits == 4
+    assert scores.verdict() in printed and "layers that stay frozen, accuracy on held-out" in printed
+    assert scores.verdict() in (out / "README.md").read_text()
+    assert all((out / name).is_file() for name in ("swarm.png", "swarm_scores.png", "swarm_search.db", "config.json"))
+    # Only the study is left: the search is done already, whatever else its flags say.
+    monkeypatch.setattr("hf_ft.short_trainings.fit", lambda *a, **k: pytest.fail("searched again"))
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(out / "swarm_search.db", again)
+    assert together(files, again, *SWARM, "--amcf.patience", "5") == 0
+    assert SwarmScores.from_dict(json.loads((again / "swarm.json").read_text())) == scores
+
+
+def test_train_searches_for_one_model(files, tmp_path, capsys):
+    assert photos(files, tmp_path / "out", "--strategy", "amcf", *SWARM) == 0
+    scores = SwarmScores.from_dict(json.loads((tmp_path / "out" / "swarm.json").read_text()))
+    assert scores.layers == (7,) and (tmp_path / "out" / "model.safetensors").is_file()
+    assert "import hf_ft" not in capsys.readouterr().out
+
+
+def test_source_models_in_a_file(files, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"""
+        strategy: [amcf]
+        amcf: {{source_models: [{files / "resnet"}, {files / "resnet"}], frozen: [0, 3], consistency: 0}}
+        dataset: {files / "photos"}
+        max_steps: 2
+        use_cpu: true
+        output_dir: {tmp_path / "out"}
+        """
+    )
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    (config,) = load_configs(tmp_path / "out")
+    assert config.source_models == (str(files / "resnet"),) * 2 and config.frozen == (0, 3)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.inputs == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("sources", "flags", "message"),
+    [
+        ("resnet", "--amcf.frozen 1,2", "AMCFConfig.frozen=[1, 2] has 2 numbers for 1 members: one each."),
+        ("resnet,mobilenet", "--amcf.frozen 7,0", "member 0 has 7 layers, of which 0 to 6 can stay frozen, not 7."),
+        ("resnet,mobilenet", "--amcf.frozen some", "--amcf.frozen='some' is not"),
+        ("resnet,nothing", "", "nothing"),
+        ("resnet,mobilenet", "--amcf.metric f2", "metric='f2' is unknown"),
+        ("resnet,mobilenet", "--strategy bss", "has as many heads"),
+        ("resnet,mobilenet", "--strategy soft --soft.source head", "source head"),
+    ],
+)
+def test_several_models_refused(sources, flags, message, files, tmp_path, capsys):
+    assert together(files, tmp_path / "out", *flags.split(), sources=sources) == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()  # Transformers may have told of new heads before
+    assert line.startswith("hf-ft train: error: ") and message in line
 
 
 def test_resume_goes_on(files, tmp_path):
@@ -258,6 +355,7 @@ REFUSED = {
     "--metrics accuracy no_such_metric": "metric 'no_such_metric' could not be loaded",
     "--strategy lp_ft --strategy linear_probe": "lp_ft and linear_probe both decide which parameters train when",
     "--strategy linear_probe --linear_probe.head nowhere": "the model has no module 'nowhere'",
+    "--strategy amcf --amcf.source_models a,b": "and --amcf.source_models both say what to load: give one.",
     "--strategy soft": "soft needs the data of the pretraining: pass source_dataset=... to FTTrainer (--source_dataset",
     "--source_dataset /no/such": "cannot read the data '/no/such'",
     "--source_dataset PHOTOS --source_split exam": "has no split 'exam', only",

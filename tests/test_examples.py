@@ -15,7 +15,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_ft.testing import tiny_bert, tiny_vit
+from hf_ft.testing import tiny_bert, tiny_resnet, tiny_vit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -76,6 +76,20 @@ def test_soft_on_two_ranks(tmp_path):
     out = run([*LAUNCH, EXAMPLES / "soft.py", *arguments, *TRAINING, "--logging_steps", "1"], tmp_path)
     assert "2 process(es), accuracy" in out and "loss/source" in out
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == {0: "dark", 1: "light"}
+
+
+@pytest.mark.slow
+def test_amcf_on_two_ranks(tmp_path):
+    photos(tmp_path / "photos")
+    for name, make, mean in (("one", tiny_vit, 0.5), ("two", tiny_resnet, 0.3)):
+        make().save_pretrained(tmp_path / name)
+        ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[mean] * 3).save_pretrained(tmp_path / name)
+    arguments = ["--sources", "one", "two", "--data", "photos", "--output_dir", "out"]
+    search = ["--particles", "2", "--iterations", "1", "--search_epochs", "1"]
+    out = run([*LAUNCH, EXAMPLES / "amcf.py", *arguments, *search, *TRAINING, "--logging_steps", "1"], tmp_path)
+    assert "2 process(es), accuracy" in out and "loss/consistency" in out and "layers of one and" in out
+    assert "a plain checkpoint: ViTForImageClassification" in out
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.inputs == [0, 1]
 
 
 @pytest.mark.slow

@@ -197,8 +197,9 @@ class TimmLikeForImageClassification(hf.PreTrainedModel):
 
 
 def tiny_collaborative(num_labels: int = 3, seed: int = 0) -> CollaborativeModel:
-    """A ResNet and a MobileNetV2, each with images of its own processor."""
-    members = [tiny_resnet(num_labels, seed), tiny_mobilenet_v2(num_labels, seed + 1)]
+    """A ResNet of 7 layers and one of 22, each with images of its own processor."""
+    deeper = {"depths": [3, 4], "layer_type": "bottleneck", "hidden_sizes": [16, 32]}
+    members = [tiny_resnet(num_labels, seed), tiny_resnet(num_labels, seed + 1, **deeper)]
     return CollaborativeModel.from_members(members, inputs=[0, 1])
 
 
