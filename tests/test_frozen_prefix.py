@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ft import anatomy
+from hf_ft import AMCFConfig, CollaborativeModel, anatomy, set_up
 from hf_ft.frozen_prefix import activations
 from hf_ft.parts import Chain, Part
-from hf_ft.prefix_search import find_prefix
-from hf_ft.testing import TINY_MODELS, tiny_inputs, tiny_resnet, tiny_vit
+from hf_ft.prefix_search import PrefixFinder, find_prefix
+from hf_ft.testing import TINY_MODELS, tiny_collaborative, tiny_inputs, tiny_resnet, tiny_vit
 
 
 def borders(model):
@@ -144,3 +144,105 @@ def test_several_borders_in_one_pass():
     model.get_submodule(after).forward = lambda *args: pytest.fail("ran past the last border")
     found = activations(model, names, batch)
     assert list(found) == names and all(found[name].shape == (3, 17, 16) for name in names)
+
+
+# --- several borders, several members --------------------------------------------------------------------------
+
+
+def after_layers(model, *frozen):
+    """What is alive where so many layers of each member are frozen, and the plan's run."""
+    run = set_up(model, AMCFConfig(frozen=list(frozen)))
+    objective = run.objective()
+    objective.enter(run.plan.stages[0])
+    model.eval()
+    return run, objective.alive.chains
+
+
+def ran(model, call):
+    """The convolutions that run during a call."""
+    names = []
+    convolutions = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    hooks = [module.register_forward_hook(lambda *_, name=name: names.append(name)) for name, module in convolutions]
+    outputs = call()
+    for hook in hooks:
+        hook.remove()
+    return outputs, names
+
+
+@pytest.mark.parametrize("k", [3, 4, 5, 6, 30, 31, 32, 51])
+def test_inside_of_a_residual_block_no_frozen_layer_runs(k):
+    model = TINY_MODELS["mobilenet_v2"]()
+    run, live = after_layers(model, k)
+    prefix = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
+    batch = tiny_inputs(model, 6, seed=2)
+    at_borders = prefix.record(batch)
+    outputs, names = ran(model, lambda: prefix(at_borders, rows(prefix, batch)))
+    assert torch.allclose(outputs.logits, model(**batch).logits, atol=1e-5)
+    trained = {name.removesuffix(".weight") for name in run.trained if name.endswith("convolution.weight")}
+    assert set(names) == trained and prefix.kept == ("labels",)
+
+
+def test_a_shortcut_across_the_border_needs_two():
+    model = TINY_MODELS["mobilenet_v2"]()
+    _, live = after_layers(model, 7)  # in the third block, whose input is added to its output
+    prefix = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
+    assert len(prefix.borders) == 2
+    batch = tiny_inputs(model, 4)
+    wrong = [prefix.record(batch)[0], torch.zeros_like(prefix.record(batch)[1])]
+    assert not torch.allclose(prefix(wrong, rows(prefix, batch)).logits, model(**batch).logits, atol=1e-3)
+
+
+class Adapted(nn.Module):
+    """An adapter that reads what came before the border, and has no effect yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 2)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        low = self.first(x)
+        return self.head(self.second(low)) + self.up(self.down(low))
+
+
+def test_what_feeds_an_adapter_without_effect_is_not_lost():
+    torch.manual_seed(0)
+    live = [Chain("", (Part("head", ("head", "down", "up")),))]
+    x = torch.randn(2, 4), torch.randn(3, 4)
+    prefix = find_prefix(Adapted(), live, {"x": x[0]}, {"x": x[1]}, varying={"x"})
+    assert prefix is None or prefix.borders == ("first",), "the outputs alone would allow 'second'"
+    assert prefix is not None
+
+
+@pytest.mark.parametrize("frozen", [(2, 10), (0, 10), (6, 0), (3, 21)])
+def test_members_are_cut_each_for_itself(frozen):
+    model = tiny_collaborative()
+    _, live = after_layers(model, *frozen)
+    prefix = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
+    images = [name for name, k in zip(model.input_names, frozen, strict=True) if k == 0]
+    assert [name for name in prefix.kept if name != "labels"] == images, "pixels of what runs whole are kept"
+    assert {border.split(".")[1] for border in prefix.borders} == {str(j) for j, k in enumerate(frozen) if k}
+    batch = tiny_inputs(model, 5, seed=3)
+    outputs = prefix(prefix.record(batch), rows(prefix, batch))
+    for one, other in zip(outputs.member_logits, model(**batch).member_logits, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_members_that_share_their_images():
+    """They are kept as long as one member needs them."""
+    for frozen, kept in (((2, 10), ()), ((2, 0), ("pixel_values",))):
+        model = CollaborativeModel.from_members(list(tiny_collaborative().members))
+        _, live = after_layers(model, *frozen)
+        prefix = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
+        assert tuple(name for name in prefix.kept if name != "labels") == kept
+
+
+def test_a_finder_serves_many_stages():
+    model = tiny_collaborative()
+    finder = PrefixFinder.of(model, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
+    for frozen in ((2, 10), (2, 12), (4, 12), (2, 10)):
+        _, live = after_layers(tiny_collaborative(), *frozen)
+        alone = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
+        assert finder.find(live).borders == alone.borders
