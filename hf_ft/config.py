@@ -138,6 +138,7 @@ class FTConfig(PushToHubMixin):
     formula: ClassVar[str] = ""
     recommended: ClassVar[Mapping[str, Recommended]] = {}
     takes_source_data: ClassVar[bool] = False  # whether it can use a source data set that it does not require
+    several_members: ClassVar[bool] = False  # whether it also fits a model of several members side by side
     without_source_data: ClassVar[str] = ""  # what else can be done, at the end of a sentence that asks for one
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(

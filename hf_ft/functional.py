@@ -17,6 +17,8 @@ __all__ = [
     "attention_map",
     "batch_spectral_shrinkage",
     "club_upper_bound",
+    "collaborative_loss",
+    "disagreement",
     "distillation_loss",
     "feature_distance",
     "gaussian_bandwidths",

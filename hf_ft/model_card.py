@@ -175,12 +175,16 @@ def _usage(model: Any, model_name: str) -> str:
 def _ensemble_usage(model: Any, model_name: str) -> str:
     auto = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
     name = auto[model.config.task]
+    tokenizers = []
+    if model.config.task == "text" and len(set(model.config.inputs)) > 1:  # which AutoTokenizer cannot know
+        tokenizers = [f'tokenizer = hf_ft.CollaborativeTokenizer.from_pretrained("{model_name}")']
     return "\n".join(
         [
             "import hf_ft  # makes the ensemble known to Transformers",
             f"from transformers import {name}",
             "",
             f'model = {name}.from_pretrained("{model_name}")',
+            *tokenizers,
             "",
             "# One member alone, which does not need hf_ft:",
             f'member = {name}.from_pretrained("{model_name}", subfolder="{member_folder(0)}")',

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.utils import logging
 
-from hf_ft.anatomy import anatomy, norm_layers
+from hf_ft.anatomy import anatomy, members_of, norm_layers, unwrap
 from hf_ft.config import Context, FTConfig, State, build_plan, resolve, shared_option
 from hf_ft.fields import OptionError
 from hf_ft.groups import ever_trained, split_groups, stage_scheduler, term_groups
@@ -198,18 +198,28 @@ def check(
     """The plan, with everything that can be told wrong before training told."""
     if not trainable:
         raise OptionError("every parameter of the model is frozen (requires_grad=False): nothing could train.")
+    check_members(configs, model)
     for config in configs:
         config.check_model(model)
     plan = build_plan(configs, model, states)
     ever_trained(plan, model, trainable)  # raises where a stage's names match nothing
-    chains = _chains(configs, model, plan, trainable)
-    wanting = [term.name for term in plan.terms if "features" in term.needs]
-    if wanting and len(chains) > 1:
-        raise OptionError(
-            f"{wanting[0]} looks at what goes into the head, and this model of {len(chains)} members has as many "
-            "heads: use it with one of them (model.members[0])."
-        )
+    _chains(configs, model, plan, trainable)
     return plan
+
+
+def check_members(configs: Iterable[FTConfig], model: nn.Module) -> None:
+    """Refuse a model of several members where a strategy goes by the depth, or the head, of one network.
+
+    Raises:
+        OptionError: naming the strategy.
+    """
+    members = members_of(unwrap(model)[0])
+    unfit = [config.ft_type for config in configs if not config.several_members]
+    if unfit and len(members) > 1:
+        raise OptionError(
+            f"{unfit[0]} goes by the layers and the head of one network, and this model has {len(members)} members: "
+            "use it with one of them (model.members[0])."
+        )
 
 
 def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callable[[int], float]:

@@ -19,7 +19,7 @@ def soup(model: CollaborativeModel, *, same_ancestor: bool | None = None) -> Pre
 
     This can work for members that were fine-tuned from the same pretrained weights. It may work less well where their
     heads began at different random values, so compare its score with the ensemble's. The statistics of BatchNorm are
-    averaged, too, and fit no data: :func:`hf_ft.estimate_batch_norm` measures them anew.
+    averaged, too, and fit no data: ``torch.optim.swa_utils.update_bn`` measures them anew, layer upon layer.
 
     Args:
         model: left as it is.

@@ -61,11 +61,15 @@ def load_sources(
 
 def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None, **options: Any) -> tuple[Any, Any]:
     """A source with a new head, also where its own would fit: else one source, given twice, made one member twice."""
-    fits = _has_head(name, num_labels if id2label is None else len(id2label), options["revision"])
     try:
+        fits = _has_head(name, num_labels if id2label is None else len(id2label), options["revision"])
         model, processor = zoo.load_model(name, num_labels, id2label, keep_source_head=fits, **options)
-    except OptionError as error:
-        raise OptionError(f"source_models: {name}: {error}") from error
+    except (OSError, ValueError) as error:  # Transformers' own messages may be long, and not name the source
+        reason = str(error).strip().splitlines()[0]
+        raise OptionError(
+            f"source_models: {name}: {reason} Name Hub ids, folders written by save_pretrained, or "
+            f"{', '.join(zoo.SHORT_NAMES)}, all of one task."
+        ) from error
     if isinstance(model, CollaborativeModel):
         raise OptionError(f"source_models: {name} is an ensemble itself: name the sources of its members instead.")
     vocabulary = getattr(processor, "get_vocab", None)

@@ -4,8 +4,8 @@ A particle is a point :math:`x \in \mathbb{R}^N`; its coordinate :math:`j` lies 
 truncated, for the number of frozen layers of model :math:`j`. One iteration :math:`t` moves all particles:
 
 .. math::
-    v \leftarrow \mathrm{clip}(w_t v + c_1 r_1 (p - x) + c_2 r_2 (g - x), -b, b), \qquad
-    x \leftarrow \mathrm{clip}(x + v, 0, L - 1)
+    v \leftarrow \text{clip}(w_t v + c_1 r_1 (p - x) + c_2 r_2 (g - x), -b, b), \qquad
+    x \leftarrow \text{clip}(x + v, 0, L - 1)
 
 :math:`p` is the best position of the particle, :math:`g` that of the swarm, and :math:`r_1, r_2 \sim U[0, 1)` are one
 number per particle each. All draws of a particle come from a generator of its own, see :func:`generator`.
@@ -89,7 +89,7 @@ def generator(seed: int, generation: int, particle: int) -> np.random.Generator:
 
 
 def velocity_bound(layers: Sequence[int]) -> Floats:
-    r"""The most that a coordinate moves at once, :math:`b_j = \max(1, \mathrm{round}(0.1 L_j))`: (N,).
+    r"""The most that a coordinate moves at once, :math:`b_j = \max(1, \text{round}(0.1 L_j))`: (N,).
 
     Raises:
         OptionError: there is no model, or one without layers.
@@ -98,7 +98,7 @@ def velocity_bound(layers: Sequence[int]) -> Floats:
 
 
 def inertia(iteration: int, iterations: int = ITERATIONS) -> float:
-    r"""The share of the velocity that is kept, :math:`w_t = 1.4 - 0.7\, t / T`.
+    r"""The share of the velocity that is kept, :math:`w_t = 1.4 - 0.7 t / T`.
 
     Args:
         iteration: from 0.

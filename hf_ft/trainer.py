@@ -37,7 +37,7 @@ from hf_ft.preflight import (
 )
 from hf_ft.reference import REFERENCE
 from hf_ft.row_cache import FrozenCache
-from hf_ft.run import Run, check, schedule_curve, set_up
+from hf_ft.run import Run, check, check_members, schedule_curve, set_up
 from hf_ft.streamed_steps import StreamedSteps
 from hf_ft.whole_checkpoints import WholeCheckpoints
 
@@ -77,6 +77,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
     model: Any
     optimizer: Any
     lr_scheduler: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -283,7 +284,8 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
     def _set_signature_columns_if_needed(self) -> None:
         """As the Trainer's, with the tensors that a model of several members reads under numbered names."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, *getattr(unwrap(self.model)[0], "input_names", ())]
+        columns: Any = self._signature_columns
+        self._signature_columns = list(dict.fromkeys([*columns, *getattr(unwrap(self.model)[0], "input_names", ())]))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return super()._clip_grad_norm(self._trained_alone(model))
@@ -404,6 +406,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
 
     def _early_checks(self, model: nn.Module, args: TrainingArguments, scheduler: Any) -> None:
         """Tell in ``__init__`` whatever can be told without looking at the data."""
+        check_members(self.configs, model)
         if any(config.measures() for config in self.configs):  # there is no plan yet
             for config in self.configs:
                 config.check_model(model)

@@ -19,6 +19,7 @@ from hf_ft import (
     set_up,
 )
 from hf_ft.anatomy import batch_norms
+from hf_ft.docs_tables import documented
 from hf_ft.functional import disagreement
 from hf_ft.layers import main_path_layers
 from hf_ft.testing import LAWS, TINY_MODELS, tiny_bert, tiny_collaborative, tiny_inputs, tiny_resnet, tiny_vit, train
@@ -348,9 +349,21 @@ def test_statistics_cannot_move_where_there_are_none(tmp_path):
         make_trainer(model, AMCFConfig(frozen=[0, 0], freeze_norm_statistics=False), tmp_path)
 
 
-def test_a_strategy_of_one_head_is_refused_for_several_members(tmp_path):
-    with pytest.raises(OptionError, match="2 members has as many heads"):
-        make_trainer(tiny_collaborative(), ["bss"], tmp_path)
+@pytest.mark.parametrize("name", documented())
+def test_only_what_fits_several_members_takes_them(name, tmp_path):
+    """The others go by the depth, or the head, of one network; one member alone is such a network."""
+    options = {"particles": 2, "iterations": 1, "search_epochs": 1, "storage": "memory"} if name == "amcf" else {}
+    kind = documented()[name]
+    if kind.several_members:
+        before = snapshot(tiny_collaborative())
+        trainer = train(tiny_collaborative(), kind(**options), tmp_path)
+        after = snapshot(trainer.model)
+        for member in ("members.0", "members.1"):
+            moved = [n for n in before if n.startswith(member) and n in after and not torch.equal(before[n], after[n])]
+            assert any("classifier" in n for n in moved), f"the head of {member} did not train"
+    else:
+        with pytest.raises(OptionError, match=f"{name} goes by the layers and the head of one network"):
+            set_up(tiny_collaborative(), kind(**options), states={})
 
 
 def test_lists_come_back_from_a_file(tmp_path):

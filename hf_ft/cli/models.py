@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.data import Columns
 from hf_ft.sources import load_sources
 from hf_ft.zoo import SHORT_NAMES, load_model
@@ -95,15 +96,21 @@ def load_ensemble(
     return model, processor
 
 
-def usage(folder: str | Path, task: str, example: str | Path | None = None, ensemble: bool = False) -> str:
-    """How to use a checkpoint with Transformers alone; an ensemble needs to be known to it."""
+def usage(folder: str | Path, task: str, example: str | Path | None = None, processor: Any = None) -> str:
+    """How to use a checkpoint with Transformers alone; ``processor`` only where it is one of several parts."""
     given = example or ("photo.png" if task == "image" else "some text")
-    known = "  import hf_ft  # which tells Transformers what an ensemble is\n" if ensemble else ""
+    several = isinstance(processor, CollaborativeTokenizer)  # which AutoTokenizer cannot know
+    tokenizer = f', tokenizer=hf_ft.CollaborativeTokenizer.from_pretrained("{folder}")' if several else ""
     return (
-        f"{known}  from transformers import pipeline\n\n"
-        f'  classify = pipeline("{task}-classification", model="{folder}")\n'
+        "  from transformers import pipeline\n\n"
+        f'  classify = pipeline("{task}-classification", model="{folder}"{tokenizer})\n'
         f'  print(classify("{given}"))'
     )
+
+
+def ensemble_usage(folder: str | Path, task: str, processor: Any) -> str:
+    """How to use an ensemble: Transformers learns what it is when hf_ft is imported."""
+    return f"  import hf_ft\n{usage(folder, task, processor=processor)}"
 
 
 def adapter_usage(folder: str | Path) -> str:

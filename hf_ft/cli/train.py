@@ -15,7 +15,7 @@ from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import STORAGE as BLOCK_STUDY
 from hf_ft.cli.arguments import DataFlags, Request, read
 from hf_ft.cli.console import count, quieten, say, table
-from hf_ft.cli.models import adapter_usage, load_classifier, load_ensemble, usage
+from hf_ft.cli.models import adapter_usage, ensemble_usage, load_classifier, load_ensemble, usage
 from hf_ft.cli.search_blocks import report
 from hf_ft.cli.swarm_report import report_swarm
 from hf_ft.cli.train_help import train_help
@@ -231,8 +231,10 @@ def _finish(made: Made) -> None:
     say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
     adapter = isinstance(trainer.model, PeftModel)
     say(f"saved       {folder}, {'a PEFT adapter' if adapter else 'a plain Transformers checkpoint'}:\n")
-    ensemble = isinstance(trainer.model, CollaborativeModel)
-    say(adapter_usage(folder) if adapter else usage(folder, columns.task, ensemble=ensemble))
+    if isinstance(trainer.model, CollaborativeModel):
+        say(ensemble_usage(folder, columns.task, trainer.processing_class))
+    else:
+        say(adapter_usage(folder) if adapter else usage(folder, columns.task))
     for state in trainer.states.values():
         if "scores" in state.info:
             report(BlockScores.from_dict(state.info["scores"]), Path(folder))

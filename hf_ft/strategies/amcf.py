@@ -37,11 +37,12 @@ class AMCFConfig(FTConfig):
     """
 
     paper = Paper(
-        "Feng et al.",
+        "Feng, Yang, Tan, Zeng, Tang, Li, Niu, Feng",
         "Adaptive multi-source domain collaborative fine-tuning for transfer learning",
         "PeerJ Computer Science 10:e2107, 2024",
         "https://doi.org/10.7717/peerj-cs.2107",
     )
+    several_members = True
     formula = (
         "sum_j CE(z_j, y) + consistency * mean_batch( 1/N sum_j ||z_j - mean_i z_i||_2 )\n"
         "member j trains from its layer k_j on; (k_1, ..., k_N) from a particle swarm\n"

@@ -88,6 +88,7 @@ class DAFTConfig(FTConfig):
         "AAAI 2024",
         "https://arxiv.org/abs/2308.07728",
     )
+    several_members = True
     formula = (
         "beta' = beta + gamma (mu_t - mu_s) / sqrt(v_s + eps);  gamma' = gamma sqrt(v_t + eps) / sqrt(v_s + eps);  "
         "head = 0;  lr_head >> lr_backbone"

@@ -21,6 +21,7 @@ class FullConfig(FTConfig):
     .. math:: L = \mathrm{CE}(h(f(x)), y)
     """
 
+    several_members = True
     formula = "L = CE(h(f(x)), y) over all parameters"
     recommended = {"learning_rate": Recommended(3e-4)}
 

@@ -31,6 +31,7 @@ class L2SPConfig(FTConfig):
         "ICML 2018",
         "https://arxiv.org/abs/1802.01483",
     )
+    several_members = True
     formula = "L = CE + alpha/2 ||w_S - w0_S||^2 + beta/2 ||w_new||^2"
     recommended = {"learning_rate": Recommended(3e-4)}
 

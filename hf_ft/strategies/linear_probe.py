@@ -19,6 +19,7 @@ class LinearProbeConfig(FTConfig):
     .. math:: L = \mathrm{CE}(h(f(x)), y), \quad f \text{ frozen, in eval mode}
     """
 
+    several_members = True
     formula = "L = CE(h(f(x)), y) over the head h; f is frozen, in eval mode"
     recommended = {"learning_rate": Recommended(1e-2)}
 

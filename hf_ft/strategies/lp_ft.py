@@ -31,6 +31,7 @@ class LPFTConfig(FTConfig):
         "ICLR 2022",
         "https://arxiv.org/abs/2202.10054",
     )
+    several_members = True
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
     # From 1e-5 to 3e-4 on validation data of the demo: at 3e-4 the second stage loses what the probe found.
     recommended = {"learning_rate": Recommended(3e-5)}
