@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hf_ft.parts import Anatomy, Part, joined
+from hf_ft.weight_files import COLLABORATIVE
 
 # Transformer layers, or the blocks of a flat CNN, in one list under the backbone.
 _FLAT = r"\w+\.(?:encoder\.|transformer\.)?layers?\.\d+"
@@ -78,7 +79,8 @@ def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None
     base, prefix = unwrap(model)
     members = members_of(base)
     if members:
-        return joined([(f"{prefix}{name}", anatomy(member, head, blocks)) for name, member in members])
+        said = names_of_members(members, head, blocks)
+        return joined([(f"{prefix}{n}", anatomy(m, *names)) for (n, m), names in zip(members, said, strict=True)])
     backbone = _backbone(base)
     head_names = _find_head(base, backbone, head)
     groups = _find_blocks(base, backbone, head_names, blocks)
@@ -102,10 +104,31 @@ def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None
 
 def members_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The models that a model of several runs side by side, with their module names; of any other, none."""
-    members = getattr(model, "members", None)
-    if not isinstance(members, nn.ModuleList) or not hasattr(model, "input_names"):
+    if getattr(getattr(model, "config", None), "model_type", None) != COLLABORATIVE:
         return []
-    return [(f"members.{index}", member) for index, member in enumerate(members)]
+    return [(f"members.{index}", member) for index, member in enumerate(cast(Any, model).members)]
+
+
+def names_of_members(
+    members: Sequence[tuple[str, nn.Module]], head: str | None, blocks: str | None
+) -> list[tuple[str | None, str | None]]:
+    """What counts for each member of what is said of head and blocks: all of it where it fits, else nothing.
+
+    Raises:
+        AnatomyError: it fits no member, or a member's head or blocks cannot be told.
+    """
+    fitting: list[tuple[str | None, str | None]] = []
+    errors = []
+    for name, member in members:
+        try:
+            anatomy(member, head, blocks)
+            fitting.append((head, blocks))
+        except AnatomyError as error:
+            errors.append(AnatomyError(f"{name}: {error}"))
+            if (head is None and blocks is None) or len(errors) == len(members):
+                raise errors[0] from error
+            fitting.append((None, None))
+    return fitting
 
 
 def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

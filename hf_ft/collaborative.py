@@ -234,7 +234,7 @@ class CollaborativeModel(hf.PreTrainedModel):
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
         if push_to_hub:
-            upload(folder, **address)
+            upload(folder, len(self.members), **address)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

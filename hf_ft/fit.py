@@ -29,6 +29,8 @@ class Recipe:
     Attributes:
         optimizer: makes one of parameter groups.
         curve: number of steps -> (step -> factor of the rate), the schedule.
+        batch_size: samples that run together.
+        accumulation: so many of these batches make a step.
         max_grad_norm: gradients are clipped to this norm; 0 for not at all.
         task_loss: the loss of the task.
         computing: the context in which the model computes, such as autocast.
@@ -39,6 +41,7 @@ class Recipe:
     learning_rate: float
     weight_decay: float = 0.0
     batch_size: int = 8
+    accumulation: int = 1
     max_grad_norm: float = 1.0
     task_loss: TaskLoss = field(default_factory=TaskLoss)
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -55,6 +58,7 @@ def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
         batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
         max_grad_norm=args.max_grad_norm or 0.0,
         task_loss=trainer.task_loss,
         computing=trainer.accelerator.autocast,
@@ -62,6 +66,11 @@ def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:
     names = "learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps "
     names += "max_grad_norm label_smoothing_factor bf16 fp16"
     described = {name: value for name, value in args.to_dict().items() if name in names.split()}
+    described["optimizer"] = f"{kind.__name__}({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
+    function = trainer.task_loss.compute_loss_func
+    described["compute_loss_func"] = (
+        None if function is None else getattr(function, "__qualname__", repr(type(function)))
+    )
     weights = trainer.task_loss.class_weights
     described["class_weights"] = None if weights is None else weights.tolist()
     return recipe, described
@@ -87,7 +96,8 @@ def fit(
     objective = run.objective(recipe.task_loss)
     model = run.model
     optimizer = recipe.optimizer(run.param_groups(recipe.learning_rate, recipe.weight_decay))
-    order = [_epoch(rows, recipe.batch_size, seed, epoch, model) for epoch in range(epochs)]
+    size = recipe.batch_size * recipe.accumulation
+    order = [_epoch(rows, size, seed, epoch, model) for epoch in range(epochs)]
     total = sum(map(len, order))
     borders = stage_borders(run.plan.stages, total)
     scheduler = stage_scheduler(optimizer, borders, recipe.curve)
@@ -99,9 +109,11 @@ def fit(
             objective.train()
             for chunk in chunks:
                 at(step)
-                with recipe.computing():
-                    loss = objective(**batches.take(chunk))["loss"]
-                loss.backward()
+                for start in range(0, len(chunk), recipe.batch_size):
+                    some = chunk[start : start + recipe.batch_size]
+                    with recipe.computing():
+                        loss = objective(**batches.take(some))["loss"]
+                    (loss if len(some) == len(chunk) else loss * (len(some) / len(chunk))).backward()
                 if recipe.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
                 optimizer.step()

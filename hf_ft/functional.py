@@ -389,7 +389,7 @@ def collaborative_loss(logits: Sequence[Tensor], labels: Tensor, consistency: fl
     shapes = [tuple(member.shape) for member in logits]
     if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 2:
         raise OptionError(f"logits: (B, C) of each member is needed, all alike, not {shapes}.")
-    if not consistency >= 0:
+    if not 0 <= consistency < math.inf:
         raise OptionError(f"consistency={consistency!r} lies outside [0, inf). Default: 0.2.")
     loss = torch.stack([nn.functional.cross_entropy(member, labels) for member in logits]).sum()
     return loss + consistency * disagreement(logits) if consistency else loss

@@ -55,6 +55,8 @@ def liveness(model: nn.Module, chains: Sequence[Chain], trained: Collection[str]
             if begin == first:
                 parts[0] = Part(parts[0].name, tuple(inside.alive))
                 has_prefix |= bool(inside.resting)
+        elif trained:  # another chain trains, and this one only gives its part
+            resting += [module for part in chain.parts for name in part.modules for module in _modules(model, name)]
         has_prefix |= begin > 0
         trained_from.append(first)
         live_from.append(begin)

@@ -66,7 +66,7 @@ def read_member(
     try:
         _check_config(wanted, name, place)
         # Never a pickle.
-        options = {"use_safetensors": True, **options, "trust_remote_code": False, "output_loading_info": True}
+        options = {**options, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         options["dtype"] = wanted.dtype or "auto"
         member, info = AUTO[config.task].from_pretrained(name, config=wanted, **place, **options)
     except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
@@ -112,10 +112,11 @@ def _prefixed(prefix: str, name: Any) -> Any:
     return prefix + name if isinstance(name, str) else (prefix + name[0], *name[1:])
 
 
-def upload(folder: Path, repo_id: str | None = None, private: bool | None = None, **options: Any) -> None:
+def upload(folder: Path, members: int, repo_id: str | None = None, private: bool | None = None, **options: Any) -> None:
     """Put the files of an ensemble on the Hub.
 
     Args:
+        members: how many it has; the folder may hold more, of an earlier one.
         repo_id: by default the folder's name.
         options: ``token``, and what else ``HfApi.upload_folder`` takes.
     """
@@ -124,5 +125,5 @@ def upload(folder: Path, repo_id: str | None = None, private: bool | None = None
     if options.get("revision") is not None:
         api.create_branch(repo, branch=options["revision"], exist_ok=True)
     # By patterns: the folder may hold a Trainer's checkpoints.
-    files = [CONFIG_NAME, "README.md", f"{member_folder('*')}/*"]
+    files = [CONFIG_NAME, "README.md", *(f"{member_folder(index)}/*" for index in range(members))]
     api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files, **options)

@@ -52,7 +52,7 @@ class TaskLoss:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         outputs = as_dict(model(**inputs))
         members = outputs.get("member_logits")
-        whose = [outputs] if members is None else [{"logits": logits} for logits in members]
+        whose = [outputs] if members is None else [{**outputs, "logits": logits} for logits in members]
         losses = [self._loss(one, batch["labels"]) for one in whose]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outputs
 

@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_flatten
 from hf_ft.frozen_prefix import Batch, FrozenPrefix, Placeholder
 from hf_ft.parts import Chain
 from hf_ft.plan import covers
-from hf_ft.undisturbed import evaluating
+from hf_ft.taps import run_to
+from hf_ft.undisturbed import evaluating, random_states_kept
 
+SAMPLED = 4096  # values that are compared of what goes into a layer
 TRIES = 8  # last borders of a chain that are tried before giving up; one is enough in nearly all architectures
 
 
@@ -135,7 +137,7 @@ class PrefixFinder:
         for border in usable[:TRIES]:
             for borders in _with_inputs(border, around, usable):
                 cut = self._cut(borders, mine)
-                if cut is not None and self.works([cut], needed):
+                if cut is not None and self.works([cut], needed) and self._steady(cut):
                     return cut
         return None
 
@@ -150,6 +152,21 @@ class PrefixFinder:
         if later & {call.name for call in outermost} or not inner <= {call.name for call in outermost}:
             return None
         return _Cut(borders, tuple(outermost))
+
+    def _steady(self, cut: _Cut) -> bool:
+        """Whether what holds the modules that are left out does the same in training mode.
+
+        Those modules rest. But what holds them may not, if something in it trains, and it may drop values by a function
+        of its own, which records in evaluation mode would lack.
+        """
+        prefix = self.prefix([cut], self.pixels)
+        names = {parent for name in prefix.left_out for parent in _parents(name)}
+        with random_states_kept(0), evaluating(self.model), torch.no_grad():
+            still = prefix.record(self.second)
+            for name in names:
+                self.model.get_submodule(name).training = True
+            found = run_to(self.model, prefix.borders, self.second)
+        return _equal((found[border] for border in prefix.borders), still)
 
     def prefix(self, cuts: Sequence[_Cut], needed: frozenset[str]) -> FrozenPrefix:
         """A prefix of some cuts, one a chain, that keeps these pixels."""
@@ -185,11 +202,11 @@ def _observed(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], d
     """The outputs of a forward pass in evaluation mode, and what went into each layer that holds no other."""
     inputs: dict[str, list[Tensor]] = {}
 
-    def keeper(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: inputs.setdefault(name, []).extend(_tensors(args))
+    def keeper(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, kwargs: inputs.setdefault(name, []).extend(map(_sampled, _tensors((args, kwargs))))
 
     leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
-    hooks = [module.register_forward_pre_hook(keeper(name)) for name, module in leaves]
+    hooks = [module.register_forward_pre_hook(keeper(name), with_kwargs=True) for name, module in leaves]
     try:
         with evaluating(model), torch.no_grad():
             return _tensors(run()), inputs
@@ -198,14 +215,28 @@ def _observed(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], d
             handle.remove()
 
 
-def _equal(found: Sequence[Tensor], full: Sequence[Tensor]) -> bool:
+def _sampled(tensor: Tensor) -> Tensor:
+    """Some values of a tensor, evenly spread: enough to tell two apart, and no memory to speak of."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLED)].clone()
+
+
+def _equal(found: Iterable[Tensor], full: Iterable[Tensor]) -> bool:
+    found, full = list(found), list(full)
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in full]:
         return False
     return all(
-        torch.allclose(one.float(), other.float(), rtol=1e-5, atol=1e-6 * float(other.float().abs().amax() + 1))
+        torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-5 * float(other.float().abs().amax() + 1))
         for one, other in zip(found, full, strict=True)
         if other.numel()
     )
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The modules that hold a module, the model itself last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _with_inputs(border: _Call, around: Sequence[_Call], usable: Sequence[_Call]) -> Iterator[tuple[_Call, ...]]:

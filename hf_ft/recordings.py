@@ -125,7 +125,7 @@ class Recordings:
                 self._fill(list(columns.values()))
         except RowsDiffer as error:
             logger.warning_once(f"The frozen part of the model is computed in every step: {error}.")
-            self.usable = False
+            self.usable = error.column is None and self.usable  # else rows differ, at whatever border
             return None
         return RecordedRows({name: self._stores[key] for name, key in columns.items()})
 
@@ -165,9 +165,10 @@ class Recordings:
 
     def _empty(self, values: Tensor, others: Sequence[RowStore]) -> RowStore:
         """A store in memory as far as the others leave room there, else in a file."""
-        used = sum(store.bytes for store in others if store.in_memory)
-        free = max(0.0, self.cache.memory_gb - used / GB)
-        return RowStore(self.samples.count, {VALUES: values}, dataclasses.replace(self.cache, memory_gb=free))
+        memory = self.cache.memory_gb - sum(store.bytes for store in others if store.in_memory) / GB
+        disk = self.cache.disk_gb - sum(store.bytes for store in others if not store.in_memory) / GB
+        left = dataclasses.replace(self.cache, memory_gb=max(0.0, memory), disk_gb=max(0.0, disk))
+        return RowStore(self.samples.count, {VALUES: values}, left)
 
     def _plain(self, border: str) -> str:
         """A border's name in the model itself: a copy with adapters has it under a prefix, and inside of an adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,6 +26,8 @@ from hf_ft.recordings import Recordings
 from hf_ft.run import Run
 from hf_ft.trials import Report
 from hf_ft.undisturbed import random_states_kept
+
+LOOKED_AT = 64  # samples, spread over the data, that tell one data set from another
 
 
 @dataclass
@@ -57,6 +60,8 @@ class ShortTrainings:
             raise OptionError(f"metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
         self.train_rows, self.validation_rows = self._split()
         context = self.context
+        # A step is as large as in the run that follows, whatever number of processes shares that.
+        self.recipe = dataclasses.replace(context.recipe, accumulation=context.recipe.accumulation * context.ranks)
         self.recordings = Recordings(self.model, context.samples, context.frozen_cache, context.recipe.computing)
         self._batches = Batches(context.samples, self.recordings)
 
@@ -71,12 +76,12 @@ class ShortTrainings:
         scores: list[float] = []
 
         def after_epoch(epoch: int, objective: Objective) -> None:
-            found = score(objective, self.context.recipe, self._batches, self.validation_rows, self.metric)
+            found = score(objective, self.recipe, self._batches, self.validation_rows, self.metric)
             scores.append(found if math.isfinite(found) else -math.inf)
             if report is not None:
                 report(epoch, scores[-1])
 
-        fit(run, self.context.recipe, self._batches, self.train_rows, self.epochs, seed, after_epoch)
+        fit(run, self.recipe, self._batches, self.train_rows, self.epochs, seed, after_epoch)
         return scores
 
     def plan_recordings(self, runs: Iterable[Run]) -> None:
@@ -91,7 +96,7 @@ class ShortTrainings:
         hashes = json.dumps(sorted(digests(self.model).items()))
         samples, labels = self.context.samples, self.context.labels
         with random_states_kept(0):
-            first = samples.read(list(range(min(4, samples.count))))
+            first = samples.read(list(range(0, samples.count, max(1, samples.count // LOOKED_AT)))[:LOOKED_AT])
         data = b"".join(_bytes(value) for _, value in sorted(first.items()) if isinstance(value, Tensor))
         data += labels.tobytes() if labels is not None else b""
         return {
@@ -99,7 +104,11 @@ class ShortTrainings:
             "samples": samples.count,
             "data": hashlib.sha256(data).hexdigest(),
             "options": dict(options),
-            "recipe": {**dict(self.context.described), "batch_size": self.context.recipe.batch_size},
+            "recipe": {
+                **dict(self.context.described),
+                "batch_size": self.recipe.batch_size,
+                "accumulation": self.recipe.accumulation,
+            },
         }
 
     def storage(self, wanted: str | None, usual: str) -> str | None:

@@ -35,6 +35,11 @@ def soup(model: CollaborativeModel, *, same_ancestor: bool | None = None) -> Pre
     members: list[Any] = list(model.members)
     _check_ancestors(model.config.ancestors, same_ancestor)
     _check_classes(members)
+    if len(set(model.config.inputs)) > 1:
+        raise OptionError(
+            f"soup: the members read what {len(set(model.config.inputs))} different processors make, and one model "
+            "reads what one makes. Take members of one processor."
+        )
     states = [member.state_dict() for member in members]
     first = members[0]
     mean = {name: _mean([state[name] for state in states]) for name in states[0]}

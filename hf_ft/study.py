@@ -22,11 +22,11 @@ ATTEMPTS = 8  # at opening a database, while other processes create its tables
 KINDS = "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, mysql+pymysql://user@host/database"
 
 
-def open_storage(storage: str | None) -> BaseStorage:
+def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     """Open a storage that several processes may write to.
 
     Args:
-        storage: a path, a URL, or None for memory; see :func:`hf_ft.trials.run_trials`.
+        storage: a path, a URL, None for memory, or one that is open; see :func:`hf_ft.trials.run_trials`.
 
     Raises:
         OptionError: it cannot be opened. The message names the storage, the reason and the fix.
@@ -35,6 +35,8 @@ def open_storage(storage: str | None) -> BaseStorage:
 
     if storage is None:
         return InMemoryStorage()
+    if not isinstance(storage, str):
+        return storage
     if storage.startswith(JOURNAL) or ("://" not in storage and storage.endswith(".log")):
         return _open_journal(storage.removeprefix(JOURNAL))
     if "://" in storage:

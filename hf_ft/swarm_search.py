@@ -19,6 +19,7 @@ from hf_ft.liveness import liveness, moving_norms
 from hf_ft.plan import trained_by
 from hf_ft.run import Run, start
 from hf_ft.short_trainings import ShortTrainings, short
+from hf_ft.study import open_storage
 from hf_ft.swarm import begin, move, remember
 from hf_ft.swarm_scores import Evaluation, Generation, SwarmScores
 from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
@@ -65,6 +66,8 @@ class SwarmSearch:
         unused = ["frozen", "storage", "particles", "iterations", "search_budget", "patience", "source_models"]
         told = {key: value for key, value in options.to_dict().items() if key not in unused}
         self._signature = self.trainings.describe(told)
+        # One for all generations: in memory each would else begin with an empty study.
+        self._storage = open_storage(self.trainings.storage(options.storage, STORAGE))
         self._chains = options.anatomy(self.model).chains
 
     def run(self) -> SwarmScores:
@@ -79,16 +82,18 @@ class SwarmSearch:
                 new = [position for position in dict.fromkeys(swarm.integers()) if position not in found]
                 room = len(new) if options.search_budget is None else options.search_budget - len(found)
                 found |= self._evaluate(new[:room], bar.trained)
-                scores = [_fitness(found.get(position)) for position in swarm.integers()]
+                if len(new) > room:
+                    stopped = f"the budget of {options.search_budget} trainings was used up"
+                    break
+                scores = [_fitness(found[position]) for position in swarm.integers()]
                 generations.append(Generation.of(swarm, scores))
                 bar.visited(generation + 1)
                 known = remember(swarm, scores)
                 grew = generation if known.leader_score > swarm.leader_score else grew
-                if len(new) > room:
-                    stopped = f"the budget of {options.search_budget} trainings was used up"
-                elif options.patience is not None and generation - grew >= options.patience:
+                if generation == options.iterations:
+                    break
+                if options.patience is not None and generation - grew >= options.patience:
                     stopped = f"the best score did not grow for {options.patience} moves"
-                if stopped or generation == options.iterations:
                     break
                 swarm = move(known, self.layers, options.iterations, options.search_seed)
         return SwarmScores(
@@ -121,7 +126,7 @@ class SwarmSearch:
         outcomes = run_trials(
             jobs,
             evaluate,
-            storage=self.trainings.storage(options.storage, STORAGE),
+            storage=self._storage,
             name=f"swarm-{short(self._signature)}",
             signature=self._signature,
             pruner=Halving() if options.halving else None,
@@ -187,10 +192,8 @@ class _Bar:
         self.bar.close()
 
 
-def _fitness(outcome: Outcome | None) -> float:
+def _fitness(outcome: Outcome) -> float:
     """What a particle is told: the best epoch's score, of one that was given up early the best until then."""
-    if outcome is None:
-        return -math.inf
     if outcome.pruned:
         return max(outcome.steps, default=-math.inf)
     return outcome.value

@@ -20,8 +20,10 @@ from transformers.utils import logging
 from hf_ft import checkpoint as files
 from hf_ft.anatomy import norm_layers, unwrap
 from hf_ft.cached_stages import CachedStages
+from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
 from hf_ft.context import measuring_context
+from hf_ft.data import collate
 from hf_ft.fields import OptionError
 from hf_ft.frozen_prefix import ACTIVATION
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
@@ -99,6 +101,8 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         self.frozen_cache = frozen_cache if isinstance(frozen_cache, FrozenCache) else FrozenCache(use=frozen_cache)
         self.source_dataset, self.source_data_collator = source_dataset, source_data_collator
         args = args or TrainingArguments("tmp_trainer")
+        if isinstance(keywords.get("processing_class"), CollaborativeTokenizer) and not positional:
+            keywords.setdefault("data_collator", collate(keywords["processing_class"]))  # as the Trainer pads for one
         check_arguments(args, self.configs)
         self._check_source()
         if model is not None:  # before the Trainer makes its output folder

@@ -15,6 +15,7 @@ from hf_ft.fields import OptionError
 from hf_ft.study import as_json, open_storage, open_study
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
 _random = random.SystemRandom()  # evaluate may seed the global one, and forked workers share its state
@@ -79,7 +80,7 @@ def run_trials(
     jobs: Sequence[Job],
     evaluate: Evaluate,
     *,
-    storage: str | None,
+    storage: str | BaseStorage | None,
     name: str,
     signature: Mapping[str, Any],
     pruner: Halving | None = None,
@@ -95,8 +96,9 @@ def run_trials(
     Args:
         jobs: in the order in which to start them; a later call may bring more.
         evaluate: gives a job's score, more is better, and if it likes a JSON dict to keep with it.
-        storage: a path ``*.db`` or ``*.sqlite3``; a path ``*.log`` (Optuna's journal, for network file systems); a URL
-            (``sqlite:///...``, ``mysql://...``, ``postgresql://...``, ``journal:///...``); None for memory only.
+        storage: an open one; a path ``*.db`` or ``*.sqlite3``; a path ``*.log`` (Optuna's journal, for network file
+            systems); a URL (``sqlite:///...``, ``mysql://...``, ``postgresql://...``, ``journal:///...``); None for
+            memory only.
         name: of the study.
         signature: a JSON dict of what the scores depend on; the pruner is added. All callers must agree on it.
         pruner: None runs every job to its end.

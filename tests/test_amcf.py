@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_ft import (
     AMCFConfig,
+    AnatomyError,
     CollaborativeModel,
     FTConfig,
     L2SPConfig,
@@ -99,6 +100,7 @@ def test_the_mean_is_not_detached():
         (([torch.zeros(2, 3), torch.zeros(2, 4)], torch.zeros(2, dtype=torch.long)), r"\(2, 3\), \(2, 4\)"),
         (([torch.zeros(2, 3)], torch.zeros(2, dtype=torch.long), -1.0), "consistency=-1.0"),
         (([torch.zeros(2, 3)], torch.zeros(2, dtype=torch.long), math.nan), "consistency=nan"),
+        (([torch.zeros(2, 3)], torch.zeros(2, dtype=torch.long), math.inf), "consistency=inf"),
     ],
 )
 def test_bad_losses(arguments, message):
@@ -335,6 +337,7 @@ def test_options_that_do_not_fit_are_refused_before_training(options, message, t
         ({"consistency": -0.1}, "consistency=-0.1"),
         ({"prediction": "vote"}, "prediction='vote'"),
         ({"particles": 0}, "particles=0"),
+        ({"metric": "bleu"}, "metric='bleu' is unknown"),
         ({"validation": 1.0}, "validation=1.0"),
     ],
 )
@@ -364,6 +367,13 @@ def test_only_what_fits_several_members_takes_them(name, tmp_path):
     else:
         with pytest.raises(OptionError, match=f"{name} goes by the layers and the head of one network"):
             set_up(tiny_collaborative(), kind(**options), states={})
+
+
+def test_a_named_head_counts_where_it_fits():
+    model = CollaborativeModel.from_members([tiny_resnet(), tiny_vit()])
+    assert AMCFConfig(frozen=[1, 2], head="classifier.1").layers(model) == (7, 19)
+    with pytest.raises(AnatomyError, match="members.0: head='nothing'"):
+        AMCFConfig(frozen=[1, 2], head="nothing").layers(model)
 
 
 def test_lists_come_back_from_a_file(tmp_path):

@@ -272,7 +272,7 @@ def test_several_borders_share_the_room(tmp_path):
         assert torch.allclose(found[f"{ACTIVATION}0"], prefix.record(data)[0], atol=1e-6)
     none = Recordings(model, samples, FrozenCache("always", memory_gb=0.0, disk_gb=0.0))
     objective.enter(run.plan.stages[0])
-    assert none.store(none.prefix(objective)) is None and not none.usable
+    assert none.store(none.prefix(objective)) is None and none.usable, "another border may fit"
 
 
 @pytest.mark.parametrize(

@@ -246,3 +246,43 @@ def test_a_finder_serves_many_stages():
         _, live = after_layers(tiny_collaborative(), *frozen)
         alone = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
         assert finder.find(live).borders == alone.borders
+
+
+class InPlace(nn.Module):
+    """A block whose own code changes what its first layer gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return x + self.conv2(nn.functional.silu(self.conv1(x), inplace=True))
+
+
+def test_what_changes_in_place_is_recorded_as_it_was_given():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(InPlace(), InPlace()), torch.randn(2, 3, 4, 4)
+    model.forward = lambda pixel_values: nn.Sequential.forward(model, pixel_values)
+    alone = activations(model, ["0.conv1"], {"pixel_values": x})["0.conv1"]
+    together = activations(model, ["0.conv1", "1.conv1"], {"pixel_values": x})["0.conv1"]
+    assert torch.equal(alone, together)
+
+
+class Dropping(nn.Module):
+    """Values are dropped by a function of the model itself, between two layers."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.p = p
+
+    def forward(self, x):
+        return self.head(self.second(nn.functional.dropout(self.first(x), self.p, self.training)))
+
+
+@pytest.mark.parametrize(("p", "border"), [(0.0, "second"), (0.5, "first")])
+def test_dropout_by_a_function_is_not_lost(p, border):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4), torch.randn(3, 4)
+    prefix = find_prefix(Dropping(p).train(), HEAD, {"x": x[0]}, {"x": x[1]}, varying={"x"})
+    assert prefix.borders == (border,)

@@ -81,8 +81,9 @@ def test_every_member_comes_alive_by_itself():
 
 def test_a_member_of_which_nothing_trains():
     model = tiny_collaborative()
-    result, _ = found(model, "members.0")
+    result, resting = found(model, "members.0")
     assert result.chains[1] == Chain("members.1", ()) and result.has_prefix
+    assert "members.1.classifier" in resting
 
 
 def test_bare_modules_have_one_chain():

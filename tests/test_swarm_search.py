@@ -9,7 +9,7 @@ import torch
 
 from hf_ft import AMCFConfig, FrozenCache, OptionError, SwarmScores, SwarmSearch, short_trainings
 from hf_ft.swarm import begin, step
-from hf_ft.testing import tiny_collaborative, tiny_resnet
+from hf_ft.testing import still, tiny_collaborative, tiny_resnet
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
 
 SMALL = AMCFConfig(particles=3, iterations=2, search_epochs=1, metric="loss", storage="memory")
@@ -146,11 +146,51 @@ def test_a_budget_and_patience_end_it(tmp_path, fitted):
     short = searching(tmp_path, search_budget=5).run()
     assert len(short.evaluations) == len(calls) == 5 and "budget of 5" in short.stopped
     assert short.best.position in [e.position for e in short.evaluations]
+    assert all(score > float("-inf") for g in short.generations for score in g.scores), "whole generations alone"
+    whole = searching(tmp_path, iterations=2, patience=2).run()
+    assert len(whole.generations) < 3 or not whole.stopped, "what has run to its end was not ended early"
     patient = searching(tmp_path, iterations=4, patience=1).run()
     bests = [max(generation.scores) for generation in patient.generations]
     if patient.stopped:
         assert "did not grow for 1 moves" in patient.stopped and max(bests[:-1]) >= bests[-1]
     assert all(b > max(bests[:i]) for i, b in enumerate(bests) if 0 < i < len(bests) - 1), "it went on while it grew"
+
+
+def test_the_storage_changes_nothing(tmp_path):
+    options = {"halving": True, "particles": 6, "search_epochs": 2}
+    found = [searching(tmp_path, storage=storage, **options).run() for storage in ("memory", str(tmp_path / "x.db"))]
+    assert [(e.position, e.pruned, e.steps) for e in found[0].evaluations] == [
+        (e.position, e.pruned, e.steps) for e in found[1].evaluations
+    ]
+
+
+def test_steps_are_as_large_as_in_the_run(tmp_path, monkeypatch):
+    """Accumulated batches make one step of the search as well, and the study knows."""
+    steps, found = [], {}
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
+    for accumulation in (1, 2):
+        trainer = make_trainer(
+            still(tiny_collaborative()), SMALL, tmp_path, optim="sgd", max_grad_norm=0.0,
+            per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        search = SwarmSearch(trainer.model, SMALL, trainer.context(), progress=False)
+        steps.clear()
+        found[accumulation] = search.trainings.train(search._start((2, 10)), 0), len(steps), search._signature
+    assert found[1][0] == pytest.approx(found[2][0], abs=1e-5) and found[1][1] == found[2][1] == 3
+    assert found[1][2] != found[2][2]
+
+
+def test_the_study_knows_optimizer_and_data(tmp_path):
+    signatures = []
+    for arguments, rows in (({}, 32), ({"optim_args": "momentum=0.5"}, 32), ({}, 31)):
+        trainer = make_trainer(tiny_collaborative(), SMALL, tmp_path, optim="sgd", **arguments)
+        if rows < 32:  # another last image, with the same label
+            changed = trainer.train_dataset.with_format(None).to_dict()
+            changed["pixel_values"][rows] = changed["pixel_values"][0]
+            trainer.train_dataset = type(trainer.train_dataset).from_dict(changed).with_format("torch")
+        signatures.append(SwarmSearch(trainer.model, SMALL, trainer.context(), progress=False)._signature)
+    assert signatures[0] != signatures[1] and signatures[0]["data"] == signatures[1]["data"] != signatures[2]["data"]
 
 
 def test_halving_gives_up_the_worse(tmp_path):
@@ -212,7 +252,6 @@ def test_samples_that_change_are_computed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metric": "bleu"}, "metric='bleu' is unknown"),
         ({"storage": "/no/such/folder/x.db"}, "no/such/folder"),
         ({"validation": 0.001}, "validation=0.001 of 32"),
     ],

@@ -121,7 +121,7 @@ def _check(request: Request) -> None:
     # A search that was interrupted goes on where it was.
     if (
         folder.is_dir()
-        and any(file.name not in STUDIES for file in folder.iterdir())
+        and any(not file.name.startswith(STUDIES) for file in folder.iterdir())
         and not (request.method.overwrite or request.resume)
     ):
         raise ValueError(
@@ -166,7 +166,9 @@ def _augmentation(wanted: str | None, columns: Columns) -> str:
 
 
 def _max_length(flags: DataFlags, model: Any, processor: Any) -> int | None:
-    known = (getattr(processor, "model_max_length", None), getattr(model.config, "max_position_embeddings", None))
+    models = [model, *getattr(model, "members", ())]
+    known = [getattr(one.config, "max_position_embeddings", None) for one in models]
+    known.append(getattr(processor, "model_max_length", None))
     return flags.max_length or min([512, *(length for length in known if length)])
 
 
@@ -230,8 +232,10 @@ def _finish(made: Made) -> None:
     say()
     say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
     adapter = isinstance(trainer.model, PeftModel)
-    say(f"saved       {folder}, {'a PEFT adapter' if adapter else 'a plain Transformers checkpoint'}:\n")
-    if isinstance(trainer.model, CollaborativeModel):
+    ensemble = isinstance(trainer.model, CollaborativeModel)
+    what = "an ensemble, each member_* a plain checkpoint" if ensemble else "a plain Transformers checkpoint"
+    say(f"saved       {folder}, {'a PEFT adapter' if adapter else what}:\n")
+    if ensemble:
         say(ensemble_usage(folder, columns.task, trainer.processing_class))
     else:
         say(adapter_usage(folder) if adapter else usage(folder, columns.task))

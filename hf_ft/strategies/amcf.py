@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hf_ft.anatomy import batch_norms, members_of, unwrap
+from hf_ft.anatomy import anatomy, batch_norms, members_of, names_of_members, unwrap
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
 from hf_ft.fields import OptionError, option
 from hf_ft.functional import disagreement, wide
 from hf_ft.layers import Layer, main_path_layers
+from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.plan import Names, Plan, Stage, Surgery, Term, compose, covered
 from hf_ft.registry import register
 from hf_ft.swarm_scores import SwarmScores
@@ -85,7 +86,7 @@ class AMCFConfig(FTConfig):
     halving: bool = option(False, "Give up the worse positions early (successive halving); False trains all.")
     validation: float = option(0.25, "Share of the training samples that scores the positions.", range="(0, 1)")
     metric: str = option(
-        "accuracy", "What scores them, of the ensemble: accuracy, balanced_accuracy, macro_f1 or loss."
+        "accuracy", f"What scores them, of the ensemble: loss, {', '.join(LOCAL_METRICS)} (errors by the lowest)."
     )
     search_seed: int = option(0, "Seed of the swarm, and of the trainings in it.", range="[0, inf)")
     storage: str | None = option(
@@ -100,6 +101,8 @@ class AMCFConfig(FTConfig):
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         super().__post_init__()
+        if self.metric != "loss" and self.metric not in LOCAL_METRICS:
+            raise OptionError(f"AMCFConfig.metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
 
     # --- before training -----------------------------------------------------------------------------------
 
@@ -110,8 +113,9 @@ class AMCFConfig(FTConfig):
                 f"AMCFConfig.source_models names {len(self.source_models)} models and the model has {len(members)} "
                 "members: load it with hf_ft.load_sources(config.source_models, num_labels=...)."
             )
+        layers = self.layers(model)
         if self.frozen != "search":
-            self._check_frozen(self.frozen, self.layers(model))
+            self._check_frozen(self.frozen, layers)
         without = [name or type(member).__name__ for name, member in members if not batch_norms(member)]
         if without and not self.freeze_norm_statistics:
             raise OptionError(
@@ -167,13 +171,9 @@ class AMCFConfig(FTConfig):
         return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, frozen)])
 
     def _plan(self, model: nn.Module, frozen: Frozen) -> Plan:
-        members = self._members_with_layers(model)
-        self._check_frozen(frozen, [len(layers) for _, _, layers in members])
-        trains = tuple(
-            name
-            for (prefix, member, layers), k in zip(members, frozen, strict=True)
-            for name in self._after(prefix, member, layers, k)
-        )
+        members = self._members(model)
+        self._check_frozen(frozen, [len(member.layers) for member in members])
+        trains = tuple(name for member, k in zip(members, frozen, strict=True) for name in member.after(k))
         surgery: tuple[Surgery, ...] = ()
         terms: tuple[Term, ...] = ()
         if members_of(unwrap(model)[0]):
@@ -193,25 +193,39 @@ class AMCFConfig(FTConfig):
 
     def layers(self, model: nn.Module) -> tuple[int, ...]:
         """How many layers each member has, counted on the main path."""
-        return tuple(len(layers) for _, _, layers in self._members_with_layers(model))
+        return tuple(len(member.layers) for member in self._members(model))
 
-    def _members_with_layers(self, model: nn.Module) -> list[tuple[str, nn.Module, tuple[Layer, ...]]]:
-        return [(name, m, main_path_layers(m, self.head, self.blocks)) for name, m in self.members(model)]
+    def _members(self, model: nn.Module) -> list[_Member]:
+        members = self.members(model)
+        said = names_of_members(members, self.head, self.blocks)
+        return [
+            _Member(prefix, member, main_path_layers(member, *names), anatomy(member, *names).stem.modules)
+            for (prefix, member), names in zip(members, said, strict=True)
+        ]
 
-    def _after(self, prefix: str, member: nn.Module, layers: Sequence[Layer], frozen: int) -> Names:
-        """What of a member trains, by names in the whole model: all but its first layers."""
+
+@dataclass(frozen=True)
+class _Member:
+    """A member, its name in the whole model, and its layers and stem by names in itself."""
+
+    prefix: str
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    stem: Names
+
+    def after(self, frozen: int) -> Names:
+        """What trains, by names in the whole model: all but so many first layers."""
         if not frozen:
-            return (prefix,)
-        still = {module for layer in layers[:frozen] for module in layer.modules}
-        inside = {module for layer in layers for module in layer.modules}
-        stem = set(self.anatomy(member).stem.modules)
+            return (self.prefix,)
+        still = {module for layer in self.layers[:frozen] for module in layer.modules}
+        inside = {module for layer in self.layers for module in layer.modules}
         # What of the stem is in no layer (a class token) stands before the first.
         names = [
             name
-            for name, _ in member.named_parameters()
-            if not covered(name, still) and (covered(name, inside) or not covered(name, stem))
+            for name, _ in self.model.named_parameters()
+            if not covered(name, still) and (covered(name, inside) or not covered(name, set(self.stem)))
         ]
-        return tuple(f"{prefix}.{name}" if prefix else name for name in names)
+        return tuple(f"{self.prefix}.{name}" if self.prefix else name for name in names)
 
 
 @dataclass(frozen=True)
