@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import optuna
 import torch
 from safetensors.torch import save_file
 
@@ -43,6 +44,16 @@ for name in strategies():
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
 run("several members", still(tiny_collaborative()), AMCFConfig(frozen=(2, 10)))
 run("several members, one still", still(tiny_collaborative()), AMCFConfig(frozen=(0, 21)), frozen_cache="never")
+
+# A swarm's positions are shared by the ranks: each is trained once, in steps as large as on one.
+searching = AMCFConfig(particles=3, iterations=1, search_epochs=1, metric="loss")
+searched = run("several members, searched", still(tiny_collaborative()), searching)
+url = f"sqlite:///{searched.args.output_dir}/swarm_search.db"
+trials = optuna.load_study(study_name=optuna.get_all_study_names(url)[0], storage=url).get_trials()
+complete = [trial.user_attrs["job"] for trial in trials if trial.state.name == "COMPLETE"]
+found = searching.scores(searched.states["amcf"])
+assert sorted(complete) == sorted("-".join(map(str, e.position)) for e in found.evaluations), complete
+
 run(
     "accumulated",
     still(tiny_vit()),

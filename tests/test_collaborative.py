@@ -511,6 +511,8 @@ def test_save_and_push(saved, monkeypatch, tmp_path):
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: Repo(repo_id))
     (tmp_path / "checkpoint-4" / "member_0").mkdir(parents=True)
     (tmp_path / "checkpoint-4" / "member_0" / "model.safetensors").touch()
+    (tmp_path / "member_7").mkdir()  # of an earlier ensemble
+    (tmp_path / "member_7" / "model.safetensors").touch()
     (tmp_path / "README.md").touch()
     for _ in range(2):  # the second time, no file is new
         saved[0].save_pretrained(tmp_path, push_to_hub=True, repo_id="org/ensemble", commit_message="first")
@@ -632,3 +634,14 @@ def test_a_missing_shard_makes_a_checkpoint_incomplete(saved, tmp_path):
     assert is_complete(tmp_path / "checkpoint-1")
     next((tmp_path / "checkpoint-1" / "member_1").glob("model-00002*")).unlink()
     assert not is_complete(tmp_path / "checkpoint-1")
+
+
+def test_a_pickle_is_never_read(saved, tmp_path):
+    folder = tmp_path / "pickled"
+    saved[0].save_pretrained(folder)
+    member = folder / "member_1"
+    torch.save(saved[0].members[1].state_dict(), member / "pytorch_model.bin")
+    (member / "model.safetensors").unlink()
+    for options in ({}, {"use_safetensors": None}, {"use_safetensors": False}):
+        with pytest.raises(CheckpointError, match="member_1"):
+            CollaborativeModel.from_pretrained(folder, **options)

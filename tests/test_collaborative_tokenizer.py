@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from datasets import Dataset
 
 from hf_ft.checkpoint import CheckpointError
 from hf_ft.collaborative import CollaborativeModel
 from hf_ft.collaborative_processor import CollaborativeTokenizer, column, combined, distinct
 from hf_ft.fields import OptionError
 from hf_ft.testing.models import tiny_bert
+from hf_ft.testing.training import tiny_arguments
+from hf_ft.trainer import FTTrainer
 from tests.uploads import uploads
 
 TEXTS = ["good film", "bad", "good bad film film"]
@@ -127,3 +130,15 @@ def test_what_cannot_be_combined_is_named(words):
             make(["words", words])
     with pytest.raises(OptionError, match=r"processors\[0\] is a CollaborativeTokenizer: give a plain"):
         CollaborativeTokenizer([CollaborativeTokenizer([words])])
+
+
+def test_a_trainer_pads_with_it(words, pieces, tmp_path):
+    """Without a collator of one's own, as the Trainer does for one tokenizer."""
+    model = CollaborativeModel.from_members([tiny_bert(), tiny_bert(seed=1)], inputs=[0, 1])
+    both = CollaborativeTokenizer([words, pieces])
+    rows = [{**both(text), "labels": number % 2} for number, text in enumerate(["good film", "bad"] * 4)]
+    args = tiny_arguments(tmp_path, max_steps=2, per_device_train_batch_size=4)
+    data = Dataset.from_list([dict(row) for row in rows])
+    trainer = FTTrainer(model, args, strategy="full", train_dataset=data, processing_class=both)
+    trainer.train()
+    assert trainer.state.global_step == 2, "and none of the numbered columns was dropped"

@@ -112,3 +112,9 @@ def test_other_classes_and_shapes_are_refused():
     depths = CollaborativeModel.from_members([tiny_vit(), tiny_vit(num_hidden_layers=4)])
     with pytest.raises(OptionError, match=r"is None in member 0 and \(.*\) in member 1"):
         depths.soup(same_ancestor=True)
+
+
+def test_members_of_different_processors_are_refused():
+    model = CollaborativeModel.from_members([tiny_resnet(), tiny_resnet(seed=1)], inputs=[0, 1])
+    with pytest.raises(OptionError, match="what 2 different processors make"):
+        model.soup(same_ancestor=True)

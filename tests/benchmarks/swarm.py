@@ -9,6 +9,8 @@ budget: 10 particles, 5 moves, 5 epochs.
 - authors: every particle of every generation trained anew, from the pixels.
 - cheaper (`--cheaper`, instead of these): halving, fewer epochs, patience; the epochs that they train, and the score of
   what they find, trained as long as in the whole search. Nothing is timed.
+- gap (`--gap`, likewise): the largest difference of the validation loss after any epoch, from recorded activations and
+  from the pixels, over twelve positions. Accuracy alone would hide small ones.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from hf_ft import AMCFConfig, FTTrainer, SwarmScores, SwarmSearch
 from hf_ft.cli.demo_data import Cells, channels_last
 from hf_ft.fit import _epoch
 from hf_ft.sources import load_sources
+from hf_ft.swarm import begin
 from hf_ft.testing.training import tiny_arguments
 from hf_ft.zoo import mnist5k, stratified_split
 
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--particles", type=int, default=10)
     parser.add_argument("--cheaper", action="store_true")
+    parser.add_argument("--gap", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "swarm.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -119,6 +123,9 @@ def main() -> None:
     data = ready(stratified_split(mnist5k(), IMAGES, 0, 0), processor)["train"]
     config = dataclasses.replace(CONFIG, particles=options.particles)
     searching(model, data, dataclasses.replace(config, particles=1, iterations=1), "always").run()  # warms up
+    if options.gap:
+        write(options.out, gap(model, data, dataclasses.replace(config, metric="loss")))
+        return
     cached, plain = searching(model, data, config, "always"), searching(model, data, config, "never")
     seconds: dict[str, float] = {}
     seconds["search"], scores = timed(cached)
@@ -159,6 +166,17 @@ def cheaper(model: Any, data: Cells, config: AMCFConfig, judge: SwarmSearch) -> 
         found[name] = {"position": list(position), "score": judged, "epochs": _epochs(scores)}
         print(name, found[name], flush=True)
     return found
+
+
+def gap(model: Any, data: Cells, config: AMCFConfig) -> dict[str, Any]:
+    """Losses after each epoch of some positions, trained from recorded activations and from the pixels."""
+    searches = [searching(model, data, config, use) for use in ("always", "never")]
+    found = []
+    for position in begin(searches[0].layers, 12, 0).integers():
+        one, other = (search.trainings.train(search._start(position), 0) for search in searches)
+        found.append(max(abs(a - b) for a, b in zip(one, other, strict=True)))
+        print(position, found[-1], flush=True)
+    return {"positions": len(found), "equal": sum(value == 0 for value in found), "largest_gap_of_loss": max(found)}
 
 
 def _epochs(scores: SwarmScores) -> int:
