@@ -214,8 +214,8 @@ def test_source_models_in_a_file(files, tmp_path):
         ("resnet,mobilenet", "--amcf.frozen some", "--amcf.frozen='some' is not"),
         ("resnet,nothing", "", "nothing"),
         ("resnet,mobilenet", "--amcf.metric f2", "metric='f2' is unknown"),
-        ("resnet,mobilenet", "--strategy bss", "has as many heads"),
-        ("resnet,mobilenet", "--strategy soft --soft.source head", "source head"),
+        ("resnet,mobilenet", "--strategy bss", "bss goes by the layers and the head of one network"),
+        ("resnet,mobilenet", "--strategy soft --soft.source head", "soft goes by the layers and the head"),
     ],
 )
 def test_several_models_refused(sources, flags, message, files, tmp_path, capsys):
