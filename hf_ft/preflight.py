@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import datasets
@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_ft.anatomy import batch_norms
 from hf_ft.config import FTConfig, recommended_arguments
 from hf_ft.fields import OptionError
+from hf_ft.plan import covers
 
 logger = logging.get_logger(__name__)
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -126,6 +127,22 @@ def check_last_batch(trainer: Any, objective: Any) -> None:
     finally:
         for norm, buffers in zip(norms, kept, strict=True):
             norm.load_state_dict(buffers, strict=False)
+
+
+def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int) -> None:
+    """Say where BatchNorm statistics cannot follow the weights in so few steps, so that evaluation sees old ones."""
+    slow = [
+        norm.momentum
+        for name, norm in batch_norms(model)
+        if norm.momentum is not None and norm.momentum < 0.05 and any(covers(name, other) for other in trained)
+    ]
+    moved = 1 - (1 - max(slow)) ** steps if slow else 1.0
+    if moved < 0.9:
+        logger.warning(
+            f"BatchNorm momentum {max(slow):g} of {len(slow)} layers: in {steps} steps their running statistics go "
+            f"{100 * moved:.0f} % of the way to those of the training data, and scores are computed with what they are "
+            "then. Set batch_norm_momentum=0.1, or train longer."
+        )
 
 
 def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:

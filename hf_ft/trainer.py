@@ -36,6 +36,7 @@ from hf_ft.preflight import (
     check_last_batch,
     class_weights_of,
     warn_recommended,
+    warn_slow_statistics,
 )
 from hf_ft.reference import REFERENCE
 from hf_ft.row_cache import FrozenCache
@@ -272,6 +273,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         """The Trainer's scheduler; with several stages, one that runs its schedule once in each."""
         stages = self._start_run().plan.stages
         self._borders = stage_borders(stages, num_training_steps)
+        warn_slow_statistics(self.model, self._start_run().trained, num_training_steps)
         if len(stages) == 1:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:

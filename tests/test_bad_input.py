@@ -21,8 +21,10 @@ from hf_ft import (
     Stage,
     compose,
 )
+from hf_ft.anatomy import batch_norms
 from hf_ft.config import build_plan, load_configs
 from hf_ft.fields import annotation, parse
+from hf_ft.preflight import warn_slow_statistics
 from hf_ft.testing import tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, tiny_arguments
 
@@ -259,3 +261,16 @@ def test_plan_of_nothing_is_plain():
 @pytest.mark.parametrize(("text", "value"), [("none", None), ("a.b", ("a.b",)), ("a.b,c", ("a.b", "c"))])
 def test_parse_a_list_or_none(text, value):
     assert parse(text, annotation(DELTAConfig, "layers"), "layers") == value
+
+
+@pytest.mark.parametrize(("momentum", "steps", "told"), [(0.01, 8, True), (0.01, 300, False), (0.1, 8, False)])
+def test_statistics_that_cannot_follow_are_told(momentum, steps, told, caplog):
+    model = tiny_resnet()
+    for _, norm in batch_norms(model):
+        norm.momentum = momentum
+    names = [name for name, _ in model.named_parameters()]
+    with caplog.at_level("WARNING", logger="hf_ft"):
+        warn_slow_statistics(model, names, steps)
+        warn_slow_statistics(model, ["classifier.1.weight"], steps)  # those of frozen layers stay as they are
+    assert ("in 8 steps their running statistics go 8 % of the way" in caplog.text) == told
+    assert len(caplog.records) == told
