@@ -238,16 +238,19 @@ def table(results: Path) -> str:
 def plot(results: Path, file: Path) -> None:
     """Every method's three test scores, task by task."""
     figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(1, len(TASKS))
-    for number, (task, panel) in enumerate(zip(TASKS, axes, strict=True)):
+    axes = figure.subplots(1, len(TASKS), sharey=True)
+    rows = [row[0] for task in TASKS for row in rows_of(results, task)]
+    names = sorted(dict.fromkeys(rows), key=lambda name: (len(name.split()[0]), name), reverse=True)
+    for task, panel in zip(TASKS, axes, strict=True):
         found = finals(results, task)
-        names = [row[0] for row in rows_of(results, task)][::-1]
         for place, name in enumerate(names):
+            if name not in found:
+                continue
             colour = "#b2182b" if "plain" in name else "#2166ac" if "+" in name else "#666666"
             values = [100 * value for value in found[name].values()]
             panel.plot(values, [place] * len(values), "o", color=colour, alpha=0.6)
             panel.plot([np.mean(values)], [place], "|", color=colour, markersize=14, markeredgewidth=2)
-        panel.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
+        panel.set_yticks(range(len(names)), names)
         panel.set_title(task)
         panel.set_xlabel("balanced accuracy on test, %")
         panel.grid(axis="x", alpha=0.3)
