@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from sqlalchemy.engine import Engine
 
+MISSING = "Optuna runs the trials: pip install 'hf-ft[search]'"
 JOURNAL = "journal:///"
 ATTEMPTS = 8  # at opening a database, while other processes create its tables
 KINDS = "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, mysql+pymysql://user@host/database"
@@ -30,9 +31,12 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
 
     Raises:
         OptionError: it cannot be opened. The message names the storage, the reason and the fix.
+        ImportError: Optuna is missing.
     """
-    from optuna.storages import InMemoryStorage
-
+    try:
+        from optuna.storages import InMemoryStorage
+    except ImportError as error:
+        raise ImportError(MISSING) from error
     if storage is None:
         return InMemoryStorage()
     if not isinstance(storage, str):

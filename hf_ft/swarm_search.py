@@ -136,10 +136,8 @@ class SwarmSearch:
 
     def _plan_recordings(self, new: Sequence[Position]) -> None:
         """Tell which borders will be asked for, so that one pass over the samples records all."""
-        recordings, trainable = (
-            self.trainings.recordings,
-            [n for n, p in self.model.named_parameters() if p.requires_grad],
-        )
+        recordings = self.trainings.recordings
+        trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         for position in new:
             stage = self.options.plan_for(self.model, position).stages[0]
             trained = set(trained_by(stage, self.model, trainable))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_ft.claims import Claims, job_of, owners
 from hf_ft.fields import OptionError
-from hf_ft.study import as_json, open_storage, open_study
+from hf_ft.study import MISSING, as_json, open_storage, open_study
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -118,7 +118,7 @@ def run_trials(
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("Optuna runs the trials: pip install 'hf-ft[search]'") from error
+        raise ImportError(MISSING) from error
     _check(jobs, pruner, heartbeat, retries)
     signature = as_json({"pruner": pruner and asdict(pruner), **signature}, "signature")
     level = optuna.logging.get_verbosity()
