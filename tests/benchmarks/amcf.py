@@ -10,8 +10,8 @@ disagreement. Two or three sources are also combined with no common training at 
 best rate, and the logits summed (`plain ensemble`).
 
 All BatchNorm layers have momentum 0.1. Most of B's have 0.01, right for long training: in the 80 to 100 steps of a run
-here their statistics stay behind the weights, and scores in evaluation mode fall (`--momentum keep`, into another
-results file, shows by how much).
+here their statistics stay behind the weights, and scores in evaluation mode fall. `--momentum auto`, with other
+`--results` and `--work`, shows by how much: it mends only what is TensorFlow's decay.
 
 Every method gets the same tuning budget: so many trials of its learning rate, drawn log-uniformly and judged by the
 mean balanced accuracy on validation over the last quarter of a run (seed 100). Then the best rate runs with three
@@ -261,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--trials", type=int, default=4)
-    parser.add_argument("--momentum", default="0.1", help="of all BatchNorm layers; keep: each model's own")
+    parser.add_argument("--momentum", default="0.1", help="batch_norm_momentum of every method: a number, auto or keep")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/amcf"), help="source C, logits, trials")
@@ -277,7 +277,7 @@ def main() -> None:
     quiet()
     runs = Runs(options.results, ("task", "method", "rate", "seed", "final"))
     for name in options.tasks.split(","):
-        momentum = "keep" if options.momentum == "keep" else float(options.momentum)
+        momentum = options.momentum if options.momentum in ("auto", "keep") else float(options.momentum)
         Task(name, runs, options.work, options.trials, momentum).run_all()
     print(table(options.results))
 
