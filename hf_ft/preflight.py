@@ -92,9 +92,12 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
 
 
 def class_labels(dataset: Any) -> np.ndarray | None:
-    """The column of integer labels, read without transforms; None where there is none to be read cheaply."""
+    """The column of integer labels, read without transforms; None where there is none to be read cheaply.
+
+    A data set of another kind may have them as ``class_labels``, as :class:`~hf_ft.held.Held` does.
+    """
     if not isinstance(dataset, datasets.Dataset):
-        return None
+        return getattr(dataset, "class_labels", None)
     column = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
     if column is None:
         return None

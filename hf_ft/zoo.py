@@ -21,6 +21,7 @@ from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.fields import OptionError
 from hf_ft.plan import covers
 from hf_ft.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
+from hf_ft.splits import absent_classes, stratified_rows
 
 Task = Literal["image", "text"]
 GATES = ".squeeze_excite."
@@ -376,7 +377,8 @@ def stratified_split(
 ) -> DatasetDict:
     """Split by numbers of rows (test: default all that are left), each with the shares of column ``by``.
 
-    Where a class has too few rows for that, says so and draws at random.
+    Where a class has too few rows for that, training comes first (:func:`hf_ft.splits.stratified_rows`), and a warning
+    names the class.
 
     Raises:
         ValueError: the data set has fewer rows than asked for.
@@ -386,22 +388,8 @@ def stratified_split(
     if min(sizes.values()) < 0 or sum(sizes.values()) > len(dataset):
         raise ValueError(f"cannot split {len(dataset)} rows into {sizes}: ask for fewer")
     labels = np.zeros(len(dataset)) if by is None else np.asarray(dataset.with_format(None)[by][:])
-    left, parts = np.arange(len(dataset)), DatasetDict()
-    for name, size in sizes.items():
-        rows, left = _draw(left, labels[left], size, seed)
-        parts[name] = dataset.select(rows)
-    return parts
-
-
-def _draw(rows: np.ndarray, labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    if size in (0, len(rows)):  # scikit-learn's splitter refuses an empty side
-        rows = np.random.default_rng(seed).permutation(rows)
-        return rows[:size], rows[size:]
-    classes, counts = np.unique(labels, return_counts=True)
-    strata = labels if counts.min() > 1 and min(size, len(rows) - size) >= len(classes) else None
-    if strata is None:
-        logger.warning(f"too few rows ({len(rows)}) to stratify {len(classes)} classes: drawn at random")
-    from sklearn.model_selection import train_test_split
-
-    picked, left = train_test_split(rows, train_size=size, random_state=seed, stratify=strata)
-    return picked, left
+    rows = stratified_rows(labels, sizes, seed)
+    names = getattr(dataset.features[by], "names", None) if by is not None else None
+    if absent := absent_classes(labels, {name: labels[chosen] for name, chosen in rows.items()}, names):
+        logger.warning(absent)
+    return DatasetDict({name: dataset.select(chosen) for name, chosen in rows.items()})

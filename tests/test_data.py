@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MobileNetV2ImageProcessorPil, PreTrainedTokenizerFast
 
+from hf_ft import data
 from hf_ft.collaborative_processor import combined
 from hf_ft.data import (
     ROW,
@@ -127,6 +128,80 @@ def test_max_train_samples_keeps_class_shares(tmp_path):
     assert len(splits["validation"]) == 10
 
 
+def test_a_test_part_is_carved_first_and_stays_the_same(tmp_path):
+    source = write_csv(tmp_path / "a.csv", REVIEWS * 5)  # 60 positive, 40 negative
+
+    def rows(**options):
+        splits = load_splits(source, **options)
+        return {name: split[ROW][:] for name, split in splits.items()}
+
+    assert list(rows()) == ["train", "validation"]
+    splits = load_splits(source, test_fraction=0.3)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 56, "validation": 14, "test": 30}
+    assert splits["test"]["label"][:].count("positive") == 18
+    found = rows(test_fraction=0.3)
+    assert sorted(sum(found.values(), [])) == list(range(100))
+    assert found == rows(test_fraction=0.3) and set(found["test"]) != set(rows(test_fraction=0.3, seed=1)["test"])
+    for options in ({"labelled": 20}, {"validation_fraction": 0.5}, {"max_train_samples": 10}):
+        assert rows(test_fraction=0.3, **options)["test"] == found["test"]
+    with pytest.raises(ValueError, match="test_fraction=1.0 of 100 rows leaves a split empty: set --test_fraction"):
+        rows(test_fraction=1.0)
+
+
+def test_a_test_split_of_the_source_wins(tmp_path):
+    for name, part in (("train", REVIEWS), ("test", REVIEWS[::4])):
+        write_csv(tmp_path / f"{name}.csv", part)
+    splits = load_splits(str(tmp_path), test_fraction=0.5)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 16, "validation": 4, "test": 5}
+
+
+def test_a_test_split_without_labels_is_replaced(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(data.logger, "propagate", True)
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["n", "p"]))
+    train = datasets.Dataset.from_dict({"text": ["a"] * 20, "label": [0, 1] * 10}, features=features)
+    for name, test in (
+        ("hidden", datasets.Dataset.from_dict({"text": ["b"] * 3, "label": [-1] * 3}, features=features)),
+        ("none", datasets.Dataset.from_dict({"text": ["b"] * 3})),
+    ):
+        datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / name)
+        assert len(load_splits(str(tmp_path / name))["test"]) == 3
+        splits = load_splits(str(tmp_path / name), test_fraction=0.2)
+        assert {key: len(split) for key, split in splits.items()} == {"train": 13, "validation": 3, "test": 4}
+        assert set(splits["test"]["text"][:]) == {"a"} and "a part of train is set aside" in caplog.text
+        caplog.clear()
+
+
+def test_labelled_rows_are_those_of_train_and_validation(tmp_path):
+    source = write_csv(tmp_path / "a.csv", REVIEWS * 5)
+    splits = load_splits(source, labelled=50, test_fraction=0.2)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 40, "validation": 10, "test": 20}
+    assert [splits[name]["label"][:].count("positive") for name in splits] == [24, 6, 12]
+    rows = {name: set(split[ROW][:]) for name, split in splits.items()}
+    assert len(set.union(*rows.values())) == 70
+    again, other = (load_splits(source, labelled=50, test_fraction=0.2, seed=seed) for seed in (0, 1))
+    assert again["train"][ROW][:] == splits["train"][ROW][:] != other["train"][ROW][:]
+    for labelled in (101, 1, 0):
+        with pytest.raises(ValueError, match=f"labelled={labelled} cannot be drawn from 100 of train rows"):
+            load_splits(source, labelled=labelled)
+
+
+def test_labelled_rows_of_a_source_with_a_validation_split(tmp_path):
+    for name in ("train", "val"):
+        write_csv(tmp_path / f"{name}.csv", REVIEWS * 2)
+    splits = load_splits(str(tmp_path), labelled=20)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 16, "validation": 4}
+    few = load_splits(str(tmp_path), labelled=50, validation_fraction=0.5)
+    assert {name: len(split) for name, split in few.items()} == {"train": 25, "validation": 25}
+    with pytest.raises(ValueError, match="labelled=80 cannot be drawn from 40 of train, 40 of validation rows"):
+        load_splits(str(tmp_path), labelled=80)
+    table = datasets.Dataset.from_dict({"text": ["a"] * 20, "label": ["x", "y"] * 10})
+    gaps = datasets.Dataset.from_dict({"text": ["a"] * 4, "label": ["x", "y", None, "y"]})
+    datasets.DatasetDict(train=table, validation=gaps).save_to_disk(tmp_path / "gaps")
+    found = load_splits(str(tmp_path / "gaps"), labelled=20)
+    with pytest.raises(ValueError, match="split 'validation': 1 rows have no 'label'"):
+        find_columns(found)
+
+
 def test_images_of_a_table_are_found_beside_it(tmp_path, processor):
     write_images(tmp_path / "images", 3)
     rows = [f"images/{name}/test_{n}.png,{name}" for name in ("cat", "dog") for n in range(3)]
@@ -161,6 +236,8 @@ def test_unreadable_sources_and_fractions_are_named(tmp_path):
         load_splits(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="--validation_fraction"):
         load_splits(write_csv(tmp_path / "a.csv", REVIEWS), validation_fraction=1.0)
+    with pytest.raises(ValueError, match="max_train_samples=0 leaves nothing"):
+        load_splits(write_csv(tmp_path / "a.csv", REVIEWS), max_train_samples=0)
 
 
 # Columns

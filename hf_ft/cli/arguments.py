@@ -20,6 +20,9 @@ from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.registry import config_class, strategies
 from hf_ft.zoo import DATASETS, SHORT_NAMES
 
+# Opening them all takes as long as reading them in one epoch. With more, whoever wants that first can say so.
+CHECKED_UNASKED = 20_000
+
 
 def _flag(help: str, default: Any = None, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
@@ -55,6 +58,10 @@ class DataFlags:
     max_length: int | None = _flag("cut text at so many tokens (default: what the model takes, at most 512)")
     augment: str | None = _flag(
         f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, none for text)"
+    )
+    on_corrupt: str | None = _flag(
+        "images that cannot be opened: refuse or skip (default: refuse; all are opened before training where they are "
+        f"{CHECKED_UNASKED:,} at most, or this flag is given)"
     )
     source_dataset: str | None = _flag("data of the pretraining, for strategies that use them (soft, co_tuning)")
     source_split: str = _flag("which split of them", "train")
@@ -144,19 +151,22 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def make_parser() -> argparse.ArgumentParser:
+Kinds = tuple[type, ...]  # dataclasses whose fields are flags
+TRAIN: Kinds = (DataFlags, MethodFlags, TrainingArguments)
+
+
+def make_parser(kinds: Kinds = TRAIN) -> argparse.ArgumentParser:
     """All flags, each None where it is not given, so that what the user set can be told from defaults."""
-    kinds: list[Any] = [DataFlags, MethodFlags, TrainingArguments]
-    parser = _Parser(kinds, add_help=False, allow_abbrev=False)
+    parser = _Parser(list[Any](kinds), add_help=False, allow_abbrev=False)
     for name in _strategy_flags():
         parser.add_argument(f"--{name}")
     parser.add_argument("--config")
-    parser.set_defaults(**dict.fromkeys(_plain_flags()))
+    parser.set_defaults(**dict.fromkeys(_plain_flags(kinds)))
     return parser
 
 
-def _plain_flags() -> list[str]:
-    return [f.name for kind in (DataFlags, MethodFlags, TrainingArguments) for f in fields(kind) if f.init]
+def _plain_flags(kinds: Kinds) -> list[str]:
+    return [f.name for kind in kinds for f in fields(kind) if f.init]
 
 
 def _strategy_flags() -> list[str]:
@@ -164,42 +174,57 @@ def _strategy_flags() -> list[str]:
 
 
 def read(argv: Sequence[str]) -> Request:
-    """Read the command line, and the YAML file it names; flags win over the file.
+    """Read what ``hf-ft train`` is asked to do.
 
     Raises:
         ValueError: an unknown flag, key, strategy or option, or a value that cannot be; the message names it.
     """
-    parser = make_parser()
-    values, files = _parse(parser, argv)
+    values = read_values(argv)
+    method = MethodFlags(**taken(values, MethodFlags))
+    configs = configured(method.strategy or ["full"], values)
+    given = taken(values, TrainingArguments)
+    recommended = {k: v for k, v in recommended_arguments(configs).items() if k not in given}
+    if "optim" in given:
+        recommended.pop("optim_args", None)  # those of the recommended optimizer
+    return Request(DataFlags(**taken(values, DataFlags)), method, configs, given, recommended)
+
+
+def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train") -> dict[str, Any]:
+    """Read the command line, and the YAML file it names; flags win over the file. Only what was given is there.
+
+    Raises:
+        ValueError: an unknown flag or key, or a value that cannot be; the message names it.
+    """
+    parser = make_parser(kinds)
+    values, files = _parse(parser, argv, kinds, command)
     file = values.pop("config", None)
     files = [*([file] if file else []), *files]
     if len(files) > 1:
         raise ValueError(f"one YAML file at most can be read, not {', '.join(files)}")
     if files:
-        values = _from_yaml(parser, Path(files[0]), values.get("strategy")) | values
-    chosen = {
-        kind: {f.name: values[f.name] for f in fields(kind) if f.init and f.name in values}
-        for kind in (DataFlags, MethodFlags, TrainingArguments)
-    }
-    method = MethodFlags(**chosen[MethodFlags])
-    configs = _configs(method.strategy or ["full"], values)
-    given = chosen[TrainingArguments]
-    recommended = {k: v for k, v in recommended_arguments(configs).items() if k not in given}
-    if "optim" in given:
-        recommended.pop("optim_args", None)  # those of the recommended optimizer
-    return Request(DataFlags(**chosen[DataFlags]), method, configs, given, recommended)
+        values = _from_yaml(parser, Path(files[0]), values.get("strategy"), kinds, command) | values
+    return values
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def taken(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Those of the values that are fields of a dataclass."""
+    return {f.name: values[f.name] for f in fields(kind) if f.init and f.name in values}
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], kinds: Kinds, command: str
+) -> tuple[dict[str, Any], list[str]]:
     """Values by flag, and what is no flag."""
     namespace, rest = parser.parse_known_args(list(argv))
     for word in rest:
         if word.startswith("--"):
-            _unknown(word.partition("=")[0][2:].replace("-", "_"), "--")
+            _unknown(word.partition("=")[0][2:].replace("-", "_"), "--", kinds, command)
     return {key: value for key, value in vars(namespace).items() if value is not None}, rest
 
 
-def _from_yaml(parser: argparse.ArgumentParser, file: Path, chosen: list[str] | None) -> dict[str, Any]:
+def _from_yaml(
+    parser: argparse.ArgumentParser, file: Path, chosen: list[str] | None, kinds: Kinds, command: str
+) -> dict[str, Any]:
     """The values of a YAML file, read as the flags they stand for.
 
     Args:
@@ -215,11 +240,11 @@ def _from_yaml(parser: argparse.ArgumentParser, file: Path, chosen: list[str] | 
         raise ValueError(f"{file}: keys and values are needed, such as `model: microsoft/resnet-18`")
     words: list[str] = []
     nothing: dict[str, None] = {}  # YAML's null, which no flag can say
-    known = {*_plain_flags(), *_strategy_flags()}
+    known = {*_plain_flags(kinds), *_strategy_flags()}
     for key, value in _flat(content).items():
         name = key.partition(".")[0]
         if key not in known:
-            _unknown(key, f"{file}: ")
+            _unknown(key, f"{file}: ", kinds, command)
         if chosen is not None and (key == "strategy" or (name in strategies() and name not in chosen)):
             continue
         if value is None and "." not in key:
@@ -227,7 +252,7 @@ def _from_yaml(parser: argparse.ArgumentParser, file: Path, chosen: list[str] | 
         else:
             words += _words(key, value)
     try:
-        return _parse(parser, words)[0] | nothing
+        return _parse(parser, words, kinds, command)[0] | nothing
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -253,19 +278,23 @@ def _words(key: str, value: Any) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
-def _unknown(key: str, where: str) -> NoReturn:
+def _unknown(key: str, where: str, kinds: Kinds, command: str) -> NoReturn:
     """Refuse a flag or a key by name."""
     name, dot, option = key.partition(".")
     if dot:
         own = [o.name for o in options(config_class(name))]  # raises where the strategy is unknown
         raise ValueError(f"{where}{key}: {name} has no option {option!r}, only {', '.join(own)}.")
-    guess = get_close_matches(key, [*_plain_flags(), *strategies()], n=1)
+    guess = get_close_matches(key, [*_plain_flags(kinds), *strategies()], n=1)
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
-    raise ValueError(f"{where}{key} is unknown.{hint} `hf-ft train --help-all` lists all.")
+    raise ValueError(f"{where}{key} is unknown.{hint} `hf-ft {command} --help-all` lists all.")
 
 
-def _configs(names: Sequence[str], values: Mapping[str, Any]) -> tuple[FTConfig, ...]:
-    """The strategies with their options."""
+def configured(names: Sequence[str], values: Mapping[str, Any]) -> tuple[FTConfig, ...]:
+    """The strategies with their options.
+
+    Raises:
+        ValueError: a name that is unknown or given twice, an option of another strategy, or a value that cannot be.
+    """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"--strategy {twice[0]} is given twice.")

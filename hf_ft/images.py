@@ -1,0 +1,195 @@
+"""Opening images, finding those that cannot be opened, and changing them at random in training."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+from datasets import Dataset, DatasetDict, Image
+from transformers.utils import logging
+
+from .columns import ROW, Columns, values_of
+from .splits import absent_classes
+
+logger = logging.get_logger(__name__)
+OnCorrupt = Literal["refuse", "skip"]
+CHUNK = 256  # images that are in memory at a time, undecoded
+LONG = 1000  # images from which on a bar shows how far the check is
+SHOWN = 3  # unreadable images that a message names
+
+
+def _shifted(side: int) -> np.ndarray:
+    index = np.abs(np.arange(side) + random.randint(-(side // 8), side // 8))
+    return np.minimum(index, 2 * (side - 1) - index)  # mirrored at the edge, without repeating it
+
+
+def flip_and_shift(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Mirror left and right with probability 0.5 and shift by up to 1/8 of each side, reflecting the edge.
+
+    Draws from Python's ``random``, whose state the Trainer saves in its checkpoints and restores.
+    """
+    pixels = np.asarray(image)
+    if random.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    rows, columns = _shifted(pixels.shape[0]), _shifted(pixels.shape[1])
+    return PIL.Image.fromarray(pixels[rows][:, columns])
+
+
+AUGMENTATIONS: dict[str, Callable[[PIL.Image.Image], PIL.Image.Image] | None] = {
+    "none": None,
+    "basic": flip_and_shift,
+}
+
+
+def open_rgb(value: Any, row: int) -> PIL.Image.Image:
+    """Open an image as three channels of 8 bits, turned upright where its EXIF data say how.
+
+    Transparency is dropped, as Transformers' pipelines drop it. Of 16 bits the upper 8 are kept; Pillow itself, and a
+    pipeline with it, would make white of all values above 255.
+
+    Args:
+        value: a path, or a dictionary of ``path`` and ``bytes``.
+        row: its number in the source, for the error.
+
+    Raises:
+        ValueError: it cannot be read; the message names row and path.
+    """
+    try:
+        return _opened(value)
+    except Exception as error:  # a damaged file makes PIL raise almost anything
+        reason = _reason_of(error)
+        raise ValueError(f"cannot read the image in row {row} ({_path(value) or 'no path'}): {reason}") from error
+
+
+def _opened(value: Any) -> PIL.Image.Image:
+    if value is None:
+        raise ValueError("there is none")
+    value = {"path": value, "bytes": None} if isinstance(value, str) else value
+    return _eight_bits(Image().decode_example(value))
+
+
+def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    # Older versions of Pillow open a PNG of 16 bits in mode "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        high_bytes = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        return PIL.Image.fromarray(high_bytes).convert("RGB")
+    if image.mode in ("I", "F"):
+        low, high = np.asarray(image).min(), np.asarray(image).max()
+        if low < 0 or high > 255 or (image.mode == "F" and 0 < high <= 1):
+            raise ValueError(f"its 32-bit pixels go from {low:g} to {high:g}: convert them to 0-255, or to 16 bits")
+    return image.convert("RGB")
+
+
+def _path(value: Any) -> str | None:
+    return value if isinstance(value, str) else value.get("path") if isinstance(value, dict) else None
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be opened.
+
+    Attributes:
+        row: its number in the source.
+        path: None where there is none.
+        reason: what was wrong.
+    """
+
+    row: int
+    path: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"row {self.row} ({self.path or 'no path'}): {self.reason}"
+
+
+def check_images(
+    splits: DatasetDict, columns: Columns, on_corrupt: OnCorrupt = "refuse"
+) -> tuple[DatasetDict, dict[str, list[Unreadable]]]:
+    """Open every image once, and find those that cannot be opened: truncated, empty, no image, missing.
+
+    Args:
+        on_corrupt: ``"skip"`` leaves them out, with a warning.
+
+    Returns:
+        The splits without them, and what was left out of each split; text is returned as it is.
+
+    Raises:
+        ValueError: an unknown ``on_corrupt``; with ``"refuse"`` unreadable images; a split with no image left.
+    """
+    if on_corrupt not in ("refuse", "skip"):
+        raise ValueError(f"on_corrupt={on_corrupt!r} is unknown: choose refuse or skip")
+    if columns.task != "image":
+        return splits, {name: [] for name in splits}
+    kept, skipped = DatasetDict(), {}
+    total = sum(len(split) for split in splits.values())
+    with logging.tqdm(total=total, desc="opening images", disable=None if total >= LONG else True) as bar:
+        for name, split in splits.items():
+            kept[name], skipped[name] = _without_unreadable(split, columns.inputs[0], bar.update)
+    found = [f"{name}, {image}" for name, images in skipped.items() for image in images]
+    if not found:
+        return splits, skipped
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    told = f"{len(found)} of {total} images cannot be read: {'; '.join(found[:SHOWN])}{more}"
+    if on_corrupt == "refuse":
+        raise ValueError(f"{told}. Mend or remove them, or leave them out with --on_corrupt skip.")
+    if empty := [name for name, split in kept.items() if not len(split) and len(splits[name])]:
+        raise ValueError(f"{told}. No image of split {empty[0]!r} is left.")
+    logger.warning(" ".join([f"{told}. They are left out.", *_lost_classes(splits, kept, columns)]))
+    return kept, skipped
+
+
+def _lost_classes(splits: DatasetDict, kept: DatasetDict, columns: Columns) -> list[str]:
+    """Sentences about classes that have lost their last image."""
+    if columns.problem_type != "single_label_classification":
+        return []
+    names = None if columns.index else columns.names
+    found = []
+    for name, split in kept.items():
+        if columns.label in split.column_names:
+            before, after = (np.asarray(values_of(rows, columns.label)) for rows in (splits[name], split))
+            found.append(absent_classes(before, {name: after}, names))
+    return [sentence for sentence in found if sentence]
+
+
+def _without_unreadable(split: Dataset, column: str, advance: Callable[[int], Any]) -> tuple[Dataset, list[Unreadable]]:
+    rows = values_of(split, ROW) if ROW in split.column_names else list(range(len(split)))
+    wrong, kept = [], []
+    for place, (value, reason) in enumerate(_reasons(split, column)):
+        advance(1)
+        if reason is None:
+            kept.append(place)
+        else:
+            wrong.append(Unreadable(rows[place], _path(value), reason))
+    return (split.select(kept) if wrong else split), wrong
+
+
+def _reasons(split: Dataset, column: str) -> Iterator[tuple[Any, str | None]]:
+    """Each image, undecoded, and why it cannot be opened; None where it can."""
+    undecoded = split.with_format(None).select_columns(column).cast_column(column, Image(decode=False))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders work side by side: they release Python's lock
+        for start in range(0, len(undecoded), CHUNK):
+            values = undecoded[start : start + CHUNK][column]
+            yield from zip(values, pool.map(_reason, values), strict=True)
+
+
+def _reason(value: Any) -> str | None:
+    try:
+        _opened(value)
+    except Exception as error:
+        return _reason_of(error)
+    return None
+
+
+def _reason_of(error: Exception) -> str:
+    """Without the path, which is told beside it, and without addresses in memory."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "no image, or of no format that Pillow knows"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return str(error) or type(error).__name__

@@ -1,0 +1,70 @@
+"""``hf-ft train`` on a data set with damaged images: told before training, or left out by a flag."""
+
+import logging
+
+import datasets
+import pytest
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from hf_ft.cli import main, train
+from hf_ft.testing.models import tiny_resnet
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
+    yield
+    logging.getLogger("hf_ft").handlers.clear()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    tiny_resnet().save_pretrained(root / "resnet")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / "resnet")
+    for folder in ("photos", "whole"):
+        for name, colour in (("cat", (200, 0, 0)), ("dog", (0, 200, 0))):
+            (root / folder / name).mkdir(parents=True)
+            for number in range(10):
+                Image.new("RGB", (32, 32), colour).save(root / folder / name / f"{number}.png")
+    (root / "photos" / "dog" / "9.png").write_bytes(b"")
+    return root
+
+
+def run(files, output, *more):
+    where = ["--model", str(files / "resnet"), "--dataset", str(files / "photos"), "--output_dir", str(output)]
+    return main(["train", *where, "--max_steps", "1", "--use_cpu", "true", *more])
+
+
+def test_damaged_images_are_told_before_training_or_left_out(files, tmp_path, capsys):
+    assert run(files, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "1 of 20 images cannot be read: " in error and "dog/9.png" in error and "--on_corrupt skip" in error
+    assert not (tmp_path / "out").exists()
+    assert run(files, tmp_path / "out", "--on_corrupt", "skip") == 0
+    found = capsys.readouterr()
+    assert "They are left out." in found.err and ("15 train, 4 val" in found.out or "16 train, 3 val" in found.out)
+    assert run(files, tmp_path / "no", "--on_corrupt", "drop") == 2
+    assert "--on_corrupt drop is unknown: choose one of refuse, skip." in capsys.readouterr().err
+
+
+def test_damaged_source_images_are_told(files, tmp_path, capsys):
+    source = ["--dataset", str(files / "whole"), "--source_dataset", str(files / "photos")]
+    assert run(files, tmp_path / "out", *source) == 2
+    assert run(files, tmp_path / "out", "--on_corrupt", "skip", *source) == 0
+    assert capsys.readouterr().err.count("1 of 20 images cannot be read: train, row 19") == 2
+
+
+def test_many_images_are_checked_only_if_asked(files, tmp_path, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr(train, "CHECKED_UNASKED", 19)
+    monkeypatch.setattr(train, "check_images", lambda splits, columns, how: opened.append(how) or (splits, {}))
+    assert run(files, tmp_path / "out", "--strategy", "linear_probe") == 2  # in the middle, at the damaged one
+    assert opened == [] and "cannot read the image in row 19" in capsys.readouterr().err
+    run(files, tmp_path / "out", "--overwrite", "--on_corrupt", "refuse")
+    assert opened == ["refuse"]
+    monkeypatch.setattr(train, "CHECKED_UNASKED", 20)
+    run(files, tmp_path / "out", "--overwrite")
+    assert opened == ["refuse", "refuse"]
