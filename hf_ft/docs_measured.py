@@ -49,6 +49,34 @@ def table_of_steps(table: Table) -> str:
     return table(("ratio of step times", "median", "95 % interval", "goal"), rows) + "\n\n" + where
 
 
+def table_of_step_times(table: Table) -> str:
+    """Step time and peak memory of every strategy, from tests/benchmarks/step_times.py."""
+    content = _read("step_times.json")
+    if content is None:
+        return NOT_YET
+    whole = content["rows"].get("full", {}).get("peak_mb")
+    rows = []
+    for name, row in content["rows"].items():
+        peak = row.get("peak_mb")
+        shown = "" if peak is None else f"{peak:.0f} MB"
+        share = f"{peak / whole:.2f}" if peak is not None and whole else ""
+        rows.append((name, _interval(row["full"], 3), _interval(row["floor"], 2), shown, share))
+    headers = ("strategy: stage", "step / full", "step / floor", "peak memory", "peak / full")
+    notes = [f"Left out: {name} ({reason})." for name, reason in content["left_out"].items()]
+    unknown = sum("peak_mb" not in row for row in content["rows"].values())
+    if unknown:
+        notes.append(f"The peak memory of {unknown} rows is not measured yet.")
+    notes.append(f"{content['about']['pairs']} rounds, {_where(content['about'])}")
+    return "\n\n".join([table(headers, rows), *notes])
+
+
+def _interval(ratio: dict[str, float] | None, digits: int) -> str:
+    """A median and its 95 % interval."""
+    if ratio is None:
+        return ""
+    return f"{ratio['ratio']:.{digits}f} ({ratio['low']:.{digits}f} to {ratio['high']:.{digits}f})"
+
+
 def table_of_frozen(table: Table) -> str:
     """The figures of tests/benchmarks/frozen.py."""
     content = _read("frozen.json")

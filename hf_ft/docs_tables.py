@@ -261,6 +261,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "configs": table_of_configs,
     "laws": table_of_laws,
     "steps": lambda page: docs_measured.table_of_steps(_table),
+    "step_times": lambda page: docs_measured.table_of_step_times(_table),
     "frozen": lambda page: docs_measured.table_of_frozen(_table),
     "regularisers": lambda page: docs_measured.table_of_regularisers(_table),
     "soft": lambda page: docs_measured.table_of_soft(_table),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer
+from stepper import BATCH, GEOMETRY, Images, Stepper, compare, resnet18
 from transformers.utils import logging
 
 from hf_ft import (
@@ -38,11 +37,8 @@ from hf_ft import (
     TREDConfig,
 )
 from hf_ft.config import FTConfig
-from hf_ft.reference import REFERENCE
 from hf_ft.registry import register
-from hf_ft.testing.training import equipped, tiny_arguments
-
-BATCH, PIXELS = 32, 96
+from hf_ft.testing.training import tiny_arguments
 
 
 class UsualLoop:
@@ -59,81 +55,6 @@ class UsualLoopConfig(FTConfig):
 
     def plan(self, model, state):
         return Plan(terms=(Term("usual", UsualLoop(), weight=0.01, anchors=("",)),))
-
-
-def resnet18() -> ResNetForImageClassification:
-    torch.manual_seed(0)
-    config = ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=2)
-    return ResNetForImageClassification(config)
-
-
-class Stepper:
-    """One trainer, brought to the point where the body of its training loop can be run by hand."""
-
-    def __init__(self, strategy: object | None, folder: str, recorded: bool = False, batch: int = BATCH) -> None:
-        model = resnet18()
-        if isinstance(strategy, SoftConfig):
-            equipped(model, strategy)
-        # The cure of transformers#47688 on both sides.
-        model.accepts_loss_kwargs = False
-        args = tiny_arguments(folder, max_steps=1, per_device_train_batch_size=batch, optim="sgd", logging_steps=10**6)
-        args.optim_args = "momentum=0.9"
-        kind, extra = (Trainer, {}) if strategy is None else (FTTrainer, {"strategy": strategy})
-        if isinstance(strategy, SoftConfig):
-            extra["source_dataset"] = Images(4 * BATCH)
-        self.trainer = kind(model, args, train_dataset=Images(batch), **extra)
-        self.trainer.train()
-        if strategy is not None:
-            self.trainer._enter_stage(0, force=True)
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(batch, 3, PIXELS, PIXELS, generator=generator)
-        self.batch = {"pixel_values": pixels, "labels": torch.arange(batch) % 2}
-        if recorded:
-            objective = self.trainer._objective
-            states = objective.reference.states(objective.reference_layers, self.batch, pixels.device)
-            self.batch |= {f"{REFERENCE}{name}": state for name, state in states.items()}
-
-    def step(self) -> float:
-        """Seconds of one pass through the body of the Trainer's loop."""
-        t, started = self.trainer, time.perf_counter()
-        t.callback_handler.on_step_begin(t.args, t.state, t.control)
-        t.training_step(t.model_wrapped, dict(self.batch))
-        t.accelerator.clip_grad_norm_(t.model_wrapped.parameters(), 1.0)
-        t.optimizer.step()
-        t.lr_scheduler.step()
-        t.model_wrapped.zero_grad()
-        t.callback_handler.on_step_end(t.args, t.state, t.control)
-        return time.perf_counter() - started
-
-
-def compare(one: Stepper, other: Stepper, pairs: int) -> dict[str, float]:
-    """The ratio other / one: median over pairs, and the bootstrap 95 % interval of the median."""
-    for stepper in (one, other) * 3:
-        stepper.step()
-    rng, ratios, seconds = random.Random(0), [], []
-    for _ in range(pairs):
-        order = [one, other]
-        rng.shuffle(order)
-        taken = {id(stepper): stepper.step() for stepper in order}
-        ratios.append(taken[id(other)] / taken[id(one)])
-        seconds.append(taken[id(one)])
-    draws = np.random.default_rng(0).choice(ratios, (10_000, pairs))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return {"ratio": float(np.median(ratios)), "low": low, "high": high, "base_seconds": float(np.median(seconds))}
-
-
-class Images(torch.utils.data.Dataset):
-    """Random images, ready in memory."""
-
-    def __init__(self, images: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randn(images, 3, PIXELS, PIXELS, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, row: int) -> dict[str, object]:
-        return {"pixel_values": self.pixels[row], "labels": row % 2}
 
 
 def disentangling(folder: str, epochs: int = 10, images: int = 320, repeats: int = 3) -> dict[str, float]:
@@ -213,7 +134,7 @@ def main() -> None:
             show(name, results[name])
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     about |= {"processor": platform.processor() or platform.machine(), "pairs": options.pairs}
-    about["geometry"] = "ResNet-18, 96 px, batch 32, SGD with momentum, float32"
+    about["geometry"] = GEOMETRY
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"about": about, "rows": results}, indent=2) + "\n")
 

@@ -1,0 +1,116 @@
+"""The floor of a training step: a loop in plain torch that does what the method cannot do without, and nothing else.
+
+What counts: the forward pass of what is frozen (unless its output is recorded), further forward passes of frozen
+copies, forward and backward pass of what trains with the cross-entropy of each head, and SGD's update of it. What does
+not: the method's own terms, clipping, schedules, logs, data loading and hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from stepper import BATCH, PIXELS, SOURCE_CLASSES, resnet18
+from torch import Tensor, nn
+
+# A ResNet-18 as a chain: stem, two blocks in each of four stages, pooling, head.
+FIRST_PART = {"stem": 0, "stage0": 1, "stage1": 3, "stage2": 5, "stage3": 7, "head": 10}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What runs in a step.
+
+    Attributes:
+        trains_from: the part from which on the model trains; what comes before runs forward only, in eval mode.
+        recorded: whether the output of what comes before is there already.
+        norms: mode of the BatchNorm layers that train.
+        batches: target batches' worth of samples; with two, the second is of the source and for the source head.
+        references: forward passes, without gradient, of frozen copies of all but the head.
+        source_head: whether a second head, of the 1,000 source classes, trains along.
+        members: models that train together, each on the same images with a loss of its own.
+    """
+
+    trains_from: Literal["stem", "stage0", "stage1", "stage2", "stage3", "head"] = "stem"
+    recorded: bool = False
+    norms: Literal["train", "eval"] = "train"
+    batches: Literal[1, 2] = 1
+    references: int = 0
+    source_head: bool = False
+    members: int = 1
+
+    def __post_init__(self) -> None:
+        if self.trains_from not in FIRST_PART:
+            raise ValueError(f"Floor.trains_from={self.trains_from!r}: choose one of {', '.join(FIRST_PART)}.")
+        if self.recorded and self.trains_from == "stem":
+            raise ValueError("Floor.recorded=True with trains_from='stem': nothing comes before the stem.")
+        if self.batches == 2 and not self.source_head:
+            raise ValueError("Floor.batches=2 needs source_head=True: the second batch has source labels.")
+
+
+def parts_of_resnet() -> nn.ModuleList:
+    """A new ResNet-18 as a chain."""
+    model = resnet18()
+    blocks = [block for stage in model.resnet.encoder.stages for block in stage.layers]
+    pooling = nn.Sequential(model.resnet.pooler, nn.Flatten())
+    return nn.ModuleList([model.resnet.embedder, *blocks, pooling, model.classifier[-1]])
+
+
+class Member:
+    """One model in a floor: its frozen parts, its trained parts, and what comes into these if that is recorded."""
+
+    def __init__(self, floor: Floor, pixels: Tensor) -> None:
+        begin, parts = FIRST_PART[floor.trains_from], parts_of_resnet()
+        self.frozen = nn.Sequential(*parts[:begin]).eval().requires_grad_(False)
+        self.body = nn.Sequential(*parts[begin:-1]).train(floor.norms == "train")
+        self.head = parts[-1]
+        self.source_head = nn.Linear(self.head.in_features, SOURCE_CLASSES) if floor.source_head else None
+        self.recorded = None
+        if floor.recorded:
+            with torch.no_grad():
+                self.recorded = self.frozen(pixels)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that train."""
+        modules = [self.body, self.head, self.source_head]
+        return [p for module in modules if module is not None for p in module.parameters()]
+
+    def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        state = self.recorded
+        if state is None:
+            with torch.no_grad():
+                state = self.frozen(pixels)
+        features = self.body(state)
+        loss = nn.functional.cross_entropy(self.head(features[:BATCH]), labels)
+        if self.source_head is not None:
+            loss = loss + nn.functional.cross_entropy(self.source_head(features[-BATCH:]), labels)
+        return loss
+
+
+class FloorStepper:
+    """A floor, ready to take steps."""
+
+    def __init__(self, floor: Floor) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(floor.batches * BATCH, 3, PIXELS, PIXELS, generator=generator)
+        self.labels = torch.arange(BATCH) % 2
+        self.members = [Member(floor, self.pixels) for _ in range(floor.members)]
+        backbone = nn.Sequential(*parts_of_resnet()[:-1]).eval()
+        self.references = [copy.deepcopy(backbone) for _ in range(floor.references)]
+        parameters = [p for member in self.members for p in member.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+    def step(self) -> float:
+        """Seconds of a step."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            for reference in self.references:
+                reference(self.pixels)
+        loss = sum((member.loss(self.pixels, self.labels) for member in self.members), start=torch.zeros(()))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
