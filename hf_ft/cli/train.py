@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from datasets import DatasetDict
@@ -13,16 +13,18 @@ from transformers import TrainingArguments
 
 from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import STORAGE as BLOCK_STUDY
-from hf_ft.cli.arguments import DataFlags, Request, read
+from hf_ft.cli.arguments import CHECKED_UNASKED, DataFlags, Request, read
 from hf_ft.cli.console import count, quieten, say, table
 from hf_ft.cli.models import adapter_usage, ensemble_usage, load_classifier, load_ensemble, usage
 from hf_ft.cli.search_blocks import report
 from hf_ft.cli.swarm_report import report_swarm
 from hf_ft.cli.train_help import train_help
 from hf_ft.collaborative import CollaborativeModel
+from hf_ft.comparison.benches import usual_length
 from hf_ft.config import shared_option
-from hf_ft.data import AUGMENTATIONS, Columns, collate, find_columns, load_split, load_splits, prepare
+from hf_ft.data import AUGMENTATIONS, Columns, check_images, collate, find_columns, load_split, load_splits, prepare
 from hf_ft.fields import describe_value, options
+from hf_ft.images import OnCorrupt
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.row_cache import FrozenCache
 from hf_ft.swarm_scores import SwarmScores
@@ -39,7 +41,7 @@ def run_train(arguments: list[str]) -> None:
         say(train_help(everything="--help-all" in arguments))
         return
     request = read(arguments)
-    _check(request)
+    check_request(request)
     made = make(request)
     _announce(request, made)
     made.trainer.train(resume_from_checkpoint=request.resume)
@@ -61,8 +63,9 @@ def make(request: Request) -> Made:
     quieten()
     args = TrainingArguments(**request.training_arguments())
     with args.main_process_first(desc="reading the data"):
-        splits = _splits(request.data)
+        splits = read_splits(request.data)
     columns = find_columns(splits, request.data.image_column, request.data.text_column, request.data.label_column)
+    splits = readable_images(splits, columns, request.data.on_corrupt)
     augment = _augmentation(request.data.augment, columns)
     size, revision = request.data.image_size, request.data.revision
     if request.sources:
@@ -77,7 +80,7 @@ def make(request: Request) -> Made:
             keep_source_head=any("source_head" in config.requires() for config in request.configs),
             head=shared_option(request.configs, "head"),
         )
-    length = _max_length(request.data, model, processor)
+    length = token_length(request.data, model, processor)
     with args.main_process_first(desc="preparing the data"):
         ready = prepare(splits, processor, columns, augment, length)
         plain = ready if augment == "none" else prepare(splits, processor, columns, "none", length)
@@ -102,7 +105,7 @@ def make(request: Request) -> Made:
     return Made(trainer, ready, columns, augment)
 
 
-def _check(request: Request) -> None:
+def check_request(request: Request) -> None:
     """Refuse what needs neither model nor data to be seen wrong.
 
     Raises:
@@ -115,6 +118,9 @@ def _check(request: Request) -> None:
         raise ValueError(f"--model {request.data.model} and --amcf.source_models both say what to load: give one.")
     if request.data.augment not in (None, *AUGMENTATIONS):
         raise ValueError(f"--augment {request.data.augment} is unknown: choose one of {', '.join(AUGMENTATIONS)}.")
+    if request.data.on_corrupt not in (None, *get_args(OnCorrupt)):
+        known = ", ".join(get_args(OnCorrupt))
+        raise ValueError(f"--on_corrupt {request.data.on_corrupt} is unknown: choose one of {known}.")
     folder = request.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: name a folder.")
@@ -130,7 +136,7 @@ def _check(request: Request) -> None:
         )
 
 
-def _splits(flags: DataFlags) -> DatasetDict:
+def read_splits(flags: DataFlags) -> DatasetDict:
     return load_splits(
         str(flags.dataset),
         config_name=flags.config_name,
@@ -142,6 +148,17 @@ def _splits(flags: DataFlags) -> DatasetDict:
         label_column=flags.label_column,
         seed=flags.split_seed,
     )
+
+
+def readable_images(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> DatasetDict:
+    """The splits without unreadable images, as far as these are looked for.
+
+    Raises:
+        ValueError: there are such, and they are not to be skipped.
+    """
+    if on_corrupt is None and sum(map(len, splits.values())) > CHECKED_UNASKED:
+        return splits
+    return check_images(splits, columns, "skip" if on_corrupt == "skip" else "refuse")[0]
 
 
 def _source(flags: DataFlags, processor: Any, target: Columns, augment: str, length: int | None) -> Any:
@@ -156,7 +173,7 @@ def _source(flags: DataFlags, processor: Any, target: Columns, augment: str, len
     columns = find_columns(rows)
     if columns.task != target.task:
         raise ValueError(f"--source_dataset {flags.source_dataset} holds {columns.task}, --dataset {target.task}.")
-    return prepare(rows, processor, columns, augment, length)["train"]
+    return prepare(readable_images(rows, columns, flags.on_corrupt), processor, columns, augment, length)["train"]
 
 
 def _augmentation(wanted: str | None, columns: Columns) -> str:
@@ -165,11 +182,8 @@ def _augmentation(wanted: str | None, columns: Columns) -> str:
     return wanted or ("basic" if columns.task == "image" else "none")
 
 
-def _max_length(flags: DataFlags, model: Any, processor: Any) -> int | None:
-    models = [model, *getattr(model, "members", ())]
-    known = [getattr(one.config, "max_position_embeddings", None) for one in models]
-    known.append(getattr(processor, "model_max_length", None))
-    return flags.max_length or min([512, *(length for length in known if length)])
+def token_length(flags: DataFlags, model: Any, processor: Any) -> int | None:
+    return flags.max_length or usual_length(model, processor)
 
 
 def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None:

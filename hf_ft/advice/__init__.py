@@ -1,0 +1,17 @@
+"""Choosing without running everything: cheap signals first, then an order of strategies with reasons."""
+
+from hf_ft.advice.advising import Advice, advise
+from hf_ft.advice.judge import how_often_right
+from hf_ft.advice.rules import Reason, Recommendation, recommend
+from hf_ft.advice.signals import Shift, Signals
+
+__all__ = [
+    "Advice",
+    "Reason",
+    "Recommendation",
+    "Shift",
+    "Signals",
+    "advise",
+    "how_often_right",
+    "recommend",
+]

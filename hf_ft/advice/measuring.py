@@ -1,0 +1,268 @@
+"""Measure the signals: one pass over the data without a gradient, then a few batches with one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hf_ft.advice.signals import Shift, Signals
+from hf_ft.advice.transferability import (
+    Array,
+    Probe,
+    cross_validated_probe,
+    cross_validated_relationship,
+    fit_probe,
+    logme,
+)
+from hf_ft.anatomy import anatomy, batch_norms, matches, members_of
+from hf_ft.batch_norm import BatchNormStatistics, estimate_batch_norm
+from hf_ft.fields import OptionError
+from hf_ft.parts import Part
+from hf_ft.preflight import class_labels
+from hf_ft.row_cache import read_rows
+from hf_ft.sampling import model_inputs
+from hf_ft.source_head import SourceHead, has_source_head, head_input, source_head
+from hf_ft.taps import Taps, token_mask
+from hf_ft.undisturbed import evaluating, observing, random_states_kept
+
+Collate = Callable[[list[Any]], Mapping[str, Any]]
+LIMIT = 5000  # samples that are looked at: more of them move the figures less than what they are used for can tell
+BATCH = 32
+GRADIENT_BATCHES = 4
+
+
+@dataclass
+class Recorded:
+    """What one pass over the data gave.
+
+    Attributes:
+        features: what goes into the head, (n, D).
+        labels: (n,).
+        source: probabilities of the pretrained head's classes, (n, C_s), where there is one.
+        statistics: of each BatchNorm layer's input.
+    """
+
+    features: Array
+    labels: NDArray[Any]
+    source: Array | None = None
+    statistics: Mapping[str, BatchNormStatistics] = field(default_factory=dict)
+
+
+def measure_signals(
+    model: nn.Module,
+    dataset: Any,
+    collate: Collate,
+    *,
+    source_head: bool,
+    source_data: bool,
+    members: int = 1,
+    seed: int = 0,
+    head: str | None = None,
+    blocks: str | None = None,
+) -> Signals:
+    """Look at a pretrained model and its training data; the model, its modes and random states stay as they are.
+
+    Of more than ``LIMIT`` samples, so many are drawn. Arguments as for :func:`hf_ft.advice.advise`.
+
+    Raises:
+        OptionError: a model of several members, a data set without a length, labels that are not one class per
+            sample, fewer than two classes, or features that are not finite.
+    """
+    started = time.perf_counter()
+    if members_of(model):
+        raise OptionError("advise looks at one model: pass a member of the ensemble, and members=<how many there are>.")
+    if not hasattr(dataset, "__len__"):
+        raise OptionError("advise looks at the training data: train_dataset must be map-style, not iterable.")
+    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:LIMIT]
+    parts = anatomy(model, head=head, blocks=blocks)
+    with random_states_kept(seed):
+        recorded = record(model, dataset, collate, rows, parts.head.modules, head, blocks)
+        if len(np.unique(recorded.labels)) < 2:
+            raise OptionError(
+                f"advise: all {len(rows)} samples have one label: two classes or more are needed. Look at the labels."
+            )
+        few = rows[: BATCH * GRADIENT_BATCHES]
+        backbone = [part for part in parts.parts if part is not parts.head]
+        probe = fit_probe(recorded.features, recorded.labels)
+        gradients = relative_gradients(model, probe, _batches(dataset, collate, few), backbone, parts.head.modules)
+    score = cross_validated_probe(recorded.features, recorded.labels, seed)
+    related = None if recorded.source is None else cross_validated_relationship(recorded.source, recorded.labels, seed)
+    return Signals(
+        samples=len(dataset),
+        class_counts=_class_counts(dataset, recorded.labels),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        feature_size=recorded.features.shape[1],
+        logme=logme(recorded.features, recorded.labels),
+        logme_constant=logme(np.ones((len(rows), 1)), recorded.labels),
+        probe_accuracy=score.accuracy if score else None,
+        probe_balanced_accuracy=score.balanced_accuracy if score else None,
+        probe_std=score.std if score else None,
+        probe_folds=score.folds if score else 0,
+        source_relation=related.balanced_accuracy if related else None,
+        batch_norm=shifts(model, recorded.statistics),
+        gradients=gradients,
+        source_head=source_head,
+        source_data=source_data,
+        members=members,
+        forward_samples=len(rows),
+        backward_samples=len(few),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def record(
+    model: nn.Module,
+    dataset: Any,
+    collate: Collate,
+    rows: Sequence[int],
+    modules: Sequence[str],
+    head: str | None = None,
+    blocks: str | None = None,
+) -> Recorded:
+    """Features, labels, the pretrained head's probabilities and BatchNorm statistics, all in one pass.
+
+    Args:
+        modules: the head's.
+
+    Raises:
+        OptionError: labels that are not one class per sample, or features that are not finite.
+    """
+    features, labels, probabilities = [], [], []
+    kept = source_head(model).eval() if has_source_head(model) else None
+    layers = [head_input(model, head, blocks)] if kept else []
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        for batch in _batches(dataset, collate, rows):
+            labels.append(_labels(batch))
+            with Taps(model, layers, modules) as taps:
+                yield batch  # whoever asked for it runs the model now
+            features.append(pooled_features(taps, batch).detach().cpu().double().numpy())
+            if kept:
+                probabilities.append(_probabilities(kept, taps.states[layers[0]]))
+
+    statistics: Mapping[str, BatchNormStatistics] = {}
+    if batch_norms(model):
+        statistics = estimate_batch_norm(model, batches(), "pooled")
+    else:
+        device = next(model.parameters()).device
+        with observing(model):
+            for batch in batches():
+                model(**model_inputs(batch, device))
+    found = np.concatenate(features)
+    if not np.isfinite(found).all():
+        raise OptionError(
+            "advise: what goes into the head is not finite: look for NaN or infinite values in the inputs."
+        )
+    source = np.concatenate(probabilities) if kept else None
+    return Recorded(found, np.concatenate(labels), source, statistics)
+
+
+def pooled_features(taps: Taps, batch: Mapping[str, Any]) -> Tensor:
+    """What goes into the head, one vector per sample (B, D); of whole sequences, the mean over their valid tokens."""
+    found = taps.features
+    if found is None:
+        raise OptionError("advise: the head is not called in the forward pass: name its module with head=...")
+    if found.dim() == 3:
+        mask = token_mask(batch, [found])
+        weight = torch.ones_like(found[..., :1]) if mask is None else mask.to(found)[..., None]
+        found = (found * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return found.float()
+
+
+def shifts(model: nn.Module, statistics: Mapping[str, BatchNormStatistics]) -> dict[str, Shift]:
+    """How far each BatchNorm layer's target statistics are from those it has."""
+    found = {}
+    for name, norm in batch_norms(model):
+        if name not in statistics or norm.running_mean is None or norm.running_var is None:
+            continue
+        mean, var = norm.running_mean.cpu().double(), norm.running_var.cpu().double() + norm.eps
+        there, spread = statistics[name].mean.cpu(), statistics[name].var.cpu() + norm.eps
+        moved = (there - mean).abs() / ((var + spread) / 2).sqrt()
+        found[name] = Shift(float(moved.mean()), float((spread / var).log().abs().mean() / 2))
+    return found
+
+
+def relative_gradients(
+    model: nn.Module,
+    probe: Probe,
+    batches: Iterator[Mapping[str, Any]],
+    parts: Sequence[Part],
+    head: Sequence[str],
+) -> dict[str, float]:
+    r"""The share of each part in the sum of :math:`\|g_b\| / \|w_b\|`, the mean over the batches, in eval mode.
+
+    The loss is the cross-entropy of the fitted probe in place of the head: a new head is random, and so would be the
+    gradients that it sends.
+
+    Reference: Lee et al. Surgical Fine-Tuning Improves Adaptation to Distribution Shifts. ICLR 2023 (relative
+        gradient norm).
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = {part.name: [n for n in trained if matches(n, part.modules)] for part in parts}
+    groups = {name: names for name, names in groups.items() if names}
+    if not groups:
+        return {}
+    ratios = dict.fromkeys(groups, 0.0)
+    for batch in batches:
+        gradients = _gradients(model, probe, batch, [n for names in groups.values() for n in names], trained, head)
+        for name, names in groups.items():
+            weights = _norm([trained[n].detach() for n in names])
+            ratios[name] += _norm([gradients[n] for n in names]) / weights if weights else 0.0
+    total = sum(ratios.values())
+    return {name: value / total for name, value in ratios.items()} if total > 0 else {}
+
+
+def _gradients(
+    model: nn.Module,
+    probe: Probe,
+    batch: Mapping[str, Any],
+    names: Sequence[str],
+    trained: Mapping[str, nn.Parameter],
+    head: Sequence[str],
+) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    with evaluating(model), torch.enable_grad():
+        with Taps(model, head=head) as taps:
+            model(**model_inputs(batch, device))
+        features = pooled_features(taps, batch)
+        weight, bias = (torch.as_tensor(a, dtype=features.dtype, device=device) for a in (probe.weight, probe.bias))
+        target = torch.as_tensor(np.searchsorted(probe.classes, _labels(batch)), device=device)
+        loss = nn.functional.cross_entropy(features @ weight.T + bias, target)
+        found = torch.autograd.grad(loss, [trained[name] for name in names], allow_unused=True)
+    return {name: torch.zeros(()) if g is None else g for name, g in zip(names, found, strict=True)}
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.float().square().sum()) for tensor in tensors) ** 0.5
+
+
+def _batches(dataset: Any, collate: Collate, rows: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    for start in range(0, len(rows), BATCH):
+        yield collate(read_rows(dataset, rows[start : start + BATCH]))
+
+
+def _labels(batch: Mapping[str, Any]) -> NDArray[Any]:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise OptionError(f"advise: 'labels' are {found}: one class number per sample is needed, (B,) integers.")
+    return labels.cpu().numpy()
+
+
+def _probabilities(head: SourceHead, state: Tensor) -> Array:
+    return nn.functional.softmax(head(state.detach()), dim=-1).cpu().double().numpy()
+
+
+def _class_counts(dataset: Any, seen: NDArray[Any]) -> tuple[int, ...]:
+    """The samples of each class that has any, the smallest first; of labels that were not all seen, an estimate."""
+    known = class_labels(dataset)
+    counts = np.unique(seen if known is None else known, return_counts=True)[1]
+    scale = len(dataset) / counts.sum()
+    return tuple(sorted(max(1, round(float(count * scale))) for count in counts))

@@ -1,0 +1,207 @@
+r"""How well features tell classes apart: LogME, and a linear probe under cross-validation; and source classes' part.
+
+LogME takes each class as a regression on features :math:`F` (n, D) with weights :math:`w \sim N(0, \alpha^{-1} I)` and
+noise of precision :math:`\beta`, and maximises the evidence over both:
+
+.. math::
+    \mathrm{LogME} = \frac1C \sum_c \max_{\alpha, \beta} \frac1n \log \int p(y_c | F, w, \beta) \, p(w | \alpha) \, dw
+
+References:
+    You, Liu, Wang, Long. LogME: Practical Assessment of Pre-trained Models for Transfer Learning. ICML 2021.
+    You, Liu, Zhang, Wang, Jordan, Long. Ranking and Tuning Pre-trained Models. JMLR 23, 2022 (the iteration over t).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, recall_score
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+__all__ = [
+    "Probe",
+    "ProbeScore",
+    "cross_validated_probe",
+    "cross_validated_relationship",
+    "fit_probe",
+    "log_evidence",
+    "logme",
+]
+
+Array = NDArray[np.float64]
+FOLDS = 5
+STEPS = 500  # of the fixed point; some ten are enough but where features tell next to nothing
+WIDE = 1e10  # how far t may be from the largest squared singular value: at the bounds it is 0 or infinite
+
+
+def logme(features: NDArray[Any], labels: NDArray[Any]) -> float:
+    """The maximum log evidence of features (n, D) for one-hot labels (n,), the mean over the classes, per sample.
+
+    Higher is better, for the same labels only: what it is without any signal depends on the classes' shares.
+    """
+    one_hot = (labels[:, None] == np.unique(labels)[None, :]).astype(np.float64)
+    return float(log_evidence(np.asarray(features, dtype=np.float64), one_hot).mean())
+
+
+def log_evidence(features: Array, targets: Array) -> Array:
+    r"""The maximum log evidence of features (n, D) for each column of targets (n, C), per sample, (C,).
+
+    With the singular values :math:`\sigma_i` of F, :math:`z = U^\top y` and :math:`t = \alpha / \beta`, the best
+    :math:`\beta` for a t is known, :math:`n / Q` with
+    :math:`Q = \sum_i z_i^2 \frac{t}{t + \sigma_i^2} + \|y\|^2 - \|z\|^2`, and
+
+    .. math:: \log p = -\frac n2 \left(\log \frac{2 \pi Q}{n} + 1\right) + \frac12 \sum_i \log \frac{t}{t + \sigma_i^2}
+    """
+    samples = len(features)
+    left, singular, _ = np.linalg.svd(features, full_matrices=False)
+    largest = singular.max(initial=0.0)
+    real = singular > largest * max(features.shape) * np.finfo(np.float64).eps
+    squares = np.square(singular[real])[:, None]
+    inside = np.square(left[:, real].T @ targets)
+    outside = np.maximum(np.square(targets).sum(0) - inside.sum(0), 0.0)
+    t = _fixed_point(squares, inside, outside, samples)
+    kept = t / (t + squares)
+    noise = ((inside * kept).sum(0) + outside) / samples
+    noise = np.maximum(noise, np.finfo(np.float64).tiny)  # labels that the features give exactly
+    return -0.5 * (np.log(2 * np.pi * noise) + 1) + 0.5 * np.log(kept).sum(0) / samples
+
+
+def _fixed_point(squares: Array, inside: Array, outside: Array, samples: int) -> Array:
+    r"""The t of each target, (C,), by :math:`t' = \frac{\gamma}{n - \gamma} \frac{\|Fm - y\|^2}{\|m\|^2}`."""
+    if not len(squares):
+        return np.ones(inside.shape[1])
+    t = np.full(inside.shape[1], squares.mean())
+    low, high = squares.max() / WIDE, squares.max() * WIDE
+    for _ in range(STEPS):
+        kept = t / (t + squares)
+        known = (1 - kept).sum(0)  # gamma, the number of weights that the data determine
+        unknown = samples - len(squares) + kept.sum(0)  # n - gamma
+        weights = (squares * inside / np.square(t + squares)).sum(0)
+        residual = (inside * np.square(kept)).sum(0) + outside
+        with np.errstate(divide="ignore"):
+            new = np.clip(known / unknown * (residual / weights), low, high)
+        if np.allclose(np.log(new), np.log(t), rtol=0, atol=1e-8):
+            return new
+        t = new
+    return t
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """What a classifier scores on samples that it did not see.
+
+    Attributes:
+        accuracy: the mean over the folds.
+        balanced_accuracy: the mean over the folds of the mean recall of the classes.
+        std: of the balanced accuracy, over the folds.
+        folds: how many.
+    """
+
+    accuracy: float
+    balanced_accuracy: float
+    std: float
+    folds: int
+
+
+def cross_validated_probe(features: NDArray[Any], labels: NDArray[Any], seed: int = 0) -> ProbeScore | None:
+    """Score a linear probe on features (n, D) and labels (n,) by stratified cross-validation.
+
+    As many folds as the median class has samples, from 2 to 5. Classes of one sample are left out, since no probe
+    that has not seen them can tell them.
+
+    Returns:
+        None where fewer than two classes are left.
+    """
+    return _cross_validated(_logistic_regression, features, labels, seed)
+
+
+def cross_validated_relationship(probabilities: NDArray[Any], labels: NDArray[Any], seed: int = 0) -> ProbeScore | None:
+    r"""Score what the source classes alone say of the target's, by cross-validation as for the probe.
+
+    From source probabilities :math:`\theta(x)` (n, C_s), with classes of equal weight:
+
+    .. math::
+        \hat y = \arg\max_y \sum_z \hat p(y | z) \, \theta(x)_z, \qquad
+        \hat p(y | z) \propto \operatorname{mean}_{i: y_i = y} \theta(x_i)_z
+
+    Nothing is fitted but these means, so that it tells how related the classes are, and not again how good the
+    features are.
+
+    Reference: Nguyen, Hassner, Seeger, Archambeau. LEEP: A New Measure to Evaluate Transferability of Learned
+        Representations. ICML 2020 (whose predictor this is, but for the classes' weights).
+    """
+    return _cross_validated(_Relationship, probabilities, labels, seed)
+
+
+def _cross_validated(
+    fit: Callable[[NDArray[Any], NDArray[Any]], Any], features: NDArray[Any], labels: NDArray[Any], seed: int
+) -> ProbeScore | None:
+    classes, counts = np.unique(labels, return_counts=True)
+    usual = counts > 1
+    if usual.sum() < 2:
+        return None
+    rows = np.isin(labels, classes[usual])
+    features, labels = features[rows], labels[rows]
+    folds = int(np.clip(np.median(counts[usual]), 2, FOLDS))
+    accuracies, balanced = [], []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")  # some folds lack a rare class
+        for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels):
+            predicted = fit(features[train], labels[train]).predict(features[test])
+            true = labels[test]
+            accuracies.append(accuracy_score(true, predicted))
+            balanced.append(recall_score(true, predicted, labels=np.unique(true), average="macro", zero_division=0))
+    return ProbeScore(float(np.mean(accuracies)), float(np.mean(balanced)), float(np.std(balanced, ddof=1)), folds)
+
+
+class _Relationship:
+    """The predictor of :func:`cross_validated_relationship`."""
+
+    def __init__(self, probabilities: NDArray[Any], labels: NDArray[Any]) -> None:
+        self.classes = np.unique(labels)
+        means = np.stack([probabilities[labels == c].mean(0) for c in self.classes])
+        self.table = means / np.maximum(means.sum(0), np.finfo(np.float64).tiny)
+
+    def predict(self, probabilities: NDArray[Any]) -> NDArray[Any]:
+        return self.classes[(probabilities @ self.table.T).argmax(1)]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A fitted linear probe: logits ``features @ weight.T + bias``.
+
+    Attributes:
+        weight: (C, D).
+        bias: (C,).
+        classes: (C,), the labels in the order of the logits.
+    """
+
+    weight: Array
+    bias: Array
+    classes: NDArray[Any]
+
+
+def fit_probe(features: NDArray[Any], labels: NDArray[Any]) -> Probe:
+    """Fit a linear probe to features (n, D) and labels (n,) of two classes or more."""
+    scaler, regression = _logistic_regression(features, labels)
+    weight = regression.coef_ / scaler.scale_
+    bias = regression.intercept_ - weight @ scaler.mean_
+    if len(weight) == 1:  # two classes have one logit
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return Probe(weight, bias, regression.classes_)
+
+
+def _logistic_regression(features: NDArray[Any], labels: NDArray[Any]) -> Any:
+    """L2-regularised logistic regression (C = 1) on standardised features."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(?:failed to converge|lbfgs).*")  # near the optimum is enough
+        made = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
+        return made.fit(np.asarray(features, dtype=np.float64), labels)

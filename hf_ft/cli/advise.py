@@ -1,0 +1,216 @@
+"""``hf-ft advise``: a few cheap figures of model and data, and which strategies to try first."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from transformers import TrainingArguments
+
+from hf_ft.advice import Advice, Reason, advise
+from hf_ft.advice.rules import config_at_hand
+from hf_ft.advice.signals import explained
+from hf_ft.cli.arguments import DataFlags, Request, read
+from hf_ft.cli.console import Parser, is_main, quieten, say, table
+from hf_ft.cli.models import load_classifier
+from hf_ft.cli.train import check_request, read_splits, readable_images, token_length
+from hf_ft.config import shared_option
+from hf_ft.data import Columns, collate, find_columns, prepare
+from hf_ft.fields import OptionError
+from hf_ft.source_head import has_source_head
+from hf_ft.zoo import DATA_NOTICES
+
+DEFAULT_FOLDER = "runs/advice"
+FILE = "advice.json"
+TOLD = 3  # of how many strategies the next command is printed
+HELP = """hf-ft advise: which strategies to try first, before anything is trained.
+
+usage: hf-ft advise --model MODEL --dataset DATA [flags]
+
+The training images or texts run through the pretrained model once, and a few batches of them twice. What is measured:
+how well a linear probe on the features tells the classes (cross-validated), LogME, how far BatchNorm statistics are
+from those of the pretraining, which part of the network the gradient pulls at, and how many samples there are. From
+these figures follows an order of all strategies, each with its reasons. It says what to try first, not what will win:
+compare the first ones on validation data.
+
+example:
+  hf-ft advise --model microsoft/resnet-18 --dataset my_photos/
+
+Only the training split is looked at. Of more than 5,000 samples, so many are drawn. Written to --output_dir (default:
+runs/advice): advice.json.
+
+flags of its own
+{flags}
+
+model and data
+{data}
+
+--seed draws the samples' order and the folds; --use_cpu true stays off the GPU. The meaning of each figure, and every
+rule with its source: docs/advise.md."""
+
+
+def run_advise(arguments: list[str]) -> None:
+    """Measure, print the figures and the order, and write both."""
+    own = _own_flags()
+    if not arguments or {"-h", "--help"} & set(arguments):
+        say(_help(own))
+        return
+    flags, rest = own.parse_known_args(arguments)
+    request = read(rest)
+    request = replace(request, given={"output_dir": DEFAULT_FOLDER, **request.given})
+    _check(request)
+    quieten()
+    folder, args = request.output_dir, TrainingArguments(**request.training_arguments())
+    others = [name.strip() for name in (flags.source_models or "").split(",") if name.strip()]
+    found = _advise(request, args, members=1 + len(others))
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if flags.json:
+        say(json.dumps(found.to_dict(), indent=2))
+    else:
+        say(_report(found, request, others, folder))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _own_flags() -> Parser:
+    parser = Parser(prog="hf-ft advise", add_help=False)
+    parser.add_argument("--json", action="store_true", help="print advice.json instead of tables")
+    parser.add_argument(
+        "--source_models",
+        metavar="A,B",
+        help="further pretrained models that can be fine-tuned together with --model (amcf)",
+    )
+    return parser
+
+
+def _help(own: Parser) -> str:
+    shown = [(f"  --{a.dest}", a.help or "") for a in own._actions]
+    shown.append(("  --output_dir", f"folder of {FILE} (default: {DEFAULT_FOLDER})"))
+    data = [(f"  --{f.name}", _one_line(f)) for f in fields(DataFlags) if f.name != "augment"]
+    return HELP.format(flags=table(shown), data=table(data))
+
+
+def _one_line(flag: Any) -> str:
+    text = " ".join(str(flag.metadata["help"]).split()).partition("; several: ")[0]
+    return text if flag.default in (None, "") or "default" in text else f"{text} (default: {flag.default})"
+
+
+def _check(request: Request) -> None:
+    """Refuse what needs neither model nor data to be seen wrong.
+
+    Raises:
+        ValueError: what ``hf-ft train`` refuses, but for a folder in use; or a flag that says what is not done here.
+    """
+    if request.method.strategy:
+        raise ValueError("advise orders all strategies: leave --strategy out.")
+    check_request(replace(request, method=replace(request.method, overwrite=True)))
+    if request.data.augment not in (None, "none"):
+        raise ValueError(f"--augment {request.data.augment}: advise looks at the samples as they are, leave it out.")
+
+
+def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
+    """Load model and data as ``hf-ft train`` does, and look at them."""
+    flags = request.data
+    with args.main_process_first(desc="reading the data"):
+        splits = read_splits(flags)
+    columns = find_columns(splits, flags.image_column, flags.text_column, flags.label_column)
+    splits = readable_images(DatasetDict({"train": splits["train"]}), columns, flags.on_corrupt)
+    if columns.problem_type != "single_label_classification":
+        raise ValueError(
+            f"column {columns.label!r} is read as {columns.problem_type.replace('_', ' ')}: advise needs one class per "
+            "sample. Set --label_column, or choose among the strategies with `hf-ft train`."
+        )
+    model, processor = _load(request, columns, args.seed)
+    with args.main_process_first(desc="preparing the data"):
+        ready = prepare(splits, processor, columns, "none", token_length(flags, model, processor))
+    return advise(
+        model.to(args.device),
+        ready["train"],
+        collate(processor),
+        source_head=has_source_head(model),
+        source_data=flags.source_dataset is not None,
+        members=members,
+        seed=args.seed,
+        head=shared_option(request.configs, "head"),
+        blocks=shared_option(request.configs, "blocks"),
+    )
+
+
+def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
+    """Model and processor, with the pretrained head where one can be kept."""
+    head = shared_option(request.configs, "head")
+    flags = request.data
+    where = (str(flags.model), columns, seed, flags.image_size, flags.revision)
+    try:
+        return load_classifier(*where, keep_source_head=True, head=head)
+    except OptionError:  # a head of several modules, say: none is kept
+        return load_classifier(*where, head=head)
+
+
+def _report(found: Advice, request: Request, others: Sequence[str], folder: Path) -> str:
+    """The figures, the order and what to do next, as text."""
+    s = found.signals
+    lines = [f"{request.data.model} on {request.data.dataset}, training samples only\n"]
+    if request.data.dataset in DATA_NOTICES:
+        lines.append(f"{table([('notice', DATA_NOTICES[request.data.dataset])])}\n")
+    lines.append(table(explained(s), ("signal", "figure", "meaning")))
+    lines.append(
+        f"\n{s.forward_samples:,} samples forward, {s.backward_samples:,} forward and backward, {s.seconds:.0f} s.\n"
+    )
+    lines.append(table(order_rows(found), ("", "strategy", "points", "why")))
+    lines.append("\nPoints say what to try first, not what will win (docs/advise.md). Next:\n")
+    lines += [f"  {command}" for command in _next(found, request.data, others)]
+    return "\n".join([*lines, f"\nIn {folder}: {FILE}."])
+
+
+def order_rows(found: Advice) -> list[tuple[str, str, str, str]]:
+    """A row for each reason: place, strategy and points stand in a strategy's first one."""
+    rows = []
+    for place, one in enumerate(found.recommendations, 1):
+        score = (f"{one.score:+g}" if one.score else "0") if one.usable else "-"
+        for index, reason in enumerate(one.reasons):
+            first = (str(place), one.strategy, score) if index == 0 else ("", "", "")
+            rows.append((*first, _reason(reason)))
+    return rows
+
+
+def _reason(reason: Reason) -> str:
+    return f"{reason.points:+g}  {reason.text}" if reason.points else reason.text
+
+
+def _next(found: Advice, flags: DataFlags, others: Sequence[str]) -> list[str]:
+    """The commands that train the first strategies on the same data, and the one that compares all in this order."""
+    from hf_ft.cli import COMMANDS
+
+    same = [(f.name, getattr(flags, f.name)) for f in fields(DataFlags)]
+    usual = {f.name: f.default for f in fields(DataFlags)}
+    data = {name: str(value) for name, value in same if value not in (None, usual[name])}
+    commands = []
+    for name in found.usable[:TOLD]:
+        words = ["hf-ft", "train", "--strategy", name]
+        words += [word for k, v in data.items() if (k, name) != ("model", "amcf") for word in (f"--{k}", v)]
+        words += _source_free(name, flags)
+        if name == "amcf":
+            words += ["--amcf.source_models", ",".join([str(flags.model), *others])]
+        commands.append(shlex.join([*words, "--output_dir", f"runs/{name}"]))
+    if "compare" in COMMANDS:
+        words = [word for k, v in data.items() for word in (f"--{k}", v)]
+        commands.append(shlex.join(["hf-ft", "compare", *words, "--advise", "True"]))
+    return commands
+
+
+def _source_free(name: str, flags: DataFlags) -> list[str]:
+    """The flags of a strategy's source-free form, where there are no source data."""
+    usual, chosen = config_at_hand(name, True), config_at_hand(name, flags.source_dataset is not None)
+    if usual is None or chosen is None:
+        return []
+    plain = usual.to_dict()
+    return [word for k, v in chosen.to_dict().items() if v != plain[k] for word in (f"--{name}.{k}", str(v))]
