@@ -19,6 +19,7 @@ from hf_ft.anatomy import Anatomy, anatomy, batch_norms, tensorflow_momentum
 from hf_ft.fields import OptionError, from_json, option, options, to_json, validate
 from hf_ft.plan import Plan, compose
 from hf_ft.registry import config_class, strategies
+from hf_ft.space import Space
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -140,6 +141,7 @@ class FTConfig(PushToHubMixin):
     takes_source_data: ClassVar[bool] = False  # whether it can use a source data set that it does not require
     several_members: ClassVar[bool] = False  # whether it also fits a model of several members side by side
     without_source_data: ClassVar[str] = ""  # what else can be done, at the end of a sentence that asks for one
+    tuned: ClassVar[Space] = {}  # options, beside the learning rate, that a fair comparison tunes; none changes measure
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(
         "auto",
@@ -176,6 +178,14 @@ class FTConfig(PushToHubMixin):
     def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
         """What it needs beside model and data: the pretrained head, the data of the pretraining."""
         return frozenset()
+
+    def source_free(self) -> FTConfig | None:
+        """The same strategy without source data, where it has such a form; None where it has not."""
+        return None
+
+    def within(self, epochs: float, model: nn.Module) -> FTConfig:
+        """The same with a search that trains for so many epochs in all at most, as far as it can be made so short."""
+        return self
 
     def measures(self) -> bool:
         """Whether this strategy looks at the data first."""

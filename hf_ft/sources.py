@@ -62,7 +62,7 @@ def load_sources(
 def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None, **options: Any) -> tuple[Any, Any]:
     """A source with a new head, also where its own would fit: else one source, given twice, made one member twice."""
     try:
-        fits = _has_head(name, num_labels if id2label is None else len(id2label), options["revision"])
+        fits = has_head(name, num_labels if id2label is None else len(id2label), options["revision"])
         model, processor = zoo.load_model(name, num_labels, id2label, keep_source_head=fits, **options)
     except (OSError, ValueError) as error:  # Transformers' own messages may be long, and not name the source
         reason = str(error).strip().splitlines()[0]
@@ -81,7 +81,7 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
     return drop_source_head(model), processor
 
 
-def _has_head(name: str, classes: int | None, revision: str | None) -> bool:
+def has_head(name: str, classes: int | None, revision: str | None) -> bool:
     """Whether a source's checkpoint has a head for so many classes."""
     if classes is None or name in zoo.SHORT_NAMES:
         return False

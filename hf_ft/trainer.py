@@ -212,6 +212,10 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         """What the strategies measured, by name; empty before training."""
         return self._run.states if self._run is not None else {}
 
+    def measure(self) -> Mapping[str, State]:
+        """Let the strategies look at the data now, instead of when training begins; what they measured."""
+        return self._start_run().states
+
     def context(self) -> Context:
         """What a strategy may use to look at the data: samples, and how they are trained on."""
         return measuring_context(self)

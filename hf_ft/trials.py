@@ -87,10 +87,11 @@ def run_trials(
     heartbeat: float = 10.0,
     retries: int = 2,
     progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, Outcome]:
     """Evaluate each job once, together with all processes that call this with the same storage and name.
 
-    Finished jobs come from the storage. When this returns, every job is finished and none runs. An exception of
+    Finished jobs come from the storage. When this returns, every job is finished and none runs, unless ``stop`` said so. An exception of
     ``evaluate`` is raised at once; its job is free for the other workers, and for the next call.
 
     Args:
@@ -106,9 +107,10 @@ def run_trials(
         retries: how often this call takes up a job that raised in other workers. The death of a worker does not
             count: it ends by itself, since each costs a worker.
         progress: called with (finished, all, None) first, then with each newly finished job, whoever ran it.
+        stop: asked before each job: True leaves the rest for another call.
 
     Returns:
-        The outcomes by key, in the order of the jobs.
+        The outcomes by key, in the order of the jobs; where ``stop`` ended it, of those that are finished.
 
     Raises:
         ImportError: Optuna is missing.
@@ -127,7 +129,7 @@ def run_trials(
         opened = open_storage(storage)
         study = open_study(opened, name, (pruner.min_steps, pruner.factor) if pruner else None)
         claims = Claims(opened, study, signature, heartbeat, [job.params for job in jobs])
-        search = _Search({job.key: job for job in jobs}, evaluate, claims, retries)
+        search = _Search({job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False))
         return search.run(progress or (lambda *_: None))
     finally:
         optuna.logging.set_verbosity(level)
@@ -141,6 +143,7 @@ class _Search:
     evaluate: Evaluate
     claims: Claims
     retries: int
+    stop: Callable[[], bool]
     before: int = 0  # number of trials when this call began: only later errors count
 
     def run(self, tell: Progress) -> dict[str, Outcome]:
@@ -155,6 +158,8 @@ class _Search:
                     done[key] = outcome
                     tell(len(done), len(self.jobs), outcome)
             free = self.free(trials)
+            if self.stop():
+                return {key: done[key] for key in self.jobs if key in done}
             if free:
                 # Workers that start together would meet again at every next job.
                 contested = not self.work(_random.choice(free) if contested else free[0], trials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from hf_ft.layers import Layer, main_path_layers
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.plan import Names, Plan, Stage, Surgery, Term, compose, covered
 from hf_ft.registry import register
+from hf_ft.space import LogRange
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import SwarmSearch
 from hf_ft.view import View
@@ -57,6 +59,7 @@ class AMCFConfig(FTConfig):
         "lr_scheduler_type": Recommended("cosine", "ours"),  # the authors' steps are no schedule of Transformers
         "max_grad_norm": Recommended(0.0, "ours", "clipping by the common norm couples the members"),
     }
+    tuned = {"consistency": LogRange(0.01, 1.0)}
 
     source_models: tuple[str, ...] = option(
         (), "Hub ids, folders or short names of the source models; hf_ft.load_sources and the command line load them."
@@ -134,6 +137,12 @@ class AMCFConfig(FTConfig):
                     f"AMCFConfig.frozen={list(frozen)!r}: member {j} has {count} layers, of which 0 to {count - 1} can "
                     f"stay frozen, not {k}."
                 )
+
+    def within(self, epochs: float, model: nn.Module) -> AMCFConfig:
+        """With so many trainings as that leaves, of two epochs where it would else leave fewer than three moves."""
+        each = self.search_epochs if epochs >= 3 * self.search_epochs * self.particles else min(2, self.search_epochs)
+        room = max(1, int(epochs / each))
+        return dataclasses.replace(self, search_epochs=each, search_budget=min(room, self.search_budget or room))
 
     def measures(self) -> bool:
         return self.frozen == "search"

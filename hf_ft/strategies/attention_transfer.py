@@ -13,6 +13,7 @@ from hf_ft.fields import OptionError, option
 from hf_ft.functional import attention_distance
 from hf_ft.plan import Names, Plan, Term
 from hf_ft.registry import register
+from hf_ft.space import LogRange
 from hf_ft.terms import compared
 from hf_ft.view import View
 
@@ -52,6 +53,7 @@ class AttentionTransferConfig(FTConfig):
     )
     formula = "L = CE + beta * sum over layers of mean (A - A0)^2;  A = flatten(mean_c F^2), of unit length per sample"
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"beta": LogRange(10.0, 1e4)}
 
     beta: float = option(1000.0, "Weight of the distance.", range="[0, inf)", source="code")
     layers: tuple[str, ...] | None = option(

@@ -23,6 +23,7 @@ from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_
 from hf_ft.fields import OptionError, option
 from hf_ft.plan import EVERYTHING, Plan, Rate, Stage, Surgery, compose
 from hf_ft.registry import register
+from hf_ft.space import LogRange
 
 
 @register("blockwise")
@@ -46,6 +47,7 @@ class BlockwiseConfig(FTConfig):
     )
     formula = "min CE over the weights of the head and of block b* alone; b* = the candidate best on held-out samples"
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"head_lr": LogRange(1e-3, 1.0)}
 
     block: str | int = option(
         "auto",
@@ -76,6 +78,13 @@ class BlockwiseConfig(FTConfig):
         "Where the trials are kept: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
         "block_search.db in the output folder. Processes with one storage share one search.",
     )
+
+    def within(self, epochs: float, model: nn.Module) -> BlockwiseConfig:
+        """Without baselines, and with as many epochs a candidate as that leaves: at least one."""
+        place = {"head": self.head, "blocks": self.blocks}
+        trainings = self.search_seeds * len(candidates(model, self.scheme, length=self.length, **place))
+        each = max(1, min(self.search_epochs, int(epochs / trainings)))
+        return dataclasses.replace(self, search_epochs=each, baselines=False)
 
     def measures(self) -> bool:
         return self.block == "auto"

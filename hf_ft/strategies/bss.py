@@ -12,6 +12,7 @@ from hf_ft.fields import OptionError, option
 from hf_ft.functional import batch_spectral_shrinkage
 from hf_ft.plan import Plan, Term
 from hf_ft.registry import register
+from hf_ft.space import LogRange
 from hf_ft.view import View
 
 
@@ -50,6 +51,7 @@ class BSSConfig(FTConfig):
     )
     formula = "L = CE + eta * sum of the k smallest squared singular values of the (B, d) features"
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"eta": LogRange(1e-4, 1e-2)}
 
     eta: float = option(0.001, "Weight of the penalty.", range="[0, inf)", source="code")
     k: int = option(1, "How many singular values are shrunk.", range="[1, inf)", source="code")

@@ -22,6 +22,7 @@ from hf_ft.recorded_features import RecordedFeatures
 from hf_ft.registry import register
 from hf_ft.source_head import SourceHead, head_input, require_source_head, source_head
 from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
+from hf_ft.space import LogRange
 from hf_ft.view import View
 
 PASS = 64  # samples in a batch of the pass
@@ -64,6 +65,7 @@ class CoTuningConfig(FTConfig):
     )
     formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"weight": LogRange(0.3, 6.0)}
     takes_source_data = True
 
     weight: float = option(2.3, "Weight of the source head's loss.", range="[0, inf)", source="code")

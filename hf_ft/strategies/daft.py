@@ -13,6 +13,7 @@ from hf_ft.config import Context, FTConfig, Paper, Recommended, State
 from hf_ft.fields import OptionError, option
 from hf_ft.plan import Names, Plan, Rate, Stage, Surgery
 from hf_ft.registry import register
+from hf_ft.space import LogRange
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class DAFTConfig(FTConfig):
         "weight_decay": Recommended(0.0, "code"),
         "max_grad_norm": Recommended(0.0, "code"),
     }
+    tuned = {"head_lr": LogRange(1e-3, 1.0)}
 
     convert_batch_norm: bool = option(
         True, "Whether BatchNorm layers get the training data's statistics, at the same function.", source="code"

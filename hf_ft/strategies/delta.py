@@ -15,6 +15,7 @@ from hf_ft.fields import OptionError, option
 from hf_ft.functional import feature_distance
 from hf_ft.plan import Names, Plan, Term
 from hf_ft.registry import register
+from hf_ft.space import LogRange
 from hf_ft.terms import SquaredNorm, compared
 from hf_ft.view import View
 
@@ -63,6 +64,7 @@ class DELTAConfig(FTConfig):
         "z_c = standardised growth of the loss without channel c"
     )
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"alpha": LogRange(1e-3, 1e-1)}
 
     alpha: float = option(0.01, "Weight of the distance of feature maps.", range="[0, inf)", source="code")
     beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)", source="code")

@@ -11,6 +11,7 @@ from hf_ft.config import FTConfig, Recommended, State
 from hf_ft.fields import option
 from hf_ft.plan import Plan, Rate, Stage
 from hf_ft.registry import register
+from hf_ft.space import Choice
 
 
 @register("full")
@@ -24,6 +25,7 @@ class FullConfig(FTConfig):
     several_members = True
     formula = "L = CE(h(f(x)), y) over all parameters"
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"norm_mode": Choice(("auto", "eval"))}
 
     head_lr: float | None = option(
         None,

@@ -10,6 +10,7 @@ from hf_ft.config import FTConfig, Paper, Recommended, State
 from hf_ft.fields import OptionError, option
 from hf_ft.plan import Names, Plan, Rate, Stage
 from hf_ft.registry import register
+from hf_ft.space import Choice
 
 
 def unfreezing_groups(parts: tuple[Names, ...], groups: int) -> list[Names]:
@@ -48,6 +49,7 @@ class GradualUnfreezingConfig(FTConfig):
     )
     formula = "group g from the top trains from stage g on, at lr / decay^g"
     recommended = {"learning_rate": Recommended(1e-3)}
+    tuned = {"decay": Choice((1.0, 1.6, 2.6))}
 
     stages: int = option(4, "Number of stages, the head's own included; all take the same share.", range="[2, inf)")
     decay: float = option(2.6, "Factor between the rates of neighbouring groups.", range="[1, inf)", source="paper")

@@ -10,6 +10,7 @@ from hf_ft.config import FTConfig, Paper, Recommended, State
 from hf_ft.fields import option
 from hf_ft.plan import Plan, Term
 from hf_ft.registry import register
+from hf_ft.space import LogRange
 from hf_ft.terms import DistanceFromStart, SquaredNorm
 
 
@@ -34,6 +35,7 @@ class L2SPConfig(FTConfig):
     several_members = True
     formula = "L = CE + alpha/2 ||w_S - w0_S||^2 + beta/2 ||w_new||^2"
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"alpha": LogRange(1e-3, 1.0)}
 
     alpha: float = option(
         0.01,

@@ -10,6 +10,7 @@ from hf_ft.config import FTConfig, Paper, Recommended, State
 from hf_ft.fields import option
 from hf_ft.plan import Plan, Rate, Stage
 from hf_ft.registry import register
+from hf_ft.space import Choice
 
 
 @register("layer_decay")
@@ -30,6 +31,7 @@ class LayerDecayConfig(FTConfig):
     )
     formula = "lr_l = lr * decay^(L - l), parts l = 0 (stem) ... L (head)"
     recommended = {"learning_rate": Recommended(1e-3)}
+    tuned = {"decay": Choice((0.65, 0.8, 0.9))}
 
     decay: float = option(
         0.8, "Factor between the rates of neighbouring parts (ELECTRA's 0.8).", range="(0, 1]", source="paper"

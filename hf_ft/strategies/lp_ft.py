@@ -11,6 +11,7 @@ from hf_ft.config import FTConfig, Paper, Recommended, State
 from hf_ft.fields import option
 from hf_ft.plan import Plan, Rate, Stage
 from hf_ft.registry import register
+from hf_ft.space import Choice, LogRange
 
 
 @register("lp_ft")
@@ -35,6 +36,7 @@ class LPFTConfig(FTConfig):
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
     # From 1e-5 to 3e-4 on validation data of the demo: at 3e-4 the second stage loses what the probe found.
     recommended = {"learning_rate": Recommended(3e-5)}
+    tuned = {"head_lr": LogRange(1e-3, 1.0), "norm_mode": Choice(("auto", "eval"))}
 
     probe: float = option(0.5, "Share of the optimizer steps spent on the probe.", range="(0, 1)")
     head_lr: float = option(1e-2, "Learning rate of the head during the probe.", range="(0, inf)")

@@ -18,6 +18,7 @@ from hf_ft.plan import Plan, Stream, Term
 from hf_ft.registry import register
 from hf_ft.source_head import SourceHead, head_input, require_source_head, source_head
 from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
+from hf_ft.space import Choice, LogRange
 from hf_ft.view import View
 
 
@@ -77,6 +78,7 @@ class SoftConfig(FTConfig):
         "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
     )
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"weight": LogRange(0.1, 3.0), "until": Choice((0.25, 0.5, 1.0))}
     takes_source_data = True
     without_source_data = ", or go source-free with source='head'"
 
@@ -108,6 +110,9 @@ class SoftConfig(FTConfig):
             )
         super().__post_init__()
         object.__setattr__(self, "source_label_map", as_json(self.source_label_map))
+
+    def source_free(self) -> SoftConfig:
+        return dataclasses.replace(self, source="head")
 
     def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
         if not self.weight:
@@ -170,6 +175,7 @@ class LwFConfig(FTConfig):
     )
     formula = "L = CE(h_T(f(x)), y) + weight KL(softmax(h0_S(f0(x)) / T) || softmax(h_S(f(x)) / T))"
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"weight": LogRange(0.3, 10.0)}
 
     weight: float = option(4.0, "Weight of the distillation loss.", range="[0, inf)", source="code")
     temperature: float = option(3.0, "Its temperature.", range="(0, inf)", source="code")

@@ -22,6 +22,7 @@ from hf_ft.functional import feature_distance
 from hf_ft.plan import Plan, Term
 from hf_ft.recorded_features import PASS, RecordedFeatures
 from hf_ft.registry import register
+from hf_ft.space import LogRange
 from hf_ft.terms import SquaredNorm, compared
 from hf_ft.undisturbed import random_states_kept
 from hf_ft.view import View
@@ -80,6 +81,7 @@ class TREDConfig(FTConfig):
         "then: L2 = CE + alpha ||F(x; w) - P(x)||^2 / (h w) + beta/2 ||w_head||^2"
     )
     recommended = {"learning_rate": Recommended(3e-4)}
+    tuned = {"alpha": LogRange(1e-3, 1e-1)}
 
     criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
         "both",

@@ -1,0 +1,278 @@
+"""``hf-ft compare``: which strategy for my data, told by equal tuning budgets and one report."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import TrainingArguments
+
+from hf_ft.cli.arguments import DataFlags, configured, read_values, taken
+from hf_ft.cli.compare_help import compare_help
+from hf_ft.cli.console import count, is_main, quieten, say, table
+from hf_ft.comparison import Data, Results, Settings
+from hf_ft.comparison.settings import setting
+from hf_ft.config import FTConfig
+from hf_ft.data import Columns, check_images, find_columns, load_split, load_splits
+from hf_ft.registry import strategies
+from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
+
+DEFAULT_FOLDER = "runs/compare"
+LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+@dataclass
+class CompareFlags:
+    """What takes part, and on which data."""
+
+    strategies: str = setting("all", "names from `hf-ft list` joined by commas; a+b composes two; all")
+    labelled: int | None = setting(None, "use so many labelled samples, those for validation included (default: all)")
+    test_fraction: float = setting(0.25, "share of train to set aside for the test where there is no test split")
+    ood_dataset: str | None = setting(None, "a second test set: the same classes, another distribution")
+    ood_split: str | None = setting(None, "its split (default: test, else train)")
+    class_weights: Literal["balanced", "none"] = setting("none", "balanced: weigh classes by their rarity")
+    advise: bool = setting(False, "look at model and data first, and take the strategies in the order that follows")
+    report: str | None = setting(None, "only make the report of this folder anew, from its results.json")
+
+
+KINDS = (DataFlags, CompareFlags, Settings, TrainingArguments)
+
+
+def run_compare(arguments: list[str]) -> None:
+    """Compare, print the ranking, and say how to load the winner."""
+    if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
+        say(compare_help(CompareFlags, everything="--help-all" in arguments))
+        return
+    values = read_values(arguments, KINDS, "compare")
+    flags = CompareFlags(**taken(values, CompareFlags))
+    if flags.report is not None:
+        _report_anew(Path(flags.report))
+        return
+    become_worker()
+    quieten()
+    from hf_ft.comparison.compare import prepare_comparison
+
+    data_flags = DataFlags(**taken(values, DataFlags))
+    settings = Settings(**taken(values, Settings))
+    given = taken(values, TrainingArguments)
+    folder = Path(str(given.pop("output_dir", None) or DEFAULT_FOLDER))
+    chosen = _chosen(flags.strategies, values)
+    _check(data_flags, folder, settings)
+    data = read_data(data_flags, flags)
+    prepared = prepare_comparison(
+        str(data_flags.model),
+        data,
+        chosen,
+        output_dir=folder,
+        settings=settings,
+        image_size=data_flags.image_size,
+        revision=data_flags.revision,
+        class_weights=None if flags.class_weights == "none" else flags.class_weights,
+        tell=say,
+        **given,
+    )
+    _announce(data_flags, data, settings, prepared)
+    advice = prepared.advised() if flags.advise else None
+    if advice is not None:
+        say(f"advised order: {', '.join(entrant.name for entrant in prepared.judge.entrants)}")
+    if is_main():
+        say(prepared.estimate() + "\n")
+    prepared.judge.run()
+    if is_main():  # all workers have the same results
+        results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
+        show(results, folder)
+
+
+def become_worker() -> None:
+    """Make a process of ``accelerate launch`` a worker of its own: trainings are shared out, none is split up."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    visible, local = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ["LOCAL_RANK"])
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+    for name in LAUNCHED:  # or each training would be one of all processes
+        os.environ.pop(name, None)
+
+
+def _chosen(names: str, values: Mapping[str, Any]) -> dict[str, tuple[FTConfig, ...]]:
+    """The strategies that were named, with the options that were set."""
+    wanted = list(strategies()) if names == "all" else [name.strip() for name in names.split(",")]
+    twice = sorted({name for name in wanted if wanted.count(name) > 1})
+    if twice:
+        raise ValueError(f"--strategies names {twice[0]} twice.")
+    parts = dict.fromkeys(part for name in ("full", *wanted) for part in name.split("+"))
+    configs = {config.ft_type: config for config in configured(list(parts), values)}
+    return {name: tuple(configs[part] for part in name.split("+")) for name in dict.fromkeys(("full", *wanted))}
+
+
+def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
+    for name, what in (("model", ", ".join(SHORT_NAMES)), ("dataset", ", ".join(DATASETS))):
+        if not getattr(data, name):
+            raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+    settings.check()
+
+
+def read_data(flags: DataFlags, more: CompareFlags) -> Data:
+    """Read the splits, make those that are missing, and open every image once."""
+    splits = load_splits(
+        str(flags.dataset),
+        config_name=flags.config_name,
+        train_split=flags.train_split,
+        validation_split=flags.validation_split,
+        test_split=flags.test_split,
+        validation_fraction=flags.validation_fraction,
+        test_fraction=more.test_fraction,
+        labelled=more.labelled,
+        max_train_samples=flags.max_train_samples,
+        label_column=flags.label_column,
+        seed=flags.split_seed,
+    )
+    columns = find_columns(splits, flags.image_column, flags.text_column, flags.label_column)
+    notes = []
+    if more.ood_dataset is not None:
+        splits["ood"] = other_distribution(more.ood_dataset, more.ood_split, columns)
+        notes.append(f"out of distribution: {more.ood_dataset}, {len(splits['ood']):,} samples")
+    skipped: dict[str, int] = {}
+    if columns.task == "image":
+        splits, unreadable = check_images(splits, columns, "skip" if flags.on_corrupt == "skip" else "refuse")
+        skipped = {name: len(rows) for name, rows in unreadable.items() if rows}
+    source = columns_of_source = None
+    if flags.source_dataset is not None:
+        source = load_split(flags.source_dataset, flags.source_split)
+        columns_of_source = find_columns(source)
+    names = (flags.dataset, flags.source_dataset, more.ood_dataset)
+    notes.append("validation and test rows are what the data set has, or were set aside from its training rows")
+    return Data(
+        splits,
+        columns,
+        name=str(flags.dataset),
+        augment=flags.augment or "none",
+        max_length=flags.max_length,
+        source=source,
+        source_columns=columns_of_source,
+        skipped=skipped,
+        notices=tuple(DATA_NOTICES[name] for name in dict.fromkeys(names) if name in DATA_NOTICES),
+        notes=tuple(notes),
+    )
+
+
+def other_distribution(source: str, split: str | None, columns: Columns) -> Dataset:
+    """A second test set in the columns of the first, its classes told by their names.
+
+    Raises:
+        ValueError: it holds something else, or a class that the model does not know.
+    """
+    rows = _first_split(source, ("test", "train") if split is None else (split,))
+    theirs = find_columns(DatasetDict({"test": rows}))
+    unknown = [name for name in theirs.names if name not in columns.names]
+    if theirs.task != columns.task or unknown or theirs.problem_type != columns.problem_type:
+        what = f"the class {unknown[0]!r}" if unknown else f"{theirs.task}, {theirs.problem_type}"
+        raise ValueError(
+            f"--ood_dataset {source} holds {what}, and --dataset {columns.task} of {columns.problem_type} with the "
+            f"classes {', '.join(columns.names[:10])}: take data of the same classes."
+        )
+    labels: Sequence[Any] = theirs.encode(rows.with_format(None)[theirs.label][:])
+    if columns.problem_type == "single_label_classification":
+        labels = [columns.names.index(theirs.names[label]) for label in labels]
+    kept = rows.select_columns(list(theirs.inputs)).rename_columns(
+        {old: new for old, new in zip(theirs.inputs, columns.inputs, strict=True) if old != new}
+    )
+    if columns.index is not None:  # labels are looked up by their value
+        values = {number: value for value, number in columns.index.items()}
+        return kept.add_column(columns.label, [values[label] for label in labels])
+    made = kept.add_column(columns.label, list(labels))
+    named = columns.problem_type == "single_label_classification"
+    return made.cast_column(columns.label, ClassLabel(names=list(columns.names))) if named else made
+
+
+def _first_split(source: str, names: Sequence[str]) -> Dataset:
+    for name in names:
+        try:
+            return load_split(source, name)
+        except ValueError:
+            if name == names[-1]:
+                raise
+    raise ValueError(f"{source} has no split.")
+
+
+def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -> None:
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
+    arguments = prepared.judge.recipe.arguments
+    optimizer = " ".join(str(arguments[name]) for name in ("optim", "optim_args") if arguments.get(name))
+    rows = [
+        ("model", f"{flags.model}, {count(prepared.parameters)} parameters"),
+        ("data", f"{flags.dataset}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),
+        ("strategies", ", ".join(entrant.name for entrant in prepared.judge.entrants)),
+        (
+            "budget",
+            f"each as much tuning as {settings.trials} trainings of full fine-tuning cost, then {settings.seeds} runs",
+        ),
+        ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
+        ("chosen by", f"{prepared.judge.recipe.metric} on validation; test is scored in the final runs only"),
+    ]
+    rows += [("skipped", f"{number} images of {name} that cannot be read") for name, number in data.skipped.items()]
+    rows += [("notice", notice) for notice in data.notices]
+    say(f"{table(rows)}\n")
+
+
+def show(results: Results, folder: Path) -> None:
+    """Print the ranking, and say where everything is."""
+    from hf_ft.comparison.statistics import standings
+
+    rows = []
+    for standing in standings(results):
+        contender = standing.contender
+        test = standing.spreads.get("test")
+        difference = standing.differences.get("test")
+        rows.append(
+            (
+                f"{contender.name}{' *' if contender.name == results.winner else ''}",
+                _spread(standing.spreads.get("validation")),
+                _spread(test),
+                "" if difference is None else f"{difference.mean:+.3f}",
+                "" if standing.seconds is None else f"{standing.seconds:.0f}",
+                len(contender.trials),
+                f"{contender.tuning_seconds:.0f}",
+                contender.status if contender.status != "finished" else "",
+            )
+        )
+    headers = ("strategy", "validation", "test", "to full", "s/run", "trials", "tuning s", "")
+    say(f"\n{results.metric}, mean ± std of {results.settings['seeds']} seeds; * is best on validation:\n")
+    say(table(rows, headers))
+    reasons = [(c.name, f"{c.status}: {c.reason}") for c in results.contenders if c.status != "finished" and c.reason]
+    if reasons:
+        say(f"\n{table(reasons)}")
+    edges = [c for c in results.contenders if c.on_edge]
+    for contender in edges:
+        say(f"note: {contender.name}: {', '.join(contender.on_edge)} lies on the edge of its range", error=True)
+    say(f"\nIn {folder}: report.html, report.md, results.json" + (", best/ (the winner)." if results.winner else "."))
+    if results.winner:
+        from hf_ft.cli.models import usage
+
+        say(f"\n{usage(folder / 'best', str(results.data['task']))}")
+
+
+def _spread(found: Any) -> str:
+    if found is None:
+        return ""
+    return f"{found.mean:.3f}" + ("" if found.std is None else f" ± {found.std:.3f}")
+
+
+def _report_anew(folder: Path) -> None:
+    from hf_ft.comparison.report import write_report
+
+    file = folder / "results.json"
+    if not file.is_file():
+        raise ValueError(f"--report {folder}: there is no {file.name}: name the --output_dir of a comparison.")
+    results = Results.load(file)
+    write_report(results, folder)
+    show(results, folder)
+
+
+__all__ = ["CompareFlags", "become_worker", "run_compare"]

@@ -1,0 +1,266 @@
+"""``hf_ft.compare``: from a model, data and names of strategies to results."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+from hf_ft.advice import Advice, advise
+from hf_ft.checkpoint import digests
+from hf_ft.comparison.benches import Benches, Data, Loader, digest
+from hf_ft.comparison.contenders import Bench, Entrant, Strategies, chosen_strategies, entrant
+from hf_ft.comparison.estimate import measure_cost
+from hf_ft.comparison.judge import Judge, Tell
+from hf_ft.comparison.results import Results
+from hf_ft.comparison.settings import Settings, training_arguments
+from hf_ft.comparison.training import Recipe
+from hf_ft.config import FTConfig
+from hf_ft.data import Columns, find_columns
+from hf_ft.fields import OptionError
+from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.trainer import ClassWeights
+
+METRICS = {
+    "single_label_classification": "balanced_accuracy",
+    "multi_label_classification": "macro_f1",
+    "regression": "mse",
+}
+
+
+def compare(
+    model: str | Loader,
+    data: DatasetDict | Data,
+    strategies: Strategies = "all",
+    *,
+    output_dir: str | Path,
+    settings: Settings | None = None,
+    image_size: int | None = None,
+    revision: str | None = None,
+    class_weights: ClassWeights | None = None,
+    command: str | None = None,
+    advised: bool = False,
+    tell: Tell = print,
+    **arguments: Any,
+) -> Results:
+    """Compare strategies with the same tuning budget each, and save the winner.
+
+    A comparison that was interrupted, or whose time was up, goes on when it is called again with the same
+    ``output_dir``; several processes that call it at the same time share the work.
+
+    Args:
+        model: a Hub id, a folder, a short name; or a function of a seed and of whether to keep the
+            pretrained head, that gives a model with a new head and its processor.
+        data: the splits ``train``, ``validation``, ``test`` and, if you like, ``ood``: test data out of
+            distribution. Or :class:`Data`, which says more.
+        strategies: ``"all"``; names joined by commas, where ``a+b`` composes; or a list of names and configs. Full
+            fine-tuning always takes part. Options that a config sets are not tuned.
+        output_dir: for ``results.json``, ``report.html``, ``report.md`` and ``best``, the winner.
+        settings: the budget.
+        image_size: side of the images, in pixels.
+        revision: of the model on the Hub.
+        class_weights: as :class:`~hf_ft.trainer.FTTrainer` takes them.
+        command: what makes the comparison again, for the report.
+        advised: look at model and data first (:func:`hf_ft.advice.advise`), and take the strategies in the order that
+            follows: under ``settings.hours`` the promising ones come first.
+        tell: told in a line what happens.
+        arguments: training arguments for all strategies, such as ``num_train_epochs``.
+
+    Raises:
+        OptionError: a value that cannot work, or an ``output_dir`` that holds another comparison.
+    """
+    prepared = prepare_comparison(
+        model, data, strategies, output_dir=output_dir, settings=settings, image_size=image_size, revision=revision,
+        class_weights=class_weights, tell=tell, **arguments,
+    )  # fmt: skip
+    advice = prepared.advised() if advised else None
+    tell(prepared.estimate())
+    prepared.judge.run()
+    return prepared.finish(command or shlex.join(sys.argv), advice)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A comparison that is ready to run.
+
+    Attributes:
+        judge: runs it.
+        data: its data.
+        bench: where full fine-tuning trains.
+        model_name, image_size, parameters: of the model.
+    """
+
+    judge: Judge
+    data: Data
+    bench: Bench
+    model_name: str
+    image_size: int | None
+    parameters: int
+
+    def estimate(self) -> str:
+        """How long it will take, told before it starts."""
+        judge = self.judge
+        arguments, settings = judge.recipe.arguments, judge.settings
+        cost = measure_cost(self.bench, arguments["per_device_train_batch_size"])
+        each = cost.training_seconds(self.bench, arguments["num_train_epochs"])
+        one = (settings.trials + settings.seeds) * each + settings.seeds * cost.test_seconds(self.bench)
+        count = len(judge.entrants)
+        return (
+            f"estimate: {count} strategies x ({settings.trials} trials + {settings.seeds} final runs) x {each:.0f} s "
+            f"= about {_duration(count * one)} for one worker, if nothing is done yet"
+        )
+
+    def advised(self) -> Advice:
+        """Look at model and data, and take the strategies in the order that follows, the baseline first."""
+        judge = self.judge
+        needing = [entrant for entrant in judge.entrants if entrant.keeps_head]
+        found = advise(
+            self.bench.load(0, bool(needing)),
+            self.bench.data["train"],
+            self.bench.collate,
+            source_head=bool(needing),
+            source_data=self.bench.source is not None,
+            members=max(len(sources_of(entrant.configs)) for entrant in judge.entrants) or 1,
+        )
+        places = {name: place for place, name in enumerate(found.order)}
+        baseline, *others = judge.entrants
+        others.sort(key=lambda entrant: min(places.get(c.ft_type, len(places)) for c in entrant.configs))
+        judge.entrants = (baseline, *others)
+        return found
+
+    def finish(self, command: str, advice: Advice | None = None) -> Results:
+        """Save the winner and the report."""
+        from hf_ft.comparison.report import write_report
+
+        judge, columns = self.judge, self.data.columns
+        results = judge.results(
+            title=f"{self.model_name} on {self.data.name}",
+            command=command,
+            model={"name": self.model_name, "parameters": self.parameters, "image_size": self.image_size},
+            data=_described(self.data, columns),
+            labels={
+                name: _labels(split, columns) for name, split in self.data.splits.items() if name in ("test", "ood")
+            },
+            advice=None if advice is None else advice.to_dict(),
+        )
+        best = judge.save_winner()
+        write_report(results, judge.folder)
+        if best is not None:
+            _add_to_card(best, results)
+        return results
+
+
+def prepare_comparison(
+    model: str | Loader,
+    data: DatasetDict | Data,
+    strategies: Strategies = "all",
+    *,
+    output_dir: str | Path,
+    settings: Settings | None = None,
+    image_size: int | None = None,
+    revision: str | None = None,
+    class_weights: ClassWeights | None = None,
+    tell: Tell = print,
+    **arguments: Any,
+) -> Prepared:
+    """What :func:`compare` runs, with everything checked that can be told before training."""
+    settings = settings or Settings()
+    settings.check()
+    given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
+    missing = {"train", "validation", "test"} - set(given.splits)
+    if missing:
+        raise OptionError(f"data: there is no split {min(missing)!r}, only {list(given.splits)}.")
+    metric = settings.metric or METRICS[given.columns.problem_type]
+    kind = given.columns.problem_type.replace("_classification", "")
+    if kind not in LOCAL_METRICS[metric].kinds:
+        raise OptionError(f"metric={metric!r} does not fit {given.columns.problem_type}: choose another.")
+    values = training_arguments(arguments)
+    benches = Benches(model, given, image_size, revision)
+    chosen = chosen_strategies(strategies)
+    plain = benches.get(())
+    values["per_device_train_batch_size"] = batch_size(len(plain.data["train"]), values["per_device_train_batch_size"])
+    shown = plain.load(0, False)
+    optim, epochs = str(values["optim"]), float(values["num_train_epochs"])
+    entrants: list[Entrant] = []
+    for name, configs in chosen.items():
+        bench = benches.get(sources_of(configs))
+        entrants.append(entrant(name, configs, bench, settings, optim=optim, metric=metric, epochs=epochs, model=shown))
+    recipe = Recipe(
+        values, metric, "regression" not in LOCAL_METRICS[metric].kinds, class_weights, settings.distortion_samples
+    )
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    signature = {
+        "model": hashlib.sha256(repr(sorted(digests(shown).items())).encode()).hexdigest(),
+        "data": {name: digest(split) for name, split in plain.data.items()},
+        "arguments": values,
+        "metric": metric,
+        "class_weights": class_weights if isinstance(class_weights, str | None) else list(map(float, class_weights)),
+        "sampling_seed": settings.sampling_seed,
+        "learning_rates": [settings.rates(optim).low, settings.rates(optim).high],
+    }
+    judge = Judge(entrants, settings, recipe, folder, signature, tell)
+    parameters = sum(p.numel() for p in shown.parameters())
+    named = model if isinstance(model, str) else type(shown).__name__
+    return Prepared(judge, given, plain, named, image_size, parameters)
+
+
+def batch_size(samples: int, wanted: int) -> int:
+    """The largest size up to what is wanted that leaves no last batch of one sample: BatchNorm cannot train on it."""
+    return next((size for size in range(wanted, 1, -1) if samples % size != 1), wanted)
+
+
+def sources_of(configs: Sequence[FTConfig]) -> tuple[str, ...]:
+    """The source models that strategies name in place of the model."""
+    return next((tuple(found) for config in configs if (found := getattr(config, "source_models", ()))), ())
+
+
+def _labels(split: Dataset, columns: Columns) -> tuple[int, ...]:
+    if columns.problem_type != "single_label_classification":
+        return ()
+    return tuple(int(value) for value in columns.encode(split.with_format(None)[columns.label][:]))
+
+
+def _described(data: Data, columns: Columns) -> dict[str, Any]:
+    counts: dict[str, list[int]] = {}
+    if columns.problem_type == "single_label_classification":
+        counts = {
+            name: np.bincount(_labels(split, columns), minlength=columns.num_labels).tolist()
+            for name, split in data.splits.items()
+        }
+    return {
+        "name": data.name,
+        "task": columns.task,
+        "classes": list(columns.names),
+        "sizes": {name: len(split) for name, split in data.splits.items()},
+        "class_counts": counts,
+        "skipped": dict(data.skipped),
+        "notices": list(data.notices),
+        "notes": list(data.notes),
+    }
+
+
+def _add_to_card(folder: Path, results: Results) -> None:
+    """The comparison in the winner's card, once."""
+    from hf_ft.comparison.markdown import card_section
+
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8").partition("\n## Comparison\n")[0].rstrip()
+    card.write_text(f"{text}\n\n{card_section(results).strip()}\n", encoding="utf-8")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,168 @@
+"""What strategies measured before they trained: scores of blocks, of frozen layers, and of a disentangling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_ft.block_scores import BlockScore, BlockScores
+from hf_ft.comparison.charts import Axis, Plot, Row, Rows, Series, linear_axis
+from hf_ft.comparison.document import Block, Figure, Heading, Section, Table, Text
+from hf_ft.comparison.statistics import Standing
+from hf_ft.comparison.wording import metric_name, score
+from hf_ft.swarm_scores import Evaluation, SwarmScores
+
+BASELINES = {"head": "head only", "all": "all layers"}
+# Figures of hf_ft.disentangling.Disentangled that are shares, in words.
+SHARES = {
+    "p_share": "P's norm over F's",
+    "n_share": "N's norm over F's",
+    "f_label": "label's share of F",
+    "p_label": "label's share of P",
+    "n_label": "label's share of N",
+    "reconstruction": "error of P + N",
+}
+
+
+def findings(found: Sequence[Standing]) -> Section | None:
+    """A part for each contender that measured something, from its states' ``info``; None where none did."""
+    blocks: list[Block] = []
+    for standing in found:
+        own = _of_one(standing.contender.found)
+        learned = standing.contender.learned
+        if own or learned:
+            blocks += [Heading(standing.name), *([Text(learned)] if learned else []), *own]
+    return Section("findings", "What strategies found in the data", tuple(blocks)) if blocks else None
+
+
+def _of_one(found: Mapping[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    for key, show in (("scores", _block_scores), ("swarm", _swarm), ("history", _disentangling)):
+        if key in found:
+            try:
+                blocks += show(found)
+            except (ValueError, KeyError, TypeError, AttributeError):  # a strategy from elsewhere means another thing
+                continue
+    return blocks
+
+
+def _block_scores(found: Mapping[str, Any]) -> list[Block]:
+    scores = BlockScores.from_dict(found["scores"])
+    return [block_figure(scores)] if scores.scores else []
+
+
+def _swarm(found: Mapping[str, Any]) -> list[Block]:
+    swarm = SwarmScores.from_dict(found["swarm"])
+    return [swarm_figure(swarm)] if any(math.isfinite(visit.score) for visit in swarm.evaluations) else []
+
+
+def _disentangling(found: Mapping[str, Any]) -> list[Block]:
+    return disentangling_blocks(found) if "figures" in found else []
+
+
+# --- blocks ----------------------------------------------------------------------------------------------
+
+
+def block_figure(scores: BlockScores) -> Figure:
+    """A bar for each candidate, from the input to the output."""
+    best = max((score for score in scores.scores if score.ranks), key=lambda s: s.mean, default=None)
+    ordered = sorted(scores.scores, key=lambda s: s.candidate.centre)
+    rows = tuple(_block_row(entry, entry is best) for entry in ordered)
+    lines = tuple((s.mean, BASELINES.get(n, n)) for n, s in scores.baselines.items() if math.isfinite(s.mean))
+    values = [row.value for row in rows if row.value is not None] + [value for value, _ in lines]
+    axis = linear_axis(values or [0.0], metric_name(scores.metric), include=[0.0])
+    about = "; ".join(f"{row.label} {row.text}" for row in rows)
+    chart = Rows("Score by block, from the input to the output", about, rows, axis, lines, bars=True)
+    headers, cells = scores.table()
+    table = Table("Scores of the search over blocks", headers, tuple(cells), folded=True)
+    key = [("win", "the best, which trains"), ("other", "candidates")]
+    if any(entry.pruned for entry in scores.scores):
+        key.append(("pruned", "given up early, so its score is not of a whole run"))
+    caption = f"Each candidate trained alone with the head: {metric_name(scores.metric)} on held-out training samples."
+    return Figure(caption, (chart,), table, tuple(key))
+
+
+def _block_row(entry: BlockScore, best: bool) -> Row:
+    if not math.isfinite(entry.mean):
+        return Row(entry.candidate.name, None, "diverged")
+    ends = (entry.mean - entry.std, entry.mean + entry.std) if entry.std else None
+    kind = "win" if best else "pruned" if entry.pruned else "other"
+    note = {"win": " best", "pruned": " pruned"}.get(kind, "")
+    return Row(entry.candidate.name, entry.mean, entry.shown() + note, ends, kind)
+
+
+# --- frozen layers ---------------------------------------------------------------------------------------
+
+
+def swarm_figure(swarm: SwarmScores) -> Figure:
+    """Score against frozen layers, a chart for each model."""
+    best = max((found for found in swarm.evaluations if found.ranks), key=lambda f: f.score, default=None)
+    finite = [found for found in swarm.evaluations if math.isfinite(found.score)]
+    y = linear_axis([found.score for found in finite], metric_name(swarm.metric), most=4)
+    charts = tuple(
+        _swarm_chart(name, layers, [(found.position[member], found) for found in swarm.evaluations], best, y)
+        for member, (name, layers) in enumerate(zip(swarm.members, swarm.layers, strict=True))
+    )
+    headers, rows = swarm.table()
+    table = Table("Positions that were trained, the best first", headers, tuple(rows), folded=True)
+    key = (
+        ("win", "the best, which is used"),
+        ("open", "trained to the end"),
+        ("pruned", "given up early, or diverged"),
+    )
+    caption = f"Score ({metric_name(swarm.metric)} on held-out training samples) against how many layers stay frozen."
+    return Figure(caption, charts, table, key)
+
+
+def _swarm_chart(
+    name: str, layers: int, visits: Sequence[tuple[int, Evaluation]], best: Evaluation | None, y: Axis
+) -> Plot:
+    points: dict[str, list[tuple[float, float]]] = {"pruned": [], "open": [], "win": []}
+    for frozen, found in visits:
+        kind = "win" if found is best else "open" if found.ranks else "pruned"
+        points[kind].append((frozen, found.score if math.isfinite(found.score) else y.low))
+    series = tuple(Series(kind, tuple(places)) for kind, places in points.items() if places)
+    said = f"{len(visits)} positions"
+    if best is not None:
+        at = next(frozen for frozen, found in visits if found is best)
+        said += f"; the best freezes {at} of {layers} layers and scores {score(best.score)}"
+    return Plot(name, said, series, linear_axis([0.0, layers - 1.0], "frozen layers", most=4), y, small=True)
+
+
+# --- disentangling ---------------------------------------------------------------------------------------
+
+
+def disentangling_blocks(info: Mapping[str, Any]) -> list[Block]:
+    """What P and N hold of the features F, and the terms over the epochs."""
+    figures, history = info["figures"], info["history"]
+    shares = {name: figures[key] for key, name in SHARES.items() if key in figures}
+    rows = tuple(Row(name, value, score(value)) for name, value in shares.items())
+    axis = linear_axis([*shares.values(), 1.0], "", include=[0.0])
+    about = "; ".join(f"{row.label} {row.text}" for row in rows)
+    chart = Rows("What the relevant part P and the rest N hold of the features F", about, rows, axis, bars=True)
+    numbers = tuple((name.replace("_", " "), score(value)) for name, value in figures.items())
+    table = Table("Figures of the disentangling", ("figure", "value"), numbers, folded=True)
+    caption = (
+        "What the relevant part P and the rest N hold of the features F. The label's share is the part of the variance "
+        "that lies between classes."
+    )
+    blocks: list[Block] = [Figure(caption, (chart,), table)]
+    if len(history) > 1:
+        blocks.append(_terms_figure(history))
+    return blocks
+
+
+def _terms_figure(history: Sequence[Mapping[str, float]]) -> Figure:
+    charts = []
+    x = linear_axis([1.0, float(len(history))], "epoch", most=4)
+    for name in history[0]:
+        values = [float(epoch[name]) for epoch in history]
+        series = Series("other", tuple((i + 1.0, value) for i, value in enumerate(values)), joined=True, marked=False)
+        about = f"from {score(values[0])} to {score(values[-1])} in {len(values)} epochs"
+        charts.append(Plot(name.replace("_", " "), about, (series,), x, linear_axis(values, name, most=4), small=True))
+    rows = tuple((str(i + 1), *(score(value) for value in epoch.values())) for i, epoch in enumerate(history))
+    table = Table("Terms by epoch", ("epoch", *history[0]), rows, folded=True)
+    return Figure(
+        "Terms of the disentangling over its epochs, unweighted; each chart has its own scale.", tuple(charts), table
+    )

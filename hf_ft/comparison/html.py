@@ -1,0 +1,55 @@
+"""The report as one HTML page: no script, no font, no picture from elsewhere."""
+
+from __future__ import annotations
+
+import re
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from hf_ft.comparison import svg
+from hf_ft.comparison.document import Link, Table
+from hf_ft.comparison.results import Results
+from hf_ft.comparison.sections import document
+from hf_ft.comparison.wording import NONE, PLUS_MINUS, code_parts
+
+NARROW = 3  # columns; a table of more scrolls by itself on a small screen
+_NUMBER = r"[+\u2212-]?\d[\d.,]*(e[+-]?\d+)?"
+_NUMBERS = re.compile(rf"{_NUMBER}({PLUS_MINUS}{_NUMBER})?%?|\[{_NUMBER}, {_NUMBER}\]|\d+( / \d+)+|{NONE}|baseline")
+
+
+def html(results: Results) -> str:
+    """The whole page. Whatever comes from the results is escaped."""
+    environment = Environment(
+        loader=PackageLoader("hf_ft.comparison", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"inline": inline}
+    environment.tests |= {"link": lambda cell: isinstance(cell, Link)}
+    environment.globals |= {
+        "chart": lambda chart, name: Markup(svg.svg(chart, name)),
+        "key_mark": lambda kind, bar: Markup(svg.key_mark(kind, bar)),
+        "numeric": numeric_columns,
+        "narrow": NARROW,
+    }
+    return environment.get_template("report.html.jinja").render(document=document(results))
+
+
+def inline(text: str) -> Markup:
+    """Text as HTML; what stands between backticks is code."""
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if is_code else escape(part) for is_code, part in code_parts(text)
+    )
+
+
+def numeric_columns(table: Table) -> list[bool]:
+    """By column, whether all its cells are numbers, which are set to the right; the first holds names."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headers)
+    return [
+        i > 0 and all(isinstance(cell, str) and _NUMBERS.fullmatch(cell) is not None for cell in cells)
+        for i, cells in enumerate(columns)
+    ]

@@ -1,0 +1,365 @@
+"""The course of a comparison: equal tuning budgets, then final runs, as jobs that workers share.
+
+Each strategy first trains once with its defaults; that also tells what it costs. The budget is the computing that
+``trials`` such trainings of full fine-tuning take, and every strategy gets as many trials as fit into it, what it
+spent on looking at the data taken off. All trials' settings are known beforehand, so that any number of workers,
+interrupted or not, makes the same trainings. The best trial by validation is trained anew with each seed, and only
+these runs look at the test sets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from hf_ft.anatomy import AnatomyError
+from hf_ft.comparison.contenders import Entrant
+from hf_ft.comparison.kept import Kept
+from hf_ft.comparison.results import Contender, Results, Status, Training, training_from_dict
+from hf_ft.comparison.settings import Settings
+from hf_ft.comparison.training import Measured, Recipe, train, versions
+from hf_ft.fields import OptionError, to_json
+from hf_ft.trials import Job, Outcome, Report, run_trials
+
+TUNING_SEED = 0  # final runs have seeds from 1: none of them was tuned on
+STORAGE = "compare.db"
+REFUSED = (OptionError, AnatomyError)
+logger = logging.get_logger(__name__)
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished job: a training, and what else was found out in it."""
+
+    training: Training
+    seconds: float
+    refused: bool = False
+    measured_compute: float = 0.0
+    found: Mapping[str, Any] = field(default_factory=dict)
+    learned: str = ""
+
+
+class Judge:
+    """Runs a comparison.
+
+    Args:
+        entrants: full fine-tuning first.
+        settings: budget and fairness.
+        recipe: how all train.
+        folder: for results, models and states; workers share it.
+        signature: what the scores depend on, beside the contenders.
+        tell: told in a line what happens.
+    """
+
+    def __init__(
+        self,
+        entrants: Sequence[Entrant],
+        settings: Settings,
+        recipe: Recipe,
+        folder: Path,
+        signature: Mapping[str, Any],
+        tell: Tell = lambda line: None,
+    ) -> None:
+        self.entrants, self.settings, self.recipe, self.folder = tuple(entrants), settings, recipe, folder
+        self.signature, self.tell, self.kept = signature, tell, Kept(folder)
+        self.done: dict[str, Done] = {}
+        self._deadline = math.inf if settings.hours is None else time.monotonic() + 3600 * settings.hours
+
+    def run(self) -> None:
+        """Do all trainings that are not done yet, or as many as the time allows."""
+        # Each training collects garbage, and would look at every object of every imported module for that.
+        gc.collect()
+        gc.freeze()
+        try:
+            self._warm_up()
+            self._run()
+        finally:
+            gc.unfreeze()
+
+    def _run(self) -> None:
+        everything = [list(self.entrants)]
+        # Under a time budget one contender after the other, so that what is there when it is up can be compared.
+        for wave in everything if self.settings.hours is None else [[entrant] for entrant in self.entrants]:
+            self._perform([(entrant, "trial", 0) for entrant in wave])
+            self._perform([(e, "trial", i) for e in wave for i in range(1, self.trials_of(e))])
+            seeds = range(1, self.settings.seeds + 1)
+            self._perform([(e, "run", seed) for e in wave if self.chosen(e) is not None for seed in seeds])
+            if time.monotonic() >= self._deadline:
+                return
+
+    def _warm_up(self) -> None:
+        """A few steps that count for nothing: a process's first training is slower, and costs are measured."""
+        short = dataclasses.replace(self.recipe, arguments={**self.recipe.arguments, "max_steps": 3})
+        first = self.entrants[0]
+        with suppress(Exception):  # what is wrong is told by the trainings
+            train(first, self._settings_of(first)[0], TUNING_SEED, short, self.kept.work("warm-up"))
+
+    # --- budgets -------------------------------------------------------------------------------------------
+
+    @property
+    def allowed_seconds(self) -> float:
+        """The tuning budget of each contender; 0 while it is not known."""
+        first = self.trial(self.entrants[0], 0)
+        return 0.0 if first is None else self.settings.trials * first.training.compute
+
+    def trials_of(self, entrant: Entrant) -> int:
+        """How many trials fit into the budget: at least the first, by whose cost this goes."""
+        first = self.trial(entrant, 0)
+        if first is None or first.refused:
+            return 1
+        if entrant is self.entrants[0] or not first.training.compute:  # one that failed may do better elsewhere
+            return self.settings.trials
+        left = self.allowed_seconds - first.measured_compute
+        fitting = int(left / first.training.compute + 1e-9)
+        return max(1, min(fitting, self.settings.trials * self.settings.most_trials))
+
+    def chosen(self, entrant: Entrant) -> int | None:
+        """The trial with the best score; None while trials are missing, or if all failed.
+
+        With few validation samples many are equal: of these the one that was better over the later half of its epochs
+        counts, and then the first.
+        """
+        trials = [self.trial(entrant, number) for number in range(self.trials_of(entrant))]
+        if any(trial is None for trial in trials):
+            return None
+        scored = [(i, t.training) for i, t in enumerate(trials) if t and t.training.validation is not None]
+        ranks = [(self._score(training), self._late(training), -i) for i, training in scored]
+        return -max(ranks)[-1] if ranks else None
+
+    def _score(self, training: Training) -> float:
+        """The metric, more being better."""
+        value = -math.inf if training.validation is None else training.validation
+        return value if self.recipe.greater_is_better or training.validation is None else -value
+
+    def _late(self, training: Training) -> float:
+        """The mean score over the later half of the epochs, more being better."""
+        late = [point["validation"] for point in training.curve[len(training.curve) // 2 :]]
+        mean = sum(late) / len(late) if late else -math.inf
+        return mean if self.recipe.greater_is_better else -mean
+
+    # --- jobs ----------------------------------------------------------------------------------------------
+
+    def trial(self, entrant: Entrant, number: int) -> Done | None:
+        """A trial, if it is done."""
+        return self.done.get(self._key(entrant, "trial", number))
+
+    def final(self, entrant: Entrant, seed: int) -> Done | None:
+        """A final run, if it is done."""
+        return None if self.chosen(entrant) is None else self.done.get(self._key(entrant, "run", seed))
+
+    def _settings_of(self, entrant: Entrant) -> list[dict[str, Any]]:
+        most = self.settings.trials * self.settings.most_trials
+        optim = str(self.recipe.arguments["optim"])
+        return entrant.settings(most, self.settings.first_rate(optim), self.settings.sampling_seed)
+
+    def _values(self, entrant: Entrant, kind: str, number: int) -> dict[str, Any]:
+        chosen = number if kind == "trial" else self.chosen(entrant)
+        assert chosen is not None
+        return self._settings_of(entrant)[chosen]
+
+    def _key(self, entrant: Entrant, kind: str, number: int) -> str:
+        seed = TUNING_SEED if kind == "trial" else number
+        return entrant.key(f"{kind} {number}", self._values(entrant, kind, number), seed)
+
+    def _perform(self, wanted: Sequence[tuple[Entrant, str, int]]) -> None:
+        jobs, what = [], {}
+        for entrant, kind, number in wanted:
+            key = self._key(entrant, kind, number)
+            what[key] = (entrant, kind, number)
+            shown = {k: v for k, v in self._values(entrant, kind, number).items() if v is not None}
+            jobs.append(Job(key, {"strategy": entrant.name, "kind": kind, **shown}))
+
+        def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
+            return self._evaluate(*what[job.key])
+
+        def progress(finished: int, all_jobs: int, outcome: Outcome | None) -> None:
+            if outcome is not None:
+                self._told(finished, all_jobs, *what[outcome.key], _done(outcome))
+
+        outcomes = run_trials(
+            jobs,
+            evaluate,
+            storage=self.settings.storage or str(self.folder / STORAGE),
+            name=self.settings.study_name,
+            signature=self.signature,
+            progress=progress,
+            stop=lambda: time.monotonic() >= self._deadline,
+        )
+        self.done |= {key: _done(outcome) for key, outcome in outcomes.items()}
+
+    def _evaluate(self, entrant: Entrant, kind: str, number: int) -> tuple[float, dict[str, Any]]:
+        values = self._values(entrant, kind, number)
+        seed = TUNING_SEED if kind == "trial" else number
+        work = self.kept.work(f"{entrant.identity}-{kind}-{number}")
+        save_to = None if kind == "trial" else self.kept.model(entrant.identity, seed)
+        info: dict[str, Any] = {"refused": False, "measured_compute": 0.0, "found": {}, "learned": ""}
+        try:
+            known = None if kind == "trial" and number == 0 else self._measured(entrant)
+            training, measured = train(entrant, values, seed, self.recipe, work, known, save_to)
+            if known is None:
+                self.kept.keep_states(entrant.identity, measured.states)
+                info |= {"measured_compute": measured.compute, **_findings(entrant, measured)}
+        except Exception as error:  # one training that fails ends neither the others nor the comparison
+            logger.info(f"{entrant.name}: {error}", exc_info=True)
+            what = f"{type(error).__name__}: {error}" if not isinstance(error, REFUSED) else str(error)
+            training = Training(seed=seed, params=values, validation=None, error=what, versions=versions())
+            info["refused"] = isinstance(error, REFUSED)
+        if kind == "run" and not training.error:
+            self.kept.keep_best(entrant.identity, seed, self._score(training))
+        return self._score(training), {"training": dataclasses.asdict(training), **info}
+
+    def _measured(self, entrant: Entrant) -> Measured | None:
+        """What the contender measured in its first trial, which serves all its trainings; None if it is lost."""
+        if not any(config.measures() for config in entrant.configs):
+            return Measured({}, 0.0)
+        states = self.kept.states(entrant.identity)
+        return None if states is None else Measured(states, 0.0)
+
+    def _told(self, finished: int, all_jobs: int, entrant: Entrant, kind: str, number: int, done: Done) -> None:
+        training = done.training
+        named = ", ".join(f"{k.partition('.')[2] or 'lr'} {_short(v)}" for k, v in training.params.items())
+        what = f"trial {number + 1}" if kind == "trial" else f"seed {number}"
+        score = training.error or f"{self.recipe.metric} {training.validation:.3f}"
+        self.tell(f"[{finished}/{all_jobs}] {entrant.name} {what} ({named}): {score}, {done.seconds:.0f} s")
+
+    # --- the winner ----------------------------------------------------------------------------------------
+
+    def winner(self) -> tuple[Entrant, Training] | None:
+        """The contender with the best mean validation score over its final runs, and its best run by validation."""
+        best: tuple[tuple[float, float], Entrant, Training] | None = None
+        for entrant in self.entrants:
+            runs = [run for run in self._runs(entrant) if not run.error]
+            if len(runs) == self.settings.seeds:
+                mean = sum(map(self._score, runs)) / len(runs)
+                rank = (mean, -sum(run.seconds for run in runs))  # of equals the faster
+                if best is None or rank > best[0]:
+                    best = rank, entrant, max(runs, key=lambda run: (self._score(run), -run.seed))
+        return None if best is None else best[1:]
+
+    def save_winner(self) -> Path | None:
+        """Put the winner's model into ``best``, made again if it was not kept; None where nothing has won."""
+        found = self.winner()
+        if found is None:
+            return None
+        entrant, run = found
+        name = entrant.identity
+        if not self.kept.has_model(name, run.seed):
+            measured = self._measured(entrant)
+            train(entrant, run.params, run.seed, self.recipe, self.kept.work("winner"), measured,
+                  self.kept.model(name, run.seed))  # fmt: skip
+        return self.kept.crown(name, run.seed)
+
+    # --- results -------------------------------------------------------------------------------------------
+
+    def _runs(self, entrant: Entrant) -> list[Training]:
+        found = (self.final(entrant, seed) for seed in range(1, self.settings.seeds + 1))
+        return [done.training for done in found if done is not None]
+
+    def contender(self, entrant: Entrant) -> Contender:
+        """How far a contender came."""
+        trials = [self.trial(entrant, number) for number in range(self.trials_of(entrant))]
+        there = [trial.training for trial in trials if trial is not None]
+        runs, chosen, first = self._runs(entrant), self.chosen(entrant), trials[0]
+        status, reason = self._status(entrant, trials, runs)
+        return Contender(
+            name=entrant.name,
+            configs=tuple({k: to_json(v) for k, v in config.to_dict().items()} for config in entrant.configs),
+            status=status,
+            reason=reason,
+            notes=entrant.notes,
+            space=entrant.described_space(),
+            measure_seconds=0.0 if first is None else first.measured_compute,
+            allowed_seconds=self.allowed_seconds,
+            trials=tuple(there),
+            chosen=chosen,
+            on_edge=() if chosen is None else entrant.edges(there[chosen].params),
+            runs=tuple(runs),
+            found={} if first is None else first.found,
+            learned="" if first is None else first.learned,
+        )
+
+    def _status(self, entrant: Entrant, trials: Sequence[Done | None], runs: Sequence[Training]) -> tuple[Status, str]:
+        first = trials[0]
+        if first is None:
+            return "not reached", "the time was up before its first trial"
+        if first.refused:
+            return "cannot run", first.training.error
+        if all(trial is not None and trial.training.error for trial in trials):
+            return "failed", f"every trial failed; the first: {first.training.error}"
+        if len(runs) < self.settings.seeds:
+            return "unfinished", f"the time was up after {sum(map(bool, trials))} trials and {len(runs)} final runs"
+        failed = [run for run in runs if run.error]
+        if len(failed) == len(runs):
+            return "failed", f"every final run failed; the first: {failed[0].error}"
+        return "finished", f"{len(failed)} of {len(runs)} final runs failed: {failed[0].error}" if failed else ""
+
+    def results(self, **about: Any) -> Results:
+        """Everything that was found.
+
+        Args:
+            about: the fields of :class:`Results` that are not known here: title, command, model, data, labels, advice.
+        """
+        winner = self.winner()
+        return Results(
+            metric=self.recipe.metric,
+            greater_is_better=self.recipe.greater_is_better,
+            settings={**self.settings.described(), **self.recipe.arguments},
+            versions={"python": platform.python_version(), **versions()},
+            machine=machine(),
+            seconds=sum(done.seconds for done in self.done.values()),
+            contenders=tuple(self.contender(entrant) for entrant in self.entrants),
+            winner="" if winner is None else winner[0].name,
+            winner_seed=None if winner is None else winner[1].seed,
+            **about,
+        )
+
+
+def machine() -> dict[str, Any]:
+    """What the trainings ran on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "system": sys.platform,
+    }
+
+
+def _done(outcome: Outcome) -> Done:
+    info = outcome.info
+    return Done(
+        training_from_dict(info["training"]),
+        outcome.seconds,
+        info["refused"],
+        info["measured_compute"],
+        info["found"],
+        info["learned"],
+    )
+
+
+def _findings(entrant: Entrant, measured: Measured) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    learned = []
+    for config in entrant.configs:
+        state = measured.states.get(config.ft_type)
+        if state is not None:
+            found |= dict(state.info)
+            learned.append(config.learned(state))
+    return {"found": found, "learned": " ".join(filter(None, learned))}
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)

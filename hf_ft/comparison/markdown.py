@@ -1,0 +1,115 @@
+"""The report as Markdown, and the part of it that goes into the winner's model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hf_ft.comparison.document import Block, Bullets, Figure, Heading, Link, Listing, Section, Table, Tables, Text
+from hf_ft.comparison.outcome import main_split
+from hf_ft.comparison.process import options
+from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.sections import document
+from hf_ft.comparison.statistics import Standing, standings, winner
+from hf_ft.comparison.wording import NONE, cautions, code_parts, interval, metric_name, seconds, signed, spread, verdict
+
+_SPECIAL, _SPACE = re.compile(r"[\\`*\[\]<>&|#]|(?<!\w)_|_(?!\w)"), re.compile(r"\s+")
+ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+
+
+def markdown(results: Results) -> str:
+    """The whole report; charts are told as tables."""
+    content = document(results)
+    parts = [f"# {escaped(content.title)}", escaped(f"{content.subtitle}."), *map(_section, content.sections)]
+    return "\n\n".join(parts) + "\n"
+
+
+def card_section(results: Results) -> str:
+    """``## Comparison`` for the winner's model card: how the strategies did, and how it was found."""
+    found = standings(results)
+    ranked = [standing for standing in found if standing.rank is not None]
+    best, split, metric = winner(results, found), main_split(found), metric_name(results.metric)
+    parts = ["## Comparison", _inline(" ".join(verdict(results, found)))]
+    if ranked:
+        headers = ("strategy", "validation", *(("test",) if split == "test" else ()))
+        headers += (f"difference on {split}", "95 % interval", "seconds")
+        rows = tuple(_card_row(standing, split) for standing in ranked)
+        about = (
+            f"Mean {metric} ± standard deviation over seeds; differences are to `{BASELINE}`; seconds of one training."
+        )
+        parts += [_table(Table(about, headers, rows)), about]
+    others = [standing.name for standing in found if standing.rank is None]
+    if others:
+        parts.append(_inline(f"Without a rank: {', '.join(f'`{name}`' for name in others)}."))
+    if best is not None and best.contender.chosen is not None:
+        contender = best.contender
+        tuned = "; ".join(f"{name} in {text}" for name, text in contender.space.items()) or "nothing"
+        chosen = options(contender.trials[best.contender.chosen].params)
+        parts.append(escaped(f"Tuned for the winner in {len(contender.trials)} trials: {tuned}. Chosen: {chosen}."))
+    parts += [_inline(sentence) for sentence in cautions(results, found)[-1:]]
+    return "\n\n".join([*parts, _listing(Listing(results.command, "bash"))]) + "\n"
+
+
+def _card_row(standing: Standing, split: str) -> tuple[str, ...]:
+    difference = standing.differences.get(split)
+    compared = (signed(difference.mean), interval(difference)) if difference else (NONE, NONE)
+    scores = [spread(standing.spreads.get(name)) for name in dict.fromkeys(("validation", split))]
+    return standing.name, *scores, *compared, seconds(standing.seconds)
+
+
+def escaped(text: str) -> str:
+    """Text in one line in which nothing is markup."""
+    return _SPECIAL.sub(lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), _SPACE.sub(" ", text))
+
+
+def _inline(text: str) -> str:
+    """Text whose parts between backticks stay code."""
+    parts = code_parts(" ".join(text.split()))
+    return "".join(f"`{part}`" if is_code else escaped(part) for is_code, part in parts)
+
+
+def _section(section: Section) -> str:
+    return "\n\n".join([f"## {escaped(section.title)}", *map(_block, section.blocks)])
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Text(text):
+            return _inline(text)
+        case Bullets(items):
+            return "\n".join(f"- {_inline(item)}" for item in items)
+        case Listing():
+            return _listing(block)
+        case Heading(text):
+            return f"### {escaped(text)}"
+        case Table():
+            return _folded(block) if block.folded else f"**{escaped(block.caption)}**\n\n{_table(block)}"
+        case Tables(tables):
+            return "\n\n".join(map(_block, tables))
+        case Figure():
+            return f"{_inline(block.caption)}\n\n{_folded(block.table)}"
+
+
+def _folded(table: Table) -> str:
+    return f"<details><summary>{escaped(table.caption)}</summary>\n\n{_table(table)}\n\n</details>"
+
+
+def _listing(block: Listing) -> str:
+    longest = max(map(len, re.findall("`+", block.text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{block.language}\n{block.text}\n{fence}"
+
+
+def _table(table: Table) -> str:
+    rows = [[_cell(cell) for cell in row] for row in table.rows]
+    for number in table.strong:
+        rows[number] = [f"**{cell}**" for cell in rows[number]]
+    return "\n".join(map(_row, [[*map(escaped, table.headers)], ["---"] * len(table.headers), *rows]))
+
+
+def _cell(cell: str | Link) -> str:
+    return f"[{escaped(cell.text)}](<{cell.address}>)" if isinstance(cell, Link) else escaped(cell)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

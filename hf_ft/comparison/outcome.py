@@ -1,0 +1,318 @@
+"""The first half of a report: who won, the ranking, what it cost, other data, and what the winner gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_ft.comparison.charts import Axis, Plot, Row, Rows, Series, linear_axis, log_axis
+from hf_ft.comparison.document import Block, Bullets, Figure, Listing, Section, Table, Text
+from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.statistics import Confusion, Standing, confusion, front_of, saved_run, winner
+from hf_ft.comparison.wording import (
+    NONE,
+    SPLIT_NAMES,
+    cautions,
+    code,
+    duration,
+    interval,
+    metric_name,
+    names,
+    score,
+    seconds,
+    signed,
+    spread,
+    verdict,
+)
+
+BEST_FOLDER = "best"  # where the winner is saved, in the folder of the report
+GRID = 20  # classes; with more, the confusions are listed instead
+PAIRS = 25  # so many of them
+
+
+def outcome_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
+    """All sections of this half that have something to show."""
+    sections = [
+        result(results, found),
+        ranking(results, found),
+        cost(results, found),
+        out_of_distribution(results, found),
+    ]
+    return [section for section in (*sections, errors(results, found)) if section is not None]
+
+
+def main_split(found: Sequence[Standing]) -> str:
+    """Where contenders are compared: test, else validation."""
+    return "test" if any("test" in standing.spreads for standing in found if standing.rank) else "validation"
+
+
+def kind_of(standing: Standing, best: Standing | None, open_: bool = False) -> str:
+    """The mark of a contender."""
+    if best is not None and standing.name == best.name:
+        return "win"
+    return "full" if standing.name == BASELINE else "open" if open_ else "other"
+
+
+def result(results: Results, found: Sequence[Standing]) -> Section:
+    """In plain words, with how to load the winner."""
+    best = winner(results, found)
+    blocks: list[Block] = [Text(" ".join(verdict(results, found)))]
+    held_back = cautions(results, found)
+    if held_back:
+        blocks += [Text("Before you rely on it:"), Bullets(tuple(held_back))]
+    run = saved_run(results, best) if best is not None else None
+    if best is None or run is None:
+        return Section("result", "Result", tuple(blocks))
+    one = f"Its run with seed {run.seed}" if len(best.contender.finished_runs) > 1 else "It"
+    where = f"{one} is saved in {code(BEST_FOLDER)}, beside this report:"
+    return Section("result", "Result", (*blocks, Text(where), Listing(usage(results), "python")))
+
+
+def usage(results: Results, folder: str = BEST_FOLDER) -> str:
+    """How to load the winner with plain Transformers."""
+    text = results.model.get("task") == "text"
+    task, given = ("text", "some text") if text else ("image", "photo.png")
+    lines = ["from transformers import pipeline", ""]
+    if results.model.get("members"):
+        lines.insert(0, "import hf_ft  # makes the ensemble known to Transformers")
+    return "\n".join(
+        [*lines, f'classify = pipeline("{task}-classification", model="{folder}")', f'classify("{given}")']
+    )
+
+
+def ranking(results: Results, found: Sequence[Standing]) -> Section:
+    """The table, and the intervals as a chart."""
+    split, metric = main_split(found), metric_name(results.metric)
+    better = "higher is better" if results.greater_is_better else "lower is better"
+    lead = (
+        f"Ranked by mean validation {metric} ({better}), of equals the faster first. Scores are mean ± standard "
+        "deviation over seeds. The difference is to full fine-tuning with the same seeds, and its 95 % interval is a "
+        "bootstrap over the seeds."
+    )
+    figure = difference_figure(results, found, split)
+    more = (figure,) if figure else ()
+    return Section("ranking", "Ranking", (Text(lead), ranking_table(results, found, split), *more))
+
+
+def ranking_table(results: Results, found: Sequence[Standing], split: str) -> Table:
+    """All contenders; those that did not finish stand last."""
+    best = winner(results, found)
+    splits = [
+        s for s in ("validation", "test") if s == "validation" or any(s in standing.spreads for standing in found)
+    ]
+    headers = ("strategy", "rank", *splits, f"difference on {split}", "95 % interval", "better / alike / worse")
+    rows = []
+    for standing in found:
+        difference = standing.differences.get(split)
+        compared = (NONE, NONE, NONE)
+        if standing.name == BASELINE:
+            compared = ("baseline", NONE, NONE)
+        elif difference is not None:
+            tally = f"{difference.wins} / {difference.ties} / {difference.losses}"
+            compared = (signed(difference.mean), interval(difference), tally)
+        status = standing.contender.status
+        place = str(standing.rank) if standing.rank else "a run failed" if status == "finished" else status
+        scores = (spread(standing.spreads.get(name)) for name in splits)
+        rows.append((_named(standing, best), place, *scores, *compared))
+    strong = frozenset(i for i, standing in enumerate(found) if best is not None and standing.name == best.name)
+    return Table(f"Strategies by validation {metric_name(results.metric)}", headers, tuple(rows), strong)
+
+
+def _named(standing: Standing, best: Standing | None) -> str:
+    return standing.name + (" (winner)" if best is not None and standing.name == best.name else "")
+
+
+def difference_figure(results: Results, found: Sequence[Standing], split: str) -> Figure | None:
+    """Differences to full fine-tuning with intervals; without such, the scores."""
+    best, metric = winner(results, found), metric_name(results.metric)
+    ranked = [standing for standing in found if standing.rank and split in standing.spreads]
+    compared = any(split in standing.differences for standing in ranked)
+    if len(ranked) < 2:
+        return None
+    rows, values = [], [0.0] if compared else []
+    for standing in ranked:
+        difference, scores = standing.differences.get(split), standing.spreads[split]
+        if compared and standing.name == BASELINE:
+            row = Row(standing.name, 0.0, "0", kind=kind_of(standing, best))
+        elif compared and difference is not None:
+            kind = kind_of(standing, best, not difference.excludes_zero)
+            row = Row(standing.name, difference.mean, signed(difference.mean), difference.interval, kind)
+        elif compared:
+            row = Row(standing.name, None, "no common seed")
+        else:
+            ends = None if scores.std is None else (scores.mean - scores.std, scores.mean + scores.std)
+            row = Row(standing.name, scores.mean, score(scores.mean), ends, kind_of(standing, best))
+        rows.append(row)
+        values += [*(row.interval or ()), *([] if row.value is None else [row.value])]
+    what = f"difference in {metric} to full fine-tuning" if compared else f"{metric}, mean ± std"
+    axis = linear_axis(values, "difference to full" if compared else metric, include=[0.0] if compared else [])
+    lines = ((0.0, "full"),) if compared else ()
+    about = "; ".join(f"{row.label} {row.text}" for row in rows)
+    chart = Rows(f"{what[0].upper()}{what[1:]}, by strategy", about, tuple(rows), axis, lines)
+    key = [("win", "the winner"), ("full", "full fine-tuning")]
+    key += [("other", "interval excludes 0"), ("open", "interval holds 0, or none")] if compared else []
+    table = by_seed_table(ranked, split, compared)
+    caption = f"{what[0].upper()}{what[1:]}, {SPLIT_NAMES[split]}, in the order of the ranking."
+    return Figure(caption, (chart,), table, tuple(key))
+
+
+def by_seed_table(ranked: Sequence[Standing], split: str, compared: bool) -> Table:
+    """Scores of each seed, and the differences where there are such."""
+    seeds = sorted({seed for standing in ranked for seed in standing.spreads[split].by_seed})
+    headers = ["strategy", *(f"seed {seed}" for seed in seeds)]
+    headers += [f"difference, seed {seed}" for seed in seeds] if compared else []
+    rows = []
+    for standing in ranked:
+        own, difference = standing.spreads[split].by_seed, standing.differences.get(split)
+        cells = [score(own.get(seed)) for seed in seeds]
+        if compared:
+            values = difference.by_seed if difference else {}
+            cells += [signed(values[seed]) if seed in values else NONE for seed in seeds]
+        rows.append((standing.name, *cells))
+    return Table(f"Scores by seed, {SPLIT_NAMES[split]}", tuple(headers), tuple(rows), folded=True)
+
+
+def cost(results: Results, found: Sequence[Standing]) -> Section:
+    """Score against seconds, and everything else that was spent."""
+    split = main_split(found)
+    front = front_of(results, found, split)
+    lead = (
+        "What it takes to use a strategy once its options are known: one training and, before it, its look at the "
+        "data (a search, statistics), without evaluations. Seconds of computing are processor time on all cores, or on "
+        "a GPU the time on the clock. A strategy is on the front if no other is as good and as fast and better in one."
+    )
+    said = [Text(lead)] + ([Text(f"On the front, the fastest first: {names(front)}.")] if front else [])
+    figure = time_figure(results, found, split, front)
+    title = f"{metric_name(results.metric).capitalize()} against time"
+    return Section("cost", title, (*said, *([figure] if figure else []), cost_table(found, front)))
+
+
+def time_figure(results: Results, found: Sequence[Standing], split: str, front: Sequence[str]) -> Figure | None:
+    """A point for each contender that finished, named by its rank."""
+    best, metric = winner(results, found), metric_name(results.metric)
+    shown = [s for s in found if s.rank and s.compute is not None and s.compute > 0 and split in s.spreads]
+    if len(shown) < 2:
+        return None
+    points = {s.name: (s.compute or 0.0, s.spreads[split].mean) for s in shown}
+    x = log_axis([x for x, _ in points.values()], "seconds of computing")
+    y = linear_axis([y for _, y in points.values()], f"{split} {metric}")
+    series = [Series("front", tuple(points[name] for name in front if name in points), joined=True, marked=False)]
+    for standing in reversed(shown):  # the best ones on top
+        kind = kind_of(standing, best)
+        kind = "front" if kind == "other" and standing.name in front else kind
+        name = "" if kind == "other" else standing.name  # of the others there may be too many
+        series.append(Series(kind, (points[standing.name],), labels=(f"{standing.rank} {name}".strip(),)))
+    about = "; ".join(f"{name}: {score(y)} in {duration(x)}" for name, (x, y) in points.items())
+    chart = Plot(f"{split} {metric} against seconds of computing", about, tuple(series), x, y)
+    key = (("win", "the winner"), ("full", "full fine-tuning"), ("front", "on the front"), ("other", "others"))
+    rows = tuple(
+        (s.name, str(s.rank), seconds(s.compute), score(s.spreads[split].mean), "yes" if s.name in front else "no")
+        for s in shown
+    )
+    table = Table(
+        "Score and seconds of computing", ("strategy", "rank", "seconds", split, "on the front"), rows, folded=True
+    )
+    legend = ", ".join(f"{s.rank} {s.name}" for s in shown)
+    return Figure(f"The line joins the front. Numbers are ranks: {legend}.", (chart,), table, key)
+
+
+def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
+    """What each contender took."""
+    costs = ("seconds of computing", "of it look at the data", "seconds on the clock", "tuning")
+    sizes = ("weights trained", "peak memory, MB", "checkpoint, MB")
+    headers = ("strategy", *costs, *sizes, "on the front")
+    rows = []
+    for standing in found:
+        contender = standing.contender
+        if not contender.trials and not contender.runs:
+            continue
+        rows.append(
+            (
+                standing.name,
+                seconds(standing.compute),
+                seconds(contender.measure_seconds),
+                seconds(standing.seconds),
+                seconds(contender.tuning_seconds),
+                NONE if standing.parameters_trained is None else f"{standing.parameters_trained:,}",
+                NONE if standing.peak_memory_mb is None else f"{standing.peak_memory_mb:,.0f}",
+                NONE if standing.checkpoint_mb is None else f"{standing.checkpoint_mb:,.1f}",
+                "yes" if standing.name in front else "no",
+            )
+        )
+    return Table("What each strategy took: one training, all tuning, and sizes", headers, tuple(rows))
+
+
+def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section | None:
+    """Scores on data of another distribution; None where there are none."""
+    shown = [standing for standing in found if "ood" in standing.spreads]
+    if not shown:
+        return None
+    best, metric, rows = winner(results, found), metric_name(results.metric), []
+    for standing in shown:
+        test, other, difference = (
+            standing.spreads.get("test"),
+            standing.spreads["ood"],
+            standing.differences.get("ood"),
+        )
+        drop = NONE if test is None else signed(other.mean - test.mean)
+        compared = (signed(difference.mean), interval(difference)) if difference else (NONE, NONE)
+        if standing.name == BASELINE:
+            compared = ("baseline", NONE)
+        rows.append((_named(standing, best), spread(test), spread(other), drop, *compared))
+    headers = ("strategy", "test", "out of distribution", "change", "difference to full", "95 % interval")
+    figure = difference_figure(results, found, "ood")
+    lead = f"The same models on data of another distribution ({metric}). It chose nothing."
+    table = Table("Scores on other data", headers, tuple(rows), frozenset())
+    return Section("ood", "Out of distribution", (Text(lead), table, *([figure] if figure else [])))
+
+
+def errors(results: Results, found: Sequence[Standing]) -> Section | None:
+    """Which classes the winner takes for which; None where no classes were predicted."""
+    best = winner(results, found)
+    table = confusion(results, best) if best is not None else None
+    if best is None or table is None:
+        return None
+    right, total = sum(row[c] for c, row in enumerate(table.counts)), sum(table.support)
+    lead = (
+        f"{code(best.name)} with seed {table.seed}, on {table.split}: {right:,} of {total:,} are right. Recall is the "
+        "share of a class that is found."
+    )
+    few = len(table.classes) <= GRID
+    shown = (confusion_grid(table),) if few else (confused_pairs(table), recall_table(table))
+    chart = (recall_figure(table),) if few and len(table.classes) > 2 else ()
+    return Section("errors", "What the winner gets wrong", (Text(lead), *shown, *chart))
+
+
+def confusion_grid(table: Confusion) -> Table:
+    """All counts, a row for each true class, with its recall."""
+    rows, shades = [], []
+    for name, counts, n, recall in zip(table.classes, table.counts, table.support, table.recall, strict=True):
+        rows.append((name, *(f"{count:,}" for count in counts), f"{n:,}", score(recall)))
+        shades.append((0.0, *(count / max(n, 1) for count in counts), 0.0, 0.0))
+    headers = ("true class", *(f"taken for {name}" for name in table.classes), "rows", "recall")
+    return Table(f"Confusion on {table.split}: counts", headers, tuple(rows), shades=tuple(shades))
+
+
+def confused_pairs(table: Confusion) -> Table:
+    """The most frequent errors."""
+    rows = tuple(
+        (table.classes[t], table.classes[p], f"{n:,}", f"{n / table.support[t]:.0%}")
+        for t, p, n in table.most_confused(PAIRS)
+    )
+    return Table(
+        f"The most frequent errors on {table.split}", ("true class", "taken for", "rows", "of its class"), rows
+    )
+
+
+def recall_table(table: Confusion) -> Table:
+    """The recall of each class, the lowest first."""
+    order = sorted(range(len(table.classes)), key=lambda c: (table.recall[c] is None, table.recall[c] or 0.0, c))
+    rows = tuple((table.classes[c], f"{table.support[c]:,}", score(table.recall[c])) for c in order)
+    return Table("Recall by class, the lowest first", ("class", "rows", "recall"), rows, folded=True)
+
+
+def recall_figure(table: Confusion) -> Figure:
+    """Recall as bars."""
+    rows = tuple(Row(name, recall, score(recall)) for name, recall in zip(table.classes, table.recall, strict=True))
+    about = "; ".join(f"{row.label} {row.text}" for row in rows)
+    axis = Axis(0.0, 1.0, ((0.0, "0"), (0.5, "0.5"), (1.0, "1")), "recall")
+    return Figure("Recall by class.", (Rows("Recall by class", about, rows, axis, bars=True),), recall_table(table))

@@ -1,0 +1,136 @@
+"""The last part of a report: the data, what did not run, what was advised, and all that is needed to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hf_ft.comparison.document import Block, Bullets, Link, Listing, Section, Table, Tables, Text
+from hf_ft.comparison.results import Results
+from hf_ft.comparison.statistics import Standing
+from hf_ft.comparison.wording import NONE, code, duration, plain
+from hf_ft.config import Paper
+from hf_ft.registry import strategies
+
+FIRST = 20  # so many skipped rows are named
+
+
+def record_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
+    """All sections of this part that have something to show."""
+    made = (data(results), problems(found), advice(results), about(results, found))
+    return [section for section in made if section is not None]
+
+
+def data(results: Results) -> Section:
+    """Sizes, classes, skipped rows, licences."""
+    content = results.data
+    sizes, counts = content.get("sizes") or {}, content.get("class_counts") or {}
+    notes = [str(note) for note in (*(content.get("notes") or ()), *(content.get("notices") or ()))]
+    for split, rows in (content.get("skipped") or {}).items():
+        if rows:
+            notes.append(f"{_counted(rows, split)} could not be read and were skipped{_which(rows)}.")
+    by_split = "; ".join(f"{split} {size:,}" for split, size in sizes.items())
+    blocks: list[Block] = [Text(f"Data set {code(str(content.get('name', '')))}. Rows: {by_split or 'not counted'}.")]
+    if notes:
+        blocks.append(Bullets(tuple(notes)))
+    if counts:
+        classes = [str(name) for name in content.get("classes") or ()]
+        rows = tuple(
+            (name, *(f"{of[c]:,}" if c < len(of) else NONE for of in counts.values())) for c, name in enumerate(classes)
+        )
+        blocks.append(Table("Rows by class", ("class", *counts), rows, folded=len(classes) > FIRST))
+    return Section("data", "Data", tuple(blocks))
+
+
+def _counted(rows: int | Sequence[Any], split: str) -> str:
+    number = rows if isinstance(rows, int) else len(rows)
+    return f"{number:,} row{'s' if number > 1 else ''} of {split}"
+
+
+def _which(rows: int | Sequence[Any]) -> str:
+    """The first of them, where they are named."""
+    if isinstance(rows, int):
+        return ""
+    more = f" and {len(rows) - FIRST} more" if len(rows) > FIRST else ""
+    return ": " + "; ".join(map(plain, rows[:FIRST])) + more
+
+
+def problems(found: Sequence[Standing]) -> Section | None:
+    """What could not run, what failed, and what was warned of; None where all went well."""
+    stopped = tuple((s.name, s.contender.status, s.contender.reason or NONE) for s in found if s.rank is None)
+    failed = tuple(
+        (standing.name, f"trial {number}" if kind == "trial" else f"run of seed {training.seed}", training.error)
+        for standing in found
+        for kind, trainings in (("trial", standing.contender.trials), ("final run", standing.contender.runs))
+        for number, training in enumerate(trainings, start=1)
+        if training.error
+    )
+    warned = [f"{standing.name}: {note}." for standing in found for note in _notes(standing)]
+    blocks: list[Block] = []
+    if stopped:
+        blocks.append(Table("Strategies without a rank", ("strategy", "status", "why"), stopped))
+    if failed:
+        blocks.append(Table("Trainings that failed", ("strategy", "training", "error"), failed))
+    if warned:
+        blocks += [Text("What was said in the course of it:"), Bullets(tuple(warned))]
+    return Section("problems", "What did not run, and warnings", tuple(blocks)) if blocks else None
+
+
+def _notes(standing: Standing) -> list[str]:
+    contender = standing.contender
+    said = [w for training in (*contender.trials, *contender.runs) for w in training.warnings]
+    return [str(note).rstrip(".") for note in dict.fromkeys((*contender.notes, *said))]
+
+
+def advice(results: Results) -> Section | None:
+    """The order that was advised before anything ran."""
+    recommended = (results.advice or {}).get("recommendations") or ()
+    rows = tuple(
+        (
+            str(item.get("strategy", "")),
+            str(place),
+            " ".join(f"{str(r.get('text', '')).rstrip('.')}." for r in item.get("reasons") or ()),
+        )
+        for place, item in enumerate(recommended, start=1)
+    )
+    if not rows:
+        return None
+    lead = "Cheap measurements on the training data proposed this order, before anything was trained."
+    table = Table("Advised order", ("strategy", "place", "reasons"), rows)
+    return Section("advice", "What was advised", (Text(lead), table))
+
+
+def about(results: Results, found: Sequence[Standing]) -> Section:
+    """Command, settings, versions, machine, and where the strategies come from."""
+    shared = (("settings", results.settings), ("model", results.model), ("machine", results.machine))
+    tables = Tables(
+        tuple(
+            Table(title.capitalize(), ("name", "value"), tuple((str(k), plain(v)) for k, v in content.items()))
+            for title, content in (*shared, ("versions", results.versions))
+            if content
+        )
+    )
+    lead = f"It took {duration(results.seconds)} in all. This command makes it again:"
+    command = Listing(results.command, "bash")
+    return Section("about", "How it was made", (Text(lead), command, tables, strategies_table(found)))
+
+
+def strategies_table(found: Sequence[Standing]) -> Table:
+    """What each strategy does, and its paper."""
+    known = strategies()
+    rows: list[tuple[str | Link, ...]] = []
+    for name in dict.fromkeys(part for standing in found for part in standing.name.split("+")):
+        config = known.get(name)
+        if config is None:
+            rows.append((name, "a strategy from elsewhere", NONE))
+            continue
+        summary = (config.__doc__ or "").strip().splitlines()[0]
+        rows.append((name, summary, _cited(config.paper)))
+    return Table("The strategies", ("strategy", "what it does", "paper"), tuple(rows))
+
+
+def _cited(paper: Paper | None) -> str | Link:
+    if paper is None:
+        return NONE
+    text = f"{paper.authors}. {paper.title}. {paper.venue}"
+    return Link(text, paper.url) if paper.url.startswith("https://") else text

@@ -1,0 +1,28 @@
+"""A whole report, as the sections that Markdown and HTML show."""
+
+from __future__ import annotations
+
+from hf_ft.comparison.document import Document, Section
+from hf_ft.comparison.findings import findings
+from hf_ft.comparison.outcome import outcome_sections
+from hf_ft.comparison.process import distortion, process_sections
+from hf_ft.comparison.record import record_sections
+from hf_ft.comparison.results import Results
+from hf_ft.comparison.statistics import standings
+from hf_ft.comparison.wording import duration, metric_name
+
+
+def document(results: Results) -> Document:
+    """Everything that there is to show; sections without content are left out."""
+    found = standings(results)
+    optional = (findings(found), distortion(results, found))
+    sections: list[Section] = [
+        *outcome_sections(results, found),
+        *process_sections(results, found),
+        *(section for section in optional if section is not None),
+        *record_sections(results, found),
+    ]
+    ranked = sum(standing.rank is not None for standing in found)
+    metric, took = metric_name(results.metric), duration(results.seconds)
+    subtitle = f"{ranked} of {len(found)} strategies finished; {metric}; {took} in all"
+    return Document(results.title, subtitle, tuple(sections))

@@ -1,0 +1,116 @@
+"""What a comparison holds equal for all, and how much tuning each strategy gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hf_ft.fields import OptionError
+from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.space import LogRange
+
+RANGES = {"sgd": (1e-5, 3e-1), "": (1e-6, 1e-2)}  # of learning rates, by optimizer; the last for Adam and its kin
+FIRST_RATES = {"sgd": 1e-2, "": 3e-4}  # of the first trial
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 16,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "optim": "sgd",
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+}
+OURS = ("output_dir", "learning_rate", "seed", "eval_strategy", "save_strategy", "resume_from_checkpoint")
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    """The budget, and what is fair; each of these is a flag of ``hf-ft compare``.
+
+    Raises:
+        OptionError: a value that cannot work, from :meth:`check`.
+    """
+
+    trials: int = setting(8, "tuning budget of each strategy: what so many trainings of full fine-tuning cost")
+    seeds: int = setting(5, "final runs of each strategy with its best setting")
+    metric: str | None = setting(
+        None,
+        f"what tuning and ranking go by: {', '.join(LOCAL_METRICS)} (default: balanced_accuracy for classes, macro_f1 "
+        "for several per row, mse for numbers)",
+    )
+    learning_rates: str | None = setting(
+        None, "range of learning rates, such as 1e-5,3e-1 (default: that for sgd, 1e-6,1e-2 for Adam and its kin)"
+    )
+    most_trials: int = setting(4, "a strategy whose trainings are cheap gets so many times --trials at most")
+    batch_norm_momentum: float | None = setting(
+        0.1,
+        "of all BatchNorm layers and for all strategies, so that statistics can follow in short trainings; none leaves "
+        "each strategy its own option",
+    )
+    distortion_samples: int = setting(256, "samples of each test set on which feature distortion is measured; 0: none")
+    hours: float | None = setting(None, "stop then, strategy by strategy in their order; started again, it goes on")
+    storage: str | None = setting(
+        None,
+        "where trials are kept: a file *.db or *.log, or an Optuna URL; processes with one storage and one output_dir "
+        "share the work (default: compare.db in output_dir)",
+    )
+    study_name: str = setting("compare", "name of the study in it")
+    sampling_seed: int = setting(0, "of the settings that are tried")
+
+    def check(self) -> None:
+        for name, least in (("trials", 1), ("seeds", 1), ("most_trials", 1), ("distortion_samples", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(f"{name}={getattr(self, name)!r}: {least} or more is needed.")
+        if self.hours is not None and not (math.isfinite(self.hours) and self.hours > 0):
+            raise OptionError(f"hours={self.hours!r}: a number above 0 is needed.")
+        if self.metric is not None and self.metric not in LOCAL_METRICS:
+            raise OptionError(f"metric={self.metric!r} is unknown: choose one of {', '.join(LOCAL_METRICS)}.")
+        if self.batch_norm_momentum is not None and not 0 < self.batch_norm_momentum <= 1:
+            raise OptionError(f"batch_norm_momentum={self.batch_norm_momentum!r} lies outside (0, 1]. Default: 0.1.")
+        self.rates("sgd")
+
+    def rates(self, optim: str) -> LogRange:
+        """The range of learning rates.
+
+        Raises:
+            OptionError: it is no range.
+        """
+        if self.learning_rates is None:
+            return LogRange(*RANGES.get(optim, RANGES[""]))
+        try:
+            low, high = (float(part) for part in self.learning_rates.split(","))
+        except ValueError:
+            low = high = 0.0
+        if not 0 < low < high < math.inf:
+            raise OptionError(f"learning_rates={self.learning_rates!r}: two numbers are needed, such as 1e-5,3e-1.")
+        return LogRange(low, high)
+
+    def first_rate(self, optim: str) -> float:
+        """The learning rate of each strategy's first trial."""
+        rates = self.rates(optim)
+        return min(max(FIRST_RATES.get(optim, FIRST_RATES[""]), rates.low), rates.high)
+
+    def described(self) -> dict[str, Any]:
+        """Everything but where it is kept."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("storage", "study_name")}
+
+
+def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The training arguments that all strategies share: what the user set, else ours.
+
+    Raises:
+        OptionError: one that a comparison sets itself.
+    """
+    taken = sorted(set(given) & set(OURS) - {"output_dir"})
+    if taken:
+        raise OptionError(f"{taken[0]}={given[taken[0]]!r}: a comparison sets {', '.join(OURS[1:])} itself.")
+    values = DEFAULTS | {key: value for key, value in given.items() if key != "output_dir"}
+    if values["optim"] == "sgd":
+        values.setdefault("optim_args", "momentum=0.9")
+    return values

@@ -1,0 +1,332 @@
+"""The figures of a comparison: means over seeds, paired differences to full fine-tuning, the ranking, the Pareto front.
+
+All of it is made of :class:`~hf_ft.comparison.results.Results` alone.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from hf_ft.comparison.results import BASELINE, Contender, Results, Training
+
+SPLITS = ("validation", "test", "ood")
+RESAMPLES = 9999
+SAME = 1e-9  # scores as near as this are a tie: they are means of floats
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Scores over seeds.
+
+    Attributes:
+        by_seed: the score of each seed; at least one.
+    """
+
+    by_seed: Mapping[int, float]
+
+    @property
+    def n(self) -> int:
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.by_seed.values())
+
+    @property
+    def std(self) -> float | None:
+        r"""Over the seeds, :math:`\sqrt{\sum_i (s_i - \bar s)^2 / (n - 1)}`; None with one seed."""
+        return statistics.stdev(self.by_seed.values()) if self.n > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired differences to full fine-tuning, over the seeds that both have.
+
+    Attributes:
+        by_seed: score minus that of full fine-tuning; at least one. For errors, less than 0 is better.
+        interval: percentile bootstrap of the mean, 95 %; None with one seed.
+        wins, ties, losses: seeds on which it is better, alike, worse.
+    """
+
+    by_seed: Mapping[int, float]
+    interval: tuple[float, float] | None
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.by_seed.values())
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0; False where there is none."""
+        return self.interval is not None and (self.interval[0] > SAME or self.interval[1] < -SAME)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One contender's figures.
+
+    Attributes:
+        contender: whose they are.
+        rank: from 1; None for one that did not finish.
+        spreads: by split, where it has scores.
+        differences: by split, where full fine-tuning has scores of the same seeds; not for itself.
+        standard_errors: by split, see :func:`standard_error`, the mean over its runs.
+        seconds: of one training, on the wall: the mean over its final runs; None without such runs.
+        compute: seconds of computing of one training and the look at the data before it, likewise.
+        peak_memory_mb, parameters_trained, checkpoint_mb: the most over its final runs, likewise.
+    """
+
+    contender: Contender
+    rank: int | None
+    spreads: Mapping[str, Spread]
+    differences: Mapping[str, Difference]
+    standard_errors: Mapping[str, float]
+    seconds: float | None
+    compute: float | None
+    peak_memory_mb: float | None
+    parameters_trained: int | None
+    checkpoint_mb: float | None
+
+    @property
+    def name(self) -> str:
+        return self.contender.name
+
+    @property
+    def failed_trials(self) -> int:
+        return sum(trial.validation is None for trial in self.contender.trials)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Which classes were taken for which.
+
+    Attributes:
+        split: where.
+        seed: of the run whose predictions these are.
+        classes: their names, C of them.
+        counts: (C, C), a row for each true class.
+    """
+
+    split: str
+    seed: int
+    classes: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def support(self) -> tuple[int, ...]:
+        """(C,), how often each class occurs."""
+        return tuple(map(sum, self.counts))
+
+    @cached_property
+    def recall(self) -> tuple[float | None, ...]:
+        """(C,), the share of each class that was found; None for a class that does not occur."""
+        return tuple(
+            row[c] / n if n else None for c, (row, n) in enumerate(zip(self.counts, self.support, strict=True))
+        )
+
+    def most_confused(self, limit: int) -> list[tuple[int, int, int]]:
+        """True class, predicted class and count of the most frequent errors, the largest count first."""
+        pairs = [(t, p, n) for t, row in enumerate(self.counts) for p, n in enumerate(row) if n and t != p]
+        return sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))[:limit]
+
+
+def spread(scores: Mapping[int, float | None]) -> Spread | None:
+    """The finite scores over seeds; None if there are none."""
+    finite = {seed: value for seed, value in scores.items() if value is not None and math.isfinite(value)}
+    return Spread(finite) if finite else None
+
+
+def paired_difference(ours: Spread, baseline: Spread, greater_is_better: bool = True) -> Difference | None:
+    """Differences over common seeds; None if there are none.
+
+    The interval is :func:`scipy.stats.bootstrap`'s, with a fixed generator: the same scores give the same interval.
+    With three seeds or fewer it reaches from the smallest to the largest difference.
+    """
+    seeds = [seed for seed in ours.by_seed if seed in baseline.by_seed]
+    if not seeds:
+        return None
+    differences = {seed: ours.by_seed[seed] - baseline.by_seed[seed] for seed in seeds}
+    values = [0.0 if abs(value) < SAME else value for value in differences.values()]
+    gains = values if greater_is_better else [-value for value in values]
+    signs = [sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains), sum(gain < 0 for gain in gains)]
+    return Difference(dict(zip(seeds, values, strict=True)), _interval(values), *signs)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return None
+    if max(values) - min(values) < SAME:  # nothing to draw from
+        return values[0], values[0]
+    found = bootstrap(
+        (np.asarray(values),),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=0.95,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def standard_error(metric: str, predictions: Sequence[int], labels: Sequence[int]) -> float | None:
+    r"""What a score varies because the set it is measured on is finite: one standard error.
+
+    .. math:: \sqrt{a (1 - a) / n} \quad\text{of accuracy } a, \qquad
+        \frac{1}{C} \sqrt{\sum_c r_c (1 - r_c) / n_c} \quad\text{of the mean of the recalls } r_c
+
+    Args:
+        metric: ``accuracy`` or ``balanced_accuracy``; None for others.
+        predictions: (n,) classes.
+        labels: (n,) classes.
+    """
+    if metric not in ("accuracy", "balanced_accuracy") or not labels or len(predictions) != len(labels):
+        return None
+    truth, right = np.asarray(labels), np.asarray(predictions) == np.asarray(labels)
+    groups = [np.ones_like(right)] if metric == "accuracy" else [truth == c for c in np.unique(truth)]
+    variances = [right[group].mean() * (1 - right[group].mean()) / group.sum() for group in groups]
+    return float(np.sqrt(np.sum(variances)) / len(groups))
+
+
+def standings(results: Results) -> tuple[Standing, ...]:
+    """All contenders: those that finished by mean validation score, of equals the faster first; then the others.
+
+    Validation ranks because it chose the winner; test scores are only reported.
+    """
+    baseline = next((_spreads(results, c) for c in results.contenders if c.name == BASELINE), {})
+    everyone = [_standing(results, contender, baseline) for contender in results.contenders]
+    sign = -1 if results.greater_is_better else 1
+    finished = sorted(
+        filter(_is_ranked, everyone), key=lambda s: (sign * s.spreads["validation"].mean, s.seconds or 0.0)
+    )
+    ranked = [replace(standing, rank=rank) for rank, standing in enumerate(finished, start=1)]
+    return (*ranked, *(standing for standing in everyone if not _is_ranked(standing)))
+
+
+def _is_ranked(standing: Standing) -> bool:
+    """A contender with a run that failed has no mean over all seeds, so it cannot win."""
+    contender = standing.contender
+    whole = len(contender.finished_runs) == len(contender.runs)
+    return contender.status == "finished" and whole and "validation" in standing.spreads
+
+
+def winner(results: Results, found: Sequence[Standing]) -> Standing | None:
+    """The one that the results name, else the first of the ranking; None if none finished."""
+    ranked = [standing for standing in found if standing.rank is not None]
+    named = [standing for standing in ranked if standing.name == results.winner]
+    return next(iter(named or ranked), None)
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]], greater_is_better: bool = True) -> tuple[str, ...]:
+    """The names of which no other is both as good and as fast, and better or faster; the fastest first.
+
+    Args:
+        points: score and seconds, by name.
+        greater_is_better: of the scores.
+    """
+    sign = 1 if greater_is_better else -1
+    front: list[str] = []
+    best = -math.inf
+    kept: tuple[float, float] | None = None
+    for name, (score, seconds) in sorted(points.items(), key=lambda item: (item[1][1], -sign * item[1][0])):
+        if sign * score > best:
+            best, kept = sign * score, (score, seconds)
+            front.append(name)
+        elif kept == (score, seconds):  # twins
+            front.append(name)
+    return tuple(front)
+
+
+def front_of(results: Results, found: Iterable[Standing], split: str) -> tuple[str, ...]:
+    """The Pareto front of mean score on a split and seconds of computing, among those that finished."""
+    points = {
+        standing.name: (standing.spreads[split].mean, standing.compute)
+        for standing in found
+        if standing.rank is not None and split in standing.spreads and standing.compute is not None
+    }
+    return pareto_front(points, results.greater_is_better)
+
+
+def saved_run(results: Results, best: Standing) -> Training | None:
+    """The winner's run that is saved: of ``winner_seed``, else the best by validation."""
+    runs = best.contender.finished_runs
+    chosen = [run for run in runs if run.seed == results.winner_seed]
+    scored = [run for run in runs if run.validation is not None]
+    pick = max if results.greater_is_better else min
+    return chosen[0] if chosen else pick(scored, key=lambda run: run.validation or 0.0, default=None)
+
+
+def confusion(results: Results, best: Standing) -> Confusion | None:
+    """Of the winner's saved run, on test, else on validation; None where no classes were predicted."""
+    run = saved_run(results, best)
+    for split in ("test", "validation"):
+        predicted, labels = (run.predictions if run else {}).get(split, ()), results.labels.get(split, ())
+        if run and predicted and len(predicted) == len(labels):
+            names = [str(name) for name in results.data.get("classes") or ()]
+            names += [str(c) for c in range(len(names), max(*predicted, *labels) + 1)]
+            counts = np.zeros((len(names), len(names)), dtype=int)
+            np.add.at(counts, (np.asarray(labels), np.asarray(predicted)), 1)
+            return Confusion(split, run.seed, tuple(names), tuple(tuple(map(int, row)) for row in counts))
+    return None
+
+
+def _spreads(results: Results, contender: Contender) -> dict[str, Spread]:
+    found = {}
+    for split in SPLITS:
+        scores = {run.seed: _score(run, split, results.metric) for run in contender.finished_runs}
+        if (over_seeds := spread(scores)) is not None:
+            found[split] = over_seeds
+    return found
+
+
+def _score(run: Training, split: str, metric: str) -> float | None:
+    return run.validation if split == "validation" else run.scores.get(split, {}).get(metric)
+
+
+def _standing(results: Results, contender: Contender, baseline: Mapping[str, Spread]) -> Standing:
+    spreads, runs = _spreads(results, contender), contender.finished_runs
+    differences = {} if contender.name == BASELINE else _differences(spreads, baseline, results.greater_is_better)
+    sizes = [run.checkpoint_mb for run in runs if run.checkpoint_mb is not None]
+    return Standing(
+        contender=contender,
+        rank=None,
+        spreads=spreads,
+        differences=differences,
+        standard_errors=_standard_errors(results, runs),
+        seconds=statistics.fmean(run.seconds for run in runs) if runs else None,
+        compute=contender.measure_seconds + statistics.fmean(run.compute for run in runs) if runs else None,
+        peak_memory_mb=max((run.peak_memory_mb for run in runs), default=None),
+        parameters_trained=max((run.parameters_trained for run in runs), default=None),
+        checkpoint_mb=max(sizes, default=None),
+    )
+
+
+def _differences(
+    spreads: Mapping[str, Spread], baseline: Mapping[str, Spread], greater_is_better: bool
+) -> dict[str, Difference]:
+    pairs = {
+        split: paired_difference(ours, baseline[split], greater_is_better)
+        for split, ours in spreads.items()
+        if split in baseline
+    }
+    return {split: found for split, found in pairs.items() if found is not None}
+
+
+def _standard_errors(results: Results, runs: Sequence[Training]) -> dict[str, float]:
+    found = {}
+    for split in SPLITS:
+        labels = results.labels.get(split, ())
+        errors = [standard_error(results.metric, run.predictions.get(split, ()), labels) for run in runs]
+        known = [error for error in errors if error is not None]
+        if known:
+            found[split] = statistics.fmean(known)
+    return found

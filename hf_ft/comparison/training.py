@@ -1,0 +1,264 @@
+"""One training of a comparison, from a fresh model to its scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments
+
+from hf_ft.anatomy import AnatomyError
+from hf_ft.comparison.clock import Clock, now
+from hf_ft.comparison.contenders import RATE, Entrant
+from hf_ft.comparison.memory import MB, PeakMemory
+from hf_ft.comparison.results import Training
+from hf_ft.config import State
+from hf_ft.diagnostics import feature_distortion
+from hf_ft.fields import OptionError
+from hf_ft.metrics import classification_metrics
+from hf_ft.row_cache import read_rows
+from hf_ft.trainer import ClassWeights, FTTrainer
+
+PACKAGES = ("hf-ft", "torch", "transformers", "accelerate", "datasets")
+TESTS = ("test", "ood")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every contender trains.
+
+    Attributes:
+        arguments: training arguments.
+        metric: of :data:`hf_ft.metrics.LOCAL_METRICS`.
+        greater_is_better: whether more of it is.
+        class_weights: of the task's loss.
+        distortion_samples: of each test set, for feature distortion.
+    """
+
+    arguments: Mapping[str, Any]
+    metric: str
+    greater_is_better: bool
+    class_weights: ClassWeights | None = None
+    distortion_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a contender's strategies saw when they looked at the data, and the seconds of computing that it took."""
+
+    states: Mapping[str, State]
+    compute: float
+
+
+def train(
+    entrant: Entrant,
+    values: Mapping[str, Any],
+    seed: int,
+    recipe: Recipe,
+    work: Path,
+    measured: Measured | None = None,
+    save_to: Path | None = None,
+) -> tuple[Training, Measured]:
+    """Train once; what comes back are scores, what it cost, and what the strategies measured.
+
+    Args:
+        values: the learning rate, and tuned options.
+        seed: of the head's start, the order of the data, and dropout.
+        work: a folder for checkpoints, gone afterwards.
+        measured: of an earlier training of this contender; by default the strategies look now.
+        save_to: makes it a final run: the best epoch's model is saved there, and scored on the test sets.
+    """
+    with _folder(work), _warnings() as said:
+        with PeakMemory() as memory:
+            model = entrant.bench.load(seed, entrant.keeps_head)
+            trainer = _trainer(entrant, values, seed, recipe, work, model, measured)
+            if measured is None:
+                began = now()[1]
+                states = dict(trainer.measure())
+                measured = Measured(states, now()[1] - began if any(map(_looks, entrant.configs)) else 0.0)
+            clock = Clock()
+            trainer.add_callback(clock)
+            trainer.train()
+        training = _result(trainer, values, seed, recipe, clock, memory.mb)
+        if save_to is not None:
+            training = _finished(training, trainer, entrant, recipe, save_to)
+    return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions()), measured
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that results depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def _looks(config: Any) -> bool:
+    return config.measures()
+
+
+def _trainer(
+    entrant: Entrant,
+    values: Mapping[str, Any],
+    seed: int,
+    recipe: Recipe,
+    work: Path,
+    model: nn.Module,
+    measured: Measured | None,
+) -> FTTrainer:
+    data = entrant.bench.data
+    args = TrainingArguments(
+        str(work),
+        **recipe.arguments,
+        learning_rate=values[RATE],
+        seed=seed,
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        save_strategy="best",  # the best epoch's is the model that counts
+        save_total_limit=1,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        metric_for_best_model=recipe.metric,
+        greater_is_better=recipe.greater_is_better,
+        report_to="none",
+        log_level="error",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = FTTrainer(
+        model,
+        args,
+        strategy=entrant.with_settings(values),
+        states=None if measured is None else measured.states,
+        class_weights=recipe.class_weights,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        source_dataset=entrant.bench.source if _takes_source(entrant) else None,
+        data_collator=entrant.bench.collate,
+        processing_class=entrant.bench.processor,
+        compute_metrics=classification_metrics,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _takes_source(entrant: Entrant) -> bool:
+    return any(config.takes_source_data or "source_data" in config.requires() for config in entrant.configs)
+
+
+def _result(
+    trainer: FTTrainer, values: Mapping[str, Any], seed: int, recipe: Recipe, clock: Clock, peak: float
+) -> Training:
+    curve = _curve(trainer, recipe.metric)
+    found = [point for point in curve if math.isfinite(point["validation"])]
+    if not found:
+        raise FloatingPointError(f"no epoch has a finite {recipe.metric}: the training diverged")
+    sign = 1 if recipe.greater_is_better else -1
+    best = max(found, key=lambda point: sign * point["validation"])  # of equals the first, as the Trainer has it
+    assert trainer.optimizer is not None
+    return Training(
+        seed=seed,
+        params=dict(values),
+        validation=best["validation"],
+        best_epoch=best["epoch"],
+        curve=tuple(curve),
+        seconds=clock.seconds,
+        compute=clock.compute,
+        evaluation_seconds=clock.paused,
+        passes=round(len(trainer.train_dataset) * trainer.args.num_train_epochs),
+        peak_memory_mb=peak,
+        # The optimizer holds every parameter that any stage trains.
+        parameters_trained=sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"]),
+    )
+
+
+def _curve(trainer: FTTrainer, metric: str) -> list[dict[str, float]]:
+    """The scores after each epoch."""
+    losses = {entry["epoch"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    evaluated = [entry for entry in trainer.state.log_history if f"eval_{metric}" in entry]
+    curve = []
+    for entry in evaluated:
+        point = {"epoch": entry["epoch"], "validation": entry[f"eval_{metric}"]}
+        loss = losses.get(entry["epoch"])
+        curve.append(point | ({"loss": loss} if loss is not None and math.isfinite(loss) else {}))
+    return curve
+
+
+def _finished(training: Training, trainer: FTTrainer, entrant: Entrant, recipe: Recipe, folder: Path) -> Training:
+    """Save the model, and look at the test sets: once for each final run."""
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer.save_model(str(folder))
+    scores: dict[str, dict[str, float]] = {}
+    predictions: dict[str, tuple[int, ...]] = {}
+    data = entrant.bench.data
+    for split in ("validation", *(name for name in TESTS if name in data)):
+        output = trainer.predict(data[split])
+        scores[split] = {
+            key.removeprefix("test_"): float(value)
+            for key, value in (output.metrics or {}).items()
+            if not key.endswith(("_runtime", "_per_second", "_preparation_time"))
+        }
+        logits = np.asarray(output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions)
+        if logits.ndim == 2 and logits.shape[1] > 1 and np.asarray(output.label_ids).ndim == 1:
+            predictions[split] = tuple(logits.argmax(-1).tolist())
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / MB
+    distortion = _distortion(trainer, entrant, training.seed, recipe.distortion_samples)
+    return dataclasses.replace(
+        training, scores=scores, predictions=predictions, checkpoint_mb=size, distortion=distortion
+    )
+
+
+def _distortion(
+    trainer: FTTrainer, entrant: Entrant, seed: int, samples: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """How far the features moved from the pretrained ones; empty where the parts of the two cannot be told."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    before = entrant.bench.load(seed, False).to(trainer.args.device)
+    for split in TESTS if samples else ():
+        if split in entrant.bench.data:
+            data = entrant.bench.data[split]
+            rows = np.linspace(0, len(data) - 1, min(samples, len(data))).round().astype(int).tolist()
+            batches = [entrant.bench.collate(read_rows(data, rows[i : i + 64])) for i in range(0, len(rows), 64)]
+            try:
+                measured = feature_distortion(before, trainer.model, batches)
+            except (OptionError, AnatomyError):
+                return {}
+            found[split] = {
+                block: {"cosine": value.cosine, "relative_l2": value.relative_l2} for block, value in measured.items()
+            }
+    return found
+
+
+@contextmanager
+def _folder(work: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What hf_ft warned of, in place of printing it for every training anew."""
+    said: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger, keep = logging.getLogger("hf_ft"), Keep(logging.WARNING)
+    others, propagate = logger.handlers[:], logger.propagate
+    logger.handlers, logger.propagate = [keep], False
+    try:
+        yield said
+    finally:
+        logger.handlers, logger.propagate = others, propagate

@@ -1,0 +1,113 @@
+"""Small models and images for comparisons, and a process that can be killed in the middle of one."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from transformers import ViTImageProcessorPil
+
+from hf_ft.cli import main
+from hf_ft.comparison import Settings, compare
+from hf_ft.comparison.clock import Clock
+from hf_ft.testing.models import tiny_resnet
+
+NAMES = ("red", "green", "blue")
+
+
+def images(counts, seed):
+    """Noise with a tint for each class; ``counts`` of each."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    pixels = rng.integers(0, 120, (len(labels), 16, 16, 3))
+    pixels[np.arange(len(labels)), :, :, labels] += 60
+    order = rng.permutation(len(labels))
+    features = Features(image=Image(), label=ClassLabel(names=list(NAMES[: len(counts)])))
+    content = {"image": list(pixels[order].astype(np.uint8)), "label": labels[order]}
+    return Dataset.from_dict(content, features=features)
+
+
+def splits(train=(8, 8, 8), validation=(4, 4, 4), test=(6, 6, 6), **more):
+    parts = {"train": train, "validation": validation, "test": test, **more}
+    return DatasetDict({name: images(counts, seed) for seed, (name, counts) in enumerate(parts.items())})
+
+
+def load(classes=3):
+    """A loader for ``compare``."""
+
+    def loader(seed, keep):
+        model = tiny_resnet(num_labels=classes, seed=0)
+        head = model.classifier[-1]
+        fresh = tiny_resnet(num_labels=classes, seed=100 + seed).classifier[-1]
+        head.load_state_dict(fresh.state_dict())
+        return model, ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+    return loader
+
+
+class Even(Clock):
+    """Every training costs the same, so that repetitions have as many trials."""
+
+    def on_train_end(self, *args, **kwargs):
+        super().on_train_end(*args, **kwargs)
+        self.compute = 1.0
+
+
+def even():
+    """Trainings cost the same while it is entered."""
+    return mock.patch("hf_ft.comparison.training.Clock", Even)
+
+
+def run(folder, strategies="linear_probe", *, trials=2, seeds=2, data=None, told=None, model=None, **more):
+    """A comparison in a second or two. A strategy never gets more trials than full fine-tuning."""
+    arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "use_cpu": True}
+    settings = {"most_trials": 1, "distortion_samples": 8}
+    settings |= {name: more.pop(name) for name in ("hours", "metric", "learning_rates", "storage") if name in more}
+    with even():
+        return compare(
+            model or load(),
+            data or splits(),
+            strategies,
+            output_dir=folder,
+            settings=Settings(trials=trials, seeds=seeds, **settings),
+            command="made by a test",
+            tell=told or (lambda line: None),
+            **arguments | more,
+        )
+
+
+def lasting(results):
+    """What is the same in every repetition: no times, no memory, no warnings told once a process."""
+    content = json.loads(json.dumps(results.to_dict()))
+    for contender in content["contenders"]:
+        for training in (*contender["trials"], *contender["runs"]):
+            for name in ("seconds", "compute", "evaluation_seconds", "peak_memory_mb", "warnings"):
+                training.pop(name)
+        for name in ("measure_seconds", "allowed_seconds"):
+            contender.pop(name)
+    for name in ("seconds", "winner", "winner_seed"):  # of equals the faster wins
+        content.pop(name)
+    return content
+
+
+def killed_after(folder, trainings):
+    """Dies by kill -9 when so many trainings are done."""
+    told = []
+
+    def tell(line):
+        told.append(line)
+        if sum(line.startswith("[") for line in told) == trainings:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(folder, told=tell)
+
+
+if __name__ == "__main__":
+    if sys.argv[1].startswith("--"):
+        with even():
+            sys.exit(main(["compare", *sys.argv[1:]]))
+    killed_after(Path(sys.argv[1]), int(sys.argv[2]))
