@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import hf_ft
-from hf_ft import docs_measured, registry
+from hf_ft import docs_measured, docs_results, registry
 from hf_ft.config import FTConfig, Paper
 from hf_ft.fields import annotation, describe_type, options
 from hf_ft.registry import config_class, strategies
@@ -267,6 +267,11 @@ PLACES: dict[str, Callable[..., str]] = {
     "soft": lambda page: docs_measured.table_of_soft(_table),
     "disentangling": lambda page: docs_measured.table_of_disentangling(_table),
     "measured": lambda page, name: docs_measured.table_of_strategies(_table, name),
+    "results": lambda page: docs_results.table_of_all(_table),
+    "results_of": lambda page, task: docs_results.table_of_task(_table, task),
+    "results_five": lambda page: docs_results.table_of_five(_table),
+    "results_choice": lambda page: docs_results.table_of_choice(_table),
+    "results_advice": lambda page: docs_results.table_of_advice(_table),
 }
 
 

@@ -41,7 +41,7 @@ def comparison(seeds=3, hostile=False):
     best = max(finished, key=lambda c: np.mean([run["validation"] for run in c["runs"]]))
     return {
         "format": 1,
-        "title": HOSTILE if hostile else "mobilenet_v2 on elpv",
+        "title": HOSTILE if hostile else "mobilenet_v2 on elpv (made-up figures)",
         "command": "hf-ft compare --model mobilenet_v2 --dataset elpv --strategies all --labelled 500 --trials 6 "
         f"--seeds {seeds} --num_train_epochs 8 --output_dir runs/compare",
         "metric": "balanced_accuracy",

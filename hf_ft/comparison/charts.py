@@ -56,7 +56,8 @@ def linear_axis(values: Sequence[float], label: str, most: int = 5, include: Seq
     step = _round_step((high + room - start) / most)
     first, last = math.ceil(start / step - 1e-9), math.floor((high + room) / step + 1e-9)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    ticks = tuple((n * step, f"{n * step:.{decimals}f}".replace("-", "\u2212")) for n in range(first, last + 1))
+    form = f".{decimals}f" if decimals <= 4 and last * step < 1e5 else ".2g"
+    ticks = tuple((n * step, f"{n * step:{form}}".replace("-", "\u2212")) for n in range(first, last + 1))
     return Axis(start, high + room, ticks, label)
 
 

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict
 from hf_ft.advice import Advice, advise
 from hf_ft.checkpoint import digests
 from hf_ft.comparison.benches import Benches, Data, Loader, digest
+from hf_ft.comparison.collected import collect
 from hf_ft.comparison.contenders import Bench, Entrant, Strategies, chosen_strategies, entrant
 from hf_ft.comparison.estimate import measure_cost
 from hf_ft.comparison.judge import Judge, Tell
@@ -140,7 +141,8 @@ class Prepared:
         from hf_ft.comparison.report import write_report
 
         judge, columns = self.judge, self.data.columns
-        results = judge.results(
+        results = collect(
+            judge,
             title=f"{self.model_name} on {self.data.name}",
             command=command,
             model={"name": self.model_name, "parameters": self.parameters, "image_size": self.image_size},

@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,16 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from hf_ft.anatomy import AnatomyError
 from hf_ft.comparison.contenders import Entrant
 from hf_ft.comparison.kept import Kept
-from hf_ft.comparison.results import Contender, Results, Status, Training, training_from_dict
+from hf_ft.comparison.results import Training, training_from_dict
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.training import Measured, Recipe, train, versions
-from hf_ft.fields import OptionError, to_json
+from hf_ft.fields import OptionError
 from hf_ft.trials import Job, Outcome, Report, run_trials
 
 TUNING_SEED = 0  # final runs have seeds from 1: none of them was tuned on
@@ -235,13 +232,18 @@ class Judge:
         score = training.error or f"{self.recipe.metric} {training.validation:.3f}"
         self.tell(f"[{finished}/{all_jobs}] {entrant.name} {what} ({named}): {score}, {done.seconds:.0f} s")
 
+    def runs(self, entrant: Entrant) -> list[Training]:
+        """The final runs that are done."""
+        found = (self.final(entrant, seed) for seed in range(1, self.settings.seeds + 1))
+        return [done.training for done in found if done is not None]
+
     # --- the winner ----------------------------------------------------------------------------------------
 
     def winner(self) -> tuple[Entrant, Training] | None:
         """The contender with the best mean validation score over its final runs, and its best run by validation."""
         best: tuple[tuple[float, float], Entrant, Training] | None = None
         for entrant in self.entrants:
-            runs = [run for run in self._runs(entrant) if not run.error]
+            runs = [run for run in self.runs(entrant) if not run.error]
             if len(runs) == self.settings.seeds:
                 mean = sum(map(self._score, runs)) / len(runs)
                 rank = (mean, -sum(run.seconds for run in runs))  # of equals the faster
@@ -261,81 +263,6 @@ class Judge:
             train(entrant, run.params, run.seed, self.recipe, self.kept.work("winner"), measured,
                   self.kept.model(name, run.seed))  # fmt: skip
         return self.kept.crown(name, run.seed)
-
-    # --- results -------------------------------------------------------------------------------------------
-
-    def _runs(self, entrant: Entrant) -> list[Training]:
-        found = (self.final(entrant, seed) for seed in range(1, self.settings.seeds + 1))
-        return [done.training for done in found if done is not None]
-
-    def contender(self, entrant: Entrant) -> Contender:
-        """How far a contender came."""
-        trials = [self.trial(entrant, number) for number in range(self.trials_of(entrant))]
-        there = [trial.training for trial in trials if trial is not None]
-        runs, chosen, first = self._runs(entrant), self.chosen(entrant), trials[0]
-        status, reason = self._status(entrant, trials, runs)
-        return Contender(
-            name=entrant.name,
-            configs=tuple({k: to_json(v) for k, v in config.to_dict().items()} for config in entrant.configs),
-            status=status,
-            reason=reason,
-            notes=entrant.notes,
-            space=entrant.described_space(),
-            measure_seconds=0.0 if first is None else first.measured_compute,
-            allowed_seconds=self.allowed_seconds,
-            trials=tuple(there),
-            chosen=chosen,
-            on_edge=() if chosen is None else entrant.edges(there[chosen].params),
-            runs=tuple(runs),
-            found={} if first is None else first.found,
-            learned="" if first is None else first.learned,
-        )
-
-    def _status(self, entrant: Entrant, trials: Sequence[Done | None], runs: Sequence[Training]) -> tuple[Status, str]:
-        first = trials[0]
-        if first is None:
-            return "not reached", "the time was up before its first trial"
-        if first.refused:
-            return "cannot run", first.training.error
-        if all(trial is not None and trial.training.error for trial in trials):
-            return "failed", f"every trial failed; the first: {first.training.error}"
-        if len(runs) < self.settings.seeds:
-            return "unfinished", f"the time was up after {sum(map(bool, trials))} trials and {len(runs)} final runs"
-        failed = [run for run in runs if run.error]
-        if len(failed) == len(runs):
-            return "failed", f"every final run failed; the first: {failed[0].error}"
-        return "finished", f"{len(failed)} of {len(runs)} final runs failed: {failed[0].error}" if failed else ""
-
-    def results(self, **about: Any) -> Results:
-        """Everything that was found.
-
-        Args:
-            about: the fields of :class:`Results` that are not known here: title, command, model, data, labels, advice.
-        """
-        winner = self.winner()
-        return Results(
-            metric=self.recipe.metric,
-            greater_is_better=self.recipe.greater_is_better,
-            settings={**self.settings.described(), **self.recipe.arguments},
-            versions={"python": platform.python_version(), **versions()},
-            machine=machine(),
-            seconds=sum(done.seconds for done in self.done.values()),
-            contenders=tuple(self.contender(entrant) for entrant in self.entrants),
-            winner="" if winner is None else winner[0].name,
-            winner_seed=None if winner is None else winner[1].seed,
-            **about,
-        )
-
-
-def machine() -> dict[str, Any]:
-    """What the trainings ran on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "system": sys.platform,
-    }
 
 
 def _done(outcome: Outcome) -> Done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_ft.comparison.charts import Axis, Plot, Row, Rows, Series, linear_axis, log_axis
+from hf_ft.comparison.charts import Plot, Row, Rows, Series, linear_axis, log_axis
 from hf_ft.comparison.document import Block, Bullets, Figure, Listing, Section, Table, Text
 from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Confusion, Standing, confusion, front_of, saved_run, winner
@@ -64,19 +64,18 @@ def result(results: Results, found: Sequence[Standing]) -> Section:
         return Section("result", "Result", tuple(blocks))
     one = f"Its run with seed {run.seed}" if len(best.contender.finished_runs) > 1 else "It"
     where = f"{one} is saved in {code(BEST_FOLDER)}, beside this report:"
-    return Section("result", "Result", (*blocks, Text(where), Listing(usage(results), "python")))
+    return Section("result", "Result", (*blocks, Text(where), Listing(usage(results, best), "python")))
 
 
-def usage(results: Results, folder: str = BEST_FOLDER) -> str:
+def usage(results: Results, best: Standing) -> str:
     """How to load the winner with plain Transformers."""
-    text = results.model.get("task") == "text"
+    text = results.data.get("task") == "text"
     task, given = ("text", "some text") if text else ("image", "photo.png")
     lines = ["from transformers import pipeline", ""]
-    if results.model.get("members"):
+    if any(config.get("source_models") for config in best.contender.configs):
         lines.insert(0, "import hf_ft  # makes the ensemble known to Transformers")
-    return "\n".join(
-        [*lines, f'classify = pipeline("{task}-classification", model="{folder}")', f'classify("{given}")']
-    )
+    lines.append(f'classify = pipeline("{task}-classification", model="{BEST_FOLDER}")')
+    return "\n".join([*lines, f'classify("{given}")'])
 
 
 def ranking(results: Results, found: Sequence[Standing]) -> Section:
@@ -278,8 +277,7 @@ def errors(results: Results, found: Sequence[Standing]) -> Section | None:
     )
     few = len(table.classes) <= GRID
     shown = (confusion_grid(table),) if few else (confused_pairs(table), recall_table(table))
-    chart = (recall_figure(table),) if few and len(table.classes) > 2 else ()
-    return Section("errors", "What the winner gets wrong", (Text(lead), *shown, *chart))
+    return Section("errors", "What the winner gets wrong", (Text(lead), *shown))
 
 
 def confusion_grid(table: Confusion) -> Table:
@@ -308,11 +306,3 @@ def recall_table(table: Confusion) -> Table:
     order = sorted(range(len(table.classes)), key=lambda c: (table.recall[c] is None, table.recall[c] or 0.0, c))
     rows = tuple((table.classes[c], f"{table.support[c]:,}", score(table.recall[c])) for c in order)
     return Table("Recall by class, the lowest first", ("class", "rows", "recall"), rows, folded=True)
-
-
-def recall_figure(table: Confusion) -> Figure:
-    """Recall as bars."""
-    rows = tuple(Row(name, recall, score(recall)) for name, recall in zip(table.classes, table.recall, strict=True))
-    about = "; ".join(f"{row.label} {row.text}" for row in rows)
-    axis = Axis(0.0, 1.0, ((0.0, "0"), (0.5, "0.5"), (1.0, "1")), "recall")
-    return Figure("Recall by class.", (Rows("Recall by class", about, rows, axis, bars=True),), recall_table(table))

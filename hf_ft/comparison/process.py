@@ -1,4 +1,4 @@
-"""The second half of a report: how the scores came about. Learning curves, tuning, and how far the features moved."""
+"""The second half of a report: how the scores came about, in learning curves and in trials."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from hf_ft.comparison.document import Block, Figure, Section, Table, Text
 from hf_ft.comparison.outcome import kind_of
 from hf_ft.comparison.results import BASELINE, Contender, Results, Training
 from hf_ft.comparison.statistics import Standing, winner
-from hf_ft.comparison.wording import NONE, SPLIT_NAMES, metric_name, plain, score, seconds
+from hf_ft.comparison.wording import NONE, metric_name, names, plain, score, seconds
 
 RATE = "learning_rate"
-MEASURES = {"relative_l2": "distance", "cosine": "cosine"}
-BLOCK_COLUMNS = 12  # of the table of distortion; more blocks are listed below each other
 CURVE_COLUMNS = 16  # of the table; of more epochs, so many are listed
 
 
@@ -54,15 +52,18 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
         curve = curves.get(standing.name)
         if not curve:
             continue
-        own = Series(kind_of(standing, best), tuple(curve.items()), joined=True)
-        series = (own,) if standing.name == BASELINE else (*behind, own)
-        top = (max if results.greater_is_better else min)(curve, key=lambda epoch: curve[epoch])
-        about = f"from {score(next(iter(curve.values())))} to {score(curve[top])} at epoch {top:g}"
-        strong = series[-1].kind == "win"
-        charts.append(Plot(standing.name, about, series, x, y, small=True, strong=strong))
-    caption = f"Validation {metric} after each epoch, the mean over seeds. All charts have the same axes."
-    key = [("win", "the winner"), ("other", "others"), ("full", "full fine-tuning, the line behind each")]
-    figure = Figure(caption, tuple(charts), curve_table(curves), tuple(key))
+        kind, pick = kind_of(standing, best), max if results.greater_is_better else min
+        top = pick(curve.items(), key=lambda point: point[1])
+        own = (Series(kind, tuple(curve.items()), joined=True, marked=False), Series(kind, (top,)))
+        series = own if standing.name == BASELINE else (*behind, *own)
+        about = f"from {score(next(iter(curve.values())))} to {score(top[1])} at epoch {top[0]:g}"
+        charts.append(Plot(standing.name, about, series, x, y, small=True, strong=kind == "win"))
+    caption = (
+        f"Validation {metric} after each epoch, the mean over seeds, with a mark where that is best. The dashed line is "
+        "full fine-tuning. All charts have the same axes."
+    )
+    key = (("win", "the winner"), ("other", "others"), ("full", "full fine-tuning"))
+    figure = Figure(caption, tuple(charts), curve_table(curves), key)
     lead = "The best epoch of each run counts. A curve that still rises at the end asks for more epochs."
     return Section("curves", "Learning curves", (Text(lead), figure))
 
@@ -86,13 +87,13 @@ def tuning(results: Results, found: Sequence[Standing]) -> Section | None:
     if not tuned:
         return None
     lead = (
-        "Each strategy had the same budget of seconds of computing for its trials, its look at the data included. The "
-        "trial with the best validation score set the options of the final runs."
+        "Each strategy had about the same budget of seconds of computing for its trials, its look at the data included. "
+        "The trial with the best validation score set the options of the final runs."
     )
     edges = [standing.name for standing in tuned if standing.contender.on_edge]
     warning = (
-        f"For {', '.join(edges)} a chosen value lies on the edge of its range: a better one may lie beyond, so their "
-        "scores may be too low."
+        f"A chosen value lies on the edge of its range for {names(edges)}: a better one may lie beyond, and what is "
+        "shown may not be the best that they can do."
     )
     figure = trials_figure(results, tuned, winner(results, found))
     blocks: list[Block] = [Text(lead), *([Text(warning)] if edges else []), tuning_table(tuned)]
@@ -186,83 +187,3 @@ def trials_table(tuned: Sequence[Standing]) -> Table:
             rows.append((standing.name, str(number + 1), options(trial.params), *cells))
     headers = ("strategy", "trial", "options", "validation", "best epoch", "seconds", "note")
     return Table("All trials", headers, tuple(rows), frozenset(strong), folded=True)
-
-
-# --- feature distortion ----------------------------------------------------------------------------------
-
-
-def distortion(results: Results, found: Sequence[Standing]) -> Section | None:
-    """How far the features moved, block by block; None where it was not measured."""
-    measured = {standing.name: mean_distortion(standing.contender.finished_runs) for standing in found}
-    measured = {name: splits for name, splits in measured.items() if splits}
-    if not measured:
-        return None
-    values = [
-        far["relative_l2"] for splits in measured.values() for blocks in splits.values() for far in blocks.values()
-    ]
-    longest = max((blocks for splits in measured.values() for blocks in splits.values()), key=len)
-    last = len(longest) - 1
-    ticks = tuple((float(i), text) for i, text in ((0, "first"), (last, "head")) if last or not i)
-    x = Axis(-0.2, max(last, 1) + 0.2, ticks, "block")
-    y = linear_axis(values, "relative L2 distance", most=4, include=[0.0])
-    splits = list(dict.fromkeys(split for of_one in measured.values() for split in of_one))
-    kinds = dict(zip(splits, ("other", "second", "front", "open"), strict=False))
-    charts = tuple(_distortion_chart(name, of_one, kinds, x, y) for name, of_one in measured.items())
-    key = tuple((kind, _in_words(split)) for split, kind in kinds.items())
-    lead = (
-        "The distance between each block's features before and after training, relative to those before, as a mean "
-        "over samples and seeds: 0 is unmoved. Strategies that keep the pretrained features often do better on other "
-        "data."
-    )
-    caption = "Relative L2 distance, from the first block to what goes into the head. All charts have the same axes."
-    figure = Figure(caption, charts, distortion_table(measured), key)
-    return Section("distortion", "How far the features moved", (Text(lead), figure))
-
-
-def _in_words(split: str) -> str:
-    return {"ood": "out of distribution", "test": "in distribution (test)"}.get(split, SPLIT_NAMES.get(split, split))
-
-
-def mean_distortion(runs: Sequence[Training]) -> dict[str, dict[str, dict[str, float]]]:
-    """By split, block and measure, the mean over runs."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for run in runs:
-        for split, blocks in run.distortion.items():
-            for block, measures in blocks.items():
-                for measure, value in measures.items():
-                    found.setdefault(split, {}).setdefault(block, {}).setdefault(measure, []).append(value)
-    return {
-        split: {block: {name: statistics.fmean(values) for name, values in m.items()} for block, m in blocks.items()}
-        for split, blocks in found.items()
-    }
-
-
-def _distortion_chart(
-    name: str, splits: Mapping[str, Mapping[str, Mapping[str, float]]], kinds: Mapping[str, str], x: Axis, y: Axis
-) -> Plot:
-    series, said = [], []
-    for split, blocks in splits.items():
-        far = [measures["relative_l2"] for measures in blocks.values()]
-        series.append(Series(kinds.get(split, "open"), tuple(enumerate(far)), joined=True))
-        said.append(f"{_in_words(split)}: {score(far[0])} at the first block, {score(far[-1])} at the head")
-    return Plot(name, "; ".join(said), tuple(series), x, y, small=True)
-
-
-def distortion_table(measured: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> Table:
-    """Both measures by strategy and split; the blocks are columns where they are few."""
-    caption = "Feature distortion by block: relative L2 distance and cosine similarity"
-    flat = [(name, split, blocks) for name, splits in measured.items() for split, blocks in splits.items()]
-    columns = list(dict.fromkeys(block for _, _, blocks in flat for block in blocks))
-    if len(columns) > BLOCK_COLUMNS:
-        long = tuple(
-            (name, _in_words(split), block, *(score(measures.get(key)) for key in MEASURES))
-            for name, split, blocks in flat
-            for block, measures in blocks.items()
-        )
-        return Table(caption, ("strategy", "data", "block", *MEASURES.values()), long, folded=True)
-    rows = tuple(
-        (name, _in_words(split), measure, *(score(blocks.get(block, {}).get(key)) for block in columns))
-        for name, split, blocks in flat
-        for key, measure in MEASURES.items()
-    )
-    return Table(caption, ("strategy", "data", "measure", *columns), rows, folded=True)

@@ -73,7 +73,8 @@ def problems(found: Sequence[Standing]) -> Section | None:
         blocks.append(Table("Trainings that failed", ("strategy", "training", "error"), failed))
     if warned:
         blocks += [Text("What was said in the course of it:"), Bullets(tuple(warned))]
-    return Section("problems", "What did not run, and warnings", tuple(blocks)) if blocks else None
+    title = "What did not run, and warnings" if stopped or failed else "Warnings"
+    return Section("problems", title, tuple(blocks)) if blocks else None
 
 
 def _notes(standing: Standing) -> list[str]:
@@ -119,7 +120,7 @@ def strategies_table(found: Sequence[Standing]) -> Table:
     """What each strategy does, and its paper."""
     known = strategies()
     rows: list[tuple[str | Link, ...]] = []
-    for name in dict.fromkeys(part for standing in found for part in standing.name.split("+")):
+    for name in dict.fromkeys(str(config.get("ft_type")) for standing in found for config in standing.contender.configs):
         config = known.get(name)
         if config is None:
             rows.append((name, "a strategy from elsewhere", NONE))

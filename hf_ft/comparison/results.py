@@ -167,8 +167,8 @@ class Results:
         return cls(**values)
 
     def save(self, file: str | Path) -> None:
-        """Write JSON."""
-        Path(file).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write JSON, without spaces: there are thousands of predictions."""
+        Path(file).write_text(json.dumps(self.to_dict(), separators=(",", ":")) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, file: str | Path) -> Results:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from hf_ft.comparison.document import Document, Section
+from hf_ft.comparison.distortions import distortion
 from hf_ft.comparison.findings import findings
 from hf_ft.comparison.outcome import outcome_sections
-from hf_ft.comparison.process import distortion, process_sections
+from hf_ft.comparison.process import process_sections
 from hf_ft.comparison.record import record_sections
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
@@ -15,7 +16,7 @@ from hf_ft.comparison.wording import duration, metric_name
 def document(results: Results) -> Document:
     """Everything that there is to show; sections without content are left out."""
     found = standings(results)
-    optional = (findings(found), distortion(results, found))
+    optional = (findings(found), distortion(found))
     sections: list[Section] = [
         *outcome_sections(results, found),
         *process_sections(results, found),

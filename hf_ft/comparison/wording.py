@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from hf_ft.comparison.results import BASELINE, Results
-from hf_ft.comparison.statistics import Difference, Spread, Standing, winner
+from hf_ft.comparison.statistics import SAME, Difference, Spread, Standing, winner
 
 SPLIT_NAMES = {"validation": "validation", "test": "test", "ood": "out of distribution"}
 MINUS = "\u2212"
@@ -46,9 +46,9 @@ def score(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
-    """With its sign, 0 without."""
-    shown = score(abs(value)) if abs(value) >= 0.01 or value == 0 else f"{abs(value):.3f}"
-    return shown if not shown.strip("0.") else f"{'+' if value > 0 else MINUS}{shown}"
+    """With its sign, also where it is too small to be seen; 0 without."""
+    shown = score(abs(value)) if abs(value) >= 1000 else f"{abs(value):.3f}"
+    return shown if abs(value) < SAME else f"{'+' if value > 0 else MINUS}{shown}"
 
 
 def spread(found: Spread | None) -> str:
@@ -89,6 +89,8 @@ def plain(value: object) -> str:
     """A value of an option or a setting."""
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value)) or "none"
     if isinstance(value, dict):

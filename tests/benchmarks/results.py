@@ -19,7 +19,7 @@ What every training gave is in docs/results/; `python -m hf_ft.docs_tables` make
 from __future__ import annotations
 
 import argparse
-import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from datasets import Dataset, DatasetDict
 
 from hf_ft import AMCFConfig
 from hf_ft.cli import main as hf_ft
-from hf_ft.comparison import Data, Settings, compare
+from hf_ft.comparison import Data, Settings
+from hf_ft.comparison.compare import prepare_comparison
 from hf_ft.data import find_columns
 from hf_ft.registry import strategies
 from hf_ft.zoo import DATA_NOTICES, mnist5k, stratified_split, uci_digits
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--hours", type=float, default=2.5, help="of this sitting, for each task")
+    parser.add_argument("--hours", type=float, default=2.5, help="of this sitting; the next one goes on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--epochs", type=int, help="other than the task's, to try the script")
     parser.add_argument("--work", type=Path, default=WORK)
@@ -132,12 +133,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     quiet()
+    end = time.monotonic() + 3600 * options.hours
     for name in options.tasks.split(","):
         task = TASKS[name]
         model = source_network(options.work) if name == "digits" else "mobilenet_v2"
         chosen = [other for other in (strategies() if task.in_full else NINE) if other != "amcf"]
         both = (model, SECOND)
-        results = compare(
+        prepared = prepare_comparison(
             model,
             data(name),
             {
@@ -146,16 +148,22 @@ def main() -> None:
                 "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
             },
             output_dir=options.work / name,
-            settings=Settings(trials=options.trials, seeds=options.seeds),
+            settings=Settings(trials=options.trials, seeds=options.seeds, hours=(end - time.monotonic()) / 3600),
             image_size=PIXELS,
             num_train_epochs=options.epochs or task.epochs,
             per_device_train_batch_size=task.batch,
-            command=f"python tests/benchmarks/results.py --tasks {name}",
             tell=lambda line: print(line, flush=True),
         )
+        print(f"{name}: {prepared.estimate()}", flush=True)
+        prepared.judge.run()
+        # What would have been advised is looked at afterwards: here every strategy has its turn.
+        advice = prepared.advised()
+        results = prepared.finish(f"python tests/benchmarks/results.py --tasks {name}", advice)
+        if any(contender.status in ("unfinished", "not reached") for contender in results.contenders):
+            print("the time of this sitting is up: start it again to go on", flush=True)
+            return
         options.kept.mkdir(parents=True, exist_ok=True)
         results.save(options.kept / f"{name}.json")
-        shutil.copy(options.work / name / "report.html", options.kept / f"{name}.html")
         print(f"{name}: {results.winner} won by validation", flush=True)
 
 

@@ -1,0 +1,88 @@
+"""From what the trainings of a comparison gave to its results."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_ft.comparison.contenders import Entrant
+from hf_ft.comparison.judge import Done, Judge
+from hf_ft.comparison.results import Contender, Results, Status, Training
+from hf_ft.comparison.training import versions
+
+
+def collect(judge: Judge, **about: Any) -> Results:
+    """Everything that was found.
+
+    Args:
+        judge: after it ran, to the end or as far as the time allowed.
+        about: the fields of :class:`Results` that it does not know: title, command, model, data, labels, advice.
+    """
+    winner = judge.winner()
+    return Results(
+        metric=judge.recipe.metric,
+        greater_is_better=judge.recipe.greater_is_better,
+        settings={**judge.settings.described(), **judge.recipe.arguments},
+        versions={"python": platform.python_version(), **versions()},
+        machine=machine(),
+        seconds=sum(done.seconds for done in judge.done.values()),
+        contenders=tuple(contender(judge, entrant) for entrant in judge.entrants),
+        winner="" if winner is None else winner[0].name,
+        winner_seed=None if winner is None else winner[1].seed,
+        **about,
+    )
+
+
+def contender(judge: Judge, entrant: Entrant) -> Contender:
+    """How far a contender came."""
+    trials = [judge.trial(entrant, number) for number in range(judge.trials_of(entrant))]
+    there = [trial.training for trial in trials if trial is not None]
+    runs, chosen, first = judge.runs(entrant), judge.chosen(entrant), trials[0]
+    status, reason = _status(trials, runs, judge.settings.seeds)
+    return Contender(
+        name=entrant.name,
+        configs=tuple(config.to_dict() for config in entrant.configs),
+        status=status,
+        reason=reason,
+        notes=entrant.notes,
+        space=entrant.described_space(),
+        measure_seconds=0.0 if first is None else first.measured_compute,
+        allowed_seconds=judge.allowed_seconds,
+        trials=tuple(there),
+        chosen=chosen,
+        on_edge=() if chosen is None else entrant.edges(there[chosen].params),
+        runs=tuple(runs),
+        found={} if first is None else first.found,
+        learned="" if first is None else first.learned,
+    )
+
+
+def _status(trials: Sequence[Done | None], runs: Sequence[Training], seeds: int) -> tuple[Status, str]:
+    first = trials[0]
+    if first is None:
+        return "not reached", "the time was up before its first trial"
+    if first.refused:
+        return "cannot run", first.training.error
+    if all(trial is not None and trial.training.error for trial in trials):
+        return "failed", f"every trial failed; the first: {first.training.error}"
+    if len(runs) < seeds:
+        return "unfinished", f"the time was up after {sum(map(bool, trials))} trials and {len(runs)} final runs"
+    failed = [run for run in runs if run.error]
+    if len(failed) == len(runs):
+        return "failed", f"every final run failed; the first: {failed[0].error}"
+    return "finished", f"{len(failed)} of {len(runs)} final runs failed: {failed[0].error}" if failed else ""
+
+
+def machine() -> dict[str, Any]:
+    """What the trainings ran on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "system": sys.platform,
+    }

@@ -1,0 +1,98 @@
+"""How far each strategy moved the features, block by block, on data in and out of distribution."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from hf_ft.comparison.charts import Axis, Plot, Series, linear_axis
+from hf_ft.comparison.document import Figure, Section, Table, Text
+from hf_ft.comparison.results import Training
+from hf_ft.comparison.statistics import Standing
+from hf_ft.comparison.wording import SPLIT_NAMES, score
+
+MEASURES = {"relative_l2": "distance", "cosine": "cosine"}
+DEPTHS = {"first block": 0.0, "at 1/4": 0.25, "at 1/2": 0.5, "at 3/4": 0.75, "last block": 1.0}  # of the table
+INTO_HEAD = "features"  # the name of what goes into the head, beside those of blocks
+MOST_MARKS = 12  # on a line; of more only the line is drawn
+KINDS = ("other", "second", "front", "open")  # by split
+
+Measures = Mapping[str, float]
+Blocks = Mapping[str, Measures]
+
+
+def distortion(found: Sequence[Standing]) -> Section | None:
+    """Charts and their numbers; None where nothing was measured."""
+    measured = {standing.name: mean_distortion(standing.contender.finished_runs) for standing in found}
+    measured = {name: splits for name, splits in measured.items() if splits}
+    if not measured:
+        return None
+    values = [far["relative_l2"] for splits in measured.values() for of in splits.values() for far in of.values()]
+    x = Axis(-0.03, 1.03, ((0.0, "first"), (1.0, "head")), "depth")
+    y = linear_axis(values, "relative L2 distance", most=4, include=[0.0])
+    splits = list(dict.fromkeys(split for of_one in measured.values() for split in of_one))
+    kinds = dict(zip(splits, KINDS, strict=False))
+    charts = tuple(_chart(name, of_one, kinds, x, y) for name, of_one in measured.items())
+    lead = (
+        "The distance between the features before and after training, relative to those before, as a mean over samples "
+        "and seeds: 0 is unmoved. Of several models that train together each has its own line. Kumar et al. (2022) "
+        "relate large distances to worse scores on other data."
+    )
+    caption = "Relative L2 distance, from the first block to what goes into the head. All charts have the same axes."
+    key = tuple((kind, in_words(split)) for split, kind in kinds.items())
+    figure = Figure(caption, charts, distortion_table(measured), key)
+    return Section("distortion", "How far the features moved", (Text(lead), figure))
+
+
+def mean_distortion(runs: Sequence[Training]) -> dict[str, dict[str, dict[str, float]]]:
+    """By split, block and measure, the mean over runs."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for run in runs:
+        for split, blocks in run.distortion.items():
+            for block, measures in blocks.items():
+                for measure, value in measures.items():
+                    found.setdefault(split, {}).setdefault(block, {}).setdefault(measure, []).append(value)
+    return {
+        split: {block: {name: statistics.fmean(values) for name, values in m.items()} for block, m in blocks.items()}
+        for split, blocks in found.items()
+    }
+
+
+def in_words(split: str) -> str:
+    return {"ood": "out of distribution", "test": "in distribution (test)"}.get(split, SPLIT_NAMES.get(split, split))
+
+
+def by_model(blocks: Blocks) -> dict[str, list[Measures]]:
+    """The blocks of each model in their order; blocks of several models are named ``member0_block3``."""
+    found: dict[str, list[Measures]] = {}
+    for name, measures in blocks.items():
+        if name != INTO_HEAD:
+            found.setdefault(name.rpartition("_")[0], []).append(measures)
+    return found
+
+
+def _chart(name: str, splits: Mapping[str, Blocks], kinds: Mapping[str, str], x: Axis, y: Axis) -> Plot:
+    series, said = [], []
+    for split, blocks in splits.items():
+        head = [blocks[INTO_HEAD]] if INTO_HEAD in blocks else []
+        for model, own in by_model(blocks).items():
+            far = [measures["relative_l2"] for measures in (*own, *head)]
+            points = tuple((i / max(1, len(far) - 1), value) for i, value in enumerate(far))
+            series.append(Series(kinds[split], points, joined=True, marked=len(points) <= MOST_MARKS))
+            whose = f"{in_words(split)}, {model}" if model else in_words(split)
+            said.append(f"{whose}: {score(far[0])} at the first block, {score(far[-1])} at the end")
+    return Plot(name, "; ".join(said), tuple(series), x, y, small=True)
+
+
+def distortion_table(measured: Mapping[str, Mapping[str, Blocks]]) -> Table:
+    """Both measures at some depths; all blocks would be too many to read."""
+    rows = []
+    for name, splits in measured.items():
+        for split, blocks in splits.items():
+            for model, own in by_model(blocks).items():
+                for key, measure in MEASURES.items():
+                    cells = [score(own[round(depth * (len(own) - 1))].get(key)) for depth in DEPTHS.values()]
+                    whose = f"{name}, {model}" if model else name
+                    rows.append((whose, in_words(split), measure, *cells, score(blocks.get(INTO_HEAD, {}).get(key))))
+    caption = "Relative L2 distance and cosine similarity at some depths; those of all blocks are in results.json"
+    return Table(caption, ("strategy", "data", "measure", *DEPTHS, "into the head"), tuple(rows), folded=True)

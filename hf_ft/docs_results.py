@@ -1,0 +1,159 @@
+"""The tables of docs/results.md, made of what tests/benchmarks/results.py left in docs/results/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.statistics import Standing, standings
+from hf_ft.comparison.wording import interval, signed, spread
+
+KEPT = Path(__file__).parents[1] / "docs" / "results"
+NOT_YET = "Not measured yet."
+TASKS = ("digits", "elpv_100", "uci_100", "mnist_200", "elpv_500")
+FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
+Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
+
+
+def read(folder: Path = KEPT) -> dict[str, Results]:
+    """The tasks that were measured."""
+    files = {name: folder / f"{name}.json" for name in TASKS}
+    return {name: Results.load(file) for name, file in files.items() if file.is_file()}
+
+
+def table_of_all(table: Table) -> str:
+    """The mean test score of every strategy on every task, and the mean difference to full fine-tuning."""
+    tasks = read()
+    if not tasks:
+        return NOT_YET
+    found = {task: _by_name(results) for task, results in tasks.items()}
+    names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
+    ranked = sorted(names, key=lambda name: -_mean_difference(found.values(), name)[0])
+    rows = []
+    for name in ranked:
+        cells = [_test(by_name.get(name)) for by_name in found.values()]
+        mean, count = _mean_difference(found.values(), name)
+        told = "" if name == BASELINE else f"{signed(mean)} ({count})"
+        rows.append((f"**{name}**" if name in FIVE else name, *cells, told))
+    return table(("strategy", *tasks, "mean difference to full (tasks)"), rows)
+
+
+def table_of_task(table: Table, task: str) -> str:
+    """One task in full: scores, differences, what tuning cost and chose."""
+    results = read().get(task)
+    if results is None:
+        return NOT_YET
+    rows = []
+    for standing in standings(results):
+        contender = standing.contender
+        chosen = "" if contender.chosen is None else _options(contender.trials[contender.chosen].params)
+        difference = standing.differences.get("test")
+        rows.append(
+            (
+                f"**{contender.name}**" if contender.name in FIVE else contender.name,
+                spread(standing.spreads.get("validation")),
+                _test(standing),
+                "" if difference is None else f"{signed(difference.mean)} {interval(difference)}",
+                spread(standing.spreads.get("ood")),
+                "" if standing.compute is None else f"{standing.compute:.0f}",
+                str(len(contender.trials)),
+                chosen + (f" (edge: {', '.join(contender.on_edge)})" if contender.on_edge else ""),
+            )
+        )
+    headers = ("strategy", "validation", "test", "to full", "out of distribution", "s", "trials", "chosen")
+    return table(headers, rows) + "\n\n" + _said(results)
+
+
+def table_of_five(table: Table) -> str:
+    """Where each of the five systems beats full fine-tuning, and where not."""
+    tasks = read()
+    if not tasks:
+        return NOT_YET
+    rows = []
+    for name in FIVE:
+        cells = []
+        for results in tasks.values():
+            standing = _by_name(results).get(name)
+            difference = None if standing is None else standing.differences.get("test")
+            if difference is None:
+                cells.append("")
+                continue
+            sure = difference.excludes_zero
+            verdict = ("better" if difference.mean > 0 else "worse") if sure else "no difference"
+            cells.append(f"{verdict}: {signed(difference.mean)} {interval(difference)}")
+        rows.append((name, *cells))
+    return table(("system", *tasks), rows)
+
+
+def table_of_choice(table: Table) -> str:
+    """What choosing by validation gave, beside what would have been best on test."""
+    rows = []
+    for task, results in read().items():
+        found = [s for s in standings(results) if s.rank is not None and "test" in s.spreads]
+        by_test = max(found, key=lambda s: s.spreads["test"].mean)
+        chosen = next(s for s in found if s.name == results.winner)
+        full = next(s for s in found if s.name == BASELINE)
+        rows.append(
+            (
+                task,
+                str(results.data["sizes"]["validation"]),
+                f"{chosen.name}: {spread(chosen.spreads['test'])}",
+                f"{by_test.name}: {spread(by_test.spreads['test'])}",
+                spread(full.spreads["test"]),
+            )
+        )
+    headers = ("task", "validation images", "chosen by validation: its test score", "best on test", "full")
+    return table(headers, rows) if rows else NOT_YET
+
+
+def table_of_advice(table: Table) -> str:
+    """How often the advice was right."""
+    from hf_ft.advice import how_often_right
+    from hf_ft.advice.judge import judged_table
+
+    judged = []
+    for task, results in read().items():
+        if results.advice is None:
+            continue
+        by_name = _by_name(results)
+        scores = {name: s.spreads["test"].mean for name, s in by_name.items() if name in results.advice["order"]}
+        full = by_name[BASELINE].spreads["test"].std
+        judged.append({"task": task, "advice": results.advice["order"], "scores": scores, "full_std": full})
+    return table(*judged_table(how_often_right(judged))) if judged else NOT_YET
+
+
+def _by_name(results: Results) -> dict[str, Standing]:
+    return {s.name: s for s in standings(results) if s.rank is not None and "test" in s.spreads}
+
+
+def _test(standing: Standing | None) -> str:
+    return "" if standing is None else spread(standing.spreads.get("test"))
+
+
+def _mean_difference(tasks: Iterable[dict[str, Standing]], name: str) -> tuple[float, int]:
+    differences = [by_name[name].differences.get("test") for by_name in tasks if name in by_name]
+    means = [difference.mean for difference in differences if difference is not None]
+    return (sum(means) / len(means) if means else 0.0, len(means))
+
+
+def _options(params: Mapping[str, object]) -> str:
+    shown = {"learning_rate": "lr"}
+    return ", ".join(
+        f"{shown.get(name, name.partition('.')[2])} {f'{value:.2g}' if isinstance(value, float) else value}"
+        for name, value in params.items()
+        if value is not None
+    )
+
+
+def _said(results: Results) -> str:
+    sizes, settings = results.data["sizes"], results.settings
+    errors: Sequence[float] = [s.standard_errors["test"] for s in standings(results) if "test" in s.standard_errors]
+    noise = f" One standard error from so few test images is about {sum(errors) / len(errors):.3f}." if errors else ""
+    return (
+        f"{results.data['name']}: {sizes['train']} images to train, {sizes['validation']} to choose, {sizes['test']} "
+        f"to test, {sizes.get('ood', 0)} out of distribution; {settings['num_train_epochs']:g} epochs, batches of "
+        f"{settings['per_device_train_batch_size']}; budget {settings['trials']} trainings of full fine-tuning, "
+        f"{settings['seeds']} seeds; {results.seconds / 60:.0f} minutes of one worker.{noise} "
+        f"torch {results.versions['torch']}, transformers {results.versions['transformers']}."
+    )
