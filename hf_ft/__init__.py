@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from hf_ft import diagnostics
+from hf_ft.advice import advise
 from hf_ft.anatomy import Anatomy, AnatomyError, Part, anatomy
 from hf_ft.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
 from hf_ft.block_scores import BlockScores
@@ -10,6 +11,7 @@ from hf_ft.block_search import BlockSearch
 from hf_ft.checkpoint import CheckpointError, load_delta, load_weights
 from hf_ft.collaborative import CollaborativeConfig, CollaborativeModel
 from hf_ft.collaborative_processor import CollaborativeImageProcessor, CollaborativeTokenizer
+from hf_ft.comparison import compare
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
 from hf_ft.fields import OptionError, option
 from hf_ft.functional import collaborative_loss
@@ -90,8 +92,10 @@ __all__ = [
     "TaskLoss",
     "Term",
     "View",
+    "advise",
     "anatomy",
     "collaborative_loss",
+    "compare",
     "compose",
     "config_class",
     "convert_batch_norm",

@@ -26,6 +26,7 @@ from hf_ft import docs_measured, docs_results, registry
 from hf_ft.config import FTConfig, Paper
 from hf_ft.fields import annotation, describe_type, options
 from hf_ft.registry import config_class, strategies
+from hf_ft.space import Choice, LogRange
 
 ROOT = Path(__file__).parents[1]
 _PLACE = re.compile(r"(<!-- begin: (\w+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
@@ -87,6 +88,17 @@ def table_of_options(page: Path, name: str | None = None) -> str:
     return "\n\n".join(parts)
 
 
+def table_of_tuned(page: Path) -> str:
+    """What a comparison tunes of each strategy beside the learning rate."""
+    rows = []
+    for name, kind in documented().items():
+        defaults = {field.name: field.default for field in options(kind)}
+        link = f"[`{name}`](methods/{name}.md)"
+        rows += [(link, f"`{o}`", _range(part), f"`{defaults[o]}`") for o, part in kind.tuned.items()]
+        rows += [] if kind.tuned else [(link, "", "", "")]
+    return _table(("strategy", "option", "values", "default, in the first trial"), rows)
+
+
 def table_of_laws(page: Path) -> str:
     """The laws that ``hf_ft.testing`` checks."""
     from hf_ft.testing import LAWS
@@ -110,6 +122,12 @@ def _source(paper: Paper | None) -> str:
 def _allowed(kind: type, field: dataclasses.Field) -> str:
     text = describe_type(annotation(kind, field.name)).replace('"', "`")
     return text + (f" in {field.metadata['range']}" if field.metadata["range"] else "")
+
+
+def _range(part: LogRange | Choice) -> str:
+    if isinstance(part, LogRange):
+        return f"{part.low:g} to {part.high:g}, logarithmic"
+    return ", ".join(f"`{value}`" for value in part.values)
 
 
 def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -143,10 +161,13 @@ def help_text(page: Path, *command: str) -> str:
 # --- the API reference ------------------------------------------------------------------------------------
 
 
-def api(page: Path, module: str) -> str:
-    """Every public name that a module defines, its own ``__all__`` or that of ``hf_ft``, in the order of its source."""
+def api(page: Path, module: str, *names: str) -> str:
+    """Every public name that a module defines, in the order of its source.
+
+    Public is what ``names`` says; without them the module's own ``__all__``, or that of ``hf_ft``.
+    """
     home = importlib.import_module(module)
-    public = vars(home).get("__all__", hf_ft.__all__)
+    public = names or vars(home).get("__all__", hf_ft.__all__)
     things = {name: thing for name, thing in vars(home).items() if name in public and thing.__module__ == module}
     ordered = sorted(things.items(), key=lambda item: inspect.getsourcelines(item[1])[1])
     return "\n\n".join(_entry(name, thing) for name, thing in ordered)
@@ -256,6 +277,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "strategies": table_of_strategies,
     "about": about,
     "options": table_of_options,
+    "tuned": table_of_tuned,
     "help": help_text,
     "api": api,
     "configs": table_of_configs,

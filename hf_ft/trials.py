@@ -91,8 +91,8 @@ def run_trials(
 ) -> dict[str, Outcome]:
     """Evaluate each job once, together with all processes that call this with the same storage and name.
 
-    Finished jobs come from the storage. When this returns, every job is finished and none runs, unless ``stop`` said so. An exception of
-    ``evaluate`` is raised at once; its job is free for the other workers, and for the next call.
+    Finished jobs come from the storage. When this returns, every job is finished and none runs, unless ``stop`` said
+    so. An exception of ``evaluate`` is raised at once; its job is free for the other workers, and for the next call.
 
     Args:
         jobs: in the order in which to start them; a later call may bring more.

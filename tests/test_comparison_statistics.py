@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, recall_score
 
+from hf_ft.comparison.confusion import confusion, saved_run
 from hf_ft.comparison.results import Contender, Results, Training
 from hf_ft.comparison.statistics import (
     Spread,
-    confusion,
     front_of,
     paired_difference,
     pareto_front,
-    saved_run,
     spread,
     standard_error,
     standings,

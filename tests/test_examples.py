@@ -1,5 +1,6 @@
 """The examples run, those for several processes with two."""
 
+import json
 import os
 import subprocess
 import sys
@@ -90,6 +91,22 @@ def test_amcf_on_two_ranks(tmp_path):
     assert "2 process(es), accuracy" in out and "loss/consistency" in out and "layers of one and" in out
     assert "a plain checkpoint: ViTForImageClassification" in out
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.inputs == [0, 1]
+
+
+@pytest.mark.slow
+def test_compare_with_two_workers(tmp_path):
+    photos(tmp_path / "photos")
+    tiny_resnet().save_pretrained(tmp_path / "base")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")
+    arguments = ["--model", "base", "--data", "photos", "--strategies", "linear_probe", "--output_dir", "out"]
+    budget = ["--trials", "1", "--seeds", "2", "--num_train_epochs", "1", "--use_cpu", "True"]
+    out = run([*LAUNCH, EXAMPLES / "compare.py", *arguments, *budget, "--storage", "out.log"], tmp_path)
+    assert out.count("linear_probe: validation") == 1 and out.count("winner: ") == 1
+    assert {"report.html", "report.md", "results.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    names = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "best").config.id2label
+    assert names == {0: "dark", 1: "light"}
+    started = [json.loads(line).get("worker_id") for line in (tmp_path / "out.log").open()]
+    assert len({worker for worker in started if worker}) >= 2  # two processes opened one study
 
 
 @pytest.mark.slow

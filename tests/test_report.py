@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from hf_ft.comparison import html as html_module
-from hf_ft.comparison import report
-from hf_ft.comparison.charts import Axis, Plot, Row, Rows, Series, linear_axis, log_axis
-from hf_ft.comparison.html import html
-from hf_ft.comparison.labels import NARROW, WIDE, label_places
-from hf_ft.comparison.markdown import card_section, escaped, markdown
-from hf_ft.comparison.report import write_report
+from hf_ft.comparison.report import write_report, writing
+from hf_ft.comparison.report.charts import Axis, Plot, Row, Rows, Series, linear_axis, log_axis
+from hf_ft.comparison.report.distortions import distortion
+from hf_ft.comparison.report.document import Figure, Text
+from hf_ft.comparison.report.findings import findings
+from hf_ft.comparison.report.html import html
+from hf_ft.comparison.report.labels import NARROW, WIDE, placed
+from hf_ft.comparison.report.markdown import card_section, escaped, markdown
+from hf_ft.comparison.report.process import tuning
+from hf_ft.comparison.report.svg import key_mark, svg
+from hf_ft.comparison.report.verdict import cautions, largest_standard_error, verdict
+from hf_ft.comparison.report.wording import duration, plain, score, seconds, signed
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
-from hf_ft.comparison.svg import key_mark, svg
-from hf_ft.comparison.wording import cautions, duration, plain, score, seconds, signed, verdict
 from tests import compared
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -199,6 +202,58 @@ def test_the_whole_report_has_all_its_sections(whole):
     assert 'model="best"' in text and "CC-BY-NC-SA-4.0" in text and "2 rows of train" in text
 
 
+def test_findings_of_strategies_from_elsewhere_do_no_harm():
+    """Theirs may have the names of ours and mean another thing."""
+    content = compared.comparison()
+    foreign = ({"scores": 3}, {"swarm": {}}, {"history": [], "figures": []})
+    for contender, found in zip(content["contenders"], foreign, strict=False):
+        contender["found"] = found
+    content["contenders"][3] |= {"found": {"own": 1}, "learned": "It learned *this*."}
+    results = Results.from_dict(content)
+    texts = [block.text for block in findings(standings(results)).blocks if isinstance(block, Text)]
+    assert "It learned *this*." in texts and "It learned \\*this\\*." in markdown(results)
+    Page(html(results))
+
+
+def test_charts_of_findings_hold_their_figures(whole):
+    charts = [c for block in findings(standings(whole)).blocks if isinstance(block, Figure) for c in block.charts]
+    blocks = next(chart for chart in charts if chart.title.startswith("Score by block"))
+    assert [row.label for row in blocks.rows] == ["stem", "stage0", "stage1", "stage2", "stage3", "stage4"]
+    assert blocks.rows[4].kind == "win" and blocks.rows[4].value == pytest.approx(0.823)
+    assert blocks.rows[1].kind == "pruned" and blocks.lines == ((pytest.approx(0.755), "head only"),)
+    shares = next(chart for chart in charts if chart.title.startswith("What the relevant part"))
+    assert [row.value for row in shares.rows] == [0.61, 0.74, 0.07, 0.21, 0.01, 0.0]
+    swarm = next(chart for chart in charts if chart.title == "mobilenet_v2")
+    evaluations = {c.name: c for c in whole.contenders}["amcf"].found["swarm"]["evaluations"]
+    assert sum(len(series.points) for series in swarm.series) == len(evaluations)
+
+
+def test_features_of_several_models_have_a_line_each():
+    blocks = {f"member{m}_block{b}": {"relative_l2": m + b / 10, "cosine": 1.0} for m in (0, 1) for b in range(3)}
+    blocks["features"] = {"relative_l2": 5.0, "cosine": 0.5}
+    content = compared.smallest()
+    content["contenders"][0]["runs"][0]["distortion"] = {"ood": blocks}
+    section = distortion(standings(Results.from_dict(content)))
+    figure = next(block for block in section.blocks if isinstance(block, Figure))
+    lines = [[y for _, y in series.points] for series in figure.charts[0].series]
+    assert lines == [[0.0, 0.1, 0.2, 5.0], [1.0, 1.1, 1.2, 5.0]]
+    assert [x for x, _ in figure.charts[0].series[0].points] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    cells = ("full, member1", "out of distribution", "distance", "1.000", "1.000", "1.100", "1.200", "1.200", "5.000")
+    assert cells in figure.table.rows
+
+
+def test_a_failed_trial_stands_at_the_worst_end_and_a_score_of_nothing_at_its_place():
+    content = compared.smallest()
+    full = content["contenders"][0]
+    trials = [full["trials"][0] | {"validation": value} for value in (0.412, 0.0, None)]
+    full["trials"] = [trial | {"params": {"learning_rate": 10.0**-i}} for i, trial in enumerate(trials)]
+    results = Results.from_dict(content)
+    section = tuning(results, standings(results))
+    chart = next(block for block in section.blocks if isinstance(block, Figure)).charts[0]
+    points = {series.kind: series.points for series in chart.series}
+    assert points == {"win": ((1.0, 0.412),), "open": ((0.1, 0.0),), "failed": ((0.01, chart.y.high),)}
+
+
 def test_hostile_text_is_only_text():
     hostile = made("hostile")
     text, page, written = hostile.html, hostile.page, hostile.markdown
@@ -238,12 +293,48 @@ def test_verdict_names_the_winner_its_scores_and_the_difference():
     assert "On test, which chose nothing" in first and "95 % interval [" in first
     assert "in 25% of cases" in caution and "Of 13 such strategies about 3.2 would" in caution
     assert "The test set has 600 rows" in caution
-    excluded = re.search(r"excludes 0: (.*?)\.", caution)[1]
+    excluded = " ".join(re.findall(r"excludes 0: (.*?)\.", caution))
     held = re.search(r"holds 0\): (.*?)\.", caution)[1]
     for standing in standings(Results.from_dict(content)):
         if standing.rank and standing.name != "full":
             better = standing.differences["test"].excludes_zero
             assert f"`{standing.name}`" in (excluded if better else held)
+
+
+def test_verdict_says_where_validation_was_wrong():
+    content = compared.comparison()
+    for contender in content["contenders"]:
+        for run in contender["runs"]:
+            shift = 0.5 if contender["name"] == content["winner"] else 0.0
+            run["scores"]["test"]["balanced_accuracy"] -= shift
+    first, caution = said(content)
+    assert "On test, full fine-tuning is better" in first
+    assert f"Worse than full fine-tuning on test, by an interval that excludes 0: `{content['winner']}`" in caution
+
+
+def test_a_small_validation_set_is_told_with_its_largest_error():
+    content = compared.comparison()
+    results = Results.from_dict(content)
+    counts = content["data"]["class_counts"]["validation"]
+    by_hand = (0.25 / counts[0] + 0.25 / counts[1]) ** 0.5 / 2  # both recalls 1/2
+    assert largest_standard_error(results, "validation") == pytest.approx(by_hand)
+    accuracy = dataclasses.replace(results, metric="accuracy")
+    assert largest_standard_error(accuracy, "validation") == pytest.approx(0.5 / 150**0.5)
+    assert largest_standard_error(dataclasses.replace(results, metric="mse"), "validation") is None
+    means = [standing.spreads["validation"].mean for standing in standings(results) if standing.rank]
+    near = sum(means[0] - mean <= by_hand for mean in means[1:])
+    assert f"has 150 rows: one standard error of a score is up to {by_hand:.3f}" in said(content)[1]
+    assert f"and {near} of the other 13 strategies" in said(content)[1] and near > 0
+
+
+def test_equals_on_validation_are_told():
+    content = compared.comparison()
+    best = next(c for c in content["contenders"] if c["name"] == content["winner"])
+    other = next(c for c in content["contenders"] if c["name"] == "linear_probe")
+    for run, same in zip(other["runs"], best["runs"], strict=True):
+        run["validation"] = same["validation"]
+    content["winner"] = "linear_probe"  # the faster
+    assert f"`{best['name']}` has the same mean validation score; the winner trains faster." in said(content)[1]
 
 
 def test_one_seed_gives_no_interval_and_says_so():
@@ -283,7 +374,13 @@ def test_numbers_in_words():
         "–",
         "–",
     ]
-    assert [signed(v) for v in (0.021, -0.004, 0.0, 0.0004, -12.0)] == ["+0.021", "−0.004", "0.000", "0.000", "−12.000"]
+    assert [signed(v) for v in (0.021, -0.004, 0.0, 0.0004, -12.0)] == [
+        "+0.021",
+        "−0.004",
+        "0.000",
+        "+0.000",
+        "−12.000",
+    ]
     assert [seconds(v) for v in (0, 6.23, 31.4, 1234.5, None)] == ["0", "6.2", "31", "1,234", "–"]
     assert [duration(v) for v in (7384, 200, 60, 3600, 4.2)] == ["2 h 3 min", "3 min 20 s", "1 min", "1 h", "4.2 s"]
     assert plain({"a": 0.0123456, "b": [1, None]}) == "a: 0.01235, b: 1, none"
@@ -337,23 +434,24 @@ def test_a_report_that_cannot_be_made_leaves_the_old_one(whole, tmp_path, monkey
     def fail(*arguments):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(report, "markdown", fail)
+    monkeypatch.setattr(writing, "markdown", fail)
     with pytest.raises(RuntimeError):
         write_report(other, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(writing.os, "replace", fail)
     with pytest.raises(RuntimeError):
         write_report(other, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_template_and_style_are_in_the_package():
-    files = importlib.resources.files("hf_ft.comparison")
+    package = "hf_ft.comparison.report"
+    files = importlib.resources.files(package)
     config = ConfigParser()
-    config.read(Path(html_module.__file__).parents[2] / "setup.cfg")
-    for name in config["options.package_data"]["hf_ft.comparison"].split(", "):
-        assert files.joinpath(name).is_file()
-    assert {"report.html.jinja", "report.css"} <= set(config["options.package_data"]["hf_ft.comparison"].split(", "))
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    names = config["options.package_data"][package].split(", ")
+    assert {"report.html.jinja", "report.css"} <= set(names)
+    assert all(files.joinpath(name).is_file() for name in names)
 
 
 # --- charts ----------------------------------------------------------------------------------------------
@@ -396,18 +494,31 @@ def test_marks_stand_where_their_values_are():
 def test_charts_escape_and_skip_what_is_not_finite():
     x, y = Axis(0.0, 1.0, ((0.0, "<b>"),), "<i>"), Axis(0.0, 1.0, (), "")
     points = ((0.1, float("nan")), (0.2, 0.5), (0.3, float("inf")))
-    drawn = svg(Plot("<s>", "&", (Series("other", points, joined=True, labels=("<u>", "", "")),), x, y), "n")
-    assert not re.search(r"<(b|i|s|u)>|nan|inf", drawn) and drawn.count("<path") == 1
+    drawn = svg(
+        Plot(
+            "<s>",
+            "&",
+            (
+                Series("other", points, joined=True),
+                Series("win", ((0.5, 0.5),), labels=("<u>",)),
+            ),
+            x,
+            y,
+        ),
+        "n",
+    )
+    assert not re.search(r"<(b|i|s|u)>|nan|inf", drawn) and drawn.count("<path") == 2 and "&lt;u&gt;" in drawn
     assert key_mark("win") != key_mark("other") != key_mark("win", bar=True)
 
 
 def test_labels_keep_apart():
     """Two points side by side, and one above: no label lies on a mark or on another label, on any page."""
     points, labels = [(0.5, 100.0), (0.53, 100.0), (0.5, 80.0)], ["1 first", "2 second", "3"]
-    places = label_places(points, labels)
+    found = placed(points, labels)
+    assert [label for _, label in found] == labels
     for page in (NARROW, WIDE):
         boxes = []
-        for place, (x, y), label in zip(places, points, labels, strict=True):
+        for (place, label), (x, y) in zip(found, points, strict=True):
             words = label if page == WIDE else label.split()[0]
             boxes.append(place.box(x * page, y, 6.6 * len(words)))
         marks = [(x * page - 5, y - 5, x * page + 5, y + 5) for x, y in points]
@@ -419,4 +530,12 @@ def test_labels_keep_apart():
 
 def test_labels_keep_off_a_line():
     rising = [(0.2, 200.0), (0.5, 100.0), (0.8, 20.0)]
-    assert label_places([(0.5, 100.0)], ["1"], rising)[0] != label_places([(0.5, 100.0)], ["1"])[0]
+    assert placed([(0.5, 100.0)], ["1"], rising)[0] != placed([(0.5, 100.0)], ["1"])[0]
+
+
+def test_names_without_room_are_dropped():
+    points = [(0.5 + i / 100, 100.0 + j) for i in range(-2, 3) for j in (-6, 0, 6)] + [(0.1, 20.0)]
+    labels = [f"{i} a_very_long_name_{i}" for i in range(len(points))]
+    found = [label for _, label in placed(points, labels)]
+    assert found[-1] == labels[-1] and "7" in found
+    assert all(short in (label, label.split()[0]) for short, label in zip(found, labels, strict=True))

@@ -79,7 +79,7 @@ class Contender:
         chosen: number of the trial with the best validation score; None if none has one.
         on_edge: chosen values that lie on the edge of their range.
         runs: final runs, one a seed.
-        found: what it measured, by kind: ``scores`` (block scores), ``swarm``, ``disentangling``, ...
+        found: what it measured, as its State's info holds it: ``scores`` (of blocks), ``swarm``, ...
         learned: the same in a sentence.
     """
 

@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -104,40 +103,6 @@ class Standing:
     @property
     def failed_trials(self) -> int:
         return sum(trial.validation is None for trial in self.contender.trials)
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """Which classes were taken for which.
-
-    Attributes:
-        split: where.
-        seed: of the run whose predictions these are.
-        classes: their names, C of them.
-        counts: (C, C), a row for each true class.
-    """
-
-    split: str
-    seed: int
-    classes: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def support(self) -> tuple[int, ...]:
-        """(C,), how often each class occurs."""
-        return tuple(map(sum, self.counts))
-
-    @cached_property
-    def recall(self) -> tuple[float | None, ...]:
-        """(C,), the share of each class that was found; None for a class that does not occur."""
-        return tuple(
-            row[c] / n if n else None for c, (row, n) in enumerate(zip(self.counts, self.support, strict=True))
-        )
-
-    def most_confused(self, limit: int) -> list[tuple[int, int, int]]:
-        """True class, predicted class and count of the most frequent errors, the largest count first."""
-        pairs = [(t, p, n) for t, row in enumerate(self.counts) for p, n in enumerate(row) if n and t != p]
-        return sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))[:limit]
 
 
 def spread(scores: Mapping[int, float | None]) -> Spread | None:
@@ -254,29 +219,6 @@ def front_of(results: Results, found: Iterable[Standing], split: str) -> tuple[s
         if standing.rank is not None and split in standing.spreads and standing.compute is not None
     }
     return pareto_front(points, results.greater_is_better)
-
-
-def saved_run(results: Results, best: Standing) -> Training | None:
-    """The winner's run that is saved: of ``winner_seed``, else the best by validation."""
-    runs = best.contender.finished_runs
-    chosen = [run for run in runs if run.seed == results.winner_seed]
-    scored = [run for run in runs if run.validation is not None]
-    pick = max if results.greater_is_better else min
-    return chosen[0] if chosen else pick(scored, key=lambda run: run.validation or 0.0, default=None)
-
-
-def confusion(results: Results, best: Standing) -> Confusion | None:
-    """Of the winner's saved run, on test, else on validation; None where no classes were predicted."""
-    run = saved_run(results, best)
-    for split in ("test", "validation"):
-        predicted, labels = (run.predictions if run else {}).get(split, ()), results.labels.get(split, ())
-        if run and predicted and len(predicted) == len(labels):
-            names = [str(name) for name in results.data.get("classes") or ()]
-            names += [str(c) for c in range(len(names), max(*predicted, *labels) + 1)]
-            counts = np.zeros((len(names), len(names)), dtype=int)
-            np.add.at(counts, (np.asarray(labels), np.asarray(predicted)), 1)
-            return Confusion(split, run.seed, tuple(names), tuple(tuple(map(int, row)) for row in counts))
-    return None
 
 
 def _spreads(results: Results, contender: Contender) -> dict[str, Spread]:

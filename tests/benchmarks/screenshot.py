@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results.json of a comparison")
     parser.add_argument("picture", type=Path, help="PNG to write")
     parser.add_argument("--width", type=int, default=1000, help="of the page, in pixels")
-    parser.add_argument("--height", type=int, default=2420, help="of the picture, in pixels")
+    parser.add_argument("--height", type=int, default=2485, help="of the picture, in pixels")
     flags = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from hf_ft.comparison.document import Document, Section
-from hf_ft.comparison.distortions import distortion
-from hf_ft.comparison.findings import findings
-from hf_ft.comparison.outcome import outcome_sections
-from hf_ft.comparison.process import process_sections
-from hf_ft.comparison.record import record_sections
+from hf_ft.comparison.report.distortions import distortion
+from hf_ft.comparison.report.document import Document, Section
+from hf_ft.comparison.report.findings import findings
+from hf_ft.comparison.report.outcome import outcome_sections
+from hf_ft.comparison.report.process import process_sections
+from hf_ft.comparison.report.record import record_sections
+from hf_ft.comparison.report.wording import duration, metric_name
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
-from hf_ft.comparison.wording import duration, metric_name
 
 
 def document(results: Results) -> Document:

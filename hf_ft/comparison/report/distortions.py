@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hf_ft.comparison.charts import Axis, Plot, Series, linear_axis
-from hf_ft.comparison.document import Figure, Section, Table, Text
+from hf_ft.comparison.report.charts import Axis, Plot, Series, linear_axis
+from hf_ft.comparison.report.document import Figure, Section, Table, Text
+from hf_ft.comparison.report.wording import SPLIT_NAMES, score
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.statistics import Standing
-from hf_ft.comparison.wording import SPLIT_NAMES, score
 
 MEASURES = {"relative_l2": "distance", "cosine": "cosine"}
 DEPTHS = {"first block": 0.0, "at 1/4": 0.25, "at 1/2": 0.5, "at 3/4": 0.75, "last block": 1.0}  # of the table
@@ -39,7 +39,7 @@ def distortion(found: Sequence[Standing]) -> Section | None:
         "relate large distances to worse scores on other data."
     )
     caption = "Relative L2 distance, from the first block to what goes into the head. All charts have the same axes."
-    key = tuple((kind, in_words(split)) for split, kind in kinds.items())
+    key = tuple((kind, in_words(split) + (", dashed" if kind == "second" else "")) for split, kind in kinds.items())
     figure = Figure(caption, charts, distortion_table(measured), key)
     return Section("distortion", "How far the features moved", (Text(lead), figure))
 

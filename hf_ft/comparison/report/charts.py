@@ -1,4 +1,4 @@
-"""What a chart shows: points, lines and bars over axes. :mod:`hf_ft.comparison.svg` draws it."""
+"""What a chart shows: points, lines and bars over axes. :mod:`hf_ft.comparison.report.svg` draws it."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Series:
         points: x and y.
         joined: whether a line leads through them.
         marked: whether each has a mark.
-        labels: one for each point, or none; of each, what follows a space is left out on narrow pages.
+        labels: none, or one for each point, all of which are finite; what follows a space is left out on narrow pages.
     """
 
     kind: str

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_ft.comparison.html import html
-from hf_ft.comparison.markdown import markdown
+from hf_ft.comparison.report.html import html
+from hf_ft.comparison.report.markdown import markdown
 from hf_ft.comparison.results import Results
 
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from hf_ft.comparison.document import Block, Bullets, Figure, Heading, Link, Listing, Section, Table, Tables, Text
-from hf_ft.comparison.outcome import main_split
-from hf_ft.comparison.process import options
+from hf_ft.comparison.report.document import (
+    Block,
+    Bullets,
+    Figure,
+    Heading,
+    Link,
+    Listing,
+    Section,
+    Table,
+    Tables,
+    Text,
+)
+from hf_ft.comparison.report.outcome import main_split
+from hf_ft.comparison.report.process import options
+from hf_ft.comparison.report.sections import document
+from hf_ft.comparison.report.verdict import main_caution, verdict
+from hf_ft.comparison.report.wording import NONE, code_parts, interval, metric_name, seconds, signed, spread
 from hf_ft.comparison.results import BASELINE, Results
-from hf_ft.comparison.sections import document
 from hf_ft.comparison.statistics import Standing, standings, winner
-from hf_ft.comparison.wording import NONE, cautions, code_parts, interval, metric_name, seconds, signed, spread, verdict
 
 _SPECIAL, _SPACE = re.compile(r"[\\`*\[\]<>&|#]|(?<!\w)_|_(?!\w)"), re.compile(r"\s+")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
@@ -46,7 +58,7 @@ def card_section(results: Results) -> str:
         tuned = "; ".join(f"{name} in {text}" for name, text in contender.space.items()) or "nothing"
         chosen = options(contender.trials[best.contender.chosen].params)
         parts.append(escaped(f"Tuned for the winner in {len(contender.trials)} trials: {tuned}. Chosen: {chosen}."))
-    parts += [_inline(sentence) for sentence in cautions(results, found)[-1:]]
+    parts += [_inline(main_caution(results, found))] if ranked else []
     return "\n\n".join([*parts, _listing(Listing(results.command, "bash"))]) + "\n"
 
 

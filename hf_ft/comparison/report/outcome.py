@@ -1,17 +1,17 @@
-"""The first half of a report: who won, the ranking, what it cost, other data, and what the winner gets wrong."""
+"""The first half of a report: who won, the ranking, what it cost, other data, and the winner's mistakes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_ft.comparison.charts import Plot, Row, Rows, Series, linear_axis, log_axis
-from hf_ft.comparison.document import Block, Bullets, Figure, Listing, Section, Table, Text
-from hf_ft.comparison.results import BASELINE, Results
-from hf_ft.comparison.statistics import Confusion, Standing, confusion, front_of, saved_run, winner
-from hf_ft.comparison.wording import (
+from hf_ft.comparison.confusion import saved_run
+from hf_ft.comparison.report.charts import Plot, Row, Rows, Series, linear_axis, log_axis
+from hf_ft.comparison.report.document import Block, Bullets, Figure, Listing, Section, Table, Text
+from hf_ft.comparison.report.mistakes import mistakes
+from hf_ft.comparison.report.verdict import cautions, verdict
+from hf_ft.comparison.report.wording import (
     NONE,
     SPLIT_NAMES,
-    cautions,
     code,
     duration,
     interval,
@@ -21,12 +21,11 @@ from hf_ft.comparison.wording import (
     seconds,
     signed,
     spread,
-    verdict,
 )
+from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.statistics import Standing, front_of, winner
 
 BEST_FOLDER = "best"  # where the winner is saved, in the folder of the report
-GRID = 20  # classes; with more, the confusions are listed instead
-PAIRS = 25  # so many of them
 
 
 def outcome_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
@@ -37,7 +36,7 @@ def outcome_sections(results: Results, found: Sequence[Standing]) -> list[Sectio
         cost(results, found),
         out_of_distribution(results, found),
     ]
-    return [section for section in (*sections, errors(results, found)) if section is not None]
+    return [section for section in (*sections, mistakes(results, found)) if section is not None]
 
 
 def main_split(found: Sequence[Standing]) -> str:
@@ -262,47 +261,3 @@ def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section 
     lead = f"The same models on data of another distribution ({metric}). It chose nothing."
     table = Table("Scores on other data", headers, tuple(rows), frozenset())
     return Section("ood", "Out of distribution", (Text(lead), table, *([figure] if figure else [])))
-
-
-def errors(results: Results, found: Sequence[Standing]) -> Section | None:
-    """Which classes the winner takes for which; None where no classes were predicted."""
-    best = winner(results, found)
-    table = confusion(results, best) if best is not None else None
-    if best is None or table is None:
-        return None
-    right, total = sum(row[c] for c, row in enumerate(table.counts)), sum(table.support)
-    lead = (
-        f"{code(best.name)} with seed {table.seed}, on {table.split}: {right:,} of {total:,} are right. Recall is the "
-        "share of a class that is found."
-    )
-    few = len(table.classes) <= GRID
-    shown = (confusion_grid(table),) if few else (confused_pairs(table), recall_table(table))
-    return Section("errors", "What the winner gets wrong", (Text(lead), *shown))
-
-
-def confusion_grid(table: Confusion) -> Table:
-    """All counts, a row for each true class, with its recall."""
-    rows, shades = [], []
-    for name, counts, n, recall in zip(table.classes, table.counts, table.support, table.recall, strict=True):
-        rows.append((name, *(f"{count:,}" for count in counts), f"{n:,}", score(recall)))
-        shades.append((0.0, *(count / max(n, 1) for count in counts), 0.0, 0.0))
-    headers = ("true class", *(f"taken for {name}" for name in table.classes), "rows", "recall")
-    return Table(f"Confusion on {table.split}: counts", headers, tuple(rows), shades=tuple(shades))
-
-
-def confused_pairs(table: Confusion) -> Table:
-    """The most frequent errors."""
-    rows = tuple(
-        (table.classes[t], table.classes[p], f"{n:,}", f"{n / table.support[t]:.0%}")
-        for t, p, n in table.most_confused(PAIRS)
-    )
-    return Table(
-        f"The most frequent errors on {table.split}", ("true class", "taken for", "rows", "of its class"), rows
-    )
-
-
-def recall_table(table: Confusion) -> Table:
-    """The recall of each class, the lowest first."""
-    order = sorted(range(len(table.classes)), key=lambda c: (table.recall[c] is None, table.recall[c] or 0.0, c))
-    rows = tuple((table.classes[c], f"{table.support[c]:,}", score(table.recall[c])) for c in order)
-    return Table("Recall by class, the lowest first", ("class", "rows", "recall"), rows, folded=True)

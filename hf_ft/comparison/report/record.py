@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_ft.comparison.document import Block, Bullets, Link, Listing, Section, Table, Tables, Text
+from hf_ft.comparison.report.document import Block, Bullets, Link, Listing, Section, Table, Tables, Text
+from hf_ft.comparison.report.wording import NONE, code, duration, plain
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing
-from hf_ft.comparison.wording import NONE, code, duration, plain
 from hf_ft.config import Paper
 from hf_ft.registry import strategies
 
@@ -120,7 +120,9 @@ def strategies_table(found: Sequence[Standing]) -> Table:
     """What each strategy does, and its paper."""
     known = strategies()
     rows: list[tuple[str | Link, ...]] = []
-    for name in dict.fromkeys(str(config.get("ft_type")) for standing in found for config in standing.contender.configs):
+    for name in dict.fromkeys(
+        str(config.get("ft_type")) for standing in found for config in standing.contender.configs
+    ):
         config = known.get(name)
         if config is None:
             rows.append((name, "a strategy from elsewhere", NONE))

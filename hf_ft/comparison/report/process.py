@@ -6,12 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hf_ft.comparison.charts import Axis, Plot, Series, linear_axis, log_axis
-from hf_ft.comparison.document import Block, Figure, Section, Table, Text
-from hf_ft.comparison.outcome import kind_of
+from hf_ft.comparison.report.charts import Axis, Plot, Series, linear_axis, log_axis
+from hf_ft.comparison.report.document import Block, Figure, Section, Table, Text
+from hf_ft.comparison.report.outcome import kind_of
+from hf_ft.comparison.report.wording import NONE, metric_name, names, plain, score, seconds
 from hf_ft.comparison.results import BASELINE, Contender, Results, Training
 from hf_ft.comparison.statistics import Standing, winner
-from hf_ft.comparison.wording import NONE, metric_name, names, plain, score, seconds
 
 RATE = "learning_rate"
 CURVE_COLUMNS = 16  # of the table; of more epochs, so many are listed
@@ -59,8 +59,8 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
         about = f"from {score(next(iter(curve.values())))} to {score(top[1])} at epoch {top[0]:g}"
         charts.append(Plot(standing.name, about, series, x, y, small=True, strong=kind == "win"))
     caption = (
-        f"Validation {metric} after each epoch, the mean over seeds, with a mark where that is best. The dashed line is "
-        "full fine-tuning. All charts have the same axes."
+        f"Validation {metric} after each epoch, the mean over seeds, with a mark at its best. The dashed line is full "
+        "fine-tuning. All charts have the same axes."
     )
     key = (("win", "the winner"), ("other", "others"), ("full", "full fine-tuning"))
     figure = Figure(caption, tuple(charts), curve_table(curves), key)
@@ -87,8 +87,8 @@ def tuning(results: Results, found: Sequence[Standing]) -> Section | None:
     if not tuned:
         return None
     lead = (
-        "Each strategy had about the same budget of seconds of computing for its trials, its look at the data included. "
-        "The trial with the best validation score set the options of the final runs."
+        "Each strategy had about the same seconds of computing for its trials, its look at the data included. The "
+        "trial with the best validation score set the options of the final runs."
     )
     edges = [standing.name for standing in tuned if standing.contender.on_edge]
     warning = (
@@ -157,9 +157,9 @@ def _trials_chart(standing: Standing, trials: Sequence[Training], x: Axis, y: Ax
     points: dict[str, list[tuple[float, float]]] = {"failed": [], "open": [], "win": []}
     for trial in trials:
         worst = y.low if greater_is_better else y.high
-        there = trial.validation is not None and math.isfinite(trial.validation)
-        kind = "failed" if not there else "win" if trial is chosen else "open"
-        points[kind].append((float(trial.params[RATE]), trial.validation if there and trial.validation else worst))
+        value = math.nan if trial.validation is None else trial.validation
+        kind = "failed" if not math.isfinite(value) else "win" if trial is chosen else "open"
+        points[kind].append((float(trial.params[RATE]), worst if kind == "failed" else value))
     series = tuple(Series(kind, tuple(places)) for kind, places in points.items() if places)
     said = f"{len(trials)} trials"
     if chosen is not None:

@@ -7,11 +7,11 @@ import re
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_ft.comparison import svg
-from hf_ft.comparison.document import Link, Table
+from hf_ft.comparison.report import svg
+from hf_ft.comparison.report.document import Link, Table
+from hf_ft.comparison.report.sections import document
+from hf_ft.comparison.report.wording import NONE, PLUS_MINUS, code_parts
 from hf_ft.comparison.results import Results
-from hf_ft.comparison.sections import document
-from hf_ft.comparison.wording import NONE, PLUS_MINUS, code_parts
 
 NARROW = 3  # columns; a table of more scrolls by itself on a small screen
 _NUMBER = r"[+\u2212-]?\d[\d.,]*(e[+-]?\d+)?"
@@ -21,7 +21,7 @@ _NUMBERS = re.compile(rf"{_NUMBER}({PLUS_MINUS}{_NUMBER})?%?|\[{_NUMBER}, {_NUMB
 def html(results: Results) -> str:
     """The whole page. Whatever comes from the results is escaped."""
     environment = Environment(
-        loader=PackageLoader("hf_ft.comparison", "."),
+        loader=PackageLoader("hf_ft.comparison.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

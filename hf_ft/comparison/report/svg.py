@@ -7,11 +7,12 @@ So one drawing is legible on a phone, on a wide screen and on paper, and takes i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from hf_ft.comparison.charts import KINDS, Axis, Chart, Plot, Row, Rows, Series
-from hf_ft.comparison.labels import LETTER, label_places
+from hf_ft.comparison.report.charts import KINDS, Axis, Chart, Plot, Row, Rows, Series
+from hf_ft.comparison.report.labels import LETTER, placed
 
 SHAPES = {
     "diamond": "M0-6 6 0 0 6-6 0Z",
@@ -161,9 +162,14 @@ def _draw_plot(chart: Plot, name: str) -> str:
         canvas.text("0", y + 4, text, "t", shift=-6, anchor="end")
     if not chart.small:
         canvas.text("0", 10, chart.y.label, "t", shift=-38)
-    for series in chart.series:
-        _draw_series(canvas, chart, series, top, bottom)
-    _draw_labels(canvas, chart, top, bottom)
+    places = [_places(chart, series, top, bottom) for series in chart.series]
+    for series, points in zip(chart.series, places, strict=True):
+        if series.joined and len(points) > 1:
+            _draw_line(canvas, series.kind, points)
+    _draw_labels(canvas, chart.series, places)
+    for series, points in zip(chart.series, places, strict=True):
+        for x, y in points if series.marked else ():
+            canvas.parts.append(mark(series.kind, _percent(x), y))
     left = 10 + LETTER * max((len(text) for _, text in chart.y.ticks), default=0)
     drawn = canvas.done(max(left, 38) if not chart.small else left, 14)
     if not chart.small:
@@ -176,35 +182,28 @@ def _down(axis: Axis, value: float, top: float, bottom: float) -> float:
     return round(bottom - axis.share(value) * (bottom - top), 1)
 
 
-def _draw_series(canvas: _Canvas, chart: Plot, series: Series, top: float, bottom: float) -> None:
+def _places(chart: Plot, series: Series, top: float, bottom: float) -> list[tuple[float, float]]:
+    """Share across and pixels down of the points that are finite."""
     finite = [(x, y) for x, y in series.points if math.isfinite(x) and math.isfinite(y)]
-    places = [(chart.x.share(x), _down(chart.y, y, top, bottom)) for x, y in finite]
-    if series.joined and len(places) > 1:
-        through = " ".join(f"{100 * x:.2f},{y:g}" for x, y in places)
-        canvas.parts.append(
-            f'<svg width="100%" height="{canvas.height:g}" viewBox="0 0 100 {canvas.height:g}" '
-            f'preserveAspectRatio="none" overflow="visible"><polyline class="curve k-{series.kind}" '
-            f'vector-effect="non-scaling-stroke" points="{through}"/></svg>'
-        )
-    if not series.marked:
-        return
-    for x, y in places:
-        canvas.parts.append(mark(series.kind, _percent(x), y))
+    return [(chart.x.share(x), _down(chart.y, y, top, bottom)) for x, y in finite]
 
 
-def _draw_labels(canvas: _Canvas, chart: Plot, top: float, bottom: float) -> None:
+def _draw_line(canvas: _Canvas, kind: str, places: Sequence[tuple[float, float]]) -> None:
+    through = " ".join(f"{100 * x:.2f},{y:g}" for x, y in places)
+    canvas.parts.append(
+        f'<svg width="100%" height="{canvas.height:g}" viewBox="0 0 100 {canvas.height:g}" '
+        f'preserveAspectRatio="none" overflow="visible"><polyline class="curve k-{kind}" '
+        f'vector-effect="non-scaling-stroke" points="{through}"/></svg>'
+    )
+
+
+def _draw_labels(canvas: _Canvas, series: Sequence[Series], places: Sequence[list[tuple[float, float]]]) -> None:
     """A name beside each labelled point, where it hides least; what follows a space is shown on wide pages only."""
-    points: list[tuple[float, float]] = []
-    labels: list[str] = []
-    line: list[tuple[float, float]] = []
-    for series in chart.series:
-        places = [(chart.x.share(x), _down(chart.y, y, top, bottom)) for x, y in series.points]
-        if series.labels:
-            points += places
-            labels += series.labels
-        elif series.joined:
-            line += places
-    for (x, y), label, place in zip(points, labels, label_places(points, labels, line), strict=True):
+    labelled = [(own, points) for own, points in zip(series, places, strict=True) if own.labels]
+    line = [point for own, points in zip(series, places, strict=True) if own.joined for point in points]
+    points = [point for _, own in labelled for point in own]
+    labels = [label for own, _ in labelled for label in own.labels]
+    for (x, y), (place, label) in zip(points, placed(points, labels, line), strict=True):
         short, _, rest = label.partition(" ")
         more = f'<tspan class="wide"> {escape(rest)}</tspan>' if rest else ""
         canvas.parts.append(

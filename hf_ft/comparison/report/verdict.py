@@ -1,0 +1,181 @@
+"""What can be said of a comparison, and what cannot, in plain sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from hf_ft.comparison.report.wording import code, interval, metric_name, names, score_like, seeds, signed, spread
+from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.statistics import SAME, Difference, Standing, winner
+
+FEW_SEEDS = 5  # up to here an interval that excludes 0 mostly means that all seeds agree, and chance makes them agree
+ALL_OR_NONE = 3  # up to here it means just that
+
+
+def verdict(results: Results, found: Sequence[Standing]) -> list[str]:
+    """Who won, its test score, and how that compares with full fine-tuning."""
+    best = winner(results, found)
+    if best is None:
+        return ["No strategy finished, so there is no winner. What stopped them is listed below."]
+    metric, ranked = metric_name(results.metric), _ranked(found)
+    validation = best.spreads["validation"]
+    scored = f"{spread(validation)} ({seeds(validation.n)})"
+    if len(ranked) == 1:
+        said = [f"Only {code(best.name)} finished: validation {metric} {scored}."]
+    else:
+        kind = "highest" if results.greater_is_better else "lowest"
+        said = [
+            f"{code(best.name)} has the {kind} mean validation {metric} of {len(ranked)} strategies: {scored}.",
+            "Validation alone chose it.",
+        ]
+    if "test" in best.spreads:
+        said.append(f"On test, which chose nothing, it scores {spread(best.spreads['test'])}.")
+    split = "test" if "test" in best.spreads else "validation"
+    if split in best.differences:
+        difference = best.differences[split]
+        said.append(f"Its difference to full fine-tuning on {split} is {_against_full(difference)}.")
+        said += _judged(difference, split, results.greater_is_better)
+    elif best.name == BASELINE and len(ranked) > 1:
+        said.append("That is the baseline itself: no other strategy did better on validation.")
+    return said
+
+
+def _ranked(found: Sequence[Standing]) -> list[Standing]:
+    return [standing for standing in found if standing.rank is not None]
+
+
+def _against_full(found: Difference) -> str:
+    tally = f"better on {found.wins}, alike on {found.ties}, worse on {found.losses} of {seeds(len(found.by_seed))}"
+    if found.interval is None:
+        return f"{signed(found.mean)} (one seed, so no interval)"
+    return f"{signed(found.mean)}, 95 % interval {interval(found)} ({tally})"
+
+
+def _judged(found: Difference, split: str, greater_is_better: bool) -> list[str]:
+    if found.interval is None:
+        return []
+    if not found.excludes_zero:
+        return ["The interval holds 0: the two cannot be told apart."]
+    better = (found.mean > 0) is greater_is_better
+    return [] if better else [f"On {split}, full fine-tuning is better: validation did not find what is best there."]
+
+
+def cautions(results: Results, found: Sequence[Standing]) -> list[str]:
+    """What the figures do not show, and which differences to full fine-tuning they do not settle."""
+    ranked = _ranked(found)
+    if not ranked:
+        return []
+    split = "test" if any("test" in standing.spreads for standing in ranked) else "validation"
+    compared = [standing for standing in ranked if split in standing.differences]
+    alone = len(ranked) > 1 and not compared
+    return [
+        *(["Full fine-tuning has no scores to compare with, so no difference to it is known."] if alone else []),
+        *_distinguished(compared, split, results.greater_is_better),
+        *_about_seeds(compared, split),
+        *_about_the_set(results, ranked, split),
+        *_about_choosing(ranked, split),
+        *_about_validation(results, ranked),
+    ]
+
+
+def main_caution(results: Results, found: Sequence[Standing]) -> str:
+    """The one sentence of these that a short account must not lack."""
+    ranked = _ranked(found)
+    split = "test" if any("test" in standing.spreads for standing in ranked) else "validation"
+    compared = [standing for standing in ranked if split in standing.differences]
+    return next(iter([*_about_seeds(compared, split)[-1:], *_about_validation(results, ranked)]), "")
+
+
+def _distinguished(compared: Sequence[Standing], split: str, greater_is_better: bool) -> list[str]:
+    found = [(s.name, s.differences[split]) for s in compared if s.differences[split].interval is not None]
+    if not found:
+        return []
+    sign = 1 if greater_is_better else -1
+    better = [name for name, d in found if d.excludes_zero and sign * d.mean > 0]
+    worse = [name for name, d in found if d.excludes_zero and sign * d.mean < 0]
+    said = [
+        f"{word} than full fine-tuning on {split}, by an interval that excludes 0: {names(those)}."
+        for word, those in (("Better", better), ("Worse", worse))
+        if those
+    ]
+    open_ = [name for name, d in found if not d.excludes_zero]
+    if open_:
+        said.append(f"Not distinguishable from full fine-tuning on {split} (the interval holds 0): {names(open_)}.")
+    return said
+
+
+def _about_seeds(compared: Sequence[Standing], split: str) -> list[str]:
+    counts = [len(standing.differences[split].by_seed) for standing in compared]
+    if not counts:
+        return []
+    n = min(counts)
+    if n == 1:
+        return ["There is one seed only: how much the scores vary by chance is not known, and no order is certain."]
+    said = [f"The intervals are over {n} seeds only. They cover chance in training, not which rows are in the sets."]
+    if n <= FEW_SEEDS:
+        alike = 2.0 ** (1 - n)
+        said.append(
+            f"With {n} seeds they are too narrow: a strategy that equals full fine-tuning is better on all seeds, or "
+            f"worse on all, in {alike:.0%} of cases, and then its interval excludes 0."
+        )
+        if len(compared) > 1:
+            least = "about" if n <= ALL_OR_NONE else "at least"
+            said[-1] += f" Of {len(compared)} such strategies {least} {len(compared) * alike:.1f} would."
+    return said
+
+
+def _about_the_set(results: Results, ranked: Sequence[Standing], split: str) -> list[str]:
+    errors = [standing.standard_errors[split] for standing in ranked if split in standing.standard_errors]
+    rows = len(results.labels.get(split, ()))
+    if not errors:
+        return []
+    return [
+        f"The {split} set has {rows:,} rows: by that alone, one standard error of a score is about "
+        f"{score_like(sum(errors) / len(errors))}. All strategies share the set, so it matters less for differences."
+    ]
+
+
+def _about_choosing(ranked: Sequence[Standing], split: str) -> list[str]:
+    if len(ranked) == 1:
+        return []
+    said = []
+    first, second = ranked[0].spreads["validation"], ranked[1].spreads["validation"]
+    gap = abs(first.mean - second.mean)
+    if gap < SAME:
+        said.append(f"{code(ranked[1].name)} has the same mean validation score; the winner trains faster.")
+    elif first.std is not None and gap < first.std:
+        said.append(
+            f"{code(ranked[1].name)} is second by {score_like(gap)} on validation, less than the winner varies over "
+            f"seeds ({score_like(first.std)}): another draw could swap them."
+        )
+    if split == "validation":
+        said.append("Without a test split, the winner's score is that of the best of several: it is too good.")
+    return said
+
+
+def _about_validation(results: Results, ranked: Sequence[Standing]) -> list[str]:
+    """How far a small validation set can be trusted to choose; its predictions are not kept, so this is a bound."""
+    error = largest_standard_error(results, "validation")
+    if error is None or len(ranked) < 2:
+        return []
+    first, *others = (standing.spreads["validation"].mean for standing in ranked)
+    near = sum(abs(mean - first) <= error for mean in others)
+    rows = (results.data.get("sizes") or {}).get("validation", 0)
+    if not near:
+        return []
+    return [
+        f"Validation, which chose the winner, has {rows:,} rows: one standard error of a score is up to "
+        f"{score_like(error)} there, and {near} of the other {len(others)} strategies lie within that of the winner."
+    ]
+
+
+def largest_standard_error(results: Results, split: str) -> float | None:
+    """The most that :func:`hf_ft.comparison.statistics.standard_error` can be on a split; None where it has none."""
+    rows = (results.data.get("sizes") or {}).get(split)
+    counts = [n for n in (results.data.get("class_counts") or {}).get(split, ()) if n]
+    if results.metric == "accuracy" and rows:
+        return 0.5 / math.sqrt(rows)
+    if results.metric == "balanced_accuracy" and counts:
+        return 0.5 * math.sqrt(sum(1 / n for n in counts)) / len(counts)
+    return None
