@@ -7,6 +7,7 @@ Under a launcher each process is a worker that takes the next training; what was
 again. On a machine without a GPU add `--use_cpu True`; every field of `hf_ft.comparison.Settings` is a flag.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
@@ -33,6 +34,7 @@ class Arguments:
 
 
 def main() -> None:
+    workers = int(os.environ.get("WORLD_SIZE", "1"))
     become_worker()  # before anything looks for a GPU
     script, settings = HfArgumentParser((Arguments, Settings)).parse_args_into_dataclasses()
 
@@ -62,7 +64,7 @@ def main() -> None:
         difference = standing.differences.get("test")
         versus = "" if difference is None else f", {difference.mean:+.3f} to full on test"
         print(f"{standing.rank:>2} {standing.name}: {scores}{versus}")
-    print(f"winner: {results.winner or 'none'}; see {script.output_dir}/report.html and {script.output_dir}/best")
+    print(f"{workers} worker(s), winner: {results.winner or 'none'}; see {script.output_dir}/report.html")
 
 
 if __name__ == "__main__":

@@ -79,9 +79,8 @@ def table_of_five(table: Table) -> str:
             if difference is None:
                 cells.append("")
                 continue
-            sure = difference.excludes_zero
-            verdict = ("better" if difference.mean > 0 else "worse") if sure else "no difference"
-            cells.append(f"{verdict}: {signed(difference.mean)} {interval(difference)}")
+            agree = "on all" if {difference.wins, difference.losses} & {len(difference.by_seed)} else "mixed"
+            cells.append(f"{signed(difference.mean)} {interval(difference)}, {agree}")
         rows.append((name, *cells))
     return table(("system", *tasks), rows)
 

@@ -62,7 +62,8 @@ def load_sources(
 def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None, **options: Any) -> tuple[Any, Any]:
     """A source with a new head, also where its own would fit: else one source, given twice, made one member twice."""
     try:
-        fits = has_head(name, num_labels if id2label is None else len(id2label), options["revision"])
+        classes = num_labels if id2label is None else len(id2label)
+        fits = classes is not None and has_head(name, classes, options["revision"])
         model, processor = zoo.load_model(name, num_labels, id2label, keep_source_head=fits, **options)
     except (OSError, ValueError) as error:  # Transformers' own messages may be long, and not name the source
         reason = str(error).strip().splitlines()[0]
@@ -82,11 +83,12 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
 
 
 def has_head(name: str, classes: int | None, revision: str | None) -> bool:
-    """Whether a source's checkpoint has a head for so many classes."""
-    if classes is None or name in zoo.SHORT_NAMES:
+    """Whether a source's checkpoint has a head: for so many classes, or any."""
+    if name in zoo.SHORT_NAMES:
         return False
     config = hf.AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    return config.num_labels == classes and any("Classification" in kind for kind in config.architectures or [])
+    fits = classes is None or config.num_labels == classes
+    return fits and any("Classification" in kind for kind in config.architectures or [])
 
 
 def _ancestor(name: str) -> str | None:

@@ -88,6 +88,7 @@ def run_trials(
     retries: int = 2,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
+    deaths: int | None = None,
 ) -> dict[str, Outcome]:
     """Evaluate each job once, together with all processes that call this with the same storage and name.
 
@@ -108,9 +109,10 @@ def run_trials(
             count: it ends by itself, since each costs a worker.
         progress: called with (finished, all, None) first, then with each newly finished job, whoever ran it.
         stop: asked before each job: True leaves the rest for another call.
+        deaths: give a job up when so many workers died in it; None for never.
 
     Returns:
-        The outcomes by key, in the order of the jobs; where ``stop`` ended it, of those that are finished.
+        The outcomes by key, in the order of the jobs; without those that were left or given up.
 
     Raises:
         ImportError: Optuna is missing.
@@ -129,7 +131,7 @@ def run_trials(
         opened = open_storage(storage)
         study = open_study(opened, name, (pruner.min_steps, pruner.factor) if pruner else None)
         claims = Claims(opened, study, signature, heartbeat, [job.params for job in jobs])
-        search = _Search({job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False))
+        search = _Search({job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False), deaths)
         return search.run(progress or (lambda *_: None))
     finally:
         optuna.logging.set_verbosity(level)
@@ -144,6 +146,7 @@ class _Search:
     claims: Claims
     retries: int
     stop: Callable[[], bool]
+    deaths: int | None
     before: int = 0  # number of trials when this call began: only later errors count
 
     def run(self, tell: Progress) -> dict[str, Outcome]:
@@ -170,7 +173,7 @@ class _Search:
             else:
                 break
         self.raise_failed(done, trials)
-        return {key: done[key] for key in self.jobs}
+        return {key: done[key] for key in self.jobs if key in done}
 
     def outcomes(self, trials: Sequence[FrozenTrial]) -> dict[str, Outcome]:
         return {
@@ -182,7 +185,13 @@ class _Search:
     def free(self, trials: Sequence[FrozenTrial]) -> list[Job]:
         taken, recent = owners(trials), trials[self.before :]
         errors = Counter(job_of(trial) for trial in recent if trial.user_attrs.get("failure") == "error")
-        return [job for key, job in self.jobs.items() if key not in taken and errors[key] <= self.retries]
+        died = Counter(job_of(trial) for trial in trials if trial.user_attrs.get("failure") == "worker died")
+        most = math.inf if self.deaths is None else self.deaths
+        return [
+            job
+            for key, job in self.jobs.items()
+            if key not in taken and errors[key] <= self.retries and died[key] < most
+        ]
 
     def raise_failed(self, done: Mapping[str, Outcome], trials: Sequence[FrozenTrial]) -> None:
         for trial in reversed(trials):

@@ -1,8 +1,8 @@
 """``hf-ft compare``: from files to a report and a plain checkpoint; what is refused; several workers."""
 
-import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -103,8 +103,8 @@ def test_two_workers_share_the_trainings(files, tmp_path):
     for content in (one, two):
         content.pop("command")
     assert one == two
-    worked = {json.loads(line).get("worker_id", "").split("-")[0] for line in (tmp_path / "two.log").open()}
-    assert len(worked) >= 2  # both did some
+    workers = re.findall(r'"worker": ?"([^"]+)"', (tmp_path / "two.log").read_text())
+    assert len(set(workers)) == 2  # both did some
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,6 @@ def test_refused(more, message, files, tmp_path, capsys):
     assert not (tmp_path / "out" / "compare.db").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="Optuna is looked for when the trials begin, after reading and a warm-up")
 def test_without_optuna(files, tmp_path, capsys, monkeypatch):
     """The line that installs it comes before anything is read or trained."""
     monkeypatch.setitem(sys.modules, "optuna", None)

@@ -11,19 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from datasets import Dataset, DatasetDict
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
+from transformers.training_args import OptimizerNames
 
-from hf_ft import FTConfig, L2SPConfig, OptionError, Plan, State, Term
-from hf_ft.comparison import Results, Training
+from hf_ft import FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term
+from hf_ft.claims import Claims
+from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.clock import Clock, now
 from hf_ft.comparison.compare import batch_size
-from hf_ft.comparison.contenders import chosen_strategies
+from hf_ft.comparison.contenders import Bench, Entrant, chosen_strategies
 from hf_ft.comparison.judge import Done, Judge
 from hf_ft.comparison.kept import Kept
 from hf_ft.comparison.memory import PeakMemory
 from hf_ft.comparison.settings import Settings, training_arguments
+from hf_ft.comparison.training import finite_metrics, train
+from hf_ft.data import find_columns
 from hf_ft.registry import _CONFIGS, register
 from hf_ft.space import LogRange
+from hf_ft.study import as_json, open_storage, open_study
+from hf_ft.trials import Job, run_trials
 from tests.comparing import NAMES, lasting, load, run, splits
 
 
@@ -309,6 +316,9 @@ def test_other_metrics(tmp_path):
         ({"hours": -1.0}, "hours=-1.0"),
         ({"learning_rates": "0.1,0.01"}, "learning_rates='0.1,0.01'"),
         ({"learning_rate": 0.1}, "learning_rate=0.1: a comparison sets"),
+        ({"report_to": "wandb"}, "report_to='wandb': a comparison sets"),
+        ({"num_epoch": 3}, "num_epoch=3: TrainingArguments has no such"),
+        ({"lr_scheduler_type": "no_such"}, "no_such"),
     ],
 )
 def test_refused_before_anything_is_read(change, message, tmp_path):
@@ -331,6 +341,8 @@ def test_names_for_variants():
 
 
 def test_adam_has_rates_of_its_own():
+    assert training_arguments({}, "text")["optim"] == "adamw_torch"
+    assert training_arguments({"optim": OptimizerNames.SGD})["optim"] == "sgd"
     assert Settings().rates("adamw_torch") == LogRange(1e-6, 1e-2)
     assert Settings().first_rate("adamw_torch") == 3e-4 and Settings().first_rate("sgd") == 1e-2
     assert "optim_args" not in training_arguments({"optim": "adamw_torch"})
@@ -365,5 +377,138 @@ def test_only_the_best_model_of_a_contender_is_kept(tmp_path):
     assert [path.name for path in (tmp_path / "models" / "a").iterdir()] == ["seed-2"]
     assert kept.has_model("a", 2) and not kept.has_model("a", 3)
     best = kept.crown("a", 2)
-    assert best == tmp_path / "best" and kept.has_model("a", 2) and not (tmp_path / "models").exists()
+    assert best == tmp_path / "best" and kept.model("a", 2).is_dir()  # others may still choose
+    kept.clear()
+    assert kept.has_model("a", 2) and not (tmp_path / "models").exists()
     assert json.loads((best / "comparison.json").read_text()) == {"contender": "a", "seed": 2}
+
+
+def test_the_winner_saved_is_the_one_that_the_results_name(tmp_path):
+    """Fewer trials choose another setting; the model of the larger comparison is not taken for that."""
+    for trials in (1, 4, 1):
+        results = run(tmp_path, trials=trials, seeds=1)
+        saved = results[results.winner].runs[0]
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "best")
+        images = [image.convert("RGB") for image in splits()["test"]["image"][:]]
+        pixels = AutoImageProcessor.from_pretrained(tmp_path / "best")(images=images, return_tensors="pt")
+        with torch.no_grad():
+            assert model(**pixels).logits.argmax(-1).tolist() == list(saved.predictions["test"])
+
+
+def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
+    """Its other trials tell what a training costs."""
+    once = []
+
+    def failing(entrant, values, *more, **keywords):
+        if entrant.name == "full" and values["learning_rate"] == 0.01:
+            once.append(values)
+            raise FloatingPointError("no epoch has a finite score")
+        return train(entrant, values, *more, **keywords)
+
+    monkeypatch.setattr("hf_ft.comparison.judge.train", failing)
+    results = run(tmp_path, trials=3, seeds=1)
+    assert once and results["full"].trials[0].error and results["full"].status == "finished"
+    assert results["linear_probe"].allowed_seconds == 3.0 and len(results["linear_probe"].trials) == 3
+
+
+def test_a_search_counts_though_its_training_fails(tmp_path):
+    looked = []
+
+    @register("looking")
+    @dataclass(frozen=True, kw_only=True)
+    class LookingConfig(FTConfig):
+        """Looks, and breaks at its first rate."""
+
+        def measure(self, model, context):
+            looked.append(1)
+            return State({"x": torch.ones(1)}, {"seen": 1})
+
+        def plan(self, model, state):
+            return Plan(terms=(Term("breaks", _breaks_once),))
+
+    try:
+        results = run(tmp_path, "looking", trials=2, seeds=1)
+    finally:
+        del _CONFIGS["looking"]
+        _breaks_once.times = 0
+    found = results["looking"]
+    assert found.trials[0].error and found.status == "finished"
+    assert looked == [1] and found.found == {"seen": 1} and found.measure_seconds > 0
+
+
+def _breaks_once(view):
+    _breaks_once.times += 1
+    if _breaks_once.times == 1:
+        raise RuntimeError("broken")
+    return view.weights(("",))[0].sum() * 0
+
+
+_breaks_once.times = 0
+
+
+def test_augmented_images_can_be_resumed_and_are_measured_plain(tmp_path):
+    data = splits()
+    given = Data(data, find_columns(data), augment="basic")
+    first = run(tmp_path, "daft", data=given, trials=1, seeds=1)
+    told = []
+    again = run(tmp_path, "daft", data=given, trials=1, seeds=1, told=told.append)
+    assert lasting(again) == lasting(first) and not [line for line in told if line.startswith("[")]
+
+
+@pytest.mark.parametrize("change", ["a row of train", "source data", "augmentation"])
+def test_other_data_are_another_comparison(change, compared):
+    folder, data = compared[1:3]
+    columns = find_columns(data)
+    if change == "a row of train":
+        rows = data["train"].to_dict()
+        rows["label"][3] = (rows["label"][3] + 1) % 3
+        other = DatasetDict({**data, "train": Dataset.from_dict(rows, features=data["train"].features)})
+        given = Data(other, columns)
+    elif change == "source data":
+        given = Data(data, columns, source=data["test"], source_columns=columns)
+    else:
+        given = Data(data, columns, augment="basic")
+    with pytest.raises(OptionError, match="begun with other settings"):
+        run(folder, data=given)
+
+
+def test_epochs_whose_outputs_are_not_finite_have_no_score():
+    labels = np.array([0, 1, 2])
+    assert finite_metrics(EvalPrediction(np.eye(3), labels))["accuracy"] == 1.0
+    bad = np.eye(3)
+    bad[1, 1] = np.nan
+    assert np.isnan(finite_metrics(EvalPrediction(bad, labels))["accuracy"])
+    assert np.isnan(finite_metrics(EvalPrediction(np.array([[1.0], [np.inf]]), np.zeros(2)))["mse"])
+
+
+def test_a_process_that_dies_in_a_training_is_given_up(tmp_path):
+    judge = Judge.__new__(Judge)
+    jobs = [Job("a", {}), Job("b", {})]
+    storage = open_storage(None)
+    for _ in range(2):  # two workers that died in it
+        claims = Claims(storage, open_study(storage, "s", None), as_json({"pruner": None}, ""), 10.0, [{}])
+        trial = claims.claim("a", {}, claims.read())
+        claims.finish(trial, "FAIL", failure="worker died")
+    done = run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={}, deaths=2)
+    assert list(done) == ["b"] and judge is not None
+    assert list(run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={})) == ["a", "b"]
+
+
+def test_names_may_hold_anything(tmp_path):
+    results = run(tmp_path, {"../a/b: 1 %": "linear_probe"}, trials=1, seeds=1)
+    assert results["../a/b: 1 %"].status == "finished"
+    assert not (tmp_path.parent / "a").exists()
+
+
+def test_chosen_at_the_end_of_what_was_tried():
+    bench = Bench(lambda seed, keep: None, {}, list)
+    made = Entrant("l2_sp", (L2SPConfig(),), {"learning_rate": LogRange(1e-5, 0.3)}, bench)
+    tried = [{"learning_rate": rate} for rate in (0.01, 1e-4, 0.05)]
+    assert made.edges(tried[2], tried) == ("learning_rate",) and made.edges(tried[0], tried) == ()
+
+
+def test_what_a_user_sets_is_not_tuned(tmp_path):
+    results = run(tmp_path, [L2SPConfig(alpha=0.3)], trials=2, seeds=1)
+    assert results["l2_sp"].trials[1].params.keys() == {"learning_rate"} and results["l2_sp"].configs[0]["alpha"] == 0.3
+    own = run(tmp_path, [[LPFTConfig(batch_norm_momentum=0.3), L2SPConfig()]], trials=1, seeds=1)
+    assert own["lp_ft+l2_sp"].status == "finished"

@@ -147,26 +147,31 @@ def test_pareto_front_against_brute_force(greater_is_better):
     assert pareto_front({}) == ()
 
 
-def test_ranking_goes_by_validation_then_seconds_and_the_unfinished_come_last():
+def test_ranking_goes_by_validation_then_later_epochs_and_the_unfinished_come_last():
+    late, early = ([{"epoch": e + 1.0, "validation": v} for e, v in enumerate(s)] for s in ((0.1, 0.8), (0.8, 0.1)))
     found = standings(
         results(
             contender("full", run(0, 0.7, 0.9, seconds=5.0)),
             contender("late", status="not reached", reason="the time was up"),
-            contender("slow", run(0, 0.8, 0.1, seconds=9.0)),
-            contender("fast", run(0, 0.8, 0.2, seconds=3.0)),
+            contender("named first", run(0, 0.6)),
+            contender("named later", run(0, 0.6)),
+            contender("at first", dataclasses.replace(run(0, 0.8, 0.1), curve=tuple(early))),
+            contender("at last", dataclasses.replace(run(0, 0.8, 0.2), curve=tuple(late))),
             contender("part", run(0, 0.99, 0.99), status="unfinished"),
             contender("torn", run(0, 0.95), dataclasses.replace(run(1, None), error="it broke")),
         )
     )
     assert [(s.name, s.rank) for s in found] == [
-        ("fast", 1),
-        ("slow", 2),
+        ("at last", 1),
+        ("at first", 2),
         ("full", 3),
+        ("named first", 4),
+        ("named later", 5),
         ("late", None),
         ("part", None),
         ("torn", None),
     ]
-    assert found[4].spreads["test"].mean == 0.99  # still told
+    assert found[6].spreads["test"].mean == 0.99  # still told
     assert found[2].differences == {} and found[0].differences["test"].mean == pytest.approx(-0.7)
     assert found[0].differences["validation"].mean == pytest.approx(0.1)
 

@@ -333,8 +333,9 @@ def test_equals_on_validation_are_told():
     other = next(c for c in content["contenders"] if c["name"] == "linear_probe")
     for run, same in zip(other["runs"], best["runs"], strict=True):
         run["validation"] = same["validation"]
-    content["winner"] = "linear_probe"  # the faster
-    assert f"`{best['name']}` has the same mean validation score; the winner trains faster." in said(content)[1]
+        run["curve"] = [{**point, "validation": 2.0} for point in run["curve"]]
+    content["winner"] = "linear_probe"  # the better in its later epochs
+    assert f"`{best['name']}` has the same mean validation score; the winner was better" in said(content)[1]
 
 
 def test_one_seed_gives_no_interval_and_says_so():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import TrainingArguments
 
@@ -19,6 +20,7 @@ from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.settings import setting
 from hf_ft.config import FTConfig
 from hf_ft.data import Columns, check_images, find_columns, load_split, load_splits
+from hf_ft.fields import OptionError
 from hf_ft.registry import strategies
 from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
 
@@ -73,29 +75,46 @@ def run_compare(arguments: list[str]) -> None:
         image_size=data_flags.image_size,
         revision=data_flags.revision,
         class_weights=None if flags.class_weights == "none" else flags.class_weights,
+        untuned=[name for name in values if "." in name],  # what a user sets is not tuned, be it the default
         tell=say,
         **given,
     )
     _announce(data_flags, data, settings, prepared)
-    advice = prepared.advised() if flags.advise else None
-    if advice is not None:
-        say(f"advised order: {', '.join(entrant.name for entrant in prepared.judge.entrants)}")
+    advice = _advised(prepared) if flags.advise else None
     if is_main():
         say(prepared.estimate() + "\n")
     prepared.judge.run()
     if is_main():  # all workers have the same results
         results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
         show(results, folder)
+        if not results.winner and settings.hours is None:
+            raise ValueError(f"no strategy finished; {folder}/report.md says why.")
 
 
 def become_worker() -> None:
-    """Make a process of ``accelerate launch`` a worker of its own: trainings are shared out, none is split up."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    visible, local = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ["LOCAL_RANK"])
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+    """Make each process of ``accelerate launch`` a worker with one device: trainings are shared out, none is split up.
+
+    Raises:
+        ValueError: there are more processes than GPUs.
+    """
+    workers, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    if devices != [""]:
+        if local >= len(devices):
+            raise ValueError(f"--num_processes {workers}: there are {len(devices)} GPUs, and each worker takes one.")
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local]
     for name in LAUNCHED:  # or each training would be one of all processes
         os.environ.pop(name, None)
+
+
+def _advised(prepared: Any) -> Any:
+    try:
+        advice = prepared.advised()
+    except OptionError as error:
+        say(f"note: no advice, the strategies keep their order: {error}", error=True)
+        return None
+    say(f"advised order: {', '.join(entrant.name for entrant in prepared.judge.entrants)}")
+    return advice
 
 
 def _chosen(names: str, values: Mapping[str, Any]) -> dict[str, tuple[FTConfig, ...]]:

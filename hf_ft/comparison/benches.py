@@ -12,15 +12,16 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
+from hf_ft.checkpoint import digests
 from hf_ft.comparison.contenders import Bench
 from hf_ft.data import Columns, collate, prepare
-from hf_ft.held import held
+from hf_ft.held import Held, held
 from hf_ft.row_cache import read_rows
 from hf_ft.source_head import drop_source_head
 from hf_ft.sources import has_head, load_sources
 from hf_ft.zoo import load_model
 
-LOOKED_AT = 64  # samples that tell one data set from another
+LOOKED_AT = 64  # samples that tell one data set from another, where it is not held in memory
 Loader = Callable[[int, bool], tuple[nn.Module, Any]]
 
 
@@ -33,7 +34,7 @@ class Data:
             same classes).
         columns: what to read of them.
         name: for people.
-        augment: of :data:`hf_ft.data.AUGMENTATIONS`, for training images.
+        augment: of ``hf_ft.data.AUGMENTATIONS``, for training images.
         max_length: of text, in tokens.
         source: source data, for strategies that use such.
         source_columns: what to read of them.
@@ -77,12 +78,25 @@ class Benches:
         model, processor = load(0, False)
         length = data.max_length or usual_length(model, processor)
         ready = _ready(data.splits, processor, data.columns, data.augment, length)
-        source = None
+        source, plain = None, None
+        if data.augment != "none":
+            train = DatasetDict({"train": data.splits["train"]})
+            plain = _ready(train, processor, data.columns, "none", length)["train"]
         if data.source is not None and data.source_columns is not None:
             rows = DatasetDict({"train": data.source})
             source = _ready(rows, processor, data.source_columns, data.augment, length)["train"]
+        same_each_time = {**ready, "train": ready["train"] if plain is None else plain}
+        seen = [(name, digest(split)) for name, split in same_each_time.items()]
+        seen.append(("source", "" if source is None or data.augment != "none" else digest(source)))
+        weights = sorted(digests(model).items())
         return Bench(
-            lambda seed, keep: load(seed, keep)[0], ready, _collator(processor, data.columns.task), processor, source
+            lambda seed, keep: load(seed, keep)[0],
+            ready,
+            _collator(processor, data.columns.task),
+            hashlib.sha256(repr([seen, weights, data.augment]).encode()).hexdigest()[:16],
+            processor,
+            source,
+            plain,
         )
 
     def _loader(self, sources: tuple[str, ...]) -> Loader:
@@ -95,12 +109,17 @@ class Benches:
                     sources, **labels, image_size=self.image_size, seed=seed, task=columns.task, revision=self.revision
                 )
             elif isinstance(self.model, str):
-                # A head of as many classes is renewed, too: those that keep it beside the new one start as all others.
-                fits = has_head(self.model, columns.num_labels, self.revision)
+                # All start from the same new head, those that keep the old one beside it as well: where the checkpoint
+                # has one, it is always kept at first.
                 made = load_model(
-                    self.model, **labels, image_size=self.image_size, seed=seed, task=columns.task,
-                    revision=self.revision, keep_source_head=keep or fits,
-                )  # fmt: skip
+                    self.model,
+                    **labels,
+                    image_size=self.image_size,
+                    seed=seed,
+                    task=columns.task,
+                    revision=self.revision,
+                    keep_source_head=keep or has_head(self.model, None, self.revision),
+                )
                 made = made if keep else (drop_source_head(made[0]), made[1])
             else:
                 made = self.model(seed, keep)
@@ -148,10 +167,12 @@ def _collator(processor: Any, task: str) -> Callable[[list[Any]], Any]:
 
 
 def digest(data: Any) -> str:
-    """What tells one data set from another: its length, and some samples spread over it."""
-    rows = np.unique(np.linspace(0, len(data) - 1, min(LOOKED_AT, len(data))).astype(int)).tolist()
+    """What tells one data set from another: all samples that are held in memory, else some spread over it."""
+    count = len(data) if isinstance(data, Held) else min(LOOKED_AT, len(data))
+    rows = np.unique(np.linspace(0, len(data) - 1, count).round().astype(int)).tolist()
     found = hashlib.sha256(str(len(data)).encode())
-    for row in read_rows(data, rows):
-        for name, value in sorted(row.items()):
-            found.update(name.encode() + np.asarray(value).tobytes())
+    for start in range(0, len(rows), LOOKED_AT):
+        for row in read_rows(data, rows[start : start + LOOKED_AT]):
+            for name, value in sorted(row.items()):
+                found.update(name.encode() + np.asarray(value).tobytes())
     return found.hexdigest()[:16]

@@ -14,6 +14,8 @@ from hf_ft.comparison.judge import Done, Judge
 from hf_ft.comparison.results import Contender, Results, Status, Training
 from hf_ft.comparison.training import versions
 
+TOLD = 1.2  # times the budget from which on it is told
+
 
 def collect(judge: Judge, **about: Any) -> Results:
     """Everything that was found.
@@ -48,17 +50,25 @@ def contender(judge: Judge, entrant: Entrant) -> Contender:
         configs=tuple(config.to_dict() for config in entrant.configs),
         status=status,
         reason=reason,
-        notes=entrant.notes,
+        notes=(*entrant.notes, *_over(judge, entrant, there)),
         space=entrant.described_space(),
         measure_seconds=0.0 if first is None else first.measured_compute,
         allowed_seconds=judge.allowed_seconds,
         trials=tuple(there),
         chosen=chosen,
-        on_edge=() if chosen is None else entrant.edges(there[chosen].params),
+        on_edge=() if chosen is None else entrant.edges(there[chosen].params, [trial.params for trial in there]),
         runs=tuple(runs),
         found={} if first is None else first.found,
         learned="" if first is None else first.learned,
     )
+
+
+def _over(judge: Judge, entrant: Entrant, trials: Sequence[Training]) -> list[str]:
+    """Tells a budget that was exceeded: at least one trial is made, and a search cannot be cut to nothing."""
+    first = judge.trial(entrant, 0)
+    spent = sum(trial.compute for trial in trials) + (0.0 if first is None else first.measured_compute)
+    times = spent / judge.allowed_seconds if judge.allowed_seconds else 0.0
+    return [f"its tuning took {times:.1f} times the budget"] if times > TOLD else []
 
 
 def _status(trials: Sequence[Done | None], runs: Sequence[Training], seeds: int) -> tuple[Status, str]:

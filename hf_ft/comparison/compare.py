@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
+from transformers import TrainingArguments
 
 from hf_ft.advice import Advice, advise
-from hf_ft.checkpoint import digests
-from hf_ft.comparison.benches import Benches, Data, Loader, digest
+from hf_ft.anatomy import batch_norms
+from hf_ft.comparison.benches import Benches, Data, Loader
 from hf_ft.comparison.collected import collect
 from hf_ft.comparison.contenders import Bench, Entrant, Strategies, chosen_strategies, entrant
 from hf_ft.comparison.estimate import measure_cost
@@ -27,6 +27,7 @@ from hf_ft.config import FTConfig
 from hf_ft.data import Columns, find_columns
 from hf_ft.fields import OptionError
 from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.source_head import has_source_head
 from hf_ft.trainer import ClassWeights
 
 METRICS = {
@@ -106,10 +107,13 @@ class Prepared:
     parameters: int
 
     def estimate(self) -> str:
-        """How long it will take, told before it starts."""
+        """How long it will take, told before it starts; empty for a model that gives no loss by itself."""
         judge = self.judge
         arguments, settings = judge.recipe.arguments, judge.settings
-        cost = measure_cost(self.bench, arguments["per_device_train_batch_size"])
+        try:
+            cost = measure_cost(self.bench, arguments["per_device_train_batch_size"], judge.recipe.device)
+        except (TypeError, AttributeError, ValueError):
+            return "no estimate: the model does not give a loss by itself"
         each = cost.training_seconds(self.bench, arguments["num_train_epochs"])
         one = (settings.trials + settings.seeds) * each + settings.seeds * cost.test_seconds(self.bench)
         count = len(judge.entrants)
@@ -119,14 +123,18 @@ class Prepared:
         )
 
     def advised(self) -> Advice:
-        """Look at model and data, and take the strategies in the order that follows, the baseline first."""
-        judge = self.judge
-        needing = [entrant for entrant in judge.entrants if entrant.keeps_head]
+        """Look at model and data, and take the strategies in the order that follows, the baseline first.
+
+        Raises:
+            OptionError: the task has no classes that a probe could tell.
+        """
+        judge, train = self.judge, self.bench.data["train"]
+        model = self.bench.load(0, True)
         found = advise(
-            self.bench.load(0, bool(needing)),
-            self.bench.data["train"],
+            model,
+            train if self.bench.plain is None else self.bench.plain,
             self.bench.collate,
-            source_head=bool(needing),
+            source_head=has_source_head(model),
             source_data=self.bench.source is not None,
             members=max(len(sources_of(entrant.configs)) for entrant in judge.entrants) or 1,
         )
@@ -152,8 +160,8 @@ class Prepared:
             },
             advice=None if advice is None else advice.to_dict(),
         )
-        best = judge.save_winner()
         write_report(results, judge.folder)
+        best = judge.save_winner()
         if best is not None:
             _add_to_card(best, results)
         return results
@@ -169,10 +177,15 @@ def prepare_comparison(
     image_size: int | None = None,
     revision: str | None = None,
     class_weights: ClassWeights | None = None,
+    untuned: Collection[str] = (),
     tell: Tell = print,
     **arguments: Any,
 ) -> Prepared:
-    """What :func:`compare` runs, with everything checked that can be told before training."""
+    """What :func:`compare` runs, with everything checked that can be told before training.
+
+    Args:
+        untuned: options that stay as they are, such as ``l2_sp.alpha``, though they are at their default.
+    """
     settings = settings or Settings()
     settings.check()
     given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
@@ -183,34 +196,53 @@ def prepare_comparison(
     kind = given.columns.problem_type.replace("_classification", "")
     if kind not in LOCAL_METRICS[metric].kinds:
         raise OptionError(f"metric={metric!r} does not fit {given.columns.problem_type}: choose another.")
-    values = training_arguments(arguments)
+    values = training_arguments(arguments, given.columns.task)
+    device = TrainingArguments("unused", **values).device.type
     benches = Benches(model, given, image_size, revision)
     chosen = chosen_strategies(strategies)
     plain = benches.get(())
-    values["per_device_train_batch_size"] = batch_size(len(plain.data["train"]), values["per_device_train_batch_size"])
     shown = plain.load(0, False)
-    optim, epochs = str(values["optim"]), float(values["num_train_epochs"])
+    if batch_norms(shown):
+        wanted = values["per_device_train_batch_size"]
+        values["per_device_train_batch_size"] = size = batch_size(len(plain.data["train"]), wanted)
+        if size != wanted:
+            tell(f"batches of {size} in place of {wanted}: the last one of an epoch would hold one sample")
     entrants: list[Entrant] = []
     for name, configs in chosen.items():
-        bench = benches.get(sources_of(configs))
-        entrants.append(entrant(name, configs, bench, settings, optim=optim, metric=metric, epochs=epochs, model=shown))
-    recipe = Recipe(
-        values, metric, "regression" not in LOCAL_METRICS[metric].kinds, class_weights, settings.distortion_samples
-    )
+        refusal = ""
+        try:
+            bench = benches.get(sources_of(configs))
+        except (OSError, ValueError, ImportError) as error:  # a source model that cannot be had
+            bench, refusal = plain, str(error)
+        made = entrant(
+            name,
+            configs,
+            bench,
+            settings,
+            optim=values["optim"],
+            metric=metric,
+            epochs=float(values["num_train_epochs"]),
+            model=shown,
+            untuned=untuned,
+        )
+        entrants.append(replace(made, refusal=refusal) if refusal else made)
+    greater = "regression" not in LOCAL_METRICS[metric].kinds
+    recipe = Recipe(values, metric, greater, class_weights, settings.distortion_samples, device)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     signature = {
-        "model": hashlib.sha256(repr(sorted(digests(shown).items())).encode()).hexdigest(),
-        "data": {name: digest(split) for name, split in plain.data.items()},
+        "model and data": plain.fingerprint,
+        "samples": {name: len(split) for name, split in given.splits.items()},
+        "device": device,
         "arguments": values,
         "metric": metric,
         "class_weights": class_weights if isinstance(class_weights, str | None) else list(map(float, class_weights)),
         "sampling_seed": settings.sampling_seed,
-        "learning_rates": [settings.rates(optim).low, settings.rates(optim).high],
+        "learning_rates": [settings.rates(values["optim"]).low, settings.rates(values["optim"]).high],
     }
     judge = Judge(entrants, settings, recipe, folder, signature, tell)
     parameters = sum(p.numel() for p in shown.parameters())
-    named = model if isinstance(model, str) else type(shown).__name__
+    named = (Path(model).name if Path(model).is_dir() else model) if isinstance(model, str) else type(shown).__name__
     return Prepared(judge, given, plain, named, image_size, parameters)
 
 

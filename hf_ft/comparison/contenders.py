@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from hf_ft.anatomy import AnatomyError
 from hf_ft.comparison.results import BASELINE
 from hf_ft.comparison.settings import Settings
 from hf_ft.config import FTConfig, resolve
@@ -18,7 +20,7 @@ from hf_ft.fields import OptionError, options
 from hf_ft.registry import strategies
 from hf_ft.space import Choice, LogRange, Space, edges, spread
 
-RATE = "learning_rate"
+RATE, MOMENTUM = "learning_rate", "batch_norm_momentum"
 SEARCH_SHARE = 0.5  # of the tuning budget, for a strategy's own search; the rest is for the rates
 Strategy = str | FTConfig | Sequence[FTConfig | str]
 Strategies = str | Iterable[Strategy] | Mapping[str, Strategy]
@@ -32,26 +34,40 @@ class Bench:
         load: seed of the new head, whether to keep the pretrained head -> a model.
         data: ``train``, ``validation``, and maybe ``test`` and ``ood``: map-style, processed.
         collate: makes batches of them.
+        fingerprint: tells models and data from others.
         processor: saved with the model.
         source: source data, where there are such.
+        plain: the training samples without augmentation, where ``train`` has such.
     """
 
     load: Callable[[int, bool], nn.Module]
     data: Mapping[str, Any]
     collate: Callable[[list[Any]], Any]
+    fingerprint: str = ""
     processor: Any = None
     source: Any = None
+    plain: Any = None
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contender before it ran."""
+    """A contender before it ran.
+
+    Attributes:
+        refusal: why it cannot run, where that is known beforehand.
+    """
 
     name: str
     configs: tuple[FTConfig, ...]
     space: Space
     bench: Bench
     notes: tuple[str, ...] = ()
+    refusal: str = ""
+
+    @property
+    def looks(self) -> bool:
+        """Whether its strategies look at the data first."""
+        return any(config.measures() for config in self.configs)
 
     @property
     def keeps_head(self) -> bool:
@@ -74,8 +90,15 @@ class Entrant:
             made.append(dataclasses.replace(config, **own))
         return tuple(made)
 
-    def edges(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(edges(self.space, values))
+    def edges(self, values: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        """The chosen values on the edge of their range, or of what was tried of it: better ones may lie beyond."""
+        found = list(edges(self.space, values))
+        for name, part in self.space.items():
+            known = {other[name] for other in tried if other.get(name) is not None}
+            extreme = len(known) > 2 and values.get(name) in (min(known), max(known))
+            if isinstance(part, LogRange) and extreme and name not in found:
+                found.append(name)
+        return tuple(found)
 
     def described_space(self) -> dict[str, str]:
         """The space for people."""
@@ -87,14 +110,14 @@ class Entrant:
 
     def key(self, what: str, values: Mapping[str, Any], seed: int) -> str:
         """A name of one training, that tells it from one of the same contender with other options."""
-        content = [[config.to_dict() for config in self.configs], dict(values), seed]
+        content = [[config.to_dict() for config in self.configs], self.bench.fingerprint, dict(values), seed]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.name} {what} {digest}"
 
-    @property
-    def identity(self) -> str:
-        """A name for files, that tells it from the same contender with other options."""
-        return self.key("", {}, 0).replace("  ", "-")
+    def file_name(self, values: Mapping[str, Any] | None = None) -> str:
+        """A name for files that tells it from the same contender with other options, or other tuned values."""
+        plain = re.sub(r"[^\w+.]+", "_", self.name).lstrip(".")
+        return f"{plain}-{self.key('', values or {}, 0).rpartition(' ')[2]}"
 
     def _default(self, name: str) -> Any:
         ft_type, _, option = name.partition(".")
@@ -136,25 +159,28 @@ def entrant(
     metric: str,
     epochs: float,
     model: nn.Module,
+    untuned: Collection[str] = (),
 ) -> Entrant:
     """A contender: its own search cut to its share of the budget, its space declared, the common options set.
+
+    One that cannot run on the model is told as such, not raised: the others go on.
 
     Args:
         optim: the optimizer, which the range of learning rates goes by.
         metric: what a strategy's own search goes by.
         epochs: of each training.
         model: a model like those it trains.
+        untuned: options that stay as they are, as ``strategy.option``; those that are not at their default do anyway.
     """
-    made, notes = [], []
+    made, notes, refusal = [], [], ""
+    configs = tuple(configs)
+    free_momentum = all(_at_default(config, MOMENTUM) for config in configs) and settings.batch_norm_momentum > 0
     space: dict[str, LogRange | Choice] = {RATE: settings.rates(optim)}
     for config in configs:
         known = {field.name for field in options(type(config))}
-        common: dict[str, Any] = {
-            "metric": metric,
-            "storage": "memory",
-            "batch_norm_momentum": settings.batch_norm_momentum,
-        }
-        own = {n: v for n, v in common.items() if n in known and v is not None and _at_default(config, n)}
+        common: dict[str, Any] = {"metric": metric, "storage": "memory"}
+        common |= {MOMENTUM: settings.batch_norm_momentum} if free_momentum else {}
+        own = {n: v for n, v in common.items() if n in known and _at_default(config, n)}
         free = config.source_free()
         if bench.source is None and free is not None and "source_data" in config.requires():
             config = free
@@ -163,14 +189,17 @@ def entrant(
         # The look at the data is cut, not left out: what it finds is part of the strategy.
         # An epoch of several source models costs as many.
         room = SEARCH_SHARE * settings.trials * epochs / max(1, len(getattr(config, "source_models", ())))
-        changed = changed.within(room, model) if changed.measures() else changed
+        try:
+            changed = changed.within(room, model) if changed.measures() else changed
+        except (OptionError, AnatomyError) as error:
+            refusal = str(error)
         made.append(changed)
         space |= {
             f"{config.ft_type}.{option}": part
             for option, part in type(config).tuned.items()
-            if _at_default(config, option)  # what a user set is not tuned
+            if _at_default(config, option) and f"{config.ft_type}.{option}" not in untuned
         }
-    return Entrant(name, tuple(made), space, bench, tuple(notes))
+    return Entrant(name, tuple(made), space, bench, tuple(notes), refusal)
 
 
 def _at_default(config: FTConfig, name: str) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hf_ft.comparison.clock import now
 from hf_ft.comparison.contenders import Bench
 from hf_ft.row_cache import read_rows
 from hf_ft.sampling import model_inputs
@@ -31,15 +31,13 @@ class Cost:
         return self.evaluation * sum(len(data) for name, data in bench.data.items() if name not in ("train",))
 
 
-def measure_cost(bench: Bench, batch_size: int) -> Cost:
+def measure_cost(bench: Bench, batch_size: int, device: str = "cpu") -> Cost:
     """Time full fine-tuning's passes; the model is one of its own."""
-    model = bench.load(0, False)
-    if torch.cuda.is_available():
-        model = model.cuda()
+    model: Any = bench.load(0, False).to(device)
     data = bench.data["train"]
     size = min(batch_size, len(data))
-    inputs = model_inputs(bench.collate(read_rows(data, list(range(size)))), next(model.parameters()).device)
-    labels = bench.collate(read_rows(data, list(range(size))))["labels"].to(next(model.parameters()).device)
+    batch = bench.collate(read_rows(data, list(range(size))))
+    inputs, labels = model_inputs(batch, torch.device(device)), batch["labels"].to(device)
 
     def forward() -> Any:
         with torch.no_grad():
@@ -49,18 +47,16 @@ def measure_cost(bench: Bench, batch_size: int) -> Cost:
         model(**inputs, labels=labels).loss.backward()
 
     model.train()
-    training = _seconds(both) / size
+    training = _seconds(both, device) / size
     model.eval()
-    return Cost(training, _seconds(forward) / size)
+    return Cost(training, _seconds(forward, device) / size)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def _seconds(work: Callable[[], Any], device: str) -> float:
     """The shortest of a few runs, after one that warms up."""
     taken = []
     for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+        began = now(device)[0]
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - began)
+        taken.append(now(device)[0] - began)
     return min(taken[1:])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformers.utils import logging
@@ -33,6 +34,9 @@ from hf_ft.trials import Job, Outcome, Report, run_trials
 TUNING_SEED = 0  # final runs have seeds from 1: none of them was tuned on
 STORAGE = "compare.db"
 REFUSED = (OptionError, AnatomyError)
+DEATHS = 2  # of processes in one training, after which it counts as failed
+DIED = f"its process died {DEATHS} times in it: was there not enough memory?"
+DIGITS = 9  # means of floats that are as near are equal
 logger = logging.get_logger(__name__)
 Tell = Callable[[str], None]
 
@@ -88,14 +92,15 @@ class Judge:
 
     def _run(self) -> None:
         everything = [list(self.entrants)]
-        # Under a time budget one contender after the other, so that what is there when it is up can be compared.
+        # Under a time budget one contender after the other, so that what is there when it is up can be compared. When
+        # it is up, the loop goes on and only reads what is done.
         for wave in everything if self.settings.hours is None else [[entrant] for entrant in self.entrants]:
             self._perform([(entrant, "trial", 0) for entrant in wave])
+            if not self.allowed_seconds:  # the baseline's first trial failed: its others tell what a training costs
+                self._perform([(self.entrants[0], "trial", i) for i in range(1, self.settings.trials)])
             self._perform([(e, "trial", i) for e in wave for i in range(1, self.trials_of(e))])
             seeds = range(1, self.settings.seeds + 1)
             self._perform([(e, "run", seed) for e in wave if self.chosen(e) is not None for seed in seeds])
-            if time.monotonic() >= self._deadline:
-                return
 
     def _warm_up(self) -> None:
         """A few steps that count for nothing: a process's first training is slower, and costs are measured."""
@@ -108,16 +113,18 @@ class Judge:
 
     @property
     def allowed_seconds(self) -> float:
-        """The tuning budget of each contender; 0 while it is not known."""
-        first = self.trial(self.entrants[0], 0)
-        return 0.0 if first is None else self.settings.trials * first.training.compute
+        """The tuning budget of each contender; 0 while it is not known, or if full fine-tuning always failed."""
+        trials = (self.trial(self.entrants[0], number) for number in range(self.settings.trials))
+        costs = (trial.training.compute for trial in trials if trial is not None and not trial.training.error)
+        return self.settings.trials * next(costs, 0.0)
 
     def trials_of(self, entrant: Entrant) -> int:
         """How many trials fit into the budget: at least the first, by whose cost this goes."""
         first = self.trial(entrant, 0)
         if first is None or first.refused:
             return 1
-        if entrant is self.entrants[0] or not first.training.compute:  # one that failed may do better elsewhere
+        # A first trial that failed may do better elsewhere, and tells no cost.
+        if entrant is self.entrants[0] or first.training.error or not self.allowed_seconds:
             return self.settings.trials
         left = self.allowed_seconds - first.measured_compute
         fitting = int(left / first.training.compute + 1e-9)
@@ -144,7 +151,7 @@ class Judge:
     def _late(self, training: Training) -> float:
         """The mean score over the later half of the epochs, more being better."""
         late = [point["validation"] for point in training.curve[len(training.curve) // 2 :]]
-        mean = sum(late) / len(late) if late else -math.inf
+        mean = fmean(late) if late else -math.inf
         return mean if self.recipe.greater_is_better else -mean
 
     # --- jobs ----------------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ class Judge:
 
     def _settings_of(self, entrant: Entrant) -> list[dict[str, Any]]:
         most = self.settings.trials * self.settings.most_trials
-        optim = str(self.recipe.arguments["optim"])
+        optim = self.recipe.arguments["optim"]
         return entrant.settings(most, self.settings.first_rate(optim), self.settings.sampling_seed)
 
     def _values(self, entrant: Entrant, kind: str, number: int) -> dict[str, Any]:
@@ -189,6 +196,7 @@ class Judge:
         outcomes = run_trials(
             jobs,
             evaluate,
+            deaths=DEATHS,
             storage=self.settings.storage or str(self.folder / STORAGE),
             name=self.settings.study_name,
             signature=self.signature,
@@ -196,33 +204,47 @@ class Judge:
             stop=lambda: time.monotonic() >= self._deadline,
         )
         self.done |= {key: _done(outcome) for key, outcome in outcomes.items()}
+        if time.monotonic() < self._deadline:
+            for key in what.keys() - outcomes.keys():
+                entrant, kind, number = what[key]
+                self.done[key] = Done(self._failed(entrant, kind, number, DIED), 0.0)
 
     def _evaluate(self, entrant: Entrant, kind: str, number: int) -> tuple[float, dict[str, Any]]:
         values = self._values(entrant, kind, number)
         seed = TUNING_SEED if kind == "trial" else number
-        work = self.kept.work(f"{entrant.identity}-{kind}-{number}")
-        save_to = None if kind == "trial" else self.kept.model(entrant.identity, seed)
+        name = entrant.file_name(values)
+        save_to = None if kind == "trial" else self.kept.model(name, seed)
         info: dict[str, Any] = {"refused": False, "measured_compute": 0.0, "found": {}, "learned": ""}
+
+        def on_measured(measured: Measured) -> None:
+            if entrant.looks:
+                self.kept.keep_states(entrant.file_name(), measured.states)
+                info.update(measured_compute=measured.compute, **_findings(entrant, measured))
+
         try:
+            if entrant.refusal:
+                raise OptionError(entrant.refusal)
             known = None if kind == "trial" and number == 0 else self._measured(entrant)
-            training, measured = train(entrant, values, seed, self.recipe, work, known, save_to)
-            if known is None:
-                self.kept.keep_states(entrant.identity, measured.states)
-                info |= {"measured_compute": measured.compute, **_findings(entrant, measured)}
+            work = self.kept.work(f"{name}-{kind}-{number}")
+            training = train(entrant, values, seed, self.recipe, work, known, save_to, on_measured)
+            if kind == "run":
+                self.kept.keep_best(name, seed, self._score(training))
         except Exception as error:  # one training that fails ends neither the others nor the comparison
             logger.info(f"{entrant.name}: {error}", exc_info=True)
-            what = f"{type(error).__name__}: {error}" if not isinstance(error, REFUSED) else str(error)
-            training = Training(seed=seed, params=values, validation=None, error=what, versions=versions())
-            info["refused"] = isinstance(error, REFUSED)
-        if kind == "run" and not training.error:
-            self.kept.keep_best(entrant.identity, seed, self._score(training))
+            refused = isinstance(error, REFUSED)
+            training = self._failed(
+                entrant, kind, number, str(error) if refused else f"{type(error).__name__}: {error}"
+            )
+            info["refused"] = refused
         return self._score(training), {"training": dataclasses.asdict(training), **info}
+
+    def _failed(self, entrant: Entrant, kind: str, number: int, error: str) -> Training:
+        seed = TUNING_SEED if kind == "trial" else number
+        return Training(seed, self._values(entrant, kind, number), None, error=error, versions=versions())
 
     def _measured(self, entrant: Entrant) -> Measured | None:
         """What the contender measured in its first trial, which serves all its trainings; None if it is lost."""
-        if not any(config.measures() for config in entrant.configs):
-            return Measured({}, 0.0)
-        states = self.kept.states(entrant.identity)
+        states = self.kept.states(entrant.file_name()) if entrant.looks else {}
         return None if states is None else Measured(states, 0.0)
 
     def _told(self, finished: int, all_jobs: int, entrant: Entrant, kind: str, number: int, done: Done) -> None:
@@ -240,16 +262,18 @@ class Judge:
     # --- the winner ----------------------------------------------------------------------------------------
 
     def winner(self) -> tuple[Entrant, Training] | None:
-        """The contender with the best mean validation score over its final runs, and its best run by validation."""
-        best: tuple[tuple[float, float], Entrant, Training] | None = None
-        for entrant in self.entrants:
+        """The contender with the best mean validation score over its final runs, and its best run by validation.
+
+        Of equals, the one that was better over the later half of its epochs counts, and then the first.
+        """
+        ranks = []
+        for place, entrant in enumerate(self.entrants):
             runs = [run for run in self.runs(entrant) if not run.error]
             if len(runs) == self.settings.seeds:
-                mean = sum(map(self._score, runs)) / len(runs)
-                rank = (mean, -sum(run.seconds for run in runs))  # of equals the faster
-                if best is None or rank > best[0]:
-                    best = rank, entrant, max(runs, key=lambda run: (self._score(run), -run.seed))
-        return None if best is None else best[1:]
+                best = max(runs, key=lambda run: (self._score(run), -run.seed))
+                scores, late = ([of(run) for run in runs] for of in (self._score, self._late))
+                ranks.append((round(fmean(scores), DIGITS), round(fmean(late), DIGITS), -place, entrant, best))
+        return max(ranks, key=lambda rank: rank[:3])[3:] if ranks else None
 
     def save_winner(self) -> Path | None:
         """Put the winner's model into ``best``, made again if it was not kept; None where nothing has won."""
@@ -257,12 +281,25 @@ class Judge:
         if found is None:
             return None
         entrant, run = found
-        name = entrant.identity
-        if not self.kept.has_model(name, run.seed):
-            measured = self._measured(entrant)
-            train(entrant, run.params, run.seed, self.recipe, self.kept.work("winner"), measured,
-                  self.kept.model(name, run.seed))  # fmt: skip
-        return self.kept.crown(name, run.seed)
+        name = entrant.file_name(run.params)
+        with self.kept.locked():
+            if not self.kept.has_model(name, run.seed):
+                work, saved = self.kept.work("winner"), self.kept.model(name, run.seed)
+                again = train(entrant, run.params, run.seed, self.recipe, work, self._measured(entrant), saved)
+                if again.validation != run.validation:
+                    what = f"{again.validation:.3f} on validation in place of {run.validation:.3f}"
+                    logger.warning(f"the winner had to be trained again, and has {what}: trainings do not repeat here.")
+            best = self.kept.crown(name, run.seed)
+            if self.complete:
+                self.kept.clear()
+        return best
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to train."""
+        wanted = [e for e in self.entrants if self.chosen(e) is not None]
+        tried = all(self.trial(e, i) is not None for e in self.entrants for i in range(self.trials_of(e)))
+        return tried and all(len(self.runs(e)) == self.settings.seeds for e in wanted)
 
 
 def _done(outcome: Outcome) -> Done:

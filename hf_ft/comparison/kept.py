@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from hf_ft.checkpoint import CheckpointError, read_states, write_states
 from hf_ft.config import State
 
@@ -46,42 +48,52 @@ class Kept:
             return None
 
     def keep_states(self, name: str, states: Mapping[str, State]) -> None:
-        if not states:
-            return
+        """Write them, whole or not at all."""
         folder = self.folder / "states" / name
-        partial = folder.with_name(f"{name}-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = self.work(f"{name}-states")
+        partial.mkdir(parents=True, exist_ok=True)
         write_states(partial, states)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in partial.iterdir():
+            os.replace(file, folder / file.name)
+        partial.rmdir()
 
     def keep_best(self, name: str, seed: int, score: float) -> None:
         """Of a contender's saved models keep the best: of equals that of the lowest seed."""
         own = self.model(name, seed).parent
-        (own / SCORE).write_text(json.dumps(score), encoding="utf-8")
-        ranks = {}
-        for file in own.parent.glob(f"seed-*/{SCORE}"):
-            ranks[file.parent] = (json.loads(file.read_text(encoding="utf-8")), -int(file.parent.name[5:]))
-        best = max(ranks.values())
-        for folder, rank in ranks.items():  # another worker deletes by the same order: never the best
-            if rank < best:
-                shutil.rmtree(folder, ignore_errors=True)
+        with self.locked():
+            (own / SCORE).write_text(json.dumps(score), encoding="utf-8")
+            ranks = {
+                file.parent: (json.loads(file.read_text(encoding="utf-8")), -int(file.parent.name[5:]))
+                for file in own.parent.glob(f"seed-*/{SCORE}")
+            }
+            for folder, rank in ranks.items():
+                if rank < max(ranks.values()):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def has_model(self, name: str, seed: int) -> bool:
         """Whether a final run's model is there: as it was saved, or as the winner of an earlier call."""
         return self._is_best(name, seed) or (self.model(name, seed).parent / SCORE).is_file()
 
     def crown(self, name: str, seed: int) -> Path:
-        """Make a final run's model the winner, and delete the others."""
-        saved = self.model(name, seed)
-        if saved.is_dir():
-            (saved / ORIGIN).write_text(json.dumps({"contender": name, "seed": seed}), encoding="utf-8")
+        """Make a final run's model the winner: a copy, since who goes on may still choose another."""
+        if not self._is_best(name, seed):
+            copy = self.work("crowned")
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(self.model(name, seed), copy)
+            (copy / ORIGIN).write_text(json.dumps({"contender": name, "seed": seed}), encoding="utf-8")
             shutil.rmtree(self.best, ignore_errors=True)
-            saved.rename(self.best)
+            copy.rename(self.best)
+        return self.best
+
+    def clear(self) -> None:
+        """Delete all models but the winner, and what killed processes left: nothing trains any more."""
         for folder in ("models", "work"):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
-        return self.best
+
+    def locked(self) -> FileLock:
+        """To be entered where files of several workers are compared or replaced."""
+        return FileLock(self.folder / ".lock")
 
     def _is_best(self, name: str, seed: int) -> bool:
         try:

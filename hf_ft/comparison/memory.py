@@ -18,18 +18,21 @@ EVERY = 0.02  # seconds between two looks
 class PeakMemory:
     """Measures while it is entered: on a GPU what tensors took at most, else what the process grew by at most.
 
+    Args:
+        device: kind of device that trains, such as ``cpu`` or ``cuda``.
+
     Attributes:
         mb: the peak, in MB of 2**20 bytes.
     """
 
-    def __init__(self) -> None:
-        self.mb = 0.0
+    def __init__(self, device: str = "cpu") -> None:
+        self.mb, self._cuda = 0.0, device == "cuda"
         self._start = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
-        if torch.cuda.is_available():
+        if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
             gc.collect()
@@ -42,7 +45,7 @@ class PeakMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if torch.cuda.is_available():
+        if self._cuda:
             self.mb = torch.cuda.max_memory_allocated() / MB
         else:
             self._done.set()

@@ -30,7 +30,7 @@ class Training:
         seconds: of training, without evaluations.
         compute: the same in seconds of computing (:func:`hf_ft.comparison.clock.now`), which the budget counts.
         evaluation_seconds: of evaluating and saving.
-        passes: samples that went through the training.
+        passes: samples of the target that went through the training.
         peak_memory_mb: on a GPU the memory that tensors took at most, else what the process grew by at most.
         parameters_trained: how many weights any stage trains.
         checkpoint_mb: size of the saved model; final runs only.
@@ -75,9 +75,9 @@ class Contender:
         measure_seconds: what the strategy's look at the data took (a search, statistics), once for all trainings, in
             seconds of computing.
         allowed_seconds: the tuning budget, in the same.
-        trials: in their order; the first has the options' defaults and the middle of the range of learning rates.
+        trials: in their order; the first has the options' defaults and a usual learning rate (0.01 for SGD).
         chosen: number of the trial with the best validation score; None if none has one.
-        on_edge: chosen values that lie on the edge of their range.
+        on_edge: chosen values on the edge of their range, or of what was tried of it.
         runs: final runs, one a seed.
         found: what it measured, as its State's info holds it: ``scores`` (of blocks), ``swarm``, ...
         learned: the same in a sentence.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
 from hf_ft.fields import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.space import LogRange
+from hf_ft.study import MISSING
 
 RANGES = {"sgd": (1e-5, 3e-1), "": (1e-6, 1e-2)}  # of learning rates, by optimizer; the last for Adam and its kin
 FIRST_RATES = {"sgd": 1e-2, "": 3e-4}  # of the first trial
@@ -22,7 +27,20 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 0.0,
 }
-OURS = ("output_dir", "learning_rate", "seed", "eval_strategy", "save_strategy", "resume_from_checkpoint")
+# What a comparison sets for every training: learning_rate, seed, metric_for_best_model and greater_is_better as well.
+FIXED: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "save_strategy": "best",  # the best epoch's is the model that counts
+    "save_total_limit": 1,
+    "save_only_model": True,
+    "load_best_model_at_end": True,
+    "report_to": "none",
+    "log_level": "error",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+}
+OURS = (*FIXED, "learning_rate", "seed", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -48,9 +66,9 @@ class Settings:
         None, "range of learning rates, such as 1e-5,3e-1 (default: that for sgd, 1e-6,1e-2 for Adam and its kin)"
     )
     most_trials: int = setting(4, "a strategy whose trainings are cheap gets so many times --trials at most")
-    batch_norm_momentum: float | None = setting(
+    batch_norm_momentum: float = setting(
         0.1,
-        "of all BatchNorm layers and for all strategies, so that statistics can follow in short trainings; none leaves "
+        "of all BatchNorm layers and for all strategies, so that statistics can follow in short trainings; 0 leaves "
         "each strategy its own option",
     )
     distortion_samples: int = setting(256, "samples of each test set on which feature distortion is measured; 0: none")
@@ -64,6 +82,8 @@ class Settings:
     sampling_seed: int = setting(0, "of the settings that are tried")
 
     def check(self) -> None:
+        if importlib.util.find_spec("optuna") is None:
+            raise ImportError(MISSING)
         for name, least in (("trials", 1), ("seeds", 1), ("most_trials", 1), ("distortion_samples", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name}={getattr(self, name)!r}: {least} or more is needed.")
@@ -71,8 +91,8 @@ class Settings:
             raise OptionError(f"hours={self.hours!r}: a number above 0 is needed.")
         if self.metric is not None and self.metric not in LOCAL_METRICS:
             raise OptionError(f"metric={self.metric!r} is unknown: choose one of {', '.join(LOCAL_METRICS)}.")
-        if self.batch_norm_momentum is not None and not 0 < self.batch_norm_momentum <= 1:
-            raise OptionError(f"batch_norm_momentum={self.batch_norm_momentum!r} lies outside (0, 1]. Default: 0.1.")
+        if not 0 <= self.batch_norm_momentum <= 1:
+            raise OptionError(f"batch_norm_momentum={self.batch_norm_momentum!r} lies outside [0, 1]. Default: 0.1.")
         self.rates("sgd")
 
     def rates(self, optim: str) -> LogRange:
@@ -101,16 +121,28 @@ class Settings:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("storage", "study_name")}
 
 
-def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+def training_arguments(given: Mapping[str, Any], task: str = "image") -> dict[str, Any]:
     """The training arguments that all strategies share: what the user set, else ours.
 
+    Args:
+        given: by the user.
+        task: ``image``, or ``text``, for which the default optimizer is AdamW.
+
     Raises:
-        OptionError: one that a comparison sets itself.
+        OptionError: one that a comparison sets itself, that does not exist, or whose value cannot be.
     """
-    taken = sorted(set(given) & set(OURS) - {"output_dir"})
+    taken = sorted(set(given) & set(OURS))
     if taken:
-        raise OptionError(f"{taken[0]}={given[taken[0]]!r}: a comparison sets {', '.join(OURS[1:])} itself.")
-    values = DEFAULTS | {key: value for key, value in given.items() if key != "output_dir"}
+        raise OptionError(f"{taken[0]}={given[taken[0]]!r}: a comparison sets {', '.join(OURS)} itself.")
+    values = DEFAULTS | ({"optim": "adamw_torch"} if task == "text" else {}) | dict(given)
+    unknown = sorted(set(values) - {f.name for f in fields(TrainingArguments) if f.init})
+    if unknown:
+        raise OptionError(f"{unknown[0]}={values[unknown[0]]!r}: TrainingArguments has no such argument.")
+    try:
+        values["optim"] = OptimizerNames(values["optim"]).value
+        TrainingArguments("unused", **values | FIXED | {"metric_for_best_model": "loss"})
+    except ValueError as error:
+        raise OptionError(f"training arguments: {error}") from error
     if values["optim"] == "sgd":
         values.setdefault("optim_args", "momentum=0.9")
     return values

@@ -163,18 +163,27 @@ def standard_error(metric: str, predictions: Sequence[int], labels: Sequence[int
 
 
 def standings(results: Results) -> tuple[Standing, ...]:
-    """All contenders: those that finished by mean validation score, of equals the faster first; then the others.
+    """All contenders: those that finished by mean validation score, then the others.
 
-    Validation ranks because it chose the winner; test scores are only reported.
+    Validation ranks because it chose the winner; test scores are only reported. Of equals the one comes first that was
+    better over the later half of its epochs, and then the one that was named first.
     """
     baseline = next((_spreads(results, c) for c in results.contenders if c.name == BASELINE), {})
     everyone = [_standing(results, contender, baseline) for contender in results.contenders]
     sign = -1 if results.greater_is_better else 1
     finished = sorted(
-        filter(_is_ranked, everyone), key=lambda s: (sign * s.spreads["validation"].mean, s.seconds or 0.0)
+        filter(_is_ranked, everyone),
+        key=lambda s: (round(sign * s.spreads["validation"].mean, 9), round(sign * _late(s.contender), 9)),
     )
     ranked = [replace(standing, rank=rank) for rank, standing in enumerate(finished, start=1)]
     return (*ranked, *(standing for standing in everyone if not _is_ranked(standing)))
+
+
+def _late(contender: Contender) -> float:
+    """The mean validation score over the later half of the epochs of the final runs."""
+    curves = [[point["validation"] for point in run.curve] for run in contender.finished_runs]
+    means = [statistics.fmean(curve[len(curve) // 2 :]) for curve in curves if curve]
+    return statistics.fmean(means) if means else 0.0
 
 
 def _is_ranked(standing: Standing) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, TrainingArguments
 
 from hf_ft.anatomy import AnatomyError
 from hf_ft.comparison.clock import Clock, now
 from hf_ft.comparison.contenders import RATE, Entrant
 from hf_ft.comparison.memory import MB, PeakMemory
 from hf_ft.comparison.results import Training
+from hf_ft.comparison.settings import FIXED
 from hf_ft.config import State
 from hf_ft.diagnostics import feature_distortion
 from hf_ft.fields import OptionError
@@ -40,10 +40,11 @@ class Recipe:
 
     Attributes:
         arguments: training arguments.
-        metric: of :data:`hf_ft.metrics.LOCAL_METRICS`.
+        metric: of ``hf_ft.metrics.LOCAL_METRICS``.
         greater_is_better: whether more of it is.
         class_weights: of the task's loss.
         distortion_samples: of each test set, for feature distortion.
+        device: kind of device, whose time is counted.
     """
 
     arguments: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Recipe:
     greater_is_better: bool
     class_weights: ClassWeights | None = None
     distortion_samples: int = 0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ def train(
     work: Path,
     measured: Measured | None = None,
     save_to: Path | None = None,
-) -> tuple[Training, Measured]:
-    """Train once; what comes back are scores, what it cost, and what the strategies measured.
+    on_measured: Callable[[Measured], None] = lambda measured: None,
+) -> Training:
+    """Train once; what comes back are scores, and what it cost.
 
     Args:
         values: the learning rate, and tuned options.
@@ -78,31 +81,28 @@ def train(
         work: a folder for checkpoints, gone afterwards.
         measured: of an earlier training of this contender; by default the strategies look now.
         save_to: makes it a final run: the best epoch's model is saved there, and scored on the test sets.
+        on_measured: told what the strategies measured, where they looked now.
     """
     with _folder(work), _warnings() as said:
-        with PeakMemory() as memory:
+        with PeakMemory(recipe.device) as memory:
             model = entrant.bench.load(seed, entrant.keeps_head)
             trainer = _trainer(entrant, values, seed, recipe, work, model, measured)
             if measured is None:
-                began = now()[1]
+                began = now(recipe.device)[1]
                 states = dict(trainer.measure())
-                measured = Measured(states, now()[1] - began if any(map(_looks, entrant.configs)) else 0.0)
-            clock = Clock()
+                on_measured(Measured(states, now(recipe.device)[1] - began if entrant.looks else 0.0))
+            clock = Clock(recipe.device)
             trainer.add_callback(clock)
             trainer.train()
         training = _result(trainer, values, seed, recipe, clock, memory.mb)
         if save_to is not None:
             training = _finished(training, trainer, entrant, recipe, save_to)
-    return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions()), measured
+    return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions())
 
 
 def versions() -> dict[str, str]:
     """Of the packages that results depend on."""
     return {name: version(name) for name in PACKAGES}
-
-
-def _looks(config: Any) -> bool:
-    return config.measures()
 
 
 def _trainer(
@@ -117,22 +117,11 @@ def _trainer(
     data = entrant.bench.data
     args = TrainingArguments(
         str(work),
-        **recipe.arguments,
+        **{"dataloader_pin_memory": recipe.device == "cuda"} | dict(recipe.arguments) | FIXED,
         learning_rate=values[RATE],
         seed=seed,
-        eval_strategy="epoch",
-        logging_strategy="epoch",
-        save_strategy="best",  # the best epoch's is the model that counts
-        save_total_limit=1,
-        save_only_model=True,
-        load_best_model_at_end=True,
         metric_for_best_model=recipe.metric,
         greater_is_better=recipe.greater_is_better,
-        report_to="none",
-        log_level="error",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = FTTrainer(
         model,
@@ -141,11 +130,12 @@ def _trainer(
         states=None if measured is None else measured.states,
         class_weights=recipe.class_weights,
         train_dataset=data["train"],
+        plain_train_dataset=entrant.bench.plain,
         eval_dataset=data["validation"],
         source_dataset=entrant.bench.source if _takes_source(entrant) else None,
         data_collator=entrant.bench.collate,
         processing_class=entrant.bench.processor,
-        compute_metrics=classification_metrics,
+        compute_metrics=finite_metrics,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -153,6 +143,16 @@ def _trainer(
 
 def _takes_source(entrant: Entrant) -> bool:
     return any(config.takes_source_data or "source_data" in config.requires() for config in entrant.configs)
+
+
+def finite_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Every local metric that fits; nan for all where the model's outputs are not finite: an epoch that diverged."""
+    outputs = prediction.predictions
+    logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
+    if np.isfinite(logits).all():
+        return classification_metrics(prediction)
+    zeros = prediction.__class__(np.zeros_like(logits), prediction.label_ids)
+    return dict.fromkeys(classification_metrics(zeros), math.nan)
 
 
 def _result(
@@ -222,8 +222,10 @@ def _distortion(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """How far the features moved from the pretrained ones; empty where the parts of the two cannot be told."""
     found: dict[str, dict[str, dict[str, float]]] = {}
+    if not samples:
+        return found
     before = entrant.bench.load(seed, False).to(trainer.args.device)
-    for split in TESTS if samples else ():
+    for split in TESTS:
         if split in entrant.bench.data:
             data = entrant.bench.data[split]
             rows = np.linspace(0, len(data) - 1, min(samples, len(data))).round().astype(int).tolist()

@@ -82,8 +82,8 @@ def ranking(results: Results, found: Sequence[Standing]) -> Section:
     split, metric = main_split(found), metric_name(results.metric)
     better = "higher is better" if results.greater_is_better else "lower is better"
     lead = (
-        f"Ranked by mean validation {metric} ({better}), of equals the faster first. Scores are mean ± standard "
-        "deviation over seeds. The difference is to full fine-tuning with the same seeds, and its 95 % interval is a "
+        f"Ranked by mean validation {metric} ({better}), of equals by the later half of the epochs. Scores are mean ± "
+        "standard deviation over seeds. The difference is to full fine-tuning with the same seeds, and its 95 % interval is a "
         "bootstrap over the seeds."
     )
     figure = difference_figure(results, found, split)

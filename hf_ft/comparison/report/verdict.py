@@ -143,7 +143,9 @@ def _about_choosing(ranked: Sequence[Standing], split: str) -> list[str]:
     first, second = ranked[0].spreads["validation"], ranked[1].spreads["validation"]
     gap = abs(first.mean - second.mean)
     if gap < SAME:
-        said.append(f"{code(ranked[1].name)} has the same mean validation score; the winner trains faster.")
+        said.append(
+            f"{code(ranked[1].name)} has the same mean validation score; the winner was better in the later half of its epochs, or came first."
+        )
     elif first.std is not None and gap < first.std:
         said.append(
             f"{code(ranked[1].name)} is second by {score_like(gap)} on validation, less than the winner varies over "
