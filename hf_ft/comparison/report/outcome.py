@@ -83,8 +83,8 @@ def ranking(results: Results, found: Sequence[Standing]) -> Section:
     better = "higher is better" if results.greater_is_better else "lower is better"
     lead = (
         f"Ranked by mean validation {metric} ({better}), of equals by the later half of the epochs. Scores are mean ± "
-        "standard deviation over seeds. The difference is to full fine-tuning with the same seeds, and its 95 % interval is a "
-        "bootstrap over the seeds."
+        "standard deviation over seeds. The difference is to full fine-tuning with the same seeds, and its 95 % "
+        "interval is a bootstrap over the seeds."
     )
     figure = difference_figure(results, found, split)
     more = (figure,) if figure else ()

@@ -144,7 +144,8 @@ def _about_choosing(ranked: Sequence[Standing], split: str) -> list[str]:
     gap = abs(first.mean - second.mean)
     if gap < SAME:
         said.append(
-            f"{code(ranked[1].name)} has the same mean validation score; the winner was better in the later half of its epochs, or came first."
+            f"{code(ranked[1].name)} has the same mean validation score; the winner was better in the later "
+            "half of its epochs, or came first."
         )
     elif first.std is not None and gap < first.std:
         said.append(
