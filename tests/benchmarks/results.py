@@ -9,6 +9,9 @@ Five tasks at 64 px, of which two are compared in full and three with the five s
 - `mnist_200`: 200 images of MNIST; out of distribution: UCI's digits.
 - `uci_100`: 100 images of UCI's digits; out of distribution: MNIST.
 
+`elpv_100_norms` and `elpv_500_norms` are the same data again, for what differs between full fine-tuning's space and the
+others': there every strategy may choose to keep BatchNorm's statistics (`full+l2_sp` is L2-SP with full's `norm_mode`).
+
 The number of images is that of all labelled ones: three tenths of them are validation, which alone chooses. AMCF trains
 that network beside an ImageNet EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and search.
 
@@ -22,12 +25,13 @@ import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import PIXELS, cells, digits, quiet
 from datasets import Dataset, DatasetDict
 
-from hf_ft import AMCFConfig
+from hf_ft import AMCFConfig, DAFTConfig
 from hf_ft.cli import main as hf_ft
 from hf_ft.comparison import Data, Settings
 from hf_ft.comparison.compare import prepare_comparison
@@ -40,6 +44,7 @@ WORK, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 TESTED = 400  # images of each test set
 NINE = ("full", "linear_probe", "lp_ft", "l2_sp", "blockwise", "daft", "soft", "tred")
 SECOND = "efficientnet-lite0"
+NORMS = ("full", "full+l2_sp", "full+soft", "full+tred")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Task:
         labelled: images with labels, for training and validation.
         epochs: of each training.
         batch: its size, so that no last batch of an epoch is small: BatchNorm's statistics of three images are noise.
-        in_full: whether every strategy takes part.
+        who: ``every`` strategy, the ``nine``, or those with ``norms`` that are tuned.
         data: ``elpv``, ``mnist5k`` or ``uci_digits``, for its licence.
     """
 
@@ -58,16 +63,18 @@ class Task:
     labelled: int
     epochs: int
     batch: int
-    in_full: bool
+    who: str
     data: str
 
 
 TASKS = {
-    "digits": Task("MNIST digits 0-4 -> 5-9, 10 a class", 50, 30, 18, True, "mnist5k"),
-    "elpv_100": Task("ELPV solar cells, 100 images", 100, 25, 24, True, "elpv"),
-    "uci_100": Task("UCI digits, 100 images", 100, 25, 24, False, "uci_digits"),
-    "mnist_200": Task("MNIST, 200 images", 200, 15, 28, False, "mnist5k"),
-    "elpv_500": Task("ELPV solar cells, 500 images", 500, 8, 32, False, "elpv"),
+    "digits": Task("MNIST digits 0-4 -> 5-9, 10 a class", 50, 30, 18, "every", "mnist5k"),
+    "elpv_100": Task("ELPV solar cells, 100 images", 100, 25, 24, "every", "elpv"),
+    "uci_100": Task("UCI digits, 100 images", 100, 25, 24, "nine", "uci_digits"),
+    "mnist_200": Task("MNIST, 200 images", 200, 15, 28, "nine", "mnist5k"),
+    "elpv_500": Task("ELPV solar cells, 500 images", 500, 8, 32, "nine", "elpv"),
+    "elpv_100_norms": Task("ELPV solar cells, 100 images", 100, 25, 24, "norms", "elpv"),
+    "elpv_500_norms": Task("ELPV solar cells, 500 images", 500, 8, 32, "norms", "elpv"),
 }
 
 
@@ -120,6 +127,20 @@ def source_network(work: Path) -> str:
     return str(made)
 
 
+def who_takes_part(task: Task, model: str) -> dict[str, Any]:
+    """Strategies by name."""
+    if task.who == "norms":
+        still = DAFTConfig(norm_mode="eval")
+        return {**{name: name for name in NORMS}, "daft": "daft", "daft, norm_mode eval": still}
+    chosen = [name for name in (strategies() if task.who == "every" else NINE) if name != "amcf"]
+    both = (model, SECOND)
+    return {
+        **{name: name for name in chosen},
+        "amcf": AMCFConfig(source_models=both),
+        "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
@@ -137,16 +158,10 @@ def main() -> None:
     for name in options.tasks.split(","):
         task = TASKS[name]
         model = source_network(options.work) if name == "digits" else "mobilenet_v2"
-        chosen = [other for other in (strategies() if task.in_full else NINE) if other != "amcf"]
-        both = (model, SECOND)
         prepared = prepare_comparison(
             model,
             data(name),
-            {
-                **{other: other for other in chosen},
-                "amcf": AMCFConfig(source_models=both),
-                "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
-            },
+            who_takes_part(task, model),
             output_dir=options.work / name,
             settings=Settings(trials=options.trials, seeds=options.seeds, hours=(end - time.monotonic()) / 3600),
             image_size=PIXELS,
