@@ -16,9 +16,9 @@ FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 
 
-def read(folder: Path = KEPT) -> dict[str, Results]:
+def read(folder: Path = KEPT, tasks: Sequence[str] = TASKS) -> dict[str, Results]:
     """The tasks that were measured."""
-    files = {name: folder / f"{name}.json" for name in TASKS}
+    files = {name: folder / f"{name}.json" for name in tasks}
     return {name: Results.load(file) for name, file in files.items() if file.is_file()}
 
 
@@ -41,7 +41,7 @@ def table_of_all(table: Table) -> str:
 
 def table_of_task(table: Table, task: str) -> str:
     """One task in full: scores, differences, what tuning cost and chose."""
-    results = read().get(task)
+    results = read(tasks=(task,)).get(task)
     if results is None:
         return NOT_YET
     rows = []

@@ -19,7 +19,7 @@ def kept(tmp_path, monkeypatch):
     results.versions.update(torch="2", transformers="5")
     results.save(tmp_path / "digits.json")
     monkeypatch.setattr(docs_results, "KEPT", tmp_path)
-    monkeypatch.setattr(docs_results.read, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(docs_results.read, "__defaults__", (tmp_path, docs_results.TASKS))
     return results
 
 
@@ -65,6 +65,6 @@ def test_what_validation_chose_beside_the_best_on_test(kept):
 
 
 def test_nothing_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(docs_results.read, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(docs_results.read, "__defaults__", (tmp_path, docs_results.TASKS))
     for made in (docs_results.table_of_all, docs_results.table_of_five, docs_results.table_of_choice):
         assert made(table) == docs_results.NOT_YET

@@ -22,6 +22,7 @@ What every training gave is in docs/results/; `python -m hf_ft.docs_tables` make
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def source_network(work: Path) -> str:
         }
         if hf_ft(["train", *(f"--{key}={value}" for key, value in flags.items())]):
             raise SystemExit("the source network was not trained")
-    return str(made)
+    return os.path.relpath(made)  # it is told in the results
 
 
 def who_takes_part(task: Task, model: str) -> dict[str, Any]:
