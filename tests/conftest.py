@@ -10,6 +10,15 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from hf_ft import registry
+
+
+@pytest.fixture
+def shipped_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the package's own strategies are registered: other tests add theirs when they are collected."""
+    own = {name: config for name, config in registry.strategies().items() if config.__module__.startswith("hf_ft.")}
+    monkeypatch.setattr(registry, "_CONFIGS", own)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:

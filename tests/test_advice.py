@@ -44,6 +44,8 @@ from hf_ft.testing import tiny_data
 from hf_ft.testing.models import tiny_bert, tiny_collaborative, tiny_distilbert, tiny_resnet, tiny_roberta, tiny_vit
 from hf_ft.testing.training import equipped, same_tensors, snapshot
 
+pytestmark = pytest.mark.usefixtures("shipped_strategies")
+
 # LogME
 
 
