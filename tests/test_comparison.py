@@ -481,8 +481,7 @@ def test_epochs_whose_outputs_are_not_finite_have_no_score():
     assert np.isnan(finite_metrics(EvalPrediction(np.array([[1.0], [np.inf]]), np.zeros(2)))["mse"])
 
 
-def test_a_process_that_dies_in_a_training_is_given_up(tmp_path):
-    judge = Judge.__new__(Judge)
+def test_a_process_that_dies_in_a_training_is_given_up():
     jobs = [Job("a", {}), Job("b", {})]
     storage = open_storage(None)
     for _ in range(2):  # two workers that died in it
@@ -490,7 +489,7 @@ def test_a_process_that_dies_in_a_training_is_given_up(tmp_path):
         trial = claims.claim("a", {}, claims.read())
         claims.finish(trial, "FAIL", failure="worker died")
     done = run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={}, deaths=2)
-    assert list(done) == ["b"] and judge is not None
+    assert list(done) == ["b"]
     assert list(run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={})) == ["a", "b"]
 
 

@@ -16,10 +16,11 @@ from transformers import TrainingArguments
 from hf_ft.cli.arguments import DataFlags, configured, read_values, taken
 from hf_ft.cli.compare_help import compare_help
 from hf_ft.cli.console import count, is_main, quieten, say, table
+from hf_ft.cli.train import read_splits
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.settings import setting
 from hf_ft.config import FTConfig
-from hf_ft.data import Columns, check_images, find_columns, load_split, load_splits
+from hf_ft.data import Columns, check_images, find_columns, load_split
 from hf_ft.fields import OptionError
 from hf_ft.registry import strategies
 from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
@@ -139,19 +140,7 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
 
 def read_data(flags: DataFlags, more: CompareFlags) -> Data:
     """Read the splits, make those that are missing, and open every image once."""
-    splits = load_splits(
-        str(flags.dataset),
-        config_name=flags.config_name,
-        train_split=flags.train_split,
-        validation_split=flags.validation_split,
-        test_split=flags.test_split,
-        validation_fraction=flags.validation_fraction,
-        test_fraction=more.test_fraction,
-        labelled=more.labelled,
-        max_train_samples=flags.max_train_samples,
-        label_column=flags.label_column,
-        seed=flags.split_seed,
-    )
+    splits = read_splits(flags, test_fraction=more.test_fraction, labelled=more.labelled)
     columns = find_columns(splits, flags.image_column, flags.text_column, flags.label_column)
     notes = []
     if more.ood_dataset is not None:

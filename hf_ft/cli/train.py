@@ -136,7 +136,8 @@ def check_request(request: Request) -> None:
         )
 
 
-def read_splits(flags: DataFlags) -> DatasetDict:
+def read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
+    """The splits that the flags name; ``more`` goes to :func:`~hf_ft.data.load_splits`."""
     return load_splits(
         str(flags.dataset),
         config_name=flags.config_name,
@@ -147,6 +148,7 @@ def read_splits(flags: DataFlags) -> DatasetDict:
         max_train_samples=flags.max_train_samples,
         label_column=flags.label_column,
         seed=flags.split_seed,
+        **more,
     )
 
 
