@@ -1,7 +1,5 @@
 """Fine-tuning strategies for Hugging Face models: one config, one Trainer, a plain checkpoint."""
 
-__version__ = "0.1.0"
-
 from hf_ft import diagnostics
 from hf_ft.advice import advise
 from hf_ft.anatomy import Anatomy, AnatomyError, Part, anatomy
@@ -42,6 +40,7 @@ from hf_ft.strategies import (
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import SwarmSearch
 from hf_ft.trainer import FTTrainer
+from hf_ft.version import __version__
 from hf_ft.view import View
 from hf_ft.zoo import from_pretrained
 
@@ -92,6 +91,7 @@ __all__ = [
     "TaskLoss",
     "Term",
     "View",
+    "__version__",
     "advise",
     "anatomy",
     "collaborative_loss",

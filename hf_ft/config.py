@@ -20,6 +20,7 @@ from hf_ft.fields import OptionError, from_json, option, options, to_json, valid
 from hf_ft.plan import Plan, compose
 from hf_ft.registry import config_class, strategies
 from hf_ft.space import Space
+from hf_ft.version import __version__
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -247,8 +248,6 @@ class FTConfig(PushToHubMixin):
 
 def write_configs(folder: Path, configs: Iterable[FTConfig], **extra: Any) -> None:
     """Write ``ft_config.json`` for one or more strategies, and what else belongs beside them."""
-    from hf_ft import __version__
-
     content = {"hf_ft_version": __version__, "strategies": [c.to_dict() for c in configs], **extra}
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -20,22 +20,6 @@ from .data_files import read_files
 from .images import AUGMENTATIONS, Unreadable, check_images, flip_and_shift, open_rgb
 from .splits import absent_classes, stratified_rows
 
-__all__ = [
-    "AUGMENTATIONS",
-    "ROW",
-    "Columns",
-    "Unreadable",
-    "check_images",
-    "collate",
-    "find_columns",
-    "flip_and_shift",
-    "image_transform",
-    "load_split",
-    "load_splits",
-    "prepare",
-    "text_transform",
-    "unlabelled",
-]
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 TEST_NAMES = ("test", "testing", "eval", "evaluation")
 logger = logging.get_logger(__name__)

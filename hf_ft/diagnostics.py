@@ -30,18 +30,6 @@ from hf_ft.figures import new_figure
 from hf_ft.sampling import model_inputs
 from hf_ft.undisturbed import observing
 
-__all__ = [
-    "Discrimination",
-    "Distortion",
-    "FeatureDistortionCallback",
-    "GeneralDiscriminationCallback",
-    "feature_distortion",
-    "general_discrimination",
-    "plot_discrimination",
-    "plot_disentangling",
-    "plot_distortion",
-]
-
 logger = logging.get_logger(__name__)
 FEATURES = "features"
 Distortions = dict[str, "Distortion"]

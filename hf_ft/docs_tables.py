@@ -22,10 +22,19 @@ from typing import Any
 from unittest import mock
 
 import hf_ft
-from hf_ft import docs_measured, docs_results, registry
 from hf_ft.config import FTConfig, Paper
+from hf_ft.docs_measured import (
+    table_of_disentangling,
+    table_of_frozen,
+    table_of_regularisers,
+    table_of_soft,
+    table_of_step_times,
+    table_of_steps,
+)
+from hf_ft.docs_measured import table_of_strategies as table_of_measured
+from hf_ft.docs_results import table_of_advice, table_of_all, table_of_choice, table_of_five, table_of_task
 from hf_ft.fields import annotation, describe_type, options
-from hf_ft.registry import config_class, strategies
+from hf_ft.registry import _CONFIGS, config_class, strategies
 from hf_ft.space import Choice, LogRange
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +159,7 @@ def help_text(page: Path, *command: str) -> str:
     out, names = io.StringIO(), documented()
     with (
         mock.patch.dict(os.environ, COLUMNS="100"),
-        mock.patch.dict(registry._CONFIGS, names, clear=True),
+        mock.patch.dict(_CONFIGS, names, clear=True),
         contextlib.redirect_stdout(out),
         contextlib.suppress(SystemExit),
     ):
@@ -282,18 +291,18 @@ PLACES: dict[str, Callable[..., str]] = {
     "api": api,
     "configs": table_of_configs,
     "laws": table_of_laws,
-    "steps": lambda page: docs_measured.table_of_steps(_table),
-    "step_times": lambda page: docs_measured.table_of_step_times(_table),
-    "frozen": lambda page: docs_measured.table_of_frozen(_table),
-    "regularisers": lambda page: docs_measured.table_of_regularisers(_table),
-    "soft": lambda page: docs_measured.table_of_soft(_table),
-    "disentangling": lambda page: docs_measured.table_of_disentangling(_table),
-    "measured": lambda page, name: docs_measured.table_of_strategies(_table, name),
-    "results": lambda page: docs_results.table_of_all(_table),
-    "results_of": lambda page, task: docs_results.table_of_task(_table, task),
-    "results_five": lambda page: docs_results.table_of_five(_table),
-    "results_choice": lambda page: docs_results.table_of_choice(_table),
-    "results_advice": lambda page: docs_results.table_of_advice(_table),
+    "steps": lambda page: table_of_steps(_table),
+    "step_times": lambda page: table_of_step_times(_table),
+    "frozen": lambda page: table_of_frozen(_table),
+    "regularisers": lambda page: table_of_regularisers(_table),
+    "soft": lambda page: table_of_soft(_table),
+    "disentangling": lambda page: table_of_disentangling(_table),
+    "measured": lambda page, name: table_of_measured(_table, name),
+    "results": lambda page: table_of_all(_table),
+    "results_of": lambda page, task: table_of_task(_table, task),
+    "results_five": lambda page: table_of_five(_table),
+    "results_choice": lambda page: table_of_choice(_table),
+    "results_advice": lambda page: table_of_advice(_table),
 }
 
 

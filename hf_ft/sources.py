@@ -10,12 +10,12 @@ import transformers as hf
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from hf_ft import zoo
 from hf_ft.collaborative import CollaborativeModel
 from hf_ft.collaborative_processor import combined, distinct
 from hf_ft.fields import OptionError
 from hf_ft.model_card import base_model_id
 from hf_ft.source_head import drop_source_head
+from hf_ft.zoo import SHORT_NAMES, Task, load_model, task_of
 
 
 def load_sources(
@@ -26,7 +26,7 @@ def load_sources(
     image_size: int | None = None,
     seed: int = 0,
     prediction: str = "sum",
-    task: zoo.Task | None = None,
+    task: Task | None = None,
     revision: str | None = None,
 ) -> tuple[CollaborativeModel, Any]:
     """Load an ensemble with a member from each source, and its image processor or tokenizer.
@@ -49,7 +49,7 @@ def load_sources(
     options: dict[str, Any] = {"task": task, "image_size": image_size, "revision": revision}
     loaded = [_load(name, num_labels, id2label, seed=seed + j, **options) for j, name in enumerate(names)]
     models, processors = [list(part) for part in zip(*loaded, strict=True)]
-    tasks = [task or zoo.task_of(model.config) for model in models]
+    tasks = [task or task_of(model.config) for model in models]
     if len(set(tasks)) > 1:
         found = ", ".join(f"{name} ({kind})" for name, kind in zip(names, tasks, strict=True))
         raise OptionError(f"source_models: {found}; take sources of one task.")
@@ -64,12 +64,12 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
     try:
         classes = num_labels if id2label is None else len(id2label)
         fits = classes is not None and has_head(name, classes, options["revision"])
-        model, processor = zoo.load_model(name, num_labels, id2label, keep_source_head=fits, **options)
+        model, processor = load_model(name, num_labels, id2label, keep_source_head=fits, **options)
     except (OSError, ValueError) as error:  # Transformers' own messages may be long, and not name the source
         reason = str(error).strip().splitlines()[0]
         raise OptionError(
             f"source_models: {name}: {reason} Name Hub ids, folders written by save_pretrained, or "
-            f"{', '.join(zoo.SHORT_NAMES)}, all of one task."
+            f"{', '.join(SHORT_NAMES)}, all of one task."
         ) from error
     if isinstance(model, CollaborativeModel):
         raise OptionError(f"source_models: {name} is an ensemble itself: name the sources of its members instead.")
@@ -84,7 +84,7 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
 
 def has_head(name: str, classes: int | None, revision: str | None) -> bool:
     """Whether a source's checkpoint has a head: for so many classes, or any."""
-    if name in zoo.SHORT_NAMES:
+    if name in SHORT_NAMES:
         return False
     config = hf.AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     fits = classes is None or config.num_labels == classes
@@ -94,7 +94,7 @@ def has_head(name: str, classes: int | None, revision: str | None) -> bool:
 def _ancestor(name: str) -> str | None:
     """The base model that the card in a folder names."""
     card = Path(name) / "README.md"
-    if name in zoo.SHORT_NAMES or not card.is_file():
+    if name in SHORT_NAMES or not card.is_file():
         return None
     try:
         base = (metadata_load(card) or {}).get("base_model")

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from packaging.version import Version
 
-from hf_ft import OptionError, zoo
+from hf_ft import OptionError, sources, zoo
 from hf_ft.collaborative import CollaborativeModel
 from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.sources import load_sources
@@ -115,7 +115,7 @@ def test_a_public_name_is_its_own_ancestor(tmp_path, monkeypatch):
         model.config.name_or_path = name
         return model, processor
 
-    monkeypatch.setattr(zoo, "load_model", from_hub)
+    monkeypatch.setattr(sources, "load_model", from_hub)
     model, _ = load_sources(["org/base", "org/other", "org/base"])
     assert model.config.sources == model.config.ancestors == ["org/base", "org/other", "org/base"]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from hf_ft.cli.console import is_main, rank, say
+from hf_ft.version import __version__
 
 COMMANDS = {
     "train": ("train", "fine-tune an image or text classifier with a strategy"),
@@ -43,8 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(HELP.format(commands=commands))
         return 0
     if arguments[0] == "--version":
-        from hf_ft import __version__
-
         say(f"hf-ft {__version__}")
         return 0
     try:
