@@ -12,7 +12,8 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from hf_ft.anatomy import norm_layers
-from hf_ft.fields import OptionError, tuner_from_json, tuner_to_json
+from hf_ft.errors import OptionError
+from hf_ft.fields import tuner_from_json, tuner_to_json
 from hf_ft.plan import Names, covers
 
 PREFIX = "base_model.model."  # under which a PeftModel has the modules of its base

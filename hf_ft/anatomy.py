@@ -4,6 +4,8 @@ All architecture knowledge of the package lives here. The rest asks `anatomy(mod
 as in `model.named_modules()`, never as in a checkpoint file (Transformers renames tensors when it saves).
 """
 
+from __future__ import annotations
+
 import itertools
 import re
 from collections.abc import Hashable, Iterable, Sequence
@@ -14,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from hf_ft.errors import AnatomyError
 from hf_ft.parts import Anatomy, Part, joined
 from hf_ft.weight_files import COLLABORATIVE
 
@@ -51,10 +54,6 @@ _HEAD_NAMES = ("classifier", "score", "classification_head", "head", "fc")
 _DROPOUT = re.compile(r"Drop(?:out|Path|Connect)|Stoch(?:astic)?Depth")
 _NORM_CLASS = re.compile(r"(?!.*(?:Weight|Spectral)Norm).*Norm(?:Act)?(?:[123][dD])?")
 _NORM_TYPES = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-
-
-class AnatomyError(ValueError):
-    """The model's head or blocks cannot be told; the message names the argument that settles it."""
 
 
 def matches(name: str, prefixes: Iterable[str]) -> bool:

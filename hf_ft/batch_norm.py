@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
 from hf_ft.anatomy import batch_norms
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.sampling import model_inputs
 from hf_ft.undisturbed import observing
 

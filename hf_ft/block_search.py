@@ -15,8 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_ft.block_scores import BlockScore, BlockScores
-from hf_ft.candidates import Candidate, baseline_candidates, candidates, top_layers, weight_layers
+from hf_ft.candidates import Candidate, baseline_candidates, candidates, top_layers
 from hf_ft.config import Context
+from hf_ft.layers import weight_layers
 from hf_ft.run import Run, start
 from hf_ft.short_trainings import ShortTrainings, short
 from hf_ft.trials import Halving, Job, Outcome, Report, run_trials

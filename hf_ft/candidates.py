@@ -14,8 +14,8 @@ from typing import Literal, get_args
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.anatomy import Anatomy, Part, anatomy
-from hf_ft.fields import OptionError
+from hf_ft.anatomy import anatomy
+from hf_ft.errors import OptionError
 from hf_ft.layers import (
     Layer,
     PlacedLayer,
@@ -25,6 +25,7 @@ from hf_ft.layers import (
     trainable_sizes,
     weight_layers,
 )
+from hf_ft.parts import Anatomy, Part
 from hf_ft.plan import EVERYTHING, Names
 
 __all__ = [

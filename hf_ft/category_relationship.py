@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.functional import wide
 
 __all__ = ["direct_relationship", "fit_temperature", "relationship_loss", "reverse_relationship"]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
 from hf_ft.config import Context, FTConfig
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.fit import Batches, fit
 from hf_ft.frozen_prefix import FrozenPrefix, activations
 from hf_ft.objective import as_dict

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from hf_ft.anatomy import anatomy
 from hf_ft.config import FTConfig, State, read_config_file, shared_option, write_configs
+from hf_ft.errors import CheckpointError
 from hf_ft.plan import covers
 from hf_ft.weight_files import COLLABORATIVE, WEIGHTS_NAME, has_whole_weights
 
@@ -33,10 +34,6 @@ BUFFERS_NAME = "ft_buffers.safetensors"
 TRAINER_STATE = "trainer_state.json"
 INCOMPLETE = "incomplete-"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-
-
-class CheckpointError(ValueError):
-    """A file that is missing, damaged, or belongs to something else. The message names it and the fix."""
 
 
 def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_ft.collaborative_config import AUTO, CollaborativeConfig, common_config, described
 from hf_ft.collaborative_processor import column
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.member_files import UPLOAD, check_count, merged, read_member, upload, write_member
 
 __all__ = ["CollaborativeConfig", "CollaborativeModel", "CollaborativeOutput", "joint_logits"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers as hf
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.weight_files import COLLABORATIVE
 
 AUTO: dict[str, Any] = {"image": hf.AutoModelForImageClassification, "text": hf.AutoModelForSequenceClassification}

@@ -18,8 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.utils import IMAGE_PROCESSOR_NAME, PushToHubMixin, cached_file
 
-from hf_ft.checkpoint import CheckpointError
-from hf_ft.fields import OptionError
+from hf_ft.errors import CheckpointError, OptionError
 
 TOKENIZERS_NAME = "collaborative_tokenizer.json"
 TYPE = "image_processor_type"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_ft.config import Context, Source
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.fit import recipe_of
 from hf_ft.preflight import class_labels
 from hf_ft.recordings import Samples

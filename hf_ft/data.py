@@ -14,11 +14,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.utils import logging
 
-from .collaborative_processor import CollaborativeTokenizer
-from .columns import ROW, Columns, find_columns, unlabelled, usual_label, values_of
-from .data_files import read_files
-from .images import AUGMENTATIONS, Unreadable, check_images, flip_and_shift, open_rgb
-from .splits import absent_classes, stratified_rows
+from hf_ft.collaborative_processor import CollaborativeTokenizer
+from hf_ft.columns import ROW, Columns, unlabelled, usual_label, values_of
+from hf_ft.data_files import read_files
+from hf_ft.images import AUGMENTATIONS, open_rgb
+from hf_ft.splits import absent_classes, stratified_rows
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 TEST_NAMES = ("test", "testing", "eval", "evaluation")

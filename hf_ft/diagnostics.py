@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_ft.anatomy import Anatomy, anatomy
-from hf_ft.discrimination import (
-    Discrimination,
-    GeneralDiscriminationCallback,
-    general_discrimination,
-    plot_discrimination,
-)
-from hf_ft.fields import OptionError
+from hf_ft.anatomy import anatomy
+from hf_ft.errors import OptionError
 from hf_ft.figures import new_figure
+from hf_ft.parts import Anatomy
 from hf_ft.sampling import model_inputs
 from hf_ft.undisturbed import observing
 

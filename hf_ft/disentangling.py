@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_ft.collapse import judge
 from hf_ft.disentangler import Disentangler, Kind, make_disentangler, valid_positions
 from hf_ft.disentangling_loss import MINIMUM, Batch, ClassMoments, DisentanglingLoss, Weights
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.functional import as_positions, pooled, wide
 
 Read = Callable[[Sequence[int]], Batch]

@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from hf_ft.anatomy import Anatomy, matches, norm_layers, unwrap
-from hf_ft.fields import OptionError
+from hf_ft.anatomy import matches, norm_layers, unwrap
+from hf_ft.errors import OptionError
 from hf_ft.layers import is_pooling
+from hf_ft.parts import Anatomy
 from hf_ft.plan import Names
 from hf_ft.prefix_search import module_outputs
 

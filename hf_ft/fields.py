@@ -12,9 +12,7 @@ from typing import Any, Literal, Union
 
 from peft import PeftConfig
 
-
-class OptionError(ValueError):
-    """A value that cannot work. The message names the field, the value and the fix."""
+from hf_ft.errors import OptionError
 
 
 def option(default: Any, help: str, *, range: str | None = None, source: str = "ours") -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 __all__ = [
     "as_positions",

@@ -14,8 +14,8 @@ import PIL.Image
 from datasets import Dataset, DatasetDict, Image
 from transformers.utils import logging
 
-from .columns import ROW, Columns, values_of
-from .splits import absent_classes
+from hf_ft.columns import ROW, Columns, values_of
+from hf_ft.splits import absent_classes
 
 logger = logging.get_logger(__name__)
 OnCorrupt = Literal["refuse", "skip"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.functional import wide
 from hf_ft.plan import Names, Stream
 from hf_ft.taps import Taps, run_to

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.anatomy import Anatomy, Part, anatomy, matches, norm_layers
+from hf_ft.anatomy import anatomy, matches, norm_layers
+from hf_ft.parts import Anatomy, Part
 from hf_ft.plan import Names, covers
 
 logger = logging.get_logger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.anatomy import batch_norms
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.frozen_prefix import FrozenPrefix, take_activations
 from hf_ft.functional import wide
 from hf_ft.joint_forward import STREAM, StreamBatch, forward, take_streams

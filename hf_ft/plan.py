@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 if TYPE_CHECKING:
     from hf_ft.view import View

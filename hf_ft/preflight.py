@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_ft.anatomy import batch_norms
 from hf_ft.config import FTConfig, recommended_arguments
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.plan import covers
 
 logger = logging.get_logger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, TypeVar
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 if TYPE_CHECKING:
     from hf_ft.config import FTConfig

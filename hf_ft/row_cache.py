@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_ft.fields import OptionError, option, validate
+from hf_ft.errors import OptionError
+from hf_ft.fields import option, validate
 from hf_ft.undisturbed import random_states_kept
 
 ROW = "frozen_prefix_row_"  # a batch of a store holds its rows' numbers under this and the store's own number

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_ft.anatomy import anatomy, members_of, norm_layers, unwrap
 from hf_ft.config import Context, FTConfig, State, build_plan, resolve, shared_option
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.groups import ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.parts import Chain

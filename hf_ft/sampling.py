@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 
 def batches_of(trainer: Any) -> Iterator[dict[str, Any]]:

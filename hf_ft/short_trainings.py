@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_ft.checkpoint import digests
 from hf_ft.config import Context
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.fit import Batches, fit, score
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.objective import Objective

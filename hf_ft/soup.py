@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ft.collaborative import CollaborativeModel
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.anatomy import anatomy, unwrap
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.taps import INPUT
 
 __all__ = [

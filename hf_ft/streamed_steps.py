@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hf_ft.checkpoint import CheckpointError
-from hf_ft.fields import OptionError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.joint_forward import STREAM, check_columns, concatenate
 from hf_ft.plan import Plan, Stream
 from hf_ft.row_cache import read_rows

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 __all__ = ["Swarm", "begin", "generator", "inertia", "move", "remember", "step", "truncated", "velocity_bound"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.figures import new_figure
 from hf_ft.swarm_scores import SwarmScores
 

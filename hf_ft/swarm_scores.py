@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_ft.checkpoint import CheckpointError
-from hf_ft.fields import OptionError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.swarm import Swarm, truncated
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 INPUT = "input:"
 NOT_CALLED = "it is not called in the forward pass, as a list of modules is not. Name a module in it."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.functional import l2_sp
 from hf_ft.plan import Names
 from hf_ft.view import View

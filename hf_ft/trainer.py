@@ -24,7 +24,7 @@ from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
 from hf_ft.context import measuring_context
 from hf_ft.data import collate
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.frozen_prefix import ACTIVATION
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
 from hf_ft.model_card import WritesCard, write_card

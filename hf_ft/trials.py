@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_ft.claims import Claims, job_of, owners
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.study import MISSING, as_json, open_storage, open_study
 
 if TYPE_CHECKING:

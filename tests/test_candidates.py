@@ -20,9 +20,9 @@ from hf_ft.candidates import (
     last_quarter,
     quarter_of,
     top_layers,
-    weight_layers,
 )
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
+from hf_ft.layers import weight_layers
 from hf_ft.plan import Stage, trained_by
 from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_inputs, tiny_mobilenet_v2, tiny_resnet, tiny_vit
 from hf_ft.zoo import load_model

@@ -11,7 +11,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from hf_ft import category_relationship
 from hf_ft.category_relationship import direct_relationship, fit_temperature, relationship_loss, reverse_relationship
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 
 RELATIONSHIPS = [direct_relationship, reverse_relationship]
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_ft.checkpoint import CheckpointError
 from hf_ft.cli.demo_data import Cells, channels_last
 from hf_ft.collaborative import CollaborativeModel
 from hf_ft.collaborative_processor import (
@@ -22,8 +21,8 @@ from hf_ft.collaborative_processor import (
     combined,
     distinct,
 )
-from hf_ft.data import flip_and_shift
-from hf_ft.fields import OptionError
+from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.images import flip_and_shift
 from hf_ft.testing.models import tiny_resnet
 from tests.uploads import uploads
 

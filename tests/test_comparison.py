@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_ft import FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term
 from hf_ft.claims import Claims
+from hf_ft.columns import find_columns
 from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.clock import Clock, now
 from hf_ft.comparison.compare import batch_size
@@ -26,7 +27,6 @@ from hf_ft.comparison.kept import Kept
 from hf_ft.comparison.memory import PeakMemory
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.training import finite_metrics, train
-from hf_ft.data import find_columns
 from hf_ft.registry import _CONFIGS, register
 from hf_ft.space import LogRange
 from hf_ft.study import as_json, open_storage, open_study
@@ -405,7 +405,7 @@ def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
             raise FloatingPointError("no epoch has a finite score")
         return train(entrant, values, *more, **keywords)
 
-    monkeypatch.setattr("hf_ft.comparison.judge.train", failing)
+    monkeypatch.setattr("hf_ft.comparison.training.train", failing)
     results = run(tmp_path, trials=3, seeds=1)
     assert once and results["full"].trials[0].error and results["full"].status == "finished"
     assert results["linear_probe"].allowed_seconds == 3.0 and len(results["linear_probe"].trials) == 3

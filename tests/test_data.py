@@ -12,15 +12,9 @@ from transformers import MobileNetV2ImageProcessorPil, PreTrainedTokenizerFast
 
 from hf_ft import data
 from hf_ft.collaborative_processor import combined
-from hf_ft.data import (
-    ROW,
-    collate,
-    find_columns,
-    flip_and_shift,
-    image_transform,
-    load_splits,
-    prepare,
-)
+from hf_ft.columns import ROW, find_columns
+from hf_ft.data import collate, image_transform, load_splits, prepare
+from hf_ft.images import flip_and_shift
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from hf_ft import OptionError, diagnostics
-from hf_ft.anatomy import AnatomyError
 from hf_ft.discrimination import (
     Discrimination,
     GeneralDiscriminationCallback,
@@ -23,6 +22,7 @@ from hf_ft.discrimination import (
     general_discrimination,
     plot_discrimination,
 )
+from hf_ft.errors import AnatomyError
 from hf_ft.testing import same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.models import tiny_distilbert, tiny_efficientnet, tiny_roberta
 from hf_ft.testing.training import make_trainer, snapshot

@@ -14,7 +14,7 @@ from hf_ft.collapse import judge
 from hf_ft.disentangler import Branches, Disentangler, Mask, make_disentangler
 from hf_ft.disentangling import Disentangled, _figures, disentangle
 from hf_ft.disentangling_loss import ClassMoments, Conditional, DisentanglingLoss, Weights, class_variances
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.functional import pooled
 
 TRAIN, HELD_OUT, CLASSES = 400, 1000, 4

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.swarm import Swarm, begin, generator, inertia, move, remember, step, truncated, velocity_bound
 
 LAYERS = (49, 20)  # velocity bounds 5 and 2

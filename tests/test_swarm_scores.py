@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_ft.checkpoint import CheckpointError
-from hf_ft.fields import OptionError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.swarm import begin, move, remember
 from hf_ft.swarm_plot import plot_scores, plot_swarm
 from hf_ft.swarm_scores import Evaluation, Generation, SwarmScores

@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hf_ft.claims import Claims
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.study import open_storage, open_study
 from hf_ft.trials import Halving, Job, JobError, run_trials
 from tests.trials_worker import jobs, open_all, start

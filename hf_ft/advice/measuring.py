@@ -23,7 +23,7 @@ from hf_ft.advice.transferability import (
 )
 from hf_ft.anatomy import anatomy, batch_norms, matches, members_of
 from hf_ft.batch_norm import BatchNormStatistics, estimate_batch_norm
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.parts import Part
 from hf_ft.preflight import class_labels
 from hf_ft.row_cache import read_rows

@@ -14,8 +14,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft.config import FTConfig, Recommended, recommended_arguments
-from hf_ft.data import AUGMENTATIONS
 from hf_ft.fields import annotation, options, parse
+from hf_ft.images import AUGMENTATIONS
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.registry import config_class, strategies
 from hf_ft.zoo import DATASETS, SHORT_NAMES

@@ -17,11 +17,13 @@ from hf_ft.cli.arguments import DataFlags, configured, read_values, taken
 from hf_ft.cli.compare_help import compare_help
 from hf_ft.cli.console import count, is_main, quieten, say, table
 from hf_ft.cli.train import read_splits
+from hf_ft.columns import Columns, find_columns
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.settings import setting
 from hf_ft.config import FTConfig
-from hf_ft.data import Columns, check_images, find_columns, load_split
-from hf_ft.fields import OptionError
+from hf_ft.data import load_split
+from hf_ft.errors import OptionError
+from hf_ft.images import check_images
 from hf_ft.registry import strategies
 from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
 

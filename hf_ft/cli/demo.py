@@ -28,8 +28,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from hf_ft.cli.console import Parser, count, quieten, say, table
 from hf_ft.cli.demo_data import Cells, channels_last
 from hf_ft.cli.models import load_classifier
+from hf_ft.columns import Columns, find_columns
 from hf_ft.config import FTConfig, recommended_arguments, resolve
-from hf_ft.data import Columns, find_columns
 from hf_ft.metrics import classification_metrics
 from hf_ft.trainer import FTTrainer
 from hf_ft.zoo import DATA_NOTICES, SHORT_NAMES, elpv, stratified_split

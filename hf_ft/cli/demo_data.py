@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import default_data_collator
 
 from hf_ft.collaborative_processor import column
-from hf_ft.data import flip_and_shift
+from hf_ft.images import flip_and_shift
 
 
 class Cells(torch.utils.data.Dataset):

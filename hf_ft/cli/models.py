@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_ft.collaborative_processor import CollaborativeTokenizer
-from hf_ft.data import Columns
+from hf_ft.columns import Columns
 from hf_ft.sources import load_sources
 from hf_ft.zoo import SHORT_NAMES, load_model
 

@@ -13,8 +13,9 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
 from hf_ft.checkpoint import digests
+from hf_ft.columns import Columns
 from hf_ft.comparison.contenders import Bench
-from hf_ft.data import Columns, collate, prepare
+from hf_ft.data import collate, prepare
 from hf_ft.held import Held, held
 from hf_ft.row_cache import read_rows
 from hf_ft.source_head import drop_source_head

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from hf_ft.advice import Advice, advise
 from hf_ft.anatomy import batch_norms
+from hf_ft.columns import Columns, find_columns
 from hf_ft.comparison.benches import Benches, Data, Loader
 from hf_ft.comparison.collected import collect
 from hf_ft.comparison.contenders import Bench, Entrant, Strategies, chosen_strategies, entrant
@@ -24,8 +25,7 @@ from hf_ft.comparison.results import Results
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.training import Recipe
 from hf_ft.config import FTConfig
-from hf_ft.data import Columns, find_columns
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.source_head import has_source_head
 from hf_ft.trainer import ClassWeights

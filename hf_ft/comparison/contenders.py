@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from hf_ft.anatomy import AnatomyError
 from hf_ft.comparison.results import BASELINE
 from hf_ft.comparison.settings import Settings
 from hf_ft.config import FTConfig, resolve
-from hf_ft.fields import OptionError, options
+from hf_ft.errors import AnatomyError, OptionError
+from hf_ft.fields import options
 from hf_ft.registry import strategies
 from hf_ft.space import Choice, LogRange, Space, edges, spread
 

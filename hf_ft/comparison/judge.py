@@ -22,13 +22,12 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hf_ft.anatomy import AnatomyError
 from hf_ft.comparison.contenders import Entrant
 from hf_ft.comparison.kept import Kept
 from hf_ft.comparison.results import Training, training_from_dict
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.training import Measured, Recipe, train, versions
-from hf_ft.fields import OptionError
+from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.trials import Job, Outcome, Report, run_trials
 
 TUNING_SEED = 0  # final runs have seeds from 1: none of them was tuned on

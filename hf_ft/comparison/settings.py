@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_ft.fields import OptionError
+from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.space import LogRange
 from hf_ft.study import MISSING

@@ -17,7 +17,6 @@ import numpy as np
 from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainingArguments
 
-from hf_ft.anatomy import AnatomyError
 from hf_ft.comparison.clock import Clock, now
 from hf_ft.comparison.contenders import RATE, Entrant
 from hf_ft.comparison.memory import MB, PeakMemory
@@ -25,7 +24,7 @@ from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import FIXED
 from hf_ft.config import State
 from hf_ft.diagnostics import feature_distortion
-from hf_ft.fields import OptionError
+from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.row_cache import read_rows
 from hf_ft.trainer import ClassWeights, FTTrainer

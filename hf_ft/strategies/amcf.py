@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hf_ft.anatomy import anatomy, batch_norms, members_of, names_of_members, unwrap
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
-from hf_ft.fields import OptionError, option
+from hf_ft.errors import OptionError
+from hf_ft.fields import option
 from hf_ft.functional import disagreement, wide
 from hf_ft.layers import Layer, main_path_layers
 from hf_ft.metrics import LOCAL_METRICS

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.errors import OptionError
 from hf_ft.feature_layers import layers_of, positions, stage_outputs
-from hf_ft.fields import OptionError, option
+from hf_ft.fields import option
 from hf_ft.functional import attention_distance
 from hf_ft.plan import Names, Plan, Term
 from hf_ft.registry import register

@@ -20,7 +20,8 @@ from hf_ft.candidates import (
     last_quarter,
 )
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
-from hf_ft.fields import OptionError, option
+from hf_ft.errors import OptionError
+from hf_ft.fields import option
 from hf_ft.plan import EVERYTHING, Plan, Rate, Stage, Surgery, compose
 from hf_ft.registry import register
 from hf_ft.space import LogRange

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_ft.config import FTConfig, Paper, Recommended, State
-from hf_ft.fields import OptionError, option
+from hf_ft.errors import OptionError
+from hf_ft.fields import option
 from hf_ft.functional import batch_spectral_shrinkage
 from hf_ft.plan import Plan, Term
 from hf_ft.registry import register

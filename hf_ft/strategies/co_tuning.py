@@ -15,7 +15,8 @@ from hf_ft.category_relationship import (
     reverse_relationship,
 )
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State
-from hf_ft.fields import OptionError, option
+from hf_ft.errors import OptionError
+from hf_ft.fields import option
 from hf_ft.frozen_prefix import activations
 from hf_ft.plan import Plan, Term
 from hf_ft.recorded_features import RecordedFeatures

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hf_ft.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State
-from hf_ft.fields import OptionError, option
+from hf_ft.errors import OptionError
+from hf_ft.fields import option
 from hf_ft.plan import Names, Plan, Rate, Stage, Surgery
 from hf_ft.registry import register
 from hf_ft.space import LogRange

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_ft.config import FTConfig, Paper, Recommended, State
 from hf_ft.decay import Decay, Schedule
-from hf_ft.fields import OptionError, option
+from hf_ft.errors import OptionError
+from hf_ft.fields import option
 from hf_ft.functional import distillation_loss
 from hf_ft.plan import Plan, Stream, Term
 from hf_ft.registry import register

@@ -16,8 +16,9 @@ from hf_ft.config import Context, FTConfig, Paper, Recommended, State
 from hf_ft.disentangler import Disentangler, make_disentangler
 from hf_ft.disentangling import Disentangled, disentangle
 from hf_ft.disentangling_loss import Weights
+from hf_ft.errors import OptionError
 from hf_ft.feature_layers import last_feature_map, layers_of, stage_outputs
-from hf_ft.fields import OptionError, option
+from hf_ft.fields import option
 from hf_ft.functional import feature_distance
 from hf_ft.plan import Plan, Term
 from hf_ft.recorded_features import PASS, RecordedFeatures

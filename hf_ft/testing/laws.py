@@ -15,7 +15,8 @@ from torch import nn
 
 from hf_ft.anatomy import batch_norms
 from hf_ft.config import FTConfig, State, build_plan
-from hf_ft.fields import OptionError, in_range, options
+from hf_ft.errors import OptionError
+from hf_ft.fields import in_range, options
 from hf_ft.plan import Plan, Term, covers
 from hf_ft.run import Run, set_up
 from hf_ft.testing.models import tiny_bert, tiny_inputs, tiny_resnet, tiny_vit

@@ -34,9 +34,9 @@ from datasets import Dataset, DatasetDict
 
 from hf_ft import AMCFConfig, DAFTConfig
 from hf_ft.cli import main as hf_ft
+from hf_ft.columns import find_columns
 from hf_ft.comparison import Data, Settings
 from hf_ft.comparison.compare import prepare_comparison
-from hf_ft.data import find_columns
 from hf_ft.registry import strategies
 from hf_ft.zoo import DATA_NOTICES, mnist5k, stratified_split, uci_digits
 

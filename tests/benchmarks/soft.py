@@ -41,7 +41,7 @@ from hf_ft import CoTuningConfig, FullConfig, LwFConfig, SoftConfig
 from hf_ft.cli import main as hf_ft
 from hf_ft.cli.demo_data import channels_last
 from hf_ft.config import FTConfig
-from hf_ft.diagnostics import GeneralDiscriminationCallback
+from hf_ft.discrimination import GeneralDiscriminationCallback
 from hf_ft.zoo import load_model, mnist5k, stratified_split, uci_digits
 
 RESULTS = Path(__file__).parent / "results" / "soft.jsonl"
