@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_ft.anatomy import anatomy
+from hf_ft.documents.figure import new_figure
 from hf_ft.errors import OptionError
-from hf_ft.figures import new_figure
 from hf_ft.sampling import model_inputs
 from hf_ft.taps import Taps
 from hf_ft.undisturbed import observing, random_states_kept

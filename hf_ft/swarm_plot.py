@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_ft.documents.figure import new_figure
 from hf_ft.errors import OptionError
-from hf_ft.figures import new_figure
 from hf_ft.swarm_scores import SwarmScores
 
 if TYPE_CHECKING:

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 
 from hf_ft.comparison.report import write_report, writing
-from hf_ft.comparison.report.charts import Axis, Plot, Row, Rows, Series, linear_axis, log_axis
 from hf_ft.comparison.report.distortions import distortion
-from hf_ft.comparison.report.document import Figure, Text
 from hf_ft.comparison.report.findings import findings
-from hf_ft.comparison.report.html import html
-from hf_ft.comparison.report.labels import NARROW, WIDE, placed
-from hf_ft.comparison.report.markdown import card_section, escaped, markdown
 from hf_ft.comparison.report.process import tuning
-from hf_ft.comparison.report.svg import key_mark, svg
 from hf_ft.comparison.report.verdict import cautions, largest_standard_error, verdict
-from hf_ft.comparison.report.wording import duration, plain, score, seconds, signed
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
+from hf_ft.documents.chart import Axis, Plot, Row, Rows, Series, linear_axis, log_axis
+from hf_ft.documents.document import Figure, Text
+from hf_ft.documents.html import html
+from hf_ft.documents.label_places import NARROW, WIDE, placed
+from hf_ft.documents.markdown import card_section, escaped, markdown
+from hf_ft.documents.svg import key_mark, svg
+from hf_ft.documents.text import duration, plain, score, seconds, signed
 from tests import compared
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}

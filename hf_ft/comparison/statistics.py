@@ -14,10 +14,10 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from hf_ft.comparison.results import BASELINE, Contender, Results, Training
+from hf_ft.documents.text import SAME
 
 SPLITS = ("validation", "test", "ood")
 RESAMPLES = 9999
-SAME = 1e-9  # scores as near as this are a tie: they are means of floats
 
 
 @dataclass(frozen=True)

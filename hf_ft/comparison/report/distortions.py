@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hf_ft.comparison.report.charts import Axis, Plot, Series, linear_axis
-from hf_ft.comparison.report.document import Figure, Section, Table, Text
-from hf_ft.comparison.report.wording import SPLIT_NAMES, score
+from hf_ft.comparison.report.wording import SPLIT_NAMES
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.statistics import Standing
+from hf_ft.documents.chart import Axis, Plot, Series, linear_axis
+from hf_ft.documents.document import Figure, Section, Table, Text
+from hf_ft.documents.text import score
 
 MEASURES = {"relative_l2": "distance", "cosine": "cosine"}
 DEPTHS = {"first block": 0.0, "at 1/4": 0.25, "at 1/2": 0.5, "at 3/4": 0.75, "last block": 1.0}  # of the table

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_ft.block_scores import BlockScore, BlockScores
-from hf_ft.comparison.report.charts import Axis, Plot, Row, Rows, Series, linear_axis
-from hf_ft.comparison.report.document import Block, Figure, Heading, Section, Table, Text
-from hf_ft.comparison.report.wording import metric_name, score
 from hf_ft.comparison.statistics import Standing
+from hf_ft.documents.chart import Axis, Plot, Row, Rows, Series, linear_axis
+from hf_ft.documents.document import Block, Figure, Heading, Section, Table, Text
+from hf_ft.documents.text import metric_name, score
 from hf_ft.swarm_scores import Evaluation, SwarmScores
 
 BASELINES = {"head": "head only", "all": "all layers"}

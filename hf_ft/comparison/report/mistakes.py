@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_ft.comparison.confusion import Confusion, confusion
-from hf_ft.comparison.report.document import Section, Table, Text
-from hf_ft.comparison.report.wording import code, score
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing, winner
+from hf_ft.documents.document import Section, Table, Text
+from hf_ft.documents.text import code, score
 
 GRID = 20  # classes; with more, the confusions are listed instead
 PAIRS = 25  # so many of them

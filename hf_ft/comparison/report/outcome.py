@@ -5,25 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_ft.comparison.confusion import saved_run
-from hf_ft.comparison.report.charts import Plot, Row, Rows, Series, linear_axis, log_axis
-from hf_ft.comparison.report.document import Block, Bullets, Figure, Listing, Section, Table, Text
 from hf_ft.comparison.report.mistakes import mistakes
 from hf_ft.comparison.report.verdict import cautions, verdict
-from hf_ft.comparison.report.wording import (
-    NONE,
-    SPLIT_NAMES,
-    code,
-    duration,
-    interval,
-    metric_name,
-    names,
-    score,
-    seconds,
-    signed,
-    spread,
-)
+from hf_ft.comparison.report.wording import SPLIT_NAMES, interval, spread
 from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Standing, front_of, winner
+from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis, log_axis
+from hf_ft.documents.document import Block, Bullets, Figure, Listing, Section, Table, Text
+from hf_ft.documents.text import NONE, code, duration, metric_name, names, score, seconds, signed
 
 BEST_FOLDER = "best"  # where the winner is saved, in the folder of the report
 

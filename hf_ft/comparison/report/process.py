@@ -6,12 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hf_ft.comparison.report.charts import Axis, Plot, Series, linear_axis, log_axis
-from hf_ft.comparison.report.document import Block, Figure, Section, Table, Text
 from hf_ft.comparison.report.outcome import kind_of
-from hf_ft.comparison.report.wording import NONE, metric_name, names, plain, score, seconds
 from hf_ft.comparison.results import BASELINE, Contender, Results, Training
 from hf_ft.comparison.statistics import Standing, winner
+from hf_ft.documents.chart import Axis, Plot, Series, linear_axis, log_axis
+from hf_ft.documents.document import Block, Figure, Section, Table, Text
+from hf_ft.documents.text import NONE, metric_name, names, plain, score, seconds
 
 RATE = "learning_rate"
 CURVE_COLUMNS = 16  # of the table; of more epochs, so many are listed

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from hf_ft.comparison.report.distortions import distortion
-from hf_ft.comparison.report.document import Document, Section
 from hf_ft.comparison.report.findings import findings
 from hf_ft.comparison.report.outcome import outcome_sections
 from hf_ft.comparison.report.process import process_sections
 from hf_ft.comparison.report.record import record_sections
-from hf_ft.comparison.report.wording import duration, metric_name
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
+from hf_ft.documents.document import Document, Section
+from hf_ft.documents.text import duration, metric_name
 
 
 def document(results: Results) -> Document:

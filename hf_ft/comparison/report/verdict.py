@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_ft.comparison.report.wording import code, interval, metric_name, names, score_like, seeds, signed, spread
+from hf_ft.comparison.report.wording import interval, seeds, spread
 from hf_ft.comparison.results import BASELINE, Results
-from hf_ft.comparison.statistics import SAME, Difference, Standing, winner
+from hf_ft.comparison.statistics import Difference, Standing, winner
+from hf_ft.documents.text import SAME, code, metric_name, names, score_like, signed
 
 FEW_SEEDS = 5  # up to here an interval that excludes 0 mostly means that all seeds agree, and chance makes them agree
 ALL_OR_NONE = 3  # up to here it means just that

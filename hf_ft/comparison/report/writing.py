@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_ft.comparison.report.html import html
-from hf_ft.comparison.report.markdown import markdown
 from hf_ft.comparison.results import Results
+from hf_ft.documents.html import html
+from hf_ft.documents.markdown import markdown
 
 
 def write_report(results: Results, folder: Path) -> None:

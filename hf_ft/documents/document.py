@@ -1,13 +1,13 @@
 """What a report is made of: sections of text, tables and charts, which Markdown and HTML show each in its own way.
 
-In all texts, what stands between backticks is code; see :func:`hf_ft.comparison.report.wording.code`.
+In all texts, what stands between backticks is code; see :func:`hf_ft.documents.text.code`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_ft.comparison.report.charts import Chart
+from hf_ft.documents.chart import Chart
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Figure:
         caption: what they show, and how to read them.
         charts: one large, or several small ones.
         table: the numbers.
-        key: kind of mark and what it stands for, of :data:`hf_ft.comparison.report.charts.KINDS`.
+        key: kind of mark and what it stands for, of :data:`hf_ft.documents.chart.KINDS`.
     """
 
     caption: str

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from hf_ft.comparison.report.charts import KINDS, Axis, Chart, Plot, Row, Rows, Series
-from hf_ft.comparison.report.labels import LETTER, placed
+from hf_ft.documents.chart import KINDS, Axis, Chart, Plot, Row, Rows, Series
+from hf_ft.documents.label_places import LETTER, placed
 
 SHAPES = {
     "diamond": "M0-6 6 0 0 6-6 0Z",

@@ -1,4 +1,4 @@
-"""What a chart shows: points, lines and bars over axes. :mod:`hf_ft.comparison.report.svg` draws it."""
+"""What a chart shows: points, lines and bars over axes. :mod:`hf_ft.documents.svg` draws it."""
 
 from __future__ import annotations
 

@@ -5,25 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from hf_ft.comparison.report.document import (
-    Block,
-    Bullets,
-    Figure,
-    Heading,
-    Link,
-    Listing,
-    Section,
-    Table,
-    Tables,
-    Text,
-)
 from hf_ft.comparison.report.outcome import main_split
 from hf_ft.comparison.report.process import options
 from hf_ft.comparison.report.sections import document
 from hf_ft.comparison.report.verdict import main_caution, verdict
-from hf_ft.comparison.report.wording import NONE, code_parts, interval, metric_name, seconds, signed, spread
+from hf_ft.comparison.report.wording import interval, spread
 from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Standing, standings, winner
+from hf_ft.documents.document import Block, Bullets, Figure, Heading, Link, Listing, Section, Table, Tables, Text
+from hf_ft.documents.text import NONE, code_parts, metric_name, seconds, signed
 
 _SPECIAL, _SPACE = re.compile(r"[\\`*\[\]<>&|#]|(?<!\w)_|_(?!\w)"), re.compile(r"\s+")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}

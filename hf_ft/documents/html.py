@@ -7,11 +7,11 @@ import re
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_ft.comparison.report import svg
-from hf_ft.comparison.report.document import Link, Table
 from hf_ft.comparison.report.sections import document
-from hf_ft.comparison.report.wording import NONE, PLUS_MINUS, code_parts
 from hf_ft.comparison.results import Results
+from hf_ft.documents import svg
+from hf_ft.documents.document import Link, Table
+from hf_ft.documents.text import NONE, PLUS_MINUS, code_parts
 
 NARROW = 3  # columns; a table of more scrolls by itself on a small screen
 _NUMBER = r"[+\u2212-]?\d[\d.,]*(e[+-]?\d+)?"
