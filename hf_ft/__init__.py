@@ -2,8 +2,6 @@
 
 from hf_ft import diagnostics
 from hf_ft.advice import advise
-from hf_ft.anatomy import anatomy
-from hf_ft.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
 from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import BlockSearch
 from hf_ft.checkpoint import load_delta, load_weights
@@ -15,8 +13,10 @@ from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_conf
 from hf_ft.errors import AnatomyError, CheckpointError, OptionError
 from hf_ft.fields import option
 from hf_ft.functional import collaborative_loss
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
+from hf_ft.models.parts import Anatomy, Part
 from hf_ft.objective import Objective, TaskLoss
-from hf_ft.parts import Anatomy, Part
 from hf_ft.plan import Plan, Rate, Stage, Stream, Term, compose
 from hf_ft.registry import config_class, register
 from hf_ft.row_cache import FrozenCache

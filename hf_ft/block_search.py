@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from hf_ft.block_scores import BlockScore, BlockScores
 from hf_ft.candidates import Candidate, baseline_candidates, candidates, top_layers
 from hf_ft.config import Context
-from hf_ft.layers import weight_layers
+from hf_ft.models.preserve import random_states_kept
+from hf_ft.models.weight_layers import weight_layers
 from hf_ft.run import Run, start
 from hf_ft.short_trainings import ShortTrainings, short
 from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
-from hf_ft.undisturbed import random_states_kept
 
 if TYPE_CHECKING:
     from hf_ft.strategies.blockwise import BlockwiseConfig

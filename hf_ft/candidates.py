@@ -14,9 +14,11 @@ from typing import Literal, get_args
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.anatomy import anatomy
 from hf_ft.errors import OptionError
-from hf_ft.layers import (
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.names import EVERYTHING, Names
+from hf_ft.models.parts import Anatomy, Part
+from hf_ft.models.weight_layers import (
     Layer,
     PlacedLayer,
     lacks_separators,
@@ -25,8 +27,6 @@ from hf_ft.layers import (
     trainable_sizes,
     weight_layers,
 )
-from hf_ft.parts import Anatomy, Part
-from hf_ft.plan import EVERYTHING, Names
 
 __all__ = [
     "SCHEMES",
@@ -96,7 +96,7 @@ def candidates(
     ``layer``: each layer alone. ``segment``: the layers between two poolings or activations; where the blocks call
     them as functions, the cuts are at the blocks' ends, and a warning says so. ``window``: every ``length``
     consecutive layers. ``stage``: the architecture's own stages, in a plain transformer each block; the neck belongs
-    to the last one. ``block``: each block of :func:`~hf_ft.anatomy.anatomy`, and the neck where it holds layers (a
+    to the last one. ``block``: each block of :func:`~hf_ft.models.anatomy.anatomy`, and the neck where it holds layers (a
     mere norm joins the last block). In both the stem is a candidate of its own, so that every weight outside the
     head is in exactly one. In the others so is every weight but a stem's loose parameters (class token): those are
     in no layer.
@@ -105,7 +105,7 @@ def candidates(
     Args:
         model: as it is before training; what is frozen then is in no candidate's ``parameters``.
         length: how many layers a window has.
-        head: as for :func:`~hf_ft.anatomy.anatomy`.
+        head: as for :func:`~hf_ft.models.anatomy.anatomy`.
         blocks: likewise.
 
     Raises:
@@ -144,7 +144,7 @@ def top_layers(
     Args:
         model: as it is before training.
         ranked_layers: indices into :func:`weight_layers`, best first, as scored by a search with ``layer``.
-        head: as for :func:`~hf_ft.anatomy.anatomy`.
+        head: as for :func:`~hf_ft.models.anatomy.anatomy`.
         blocks: likewise.
 
     Raises:

@@ -22,14 +22,16 @@ from tqdm.auto import tqdm
 from hf_ft.config import Context, FTConfig
 from hf_ft.errors import OptionError
 from hf_ft.fit import Batches, fit
-from hf_ft.frozen_prefix import FrozenPrefix, activations
+from hf_ft.frozen_prefix import FrozenPrefix
+from hf_ft.models.feature_hooks import activations
+from hf_ft.models.names import Names, covers
+from hf_ft.models.parts import Chain, Part
+from hf_ft.models.preserve import observing
 from hf_ft.objective import as_dict
-from hf_ft.parts import Chain, Part
-from hf_ft.plan import Names, Plan, Stage, compose, covers
+from hf_ft.plan import Plan, Stage, compose
 from hf_ft.prefix_search import find_prefix
 from hf_ft.recordings import Recordings
 from hf_ft.run import start
-from hf_ft.undisturbed import observing
 
 TEMPERATURE = 5.0
 ROWS = 256  # samples in a forward pass: several channels are left out side by side

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_ft.anatomy import anatomy
 from hf_ft.config import FTConfig, State, read_config_file, shared_option, write_configs
 from hf_ft.errors import CheckpointError
-from hf_ft.plan import covers
-from hf_ft.weight_files import COLLABORATIVE, WEIGHTS_NAME, has_whole_weights
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.names import covers
+from hf_ft.models.weight_files import COLLABORATIVE, WEIGHTS_NAME, has_whole_weights
 
 STATE_NAME = "ft_state.safetensors"
 DELTA_NAME = "ft_delta.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 import transformers as hf
 
 from hf_ft.errors import OptionError
-from hf_ft.weight_files import COLLABORATIVE
+from hf_ft.models.weight_files import COLLABORATIVE
 
 AUTO: dict[str, Any] = {"image": hf.AutoModelForImageClassification, "text": hf.AutoModelForSequenceClassification}
 _MAPPINGS: dict[str, Any] = {

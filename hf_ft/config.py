@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin, cached_file
 
-from hf_ft.anatomy import anatomy, batch_norms, tensorflow_momentum
 from hf_ft.errors import OptionError
 from hf_ft.fields import from_json, option, options, to_json, validate
-from hf_ft.parts import Anatomy
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.norms import batch_norms, tensorflow_momentum
+from hf_ft.models.parts import Anatomy
 from hf_ft.plan import Plan, compose
 from hf_ft.registry import config_class, strategies
 from hf_ft.space import Space

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_ft.anatomy import anatomy
 from hf_ft.documents.figure import new_figure
 from hf_ft.errors import OptionError
-from hf_ft.parts import Anatomy
-from hf_ft.sampling import model_inputs
-from hf_ft.undisturbed import observing
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.feature_hooks import model_inputs
+from hf_ft.models.parts import Anatomy
+from hf_ft.models.preserve import observing
 
 logger = logging.get_logger(__name__)
 FEATURES = "features"
@@ -61,11 +61,11 @@ def feature_distortion(
     each sample has one vector. Both models run in eval mode; modes and random states are as before afterwards.
 
     Args:
-        before: the model whose parts (:func:`hf_ft.anatomy`) are compared.
+        before: the model whose parts (:func:`hf_ft.models.anatomy`) are compared.
         after: one of the same architecture.
         loader: batches as dictionaries of the models' keyword arguments.
-        head: as for :func:`hf_ft.anatomy`.
-        blocks: as for :func:`hf_ft.anatomy`.
+        head: as for :func:`hf_ft.models.anatomy`.
+        blocks: as for :func:`hf_ft.models.anatomy`.
 
     Returns:
         By block (``block0``, ...), and ``features`` for what goes into the head.
@@ -165,8 +165,8 @@ class FeatureDistortionCallback(TrainerCallback):
         loaders: by name, such as ``{"id": ..., "ood": ...}``, batches that can be passed over again and again.
         reference: what to compare with; by default a copy of the model made when training begins. A resumed run
             needs it, since its model begins with trained weights.
-        head: as for :func:`hf_ft.anatomy`.
-        blocks: as for :func:`hf_ft.anatomy`.
+        head: as for :func:`hf_ft.models.anatomy`.
+        blocks: as for :func:`hf_ft.models.anatomy`.
 
     Attributes:
         history: for each evaluation its step, and the distortions by name.

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_ft.anatomy import anatomy
 from hf_ft.documents.figure import new_figure
 from hf_ft.errors import OptionError
-from hf_ft.sampling import model_inputs
-from hf_ft.taps import Taps
-from hf_ft.undisturbed import observing, random_states_kept
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.feature_hooks import Taps, model_inputs
+from hf_ft.models.preserve import observing, random_states_kept
 
 __all__ = ["Discrimination", "GeneralDiscriminationCallback", "general_discrimination", "plot_discrimination"]
 
@@ -75,8 +74,8 @@ def general_discrimination(
         loader: batches as dictionaries of the model's keyword arguments, with "labels" (B,), any integers.
         folds: how many; each class needs as many samples.
         seed: of the folds, and of whatever the loader draws, so that two measurements see the same samples.
-        head: as for :func:`hf_ft.anatomy`.
-        blocks: as for :func:`hf_ft.anatomy`.
+        head: as for :func:`hf_ft.models.anatomy`.
+        blocks: as for :func:`hf_ft.models.anatomy`.
 
     Returns:
         The accuracies over all samples.
@@ -151,8 +150,8 @@ class GeneralDiscriminationCallback(TrainerCallback):
         loaders: by name, such as ``{"flowers": ...}``, batches that can be passed over again and again.
         folds: as for :func:`general_discrimination`.
         seed: as for :func:`general_discrimination`.
-        head: as for :func:`hf_ft.anatomy`.
-        blocks: as for :func:`hf_ft.anatomy`.
+        head: as for :func:`hf_ft.models.anatomy`.
+        blocks: as for :func:`hf_ft.models.anatomy`.
 
     Attributes:
         history: for each measurement its step, and what was found by name. Step 0 is what the pretrained features

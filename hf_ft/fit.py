@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import EvalPrediction
 
-from hf_ft.anatomy import batch_norms
 from hf_ft.groups import stage_scheduler
 from hf_ft.metrics import LOCAL_METRICS, compute_metrics
+from hf_ft.models.norms import batch_norms
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import stage_borders
 from hf_ft.recordings import RecordedRows, Recordings, Samples
 from hf_ft.run import Run, schedule_curve
-from hf_ft.undisturbed import random_states_kept
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from hf_ft.taps import run_to
-from hf_ft.undisturbed import evaluating
+from hf_ft.models.feature_hooks import Batch, activations
 
 # A batch of a stage that starts at borders holds the activation at each under this and the border's place.
 ACTIVATION = "frozen_prefix_activation_"
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -137,16 +135,3 @@ class _Returns:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.value
-
-
-def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-    """Several layers in one forward pass, which ends at the last of them (see :mod:`hf_ft.taps`).
-
-    Returns:
-        By layer, (B, ...), in evaluation mode and without gradient.
-
-    Raises:
-        OptionError: one of the modules is not called.
-    """
-    with evaluating(model), torch.no_grad():
-        return run_to(model, borders, batch)

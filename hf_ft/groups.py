@@ -9,8 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_ft.anatomy import norm_layers
-from hf_ft.plan import Names, Plan, Rate, Stage, covers, stage_index, trained_by
+from hf_ft.models.names import Names, covers
+from hf_ft.models.norms import norm_layers
+from hf_ft.plan import Plan, Rate, Stage, stage_index, trained_by
 
 STAGE_RATES = "stage_rates"
 

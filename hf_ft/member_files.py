@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_ft.collaborative_config import AUTO, CollaborativeConfig
 from hf_ft.errors import CheckpointError
-from hf_ft.weight_files import member_folder
+from hf_ft.models.weight_files import member_folder
 
 UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_ft.config import FTConfig
 from hf_ft.fields import describe_value, options
-from hf_ft.weight_files import COLLABORATIVE, member_folder
+from hf_ft.models.hub import base_model_id
+from hf_ft.models.weight_files import COLLABORATIVE, member_folder
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -40,15 +40,6 @@ _TEMPLATE = """---
 {{ usage }}
 ```
 """
-
-
-def base_model_id(name: str | None) -> str | None:
-    """The base model as a card may carry it: a Hub id, never a local path (which the Hub refuses)."""
-    if not name or os.path.isabs(name) or os.path.exists(name) or name.startswith((".", "~")):
-        return None
-    parts = name.split("/")
-    plain = all(part and all(c.isalnum() or c in "-_." for c in part) for part in parts)
-    return name if plain and len(parts) <= 2 else None
 
 
 def model_card(

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ft.anatomy import batch_norms
 from hf_ft.errors import OptionError
 from hf_ft.frozen_prefix import FrozenPrefix, take_activations
 from hf_ft.functional import wide
 from hf_ft.joint_forward import STREAM, StreamBatch, forward, take_streams
 from hf_ft.liveness import liveness, moving_norms
-from hf_ft.parts import Chain
-from hf_ft.plan import Names, Plan, Stage, Term, covers, trained_by
+from hf_ft.models.feature_hooks import NOT_CALLED, token_mask
+from hf_ft.models.names import Names, covers
+from hf_ft.models.norms import batch_norms
+from hf_ft.models.parts import Chain
+from hf_ft.plan import Plan, Stage, Term, trained_by
 from hf_ft.reference import Reference, recorded_states
-from hf_ft.taps import NOT_CALLED, token_mask
 from hf_ft.view import View
 
 

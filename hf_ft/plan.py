@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from hf_ft.errors import OptionError
+from hf_ft.models.names import EVERYTHING, Names, covered
 
 if TYPE_CHECKING:
     from hf_ft.view import View
 
 NormMode = Literal["auto", "eval", "train"]
-Names = tuple[str, ...]
-EVERYTHING: Names = ("",)
 
 
 @dataclass(frozen=True)
@@ -212,22 +211,6 @@ def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> li
             "train: all were frozen before training (requires_grad=False). Let some of them train."
         )
     return found
-
-
-def covers(prefix: str, name: str) -> bool:
-    """Whether a module or parameter name covers a parameter name; ``""`` covers all."""
-    return prefix in ("", name) or name.startswith(prefix + ".")
-
-
-def covered(name: str, prefixes: Collection[str]) -> bool:
-    """Whether one of many module or parameter names, best as a set, covers a parameter name."""
-    return "" in prefixes or any(parent in prefixes for parent in _parents(name))
-
-
-def _parents(name: str) -> Iterator[str]:
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
 
 
 def stage_index(progress_borders: Sequence[int], step: int) -> int:

@@ -12,30 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from hf_ft.frozen_prefix import Batch, FrozenPrefix, Placeholder
-from hf_ft.parts import Chain
-from hf_ft.plan import covers
-from hf_ft.taps import run_to
-from hf_ft.undisturbed import evaluating, random_states_kept
+from hf_ft.frozen_prefix import FrozenPrefix, Placeholder
+from hf_ft.models.feature_hooks import Batch, run_to
+from hf_ft.models.names import covers
+from hf_ft.models.parts import Chain
+from hf_ft.models.preserve import evaluating, random_states_kept
+from hf_ft.models.tracing import _Call, _trace
 
 SAMPLED = 4096  # values that are compared of what goes into a layer
 TRIES = 8  # last borders of a chain that are tried before giving up; one is enough in nearly all architectures
-
-
-def module_outputs(model: nn.Module, batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
-    """The modules whose output is one tensor, with its shape, in the order in which they end."""
-    calls = sorted(_trace(model, batch), key=lambda call: call.end)
-    return [(c.name, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)]
-
-
-@dataclass
-class _Call:
-    """One call of a module: when it began and ended, and what came out."""
-
-    name: str
-    begin: int
-    end: int = 0
-    output: Any = None
 
 
 def find_prefix(
@@ -248,37 +233,6 @@ def _with_inputs(border: _Call, around: Sequence[_Call], usable: Sequence[_Call]
         if before is not None and before not in borders:
             borders.append(before)
             yield tuple(borders)
-
-
-def _trace(model: nn.Module, batch: Batch) -> list[_Call]:
-    """All calls of modules in one forward pass in evaluation mode, in the order they began."""
-    calls: list[_Call] = []
-    open_calls: list[_Call] = []
-    clock = iter(range(10**9))
-
-    def enter(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            call = _Call(name, next(clock))
-            calls.append(call)
-            open_calls.append(call)
-
-        return hook
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        call = open_calls.pop()
-        call.end, call.output = next(clock), output
-
-    hooks = []
-    for name, module in model.named_modules():
-        if name:
-            hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(**batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return calls
 
 
 def _samples(batch: Batch) -> int | None:

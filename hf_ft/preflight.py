@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_ft.anatomy import batch_norms
 from hf_ft.config import FTConfig, recommended_arguments
 from hf_ft.errors import OptionError
-from hf_ft.plan import covers
+from hf_ft.models.names import covers
+from hf_ft.models.norms import batch_norms
 
 logger = logging.get_logger(__name__)
 LABEL_COLUMNS = ("labels", "label", "label_ids")

@@ -11,10 +11,9 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_ft.config import Context
-from hf_ft.frozen_prefix import activations
+from hf_ft.models.feature_hooks import activations, token_mask
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.row_cache import Columns, RowsDiffer, RowStore, fill
-from hf_ft.taps import token_mask
-from hf_ft.undisturbed import random_states_kept
 
 logger = logging.get_logger(__name__)
 PASS = 64  # samples in a batch of the pass

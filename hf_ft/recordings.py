@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix, activations
+from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix
 from hf_ft.liveness import Liveness
+from hf_ft.models.feature_hooks import activations
+from hf_ft.models.parts import Chain
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.objective import Objective
-from hf_ft.parts import Chain
 from hf_ft.prefix_search import PrefixFinder
 from hf_ft.row_cache import GB, Columns, FrozenCache, RowsDiffer, RowStore, same_each_time
-from hf_ft.undisturbed import random_states_kept
 
 logger = logging.get_logger(__name__)
 VALUES = "values"  # the one column of a store

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ft.frozen_prefix import activations
+from hf_ft.models.feature_hooks import activations
 
 # A batch that brings a layer's recorded reference state holds it under this and the layer's name.
 REFERENCE = "reference_state_"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_ft.errors import OptionError
 from hf_ft.fields import option, validate
-from hf_ft.undisturbed import random_states_kept
+from hf_ft.models.preserve import random_states_kept
 
 ROW = "frozen_prefix_row_"  # a batch of a store holds its rows' numbers under this and the store's own number
 Columns = dict[str, Tensor]

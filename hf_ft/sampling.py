@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hf_ft.errors import OptionError
@@ -53,17 +52,3 @@ def share_of_batches(samples: int, batch_size: int, seed: int, rank: int, ranks:
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [order[start : start + batch_size] for start in range(0, samples, batch_size)]
     return batches[rank::ranks]
-
-
-def model_inputs(batch: Any, device: torch.device) -> dict[str, Any]:
-    """A batch as keyword arguments on a device, without labels: what is measured needs no loss.
-
-    Raises:
-        OptionError: it is no mapping.
-    """
-    if not isinstance(batch, Mapping):
-        raise OptionError(
-            f"a batch is a {type(batch).__name__}: each must be a dictionary of the model's keyword arguments, "
-            "such as {'pixel_values': ...}."
-        )
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}

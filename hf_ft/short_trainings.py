@@ -21,11 +21,11 @@ from hf_ft.config import Context
 from hf_ft.errors import OptionError
 from hf_ft.fit import Batches, fit, score
 from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.objective import Objective
 from hf_ft.recordings import Recordings
 from hf_ft.run import Run
 from hf_ft.trials import Report
-from hf_ft.undisturbed import random_states_kept
 
 LOOKED_AT = 64  # samples, spread over the data, that tell one data set from another
 

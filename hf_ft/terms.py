@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_ft.errors import OptionError
 from hf_ft.functional import l2_sp
-from hf_ft.plan import Names
+from hf_ft.models.names import Names
 from hf_ft.view import View
 
 

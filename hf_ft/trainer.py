@@ -18,7 +18,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_ft import checkpoint as files
-from hf_ft.anatomy import norm_layers, unwrap
 from hf_ft.cached_stages import CachedStages
 from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
@@ -28,8 +27,11 @@ from hf_ft.errors import OptionError
 from hf_ft.frozen_prefix import ACTIVATION
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
 from hf_ft.model_card import WritesCard, write_card
+from hf_ft.models.anatomy import unwrap
+from hf_ft.models.names import covers
+from hf_ft.models.norms import norm_layers
 from hf_ft.objective import Objective, TaskLoss
-from hf_ft.plan import Plan, covers, stage_borders, stage_index
+from hf_ft.plan import Plan, stage_borders, stage_index
 from hf_ft.preflight import (
     check_arguments,
     check_labels,

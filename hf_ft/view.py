@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_ft.plan import Names, covers
+from hf_ft.models.names import Names, covers
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ from hf_ft.advice.transferability import (
     log_evidence,
     logme,
 )
-from hf_ft.anatomy import batch_norms
-from hf_ft.batch_norm import convert_batch_norm, estimate_batch_norm
 from hf_ft.cli import main
 from hf_ft.docs_tables import ROOT, documented
+from hf_ft.models.batch_norm import convert_batch_norm, estimate_batch_norm
+from hf_ft.models.norms import batch_norms
 from hf_ft.registry import strategies
 from hf_ft.testing import tiny_data
 from hf_ft.testing.models import tiny_bert, tiny_collaborative, tiny_distilbert, tiny_resnet, tiny_roberta, tiny_vit

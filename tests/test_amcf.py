@@ -19,10 +19,10 @@ from hf_ft import (
     config_class,
     set_up,
 )
-from hf_ft.anatomy import batch_norms
 from hf_ft.docs_tables import documented
 from hf_ft.functional import disagreement
-from hf_ft.layers import main_path_layers
+from hf_ft.models.norms import batch_norms
+from hf_ft.models.weight_layers import main_path_layers
 from hf_ft.testing import LAWS, TINY_MODELS, tiny_bert, tiny_collaborative, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
 

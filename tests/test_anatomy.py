@@ -8,9 +8,11 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from hf_ft.anatomy import anatomy, batch_norms, matches, norm_layers, tensorflow_momentum
 from hf_ft.errors import AnatomyError
-from hf_ft.parts import Anatomy
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.names import matches
+from hf_ft.models.norms import batch_norms, norm_layers, tensorflow_momentum
+from hf_ft.models.parts import Anatomy
 from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_inputs, tiny_resnet, tiny_timm, tiny_vit
 
 # Transformers renamed ViT's and DeiT's modules; with an older one, anatomy is tested by the laws alone.

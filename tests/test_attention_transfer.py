@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_ft import AttentionTransferConfig, OptionError, State, anatomy, set_up
-from hf_ft.frozen_prefix import activations
+from hf_ft.models.feature_hooks import activations
 from hf_ft.testing import TINY_MODELS, tiny_inputs, tiny_resnet, tiny_vit, train
 from tests.moved import moved
 

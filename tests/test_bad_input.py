@@ -21,9 +21,9 @@ from hf_ft import (
     Stage,
     compose,
 )
-from hf_ft.anatomy import batch_norms
 from hf_ft.config import build_plan, load_configs
 from hf_ft.fields import annotation, parse
+from hf_ft.models.norms import batch_norms
 from hf_ft.preflight import warn_slow_statistics
 from hf_ft.testing import tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, tiny_arguments

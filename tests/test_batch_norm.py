@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from hf_ft import BatchNormStatistics, OptionError, convert_batch_norm, estimate_batch_norm
-from hf_ft.anatomy import batch_norms
+from hf_ft.models.norms import batch_norms
 from hf_ft.sampling import share_of_batches
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_resnet, tiny_vit
 from hf_ft.testing.training import snapshot
@@ -277,7 +277,7 @@ def test_a_layer_without_affine_parameters_is_left_alone(options, monkeypatch):
     if "bias" in options and "bias" not in nn.BatchNorm1d.__init__.__code__.co_varnames:
         pytest.skip("this torch has no BatchNorm without bias")
     said = []
-    monkeypatch.setattr("hf_ft.batch_norm.logger.warning", said.append)
+    monkeypatch.setattr("hf_ft.models.batch_norm.logger.warning", said.append)
     model = Around(nn.BatchNorm1d(4, **options))
     before = snapshot(model)
     convert_batch_norm(model, estimate_batch_norm(model, batches_of((5,))))

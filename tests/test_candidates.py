@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
-from hf_ft.anatomy import anatomy, norm_layers
 from hf_ft.candidates import (
     SCHEMES,
     Candidate,
@@ -22,7 +21,9 @@ from hf_ft.candidates import (
     top_layers,
 )
 from hf_ft.errors import OptionError
-from hf_ft.layers import weight_layers
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.norms import norm_layers
+from hf_ft.models.weight_layers import weight_layers
 from hf_ft.plan import Stage, trained_by
 from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_inputs, tiny_mobilenet_v2, tiny_resnet, tiny_vit
 from hf_ft.zoo import load_model

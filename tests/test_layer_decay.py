@@ -3,7 +3,7 @@
 import pytest
 
 from hf_ft import LayerDecayConfig, anatomy, set_up
-from hf_ft.plan import covers
+from hf_ft.models.names import covers
 from hf_ft.testing import tiny_resnet
 
 

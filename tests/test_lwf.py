@@ -9,8 +9,8 @@ from scipy.special import log_softmax
 
 from hf_ft import FTTrainer, LwFConfig, SoftConfig, set_up
 from hf_ft.functional import distillation_loss
-from hf_ft.source_head import head_input, source_head
-from hf_ft.taps import run_to
+from hf_ft.models.feature_hooks import run_to
+from hf_ft.models.source_head import head_input, source_head
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments
 from tests.moved import moved

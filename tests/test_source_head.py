@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 import hf_ft
 from hf_ft import OptionError, SoftConfig
-from hf_ft.source_head import head_input, head_module, source_head
-from hf_ft.taps import run_to
+from hf_ft.models.feature_hooks import run_to
+from hf_ft.models.source_head import head_input, head_module, source_head
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.models import tiny_deit, tiny_distilbert
 from hf_ft.testing.training import equipped, make_trainer, snapshot
@@ -22,7 +22,7 @@ ONE_HEAD = {name: make for name, make in TINY_MODELS.items() if make is not tiny
 @pytest.mark.parametrize("make", ONE_HEAD.values(), ids=ONE_HEAD)
 def test_the_old_head_gives_what_the_checkpoint_gave(make, tmp_path):
     old = make(num_labels=7)
-    hf_ft.source_head.renew_head(new := copy.deepcopy(old), {"num_labels": 4})
+    hf_ft.models.source_head.renew_head(new := copy.deepcopy(old), {"num_labels": 4})
     inputs = {name: value for name, value in tiny_inputs(old).items() if name != "labels"}
     layer = head_input(new)
     with torch.no_grad():

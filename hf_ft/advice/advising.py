@@ -86,8 +86,8 @@ def advise(
         source_data: whether data of the pretraining can be given.
         members: how many source models are at hand.
         seed: of the samples' order and of the folds.
-        head: as for :func:`hf_ft.anatomy`.
-        blocks: as for :func:`hf_ft.anatomy`.
+        head: as for :func:`hf_ft.models.anatomy`.
+        blocks: as for :func:`hf_ft.models.anatomy`.
 
     Raises:
         OptionError: a model of several members, a data set without a length, labels that are not one class per sample,

@@ -21,16 +21,17 @@ from hf_ft.advice.transferability import (
     fit_probe,
     logme,
 )
-from hf_ft.anatomy import anatomy, batch_norms, matches, members_of
-from hf_ft.batch_norm import BatchNormStatistics, estimate_batch_norm
 from hf_ft.errors import OptionError
-from hf_ft.parts import Part
+from hf_ft.models.anatomy import anatomy, members_of
+from hf_ft.models.batch_norm import BatchNormStatistics, estimate_batch_norm
+from hf_ft.models.feature_hooks import Taps, model_inputs, token_mask
+from hf_ft.models.names import matches
+from hf_ft.models.norms import batch_norms
+from hf_ft.models.parts import Part
+from hf_ft.models.preserve import evaluating, observing, random_states_kept
+from hf_ft.models.source_head import SourceHead, has_source_head, head_input, source_head
 from hf_ft.preflight import class_labels
 from hf_ft.row_cache import read_rows
-from hf_ft.sampling import model_inputs
-from hf_ft.source_head import SourceHead, has_source_head, head_input, source_head
-from hf_ft.taps import Taps, token_mask
-from hf_ft.undisturbed import evaluating, observing, random_states_kept
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 LIMIT = 5000  # samples that are looked at: more of them move the figures less than what they are used for can tell

@@ -24,7 +24,7 @@ from hf_ft.columns import Columns, find_columns
 from hf_ft.config import shared_option
 from hf_ft.data import collate, prepare
 from hf_ft.errors import OptionError
-from hf_ft.source_head import has_source_head
+from hf_ft.models.source_head import has_source_head
 from hf_ft.zoo import DATA_NOTICES
 
 DEFAULT_FOLDER = "runs/advice"

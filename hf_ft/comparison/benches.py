@@ -17,8 +17,8 @@ from hf_ft.columns import Columns
 from hf_ft.comparison.contenders import Bench
 from hf_ft.data import collate, prepare
 from hf_ft.held import Held, held
+from hf_ft.models.source_head import drop_source_head
 from hf_ft.row_cache import read_rows
-from hf_ft.source_head import drop_source_head
 from hf_ft.sources import has_head, load_sources
 from hf_ft.zoo import load_model
 

@@ -14,7 +14,6 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.advice import Advice, advise
-from hf_ft.anatomy import batch_norms
 from hf_ft.columns import Columns, find_columns
 from hf_ft.comparison.benches import Benches, Data, Loader
 from hf_ft.comparison.collected import collect
@@ -27,7 +26,8 @@ from hf_ft.comparison.training import Recipe
 from hf_ft.config import FTConfig
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
-from hf_ft.source_head import has_source_head
+from hf_ft.models.norms import batch_norms
+from hf_ft.models.source_head import has_source_head
 from hf_ft.trainer import ClassWeights
 
 METRICS = {

@@ -22,7 +22,8 @@ from hf_ft.candidates import (
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
 from hf_ft.errors import OptionError
 from hf_ft.fields import option
-from hf_ft.plan import EVERYTHING, Plan, Rate, Stage, Surgery, compose
+from hf_ft.models.names import EVERYTHING
+from hf_ft.plan import Plan, Rate, Stage, Surgery, compose
 from hf_ft.registry import register
 from hf_ft.space import LogRange
 

@@ -17,11 +17,11 @@ from hf_ft.category_relationship import (
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State
 from hf_ft.errors import OptionError
 from hf_ft.fields import option
-from hf_ft.frozen_prefix import activations
+from hf_ft.models.feature_hooks import activations
+from hf_ft.models.source_head import SourceHead, head_input, require_source_head, source_head
 from hf_ft.plan import Plan, Term
 from hf_ft.recorded_features import RecordedFeatures
 from hf_ft.registry import register
-from hf_ft.source_head import SourceHead, head_input, require_source_head, source_head
 from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.space import LogRange
 from hf_ft.view import View

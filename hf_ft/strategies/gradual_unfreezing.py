@@ -9,7 +9,8 @@ from torch import nn
 from hf_ft.config import FTConfig, Paper, Recommended, State
 from hf_ft.errors import OptionError
 from hf_ft.fields import option
-from hf_ft.plan import Names, Plan, Rate, Stage
+from hf_ft.models.names import Names
+from hf_ft.plan import Plan, Rate, Stage
 from hf_ft.registry import register
 from hf_ft.space import Choice
 

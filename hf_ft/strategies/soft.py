@@ -15,9 +15,9 @@ from hf_ft.decay import Decay, Schedule
 from hf_ft.errors import OptionError
 from hf_ft.fields import option
 from hf_ft.functional import distillation_loss
+from hf_ft.models.source_head import SourceHead, head_input, require_source_head, source_head
 from hf_ft.plan import Plan, Stream, Term
 from hf_ft.registry import register
-from hf_ft.source_head import SourceHead, head_input, require_source_head, source_head
 from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.space import Choice, LogRange
 from hf_ft.view import View

@@ -17,15 +17,15 @@ from hf_ft.disentangler import Disentangler, make_disentangler
 from hf_ft.disentangling import Disentangled, disentangle
 from hf_ft.disentangling_loss import Weights
 from hf_ft.errors import OptionError
-from hf_ft.feature_layers import last_feature_map, layers_of, stage_outputs
 from hf_ft.fields import option
 from hf_ft.functional import feature_distance
+from hf_ft.models.feature_layers import last_feature_map, layers_of, stage_outputs
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.plan import Plan, Term
 from hf_ft.recorded_features import PASS, RecordedFeatures
 from hf_ft.registry import register
 from hf_ft.space import LogRange
 from hf_ft.terms import SquaredNorm, compared
-from hf_ft.undisturbed import random_states_kept
 from hf_ft.view import View
 
 logger = logging.get_logger(__name__)

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
-from hf_ft.anatomy import batch_norms
 from hf_ft.errors import OptionError
-from hf_ft.sampling import model_inputs
-from hf_ft.undisturbed import observing
+from hf_ft.models.feature_hooks import model_inputs
+from hf_ft.models.norms import batch_norms
+from hf_ft.models.preserve import observing
 
 logger = logging.get_logger(__name__)
 Reduce = Callable[[Tensor], Tensor]

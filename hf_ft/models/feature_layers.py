@@ -10,12 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from hf_ft.anatomy import matches, norm_layers, unwrap
 from hf_ft.errors import OptionError
-from hf_ft.layers import is_pooling
-from hf_ft.parts import Anatomy
-from hf_ft.plan import Names
-from hf_ft.prefix_search import module_outputs
+from hf_ft.models.anatomy import unwrap
+from hf_ft.models.names import Names, matches
+from hf_ft.models.norms import norm_layers
+from hf_ft.models.parts import Anatomy
+from hf_ft.models.tracing import module_outputs
+from hf_ft.models.weight_layers import is_pooling
 
 _SHORTCUT = re.compile(r".*\.(?:downsample|shortcut)(?:\..*)?")  # which some define after the main path
 FLAT = 4  # groups that the blocks of a network without stages are cut into

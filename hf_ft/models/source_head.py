@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ft.anatomy import anatomy, unwrap
 from hf_ft.errors import OptionError
-from hf_ft.taps import INPUT
+from hf_ft.models.anatomy import anatomy, unwrap
+from hf_ft.models.feature_hooks import INPUT
 
 __all__ = [
     "SourceHead",

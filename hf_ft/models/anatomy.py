@@ -8,57 +8,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hf_ft.errors import AnatomyError
-from hf_ft.parts import Anatomy, Part, joined
-from hf_ft.weight_files import COLLABORATIVE
-
-# Transformer layers, or the blocks of a flat CNN, in one list under the backbone.
-_FLAT = r"\w+\.(?:encoder\.|transformer\.)?layers?\.\d+"
-_STAGED = r"\w+\.encoder\.stages\.\d+\.layers\.\d+"
-
-# config.model_type -> regex of its blocks: residual blocks or transformer layers, the finest repeated unit.
-_BLOCKS: dict[str, str] = {
-    **dict.fromkeys(("vit", "deit", "beit", "dinov2", "mobilenet_v1", "mobilenet_v2"), _FLAT),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet"), _FLAT),
-    **dict.fromkeys(("deberta", "deberta-v2", "modernbert"), _FLAT),
-    **dict.fromkeys(("resnet", "regnet", "convnext", "convnextv2"), _STAGED),
-    **dict.fromkeys(("swin", "swinv2"), r"\w+\.encoder\.layers\.\d+\.blocks\.\d+"),
-    "efficientnet": r"\w+\.encoder\.blocks\.\d+",
-    # One group of shared weights is called for many layers: the weights are the block, not the calls.
-    "albert": r"\w+\.encoder\.albert_layer_groups\.\d+",
-    # In turn: ViT or EfficientNet, ConvNeXt or Swin, ResNet, RegNet.
-    "timm_wrapper": r"timm_model\.(?:blocks\.\d+(?:\.\d+)?|(?:stages|layers)\.\d+\.(?:blocks\.)?\d+"
-    r"|layer\d\.\d+|s\d\.b\d+)",
-}
-# MobileNetV1 lists the depthwise and the pointwise convolution of each block separately.
-_MODULES_PER_BLOCK = {"mobilenet_v1": 2}
-
-# Modules are defined in the order they run, but for these: after the blocks, though every block reads their output,
-_FEEDS_BLOCKS = re.compile(
-    r"(?:.*[._])?(?:rotary|position|rel(?:ative)?)_\w*|.*\.(?:layernorm_embedding|embed_dropout)"
-    r"|deberta\.encoder\.(?:LayerNorm|conv)"
-)
-# and before the blocks, though they read the last one's.
-_FOLLOWS_BLOCKS = re.compile(r".*\.(?:pooler|final_\w+)")
-# What a head is called where a model does not name its backbone (CLIP, SigLIP, torchvision).
-_HEAD_NAMES = ("classifier", "score", "classification_head", "head", "fc")
-
-_DROPOUT = re.compile(r"Drop(?:out|Path|Connect)|Stoch(?:astic)?Depth")
-_NORM_CLASS = re.compile(r"(?!.*(?:Weight|Spectral)Norm).*Norm(?:Act)?(?:[123][dD])?")
-_NORM_TYPES = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-
-
-def matches(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether `name` is one of the modules `prefixes`, or lies inside one."""
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+from hf_ft.models.architectures import _BLOCKS, _FEEDS_BLOCKS, _FOLLOWS_BLOCKS, _HEAD_NAMES, _MODULES_PER_BLOCK
+from hf_ft.models.names import matches
+from hf_ft.models.norms import _is_norm, is_dropout
+from hf_ft.models.parts import Anatomy, Part, joined
+from hf_ft.models.weight_files import COLLABORATIVE
 
 
 def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None) -> Anatomy:
@@ -128,42 +89,6 @@ def names_of_members(
                 raise errors[0] from error
             fitting.append((None, None))
     return fitting
-
-
-def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every normalisation layer: by type, else a leaf whose class name ends in Norm (Transformers has many)."""
-    return [(name, module) for name, module in model.named_modules() if _is_norm(module)]
-
-
-def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """Every batch normalisation with running statistics."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    ]
-
-
-def is_dropout(module: nn.Module) -> bool:
-    """Whether a module drops something at random in training: values, or whole paths."""
-    return _DROPOUT.search(type(module).__name__) is not None
-
-
-def tensorflow_momentum(model: nn.Module) -> list[str]:
-    """Names of the batch norms whose momentum is TensorFlow's decay carried over literally.
-
-    PyTorch:    running = (1 - momentum) * running + momentum * batch
-    TensorFlow: running = decay * running + (1 - decay) * batch
-
-    Above 0.5 the statistics are about the last batch's (MobileNet 0.997, EfficientNet 0.99; PyTorch's own is 0.1).
-    """
-    return [name for name, norm in batch_norms(model) if norm.momentum is not None and norm.momentum > 0.5]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    # Leaves only: a class called PreNorm is a whole sub-layer.
-    leaf = next(module.children(), None) is None
-    return isinstance(module, _NORM_TYPES) or bool(leaf and _NORM_CLASS.fullmatch(type(module).__name__))
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.anatomy import anatomy, matches, norm_layers
-from hf_ft.parts import Anatomy, Part
-from hf_ft.plan import Names, covers
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.names import Names, covers, matches
+from hf_ft.models.norms import norm_layers
+from hf_ft.models.parts import Anatomy, Part
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """A layer, the name of the part of :func:`~hf_ft.anatomy.anatomy` it lies in, and the number of its segment."""
+    """A layer, the name of the part of :func:`~hf_ft.models.anatomy.anatomy` it lies in, and the number of its segment."""
 
     layer: Layer
     part: str
@@ -71,7 +72,7 @@ def weight_layers(model: nn.Module, head: str | None = None, blocks: str | None 
 
     Args:
         model: as it is before training: a layer of which all parameters are frozen does not count.
-        head: as for :func:`~hf_ft.anatomy.anatomy`.
+        head: as for :func:`~hf_ft.models.anatomy.anatomy`.
         blocks: likewise.
 
     Raises:

@@ -9,11 +9,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.hooks import RemovableHandle
 
 from hf_ft.errors import OptionError
+from hf_ft.models.preserve import evaluating
 
 INPUT = "input:"
 NOT_CALLED = "it is not called in the forward pass, as a list of modules is not. Name a module in it."
@@ -140,3 +142,33 @@ def token_mask(batch: Mapping[str, Any], states: Iterable[Tensor]) -> Tensor | N
     if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or tokens < mask.shape[1]:
         return None
     return nn.functional.pad(mask, (tokens - mask.shape[1], 0), value=1)
+
+
+Batch = Mapping[str, Any]
+
+
+def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+    """Several layers in one forward pass, which ends at the last of them (see :mod:`hf_ft.models.feature_hooks`).
+
+    Returns:
+        By layer, (B, ...), in evaluation mode and without gradient.
+
+    Raises:
+        OptionError: one of the modules is not called.
+    """
+    with evaluating(model), torch.no_grad():
+        return run_to(model, borders, batch)
+
+
+def model_inputs(batch: Any, device: torch.device) -> dict[str, Any]:
+    """A batch as keyword arguments on a device, without labels: what is measured needs no loss.
+
+    Raises:
+        OptionError: it is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise OptionError(
+            f"a batch is a {type(batch).__name__}: each must be a dictionary of the model's keyword arguments, "
+            "such as {'pixel_values': ...}."
+        )
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}

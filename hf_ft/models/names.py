@@ -1,0 +1,30 @@
+"""Names of modules and parameters, and which of them cover others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+
+def matches(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether `name` is one of the modules `prefixes`, or lies inside one."""
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+Names = tuple[str, ...]
+EVERYTHING: Names = ("",)
+
+
+def covers(prefix: str, name: str) -> bool:
+    """Whether a module or parameter name covers a parameter name; ``""`` covers all."""
+    return prefix in ("", name) or name.startswith(prefix + ".")
+
+
+def covered(name: str, prefixes: Collection[str]) -> bool:
+    """Whether one of many module or parameter names, best as a set, covers a parameter name."""
+    return "" in prefixes or any(parent in prefixes for parent in _parents(name))
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]

@@ -1,0 +1,49 @@
+"""Normalisation and dropout layers of a model."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_DROPOUT = re.compile(r"Drop(?:out|Path|Connect)|Stoch(?:astic)?Depth")
+_NORM_CLASS = re.compile(r"(?!.*(?:Weight|Spectral)Norm).*Norm(?:Act)?(?:[123][dD])?")
+_NORM_TYPES = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every normalisation layer: by type, else a leaf whose class name ends in Norm (Transformers has many)."""
+    return [(name, module) for name, module in model.named_modules() if _is_norm(module)]
+
+
+def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Every batch normalisation with running statistics."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module drops something at random in training: values, or whole paths."""
+    return _DROPOUT.search(type(module).__name__) is not None
+
+
+def tensorflow_momentum(model: nn.Module) -> list[str]:
+    """Names of the batch norms whose momentum is TensorFlow's decay carried over literally.
+
+    PyTorch:    running = (1 - momentum) * running + momentum * batch
+    TensorFlow: running = decay * running + (1 - decay) * batch
+
+    Above 0.5 the statistics are about the last batch's (MobileNet 0.997, EfficientNet 0.99; PyTorch's own is 0.1).
+    """
+    return [name for name, norm in batch_norms(model) if norm.momentum is not None and norm.momentum > 0.5]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # Leaves only: a class called PreNorm is a whole sub-layer.
+    leaf = next(module.children(), None) is None
+    return isinstance(module, _NORM_TYPES) or bool(leaf and _NORM_CLASS.fullmatch(type(module).__name__))

@@ -1,0 +1,59 @@
+"""Which modules a forward pass calls, in which order, with what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ft.models.feature_hooks import Batch
+from hf_ft.models.preserve import evaluating
+
+
+def module_outputs(model: nn.Module, batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
+    """The modules whose output is one tensor, with its shape, in the order in which they end."""
+    calls = sorted(_trace(model, batch), key=lambda call: call.end)
+    return [(c.name, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)]
+
+
+@dataclass
+class _Call:
+    """One call of a module: when it began and ended, and what came out."""
+
+    name: str
+    begin: int
+    end: int = 0
+    output: Any = None
+
+
+def _trace(model: nn.Module, batch: Batch) -> list[_Call]:
+    """All calls of modules in one forward pass in evaluation mode, in the order they began."""
+    calls: list[_Call] = []
+    open_calls: list[_Call] = []
+    clock = iter(range(10**9))
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            call = _Call(name, next(clock))
+            calls.append(call)
+            open_calls.append(call)
+
+        return hook
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        call = open_calls.pop()
+        call.end, call.output = next(clock), output
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return calls
