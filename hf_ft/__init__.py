@@ -5,9 +5,6 @@ from hf_ft.advice import advise
 from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import BlockSearch
 from hf_ft.checkpoint import load_delta, load_weights
-from hf_ft.collaborative import CollaborativeModel
-from hf_ft.collaborative_config import CollaborativeConfig
-from hf_ft.collaborative_processor import CollaborativeImageProcessor, CollaborativeTokenizer
 from hf_ft.comparison import compare
 from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
 from hf_ft.errors import AnatomyError, CheckpointError, OptionError
@@ -15,6 +12,9 @@ from hf_ft.fields import option
 from hf_ft.functional import collaborative_loss
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
+from hf_ft.models.ensemble.config import CollaborativeConfig
+from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.models.ensemble.processor import CollaborativeImageProcessor, CollaborativeTokenizer
 from hf_ft.models.parts import Anatomy, Part
 from hf_ft.objective import Objective, TaskLoss
 from hf_ft.plan import Plan, Rate, Stage, Stream, Term, compose

@@ -14,10 +14,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.utils import logging
 
-from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.columns import ROW, Columns, unlabelled, usual_label, values_of
 from hf_ft.data_files import read_files
 from hf_ft.images import AUGMENTATIONS, open_rgb
+from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.splits import absent_classes, stratified_rows
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")

@@ -10,9 +10,9 @@ import transformers as hf
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from hf_ft.collaborative import CollaborativeModel
-from hf_ft.collaborative_processor import combined, distinct
 from hf_ft.errors import OptionError
+from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.models.ensemble.processor import combined, distinct
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.source_head import drop_source_head
 from hf_ft.zoo import SHORT_NAMES, Task, load_model, task_of

@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 from hf_ft import checkpoint as files
 from hf_ft.cached_stages import CachedStages
-from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
 from hf_ft.context import measuring_context
 from hf_ft.data import collate
@@ -28,6 +27,7 @@ from hf_ft.frozen_prefix import ACTIVATION
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
 from hf_ft.model_card import WritesCard, write_card
 from hf_ft.models.anatomy import unwrap
+from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
 from hf_ft.objective import Objective, TaskLoss

@@ -16,9 +16,9 @@ import transformers as hf
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from torch import Tensor, nn
 
-from hf_ft.collaborative_config import CollaborativeConfig
-from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.errors import OptionError
+from hf_ft.models.ensemble.config import CollaborativeConfig
+from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
 from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
 from hf_ft.splits import absent_classes, stratified_rows

@@ -14,15 +14,10 @@ import torch
 import transformers as hf
 
 from hf_ft.cli.demo_data import Cells, channels_last
-from hf_ft.collaborative import CollaborativeModel
-from hf_ft.collaborative_processor import (
-    CollaborativeImageProcessor,
-    column,
-    combined,
-    distinct,
-)
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.images import flip_and_shift
+from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.models.ensemble.processor import CollaborativeImageProcessor, column, combined, distinct
 from hf_ft.testing.models import tiny_resnet
 from tests.uploads import uploads
 
@@ -172,7 +167,7 @@ def test_a_process_that_only_imports_the_package_reads_it_and_a_pipeline_scores_
     code = """
 import importlib, json, sys
 import hf_ft
-importlib.reload(sys.modules["hf_ft.collaborative_processor"])  # registers again
+importlib.reload(sys.modules["hf_ft.models.ensemble.processor"])  # registers again
 from transformers import AutoImageProcessor, pipeline
 folder, *photos = sys.argv[1:]
 classify = pipeline("image-classification", model=folder)

@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 from datasets import Dataset
 
-from hf_ft.collaborative import CollaborativeModel
-from hf_ft.collaborative_processor import CollaborativeTokenizer, column, combined, distinct
 from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.models.ensemble.processor import CollaborativeTokenizer, column, combined, distinct
 from hf_ft.testing.models import tiny_bert
 from hf_ft.testing.training import tiny_arguments
 from hf_ft.trainer import FTTrainer

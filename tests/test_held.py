@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader
 from transformers import MobileNetV2ImageProcessorPil, default_data_collator
 
 from hf_ft import FTTrainer, held
-from hf_ft.collaborative_processor import combined
 from hf_ft.columns import find_columns
 from hf_ft.data import prepare
 from hf_ft.held import Held, estimated_bytes
+from hf_ft.models.ensemble.processor import combined
 from hf_ft.preflight import class_labels
 from hf_ft.source_labels import class_names
 from hf_ft.testing import models

@@ -8,8 +8,8 @@ import transformers as hf
 from torch import nn
 
 from hf_ft import OptionError
-from hf_ft.collaborative import CollaborativeModel
-from hf_ft.soup import soup
+from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.models.ensemble.soup import soup
 from hf_ft.testing import same_tensors, tiny_bert, tiny_resnet, tiny_vit
 from hf_ft.testing.models import tiny_mobilenet_v2
 from hf_ft.testing.training import snapshot

@@ -8,8 +8,8 @@ import transformers as hf
 from packaging.version import Version
 
 from hf_ft import OptionError, sources, zoo
-from hf_ft.collaborative import CollaborativeModel
-from hf_ft.collaborative_processor import CollaborativeTokenizer
+from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.sources import load_sources
 from hf_ft.testing import same_tensors, tiny_bert, tiny_vit
 from hf_ft.testing.models import tiny_distilbert, tiny_resnet

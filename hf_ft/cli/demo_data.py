@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import default_data_collator
 
-from hf_ft.collaborative_processor import column
 from hf_ft.images import flip_and_shift
+from hf_ft.models.ensemble.processor import column
 
 
 class Cells(torch.utils.data.Dataset):

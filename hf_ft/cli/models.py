@@ -16,8 +16,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from hf_ft.collaborative_processor import CollaborativeTokenizer
 from hf_ft.columns import Columns
+from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.sources import load_sources
 from hf_ft.zoo import SHORT_NAMES, load_model
 

@@ -19,7 +19,6 @@ from hf_ft.cli.models import adapter_usage, ensemble_usage, load_classifier, loa
 from hf_ft.cli.search_blocks import report
 from hf_ft.cli.swarm_report import report_swarm
 from hf_ft.cli.train_help import train_help
-from hf_ft.collaborative import CollaborativeModel
 from hf_ft.columns import Columns, find_columns
 from hf_ft.comparison.benches import usual_length
 from hf_ft.config import shared_option
@@ -27,6 +26,7 @@ from hf_ft.data import collate, load_split, load_splits, prepare
 from hf_ft.fields import describe_value, options
 from hf_ft.images import AUGMENTATIONS, OnCorrupt, check_images
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
+from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.row_cache import FrozenCache
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import STORAGE as SWARM_STUDY

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_ft.collaborative import CollaborativeModel
+from hf_ft.models.ensemble.model import CollaborativeModel
 
 # Ten times the usual width: the usual one is made for hundreds of channels, and here lets the signal die out.
 _INIT = {"initializer_range": 0.2}

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME
 
-from hf_ft.collaborative_config import AUTO, CollaborativeConfig
 from hf_ft.errors import CheckpointError
+from hf_ft.models.ensemble.config import AUTO, CollaborativeConfig
 from hf_ft.models.weight_files import member_folder
 
 UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")

@@ -17,10 +17,10 @@ from torch.nn.functional import log_softmax, logsigmoid
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from hf_ft.collaborative_config import AUTO, CollaborativeConfig, common_config, described
-from hf_ft.collaborative_processor import column
 from hf_ft.errors import OptionError
-from hf_ft.member_files import UPLOAD, check_count, merged, read_member, upload, write_member
+from hf_ft.models.ensemble.config import AUTO, CollaborativeConfig, common_config, described
+from hf_ft.models.ensemble.files import UPLOAD, check_count, merged, read_member, upload, write_member
+from hf_ft.models.ensemble.processor import column
 
 __all__ = ["CollaborativeConfig", "CollaborativeModel", "CollaborativeOutput", "joint_logits"]
 
@@ -201,8 +201,8 @@ class CollaborativeModel(hf.PreTrainedModel):
         return own
 
     def soup(self, *, same_ancestor: bool | None = None) -> Any:
-        """One plain model with the mean of the members' weights: see :func:`hf_ft.soup.soup`."""
-        from hf_ft.soup import soup
+        """One plain model with the mean of the members' weights: see :func:`hf_ft.models.ensemble.soup.soup`."""
+        from hf_ft.models.ensemble.soup import soup
 
         return soup(self, same_ancestor=same_ancestor)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_ft.collaborative import CollaborativeModel
 from hf_ft.errors import OptionError
+from hf_ft.models.ensemble.model import CollaborativeModel
 
 
 @torch.no_grad()

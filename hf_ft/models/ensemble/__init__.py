@@ -1,0 +1,1 @@
+"""Several classifiers as one model of Transformers."""
