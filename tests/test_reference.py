@@ -30,7 +30,7 @@ from hf_ft.reference import REFERENCE, Reference
 from hf_ft.registry import register
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
-from hf_ft.zoo import SHORT_NAMES, load_model
+from hf_ft.zoo.models import SHORT_NAMES, load_model
 
 # Slow, so that the last digits in which a batch of another size differs do not grow.
 LONG = {"max_steps": 12, "optim": "sgd", "learning_rate": 1e-3}

@@ -14,7 +14,7 @@ from hf_ft.models.source_head import head_input, head_module, source_head
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.models import tiny_deit, tiny_distilbert
 from hf_ft.testing.training import equipped, make_trainer, snapshot
-from hf_ft.zoo import load_model
+from hf_ft.zoo.models import load_model
 
 ONE_HEAD = {name: make for name, make in TINY_MODELS.items() if make is not tiny_distilbert}
 

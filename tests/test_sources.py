@@ -7,13 +7,14 @@ import torch
 import transformers as hf
 from packaging.version import Version
 
-from hf_ft import OptionError, sources, zoo
+from hf_ft import OptionError, zoo
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
-from hf_ft.sources import load_sources
 from hf_ft.testing import same_tensors, tiny_bert, tiny_vit
 from hf_ft.testing.models import tiny_distilbert, tiny_resnet
 from hf_ft.testing.training import snapshot
+from hf_ft.zoo import sources
+from hf_ft.zoo.sources import load_sources
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CARD = "---\nbase_model: {base}\n---\n# A model\n"

@@ -17,7 +17,7 @@ from hf_ft.models.preserve import evaluating
 from hf_ft.recorded_features import RecordedFeatures
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
-from hf_ft.zoo import load_model
+from hf_ft.zoo.models import load_model
 from tests.moved import moved
 
 SHORT = {"epochs": 3}

@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from hf_ft import zoo
-from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES, load_by_position, load_model, stratified_split
+from hf_ft.splits import stratified_split
+from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
+from hf_ft.zoo.models import SHORT_NAMES, load_by_position, load_model
 
 
 def real(package):

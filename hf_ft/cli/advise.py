@@ -25,7 +25,7 @@ from hf_ft.config import shared_option
 from hf_ft.data import collate, prepare
 from hf_ft.errors import OptionError
 from hf_ft.models.source_head import has_source_head
-from hf_ft.zoo import DATA_NOTICES
+from hf_ft.zoo.datasets import DATA_NOTICES
 
 DEFAULT_FOLDER = "runs/advice"
 FILE = "advice.json"

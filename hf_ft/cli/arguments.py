@@ -18,7 +18,8 @@ from hf_ft.fields import annotation, options, parse
 from hf_ft.images import AUGMENTATIONS
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.registry import config_class, strategies
-from hf_ft.zoo import DATASETS, SHORT_NAMES
+from hf_ft.zoo.datasets import DATASETS
+from hf_ft.zoo.models import SHORT_NAMES
 
 # Opening them all takes as long as reading them in one epoch. With more, whoever wants that first can say so.
 CHECKED_UNASKED = 20_000

@@ -17,7 +17,7 @@ from hf_ft.models.anatomy import anatomy
 from hf_ft.models.norms import batch_norms, norm_layers, tensorflow_momentum
 from hf_ft.models.parts import Anatomy, Part
 from hf_ft.models.weight_layers import weight_layers
-from hf_ft.zoo import SHORT_NAMES
+from hf_ft.zoo.models import SHORT_NAMES
 
 EPILOG = """--scheme shows what block-wise fine-tuning may adapt beside the head, nearest the output first:
   layer     each layer alone: a convolution, linear layer or embedding with the norm that follows it

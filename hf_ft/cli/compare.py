@@ -25,7 +25,8 @@ from hf_ft.data import load_split
 from hf_ft.errors import OptionError
 from hf_ft.images import check_images
 from hf_ft.registry import strategies
-from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
+from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
+from hf_ft.zoo.models import SHORT_NAMES
 
 DEFAULT_FOLDER = "runs/compare"
 LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")

@@ -31,8 +31,10 @@ from hf_ft.cli.models import load_classifier
 from hf_ft.columns import Columns, find_columns
 from hf_ft.config import FTConfig, recommended_arguments, resolve
 from hf_ft.metrics import classification_metrics
+from hf_ft.splits import stratified_split
 from hf_ft.trainer import FTTrainer
-from hf_ft.zoo import DATA_NOTICES, SHORT_NAMES, elpv, stratified_split
+from hf_ft.zoo.datasets import DATA_NOTICES, elpv
+from hf_ft.zoo.models import SHORT_NAMES
 
 DEFAULT_DIR = "runs/demo"
 MADE_BY = "hf-ft demo"

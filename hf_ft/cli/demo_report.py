@@ -27,7 +27,7 @@ from hf_ft.cli.console import count, say, table
 from hf_ft.cli.demo import MADE_BY, Trained
 from hf_ft.cli.models import usage
 from hf_ft.version import __version__
-from hf_ft.zoo import DATA_NOTICES
+from hf_ft.zoo.datasets import DATA_NOTICES
 
 SPLITS = ("validation", "test")
 SCORES = ("accuracy", "balanced_accuracy", "standard_error")

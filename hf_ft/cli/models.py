@@ -18,8 +18,8 @@ from transformers import (
 
 from hf_ft.columns import Columns
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
-from hf_ft.sources import load_sources
-from hf_ft.zoo import SHORT_NAMES, load_model
+from hf_ft.zoo.models import SHORT_NAMES, load_model
+from hf_ft.zoo.sources import load_sources
 
 
 def read_config(name: str) -> Any:

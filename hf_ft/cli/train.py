@@ -31,7 +31,8 @@ from hf_ft.row_cache import FrozenCache
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import STORAGE as SWARM_STUDY
 from hf_ft.trainer import FTTrainer
-from hf_ft.zoo import DATA_NOTICES, DATASETS, SHORT_NAMES
+from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
+from hf_ft.zoo.models import SHORT_NAMES
 
 STUDIES = (BLOCK_STUDY, SWARM_STUDY)
 

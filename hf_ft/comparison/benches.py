@@ -19,8 +19,8 @@ from hf_ft.data import collate, prepare
 from hf_ft.held import Held, held
 from hf_ft.models.source_head import drop_source_head
 from hf_ft.row_cache import read_rows
-from hf_ft.sources import has_head, load_sources
-from hf_ft.zoo import load_model
+from hf_ft.zoo.models import load_model
+from hf_ft.zoo.sources import has_head, load_sources
 
 LOOKED_AT = 64  # samples that tell one data set from another, where it is not held in memory
 Loader = Callable[[int, bool], tuple[nn.Module, Any]]

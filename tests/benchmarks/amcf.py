@@ -39,10 +39,11 @@ from sklearn.metrics import balanced_accuracy_score
 from hf_ft import AMCFConfig, FTTrainer
 from hf_ft.cli import main as hf_ft
 from hf_ft.cli.demo_data import channels_last
-from hf_ft.sources import load_sources
+from hf_ft.splits import stratified_split
 from hf_ft.swarm_plot import plot_scores, plot_swarm
 from hf_ft.testing.training import tiny_arguments
-from hf_ft.zoo import stratified_split, uci_digits
+from hf_ft.zoo.datasets import uci_digits
+from hf_ft.zoo.sources import load_sources
 
 RESULTS = Path(__file__).parent / "results" / "amcf.jsonl"
 RATE = (1e-3, 1e-1)

@@ -20,7 +20,7 @@ from hf_ft import FTTrainer
 from hf_ft.cli.demo_data import Cells, channels_last
 from hf_ft.config import FTConfig, State
 from hf_ft.metrics import classification_metrics
-from hf_ft.zoo import elpv
+from hf_ft.zoo.datasets import elpv
 
 PIXELS = 64
 Entry = dict[str, Any]

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from hf_ft import BlockScores, BlockSearch, BlockwiseConfig, FTTrainer
 from hf_ft.testing.training import tiny_arguments
-from hf_ft.zoo import load_model
+from hf_ft.zoo.models import load_model
 
 IMAGES, PIXELS, BATCH, CLASSES = 500, 96, 32, 10
 NOISE = 6.0  # hard enough for blocks to differ

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from hf_ft import AMCFConfig, FTTrainer
-from hf_ft.sources import load_sources
 from hf_ft.testing.training import tiny_arguments
+from hf_ft.zoo.sources import load_sources
 
 IMAGES, PIXELS, BATCH, STEPS = 96, 96, 32, 9
 

@@ -36,7 +36,9 @@ from hf_ft import (
     TREDConfig,
 )
 from hf_ft.config import FTConfig, State
-from hf_ft.zoo import load_model, mnist5k, stratified_split
+from hf_ft.splits import stratified_split
+from hf_ft.zoo.datasets import mnist5k
+from hf_ft.zoo.models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "regularisers.jsonl"
 MODEL = "mobilenet_v2"

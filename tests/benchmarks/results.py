@@ -38,7 +38,8 @@ from hf_ft.columns import find_columns
 from hf_ft.comparison import Data, Settings
 from hf_ft.comparison.compare import prepare_comparison
 from hf_ft.registry import strategies
-from hf_ft.zoo import DATA_NOTICES, mnist5k, stratified_split, uci_digits
+from hf_ft.splits import stratified_split
+from hf_ft.zoo.datasets import DATA_NOTICES, mnist5k, uci_digits
 
 ROOT = Path(__file__).parents[2]
 WORK, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"

@@ -42,7 +42,9 @@ from hf_ft.cli import main as hf_ft
 from hf_ft.cli.demo_data import channels_last
 from hf_ft.config import FTConfig
 from hf_ft.discrimination import GeneralDiscriminationCallback
-from hf_ft.zoo import load_model, mnist5k, stratified_split, uci_digits
+from hf_ft.splits import stratified_split
+from hf_ft.zoo.datasets import mnist5k, uci_digits
+from hf_ft.zoo.models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "soft.jsonl"
 RATE = (3e-4, 2e-2)

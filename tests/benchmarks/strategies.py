@@ -21,7 +21,9 @@ from datasets import Dataset, DatasetDict
 
 from hf_ft import BlockwiseConfig, DAFTConfig, FullConfig, LinearProbeConfig, LPFTConfig
 from hf_ft.config import FTConfig
-from hf_ft.zoo import elpv, load_model, mnist5k, stratified_split, uci_digits
+from hf_ft.splits import stratified_split
+from hf_ft.zoo.datasets import elpv, mnist5k, uci_digits
+from hf_ft.zoo.models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "strategies.jsonl"
 MODEL = "mobilenet_v2"

