@@ -10,7 +10,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_ft import DAFTConfig, FTTrainer, OptionError
-from hf_ft.diagnostics import Distortion, FeatureDistortionCallback, feature_distortion, plot_distortion
+from hf_ft.diagnostics.feature_distortion import (
+    Distortion,
+    FeatureDistortionCallback,
+    feature_distortion,
+    plot_distortion,
+)
 from hf_ft.testing import same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.models import tiny_swin
 from hf_ft.testing.training import snapshot, tiny_arguments
@@ -211,7 +216,7 @@ def test_training_is_the_same_with_the_callback(tmp_path):
 
 def test_a_resumed_run_compares_with_the_reference_it_is_given(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_ft.diagnostics.logger.warning", said.append)
+    monkeypatch.setattr("hf_ft.diagnostics.feature_distortion.logger.warning", said.append)
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole = FeatureDistortionCallback({"id": loader(tiny_resnet())})
     trained(tmp_path, whole, **saving).train()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from hf_ft import OptionError, diagnostics
-from hf_ft.discrimination import (
+from hf_ft.diagnostics.discrimination import (
     Discrimination,
     GeneralDiscriminationCallback,
     _NearestMean,
@@ -388,7 +388,7 @@ def test_only_the_first_process_measures(tmp_path):
 
 def test_a_run_that_diverges_is_measured_to_its_end(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_ft.discrimination.logger.warning", said.append)
+    monkeypatch.setattr("hf_ft.diagnostics.discrimination.logger.warning", said.append)
     callback = GeneralDiscriminationCallback({"birds": batches(samples(tiny_resnet()))})
     trainer = trained(tmp_path, callback, learning_rate=1e30)
     assert trainer.state.global_step == 8
@@ -407,4 +407,6 @@ def test_a_bad_loader_stops_the_run_before_its_first_step(tmp_path):
 
 def test_names_are_among_the_diagnostics():
     for name in ("Discrimination", "GeneralDiscriminationCallback", "general_discrimination", "plot_discrimination"):
-        assert name in diagnostics.__all__ and getattr(diagnostics, name).__module__ == "hf_ft.discrimination"
+        assert (
+            name in diagnostics.__all__ and getattr(diagnostics, name).__module__ == "hf_ft.diagnostics.discrimination"
+        )

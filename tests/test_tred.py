@@ -10,7 +10,7 @@ import torch
 
 from hf_ft import FTTrainer, L2SPConfig, OptionError, State, TREDConfig, set_up
 from hf_ft.checkpoint import read_states
-from hf_ft.diagnostics import plot_disentangling
+from hf_ft.diagnostics.disentangling import plot_disentangling
 from hf_ft.disentangler import make_disentangler
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.preserve import evaluating
