@@ -6,9 +6,14 @@ from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import BlockSearch
 from hf_ft.checkpoint import load_delta, load_weights
 from hf_ft.comparison import compare
-from hf_ft.config import Context, FTConfig, Paper, Recommended, State, load_configs
+from hf_ft.core.compose import compose
+from hf_ft.core.config import FTConfig, Paper, Recommended, config_class, load_configs, register
+from hf_ft.core.context import Context, FrozenCache, State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Rate, Stage, Stream, Term
+from hf_ft.core.task_loss import TaskLoss
+from hf_ft.core.view import View
 from hf_ft.errors import AnatomyError, CheckpointError, OptionError
-from hf_ft.fields import option
 from hf_ft.functional import collaborative_loss
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
@@ -16,10 +21,7 @@ from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeImageProcessor, CollaborativeTokenizer
 from hf_ft.models.parts import Anatomy, Part
-from hf_ft.objective import Objective, TaskLoss
-from hf_ft.plan import Plan, Rate, Stage, Stream, Term, compose
-from hf_ft.registry import config_class, register
-from hf_ft.row_cache import FrozenCache
+from hf_ft.objective import Objective
 from hf_ft.run import Run, set_up
 from hf_ft.strategies import (
     AMCFConfig,
@@ -43,7 +45,6 @@ from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import SwarmSearch
 from hf_ft.trainer import FTTrainer
 from hf_ft.version import __version__
-from hf_ft.view import View
 from hf_ft.zoo.models import from_pretrained
 from hf_ft.zoo.sources import load_sources
 

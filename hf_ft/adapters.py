@@ -11,8 +11,8 @@ from typing import Any
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
+from hf_ft.core.options import tuner_from_json, tuner_to_json
 from hf_ft.errors import OptionError
-from hf_ft.fields import tuner_from_json, tuner_to_json
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
 

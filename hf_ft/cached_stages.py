@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from hf_ft.core.context import FrozenCache
 from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix, as_columns
 from hf_ft.objective import Objective
 from hf_ft.prefix_search import find_prefix
@@ -20,7 +21,6 @@ from hf_ft.reference import REFERENCE, recorded_states
 from hf_ft.row_cache import (
     ROW,
     Columns,
-    FrozenCache,
     RowsDiffer,
     RowStore,
     StagedCollator,

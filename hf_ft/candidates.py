@@ -54,7 +54,7 @@ class Candidate:
     Attributes:
         name: ``stage3``, ``layer17``, ``window5-7`` (first and last layer), ``segment2``, ``top3`` (how many);
             all but the last are counted from 0 at the input.
-        modules: what trains, for :attr:`hf_ft.plan.Stage.trains`; the head is not among them.
+        modules: what trains, for :attr:`hf_ft.core.plan.Stage.trains`; the head is not among them.
         layers: 0-based indices into :func:`weight_layers`, ascending.
         quarter: of the depth, 1 to 4, see :func:`quarter_of`; 0 without layers.
         parameters: how many train, without the head's.

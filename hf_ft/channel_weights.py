@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
-from hf_ft.config import Context, FTConfig
+from hf_ft.core.compose import compose
+from hf_ft.core.config import FTConfig
+from hf_ft.core.context import Context
+from hf_ft.core.plan import Plan, Stage
+from hf_ft.core.task_loss import as_dict
 from hf_ft.errors import OptionError
 from hf_ft.fit import Batches, fit
 from hf_ft.frozen_prefix import FrozenPrefix
@@ -27,8 +31,6 @@ from hf_ft.models.feature_hooks import activations
 from hf_ft.models.names import Names, covers
 from hf_ft.models.parts import Chain, Part
 from hf_ft.models.preserve import observing
-from hf_ft.objective import as_dict
-from hf_ft.plan import Plan, Stage, compose
 from hf_ft.prefix_search import find_prefix
 from hf_ft.recordings import Recordings
 from hf_ft.run import start

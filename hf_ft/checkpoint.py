@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_ft.config import FTConfig, State, read_config_file, shared_option, write_configs
+from hf_ft.core.compose import shared_option
+from hf_ft.core.config import FTConfig, write_configs
+from hf_ft.core.config_files import read_config_file
+from hf_ft.core.context import State
 from hf_ft.errors import CheckpointError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers

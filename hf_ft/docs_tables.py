@@ -22,7 +22,9 @@ from typing import Any
 from unittest import mock
 
 import hf_ft
-from hf_ft.config import FTConfig, Paper
+from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategies
+from hf_ft.core.options import annotation, describe_type, options
+from hf_ft.core.search_space import Choice, LogRange
 from hf_ft.docs_measured import (
     table_of_disentangling,
     table_of_frozen,
@@ -33,9 +35,6 @@ from hf_ft.docs_measured import (
 )
 from hf_ft.docs_measured import table_of_strategies as table_of_measured
 from hf_ft.docs_results import table_of_advice, table_of_all, table_of_choice, table_of_five, table_of_task
-from hf_ft.fields import annotation, describe_type, options
-from hf_ft.registry import _CONFIGS, config_class, strategies
-from hf_ft.space import Choice, LogRange
 
 ROOT = Path(__file__).parents[1]
 _PLACE = re.compile(r"(<!-- begin: (\w+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.S)

@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import EvalPrediction
 
+from hf_ft.core.context import Recipe, Samples
+from hf_ft.core.plan import stage_borders
 from hf_ft.groups import stage_scheduler
 from hf_ft.metrics import LOCAL_METRICS, compute_metrics
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.objective import Objective, TaskLoss
-from hf_ft.plan import stage_borders
-from hf_ft.recordings import RecordedRows, Recordings, Samples
+from hf_ft.objective import Objective
+from hf_ft.recordings import RecordedRows, Recordings
 from hf_ft.run import Run, schedule_curve
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train, as the training arguments say it.
-
-    Attributes:
-        optimizer: makes one of parameter groups.
-        curve: number of steps -> (step -> factor of the rate), the schedule.
-        batch_size: samples that run together.
-        accumulation: so many of these batches make a step.
-        max_grad_norm: gradients are clipped to this norm; 0 for not at all.
-        task_loss: the loss of the task.
-        computing: the context in which the model computes, such as autocast.
-    """
-
-    optimizer: Callable[[list[dict[str, Any]]], Optimizer]
-    curve: Callable[[int], Callable[[int], float]]
-    learning_rate: float
-    weight_decay: float = 0.0
-    batch_size: int = 8
-    accumulation: int = 1
-    max_grad_norm: float = 1.0
-    task_loss: TaskLoss = field(default_factory=TaskLoss)
-    computing: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:

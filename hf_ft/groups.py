@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_ft.core.plan import Plan, Rate, Stage, stage_index, trained_by
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
-from hf_ft.plan import Plan, Rate, Stage, stage_index, trained_by
 
 STAGE_RATES = "stage_rates"
 
@@ -33,7 +33,7 @@ def ever_trained(plan: Plan, model: nn.Module, trainable: Collection[str]) -> li
     """Names of the parameters that some stage trains, in the model's order.
 
     Raises:
-        OptionError: a stage's names match nothing (see :func:`hf_ft.plan.trained_by`).
+        OptionError: a stage's names match nothing (see :func:`hf_ft.core.plan.trained_by`).
     """
     trained = {name for stage in plan.stages for name in trained_by(stage, model, trainable)}
     return [name for name, _ in model.named_parameters() if name in trained]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ft.core.plan import Stream
+from hf_ft.core.view import StreamView
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
 from hf_ft.models.feature_hooks import Taps, run_to
 from hf_ft.models.names import Names
-from hf_ft.plan import Stream
-from hf_ft.view import StreamView
 
 # A batch brings the batch of a stream, itself a dictionary, under this and the stream's name.
 STREAM = "stream_"

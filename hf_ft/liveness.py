@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from hf_ft.core.plan import Stage
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms, is_dropout
 from hf_ft.models.parts import Chain, Part
-from hf_ft.plan import Stage
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from hf_ft.config import FTConfig
-from hf_ft.fields import describe_value, options
+from hf_ft.core.config import FTConfig
+from hf_ft.core.options import describe_value, options
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_ft.config import FTConfig, recommended_arguments
+from hf_ft.core.compose import recommended_arguments
+from hf_ft.core.config import FTConfig
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_ft.config import Context
+from hf_ft.core.context import Context
 from hf_ft.models.feature_hooks import activations, token_mask
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.row_cache import Columns, RowsDiffer, RowStore, fill

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_ft.core.context import FrozenCache, Samples
 from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix
 from hf_ft.liveness import Liveness
 from hf_ft.models.feature_hooks import activations
@@ -20,25 +21,12 @@ from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.objective import Objective
 from hf_ft.prefix_search import PrefixFinder
-from hf_ft.row_cache import GB, Columns, FrozenCache, RowsDiffer, RowStore, same_each_time
+from hf_ft.row_cache import GB, Columns, RowsDiffer, RowStore, same_each_time
 
 logger = logging.get_logger(__name__)
 VALUES = "values"  # the one column of a store
 COLUMN = "column:"  # before the name of a column of the batch, to tell it from a border
 PASS = 64  # samples in a batch of a recording pass; larger ones are slower on a CPU
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Training samples by number.
-
-    Attributes:
-        count: how many there are.
-        read: reads some of them, by number, as keyword arguments of the model on its device.
-    """
-
-    count: int
-    read: Callable[[Sequence[int]], dict[str, Any]]
 
 
 @dataclass(frozen=True)

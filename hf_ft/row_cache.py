@@ -14,42 +14,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_ft.errors import OptionError
-from hf_ft.fields import option, validate
+from hf_ft.core.context import FrozenCache
 from hf_ft.models.preserve import random_states_kept
 
 ROW = "frozen_prefix_row_"  # a batch of a store holds its rows' numbers under this and the store's own number
 Columns = dict[str, Tensor]
 GB = 2**30
 CHANNELS_LAST = torch.channels_last
-
-
-@dataclass(frozen=True)
-class FrozenCache:
-    """Whether and where to keep what the frozen part of a model computes.
-
-    Raises:
-        OptionError: a value that cannot be.
-    """
-
-    use: Literal["auto", "always", "never"] = option(
-        "auto",
-        "auto: where samples are the same each time they are read (some are, to see) and the stage is longer than "
-        "an epoch. always: without looking. never: the whole forward pass in every step.",
-    )
-    memory_gb: float = option(2.0, "Keep so many GB in memory at most; more goes into a file.", range="[0, inf)")
-    disk_gb: float = option(20.0, "Write so many GB to that file at most; more is not kept.", range="[0, inf)")
-    folder: str | None = option(None, "Where to put it; None for the system's temporary folder.")
-
-    def __post_init__(self) -> None:
-        validate(self)
-        if self.folder is not None and not Path(self.folder).is_dir():
-            raise OptionError(f"FrozenCache.folder={self.folder!r} is no folder: make it, or name another.")
 
 
 class RowsDiffer(ValueError):

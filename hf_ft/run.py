@@ -13,7 +13,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.utils import logging
 
-from hf_ft.config import Context, FTConfig, State, build_plan, resolve, shared_option
+from hf_ft.core.compose import build_plan, resolve, shared_option
+from hf_ft.core.config import FTConfig
+from hf_ft.core.context import Context, State
+from hf_ft.core.plan import Plan, Term, stage_borders, stage_index
+from hf_ft.core.task_loss import TaskLoss
 from hf_ft.errors import OptionError
 from hf_ft.groups import ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.models.anatomy import anatomy, members_of, unwrap
@@ -21,8 +25,7 @@ from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
 from hf_ft.models.parts import Chain
 from hf_ft.models.source_head import drop_source_head
-from hf_ft.objective import Objective, TaskLoss
-from hf_ft.plan import Plan, Term, stage_borders, stage_index
+from hf_ft.objective import Objective
 from hf_ft.reference import Reference
 
 logger = logging.get_logger(__name__)

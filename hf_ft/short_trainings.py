@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from hf_ft.checkpoint import digests
-from hf_ft.config import Context
+from hf_ft.core.context import Context
 from hf_ft.errors import OptionError
 from hf_ft.fit import Batches, fit, score
 from hf_ft.metrics import LOCAL_METRICS

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_ft.config import Context
+from hf_ft.core.context import Context
+from hf_ft.core.plan import trained_by
 from hf_ft.liveness import liveness, moving_norms
-from hf_ft.plan import trained_by
 from hf_ft.run import Run, start
 from hf_ft.short_trainings import ShortTrainings, short
 from hf_ft.study import open_storage

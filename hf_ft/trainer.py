@@ -19,8 +19,13 @@ from transformers.utils import logging
 
 from hf_ft import checkpoint as files
 from hf_ft.cached_stages import CachedStages
-from hf_ft.config import Context, FTConfig, State, read_config_file, resolve, write_configs
 from hf_ft.context import measuring_context
+from hf_ft.core.compose import resolve
+from hf_ft.core.config import FTConfig, write_configs
+from hf_ft.core.config_files import read_config_file
+from hf_ft.core.context import Context, FrozenCache, State
+from hf_ft.core.plan import Plan, stage_borders, stage_index
+from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data import collate
 from hf_ft.errors import OptionError
 from hf_ft.frozen_prefix import ACTIVATION
@@ -30,8 +35,7 @@ from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
-from hf_ft.objective import Objective, TaskLoss
-from hf_ft.plan import Plan, stage_borders, stage_index
+from hf_ft.objective import Objective
 from hf_ft.preflight import (
     check_arguments,
     check_labels,
@@ -41,7 +45,6 @@ from hf_ft.preflight import (
     warn_slow_statistics,
 )
 from hf_ft.reference import REFERENCE
-from hf_ft.row_cache import FrozenCache
 from hf_ft.run import Run, check, check_members, schedule_curve, set_up
 from hf_ft.streamed_steps import StreamedSteps
 from hf_ft.whole_checkpoints import WholeCheckpoints
@@ -64,7 +67,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
             training labels.
         overwrite: whether checkpoints of an earlier run in ``args.output_dir`` may be deleted.
         frozen_cache: whether a stage that trains only what follows a frozen part computes that part once instead
-            of in every step: ``"auto"``, ``"always"``, ``"never"``, or a :class:`~hf_ft.row_cache.FrozenCache`.
+            of in every step: ``"auto"``, ``"always"``, ``"never"``, or a :class:`~hf_ft.core.context.FrozenCache`.
         plain_train_dataset: the training samples without augmentation, in the same order, for strategies that
             search or measure on them; default: ``train_dataset``.
         source_dataset: the data of the pretraining, or other data, for strategies that train on it beside the target's:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from hf_ft import registry
+from hf_ft.core import config as registry
 
 
 @pytest.fixture

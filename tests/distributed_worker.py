@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, SoftConfig
-from hf_ft.registry import strategies
+from hf_ft.core.config import strategies
 from hf_ft.testing import still, suited, tiny_collaborative, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot

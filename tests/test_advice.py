@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import ViTImageProcessorPil, default_data_collator
 
-from hf_ft import FTConfig, OptionError, Plan, anatomy, register, registry
+from hf_ft import FTConfig, OptionError, Plan, anatomy, register
 from hf_ft.advice import Advice, Shift, Signals, advise, how_often_right, measuring, recommend
 from hf_ft.advice.judge import FIXED_ORDER, expected_best, judged_table, summary
 from hf_ft.advice.rules import NEUTRAL_ORDER, RULES, rules_table
@@ -36,10 +36,11 @@ from hf_ft.advice.transferability import (
     logme,
 )
 from hf_ft.cli import main
+from hf_ft.core import config as registry
+from hf_ft.core.config import strategies
 from hf_ft.docs_tables import ROOT, documented
 from hf_ft.models.batch_norm import convert_batch_norm, estimate_batch_norm
 from hf_ft.models.norms import batch_norms
-from hf_ft.registry import strategies
 from hf_ft.testing import tiny_data
 from hf_ft.testing.models import tiny_bert, tiny_collaborative, tiny_distilbert, tiny_resnet, tiny_roberta, tiny_vit
 from hf_ft.testing.training import equipped, same_tensors, snapshot

@@ -21,8 +21,9 @@ from hf_ft import (
     Stage,
     compose,
 )
-from hf_ft.config import build_plan, load_configs
-from hf_ft.fields import annotation, parse
+from hf_ft.core.compose import build_plan
+from hf_ft.core.config import load_configs
+from hf_ft.core.options import annotation, parse
 from hf_ft.models.norms import batch_norms
 from hf_ft.preflight import warn_slow_statistics
 from hf_ft.testing import tiny_data, tiny_resnet, tiny_vit, train
@@ -107,7 +108,7 @@ def test_common_options_that_contradict(tmp_path):
 
 
 def test_predicates_that_match_nothing(tmp_path):
-    from hf_ft.plan import trained_by
+    from hf_ft.core.plan import trained_by
 
     model = tiny_resnet()
     names = [name for name, _ in model.named_parameters()]
@@ -206,7 +207,7 @@ def test_damaged_config(tmp_path):
 
 def test_a_config_of_a_newer_version_loads_with_a_warning(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_ft.config.logger.warning", said.append)
+    monkeypatch.setattr("hf_ft.core.config.logger.warning", said.append)
     L2SPConfig(alpha=0.5).save_pretrained(tmp_path)
     file = tmp_path / "ft_config.json"
     content = json.loads(file.read_text())

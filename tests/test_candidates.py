@@ -20,11 +20,11 @@ from hf_ft.candidates import (
     quarter_of,
     top_layers,
 )
+from hf_ft.core.plan import Stage, trained_by
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.norms import norm_layers
 from hf_ft.models.weight_layers import weight_layers
-from hf_ft.plan import Stage, trained_by
 from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_inputs, tiny_mobilenet_v2, tiny_resnet, tiny_vit
 from hf_ft.zoo.models import load_model
 

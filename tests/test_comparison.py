@@ -27,8 +27,8 @@ from hf_ft.comparison.kept import Kept
 from hf_ft.comparison.memory import PeakMemory
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.training import finite_metrics, train
-from hf_ft.registry import _CONFIGS, register
-from hf_ft.space import LogRange
+from hf_ft.core.config import _CONFIGS, register
+from hf_ft.core.search_space import LogRange
 from hf_ft.study import as_json, open_storage, open_study
 from hf_ft.trials import Job, run_trials
 from tests.comparing import NAMES, lasting, load, run, splits

@@ -25,8 +25,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ConvNextImageProcessorPil, PreTrainedTokenizerFast, TrainingArguments
 
 import hf_ft
-from hf_ft import advice, comparison, docs_tables, registry
+from hf_ft import advice, comparison, docs_tables
 from hf_ft.cli import main
+from hf_ft.core import config as registry
 from hf_ft.testing import tiny_data, tiny_resnet
 from hf_ft.testing.models import tiny_distilbert
 

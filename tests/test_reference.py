@@ -24,10 +24,9 @@ from hf_ft import (
     anatomy,
     set_up,
 )
-from hf_ft.config import FTConfig
+from hf_ft.core.config import FTConfig, register
 from hf_ft.functional import feature_distance
 from hf_ft.reference import REFERENCE, Reference
-from hf_ft.registry import register
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.zoo.models import SHORT_NAMES, load_model

@@ -17,7 +17,7 @@ from transformers import (
 
 import hf_ft
 from hf_ft import DELTAConfig, FTTrainer, L2SPConfig, LPFTConfig, OptionError, SoftConfig, set_up
-from hf_ft.decay import Decay, decay
+from hf_ft.core.schedules import Decay, decay
 from hf_ft.models.source_head import has_source_head, head_input, source_head
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.models import tiny_mobilenet_v2

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from hf_ft.config import FTConfig
-from hf_ft.fields import options
-from hf_ft.registry import strategies
-from hf_ft.space import Choice, LogRange, edges, spread
+from hf_ft.core.config import FTConfig, strategies
+from hf_ft.core.options import options
+from hf_ft.core.search_space import Choice, LogRange, edges, spread
 
 SPACE = {"rate": LogRange(1e-5, 0.3), "mode": Choice(("a", "b", "c"))}
 

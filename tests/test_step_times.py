@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hf_ft import State, docs_measured, docs_tables
-from hf_ft.config import resolve
+from hf_ft.core.compose import compose, resolve
+from hf_ft.core.plan import stage_borders, stage_index, trained_by
 from hf_ft.models.source_head import has_source_head
-from hf_ft.plan import compose, stage_borders, stage_index, trained_by
 from hf_ft.testing import tiny_resnet
 from hf_ft.testing.training import equipped
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hf_ft.advice.signals import Signals
-from hf_ft.config import FTConfig
-from hf_ft.registry import config_class, strategies
+from hf_ft.core.config import FTConfig, config_class, strategies
 
 __all__ = ["Reason", "Recommendation", "Rule", "recommend", "rules_table"]
 

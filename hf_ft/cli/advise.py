@@ -21,7 +21,7 @@ from hf_ft.cli.console import Parser, is_main, quieten, say, table
 from hf_ft.cli.models import load_classifier
 from hf_ft.cli.train import check_request, read_splits, readable_images, token_length
 from hf_ft.columns import Columns, find_columns
-from hf_ft.config import shared_option
+from hf_ft.core.compose import shared_option
 from hf_ft.data import collate, prepare
 from hf_ft.errors import OptionError
 from hf_ft.models.source_head import has_source_head

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from hf_ft.cli.console import Parser, say, table
-from hf_ft.config import FTConfig
-from hf_ft.fields import annotation, describe_type, options
-from hf_ft.registry import config_class, strategies
+from hf_ft.core.config import FTConfig, config_class, strategies
+from hf_ft.core.options import annotation, describe_type, options
 
 SOURCES = "Sources of defaults: code = read in the authors' code, paper = stated there, ours = chosen here."
 

@@ -20,11 +20,10 @@ from hf_ft.cli.train import read_splits
 from hf_ft.columns import Columns, find_columns
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.settings import setting
-from hf_ft.config import FTConfig
+from hf_ft.core.config import FTConfig, strategies
 from hf_ft.data import load_split
 from hf_ft.errors import OptionError
 from hf_ft.images import check_images
-from hf_ft.registry import strategies
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hf_ft.cli.arguments import DataFlags
 from hf_ft.cli.console import table
 from hf_ft.comparison.settings import DEFAULTS, Settings
-from hf_ft.registry import strategies
+from hf_ft.core.config import strategies
 
 _HEAD = """hf-ft compare: which strategy for my model and data?
 

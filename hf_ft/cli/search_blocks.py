@@ -11,7 +11,7 @@ import torch
 from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import BlockSearch
 from hf_ft.cli.console import say, table
-from hf_ft.fields import options
+from hf_ft.core.options import options
 
 HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
 

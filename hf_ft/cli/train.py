@@ -21,13 +21,13 @@ from hf_ft.cli.swarm_report import report_swarm
 from hf_ft.cli.train_help import train_help
 from hf_ft.columns import Columns, find_columns
 from hf_ft.comparison.benches import usual_length
-from hf_ft.config import shared_option
+from hf_ft.core.compose import shared_option
+from hf_ft.core.context import FrozenCache
+from hf_ft.core.options import describe_value, options
 from hf_ft.data import collate, load_split, load_splits, prepare
-from hf_ft.fields import describe_value, options
 from hf_ft.images import AUGMENTATIONS, OnCorrupt, check_images
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.models.ensemble.model import CollaborativeModel
-from hf_ft.row_cache import FrozenCache
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import STORAGE as SWARM_STUDY
 from hf_ft.trainer import FTTrainer

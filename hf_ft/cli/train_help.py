@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from hf_ft.cli.arguments import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.cli.console import table
-from hf_ft.registry import strategies
+from hf_ft.core.config import strategies
 
 _HEAD = """hf-ft train: fine-tune an image or text classifier with a strategy.
 

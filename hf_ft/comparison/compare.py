@@ -23,7 +23,7 @@ from hf_ft.comparison.judge import Judge, Tell
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.training import Recipe
-from hf_ft.config import FTConfig
+from hf_ft.core.config import FTConfig
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.norms import batch_norms

@@ -14,11 +14,11 @@ from torch import nn
 
 from hf_ft.comparison.results import BASELINE
 from hf_ft.comparison.settings import Settings
-from hf_ft.config import FTConfig, resolve
+from hf_ft.core.compose import resolve
+from hf_ft.core.config import FTConfig, strategies
+from hf_ft.core.options import options
+from hf_ft.core.search_space import Choice, LogRange, Space, edges, spread
 from hf_ft.errors import AnatomyError, OptionError
-from hf_ft.fields import options
-from hf_ft.registry import strategies
-from hf_ft.space import Choice, LogRange, Space, edges, spread
 
 RATE, MOMENTUM = "learning_rate", "batch_norm_momentum"
 SEARCH_SHARE = 0.5  # of the tuning budget, for a strategy's own search; the rest is for the rates

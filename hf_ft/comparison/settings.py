@@ -11,9 +11,9 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_ft.core.search_space import LogRange
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
-from hf_ft.space import LogRange
 from hf_ft.study import MISSING
 
 RANGES = {"sgd": (1e-5, 3e-1), "": (1e-6, 1e-2)}  # of learning rates, by optimizer; the last for Adam and its kin

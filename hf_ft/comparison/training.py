@@ -22,7 +22,7 @@ from hf_ft.comparison.contenders import RATE, Entrant
 from hf_ft.comparison.memory import MB, PeakMemory
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import FIXED
-from hf_ft.config import State
+from hf_ft.core.context import State
 from hf_ft.diagnostics.feature_distortion import feature_distortion
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics

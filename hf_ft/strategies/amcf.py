@@ -9,21 +9,22 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
+from hf_ft.core.compose import compose, momentum_plan
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import Context, State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Stage, Surgery, Term
+from hf_ft.core.search_space import LogRange
+from hf_ft.core.view import View
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.functional import disagreement, wide
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.anatomy import anatomy, members_of, names_of_members, unwrap
 from hf_ft.models.names import Names, covered
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.weight_layers import Layer, main_path_layers
-from hf_ft.plan import Plan, Stage, Surgery, Term, compose
-from hf_ft.registry import register
-from hf_ft.space import LogRange
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import SwarmSearch
-from hf_ft.view import View
 
 Frozen = tuple[int, ...]
 

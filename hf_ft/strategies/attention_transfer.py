@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Term
+from hf_ft.core.search_space import LogRange
+from hf_ft.core.terms import compared
+from hf_ft.core.view import View
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.functional import attention_distance
 from hf_ft.models.feature_layers import layers_of, positions, stage_outputs
 from hf_ft.models.names import Names
-from hf_ft.plan import Plan, Term
-from hf_ft.registry import register
-from hf_ft.space import LogRange
-from hf_ft.terms import compared
-from hf_ft.view import View
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from hf_ft.candidates import (
     find_candidate,
     last_quarter,
 )
-from hf_ft.config import Context, FTConfig, Paper, Recommended, State, momentum_plan
+from hf_ft.core.compose import compose, momentum_plan
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import Context, State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Rate, Stage, Surgery
+from hf_ft.core.search_space import LogRange
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.models.names import EVERYTHING
-from hf_ft.plan import Plan, Rate, Stage, Surgery, compose
-from hf_ft.registry import register
-from hf_ft.space import LogRange
 
 
 @register("blockwise")

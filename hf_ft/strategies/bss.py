@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Term
+from hf_ft.core.search_space import LogRange
+from hf_ft.core.view import View
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.functional import batch_spectral_shrinkage
-from hf_ft.plan import Plan, Term
-from hf_ft.registry import register
-from hf_ft.space import LogRange
-from hf_ft.view import View
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.config import Context, FTConfig, Paper, Recommended, State
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import Context, State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Rate, Stage, Surgery
+from hf_ft.core.search_space import LogRange
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.models.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
 from hf_ft.models.names import Names
-from hf_ft.plan import Plan, Rate, Stage, Surgery
-from hf_ft.registry import register
-from hf_ft.space import LogRange
 
 
 @dataclass(frozen=True)

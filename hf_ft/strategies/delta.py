@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.channel_weights import channel_weights
-from hf_ft.config import Context, FTConfig, Paper, Recommended, State
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import Context, State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Term
+from hf_ft.core.search_space import LogRange
+from hf_ft.core.terms import SquaredNorm, compared
+from hf_ft.core.view import View
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.functional import feature_distance
 from hf_ft.models.feature_layers import layers_of, stage_convolutions
 from hf_ft.models.names import Names
-from hf_ft.plan import Plan, Term
-from hf_ft.registry import register
-from hf_ft.space import LogRange
-from hf_ft.terms import SquaredNorm, compared
-from hf_ft.view import View
 
 
 @dataclass(frozen=True)

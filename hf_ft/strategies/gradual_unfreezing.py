@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.config import FTConfig, Paper, Recommended, State
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Rate, Stage
+from hf_ft.core.search_space import Choice
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.models.names import Names
-from hf_ft.plan import Plan, Rate, Stage
-from hf_ft.registry import register
-from hf_ft.space import Choice
 
 
 def unfreezing_groups(parts: tuple[Names, ...], groups: int) -> list[Names]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.config import FTConfig, Paper, Recommended, State
-from hf_ft.fields import option
-from hf_ft.plan import Plan, Term
-from hf_ft.registry import register
-from hf_ft.space import LogRange
-from hf_ft.terms import DistanceFromStart, SquaredNorm
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Term
+from hf_ft.core.search_space import LogRange
+from hf_ft.core.terms import DistanceFromStart, SquaredNorm
 
 
 @register("l2_sp")

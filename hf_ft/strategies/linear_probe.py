@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.config import FTConfig, Recommended, State
-from hf_ft.plan import Plan, Stage
-from hf_ft.registry import register
+from hf_ft.core.config import FTConfig, Recommended, register
+from hf_ft.core.context import State
+from hf_ft.core.plan import Plan, Stage
 
 
 @register("linear_probe")

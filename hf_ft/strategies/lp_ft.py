@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import nn
 
-from hf_ft.config import FTConfig, Paper, Recommended, State
-from hf_ft.fields import option
-from hf_ft.plan import Plan, Rate, Stage
-from hf_ft.registry import register
-from hf_ft.space import Choice, LogRange
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Rate, Stage
+from hf_ft.core.search_space import Choice, LogRange
 
 
 @register("lp_ft")

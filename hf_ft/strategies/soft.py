@@ -10,17 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.config import FTConfig, Paper, Recommended, State
-from hf_ft.decay import Decay, Schedule
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Stream, Term
+from hf_ft.core.schedules import Decay, Schedule
+from hf_ft.core.search_space import Choice, LogRange
+from hf_ft.core.view import View
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.functional import distillation_loss
 from hf_ft.models.source_head import SourceHead, head_input, require_source_head, source_head
-from hf_ft.plan import Plan, Stream, Term
-from hf_ft.registry import register
 from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
-from hf_ft.space import Choice, LogRange
-from hf_ft.view import View
 
 
 class SourceLoss(nn.Module):
@@ -64,7 +64,7 @@ class SoftConfig(FTConfig):
         \lambda(t) = \lambda_0 \, s(t / t_0)
 
     :math:`h_S` is the pretrained head, which trains while :math:`\lambda > 0` and is gone afterwards; s falls from 1
-    to 0 (:func:`hf_ft.decay.decay`). Without source data, ``source="head"``, the second loss is
+    to 0 (:func:`hf_ft.core.schedules.decay`). Without source data, ``source="head"``, the second loss is
     :math:`4 \, \mathrm{KL}(h_S^0(f^0(x_T)) \,\|\, h_S(f(x_T)))` at temperature 3: what the pretrained network said of
     the target's images.
     """

@@ -12,21 +12,21 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_ft.config import Context, FTConfig, Paper, Recommended, State
+from hf_ft.core.config import FTConfig, Paper, Recommended, register
+from hf_ft.core.context import Context, State
+from hf_ft.core.options import option
+from hf_ft.core.plan import Plan, Term
+from hf_ft.core.search_space import LogRange
+from hf_ft.core.terms import SquaredNorm, compared
+from hf_ft.core.view import View
 from hf_ft.disentangler import Disentangler, make_disentangler
 from hf_ft.disentangling import Disentangled, disentangle
 from hf_ft.disentangling_loss import Weights
 from hf_ft.errors import OptionError
-from hf_ft.fields import option
 from hf_ft.functional import feature_distance
 from hf_ft.models.feature_layers import last_feature_map, layers_of, stage_outputs
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.plan import Plan, Term
 from hf_ft.recorded_features import PASS, RecordedFeatures
-from hf_ft.registry import register
-from hf_ft.space import LogRange
-from hf_ft.terms import SquaredNorm, compared
-from hf_ft.view import View
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_ft.config import resolve
+from hf_ft.core.compose import resolve
 from hf_ft.joint_forward import STREAM
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.norms import batch_norms

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from hf_ft import AttentionTransferConfig, BSSConfig, DAFTConfig, DELTAConfig, FTTrainer, FullConfig, TREDConfig
 from hf_ft.cli.demo_data import channels_last
-from hf_ft.config import FTConfig
+from hf_ft.core.config import FTConfig
 from hf_ft.splits import stratified_split
 from hf_ft.testing.training import tiny_arguments
 from hf_ft.zoo.datasets import elpv

@@ -35,7 +35,8 @@ from hf_ft import (
     LinearProbeConfig,
     TREDConfig,
 )
-from hf_ft.config import FTConfig, State
+from hf_ft.core.config import FTConfig
+from hf_ft.core.context import State
 from hf_ft.splits import stratified_split
 from hf_ft.zoo.datasets import mnist5k
 from hf_ft.zoo.models import load_model

@@ -46,7 +46,7 @@ from hf_ft import (
     SoftConfig,
     TREDConfig,
 )
-from hf_ft.registry import strategies
+from hf_ft.core.config import strategies
 
 FULL, WIDTH = "full", 512
 SHORT, MORE = 0.05, 100  # of a step of full fine-tuning; rounds more

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback
 
 from hf_ft import FTTrainer
-from hf_ft.config import resolve
+from hf_ft.core.compose import resolve
 from hf_ft.testing.training import equipped, tiny_arguments
 
 BATCH, PIXELS, SOURCE_CLASSES = 32, 96, 1000

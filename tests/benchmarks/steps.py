@@ -36,8 +36,7 @@ from hf_ft import (
     Term,
     TREDConfig,
 )
-from hf_ft.config import FTConfig
-from hf_ft.registry import register
+from hf_ft.core.config import FTConfig, register
 from hf_ft.testing.training import tiny_arguments
 
 

@@ -20,7 +20,7 @@ from common import PIXELS, Runs, quiet, ready, train, tune
 from datasets import Dataset, DatasetDict
 
 from hf_ft import BlockwiseConfig, DAFTConfig, FullConfig, LinearProbeConfig, LPFTConfig
-from hf_ft.config import FTConfig
+from hf_ft.core.config import FTConfig
 from hf_ft.splits import stratified_split
 from hf_ft.zoo.datasets import elpv, mnist5k, uci_digits
 from hf_ft.zoo.models import load_model

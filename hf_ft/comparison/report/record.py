@@ -7,10 +7,9 @@ from typing import Any
 
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing
-from hf_ft.config import Paper
+from hf_ft.core.config import Paper, strategies
 from hf_ft.documents.document import Block, Bullets, Link, Listing, Section, Table, Tables, Text
 from hf_ft.documents.text import NONE, code, duration, plain
-from hf_ft.registry import strategies
 
 FIRST = 20  # so many skipped rows are named
 

@@ -1,4 +1,4 @@
-"""Terms of the loss that several strategies share, as functions of a :class:`~hf_ft.view.View`."""
+"""Terms of the loss that several strategies share, as functions of a :class:`~hf_ft.core.view.View`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_ft.core.view import View
 from hf_ft.errors import OptionError
 from hf_ft.functional import l2_sp
 from hf_ft.models.names import Names
-from hf_ft.view import View
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.names import EVERYTHING, Names, covered
 
 if TYPE_CHECKING:
-    from hf_ft.view import View
+    from hf_ft.core.view import View
 
 NormMode = Literal["auto", "eval", "train"]
 
@@ -91,7 +91,7 @@ class Term:
 
     Attributes:
         name: the key under which it is logged, ``loss/<name>``.
-        fn: :class:`~hf_ft.view.View` -> scalar; a micro-batch mean where it depends on the batch. It
+        fn: :class:`~hf_ft.core.view.View` -> scalar; a micro-batch mean where it depends on the batch. It
             runs in float32, outside autocast. Where it is an ``nn.Module``, its
             parameters train in every stage at ``args.learning_rate`` and are saved with each checkpoint.
         weight: a constant factor.
@@ -145,46 +145,6 @@ class Plan:
     streams: tuple[Stream, ...] = ()
     finalise: tuple[Surgery, ...] = ()
     owner: str | None = field(default=None, compare=False)
-
-
-def compose(plans: Iterable[Plan]) -> Plan:
-    """One plan of several: terms add, surgery and finalise run in order, one plan at most has stages.
-
-    Raises:
-        OptionError: two plans own stages (both are named), two terms share a name, two streams of one name differ,
-            or shares do not sum to 1.
-    """
-    plans = tuple(plans)
-    owners = [plan for plan in plans if plan.stages]
-    if len(owners) > 1:
-        names = " and ".join(str(plan.owner) for plan in owners)
-        raise OptionError(f"{names} both decide which parameters train when; use one of them.")
-    terms = tuple(term for plan in plans for term in plan.terms)
-    names_seen = [term.name for term in terms]
-    twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
-    if twice:
-        raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
-    streams: list[Stream] = []
-    for stream in (stream for plan in plans for stream in plan.streams):
-        if stream in streams:
-            continue
-        if any(stream.name == other.name for other in streams):
-            raise OptionError(f"two strategies want the stream {stream.name!r} in different ways: {streams}, {stream}.")
-        streams.append(stream)
-    stages = owners[0].stages if owners else (Stage("train"),)
-    total = sum(stage.duration for stage in stages)
-    if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
-        shares = [stage.duration for stage in stages]
-        raise OptionError(f"stage durations {shares} must be positive and sum to 1.")
-    return Plan(
-        # Equal surgery asked for by several strategies is done once.
-        surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
-        terms=terms,
-        stages=stages,
-        streams=tuple(streams),
-        finalise=tuple(s for plan in plans for s in plan.finalise),
-        owner=owners[0].owner if owners else None,
-    )
 
 
 def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> list[str]:

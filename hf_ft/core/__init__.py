@@ -1,0 +1,1 @@
+"""The vocabulary of a strategy: options, plans, terms, contexts, states."""

@@ -1,0 +1,142 @@
+"""Several strategies as one plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from hf_ft.core.config import FTConfig, Recommended, config_class, strategies
+from hf_ft.core.context import State
+from hf_ft.core.options import options
+from hf_ft.core.plan import Plan, Stage, Stream
+from hf_ft.errors import OptionError
+from hf_ft.models.norms import batch_norms, tensorflow_momentum
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SetBatchNormMomentum:
+    """Surgery: the momentum of the named BatchNorm layers."""
+
+    names: tuple[str, ...]
+    momentum: float
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        for name in self.names:
+            model.get_submodule(name).momentum = self.momentum  # type: ignore[assignment]
+        return model
+
+
+def resolve(strategy: FTConfig | str | Iterable[FTConfig | str]) -> tuple[FTConfig, ...]:
+    """A config, a registered name, or a list of either, as a tuple of configs.
+
+    Raises:
+        OptionError: something else, nothing, or an unknown name.
+    """
+    several = isinstance(strategy, Iterable) and not isinstance(strategy, str)
+    items = tuple(strategy) if several else (strategy,)  # type: ignore[arg-type]
+    configs = tuple(config_class(item)() if isinstance(item, str) else item for item in items)
+    wrong = [item for item in configs if not isinstance(item, FTConfig)]
+    if wrong or not configs:
+        hint = f" Call it: {wrong[0].__name__}()." if wrong and isinstance(wrong[0], type) else ""
+        raise OptionError(
+            f"strategy={strategy!r} is not a strategy.{hint} Pass a config such as L2SPConfig(), a registered name "
+            f"({', '.join(strategies())}), or a list of them."
+        )
+    return configs  # type: ignore[return-value]
+
+
+def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
+    """The value of an option that all strategies of a run have in common; the default gives way.
+
+    Raises:
+        OptionError: two strategies say different things; both are named.
+    """
+    default = next(f.default for f in options(FTConfig) if f.name == name)
+    said = {getattr(c, name): c.ft_type for c in configs if getattr(c, name) != default}
+    if len(said) > 1:
+        (a, one), (b, other) = list(said.items())[:2]
+        raise OptionError(f"{one}.{name}={a!r} and {other}.{name}={b!r} contradict each other.")
+    return next(iter(said), default)
+
+
+def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:
+    """The plans of all strategies as one, with what is common to all: the BatchNorm momentum."""
+    configs = tuple(configs)
+    plans = [
+        dataclasses.replace(config.plan(model, states.get(config.ft_type, State())), owner=config.ft_type)
+        for config in configs
+    ]
+    return compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
+
+
+def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
+    """Surgery that sets the momentum of BatchNorm layers as ``batch_norm_momentum`` says."""
+    if momentum == "keep":
+        return Plan()
+    if momentum == "auto":
+        names = tuple(tensorflow_momentum(model))
+        if names:
+            old = sorted({norm.momentum for name, norm in batch_norms(model) if name in names and norm.momentum})
+            logger.warning_once(
+                f"BatchNorm momentum {old} of {len(names)} layers is TensorFlow's decay: in training the running "
+                "statistics would be about those of the last batch. Set to 0.1 (batch_norm_momentum='keep' leaves it)."
+            )
+        return Plan(surgery=(SetBatchNormMomentum(names, 0.1),)) if names else Plan()
+    names = tuple(name for name, _ in batch_norms(model))
+    return Plan(surgery=(SetBatchNormMomentum(names, float(momentum)),)) if names else Plan()
+
+
+def recommended_arguments(configs: Iterable[FTConfig]) -> dict[str, Recommended]:
+    """The training arguments that the strategies want; where two differ, the one named first decides."""
+    merged: dict[str, Recommended] = {}
+    for config in configs:
+        for name, wanted in config.recommended.items():
+            merged.setdefault(name, wanted)
+    return merged
+
+
+def compose(plans: Iterable[Plan]) -> Plan:
+    """One plan of several: terms add, surgery and finalise run in order, one plan at most has stages.
+
+    Raises:
+        OptionError: two plans own stages (both are named), two terms share a name, two streams of one name differ,
+            or shares do not sum to 1.
+    """
+    plans = tuple(plans)
+    owners = [plan for plan in plans if plan.stages]
+    if len(owners) > 1:
+        names = " and ".join(str(plan.owner) for plan in owners)
+        raise OptionError(f"{names} both decide which parameters train when; use one of them.")
+    terms = tuple(term for plan in plans for term in plan.terms)
+    names_seen = [term.name for term in terms]
+    twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
+    if twice:
+        raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
+    streams: list[Stream] = []
+    for stream in (stream for plan in plans for stream in plan.streams):
+        if stream in streams:
+            continue
+        if any(stream.name == other.name for other in streams):
+            raise OptionError(f"two strategies want the stream {stream.name!r} in different ways: {streams}, {stream}.")
+        streams.append(stream)
+    stages = owners[0].stages if owners else (Stage("train"),)
+    total = sum(stage.duration for stage in stages)
+    if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
+        shares = [stage.duration for stage in stages]
+        raise OptionError(f"stage durations {shares} must be positive and sum to 1.")
+    return Plan(
+        # Equal surgery asked for by several strategies is done once.
+        surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
+        terms=terms,
+        stages=stages,
+        streams=tuple(streams),
+        finalise=tuple(s for plan in plans for s in plan.finalise),
+        owner=owners[0].owner if owners else None,
+    )

@@ -1,0 +1,222 @@
+"""The config of a strategy: options in PEFT's manner, and two methods, ``measure`` and ``plan``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from torch import nn
+from transformers.utils import logging
+from transformers.utils.hub import PushToHubMixin
+
+from hf_ft.core.config_files import CONFIG_NAME, read_config_file
+from hf_ft.core.context import Context, State
+from hf_ft.core.options import from_json, option, options, to_json, validate
+from hf_ft.core.plan import Plan
+from hf_ft.core.search_space import Space
+from hf_ft.errors import OptionError
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.parts import Anatomy
+from hf_ft.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    authors: str
+    title: str
+    venue: str
+    url: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.authors}. {self.title}. {self.venue}." + (f" {self.url}" if self.url else "")
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """A training argument that a method wants, from where (code, paper, ours), and why, where that is not plain."""
+
+    value: Any
+    source: str = "ours"
+    why: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTConfig(PushToHubMixin):
+    """Base of all strategies. A subclass is a frozen dataclass, registered, that defines :meth:`plan`.
+
+    Raises:
+        OptionError: an option's value is of the wrong type or out of its range.
+    """
+
+    ft_type: ClassVar[str]
+    paper: ClassVar[Paper | None] = None
+    formula: ClassVar[str] = ""
+    recommended: ClassVar[Mapping[str, Recommended]] = {}
+    takes_source_data: ClassVar[bool] = False  # whether it can use a source data set that it does not require
+    several_members: ClassVar[bool] = False  # whether it also fits a model of several members side by side
+    without_source_data: ClassVar[str] = ""  # what else can be done, at the end of a sentence that asks for one
+    tuned: ClassVar[Space] = {}  # options, beside the learning rate, that a fair comparison tunes; none changes measure
+
+    batch_norm_momentum: float | Literal["auto", "keep"] = option(
+        "auto",
+        "PyTorch momentum of BatchNorm layers. 'auto' sets 0.1 where a model family carries TensorFlow's decay "
+        "(0.99, 0.997) in its place, with which the statistics are those of about the last batch.",
+        range="(0, 1]",
+    )
+    head: str | None = option(None, "Name of the head module, where it cannot be found by itself.")
+    blocks: str | None = option(
+        None, "Regular expression of the blocks' module names, where they cannot be found by themselves."
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def check_arguments(self, args: TrainingArguments) -> None:
+        """Refuse training arguments under which the strategy can never work.
+
+        Raises:
+            OptionError: naming the argument, its value and the fix.
+        """
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that the options do not fit, as far as can be told without looking at the data.
+
+        Raises:
+            OptionError: naming the option, its value and the fix.
+        """
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        """Look at the data once, before training. The model comes back as it was."""
+        return State()
+
+    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
+        """What it needs beside model and data: the pretrained head, the data of the pretraining."""
+        return frozenset()
+
+    def source_free(self) -> FTConfig | None:
+        """The same strategy without source data, where it has such a form; None where it has not."""
+        return None
+
+    def within(self, epochs: float, model: nn.Module) -> FTConfig:
+        """The same with a search that trains for so many epochs in all at most, as far as it can be made so short."""
+        return self
+
+    def measures(self) -> bool:
+        """Whether this strategy looks at the data first."""
+        return type(self).measure is not FTConfig.measure
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        """What to do. Cheap, repeatable, and without any effect on the model."""
+        raise NotImplementedError(f"{type(self).__name__} defines no plan().")
+
+    def learned(self, state: State) -> str:
+        """A sentence for people, in the model card, on what was measured; empty where there is nothing to say."""
+        return ""
+
+    def anatomy(self, model: nn.Module) -> Anatomy:
+        """Stem, blocks, neck and head of the model, as ``head`` and ``blocks`` say where they are set."""
+        return anatomy(model, head=self.head, blocks=self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: to_json(getattr(self, f.name)) for f in options(type(self))}
+        return {"ft_type": self.ft_type, **values}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> FTConfig:
+        """A config from its dictionary; ``ft_type`` says which. Unknown keys are warned about and dropped.
+
+        Raises:
+            OptionError: no or an unknown ``ft_type``, or a value that cannot be.
+        """
+        if not isinstance(data, Mapping) or "ft_type" not in data:
+            raise OptionError(f"no 'ft_type' in {data!r}; one of {', '.join(strategies())} is needed.")
+        kind = config_class(data["ft_type"])
+        known = {f.name for f in options(kind)}
+        unknown = sorted(set(data) - known - {"ft_type"})
+        if unknown:
+            logger.warning(f"{data['ft_type']}: dropped options unknown to this version of hf_ft: {unknown}.")
+        return kind(**{key: from_json(value) for key, value in data.items() if key in known})
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write ``ft_config.json``; with ``push_to_hub=True`` upload it as PEFT does."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_configs(folder, [self])
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @staticmethod
+    def from_pretrained(name_or_path: str | Path, **hub_options: Any) -> FTConfig:
+        """The config saved in a folder or a Hub repository.
+
+        Raises:
+            OptionError: there is none, it is damaged, or it holds several (see :func:`load_configs`).
+        """
+        configs = load_configs(name_or_path, **hub_options)
+        if len(configs) > 1:
+            names = ", ".join(c.ft_type for c in configs)
+            raise OptionError(f"{name_or_path} holds {len(configs)} strategies ({names}): use hf_ft.load_configs.")
+        return configs[0]
+
+
+def write_configs(folder: Path, configs: Iterable[FTConfig], **extra: Any) -> None:
+    """Write ``ft_config.json`` for one or more strategies, and what else belongs beside them."""
+    content = {"hf_ft_version": __version__, "strategies": [c.to_dict() for c in configs], **extra}
+    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig, ...]:
+    """All strategies saved in a folder or a Hub repository."""
+    content = read_config_file(name_or_path, **hub_options)
+    return tuple(FTConfig.from_dict(item) for item in content["strategies"])
+
+
+C = TypeVar("C", bound="type[FTConfig]")
+_CONFIGS: dict[str, type[FTConfig]] = {}
+
+
+def register(name: str) -> Callable[[C], C]:
+    """Class decorator: make a config known under ``name``, which becomes its ``ft_type``.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+
+    def add(config_class: C) -> C:
+        known = _CONFIGS.get(name)
+        if known is not None and known.__qualname__ != config_class.__qualname__:
+            raise ValueError(f"strategy name {name!r} is taken by {known.__module__}.{known.__qualname__}.")
+        config_class.ft_type = name
+        _CONFIGS[name] = config_class
+        return config_class
+
+    return add
+
+
+def strategies() -> dict[str, type[FTConfig]]:
+    """All registered strategies, in the order of registration."""
+    return dict(_CONFIGS)
+
+
+def config_class(name: str) -> type[FTConfig]:
+    """The config class of a registered name.
+
+    Raises:
+        OptionError: unknown name; the message lists the names there are.
+    """
+    if name in _CONFIGS:
+        return _CONFIGS[name]
+    guess = get_close_matches(name, _CONFIGS, n=1)
+    hint = f" Did you mean {guess[0]!r}?" if guess else ""
+    raise OptionError(f"unknown strategy {name!r}.{hint} Known: {', '.join(_CONFIGS)}.")

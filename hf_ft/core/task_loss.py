@@ -1,0 +1,62 @@
+"""The loss of the task itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TaskLoss:
+    """The loss of the task alone, a mean over the micro-batch.
+
+    Without any of the arguments it is the model's own (which follows ``config.problem_type``). Of a model of several
+    members it is the sum over them.
+
+    Args:
+        label_smoother: as the Trainer makes it from ``label_smoothing_factor``.
+        class_weights: (C,), a weight per class of a cross-entropy.
+        compute_loss_func: ``f(outputs, labels, num_items_in_batch=...)``; the number is that of this
+            micro-batch, so that sums divided by it and plain means are the same thing.
+    """
+
+    def __init__(
+        self,
+        label_smoother: Callable[..., Tensor] | None = None,
+        class_weights: Tensor | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.label_smoother = label_smoother
+        self.class_weights = class_weights
+        self.compute_loss_func = compute_loss_func
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        own_loss = not (self.label_smoother or self.compute_loss_func or self.class_weights is not None)
+        if own_loss or batch.get("labels") is None:
+            outputs = as_dict(model(**batch))
+            return outputs.pop("loss", None), outputs
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        outputs = as_dict(model(**inputs))
+        members = outputs.get("member_logits")
+        whose = [outputs] if members is None else [{**outputs, "logits": logits} for logits in members]
+        losses = [self._loss(one, batch["labels"]) for one in whose]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outputs
+
+    def _loss(self, outputs: dict[str, Any], labels: Tensor) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=labels.ne(-100).sum())
+        if self.class_weights is not None:
+            weights = self.class_weights.to(outputs["logits"].device)
+            return nn.functional.cross_entropy(outputs["logits"].float(), labels, weight=weights)
+        assert self.label_smoother is not None
+        return self.label_smoother(outputs, labels)
+
+
+def as_dict(outputs: Any) -> dict[str, Any]:
+    """Model outputs as a dictionary, tuples (``return_dict=False``) as well."""
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    first_is_loss = outputs[0].dim() == 0
+    return dict(zip(("loss", "logits") if first_is_loss else ("logits",), outputs, strict=False))
