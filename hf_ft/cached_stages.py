@@ -14,21 +14,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_ft.core.context import FrozenCache
+from hf_ft.data.rows import read_rows, same_each_time
 from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix, as_columns
 from hf_ft.objective import Objective
 from hf_ft.prefix_search import find_prefix
 from hf_ft.reference import REFERENCE, recorded_states
-from hf_ft.row_cache import (
-    ROW,
-    Columns,
-    RowsDiffer,
-    RowStore,
-    StagedCollator,
-    StagedRows,
-    fill,
-    read_rows,
-    same_each_time,
-)
+from hf_ft.row_cache import ROW, Columns, RowsDiffer, RowStore, StagedCollator, StagedRows, fill
 
 logger = logging.get_logger(__name__)
 CHECKED = 8  # rows read several times to see whether they stay the same

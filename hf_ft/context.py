@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from hf_ft.core.context import Context, Samples, Source
+from hf_ft.data.labels import class_labels
+from hf_ft.data.rows import read_rows
 from hf_ft.errors import OptionError
 from hf_ft.fit import recipe_of
-from hf_ft.preflight import class_labels
-from hf_ft.row_cache import read_rows
 from hf_ft.sampling import batches_of, readable
 
 

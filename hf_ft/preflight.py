@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from sklearn.utils.class_weight import compute_class_weight
@@ -15,12 +14,12 @@ from transformers.utils import logging
 
 from hf_ft.core.compose import recommended_arguments
 from hf_ft.core.config import FTConfig
+from hf_ft.data.labels import class_labels
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms
 
 logger = logging.get_logger(__name__)
-LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -> None:
@@ -90,20 +89,6 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
     if weights.shape != (classes,) or not bool((weights >= 0).all()):
         raise OptionError(f"class_weights={wanted!r}: {classes} non-negative numbers are needed, one per class.")
     return weights
-
-
-def class_labels(dataset: Any) -> np.ndarray | None:
-    """The column of integer labels, read without transforms; None where there is none to be read cheaply.
-
-    A data set of another kind may have them as ``class_labels``, as :class:`~hf_ft.held.Held` does.
-    """
-    if not isinstance(dataset, datasets.Dataset):
-        return getattr(dataset, "class_labels", None)
-    column = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
-    if column is None:
-        return None
-    labels = np.asarray(dataset.with_format(None)[column])
-    return labels if labels.ndim == 1 and labels.dtype.kind in "iu" else None
 
 
 def check_last_batch(trainer: Any, objective: Any) -> None:

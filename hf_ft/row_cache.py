@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from hf_ft.core.context import FrozenCache
-from hf_ft.models.preserve import random_states_kept
+from hf_ft.data.rows import GB, read_rows
 
 ROW = "frozen_prefix_row_"  # a batch of a store holds its rows' numbers under this and the store's own number
 Columns = dict[str, Tensor]
-GB = 2**30
 CHANNELS_LAST = torch.channels_last
 
 
@@ -179,38 +178,6 @@ class StagedCollator:
     def _taken(self, places: list[int]) -> Columns:
         assert self.rows.store is not None
         return self.rows.store.take(torch.tensor(places, dtype=torch.int64))
-
-
-def read_rows(dataset: Any, rows: Sequence[int]) -> list[Any]:
-    """Rows of any map-style data set, in one call where it has one."""
-    if hasattr(dataset, "__getitems__"):
-        return list(dataset.__getitems__(list(rows)))
-    return [dataset[row] for row in rows]
-
-
-def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> bool:
-    """Whether reading gives the same each time, whatever the global random states; those are left as they were.
-
-    Args:
-        read: reads and collates some rows.
-    """
-    first: Mapping[str, Any] | None = None
-    for seed in range(times):
-        with random_states_kept(seed):
-            found = read()
-        if first is not None and not _equal(first, found):
-            return False
-        first = found
-    return True
-
-
-def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    if set(one) != set(other):
-        return False
-    return all(
-        torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]
-        for name, value in one.items()
-    )
 
 
 def fill(

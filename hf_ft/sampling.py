@@ -9,6 +9,7 @@ import datasets
 import torch
 from torch.utils.data import DataLoader
 
+from hf_ft.data.sampling import share_of_batches
 from hf_ft.errors import OptionError
 
 
@@ -40,15 +41,3 @@ def readable(trainer: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any
     if isinstance(dataset, datasets.Dataset):
         return trainer._remove_unused_columns(dataset, description="measured"), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="measured")
-
-
-def share_of_batches(samples: int, batch_size: int, seed: int, rank: int, ranks: int) -> list[list[int]]:
-    """The batches of one rank, as indices: every ``ranks``-th of one shuffled sequence.
-
-    Whole batches are dealt out, so that what stands together in a batch is the same on any number of ranks.
-    A rank may get fewer than another, or none. accelerate's samplers repeat samples instead, so that all ranks
-    get as many: a mean would count those twice.
-    """
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).tolist()
-    batches = [order[start : start + batch_size] for start in range(0, samples, batch_size)]
-    return batches[rank::ranks]

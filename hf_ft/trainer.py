@@ -26,7 +26,7 @@ from hf_ft.core.config_files import read_config_file
 from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders, stage_index
 from hf_ft.core.task_loss import TaskLoss
-from hf_ft.data import collate
+from hf_ft.data.prepare import collate
 from hf_ft.errors import OptionError
 from hf_ft.frozen_prefix import ACTIVATION
 from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler, term_groups

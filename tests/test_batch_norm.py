@@ -10,8 +10,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from hf_ft import BatchNormStatistics, OptionError, convert_batch_norm, estimate_batch_norm
+from hf_ft.data.sampling import share_of_batches
 from hf_ft.models.norms import batch_norms
-from hf_ft.sampling import share_of_batches
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_resnet, tiny_vit
 from hf_ft.testing.training import snapshot
 

@@ -397,7 +397,7 @@ def test_refused_in_a_file(content, message, tmp_path, capsys):
 
 def test_refused_before_anything_is_read(files, tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    monkeypatch.setattr("hf_ft.data.load_splits", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr("hf_ft.data.load.load_splits", lambda *_, **__: pytest.fail("data were read"))
     assert photos(files, tmp_path) == 2 and "is not empty" in capsys.readouterr().err
 
 

@@ -17,9 +17,10 @@ from transformers import pipeline as make_pipeline
 
 from hf_ft.cli import main
 from hf_ft.cli.arguments import DataFlags
-from hf_ft.cli.compare import CompareFlags, other_distribution, read_data
-from hf_ft.columns import find_columns
+from hf_ft.cli.compare import CompareFlags, read_data
 from hf_ft.comparison import Results
+from hf_ft.data.align import other_distribution
+from hf_ft.data.columns import find_columns
 from hf_ft.testing.models import tiny_resnet
 from tests.comparing import even, images, lasting
 

@@ -14,8 +14,8 @@ import torch
 import transformers as hf
 
 from hf_ft.cli.demo_data import Cells, channels_last
+from hf_ft.data.images import flip_and_shift
 from hf_ft.errors import CheckpointError, OptionError
-from hf_ft.images import flip_and_shift
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeImageProcessor, column, combined, distinct
 from hf_ft.testing.models import tiny_resnet

@@ -7,13 +7,14 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import MobileNetV2ImageProcessorPil, default_data_collator
 
-from hf_ft import FTTrainer, held
-from hf_ft.columns import find_columns
-from hf_ft.data import prepare
-from hf_ft.held import Held, estimated_bytes
+from hf_ft import FTTrainer
+from hf_ft.data import in_memory as held
+from hf_ft.data.columns import find_columns
+from hf_ft.data.in_memory import Held, estimated_bytes
+from hf_ft.data.labels import class_labels
+from hf_ft.data.prepare import prepare
+from hf_ft.data.source_labels import class_names
 from hf_ft.models.ensemble.processor import combined
-from hf_ft.preflight import class_labels
-from hf_ft.source_labels import class_names
 from hf_ft.testing import models
 from hf_ft.testing.training import tiny_arguments, tiny_data
 

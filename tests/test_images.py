@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from transformers import MobileNetV2ImageProcessorPil
 
-from hf_ft import images
-from hf_ft.columns import find_columns
-from hf_ft.data import collate, load_splits, prepare
-from hf_ft.images import Unreadable, check_images, open_rgb
+from hf_ft.data import images
+from hf_ft.data.columns import find_columns
+from hf_ft.data.images import Unreadable, check_images, open_rgb
+from hf_ft.data.load import load_splits
+from hf_ft.data.prepare import collate, prepare
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)

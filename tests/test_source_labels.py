@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_ft import FTTrainer, OptionError, SoftConfig
-from hf_ft.source_labels import SourceLabels, class_names, head_names
+from hf_ft.data.source_labels import SourceLabels, class_names, head_names
 from hf_ft.testing import tiny_data, tiny_resnet
 from hf_ft.testing.training import equipped, tiny_arguments
 

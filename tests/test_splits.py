@@ -6,8 +6,8 @@ import pytest
 from sklearn.model_selection import train_test_split
 
 from hf_ft import data
-from hf_ft.columns import ROW
-from hf_ft.data import load_splits
+from hf_ft.data.columns import ROW
+from hf_ft.data.load import load_splits
 from hf_ft.splits import absent_classes, stratified_rows
 
 IMBALANCES = [

@@ -13,7 +13,7 @@ import torch
 from transformers import default_data_collator
 
 from hf_ft import CheckpointError, FTTrainer, OptionError, Plan, SoftConfig, Stream, compose
-from hf_ft.streams import Share, first_rows, open_stream
+from hf_ft.data.streams import Share, first_rows, open_stream
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments, train
 from tests.numbered import Numbered, NumberedPasses, numbers

@@ -21,6 +21,8 @@ from hf_ft.advice.transferability import (
     fit_probe,
     logme,
 )
+from hf_ft.data.labels import class_labels
+from hf_ft.data.rows import read_rows
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, members_of
 from hf_ft.models.batch_norm import BatchNormStatistics, estimate_batch_norm
@@ -30,8 +32,6 @@ from hf_ft.models.norms import batch_norms
 from hf_ft.models.parts import Part
 from hf_ft.models.preserve import evaluating, observing, random_states_kept
 from hf_ft.models.source_head import SourceHead, has_source_head, head_input, source_head
-from hf_ft.preflight import class_labels
-from hf_ft.row_cache import read_rows
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 LIMIT = 5000  # samples that are looked at: more of them move the figures less than what they are used for can tell

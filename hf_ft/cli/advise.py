@@ -20,9 +20,9 @@ from hf_ft.cli.arguments import DataFlags, Request, read
 from hf_ft.cli.console import Parser, is_main, quieten, say, table
 from hf_ft.cli.models import load_classifier
 from hf_ft.cli.train import check_request, read_splits, readable_images, token_length
-from hf_ft.columns import Columns, find_columns
 from hf_ft.core.compose import shared_option
-from hf_ft.data import collate, prepare
+from hf_ft.data.columns import Columns, find_columns
+from hf_ft.data.prepare import collate, prepare
 from hf_ft.errors import OptionError
 from hf_ft.models.source_head import has_source_head
 from hf_ft.zoo.datasets import DATA_NOTICES

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_ft.core.compose import recommended_arguments
 from hf_ft.core.config import FTConfig, Recommended, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
-from hf_ft.images import AUGMENTATIONS
+from hf_ft.data.images import AUGMENTATIONS
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES

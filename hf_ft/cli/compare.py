@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.cli.arguments import DataFlags, configured, read_values, taken
 from hf_ft.cli.compare_help import compare_help
 from hf_ft.cli.console import count, is_main, quieten, say, table
 from hf_ft.cli.train import read_splits
-from hf_ft.columns import Columns, find_columns
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.settings import setting
 from hf_ft.core.config import FTConfig, strategies
-from hf_ft.data import load_split
+from hf_ft.data.align import other_distribution
+from hf_ft.data.columns import find_columns
+from hf_ft.data.images import check_images
+from hf_ft.data.load import load_split
 from hf_ft.errors import OptionError
-from hf_ft.images import check_images
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 
@@ -170,45 +170,6 @@ def read_data(flags: DataFlags, more: CompareFlags) -> Data:
         notices=tuple(DATA_NOTICES[name] for name in dict.fromkeys(names) if name in DATA_NOTICES),
         notes=tuple(notes),
     )
-
-
-def other_distribution(source: str, split: str | None, columns: Columns) -> Dataset:
-    """A second test set in the columns of the first, its classes told by their names.
-
-    Raises:
-        ValueError: it holds something else, or a class that the model does not know.
-    """
-    rows = _first_split(source, ("test", "train") if split is None else (split,))
-    theirs = find_columns(DatasetDict({"test": rows}))
-    unknown = [name for name in theirs.names if name not in columns.names]
-    if theirs.task != columns.task or unknown or theirs.problem_type != columns.problem_type:
-        what = f"the class {unknown[0]!r}" if unknown else f"{theirs.task}, {theirs.problem_type}"
-        raise ValueError(
-            f"--ood_dataset {source} holds {what}, and --dataset {columns.task} of {columns.problem_type} with the "
-            f"classes {', '.join(columns.names[:10])}: take data of the same classes."
-        )
-    labels: Sequence[Any] = theirs.encode(rows.with_format(None)[theirs.label][:])
-    if columns.problem_type == "single_label_classification":
-        labels = [columns.names.index(theirs.names[label]) for label in labels]
-    kept = rows.select_columns(list(theirs.inputs)).rename_columns(
-        {old: new for old, new in zip(theirs.inputs, columns.inputs, strict=True) if old != new}
-    )
-    if columns.index is not None:  # labels are looked up by their value
-        values = {number: value for value, number in columns.index.items()}
-        return kept.add_column(columns.label, [values[label] for label in labels])
-    made = kept.add_column(columns.label, list(labels))
-    named = columns.problem_type == "single_label_classification"
-    return made.cast_column(columns.label, ClassLabel(names=list(columns.names))) if named else made
-
-
-def _first_split(source: str, names: Sequence[str]) -> Dataset:
-    for name in names:
-        try:
-            return load_split(source, name)
-        except ValueError:
-            if name == names[-1]:
-                raise
-    raise ValueError(f"{source} has no split.")
 
 
 def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -> None:

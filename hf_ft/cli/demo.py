@@ -28,9 +28,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from hf_ft.cli.console import Parser, count, quieten, say, table
 from hf_ft.cli.demo_data import Cells, channels_last
 from hf_ft.cli.models import load_classifier
-from hf_ft.columns import Columns, find_columns
 from hf_ft.core.compose import recommended_arguments, resolve
 from hf_ft.core.config import FTConfig
+from hf_ft.data.columns import Columns, find_columns
 from hf_ft.metrics import classification_metrics
 from hf_ft.splits import stratified_split
 from hf_ft.trainer import FTTrainer

@@ -16,7 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from hf_ft.columns import Columns
+from hf_ft.data.columns import Columns
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 from hf_ft.zoo.sources import load_sources

@@ -19,13 +19,13 @@ from hf_ft.cli.models import adapter_usage, ensemble_usage, load_classifier, loa
 from hf_ft.cli.search_blocks import report
 from hf_ft.cli.swarm_report import report_swarm
 from hf_ft.cli.train_help import train_help
-from hf_ft.columns import Columns, find_columns
-from hf_ft.comparison.benches import usual_length
 from hf_ft.core.compose import shared_option
 from hf_ft.core.context import FrozenCache
 from hf_ft.core.options import describe_value, options
-from hf_ft.data import collate, load_split, load_splits, prepare
-from hf_ft.images import AUGMENTATIONS, OnCorrupt, check_images
+from hf_ft.data.columns import Columns, find_columns
+from hf_ft.data.images import AUGMENTATIONS, OnCorrupt, check_images
+from hf_ft.data.load import load_split, load_splits
+from hf_ft.data.prepare import collate, prepare, usual_length
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.swarm_scores import SwarmScores

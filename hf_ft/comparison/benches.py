@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
-from torch import Tensor, nn
+from torch import nn
 
 from hf_ft.checkpoint import digests
-from hf_ft.columns import Columns
 from hf_ft.comparison.contenders import Bench
-from hf_ft.data import collate, prepare
-from hf_ft.held import Held, held
+from hf_ft.data.columns import Columns
+from hf_ft.data.in_memory import Held, held
+from hf_ft.data.prepare import _collator, prepare, usual_length
+from hf_ft.data.rows import read_rows
 from hf_ft.models.source_head import drop_source_head
-from hf_ft.row_cache import read_rows
 from hf_ft.zoo.models import load_model
 from hf_ft.zoo.sources import has_head, load_sources
 
@@ -140,31 +139,6 @@ def _ready(
         name: split if columns.task == "image" and augment != "none" and name == "train" else held(split)
         for name, split in prepared.items()
     }
-
-
-def usual_length(model: Any, processor: Any) -> int:
-    """What the model takes, in tokens, at most 512."""
-    models = [model, *getattr(model, "members", ())]
-    known = [getattr(one.config, "max_position_embeddings", None) for one in models]
-    known.append(getattr(processor, "model_max_length", None))
-    return min([512, *(length for length in known if length)])
-
-
-def _collator(processor: Any, task: str) -> Callable[[list[Any]], Any]:
-    plain = collate(processor)
-    if task != "image" or torch.cuda.is_available():
-        return plain
-
-    def channels_last(rows: list[Any]) -> dict[str, Any]:
-        """Channels innermost in memory: convolutions on a CPU run up to 1.5 times faster."""
-        return {
-            name: value.contiguous(memory_format=torch.channels_last)
-            if isinstance(value, Tensor) and value.dim() == 4
-            else value
-            for name, value in plain(rows).items()
-        }
-
-    return channels_last
 
 
 def digest(data: Any) -> str:

@@ -14,7 +14,6 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.advice import Advice, advise
-from hf_ft.columns import Columns, find_columns
 from hf_ft.comparison.benches import Benches, Data, Loader
 from hf_ft.comparison.collected import collect
 from hf_ft.comparison.contenders import Bench, Entrant, Strategies, chosen_strategies, entrant
@@ -24,6 +23,7 @@ from hf_ft.comparison.results import Results
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.training import Recipe
 from hf_ft.core.config import FTConfig
+from hf_ft.data.columns import Columns, find_columns
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.norms import batch_norms

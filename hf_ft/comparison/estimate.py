@@ -10,8 +10,8 @@ import torch
 
 from hf_ft.comparison.clock import now
 from hf_ft.comparison.contenders import Bench
+from hf_ft.data.rows import read_rows
 from hf_ft.models.feature_hooks import model_inputs
-from hf_ft.row_cache import read_rows
 
 REPEATS = 3
 

@@ -17,10 +17,10 @@ from hf_ft.core.plan import Plan, Stream, Term
 from hf_ft.core.schedules import Decay, Schedule
 from hf_ft.core.search_space import Choice, LogRange
 from hf_ft.core.view import View
+from hf_ft.data.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.errors import OptionError
 from hf_ft.functional import distillation_loss
 from hf_ft.models.source_head import SourceHead, head_input, require_source_head, source_head
-from hf_ft.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 
 
 class SourceLoss(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
-from hf_ft.columns import IMAGE_SUFFIXES, is_text, some_text
+from hf_ft.data.columns import IMAGE_SUFFIXES, is_text, some_text
 from hf_ft.zoo.datasets import DATASETS
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

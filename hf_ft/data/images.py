@@ -14,7 +14,7 @@ import PIL.Image
 from datasets import Dataset, DatasetDict, Image
 from transformers.utils import logging
 
-from hf_ft.columns import ROW, Columns, values_of
+from hf_ft.data.columns import ROW, Columns, values_of
 from hf_ft.splits import absent_classes
 
 logger = logging.get_logger(__name__)

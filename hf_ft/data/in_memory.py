@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_ft.preflight import LABEL_COLUMNS
-from hf_ft.row_cache import GB, read_rows, same_each_time
+from hf_ft.data.labels import LABEL_COLUMNS
+from hf_ft.data.rows import GB, read_rows, same_each_time
 
 logger = logging.get_logger(__name__)
 READ = 64  # samples read in one call

@@ -11,8 +11,8 @@ import torch
 from datasets import ClassLabel
 from torch import Tensor
 
+from hf_ft.data.labels import LABEL_COLUMNS, class_labels
 from hf_ft.errors import OptionError
-from hf_ft.preflight import LABEL_COLUMNS, class_labels
 
 LabelMap = dict | Literal["by_name", "by_number"] | None
 LABEL_MAP_HELP = (

@@ -18,9 +18,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from hf_ft.data.rows import read_rows
 from hf_ft.errors import OptionError
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.row_cache import read_rows
 
 __all__ = ["Share", "open_stream"]
 

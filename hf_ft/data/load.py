@@ -4,20 +4,14 @@
 that cannot be opened, and :func:`prepare` with :func:`collate` turn rows into batches.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from __future__ import annotations
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 from transformers.utils import logging
 
-from hf_ft.columns import ROW, Columns, unlabelled, usual_label, values_of
-from hf_ft.data_files import read_files
-from hf_ft.images import AUGMENTATIONS, open_rgb
-from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.data.columns import ROW, unlabelled, usual_label, values_of
+from hf_ft.data.files import read_files
 from hf_ft.splits import absent_classes, stratified_rows
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -173,94 +167,3 @@ def _stratify_by(train: Dataset, label: str | None) -> str | None:
     number = isinstance(feature, Value) and "float" in feature.dtype
     discrete = isinstance(feature, ClassLabel | Value) and not number
     return label if discrete and None not in values_of(train, label) else None
-
-
-def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, augment: str) -> dict[str, Any]:
-    values = batch[columns.inputs[0]]
-    rows = batch.get(ROW, range(len(values)))
-    images = [open_rgb(value, row) for value, row in zip(values, rows, strict=True)]
-    if change := AUGMENTATIONS[augment]:
-        images = [change(image) for image in images]
-    ready = {name: list(tensor) for name, tensor in processor(images=images, return_tensors="pt").items()}
-    return ready | ({"labels": columns.encode(batch[columns.label])} if columns.label in batch else {})
-
-
-def image_transform(processor: Any, columns: Columns, augment: str = "none") -> Callable[[dict[str, Any]], Any]:
-    """Make the function for ``Dataset.set_transform`` that opens, augments and processes a batch of images.
-
-    A damaged image raises a ``ValueError`` that names its row in the source (or, for data that does not come
-    from :func:`load_splits`, its place in the batch) and its path.
-    """
-    if augment not in AUGMENTATIONS:
-        raise ValueError(f"augment={augment!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}")
-    return partial(_image_batch, processor=processor, columns=columns, augment=augment)
-
-
-def _text_batch(
-    batch: dict[str, list[Any]], tokenizer: Any, columns: Columns, max_length: int | None
-) -> dict[str, Any]:
-    texts = [batch[column] for column in columns.inputs]
-    for column, values in zip(columns.inputs, texts, strict=True):
-        if None in values:
-            row = batch.get(ROW, range(len(values)))[values.index(None)]
-            raise ValueError(f"row {row} has no text in column {column!r}: drop it, or set --text_column")
-    encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-    return encoded | {"labels": columns.encode(batch[columns.label])}
-
-
-def text_transform(tokenizer: Any, columns: Columns, max_length: int | None = None) -> Callable[[dict[str, Any]], Any]:
-    """Make the function for ``Dataset.map(batched=True)`` that tokenises, cut at ``max_length`` tokens."""
-    return partial(_text_batch, tokenizer=tokenizer, columns=columns, max_length=max_length)
-
-
-def prepare(
-    splits: DatasetDict,
-    processor: Any,
-    columns: Columns,
-    augment: str = "none",
-    max_length: int | None = None,
-) -> DatasetDict:
-    """Make the splits ready for the Trainer; only ``train`` is augmented.
-
-    Images are read when they are asked for, so the Trainer needs ``remove_unused_columns=False``: the image
-    column is none of the model's arguments. A test split without labels is left out, with a warning.
-    """
-    ready = DatasetDict()
-    for name, split in splits.items():
-        if name == "test" and unlabelled(split, columns.label):
-            logger.warning("the test split has rows without a label: it is left out")
-        elif columns.task == "text":
-            tokenise = text_transform(processor, columns, max_length)
-            ready[name] = _named(split.map(tokenise, batched=True, remove_columns=split.column_names), columns)
-        else:
-            ready[name] = _images(split, processor, columns, augment if name == "train" else "none")
-    return ready
-
-
-def _named(ready: Dataset, columns: Columns) -> Dataset:
-    """The same with names of its classes, where a label is one of them."""
-    if columns.problem_type != "single_label_classification":
-        return ready
-    return ready.cast_column("labels", ClassLabel(names=list(columns.names)))
-
-
-def _images(split: Dataset, processor: Any, columns: Columns, augment: str) -> Dataset:
-    image, label = columns.inputs[0], columns.label
-    split = split.select_columns([name for name in (image, label, ROW) if name in split.column_names])
-    if columns.problem_type == "single_label_classification":
-        # Numbered in the data set itself, not on the way: label checks and class weights read this column.
-        if columns.index is None:
-            split = split if label == "labels" else split.rename_column(label, "labels")
-        else:
-            numbers, feature = columns.encode(values_of(split, label)), ClassLabel(names=list(columns.names))
-            split = split.remove_columns(label).add_column("labels", numbers, feature=feature)
-        columns = replace(columns, label="labels", index=None)
-    # Undecoded: opening the file in the transform lets an error name the row.
-    split = split.cast_column(image, Image(decode=False))
-    return split.with_transform(image_transform(processor, columns, augment))
-
-
-def collate(processor: Any) -> Callable[[list[Any]], Any]:
-    """Choose what stacks prepared rows into a batch: padding for a tokenizer, plain stacking for images."""
-    text = isinstance(processor, PreTrainedTokenizerBase | CollaborativeTokenizer)
-    return DataCollatorWithPadding(processor) if text else default_data_collator

@@ -1,0 +1,25 @@
+"""From files and data sets to batches of a model."""
+
+from hf_ft.data.columns import ROW, Columns, find_columns, unlabelled
+from hf_ft.data.images import AUGMENTATIONS, Unreadable, check_images, flip_and_shift
+from hf_ft.data.load import TEST_NAMES, VALIDATION_NAMES, load_split, load_splits
+from hf_ft.data.prepare import collate, image_transform, prepare, text_transform
+
+__all__ = [
+    "AUGMENTATIONS",
+    "Columns",
+    "ROW",
+    "TEST_NAMES",
+    "Unreadable",
+    "VALIDATION_NAMES",
+    "check_images",
+    "collate",
+    "find_columns",
+    "flip_and_shift",
+    "image_transform",
+    "load_split",
+    "load_splits",
+    "prepare",
+    "text_transform",
+    "unlabelled",
+]

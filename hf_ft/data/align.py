@@ -1,0 +1,50 @@
+"""Give one data set the labels of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict
+
+from hf_ft.data.columns import Columns, find_columns
+from hf_ft.data.load import load_split
+
+
+def other_distribution(source: str, split: str | None, columns: Columns) -> Dataset:
+    """A second test set in the columns of the first, its classes told by their names.
+
+    Raises:
+        ValueError: it holds something else, or a class that the model does not know.
+    """
+    rows = _first_split(source, ("test", "train") if split is None else (split,))
+    theirs = find_columns(DatasetDict({"test": rows}))
+    unknown = [name for name in theirs.names if name not in columns.names]
+    if theirs.task != columns.task or unknown or theirs.problem_type != columns.problem_type:
+        what = f"the class {unknown[0]!r}" if unknown else f"{theirs.task}, {theirs.problem_type}"
+        raise ValueError(
+            f"--ood_dataset {source} holds {what}, and --dataset {columns.task} of {columns.problem_type} with the "
+            f"classes {', '.join(columns.names[:10])}: take data of the same classes."
+        )
+    labels: Sequence[Any] = theirs.encode(rows.with_format(None)[theirs.label][:])
+    if columns.problem_type == "single_label_classification":
+        labels = [columns.names.index(theirs.names[label]) for label in labels]
+    kept = rows.select_columns(list(theirs.inputs)).rename_columns(
+        {old: new for old, new in zip(theirs.inputs, columns.inputs, strict=True) if old != new}
+    )
+    if columns.index is not None:  # labels are looked up by their value
+        values = {number: value for value, number in columns.index.items()}
+        return kept.add_column(columns.label, [values[label] for label in labels])
+    made = kept.add_column(columns.label, list(labels))
+    named = columns.problem_type == "single_label_classification"
+    return made.cast_column(columns.label, ClassLabel(names=list(columns.names))) if named else made
+
+
+def _first_split(source: str, names: Sequence[str]) -> Dataset:
+    for name in names:
+        try:
+            return load_split(source, name)
+        except ValueError:
+            if name == names[-1]:
+                raise
+    raise ValueError(f"{source} has no split.")

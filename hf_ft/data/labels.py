@@ -1,0 +1,24 @@
+"""Class labels of a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+
+def class_labels(dataset: Any) -> np.ndarray | None:
+    """The column of integer labels, read without transforms; None where there is none to be read cheaply.
+
+    A data set of another kind may have them as ``class_labels``, as :class:`~hf_ft.data.in_memory.Held` does.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        return getattr(dataset, "class_labels", None)
+    column = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
+    if column is None:
+        return None
+    labels = np.asarray(dataset.with_format(None)[column])
+    return labels if labels.ndim == 1 and labels.dtype.kind in "iu" else None

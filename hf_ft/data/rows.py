@@ -1,0 +1,45 @@
+"""Read rows of any map-style data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ft.models.preserve import random_states_kept
+
+GB = 2**30
+
+
+def read_rows(dataset: Any, rows: Sequence[int]) -> list[Any]:
+    """Rows of any map-style data set, in one call where it has one."""
+    if hasattr(dataset, "__getitems__"):
+        return list(dataset.__getitems__(list(rows)))
+    return [dataset[row] for row in rows]
+
+
+def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> bool:
+    """Whether reading gives the same each time, whatever the global random states; those are left as they were.
+
+    Args:
+        read: reads and collates some rows.
+    """
+    first: Mapping[str, Any] | None = None
+    for seed in range(times):
+        with random_states_kept(seed):
+            found = read()
+        if first is not None and not _equal(first, found):
+            return False
+        first = found
+    return True
+
+
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if set(one) != set(other):
+        return False
+    return all(
+        torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]
+        for name, value in one.items()
+    )
