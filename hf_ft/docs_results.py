@@ -110,7 +110,7 @@ def table_of_choice(table: Table) -> str:
 def table_of_advice(table: Table) -> str:
     """How often the advice was right."""
     from hf_ft.advice import how_often_right
-    from hf_ft.advice.judge import judged_table
+    from hf_ft.advice.regret import judged_table
 
     judged = []
     for task, results in read().items():

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import ViTImageProcessorPil, default_data_collator
 
 from hf_ft import FTConfig, OptionError, Plan, anatomy, register
-from hf_ft.advice import Advice, Shift, Signals, advise, how_often_right, measuring, recommend
-from hf_ft.advice.judge import FIXED_ORDER, expected_best, judged_table, summary
+from hf_ft.advice import Advice, Shift, Signals, advise, how_often_right, recommend
+from hf_ft.advice import measure as measuring
+from hf_ft.advice.regret import FIXED_ORDER, expected_best, judged_table, summary
 from hf_ft.advice.rules import NEUTRAL_ORDER, RULES, rules_table
 from hf_ft.advice.signals import FIGURES, explained
 from hf_ft.advice.transferability import (

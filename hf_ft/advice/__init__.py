@@ -1,7 +1,7 @@
 """Choosing without running everything: cheap signals first, then an order of strategies with reasons."""
 
-from hf_ft.advice.advising import Advice, advise
-from hf_ft.advice.judge import how_often_right
+from hf_ft.advice.advise import Advice, advise
+from hf_ft.advice.regret import how_often_right
 from hf_ft.advice.rules import Reason, Recommendation, recommend
 from hf_ft.advice.signals import Shift, Signals
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_ft.advice.measuring import Collate, measure_signals
+from hf_ft.advice.measure import Collate, measure_signals
 from hf_ft.advice.rules import Reason, Recommendation, recommend
 from hf_ft.advice.signals import Signals
 
