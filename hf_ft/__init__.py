@@ -4,7 +4,6 @@ from hf_ft import diagnostics
 from hf_ft.advice import advise
 from hf_ft.block_scores import BlockScores
 from hf_ft.block_search import BlockSearch
-from hf_ft.checkpoint import load_delta, load_weights
 from hf_ft.comparison import compare
 from hf_ft.core.compose import compose
 from hf_ft.core.config import FTConfig, Paper, Recommended, config_class, load_configs, register
@@ -13,6 +12,9 @@ from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Rate, Stage, Stream, Term
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.view import View
+from hf_ft.engine.checkpoint import load_delta, load_weights
+from hf_ft.engine.objective import Objective
+from hf_ft.engine.run import Run, set_up
 from hf_ft.errors import AnatomyError, CheckpointError, OptionError
 from hf_ft.functional import collaborative_loss
 from hf_ft.models.anatomy import anatomy
@@ -21,8 +23,6 @@ from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeImageProcessor, CollaborativeTokenizer
 from hf_ft.models.parts import Anatomy, Part
-from hf_ft.objective import Objective
-from hf_ft.run import Run, set_up
 from hf_ft.strategies import (
     AMCFConfig,
     AttentionTransferConfig,

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from hf_ft.block_scores import BlockScore, BlockScores
 from hf_ft.candidates import Candidate, baseline_candidates, candidates, top_layers
 from hf_ft.core.context import Context
+from hf_ft.engine.run import Run, start
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.weight_layers import weight_layers
-from hf_ft.run import Run, start
 from hf_ft.short_trainings import ShortTrainings, short
 from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
 

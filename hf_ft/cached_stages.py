@@ -15,11 +15,11 @@ from transformers.utils import logging
 
 from hf_ft.core.context import FrozenCache
 from hf_ft.data.rows import read_rows, same_each_time
-from hf_ft.frozen_prefix import ACTIVATION, FrozenPrefix, as_columns
-from hf_ft.objective import Objective
+from hf_ft.engine.batch import REFERENCE, ROW, _starts_at_borders, as_columns, recorded_states
+from hf_ft.engine.objective import Objective
+from hf_ft.frozen_prefix import FrozenPrefix
 from hf_ft.prefix_search import find_prefix
-from hf_ft.reference import REFERENCE, recorded_states
-from hf_ft.row_cache import ROW, Columns, RowsDiffer, RowStore, StagedCollator, StagedRows, fill
+from hf_ft.row_cache import Columns, RowsDiffer, RowStore, StagedCollator, StagedRows, fill
 
 logger = logging.get_logger(__name__)
 CHECKED = 8  # rows read several times to see whether they stay the same
@@ -29,7 +29,7 @@ class CachedStages:
     """Mixin for a Trainer: what is frozen computes each sample once.
 
     Where the first parts of a stage are frozen, its data loader deals out recorded activations, and the
-    :class:`~hf_ft.objective.Objective` runs what follows. Where terms compare with the model as it was, that one's
+    :class:`~hf_ft.engine.objective.Objective` runs what follows. Where terms compare with the model as it was, that one's
     recorded states come beside the inputs. Whichever form a batch has, the step it makes is the same: one that was
     fetched before a stage changed is brought into the present form.
     """
@@ -269,11 +269,6 @@ class CachedStages:
 
     def _computing(self) -> AbstractContextManager[Any]:
         return self.accelerator.autocast()
-
-
-def _starts_at_borders(inputs: dict[str, Any]) -> bool:
-    """Whether activations stand in for the inputs."""
-    return any(name.startswith(ACTIVATION) for name in inputs)
 
 
 def _spread(samples: int) -> list[int]:

@@ -12,8 +12,8 @@ import torch
 from hf_ft.core.context import Context, Samples, Source
 from hf_ft.data.labels import class_labels
 from hf_ft.data.rows import read_rows
+from hf_ft.engine.short_training import recipe_of
 from hf_ft.errors import OptionError
-from hf_ft.fit import recipe_of
 from hf_ft.sampling import batches_of, readable
 
 

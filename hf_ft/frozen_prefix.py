@@ -22,9 +22,6 @@ from torch.utils._pytree import tree_unflatten
 
 from hf_ft.models.feature_hooks import Batch, activations
 
-# A batch of a stage that starts at borders holds the activation at each under this and the border's place.
-ACTIVATION = "frozen_prefix_activation_"
-
 
 @dataclass(frozen=True)
 class Placeholder:
@@ -114,17 +111,6 @@ class FrozenPrefix:
         """The model's outputs from recorded activations and the kept columns."""
         with self.replaying(at_borders):
             return self.model(**self.batch(rows, len(at_borders[0])))
-
-
-def as_columns(at_borders: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Activations as columns of a batch."""
-    return {f"{ACTIVATION}{place}": activation for place, activation in enumerate(at_borders)}
-
-
-def take_activations(batch: dict[str, Any]) -> list[Tensor]:
-    """Take the activations out of a batch, border by border; none where it holds the model's own inputs."""
-    places = sum(name.startswith(ACTIVATION) for name in batch)
-    return [batch.pop(f"{ACTIVATION}{place}") for place in range(places)]
 
 
 class _Returns:

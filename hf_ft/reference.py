@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from hf_ft.models.feature_hooks import activations
 
-# A batch that brings a layer's recorded reference state holds it under this and the layer's name.
-REFERENCE = "reference_state_"
-
 
 class Reference:
     """A frozen copy of a model, in evaluation mode.
@@ -35,9 +32,3 @@ class Reference:
         if next(self.model.parameters()).device != device:
             self.model.to(device)
         return activations(self.model, layers, batch)
-
-
-def recorded_states(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Take the recorded reference states out of a batch, by layer."""
-    names = [name for name in batch if name.startswith(REFERENCE)]
-    return {name.removeprefix(REFERENCE): batch.pop(name) for name in names}

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from hf_ft.core.context import FrozenCache
 from hf_ft.data.rows import GB, read_rows
+from hf_ft.engine.batch import ROW
 
-ROW = "frozen_prefix_row_"  # a batch of a store holds its rows' numbers under this and the store's own number
 Columns = dict[str, Tensor]
 CHANNELS_LAST = torch.channels_last
 

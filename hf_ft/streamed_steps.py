@@ -14,8 +14,9 @@ from transformers.utils import logging
 from hf_ft.core.plan import Plan, Stream
 from hf_ft.data.rows import read_rows
 from hf_ft.data.streams import Position, Share, first_rows, is_map_style, open_stream
+from hf_ft.engine.batch import STREAM
+from hf_ft.engine.forward import check_columns, concatenate
 from hf_ft.errors import CheckpointError, OptionError
-from hf_ft.joint_forward import STREAM, check_columns, concatenate
 from hf_ft.models.preserve import random_states_kept
 
 logger = logging.get_logger(__name__)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from hf_ft import checkpoint as files
 from hf_ft.cached_stages import CachedStages
 from hf_ft.context import measuring_context
 from hf_ft.core.compose import resolve
@@ -27,15 +26,17 @@ from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders, stage_index
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.prepare import collate
+from hf_ft.engine import checkpoint as files
+from hf_ft.engine.batch import _users
+from hf_ft.engine.objective import Objective
+from hf_ft.engine.param_groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
+from hf_ft.engine.run import Run, check, check_members, schedule_curve, set_up
 from hf_ft.errors import OptionError
-from hf_ft.frozen_prefix import ACTIVATION
-from hf_ft.groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
 from hf_ft.model_card import WritesCard, write_card
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
-from hf_ft.objective import Objective
 from hf_ft.preflight import (
     check_arguments,
     check_labels,
@@ -44,8 +45,6 @@ from hf_ft.preflight import (
     warn_recommended,
     warn_slow_statistics,
 )
-from hf_ft.reference import REFERENCE
-from hf_ft.run import Run, check, check_members, schedule_curve, set_up
 from hf_ft.streamed_steps import StreamedSteps
 from hf_ft.whole_checkpoints import WholeCheckpoints
 
@@ -490,11 +489,6 @@ class _TermLog:
         values = accelerator.reduce(means, reduction="mean").tolist()
         names, self.sums, self.count = list(self.sums), None, 0
         return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
-
-
-def _users(inputs: Mapping[str, Any]) -> list[str]:
-    """The columns of a batch that come from the user's data."""
-    return [name for name in inputs if not name.startswith((REFERENCE, ACTIVATION))]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
-from hf_ft import checkpoint as files
 from hf_ft.core.config import FTConfig, load_configs
 from hf_ft.core.config_files import read_config_file
+from hf_ft.engine import checkpoint as files
 from hf_ft.errors import OptionError
 from hf_ft.models.weight_files import member_folder
 

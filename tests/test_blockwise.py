@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig
 from torch import nn
 
 from hf_ft import BlockScores, BlockSearch, BlockwiseConfig, FTConfig, FTTrainer, OptionError, short_trainings
-from hf_ft.checkpoint import read_states
+from hf_ft.engine.checkpoint import read_states
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from tests.planted import Images, accuracy, break_block, knowing_model

@@ -174,7 +174,7 @@ def test_train_searches_for_frozen_layers(files, tmp_path, monkeypatch, capsys):
     assert scores.verdict() in (out / "README.md").read_text()
     assert all((out / name).is_file() for name in ("swarm.png", "swarm_scores.png", "swarm_search.db", "config.json"))
     # Only the study is left: the search is done already, whatever else its flags say.
-    monkeypatch.setattr("hf_ft.fit.fit", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr("hf_ft.engine.short_training.fit", lambda *a, **k: pytest.fail("searched again"))
     again = tmp_path / "again"
     again.mkdir()
     shutil.copy(out / "swarm_search.db", again)
@@ -553,7 +553,7 @@ def test_search_blocks(files, tmp_path, monkeypatch, capsys):
         "block_search.db", "blocks.json", "blocks.md", "blocks.png"
     }  # fmt: skip
     # Again: all trials are there already, so none is run.
-    monkeypatch.setattr("hf_ft.fit.fit", lambda *a, **k: pytest.fail("run again"))
+    monkeypatch.setattr("hf_ft.engine.short_training.fit", lambda *a, **k: pytest.fail("run again"))
     assert main([*search, "--search_seeds", "2"]) == 0
     assert json.loads((tmp_path / "out" / "blocks.json").read_text()) == content
 

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from hf_ft import CheckpointError, FTTrainer, OptionError, load_delta, load_weights, zoo
-from hf_ft.checkpoint import digests, is_complete, save_delta
 from hf_ft.core.compose import resolve
+from hf_ft.engine.checkpoint import digests, is_complete, save_delta
 from hf_ft.model_card import model_card
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.model import CollaborativeModel, joint_logits

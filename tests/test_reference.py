@@ -25,8 +25,9 @@ from hf_ft import (
     set_up,
 )
 from hf_ft.core.config import FTConfig, register
+from hf_ft.engine.batch import REFERENCE
 from hf_ft.functional import feature_distance
-from hf_ft.reference import REFERENCE, Reference
+from hf_ft.reference import Reference
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.zoo.models import SHORT_NAMES, load_model
@@ -369,7 +370,7 @@ def peft_model(model, config):
 
 def test_terms_of_what_is_frozen_throughout_are_told(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_ft.run.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_ft.engine.run.logger.warning_once", said.append)
     trainer = train(tiny_vit(), ["linear_probe", UNIFORM], tmp_path)
     assert said and all("delta does nothing: in every stage all that it looks at is frozen" in text for text in said)
     assert not any("loss/delta" in entry for entry in trainer.state.log_history)

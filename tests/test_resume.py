@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_ft import CheckpointError, FTTrainer, L2SPConfig, LPFTConfig, OptionError
-from hf_ft.checkpoint import checkpoints, last_checkpoint
+from hf_ft.engine.checkpoint import checkpoints, last_checkpoint
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.laws import _losses, _same_optimizers
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments

@@ -471,7 +471,7 @@ def test_composes(tmp_path):
 def test_a_source_loss_that_never_counts_is_told(until, idle, monkeypatch):
     """LP-FT's probe, in which all that the source loss looks at is frozen, takes half of the run."""
     told = []
-    monkeypatch.setattr(hf_ft.run.logger, "warning_once", told.append)
+    monkeypatch.setattr(hf_ft.engine.run.logger, "warning_once", told.append)
     config = SoftConfig(until=until)
     set_up(equipped(tiny_resnet(), config), [config, LPFTConfig()]).objective()
     assert [message for message in told if message.startswith("source does nothing")] == told

@@ -18,7 +18,7 @@ from hf_ft import (
     OptionError,
     load_delta,
 )
-from hf_ft.groups import STAGE_RATES
+from hf_ft.engine.param_groups import STAGE_RATES
 from hf_ft.models.norms import batch_norms
 from hf_ft.testing import (
     TINY_MODELS,

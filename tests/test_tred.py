@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hf_ft import FTTrainer, L2SPConfig, OptionError, State, TREDConfig, set_up
-from hf_ft.checkpoint import read_states
 from hf_ft.diagnostics.disentangling import plot_disentangling
 from hf_ft.disentangler import make_disentangler
+from hf_ft.engine.checkpoint import read_states
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.preserve import evaluating
 from hf_ft.recorded_features import RecordedFeatures

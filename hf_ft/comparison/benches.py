@@ -11,12 +11,12 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from torch import nn
 
-from hf_ft.checkpoint import digests
 from hf_ft.comparison.contenders import Bench
 from hf_ft.data.columns import Columns
 from hf_ft.data.in_memory import Held, held
 from hf_ft.data.prepare import _collator, prepare, usual_length
 from hf_ft.data.rows import read_rows
+from hf_ft.engine.checkpoint import digests
 from hf_ft.models.source_head import drop_source_head
 from hf_ft.zoo.models import load_model
 from hf_ft.zoo.sources import has_head, load_sources

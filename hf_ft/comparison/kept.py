@@ -11,8 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from hf_ft.checkpoint import read_states, write_states
 from hf_ft.core.context import State
+from hf_ft.engine.checkpoint import read_states, write_states
 from hf_ft.errors import CheckpointError
 
 SCORE, ORIGIN = "score.json", "comparison.json"

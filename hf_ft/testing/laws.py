@@ -18,10 +18,10 @@ from hf_ft.core.config import FTConfig
 from hf_ft.core.context import State
 from hf_ft.core.options import in_range, options
 from hf_ft.core.plan import Plan, Term
+from hf_ft.engine.run import Run, set_up
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms
-from hf_ft.run import Run, set_up
 from hf_ft.testing.models import tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import equipped, make_trainer, same_tensors, snapshot, still, tiny_batch, train
 

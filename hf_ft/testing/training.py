@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_ft.core.compose import resolve
-from hf_ft.joint_forward import STREAM
+from hf_ft.engine.batch import STREAM
+from hf_ft.engine.objective import Objective
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.source_head import SourceHead, attach_source_head, has_source_head, head_module, renew_head
-from hf_ft.objective import Objective
 from hf_ft.testing.models import tiny_inputs
 from hf_ft.trainer import FTTrainer
 

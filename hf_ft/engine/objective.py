@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from hf_ft.core.plan import Plan, Stage, Term, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.view import View
+from hf_ft.engine.batch import STREAM, recorded_states, take_activations, take_streams
+from hf_ft.engine.forward import StreamBatch, forward
 from hf_ft.errors import OptionError
-from hf_ft.frozen_prefix import FrozenPrefix, take_activations
+from hf_ft.frozen_prefix import FrozenPrefix
 from hf_ft.functional import wide
-from hf_ft.joint_forward import STREAM, StreamBatch, forward, take_streams
 from hf_ft.liveness import liveness, moving_norms
 from hf_ft.models.feature_hooks import NOT_CALLED, token_mask
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.parts import Chain
-from hf_ft.reference import Reference, recorded_states
+from hf_ft.reference import Reference
 
 
 class Objective(nn.Module):
@@ -32,7 +33,7 @@ class Objective(nn.Module):
 
     Args:
         model: the user's model.
-        plan: what :func:`hf_ft.run.set_up` made of the strategies.
+        plan: what :func:`hf_ft.engine.run.set_up` made of the strategies.
         chains: the model's parts in forward order (anatomy); what comes before all that trains runs in eval mode,
             dropout and norms alike.
         trainable: names of the parameters that may train at all.

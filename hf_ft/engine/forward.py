@@ -17,8 +17,6 @@ from hf_ft.functional import wide
 from hf_ft.models.feature_hooks import Taps, run_to
 from hf_ft.models.names import Names
 
-# A batch brings the batch of a stream, itself a dictionary, under this and the stream's name.
-STREAM = "stream_"
 PADDING = {"attention_mask": 0, "token_type_ids": 0}
 
 
@@ -105,12 +103,6 @@ def _check_rows(states: Mapping[str, Tensor], rows: int, of_streams: Sequence[st
 
 def _view(other: StreamBatch, states: Mapping[str, Tensor]) -> StreamView:
     return StreamView(other.batch, {layer: wide(state) for layer, state in states.items()})
-
-
-def take_streams(batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Take the batches of streams out of a batch, by stream."""
-    names = [name for name in batch if name.startswith(STREAM)]
-    return {name.removeprefix(STREAM): batch.pop(name) for name in names}
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""From a plan to steps: objective, parameter groups, runs."""
