@@ -16,10 +16,12 @@ from transformers.utils import logging
 from hf_ft.core.context import FrozenCache
 from hf_ft.data.rows import read_rows, same_each_time
 from hf_ft.engine.batch import REFERENCE, ROW, _starts_at_borders, as_columns, recorded_states
+from hf_ft.engine.frozen.find_prefix import find_prefix
+from hf_ft.engine.frozen.prefix import FrozenPrefix
+from hf_ft.engine.frozen.record import fill
+from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
+from hf_ft.engine.frozen.staged_rows import StagedCollator, StagedRows
 from hf_ft.engine.objective import Objective
-from hf_ft.frozen_prefix import FrozenPrefix
-from hf_ft.prefix_search import find_prefix
-from hf_ft.row_cache import Columns, RowsDiffer, RowStore, StagedCollator, StagedRows, fill
 
 logger = logging.get_logger(__name__)
 CHECKED = 8  # rows read several times to see whether they stay the same

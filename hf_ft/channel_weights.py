@@ -24,16 +24,16 @@ from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context
 from hf_ft.core.plan import Plan, Stage
 from hf_ft.core.task_loss import as_dict
+from hf_ft.engine.frozen.find_prefix import find_prefix
+from hf_ft.engine.frozen.prefix import FrozenPrefix
+from hf_ft.engine.frozen.recorder import Recordings
 from hf_ft.engine.run import start
 from hf_ft.engine.short_training import Batches, fit
 from hf_ft.errors import OptionError
-from hf_ft.frozen_prefix import FrozenPrefix
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.names import Names, covers
 from hf_ft.models.parts import Chain, Part
 from hf_ft.models.preserve import observing
-from hf_ft.prefix_search import find_prefix
-from hf_ft.recordings import Recordings
 
 TEMPERATURE = 5.0
 ROWS = 256  # samples in a forward pass: several channels are left out side by side

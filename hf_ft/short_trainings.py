@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from hf_ft.core.context import Context
 from hf_ft.engine.checkpoint import digests
+from hf_ft.engine.frozen.recorder import Recordings
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.run import Run
 from hf_ft.engine.short_training import Batches, fit, score
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.recordings import Recordings
 from hf_ft.trials import Report
 
 LOOKED_AT = 64  # samples, spread over the data, that tell one data set from another

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from hf_ft.core.context import Context
 from hf_ft.core.plan import trained_by
+from hf_ft.engine.frozen.freezing import liveness, moving_norms
 from hf_ft.engine.run import Run, start
-from hf_ft.liveness import liveness, moving_norms
 from hf_ft.short_trainings import ShortTrainings, short
 from hf_ft.study import open_storage
 from hf_ft.swarm import begin, move, remember

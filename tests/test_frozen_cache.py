@@ -12,8 +12,9 @@ from hf_ft.core.config import FTConfig, register
 from hf_ft.core.context import Samples
 from hf_ft.data.rows import GB, same_each_time
 from hf_ft.engine.batch import ACTIVATION
-from hf_ft.recordings import Recordings
-from hf_ft.row_cache import RowsDiffer, RowStore, StagedRows
+from hf_ft.engine.frozen.recorder import Recordings
+from hf_ft.engine.frozen.row_store import RowsDiffer, RowStore
+from hf_ft.engine.frozen.staged_rows import StagedRows
 from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 

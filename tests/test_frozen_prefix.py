@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hf_ft import AMCFConfig, CollaborativeModel, anatomy, set_up
+from hf_ft.engine.frozen.find_prefix import PrefixFinder, find_prefix
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.parts import Chain, Part
-from hf_ft.prefix_search import PrefixFinder, find_prefix
 from hf_ft.testing import TINY_MODELS, tiny_collaborative, tiny_inputs, tiny_resnet, tiny_vit
 
 

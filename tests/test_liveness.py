@@ -5,7 +5,7 @@ from torch import nn
 
 from hf_ft import anatomy
 from hf_ft.core.plan import Stage
-from hf_ft.liveness import liveness, moving_norms
+from hf_ft.engine.frozen.freezing import liveness, moving_norms
 from hf_ft.models.parts import Chain
 from hf_ft.testing import TINY_MODELS, tiny_bert, tiny_collaborative, tiny_resnet, tiny_vit
 

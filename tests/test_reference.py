@@ -26,8 +26,8 @@ from hf_ft import (
 )
 from hf_ft.core.config import FTConfig, register
 from hf_ft.engine.batch import REFERENCE
+from hf_ft.engine.frozen.reference import Reference
 from hf_ft.functional import feature_distance
-from hf_ft.reference import Reference
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.zoo.models import SHORT_NAMES, load_model

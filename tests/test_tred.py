@@ -12,9 +12,9 @@ from hf_ft import FTTrainer, L2SPConfig, OptionError, State, TREDConfig, set_up
 from hf_ft.diagnostics.disentangling import plot_disentangling
 from hf_ft.disentangler import make_disentangler
 from hf_ft.engine.checkpoint import read_states
+from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.preserve import evaluating
-from hf_ft.recorded_features import RecordedFeatures
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.zoo.models import load_model

@@ -13,15 +13,15 @@ from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.view import View
 from hf_ft.engine.batch import STREAM, recorded_states, take_activations, take_streams
 from hf_ft.engine.forward import StreamBatch, forward
+from hf_ft.engine.frozen.freezing import liveness, moving_norms
+from hf_ft.engine.frozen.prefix import FrozenPrefix
+from hf_ft.engine.frozen.reference import Reference
 from hf_ft.errors import OptionError
-from hf_ft.frozen_prefix import FrozenPrefix
 from hf_ft.functional import wide
-from hf_ft.liveness import liveness, moving_norms
 from hf_ft.models.feature_hooks import NOT_CALLED, token_mask
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.parts import Chain
-from hf_ft.reference import Reference
 
 
 class Objective(nn.Module):

@@ -18,6 +18,7 @@ from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, State
 from hf_ft.core.plan import Plan, Term, stage_borders, stage_index
 from hf_ft.core.task_loss import TaskLoss
+from hf_ft.engine.frozen.reference import Reference
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.errors import OptionError
@@ -26,7 +27,6 @@ from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
 from hf_ft.models.parts import Chain
 from hf_ft.models.source_head import drop_source_head
-from hf_ft.reference import Reference
 
 logger = logging.get_logger(__name__)
 

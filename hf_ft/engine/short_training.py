@@ -11,13 +11,13 @@ from transformers import EvalPrediction
 
 from hf_ft.core.context import Recipe, Samples
 from hf_ft.core.plan import stage_borders
+from hf_ft.engine.frozen.recorder import RecordedRows, Recordings
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import stage_scheduler
 from hf_ft.engine.run import Run, schedule_curve
 from hf_ft.metrics import LOCAL_METRICS, compute_metrics
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.recordings import RecordedRows, Recordings
 
 
 def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:

@@ -21,10 +21,10 @@ from hf_ft.core.plan import Plan, Term
 from hf_ft.core.search_space import LogRange
 from hf_ft.core.view import View
 from hf_ft.data.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
+from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.errors import OptionError
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.source_head import SourceHead, head_input, require_source_head, source_head
-from hf_ft.recorded_features import RecordedFeatures
 
 PASS = 64  # samples in a batch of the pass
 CALIBRATED_ON = 2000  # source samples at most

@@ -11,16 +11,14 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ft.core.context import FrozenCache
-from hf_ft.data.rows import GB, read_rows
+from hf_ft.data.rows import GB
 from hf_ft.engine.batch import ROW
 
 Columns = dict[str, Tensor]
@@ -107,96 +105,3 @@ class RowStore:
             return torch.empty(shape, dtype=like.dtype)
         file = str(Path(self._folder.name) / name)
         return torch.from_file(file, shared=True, size=size, dtype=like.dtype).reshape(shape)
-
-
-class StoredRow(int):
-    """The place of a row in a store."""
-
-
-@dataclass
-class BothRows:
-    """The user's row, and its place in a store of what comes beside it."""
-
-    row: Any
-    place: int
-
-
-class StagedRows(torch.utils.data.Dataset):
-    """The user's rows, or, while a store is active, their places in it.
-
-    Which of the two is one number in shared memory, so that worker processes of a data loader see it change.
-    A worker that was started before a store was made does not have it, and goes on with the user's rows.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        self.store: RowStore | None = None
-        self._beside = False
-        self._active = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def activate(self, store: RowStore | None, beside: bool = False) -> None:
-        """Deal out places in this store from now on, alone or beside the user's rows; None for these alone."""
-        self.store, self._beside = store, beside
-        self._active.fill_(store.number if store is not None else 0)
-
-    @property
-    def beside(self) -> bool:
-        """Whether places in a store come beside the user's rows at present."""
-        return self.stored and self._beside
-
-    @property
-    def stored(self) -> bool:
-        return self.store is not None and self.store.number == int(self._active)
-
-    def __getitem__(self, row: int) -> Any:
-        return self.__getitems__([row])[0]
-
-    def __getitems__(self, rows: Sequence[int]) -> list[Any]:
-        if self.stored and not self._beside:
-            return [StoredRow(row) for row in rows]
-        found = read_rows(self.dataset, rows)
-        return [BothRows(row, place) for row, place in zip(found, rows, strict=True)] if self.stored else found
-
-
-@dataclass
-class StagedCollator:
-    """The user's collator; places in a store become a batch of it, or columns beside the user's."""
-
-    collate: Callable[[list[Any]], Any]
-    rows: StagedRows
-
-    def __call__(self, rows: list[Any]) -> Any:
-        if isinstance(rows[0], StoredRow):
-            return self._taken([int(row) for row in rows])
-        if isinstance(rows[0], BothRows):
-            return {**self.collate([both.row for both in rows]), **self._taken([both.place for both in rows])}
-        return self.collate(rows)
-
-    def _taken(self, places: list[int]) -> Columns:
-        assert self.rows.store is not None
-        return self.rows.store.take(torch.tensor(places, dtype=torch.int64))
-
-
-def fill(
-    samples: int, batches: Iterable[tuple[Tensor, Columns]], cache: FrozenCache, advance: Callable[[int], None]
-) -> RowStore:
-    """A store of all rows.
-
-    Args:
-        batches: numbers of rows, and their columns; all together each row once.
-        advance: told how many rows each batch held.
-
-    Raises:
-        RowsDiffer: the rows cannot be kept.
-    """
-    store: RowStore | None = None
-    for rows, columns in batches:
-        store = store or RowStore(samples, columns, cache)
-        store.put(rows, columns)
-        advance(len(rows))
-    if store is None:
-        raise RowsDiffer("there are no rows")
-    return store

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from hf_ft.frozen_prefix import FrozenPrefix, Placeholder
+from hf_ft.engine.frozen.prefix import FrozenPrefix, Placeholder
 from hf_ft.models.feature_hooks import Batch, run_to
 from hf_ft.models.names import covers
 from hf_ft.models.parts import Chain

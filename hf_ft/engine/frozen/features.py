@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_ft.core.context import Context
+from hf_ft.engine.frozen.record import fill
+from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
 from hf_ft.models.feature_hooks import activations, token_mask
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.row_cache import Columns, RowsDiffer, RowStore, fill
 
 logger = logging.get_logger(__name__)
 PASS = 64  # samples in a batch of the pass

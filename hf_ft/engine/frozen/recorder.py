@@ -16,14 +16,14 @@ from transformers.utils import logging
 from hf_ft.core.context import FrozenCache, Samples
 from hf_ft.data.rows import GB, same_each_time
 from hf_ft.engine.batch import ACTIVATION
+from hf_ft.engine.frozen.find_prefix import PrefixFinder
+from hf_ft.engine.frozen.freezing import Liveness
+from hf_ft.engine.frozen.prefix import FrozenPrefix
+from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
 from hf_ft.engine.objective import Objective
-from hf_ft.frozen_prefix import FrozenPrefix
-from hf_ft.liveness import Liveness
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.prefix_search import PrefixFinder
-from hf_ft.row_cache import Columns, RowsDiffer, RowStore
 
 logger = logging.get_logger(__name__)
 VALUES = "values"  # the one column of a store

@@ -1,0 +1,1 @@
+"""What is frozen is computed once."""
