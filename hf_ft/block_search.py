@@ -20,8 +20,8 @@ from hf_ft.core.context import Context
 from hf_ft.engine.run import Run, start
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.weight_layers import weight_layers
-from hf_ft.short_trainings import ShortTrainings, short
-from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
+from hf_ft.search.evaluate import ShortTrainings, short
+from hf_ft.search.trials import Halving, Job, Outcome, Report, run_trials
 
 if TYPE_CHECKING:
     from hf_ft.strategies.blockwise import BlockwiseConfig

@@ -18,11 +18,11 @@ from hf_ft.core.context import Context
 from hf_ft.core.plan import trained_by
 from hf_ft.engine.frozen.freezing import liveness, moving_norms
 from hf_ft.engine.run import Run, start
-from hf_ft.short_trainings import ShortTrainings, short
-from hf_ft.study import open_storage
+from hf_ft.search.evaluate import ShortTrainings, short
+from hf_ft.search.storage import open_storage
+from hf_ft.search.trials import Halving, Job, Outcome, Report, run_trials
 from hf_ft.swarm import begin, move, remember
 from hf_ft.swarm_scores import Evaluation, Generation, SwarmScores
-from hf_ft.trials import Halving, Job, Outcome, Report, run_trials
 
 if TYPE_CHECKING:
     from hf_ft.strategies.amcf import AMCFConfig

@@ -10,8 +10,9 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig
 from torch import nn
 
-from hf_ft import BlockScores, BlockSearch, BlockwiseConfig, FTConfig, FTTrainer, OptionError, short_trainings
+from hf_ft import BlockScores, BlockSearch, BlockwiseConfig, FTConfig, FTTrainer, OptionError
 from hf_ft.engine.checkpoint import read_states
+from hf_ft.search import evaluate as short_trainings
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from tests.planted import Images, accuracy, break_block, knowing_model
@@ -200,7 +201,7 @@ def test_auto_searches_once_and_keeps_the_table(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "block_search.db").is_file()
     card = (tmp_path / "run" / "checkpoint-4" / "README.md").read_text()
     assert f"best: {scores.best.candidate.name}, " in card and "head only: head, " in card and "Barakat" in card
-    monkeypatch.setattr("hf_ft.trials.run_trials", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr("hf_ft.search.trials.run_trials", lambda *a, **k: pytest.fail("searched again"))
     resumed = make_trainer(tiny_resnet(), config, tmp_path / "run", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(trainer.model))

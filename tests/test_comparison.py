@@ -16,7 +16,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ev
 from transformers.training_args import OptimizerNames
 
 from hf_ft import FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term
-from hf_ft.claims import Claims
 from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.clock import Clock, now
 from hf_ft.comparison.compare import batch_size
@@ -29,8 +28,9 @@ from hf_ft.comparison.training import finite_metrics, train
 from hf_ft.core.config import _CONFIGS, register
 from hf_ft.core.search_space import LogRange
 from hf_ft.data.columns import find_columns
-from hf_ft.study import as_json, open_storage, open_study
-from hf_ft.trials import Job, run_trials
+from hf_ft.search.claims import Claims
+from hf_ft.search.storage import as_json, open_storage, open_study
+from hf_ft.search.trials import Job, run_trials
 from tests.comparing import NAMES, lasting, load, run, splits
 
 

@@ -16,7 +16,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_ft.study import open_storage
+from hf_ft.search.storage import open_storage
 from hf_ft.testing import tiny_bert, tiny_resnet, tiny_vit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -16,10 +16,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hf_ft.claims import Claims
 from hf_ft.errors import OptionError
-from hf_ft.study import open_storage, open_study
-from hf_ft.trials import Halving, Job, JobError, run_trials
+from hf_ft.search.claims import Claims
+from hf_ft.search.storage import open_storage, open_study
+from hf_ft.search.trials import Halving, Job, JobError, run_trials
 from tests.trials_worker import jobs, open_all, start
 
 SIGNATURE = {"model": "a"}

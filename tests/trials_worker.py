@@ -7,8 +7,8 @@ import time
 import traceback
 from pathlib import Path
 
-from hf_ft.study import open_storage, open_study
-from hf_ft.trials import Job, run_trials
+from hf_ft.search.storage import open_storage, open_study
+from hf_ft.search.trials import Job, run_trials
 
 # Forked: a new interpreter would take seconds to import torch.
 _context = multiprocessing.get_context("fork")

@@ -28,7 +28,7 @@ from hf_ft.comparison.results import Training, training_from_dict
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.training import Measured, Recipe, train, versions
 from hf_ft.errors import AnatomyError, OptionError
-from hf_ft.trials import Job, Outcome, Report, run_trials
+from hf_ft.search.trials import Job, Outcome, Report, run_trials
 
 TUNING_SEED = 0  # final runs have seeds from 1: none of them was tuned on
 STORAGE = "compare.db"

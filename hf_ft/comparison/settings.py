@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from hf_ft.core.search_space import LogRange
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
-from hf_ft.study import MISSING
+from hf_ft.search.storage import MISSING
 
 RANGES = {"sgd": (1e-5, 3e-1), "": (1e-6, 1e-2)}  # of learning rates, by optimizer; the last for Adam and its kin
 FIRST_RATES = {"sgd": 1e-2, "": 3e-4}  # of the first trial

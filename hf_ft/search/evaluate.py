@@ -25,7 +25,7 @@ from hf_ft.engine.short_training import Batches, fit, score
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.trials import Report
+from hf_ft.search.trials import Report
 
 LOOKED_AT = 64  # samples, spread over the data, that tell one data set from another
 

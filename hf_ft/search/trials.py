@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hf_ft.claims import Claims, job_of, owners
 from hf_ft.errors import OptionError
-from hf_ft.study import MISSING, as_json, open_storage, open_study
+from hf_ft.search.claims import Claims, job_of, owners
+from hf_ft.search.storage import MISSING, as_json, open_storage, open_study
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

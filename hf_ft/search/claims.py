@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from hf_ft.study import check_signature
+from hf_ft.search.storage import check_signature
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -27,7 +27,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     """Open a storage that several processes may write to.
 
     Args:
-        storage: a path, a URL, None for memory, or one that is open; see :func:`hf_ft.trials.run_trials`.
+        storage: a path, a URL, None for memory, or one that is open; see :func:`hf_ft.search.trials.run_trials`.
 
     Raises:
         OptionError: it cannot be opened. The message names the storage, the reason and the fix.

@@ -1,0 +1,1 @@
+"""Searches: jobs over Optuna, and the scoring of candidates by short trainings."""
