@@ -43,7 +43,7 @@ from hf_ft.strategies import (
 )
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import SwarmSearch
-from hf_ft.trainer import FTTrainer
+from hf_ft.trainer.trainer import FTTrainer
 from hf_ft.version import __version__
 from hf_ft.zoo.models import from_pretrained
 from hf_ft.zoo.sources import load_sources

@@ -25,9 +25,9 @@ from hf_ft.core.compose import build_plan
 from hf_ft.core.config import load_configs
 from hf_ft.core.options import annotation, parse
 from hf_ft.models.norms import batch_norms
-from hf_ft.preflight import warn_slow_statistics
 from hf_ft.testing import tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, tiny_arguments
+from hf_ft.trainer.checks import warn_slow_statistics
 
 
 def refused(match, function, *args, **kwargs):

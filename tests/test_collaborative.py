@@ -22,12 +22,12 @@ from torch.nn import functional
 from hf_ft import CheckpointError, FTTrainer, OptionError, load_delta, load_weights, zoo
 from hf_ft.core.compose import resolve
 from hf_ft.engine.checkpoint import digests, is_complete, save_delta
-from hf_ft.model_card import model_card
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.model import CollaborativeModel, joint_logits
 from hf_ft.testing import same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.models import tiny_distilbert, tiny_efficientnet, tiny_mobilenet_v2, tiny_swin, tiny_timm
 from hf_ft.testing.training import snapshot, tiny_arguments
+from hf_ft.trainer.model_card import model_card
 
 CLASSES = 3
 

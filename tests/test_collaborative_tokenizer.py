@@ -14,7 +14,7 @@ from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer, column, combined, distinct
 from hf_ft.testing.models import tiny_bert
 from hf_ft.testing.training import tiny_arguments
-from hf_ft.trainer import FTTrainer
+from hf_ft.trainer.trainer import FTTrainer
 from tests.uploads import uploads
 
 TEXTS = ["good film", "bad", "good bad film film"]

@@ -137,7 +137,7 @@ def test_adam_voids_the_gentle_start(tmp_path):
 
 def test_an_adaptive_optimizer_is_warned_about_with_the_reason(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_ft.preflight.logger.warning", said.append)
+    monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
     trainer_on_shifted(tiny_resnet(), tmp_path)
     assert not said
     trainer_on_shifted(tiny_resnet(), tmp_path, optim="adamw_torch")

@@ -210,7 +210,7 @@ def test_a_file_takes_what_memory_may_not(tmp_path):
 
 def test_more_than_the_disk_may_take_is_not_kept(tmp_path, caplog):
     cache = FrozenCache("always", memory_gb=0.0, disk_gb=0.0)
-    from hf_ft import cached_stages
+    from hf_ft.trainer import stage_cache as cached_stages
 
     warnings = []
     with pytest.MonkeyPatch.context() as patch:

@@ -438,7 +438,7 @@ def test_a_last_batch_of_one(tmp_path):
 
 def test_an_optimizer_of_ones_own_leaves_the_source_head(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(hf_ft.trainer.logger, "warning", told.append)
+    monkeypatch.setattr(hf_ft.trainer.trainer.logger, "warning", told.append)
     model = equipped(tiny_vit(), SOFT)
     before = source_head(model).module.weight
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -563,7 +563,7 @@ def test_no_source_data_set(source, message, forward, tmp_path):
 
 def test_a_source_that_nobody_uses_is_told(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(hf_ft.streamed_steps.logger, "warning", told.append)
+    monkeypatch.setattr(hf_ft.trainer.source_streams.logger, "warning", told.append)
     model = tiny_resnet()
     given = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model)}
     FTTrainer(model, tiny_arguments(tmp_path), strategy="l2_sp", **given)

@@ -480,7 +480,7 @@ def test_last_batch_of_one_is_told_before_training(tmp_path):
 
 def test_recommended_arguments_are_warned_about(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_ft.preflight.logger.warning", said.append)
+    monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
     make_trainer(tiny_resnet(), "l2_sp", tmp_path, learning_rate=5e-5)
     assert len(said) == 1 and "learning_rate=5e-05" in said[0] and "l2_sp" in said[0]
     make_trainer(tiny_resnet(), "l2_sp", tmp_path, learning_rate=0.02)  # chosen by the user: nothing to say

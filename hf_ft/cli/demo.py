@@ -33,7 +33,7 @@ from hf_ft.core.config import FTConfig
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.metrics import classification_metrics
 from hf_ft.splits import stratified_split
-from hf_ft.trainer import FTTrainer
+from hf_ft.trainer.trainer import FTTrainer
 from hf_ft.zoo.datasets import DATA_NOTICES, elpv
 from hf_ft.zoo.models import SHORT_NAMES
 

@@ -30,7 +30,7 @@ from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import STORAGE as SWARM_STUDY
-from hf_ft.trainer import FTTrainer
+from hf_ft.trainer.trainer import FTTrainer
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 

@@ -28,7 +28,7 @@ from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.source_head import has_source_head
-from hf_ft.trainer import ClassWeights
+from hf_ft.trainer.trainer import ClassWeights
 
 METRICS = {
     "single_label_classification": "balanced_accuracy",

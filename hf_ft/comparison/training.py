@@ -27,7 +27,7 @@ from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.feature_distortion import feature_distortion
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
-from hf_ft.trainer import ClassWeights, FTTrainer
+from hf_ft.trainer.trainer import ClassWeights, FTTrainer
 
 PACKAGES = ("hf-ft", "torch", "transformers", "accelerate", "datasets")
 TESTS = ("test", "ood")

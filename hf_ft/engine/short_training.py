@@ -14,39 +14,10 @@ from hf_ft.core.plan import stage_borders
 from hf_ft.engine.frozen.recorder import RecordedRows, Recordings
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import stage_scheduler
-from hf_ft.engine.run import Run, schedule_curve
+from hf_ft.engine.run import Run
 from hf_ft.metrics import LOCAL_METRICS, compute_metrics
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.preserve import random_states_kept
-
-
-def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of a Trainer, and what it was made of."""
-    args = trainer.args
-    kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-    kwargs = args.lr_scheduler_kwargs or {}
-    recipe = Recipe(
-        optimizer=lambda groups: kind(groups, **options),
-        curve=lambda steps: schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs),
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        batch_size=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        max_grad_norm=args.max_grad_norm or 0.0,
-        task_loss=trainer.task_loss,
-        computing=trainer.accelerator.autocast,
-    )
-    names = "learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps "
-    names += "max_grad_norm label_smoothing_factor bf16 fp16"
-    described = {name: value for name, value in args.to_dict().items() if name in names.split()}
-    described["optimizer"] = f"{kind.__name__}({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
-    function = trainer.task_loss.compute_loss_func
-    described["compute_loss_func"] = (
-        None if function is None else getattr(function, "__qualname__", repr(type(function)))
-    )
-    weights = trainer.task_loss.class_weights
-    described["class_weights"] = None if weights is None else weights.tolist()
-    return recipe, described
 
 
 def fit(

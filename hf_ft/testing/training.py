@@ -20,7 +20,7 @@ from hf_ft.models.anatomy import unwrap
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.source_head import SourceHead, attach_source_head, has_source_head, head_module, renew_head
 from hf_ft.testing.models import tiny_inputs
-from hf_ft.trainer import FTTrainer
+from hf_ft.trainer.trainer import FTTrainer
 
 
 def tiny_data(model: nn.Module, samples: int = 32, seed: int = 0) -> datasets.Dataset:

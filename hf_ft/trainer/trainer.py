@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from hf_ft.cached_stages import CachedStages
-from hf_ft.context import measuring_context
 from hf_ft.core.compose import resolve
 from hf_ft.core.config import FTConfig, write_configs
 from hf_ft.core.config_files import read_config_file
@@ -30,14 +28,14 @@ from hf_ft.engine import checkpoint as files
 from hf_ft.engine.batch import _users
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
-from hf_ft.engine.run import Run, check, check_members, schedule_curve, set_up
+from hf_ft.engine.run import Run, check, check_members, set_up
 from hf_ft.errors import OptionError
-from hf_ft.model_card import WritesCard, write_card
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
-from hf_ft.preflight import (
+from hf_ft.trainer.checkpointing import WholeCheckpoints, _base_name
+from hf_ft.trainer.checks import (
     check_arguments,
     check_labels,
     check_last_batch,
@@ -45,8 +43,11 @@ from hf_ft.preflight import (
     warn_recommended,
     warn_slow_statistics,
 )
-from hf_ft.streamed_steps import StreamedSteps
-from hf_ft.whole_checkpoints import WholeCheckpoints
+from hf_ft.trainer.context import _curve, measuring_context
+from hf_ft.trainer.loss_log import _TermLog
+from hf_ft.trainer.model_card import WritesCard, write_card
+from hf_ft.trainer.source_streams import StreamedSteps
+from hf_ft.trainer.stage_cache import CachedStages
 
 logger = logging.get_logger(__name__)
 ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
@@ -467,30 +468,6 @@ class _Stages(TrainerCallback):
         self.trainer._finish_run()
 
 
-@dataclass
-class _TermLog:
-    """Sums of the loss's summands since the last log, on their device: reading them each step would wait."""
-
-    sums: dict[str, Tensor] | None = None
-    count: int = 0
-
-    def add(self, terms: dict[str, Tensor] | None) -> None:
-        if terms is None:
-            return
-        self.sums = self.sums or {}
-        for name, value in terms.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-        self.count += 1
-
-    def drain(self, accelerator: Any) -> dict[str, float]:
-        if not self.sums:
-            return {}
-        means = torch.stack([value.float() for value in self.sums.values()]) / self.count
-        values = accelerator.reduce(means, reduction="mean").tolist()
-        names, self.sums, self.count = list(self.sums), None, 0
-        return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
-
-
 @dataclass(frozen=True)
 class _Parameters:
     """Has parameters, as a model has."""
@@ -499,15 +476,3 @@ class _Parameters:
 
     def parameters(self) -> list[nn.Parameter]:
         return self.trained
-
-
-def _curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
-    """The schedule that the arguments ask for, over one stage."""
-    kwargs: Any = args.lr_scheduler_kwargs or {}
-    return schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs)
-
-
-def _base_name(model: nn.Module) -> str | None:
-    if isinstance(model, PeftModel):
-        return next(iter(model.peft_config.values())).base_model_name_or_path
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
@@ -15,6 +16,12 @@ from hf_ft.core.config_files import read_config_file
 from hf_ft.engine import checkpoint as files
 from hf_ft.errors import OptionError
 from hf_ft.models.weight_files import member_folder
+
+
+def _base_name(model: nn.Module) -> str | None:
+    if isinstance(model, PeftModel):
+        return next(iter(model.peft_config.values())).base_model_name_or_path
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 class WholeCheckpoints:

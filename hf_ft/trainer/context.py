@@ -1,0 +1,131 @@
+"""What a strategy gets from a Trainer to look at the data with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from hf_ft.core.context import Context, Recipe, Samples, Source
+from hf_ft.data.labels import class_labels
+from hf_ft.data.rows import read_rows
+from hf_ft.data.sampling import share_of_batches
+from hf_ft.engine.run import schedule_curve
+from hf_ft.errors import OptionError
+
+
+def measuring_context(trainer: Any) -> Context:
+    """What ``measure`` gets from a Trainer."""
+    recipe, described = recipe_of(trainer)
+    return Context(
+        batches=partial(batches_of, trainer),
+        reduce=partial(trainer.accelerator.reduce, reduction="sum"),
+        device=trainer.args.device,
+        generator=torch.Generator().manual_seed(trainer.args.seed),
+        samples=_samples(trainer),
+        labels=class_labels(trainer.train_dataset),
+        recipe=recipe,
+        described=described,
+        frozen_cache=trainer.frozen_cache,
+        source=None if trainer.source_dataset is None else Source(trainer.source_dataset, trainer._source_batches),
+        folder=Path(trainer.args.output_dir),
+        progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
+        rank=trainer.args.process_index,
+        ranks=trainer.args.world_size,
+    )
+
+
+def _samples(trainer: Any) -> Samples:
+    """The training samples by number, without augmentation where the user gave such.
+
+    Raises:
+        OptionError: those are not as many as the augmented ones.
+    """
+    dataset, plain = trainer.train_dataset, trainer.plain_train_dataset
+    if plain is not None and len(plain) != len(dataset):
+        raise OptionError(
+            f"plain_train_dataset has {len(plain)} samples, train_dataset {len(dataset)}: pass the same ones, in the "
+            "same order, without augmentation."
+        )
+    chosen = dataset if plain is None else plain
+
+    @cache  # not at once: a stream is refused only where samples are asked for
+    def source() -> Any:
+        return readable(trainer, chosen)
+
+    def read(rows: Sequence[int]) -> dict[str, Any]:
+        kept, collate = source()
+        return trainer._prepare_inputs(collate(read_rows(kept, rows)))
+
+    return Samples(len(chosen) if hasattr(chosen, "__len__") else 0, read)
+
+
+def _curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
+    """The schedule that the arguments ask for, over one stage."""
+    kwargs: Any = args.lr_scheduler_kwargs or {}
+    return schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs)
+
+
+def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a Trainer, and what it was made of."""
+    args = trainer.args
+    kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    kwargs = args.lr_scheduler_kwargs or {}
+    recipe = Recipe(
+        optimizer=lambda groups: kind(groups, **options),
+        curve=lambda steps: schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs),
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        max_grad_norm=args.max_grad_norm or 0.0,
+        task_loss=trainer.task_loss,
+        computing=trainer.accelerator.autocast,
+    )
+    names = "learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+    names += "max_grad_norm label_smoothing_factor bf16 fp16"
+    described = {name: value for name, value in args.to_dict().items() if name in names.split()}
+    described["optimizer"] = f"{kind.__name__}({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
+    function = trainer.task_loss.compute_loss_func
+    described["compute_loss_func"] = (
+        None if function is None else getattr(function, "__qualname__", repr(type(function)))
+    )
+    weights = trainer.task_loss.class_weights
+    described["class_weights"] = None if weights is None else weights.tolist()
+    return recipe, described
+
+
+def batches_of(trainer: Any) -> Iterator[dict[str, Any]]:
+    """This process's batches of the training data."""
+    args, (dataset, collate) = trainer.args, readable(trainer, trainer.train_dataset)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=share_of_batches(
+            len(dataset), args.per_device_train_batch_size, args.seed, args.process_index, args.world_size
+        ),
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(args.seed),  # without one, it draws from the global random state
+    )
+    for batch in loader:
+        yield trainer._prepare_inputs(batch)
+
+
+def readable(trainer: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """A data set without unused columns, and what makes batches of its rows.
+
+    Raises:
+        OptionError: it has no length, so that it cannot be divided among ranks, nor read by number.
+    """
+    if not hasattr(dataset, "__len__"):
+        names = ", ".join(config.ft_type for config in trainer.configs)
+        raise OptionError(f"{names} looks at the training data first: train_dataset must be map-style, not iterable.")
+    if isinstance(dataset, datasets.Dataset):
+        return trainer._remove_unused_columns(dataset, description="measured"), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="measured")
