@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from hf_ft.cli.compare import become_worker
 from hf_ft.cli.console import is_main, say
 from hf_ft.comparison import Settings
-from hf_ft.comparison.compare import prepare_comparison
+from hf_ft.comparison.prepare import prepare_comparison
 from hf_ft.comparison.statistics import standings
+from hf_ft.comparison.worker import become_worker
 from hf_ft.data import load_splits
 
 

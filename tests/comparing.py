@@ -14,8 +14,8 @@ from transformers import ViTImageProcessorPil
 
 from hf_ft.cli import main
 from hf_ft.comparison import Settings, compare
-from hf_ft.comparison.clock import Clock
-from hf_ft.comparison.judge import Judge
+from hf_ft.comparison.cost import Clock
+from hf_ft.comparison.runner import Judge
 from hf_ft.testing.models import tiny_resnet
 
 NAMES = ("red", "green", "blue")
@@ -61,7 +61,7 @@ class Even(Clock):
 
 def even():
     """Trainings cost the same while it is entered."""
-    return mock.patch("hf_ft.comparison.clock.Clock", Even)
+    return mock.patch("hf_ft.comparison.cost.Clock", Even)
 
 
 def run(folder, strategies="linear_probe", *, trials=2, seeds=2, data=None, told=None, model=None, **more):

@@ -17,13 +17,14 @@ from transformers.training_args import OptimizerNames
 
 from hf_ft import FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term
 from hf_ft.comparison import Data, Results, Training
-from hf_ft.comparison.clock import Clock, now
-from hf_ft.comparison.compare import batch_size
-from hf_ft.comparison.contenders import Bench, Entrant, chosen_strategies
-from hf_ft.comparison.judge import Done, Judge
-from hf_ft.comparison.kept import Kept
-from hf_ft.comparison.memory import PeakMemory
+from hf_ft.comparison.contenders import Entrant, chosen_strategies
+from hf_ft.comparison.cost import Clock, PeakMemory, now
+from hf_ft.comparison.folder import Kept
+from hf_ft.comparison.ledger import Done
+from hf_ft.comparison.prepare import batch_size
+from hf_ft.comparison.runner import Judge
 from hf_ft.comparison.settings import Settings, training_arguments
+from hf_ft.comparison.task import Bench
 from hf_ft.comparison.training import finite_metrics, train
 from hf_ft.core.config import _CONFIGS, register
 from hf_ft.core.search_space import LogRange
@@ -143,7 +144,7 @@ def test_results_come_back_from_json(compared):
 
 def test_a_second_call_trains_nothing_and_says_the_same(compared, monkeypatch):
     results, folder, data, _ = compared
-    monkeypatch.setattr("hf_ft.comparison.judge.Judge._evaluate", None)
+    monkeypatch.setattr("hf_ft.comparison.runner.Judge._evaluate", None)
     told = []
     again = run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append)
     assert lasting(again) == lasting(results)

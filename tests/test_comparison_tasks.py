@@ -68,7 +68,7 @@ def test_several_source_models_and_one_that_cannot_be_had(tmp_path):
 
 def test_a_head_is_new_for_all_alike(tmp_path):
     """Of a checkpoint with other classes too: those that keep its head beside the new one start as the others."""
-    from hf_ft.comparison.benches import Benches, Data
+    from hf_ft.comparison.task import Benches, Data
     from hf_ft.data.columns import find_columns
 
     tiny_resnet(num_labels=5).save_pretrained(tmp_path / "five")

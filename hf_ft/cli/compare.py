@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import TrainingArguments
 
 from hf_ft.cli.arguments import DataFlags, configured, read_values, taken
@@ -18,6 +16,7 @@ from hf_ft.cli.console import count, is_main, quieten, say, table
 from hf_ft.cli.train import read_splits
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.settings import setting
+from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import FTConfig, strategies
 from hf_ft.data.align import other_distribution
 from hf_ft.data.columns import find_columns
@@ -28,7 +27,6 @@ from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 
 DEFAULT_FOLDER = "runs/compare"
-LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 @dataclass
@@ -60,7 +58,7 @@ def run_compare(arguments: list[str]) -> None:
         return
     become_worker()
     quieten()
-    from hf_ft.comparison.compare import prepare_comparison
+    from hf_ft.comparison.prepare import prepare_comparison
 
     data_flags = DataFlags(**taken(values, DataFlags))
     settings = Settings(**taken(values, Settings))
@@ -92,22 +90,6 @@ def run_compare(arguments: list[str]) -> None:
         show(results, folder)
         if not results.winner and settings.hours is None:
             raise ValueError(f"no strategy finished; {folder}/report.md says why.")
-
-
-def become_worker() -> None:
-    """Make each process of ``accelerate launch`` a worker with one device: trainings are shared out, none is split up.
-
-    Raises:
-        ValueError: there are more processes than GPUs.
-    """
-    workers, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    if devices != [""]:
-        if local >= len(devices):
-            raise ValueError(f"--num_processes {workers}: there are {len(devices)} GPUs, and each worker takes one.")
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local]
-    for name in LAUNCHED:  # or each training would be one of all processes
-        os.environ.pop(name, None)
 
 
 def _advised(prepared: Any) -> Any:

@@ -1,8 +1,8 @@
 """Comparing strategies under equal tuning budgets, and the report."""
 
-from hf_ft.comparison.benches import Data
 from hf_ft.comparison.compare import compare
 from hf_ft.comparison.results import Contender, Results, Training
 from hf_ft.comparison.settings import Settings
+from hf_ft.comparison.task import Data
 
 __all__ = ["Contender", "Data", "Results", "Settings", "Training", "compare"]

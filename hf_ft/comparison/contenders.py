@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_ft.comparison.results import BASELINE
 from hf_ft.comparison.settings import Settings
+from hf_ft.comparison.task import Bench
 from hf_ft.core.compose import resolve
 from hf_ft.core.config import FTConfig, strategies
 from hf_ft.core.options import options
@@ -24,29 +25,6 @@ RATE, MOMENTUM = "learning_rate", "batch_norm_momentum"
 SEARCH_SHARE = 0.5  # of the tuning budget, for a strategy's own search; the rest is for the rates
 Strategy = str | FTConfig | Sequence[FTConfig | str]
 Strategies = str | Iterable[Strategy] | Mapping[str, Strategy]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where a contender trains.
-
-    Attributes:
-        load: seed of the new head, whether to keep the pretrained head -> a model.
-        data: ``train``, ``validation``, and maybe ``test`` and ``ood``: map-style, processed.
-        collate: makes batches of them.
-        fingerprint: tells models and data from others.
-        processor: saved with the model.
-        source: source data, where there are such.
-        plain: the training samples without augmentation, where ``train`` has such.
-    """
-
-    load: Callable[[int, bool], nn.Module]
-    data: Mapping[str, Any]
-    collate: Callable[[list[Any]], Any]
-    fingerprint: str = ""
-    processor: Any = None
-    source: Any = None
-    plain: Any = None
 
 
 @dataclass(frozen=True)

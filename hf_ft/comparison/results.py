@@ -28,7 +28,7 @@ class Training:
         scores: by split (``validation``, and in final runs ``test`` and ``ood``), every metric by name.
         curve: after each epoch: ``epoch``, ``loss`` (the mean training loss since the last one), ``validation``.
         seconds: of training, without evaluations.
-        compute: the same in seconds of computing (:func:`hf_ft.comparison.clock.now`), which the budget counts.
+        compute: the same in seconds of computing (:func:`hf_ft.comparison.cost.now`), which the budget counts.
         evaluation_seconds: of evaluating and saving.
         passes: samples of the target that went through the training.
         peak_memory_mb: on a GPU the memory that tensors took at most, else what the process grew by at most.

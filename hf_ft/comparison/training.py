@@ -17,9 +17,8 @@ import numpy as np
 from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainingArguments
 
-from hf_ft.comparison.clock import Clock, now
 from hf_ft.comparison.contenders import RATE, Entrant
-from hf_ft.comparison.memory import MB, PeakMemory
+from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import FIXED
 from hf_ft.core.context import State

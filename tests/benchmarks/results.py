@@ -35,7 +35,7 @@ from datasets import Dataset, DatasetDict
 from hf_ft import AMCFConfig, DAFTConfig
 from hf_ft.cli import main as hf_ft
 from hf_ft.comparison import Data, Settings
-from hf_ft.comparison.compare import prepare_comparison
+from hf_ft.comparison.prepare import prepare_comparison
 from hf_ft.core.config import strategies
 from hf_ft.data.columns import find_columns
 from hf_ft.splits import stratified_split

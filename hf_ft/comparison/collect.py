@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from hf_ft.comparison.contenders import Entrant
-from hf_ft.comparison.judge import Done, Judge
+from hf_ft.comparison.ledger import Done
 from hf_ft.comparison.results import Contender, Results, Status, Training
+from hf_ft.comparison.runner import Judge
 from hf_ft.comparison.training import versions
 
 TOLD = 1.2  # times the budget from which on it is told

@@ -11,7 +11,6 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from torch import nn
 
-from hf_ft.comparison.contenders import Bench
 from hf_ft.data.columns import Columns
 from hf_ft.data.in_memory import Held, held
 from hf_ft.data.prepare import _collator, prepare, usual_length
@@ -151,3 +150,26 @@ def digest(data: Any) -> str:
             for name, value in sorted(row.items()):
                 found.update(name.encode() + np.asarray(value).tobytes())
     return found.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a contender trains.
+
+    Attributes:
+        load: seed of the new head, whether to keep the pretrained head -> a model.
+        data: ``train``, ``validation``, and maybe ``test`` and ``ood``: map-style, processed.
+        collate: makes batches of them.
+        fingerprint: tells models and data from others.
+        processor: saved with the model.
+        source: source data, where there are such.
+        plain: the training samples without augmentation, where ``train`` has such.
+    """
+
+    load: Callable[[int, bool], nn.Module]
+    data: Mapping[str, Any]
+    collate: Callable[[list[Any]], Any]
+    fingerprint: str = ""
+    processor: Any = None
+    source: Any = None
+    plain: Any = None

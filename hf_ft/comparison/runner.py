@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,33 +22,20 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_ft.comparison.contenders import Entrant
-from hf_ft.comparison.kept import Kept
-from hf_ft.comparison.results import Training, training_from_dict
+from hf_ft.comparison.folder import Kept
+from hf_ft.comparison.ledger import DIGITS, TUNING_SEED, Done, _done
+from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.training import Measured, Recipe, train, versions
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.search.trials import Job, Outcome, Report, run_trials
 
-TUNING_SEED = 0  # final runs have seeds from 1: none of them was tuned on
 STORAGE = "compare.db"
 REFUSED = (OptionError, AnatomyError)
 DEATHS = 2  # of processes in one training, after which it counts as failed
 DIED = f"its process died {DEATHS} times in it: was there not enough memory?"
-DIGITS = 9  # means of floats that are as near are equal
 logger = logging.get_logger(__name__)
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished job: a training, and what else was found out in it."""
-
-    training: Training
-    seconds: float
-    refused: bool = False
-    measured_compute: float = 0.0
-    found: Mapping[str, Any] = field(default_factory=dict)
-    learned: str = ""
 
 
 class Judge:
@@ -299,18 +285,6 @@ class Judge:
         wanted = [e for e in self.entrants if self.chosen(e) is not None]
         tried = all(self.trial(e, i) is not None for e in self.entrants for i in range(self.trials_of(e)))
         return tried and all(len(self.runs(e)) == self.settings.seeds for e in wanted)
-
-
-def _done(outcome: Outcome) -> Done:
-    info = outcome.info
-    return Done(
-        training_from_dict(info["training"]),
-        outcome.seconds,
-        info["refused"],
-        info["measured_compute"],
-        info["found"],
-        info["learned"],
-    )
 
 
 def _findings(entrant: Entrant, measured: Measured) -> dict[str, Any]:

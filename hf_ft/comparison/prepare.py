@@ -1,0 +1,247 @@
+"""Check a comparison's arguments and make what it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import TrainingArguments
+
+from hf_ft.advice import Advice, advise
+from hf_ft.comparison.collect import collect
+from hf_ft.comparison.contenders import Entrant, Strategies, chosen_strategies, entrant
+from hf_ft.comparison.cost import measure_cost
+from hf_ft.comparison.results import Results
+from hf_ft.comparison.runner import Judge, Tell
+from hf_ft.comparison.settings import Settings, training_arguments
+from hf_ft.comparison.task import Bench, Benches, Data, Loader
+from hf_ft.comparison.training import Recipe
+from hf_ft.core.config import FTConfig
+from hf_ft.data.columns import Columns, find_columns
+from hf_ft.errors import OptionError
+from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.models.norms import batch_norms
+from hf_ft.models.source_head import has_source_head
+from hf_ft.trainer.trainer import ClassWeights
+
+METRICS = {
+    "single_label_classification": "balanced_accuracy",
+    "multi_label_classification": "macro_f1",
+    "regression": "mse",
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A comparison that is ready to run.
+
+    Attributes:
+        judge: runs it.
+        data: its data.
+        bench: where full fine-tuning trains.
+        model_name, image_size, parameters: of the model.
+    """
+
+    judge: Judge
+    data: Data
+    bench: Bench
+    model_name: str
+    image_size: int | None
+    parameters: int
+
+    def estimate(self) -> str:
+        """How long it will take, told before it starts; empty for a model that gives no loss by itself."""
+        judge = self.judge
+        arguments, settings = judge.recipe.arguments, judge.settings
+        try:
+            cost = measure_cost(self.bench, arguments["per_device_train_batch_size"], judge.recipe.device)
+        except (TypeError, AttributeError, ValueError):
+            return "no estimate: the model does not give a loss by itself"
+        each = cost.training_seconds(self.bench, arguments["num_train_epochs"])
+        one = (settings.trials + settings.seeds) * each + settings.seeds * cost.test_seconds(self.bench)
+        count = len(judge.entrants)
+        return (
+            f"estimate: {count} strategies x ({settings.trials} trials + {settings.seeds} final runs) x {each:.0f} s "
+            f"= about {_duration(count * one)} for one worker, if nothing is done yet"
+        )
+
+    def advised(self) -> Advice:
+        """Look at model and data, and take the strategies in the order that follows, the baseline first.
+
+        Raises:
+            OptionError: the task has no classes that a probe could tell.
+        """
+        judge, train = self.judge, self.bench.data["train"]
+        model = self.bench.load(0, True)
+        found = advise(
+            model,
+            train if self.bench.plain is None else self.bench.plain,
+            self.bench.collate,
+            source_head=has_source_head(model),
+            source_data=self.bench.source is not None,
+            members=max(len(sources_of(entrant.configs)) for entrant in judge.entrants) or 1,
+        )
+        places = {name: place for place, name in enumerate(found.order)}
+        baseline, *others = judge.entrants
+        others.sort(key=lambda entrant: min(places.get(c.ft_type, len(places)) for c in entrant.configs))
+        judge.entrants = (baseline, *others)
+        return found
+
+    def finish(self, command: str, advice: Advice | None = None) -> Results:
+        """Save the winner and the report."""
+        from hf_ft.comparison.report import write_report
+
+        judge, columns = self.judge, self.data.columns
+        results = collect(
+            judge,
+            title=f"{self.model_name} on {self.data.name}",
+            command=command,
+            model={"name": self.model_name, "parameters": self.parameters, "image_size": self.image_size},
+            data=_described(self.data, columns),
+            labels={
+                name: _labels(split, columns) for name, split in self.data.splits.items() if name in ("test", "ood")
+            },
+            advice=None if advice is None else advice.to_dict(),
+        )
+        write_report(results, judge.folder)
+        best = judge.save_winner()
+        if best is not None:
+            _add_to_card(best, results)
+        return results
+
+
+def prepare_comparison(
+    model: str | Loader,
+    data: DatasetDict | Data,
+    strategies: Strategies = "all",
+    *,
+    output_dir: str | Path,
+    settings: Settings | None = None,
+    image_size: int | None = None,
+    revision: str | None = None,
+    class_weights: ClassWeights | None = None,
+    untuned: Collection[str] = (),
+    tell: Tell = print,
+    **arguments: Any,
+) -> Prepared:
+    """What :func:`compare` runs, with everything checked that can be told before training.
+
+    Args:
+        untuned: options that stay as they are, such as ``l2_sp.alpha``, though they are at their default.
+    """
+    settings = settings or Settings()
+    settings.check()
+    given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
+    missing = {"train", "validation", "test"} - set(given.splits)
+    if missing:
+        raise OptionError(f"data: there is no split {min(missing)!r}, only {list(given.splits)}.")
+    metric = settings.metric or METRICS[given.columns.problem_type]
+    kind = given.columns.problem_type.replace("_classification", "")
+    if kind not in LOCAL_METRICS[metric].kinds:
+        raise OptionError(f"metric={metric!r} does not fit {given.columns.problem_type}: choose another.")
+    values = training_arguments(arguments, given.columns.task)
+    device = TrainingArguments("unused", **values).device.type
+    benches = Benches(model, given, image_size, revision)
+    chosen = chosen_strategies(strategies)
+    plain = benches.get(())
+    shown = plain.load(0, False)
+    if batch_norms(shown):
+        wanted = values["per_device_train_batch_size"]
+        values["per_device_train_batch_size"] = size = batch_size(len(plain.data["train"]), wanted)
+        if size != wanted:
+            tell(f"batches of {size} in place of {wanted}: the last one of an epoch would hold one sample")
+    entrants: list[Entrant] = []
+    for name, configs in chosen.items():
+        refusal = ""
+        try:
+            bench = benches.get(sources_of(configs))
+        except (OSError, ValueError, ImportError) as error:  # a source model that cannot be had
+            bench, refusal = plain, str(error)
+        made = entrant(
+            name,
+            configs,
+            bench,
+            settings,
+            optim=values["optim"],
+            metric=metric,
+            epochs=float(values["num_train_epochs"]),
+            model=shown,
+            untuned=untuned,
+        )
+        entrants.append(replace(made, refusal=refusal) if refusal else made)
+    greater = "regression" not in LOCAL_METRICS[metric].kinds
+    recipe = Recipe(values, metric, greater, class_weights, settings.distortion_samples, device)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    signature = {
+        "model and data": plain.fingerprint,
+        "samples": {name: len(split) for name, split in given.splits.items()},
+        "device": device,
+        "arguments": values,
+        "metric": metric,
+        "class_weights": class_weights if isinstance(class_weights, str | None) else list(map(float, class_weights)),
+        "sampling_seed": settings.sampling_seed,
+        "learning_rates": [settings.rates(values["optim"]).low, settings.rates(values["optim"]).high],
+    }
+    judge = Judge(entrants, settings, recipe, folder, signature, tell)
+    parameters = sum(p.numel() for p in shown.parameters())
+    named = (Path(model).name if Path(model).is_dir() else model) if isinstance(model, str) else type(shown).__name__
+    return Prepared(judge, given, plain, named, image_size, parameters)
+
+
+def batch_size(samples: int, wanted: int) -> int:
+    """The largest size up to what is wanted that leaves no last batch of one sample: BatchNorm cannot train on it."""
+    return next((size for size in range(wanted, 1, -1) if samples % size != 1), wanted)
+
+
+def sources_of(configs: Sequence[FTConfig]) -> tuple[str, ...]:
+    """The source models that strategies name in place of the model."""
+    return next((tuple(found) for config in configs if (found := getattr(config, "source_models", ()))), ())
+
+
+def _labels(split: Dataset, columns: Columns) -> tuple[int, ...]:
+    if columns.problem_type != "single_label_classification":
+        return ()
+    return tuple(int(value) for value in columns.encode(split.with_format(None)[columns.label][:]))
+
+
+def _described(data: Data, columns: Columns) -> dict[str, Any]:
+    counts: dict[str, list[int]] = {}
+    if columns.problem_type == "single_label_classification":
+        counts = {
+            name: np.bincount(_labels(split, columns), minlength=columns.num_labels).tolist()
+            for name, split in data.splits.items()
+        }
+    return {
+        "name": data.name,
+        "task": columns.task,
+        "classes": list(columns.names),
+        "sizes": {name: len(split) for name, split in data.splits.items()},
+        "class_counts": counts,
+        "skipped": dict(data.skipped),
+        "notices": list(data.notices),
+        "notes": list(data.notes),
+    }
+
+
+def _add_to_card(folder: Path, results: Results) -> None:
+    """The comparison in the winner's card, once."""
+    from hf_ft.documents.markdown import card_section
+
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8").partition("\n## Comparison\n")[0].rstrip()
+    card.write_text(f"{text}\n\n{card_section(results).strip()}\n", encoding="utf-8")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
