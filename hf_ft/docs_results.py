@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from hf_ft.comparison.report.wording import interval, spread
+from hf_ft.comparison.report.text import interval, spread
 from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Standing, standings
 from hf_ft.documents.text import signed

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_ft.comparison.report import write_report, writing
+from hf_ft.comparison.report import write as writing
+from hf_ft.comparison.report import write_report
+from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.report.distortions import distortion
 from hf_ft.comparison.report.findings import findings
 from hf_ft.comparison.report.process import tuning
@@ -22,7 +24,7 @@ from hf_ft.documents.chart import Axis, Plot, Row, Rows, Series, linear_axis, lo
 from hf_ft.documents.document import Figure, Text
 from hf_ft.documents.html import html
 from hf_ft.documents.label_places import NARROW, WIDE, placed
-from hf_ft.documents.markdown import card_section, escaped, markdown
+from hf_ft.documents.markdown import escaped, markdown
 from hf_ft.documents.svg import key_mark, svg
 from hf_ft.documents.text import duration, plain, score, seconds, signed
 from tests import compared

@@ -230,7 +230,7 @@ def _described(data: Data, columns: Columns) -> dict[str, Any]:
 
 def _add_to_card(folder: Path, results: Results) -> None:
     """The comparison in the winner's card, once."""
-    from hf_ft.documents.markdown import card_section
+    from hf_ft.comparison.report.card import card_section
 
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8").partition("\n## Comparison\n")[0].rstrip()

@@ -7,7 +7,7 @@ import re
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_ft.comparison.report.sections import document
+from hf_ft.comparison.report.build import document
 from hf_ft.comparison.results import Results
 from hf_ft.documents import svg
 from hf_ft.documents.document import Link, Table

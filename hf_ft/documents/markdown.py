@@ -5,15 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from hf_ft.comparison.report.outcome import main_split
-from hf_ft.comparison.report.process import options
-from hf_ft.comparison.report.sections import document
-from hf_ft.comparison.report.verdict import main_caution, verdict
-from hf_ft.comparison.report.wording import interval, spread
-from hf_ft.comparison.results import BASELINE, Results
-from hf_ft.comparison.statistics import Standing, standings, winner
+from hf_ft.comparison.report.build import document
+from hf_ft.comparison.results import Results
 from hf_ft.documents.document import Block, Bullets, Figure, Heading, Link, Listing, Section, Table, Tables, Text
-from hf_ft.documents.text import NONE, code_parts, metric_name, seconds, signed
+from hf_ft.documents.text import code_parts
 
 _SPECIAL, _SPACE = re.compile(r"[\\`*\[\]<>&|#]|(?<!\w)_|_(?!\w)"), re.compile(r"\s+")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
@@ -24,39 +19,6 @@ def markdown(results: Results) -> str:
     content = document(results)
     parts = [f"# {escaped(content.title)}", escaped(f"{content.subtitle}."), *map(_section, content.sections)]
     return "\n\n".join(parts) + "\n"
-
-
-def card_section(results: Results) -> str:
-    """``## Comparison`` for the winner's model card: how the strategies did, and how it was found."""
-    found = standings(results)
-    ranked = [standing for standing in found if standing.rank is not None]
-    best, split, metric = winner(results, found), main_split(found), metric_name(results.metric)
-    parts = ["## Comparison", _inline(" ".join(verdict(results, found)))]
-    if ranked:
-        headers = ("strategy", "validation", *(("test",) if split == "test" else ()))
-        headers += (f"difference on {split}", "95 % interval", "seconds")
-        rows = tuple(_card_row(standing, split) for standing in ranked)
-        about = (
-            f"Mean {metric} ± standard deviation over seeds; differences are to `{BASELINE}`; seconds of one training."
-        )
-        parts += [_table(Table(about, headers, rows)), about]
-    others = [standing.name for standing in found if standing.rank is None]
-    if others:
-        parts.append(_inline(f"Without a rank: {', '.join(f'`{name}`' for name in others)}."))
-    if best is not None and best.contender.chosen is not None:
-        contender = best.contender
-        tuned = "; ".join(f"{name} in {text}" for name, text in contender.space.items()) or "nothing"
-        chosen = options(contender.trials[best.contender.chosen].params)
-        parts.append(escaped(f"Tuned for the winner in {len(contender.trials)} trials: {tuned}. Chosen: {chosen}."))
-    parts += [_inline(main_caution(results, found))] if ranked else []
-    return "\n\n".join([*parts, _listing(Listing(results.command, "bash"))]) + "\n"
-
-
-def _card_row(standing: Standing, split: str) -> tuple[str, ...]:
-    difference = standing.differences.get(split)
-    compared = (signed(difference.mean), interval(difference)) if difference else (NONE, NONE)
-    scores = [spread(standing.spreads.get(name)) for name in dict.fromkeys(("validation", split))]
-    return standing.name, *scores, *compared, seconds(standing.seconds)
 
 
 def escaped(text: str) -> str:

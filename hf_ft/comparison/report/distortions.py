@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hf_ft.comparison.report.wording import SPLIT_NAMES
+from hf_ft.comparison.report.text import SPLIT_NAMES
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.statistics import Standing
 from hf_ft.documents.chart import Axis, Plot, Series, linear_axis

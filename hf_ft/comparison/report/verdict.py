@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_ft.comparison.report.wording import interval, seeds, spread
+from hf_ft.comparison.report.text import interval, seeds, spread
 from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Difference, Standing, winner
 from hf_ft.documents.text import SAME, code, metric_name, names, score_like, signed
