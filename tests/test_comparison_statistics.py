@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, recall_score
 
-from hf_ft.comparison.confusion import confusion, saved_run
+from hf_ft.comparison.report.sections.confusion import confusion, saved_run
 from hf_ft.comparison.results import Contender, Results, Training
 from hf_ft.comparison.statistics import (
     Spread,

@@ -14,10 +14,10 @@ import pytest
 from hf_ft.comparison.report import write as writing
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
-from hf_ft.comparison.report.distortions import distortion
-from hf_ft.comparison.report.findings import findings
-from hf_ft.comparison.report.process import tuning
-from hf_ft.comparison.report.verdict import cautions, largest_standard_error, verdict
+from hf_ft.comparison.report.sections.distortions import distortion
+from hf_ft.comparison.report.sections.findings import findings
+from hf_ft.comparison.report.sections.learning import tuning
+from hf_ft.comparison.report.sections.verdict import cautions, largest_standard_error, verdict
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
 from hf_ft.documents.chart import Axis, Plot, Row, Rows, Series, linear_axis, log_axis

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hf_ft.comparison.report.distortions import distortion
-from hf_ft.comparison.report.findings import findings
-from hf_ft.comparison.report.outcome import outcome_sections
-from hf_ft.comparison.report.process import process_sections
-from hf_ft.comparison.report.record import record_sections
+from hf_ft.comparison.report.sections.appendix import record_sections
+from hf_ft.comparison.report.sections.distortions import distortion
+from hf_ft.comparison.report.sections.findings import findings
+from hf_ft.comparison.report.sections.learning import process_sections
+from hf_ft.comparison.report.sections.ranking import outcome_sections
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
 from hf_ft.documents.document import Document, Section

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hf_ft.comparison.report.outcome import main_split
-from hf_ft.comparison.report.process import options
+from hf_ft.comparison.report.sections.learning import options
+from hf_ft.comparison.report.sections.ranking import main_split
+from hf_ft.comparison.report.sections.verdict import main_caution, verdict
 from hf_ft.comparison.report.text import interval, spread
-from hf_ft.comparison.report.verdict import main_caution, verdict
 from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Standing, standings, winner
 from hf_ft.documents.document import Listing, Table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_ft.comparison.confusion import Confusion, confusion
+from hf_ft.comparison.report.sections.confusion import Confusion, confusion
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing, winner
 from hf_ft.documents.document import Section, Table, Text

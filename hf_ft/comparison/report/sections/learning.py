@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hf_ft.comparison.report.outcome import kind_of
+from hf_ft.comparison.report.sections.ranking import kind_of
 from hf_ft.comparison.results import BASELINE, Contender, Results, Training
 from hf_ft.comparison.statistics import Standing, winner
 from hf_ft.documents.chart import Axis, Plot, Series, linear_axis, log_axis

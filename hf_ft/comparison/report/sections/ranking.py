@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_ft.comparison.confusion import saved_run
-from hf_ft.comparison.report.mistakes import mistakes
+from hf_ft.comparison.report.sections.confusion import saved_run
+from hf_ft.comparison.report.sections.mistakes import mistakes
+from hf_ft.comparison.report.sections.verdict import cautions, verdict
 from hf_ft.comparison.report.text import SPLIT_NAMES, interval, spread
-from hf_ft.comparison.report.verdict import cautions, verdict
 from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Standing, front_of, winner
 from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis, log_axis
