@@ -10,12 +10,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from hf_ft.collapse import judge
-from hf_ft.disentangler import Branches, Disentangler, Mask, make_disentangler
-from hf_ft.disentangling import Disentangled, _figures, disentangle
-from hf_ft.disentangling_loss import ClassMoments, Conditional, DisentanglingLoss, Weights, class_variances
 from hf_ft.errors import OptionError
 from hf_ft.functional import pooled
+from hf_ft.strategies.tred.collapse import judge
+from hf_ft.strategies.tred.disentangler import Branches, Disentangler, Mask, make_disentangler
+from hf_ft.strategies.tred.loss import ClassMoments, Conditional, DisentanglingLoss, Weights, class_variances
+from hf_ft.strategies.tred.train import Disentangled, _figures, disentangle
 
 TRAIN, HELD_OUT, CLASSES = 400, 1000, 4
 SEEDS = (0, 1, 2)

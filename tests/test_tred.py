@@ -10,11 +10,11 @@ import torch
 
 from hf_ft import FTTrainer, L2SPConfig, OptionError, State, TREDConfig, set_up
 from hf_ft.diagnostics.disentangling import plot_disentangling
-from hf_ft.disentangler import make_disentangler
 from hf_ft.engine.checkpoint import read_states
 from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.preserve import evaluating
+from hf_ft.strategies.tred.disentangler import make_disentangler
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.zoo.models import load_model
@@ -85,7 +85,7 @@ def test_bfloat16(name, tmp_path):
 
 
 def test_criteria_choose_the_weights(monkeypatch, tmp_path):
-    from hf_ft.strategies import tred
+    from hf_ft.strategies.tred import config as tred
 
     seen = []
     wrapped = tred.disentangle

@@ -14,7 +14,7 @@ from hf_ft.strategies.layer_decay import LayerDecayConfig
 from hf_ft.strategies.linear_probe import LinearProbeConfig
 from hf_ft.strategies.lp_ft import LPFTConfig
 from hf_ft.strategies.soft import LwFConfig, SoftConfig
-from hf_ft.strategies.tred import TREDConfig
+from hf_ft.strategies.tred.config import TREDConfig
 
 __all__ = [
     "AMCFConfig",

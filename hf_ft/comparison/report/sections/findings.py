@@ -11,18 +11,10 @@ from hf_ft.comparison.statistics import Standing
 from hf_ft.documents.chart import Axis, Plot, Row, Rows, Series, linear_axis
 from hf_ft.documents.document import Block, Figure, Heading, Section, Table, Text
 from hf_ft.documents.text import metric_name, score
+from hf_ft.strategies.tred.findings import _disentangling
 from hf_ft.swarm_scores import Evaluation, SwarmScores
 
 BASELINES = {"head": "head only", "all": "all layers"}
-# Figures of hf_ft.disentangling.Disentangled that are shares, in words.
-SHARES = {
-    "p_share": "P's norm over F's",
-    "n_share": "N's norm over F's",
-    "f_label": "label's share of F",
-    "p_label": "label's share of P",
-    "n_label": "label's share of N",
-    "reconstruction": "error of P + N",
-}
 
 
 def findings(found: Sequence[Standing]) -> Section | None:
@@ -55,10 +47,6 @@ def _block_scores(found: Mapping[str, Any]) -> list[Block]:
 def _swarm(found: Mapping[str, Any]) -> list[Block]:
     swarm = SwarmScores.from_dict(found["swarm"])
     return [swarm_figure(swarm)] if any(math.isfinite(visit.score) for visit in swarm.evaluations) else []
-
-
-def _disentangling(found: Mapping[str, Any]) -> list[Block]:
-    return disentangling_blocks(found) if "figures" in found else []
 
 
 # --- blocks ----------------------------------------------------------------------------------------------
@@ -128,41 +116,3 @@ def _swarm_chart(
         at = next(frozen for frozen, found in visits if found is best)
         said += f"; the best freezes {at} of {layers} layers and scores {score(best.score)}"
     return Plot(name, said, series, linear_axis([0.0, layers - 1.0], "frozen layers", most=4), y, small=True)
-
-
-# --- disentangling ---------------------------------------------------------------------------------------
-
-
-def disentangling_blocks(info: Mapping[str, Any]) -> list[Block]:
-    """What P and N hold of the features F, and the terms over the epochs."""
-    figures, history = info["figures"], info["history"]
-    shares = {name: figures[key] for key, name in SHARES.items() if key in figures}
-    rows = tuple(Row(name, value, score(value)) for name, value in shares.items())
-    axis = linear_axis([*shares.values(), 1.0], "", include=[0.0])
-    about = "; ".join(f"{row.label} {row.text}" for row in rows)
-    chart = Rows("What the relevant part P and the rest N hold of the features F", about, rows, axis, bars=True)
-    numbers = tuple((name.replace("_", " "), score(value)) for name, value in figures.items())
-    table = Table("Figures of the disentangling", ("figure", "value"), numbers, folded=True)
-    caption = (
-        "What the relevant part P and the rest N hold of the features F. The label's share is the part of the variance "
-        "that lies between classes."
-    )
-    blocks: list[Block] = [Figure(caption, (chart,), table)]
-    if len(history) > 1:
-        blocks.append(_terms_figure(history))
-    return blocks
-
-
-def _terms_figure(history: Sequence[Mapping[str, float]]) -> Figure:
-    charts = []
-    x = linear_axis([1.0, float(len(history))], "epoch", most=4)
-    for name in history[0]:
-        values = [float(epoch[name]) for epoch in history]
-        series = Series("other", tuple((i + 1.0, value) for i, value in enumerate(values)), joined=True, marked=False)
-        about = f"from {score(values[0])} to {score(values[-1])} in {len(values)} epochs"
-        charts.append(Plot(name.replace("_", " "), about, (series,), x, linear_axis(values, name, most=4), small=True))
-    rows = tuple((str(i + 1), *(score(value) for value in epoch.values())) for i, epoch in enumerate(history))
-    table = Table("Terms by epoch", ("epoch", *history[0]), rows, folded=True)
-    return Figure(
-        "Terms of the disentangling over its epochs, unweighted; each chart has its own scale.", tuple(charts), table
-    )

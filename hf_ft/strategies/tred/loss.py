@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_ft.disentangler import Disentangler, Mask, valid_positions
 from hf_ft.functional import as_positions, club_upper_bound, gaussian_log_likelihood, mmd2, pooled
+from hf_ft.strategies.tred.disentangler import Disentangler, Mask, valid_positions
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 MINIMUM = 1e-12  # of what is divided by: features may be constant

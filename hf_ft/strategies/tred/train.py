@@ -1,6 +1,6 @@
 """TRED's first stage: a disentangler trained on a frozen network's features.
 
-What is minimised: :mod:`hf_ft.disentangling_loss`.
+What is minimised: :mod:`hf_ft.strategies.tred.loss`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_ft.collapse import judge
-from hf_ft.disentangler import Disentangler, Kind, make_disentangler, valid_positions
-from hf_ft.disentangling_loss import MINIMUM, Batch, ClassMoments, DisentanglingLoss, Weights
 from hf_ft.errors import OptionError
 from hf_ft.functional import as_positions, pooled, wide
+from hf_ft.strategies.tred.collapse import judge
+from hf_ft.strategies.tred.disentangler import Disentangler, Kind, make_disentangler, valid_positions
+from hf_ft.strategies.tred.loss import MINIMUM, Batch, ClassMoments, DisentanglingLoss, Weights
 
 Read = Callable[[Sequence[int]], Batch]
 

@@ -19,14 +19,14 @@ from hf_ft.core.plan import Plan, Term
 from hf_ft.core.search_space import LogRange
 from hf_ft.core.terms import SquaredNorm, compared
 from hf_ft.core.view import View
-from hf_ft.disentangler import Disentangler, make_disentangler
-from hf_ft.disentangling import Disentangled, disentangle
-from hf_ft.disentangling_loss import Weights
 from hf_ft.engine.frozen.features import PASS, RecordedFeatures
 from hf_ft.errors import OptionError
 from hf_ft.functional import feature_distance
 from hf_ft.models.feature_layers import last_feature_map, layers_of, stage_outputs
 from hf_ft.models.preserve import random_states_kept
+from hf_ft.strategies.tred.disentangler import Disentangler, make_disentangler
+from hf_ft.strategies.tred.loss import Weights
+from hf_ft.strategies.tred.train import Disentangled, disentangle
 
 logger = logging.get_logger(__name__)
 

@@ -1,6 +1,6 @@
 """TRED's disentangler: what splits a frozen network's features F into P, which serves the target, and N, the rest.
 
-How it is trained: :mod:`hf_ft.disentangling`.
+How it is trained: :mod:`hf_ft.strategies.tred.train`.
 """
 
 from __future__ import annotations
