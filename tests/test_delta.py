@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_ft import DELTAConfig, LPFTConfig, OptionError, State, TREDConfig, anatomy, set_up
-from hf_ft.channel_weights import _growth, _Suffix, attention_weights
 from hf_ft.core.config import load_configs
 from hf_ft.models.feature_hooks import activations
+from hf_ft.strategies.delta.channel_weights import _growth, _Suffix, attention_weights
 from hf_ft.testing import TINY_MODELS, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer
 from tests.moved import moved

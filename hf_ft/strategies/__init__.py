@@ -6,7 +6,7 @@ from hf_ft.strategies.blockwise import BlockwiseConfig
 from hf_ft.strategies.bss import BSSConfig
 from hf_ft.strategies.co_tuning import CoTuningConfig
 from hf_ft.strategies.daft import DAFTConfig
-from hf_ft.strategies.delta import DELTAConfig
+from hf_ft.strategies.delta.config import DELTAConfig
 from hf_ft.strategies.full import FullConfig
 from hf_ft.strategies.gradual_unfreezing import GradualUnfreezingConfig
 from hf_ft.strategies.l2_sp import L2SPConfig

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.channel_weights import channel_weights
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
 from hf_ft.core.options import option
@@ -20,6 +19,7 @@ from hf_ft.errors import OptionError
 from hf_ft.functional import feature_distance
 from hf_ft.models.feature_layers import layers_of, stage_convolutions
 from hf_ft.models.names import Names
+from hf_ft.strategies.delta.channel_weights import channel_weights
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""DELTA."""
+
+from hf_ft.strategies.delta.config import DELTAConfig
+
+__all__ = [
+    "DELTAConfig",
+]
