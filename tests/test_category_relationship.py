@@ -9,9 +9,14 @@ import torch
 from scipy.optimize import minimize
 from sklearn.model_selection import StratifiedKFold
 
-from hf_ft import category_relationship
-from hf_ft.category_relationship import direct_relationship, fit_temperature, relationship_loss, reverse_relationship
 from hf_ft.errors import OptionError
+from hf_ft.strategies.co_tuning import relationship as category_relationship
+from hf_ft.strategies.co_tuning.relationship import (
+    direct_relationship,
+    fit_temperature,
+    relationship_loss,
+    reverse_relationship,
+)
 
 RELATIONSHIPS = [direct_relationship, reverse_relationship]
 

@@ -8,9 +8,9 @@ import torch
 from scipy.special import log_softmax, softmax
 
 from hf_ft import CoTuningConfig, FTTrainer, OptionError, State, set_up
-from hf_ft.category_relationship import direct_relationship, fit_temperature, reverse_relationship
 from hf_ft.models.feature_hooks import run_to
 from hf_ft.models.source_head import SourceHead, attach_source_head, has_source_head, head_input, source_head
+from hf_ft.strategies.co_tuning.relationship import direct_relationship, fit_temperature, reverse_relationship
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments
 from tests.moved import moved

@@ -4,7 +4,7 @@ from hf_ft.strategies.amcf import AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig
 from hf_ft.strategies.blockwise import BlockwiseConfig
 from hf_ft.strategies.bss import BSSConfig
-from hf_ft.strategies.co_tuning import CoTuningConfig
+from hf_ft.strategies.co_tuning.config import CoTuningConfig
 from hf_ft.strategies.daft import DAFTConfig
 from hf_ft.strategies.delta.config import DELTAConfig
 from hf_ft.strategies.full import FullConfig

@@ -8,12 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.category_relationship import (
-    direct_relationship,
-    fit_temperature,
-    relationship_loss,
-    reverse_relationship,
-)
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
 from hf_ft.core.options import option
@@ -25,6 +19,12 @@ from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.errors import OptionError
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.source_head import SourceHead, head_input, require_source_head, source_head
+from hf_ft.strategies.co_tuning.relationship import (
+    direct_relationship,
+    fit_temperature,
+    relationship_loss,
+    reverse_relationship,
+)
 
 PASS = 64  # samples in a batch of the pass
 CALIBRATED_ON = 2000  # source samples at most
