@@ -2,8 +2,6 @@
 
 from hf_ft import diagnostics
 from hf_ft.advice import advise
-from hf_ft.block_scores import BlockScores
-from hf_ft.block_search import BlockSearch
 from hf_ft.comparison import compare
 from hf_ft.core.compose import compose
 from hf_ft.core.config import FTConfig, Paper, Recommended, config_class, load_configs, register
@@ -41,6 +39,8 @@ from hf_ft.strategies import (
     SoftConfig,
     TREDConfig,
 )
+from hf_ft.strategies.blockwise.scores import BlockScores
+from hf_ft.strategies.blockwise.search import BlockSearch
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import SwarmSearch
 from hf_ft.trainer.trainer import FTTrainer

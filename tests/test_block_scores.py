@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from hf_ft.block_plot import plot_scores
-from hf_ft.block_scores import BlockScore, BlockScores, layers_shown
-from hf_ft.candidates import Candidate, baseline_candidates, candidates, quarter_of, top_layers
 from hf_ft.errors import OptionError
+from hf_ft.strategies.blockwise.candidates import Candidate, baseline_candidates, candidates, quarter_of, top_layers
+from hf_ft.strategies.blockwise.plot import plot_scores
+from hf_ft.strategies.blockwise.scores import BlockScore, BlockScores, layers_shown
 from hf_ft.testing.models import tiny_mobilenet_v2
 
 LAYERS = 8

@@ -10,7 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
-from hf_ft.candidates import (
+from hf_ft.core.plan import Stage, trained_by
+from hf_ft.errors import OptionError
+from hf_ft.models.anatomy import anatomy
+from hf_ft.models.norms import norm_layers
+from hf_ft.models.weight_layers import weight_layers
+from hf_ft.strategies.blockwise.candidates import (
     SCHEMES,
     Candidate,
     baseline_candidates,
@@ -20,11 +25,6 @@ from hf_ft.candidates import (
     quarter_of,
     top_layers,
 )
-from hf_ft.core.plan import Stage, trained_by
-from hf_ft.errors import OptionError
-from hf_ft.models.anatomy import anatomy
-from hf_ft.models.norms import norm_layers
-from hf_ft.models.weight_layers import weight_layers
 from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_inputs, tiny_mobilenet_v2, tiny_resnet, tiny_vit
 from hf_ft.zoo.models import load_model
 
@@ -494,7 +494,7 @@ def test_last_quarter():
             {"scheme": "stages"},
             "scheme='stages' is unknown. There are: layer, top_layers, segment, window, stage, block",
         ),
-        ({"scheme": "top_layers"}, "needs that search's scores: hf_ft.candidates.top_layers"),
+        ({"scheme": "top_layers"}, "needs that search's scores: hf_ft.strategies.blockwise.candidates.top_layers"),
         ({"scheme": "window", "length": 9}, "length=9 does not fit: the network has 8 layers, so from 1 to 8"),
         ({"scheme": "window", "length": 0}, "length=0 does not fit"),
         ({"scheme": "layer", "head": "nowhere"}, "no module 'nowhere'"),

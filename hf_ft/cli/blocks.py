@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_ft.block_scores import layers_shown
-from hf_ft.candidates import SCHEMES, candidates, last_quarter
 from hf_ft.cli.console import Parser, say, table
 from hf_ft.cli.models import skeleton
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.norms import batch_norms, norm_layers, tensorflow_momentum
 from hf_ft.models.parts import Anatomy, Part
 from hf_ft.models.weight_layers import weight_layers
+from hf_ft.strategies.blockwise.candidates import SCHEMES, candidates, last_quarter
+from hf_ft.strategies.blockwise.scores import layers_shown
 from hf_ft.zoo.models import SHORT_NAMES
 
 EPILOG = """--scheme shows what block-wise fine-tuning may adapt beside the head, nearest the output first:

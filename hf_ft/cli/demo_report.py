@@ -21,11 +21,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_ft.block_plot import plot_scores
-from hf_ft.block_scores import BlockScores
 from hf_ft.cli.console import count, say, table
 from hf_ft.cli.demo import MADE_BY, Trained
 from hf_ft.cli.models import usage
+from hf_ft.strategies.blockwise.plot import plot_scores
+from hf_ft.strategies.blockwise.scores import BlockScores
 from hf_ft.version import __version__
 from hf_ft.zoo.datasets import DATA_NOTICES
 

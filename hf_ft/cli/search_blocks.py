@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from hf_ft.block_scores import BlockScores
-from hf_ft.block_search import BlockSearch
 from hf_ft.cli.console import say, table
 from hf_ft.core.options import options
+from hf_ft.strategies.blockwise.scores import BlockScores
+from hf_ft.strategies.blockwise.search import BlockSearch
 
 HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
 
@@ -93,7 +93,7 @@ def report(scores: BlockScores, folder: Path) -> None:
     (folder / "blocks.md").write_text(scores.markdown() + "\n", encoding="utf-8")
     written = ["blocks.json", "blocks.md"]
     if importlib.util.find_spec("matplotlib") is not None:
-        from hf_ft.block_plot import plot_scores
+        from hf_ft.strategies.blockwise.plot import plot_scores
 
         plot_scores(scores, folder / "blocks.png")
         written.append("blocks.png")

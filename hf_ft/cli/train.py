@@ -11,8 +11,6 @@ from datasets import DatasetDict
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from hf_ft.block_scores import BlockScores
-from hf_ft.block_search import STORAGE as BLOCK_STUDY
 from hf_ft.cli.arguments import CHECKED_UNASKED, DataFlags, Request, read
 from hf_ft.cli.console import count, quieten, say, table
 from hf_ft.cli.models import adapter_usage, ensemble_usage, load_classifier, load_ensemble, usage
@@ -28,6 +26,8 @@ from hf_ft.data.load import load_split, load_splits
 from hf_ft.data.prepare import collate, prepare, usual_length
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.strategies.blockwise.scores import BlockScores
+from hf_ft.strategies.blockwise.search import STORAGE as BLOCK_STUDY
 from hf_ft.swarm_scores import SwarmScores
 from hf_ft.swarm_search import STORAGE as SWARM_STUDY
 from hf_ft.trainer.trainer import FTTrainer

@@ -2,7 +2,7 @@
 
 from hf_ft.strategies.amcf import AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig
-from hf_ft.strategies.blockwise import BlockwiseConfig
+from hf_ft.strategies.blockwise.config import BlockwiseConfig
 from hf_ft.strategies.bss import BSSConfig
 from hf_ft.strategies.co_tuning.config import CoTuningConfig
 from hf_ft.strategies.daft import DAFTConfig

@@ -6,15 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_ft.block_scores import BlockScore, BlockScores
 from hf_ft.comparison.statistics import Standing
-from hf_ft.documents.chart import Axis, Plot, Row, Rows, Series, linear_axis
+from hf_ft.documents.chart import Axis, Plot, Series, linear_axis
 from hf_ft.documents.document import Block, Figure, Heading, Section, Table, Text
 from hf_ft.documents.text import metric_name, score
+from hf_ft.strategies.blockwise.findings import _block_scores
 from hf_ft.strategies.tred.findings import _disentangling
 from hf_ft.swarm_scores import Evaluation, SwarmScores
-
-BASELINES = {"head": "head only", "all": "all layers"}
 
 
 def findings(found: Sequence[Standing]) -> Section | None:
@@ -39,45 +37,9 @@ def _of_one(found: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def _block_scores(found: Mapping[str, Any]) -> list[Block]:
-    scores = BlockScores.from_dict(found["scores"])
-    return [block_figure(scores)] if scores.scores else []
-
-
 def _swarm(found: Mapping[str, Any]) -> list[Block]:
     swarm = SwarmScores.from_dict(found["swarm"])
     return [swarm_figure(swarm)] if any(math.isfinite(visit.score) for visit in swarm.evaluations) else []
-
-
-# --- blocks ----------------------------------------------------------------------------------------------
-
-
-def block_figure(scores: BlockScores) -> Figure:
-    """A bar for each candidate, from the input to the output."""
-    best = max((score for score in scores.scores if score.ranks), key=lambda s: s.mean, default=None)
-    ordered = sorted(scores.scores, key=lambda s: s.candidate.centre)
-    rows = tuple(_block_row(entry, entry is best) for entry in ordered)
-    lines = tuple((s.mean, BASELINES.get(n, n)) for n, s in scores.baselines.items() if math.isfinite(s.mean))
-    values = [row.value for row in rows if row.value is not None] + [value for value, _ in lines]
-    axis = linear_axis(values or [0.0], metric_name(scores.metric), include=[0.0])
-    about = "; ".join(f"{row.label} {row.text}" for row in rows)
-    chart = Rows("Score by block, from the input to the output", about, rows, axis, lines, bars=True)
-    headers, cells = scores.table()
-    table = Table("Scores of the search over blocks", headers, tuple(cells), folded=True)
-    key = [("win", "the best, which trains"), ("other", "candidates")]
-    if any(entry.pruned for entry in scores.scores):
-        key.append(("pruned", "given up early, so its score is not of a whole run"))
-    caption = f"Each candidate trained alone with the head: {metric_name(scores.metric)} on held-out training samples."
-    return Figure(caption, (chart,), table, tuple(key))
-
-
-def _block_row(entry: BlockScore, best: bool) -> Row:
-    if not math.isfinite(entry.mean):
-        return Row(entry.candidate.name, None, "diverged")
-    ends = (entry.mean - entry.std, entry.mean + entry.std) if entry.std else None
-    kind = "win" if best else "pruned" if entry.pruned else "other"
-    note = {"win": " best", "pruned": " pruned"}.get(kind, "")
-    return Row(entry.candidate.name, entry.mean, entry.shown() + note, ends, kind)
 
 
 # --- frozen layers ---------------------------------------------------------------------------------------

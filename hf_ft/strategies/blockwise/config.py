@@ -9,16 +9,6 @@ from typing import Any, Literal
 from peft import PeftConfig
 from torch import nn
 
-from hf_ft.adapters import PREFIX, adapter_targets, add_adapters
-from hf_ft.block_scores import BlockScores
-from hf_ft.block_search import BASELINES, BlockSearch
-from hf_ft.candidates import (
-    Candidate,
-    baseline_candidates,
-    candidates,
-    find_candidate,
-    last_quarter,
-)
 from hf_ft.core.compose import compose, momentum_plan
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
@@ -27,6 +17,16 @@ from hf_ft.core.plan import Plan, Rate, Stage, Surgery
 from hf_ft.core.search_space import LogRange
 from hf_ft.errors import OptionError
 from hf_ft.models.names import EVERYTHING
+from hf_ft.strategies.blockwise.adapters import PREFIX, adapter_targets, add_adapters
+from hf_ft.strategies.blockwise.candidates import (
+    Candidate,
+    baseline_candidates,
+    candidates,
+    find_candidate,
+    last_quarter,
+)
+from hf_ft.strategies.blockwise.scores import BlockScores
+from hf_ft.strategies.blockwise.search import BASELINES, BlockSearch
 
 
 @register("blockwise")

@@ -1,7 +1,7 @@
 """The search for the salient block: every candidate is trained briefly from the same start and scored.
 
 Reference: Barakat and Huang, "Improving Reliability of Fine-tuning with Block-wise Optimisation", ICMLA 2023,
-arXiv:2301.06133. Candidates, baselines and quarters: :mod:`hf_ft.candidates`.
+arXiv:2301.06133. Candidates, baselines and quarters: :mod:`hf_ft.strategies.blockwise.candidates`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_ft.block_scores import BlockScore, BlockScores
-from hf_ft.candidates import Candidate, baseline_candidates, candidates, top_layers
 from hf_ft.core.context import Context
 from hf_ft.engine.run import Run, start
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.weight_layers import weight_layers
 from hf_ft.search.evaluate import ShortTrainings, short
 from hf_ft.search.trials import Halving, Job, Outcome, Report, run_trials
+from hf_ft.strategies.blockwise.candidates import Candidate, baseline_candidates, candidates, top_layers
+from hf_ft.strategies.blockwise.scores import BlockScore, BlockScores
 
 if TYPE_CHECKING:
-    from hf_ft.strategies.blockwise import BlockwiseConfig
+    from hf_ft.strategies.blockwise.config import BlockwiseConfig
 
 STORAGE = "block_search.db"
 BASELINES = ("head", "all")

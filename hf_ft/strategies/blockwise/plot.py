@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ft.block_scores import BlockScore, BlockScores
 from hf_ft.documents.figure import new_figure
+from hf_ft.strategies.blockwise.scores import BlockScore, BlockScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

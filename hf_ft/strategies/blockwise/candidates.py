@@ -119,7 +119,7 @@ def candidates(
     if scheme == "top_layers":
         raise OptionError(
             "scheme='top_layers' joins the best layers of a search with scheme='layer', so it needs that search's "
-            "scores: hf_ft.candidates.top_layers(model, ranked_layers). Without them choose one of "
+            "scores: hf_ft.strategies.blockwise.candidates.top_layers(model, ranked_layers). Without them choose one of "
             f"{', '.join(name for name in SCHEMES if name != scheme)}."
         )
     found = anatomy(model, head=head, blocks=blocks)

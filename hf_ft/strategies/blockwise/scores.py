@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_ft.candidates import Candidate, last_quarter
+from hf_ft.strategies.blockwise.candidates import Candidate, last_quarter
 
 HEADERS = ("candidate", "quarter", "layers", "parameters", "score", "epochs", "seconds", "note")
 
@@ -62,7 +62,7 @@ class BlockScores:
     """The result of a search over the candidates of one scheme.
 
     Attributes:
-        scheme: one of :data:`hf_ft.candidates.SCHEMES`.
+        scheme: one of :data:`hf_ft.strategies.blockwise.candidates.SCHEMES`.
         metric: what the scores are; higher is better.
         layers: how many the network has.
         seeds: of the runs of each candidate.
@@ -95,7 +95,7 @@ class BlockScores:
 
     @property
     def last_quarter(self) -> BlockScore:
-        """The score of what :func:`hf_ft.candidates.last_quarter` takes without any search; it may be pruned."""
+        """The score of what :func:`hf_ft.strategies.blockwise.candidates.last_quarter` takes without any search; it may be pruned."""
         chosen = last_quarter(score.candidate for score in self.scores)
         return next(score for score in self.scores if score.candidate == chosen)
 

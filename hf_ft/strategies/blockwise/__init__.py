@@ -1,0 +1,7 @@
+"""Block-wise fine-tuning."""
+
+from hf_ft.strategies.blockwise.config import BlockwiseConfig
+
+__all__ = [
+    "BlockwiseConfig",
+]
