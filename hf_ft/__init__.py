@@ -39,10 +39,10 @@ from hf_ft.strategies import (
     SoftConfig,
     TREDConfig,
 )
+from hf_ft.strategies.amcf.scores import SwarmScores
+from hf_ft.strategies.amcf.search import SwarmSearch
 from hf_ft.strategies.blockwise.scores import BlockScores
 from hf_ft.strategies.blockwise.search import BlockSearch
-from hf_ft.swarm_scores import SwarmScores
-from hf_ft.swarm_search import SwarmSearch
 from hf_ft.trainer.trainer import FTTrainer
 from hf_ft.version import __version__
 from hf_ft.zoo.models import from_pretrained

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from hf_ft.errors import OptionError
-from hf_ft.swarm import Swarm, begin, generator, inertia, move, remember, step, truncated, velocity_bound
+from hf_ft.strategies.amcf.swarm import (
+    Swarm,
+    begin,
+    generator,
+    inertia,
+    move,
+    remember,
+    step,
+    truncated,
+    velocity_bound,
+)
 
 LAYERS = (49, 20)  # velocity bounds 5 and 2
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hf_ft.errors import CheckpointError, OptionError
-from hf_ft.swarm import begin, move, remember
-from hf_ft.swarm_plot import plot_scores, plot_swarm
-from hf_ft.swarm_scores import Evaluation, Generation, SwarmScores
+from hf_ft.strategies.amcf.plot import plot_scores, plot_swarm
+from hf_ft.strategies.amcf.scores import Evaluation, Generation, SwarmScores
+from hf_ft.strategies.amcf.swarm import begin, move, remember
 
 MEMBERS, LAYERS = ("mobilenet_v2", "efficientnet-lite0"), (52, 49)
 

@@ -9,7 +9,7 @@ import torch
 
 from hf_ft import AMCFConfig, FrozenCache, OptionError, SwarmScores, SwarmSearch
 from hf_ft.search import evaluate as short_trainings
-from hf_ft.swarm import begin, step
+from hf_ft.strategies.amcf.swarm import begin, step
 from hf_ft.testing import still, tiny_collaborative, tiny_resnet
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
 

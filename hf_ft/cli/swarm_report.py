@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from hf_ft.cli.console import is_main, say, table
-from hf_ft.swarm_scores import SwarmScores
+from hf_ft.strategies.amcf.scores import SwarmScores
 
 SHOWN = 12  # best positions in the printed table; swarm.json has all
 
@@ -24,7 +24,7 @@ def report_swarm(scores: SwarmScores, folder: Path) -> None:
     (folder / "swarm.json").write_text(json.dumps(scores.to_dict(), indent=2) + "\n", encoding="utf-8")
     written = ["swarm.json"]
     if importlib.util.find_spec("matplotlib") is not None:
-        from hf_ft.swarm_plot import plot_scores, plot_swarm
+        from hf_ft.strategies.amcf.plot import plot_scores, plot_swarm
 
         plot_swarm(scores, folder / "swarm.png")
         written.append("swarm.png")

@@ -26,10 +26,10 @@ from hf_ft.data.load import load_split, load_splits
 from hf_ft.data.prepare import collate, prepare, usual_length
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.strategies.amcf.scores import SwarmScores
+from hf_ft.strategies.amcf.search import STORAGE as SWARM_STUDY
 from hf_ft.strategies.blockwise.scores import BlockScores
 from hf_ft.strategies.blockwise.search import STORAGE as BLOCK_STUDY
-from hf_ft.swarm_scores import SwarmScores
-from hf_ft.swarm_search import STORAGE as SWARM_STUDY
 from hf_ft.trainer.trainer import FTTrainer
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES

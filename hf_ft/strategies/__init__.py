@@ -1,6 +1,6 @@
 """The strategies. One file is one strategy; importing this package registers all of them."""
 
-from hf_ft.strategies.amcf import AMCFConfig
+from hf_ft.strategies.amcf.config import AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig
 from hf_ft.strategies.blockwise.config import BlockwiseConfig
 from hf_ft.strategies.bss import BSSConfig

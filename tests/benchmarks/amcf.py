@@ -40,7 +40,7 @@ from hf_ft import AMCFConfig, FTTrainer
 from hf_ft.cli import main as hf_ft
 from hf_ft.cli.demo_data import channels_last
 from hf_ft.splits import stratified_split
-from hf_ft.swarm_plot import plot_scores, plot_swarm
+from hf_ft.strategies.amcf.plot import plot_scores, plot_swarm
 from hf_ft.testing.training import tiny_arguments
 from hf_ft.zoo.datasets import uci_digits
 from hf_ft.zoo.sources import load_sources

@@ -32,7 +32,7 @@ from hf_ft import AMCFConfig, FTTrainer, SwarmScores, SwarmSearch
 from hf_ft.cli.demo_data import Cells, channels_last
 from hf_ft.engine.short_training import _epoch
 from hf_ft.splits import stratified_split
-from hf_ft.swarm import begin
+from hf_ft.strategies.amcf.swarm import begin
 from hf_ft.testing.training import tiny_arguments
 from hf_ft.zoo.datasets import mnist5k
 from hf_ft.zoo.sources import load_sources

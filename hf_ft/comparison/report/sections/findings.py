@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_ft.comparison.statistics import Standing
-from hf_ft.documents.chart import Axis, Plot, Series, linear_axis
-from hf_ft.documents.document import Block, Figure, Heading, Section, Table, Text
-from hf_ft.documents.text import metric_name, score
+from hf_ft.documents.document import Block, Heading, Section, Text
+from hf_ft.strategies.amcf.findings import _swarm
 from hf_ft.strategies.blockwise.findings import _block_scores
 from hf_ft.strategies.tred.findings import _disentangling
-from hf_ft.swarm_scores import Evaluation, SwarmScores
 
 
 def findings(found: Sequence[Standing]) -> Section | None:
@@ -35,46 +32,3 @@ def _of_one(found: Mapping[str, Any]) -> list[Block]:
             except (ValueError, KeyError, TypeError, AttributeError):  # a strategy from elsewhere means another thing
                 continue
     return blocks
-
-
-def _swarm(found: Mapping[str, Any]) -> list[Block]:
-    swarm = SwarmScores.from_dict(found["swarm"])
-    return [swarm_figure(swarm)] if any(math.isfinite(visit.score) for visit in swarm.evaluations) else []
-
-
-# --- frozen layers ---------------------------------------------------------------------------------------
-
-
-def swarm_figure(swarm: SwarmScores) -> Figure:
-    """Score against frozen layers, a chart for each model."""
-    best = max((found for found in swarm.evaluations if found.ranks), key=lambda f: f.score, default=None)
-    finite = [found for found in swarm.evaluations if math.isfinite(found.score)]
-    y = linear_axis([found.score for found in finite], metric_name(swarm.metric), most=4)
-    charts = tuple(
-        _swarm_chart(name, layers, [(found.position[member], found) for found in swarm.evaluations], best, y)
-        for member, (name, layers) in enumerate(zip(swarm.members, swarm.layers, strict=True))
-    )
-    headers, rows = swarm.table()
-    table = Table("Positions that were trained, the best first", headers, tuple(rows), folded=True)
-    key = (
-        ("win", "the best, which is used"),
-        ("open", "trained to the end"),
-        ("pruned", "given up early, or diverged"),
-    )
-    caption = f"Score ({metric_name(swarm.metric)} on held-out training samples) against how many layers stay frozen."
-    return Figure(caption, charts, table, key)
-
-
-def _swarm_chart(
-    name: str, layers: int, visits: Sequence[tuple[int, Evaluation]], best: Evaluation | None, y: Axis
-) -> Plot:
-    points: dict[str, list[tuple[float, float]]] = {"pruned": [], "open": [], "win": []}
-    for frozen, found in visits:
-        kind = "win" if found is best else "open" if found.ranks else "pruned"
-        points[kind].append((frozen, found.score if math.isfinite(found.score) else y.low))
-    series = tuple(Series(kind, tuple(places)) for kind, places in points.items() if places)
-    said = f"{len(visits)} positions"
-    if best is not None:
-        at = next(frozen for frozen, found in visits if found is best)
-        said += f"; the best freezes {at} of {layers} layers and scores {score(best.score)}"
-    return Plot(name, said, series, linear_axis([0.0, layers - 1.0], "frozen layers", most=4), y, small=True)

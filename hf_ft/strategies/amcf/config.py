@@ -23,8 +23,8 @@ from hf_ft.models.anatomy import anatomy, members_of, names_of_members, unwrap
 from hf_ft.models.names import Names, covered
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.weight_layers import Layer, main_path_layers
-from hf_ft.swarm_scores import SwarmScores
-from hf_ft.swarm_search import SwarmSearch
+from hf_ft.strategies.amcf.scores import SwarmScores
+from hf_ft.strategies.amcf.search import SwarmSearch
 
 Frozen = tuple[int, ...]
 

@@ -1,6 +1,6 @@
 """The search for how many layers of each source model stay frozen: a swarm whose evaluations are Optuna trials.
 
-Reference: Feng et al., PeerJ Computer Science 2107 (2024). The swarm itself: :mod:`hf_ft.swarm`.
+Reference: Feng et al., PeerJ Computer Science 2107 (2024). The swarm itself: :mod:`hf_ft.strategies.amcf.swarm`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hf_ft.engine.run import Run, start
 from hf_ft.search.evaluate import ShortTrainings, short
 from hf_ft.search.storage import open_storage
 from hf_ft.search.trials import Halving, Job, Outcome, Report, run_trials
-from hf_ft.swarm import begin, move, remember
-from hf_ft.swarm_scores import Evaluation, Generation, SwarmScores
+from hf_ft.strategies.amcf.scores import Evaluation, Generation, SwarmScores
+from hf_ft.strategies.amcf.swarm import begin, move, remember
 
 if TYPE_CHECKING:
-    from hf_ft.strategies.amcf import AMCFConfig
+    from hf_ft.strategies.amcf.config import AMCFConfig
 
 STORAGE = "swarm_search.db"
 Position = tuple[int, ...]

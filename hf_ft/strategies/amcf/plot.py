@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_ft.documents.figure import new_figure
 from hf_ft.errors import OptionError
-from hf_ft.swarm_scores import SwarmScores
+from hf_ft.strategies.amcf.scores import SwarmScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""What a search by :mod:`hf_ft.swarm` found: the way of each particle, and a score per position that was trained."""
+"""What a search by :mod:`hf_ft.strategies.amcf.swarm` found: the way of each particle, and a score per position that was trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_ft.errors import CheckpointError, OptionError
-from hf_ft.swarm import Swarm, truncated
+from hf_ft.strategies.amcf.swarm import Swarm, truncated
 
 
 @dataclass(frozen=True)
