@@ -544,7 +544,7 @@ def test_command_prints_source_free_forms(photos, monkeypatch, capsys):
     """What is recommended without source data must train without them."""
     from hf_ft.cli import COMMANDS
     from hf_ft.cli import advise as command
-    from hf_ft.cli.arguments import DataFlags
+    from hf_ft.cli.flags import DataFlags
 
     found = recommend(signals())
     soft = next(one for one in found if one.strategy == "soft")

@@ -23,7 +23,8 @@ from transformers import (
 from transformers import pipeline as make_pipeline
 
 from hf_ft import CollaborativeModel, FTConfig, SwarmScores, load_configs
-from hf_ft.cli import arguments, console, main
+from hf_ft.cli import console, main
+from hf_ft.cli import request as arguments
 from hf_ft.core.config import strategies
 from hf_ft.core.options import options
 from hf_ft.testing.models import tiny_bert, tiny_mobilenet_v2, tiny_resnet

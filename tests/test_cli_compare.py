@@ -16,8 +16,8 @@ from transformers import ViTImageProcessorPil
 from transformers import pipeline as make_pipeline
 
 from hf_ft.cli import main
-from hf_ft.cli.arguments import DataFlags
 from hf_ft.cli.compare import CompareFlags, read_data
+from hf_ft.cli.flags import DataFlags
 from hf_ft.comparison import Results
 from hf_ft.data.align import other_distribution
 from hf_ft.data.columns import find_columns

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import ResNetForImageClassification
 
 from hf_ft import DAFTConfig, FTTrainer, L2SPConfig, OptionError, State, set_up
-from hf_ft.cli import arguments
+from hf_ft.cli import request as arguments
 from hf_ft.models.norms import batch_norms
 from hf_ft.strategies.daft import ConvertBatchNorm, ZeroHead
 from hf_ft.testing import same_tensors, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train

@@ -16,10 +16,12 @@ from transformers import TrainingArguments
 from hf_ft.advice import Advice, Reason, advise
 from hf_ft.advice.rules import config_at_hand
 from hf_ft.advice.signals import explained
-from hf_ft.cli.arguments import DataFlags, Request, read
 from hf_ft.cli.console import Parser, is_main, quieten, say, table
+from hf_ft.cli.flags import DataFlags
 from hf_ft.cli.models import load_classifier
-from hf_ft.cli.train import check_request, read_splits, readable_images, token_length
+from hf_ft.cli.prepare import read_splits, readable_images, token_length
+from hf_ft.cli.request import Request, read
+from hf_ft.cli.train import check_request
 from hf_ft.core.compose import shared_option
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.prepare import collate, prepare

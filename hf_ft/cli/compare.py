@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from hf_ft.cli.arguments import DataFlags, configured, read_values, taken
 from hf_ft.cli.compare_help import compare_help
 from hf_ft.cli.console import count, is_main, quieten, say, table
-from hf_ft.cli.train import read_splits
+from hf_ft.cli.flags import DataFlags
+from hf_ft.cli.prepare import read_splits
+from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.settings import setting
 from hf_ft.comparison.worker import become_worker

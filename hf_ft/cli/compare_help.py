@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_ft.cli.arguments import DataFlags
 from hf_ft.cli.console import table
+from hf_ft.cli.flags import DataFlags
 from hf_ft.comparison.settings import DEFAULTS, Settings
 from hf_ft.core.config import strategies
 

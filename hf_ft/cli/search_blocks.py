@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from pathlib import Path
-
 import torch
 
 from hf_ft.cli.console import say, table
+from hf_ft.cli.findings import report
 from hf_ft.core.options import options
-from hf_ft.strategies.blockwise.scores import BlockScores
 from hf_ft.strategies.blockwise.search import BlockSearch
 
 HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
@@ -36,8 +32,8 @@ augmented here (--augment basic changes that), so that what is frozen is compute
 
 def run_search_blocks(arguments: list[str]) -> None:
     """Search, print the scores, and write them."""
-    from hf_ft.cli.arguments import read
-    from hf_ft.cli.train import make
+    from hf_ft.cli.prepare import make
+    from hf_ft.cli.request import read
     from hf_ft.strategies import BlockwiseConfig
 
     own = [field for field in options(BlockwiseConfig) if field.name != "block"]
@@ -75,26 +71,3 @@ def _prefixed(word: str, names: set[str]) -> str:
     flag, equals, value = word.partition("=")
     name = flag[2:].replace("-", "_")
     return f"--blockwise.{name}{equals}{value}" if flag.startswith("--") and name in names else word
-
-
-def report(scores: BlockScores, folder: Path) -> None:
-    """Print the scores, and write ``blocks.json``, ``blocks.md`` and, with matplotlib, ``blocks.png``."""
-    from hf_ft.cli.console import is_main
-
-    headers, rows = scores.table()
-    say(f"\nblocks by {scores.scheme}, {scores.metric} on held-out training samples:\n")
-    say(table(rows, headers))
-    say()
-    say(table(scores.verdict()))
-    if not is_main():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "blocks.json").write_text(json.dumps(scores.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / "blocks.md").write_text(scores.markdown() + "\n", encoding="utf-8")
-    written = ["blocks.json", "blocks.md"]
-    if importlib.util.find_spec("matplotlib") is not None:
-        from hf_ft.strategies.blockwise.plot import plot_scores
-
-        plot_scores(scores, folder / "blocks.png")
-        written.append("blocks.png")
-    say(f"\nIn {folder}: {', '.join(written)}.")

@@ -5,102 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.core.compose import recommended_arguments
 from hf_ft.core.config import FTConfig, Recommended, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
-from hf_ft.data.images import AUGMENTATIONS
-from hf_ft.metrics import LOCAL_METRICS
-from hf_ft.zoo.datasets import DATASETS
-from hf_ft.zoo.models import SHORT_NAMES
-
-# Opening them all takes as long as reading them in one epoch. With more, whoever wants that first can say so.
-CHECKED_UNASKED = 20_000
-
-
-def _flag(help: str, default: Any = None, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, **more})
-
-
-def _list_flag(help: str) -> Any:
-    return field(default_factory=list, metadata={"help": help, "action": "extend"})
-
-
-@dataclass
-class DataFlags:
-    """Model and data. HfArgumentParser makes the flags of it."""
-
-    model: str | None = _flag(
-        f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}; several: --amcf.source_models a,b"
-    )
-    dataset: str | None = _flag(
-        "Hub id; folder of class folders of images, or of split folders of those; csv, tsv, json, jsonl or parquet "
-        f"file, or a folder of them; folder of save_to_disk; or one of {', '.join(DATASETS)}"
-    )
-    revision: str | None = _flag("branch, tag or commit of the model on the Hub")
-    config_name: str | None = _flag("which of a Hub data set's configurations")
-    train_split: str = _flag("name of the training split", "train")
-    validation_split: str | None = _flag("its name (default: the usual names, else a part of train is set aside)")
-    test_split: str | None = _flag("its name (default: the usual names; none is made up)")
-    validation_fraction: float = _flag("share of train to set aside where there is no validation split", 0.2)
-    split_seed: int = _flag("seed of that split, apart from --seed so that runs can be compared", 0)
-    max_train_samples: int | None = _flag("train on so many rows, with the shares of the classes")
-    image_column: str | None = _flag("name of the column of images (default: found by name and type)")
-    text_column: str | None = _flag("name of the column of text, or two joined by a comma for pairs")
-    label_column: str | None = _flag("name of the column of labels (default: found by name and type)")
-    image_size: int | None = _flag("side in pixels (default: what the checkpoint says; 224 for short names)")
-    max_length: int | None = _flag("cut text at so many tokens (default: what the model takes, at most 512)")
-    augment: str | None = _flag(
-        f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, none for text)"
-    )
-    on_corrupt: str | None = _flag(
-        "images that cannot be opened: refuse or skip (default: refuse; all are opened before training where they are "
-        f"{CHECKED_UNASKED:,} at most, or this flag is given)"
-    )
-    source_dataset: str | None = _flag("data of the pretraining, for strategies that use them (soft, co_tuning)")
-    source_split: str = _flag("which split of them", "train")
-
-
-@dataclass
-class MethodFlags:
-    """Strategy and scores."""
-
-    strategy: list[str] = _list_flag("name from `hf-ft list`; several compose (default: full)")
-    metrics: list[str] = _list_flag(
-        f"names; {', '.join(LOCAL_METRICS)} are computed locally, any other by evaluate.load, which runs code from "
-        "the Hub (default: all local ones that fit)"
-    )
-    class_weights: Literal["balanced", "none"] = _flag("balanced: weigh classes by their rarity", "none")
-    frozen_cache: Literal["auto", "always", "never"] = _flag(
-        "whether a stage computes what is frozen once: auto where samples are the same each time (--augment none)",
-        "auto",
-    )
-    frozen_cache_memory_gb: float = _flag("keep so much of it in memory; more goes into a temporary file", 2.0)
-    frozen_cache_disk_gb: float = _flag("write so much to that file at most", 20.0)
-    overwrite: bool = _flag("go on though output_dir is not empty; checkpoints in it are deleted", False)
-
-
-# Where TrainingArguments' own defaults make no sense for some hundreds of images.
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "runs/train",
-    "num_train_epochs": 16,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "logging_strategy": "epoch",
-    "load_best_model_at_end": True,
-    "report_to": "none",
-    "log_level_replica": "error",
-}
 
 
 @dataclass(frozen=True)

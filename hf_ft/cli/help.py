@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_ft.cli.arguments import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.cli.console import table
+from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.core.config import strategies
 
 _HEAD = """hf-ft train: fine-tune an image or text classifier with a strategy.
