@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_ft.cli.demo_data import Cells, channels_last
+from hf_ft.cli.demo.data import Cells, channels_last
 from hf_ft.data.images import flip_and_shift
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel

@@ -15,7 +15,10 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from hf_ft import load_configs
-from hf_ft.cli import demo, demo_data, demo_report, main
+from hf_ft.cli import main
+from hf_ft.cli.demo import command as demo
+from hf_ft.cli.demo import data as demo_data
+from hf_ft.cli.demo import report as demo_report
 from hf_ft.zoo.datasets import DATA_NOTICES, elpv
 from hf_ft.zoo.models import load_model
 

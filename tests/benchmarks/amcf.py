@@ -38,7 +38,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from hf_ft import AMCFConfig, FTTrainer
 from hf_ft.cli import main as hf_ft
-from hf_ft.cli.demo_data import channels_last
+from hf_ft.cli.demo.data import channels_last
 from hf_ft.splits import stratified_split
 from hf_ft.strategies.amcf.plot import plot_scores, plot_swarm
 from hf_ft.testing.training import tiny_arguments

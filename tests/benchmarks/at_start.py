@@ -14,7 +14,7 @@ from common import PIXELS, quiet, ready
 from datasets import Dataset
 
 from hf_ft import AttentionTransferConfig, BSSConfig, DAFTConfig, DELTAConfig, FTTrainer, FullConfig, TREDConfig
-from hf_ft.cli.demo_data import channels_last
+from hf_ft.cli.demo.data import channels_last
 from hf_ft.core.config import FTConfig
 from hf_ft.splits import stratified_split
 from hf_ft.testing.training import tiny_arguments

@@ -39,7 +39,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_ft import CoTuningConfig, FullConfig, LwFConfig, SoftConfig
 from hf_ft.cli import main as hf_ft
-from hf_ft.cli.demo_data import channels_last
+from hf_ft.cli.demo.data import channels_last
 from hf_ft.core.config import FTConfig
 from hf_ft.diagnostics.discrimination import GeneralDiscriminationCallback
 from hf_ft.splits import stratified_split

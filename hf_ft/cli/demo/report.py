@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 from datasets import DatasetDict
 from matplotlib import pyplot
@@ -22,12 +19,31 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_ft.cli.console import count, say, table
-from hf_ft.cli.demo import MADE_BY, Trained
 from hf_ft.cli.models import usage
 from hf_ft.strategies.blockwise.plot import plot_scores
 from hf_ft.strategies.blockwise.scores import BlockScores
 from hf_ft.version import __version__
 from hf_ft.zoo.datasets import DATA_NOTICES
+
+MADE_BY = "hf-ft demo"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One strategy trained with one seed."""
+
+    strategy: str
+    seed: int
+    best_epoch: int
+    validation: dict[str, float]
+    test: dict[str, float]
+    seconds: float
+    parameters: int
+    folder: Path
+    search: dict[str, Any] | None = None  # the scores of a search over blocks
+
+
+matplotlib.use("Agg")
 
 SPLITS = ("validation", "test")
 SCORES = ("accuracy", "balanced_accuracy", "standard_error")

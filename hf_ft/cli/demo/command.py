@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from sklearn.metrics import recall_score
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft.cli.console import Parser, count, quieten, say, table
-from hf_ft.cli.demo_data import Cells, channels_last
+from hf_ft.cli.demo.data import Cells, channels_last
+from hf_ft.cli.demo.report import MADE_BY, Trained
 from hf_ft.cli.models import load_classifier
 from hf_ft.core.compose import recommended_arguments, resolve
 from hf_ft.core.config import FTConfig
@@ -38,7 +38,6 @@ from hf_ft.zoo.datasets import DATA_NOTICES, elpv
 from hf_ft.zoo.models import SHORT_NAMES
 
 DEFAULT_DIR = "runs/demo"
-MADE_BY = "hf-ft demo"
 WRITTEN = ("best", "work", "results.json", "results.md", "plot.png", "blocks.png", "example.png")
 EPILOG = """Images are opened and resized once, augmentation (mirror, shift) is new each epoch. Each strategy trains at
 the rate its config recommends. The best epoch and the winner are chosen on validation by balanced accuracy, the
@@ -46,21 +45,6 @@ mean of the accuracies on either class; test is scored once per strategy, at the
 
 example:
   hf-ft demo --model efficientnet-lite0 --strategies linear_probe,lp_ft,layer_decay --seeds 3"""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One strategy trained with one seed."""
-
-    strategy: str
-    seed: int
-    best_epoch: int
-    validation: dict[str, float]
-    test: dict[str, float]
-    seconds: float
-    parameters: int
-    folder: Path
-    search: dict[str, Any] | None = None  # the scores of a search over blocks
 
 
 def run_demo(arguments: list[str]) -> None:
@@ -91,7 +75,7 @@ def run_demo(arguments: list[str]) -> None:
     }
     work = [(config, seed) for config in configs for seed in range(flags.seeds)]
     runs = _train_all(work, flags, ready, columns, size, folder)
-    from hf_ft.cli import demo_report
+    from hf_ft.cli.demo import report as demo_report
 
     demo_report.finish(runs, folder, flags, size, splits, time.perf_counter() - started)
 

@@ -1,0 +1,1 @@
+"""``hf-ft demo``: strategies compared on real images."""
