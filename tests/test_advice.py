@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import ViTImageProcessorPil, default_data_collator
 
+from docs.tools.tables import ROOT, documented
 from hf_ft import FTConfig, OptionError, Plan, anatomy, register
 from hf_ft.advice import Advice, Shift, Signals, advise, how_often_right, recommend
 from hf_ft.advice import measure as measuring
@@ -39,7 +40,6 @@ from hf_ft.advice.transferability import (
 from hf_ft.cli import main
 from hf_ft.core import config as registry
 from hf_ft.core.config import strategies
-from hf_ft.docs_tables import ROOT, documented
 from hf_ft.models.batch_norm import convert_batch_norm, estimate_batch_norm
 from hf_ft.models.norms import batch_norms
 from hf_ft.testing import tiny_data

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from docs.tools.tables import documented
 from hf_ft import (
     AMCFConfig,
     AnatomyError,
@@ -19,7 +20,6 @@ from hf_ft import (
     config_class,
     set_up,
 )
-from hf_ft.docs_tables import documented
 from hf_ft.functional import disagreement
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.weight_layers import main_path_layers

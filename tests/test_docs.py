@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ConvNextImageProcessorPil, PreTrainedTokenizerFast, TrainingArguments
 
 import hf_ft
-from hf_ft import advice, comparison, docs_tables
+from docs.tools import tables as docs_tables
+from hf_ft import advice, comparison
 from hf_ft.cli import main
 from hf_ft.core import config as registry
 from hf_ft.testing import tiny_data, tiny_resnet
@@ -166,7 +167,7 @@ def test_page_runs(page, folder):
 
 def test_generated_places_are_up_to_date():
     stale = [page for page in PAGES if docs_tables.rendered(ROOT / page) != (ROOT / page).read_text()]
-    assert not stale, f"{stale}: run `python -m hf_ft.docs_tables`"
+    assert not stale, f"{stale}: run `python -m docs.tools.tables`"
 
 
 def anchors(page):

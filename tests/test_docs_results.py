@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_ft import docs_results
+from docs.tools import results as docs_results
 from hf_ft.comparison.results import Results
 from tests.compared import comparison
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_ft.docs_tables import documented
+from docs.tools.tables import documented
 from hf_ft.testing import LAWS, suited, tiny_bert, tiny_resnet, tiny_vit, train
 
 # A search as long as the default takes most of the time here, and shows no more.

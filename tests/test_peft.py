@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from docs.tools.tables import documented
 from hf_ft import CheckpointError, L2SPConfig
-from hf_ft.docs_tables import documented
 from hf_ft.testing import same_tensors, suited, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot
 

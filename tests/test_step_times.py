@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ft import State, docs_measured, docs_tables
+from docs.tools import measured as docs_measured
+from docs.tools import tables as docs_tables
+from hf_ft import State
 from hf_ft.core.compose import compose, resolve
 from hf_ft.core.plan import stage_borders, stage_index, trained_by
 from hf_ft.models.source_head import has_source_head

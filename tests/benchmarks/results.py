@@ -16,7 +16,7 @@ The number of images is that of all labelled ones: three tenths of them are vali
 that network beside an ImageNet EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and search.
 
 Prints an estimate, and may be stopped and started again, or started in several terminals, which then share the work.
-What every training gave is in docs/results/; `python -m hf_ft.docs_tables` makes docs/results.md from that.
+What every training gave is in docs/results/; `python -m docs.tools.tables` makes docs/results.md from that.
 """
 
 from __future__ import annotations

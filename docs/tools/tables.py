@@ -1,7 +1,7 @@
 """The generated places of README.md and docs/: tables of strategies and options, help texts, the API reference.
 
-    python -m hf_ft.docs_tables             rewrite them all
-    python -m hf_ft.docs_tables --check     exit with 1 and name the pages that are out of date
+    python -m docs.tools.tables             rewrite them all
+    python -m docs.tools.tables --check     exit with 1 and name the pages that are out of date
 
 A place is what stands between ``<!-- begin: NAME arguments -->`` and ``<!-- end -->``; NAME is a key of ``PLACES``.
 """
@@ -22,10 +22,7 @@ from typing import Any
 from unittest import mock
 
 import hf_ft
-from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategies
-from hf_ft.core.options import annotation, describe_type, options
-from hf_ft.core.search_space import Choice, LogRange
-from hf_ft.docs_measured import (
+from docs.tools.measured import (
     table_of_disentangling,
     table_of_frozen,
     table_of_regularisers,
@@ -33,8 +30,11 @@ from hf_ft.docs_measured import (
     table_of_step_times,
     table_of_steps,
 )
-from hf_ft.docs_measured import table_of_strategies as table_of_measured
-from hf_ft.docs_results import table_of_advice, table_of_all, table_of_choice, table_of_five, table_of_task
+from docs.tools.measured import table_of_strategies as table_of_measured
+from docs.tools.results import table_of_advice, table_of_all, table_of_choice, table_of_five, table_of_task
+from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategies
+from hf_ft.core.options import annotation, describe_type, options
+from hf_ft.core.search_space import Choice, LogRange
 
 ROOT = Path(__file__).parents[1]
 _PLACE = re.compile(r"(<!-- begin: (\w+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
