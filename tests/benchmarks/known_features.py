@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.test_disentangler import BOTH, CRITERIA, SEEDS, read_back
+from tests.strategies.tred.test_disentangler import BOTH, CRITERIA, SEEDS, read_back
 
 
 def main() -> None:

@@ -1,0 +1,177 @@
+"""``hf-ft compare``: from files to a report and a plain checkpoint; what is refused; several workers."""
+
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTImageProcessorPil
+from transformers import pipeline as make_pipeline
+
+from hf_ft.cli import main
+from hf_ft.cli.compare import CompareFlags, read_data
+from hf_ft.cli.flags import DataFlags
+from hf_ft.comparison import Results
+from hf_ft.data.align import other_distribution
+from hf_ft.data.columns import find_columns
+from hf_ft.testing.models import tiny_resnet
+from tests.comparison.small_comparison import even, images, lasting
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path_factory, monkeypatch):
+    """No cache, no network, and no handler of ours left behind."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    yield
+    logging.getLogger("hf_ft").handlers.clear()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Photos in class folders, without validation or test split; others of the same classes; a checkpoint."""
+    root, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    for folder, number in (("photos", 24), ("drawings", 5)):
+        for index, name in enumerate(("cat", "dog")):
+            (root / folder / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 100, (32, 32, 3), dtype=np.uint8) + np.uint8(100 * index)
+                Image.fromarray(pixels).save(root / folder / name / f"{i}.png")
+    tiny_resnet().save_pretrained(root / "resnet")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / "resnet")
+    return root
+
+
+def flags(files, output, *more):
+    return [
+        *("--model", str(files / "resnet"), "--dataset", str(files / "photos"), "--output_dir", str(output)),
+        *("--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--use_cpu", "true"),
+        *("--trials", "2", "--seeds", "1", "--most_trials", "1", "--strategies", "linear_probe,l2_sp"),
+        *more,
+    ]
+
+
+def test_from_files_to_a_report(files, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    shutil.copytree(files / "photos", photos)
+    (photos / "cat" / "broken.png").write_bytes(b"no image")
+    more = [
+        "--ood_dataset",
+        str(files / "drawings"),
+        "--on_corrupt",
+        "skip",
+        "--l2_sp.alpha",
+        "0.3",
+        "--advise",
+        "True",
+    ]
+    with even():
+        assert main(["compare", *flags(files, tmp_path / "out", *more, "--dataset", str(photos))]) == 0
+    said = capsys.readouterr()
+    out = " ".join(said.out.split())
+    assert "skipped 1 images of" in out and "advised order: full, " in out
+    assert "estimate: 3 strategies" in out and "report.html" in out
+    assert make_pipeline("image-classification", model=str(tmp_path / "out" / "best"))
+    results = Results.load(tmp_path / "out" / "results.json")
+    assert {c.status for c in results.contenders} == {"finished"}
+    assert results["l2_sp"].trials[1].params.keys() == {"learning_rate"}  # what was set is not tuned
+    assert results["l2_sp"].configs[0]["alpha"] == 0.3
+    assert results.data["sizes"]["ood"] == 10 and sum(results.data["skipped"].values()) == 1
+    assert results.command.startswith("hf-ft compare --model") and results.advice["order"]
+
+    assert main(["compare", "--report", str(tmp_path / "out")]) == 0
+    assert results.winner in capsys.readouterr().out
+
+
+def test_two_workers_share_the_trainings(files, tmp_path):
+    with even():
+        assert main(["compare", *flags(files, tmp_path / "one", "--storage", str(tmp_path / "one.log"))]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(port),
+        "-m",
+        "tests.comparison.small_comparison",
+    ]
+    command = [sys.executable, "-m", *launcher, *flags(files, tmp_path / "two", "--storage", str(tmp_path / "two.log"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (lasting(Results.load(tmp_path / name / "results.json")) for name in ("one", "two"))
+    for content in (one, two):
+        content.pop("command")
+    assert one == two
+    workers = re.findall(r'"worker": ?"([^"]+)"', (tmp_path / "two.log").read_text())
+    assert len(set(workers)) == 2  # both did some
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--strategies", "full,lp"], "unknown strategy 'lp'"),
+        (["--strategies", "lp_ft,lp_ft"], "--strategies names lp_ft twice"),
+        (["--lp_ft.probe", "0.3"], "lp_ft is not used"),
+        (["--l2_sp.alpha", "-1"], "L2SPConfig.alpha=-1"),
+        (["--model", ""], "--model is missing"),
+        (["--learning_rate", "0.1"], "learning_rate=0.1: a comparison sets"),
+        (["--hours", "0"], "hours=0.0"),
+        (["--trails", "3"], "Did you mean 'trials'?"),
+        (["--labelled", "1"], "labelled=1"),
+        (["--report", "nowhere"], "there is no results.json"),
+    ],
+)
+def test_refused(more, message, files, tmp_path, capsys):
+    assert main(["compare", *flags(files, tmp_path / "out", *more)]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "compare.db").exists()
+
+
+def test_without_optuna(files, tmp_path, capsys, monkeypatch):
+    """The line that installs it comes before anything is read or trained."""
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr("hf_ft.cli.compare.read_data", lambda *args: pytest.fail("the data were read"))
+    assert main(["compare", *flags(files, tmp_path / "out")]) == 2
+    assert "pip install 'hf-ft[search]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_validation_and_test_split(files):
+    data = read_data(DataFlags(dataset=str(files / "photos")), CompareFlags(labelled=20))
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 16, "validation": 4, "test": 12}
+    rows = [set(split["__row__"][:]) for split in data.splits.values()]
+    assert sum(map(len, rows)) == len(set.union(*rows))
+
+
+def test_classes_out_of_distribution_are_told_by_their_names(tmp_path):
+    own = find_columns(images((3, 3, 3), 0))  # red, green, blue
+    other = images((2, 2), 1).cast_column("label", datasets.ClassLabel(names=["blue", "red"]))
+    datasets.DatasetDict({"test": other}).save_to_disk(str(tmp_path / "other"))
+    found = other_distribution(str(tmp_path / "other"), None, own)
+    names = other.features["label"].names
+    assert [own.names[label] for label in found["label"][:]] == [names[label] for label in other["label"][:]]
+    strange = other.cast_column("label", datasets.ClassLabel(names=["blue", "pink"]))
+    datasets.DatasetDict({"train": strange}).save_to_disk(str(tmp_path / "strange"))
+    with pytest.raises(ValueError, match="the class 'pink'"):
+        other_distribution(str(tmp_path / "strange"), None, own)
+
+
+def test_help_teaches(capsys):
+    assert main(["compare", "--help"]) == 0
+    said = capsys.readouterr().out
+    for word in ("same tuning budget", "--strategies", "--hours", "--ood_dataset", "example:", "(default: 8)"):
+        assert word in " ".join(said.split())  # without the wrapping of a terminal
+    assert "--fsdp" not in said and len(said.splitlines()) < 180
+    assert main(["compare", "--help-all"]) == 0
+    assert "--fsdp" in capsys.readouterr().out

@@ -1,0 +1,514 @@
+"""``hf_ft.compare``: equal budgets, what looks at which data, interruptions, failures."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
+from transformers.training_args import OptimizerNames
+
+from hf_ft import FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term
+from hf_ft.comparison import Data, Results, Training
+from hf_ft.comparison.contenders import Entrant, chosen_strategies
+from hf_ft.comparison.cost import Clock, PeakMemory, now
+from hf_ft.comparison.folder import Kept
+from hf_ft.comparison.ledger import Done
+from hf_ft.comparison.prepare import batch_size
+from hf_ft.comparison.runner import Judge
+from hf_ft.comparison.settings import Settings, training_arguments
+from hf_ft.comparison.task import Bench
+from hf_ft.comparison.training import finite_metrics, train
+from hf_ft.core.config import _CONFIGS, register
+from hf_ft.core.search_space import LogRange
+from hf_ft.data.columns import find_columns
+from hf_ft.search.claims import Claims
+from hf_ft.search.storage import as_json, open_storage, open_study
+from hf_ft.search.trials import Job, run_trials
+from tests.comparison.small_comparison import NAMES, lasting, load, run, splits
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Three strategies, one of which is two; data out of distribution as well."""
+    folder = tmp_path_factory.mktemp("compared")
+    told = []
+    data = splits(ood=(5, 5, 5))
+    return run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append), folder, data, told
+
+
+def test_every_contender_is_tuned_and_then_runs_with_each_seed(compared):
+    results = compared[0]
+    assert [contender.name for contender in results.contenders] == ["full", "linear_probe", "lp_ft+l2_sp"]
+    for contender in results.contenders:
+        assert contender.status == "finished" and not contender.reason
+        assert [run.seed for run in contender.runs] == [1, 2]
+        assert all(trial.seed == 0 for trial in contender.trials)
+        best = max(trial.validation for trial in contender.trials)
+        assert contender.trials[contender.chosen].validation == best
+        assert all(run.params == contender.trials[contender.chosen].params for run in contender.runs)
+
+
+def test_only_final_runs_look_at_the_test_sets(compared):
+    results, _, data, _ = compared
+    for contender in results.contenders:
+        assert all(not trial.scores and not trial.predictions for trial in contender.trials)
+        for final in contender.runs:
+            assert set(final.scores) == {"validation", "test", "ood"}
+            for split in ("test", "ood"):
+                labels = np.asarray(data[split]["label"][:])
+                accuracy = np.mean(np.asarray(final.predictions[split]) == labels)
+                assert final.scores[split]["accuracy"] == pytest.approx(accuracy)
+            assert final.scores["validation"]["balanced_accuracy"] == final.validation
+
+
+def test_the_budget_is_the_computing_of_full_fine_tuning(compared):
+    results = compared[0]
+    for contender in results.contenders:
+        assert contender.allowed_seconds == 2 * results["full"].trials[0].compute == 2.0
+        assert len(contender.trials) == 2 and contender.tuning_seconds == 2.0
+
+
+@pytest.mark.parametrize(
+    ("cost", "looking", "trials"),
+    [(4.0, 0.0, 8), (8.0, 0.0, 4), (8.5, 0.0, 3), (4.0, 17.0, 3), (0.1, 0.0, 32), (50.0, 0.0, 1)],
+)
+def test_how_many_trials_fit(cost, looking, trials):
+    """Of a budget of eight trainings of four seconds; four times as many at most, and one at least."""
+
+    class Known(Judge):
+        def trial(self, entrant, number):
+            training = Training(0, {}, 0.5, compute=4.0 if entrant == "full" else cost)
+            return Done(training, 0.0, measured_compute=0.0 if entrant == "full" else looking)
+
+    judge = Known.__new__(Known)
+    judge.entrants, judge.settings = ("full", "other"), Settings(trials=8)
+    assert judge.trials_of("full") == 8
+    assert judge.trials_of("other") == trials
+
+
+def test_the_first_trial_has_the_defaults(compared):
+    results = compared[0]
+    assert results["full"].trials[0].params == {"learning_rate": 0.01, "full.norm_mode": "auto"}
+    first = results["lp_ft+l2_sp"].trials[0].params
+    assert first["l2_sp.alpha"] == 0.01 and first["lp_ft.head_lr"] == 0.01
+    second = [contender.trials[1].params["learning_rate"] for contender in results.contenders[:2]]
+    assert second[0] == second[1]
+
+
+def test_what_a_training_tells(compared):
+    final = compared[0]["full"].runs[0]
+    assert [point["epoch"] for point in final.curve] == [1.0, 2.0]
+    assert final.best_epoch in (1.0, 2.0) and final.passes == 48
+    assert final.seconds > 0 and final.compute > 0 and final.peak_memory_mb > 0 and final.checkpoint_mb > 0
+    counted = sum(p.numel() for p in load()(0, False)[0].parameters())
+    assert final.parameters_trained == counted
+    assert compared[0]["linear_probe"].runs[0].parameters_trained == 16 * 3 + 3
+    probe = compared[0]["linear_probe"].runs[0].distortion
+    assert all(value["relative_l2"] == 0 for split in ("test", "ood") for value in probe[split].values())
+    assert final.distortion["ood"]["features"]["relative_l2"] > 0
+    assert final.versions["torch"] == torch.__version__
+
+
+def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compared):
+    results, folder, data, _ = compared
+    means = {c.name: np.mean([r.validation for r in c.runs]) for c in results.contenders}
+    assert means[results.winner] == max(means.values())
+    model = AutoModelForImageClassification.from_pretrained(folder / "best")
+    processor = AutoImageProcessor.from_pretrained(folder / "best")
+    inputs = processor(images=[image.convert("RGB") for image in data["test"]["image"][:]], return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**inputs).logits.argmax(-1).tolist()
+    saved = next(r for r in results[results.winner].runs if r.seed == results.winner_seed)
+    assert predicted == list(saved.predictions["test"])
+    card = (folder / "best" / "README.md").read_text()
+    assert (
+        "# best\n" in card and card.count("## Comparison") == 1 and "linear_probe" in card and "made by a test" in card
+    )
+    assert {"report.html", "report.md", "results.json", "best", "compare.db"} <= set(os.listdir(folder))
+    assert not (folder / "models").exists() and not (folder / "work").exists()
+
+
+def test_results_come_back_from_json(compared):
+    results, folder = compared[:2]
+    assert Results.load(folder / "results.json") == results
+    assert results.data["class_counts"]["train"] == [8, 8, 8] and results.data["classes"] == list(NAMES)
+
+
+def test_a_second_call_trains_nothing_and_says_the_same(compared, monkeypatch):
+    results, folder, data, _ = compared
+    monkeypatch.setattr("hf_ft.comparison.runner.Judge._evaluate", None)
+    told = []
+    again = run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append)
+    assert lasting(again) == lasting(results)
+    assert not [line for line in told if line.startswith("[")]
+
+
+def test_more_can_be_added_later(compared):
+    results, folder, data, _ = compared
+    more = run(folder, "linear_probe,lp_ft+l2_sp,layer_decay", data=data, seeds=1)
+    assert lasting(more)["contenders"][0]["trials"] == lasting(results)["contenders"][0]["trials"]
+    assert more["layer_decay"].status == "finished" and len(more["full"].runs) == 1
+    run(folder, "linear_probe,lp_ft+l2_sp", data=data)  # and the others are still there
+
+
+def test_an_estimate_comes_first(compared):
+    assert compared[3][0].startswith("estimate: 3 strategies x (2 trials + 2 final runs)")
+
+
+def test_killed_and_started_again(tmp_path):
+    root = Path(__file__).parents[2]
+    for trainings in (2, 3):  # the second call kills itself three trainings later
+        command = [sys.executable, "-m", "tests.comparison.small_comparison", str(tmp_path / "killed"), str(trainings)]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == -9, done.stderr
+    assert lasting(run(tmp_path / "killed")) == lasting(run(tmp_path / "whole"))
+
+
+def test_the_time_is_up_and_then_there_is_more(tmp_path, monkeypatch):
+    evaluate, made = Judge._evaluate, []
+
+    def counted(judge, *what):
+        made.append(what)
+        if len(made) == 5:  # full fine-tuning's four, and one of the next
+            judge._deadline = 0.0
+        return evaluate(judge, *what)
+
+    monkeypatch.setattr(Judge, "_evaluate", counted)
+    part = run(tmp_path, "linear_probe,l2_sp", hours=1.0)
+    assert [c.status for c in part.contenders] == ["finished", "unfinished", "not reached"]
+    assert part.winner == "full"
+    whole = run(tmp_path, "linear_probe,l2_sp", hours=1.0)
+    assert [c.status for c in whole.contenders] == ["finished"] * 3
+    assert lasting(whole)["contenders"][0] == lasting(part)["contenders"][0]
+
+
+@pytest.fixture
+def odd_strategies():
+    """One that refuses, and one that breaks in training where its rate is high."""
+
+    def breaks(view):
+        if breaks.rate is None or breaks.rate > 0.005:
+            raise RuntimeError("broken <on purpose>")
+        return view.weights(("",))[0].sum() * 0
+
+    breaks.rate = None
+
+    @register("refusing")
+    @dataclass(frozen=True, kw_only=True)
+    class RefusingConfig(FTConfig):
+        """Refuses."""
+
+        def check_model(self, model):
+            raise OptionError("refusing.x=1: this model has no x.")
+
+        def plan(self, model, state):
+            return Plan()
+
+    @register("breaking")
+    @dataclass(frozen=True, kw_only=True)
+    class BreakingConfig(FTConfig):
+        """Breaks."""
+
+        def check_arguments(self, args):
+            breaks.rate = args.learning_rate
+
+        def plan(self, model, state):
+            return Plan(terms=(Term("breaks", breaks),))
+
+    yield
+    for name in ("refusing", "breaking"):
+        del _CONFIGS[name]
+
+
+def test_failures_end_nothing_and_are_told(tmp_path, odd_strategies):
+    results = run(tmp_path, "refusing,breaking,soft", trials=4, seeds=1)
+    refused, broken = results["refusing"], results["breaking"]
+    assert refused.status == "cannot run" and refused.reason == "refusing.x=1: this model has no x."
+    assert len(refused.trials) == 1 and not refused.runs
+    errors = [trial.error for trial in broken.trials]
+    assert errors[0] == "RuntimeError: broken <on purpose>" and broken.status == "finished"
+    assert broken.trials[broken.chosen].params["learning_rate"] <= 0.005
+    assert results["soft"].status == "cannot run" and "head" in results["soft"].reason
+    assert "source-free" in results["soft"].notes[0]
+    assert "this model has no x" in (tmp_path / "report.md").read_text()
+
+
+def test_every_trial_failed(tmp_path, odd_strategies):
+    results = run(tmp_path, "breaking", learning_rates="0.01,0.3", seeds=1)
+    assert results["breaking"].status == "failed" and "broken" in results["breaking"].reason
+    assert results.winner == "full"
+
+
+def test_what_is_measured_is_measured_once_and_counted(tmp_path, monkeypatch):
+    looked = []
+
+    @register("looking")
+    @dataclass(frozen=True, kw_only=True)
+    class LookingConfig(FTConfig):
+        """Looks."""
+
+        def measure(self, model, context):
+            looked.append(context.samples.count)
+            began = now()[1]
+            while now()[1] < began + 0.9:  # a training costs 1 here
+                pass
+            return State({"x": torch.tensor([3.0])}, {"seen": 24})
+
+        def plan(self, model, state):
+            assert state.tensors["x"].item() == 3.0
+            return Plan()
+
+        def learned(self, state):
+            return "looked at 24"
+
+    try:
+        results = run(tmp_path, "looking", trials=3)
+    finally:
+        del _CONFIGS["looking"]
+    assert looked == [24]
+    found = results["looking"]
+    assert found.found == {"seen": 24} and found.learned == "looked at 24"
+    assert found.measure_seconds >= 0.9
+    assert len(found.trials) == 2  # of three: the look took its share
+
+
+def test_a_folder_with_another_comparison_is_refused(compared):
+    with pytest.raises(OptionError, match="arguments.num_train_epochs"):
+        run(compared[1], data=compared[2], num_train_epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("counts", "classes"), [((20, 4), 2), ((12, 3, 1), 3)], ids=["two classes, unequal", "a class of one image"]
+)
+def test_unequal_classes(counts, classes, tmp_path):
+    data = splits(train=counts, validation=(3,) * classes, test=(4,) * classes)
+    results = run(tmp_path, "linear_probe", data=data, model=load(classes), class_weights="balanced", seeds=1)
+    assert results.winner and results.data["class_counts"]["train"] == list(counts)
+
+
+def test_no_last_batch_holds_one_sample(tmp_path):
+    results = run(tmp_path, data=splits(train=(9, 8, 8)), seeds=1, trials=1)
+    assert {c.status for c in results.contenders} == {"finished"}
+    assert results.settings["per_device_train_batch_size"] == 7 and results["full"].runs[0].passes == 50
+    assert batch_size(24, 8) == 8 and batch_size(1, 8) == 8 and batch_size(3, 2) == 2
+
+
+def test_other_metrics(tmp_path):
+    results = run(tmp_path, metric="accuracy", seeds=1, trials=1)
+    assert results.metric == "accuracy" and results["full"].runs[0].scores["test"]["accuracy"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategies": "full,lp"}, "unknown strategy 'lp'"),
+        ({"strategies": "lp_ft,lp_ft"}, "lp_ft occurs twice"),
+        ({"metric": "mse"}, "metric='mse' does not fit"),
+        ({"metric": "auc"}, "metric='auc' is unknown"),
+        ({"trials": 0}, "trials=0: 1 or more"),
+        ({"hours": -1.0}, "hours=-1.0"),
+        ({"learning_rates": "0.1,0.01"}, "learning_rates='0.1,0.01'"),
+        ({"learning_rate": 0.1}, "learning_rate=0.1: a comparison sets"),
+        ({"report_to": "wandb"}, "report_to='wandb': a comparison sets"),
+        ({"num_epoch": 3}, "num_epoch=3: TrainingArguments has no such"),
+        ({"lr_scheduler_type": "no_such"}, "no_such"),
+    ],
+)
+def test_refused_before_anything_is_read(change, message, tmp_path):
+    with pytest.raises(OptionError, match=message.replace("(", r"\(")):
+        run(tmp_path / "x", **change)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_test_split_is_named(tmp_path):
+    data = splits()
+    del data["test"]
+    with pytest.raises(OptionError, match="no split 'test'"):
+        run(tmp_path, data=data)
+
+
+def test_names_for_variants():
+    chosen = chosen_strategies({"weak": L2SPConfig(alpha=1e-3), "both": "lp_ft+bss"})
+    assert list(chosen) == ["full", "weak", "both"]
+    assert [config.ft_type for config in chosen["both"]] == ["lp_ft", "bss"]
+
+
+def test_adam_has_rates_of_its_own():
+    assert training_arguments({}, "text")["optim"] == "adamw_torch"
+    assert training_arguments({"optim": OptimizerNames.SGD})["optim"] == "sgd"
+    assert Settings().rates("adamw_torch") == LogRange(1e-6, 1e-2)
+    assert Settings().first_rate("adamw_torch") == 3e-4 and Settings().first_rate("sgd") == 1e-2
+    assert "optim_args" not in training_arguments({"optim": "adamw_torch"})
+    assert training_arguments({})["optim_args"] == "momentum=0.9"
+
+
+def test_the_clock_stands_between_epochs():
+    clock = Clock()
+    sum(range(200_000))
+    clock.on_epoch_end(None, None, None)
+    at = clock.seconds
+    sum(range(2_000_000))
+    clock.on_epoch_begin(None, None, None)
+    clock.on_train_end(None, None, None)
+    assert at > 0 and clock.seconds < at + clock.paused
+    assert clock.paused > 0
+
+
+def test_peak_memory_sees_what_was_given_back():
+    with PeakMemory() as memory:
+        held = torch.ones(64 * 2**20 // 4)
+        time.sleep(0.3)
+        del held
+    assert 60 < memory.mb < 200
+
+
+def test_only_the_best_model_of_a_contender_is_kept(tmp_path):
+    kept = Kept(tmp_path)
+    for seed, score in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6)):
+        kept.model("a", seed).mkdir(parents=True)
+        kept.keep_best("a", seed, score)
+    assert [path.name for path in (tmp_path / "models" / "a").iterdir()] == ["seed-2"]
+    assert kept.has_model("a", 2) and not kept.has_model("a", 3)
+    best = kept.crown("a", 2)
+    assert best == tmp_path / "best" and kept.model("a", 2).is_dir()  # others may still choose
+    kept.clear()
+    assert kept.has_model("a", 2) and not (tmp_path / "models").exists()
+    assert json.loads((best / "comparison.json").read_text()) == {"contender": "a", "seed": 2}
+
+
+def test_the_winner_saved_is_the_one_that_the_results_name(tmp_path):
+    """Fewer trials choose another setting; the model of the larger comparison is not taken for that."""
+    for trials in (1, 4, 1):
+        results = run(tmp_path, trials=trials, seeds=1)
+        saved = results[results.winner].runs[0]
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "best")
+        images = [image.convert("RGB") for image in splits()["test"]["image"][:]]
+        pixels = AutoImageProcessor.from_pretrained(tmp_path / "best")(images=images, return_tensors="pt")
+        with torch.no_grad():
+            assert model(**pixels).logits.argmax(-1).tolist() == list(saved.predictions["test"])
+
+
+def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
+    """Its other trials tell what a training costs."""
+    once = []
+
+    def failing(entrant, values, *more, **keywords):
+        if entrant.name == "full" and values["learning_rate"] == 0.01:
+            once.append(values)
+            raise FloatingPointError("no epoch has a finite score")
+        return train(entrant, values, *more, **keywords)
+
+    monkeypatch.setattr("hf_ft.comparison.training.train", failing)
+    results = run(tmp_path, trials=3, seeds=1)
+    assert once and results["full"].trials[0].error and results["full"].status == "finished"
+    assert results["linear_probe"].allowed_seconds == 3.0 and len(results["linear_probe"].trials) == 3
+
+
+def test_a_search_counts_though_its_training_fails(tmp_path):
+    looked = []
+
+    @register("looking")
+    @dataclass(frozen=True, kw_only=True)
+    class LookingConfig(FTConfig):
+        """Looks, and breaks at its first rate."""
+
+        def measure(self, model, context):
+            looked.append(1)
+            return State({"x": torch.ones(1)}, {"seen": 1})
+
+        def plan(self, model, state):
+            return Plan(terms=(Term("breaks", _breaks_once),))
+
+    try:
+        results = run(tmp_path, "looking", trials=2, seeds=1)
+    finally:
+        del _CONFIGS["looking"]
+        _breaks_once.times = 0
+    found = results["looking"]
+    assert found.trials[0].error and found.status == "finished"
+    assert looked == [1] and found.found == {"seen": 1} and found.measure_seconds > 0
+
+
+def _breaks_once(view):
+    _breaks_once.times += 1
+    if _breaks_once.times == 1:
+        raise RuntimeError("broken")
+    return view.weights(("",))[0].sum() * 0
+
+
+_breaks_once.times = 0
+
+
+def test_augmented_images_can_be_resumed_and_are_measured_plain(tmp_path):
+    data = splits()
+    given = Data(data, find_columns(data), augment="basic")
+    first = run(tmp_path, "daft", data=given, trials=1, seeds=1)
+    told = []
+    again = run(tmp_path, "daft", data=given, trials=1, seeds=1, told=told.append)
+    assert lasting(again) == lasting(first) and not [line for line in told if line.startswith("[")]
+
+
+@pytest.mark.parametrize("change", ["a row of train", "source data", "augmentation"])
+def test_other_data_are_another_comparison(change, compared):
+    folder, data = compared[1:3]
+    columns = find_columns(data)
+    if change == "a row of train":
+        rows = data["train"].to_dict()
+        rows["label"][3] = (rows["label"][3] + 1) % 3
+        other = DatasetDict({**data, "train": Dataset.from_dict(rows, features=data["train"].features)})
+        given = Data(other, columns)
+    elif change == "source data":
+        given = Data(data, columns, source=data["test"], source_columns=columns)
+    else:
+        given = Data(data, columns, augment="basic")
+    with pytest.raises(OptionError, match="begun with other settings"):
+        run(folder, data=given)
+
+
+def test_epochs_whose_outputs_are_not_finite_have_no_score():
+    labels = np.array([0, 1, 2])
+    assert finite_metrics(EvalPrediction(np.eye(3), labels))["accuracy"] == 1.0
+    bad = np.eye(3)
+    bad[1, 1] = np.nan
+    assert np.isnan(finite_metrics(EvalPrediction(bad, labels))["accuracy"])
+    assert np.isnan(finite_metrics(EvalPrediction(np.array([[1.0], [np.inf]]), np.zeros(2)))["mse"])
+
+
+def test_a_process_that_dies_in_a_training_is_given_up():
+    jobs = [Job("a", {}), Job("b", {})]
+    storage = open_storage(None)
+    for _ in range(2):  # two workers that died in it
+        claims = Claims(storage, open_study(storage, "s", None), as_json({"pruner": None}, ""), 10.0, [{}])
+        trial = claims.claim("a", {}, claims.read())
+        claims.finish(trial, "FAIL", failure="worker died")
+    done = run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={}, deaths=2)
+    assert list(done) == ["b"]
+    assert list(run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={})) == ["a", "b"]
+
+
+def test_names_may_hold_anything(tmp_path):
+    results = run(tmp_path, {"../a/b: 1 %": "linear_probe"}, trials=1, seeds=1)
+    assert results["../a/b: 1 %"].status == "finished"
+    assert not (tmp_path.parent / "a").exists()
+
+
+def test_chosen_at_the_end_of_what_was_tried():
+    bench = Bench(lambda seed, keep: None, {}, list)
+    made = Entrant("l2_sp", (L2SPConfig(),), {"learning_rate": LogRange(1e-5, 0.3)}, bench)
+    tried = [{"learning_rate": rate} for rate in (0.01, 1e-4, 0.05)]
+    assert made.edges(tried[2], tried) == ("learning_rate",) and made.edges(tried[0], tried) == ()
+
+
+def test_what_a_user_sets_is_not_tuned(tmp_path):
+    results = run(tmp_path, [L2SPConfig(alpha=0.3)], trials=2, seeds=1)
+    assert results["l2_sp"].trials[1].params.keys() == {"learning_rate"} and results["l2_sp"].configs[0]["alpha"] == 0.3
+    own = run(tmp_path, [[LPFTConfig(batch_norm_momentum=0.3), L2SPConfig()]], trials=1, seeds=1)
+    assert own["lp_ft+l2_sp"].status == "finished"

@@ -1,0 +1,81 @@
+"""``hf_ft.compare`` on text, numbers, several labels a row, and several source models."""
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
+
+from hf_ft import AMCFConfig
+from hf_ft.testing.models import tiny_bert, tiny_resnet
+from tests.comparison.small_comparison import images, run, splits
+
+WORDS = ("[PAD]", "[UNK]", "good", "bad", "film")
+
+
+def reviews(count, label):
+    """Reviews of two kinds, with a label made of the kind and the number."""
+    random = np.random.default_rng(count)
+    kinds = random.integers(0, 2, count)
+    texts = [f"{WORDS[2 + kind]} film" for kind in kinds]
+    if label == "class":
+        features = Features(text=Value("string"), label=ClassLabel(names=["good", "bad"]))
+        return Dataset.from_dict({"text": texts, "label": kinds}, features=features)
+    if label == "number":
+        return Dataset.from_dict({"text": texts, "label": (3.0 * kinds + random.normal(0, 0.1, count)).tolist()})
+    features = Features(text=Value("string"), label=List(ClassLabel(names=["a", "b", "c"])))
+    return Dataset.from_dict({"text": texts, "label": [[int(kind), 2] for kind in kinds]}, features=features)
+
+
+def load_bert(classes):
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+    return lambda seed, keep: (tiny_bert(num_labels=classes, seed=seed), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "metric"),
+    [("class", 2, "balanced_accuracy"), ("number", 1, "mse"), ("several", 3, "macro_f1")],
+)
+def test_text(label, classes, metric, tmp_path):
+    data = DatasetDict({n: reviews(c, label) for n, c in (("train", 16), ("validation", 8), ("test", 10))})
+    results = run(tmp_path, "linear_probe,lp_ft", model=load_bert(classes), data=data, trials=2, seeds=1)
+    assert results.metric == metric and {c.status for c in results.contenders} == {"finished"}
+    assert results.greater_is_better == (metric != "mse")
+    assert results.settings["optim"] == "adamw_torch" and results["full"].trials[0].params["learning_rate"] == 3e-4
+    better = min if metric == "mse" else max
+    for contender in results.contenders:
+        trials = [trial.validation for trial in contender.trials]
+        assert trials[contender.chosen] == better(trials)
+    finals = {c.name: c.runs[0].validation for c in results.contenders}
+    assert finals[results.winner] == better(finals.values())
+    assert (tmp_path / "report.html").is_file() and (tmp_path / "best" / "tokenizer.json").is_file()
+
+
+def test_several_source_models_and_one_that_cannot_be_had(tmp_path):
+    for name, depths in (("one", [1, 2]), ("two", [1, 1])):
+        tiny_resnet(depths=depths).save_pretrained(tmp_path / name)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
+    both = AMCFConfig(source_models=(str(tmp_path / "one"), str(tmp_path / "two")))
+    gone = AMCFConfig(source_models=(str(tmp_path / "one"), str(tmp_path / "nowhere")), frozen=(0, 0))
+    results = run(tmp_path / "out", {"amcf": both, "gone": gone}, model=str(tmp_path / "one"), seeds=1, trials=1)
+    amcf = results["amcf"]
+    assert amcf.status == "finished" and amcf.found["swarm"] and len(amcf.found["frozen"]) == 2
+    assert results["gone"].status == "cannot run" and "nowhere" in results["gone"].reason
+    assert "nowhere" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_head_is_new_for_all_alike(tmp_path):
+    """Of a checkpoint with other classes too: those that keep its head beside the new one start as the others."""
+    from hf_ft.comparison.task import Benches, Data
+    from hf_ft.data.columns import find_columns
+
+    tiny_resnet(num_labels=5).save_pretrained(tmp_path / "five")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "five")
+    data = splits(test=(2, 2, 2))
+    bench = Benches(str(tmp_path / "five"), Data(data, find_columns(images((2, 2, 2), 0))), None, None).get(())
+    for seed in (1, 2):
+        plain, keeping = (bench.load(seed, keep).state_dict() for keep in (False, True))
+        assert all((plain[name] == keeping[name]).all() for name in plain)
+    assert any((bench.load(1, False).state_dict()[n] != bench.load(2, False).state_dict()[n]).any() for n in plain)

@@ -1,0 +1,167 @@
+"""L = CE + 4 KL(softmax(h0_S(f0(x)) / 3) || softmax(h_S(f(x)) / 3)), against a float64 reference."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from hf_ft import FTTrainer, LwFConfig, SoftConfig, set_up
+from hf_ft.functional import distillation_loss
+from hf_ft.models.feature_hooks import run_to
+from hf_ft.models.source_head import head_input, source_head
+from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
+from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments
+from tests.strategies.perturbed_model import moved
+
+
+def reference(student, teacher, temperature):
+    s, t = (log_softmax(logits.double().numpy() / temperature, axis=1) for logits in (student, teacher))
+    return float(
+        np.mean([sum(np.exp(b) * (b - a) for a, b in zip(*rows, strict=True)) for rows in zip(s, t, strict=True)])
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_formula(temperature):
+    student, teacher = torch.randn(6, 10), 3 * torch.randn(6, 10)
+    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(
+        reference(student, teacher, temperature), rel=1e-5
+    )
+    assert distillation_loss(teacher, teacher.clone(), temperature).item() == 0.0
+    student = student.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: distillation_loss(s, teacher.double(), temperature), student)
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
+def test_the_term(make):
+    model = equipped(still(make()), LwFConfig())
+    start, first = copy.deepcopy(model).eval(), source_head(model)
+    run = set_up(model, LwFConfig(weight=2.5, temperature=1.7))
+    objective = run.objective().train()
+    moved(model)
+    head = run.plan.terms[0].fn.head
+    moved(head)
+    inputs, layer = tiny_inputs(model), head_input(model)
+    outputs = objective(**inputs)
+    plain = {name: value for name, value in inputs.items() if name != "labels"}
+    with torch.no_grad():
+        student = head(run_to(model, [layer], plain)[layer])
+        teacher = first(run_to(start, [layer], plain)[layer])
+    expected = 2.5 * reference(student, teacher, 1.7)
+    assert expected > 1e-3
+    assert outputs["terms"]["distillation"].item() == pytest.approx(expected, rel=1e-4)
+    outputs["loss"].backward()
+    assert all(p.grad is not None for p in head.parameters())
+    assert all(p.grad is None for p in run.plan.terms[0].fn.teacher.parameters())
+
+
+def test_it_is_soft_fine_tuning_from_the_head_at_a_constant_weight(tmp_path):
+    one = train(tiny_resnet(), LwFConfig(), tmp_path / "lwf")
+    other = train(tiny_resnet(), SoftConfig(source="head", schedule="constant"), tmp_path / "soft")
+    same_tensors(snapshot(one.model), snapshot(other.model))
+    full = train(tiny_resnet(), "full", tmp_path / "full")
+    assert not torch.equal(full.model.classifier[1].weight, one.model.classifier[1].weight)
+    none = train(tiny_resnet(), LwFConfig(weight=0.0), tmp_path / "none")
+    same_tensors(snapshot(full.model), snapshot(none.model))
+
+
+def test_no_source_data_are_needed_and_the_term_decays(tmp_path):
+    trainer = train(tiny_vit(), SoftConfig(source="head", until=0.5), tmp_path)
+    assert trainer.source_dataset is None
+    assert len([1 for entry in trainer.state.log_history if "loss/distillation" in entry]) == 4
+
+
+def test_predictions_are_recorded_once_before_training(tmp_path):
+    """The pretrained network runs over each sample once; with random augmentation, in every step."""
+    found = {}
+    for kind in ("never", "recorded", "augmented"):
+        model = equipped(still(tiny_resnet()), LwFConfig())
+        data = tiny_data(model)
+        if kind == "augmented":
+            data = data.with_transform(
+                lambda rows: {
+                    **rows,
+                    "pixel_values": [torch.as_tensor(x) + torch.rand(()) for x in rows["pixel_values"]],
+                }
+            )
+        args = tiny_arguments(tmp_path / kind, max_steps=12)
+        trainer = FTTrainer(
+            model, args, strategy=LwFConfig(), train_dataset=data, frozen_cache="never" if kind == "never" else "auto"
+        )
+        rows = []
+        begin = trainer._start_run
+
+        def start(begin=begin, rows=rows):
+            run = begin()
+            if not run.reference.model.resnet.embedder._forward_pre_hooks:
+                run.reference.model.resnet.embedder.register_forward_pre_hook(
+                    lambda module, inputs: rows.append(len(inputs[0]))
+                )
+            return run
+
+        trainer._start_run = start
+        trainer.train()
+        found[kind] = sum(rows), snapshot(trainer.model)
+    assert found["never"][0] == found["augmented"][0] == 12 * 8
+    assert found["recorded"][0] == 32
+    same_tensors(found["never"][1], found["recorded"][1], 1e-6)
+
+
+def test_recorded_predictions_are_not_read_once_the_weight_is_0(tmp_path):
+    trainer = make_trainer(tiny_resnet(), SoftConfig(source="head", until=0.5), tmp_path, max_steps=12)
+    brought, present = [], trainer._in_present_form
+
+    def note(inputs):
+        brought.append(any("reference" in name for name in inputs))
+        return present(inputs)
+
+    trainer._in_present_form = note
+    trainer.train()
+    assert brought[:6] == [True] * 6
+    assert brought[8:] == [False] * 4  # those of the two steps before had been fetched
+
+
+def test_text_of_all_lengths_is_recorded(tmp_path):
+    """What comes into the head is one vector per sample, however long the batch is that it is in."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": torch.randint(1, 64, (int(n),), generator=generator), "labels": int(n) % 3}
+        for n in torch.randint(3, 12, (24,), generator=generator)
+    ]
+
+    def pad(batch):
+        ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in batch], batch_first=True)
+        labels = torch.tensor([row["labels"] for row in batch])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+    found = []
+    for cache in ("never", "auto"):
+        model = equipped(still(tiny_bert()), LwFConfig())
+        args = tiny_arguments(tmp_path / cache, optim="sgd")
+        given = {"train_dataset": rows, "data_collator": pad, "frozen_cache": cache}
+        trainer = FTTrainer(model, args, strategy=LwFConfig(), **given)
+        recorded, begin = [], trainer._start_from_recorded
+
+        def begun(steps, trainer=trainer, recorded=recorded, begin=begin):
+            begin(steps)
+            recorded.append(trainer._train_rows is not None and trainer._train_rows.stored)
+
+        trainer._start_from_recorded = begun
+        trainer.train()
+        assert recorded == [cache == "auto"]
+        found.append(snapshot(trainer.model))
+    same_tensors(*found, 1e-6)
+
+
+def test_the_teacher_survives_a_resume(tmp_path):
+    """It is what the head was at the start, not what it had become."""
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    whole = train(tiny_vit(), LwFConfig(), tmp_path, **saving)
+    resumed = make_trainer(tiny_vit(), LwFConfig(), tmp_path / "again", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    same_tensors(snapshot(resumed.model), snapshot(whole.model))
+    terms = [trainer._run.plan.terms[0].fn for trainer in (whole, resumed)]
+    same_tensors(snapshot(terms[0]), snapshot(terms[1]))
+    assert not torch.equal(terms[0].head.module.weight, terms[0].teacher.module.weight)

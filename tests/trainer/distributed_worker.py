@@ -1,0 +1,149 @@
+"""Runs every strategy on one or two ranks and writes what came out: `distributed_worker.py FOLDER RANKS`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import optuna
+import torch
+from safetensors.torch import save_file
+
+from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, SoftConfig
+from hf_ft.core.config import strategies
+from hf_ft.testing import still, suited, tiny_collaborative, tiny_data, tiny_resnet, tiny_vit
+from hf_ft.testing.laws import _losses
+from hf_ft.testing.training import make_trainer, same_tensors, snapshot
+from tests.trainer.measuring_strategy import MeasuredConfig
+
+folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+logs, weights = {}, {}
+
+
+def run(label, model, strategy, **arguments):
+    arguments = {"optim": "sgd", "per_device_train_batch_size": 8 // ranks, **arguments}
+    trainer = make_trainer(model, strategy, folder / f"{label}-{ranks}", **arguments)
+    assert trainer.args.world_size == ranks, f"{trainer.args.world_size} ranks, not {ranks}"
+    trainer.train()
+    logs[label] = _losses(trainer)
+    weights.update({f"{label}/{name}": value for name, value in snapshot(trainer.model).items()})
+    return trainer
+
+
+for name in strategies():
+    if name == "measured":
+        continue
+    # A term of a whole batch is the same on the same micro-batches alone: two ranks, or two steps accumulated.
+    couples = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // ranks} if name == "bss" else {}
+    for make in (tiny_resnet, tiny_vit):
+        # Variances within batches are others where batches are smaller; pooled ones are not.
+        options = {"daft": {"statistics": "pooled"}, "amcf": {"particles": 2, "iterations": 1, "search_epochs": 1}}
+        config = strategies()[name](**options.get(name, {}))
+        run(f"{name}-{make.__name__}", still(make()), suited(config, make()), **couples)
+run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
+run("several members", still(tiny_collaborative()), AMCFConfig(frozen=(2, 10)))
+run("several members, one still", still(tiny_collaborative()), AMCFConfig(frozen=(0, 21)), frozen_cache="never")
+
+# A swarm's positions are shared by the ranks: each is trained once, in steps as large as on one.
+searching = AMCFConfig(particles=3, iterations=1, search_epochs=1, metric="loss")
+searched = run("several members, searched", still(tiny_collaborative()), searching)
+url = f"sqlite:///{searched.args.output_dir}/swarm_search.db"
+trials = optuna.load_study(study_name=optuna.get_all_study_names(url)[0], storage=url).get_trials()
+complete = [trial.user_attrs["job"] for trial in trials if trial.state.name == "COMPLETE"]
+found = searching.scores(searched.states["amcf"])
+assert sorted(complete) == sorted("-".join(map(str, e.position)) for e in found.evaluations), complete
+
+run(
+    "accumulated",
+    still(tiny_vit()),
+    ["lp_ft", "l2_sp"],
+    per_device_train_batch_size=4 // ranks,
+    gradient_accumulation_steps=2,
+)
+
+# Two batches a step, then one: parameters of the source head get no gradient any more.
+run("soft, separate", still(tiny_resnet()), SoftConfig(source_forward="separate", source_ratio=0.5, schedule="step"))
+run(
+    "soft, accumulated",
+    still(tiny_vit()),
+    SoftConfig(until=0.75),
+    per_device_train_batch_size=4 // ranks,
+    gradient_accumulation_steps=2,
+)
+
+# A term that trains, and is left out since all that it looks at is frozen.
+run("lwf, linear probe", still(tiny_resnet()), ["lwf", "linear_probe"])
+
+# What is frozen is computed once, each rank its share: as without that (of 37 samples, the shares are unequal).
+for name in ("linear_probe", "gradual_unfreezing"):
+    found = {}
+    for use in ("never", "always"):
+        trainer = make_trainer(still(tiny_resnet()), name, folder / use, use, max_steps=12, optim="sgd",
+                               per_device_train_batch_size=8 // ranks, eval_strategy="steps", eval_steps=4)  # fmt: skip
+        trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
+        trainer.train()
+        found[use] = snapshot(trainer.model)
+    same_tensors(found["never"], found["always"], 1e-6)
+
+# Reference states likewise.
+found = {}
+for use in ("never", "always"):
+    trainer = make_trainer(still(tiny_resnet()), DELTAConfig(weights="uniform"), folder / use, use, max_steps=12,
+                           optim="sgd", per_device_train_batch_size=8 // ranks)  # fmt: skip
+    trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
+    trainer.train()
+    found[use] = snapshot(trainer.model)
+same_tensors(found["never"], found["always"], 1e-6)
+
+# One batch of each data set, so that the second rank has none to compute.
+trainer = make_trainer(still(tiny_resnet()), "linear_probe", folder / "one", "always", max_steps=12, optim="sgd",
+                       eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=64)  # fmt: skip
+trainer.train()
+assert bool(torch.isfinite(torch.tensor(trainer.state.log_history[-2]["eval_loss"])))
+
+# Each of 37 samples is looked at once, and all ranks hold the same state, bit for bit.
+trainer = make_trainer(tiny_vit(), MeasuredConfig(), folder / "measured")
+trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
+state = trainer._states()["measured"]
+assert state.info["values"] == 37 * 3 * 32 * 32, state.info
+gathered = trainer.accelerator.gather(state.tensors["mean"].reshape(1))
+assert bool((gathered == gathered[0]).all())
+weights["measured/mean"] = state.tensors["mean"].float()
+run("term that trains", still(tiny_vit()), MeasuredConfig())
+
+# BatchNorm statistics: 500 images in batches of 32, and 20, which leave the second rank without a batch.
+for statistics in ("batch", "pooled"):
+    for samples in (500, 20):
+        trainer = make_trainer(tiny_resnet(), DAFTConfig(statistics=statistics), folder / "daft",
+                               per_device_train_batch_size=32)  # fmt: skip
+        assert trainer.args.world_size == ranks
+        trainer.train_dataset = tiny_data(tiny_resnet(), samples)
+        for key, value in trainer._states()["daft"].tensors.items():
+            assert bool((trainer.accelerator.gather(value[None]) == value).all()), key
+            weights[f"moments/{statistics}-{samples}/{key}"] = value
+
+# Saved, the best loaded, and resumed across a stage's border.
+saving = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+whole = run("saved", still(tiny_resnet()), "lp_ft", load_best_model_at_end=True, metric_for_best_model="loss", **saving)
+trainer = make_trainer(still(tiny_resnet()), "lp_ft", folder / f"saved-{ranks}", optim="sgd",
+                       per_device_train_batch_size=8 // ranks, load_best_model_at_end=True,
+                       metric_for_best_model="loss", **saving)  # fmt: skip
+trainer.train(resume_from_checkpoint=str(folder / f"saved-{ranks}" / "checkpoint-3"))
+same_tensors(snapshot(trainer.model), snapshot(whole.model))
+
+# A stream goes on where each rank left it.
+for source in ("rows", "streaming"):
+    ends = []
+    for resume in (None, str(folder / f"soft-{source}-{ranks}" / "checkpoint-3")):
+        trainer = make_trainer(still(tiny_resnet()), SoftConfig(until=0.75), folder / f"soft-{source}-{ranks}",
+                               optim="sgd", per_device_train_batch_size=8 // ranks, **saving)  # fmt: skip
+        if source == "streaming":
+            trainer.source_dataset = trainer.source_dataset.to_iterable_dataset(num_shards=4)
+        trainer.train(resume_from_checkpoint=resume)
+        ends.append(snapshot(trainer.model))
+    same_tensors(*ends)
+
+if int(os.environ.get("RANK", 0)) == 0:
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"weights-{ranks}.safetensors")
+    (folder / f"logs-{ranks}.json").write_text(json.dumps(logs))

@@ -1,0 +1,113 @@
+"""Killed at any moment and resumed, a run ends as if nothing had happened."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_ft import CheckpointError, FTTrainer, L2SPConfig, LPFTConfig, OptionError
+from hf_ft.engine.checkpoint import checkpoints, last_checkpoint
+from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit, train
+from hf_ft.testing.laws import _losses, _same_optimizers
+from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from tests.trainer.measuring_strategy import MeasuredConfig
+
+STRATEGY = [LPFTConfig(), L2SPConfig()]
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+# The probe ends at step 4: killed within it, just after its end, and while saving on either side.
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "at", "last"), [("step", 3, 2), ("step", 5, 4), ("save", 4, 2), ("save", 6, 4)])
+def test_killed_and_resumed(where, at, last, tmp_path):
+    script = Path(__file__).with_name("killed_worker.py")
+    killed = subprocess.run([sys.executable, script, tmp_path / "run", where, str(at)], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    assert last_checkpoint(tmp_path / "run").name == f"checkpoint-{last}"
+    resumed = train(tiny_resnet(), STRATEGY, tmp_path / "run", resume=True, **SAVING)
+    whole = train(tiny_resnet(), STRATEGY, tmp_path / "whole", **SAVING)
+    same_tensors(snapshot(resumed.model), snapshot(whole.model))
+    _same_optimizers(resumed.optimizer, whole.optimizer)
+    assert _losses(resumed) == _losses(whole)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"checkpoint-{i}" for i in (2, 4, 6, 8)]
+    assert not list((tmp_path / "run").glob("incomplete-*")), "a half-written folder was left"
+
+
+@pytest.mark.parametrize(
+    "damage", ["model.safetensors", "ft_state.safetensors", "ft_config.json", "trainer_state.json"]
+)
+def test_broken_checkpoints_are_passed_over(damage, tmp_path):
+    train(tiny_resnet(), STRATEGY, tmp_path, **SAVING)
+    (tmp_path / "checkpoint-8" / damage).unlink()
+    file = tmp_path / "checkpoint-6" / damage
+    file.write_bytes(file.read_bytes()[:20])
+    expected = "checkpoint-4"
+    assert last_checkpoint(tmp_path).name == expected
+    resumed = train(tiny_resnet(), STRATEGY, tmp_path, resume=True, **SAVING)
+    assert resumed.state.global_step == 8
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        train(tiny_resnet(), "full", tmp_path, resume=True)
+
+
+def test_another_strategy_is_refused(tmp_path):
+    train(tiny_resnet(), L2SPConfig(alpha=0.5), tmp_path, **SAVING)
+    for other in ("full", L2SPConfig(alpha=0.25)):
+        with pytest.raises(OptionError, match="resume with the same strategy"):
+            train(tiny_resnet(), other, tmp_path, resume=True, **SAVING)
+
+
+def test_another_start_is_refused_where_it_matters(tmp_path):
+    train(tiny_resnet(), "l2_sp", tmp_path / "l2_sp", **SAVING)
+    with pytest.raises(CheckpointError, match="same pretrained model"):
+        train(tiny_resnet(seed=1), "l2_sp", tmp_path / "l2_sp", resume=True, **SAVING)
+    train(tiny_resnet(), "full", tmp_path / "full", **SAVING)
+    train(tiny_resnet(seed=1), "full", tmp_path / "full", resume=str(tmp_path / "full" / "checkpoint-4"), **SAVING)
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    train(tiny_resnet(), "full", tmp_path, **SAVING)
+    with pytest.raises(OptionError, match="holds checkpoint-8 of an earlier run.*overwrite=True"):
+        train(tiny_resnet(), "full", tmp_path, **SAVING)
+    assert len(checkpoints(tmp_path)) == 4
+    args = tiny_arguments(tmp_path, **{**SAVING, "save_steps": 8})
+    FTTrainer(tiny_resnet(), args, train_dataset=tiny_data(tiny_resnet()), overwrite=True).train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8"]
+
+
+def test_measured_once_and_terms_that_train_are_resumed(tmp_path, monkeypatch):
+    whole = train(tiny_vit(), MeasuredConfig(), tmp_path, **SAVING)
+    assert whole._term_modules()["centre"].centre.item() != whole._run.states["measured"].tensors["mean"]
+    monkeypatch.setattr(MeasuredConfig, "measure", lambda *a: pytest.fail("measured again"))
+    resumed = train(tiny_vit(), MeasuredConfig(), tmp_path / "again", resume=str(tmp_path / "checkpoint-4"), **SAVING)
+    same_tensors(snapshot(resumed.model), snapshot(whole.model))
+    assert torch.equal(resumed._term_modules()["centre"].centre, whole._term_modules()["centre"].centre)
+    _same_optimizers(resumed.optimizer, whole.optimizer)
+
+
+@pytest.mark.parametrize("name", ["ft_state.safetensors", "ft_config.json", "model.safetensors"])
+def test_damaged_files_are_named(name, tmp_path):
+    train(tiny_resnet(), "l2_sp", tmp_path, **SAVING)
+    chosen = tmp_path / "checkpoint-4"
+    file = chosen / name
+    file.write_bytes(file.read_bytes()[:30])
+    trainer = make_trainer(tiny_resnet(), "l2_sp", tmp_path, **SAVING)
+    with pytest.raises(ValueError, match=str(chosen)):
+        trainer.train(resume_from_checkpoint=str(chosen))
+
+
+def test_resume_does_not_depend_on_where_the_folder_lies(tmp_path):
+    """A run copied to another machine goes on; the best checkpoint that is gone is forgotten."""
+    arguments = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    train(tiny_resnet(), "full", tmp_path / "here", **arguments)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "there" / "checkpoint-8")
+    state = json.loads((tmp_path / "there" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].startswith(str(tmp_path / "here"))
+    assert train(tiny_resnet(), "full", tmp_path / "there", resume=True, **arguments).state.global_step == 8
