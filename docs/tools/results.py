@@ -10,7 +10,7 @@ from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Standing, standings
 from hf_ft.documents.text import signed
 
-KEPT = Path(__file__).parents[1] / "docs" / "results"
+KEPT = Path(__file__).parents[1] / "results"
 NOT_YET = "Not measured yet."
 TASKS = ("digits", "elpv_100", "uci_100", "mnist_200", "elpv_500")
 FIVE = ("blockwise", "daft", "soft", "tred", "amcf")

@@ -36,7 +36,7 @@ from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategie
 from hf_ft.core.options import annotation, describe_type, options
 from hf_ft.core.search_space import Choice, LogRange
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _PLACE = re.compile(r"(<!-- begin: (\w+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Reference):", re.M)
 SOURCES = "Source of a default: `code` = read in the authors' code, `paper` = stated there, `ours` = chosen here."

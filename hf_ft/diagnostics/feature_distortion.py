@@ -1,6 +1,6 @@
 """How far fine-tuning moved a model's features, block by block; and what TRED's disentangling found.
 
-How well the features tell other classes apart is in :mod:`hf_ft.diagnostics.discrimination`; its names are here as well.
+How well the features tell other classes apart is in :mod:`hf_ft.diagnostics.discrimination`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, no font, no picture from elsewhere."""
+"""A document as one HTML page: no script, no font, no picture from elsewhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import re
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_ft.comparison.report.build import document
-from hf_ft.comparison.results import Results
 from hf_ft.documents import svg
-from hf_ft.documents.document import Link, Table
+from hf_ft.documents.document import Document, Link, Table
 from hf_ft.documents.text import NONE, PLUS_MINUS, code_parts
 
 NARROW = 3  # columns; a table of more scrolls by itself on a small screen
@@ -18,10 +16,10 @@ _NUMBER = r"[+\u2212-]?\d[\d.,]*(e[+-]?\d+)?"
 _NUMBERS = re.compile(rf"{_NUMBER}({PLUS_MINUS}{_NUMBER})?%?|\[{_NUMBER}, {_NUMBER}\]|\d+( / \d+)+|{NONE}|baseline")
 
 
-def html(results: Results) -> str:
-    """The whole page. Whatever comes from the results is escaped."""
+def html(document: Document) -> str:
+    """The whole page. All text of the document is escaped."""
     environment = Environment(
-        loader=PackageLoader("hf_ft.comparison.report", "."),
+        loader=PackageLoader("hf_ft.documents", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -36,7 +34,7 @@ def html(results: Results) -> str:
         "numeric": numeric_columns,
         "narrow": NARROW,
     }
-    return environment.get_template("report.html.jinja").render(document=document(results))
+    return environment.get_template("report.html.jinja").render(document=document)
 
 
 def inline(text: str) -> Markup:

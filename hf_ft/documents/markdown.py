@@ -1,23 +1,32 @@
-"""The report as Markdown, and the part of it that goes into the winner's model card."""
+"""A document as Markdown."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from hf_ft.comparison.report.build import document
-from hf_ft.comparison.results import Results
-from hf_ft.documents.document import Block, Bullets, Figure, Heading, Link, Listing, Section, Table, Tables, Text
+from hf_ft.documents.document import (
+    Block,
+    Bullets,
+    Document,
+    Figure,
+    Heading,
+    Link,
+    Listing,
+    Section,
+    Table,
+    Tables,
+    Text,
+)
 from hf_ft.documents.text import code_parts
 
 _SPECIAL, _SPACE = re.compile(r"[\\`*\[\]<>&|#]|(?<!\w)_|_(?!\w)"), re.compile(r"\s+")
 ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
-def markdown(results: Results) -> str:
-    """The whole report; charts are told as tables."""
-    content = document(results)
-    parts = [f"# {escaped(content.title)}", escaped(f"{content.subtitle}."), *map(_section, content.sections)]
+def markdown(document: Document) -> str:
+    """The whole document; charts are told as tables."""
+    parts = [f"# {escaped(document.title)}", escaped(f"{document.subtitle}."), *map(_section, document.sections)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -26,7 +35,7 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), _SPACE.sub(" ", text))
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Text whose parts between backticks stay code."""
     parts = code_parts(" ".join(text.split()))
     return "".join(f"`{part}`" if is_code else escaped(part) for is_code, part in parts)
@@ -39,32 +48,32 @@ def _section(section: Section) -> str:
 def _block(block: Block) -> str:
     match block:
         case Text(text):
-            return _inline(text)
+            return inline(text)
         case Bullets(items):
-            return "\n".join(f"- {_inline(item)}" for item in items)
+            return "\n".join(f"- {inline(item)}" for item in items)
         case Listing():
-            return _listing(block)
+            return listing(block)
         case Heading(text):
             return f"### {escaped(text)}"
         case Table():
-            return _folded(block) if block.folded else f"**{escaped(block.caption)}**\n\n{_table(block)}"
+            return _folded(block) if block.folded else f"**{escaped(block.caption)}**\n\n{pipe_table(block)}"
         case Tables(tables):
             return "\n\n".join(map(_block, tables))
         case Figure():
-            return f"{_inline(block.caption)}\n\n{_folded(block.table)}"
+            return f"{inline(block.caption)}\n\n{_folded(block.table)}"
 
 
 def _folded(table: Table) -> str:
-    return f"<details><summary>{escaped(table.caption)}</summary>\n\n{_table(table)}\n\n</details>"
+    return f"<details><summary>{escaped(table.caption)}</summary>\n\n{pipe_table(table)}\n\n</details>"
 
 
-def _listing(block: Listing) -> str:
+def listing(block: Listing) -> str:
     longest = max(map(len, re.findall("`+", block.text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{block.language}\n{block.text}\n{fence}"
 
 
-def _table(table: Table) -> str:
+def pipe_table(table: Table) -> str:
     rows = [[_cell(cell) for cell in row] for row in table.rows]
     for number in table.strong:
         rows[number] = [f"**{cell}**" for cell in rows[number]]

@@ -41,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """A layer, the name of the part of :func:`~hf_ft.models.anatomy.anatomy` it lies in, and the number of its segment."""
+    """A layer, the part of :func:`~hf_ft.models.anatomy.anatomy` it lies in, and the number of its segment."""
 
     layer: Layer
     part: str

@@ -31,9 +31,8 @@ class CachedStages:
     """Mixin for a Trainer: what is frozen computes each sample once.
 
     Where the first parts of a stage are frozen, its data loader deals out recorded activations, and the
-    :class:`~hf_ft.engine.objective.Objective` runs what follows. Where terms compare with the model as it was, that one's
-    recorded states come beside the inputs. Whichever form a batch has, the step it makes is the same: one that was
-    fetched before a stage changed is brought into the present form.
+    objective runs what follows. Where terms compare with the model as it was, that one's recorded states come
+    beside the inputs. Whichever form a batch has, the step it makes is the same: one that was fetched before a stage changed is brought into the present form.
     """
 
     frozen_cache: FrozenCache

@@ -175,7 +175,7 @@ def test_train_searches_for_frozen_layers(files, tmp_path, monkeypatch, capsys):
     assert scores.verdict() in (out / "README.md").read_text()
     assert all((out / name).is_file() for name in ("swarm.png", "swarm_scores.png", "swarm_search.db", "config.json"))
     # Only the study is left: the search is done already, whatever else its flags say.
-    monkeypatch.setattr("hf_ft.engine.short_training.fit", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr("hf_ft.search.evaluate.fit", lambda *a, **k: pytest.fail("searched again"))
     again = tmp_path / "again"
     again.mkdir()
     shutil.copy(out / "swarm_search.db", again)
@@ -398,12 +398,12 @@ def test_refused_in_a_file(content, message, tmp_path, capsys):
 
 def test_refused_before_anything_is_read(files, tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    monkeypatch.setattr("hf_ft.data.load.load_splits", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr("hf_ft.cli.prepare.load_splits", lambda *_, **__: pytest.fail("data were read"))
     assert photos(files, tmp_path) == 2 and "is not empty" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_its_line(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hf_ft.zoo.models.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_ft.zoo.datasets.importlib.util.find_spec", lambda name: None)
     assert photos(files, tmp_path, "--dataset", "elpv") == 2
     assert "pip install --no-deps elpv-dataset==" in capsys.readouterr().err
     assert photos(files, tmp_path, "--model", "mobilenet_v2") == 2
@@ -554,7 +554,7 @@ def test_search_blocks(files, tmp_path, monkeypatch, capsys):
         "block_search.db", "blocks.json", "blocks.md", "blocks.png"
     }  # fmt: skip
     # Again: all trials are there already, so none is run.
-    monkeypatch.setattr("hf_ft.engine.short_training.fit", lambda *a, **k: pytest.fail("run again"))
+    monkeypatch.setattr("hf_ft.search.evaluate.fit", lambda *a, **k: pytest.fail("run again"))
     assert main([*search, "--search_seeds", "2"]) == 0
     assert json.loads((tmp_path / "out" / "blocks.json").read_text()) == content
 

@@ -61,7 +61,7 @@ class Even(Clock):
 
 def even():
     """Trainings cost the same while it is entered."""
-    return mock.patch("hf_ft.comparison.cost.Clock", Even)
+    return mock.patch("hf_ft.comparison.training.Clock", Even)
 
 
 def run(folder, strategies="linear_probe", *, trials=2, seeds=2, data=None, told=None, model=None, **more):

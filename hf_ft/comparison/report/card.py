@@ -9,7 +9,7 @@ from hf_ft.comparison.report.text import interval, spread
 from hf_ft.comparison.results import BASELINE, Results
 from hf_ft.comparison.statistics import Standing, standings, winner
 from hf_ft.documents.document import Listing, Table
-from hf_ft.documents.markdown import _inline, _listing, _table, escaped
+from hf_ft.documents.markdown import escaped, inline, listing, pipe_table
 from hf_ft.documents.text import NONE, metric_name, seconds, signed
 
 
@@ -18,7 +18,7 @@ def card_section(results: Results) -> str:
     found = standings(results)
     ranked = [standing for standing in found if standing.rank is not None]
     best, split, metric = winner(results, found), main_split(found), metric_name(results.metric)
-    parts = ["## Comparison", _inline(" ".join(verdict(results, found)))]
+    parts = ["## Comparison", inline(" ".join(verdict(results, found)))]
     if ranked:
         headers = ("strategy", "validation", *(("test",) if split == "test" else ()))
         headers += (f"difference on {split}", "95 % interval", "seconds")
@@ -26,17 +26,17 @@ def card_section(results: Results) -> str:
         about = (
             f"Mean {metric} ± standard deviation over seeds; differences are to `{BASELINE}`; seconds of one training."
         )
-        parts += [_table(Table(about, headers, rows)), about]
+        parts += [pipe_table(Table(about, headers, rows)), about]
     others = [standing.name for standing in found if standing.rank is None]
     if others:
-        parts.append(_inline(f"Without a rank: {', '.join(f'`{name}`' for name in others)}."))
+        parts.append(inline(f"Without a rank: {', '.join(f'`{name}`' for name in others)}."))
     if best is not None and best.contender.chosen is not None:
         contender = best.contender
         tuned = "; ".join(f"{name} in {text}" for name, text in contender.space.items()) or "nothing"
         chosen = options(contender.trials[best.contender.chosen].params)
         parts.append(escaped(f"Tuned for the winner in {len(contender.trials)} trials: {tuned}. Chosen: {chosen}."))
-    parts += [_inline(main_caution(results, found))] if ranked else []
-    return "\n\n".join([*parts, _listing(Listing(results.command, "bash"))]) + "\n"
+    parts += [inline(main_caution(results, found))] if ranked else []
+    return "\n\n".join([*parts, listing(Listing(results.command, "bash"))]) + "\n"
 
 
 def _card_row(standing: Standing, split: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from hf_ft.comparison.report.build import document
 from hf_ft.comparison.results import Results
 from hf_ft.documents.html import html
 from hf_ft.documents.markdown import markdown
@@ -19,7 +20,8 @@ def write_report(results: Results, folder: Path) -> None:
         folder: where to; it is made if it is not there.
     """
     # The texts are made before anything is written: a page that cannot be made leaves an old report as it is.
-    page, text = html(results), markdown(results)
+    content = document(results)
+    page, text = html(content), markdown(content)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "results.json", results.save)
     _replace(folder / "report.html", lambda file: _write(file, page))

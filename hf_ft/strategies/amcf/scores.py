@@ -1,4 +1,4 @@
-"""What a search by :mod:`hf_ft.strategies.amcf.swarm` found: the way of each particle, and a score per position that was trained."""
+"""What a swarm search found: the path of each particle, and a score per position that was trained."""
 
 from __future__ import annotations
 

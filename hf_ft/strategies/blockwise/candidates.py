@@ -96,8 +96,8 @@ def candidates(
     ``layer``: each layer alone. ``segment``: the layers between two poolings or activations; where the blocks call
     them as functions, the cuts are at the blocks' ends, and a warning says so. ``window``: every ``length``
     consecutive layers. ``stage``: the architecture's own stages, in a plain transformer each block; the neck belongs
-    to the last one. ``block``: each block of :func:`~hf_ft.models.anatomy.anatomy`, and the neck where it holds layers (a
-    mere norm joins the last block). In both the stem is a candidate of its own, so that every weight outside the
+    to the last one. ``block``: each block of :func:`~hf_ft.models.anatomy.anatomy`, and the neck where it holds
+    layers (a mere norm joins the last block). In both the stem is a candidate of its own, so that every weight outside the
     head is in exactly one. In the others so is every weight but a stem's loose parameters (class token): those are
     in no layer.
     ``top_layers`` needs scores: see :func:`top_layers`.
@@ -119,8 +119,8 @@ def candidates(
     if scheme == "top_layers":
         raise OptionError(
             "scheme='top_layers' joins the best layers of a search with scheme='layer', so it needs that search's "
-            "scores: hf_ft.strategies.blockwise.candidates.top_layers(model, ranked_layers). Without them choose one of "
-            f"{', '.join(name for name in SCHEMES if name != scheme)}."
+            "scores: hf_ft.strategies.blockwise.candidates.top_layers(model, ranked_layers). Without them choose one "
+            f"of {', '.join(name for name in SCHEMES if name != scheme)}."
         )
     found = anatomy(model, head=head, blocks=blocks)
     placed = placed_layers(model, found)

@@ -95,7 +95,7 @@ class BlockScores:
 
     @property
     def last_quarter(self) -> BlockScore:
-        """The score of what :func:`hf_ft.strategies.blockwise.candidates.last_quarter` takes without any search; it may be pruned."""
+        """The score of the last block of the fourth quarter, chosen without any search; it may be pruned."""
         chosen = last_quarter(score.candidate for score in self.scores)
         return next(score for score in self.scores if score.candidate == chosen)
 

@@ -18,7 +18,7 @@ REST_VARIANCE = 0.02
 
 
 def judge(figures: Mapping[str, float]) -> str:
-    """Which collapse the figures of :class:`~hf_ft.strategies.tred.train.Disentangled` show and what to do; empty if none."""
+    """Which collapse the figures of a disentangler show and what to do about it; empty if none."""
     f = figures
     if not all(math.isfinite(value) for value in f.values()):
         return "Stage one diverged: figures are not finite. Lower its rate."

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_ft.comparison.report import write as writing
-from hf_ft.comparison.report import write_report
+from hf_ft.comparison.report import write, write_report
+from hf_ft.comparison.report.build import document
 from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.report.sections.distortions import distortion
 from hf_ft.comparison.report.sections.findings import findings
@@ -97,8 +97,9 @@ class Made:
 def made(name):
     """All of one report, made once."""
     results = Results.from_dict(json.loads(json.dumps(CONTENTS[name]())))
-    text = html(results)
-    return Made(results, text, Page(text), markdown(results))
+    content = document(results)
+    text = html(content)
+    return Made(results, text, Page(text), markdown(content))
 
 
 @pytest.fixture(params=CONTENTS)
@@ -217,8 +218,8 @@ def test_findings_of_strategies_from_elsewhere_do_no_harm():
     content["contenders"][3] |= {"found": {"own": 1}, "learned": "It learned *this*."}
     results = Results.from_dict(content)
     texts = [block.text for block in findings(standings(results)).blocks if isinstance(block, Text)]
-    assert "It learned *this*." in texts and "It learned \\*this\\*." in markdown(results)
-    Page(html(results))
+    assert "It learned *this*." in texts and "It learned \\*this\\*." in markdown(document(results))
+    Page(html(document(results)))
 
 
 def test_charts_of_findings_hold_their_figures(whole):
@@ -279,7 +280,8 @@ def test_many_classes_are_listed_by_their_confusions():
 
 
 def test_it_is_the_same_each_time(whole):
-    assert html(whole) == made("whole").html and markdown(whole) == made("whole").markdown
+    content = document(whole)
+    assert html(content) == made("whole").html and markdown(content) == made("whole").markdown
 
 
 # --- sentences -------------------------------------------------------------------------------------------
@@ -444,18 +446,18 @@ def test_a_report_that_cannot_be_made_leaves_the_old_one(whole, tmp_path, monkey
     def fail(*arguments):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(writing, "markdown", fail)
+    monkeypatch.setattr(write, "markdown", fail)
     with pytest.raises(RuntimeError):
         write_report(other, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(writing.os, "replace", fail)
+    monkeypatch.setattr(write.os, "replace", fail)
     with pytest.raises(RuntimeError):
         write_report(other, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_template_and_style_are_in_the_package():
-    package = "hf_ft.comparison.report"
+    package = "hf_ft.documents"
     files = importlib.resources.files(package)
     config = ConfigParser()
     config.read(Path(__file__).parents[3] / "setup.cfg")
