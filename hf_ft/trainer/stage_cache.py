@@ -32,7 +32,8 @@ class CachedStages:
 
     Where the first parts of a stage are frozen, its data loader deals out recorded activations, and the
     objective runs what follows. Where terms compare with the model as it was, that one's recorded states come
-    beside the inputs. Whichever form a batch has, the step it makes is the same: one that was fetched before a stage changed is brought into the present form.
+    beside the inputs. Whichever form a batch has, the step it makes is the same: one that was fetched before a
+    stage changed is brought into the present form.
     """
 
     frozen_cache: FrozenCache

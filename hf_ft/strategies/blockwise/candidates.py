@@ -97,9 +97,9 @@ def candidates(
     them as functions, the cuts are at the blocks' ends, and a warning says so. ``window``: every ``length``
     consecutive layers. ``stage``: the architecture's own stages, in a plain transformer each block; the neck belongs
     to the last one. ``block``: each block of :func:`~hf_ft.models.anatomy.anatomy`, and the neck where it holds
-    layers (a mere norm joins the last block). In both the stem is a candidate of its own, so that every weight outside the
-    head is in exactly one. In the others so is every weight but a stem's loose parameters (class token): those are
-    in no layer.
+    layers (a mere norm joins the last block). In both the stem is a candidate of its own, so that every weight
+    outside the head is in exactly one. In the others so is every weight but a stem's loose parameters (class
+    token): those are in no layer.
     ``top_layers`` needs scores: see :func:`top_layers`.
 
     Args:
