@@ -1,7 +1,7 @@
 """From files and data sets to batches of a model."""
 
 from hf_ft.data.columns import ROW, Columns, find_columns, unlabelled
-from hf_ft.data.images import AUGMENTATIONS, Unreadable, check_images, flip_and_shift
+from hf_ft.data.images import AUGMENTATIONS, Unreadable, check_images, flip_and_shift, open_rgb
 from hf_ft.data.load import TEST_NAMES, VALIDATION_NAMES, load_split, load_splits
 from hf_ft.data.prepare import collate, image_transform, prepare, text_transform
 
@@ -19,6 +19,7 @@ __all__ = [
     "image_transform",
     "load_split",
     "load_splits",
+    "open_rgb",
     "prepare",
     "text_transform",
     "unlabelled",

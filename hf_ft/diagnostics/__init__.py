@@ -8,7 +8,9 @@ from hf_ft.diagnostics.discrimination import (
 )
 from hf_ft.diagnostics.disentangling import plot_disentangling
 from hf_ft.diagnostics.feature_distortion import (
+    FEATURES,
     Distortion,
+    Distortions,
     FeatureDistortionCallback,
     feature_distortion,
     plot_distortion,
@@ -17,6 +19,8 @@ from hf_ft.diagnostics.feature_distortion import (
 __all__ = [
     "Discrimination",
     "Distortion",
+    "Distortions",
+    "FEATURES",
     "FeatureDistortionCallback",
     "GeneralDiscriminationCallback",
     "feature_distortion",

@@ -1,0 +1,221 @@
+"""Files that version 0.1.0 wrote load, and mean the same; tests/v0_1_0/make.py wrote them."""
+
+import copy
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import hf_ft
+from hf_ft.cli import main
+from hf_ft.comparison import Results
+from hf_ft.comparison.statistics import standings
+from hf_ft.testing import same_tensors
+from tests.v0_1_0 import make
+
+DATA = make.HERE
+DOCS = Path(hf_ft.__file__).parents[1] / "docs" / "results"
+NEAR = 1e-5  # what rounding on another processor may change
+pil = pytest.mark.skipif(
+    getattr(hf.AutoImageProcessor, "is_dummy", False),
+    reason="this version of Transformers has no image processors without torchvision",
+)
+STRATEGIES = (
+    "amcf attention_transfer bss blockwise co_tuning daft delta full gradual_unfreezing l2_sp lp_ft layer_decay "
+    "linear_probe lwf soft tred"
+)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return load_file(DATA / "expected.safetensors")
+
+
+@pytest.fixture
+def steps():
+    """The optimizer steps that are taken, of whatever training."""
+    taken = []
+    handle = register_optimizer_step_post_hook(lambda *_: taken.append(1))
+    yield taken
+    handle.remove()
+
+
+def fixed_inputs():
+    return {"pixel_values": torch.from_numpy(make.pixels(4, 9))}
+
+
+def assert_near(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=0, atol=NEAR)
+
+
+def assert_kept(found, saved, path=""):
+    """All that was saved is there and the same; a later version may say more."""
+    if isinstance(saved, dict):
+        for name, value in saved.items():
+            assert name in found, f"{path}.{name} is gone"
+            assert_kept(found[name], value, f"{path}.{name}")
+    elif isinstance(saved, list):
+        assert len(found) == len(saved), path
+        for place, (one, other) in enumerate(zip(found, saved, strict=True)):
+            assert_kept(one, other, f"{path}[{place}]")
+    else:
+        assert found == saved, path
+
+
+# --- configs and checkpoints --------------------------------------------------------------------------------
+
+
+def test_every_config():
+    loaded = hf_ft.load_configs(DATA / "configs")
+    assert [config.ft_type for config in loaded] == STRATEGIES.split()
+    assert loaded == make.CONFIGS
+    saved = json.loads((DATA / "configs" / "ft_config.json").read_text())["strategies"]
+    for config, content in zip(loaded, saved, strict=True):
+        default = type(config)().to_dict()
+        same = [name for name in content if name != "ft_type" and content[name] == default[name]]
+        assert not same, f"{config.ft_type} shows nothing of {same}"
+
+
+def test_an_option_is_written_as_it_was():
+    """What resumes a run, or names a study, compares these dictionaries."""
+    saved = json.loads((DATA / "configs" / "ft_config.json").read_text())["strategies"]
+    for config, content in zip(make.CONFIGS, saved, strict=True):
+        assert_kept(json.loads(json.dumps(config.to_dict())), content, config.ft_type)
+
+
+def test_a_trained_checkpoint(expected):
+    model = hf.AutoModelForImageClassification.from_pretrained(DATA / "trained")
+    assert_near(make.logits(model, fixed_inputs()), expected["trained.logits"])
+    assert hf_ft.load_configs(DATA / "trained") == make.TRAINED
+    with torch.no_grad():
+        model.classifier[-1].weight.zero_()
+    hf_ft.load_weights(model, DATA / "trained")
+    assert_near(make.logits(model, fixed_inputs()), expected["trained.logits"])
+
+
+@pytest.mark.parametrize("name", make.INTERRUPTED)
+def test_an_interrupted_run_goes_on(name, tmp_path, expected, steps):
+    """With its optimizer, schedule, order of the data and streams, and reaches what the whole run did."""
+    shutil.copytree(DATA / name, tmp_path / name)
+    trainer = make.interrupted(name, tmp_path / name, DATA / "resnet")
+    trainer.train(resume_from_checkpoint=True)
+    assert len(steps) == 8 - make.INTERRUPTED[name][1]
+    wanted = {key.removeprefix(f"{name}."): value for key, value in expected.items() if key.startswith(f"{name}.")}
+    found = make.snapshot(trainer.model)
+    assert set(found) == set(wanted)
+    for name in [name for name in wanted if ".original_module." in name]:  # PEFT keeps the new head, which is not used
+        del found[name], wanted[name]
+    same_tensors(found, wanted, NEAR)
+
+
+@pytest.mark.parametrize("base", ["a folder", "a model"])
+def test_a_delta(base, expected):
+    given = str(DATA / "resnet") if base == "a folder" else make.base(DATA / "resnet")
+    model = hf_ft.load_delta(given, DATA / "delta")
+    assert_near(make.logits(model, fixed_inputs()), expected["delta.logits"])
+    assert hf_ft.load_configs(DATA / "delta") == (make.CHANGED,)
+
+
+@pil
+def test_an_ensemble_with_its_processor(expected):
+    model = hf.AutoModelForImageClassification.from_pretrained(DATA / "ensemble")
+    processor = hf.AutoImageProcessor.from_pretrained(DATA / "ensemble")
+    assert isinstance(model, hf_ft.CollaborativeModel) and len(model.members) == 2
+    assert isinstance(processor, hf_ft.CollaborativeImageProcessor)
+    inputs = processor(make.photos(), return_tensors="pt")
+    assert list(inputs) == list(model.input_names) == ["pixel_values", "pixel_values_1"]
+    assert_near(make.logits(model, inputs), expected["ensemble.logits"])
+
+
+# --- studies ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", make.SEARCHES)
+def test_a_finished_search_trains_nothing_again(name, tmp_path, steps):
+    file = make.STUDIES[name]
+    make.unpack(DATA / name / f"{file}.gz", tmp_path / file)
+    state = make.searching(name, tmp_path, DATA).measure()[name]
+    assert not steps
+    saved = json.loads((DATA / "searches.json").read_text())[name]
+    assert_kept(json.loads(json.dumps(state.info)), saved)
+    kind, content = (hf_ft.SwarmScores, "swarm") if name == "amcf" else (hf_ft.BlockScores, "scores")
+    assert make.SEARCHES[name].scores(state) == kind.from_dict(saved[content])
+
+
+# --- comparisons --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder as `hf-ft compare` left it, with model and data beside it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    for name in ("compare", "resnet"):
+        shutil.copytree(DATA / name, tmp_path / name)
+    make.unpack(DATA / "compare" / "compare.db.gz", tmp_path / "compare" / "compare.db")
+    make.write_images("images")
+    yield tmp_path
+    logging.getLogger("hf_ft").handlers.clear()
+
+
+def test_results_are_read(folder):
+    saved = json.loads((DATA / "compare" / "results.json").read_text())
+    results = Results.load(DATA / "compare" / "results.json")
+    assert_kept(json.loads(json.dumps(results.to_dict())), saved)
+    assert [contender.name for contender in results.contenders] == ["full", "linear_probe", "daft"]
+    assert {contender.status for contender in results.contenders} == {"finished"}
+    assert {standing.contender.name for standing in standings(results)} == {"full", "linear_probe", "daft"}
+    for contender in results.contenders:
+        assert [hf_ft.FTConfig.from_dict(content).ft_type for content in contender.configs] == [contender.name]
+
+
+@pil
+def test_a_finished_comparison_trains_nothing_again(folder, steps, capsys, expected):
+    if not torch.equal(make.drawn(), expected["drawn"]):
+        pytest.skip("this processor, or this version of torch, draws other new heads: it is another comparison")
+    saved = json.loads((DATA / "compare" / "results.json").read_text())
+    assert main(copy.copy(make.COMPARE)) == 0
+    assert len(steps) <= 3, "more than what warms the process up"
+    said = capsys.readouterr().out
+    assert "[" not in said.partition("estimate")[2].partition("mean ± std")[0], "a training was told"
+    again = json.loads(Path("compare/results.json").read_text())
+    here = {name: again[name] for name in ("versions", "machine")}
+    assert_kept(again, {**saved, **here})
+    saved_model = (DATA / "compare" / "best" / "model.safetensors").read_bytes()
+    assert Path("compare/best/model.safetensors").read_bytes() == saved_model
+    # The report is one of these results alone.
+    reports = [Path("compare", name).read_text() for name in ("report.md", "report.html")]
+    Path("old").mkdir()
+    Path("old/results.json").write_text(json.dumps({**saved, **here}))
+    assert main(["compare", "--report", "old"]) == 0
+    assert [Path("old", name).read_text() for name in ("report.md", "report.html")] == reports
+
+
+@pil
+def test_the_winner_predicts_what_the_results_say(folder):
+    results = Results.load("compare/results.json")
+    [run] = [run for run in results[results.winner].runs if run.seed == results.winner_seed]
+    model = hf.AutoModelForImageClassification.from_pretrained("compare/best")
+    photos = datasets.load_from_disk("images")["test"]["image"][:]
+    inputs = hf.AutoImageProcessor.from_pretrained("compare/best")(photos, return_tensors="pt")
+    assert make.logits(model, inputs).argmax(-1).tolist() == list(run.predictions["test"])
+
+
+@pytest.mark.parametrize("file", sorted(DOCS.glob("*.json")), ids=lambda file: file.stem)
+def test_kept_results_are_read(file):
+    results, saved = Results.load(file), json.loads(file.read_text())
+    assert results.contenders[0].name == "full" and results[results.winner].finished_runs
+    for contender, content in zip(results.contenders, saved["contenders"], strict=True):
+        assert content.keys() <= vars(contender).keys() and contender.found == content["found"]
+        for kind in ("trials", "runs"):
+            for training, values in zip(getattr(contender, kind), content[kind], strict=True):
+                assert values.keys() <= vars(training).keys()
+                for name in ("seed", "params", "validation", "scores"):
+                    assert getattr(training, name) == values[name]
