@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import transformers as hf
 from datasets import Dataset, DatasetDict
+from sklearn.model_selection import train_test_split
 
 logger = hf.utils.logging.get_logger(__name__)
 
@@ -44,8 +45,6 @@ def _draw(
     splittable = counts.min() > 1 and min(size, len(rows) - size) >= len(counts)
     # Its shares are rounded at random: a class that should have less than one row may get none.
     if splittable and (not every_class or counts.min() * size >= len(rows)):
-        from sklearn.model_selection import train_test_split
-
         picked, left = train_test_split(rows, train_size=size, random_state=seed, stratify=labels)
         return picked, left
     return _draw_rare(rows, labels, size, seed, every_class)

@@ -13,10 +13,14 @@ from transformers import TrainingArguments
 from hf_ft.cli.compare_help import compare_help
 from hf_ft.cli.console import count, is_main, quieten, say, table
 from hf_ft.cli.flags import DataFlags
+from hf_ft.cli.models import usage
 from hf_ft.cli.prepare import read_splits
 from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
+from hf_ft.comparison.prepare import prepare_comparison
+from hf_ft.comparison.report import write_report
 from hf_ft.comparison.settings import setting
+from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import FTConfig, strategies
 from hf_ft.data.align import other_distribution
@@ -59,8 +63,6 @@ def run_compare(arguments: list[str]) -> None:
         return
     become_worker()
     quieten()
-    from hf_ft.comparison.prepare import prepare_comparison
-
     data_flags = DataFlags(**taken(values, DataFlags))
     settings = Settings(**taken(values, Settings))
     given = taken(values, TrainingArguments)
@@ -177,8 +179,6 @@ def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -
 
 def show(results: Results, folder: Path) -> None:
     """Print the ranking, and say where everything is."""
-    from hf_ft.comparison.statistics import standings
-
     rows = []
     for standing in standings(results):
         contender = standing.contender
@@ -207,8 +207,6 @@ def show(results: Results, folder: Path) -> None:
         say(f"note: {contender.name}: {', '.join(contender.on_edge)} lies on the edge of its range", error=True)
     say(f"\nIn {folder}: report.html, report.md, results.json" + (", best/ (the winner)." if results.winner else "."))
     if results.winner:
-        from hf_ft.cli.models import usage
-
         say(f"\n{usage(folder / 'best', str(results.data['task']))}")
 
 
@@ -219,8 +217,6 @@ def _spread(found: Any) -> str:
 
 
 def _report_anew(folder: Path) -> None:
-    from hf_ft.comparison.report import write_report
-
     file = folder / "results.json"
     if not file.is_file():
         raise ValueError(f"--report {folder}: there is no {file.name}: name the --output_dir of a comparison.")

@@ -15,6 +15,8 @@ from hf_ft.advice import Advice, advise
 from hf_ft.comparison.collect import collect
 from hf_ft.comparison.contenders import Entrant, Strategies, chosen_strategies, entrant
 from hf_ft.comparison.cost import measure_cost
+from hf_ft.comparison.report import write_report
+from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.runner import Judge, Tell
 from hf_ft.comparison.settings import Settings, training_arguments
@@ -93,8 +95,6 @@ class Prepared:
 
     def finish(self, command: str, advice: Advice | None = None) -> Results:
         """Save the winner and the report."""
-        from hf_ft.comparison.report import write_report
-
         judge, columns = self.judge, self.data.columns
         results = collect(
             judge,
@@ -230,8 +230,6 @@ def _described(data: Data, columns: Columns) -> dict[str, Any]:
 
 def _add_to_card(folder: Path, results: Results) -> None:
     """The comparison in the winner's card, once."""
-    from hf_ft.comparison.report.card import card_section
-
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8").partition("\n## Comparison\n")[0].rstrip()
     card.write_text(f"{text}\n\n{card_section(results).strip()}\n", encoding="utf-8")

@@ -1,1 +1,55 @@
-"""The vocabulary of a strategy: options, plans, terms, contexts, states."""
+"""An author's vocabulary: what a strategy is written in.
+
+>>> from hf_ft.core import FTConfig, Plan, Stage, State, Term, option, register
+"""
+
+from hf_ft import functional
+from hf_ft.core.compose import compose
+from hf_ft.core.config import FTConfig, Paper, Recommended, config_class, register, strategies
+from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
+from hf_ft.core.options import option
+from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, Term
+from hf_ft.core.schedules import Decay, decay
+from hf_ft.core.search_space import Choice, LogRange, Space
+from hf_ft.core.task_loss import TaskLoss
+from hf_ft.core.terms import DistanceFromStart, SquaredNorm
+from hf_ft.core.view import StreamView, View
+from hf_ft.errors import OptionError
+from hf_ft.models.names import EVERYTHING, Names
+
+__all__ = [
+    "EVERYTHING",
+    "Choice",
+    "Context",
+    "Decay",
+    "DistanceFromStart",
+    "FTConfig",
+    "FrozenCache",
+    "LogRange",
+    "Names",
+    "NormMode",
+    "OptionError",
+    "Paper",
+    "Plan",
+    "Rate",
+    "Recipe",
+    "Recommended",
+    "Samples",
+    "Source",
+    "Space",
+    "SquaredNorm",
+    "Stage",
+    "State",
+    "Stream",
+    "StreamView",
+    "TaskLoss",
+    "Term",
+    "View",
+    "compose",
+    "config_class",
+    "decay",
+    "functional",
+    "option",
+    "register",
+    "strategies",
+]

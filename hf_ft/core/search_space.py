@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats.qmc import Sobol
+
 
 @dataclass(frozen=True)
 class LogRange:
@@ -54,8 +56,6 @@ def spread(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
     """
     if not space or not count:
         return [{} for _ in range(count)]
-    from scipy.stats.qmc import Sobol
-
     # All dimensions are always drawn, so that the first ones do not depend on how many are used.
     points = Sobol(max(8, len(space)), rng=seed).random_base2(math.ceil(math.log2(count)) if count > 1 else 0)
     return [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
@@ -289,8 +290,6 @@ def load_delta(base: nn.Module | str, path: str | Path) -> nn.Module:
 
 
 def _load_base(name: str, folder: Path) -> nn.Module:
-    import transformers
-
     config = AutoConfig.from_pretrained(folder)
     if config.model_type == COLLABORATIVE:
         model_class: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
