@@ -46,4 +46,4 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]],
     def names_of() -> list[str]:
         return sorted({*vars(sys.modules[package]), *names})
 
-    return get, names_of, sorted(names)
+    return get, names_of, sorted(name for name in names if not name.startswith("_"))
