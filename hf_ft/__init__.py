@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from hf_ft.models.ensemble.processor import CollaborativeTokenizer as CollaborativeTokenizer
     from hf_ft.models.parts import Anatomy as Anatomy
     from hf_ft.models.parts import Part as Part
-    from hf_ft.strategies import *
+    from hf_ft.strategies import *  # noqa: F403, one line there makes a strategy known here too
     from hf_ft.strategies.amcf.scores import SwarmScores as SwarmScores
     from hf_ft.strategies.amcf.search import SwarmSearch as SwarmSearch
     from hf_ft.strategies.blockwise.scores import BlockScores as BlockScores

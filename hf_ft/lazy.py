@@ -21,11 +21,13 @@ def declared(package: str) -> dict[str, str]:
         raise ImportError(f"the source of {package} is needed to find its public names.", name=package)
     names: dict[str, str] = {}
     for node in ast.walk(ast.parse(source)):
-        for alias in node.names if isinstance(node, ast.ImportFrom) and node.module else ():
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        for alias in node.names:
             if alias.name == "*":
-                names |= declared(str(node.module))
+                names |= declared(node.module)
             elif alias.name == alias.asname:
-                names[alias.name] = str(node.module)
+                names[alias.name] = node.module
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from wrapt import register_post_import_hook
 
@@ -17,4 +18,11 @@ _REGISTERING = {
 def register_when_imported() -> None:
     """Register with the Auto classes as soon as they are there, which may be at once."""
     for theirs, ours in _REGISTERING.items():
-        register_post_import_hook(lambda _, ours=ours: importlib.import_module(ours), theirs)
+        register_post_import_hook(_importing(ours), theirs)
+
+
+def _importing(module: str) -> Callable[[object], None]:
+    def hook(_: object) -> None:
+        importlib.import_module(module)
+
+    return hook
