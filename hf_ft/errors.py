@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class AnatomyError(ValueError):
     """The model's head or blocks cannot be told; the message names the argument that settles it."""
@@ -13,3 +16,11 @@ class CheckpointError(ValueError):
 
 class OptionError(ValueError):
     """A value that cannot work. The message names the field, the value and the fix."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """That a name is unknown, the one that may have been meant, and all there are."""
+    known = list(known)
+    guess = get_close_matches(name, known, n=1)
+    hint = f" Did you mean {guess[0]!r}?" if guess else ""
+    return f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}."

@@ -12,6 +12,8 @@ from transformers.utils import logging
 
 from hf_ft.core import config as registry
 
+registry.strategies()  # ours register at the first look: before a test puts another table in place of this one
+
 
 @pytest.fixture
 def shipped_strategies(monkeypatch: pytest.MonkeyPatch) -> None:

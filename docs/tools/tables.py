@@ -1,7 +1,8 @@
-"""The generated places of README.md and docs/: tables of strategies and options, help texts, the API reference.
+"""The generated places of README.md and docs/: tables of strategies and options, help texts, the API reference; and
+hf_ft/cli/catalogue.json, what ``hf-ft list`` and ``hf-ft describe`` show.
 
     python -m docs.tools.tables             rewrite them all
-    python -m docs.tools.tables --check     exit with 1 and name the pages that are out of date
+    python -m docs.tools.tables --check     exit with 1 and name the files that are out of date
 
 A place is what stands between ``<!-- begin: NAME arguments -->`` and ``<!-- end -->``; NAME is a key of ``PLACES``.
 """
@@ -32,6 +33,8 @@ from docs.tools.measured import (
 )
 from docs.tools.measured import table_of_strategies as table_of_measured
 from docs.tools.results import table_of_advice, table_of_all, table_of_choice, table_of_five, table_of_task
+from hf_ft.cli.catalog import FILE as CATALOGUE
+from hf_ft.cli.entries import as_file
 from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategies
 from hf_ft.core.options import annotation, describe_type, options
 from hf_ft.core.search_space import Choice, LogRange
@@ -52,8 +55,15 @@ def pages(root: Path = ROOT) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
+def generated() -> list[Path]:
+    """All files that are generated or have generated places."""
+    return [CATALOGUE, *pages()]
+
+
 def rendered(page: Path) -> str:
-    """A page's text with its generated places made anew."""
+    """A file's text with its generated places made anew."""
+    if page == CATALOGUE:
+        return as_file(documented())
 
     def fill(match: re.Match[str]) -> str:
         content = PLACES[match[2]](page, *match[3].split())
@@ -307,14 +317,14 @@ PLACES: dict[str, Callable[..., str]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
     check = parser.parse_args().check
     if not (ROOT / "docs").is_dir():
         raise SystemExit("there is no docs folder beside the package: run this from a clone.")
     stale = 0
-    for page in pages():
+    for page in generated():
         text = rendered(page)
-        if text != page.read_text(encoding="utf-8"):
+        if not page.exists() or text != page.read_text(encoding="utf-8"):
             stale += 1
             print(f"{page.relative_to(ROOT)} {'is out of date' if check else 'is rewritten'}")
             if not check:

@@ -7,9 +7,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 from hf_ft.cli.console import is_main, rank, say
+from hf_ft.errors import unknown
 from hf_ft.version import __version__
 
 COMMANDS = {
@@ -62,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _call(command: str, arguments: list[str]) -> None:
     if command not in COMMANDS:
-        guess = get_close_matches(command, COMMANDS, n=1)
-        hint = f" Did you mean {guess[0]!r}?" if guess else ""
-        raise ValueError(f"unknown command {command!r}.{hint} Known: {', '.join(COMMANDS)}.")
+        raise ValueError(unknown("command", command, COMMANDS))
     module = importlib.import_module(f"hf_ft.cli.{COMMANDS[command][0]}")
     getattr(module, f"run_{command.replace('-', '_')}")(arguments)
 

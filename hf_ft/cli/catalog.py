@@ -1,21 +1,47 @@
-"""``hf-ft list`` and ``hf-ft describe``: what the registry knows, as text."""
+"""``hf-ft list`` and ``hf-ft describe``: the strategies as text, without importing what they need to run."""
 
 from __future__ import annotations
 
-from hf_ft.cli.console import Parser, say, table
-from hf_ft.core.config import FTConfig, config_class, strategies
-from hf_ft.core.options import annotation, describe_type, options
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from hf_ft.cli.console import Parser, say, table
+from hf_ft.errors import OptionError, unknown
+
+FILE = Path(__file__).with_name("catalogue.json")
 SOURCES = "Sources of defaults: code = read in the authors' code, paper = stated there, ours = chosen here."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is shown of a strategy; all values are text.
+
+    Attributes:
+        options: of each its ``name``, ``default``, ``source``, ``type``, ``range`` (may be empty) and ``help``.
+        recommended: of each training argument its ``name``, ``value`` and ``source``.
+    """
+
+    name: str
+    summary: str
+    cls: str
+    paper: str
+    short_paper: str
+    formula: str
+    options: list[dict[str, str]]
+    recommended: list[dict[str, str]]
 
 
 def run_list(arguments: list[str]) -> None:
     """Print all strategies: name, what it does, where from."""
     parser = Parser(prog="hf-ft list", description="List all strategies: name, what each does, and its paper.")
     parser.parse_args(arguments)
-    rows = [(name, one_liner(config), _short_paper(config)) for name, config in strategies().items()]
     # What it does is the long column: it goes last, where it is wrapped.
-    say(table([(name, paper, what) for name, what, paper in rows], ("strategy", "paper", "what it does")))
+    rows = [(entry.name, entry.short_paper, entry.summary) for entry in entries().values()]
+    say(table(rows, ("strategy", "paper", "what it does")))
     say("\n`hf-ft describe NAME` shows a strategy's formula and options; `hf-ft train --strategy NAME` uses it.")
     say("Strategies compose: give --strategy several times (at most one of them may decide what trains when).")
 
@@ -24,36 +50,33 @@ def run_describe(arguments: list[str]) -> None:
     """Print all there is to know about one strategy."""
     parser = Parser(prog="hf-ft describe", description="Show a strategy's paper, formula, options and defaults.")
     parser.add_argument("name", help="a name from `hf-ft list`")
-    say(describe(config_class(parser.parse_args(arguments).name)))
+    name, known = parser.parse_args(arguments).name, entries()
+    if name not in known:
+        raise OptionError(unknown("strategy", name, known))
+    say(describe(known[name]))
 
 
-def one_liner(config: type[FTConfig]) -> str:
-    """The first line of the class's docstring, without its full stop."""
-    return (config.__doc__ or "").strip().splitlines()[0].rstrip(".")
+def entries() -> dict[str, Entry]:
+    """Our strategies from the file that docs/tools/tables.py writes, and any other that this process has registered."""
+    content: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
+    found = {values["name"]: Entry(**values) for values in content}
+    if "hf_ft.core.config" in sys.modules:  # importing it takes seconds, and until then nobody can have registered
+        live = importlib.import_module("hf_ft.cli.entries").entries()
+        found |= {name: entry for name, entry in live.items() if name not in found}
+    return found
 
 
-def describe(config: type[FTConfig]) -> str:
+def describe(entry: Entry) -> str:
     """A strategy as a page of text; its own options come first, those of all strategies after."""
-    lines = [f"{config.ft_type}: {one_liner(config)}", ""]
-    module = config.__module__
-    head = [("class", f"{'hf_ft' if module.startswith('hf_ft.') else module}.{config.__name__}")]
-    head += [("paper", str(config.paper))] if config.paper else []
-    head += [("formula", config.formula)] if config.formula else []
-    lines += [table(head), "", "options"]
-    for field in options(config):
-        kind = describe_type(annotation(config, field.name))
-        limits = f" in {field.metadata['range']}" if field.metadata["range"] else ""
-        default = f"default {field.default} ({field.metadata['source']})"
-        lines.append(f"  --{config.ft_type}.{field.name}   {default}; {kind}{limits}")
-        lines.append(table([("", field.metadata["help"])], indent="    "))
+    head = [("class", entry.cls)]
+    head += [("paper", entry.paper)] if entry.paper else []
+    head += [("formula", entry.formula)] if entry.formula else []
+    lines = [f"{entry.name}: {entry.summary}", "", table(head), "", "options"]
+    for option in entry.options:
+        limits = f" in {option['range']}" if option["range"] else ""
+        default = f"default {option['default']} ({option['source']})"
+        lines.append(f"  --{entry.name}.{option['name']}   {default}; {option['type']}{limits}")
+        lines.append(table([("", option["help"])], indent="    "))
     lines += ["", "recommended training arguments (used by `hf-ft train` unless you set them)"]
-    wanted = [f"  {name} = {r.value}   ({r.source})" for name, r in config.recommended.items()]
+    wanted = [f"  {one['name']} = {one['value']}   ({one['source']})" for one in entry.recommended]
     return "\n".join([*lines, *(wanted or ["  none"]), "", SOURCES])
-
-
-def _short_paper(config: type[FTConfig]) -> str:
-    if config.paper is None:
-        return "-"
-    authors = [name.strip() for name in config.paper.authors.split(",")]
-    others = " et al." if len(authors) > 2 else f" and {authors[1]}" if len(authors) == 2 else ""
-    return f"{authors[0]}{others}, {config.paper.venue}"

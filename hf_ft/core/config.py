@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from hf_ft.core.context import Context, State
 from hf_ft.core.options import from_json, option, options, to_json, validate
 from hf_ft.core.plan import Plan
 from hf_ft.core.search_space import Space
-from hf_ft.errors import OptionError
+from hf_ft.errors import OptionError, unknown
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.parts import Anatomy
 from hf_ft.version import __version__
@@ -184,6 +184,13 @@ def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig
 
 C = TypeVar("C", bound="type[FTConfig]")
 _CONFIGS: dict[str, type[FTConfig]] = {}
+_OWN = "hf_ft.strategies"  # by name: its modules import this one
+
+
+def _registered() -> dict[str, type[FTConfig]]:
+    """All strategies; those of this package come first, and register when they are first looked for."""
+    importlib.import_module(_OWN)
+    return _CONFIGS
 
 
 def register(name: str) -> Callable[[C], C]:
@@ -194,7 +201,8 @@ def register(name: str) -> Callable[[C], C]:
     """
 
     def add(config_class: C) -> C:
-        known = _CONFIGS.get(name)
+        own = config_class.__module__.startswith(f"{_OWN}.")
+        known = (_CONFIGS if own else _registered()).get(name)
         if known is not None and known.__qualname__ != config_class.__qualname__:
             raise ValueError(f"strategy name {name!r} is taken by {known.__module__}.{known.__qualname__}.")
         config_class.ft_type = name
@@ -206,7 +214,7 @@ def register(name: str) -> Callable[[C], C]:
 
 def strategies() -> dict[str, type[FTConfig]]:
     """All registered strategies, in the order of registration."""
-    return dict(_CONFIGS)
+    return dict(_registered())
 
 
 def config_class(name: str) -> type[FTConfig]:
@@ -215,8 +223,7 @@ def config_class(name: str) -> type[FTConfig]:
     Raises:
         OptionError: unknown name; the message lists the names there are.
     """
-    if name in _CONFIGS:
-        return _CONFIGS[name]
-    guess = get_close_matches(name, _CONFIGS, n=1)
-    hint = f" Did you mean {guess[0]!r}?" if guess else ""
-    raise OptionError(f"unknown strategy {name!r}.{hint} Known: {', '.join(_CONFIGS)}.")
+    known = _registered()
+    if name in known:
+        return known[name]
+    raise OptionError(unknown("strategy", name, known))

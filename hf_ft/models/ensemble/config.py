@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import transformers as hf
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ft.errors import OptionError
 from hf_ft.models.weight_files import COLLABORATIVE
 
-AUTO: dict[str, Any] = {"image": hf.AutoModelForImageClassification, "text": hf.AutoModelForSequenceClassification}
-_MAPPINGS: dict[str, Any] = {
-    "image": hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    "text": hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+# By name: this module is imported before Transformers' models can be (see `auto`).
+_MODEL = "hf_ft.models.ensemble.model"
+_AUTO = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
+_MAPPINGS = {
+    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "text": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
 }
+TASKS = tuple(_AUTO)
 PREDICTIONS = ("sum", "mean_probability")
 # The ensemble's config holds these for all members.
 _SHARED = ("id2label", "label2id", "problem_type")
 
 
-class CollaborativeConfig(hf.PreTrainedConfig):
+def auto_model(task: str) -> Any:
+    """The Auto class of Transformers that makes and loads the classifiers of a task."""
+    return getattr(hf, _AUTO[task])
+
+
+class CollaborativeConfig(PreTrainedConfig):
     """Config of an ensemble; labels and ``problem_type`` are as of any classifier, and the same for all members.
 
     Args:
@@ -47,13 +58,14 @@ class CollaborativeConfig(hf.PreTrainedConfig):
     ancestors: list[str | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        importlib.import_module(_MODEL)  # registers the class that is loaded with a config of this kind
         super().__post_init__(**kwargs)
         self.members = list(self.members or [])
         count = len(self.members)
         self.inputs = [0] * count if self.inputs is None else list(self.inputs)
         self.sources = [None] * count if self.sources is None else list(self.sources)
         self.ancestors = [None] * count if self.ancestors is None else list(self.ancestors)
-        for name, known in (("prediction", PREDICTIONS), ("task", tuple(AUTO))):
+        for name, known in (("prediction", PREDICTIONS), ("task", TASKS)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}.")
         for name in ("inputs", "sources", "ancestors"):
@@ -66,7 +78,7 @@ class CollaborativeConfig(hf.PreTrainedConfig):
         """The config of one member, with the ensemble's labels."""
         assert self.members is not None
         content = copy.deepcopy(self.members[index])
-        config = hf.AutoConfig.for_model(content.pop("model_type"), **content)
+        config = AutoConfig.for_model(content.pop("model_type"), **content)
         self.share_with(config)
         config.dtype = self.dtype or config.dtype
         if self._attn_implementation is not None:
@@ -133,10 +145,13 @@ def _task_of(model: Any, name: str) -> str:
     if getattr(type(model), "_auto_class", None) is not None:
         raise OptionError(f"{name} runs code from the Hub, which is not loaded here: take a model of Transformers.")
     for task, mapping in _MAPPINGS.items():
-        known = mapping.get(type(model.config), ())
+        known = getattr(hf, mapping).get(type(model.config), ())
         if type(model) in (known if isinstance(known, tuple) else (known,)):
             return task
     raise OptionError(
-        f"{name} is no classifier that {' or '.join(auto.__name__ for auto in AUTO.values())} knows, so it could not "
+        f"{name} is no classifier that {' or '.join(_AUTO.values())} knows, so it could not "
         "be loaded again: take one of Transformers, or register the class there and with AutoConfig."
     )
+
+
+AutoConfig.register(CollaborativeConfig.model_type, CollaborativeConfig, exist_ok=True)

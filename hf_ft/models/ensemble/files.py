@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME
 
 from hf_ft.errors import CheckpointError
-from hf_ft.models.ensemble.config import AUTO, CollaborativeConfig
+from hf_ft.models.ensemble.config import CollaborativeConfig, auto_model
 from hf_ft.models.weight_files import member_folder
 
 UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
@@ -68,7 +68,7 @@ def read_member(
         # Never a pickle.
         options = {**options, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
         options["dtype"] = wanted.dtype or "auto"
-        member, info = AUTO[config.task].from_pretrained(name, config=wanted, **place, **options)
+        member, info = auto_model(config.task).from_pretrained(name, config=wanted, **place, **options)
     except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
         raise CheckpointError(_message(config, index, name, place, str(error))) from error
     allowed = {"mismatched_keys"} if options.get("ignore_mismatched_sizes") else set()
@@ -92,7 +92,7 @@ def _message(config: CollaborativeConfig, index: int, name: str, place: Mapping[
     others = [other for other in range(len(config.members or [])) if other != index]
     if others:
         there = f"{place['subfolder'].removesuffix(member_folder(index))}{member_folder(others[0])}"
-        fix += f", or use another member alone: {AUTO[config.task].__name__}.from_pretrained({name!r}, "
+        fix += f", or use another member alone: {auto_model(config.task).__name__}.from_pretrained({name!r}, "
         fix += f"subfolder={there!r})"
     return f"{name}/{place['subfolder']} is missing or damaged: {reason.rstrip('.')}. {fix}."
 

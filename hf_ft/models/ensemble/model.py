@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from hf_ft.errors import OptionError
-from hf_ft.models.ensemble.config import AUTO, CollaborativeConfig, common_config, described
+from hf_ft.models.ensemble.config import TASKS, CollaborativeConfig, auto_model, common_config, described
 from hf_ft.models.ensemble.files import UPLOAD, check_count, merged, read_member, upload, write_member
 from hf_ft.models.ensemble.processor import column
 
@@ -98,7 +98,7 @@ class CollaborativeModel(hf.PreTrainedModel):
         super().__init__(config)
         config._attn_implementation_internal = attention  # else it would be chosen for the members, too
         if members is None:
-            build = AUTO[config.task].from_config
+            build = auto_model(config.task).from_config
             members = [build(config.member(index), trust_remote_code=False) for index in range(len(config.members))]
         self.members = nn.ModuleList(members)
         self.training = self.members.training = all(member.training for member in members)
@@ -286,6 +286,5 @@ def _data_names(member: Any, takes: Mapping[str, bool]) -> list[str]:
     return [name for name in dict.fromkeys([member.main_input_name, *tensors]) if name not in apart]
 
 
-hf.AutoConfig.register(CollaborativeConfig.model_type, CollaborativeConfig, exist_ok=True)
-for _auto in AUTO.values():
-    _auto.register(CollaborativeConfig, CollaborativeModel, exist_ok=True)
+for _task in TASKS:
+    auto_model(_task).register(CollaborativeConfig, CollaborativeModel, exist_ok=True)

@@ -167,7 +167,7 @@ def test_a_process_that_only_imports_the_package_reads_it_and_a_pipeline_scores_
     code = """
 import importlib, json, sys
 import hf_ft
-importlib.reload(sys.modules["hf_ft.models.ensemble.processor"])  # registers again
+importlib.reload(importlib.import_module("hf_ft.models.ensemble.processor"))  # registers again
 from transformers import AutoImageProcessor, pipeline
 folder, *photos = sys.argv[1:]
 classify = pipeline("image-classification", model=folder)

@@ -1,0 +1,28 @@
+"""The ensemble in Transformers' Auto classes, without importing Transformers before someone else does."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from wrapt import register_post_import_hook
+
+# Once Transformers' module is imported, ours is, and registers itself. The class of the model follows when the first
+# config is made: Transformers imports its own Auto classes of models at a time when models cannot be imported yet.
+_REGISTERING = {
+    "transformers.models.auto.configuration_auto": "hf_ft.models.ensemble.config",
+    "transformers.models.auto.image_processing_auto": "hf_ft.models.ensemble.processor",
+}
+
+
+def register_when_imported() -> None:
+    """Register with the Auto classes as soon as they are there, which may be at once."""
+    for theirs, ours in _REGISTERING.items():
+        register_post_import_hook(_importing(ours), theirs)
+
+
+def _importing(module: str) -> Callable[[object], None]:
+    def hook(_: object) -> None:
+        importlib.import_module(module)
+
+    return hook

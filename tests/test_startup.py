@@ -1,0 +1,206 @@
+"""What is imported when: the package and the light commands without torch, the rest by name when it is first used."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import transformers as hf
+
+import hf_ft
+from hf_ft.core.config import strategies, write_configs
+from hf_ft.models.ensemble.model import CollaborativeModel
+from hf_ft.models.ensemble.processor import combined
+from hf_ft.strategies.l2_sp import L2SPConfig
+from hf_ft.strategies.tred.config import TREDConfig
+from hf_ft.testing.models import tiny_resnet
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "sklearn")
+pil = pytest.mark.skipif(
+    getattr(hf.MobileNetV2ImageProcessorPil, "is_dummy", False),
+    reason="this version of Transformers has no image processors without torchvision",
+)
+
+
+def run(code, *arguments):
+    """What a fresh process prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["list"], 0),
+        (["describe", "l2_sp"], 0),
+        (["describe", "l2_ps"], 2),
+        (["tarin"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_light_commands_import_nothing_heavy(arguments, code):
+    printed = run(
+        "import json, sys; from hf_ft.cli import main; code = main(sys.argv[2:]);"
+        "print(json.dumps([code, [name for name in json.loads(sys.argv[1]) if name in sys.modules]]))",
+        json.dumps(HEAVY),
+        *arguments,
+    )
+    assert json.loads(printed.splitlines()[-1]) == [code, []]
+
+
+def test_importing_the_package_imports_nothing_heavy_and_knows_its_names():
+    printed = run(
+        "import json, sys, hf_ft; hidden = {*hf_ft.__all__} - {*dir(hf_ft)}; hf_ft.documents, hf_ft.cli;"
+        "print(json.dumps([sorted(hidden), [name for name in json.loads(sys.argv[1]) if name in sys.modules]]))",
+        json.dumps(HEAVY),
+    )
+    assert json.loads(printed) == [[], []]
+
+
+def test_every_public_name_is_there():
+    assert len(hf_ft.__all__) > 50 and all(getattr(hf_ft, name) is not None for name in hf_ft.__all__)
+    with pytest.raises(AttributeError, match="module 'hf_ft' has no attribute 'FTTrainr'"):
+        hf_ft.FTTrainr  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'FTTrainr' from 'hf_ft'"):
+        from hf_ft import FTTrainr  # noqa: F401
+
+
+def test_no_public_name_is_hidden_by_a_module():
+    folder = Path(hf_ft.__file__).parent
+    modules = {path.stem for path in folder.iterdir()}
+    assert {*hf_ft.__all__} & modules == {"diagnostics"}
+
+
+@pytest.mark.parametrize(
+    "name", ["data", "trainer", "diagnostics", "advice", "comparison", "testing", "zoo", "metrics"]
+)
+def test_a_module_is_an_attribute(name):
+    assert getattr(hf_ft, name) is importlib.import_module(f"hf_ft.{name}")
+
+
+@pytest.mark.slow
+def test_type_checkers_see_the_names(tmp_path):
+    mypy = pytest.importorskip("mypy.api")
+    user = tmp_path / "user.py"
+    user.write_text(
+        "from hf_ft import FTTrainer, L2SPConfig, advise, diagnostics\n"
+        "import hf_ft\n"
+        "reveal_type(FTTrainer)\nreveal_type(L2SPConfig)\nreveal_type(hf_ft.OptionError)\n"
+        "reveal_type(diagnostics.feature_distortion)\nhf_ft.FTTrainr\n"
+    )
+    libraries = "torch.*,transformers.*,datasets.*,peft.*,accelerate.*,numpy.*,sklearn.*,PIL.*,huggingface_hub.*"
+    settings = tmp_path / "mypy.ini"
+    settings.write_text(f"[mypy]\nstrict = True\nfollow_imports = silent\n[mypy-{libraries}]\nfollow_imports = skip\n")
+    printed, failure, _ = mypy.run([f"--config-file={settings}", f"--cache-dir={tmp_path}", str(user)])
+    shown = re.findall(r'(?:type is|error:) "?(.*)', printed)
+    assert not failure, failure
+    assert "hf_ft.trainer" in shown[0] and "FTTrainer" in shown[0], printed
+    assert "L2SPConfig" in shown[1] and "OptionError" in shown[2] and "def (" in shown[3], printed
+    assert 'Module has no attribute "FTTrainr"' in printed and len(shown) == 5, printed
+
+
+# Registered by name
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """A folder of an ensemble whose members read different images, and a photo."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    sizes = ({"height": 16, "width": 16}, {"height": 24, "width": 24})
+    combined(
+        [
+            hf.MobileNetV2ImageProcessorPil(size=sizes[0], do_center_crop=False),
+            hf.EfficientNetImageProcessorPil(size=sizes[1], include_top=False),
+        ]
+    ).save_pretrained(folder)
+    CollaborativeModel.from_members([tiny_resnet(), tiny_resnet(seed=1)], inputs=[0, 1]).save_pretrained(folder)
+    PIL.Image.fromarray(np.zeros((40, 30, 3), dtype=np.uint8)).save(folder / "photo.png")
+    return folder
+
+
+# What is imported first, and what is looked for first after it.
+ORDERS = [
+    ("import hf_ft, transformers", "model"),
+    ("import hf_ft; from transformers import Trainer; import transformers", "config"),
+    ("from transformers import Trainer; import hf_ft, transformers", "pipeline"),
+    ("import hf_ft.models.ensemble.config, transformers", "processor"),
+    ("from hf_ft import CollaborativeImageProcessor; import transformers", "model"),
+]
+LOOKS = {
+    "model": (
+        "type(transformers.AutoModelForImageClassification.from_pretrained(folder)).__name__",
+        "CollaborativeModel",
+    ),
+    "config": ("type(transformers.AutoConfig.from_pretrained(folder)).__name__", "CollaborativeConfig"),
+    "processor": (
+        "type(transformers.AutoImageProcessor.from_pretrained(folder)).__name__",
+        "CollaborativeImageProcessor",
+    ),
+    "pipeline": ("len(transformers.pipeline('image-classification', model=folder)(folder + '/photo.png'))", "3"),
+}
+
+
+@pil
+@pytest.mark.parametrize(("imports", "first"), ORDERS)
+def test_transformers_loads_an_ensemble_after_a_plain_import(imports, first, ensemble):
+    names = [first, *(name for name in LOOKS if name != first)]
+    shown = ", ".join(LOOKS[name][0] for name in names)
+    printed = run(f"import sys; folder = sys.argv[1]; {imports}; print({shown}, sep='\\n')", ensemble)
+    assert printed.split() == [LOOKS[name][1] for name in names]
+
+
+def test_the_first_look_finds_every_strategy_in_its_order(tmp_path):
+    write_configs(tmp_path, [L2SPConfig(), TREDConfig()])
+    printed = run(
+        "import json, sys, hf_ft; print(json.dumps([config.ft_type for config in hf_ft.load_configs(sys.argv[1])]));"
+        "from hf_ft.core.config import strategies;"
+        "print(json.dumps([hf_ft.config_class('soft').ft_type, *strategies()]))",
+        tmp_path,
+    )
+    loaded, (looked, *names) = map(json.loads, printed.splitlines())
+    assert loaded == ["l2_sp", "tred"] and looked == "soft"
+    assert names == [name for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.")]
+
+
+THEIRS = """
+import json, sys
+from dataclasses import dataclass
+from hf_ft import FTConfig, Plan, register
+def theirs(name):
+    @register(name)
+    @dataclass(frozen=True, kw_only=True)
+    class Theirs(FTConfig):
+        '''Another's.'''
+        def plan(self, model, state):
+            return Plan()
+    return Theirs
+"""
+
+
+def test_anothers_strategy_comes_after_ours_and_takes_none_of_their_names():
+    printed = run(
+        f"{THEIRS}\nkind = theirs('theirs')\n"
+        "import hf_ft; from hf_ft.core.config import strategies\n"
+        "assert hf_ft.config_class('theirs') is kind and type(hf_ft.FTConfig.from_dict(kind().to_dict())) is kind\n"
+        "try:\n    theirs('l2_sp')\nexcept ValueError as error:\n    print(error)\n"
+        "print(json.dumps(list(strategies())))"
+    )
+    clash, names = printed.splitlines()
+    assert clash.startswith("strategy name 'l2_sp' is taken by hf_ft.strategies.l2_sp") and "L2SPConfig" in clash
+    assert json.loads(names)[-1] == "theirs" and json.loads(names)[0] == "amcf"
+
+
+def test_strategies_register_again_when_their_package_is_reloaded():
+    before = strategies()
+    importlib.reload(sys.modules["hf_ft.strategies"])
+    assert strategies() == before
