@@ -26,8 +26,8 @@ demo: $(VENV)/.weights
 	$(BIN)/hf-ft demo $(ARGS)
 
 lint: $(VENV)/.base
-	$(BIN)/ruff check --config .ci/ruff.toml hf_ft tests examples
-	$(BIN)/ruff format --check --config .ci/ruff.toml hf_ft tests examples
+	$(BIN)/ruff check --config .ci/ruff.toml hf_ft tests examples docs/tools
+	$(BIN)/ruff format --check --config .ci/ruff.toml hf_ft tests examples docs/tools
 	$(BIN)/mypy
 
 test: $(VENV)/.weights lint
@@ -38,7 +38,7 @@ bench: $(VENV)/.base
 
 docs: $(VENV)/.base
 	$(PIP) -e '.[docs]'
-	$(BIN)/mkdocs build -f docs/mkdocs.yml --strict
+	$(BIN)/python -m zensical build --clean --strict
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .cache site build dist *.egg-info
