@@ -7,7 +7,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs generated clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +26,8 @@ demo: $(VENV)/.weights
 	$(BIN)/hf-ft demo $(ARGS)
 
 lint: $(VENV)/.base
-	$(BIN)/ruff check --config .ci/ruff.toml hf_ft tests examples
-	$(BIN)/ruff format --check --config .ci/ruff.toml hf_ft tests examples
+	$(BIN)/ruff check --config .ci/ruff.toml hf_ft tests examples docs/tools
+	$(BIN)/ruff format --check --config .ci/ruff.toml hf_ft tests examples docs/tools
 	$(BIN)/mypy
 
 test: $(VENV)/.weights lint
@@ -36,9 +36,13 @@ test: $(VENV)/.weights lint
 bench: $(VENV)/.base
 	$(BIN)/python tests/benchmarks/steps.py $(ARGS)
 
+# The tables, help texts and lists in README.md and docs/, and the catalogue that `hf-ft list` reads.
+generated: $(VENV)/.base
+	$(BIN)/python -m docs.tools.tables
+
 docs: $(VENV)/.base
 	$(PIP) -e '.[docs]'
-	$(BIN)/mkdocs build -f docs/mkdocs.yml --strict
+	$(BIN)/python -m zensical build --clean --strict
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .cache site build dist *.egg-info

@@ -285,7 +285,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 def gaussian_log_likelihood(mean: Tensor, log_var: Tensor, samples: Tensor) -> Tensor:
     r"""The mean log-likelihood of samples under diagonal Gaussians, a scalar.
 
-    .. math:: \frac1B \sum_i \log \mathcal N(s_i;\, \mu_i, \operatorname{diag} e^{v_i})
+    .. math:: \frac1B \sum_i \log \mathcal N(s_i;\, \mu_i, \operatorname{diag} \, e^{v_i})
 
     Args:
         mean: (B, d).
@@ -300,7 +300,7 @@ def club_upper_bound(mean: Tensor, log_var: Tensor, samples: Tensor) -> Tensor:
     r"""CLUB, an upper bound of the mutual information of p and n, if q(n | p) is near the true conditional.
 
     .. math:: \frac1B \sum_i \log q(n_i \mid p_i) - \frac1{B^2} \sum_{i,j} \log q(n_j \mid p_i), \qquad
-        q(n \mid p_i) = \mathcal N(\mu_i, \operatorname{diag} e^{v_i})
+        q(n \mid p_i) = \mathcal N(\mu_i, \operatorname{diag} \, e^{v_i})
 
     Both sums hold the same log-variances, which cancel.
 

@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import inspect
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import hf_ft
 from docs.tools.measured import (
     table_of_disentangling,
     table_of_frozen,
@@ -33,6 +31,7 @@ from docs.tools.measured import (
 )
 from docs.tools.measured import table_of_strategies as table_of_measured
 from docs.tools.results import table_of_advice, table_of_all, table_of_choice, table_of_five, table_of_task
+from docs.tools.roles import markdown
 from hf_ft.cli.catalog import FILE as CATALOGUE
 from hf_ft.cli.entries import as_file
 from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategies
@@ -42,6 +41,9 @@ from hf_ft.core.search_space import Choice, LogRange
 ROOT = Path(__file__).parents[2]
 _PLACE = re.compile(r"(<!-- begin: (\w+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Reference):", re.M)
+# The options stand on the strategy's page, with what they mean.
+_ENTRY_OPTIONS = "    options: {members: false, show_signature: false, show_bases: false}"
+NO_PAPER = "No paper: this is a common baseline."
 SOURCES = "Source of a default: `code` = read in the authors' code, `paper` = stated there, `ours` = chosen here."
 
 
@@ -81,15 +83,15 @@ def table_of_strategies(page: Path) -> str:
     rows = []
     for name, kind in documented().items():
         link = Path(os.path.relpath(folder / f"{name}.md", page.parent)).as_posix()
-        rows.append((f"[`{name}`]({link})", _summary(kind), _source(kind.paper)))
+        rows.append((f"[`{name}`]({link})", _description(kind)[0], _source(kind.paper)))
     return _table(("strategy", "what it does", "paper"), rows)
 
 
 def about(page: Path, name: str) -> str:
-    """The head of a strategy's page: config class, paper, formula."""
+    """The head of a strategy's page: what the docstring of its config says, and the paper."""
     kind = config_class(name)
-    paper = f"Paper: {kind.paper}" if kind.paper else "No paper: this is a common baseline."
-    return f"{_summary(kind)}\n\nConfig: `hf_ft.{kind.__name__}`, name `{name}`. {paper}\n\n{_fence(kind.formula)}"
+    paper = f"Paper: {kind.paper}".replace(kind.paper.url, f"<{kind.paper.url}>") if kind.paper else NO_PAPER
+    return "\n\n".join([*_description(kind), f"Config: `hf_ft.{kind.__name__}`, name `{name}`. {paper}"])
 
 
 def table_of_options(page: Path, name: str | None = None) -> str:
@@ -121,12 +123,14 @@ def table_of_laws(page: Path) -> str:
     """The laws that ``hf_ft.testing`` checks."""
     from hf_ft.testing import LAWS
 
-    rows = [(f"`{name}`", _markdown(_paragraphs(law)[0])) for name, law in LAWS.items()]
+    rows = [(f"`{name}`", _description(law)[0]) for name, law in LAWS.items()]
     return _table(("law", "what it says"), rows)
 
 
-def _summary(kind: type) -> str:
-    return _markdown(_paragraphs(kind)[0])
+def _description(thing: Any) -> list[str]:
+    """The paragraphs of a docstring before its first section, in Markdown."""
+    text = markdown(_SECTION.split(inspect.getdoc(thing) or "")[0].strip())
+    return [part if part.startswith("$$") else " ".join(part.split()) for part in text.split("\n\n")]
 
 
 def _source(paper: Paper | None) -> str:
@@ -179,116 +183,13 @@ def help_text(page: Path, *command: str) -> str:
 # --- the API reference ------------------------------------------------------------------------------------
 
 
-def api(page: Path, module: str, *names: str) -> str:
-    """Every public name that a module defines, in the order of its source.
-
-    Public is what ``names`` says; without them the module's own ``__all__``, or that of ``hf_ft``.
-    """
-    home = importlib.import_module(module)
-    public = names or vars(home).get("__all__", hf_ft.__all__)
-    things = {name: thing for name, thing in vars(home).items() if name in public and thing.__module__ == module}
-    ordered = sorted(things.items(), key=lambda item: inspect.getsourcelines(item[1])[1])
-    return "\n\n".join(_entry(name, thing) for name, thing in ordered)
-
-
-def table_of_configs(page: Path) -> str:
-    """The config classes of the strategies, with a link to each one's page."""
-    rows = [(f"`{kind.__name__}`", f"[`{name}`](methods/{name}.md)") for name, kind in documented().items()]
-    return _table(("class", "options and page"), rows)
-
-
-def _entry(name: str, thing: Any) -> str:
-    parts = [f"### {name}", _fence(_signature(name, thing)), *map(_markdown, _paragraphs(thing)), _details(thing)]
-    parts += [
-        f"`{_signature('.' + method, function, width=10_000)}`: {_markdown(_paragraphs(function)[0])}"
-        for method, function in _methods(thing)
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _methods(thing: Any) -> Iterator[tuple[str, Any]]:
-    """A class's own public methods and properties that have a docstring."""
-    if not inspect.isclass(thing):
-        return
-    for name, member in vars(thing).items():
-        function = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
-        if not name.startswith("_") and inspect.isfunction(function) and function.__doc__:
-            yield name, member if isinstance(member, property) else function
-
-
-class _Verbatim:
-    """An annotation that shows as it stands in the source."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-def _signature(name: str, thing: Any, width: int = 90) -> str:
-    if isinstance(thing, property):
-        return name
-    if inspect.isclass(thing) and issubclass(thing, Exception):
-        return f"{name}(ValueError)"
-    signature = inspect.signature(thing)
-
-    def shown(note: Any) -> Any:
-        if note is signature.empty or note is None:
-            return note
-        return _Verbatim(re.sub(r"\b\w+(?:\.\w+)*\.(?=[A-Z])", "", _annotation(note)))
-
-    parameters = [p.replace(annotation=shown(p.annotation)) for p in signature.parameters.values() if p.name != "self"]
-    returns = signature.empty if inspect.isclass(thing) else shown(signature.return_annotation)
-    line = name + str(signature.replace(parameters=parameters, return_annotation=returns))
-    if len(line) <= width:
-        return line
-    tail = "" if returns is signature.empty else f" -> {returns}"
-    shown_parameters: list[str] = []
-    for parameter in parameters:
-        if parameter.kind is parameter.KEYWORD_ONLY and not any(p.startswith("*") for p in shown_parameters):
-            shown_parameters.append("*")
-        shown_parameters.append(str(parameter))
-    return "\n".join([f"{name}(", *(f"    {p}," for p in shown_parameters), f"){tail}"])
-
-
-def _annotation(note: Any) -> str:
-    return note if isinstance(note, str) else inspect.formatannotation(note)
-
-
-def _paragraphs(thing: Any) -> list[str]:
-    """What a docstring says before its first section and its formula."""
-    doc = _SECTION.split((inspect.getdoc(thing) or "").strip())[0]
-    found = [" ".join(paragraph.split()) for paragraph in doc.split("\n\n")]
-    return [text for text in found if text and not text.startswith(".. math::")]
-
-
-def _details(thing: Any) -> str:
-    """The sections of a docstring as lists."""
-    parts = _SECTION.split((inspect.getdoc(thing) or "").strip())[1:]
-    shown = []
-    for title, body in zip(parts[::2], parts[1::2], strict=True):
-        items = re.split(r"\n(?=    \S)", "\n" + body.strip("\n")) if body.startswith("\n") else [body]
-        lines = [_item(" ".join(item.split()), title) for item in items if item.strip()]
-        shown.append(f"{title}:\n\n" + "\n".join(lines))
-    return "\n\n".join(shown)
-
-
-def _item(text: str, title: str) -> str:
-    name, colon, rest = text.partition(": ")
-    named = colon and title != "Returns" and re.fullmatch(r"[\w*, ]+", name)
-    return f"- `{name}`: {_markdown(rest)}" if named else f"- {_markdown(text)}"
-
-
-def _markdown(text: str) -> str:
-    """Docstrings are reStructuredText: roles and double backticks become code."""
-    text = re.sub(r":math:`([^`]*)`", lambda m: f"`{_plain_formula(m[1])}`", text)
-    text = re.sub(r":(?:class|func|meth|mod):`~?(?:hf_ft\.(?:\w+\.)*)?([^`]*)`", r"`\1`", text)
-    return text.replace("``", "`")
-
-
-def _plain_formula(text: str) -> str:
-    return re.sub(r"\\text\{([^}]*)\}", r"\1", text).replace("\\cdot", "·").replace("\\", "")
+def entries_of_configs(page: Path) -> str:
+    """A directive for each strategy's config class, and a link to its page."""
+    link = "Options, example and limits: [{name}](../methods/{name}.md)."
+    return "\n\n".join(
+        f"::: hf_ft.{kind.__name__}\n{_ENTRY_OPTIONS}\n\n{link.format(name=name)}"
+        for name, kind in documented().items()
+    )
 
 
 PLACES: dict[str, Callable[..., str]] = {
@@ -297,8 +198,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "options": table_of_options,
     "tuned": table_of_tuned,
     "help": help_text,
-    "api": api,
-    "configs": table_of_configs,
+    "configs": entries_of_configs,
     "laws": table_of_laws,
     "steps": lambda page: table_of_steps(_table),
     "step_times": lambda page: table_of_step_times(_table),

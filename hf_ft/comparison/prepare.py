@@ -45,7 +45,9 @@ class Prepared:
         judge: runs it.
         data: its data.
         bench: where full fine-tuning trains.
-        model_name, image_size, parameters: of the model.
+        model_name: as it was given.
+        image_size: side of the images, in pixels.
+        parameters: how many the model has.
     """
 
     judge: Judge

@@ -69,7 +69,8 @@ class Contender:
     Attributes:
         name: as it was asked for: a strategy, or several joined by ``+``.
         configs: the strategies with their options, before tuning.
-        status, reason: how far it came, and why no further.
+        status: how far it came.
+        reason: why no further.
         notes: what a reader must know, such as that it runs without source data.
         space: what was tuned, for people: ``"1e-05 to 0.3"``, ``"auto, eval"``.
         measure_seconds: what the strategy's look at the data took (a search, statistics), once for all trainings, in
@@ -122,7 +123,8 @@ class Results:
             be read, by split); ``notices`` (licences); ``notes`` (which splits were carved).
         labels: by split, the true classes in the order of the predictions.
         settings: epochs, batch size, optimizer, budget and so on.
-        versions, machine: where it ran.
+        versions: of Python packages.
+        machine: where it ran.
         seconds: in all, over all sittings and workers.
         contenders: in the order in which they ran; the first is full fine-tuning, the baseline.
         advice: what :func:`hf_ft.advice.advise` said, where it was asked.

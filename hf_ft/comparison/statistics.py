@@ -51,7 +51,9 @@ class Difference:
     Attributes:
         by_seed: score minus that of full fine-tuning; at least one. For errors, less than 0 is better.
         interval: percentile bootstrap of the mean, 95 %; None with one seed.
-        wins, ties, losses: seeds on which it is better, alike, worse.
+        wins: seeds on which it is better.
+        ties: on which it is alike.
+        losses: on which it is worse.
     """
 
     by_seed: Mapping[int, float]
@@ -82,7 +84,9 @@ class Standing:
         standard_errors: by split, see :func:`standard_error`, the mean over its runs.
         seconds: of one training, on the wall: the mean over its final runs; None without such runs.
         compute: seconds of computing of one training and the look at the data before it, likewise.
-        peak_memory_mb, parameters_trained, checkpoint_mb: the most over its final runs, likewise.
+        peak_memory_mb: the most over its final runs, likewise.
+        parameters_trained: likewise.
+        checkpoint_mb: likewise.
     """
 
     contender: Contender

@@ -58,7 +58,8 @@ class Context:
         source: the source data, where there are such.
         folder: where intermediate results may be kept.
         progress: whether to show progress bars.
-        rank, ranks: which process this is, of how many.
+        rank: which process this is.
+        ranks: of how many.
     """
 
     batches: Callable[[], Iterator[dict[str, Any]]]

@@ -41,7 +41,7 @@ class BSSConfig(FTConfig):
 
     .. math:: L = \mathrm{CE} + \eta \sum_{i=1}^{k} \sigma_{-i}^2(F)
 
-    F are the (B, d) features that go into the head.
+    :math:`F` are the (B, d) features that go into the head, :math:`\sigma_{-i}` is their i-th smallest singular value.
     """
 
     paper = Paper(

@@ -38,9 +38,10 @@ class GradualUnfreezingConfig(FTConfig):
 
     Group :math:`g` counted from the top (head: 0) trains from stage :math:`g` on, at
 
-    .. math:: \eta_g = \eta / d^{\,g}, \qquad d = 2.6
+    .. math:: \eta_g = \eta / d^{\,g}
 
-    The first stage trains the head alone; the remaining parts are cut into ``stages - 1`` groups.
+    with :math:`d` for ``decay``. The first stage trains the head alone; the remaining parts are cut into
+    ``stages - 1`` groups.
     """
 
     paper = Paper(

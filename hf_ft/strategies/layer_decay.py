@@ -21,6 +21,8 @@ class LayerDecayConfig(FTConfig):
     With the parts numbered :math:`0` (stem) to :math:`L` (head):
 
     .. math:: \eta_l = \eta \, d^{\,L - l}
+
+    with :math:`d` for ``decay``.
     """
 
     paper = Paper(

@@ -63,8 +63,10 @@ class SoftConfig(FTConfig):
         L(t) = \mathrm{CE}(h_T(f(x_T)), y_T) + \lambda(t) \, \mathrm{CE}(h_S(f(x_S)), y_S), \qquad
         \lambda(t) = \lambda_0 \, s(t / t_0)
 
-    :math:`h_S` is the pretrained head, which trains while :math:`\lambda > 0` and is gone afterwards; s falls from 1
-    to 0 (:func:`hf_ft.core.schedules.decay`). Without source data, ``source="head"``, the second loss is
+    :math:`\lambda_0` is ``weight``, :math:`t_0` is ``until``; :math:`s` falls from 1 to 0
+    (:func:`hf_ft.core.schedules.decay`).
+    :math:`h_S` is the pretrained head, which trains while :math:`\lambda > 0` and is gone afterwards. Without source
+    data, ``source="head"``, the second loss is
     :math:`4 \, \mathrm{KL}(h_S^0(f^0(x_T)) \,\|\, h_S(f(x_T)))` at temperature 3: what the pretrained network said of
     the target's images.
     """
@@ -165,7 +167,7 @@ class LwFConfig(FTConfig):
             + \lambda \, \mathrm{KL}(\sigma(h_S^0(f^0(x)) / T) \,\|\, \sigma(h_S(f(x)) / T)), \qquad
         \sigma = \operatorname{softmax}
 
-    It is :class:`SoftConfig` with ``source="head"`` and a constant weight.
+    :math:`\lambda` is ``weight``. It is :class:`SoftConfig` with ``source="head"`` and a constant weight.
     """
 
     paper = Paper(

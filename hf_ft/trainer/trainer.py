@@ -61,7 +61,9 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
     ``loss/<name>``. Losses are micro-batch means, so that gradient accumulation and ranks do not change them.
 
     Args:
-        model, args, *positional, **keywords: as ``Trainer`` takes them.
+        model: as ``Trainer`` takes it.
+        args: likewise.
+        *positional: likewise.
         strategy: a config, a registered name such as ``"lp_ft"``, or a list of them.
         class_weights: a weight per class of the cross-entropy, or ``"balanced"``: n / (C * n_c) over the
             training labels.
@@ -75,6 +77,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         source_data_collator: makes batches of them; default: ``data_collator``.
         states: what the strategies measured before (``trainer.states`` of another run on the same model, data and
             options), so that trials of other rates need not measure again.
+        **keywords: all else that ``Trainer`` takes.
 
     Raises:
         OptionError: a value, or a combination with ``args``, that cannot work.

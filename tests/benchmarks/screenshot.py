@@ -6,8 +6,7 @@ python tests/benchmarks/screenshot.py runs/compare/results.json docs/report.png
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from PIL import Image
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.results import Results
 
-FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync --hide-scrollbars"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.browser import chromium, find_chromium
+
 COLOURS = 96  # of the picture: enough for text and marks, and a third of the size
 
 
@@ -28,17 +28,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1000, help="of the page, in pixels")
     parser.add_argument("--height", type=int, default=2485, help="of the picture, in pixels")
     flags = parser.parse_args()
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+    if find_chromium() is None:
         parser.error("there is no Chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         write_report(Results.load(flags.results), Path(folder) / "report")
         shot = Path(folder) / "shot.png"
-        size = f"--window-size={flags.width},{flags.height}"
-        page = (Path(folder) / "report" / "report.html").as_uri()
-        profile = f"--user-data-dir={folder}/profile"
-        command = [chromium, *FLAGS.split(), profile, size, f"--screenshot={shot}", page]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=120)
+        with chromium() as browser:
+            page = browser.new_page(viewport={"width": flags.width, "height": flags.height})
+            page.goto((Path(folder) / "report" / "report.html").as_uri())
+            page.screenshot(path=shot)
         Image.open(shot).convert("RGB").quantize(COLOURS).save(flags.picture, optimize=True)
     print(f"{flags.picture}: {flags.picture.stat().st_size / 1000:.0f} kB")
 

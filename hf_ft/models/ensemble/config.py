@@ -35,7 +35,7 @@ def auto_model(task: str) -> Any:
 class CollaborativeConfig(PreTrainedConfig):
     """Config of an ensemble; labels and ``problem_type`` are as of any classifier, and the same for all members.
 
-    Args:
+    Attributes:
         members: the members' configs as dicts, with ``model_type`` and ``architectures``.
         inputs: for each member, which of the distinct processors makes what it reads.
         prediction: ``sum`` of the logits, or ``mean_probability``.

@@ -49,7 +49,7 @@ def joint_logits(logits: Iterable[Tensor], prediction: str, problem_type: str) -
 
     .. math::
         \text{sum: } \sum_j z_j, \qquad
-        \text{mean\_probability: } \log \tfrac{1}{N} \sum_j \mathrm{softmax}(z_j)
+        \text{mean probability: } \log \tfrac{1}{N} \sum_j \mathrm{softmax}(z_j)
 
     With several labels at once, the latter is the logit of the mean sigmoid. Regression takes the mean of outputs.
 

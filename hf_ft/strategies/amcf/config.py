@@ -37,9 +37,9 @@ class AMCFConfig(FTConfig):
     Each of the :math:`N` members has a head of its own and trains with its own cross-entropy; a term holds their
     logits :math:`z_j` together:
 
-    .. math:: \sum_j \mathrm{CE}(z_j, y) + \lambda \cdot \mathrm{mean}_b \tfrac1N \sum_j \|z_j - \bar z\|_2
+    .. math:: \sum_j \mathrm{CE}(z_j, y) + \lambda \, \mathrm{mean}_b \, \tfrac1N \sum_j \lVert z_j - \bar z \rVert_2
 
-    Of member :math:`j` the first :math:`k_j` layers stay frozen. The model is a
+    :math:`\lambda` is ``consistency``. Of member :math:`j` the first :math:`k_j` layers stay frozen. The model is a
     :class:`~hf_ft.CollaborativeModel`, which :func:`hf_ft.load_sources` makes; any other is taken for one member.
     """
 

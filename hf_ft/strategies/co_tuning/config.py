@@ -52,10 +52,10 @@ class CoTuningConfig(FTConfig):
 
     .. math::
         L = \mathrm{CE}(h_T(f(x)), y)
-            - \lambda \sum_s p(y_s = s \mid y_t = y) \, \log \operatorname{softmax}(h_S(f(x)))_s
+            - \lambda \sum_s p(y_s = s \mid y_t = y) \, \log \, \operatorname{softmax}(h_S(f(x)))_s
 
-    :math:`p(y_s \mid y_t)` is learned before training from the pretrained network's predictions on the training
-    samples. The pretrained head is gone afterwards. A weight of 0 is plain fine-tuning.
+    :math:`\lambda` is ``weight``; 0 is plain fine-tuning. :math:`p(y_s \mid y_t)` is learned before training from the
+    pretrained network's predictions on the training samples. The pretrained head is gone afterwards.
     """
 
     paper = Paper(

@@ -33,7 +33,7 @@ OVERFITTING = 1.01
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     r"""The temperature that makes a classifier's confidence fit its accuracy, between 0.05 and 20.
 
-    .. math:: \arg\min_T \; -\frac1N \sum_n \log \operatorname{softmax}(z_n / T)_{y_n}
+    .. math:: \arg\min_T \; -\frac1N \sum_n \log \, \operatorname{softmax}(z_n / T)_{y_n}
 
     Args:
         logits: (N, C), of samples the classifier was not trained on.
@@ -148,7 +148,7 @@ def reverse_relationship(
 def relationship_loss(logits: Tensor, targets: Tensor) -> Tensor:
     r"""The cross-entropy of the source head's predictions and soft source labels.
 
-    .. math:: -\frac1B \sum_b \sum_s q_{bs} \log \operatorname{softmax}(z_b)_s
+    .. math:: -\frac1B \sum_b \sum_s q_{bs} \log \, \operatorname{softmax}(z_b)_s
 
     Args:
         logits: (B, C_s), the source head's.

@@ -52,7 +52,7 @@ class DELTAConfig(FTConfig):
             \frac{\lVert F_{lc} - F^0_{lc} \rVert^2}{hw} + \frac{\beta}{2} \lVert w_{\text{head}} \rVert^2,
         \qquad a_l = \operatorname{softmax}(z_l / 5)
 
-    :math:`z_{lc}` is how much the loss grows when channel c is set to zero, standardised within the layer.
+    :math:`z_{lc}` is how much the loss grows when channel :math:`c` is set to zero, standardised within the layer.
     """
 
     paper = Paper(

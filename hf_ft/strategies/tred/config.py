@@ -58,7 +58,7 @@ class DistanceFromRelevant:
 class TREDConfig(FTConfig):
     r"""Disentangle what of the pretrained features serves the target, and hold the features to that part.
 
-    First, on the frozen network's last feature map F, P and N are learned:
+    First, on the frozen network's last feature map :math:`F`, its parts :math:`P` and :math:`N` are learned:
 
     .. math::
         L_1 = \mathrm{CE}(c(\bar P), y) + \lambda_r \overline{(P + N - F)^2} - \lambda_m \mathrm{MMD}^2(\bar P, \bar N)

@@ -1,6 +1,5 @@
 """The report in a real browser: small and large screens, keyboard, colours in both schemes, and paper."""
 
-import base64
 import json
 import re
 import zlib
@@ -9,7 +8,7 @@ import pytest
 
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.results import Results
-from tests.browser import Browser, find_chromium
+from tests.browser import chromium, find_chromium
 from tests.comparison.report import made_up_results
 
 PHONE, DESKTOP, PAPER = 360, 1280, 680  # pixels; paper: the width of A4 within its margins
@@ -77,12 +76,26 @@ FOCUSED = """(() => {
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser():
+    pytest.importorskip("playwright", reason="there is no Playwright: pip install playwright")
     if find_chromium() is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
-    opened = Browser(tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def screen(browser):
+    """A new tab."""
+    with browser.new_page() as page:
+        yield page
+
+
+def show(screen, address, width=DESKTOP, height=900, dark=False):
+    """Load a page on a screen of this size."""
+    screen.emulate_media(color_scheme="dark" if dark else "light")
+    screen.set_viewport_size({"width": width, "height": height})
+    screen.goto(address)
 
 
 @pytest.fixture(scope="module")
@@ -102,53 +115,54 @@ def pages(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["whole", "hostile", "smallest", "many"])
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
-def test_fits_its_screen(browser, pages, name, width):
-    browser.open(pages[name], width)
-    scrolled, right = browser.run(WIDTH)
+def test_fits_its_screen(screen, pages, name, width):
+    show(screen, pages[name], width)
+    scrolled, right = screen.evaluate(WIDTH)
     assert scrolled == width and right <= width + 0.5
-    assert browser.run(CROWDED) == {"crowded": [], "outside": []}
+    assert screen.evaluate(CROWDED) == {"crowded": [], "outside": []}
 
 
 @pytest.mark.parametrize("name", ["whole", "hostile"])
-def test_loads_nothing_runs_nothing_and_complains_of_nothing(browser, pages, name):
-    browser.open(pages[name])
-    sent = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
+def test_loads_nothing_runs_nothing_and_complains_of_nothing(screen, pages, name):
+    sent, said = [], []
+    screen.on("request", lambda request: sent.append(request.url))
+    for kind in ("console", "pageerror", "dialog"):
+        screen.on(kind, lambda event: said.append(event))
+    show(screen, pages[name])
     assert pages[name] in sent and all(url == pages[name] or url.startswith("data:") for url in sent)
-    assert browser.run("document.scripts.length") == 0
-    said = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Page.javascriptDialogOpening")
-    assert [event for event in browser.events if event.get("method") in said] == []
+    assert screen.evaluate("document.scripts.length") == 0
+    assert said == []
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_texts_stand_out_from_their_background(browser, pages, dark):
-    browser.open(pages["whole"], dark=dark)
-    assert browser.run("matchMedia('(prefers-color-scheme: dark)').matches") is dark
-    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
-    found = browser.run(FAINT)
+def test_texts_stand_out_from_their_background(screen, pages, dark):
+    show(screen, pages["whole"], dark=dark)
+    assert screen.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") is dark
+    screen.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    found = screen.evaluate(FAINT)
     assert found["seen"] > 1000 and found["faint"] == []
-    light = browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    light = screen.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light is not dark
 
 
-def test_faint_text_is_found(browser, pages):
+def test_faint_text_is_found(screen, pages):
     """The measuring itself."""
-    browser.open(pages["smallest"])
-    browser.run("document.querySelector('h1').style.color = '#888'")
-    assert [text for text, _ in browser.run(FAINT)["faint"]] == ["tiny on numbers"]
+    show(screen, pages["smallest"])
+    screen.evaluate("document.querySelector('h1').style.color = '#888'")
+    assert [text for text, _ in screen.evaluate(FAINT)["faint"]] == ["tiny on numbers"]
 
 
-def test_keyboard(browser, pages):
-    browser.open(pages["whole"], PHONE, 740)
-    browser.press("Tab")
-    first = browser.run(FOCUSED)
+def test_keyboard(screen, pages):
+    show(screen, pages["whole"], PHONE, 740)
+    screen.keyboard.press("Tab")
+    first = screen.evaluate(FOCUSED)
     assert first["name"] == "skip" and first["left"] >= 0  # it shows when it has the focus
-    browser.press("Enter", 13)
-    browser.call("Input.dispatchKeyEvent", type="char", key="Enter", text="\r")
-    assert browser.run("document.activeElement.id || location.hash") in ("main", "#main")
+    screen.keyboard.press("Enter")
+    assert screen.evaluate("document.activeElement.id || location.hash") in ("main", "#main")
     stops = []
     for _ in range(60):
-        browser.press("Tab")
-        stops.append(browser.run(FOCUSED))
+        screen.keyboard.press("Tab")
+        stops.append(screen.evaluate(FOCUSED))
         if stops[-1]["tag"] == "BODY":
             break
     assert all(stop["outline"] != "none" for stop in stops if stop["tag"] != "BODY")
@@ -157,35 +171,35 @@ def test_keyboard(browser, pages):
     assert any(stop["tag"] == "SUMMARY" for stop in stops)
 
 
-def test_a_focused_region_scrolls_with_the_arrow_keys(browser, pages):
-    browser.open(pages["whole"], PHONE, 740)
+def test_a_focused_region_scrolls_with_the_arrow_keys(screen, pages):
+    show(screen, pages["whole"], PHONE, 740)
     region = "document.querySelector('#ranking .scroll')"
-    assert browser.run(f"{region}.focus(), {region}.scrollWidth > {region}.clientWidth")
+    assert screen.evaluate(f"{region}.focus(), {region}.scrollWidth > {region}.clientWidth")
     first = f"{region}.querySelector('tbody th').getBoundingClientRect().left"
-    before = browser.run(first)
+    before = screen.evaluate(first)
     for _ in range(3):
-        browser.press("ArrowRight", 39)
-    browser.run("new Promise(done => setTimeout(done, 400))")  # it scrolls smoothly
-    assert browser.run(f"{region}.scrollLeft") > 0
-    assert browser.run(first) == pytest.approx(before, abs=1)  # the names stay
+        screen.keyboard.press("ArrowRight")
+    screen.evaluate("new Promise(done => setTimeout(done, 400))")  # it scrolls smoothly
+    assert screen.evaluate(f"{region}.scrollLeft") > 0
+    assert screen.evaluate(first) == pytest.approx(before, abs=1)  # the names stay
 
 
-def test_paper(browser, pages):
-    browser.open(pages["whole"], PAPER, dark=True)
+def test_paper(screen, pages):
+    show(screen, pages["whole"], PAPER, dark=True)
     folded = "[...document.querySelectorAll('details table')].filter(t => t.checkVisibility() && t.offsetHeight > 0)"
-    assert browser.run(f"{folded}.length") == 0
-    browser.call("Emulation.setEmulatedMedia", media="print")
-    there = browser.run("document.querySelectorAll('details table').length")
-    assert browser.run(f"{folded}.length") == there > 5  # what is folded is printed
+    assert screen.evaluate(f"{folded}.length") == 0
+    screen.emulate_media(media="print")
+    there = screen.evaluate("document.querySelectorAll('details table').length")
+    assert screen.evaluate(f"{folded}.length") == there > 5  # what is folded is printed
     right = "Math.max(...[...document.querySelectorAll('table, svg, pre')].map(e => e.getBoundingClientRect().right))"
-    assert browser.run(right) <= PAPER
-    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert browser.run(FAINT)["faint"] == []
+    assert screen.evaluate(right) <= PAPER
+    assert screen.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert screen.evaluate(FAINT)["faint"] == []
 
 
-def test_pdf_has_pages_and_text(browser, pages):
-    browser.open(pages["whole"])
-    pdf = base64.b64decode(browser.call("Page.printToPDF", preferCSSPageSize=True)["data"])
+def test_pdf_has_pages_and_text(screen, pages):
+    show(screen, pages["whole"])
+    pdf = screen.pdf(prefer_css_page_size=True)
     assert pdf.startswith(b"%PDF")
     boxes = set(re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", pdf))
     assert {(round(float(w)), round(float(h))) for w, h in boxes} == {(595, 842)}  # A4
