@@ -17,9 +17,9 @@ from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.contenders import Entrant, chosen_strategies
 from hf_ft.comparison.cost import Clock, PeakMemory, now
 from hf_ft.comparison.folder import Kept
-from hf_ft.comparison.ledger import Done
+from hf_ft.comparison.ledger import Done, Ledger
 from hf_ft.comparison.prepare import batch_size
-from hf_ft.comparison.runner import Judge
+from hf_ft.comparison.runner import Runner
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.task import Bench
 from hf_ft.comparison.training import finite_metrics, train
@@ -82,15 +82,14 @@ def test_the_budget_is_the_computing_of_full_fine_tuning(compared):
 def test_how_many_trials_fit(cost, looking, trials):
     """Of a budget of eight trainings of four seconds; four times as many at most, and one at least."""
 
-    class Known(Judge):
+    class Known(Ledger):
         def trial(self, entrant, number):
             training = Training(0, {}, 0.5, compute=4.0 if entrant == "full" else cost)
             return Done(training, 0.0, measured_compute=0.0 if entrant == "full" else looking)
 
-    judge = Known.__new__(Known)
-    judge.entrants, judge.settings = ("full", "other"), Settings(trials=8)
-    assert judge.trials_of("full") == 8
-    assert judge.trials_of("other") == trials
+    ledger = Known(("full", "other"), Settings(trials=8), "sgd", True)
+    assert ledger.trials_of("full") == 8
+    assert ledger.trials_of("other") == trials
 
 
 def test_the_first_trial_has_the_defaults(compared):
@@ -144,7 +143,7 @@ def test_results_come_back_from_json(compared):
 @pytest.mark.slow
 def test_a_second_call_trains_nothing_and_says_the_same(compared, monkeypatch):
     results, folder, data, _ = compared
-    monkeypatch.setattr("hf_ft.comparison.runner.Judge._evaluate", None)
+    monkeypatch.setattr("hf_ft.comparison.runner.Runner._evaluate", None)
     told = []
     again = run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append)
     assert lasting(again) == lasting(results)
@@ -174,15 +173,15 @@ def test_killed_and_started_again(tmp_path):
 
 @pytest.mark.slow
 def test_the_time_is_up_and_then_there_is_more(tmp_path, monkeypatch):
-    evaluate, made = Judge._evaluate, []
+    evaluate, made = Runner._evaluate, []
 
-    def counted(judge, *what):
+    def counted(runner, *what):
         made.append(what)
         if len(made) == 5:  # full fine-tuning's four, and one of the next
-            judge._deadline = 0.0
-        return evaluate(judge, *what)
+            runner._deadline = 0.0
+        return evaluate(runner, *what)
 
-    monkeypatch.setattr(Judge, "_evaluate", counted)
+    monkeypatch.setattr(Runner, "_evaluate", counted)
     part = run(tmp_path, "linear_probe,l2_sp", hours=1.0)
     assert [c.status for c in part.contenders] == ["finished", "unfinished", "not reached"]
     assert part.winner == "full"
