@@ -41,6 +41,13 @@ class Paper:
     def __str__(self) -> str:
         return f"{self.authors}. {self.title}. {self.venue}." + (f" {self.url}" if self.url else "")
 
+    @property
+    def short(self) -> str:
+        """As cited in a table: ``Kumar et al., ICLR 2022``."""
+        first, *others = self.authors.split(", ")
+        authors = f"{first} et al." if len(others) > 1 else " and ".join([first, *others])
+        return f"{authors}, {self.venue}"
+
 
 @dataclass(frozen=True)
 class Recommended:
