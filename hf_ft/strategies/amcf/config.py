@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_ft.core.compose import compose, momentum_plan
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
+from hf_ft.core.findings import Findings
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Stage, Surgery, Term
 from hf_ft.core.search_space import LogRange
@@ -23,8 +24,9 @@ from hf_ft.models.anatomy import anatomy, members_of, names_of_members, unwrap
 from hf_ft.models.names import Names, covered
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.weight_layers import Layer, main_path_layers
+from hf_ft.strategies.amcf.findings import swarm_findings
 from hf_ft.strategies.amcf.scores import SwarmScores
-from hf_ft.strategies.amcf.search import SwarmSearch
+from hf_ft.strategies.amcf.search import STORAGE, SwarmSearch
 
 Frozen = tuple[int, ...]
 
@@ -64,6 +66,7 @@ class AMCFConfig(FTConfig):
         "max_grad_norm": Recommended(0.0, "ours", "clipping by the common norm couples the members"),
     }
     tuned = {"consistency": LogRange(0.01, 1.0)}
+    kept = (STORAGE,)
 
     source_models: tuple[str, ...] = option(
         (), "Hub ids, folders or short names of the source models; hf_ft.load_sources and the command line load them."
@@ -178,6 +181,9 @@ class AMCFConfig(FTConfig):
 
     def learned(self, state: State) -> str:
         return self.scores(state).verdict() if "swarm" in state.info else ""
+
+    def findings(self, state: State) -> Findings:
+        return swarm_findings(self.scores(state)) if "swarm" in state.info else Findings()
 
     def plan_for(self, model: nn.Module, frozen: Frozen) -> Plan:
         """The whole plan that trains one position of the search."""
