@@ -17,6 +17,7 @@ from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Stage, Surgery, Term
 from hf_ft.core.search_space import LogRange
 from hf_ft.core.view import View
+from hf_ft.engine.run import Run, start
 from hf_ft.errors import OptionError
 from hf_ft.functional import disagreement, wide
 from hf_ft.metrics import LOCAL_METRICS
@@ -184,6 +185,10 @@ class AMCFConfig(FTConfig):
 
     def findings(self, state: State) -> Findings:
         return swarm_findings(self.scores(state)) if "swarm" in state.info else Findings()
+
+    def start(self, model: nn.Module, frozen: Frozen) -> Run:
+        """Make a model ready to train one position of the search."""
+        return start((self,), model, self.plan_for(model, frozen), {})
 
     def plan_for(self, model: nn.Module, frozen: Frozen) -> Plan:
         """The whole plan that trains one position of the search."""

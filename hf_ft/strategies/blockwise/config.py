@@ -16,6 +16,7 @@ from hf_ft.core.findings import Findings
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Rate, Stage, Surgery
 from hf_ft.core.search_space import LogRange
+from hf_ft.engine.run import Run, start
 from hf_ft.errors import OptionError
 from hf_ft.models.names import EVERYTHING
 from hf_ft.strategies.blockwise.adapters import PREFIX, adapter_targets, add_adapters
@@ -134,6 +135,10 @@ class BlockwiseConfig(FTConfig):
 
     def findings(self, state: State) -> Findings:
         return block_findings(self.scores(state), self.learned(state)) if "scores" in state.info else Findings()
+
+    def start(self, model: nn.Module, candidate: Candidate) -> Run:
+        """Make a model ready to train one candidate of the search."""
+        return start((self,), model, self.plan_for(model, candidate), {})
 
     def plan_for(self, model: nn.Module, candidate: Candidate) -> Plan:
         """The whole plan that trains one candidate."""
