@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from torch import nn
@@ -21,12 +21,14 @@ from hf_ft.errors import OptionError
 from hf_ft.models.names import EVERYTHING
 from hf_ft.strategies.blockwise.adapters import PREFIX, adapter_targets, add_adapters
 from hf_ft.strategies.blockwise.candidates import (
+    SCHEMES,
     Candidate,
     baseline_candidates,
     candidates,
     find_candidate,
     last_quarter,
 )
+from hf_ft.strategies.blockwise.describe import describe_candidates
 from hf_ft.strategies.blockwise.findings import block_findings
 from hf_ft.strategies.blockwise.scores import BlockScores
 from hf_ft.strategies.blockwise.search import BASELINES, STORAGE, BlockSearch
@@ -55,6 +57,8 @@ class BlockwiseConfig(FTConfig):
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"head_lr": LogRange(1e-3, 1.0)}
     kept = (STORAGE,)
+    schemes: ClassVar[tuple[str, ...]] = SCHEMES
+    describe = staticmethod(describe_candidates)
 
     block: str | int = option(
         "auto",
