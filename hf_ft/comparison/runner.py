@@ -203,7 +203,7 @@ def _findings(entrant: Entrant, measured: Measured) -> dict[str, Any]:
         state = measured.states.get(config.ft_type)
         if state is not None:
             found |= dict(state.info)
-            learned.append(config.learned(state))
+            learned.append(config.findings(state).summary)
     return {"found": found, "learned": " ".join(filter(None, learned))}
 
 

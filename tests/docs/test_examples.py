@@ -1,5 +1,6 @@
 """The examples run, those for several processes with two."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from hf_ft.comparison.results import Results
 from hf_ft.search.storage import open_storage
 from hf_ft.testing import tiny_bert, tiny_resnet, tiny_vit
 from tests.forked import python
@@ -129,3 +131,33 @@ def test_train_text_on_two_ranks(tmp_path):
     out = run(tmp_path, "train_text.py", *arguments, *TRAINING, ranks=2)
     assert "2 process(es), accuracy" in out
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_own_search_shows_its_table_and_plot(tmp_path):
+    """As the package's own do: printed, in the card with the picture beside it, and in the report with its chart."""
+    photos(tmp_path / "photos")
+    tiny_resnet().save_pretrained(tmp_path / "base")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")
+    name, caption = "backbone_rate", "accuracy on held-out training samples"
+    common = ["--model", "base", "--dataset", "photos", "--num_train_epochs", "1", "--use_cpu", "true"]
+    given = ["train", "--strategy", name, "--disable_tqdm", "true"]
+    out = run(tmp_path, "own_search.py", *given, *common, "--output_dir", "out")
+    scores = json.loads((tmp_path / "out" / "backbone_rate.json").read_text())
+    assert [score["factor"] for score in scores] == [0.01, 0.1, 1.0]
+    accuracy = f"{scores[0]['accuracy']:.3f}"
+    assert f"{caption}:\n\nbackbone's rate  accuracy\n" in out and f"\n0.01             {accuracy}\n" in out
+    assert "In out: backbone_rate.json, backbone_rate.png." in out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"**{caption}**\n\n| backbone's rate | accuracy |" in card and f"| 0.01 | {accuracy} |" in card
+    assert "![backbone_rate](backbone_rate.png)" in card and "times the head's learning rate." in card
+    assert (tmp_path / "out" / "backbone_rate.png").read_bytes().startswith(b"\x89PNG")
+
+    given = ["compare", "--strategies", name, "--trials", "1", "--seeds", "1"]
+    run(tmp_path, "own_search.py", *given, *common, "--output_dir", "compared")
+    folder = tmp_path / "compared"
+    found = Results.load(folder / "results.json")[name].found["scores"]
+    accuracy = f"{found[0]['accuracy']:.3f}"
+    report, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    assert "| backbone's rate | accuracy |" in report and f"| 0.01 | {accuracy} |" in report
+    assert caption in page and "Accuracy by rate" in page and "<svg" in page

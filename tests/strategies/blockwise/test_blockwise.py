@@ -207,7 +207,7 @@ def test_auto_searches_once_and_keeps_the_table(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "block_search.db").is_file()
     card = (tmp_path / "run" / "checkpoint-4" / "README.md").read_text()
     assert f"best: {scores.best.candidate.name}, " in card and "head only: head, " in card and "Barakat" in card
-    monkeypatch.setattr("hf_ft.strategies.blockwise.search.run_trials", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr("hf_ft.search.evaluate.run_trials", lambda *a, **k: pytest.fail("searched again"))
     resumed = make_trainer(tiny_resnet(), config, tmp_path / "run", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(trainer.model))
