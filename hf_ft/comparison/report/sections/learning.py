@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from hf_ft.comparison.report.sections.ranking import kind_of
-from hf_ft.comparison.results import BASELINE, Contender, Results, Training
+from hf_ft.comparison.results import Contender, Results, Training
 from hf_ft.comparison.statistics import Standing, winner
+from hf_ft.core.config import BASELINE
 from hf_ft.documents.chart import Axis, Plot, Series, linear_axis, log_axis
 from hf_ft.documents.document import Block, Figure, Section, Table, Text
 from hf_ft.documents.text import NONE, metric_name, names, plain, score, seconds

@@ -8,8 +8,9 @@ from hf_ft.comparison.report.sections.confusion import saved_run
 from hf_ft.comparison.report.sections.mistakes import mistakes
 from hf_ft.comparison.report.sections.verdict import cautions, verdict
 from hf_ft.comparison.report.text import SPLIT_NAMES, interval, spread
-from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing, front_of, winner
+from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis, log_axis
 from hf_ft.documents.document import Block, Bullets, Figure, Listing, Section, Table, Text
 from hf_ft.documents.text import NONE, code, duration, metric_name, names, score, seconds, signed
@@ -60,7 +61,9 @@ def usage(results: Results, best: Standing) -> str:
     text = results.data.get("task") == "text"
     task, given = ("text", "some text") if text else ("image", "photo.png")
     lines = ["from transformers import pipeline", ""]
-    if any(config.get("source_models") for config in best.contender.configs):
+    if any(
+        FTConfig.from_dict(config).sources() for config in best.contender.configs if config["ft_type"] in strategies()
+    ):
         lines.insert(0, "import hf_ft  # makes the ensemble known to Transformers")
     lines.append(f'classify = pipeline("{task}-classification", model="{BEST_FOLDER}")')
     return "\n".join([*lines, f'classify("{given}")'])
