@@ -85,7 +85,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def judged_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers, and a row of text for each task and for their mean, of what :func:`how_often_right` returned."""
     after = ", ".join(map(str, FIRST))
-    kinds = {"regret": "as advised", "random": "in random order", "fixed": "full, head, lp_ft first"}
+    kinds = {"regret": "as advised", "random": "in random order", "fixed": "the baseline, then the cheaper first"}
     headers = ("task", "best", "its place", *(f"lost after {after}: {text}" for text in kinds.values()), "std of full")
 
     def lost(row: Mapping[str, Any]) -> list[str]:

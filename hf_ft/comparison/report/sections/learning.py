@@ -47,7 +47,7 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
     best, metric = winner(results, found), metric_name(results.metric)
     x = linear_axis([epoch for curve in curves.values() for epoch in curve], "epoch", most=4, include=[0.0])
     y = linear_axis([value for curve in curves.values() for value in curve.values()], metric, most=4)
-    behind = (Series("full", tuple(curves.get(BASELINE, {}).items()), joined=True, marked=False),)
+    behind = (Series("base", tuple(curves.get(BASELINE, {}).items()), joined=True, marked=False),)
     charts = []
     for standing in found:
         curve = curves.get(standing.name)
@@ -63,7 +63,7 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
         f"Validation {metric} after each epoch, the mean over seeds, with a mark at its best. The dashed line is full "
         "fine-tuning. All charts have the same axes."
     )
-    key = (("win", "the winner"), ("other", "others"), ("full", "full fine-tuning"))
+    key = (("win", "the winner"), ("other", "others"), ("base", "full fine-tuning"))
     figure = Figure(caption, tuple(charts), curve_table(curves), key)
     lead = "The best epoch of each run counts. A curve that still rises at the end asks for more epochs."
     return Section("curves", "Learning curves", (Text(lead), figure))
