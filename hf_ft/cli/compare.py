@@ -22,7 +22,7 @@ from hf_ft.comparison.report import write_report
 from hf_ft.comparison.settings import setting
 from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
-from hf_ft.core.config import FTConfig, strategies
+from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
 from hf_ft.data.columns import find_columns
 from hf_ft.data.images import check_images
@@ -111,9 +111,9 @@ def _chosen(names: str, values: Mapping[str, Any]) -> dict[str, tuple[FTConfig, 
     twice = sorted({name for name in wanted if wanted.count(name) > 1})
     if twice:
         raise ValueError(f"--strategies names {twice[0]} twice.")
-    parts = dict.fromkeys(part for name in ("full", *wanted) for part in name.split("+"))
+    parts = dict.fromkeys(part for name in (BASELINE, *wanted) for part in name.split("+"))
     configs = {config.ft_type: config for config in configured(list(parts), values)}
-    return {name: tuple(configs[part] for part in name.split("+")) for name in dict.fromkeys(("full", *wanted))}
+    return {name: tuple(configs[part] for part in name.split("+")) for name in dict.fromkeys((BASELINE, *wanted))}
 
 
 def _check(data: DataFlags, folder: Path, settings: Settings) -> None:

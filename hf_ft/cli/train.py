@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from hf_ft.cli.console import count, say, table
 from hf_ft.cli.findings import show_findings
+from hf_ft.cli.flags import SOURCES_FLAGS
 from hf_ft.cli.help import train_help
 from hf_ft.cli.models import adapter_usage, ensemble_usage, usage
 from hf_ft.cli.prepare import Made, make
@@ -45,7 +46,8 @@ def check_request(request: Request) -> None:
         if not getattr(request.data, name) and not (name == "model" and request.sources):
             raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
     if request.data.model and request.sources:
-        raise ValueError(f"--model {request.data.model} and --amcf.source_models both say what to load: give one.")
+        flag = next(SOURCES_FLAGS[config.ft_type] for config in request.configs if config.sources())
+        raise ValueError(f"--model {request.data.model} and {flag} both say what to load: give one.")
     if request.data.augment not in (None, *AUGMENTATIONS):
         raise ValueError(f"--augment {request.data.augment} is unknown: choose one of {', '.join(AUGMENTATIONS)}.")
     if request.data.on_corrupt not in (None, *get_args(OnCorrupt)):

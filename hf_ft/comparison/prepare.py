@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.task import Bench, Benches, Data, Loader
 from hf_ft.comparison.training import Recipe
-from hf_ft.core.config import FTConfig
+from hf_ft.core.compose import sources_of
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
@@ -198,11 +198,6 @@ def prepare_comparison(
 def batch_size(samples: int, wanted: int) -> int:
     """The largest size up to what is wanted that leaves no last batch of one sample: BatchNorm cannot train on it."""
     return next((size for size in range(wanted, 1, -1) if samples % size != 1), wanted)
-
-
-def sources_of(configs: Sequence[FTConfig]) -> tuple[str, ...]:
-    """The source models that strategies name in place of the model."""
-    return next((tuple(found) for config in configs if (found := getattr(config, "source_models", ()))), ())
 
 
 def _labels(split: Dataset, columns: Columns) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 FORMAT = 1
-BASELINE = "full"
 Status = Literal["finished", "cannot run", "failed", "not reached", "unfinished"]
 """``cannot run``: refused for this model or these data; ``failed``: no trial, or no final run, ended well;
 ``not reached``, ``unfinished``: the time was up."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 # A kind of mark: its colour is the page's (class ``k-...``), its shape tells it apart without colours.
 KINDS = {
     "win": "diamond",
-    "full": "square",
+    "base": "square",
     "other": "circle",
     "open": "ring",
     "front": "diamond-open",

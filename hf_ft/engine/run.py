@@ -219,7 +219,7 @@ def check_members(configs: Iterable[FTConfig], model: nn.Module) -> None:
         OptionError: naming the strategy.
     """
     members = members_of(unwrap(model)[0])
-    unfit = [config.ft_type for config in configs if not config.several_members]
+    unfit = [config.ft_type for config in configs if not config.needs().several_members]
     if unfit and len(members) > 1:
         raise OptionError(
             f"{unfit[0]} goes by the layers and the head of one network, and this model has {len(members)} members: "

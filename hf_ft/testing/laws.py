@@ -215,10 +215,8 @@ def check_strategy(config: FTConfig, makers: Iterable[Maker] = (tiny_resnet, tin
 
 
 def suited(config: FTConfig, model: nn.Module) -> FTConfig:
-    """The config without a conversion of BatchNorm, where it has one and the model no BatchNorm."""
-    if getattr(config, "convert_batch_norm", False) and not batch_norms(model):
-        return dataclasses.replace(config, convert_batch_norm=False)  # type: ignore[call-arg]
-    return config
+    """The form of the config that fits the model, where it declares one (:meth:`hf_ft.FTConfig.adapted`)."""
+    return config.adapted(model) or config
 
 
 def _state(config: FTConfig, model: nn.Module, folder: Path) -> State:

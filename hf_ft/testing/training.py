@@ -60,7 +60,7 @@ def make_trainer(
     """A trainer on tiny data, which has not trained yet."""
     data = {"train_dataset": tiny_data(model), "eval_dataset": tiny_data(model, 16, seed=1)}
     equipped(model, strategy)
-    if any("source_data" in config.requires() for config in resolve(strategy)):
+    if any(config.needs().source_data == "required" for config in resolve(strategy)):
         data["source_dataset"] = tiny_data(model, 20, seed=2)
     args = tiny_arguments(folder, **arguments)
     return FTTrainer(model, args, strategy=strategy, frozen_cache=frozen_cache, **data)
@@ -68,7 +68,7 @@ def make_trainer(
 
 def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:
     """The model, with a pretrained head of so many classes where the strategy needs one and it has none."""
-    if any("source_head" in config.requires() for config in resolve(strategy)) and not has_source_head(model):
+    if any(config.needs().source_head for config in resolve(strategy)) and not has_source_head(model):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             base = unwrap(model)[0]

@@ -62,13 +62,13 @@ class StreamedSteps:
         configs, dataset = self.configs, self.source_dataset  # type: ignore[attr-defined]
         if dataset is None:
             for config in configs:
-                if "source_data" in config.requires():
+                if config.needs().source_data == "required":
                     raise OptionError(
                         f"{config.ft_type} needs the data of the pretraining: pass source_dataset=... to FTTrainer "
-                        f"(--source_dataset on the command line){config.without_source_data}."
+                        f"(--source_dataset on the command line){config.needs().without_source_data}."
                     )
             return
-        if not any(config.takes_source_data or "source_data" in config.requires() for config in configs):
+        if all(config.needs().source_data == "no" for config in configs):
             names = ", ".join(config.ft_type for config in configs)
             logger.warning(f"source_dataset is not used: {names} takes no source data.")
         elif isinstance(dataset, (str, Mapping)):

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_ft.core.compose import resolve
-from hf_ft.core.config import FTConfig, write_configs
+from hf_ft.core.config import BASELINE, FTConfig, write_configs
 from hf_ft.core.config_files import read_config_file
 from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders, stage_index
@@ -95,7 +95,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         *positional: Any,
-        strategy: FTConfig | str | Iterable[FTConfig | str] = "full",
+        strategy: FTConfig | str | Iterable[FTConfig | str] = BASELINE,
         class_weights: ClassWeights | None = None,
         overwrite: bool = False,
         frozen_cache: FrozenCache | Literal["auto", "always", "never"] = "auto",

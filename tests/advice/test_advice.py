@@ -27,8 +27,8 @@ from docs.tools.tables import ROOT, documented
 from hf_ft import FTConfig, OptionError, Plan, anatomy, register
 from hf_ft.advice import Advice, Shift, Signals, advise, how_often_right, recommend
 from hf_ft.advice import measure as measuring
-from hf_ft.advice.regret import FIXED_ORDER, expected_best, judged_table, summary
-from hf_ft.advice.rules import NEUTRAL_ORDER, RULES, rules_table
+from hf_ft.advice.regret import expected_best, fixed_order, judged_table, summary
+from hf_ft.advice.rules import declared_rules, neutral_order, rules_table
 from hf_ft.advice.signals import FIGURES, explained
 from hf_ft.advice.transferability import (
     cross_validated_probe,
@@ -407,15 +407,15 @@ def test_what_cannot_run_stands_behind_what_can():
 def test_equals_stand_in_the_neutral_order():
     found = recommend(signals(None, batch_norm=shifted(0.3)))
     same = [one.strategy for one in found if one.score == 0]
-    assert len(same) > 5 and same == [name for name in NEUTRAL_ORDER if name in same]
-    assert set(documented()) == set(NEUTRAL_ORDER) and set(FIXED_ORDER) == set(NEUTRAL_ORDER)
+    assert len(same) > 5 and same == [name for name in neutral_order() if name in same]
+    assert set(documented()) == set(neutral_order()) and set(fixed_order()) == set(neutral_order())
 
 
 def test_every_rule_can_hold_and_tells_its_figure():
     figures = signals().figures()
     assert set(figures) == set(FIGURES)
-    for rule in RULES:
-        assert set(rule.points) <= set(NEUTRAL_ORDER) and {name for name, _, _ in rule.when} <= set(FIGURES)
+    for rule, by_strategy in declared_rules().items():
+        assert set(by_strategy) <= set(neutral_order()) and {name for name, _, _ in rule.when} <= set(FIGURES)
         lower = {name: threshold for name, sign, threshold in rule.when if sign == ">="}
         upper = {name: threshold for name, sign, threshold in rule.when if sign == "<"}
         assert all(lower[name] < upper[name] for name in set(lower) & set(upper))
@@ -600,7 +600,7 @@ def test_docs_show_the_rules():
     headers, rows = rules_table()
     for cells in (headers, *rows):
         assert "| " + " | ".join(cells) + " |" in page
-    assert page.count("\n| ") >= len(rows) and ", ".join(f"`{name}`" for name in NEUTRAL_ORDER) in page
+    assert page.count("\n| ") >= len(rows) and ", ".join(f"`{name}`" for name in neutral_order()) in page
     assert all(f"`{name}`" in page for name in FIGURES)
 
 

@@ -87,7 +87,7 @@ class Stepper:
         if strategy is not None:
             equipped(model, strategy, classes=SOURCE_CLASSES)
             kind, extra = FTTrainer, {"strategy": strategy, "frozen_cache": "always" if recorded else "never"}
-            if any("source_data" in config.requires() for config in resolve(strategy)):
+            if any(config.needs().source_data == "required" for config in resolve(strategy)):
                 extra["source_dataset"] = Images(4 * BATCH)
         self.trainer = kind(model, args, train_dataset=Images(batch) if data is None else data,
                             callbacks=[OneStep()], **extra)  # fmt: skip

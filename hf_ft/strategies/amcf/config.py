@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from hf_ft.core.advising import SEVERAL_MODELS, Rule
 from hf_ft.core.compose import compose, momentum_plan
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
 from hf_ft.core.findings import Findings
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Stage, Surgery, Term
 from hf_ft.core.search_space import LogRange
@@ -30,6 +32,10 @@ from hf_ft.strategies.amcf.scores import SwarmScores
 from hf_ft.strategies.amcf.search import STORAGE, SwarmSearch
 
 Frozen = tuple[int, ...]
+
+
+SEVERAL_SOURCES = Rule((("members", ">=", 2),), "{members:.0f} source models are at hand", "Feng et al., 2024")
+ONE_SOURCE = Rule((("members", "<", 2),), "{members:.0f} source model is at hand: nothing collaborates")
 
 
 @register("amcf")
@@ -52,7 +58,6 @@ class AMCFConfig(FTConfig):
         "PeerJ Computer Science 10:e2107, 2024",
         "https://doi.org/10.7717/peerj-cs.2107",
     )
-    several_members = True
     formula = (
         "sum_j CE(z_j, y) + consistency * mean_batch( 1/N sum_j ||z_j - mean_i z_i||_2 )\n"
         "member j trains from its layer k_j on; (k_1, ..., k_N) from a particle swarm\n"
@@ -68,6 +73,9 @@ class AMCFConfig(FTConfig):
     }
     tuned = {"consistency": LogRange(0.01, 1.0)}
     kept = (STORAGE,)
+    sources_option = "source_models"
+    cost = SEVERAL_MODELS
+    advice = {SEVERAL_SOURCES: 3, ONE_SOURCE: -3}
 
     source_models: tuple[str, ...] = option(
         (), "Hub ids, folders or short names of the source models; hf_ft.load_sources and the command line load them."
@@ -116,6 +124,9 @@ class AMCFConfig(FTConfig):
             raise OptionError(f"AMCFConfig.metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
 
     # --- before training -----------------------------------------------------------------------------------
+
+    def needs(self) -> Needs:
+        return Needs(several_members=True)
 
     def check_model(self, model: nn.Module) -> None:
         members = self.members(model)

@@ -9,6 +9,13 @@ from typing import Any, ClassVar, Literal
 from peft import PeftConfig
 from torch import nn
 
+from hf_ft.core.advising import (
+    FEW_SAMPLES_PER_WEIGHT,
+    GOOD_FEATURES_FEW_SAMPLES,
+    NO_PART_STANDS_OUT,
+    ONE_PART_STANDS_OUT,
+    WITH_A_SEARCH,
+)
 from hf_ft.core.compose import compose, momentum_plan
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
@@ -59,6 +66,8 @@ class BlockwiseConfig(FTConfig):
     kept = (STORAGE,)
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
     describe = staticmethod(describe_candidates)
+    cost = WITH_A_SEARCH
+    advice = {GOOD_FEATURES_FEW_SAMPLES: 1, ONE_PART_STANDS_OUT: 2, NO_PART_STANDS_OUT: -1, FEW_SAMPLES_PER_WEIGHT: 1}
 
     block: str | int = option(
         "auto",

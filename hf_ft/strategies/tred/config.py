@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from hf_ft.core.advising import DEARER, POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TRAINING_BEFORE
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
 from hf_ft.core.findings import Findings
@@ -85,6 +86,8 @@ class TREDConfig(FTConfig):
     )
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"alpha": LogRange(1e-3, 1e-1)}
+    cost = WITH_A_TRAINING_BEFORE + DEARER  # of a disentangler for as long as it takes
+    advice = {POOR_FEATURES_FEW_SAMPLES: 1, VERY_FEW_SAMPLES: 1}
 
     criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
         "both",

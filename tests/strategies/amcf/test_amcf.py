@@ -366,7 +366,7 @@ def test_only_what_fits_several_members_takes_them(name, tmp_path):
     """The others go by the depth, or the head, of one network; one member alone is such a network."""
     options = {"particles": 2, "iterations": 1, "search_epochs": 1, "storage": "memory"} if name == "amcf" else {}
     kind = documented()[name]
-    if kind.several_members:
+    if kind(**options).needs().several_members:
         before = snapshot(tiny_collaborative())
         trainer = train(tiny_collaborative(), kind(**options), tmp_path)
         after = snapshot(trainer.model)
