@@ -27,13 +27,11 @@ from hf_ft.data.prepare import collate
 from hf_ft.engine import checkpoint as files
 from hf_ft.engine.batch import _users
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.param_groups import STAGE_RATES, split_groups, stage_scheduler, term_groups
-from hf_ft.engine.run import Run, check, check_members, set_up
+from hf_ft.engine.param_groups import STAGE_RATES, regroup, stage_scheduler, term_groups, undecayed_names
+from hf_ft.engine.run import Run, check, check_members, measure, set_up
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
-from hf_ft.models.names import covers
-from hf_ft.models.norms import norm_layers
 from hf_ft.trainer.checkpointing import WholeCheckpoints, _base_name
 from hf_ft.trainer.checks import (
     check_arguments,
@@ -204,12 +202,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
         """What the strategies measured: read from the checkpoint, or measured and sent from rank 0 to all."""
         if self._resuming is not None:
             return files.read_states(self._resuming)
-        states = {}
-        for config in self.configs:
-            if config.ft_type in self._known_states:
-                states[config.ft_type] = self._known_states[config.ft_type]
-            elif config.measures():
-                states[config.ft_type] = config.measure(self.model, self.context())
+        states = measure(self.configs, self.model, self.context, self._known_states)
         return broadcast_object_list([states])[0] if self.args.world_size > 1 else states
 
     @property
@@ -235,15 +228,10 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Hand the Trainer the objective in the model's place. ``self.model`` stays the user's."""
         if training:
-            run = self._start_run()
+            self._start_run()
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
-                # Parameters that only a later stage trains get no gradient until then, nor those of a term that is at
-                # 0 or left out.
                 assert self._objective is not None
-                counting, trained = self._objective.terms, [t for t in run.plan.terms if isinstance(t.fn, nn.Module)]
-                idle = len(run.plan.stages) > 1
-                idle |= any(term.schedule is not None or term not in counting for term in trained)
-                self.accelerator.ddp_handler.find_unused_parameters |= idle
+                self.accelerator.ddp_handler.find_unused_parameters |= self._objective.sometimes_unused
             return self.accelerator.prepare_model(self._objective)
         if self._objective is None or self._objective.model is not self.model:
             self._objective = Objective(self.model, Plan(), task_loss=self.task_loss)
@@ -253,26 +241,14 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer over all that is ever trained, its groups split by stage and rate."""
         run = self._start_run()
-        trained = set(run.trained)
-        for name, parameter in run.model.named_parameters():
-            parameter.requires_grad_(name in trained)
+        run.unfreeze()
         super().create_optimizer(run.model)
-        assert self.optimizer is not None
-        groups = split_groups(self.optimizer.param_groups, run.model, run.plan, run.trainable)
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        missing = [n for n, p in run.model.named_parameters() if n in trained and id(p) not in held]
-        if missing:
-            raise OptionError(
-                f"the optimizer ({type(self.optimizer).__name__}) does not hold {len(missing)} of the parameters "
-                f"that the strategy trains, such as {missing[0]!r}: choose another optim, or pass all parameters."
-            )
-        # In place: whoever holds the list (a wrapper of the optimizer) keeps seeing it.
-        self.optimizer.param_groups[:] = groups
+        regroup(self.optimizer, run.model, run.plan, run.trainable)
         extra = term_groups(run.plan, self.args.learning_rate, self.args.weight_decay)
         for group in extra if self._users_optimizer is None else ():
             self.optimizer.add_param_group(group)
         if extra and self._users_optimizer is not None:
-            names = ", ".join(self._term_modules())
+            names = ", ".join(run.plan.term_modules)
             logger.warning(
                 f"optimizers: yours does not hold what {names} would train beside the model; it stays as is."
             )
@@ -292,9 +268,8 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without normalisation layers, which it tells by names that many models do not use."""
-        norms = [name for name, _ in norm_layers(model)]
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if not any(covers(norm, name) for norm in norms)]
+        bare = undecayed_names(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in bare]
 
     def _set_signature_columns_if_needed(self) -> None:
         """As the Trainer's, with the tensors that a model of several members reads under numbered names."""
