@@ -137,7 +137,7 @@ class Checkpoints:
         if modules:
             modules.load_state_dict(files.checked(Path(folder) / files.MODULES_NAME)[0])
 
-    def chosen(self, resume: str | bool | None, folder: Path) -> Path | None:
+    def resume_folder(self, resume: str | bool | None, folder: Path) -> Path | None:
         """The checkpoint to resume from; None for a new beginning.
 
         Raises:

@@ -137,7 +137,7 @@ class FTTrainer(Trainer):
             CheckpointError: nothing whole to resume from, or from another starting point.
         """
         folder = Path(self._get_output_dir(trial))
-        resume = self._checkpoints.chosen(resume_from_checkpoint, folder)
+        resume = self._checkpoints.resume_folder(resume_from_checkpoint, folder)
         if resume is None and self.args.save_strategy != "no":
             self._checkpoints.clear(folder)
         self._resuming = resume
