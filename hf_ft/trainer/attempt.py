@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -75,21 +74,23 @@ class Attempt:
         self.streams.close()
 
 
+class ForStages(Protocol):
+    """To go through stages."""
+
+    _attempt: Attempt | None
+
+    def _finish_run(self) -> None: ...
+
+
 class StageBorders(TrainerCallback):
-    """Moves the present attempt through the stages of its plan.
+    """Moves a Trainer's attempt through the stages of its plan."""
 
-    Args:
-        attempt: the present one.
-        finish: called at the end of training.
-    """
-
-    def __init__(self, attempt: Callable[[], Attempt | None], finish: Callable[[], None]) -> None:
-        self._attempt, self._finish = attempt, finish
+    def __init__(self, trainer: ForStages) -> None:
+        self._trainer = trainer
 
     def _enter(self, step: int) -> None:
-        attempt = self._attempt()
-        assert attempt is not None
-        attempt.enter(step)
+        assert self._trainer._attempt is not None
+        self._trainer._attempt.enter(step)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -104,4 +105,4 @@ class StageBorders(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._finish()
+        self._trainer._finish_run()

@@ -116,7 +116,7 @@ class FTTrainer(Trainer):
         self._resuming: Path | None = None
         checks.warn_recommended(self.configs, args)
         # First in the list: stages change, and the model is finalised, before any other callback looks.
-        self.callback_handler.callbacks.insert(0, StageBorders(lambda: self._attempt, self._finish_run))
+        self.callback_handler.callbacks.insert(0, StageBorders(self))
 
     # --- the run -------------------------------------------------------------------------------------------
 
