@@ -96,7 +96,8 @@ class Stepper:
         loader = self.trainer.get_train_dataloader()
         if strategy is not None:
             self.trainer.state.global_step = steps if at is None else at  # where each step's callbacks look
-            self.trainer._enter_stage(self.trainer.state.global_step, force=True)
+            self.trainer._attempt.stepper.stage = -1  # to enter the stage again
+            self.trainer._attempt.enter(self.trainer.state.global_step)
             self.trainer.optimizer.state.clear()  # momentum of another stage
         self.batch = next(iter(loader))
 

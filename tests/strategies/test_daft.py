@@ -289,7 +289,7 @@ def test_a_second_train_goes_on_from_the_trained_head(tmp_path):
     trainer.train()
     first, kept = trainer._run, snapshot(model)
     seen = []
-    trainer._objective = None
+    trainer._attempt = None
     enter = type(first).objective
 
     def objective(run, *args):

@@ -82,11 +82,11 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
 
 def test_measured_once_and_terms_that_train_are_resumed(tmp_path, monkeypatch):
     whole = train(tiny_vit(), MeasuredConfig(), tmp_path, **SAVING)
-    assert whole._term_modules()["centre"].centre.item() != whole._run.states["measured"].tensors["mean"]
+    assert whole._run.plan.term_modules["centre"].centre.item() != whole._run.states["measured"].tensors["mean"]
     monkeypatch.setattr(MeasuredConfig, "measure", lambda *a: pytest.fail("measured again"))
     resumed = train(tiny_vit(), MeasuredConfig(), tmp_path / "again", resume=str(tmp_path / "checkpoint-4"), **SAVING)
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
-    assert torch.equal(resumed._term_modules()["centre"].centre, whole._term_modules()["centre"].centre)
+    assert torch.equal(resumed._run.plan.term_modules["centre"].centre, whole._run.plan.term_modules["centre"].centre)
     _same_optimizers(resumed.optimizer, whole.optimizer)
 
 

@@ -316,7 +316,7 @@ def test_recorded_members_train_as_computed_ones(tmp_path):
             use: train(tiny_collaborative(), config, tmp_path / use, frozen_cache=use, max_steps=12, optim="sgd")
             for use in ("never", "always")
         }
-        assert ends["always"]._train_rows is not None
+        assert ends["always"]._attempt.cache.rows is not None
         same_tensors(snapshot(ends["never"].model), snapshot(ends["always"].model), 1e-5)
 
 

@@ -15,6 +15,7 @@ from hf_ft.engine.checkpoint import read_states
 from hf_ft.search import evaluate as short_trainings
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from hf_ft.trainer.model_card import card_of
 from tests.strategies.blockwise.known_block import Images, accuracy, break_block, knowing_model
 
 QUICK = {"search_epochs": 2, "storage": "memory"}
@@ -260,7 +261,7 @@ def test_adapters_in_the_block_alone(name, tmp_path):
     assert adapted and all(any(n.startswith(module) for module in block) for n in adapted)
     convolutions = [base.get_submodule(n) for n in adapted if isinstance(base.get_submodule(n), nn.Conv2d)]
     assert all(convolution.groups == 1 for convolution in convolutions)
-    assert "| tuner | `LoraConfig(r=2, init_lora_weights=False)` |" in str(trainer._card("name"))
+    assert "| tuner | `LoraConfig(r=2, init_lora_weights=False)` |" in str(card_of(trainer, None, "name"))
     # Saved as PEFT saves it, and loaded by PEFT alone: adapter, head, the block's norms and their buffers.
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "saved").eval()
