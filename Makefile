@@ -39,7 +39,7 @@ test: $(VENV)/.weights
 pytest: $(VENV)/.weights
 	$(PYTEST) $(ARGS)
 
-# For the inner loop, in 90 seconds: no training of more than half a second, no weights, no lint.
+# For the inner loop: no test of more than half a second, no weights, no lint.
 test-fast: $(VENV)/.base
 	$(PYTEST) -m 'not slow and not real' $(ARGS)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from scipy.stats.qmc import Sobol
 
 
@@ -57,11 +59,17 @@ def spread(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
     if not space or not count:
         return [{} for _ in range(count)]
     # All dimensions are always drawn, so that the first ones do not depend on how many are used.
-    points = Sobol(max(8, len(space)), rng=seed).random_base2(math.ceil(math.log2(count)) if count > 1 else 0)
+    points = _sobol(max(8, len(space)), math.ceil(math.log2(count)), seed)
     return [
         {name: part.at(float(x)) for (name, part), x in zip(space.items(), point, strict=False)}
         for point in points[:count]
     ]
+
+
+@lru_cache(64)  # a comparison asks for the same points hundreds of times
+def _sobol(dimensions: int, exponent: int, seed: int) -> np.ndarray:
+    points: np.ndarray = Sobol(dimensions, rng=seed).random_base2(exponent)
+    return points
 
 
 def edges(space: Space, values: Mapping[str, Any]) -> Sequence[str]:

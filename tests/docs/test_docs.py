@@ -135,6 +135,7 @@ def assert_printed(expected, printed):
         assert line.strip() in lines, f"not printed: {line!r}\n--- printed:\n{printed}"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shipped_strategies")
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page, folder):

@@ -36,6 +36,7 @@ def test_killed_and_resumed(where, at, last, tmp_path):
     assert not list((tmp_path / "run").glob("incomplete-*")), "a half-written folder was left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", ["model.safetensors", "ft_state.safetensors", "ft_config.json", "trainer_state.json"]
 )
@@ -55,6 +56,7 @@ def test_nothing_to_resume_from(tmp_path):
         train(tiny_resnet(), "full", tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_another_strategy_is_refused(tmp_path):
     train(tiny_resnet(), L2SPConfig(alpha=0.5), tmp_path, **SAVING)
     for other in ("full", L2SPConfig(alpha=0.25)):
@@ -62,6 +64,7 @@ def test_another_strategy_is_refused(tmp_path):
             train(tiny_resnet(), other, tmp_path, resume=True, **SAVING)
 
 
+@pytest.mark.slow
 def test_another_start_is_refused_where_it_matters(tmp_path):
     train(tiny_resnet(), "l2_sp", tmp_path / "l2_sp", **SAVING)
     with pytest.raises(CheckpointError, match="same pretrained model"):
@@ -70,6 +73,7 @@ def test_another_start_is_refused_where_it_matters(tmp_path):
     train(tiny_resnet(seed=1), "full", tmp_path / "full", resume=str(tmp_path / "full" / "checkpoint-4"), **SAVING)
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_not_overwritten(tmp_path):
     train(tiny_resnet(), "full", tmp_path, **SAVING)
     with pytest.raises(OptionError, match="holds checkpoint-8 of an earlier run.*overwrite=True"):
@@ -80,6 +84,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8"]
 
 
+@pytest.mark.slow
 def test_measured_once_and_terms_that_train_are_resumed(tmp_path, monkeypatch):
     whole = train(tiny_vit(), MeasuredConfig(), tmp_path, **SAVING)
     assert whole._run.plan.term_modules["centre"].centre.item() != whole._run.states["measured"].tensors["mean"]
@@ -90,6 +95,7 @@ def test_measured_once_and_terms_that_train_are_resumed(tmp_path, monkeypatch):
     _same_optimizers(resumed.optimizer, whole.optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ft_state.safetensors", "ft_config.json", "model.safetensors"])
 def test_damaged_files_are_named(name, tmp_path):
     train(tiny_resnet(), "l2_sp", tmp_path, **SAVING)
@@ -101,6 +107,7 @@ def test_damaged_files_are_named(name, tmp_path):
         trainer.train(resume_from_checkpoint=str(chosen))
 
 
+@pytest.mark.slow
 def test_resume_does_not_depend_on_where_the_folder_lies(tmp_path):
     """A run copied to another machine goes on; the best checkpoint that is gone is forgotten."""
     arguments = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}

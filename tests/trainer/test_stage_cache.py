@@ -49,6 +49,7 @@ def alike(one, other):
         same_tensors({name: tensor}, {name: snapshot(other)[name]}, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["linear_probe", "lp_ft", "gradual_unfreezing"])
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "vit", "bert"])
 def test_same_weights_and_scores(name, strategy, tmp_path):
@@ -64,6 +65,7 @@ def test_same_weights_and_scores(name, strategy, tmp_path):
             assert key not in one or one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "vit", "bert"])
 def test_same_weights_with_accumulation_and_resumed(name, tmp_path):
     arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -78,6 +80,7 @@ def test_same_weights_with_accumulation_and_resumed(name, tmp_path):
         same_tensors(snapshot(resumed.model), snapshot(cached.model))
 
 
+@pytest.mark.slow
 def test_worker_processes_see_the_stage_change(tmp_path):
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 16}
     workers |= {"eval_strategy": "steps", "eval_steps": 4}
@@ -115,6 +118,7 @@ def counted_run(folder, use="auto", jitter=0.0, model=None, **arguments):
     return train, evaluate
 
 
+@pytest.mark.slow
 def test_inputs_are_read_once(tmp_path):
     train, evaluate = counted_run(tmp_path)
     # Once for the record; up to three times more for what is read to see whether it stays the same, and to probe.
@@ -122,6 +126,7 @@ def test_inputs_are_read_once(tmp_path):
     assert evaluate.reads == [1] * 12
 
 
+@pytest.mark.slow
 def test_samples_that_differ_each_time_are_never_recorded(tmp_path):
     train, evaluate = counted_run(tmp_path, jitter=0.1)
     assert min(train.reads) >= 2, "read from a record"
@@ -162,6 +167,7 @@ def texts(lengths):
     return [{"input_ids": torch.randint(5, 64, (n,)).tolist(), "labels": n % 3} for n in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "expected"), [("linear_probe", [1]), ("gradual_unfreezing", [1, 0, 0, 0])])
 def test_text_of_any_length(strategy, expected, tmp_path, caplog):
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(59))]))
@@ -196,6 +202,7 @@ def test_a_term_that_needs_the_inputs_gets_them(tmp_path):
     assert used == [False]
 
 
+@pytest.mark.slow
 def test_a_file_takes_what_memory_may_not(tmp_path):
     (tmp_path / "files").mkdir()
     cache = FrozenCache("always", memory_gb=0.0, folder=str(tmp_path / "files"))

@@ -55,6 +55,7 @@ def test_full_is_the_stock_trainer_bit_for_bit(make, tmp_path):
     assert [entry["loss"] for entry in ours.state.log_history if "loss" in entry] == expected
 
 
+@pytest.mark.slow
 def test_weight_zero_is_full_bit_for_bit(tmp_path):
     for decay in (0.0, 0.1):
         full = train(tiny_resnet(), "full", tmp_path, weight_decay=decay)
@@ -199,6 +200,7 @@ def test_best_model_is_loaded(make, strategy, tmp_path):
         same_tensors(kept[best], kept[8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS.keys())
 def test_delta_reloads_bit_for_bit(make, tmp_path):
     trainer = train(make(), "l2_sp", tmp_path / "run")
@@ -441,6 +443,7 @@ def test_users_optimizer(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_batch_norm_momentum_is_set_said_and_can_be_left(tmp_path, caplog):
     trainer = train(tiny_mobilenet_v2(), "full", tmp_path)
     assert {norm.momentum for _, norm in batch_norms(trainer.model)} == {0.1}
@@ -466,6 +469,7 @@ def test_l2_sp_replaces_the_optimizers_decay(tmp_path):
     assert decayed == {"classifier.1.weight"}
 
 
+@pytest.mark.slow
 def test_last_batch_of_one_is_told_before_training(tmp_path):
     model = tiny_mobilenet_v2()  # its last maps are 1x1
     data = tiny_data(model, 33)

@@ -24,6 +24,7 @@ def rows(prefix, batch):
     return {name: batch[name] for name in prefix.kept}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_outputs_and_gradients_are_those_of_the_whole_model(name):
     model = TINY_MODELS[name]()
@@ -230,6 +231,7 @@ def test_members_are_cut_each_for_itself(frozen):
         assert torch.allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_members_that_share_their_images():
     """They are kept as long as one member needs them."""
     for frozen, kept in (((2, 10), ()), ((2, 0), ("pixel_values",))):
@@ -239,6 +241,7 @@ def test_members_that_share_their_images():
         assert tuple(name for name in prefix.kept if name != "labels") == kept
 
 
+@pytest.mark.slow
 def test_a_finder_serves_many_stages():
     model = tiny_collaborative()
     finder = PrefixFinder.of(model, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))

@@ -41,6 +41,7 @@ def fitted(monkeypatch):
     return calls, spy
 
 
+@pytest.mark.slow
 def test_the_swarm_moves_by_the_scores(tmp_path, fitted):
     search = searching(tmp_path)
     scores = search.run()
@@ -58,6 +59,7 @@ def test_the_swarm_moves_by_the_scores(tmp_path, fitted):
     assert scores.best.score == max(evaluation.score for evaluation in scores.evaluations)
 
 
+@pytest.mark.slow
 def test_each_score_is_that_of_its_position_trained_alone(tmp_path):
     search = searching(tmp_path, search_epochs=2)
     for evaluation in search.run().evaluations[:4]:
@@ -66,6 +68,7 @@ def test_each_score_is_that_of_its_position_trained_alone(tmp_path):
         assert evaluation.steps == pytest.approx(steps, abs=1e-6) and evaluation.epochs == 2
 
 
+@pytest.mark.slow
 def test_recorded_and_computed_give_the_same_scores(tmp_path):
     found = [searching(tmp_path, cache=use).run() for use in ("always", "never")]
     assert [e.position for e in found[0].evaluations] == [e.position for e in found[1].evaluations]
@@ -73,6 +76,7 @@ def test_recorded_and_computed_give_the_same_scores(tmp_path):
         assert one.score == pytest.approx(other.score, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_frozen_is_computed_in_a_training(tmp_path, monkeypatch):
     """While a position trains, no layer that is frozen in it runs, of either member."""
     search = searching(tmp_path)
@@ -102,12 +106,14 @@ def test_nothing_frozen_is_computed_in_a_training(tmp_path, monkeypatch):
     assert ran == trained
 
 
+@pytest.mark.slow
 def test_one_pass_records_a_generation(tmp_path):
     search = searching(tmp_path)
     scores = search.run()
     assert 1 <= search.trainings.recordings.passes <= len(scores.generations)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_alone(tmp_path):
     model = tiny_collaborative().train()
     model.members[0].resnet.embedder.requires_grad_(False)
@@ -121,6 +127,7 @@ def test_the_model_is_left_alone(tmp_path):
     assert [m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)] == momenta
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(tmp_path, fitted):
     calls, spy = fitted
     whole = searching(tmp_path).run()
@@ -142,6 +149,7 @@ def test_an_interrupted_search_goes_on(tmp_path, fitted):
     assert len(optuna.get_all_study_names(f"sqlite:///{storage}")) == 2
 
 
+@pytest.mark.slow
 def test_a_budget_and_patience_end_it(tmp_path, fitted):
     calls, _ = fitted
     short = searching(tmp_path, search_budget=5).run()
@@ -157,6 +165,7 @@ def test_a_budget_and_patience_end_it(tmp_path, fitted):
     assert all(b > max(bests[:i]) for i, b in enumerate(bests) if 0 < i < len(bests) - 1), "it went on while it grew"
 
 
+@pytest.mark.slow
 def test_the_storage_changes_nothing(tmp_path):
     options = {"halving": True, "particles": 6, "search_epochs": 2}
     found = [searching(tmp_path, storage=storage, **options).run() for storage in ("memory", str(tmp_path / "x.db"))]
@@ -165,6 +174,7 @@ def test_the_storage_changes_nothing(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_steps_are_as_large_as_in_the_run(tmp_path, monkeypatch):
     """Accumulated batches make one step of the search as well, and the study knows."""
     steps, found = [], {}
@@ -182,6 +192,7 @@ def test_steps_are_as_large_as_in_the_run(tmp_path, monkeypatch):
     assert found[1][2] != found[2][2]
 
 
+@pytest.mark.slow
 def test_the_study_knows_optimizer_and_data(tmp_path):
     signatures = []
     for arguments, rows in (({}, 32), ({"optim_args": "momentum=0.5"}, 32), ({}, 31)):
@@ -194,6 +205,7 @@ def test_the_study_knows_optimizer_and_data(tmp_path):
     assert signatures[0] != signatures[1] and signatures[0]["data"] == signatures[1]["data"] != signatures[2]["data"]
 
 
+@pytest.mark.slow
 def test_halving_gives_up_the_worse(tmp_path):
     scores = searching(tmp_path, halving=True, particles=6, search_epochs=4).run()
     pruned = [evaluation for evaluation in scores.evaluations if evaluation.pruned]
@@ -203,6 +215,7 @@ def test_halving_gives_up_the_worse(tmp_path):
             assert told == scores.evaluation(position).score
 
 
+@pytest.mark.slow
 def test_positions_that_diverge_do_not_stop_the_swarm(tmp_path, monkeypatch):
     score = short_trainings.score
     calls = []
@@ -216,6 +229,7 @@ def test_positions_that_diverge_do_not_stop_the_swarm(tmp_path, monkeypatch):
     assert len(scores.generations) == 3 and scores.best.score > float("-inf")
 
 
+@pytest.mark.slow
 def test_a_trainer_searches_keeps_and_resumes(tmp_path, fitted):
     config = dataclasses.replace(SMALL, storage=None)
     saving = {"save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
@@ -238,12 +252,14 @@ def test_a_trainer_searches_keeps_and_resumes(tmp_path, fitted):
     assert len(fitted[0]) == calls
 
 
+@pytest.mark.slow
 def test_one_model_is_a_swarm_of_one_coordinate(tmp_path):
     scores = searching(tmp_path, tiny_resnet()).run()
     assert scores.layers == (7,) and scores.members == ("ResNetForImageClassification",)
     assert {len(evaluation.position) for evaluation in scores.evaluations} == {1}
 
 
+@pytest.mark.slow
 def test_samples_that_change_are_computed(tmp_path):
     search = searching(tmp_path, cache=FrozenCache("never"))
     assert not search.trainings.recordings.usable

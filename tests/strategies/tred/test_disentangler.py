@@ -111,6 +111,7 @@ def test_with_all_three_terms_the_nuisance_is_near_chance(kind):
     assert np.mean([read_back(seed, kind, BOTH)[0]["Pu*"] for seed in SEEDS]) < 0.35
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mask", "branches"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_papers_max_mmd_alone_ends_at_p_equal_to_f(kind, seed):
@@ -119,6 +120,7 @@ def test_the_papers_max_mmd_alone_ends_at_p_equal_to_f(kind, seed):
     assert found.figures["n_varies"] < 0.02 and found.verdict.startswith("P is F")
 
 
+@pytest.mark.slow
 def test_the_papers_min_mi_alone_leaves_the_nuisance_to_chance():
     # It makes the parts differ, not by what: on some seeds a mask's gates happen to close on the nuisance.
     read = {
@@ -130,6 +132,7 @@ def test_the_papers_min_mi_alone_leaves_the_nuisance_to_chance():
     assert max(read["mask", seed] for seed in SEEDS) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_where_every_channel_has_both_branches_divide_the_variance_and_a_mask_cannot(seed):
     figures, branches = read_back(seed, "branches", MIN_MI, mixed=True)
@@ -141,6 +144,7 @@ def test_where_every_channel_has_both_branches_divide_the_variance_and_a_mask_ca
     assert mask.figures["p_label"] < branches.figures["p_label"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bottleneck", [0.3, 3.0])
 def test_a_wide_range_of_bottlenecks_does(bottleneck):
     figures, _ = read_back(0, "mask", Weights(bottleneck=bottleneck))

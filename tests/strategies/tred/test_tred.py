@@ -68,6 +68,7 @@ def test_criterion_none_is_the_plain_regulariser_and_starts_at_zero(tmp_path):
     assert trainer.states["tred"].tensors == {} and trainer.state.log_history[0]["loss/tred"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_architecture(name, tmp_path):
     trainer = train(TINY_MODELS[name](), TREDConfig(**SHORT), tmp_path, learning_rate=1e-3, **FEW)
@@ -76,6 +77,7 @@ def test_every_architecture(name, tmp_path):
     assert all(entry["loss/tred"] > 0 for entry in trainer.state.log_history if "loss" in entry)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "vit", "bert"])
 def test_bfloat16(name, tmp_path):
     config = TREDConfig(disentangler="branches", **SHORT)
@@ -181,6 +183,7 @@ def test_saved_and_read_back(disentangler, tmp_path):
     ] * 3
 
 
+@pytest.mark.slow
 def test_a_collapse_is_said(tmp_path, told):
     """The paper's terms alone leave everything in P; that is told, logged, and stands in the card."""
     model = tiny_resnet()
@@ -250,6 +253,7 @@ def test_regression_has_no_classes(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_samples_without_a_label_are_left_out(tmp_path):
     """-100, as cross-entropy has it; another number that is no class is refused."""
     model = tiny_resnet()
