@@ -558,7 +558,7 @@ def test_pinned_gates_stay_frozen(tmp_path):
         if zoo.GATES in name:
             nn.init.constant_(parameter, 30.0 if name.endswith("expand.bias") else 0.0)
     CollaborativeModel.from_members([tiny_resnet(), member]).save_pretrained(tmp_path)
-    loaded = zoo._load(str(tmp_path), {"num_labels": 5})
+    loaded = zoo.models._load(str(tmp_path), {"num_labels": 5})
     frozen = {name for name, parameter in loaded.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in loaded.named_parameters() if zoo.GATES in name}
     assert loaded.config.num_labels == loaded.members[1].classifier.out_features == 5
