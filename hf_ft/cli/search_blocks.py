@@ -7,6 +7,7 @@ import torch
 from hf_ft.cli.console import say, table
 from hf_ft.cli.findings import report
 from hf_ft.core.options import options
+from hf_ft.errors import OptionError
 from hf_ft.strategies.blockwise.search import BlockSearch
 
 HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
@@ -45,9 +46,9 @@ def run_search_blocks(arguments: list[str]) -> None:
     request = read(["--strategy", "blockwise", *(_prefixed(word, names) for word in _with_defaults(arguments))])
     for name in ("model", "dataset"):
         if not getattr(request.data, name):
-            raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or a short name.")
+            raise OptionError(f"--{name} is missing: a Hub id, a folder or file, or a short name.")
     if len(request.configs) > 1:
-        raise ValueError("search-blocks searches for blocks only: leave --strategy out.")
+        raise OptionError("search-blocks searches for blocks only: leave --strategy out.")
     made = make(request)
     config = request.configs[0]
     assert isinstance(config, BlockwiseConfig)
