@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MobileNetV2ImageProcessorPil, PreTrainedTokenizerFast
 
-from hf_ft import data
+from hf_ft.data import load
 from hf_ft.data.columns import ROW, find_columns
 from hf_ft.data.images import flip_and_shift
 from hf_ft.data.load import load_splits
@@ -151,7 +151,7 @@ def test_a_test_split_of_the_source_wins(tmp_path):
 
 
 def test_a_test_split_without_labels_is_replaced(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(data.logger, "propagate", True)
+    monkeypatch.setattr(load.logger, "propagate", True)
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["n", "p"]))
     train = datasets.Dataset.from_dict({"text": ["a"] * 20, "label": [0, 1] * 10}, features=features)
     for name, test in (
