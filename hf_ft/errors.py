@@ -1,4 +1,4 @@
-"""Errors that name the field, its value and the fix."""
+"""Errors that a user can mend: the message names the field, its value and the fix."""
 
 from __future__ import annotations
 
@@ -6,15 +6,34 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class AnatomyError(ValueError):
+class Error(ValueError):
+    """Base of the package's own errors.
+
+    Attributes:
+        arguments: the names of the Python arguments in the message that settle it; the command line shows them as
+            flags.
+    """
+
+    arguments: tuple[str, ...]
+
+    def __init__(self, message: str = "", *, arguments: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.arguments = arguments
+
+
+class AnatomyError(Error):
     """The model's head or blocks cannot be told; the message names the argument that settles it."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Error):
     """A file that is missing, damaged, or belongs to something else. The message names it and the fix."""
 
 
-class OptionError(ValueError):
+class DataError(Error):
+    """Data that cannot be read, or do not fit. The message names the place in them, or the argument that settles it."""
+
+
+class OptionError(Error):
     """A value that cannot work. The message names the field, the value and the fix."""
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from sklearn import metrics as sk
 from transformers import EvalPrediction
 
+from hf_ft.errors import OptionError
+
 Kind = Literal["single_label", "multi_label", "regression"]
 Scores = dict[str, float]
 
@@ -135,7 +137,7 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
         eval_prediction: logits (B, C), or a tuple whose first item they are; labels (B,) or (B, C).
 
     Raises:
-        ValueError: the shapes fit none of the kinds.
+        OptionError: the shapes fit none of the kinds.
     """
     logits, labels = _first(eval_prediction.predictions), _first(eval_prediction.label_ids)
     if logits.ndim == 1 or (logits.shape[-1] == 1 and labels.size == logits.size):
@@ -145,7 +147,7 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
             return "multi_label", (logits > 0).astype(np.int64), labels.astype(np.int64)
         return "regression", logits, labels
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
+        raise OptionError(
             f"cannot score logits of shape {logits.shape} against labels of shape {labels.shape}: "
             "expected logits (B, C) with labels (B,) or (B, C)"
         )
@@ -176,7 +178,7 @@ def _load(name: str) -> evaluate.EvaluationModule:
     try:
         return evaluate.load(name)
     except Exception as error:  # the Hub, the file system and the metric's own imports fail in many ways
-        raise ValueError(
+        raise OptionError(
             f"metric {name!r} could not be loaded ({type(error).__name__}: {error}); "
             f"these need no download: {', '.join(LOCAL_METRICS)}"
         ) from error
@@ -190,7 +192,7 @@ def compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], Scores]:
             code from the Hub, so only name what you trust.
 
     Raises:
-        ValueError: a name is neither local nor can be loaded (at once), or a local metric does not suit the
+        OptionError: a name is neither local nor can be loaded (at once), or a local metric does not suit the
             task (at the first evaluation).
     """
     modules = {name: _load(name) for name in names}
@@ -201,7 +203,7 @@ def compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], Scores]:
         for name, module in modules.items():
             if name in LOCAL_METRICS and kind not in LOCAL_METRICS[name].kinds:
                 fitting = [key for key, metric in LOCAL_METRICS.items() if kind in metric.kinds]
-                raise ValueError(f"metric {name!r} does not suit a {kind} task; these do: {', '.join(fitting)}")
+                raise OptionError(f"metric {name!r} does not suit a {kind} task; these do: {', '.join(fitting)}")
             if name in LOCAL_METRICS:
                 scores[name] = _local_score(LOCAL_METRICS[name], predictions, references)
             else:

@@ -10,6 +10,8 @@ import transformers as hf
 from datasets import Dataset, DatasetDict
 from sklearn.model_selection import train_test_split
 
+from hf_ft.errors import DataError
+
 logger = hf.utils.logging.get_logger(__name__)
 
 SHOWN = 5  # classes that a message names
@@ -125,12 +127,12 @@ def stratified_split(
     names the class.
 
     Raises:
-        ValueError: the data set has fewer rows than asked for.
+        DataError: the data set has fewer rows than asked for.
     """
     sizes = {"train": train, "validation": validation}
     sizes["test"] = len(dataset) - train - validation if test is None else test
     if min(sizes.values()) < 0 or sum(sizes.values()) > len(dataset):
-        raise ValueError(f"cannot split {len(dataset)} rows into {sizes}: ask for fewer")
+        raise DataError(f"cannot split {len(dataset)} rows into {sizes}: ask for fewer")
     labels = np.zeros(len(dataset)) if by is None else np.asarray(dataset.with_format(None)[by][:])
     rows = stratified_rows(labels, sizes, seed)
     names = getattr(dataset.features[by], "names", None) if by is not None else None

@@ -11,6 +11,7 @@ from torch import nn
 from hf_ft.advice.measure import Collate, measure_signals
 from hf_ft.advice.rules import Reason, Recommendation, recommend
 from hf_ft.advice.signals import Signals
+from hf_ft.errors import OptionError
 
 __all__ = ["Advice", "advise"]
 
@@ -47,7 +48,7 @@ class Advice:
         """What :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: something is missing; the message names it.
+            OptionError: something is missing; the message names it.
         """
         try:
             found = tuple(
@@ -56,7 +57,7 @@ class Advice:
             )
             return cls(Signals.from_dict(content["signals"]), found)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"this is no advice ({error}): pass what Advice.to_dict wrote.") from error
+            raise OptionError(f"this is no advice ({error}): pass what Advice.to_dict wrote.") from error
 
 
 def advise(

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_ft.advice.rules import neutral_order
 from hf_ft.core.config import BASELINE
+from hf_ft.errors import OptionError
 
 __all__ = ["expected_best", "how_often_right", "judged_table", "summary"]
 
@@ -36,7 +37,7 @@ def how_often_right(results: Iterable[Mapping[str, Any]], fixed: Sequence[str] |
         all orders alike, and ``fixed_k``.
 
     Raises:
-        ValueError: a task without scores, or with one for a strategy that the advice does not name.
+        OptionError: a task without scores, or with one for a strategy that the advice does not name.
     """
     order = fixed_order() if fixed is None else fixed
     return [_judged(result, order) for result in results]
@@ -47,7 +48,7 @@ def _judged(result: Mapping[str, Any], fixed: Sequence[str]) -> dict[str, Any]:
     unplaced = sorted(set(scores) - set(result["advice"]))
     if not scores or unplaced:
         what = f"scores of {', '.join(unplaced)}, which the advice does not name" if unplaced else "no scores"
-        raise ValueError(f"task {result['task']!r} has {what}: give the whole order, and a score or more.")
+        raise OptionError(f"task {result['task']!r} has {what}: give the whole order, and a score or more.")
     order = [name for name in result["advice"] if name in scores]
     without = [name for name in fixed if name in scores]
     without += [name for name in scores if name not in without]
@@ -75,7 +76,7 @@ def expected_best(scores: Sequence[float], k: int) -> float:
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Over the tasks: the share whose best is advised first and among the first three, and the mean of each regret."""
     if not rows:
-        raise ValueError("no task to judge: run the comparison first.")
+        raise OptionError("no task to judge: run the comparison first.")
     kinds = [f"{kind}_{k}" for kind in ("regret", "random", "fixed") for k in FIRST]
     shares = {"first": [row["rank"] == 1 for row in rows], "in_top_3": [row["in_top_3"] for row in rows]}
     values = shares | {kind: [row[kind] for row in rows] for kind in kinds}

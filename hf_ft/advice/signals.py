@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from hf_ft.errors import OptionError
+
 __all__ = ["Shift", "Signals", "explained"]
 
 
@@ -176,14 +178,14 @@ class Signals:
         """What :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: something is missing; the message names it.
+            OptionError: something is missing; the message names it.
         """
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
         try:
             shifts = {name: Shift(**shift) for name, shift in known["batch_norm"].items()}
             return cls(**{**known, "class_counts": tuple(known["class_counts"]), "batch_norm": shifts})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"these are no signals ({error}): pass what Signals.to_dict wrote.") from error
+            raise OptionError(f"these are no signals ({error}): pass what Signals.to_dict wrote.") from error
 
     def _skill(self, balanced_accuracy: float | None) -> float | None:
         if balanced_accuracy is None or self.chance == 1:
@@ -238,7 +240,7 @@ def explained(signals: Signals) -> list[tuple[str, str, str]]:
 
 def _imbalance(s: Signals) -> str:
     if s.imbalance >= 10:
-        return "largest class over smallest: look at balanced accuracy, try --class_weights balanced"
+        return "largest class over smallest: look at balanced accuracy, try class_weights='balanced'"
     return "largest class over smallest"
 
 

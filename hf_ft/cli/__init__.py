@@ -8,8 +8,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from hf_ft.cli.console import is_main, rank, say
-from hf_ft.errors import unknown
+from hf_ft.cli.console import is_main, one_line, rank, say
+from hf_ft.errors import Error, OptionError, unknown
 from hf_ft.version import __version__
 
 COMMANDS = {
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("interrupted", error=True)
         return 130
     # What a user can mend is one of these everywhere in hf_ft; anything else is a bug and keeps its traceback.
-    except (ValueError, ImportError, OSError) as error:
+    except (Error, ImportError, OSError) as error:
         if traceback_wanted:
             traceback.print_exc()
         print(_message(arguments[0], error), file=sys.stderr)
@@ -62,18 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _call(command: str, arguments: list[str]) -> None:
     if command not in COMMANDS:
-        raise ValueError(unknown("command", command, COMMANDS))
+        raise OptionError(unknown("command", command, COMMANDS))
     module = importlib.import_module(f"hf_ft.cli.{COMMANDS[command][0]}")
     getattr(module, f"run_{command.replace('-', '_')}")(arguments)
 
 
 def _message(command: str, error: Exception) -> str:
-    """One line; an error from outside of hf_ft says where from, since its text alone may not be enough."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    frames = list(traceback.walk_tb(error.__traceback__))
-    origin = frames[-1][0].f_globals.get("__name__", "") if frames else "hf_ft"
-    if origin.partition(".")[0] != "hf_ft":
-        text += f" ({type(error).__name__} in {origin}; --traceback shows more)"
     # Every process reports: what went wrong on one of them only would be lost otherwise.
     where = "" if is_main() else f" [process {rank()}]"
-    return f"hf-ft {command}{where}: error: {text}"
+    return f"hf-ft {command}{where}: error: {one_line(error)}"

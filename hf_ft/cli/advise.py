@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from hf_ft.advice import Advice, Reason, advise
 from hf_ft.advice.rules import config_at_hand
 from hf_ft.advice.signals import explained
-from hf_ft.cli.console import Parser, is_main, quieten, say, table
+from hf_ft.cli.console import Parser, is_main, quieten, refusals, say, table, with_flags
 from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags
 from hf_ft.cli.models import load_classifier
 from hf_ft.cli.prepare import read_splits, readable_images, token_length
@@ -69,7 +69,9 @@ def run_advise(arguments: list[str]) -> None:
     request = replace(request, given={"output_dir": DEFAULT_FOLDER, **request.given})
     _check(request)
     quieten()
-    folder, args = request.output_dir, TrainingArguments(**request.training_arguments())
+    folder = request.output_dir
+    with refusals():
+        args = TrainingArguments(**request.training_arguments())
     others = [name.strip() for name in (flags.source_models or "").split(",") if name.strip()]
     found = _advise(request, args, members=1 + len(others))
     if is_main():
@@ -110,13 +112,13 @@ def _check(request: Request) -> None:
     """Refuse what needs neither model nor data to be seen wrong.
 
     Raises:
-        ValueError: what ``hf-ft train`` refuses, but for a folder in use; or a flag that says what is not done here.
+        OptionError: what ``hf-ft train`` refuses, but for a folder in use; or a flag that says what is not done here.
     """
     if request.method.strategy:
-        raise ValueError("advise orders all strategies: leave --strategy out.")
+        raise OptionError("advise orders all strategies: leave --strategy out.")
     check_request(replace(request, method=replace(request.method, overwrite=True)))
     if request.data.augment not in (None, "none"):
-        raise ValueError(f"--augment {request.data.augment}: advise looks at the samples as they are, leave it out.")
+        raise OptionError(f"--augment {request.data.augment}: advise looks at the samples as they are, leave it out.")
 
 
 def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
@@ -127,11 +129,12 @@ def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
     columns = find_columns(splits, flags.image_column, flags.text_column, flags.label_column)
     splits = readable_images(DatasetDict({"train": splits["train"]}), columns, flags.on_corrupt)
     if columns.problem_type != "single_label_classification":
-        raise ValueError(
+        raise OptionError(
             f"column {columns.label!r} is read as {columns.problem_type.replace('_', ' ')}: advise needs one class per "
             "sample. Set --label_column, or choose among the strategies with `hf-ft train`."
         )
-    model, processor = _load(request, columns, args.seed)
+    with refusals():
+        model, processor = _load(request, columns, args.seed)
     with args.main_process_first(desc="preparing the data"):
         ready = prepare(splits, processor, columns, "none", token_length(flags, model, processor))
     return advise(
@@ -164,7 +167,8 @@ def _report(found: Advice, request: Request, others: Sequence[str], folder: Path
     lines = [f"{request.data.model} on {request.data.dataset}, training samples only\n"]
     if request.data.dataset in DATA_NOTICES:
         lines.append(f"{table([('notice', DATA_NOTICES[request.data.dataset])])}\n")
-    lines.append(table(explained(s), ("signal", "figure", "meaning")))
+    figures = [(name, figure, with_flags(meaning, ["class_weights"])) for name, figure, meaning in explained(s)]
+    lines.append(table(figures, ("signal", "figure", "meaning")))
     lines.append(
         f"\n{s.forward_samples:,} samples forward, {s.backward_samples:,} forward and backward, {s.seconds:.0f} s.\n"
     )

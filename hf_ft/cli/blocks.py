@@ -11,6 +11,7 @@ from torch import nn
 from hf_ft.cli.console import Parser, say, table
 from hf_ft.cli.models import skeleton
 from hf_ft.core.config import config_class
+from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.norms import batch_norms, norm_layers, tensorflow_momentum
 from hf_ft.models.parts import Anatomy, Part
@@ -35,10 +36,10 @@ def run_blocks(arguments: list[str]) -> None:
     """Print the parts of a model, its stages, and its normalisation layers; or its candidates for adaptation."""
     flags = _parser().parse_args(arguments)
     if flags.length is not None and flags.scheme != "window":
-        raise ValueError("--length is the number of layers of a window: add --scheme window.")
+        raise OptionError("--length is the number of layers of a window: add --scheme window.")
     schemes = _blockwise().schemes
     if flags.scheme is not None and flags.scheme not in schemes:  # before weights are read
-        raise ValueError(f"--scheme {flags.scheme} is unknown. There are: {', '.join(schemes)}.")
+        raise OptionError(f"--scheme {flags.scheme} is unknown. There are: {', '.join(schemes)}.")
     model = skeleton(flags.model)
     if flags.scheme is None:
         say(report(model, anatomy(model, head=flags.head, blocks=flags.blocks)))

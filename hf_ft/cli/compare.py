@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from hf_ft.cli.compare_help import compare_help
-from hf_ft.cli.console import count, is_main, quieten, say, table
+from hf_ft.cli.console import count, is_main, quieten, refusals, say, table
 from hf_ft.cli.flags import DataFlags
 from hf_ft.cli.models import usage
 from hf_ft.cli.prepare import read_splits
@@ -70,19 +70,20 @@ def run_compare(arguments: list[str]) -> None:
     chosen = _chosen(flags.strategies, values)
     _check(data_flags, folder, settings)
     data = read_data(data_flags, flags)
-    prepared = prepare_comparison(
-        str(data_flags.model),
-        data,
-        chosen,
-        output_dir=folder,
-        settings=settings,
-        image_size=data_flags.image_size,
-        revision=data_flags.revision,
-        class_weights=None if flags.class_weights == "none" else flags.class_weights,
-        untuned=[name for name in values if "." in name],  # what a user sets is not tuned, be it the default
-        tell=say,
-        **given,
-    )
+    with refusals():
+        prepared = prepare_comparison(
+            str(data_flags.model),
+            data,
+            chosen,
+            output_dir=folder,
+            settings=settings,
+            image_size=data_flags.image_size,
+            revision=data_flags.revision,
+            class_weights=None if flags.class_weights == "none" else flags.class_weights,
+            untuned=[name for name in values if "." in name],  # what a user sets is not tuned, be it the default
+            tell=say,
+            **given,
+        )
     _announce(data_flags, data, settings, prepared)
     advice = _advised(prepared) if flags.advise else None
     if is_main():
@@ -92,7 +93,7 @@ def run_compare(arguments: list[str]) -> None:
         results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
         show(results, folder)
         if not results.winner and settings.hours is None:
-            raise ValueError(f"no strategy finished; {folder}/report.md says why.")
+            raise OptionError(f"no strategy finished; {folder}/report.md says why.")
 
 
 def _advised(prepared: Any) -> Any:
@@ -110,7 +111,7 @@ def _chosen(names: str, values: Mapping[str, Any]) -> dict[str, tuple[FTConfig, 
     wanted = list(strategies()) if names == "all" else [name.strip() for name in names.split(",")]
     twice = sorted({name for name in wanted if wanted.count(name) > 1})
     if twice:
-        raise ValueError(f"--strategies names {twice[0]} twice.")
+        raise OptionError(f"--strategies names {twice[0]} twice.")
     parts = dict.fromkeys(part for name in (BASELINE, *wanted) for part in name.split("+"))
     configs = {config.ft_type: config for config in configured(list(parts), values)}
     return {name: tuple(configs[part] for part in name.split("+")) for name in dict.fromkeys((BASELINE, *wanted))}
@@ -119,9 +120,9 @@ def _chosen(names: str, values: Mapping[str, Any]) -> dict[str, tuple[FTConfig, 
 def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
     for name, what in (("model", ", ".join(SHORT_NAMES)), ("dataset", ", ".join(DATASETS))):
         if not getattr(data, name):
-            raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
+            raise OptionError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+        raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     settings.check()
 
 
@@ -219,7 +220,7 @@ def _spread(found: Any) -> str:
 def _report_anew(folder: Path) -> None:
     file = folder / "results.json"
     if not file.is_file():
-        raise ValueError(f"--report {folder}: there is no {file.name}: name the --output_dir of a comparison.")
+        raise OptionError(f"--report {folder}: there is no {file.name}: name the --output_dir of a comparison.")
     results = Results.load(file)
     write_report(results, folder)
     show(results, folder)

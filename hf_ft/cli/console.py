@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
+
+from hf_ft.errors import Error, OptionError
 
 
 def rank() -> int:
@@ -56,7 +61,43 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise OptionError(message)
+
+
+def with_flags(text: str, arguments: Iterable[str]) -> str:
+    """A message with its Python arguments as flags: each where it stands last, which is where the fix is told."""
+    for name in arguments:
+        places = list(re.finditer(rf"(?<![\w-]){name}(?:='(\w+)')?(?!\w)", text))
+        if places:
+            place = places[-1]
+            flag = f"--{name}" + (f" {place[1]}" if place[1] else "")
+            text = text[: place.start()] + flag + text[place.end() :]
+    return text
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong; an error from outside of hf_ft says where from, since its text alone may not be enough."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    frames = list(traceback.walk_tb(error.__traceback__))
+    origin = frames[-1][0].f_globals.get("__name__", "") if frames else "hf_ft"
+    if origin.partition(".")[0] != "hf_ft":
+        return f"{text} ({type(error).__name__} in {origin}; --traceback shows more)"
+    return with_flags(text, error.arguments) if isinstance(error, Error) else text
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a library refuses of the user's arguments with a bare ``ValueError`` is the user's to mend, too.
+
+    Raises:
+        OptionError: in place of it.
+    """
+    try:
+        yield
+    except Error:
+        raise
+    except ValueError as error:
+        raise OptionError(one_line(error)) from error
 
 
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str] = (), indent: str = "") -> str:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from hf_ft.data.columns import Columns
+from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 from hf_ft.zoo.sources import load_sources
@@ -26,12 +27,12 @@ def read_config(name: str) -> Any:
     """The config of a Hub id or a folder.
 
     Raises:
-        ValueError: there is none, or it is of no model that Transformers knows.
+        OptionError: there is none, or it is of no model that Transformers knows.
     """
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise OptionError(
             f"cannot read the model {name!r}: {str(error).strip().splitlines()[0]} It may be a Hub id, a folder "
             f"written by save_pretrained, or one of {', '.join(SHORT_NAMES)}."
         ) from error
@@ -44,7 +45,7 @@ def skeleton(name: str) -> nn.Module:
     config = read_config(name)
     image = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     if not image and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"{name} ({type(config).__name__}) is neither an image nor a text classifier.")
+        raise OptionError(f"{name} ({type(config).__name__}) is neither an image nor a text classifier.")
     auto = AutoModelForImageClassification if image else AutoModelForSequenceClassification
     with torch.device("meta"):
         return auto.from_config(config)
@@ -62,7 +63,7 @@ def load_classifier(
     """The model with a head for these classes, and its image processor or tokenizer.
 
     Raises:
-        ValueError: the model cannot be read, or is for another kind of data.
+        OptionError: the model cannot be read, or is for another kind of data.
     """
     if name in SHORT_NAMES:
         fits, kind = SHORT_NAMES[name].task == columns.task, "a short name"
@@ -72,7 +73,7 @@ def load_classifier(
         mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if image else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         fits, kind = type(config) in mapping, type(config).__name__
     if not fits:
-        raise ValueError(
+        raise OptionError(
             f"--model {name} ({kind}) is no {columns.task} classifier, and column {columns.inputs[0]!r} of the data "
             f"is read as {columns.task}: choose another model, or set --image_column or --text_column."
         )

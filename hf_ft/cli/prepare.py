@@ -9,7 +9,7 @@ import torch
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
-from hf_ft.cli.console import quieten
+from hf_ft.cli.console import quieten, refusals
 from hf_ft.cli.flags import CHECKED_UNASKED, DataFlags
 from hf_ft.cli.models import load_classifier, load_ensemble
 from hf_ft.cli.request import Request
@@ -19,6 +19,7 @@ from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.data.prepare import collate, prepare, usual_length
+from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.trainer.trainer import FTTrainer
 
@@ -36,25 +37,15 @@ class Made:
 def make(request: Request) -> Made:
     """Load model and data, and make the trainer."""
     quieten()
-    args = TrainingArguments(**request.training_arguments())
+    with refusals():
+        args = TrainingArguments(**request.training_arguments())
     with args.main_process_first(desc="reading the data"):
         splits = read_splits(request.data)
     columns = find_columns(splits, request.data.image_column, request.data.text_column, request.data.label_column)
     splits = readable_images(splits, columns, request.data.on_corrupt)
     augment = _augmentation(request.data.augment, columns)
-    size, revision = request.data.image_size, request.data.revision
-    if request.sources:
-        model, processor = load_ensemble(request.sources, columns, args.seed, size, revision)
-    else:
-        model, processor = load_classifier(
-            str(request.data.model),
-            columns,
-            args.seed,
-            size,
-            revision,
-            keep_source_head=any(config.needs().source_head for config in request.configs),
-            head=shared_option(request.configs, "head"),
-        )
+    with refusals():
+        model, processor = _load(request, columns, args.seed)
     length = token_length(request.data, model, processor)
     with args.main_process_first(desc="preparing the data"):
         ready = prepare(splits, processor, columns, augment, length)
@@ -62,22 +53,39 @@ def make(request: Request) -> Made:
         source = _source(request.data, processor, columns, augment, length)
     _settle(args, request, columns)
     method = request.method
-    trainer = FTTrainer(
-        model,
-        args,
-        strategy=request.configs,
-        class_weights=None if method.class_weights == "none" else method.class_weights,
-        overwrite=method.overwrite,
-        frozen_cache=FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb),
-        plain_train_dataset=plain["train"],
-        source_dataset=source,
-        train_dataset=ready["train"],
-        eval_dataset=ready["validation"],
-        data_collator=collate(processor),
-        processing_class=processor,
-        compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
-    )
+    cache = FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb)
+    with refusals():
+        trainer = FTTrainer(
+            model,
+            args,
+            strategy=request.configs,
+            class_weights=None if method.class_weights == "none" else method.class_weights,
+            overwrite=method.overwrite,
+            frozen_cache=cache,
+            plain_train_dataset=plain["train"],
+            source_dataset=source,
+            train_dataset=ready["train"],
+            eval_dataset=ready["validation"],
+            data_collator=collate(processor),
+            processing_class=processor,
+            compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
+        )
     return Made(trainer, ready, columns, augment)
+
+
+def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
+    size, revision = request.data.image_size, request.data.revision
+    if request.sources:
+        return load_ensemble(request.sources, columns, seed, size, revision)
+    return load_classifier(
+        str(request.data.model),
+        columns,
+        seed,
+        size,
+        revision,
+        keep_source_head=any(config.needs().source_head for config in request.configs),
+        head=shared_option(request.configs, "head"),
+    )
 
 
 def read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
@@ -100,7 +108,7 @@ def readable_images(splits: DatasetDict, columns: Columns, on_corrupt: str | Non
     """The splits without unreadable images, as far as these are looked for.
 
     Raises:
-        ValueError: there are such, and they are not to be skipped.
+        OptionError: there are such, and they are not to be skipped.
     """
     if on_corrupt is None and sum(map(len, splits.values())) > CHECKED_UNASKED:
         return splits
@@ -111,20 +119,20 @@ def _source(flags: DataFlags, processor: Any, target: Columns, augment: str, len
     """The source data, processed as the target's.
 
     Raises:
-        ValueError: they are of another kind than the target's.
+        OptionError: they are of another kind than the target's.
     """
     if flags.source_dataset is None:
         return None
     rows = DatasetDict({"train": load_split(flags.source_dataset, flags.source_split)})
     columns = find_columns(rows)
     if columns.task != target.task:
-        raise ValueError(f"--source_dataset {flags.source_dataset} holds {columns.task}, --dataset {target.task}.")
+        raise OptionError(f"--source_dataset {flags.source_dataset} holds {columns.task}, --dataset {target.task}.")
     return prepare(readable_images(rows, columns, flags.on_corrupt), processor, columns, augment, length)["train"]
 
 
 def _augmentation(wanted: str | None, columns: Columns) -> str:
     if columns.task == "text" and wanted not in (None, "none"):
-        raise ValueError(f"--augment {wanted} changes images, and these data are text: use none.")
+        raise OptionError(f"--augment {wanted} changes images, and these data are text: use none.")
     return wanted or ("basic" if columns.task == "image" else "none")
 
 

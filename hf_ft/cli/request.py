@@ -17,6 +17,7 @@ from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.core.compose import recommended_arguments, sources_of
 from hf_ft.core.config import BASELINE, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
+from hf_ft.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Request:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise OptionError(message)
 
 
 Kinds = tuple[type, ...]  # dataclasses whose fields are flags
@@ -94,7 +95,7 @@ def read(argv: Sequence[str]) -> Request:
     """Read what ``hf-ft train`` is asked to do.
 
     Raises:
-        ValueError: an unknown flag, key, strategy or option, or a value that cannot be; the message names it.
+        OptionError: an unknown flag, key, strategy or option, or a value that cannot be; the message names it.
     """
     values = read_values(argv)
     method = MethodFlags(**taken(values, MethodFlags))
@@ -110,14 +111,14 @@ def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train
     """Read the command line, and the YAML file it names; flags win over the file. Only what was given is there.
 
     Raises:
-        ValueError: an unknown flag or key, or a value that cannot be; the message names it.
+        OptionError: an unknown flag or key, or a value that cannot be; the message names it.
     """
     parser = make_parser(kinds)
     values, files = _parse(parser, argv, kinds, command)
     file = values.pop("config", None)
     files = [*([file] if file else []), *files]
     if len(files) > 1:
-        raise ValueError(f"one YAML file at most can be read, not {', '.join(files)}")
+        raise OptionError(f"one YAML file at most can be read, not {', '.join(files)}")
     if files:
         values = _from_yaml(parser, Path(files[0]), values.get("strategy"), kinds, command) | values
     return values
@@ -150,11 +151,11 @@ def _from_yaml(
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read {str(file)!r}: {error.strerror}. Is it a flag without its --?") from error
+        raise OptionError(f"cannot read {str(file)!r}: {error.strerror}. Is it a flag without its --?") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
+        raise OptionError(f"{file} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: keys and values are needed, such as `model: microsoft/resnet-18`")
+        raise OptionError(f"{file}: keys and values are needed, such as `model: microsoft/resnet-18`")
     words: list[str] = []
     nothing: dict[str, None] = {}  # YAML's null, which no flag can say
     known = {*_plain_flags(kinds), *_strategy_flags()}
@@ -171,7 +172,7 @@ def _from_yaml(
     try:
         return _parse(parser, words, kinds, command)[0] | nothing
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise OptionError(f"{file}: {error}") from error
 
 
 def _flat(content: Mapping[Any, Any]) -> dict[str, Any]:
@@ -200,21 +201,21 @@ def _unknown(key: str, where: str, kinds: Kinds, command: str) -> NoReturn:
     name, dot, option = key.partition(".")
     if dot:
         own = [o.name for o in options(config_class(name))]  # raises where the strategy is unknown
-        raise ValueError(f"{where}{key}: {name} has no option {option!r}, only {', '.join(own)}.")
+        raise OptionError(f"{where}{key}: {name} has no option {option!r}, only {', '.join(own)}.")
     guess = get_close_matches(key, [*_plain_flags(kinds), *strategies()], n=1)
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
-    raise ValueError(f"{where}{key} is unknown.{hint} `hf-ft {command} --help-all` lists all.")
+    raise OptionError(f"{where}{key} is unknown.{hint} `hf-ft {command} --help-all` lists all.")
 
 
 def configured(names: Sequence[str], values: Mapping[str, Any]) -> tuple[FTConfig, ...]:
     """The strategies with their options.
 
     Raises:
-        ValueError: a name that is unknown or given twice, an option of another strategy, or a value that cannot be.
+        OptionError: a name that is unknown or given twice, an option of another strategy, or a value that cannot be.
     """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"--strategy {twice[0]} is given twice.")
+        raise OptionError(f"--strategy {twice[0]} is given twice.")
     classes = {name: config_class(name) for name in names}
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
     for key, text in values.items():
@@ -222,6 +223,6 @@ def configured(names: Sequence[str], values: Mapping[str, Any]) -> tuple[FTConfi
         if not dot:
             continue
         if name not in chosen:
-            raise ValueError(f"--{key} is set, but the strategy {name} is not used: add --strategy {name}.")
+            raise OptionError(f"--{key} is set, but the strategy {name} is not used: add --strategy {name}.")
         chosen[name][option] = parse(text, annotation(classes[name], option), f"--{key}")
     return tuple(classes[name](**chosen[name]) for name in names)

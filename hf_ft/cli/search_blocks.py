@@ -11,6 +11,7 @@ from hf_ft.cli.findings import show_findings
 from hf_ft.core.config import config_class
 from hf_ft.core.context import State
 from hf_ft.core.options import options
+from hf_ft.errors import OptionError
 
 HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
 
@@ -47,9 +48,9 @@ def run_search_blocks(arguments: list[str]) -> None:
     request = read(["--strategy", "blockwise", *(_prefixed(word, names) for word in _with_defaults(arguments))])
     for name in ("model", "dataset"):
         if not getattr(request.data, name):
-            raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or a short name.")
+            raise OptionError(f"--{name} is missing: a Hub id, a folder or file, or a short name.")
     if len(request.configs) > 1:
-        raise ValueError("search-blocks searches for blocks only: leave --strategy out.")
+        raise OptionError("search-blocks searches for blocks only: leave --strategy out.")
     made = make(request)
     config: Any = request.configs[0]
     scores = config.search(made.trainer.model, made.trainer.context())

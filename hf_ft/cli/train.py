@@ -18,6 +18,7 @@ from hf_ft.cli.request import Request, read
 from hf_ft.core.config import strategies
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
+from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
@@ -40,22 +41,22 @@ def check_request(request: Request) -> None:
     """Refuse what needs neither model nor data to be seen wrong.
 
     Raises:
-        ValueError: a flag is missing, or the output folder is in use.
+        OptionError: a flag is missing, or the output folder is in use.
     """
     for name, what in (("model", ", ".join(SHORT_NAMES)), ("dataset", ", ".join(DATASETS))):
         if not getattr(request.data, name) and not (name == "model" and request.sources):
-            raise ValueError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
+            raise OptionError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
     if request.data.model and request.sources:
         flag = next(SOURCES_FLAGS[config.ft_type] for config in request.configs if config.sources())
-        raise ValueError(f"--model {request.data.model} and {flag} both say what to load: give one.")
+        raise OptionError(f"--model {request.data.model} and {flag} both say what to load: give one.")
     if request.data.augment not in (None, *AUGMENTATIONS):
-        raise ValueError(f"--augment {request.data.augment} is unknown: choose one of {', '.join(AUGMENTATIONS)}.")
+        raise OptionError(f"--augment {request.data.augment} is unknown: choose one of {', '.join(AUGMENTATIONS)}.")
     if request.data.on_corrupt not in (None, *get_args(OnCorrupt)):
         known = ", ".join(get_args(OnCorrupt))
-        raise ValueError(f"--on_corrupt {request.data.on_corrupt} is unknown: choose one of {known}.")
+        raise OptionError(f"--on_corrupt {request.data.on_corrupt} is unknown: choose one of {known}.")
     folder = request.output_dir
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+        raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     # A search that was interrupted goes on where it was.
     kept = tuple(name for config in strategies().values() for name in config.kept)
     if (
@@ -63,7 +64,7 @@ def check_request(request: Request) -> None:
         and any(not file.name.startswith(kept) for file in folder.iterdir())
         and not (request.method.overwrite or request.resume)
     ):
-        raise ValueError(
+        raise OptionError(
             f"--output_dir {folder} is not empty: add --overwrite, or --resume_from_checkpoint true to go on with "
             "the run in it, or name another folder."
         )

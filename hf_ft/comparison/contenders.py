@@ -158,10 +158,10 @@ def entrant(
         common: dict[str, Any] = {"metric": metric, "storage": "memory"}
         common |= {MOMENTUM: settings.batch_norm_momentum} if free_momentum else {}
         own = {n: v for n, v in common.items() if n in known and _at_default(config, n)}
-        free = config.source_free()
-        if bench.source is None and free is not None and config.needs().source_data == "required":
-            config = free
-            notes.append(f"{config.ft_type} runs in its source-free form, since no source data were given")
+        try:
+            config = _fitting(config, bench, model, notes)
+        except OptionError as error:
+            refusal = str(error)
         changed = dataclasses.replace(config, **own)
         # The look at the data is cut, not left out: what it finds is part of the strategy.
         # An epoch of several source models costs as many.
@@ -177,6 +177,26 @@ def entrant(
             if _at_default(config, option) and f"{config.ft_type}.{option}" not in untuned
         }
     return Entrant(name, tuple(made), space, bench, tuple(notes), refusal)
+
+
+def _fitting(config: FTConfig, bench: Bench, model: nn.Module, notes: list[str]) -> FTConfig:
+    """The form of a strategy that fits the data and the model; what is not as it was asked for is noted.
+
+    Raises:
+        OptionError: it has none for this model.
+    """
+    name, free = config.ft_type, config.source_free()
+    if bench.source is None and free is not None and config.needs().source_data == "required":
+        config = free
+        notes.append(f"{name} runs in its source-free form, since no source data were given")
+    fitting = config.adapted(model)
+    if fitting is None:
+        raise OptionError(f"{name} has no form that fits this model: leave it out.")
+    before = config.to_dict()
+    changed = ", ".join(f"{key}={value}" for key, value in fitting.to_dict().items() if value != before[key])
+    if changed:
+        notes.append(f"{name} runs with {changed}, the form that fits this model")
+    return fitting
 
 
 def _at_default(config: FTConfig, name: str) -> bool:

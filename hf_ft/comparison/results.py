@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_ft.errors import CheckpointError
+
 FORMAT = 1
 Status = Literal["finished", "cannot run", "failed", "not reached", "unfinished"]
 """``cannot run``: refused for this model or these data; ``failed``: no trial, or no final run, ended well;
@@ -158,10 +160,10 @@ class Results:
         """What :meth:`to_dict` gave, also after a way through JSON.
 
         Raises:
-            ValueError: it is of another format.
+            CheckpointError: it is of another format.
         """
         if content.get("format") != FORMAT:
-            raise ValueError(f"results of format {content.get('format')!r}, not {FORMAT}: made by another hf_ft?")
+            raise CheckpointError(f"results of format {content.get('format')!r}, not {FORMAT}: made by another hf_ft?")
         values = {key: value for key, value in content.items() if key != "format"}
         values["contenders"] = tuple(_contender(item) for item in content["contenders"])
         values["labels"] = _tuples(content["labels"])

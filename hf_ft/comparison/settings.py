@@ -65,7 +65,7 @@ class Settings:
     learning_rates: str | None = setting(
         None, "range of learning rates, such as 1e-5,3e-1 (default: that for sgd, 1e-6,1e-2 for Adam and its kin)"
     )
-    most_trials: int = setting(4, "a strategy whose trainings are cheap gets so many times --trials at most")
+    most_trials: int = setting(4, "a strategy whose trainings are cheap gets so many times the trials at most")
     batch_norm_momentum: float = setting(
         0.1,
         "of all BatchNorm layers and for all strategies, so that statistics can follow in short trainings; 0 leaves "

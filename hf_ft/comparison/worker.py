@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from hf_ft.errors import OptionError
+
 LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
@@ -13,13 +15,13 @@ def become_worker() -> None:
     """Make each process of ``accelerate launch`` a worker with one device: trainings are shared out, none is split up.
 
     Raises:
-        ValueError: there are more processes than GPUs.
+        OptionError: there are more processes than GPUs.
     """
     workers, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     if devices != [""]:
         if local >= len(devices):
-            raise ValueError(f"--num_processes {workers}: there are {len(devices)} GPUs, and each worker takes one.")
+            raise OptionError(f"--num_processes {workers}: there are {len(devices)} GPUs, and each worker takes one.")
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[local]
     for name in LAUNCHED:  # or each training would be one of all processes
         os.environ.pop(name, None)

@@ -226,14 +226,14 @@ def register(name: str) -> Callable[[C], C]:
     """Class decorator: make a config known under ``name``, which becomes its ``ft_type``.
 
     Raises:
-        ValueError: the name is taken by another class.
+        OptionError: the name is taken by another class.
     """
 
     def add(config_class: C) -> C:
         own = config_class.__module__.startswith(f"{_OWN}.")
         known = (_CONFIGS if own else _registered()).get(name)
         if known is not None and known.__qualname__ != config_class.__qualname__:
-            raise ValueError(f"strategy name {name!r} is taken by {known.__module__}.{known.__qualname__}.")
+            raise OptionError(f"strategy name {name!r} is taken by {known.__module__}.{known.__qualname__}.")
         config_class.ft_type = name
         _CONFIGS[name] = config_class
         return config_class

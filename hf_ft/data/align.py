@@ -9,21 +9,22 @@ from datasets import ClassLabel, Dataset, DatasetDict
 
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.load import load_split
+from hf_ft.errors import DataError
 
 
 def other_distribution(source: str, split: str | None, columns: Columns) -> Dataset:
     """A second test set in the columns of the first, its classes told by their names.
 
     Raises:
-        ValueError: it holds something else, or a class that the model does not know.
+        DataError: it holds something else, or a class that the model does not know.
     """
     rows = _first_split(source, ("test", "train") if split is None else (split,))
     theirs = find_columns(DatasetDict({"test": rows}))
     unknown = [name for name in theirs.names if name not in columns.names]
     if theirs.task != columns.task or unknown or theirs.problem_type != columns.problem_type:
         what = f"the class {unknown[0]!r}" if unknown else f"{theirs.task}, {theirs.problem_type}"
-        raise ValueError(
-            f"--ood_dataset {source} holds {what}, and --dataset {columns.task} of {columns.problem_type} with the "
+        raise DataError(
+            f"{source} holds {what}, and the model's data {columns.task} of {columns.problem_type} with the "
             f"classes {', '.join(columns.names[:10])}: take data of the same classes."
         )
     labels: Sequence[Any] = theirs.encode(rows.with_format(None)[theirs.label][:])
@@ -44,7 +45,7 @@ def _first_split(source: str, names: Sequence[str]) -> Dataset:
     for name in names:
         try:
             return load_split(source, name)
-        except ValueError:
+        except DataError:
             if name == names[-1]:
                 raise
-    raise ValueError(f"{source} has no split.")
+    raise DataError(f"{source} has no split.")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 
+from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import Task
 
 ROW = "__row__"  # the row number in the source: splits are shuffled, and an error must name the row
@@ -64,25 +65,27 @@ def find_columns(
         text_column: one name, or two joined by a comma for pairs.
 
     Raises:
-        ValueError: a column is missing or unfit, splits disagree, or training or validation rows lack a label.
+        DataError: a column is missing or unfit, splits disagree, or training or validation rows lack a label.
     """
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
     first = next(iter(splits.values()))
     texts = tuple(text.strip() for text in text_column.split(",")) if text_column else ()
     label = label_column or usual_label(first)
     if label is None:
-        raise ValueError(f"no label column among {_shown(first)}: set --label_column")
+        raise DataError(f"no label column among {_shown(first)}: set label_column", arguments=("label_column",))
     inputs = (image_column,) if image_column else texts or _usual_inputs(first)
-    flag = "--image_column" if image_column else "--text_column"
+    given = "image_column" if image_column else "text_column"
     for name, split in splits.items():
         for column in (*inputs, label):
             if column not in split.column_names:
-                wrong = "--label_column" if column == label else flag
-                raise ValueError(f"split {name!r} has no column {column!r}, only {_shown(split)}: set {wrong}")
+                wrong = "label_column" if column == label else given
+                there = f"only {_shown(split)}"
+                raise DataError(f"split {name!r} has no column {column!r}, {there}: set {wrong}", arguments=(wrong,))
         if name != "test" and (rows := unlabelled(split, label)):
-            raise ValueError(
+            raise DataError(
                 f"split {name!r}: {len(rows)} rows have no {label!r} (the first is row {rows[0]}): drop them, "
-                "or set --label_column"
+                "or set label_column",
+                arguments=("label_column",),
             )
     image = bool(image_column) or (not texts and _is_image(first, inputs[0]))
     return Columns("image" if image else "text", inputs, label, *_classes(splits, label))
@@ -92,7 +95,7 @@ def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tu
     features = {name: split.features[label] for name, split in splits.items()}
     feature = next(iter(features.values()))
     if any(other != feature for other in features.values()):
-        raise ValueError(f"the splits disagree on what column {label!r} holds: {features}")
+        raise DataError(f"the splits disagree on what column {label!r} holds: {features}")
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
         return "multi_label_classification", tuple(feature.feature.names), None
     if isinstance(feature, ClassLabel):
@@ -103,7 +106,9 @@ def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tu
         values = sorted({value for split in splits.values() for value in values_of(split, label)} - {None})
         index = {value: number for number, value in enumerate(values)}
         return "single_label_classification", tuple(map(str, values)), index
-    raise ValueError(f"column {label!r} holds {feature}, not a class or a number: set --label_column")
+    raise DataError(
+        f"column {label!r} holds {feature}, not a class or a number: set label_column", arguments=("label_column",)
+    )
 
 
 def unlabelled(split: Dataset, label: str) -> list[int]:
@@ -159,4 +164,7 @@ def _usual_inputs(split: Dataset) -> tuple[str, ...]:
     for columns in TEXT_NAMES:
         if all(column in split.column_names for column in columns):
             return columns
-    raise ValueError(f"no image or text column among {_shown(split)}: set --image_column or --text_column")
+    raise DataError(
+        f"no image or text column among {_shown(split)}: set image_column or text_column",
+        arguments=("image_column", "text_column"),
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets import DatasetDict, load_dataset, load_from_disk
 
 from hf_ft.data.columns import IMAGE_SUFFIXES, is_text, some_text
+from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import DATASETS
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -16,7 +17,7 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
     """Read all splits of a source; what has none is named ``train_split``.
 
     Raises:
-        ValueError: it cannot be read.
+        DataError: it cannot be read.
     """
     path = Path(source).expanduser()
     try:
@@ -35,10 +36,11 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
     except ImportError:
         raise  # a short name's package is missing: the message says how to install it
     except Exception as error:  # `datasets` raises many types, some with no hint of what was asked for
-        raise ValueError(
+        raise DataError(
             f"cannot read the data {source!r} ({type(error).__name__}: {error}); it may be one of "
             f"{', '.join(DATASETS)}, a folder of images, a file or folder of {', '.join(READERS)}, a folder "
-            "written by save_to_disk, or a Hub id (with --config_name where it has several)"
+            "written by save_to_disk, or a Hub id (with config_name where it has several)",
+            arguments=("config_name",),
         ) from error
 
 

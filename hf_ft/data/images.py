@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, Image
 from transformers.utils import logging
 
 from hf_ft.data.columns import ROW, Columns, values_of
+from hf_ft.errors import DataError
 from hf_ft.splits import absent_classes
 
 logger = logging.get_logger(__name__)
@@ -58,18 +59,18 @@ def open_rgb(value: Any, row: int) -> PIL.Image.Image:
         row: its number in the source, for the error.
 
     Raises:
-        ValueError: it cannot be read; the message names row and path.
+        DataError: it cannot be read; the message names row and path.
     """
     try:
         return _opened(value)
     except Exception as error:  # a damaged file makes PIL raise almost anything
         reason = _reason_of(error)
-        raise ValueError(f"cannot read the image in row {row} ({_path(value) or 'no path'}): {reason}") from error
+        raise DataError(f"cannot read the image in row {row} ({_path(value) or 'no path'}): {reason}") from error
 
 
 def _opened(value: Any) -> PIL.Image.Image:
     if value is None:
-        raise ValueError("there is none")
+        raise DataError("there is none")
     value = {"path": value, "bytes": None} if isinstance(value, str) else value
     return _eight_bits(Image().decode_example(value))
 
@@ -82,7 +83,7 @@ def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode in ("I", "F"):
         low, high = np.asarray(image).min(), np.asarray(image).max()
         if low < 0 or high > 255 or (image.mode == "F" and 0 < high <= 1):
-            raise ValueError(f"its 32-bit pixels go from {low:g} to {high:g}: convert them to 0-255, or to 16 bits")
+            raise DataError(f"its 32-bit pixels go from {low:g} to {high:g}: convert them to 0-255, or to 16 bits")
     return image.convert("RGB")
 
 
@@ -120,10 +121,10 @@ def check_images(
         The splits without them, and what was left out of each split; text is returned as it is.
 
     Raises:
-        ValueError: an unknown ``on_corrupt``; with ``"refuse"`` unreadable images; a split with no image left.
+        DataError: an unknown ``on_corrupt``; with ``"refuse"`` unreadable images; a split with no image left.
     """
     if on_corrupt not in ("refuse", "skip"):
-        raise ValueError(f"on_corrupt={on_corrupt!r} is unknown: choose refuse or skip")
+        raise DataError(f"on_corrupt={on_corrupt!r} is unknown: choose refuse or skip")
     if columns.task != "image":
         return splits, {name: [] for name in splits}
     kept, skipped = DatasetDict(), {}
@@ -137,9 +138,11 @@ def check_images(
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     told = f"{len(found)} of {total} images cannot be read: {'; '.join(found[:SHOWN])}{more}"
     if on_corrupt == "refuse":
-        raise ValueError(f"{told}. Mend or remove them, or leave them out with --on_corrupt skip.")
+        raise DataError(
+            f"{told}. Mend or remove them, or leave them out with on_corrupt='skip'.", arguments=("on_corrupt",)
+        )
     if empty := [name for name, split in kept.items() if not len(split) and len(splits[name])]:
-        raise ValueError(f"{told}. No image of split {empty[0]!r} is left.")
+        raise DataError(f"{told}. No image of split {empty[0]!r} is left.")
     logger.warning(" ".join([f"{told}. They are left out.", *_lost_classes(splits, kept, columns)]))
     return kept, skipped
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hf_ft.data.labels import LABEL_COLUMNS
 from hf_ft.data.rows import GB, read_rows, same_each_time
+from hf_ft.errors import DataError
 
 logger = logging.get_logger(__name__)
 READ = 64  # samples read in one call
@@ -35,13 +36,13 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
         A :class:`Held`; or the data set itself, and a logged sentence, where it would take more.
 
     Raises:
-        ValueError: samples differ from one reading to the next, or a limit below 0.
+        DataError: samples differ from one reading to the next, or a limit below 0.
     """
     if not limit_gb >= 0:
-        raise ValueError(f"held: limit_gb={limit_gb} must be 0 or more.")
+        raise DataError(f"held: limit_gb={limit_gb} must be 0 or more.")
     spread = _spread(len(dataset))
     if spread and not same_each_time(lambda: _flat(read_rows(dataset, spread)), times=2):
-        raise ValueError(
+        raise DataError(
             "held: samples differ from one reading to the next, so that keeping one of them would change the training: "
             "prepare the data with augment='none'."
         )
@@ -78,7 +79,7 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
         features: those of the data set where it has some: the names of its classes are read from them.
 
     Raises:
-        ValueError: a sample that is no dictionary, or has other keys than the first.
+        DataError: a sample that is no dictionary, or has other keys than the first.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -121,11 +122,11 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
     def _put(self, start: int, rows: Sequence[Row]) -> None:
         for place, row in enumerate(rows, start):
             if not isinstance(row, Mapping):
-                raise ValueError(f"held: sample {place} is a {type(row).__name__}, not a dictionary of columns.")
+                raise DataError(f"held: sample {place} is a {type(row).__name__}, not a dictionary of columns.")
             if start + place == 0:
                 self.columns = {name: self._empty(value) for name, value in row.items()}
             if set(row) != set(self.columns):
-                raise ValueError(f"held: sample {place} has the keys {sorted(row)}, the first {sorted(self.columns)}.")
+                raise DataError(f"held: sample {place} has the keys {sorted(row)}, the first {sorted(self.columns)}.")
         for name in self.columns:
             self._put_column(name, start, [row[name] for row in rows])
 

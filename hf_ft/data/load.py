@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_ft.data.columns import ROW, unlabelled, usual_label, values_of
 from hf_ft.data.files import read_files
+from hf_ft.errors import DataError
 from hf_ft.splits import absent_classes, stratified_rows
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -50,10 +51,10 @@ def load_splits(
         label_column: what to stratify by (default: as :func:`find_columns` finds it).
 
     Raises:
-        ValueError: the source cannot be read, a split is missing, or there are too few rows.
+        DataError: the source cannot be read, a split is missing, or there are too few rows.
     """
     if max_train_samples is not None and max_train_samples < 1:
-        raise ValueError(f"max_train_samples={max_train_samples} leaves nothing to train on: ask for 1 at least")
+        raise DataError(f"max_train_samples={max_train_samples} leaves nothing to train on: ask for 1 at least")
     names = {"train": train_split, "validation": validation_split, "test": test_split}
     parts = _given(source, config_name, names)
     whole, label = parts["train"], label_column or usual_label(parts["train"])
@@ -79,11 +80,11 @@ def load_split(source: str, split: str = "train") -> Dataset:
     """Read one split of a data set as it is (see :func:`load_splits`).
 
     Raises:
-        ValueError: the source cannot be read, or has no such split.
+        DataError: the source cannot be read, or has no such split.
     """
     found = read_files(source, None, split)
     if split not in found:
-        raise ValueError(f"{source!r} has no split {split!r}, only {list(found)}: set --source_split")
+        raise DataError(f"{source!r} has no split {split!r}, only {list(found)}: name one of these")
     return _numbered(found[split])
 
 
@@ -96,7 +97,8 @@ def _given(source: str, config_name: str | None, names: dict[str, str | None]) -
         free = (other for other in usual[key] if other in found and other not in names.values())
         name = wanted or next(free, None)
         if name is not None and name not in found:
-            raise ValueError(f"{source!r} has no split {name!r}, only {list(found)}: set --{key}_split")
+            wrong = f"{key}_split"
+            raise DataError(f"{source!r} has no split {name!r}, only {list(found)}: set {wrong}", arguments=(wrong,))
         if name is not None:
             parts[key] = _numbered(found[name])
     return parts
@@ -119,9 +121,10 @@ def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None
     """Set a part of the training rows aside."""
     size = round(len(train) * fraction)
     if not 0 < size < len(train):
-        raise ValueError(
+        raise DataError(
             f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: set "
-            f"--{name}_fraction between 0 and 1, or name a --{name}_split"
+            f"{name}_fraction between 0 and 1, or name a {name}_split",
+            arguments=(f"{name}_fraction", f"{name}_split"),
         )
     logger.info(f"{size} of {len(train)} training rows are set aside for {name}")
     return _drawn(train, {"train": len(train) - size, name: size}, seed, by)
@@ -135,7 +138,7 @@ def _limit(parts: dict[str, Dataset], labelled: int, fraction: float, seed: int,
         sizes["train"] -= sizes["validation"]
     if labelled < 2 or min(sizes.values()) < 1 or sizes["train"] > len(parts["train"]):
         rows = ", ".join(f"{len(parts[name])} of {name}" for name in sizes)
-        raise ValueError(f"labelled={labelled} cannot be drawn from {rows} rows: ask for fewer, and for 2 at least")
+        raise DataError(f"labelled={labelled} cannot be drawn from {rows} rows: ask for fewer, and for 2 at least")
     return {
         name: _drawn(parts[name], {name: size}, seed, _stratify_by(parts[name], by))[name]
         for name, size in sizes.items()

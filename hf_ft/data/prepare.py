@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hf_ft.data.columns import ROW, Columns, unlabelled, values_of
 from hf_ft.data.images import AUGMENTATIONS, open_rgb
+from hf_ft.errors import DataError
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 
 logger = logging.get_logger(__name__)
@@ -33,11 +34,11 @@ def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, 
 def image_transform(processor: Any, columns: Columns, augment: str = "none") -> Callable[[dict[str, Any]], Any]:
     """Make the function for ``Dataset.set_transform`` that opens, augments and processes a batch of images.
 
-    A damaged image raises a ``ValueError`` that names its row in the source (or, for data that does not come
+    A damaged image raises a ``DataError`` that names its row in the source (or, for data that does not come
     from :func:`load_splits`, its place in the batch) and its path.
     """
     if augment not in AUGMENTATIONS:
-        raise ValueError(f"augment={augment!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}")
+        raise DataError(f"augment={augment!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}")
     return partial(_image_batch, processor=processor, columns=columns, augment=augment)
 
 
@@ -48,7 +49,9 @@ def _text_batch(
     for column, values in zip(columns.inputs, texts, strict=True):
         if None in values:
             row = batch.get(ROW, range(len(values)))[values.index(None)]
-            raise ValueError(f"row {row} has no text in column {column!r}: drop it, or set --text_column")
+            raise DataError(
+                f"row {row} has no text in column {column!r}: drop it, or set text_column", arguments=("text_column",)
+            )
     encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
     return encoded | {"labels": columns.encode(batch[columns.label])}
 

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from hf_ft.errors import OptionError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
@@ -68,15 +68,15 @@ def load_by_position(model: nn.Module, tensors: Mapping[str, Tensor], skip: str 
         skip: leave out the model's tensors whose name holds this.
 
     Raises:
-        ValueError: the number of tensors, a shape or the last part of a name differs.
+        CheckpointError: the number of tensors, a shape or the last part of a name differs.
     """
     state = model.state_dict()
     names = [name for name in state if skip is None or skip not in name]
     if len(names) != len(tensors):
-        raise ValueError(f"{len(tensors)} tensors do not fit the {len(names)} of {type(model).__name__}")
+        raise CheckpointError(f"{len(tensors)} tensors do not fit the {len(names)} of {type(model).__name__}")
     for name, (source, tensor) in zip(names, tensors.items(), strict=True):
         if name.rpartition(".")[2] != source.rpartition(".")[2] or state[name].shape != tensor.shape:
-            raise ValueError(f"{source} {tuple(tensor.shape)} does not fit {name} {tuple(state[name].shape)}")
+            raise CheckpointError(f"{source} {tuple(tensor.shape)} does not fit {name} {tuple(state[name].shape)}")
         state[name] = tensor
     model.load_state_dict(state)
     return len(names)
@@ -148,20 +148,20 @@ def _label_options(num_labels: int | None, id2label: Mapping[int, str] | None) -
     if id2label is None:
         return {} if num_labels is None else {"num_labels": num_labels}
     if num_labels not in (None, len(id2label)):
-        raise ValueError(f"num_labels={num_labels} does not fit the {len(id2label)} classes of id2label")
+        raise OptionError(f"num_labels={num_labels} does not fit the {len(id2label)} classes of id2label")
     label2id = {label: index for index, label in id2label.items()}
     return {"num_labels": len(id2label), "id2label": dict(id2label), "label2id": label2id}
 
 
 def task_of(config: hf.PreTrainedConfig) -> Task:
-    """Tell an image from a text classifier by its config class; ``ValueError`` if it is neither or both."""
+    """Tell an image from a text classifier by its config class; ``OptionError`` if it is neither or both."""
     if isinstance(config, CollaborativeConfig):
         return "image" if config.task == "image" else "text"
     image = type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     text = type(config) in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if image == text:
         what = "both an image and a text" if image else "neither an image nor a text"
-        raise ValueError(f"{type(config).__name__} has {what} classification head: say which with task=...")
+        raise OptionError(f"{type(config).__name__} has {what} classification head: say which with task=...")
     return "image" if image else "text"
 
 
@@ -267,7 +267,7 @@ def load_model(
     Raises:
         OptionError: a head that cannot be kept, or no image processor or tokenizer.
         ImportError: a short name's package is missing; the message holds the pip line.
-        ValueError: ``num_labels`` and ``id2label`` disagree, or the task cannot be told.
+        OptionError: ``num_labels`` and ``id2label`` disagree, or the task cannot be told.
     """
     more: dict[str, Any] = {"task": task, "image_size": image_size, "seed": seed, "revision": revision}
     model = _load(name_or_path, _label_options(num_labels, id2label), keep=keep_source_head, head=head, **more)
@@ -291,8 +291,8 @@ def from_pretrained(
 
     Raises:
         OptionError: a head that cannot be kept.
-        ValueError: no classes are given.
+        OptionError: no classes are given.
     """
     if num_labels is None and id2label is None:
-        raise ValueError("from_pretrained: num_labels or id2label is needed, the classes of the new head.")
+        raise OptionError("from_pretrained: num_labels or id2label is needed, the classes of the new head.")
     return _load(name_or_path, _label_options(num_labels, id2label), keep=True, **options)

@@ -1,5 +1,6 @@
 """``hf-ft``: what is read, what is refused, what is printed, and that a run ends in a plain checkpoint."""
 
+import gzip
 import json
 import logging
 import os
@@ -426,10 +427,34 @@ def test_a_traceback_on_request(monkeypatch, capsys):
     assert main(["describe", "nothing"]) == 2 and "Traceback" in capsys.readouterr().err
 
 
+def damaged():
+    return json.loads("{")
+
+
+def told():
+    with console.refusals():
+        return damaged()
+
+
 def test_foreign_errors_say_where_they_come_from(monkeypatch, capsys):
-    monkeypatch.setattr("hf_ft.cli.catalog.describe", lambda config: json.loads("{"))
+    monkeypatch.setattr("hf_ft.cli.catalog.describe", lambda config: told())
     assert main(["describe", "full"]) == 2
     assert "(JSONDecodeError in json.decoder; --traceback shows more)" in capsys.readouterr().err
+    monkeypatch.setattr("hf_ft.cli.catalog.describe", lambda config: gzip.decompress(b"no"))
+    assert main(["describe", "full"]) == 2
+    assert "(BadGzipFile in gzip; --traceback shows more)" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("hf_ft.cli.catalog.describe", lambda config: damaged())
+    with pytest.raises(json.JSONDecodeError):
+        main(["describe", "full"])
+
+
+def test_arguments_become_flags_where_the_fix_is_told():
+    text = "test_split='x' is not there, nor label: set test_split, or leave it out with on_corrupt='skip'"
+    shown = console.with_flags(text, ("test_split", "on_corrupt", "nothing"))
+    assert shown == "test_split='x' is not there, nor label: set --test_split, or leave it out with --on_corrupt skip"
 
 
 # What is shown

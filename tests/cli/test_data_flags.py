@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from hf_ft.cli import main, train
+from hf_ft.cli import main, prepare
 from hf_ft.testing.models import tiny_resnet
 
 
@@ -63,12 +63,12 @@ def test_damaged_source_images_are_told(files, tmp_path, capsys):
 @pytest.mark.slow
 def test_many_images_are_checked_only_if_asked(files, tmp_path, capsys, monkeypatch):
     opened = []
-    monkeypatch.setattr(train, "CHECKED_UNASKED", 19)
-    monkeypatch.setattr(train, "check_images", lambda splits, columns, how: opened.append(how) or (splits, {}))
+    monkeypatch.setattr(prepare, "CHECKED_UNASKED", 19)
+    monkeypatch.setattr(prepare, "check_images", lambda splits, columns, how: opened.append(how) or (splits, {}))
     assert run(files, tmp_path / "out", "--strategy", "linear_probe") == 2  # in the middle, at the damaged one
     assert opened == [] and "cannot read the image in row 19" in capsys.readouterr().err
     run(files, tmp_path / "out", "--overwrite", "--on_corrupt", "refuse")
     assert opened == ["refuse"]
-    monkeypatch.setattr(train, "CHECKED_UNASKED", 20)
+    monkeypatch.setattr(prepare, "CHECKED_UNASKED", 20)
     run(files, tmp_path / "out", "--overwrite")
     assert opened == ["refuse", "refuse"]

@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MobileNetV2ImageProcessorPil, PreTrainedTokenizerFast
 
-from hf_ft import data
+from hf_ft.data import load
 from hf_ft.data.columns import ROW, find_columns
 from hf_ft.data.images import flip_and_shift
 from hf_ft.data.load import load_splits
@@ -139,7 +139,7 @@ def test_a_test_part_is_carved_first_and_stays_the_same(tmp_path):
     assert found == rows(test_fraction=0.3) and set(found["test"]) != set(rows(test_fraction=0.3, seed=1)["test"])
     for options in ({"labelled": 20}, {"validation_fraction": 0.5}, {"max_train_samples": 10}):
         assert rows(test_fraction=0.3, **options)["test"] == found["test"]
-    with pytest.raises(ValueError, match="test_fraction=1.0 of 100 rows leaves a split empty: set --test_fraction"):
+    with pytest.raises(ValueError, match="test_fraction=1.0 of 100 rows leaves a split empty: set test_fraction"):
         rows(test_fraction=1.0)
 
 
@@ -151,7 +151,7 @@ def test_a_test_split_of_the_source_wins(tmp_path):
 
 
 def test_a_test_split_without_labels_is_replaced(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(data.logger, "propagate", True)
+    monkeypatch.setattr(load.logger, "propagate", True)
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["n", "p"]))
     train = datasets.Dataset.from_dict({"text": ["a"] * 20, "label": [0, 1] * 10}, features=features)
     for name, test in (
@@ -211,12 +211,12 @@ def test_images_of_a_table_are_found_beside_it(tmp_path, processor):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_split": "fit"}, r"no split 'fit', only \['train', 'validation'\].*--train_split"),
-        ({"validation_split": "held"}, r"no split 'held'.*--validation_split"),
-        ({"test_split": "held"}, r"no split 'held'.*--test_split"),
+        ({"train_split": "fit"}, r"no split 'fit', only \['train', 'validation'\].*: set train_split"),
+        ({"validation_split": "held"}, r"no split 'held'.*: set validation_split"),
+        ({"test_split": "held"}, r"no split 'held'.*: set test_split"),
     ],
 )
-def test_missing_split_names_the_flag(tmp_path, options, message):
+def test_missing_split_names_the_argument(tmp_path, options, message):
     table = datasets.Dataset.from_dict({"text": ["a"] * 4, "label": [0, 1] * 2})
     datasets.DatasetDict(train=table, validation=table).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
@@ -229,7 +229,7 @@ def test_unreadable_sources_and_fractions_are_named(tmp_path):
         load_splits(str(tmp_path / "notes.docx"))
     with pytest.raises(ValueError, match="no such file or folder"):
         load_splits(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="--validation_fraction"):
+    with pytest.raises(ValueError, match="set validation_fraction"):
         load_splits(write_csv(tmp_path / "a.csv", REVIEWS), validation_fraction=1.0)
     with pytest.raises(ValueError, match="max_train_samples=0 leaves nothing"):
         load_splits(write_csv(tmp_path / "a.csv", REVIEWS), max_train_samples=0)
@@ -257,7 +257,7 @@ def test_kinds_of_labels():
     many = kind([[0, 2], []], datasets.List(classes))
     assert many.problem_type == "multi_label_classification"
     assert many.encode([[0, 2], []]) == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
-    with pytest.raises(ValueError, match="holds List.*--label_column"):
+    with pytest.raises(ValueError, match="holds List.*set label_column"):
         kind([["x"], ["y"]], datasets.List(datasets.Value("string")))
 
 
@@ -270,11 +270,11 @@ def test_row_without_label_is_named_by_its_place_in_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ({"text": ["a"], "grade": [1]}, {}, r"no label column among \['text', 'grade'\].*--label_column"),
-        ({"text": ["a"], "label": [1]}, {"label_column": "x"}, "no column 'x'.*--label_column"),
-        ({"body": ["a"], "label": [1]}, {}, r"no image or text column.*\['body', 'label'\].*--image_column"),
-        ({"body": ["a"], "label": [1]}, {"text_column": "text"}, "no column 'text'.*--text_column"),
-        ({"body": ["a"], "label": [1]}, {"image_column": "image"}, "no column 'image'.*--image_column"),
+        ({"text": ["a"], "grade": [1]}, {}, r"no label column among \['text', 'grade'\].*set label_column"),
+        ({"text": ["a"], "label": [1]}, {"label_column": "x"}, "no column 'x'.*set label_column"),
+        ({"body": ["a"], "label": [1]}, {}, r"no image or text column.*\['body', 'label'\].*set image_column"),
+        ({"body": ["a"], "label": [1]}, {"text_column": "text"}, "no column 'text'.*set text_column"),
+        ({"body": ["a"], "label": [1]}, {"image_column": "image"}, "no column 'image'.*set image_column"),
         ({"text": ["a", "b"], "label": ["x", None]}, {}, "1 rows have no 'label'.*row 1"),
     ],
 )

@@ -144,7 +144,7 @@ def test_damaged_files_are_refused_by_number_row_and_path(tmp_path):
     with pytest.raises(ValueError) as caught:
         check_images(splits, find_columns(splits))
     message = str(caught.value)
-    assert message.startswith("3 of 13 images cannot be read: ") and "--on_corrupt skip" in message
+    assert message.startswith("3 of 13 images cannot be read: ") and "on_corrupt='skip'" in message
     for name, reason in (("truncated", "truncated"), ("empty", "no image, or"), ("text", "no image, or")):
         assert re.search(rf"(train|validation), row 1\d \(.*dog/{name}\.jpg\): .*{reason}", message)
 

@@ -31,6 +31,7 @@ from hf_ft.cli.models import load_classifier
 from hf_ft.core.compose import recommended_arguments, resolve
 from hf_ft.core.config import FTConfig
 from hf_ft.data.columns import Columns, find_columns
+from hf_ft.errors import OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.splits import stratified_split
 from hf_ft.trainer.trainer import FTTrainer
@@ -51,7 +52,7 @@ def run_demo(arguments: list[str]) -> None:
     """Train, compare, and save the winner."""
     flags = _parser().parse_args(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("the demo runs in one process; `hf-ft train` runs in several.")
+        raise OptionError("the demo runs in one process; `hf-ft train` runs in several.")
     started = time.perf_counter()
     missing = [name for name in ("matplotlib", "rich", "optuna") if importlib.util.find_spec(name) is None]
     if missing:
@@ -116,12 +117,12 @@ def positive_number(text: str) -> int:
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Raise ``ValueError`` if the folder holds anything but, at the default place, an earlier demo's output."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+        raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     if overwrite or not folder.is_dir() or not any(folder.iterdir()):
         return
     if folder == Path(DEFAULT_DIR) and _is_own(folder / "results.json"):
         return
-    raise ValueError(f"--output_dir {folder} is not empty: add --overwrite, or name another folder.")
+    raise OptionError(f"--output_dir {folder} is not empty: add --overwrite, or name another folder.")
 
 
 def _is_own(results: Path) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_ft.errors import OptionError
 from hf_ft.strategies.blockwise.candidates import Candidate, last_quarter
 
 HEADERS = ("candidate", "quarter", "layers", "parameters", "score", "epochs", "seconds", "note")
@@ -33,7 +34,7 @@ class BlockScore:
 
     def __post_init__(self) -> None:
         if not self.scores:
-            raise ValueError(f"{self.candidate.name} has no score: one per seed is needed.")
+            raise OptionError(f"{self.candidate.name} has no score: one per seed is needed.")
 
     @property
     def mean(self) -> float:
@@ -82,11 +83,11 @@ class BlockScores:
         """The highest mean among those not pruned; of equals, the one nearest the output.
 
         Raises:
-            ValueError: all are pruned or diverged.
+            OptionError: all are pruned or diverged.
         """
         found = _best(self.scores)
         if found is None:
-            raise ValueError("no candidate was trained to the end with a finite score, so none is the best.")
+            raise OptionError("no candidate was trained to the end with a finite score, so none is the best.")
         return found
 
     def best_in(self, quarter: int) -> BlockScore | None:
@@ -115,7 +116,7 @@ class BlockScores:
         """What :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: something is missing; the message names it.
+            OptionError: something is missing; the message names it.
         """
         try:
             return cls(
@@ -127,7 +128,7 @@ class BlockScores:
                 baselines={name: _from_dict(score) for name, score in content["baselines"].items()},
             )
         except KeyError as error:
-            raise ValueError(f"these are no block scores: {error} is missing.") from error
+            raise OptionError(f"these are no block scores: {error} is missing.") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers, and a row of text for each candidate and then each baseline."""
