@@ -7,19 +7,19 @@ from difflib import get_close_matches
 
 
 class AnatomyError(ValueError):
-    """The model's head or blocks cannot be told; the message names the argument that settles it."""
+    """The model's head or blocks cannot be found; the message names the argument that specifies them."""
 
 
 class CheckpointError(ValueError):
-    """A file that is missing, damaged, or belongs to something else. The message names it and the fix."""
+    """A file is missing, damaged, or belongs to something else. The message names it and the fix."""
 
 
 class OptionError(ValueError):
-    """A value that cannot work. The message names the field, the value and the fix."""
+    """An invalid value. The message names the field, the value and the fix."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """That a name is unknown, the one that may have been meant, and all there are."""
+    """Message for an unknown name, with the closest match and all known names."""
     known = list(known)
     guess = get_close_matches(name, known, n=1)
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
