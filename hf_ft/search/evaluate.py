@@ -1,4 +1,4 @@
-"""Short trainings of copies of a model, on a part of the training samples, scored on the rest: what a search costs."""
+"""Score candidates by short trainings of model copies on one part of the training samples, validated on the rest."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.search.trials import Report
 
-LOOKED_AT = 64  # samples, spread over the data, that tell one data set from another
+LOOKED_AT = 64  # samples, spread over the data, that identify a data set
 
 
 @dataclass
 class ShortTrainings:
-    """All from the same weights, with the same order of the data and the same budget.
+    """Short trainings from the same weights, with the same data order and the same budget.
 
     Args:
-        model: never changed.
-        context: samples and recipe.
-        metric: of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``.
-        validation: the share of the training samples that is scored on.
-        epochs: of each training.
+        model: the model; never changed.
+        context: samples and training recipe.
+        metric: one of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``.
+        validation: share of the training samples held out for scoring.
+        epochs: number of epochs of each training.
 
     Attributes:
-        train_rows, validation_rows: the two parts, stratified by class where there are enough samples of each.
-        recordings: what frozen parts compute, shared by all trainings.
+        train_rows, validation_rows: the two splits, stratified by class where each class has enough samples.
+        recordings: recorded outputs of frozen prefixes, shared by all trainings.
 
     Raises:
-        OptionError: an unknown metric, or too few samples for the split.
+        OptionError: for an unknown metric, or too few samples to split.
     """
 
     model: nn.Module
@@ -60,24 +60,24 @@ class ShortTrainings:
             raise OptionError(f"metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
         self.train_rows, self.validation_rows = self._split()
         context = self.context
-        # A step is as large as in the run that follows, whatever number of processes shares that.
+        # Same samples per step as in the run that follows, however many processes share it.
         self.recipe = dataclasses.replace(context.recipe, accumulation=context.recipe.accumulation * context.ranks)
         self.recordings = Recordings(self.model, context.samples, context.frozen_cache, context.recipe.computing)
         self._batches = Batches(context.samples, self.recordings)
 
     def train(self, run: Run, seed: int, report: Report | None = None) -> list[float]:
-        """The score after each epoch; more is better, and one that diverged scores -inf.
+        """Train and return the score after each epoch; higher is better, and divergence scores -inf.
 
         Args:
-            run: of a copy of the model.
-            seed: of the order of the data and of dropout.
-            report: told each score; may stop the training.
+            run: a run over a copy of the model.
+            seed: seed of the data order and of dropout.
+            report: called with each score; may stop the training.
         """
         scores: list[float] = []
 
         def after_epoch(epoch: int, objective: Objective) -> None:
-            found = score(objective, self.recipe, self._batches, self.validation_rows, self.metric)
-            scores.append(found if math.isfinite(found) else -math.inf)
+            value = score(objective, self.recipe, self._batches, self.validation_rows, self.metric)
+            scores.append(value if math.isfinite(value) else -math.inf)
             if report is not None:
                 report(epoch, scores[-1])
 
@@ -85,14 +85,14 @@ class ShortTrainings:
         return scores
 
     def plan_recordings(self, runs: Iterable[Run]) -> None:
-        """Tell which borders will be asked for, so that one pass over the samples records all."""
+        """Announce all frozen prefixes in advance, so that a single pass over the samples records them."""
         for run in runs:
             prefix = self.recordings.prefix(run.objective())
             if prefix is not None:
                 self.recordings.plan(prefix)
 
     def describe(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that the scores depend on: model, data, recipe, and these options."""
+        """Everything that the scores depend on: model, data, recipe and these options."""
         hashes = json.dumps(sorted(digests(self.model).items()))
         samples, labels = self.context.samples, self.context.labels
         with random_states_kept(0):
@@ -112,7 +112,7 @@ class ShortTrainings:
         }
 
     def storage(self, wanted: str | None, usual: str) -> str | None:
-        """Where trials are kept: as wanted, ``"memory"`` for nowhere, None for a file in the output folder."""
+        """Where to keep trials: ``wanted``, except None (a file in the output folder) and ``"memory"`` (nowhere)."""
         if wanted is not None:
             return None if wanted == "memory" else wanted
         if self.context.folder is None:
@@ -123,7 +123,7 @@ class ShortTrainings:
     def _split(self) -> tuple[list[int], list[int]]:
         count = self.context.samples.count
         if not count:
-            self.context.samples.read([])  # says why samples cannot be read by number
+            self.context.samples.read([])  # explains why samples cannot be read by index
         size = round(count * self.validation)
         if not 1 <= size < count:
             raise OptionError(
@@ -138,7 +138,7 @@ class ShortTrainings:
 
 
 def short(signature: Mapping[str, Any]) -> str:
-    """A study's name needs no more than the beginning of its signature's hash."""
+    """A hash of the signature, short enough for a study's name."""
     return hashlib.sha256(json.dumps(signature, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
