@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hf_ft.comparison.report.text import interval, spread
-from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing, standings
+from hf_ft.core.config import BASELINE
 from hf_ft.documents.text import signed
 
 KEPT = Path(__file__).parents[1] / "results"

@@ -6,16 +6,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_ft.advice.rules import NEUTRAL_ORDER
+from hf_ft.advice.rules import neutral_order
+from hf_ft.core.config import BASELINE
 
 __all__ = ["expected_best", "how_often_right", "judged_table", "summary"]
 
 FIRST = (1, 3, 5)  # how many of an order are tried
-# What one would try without any advice: the baselines first.
-FIXED_ORDER = tuple(dict.fromkeys(("full", "linear_probe", "lp_ft", *NEUTRAL_ORDER)))
 
 
-def how_often_right(results: Iterable[Mapping[str, Any]], fixed: Sequence[str] = FIXED_ORDER) -> list[dict[str, Any]]:
+def fixed_order() -> tuple[str, ...]:
+    """What one would try without any advice: the baseline first, then the cheaper."""
+    return tuple(dict.fromkeys((BASELINE, *neutral_order())))
+
+
+def how_often_right(results: Iterable[Mapping[str, Any]], fixed: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Judge the advice on tasks whose scores are known.
 
     The regret of an order after its first k strategies is the best score of all minus the best of these k: what is lost
@@ -24,7 +28,7 @@ def how_often_right(results: Iterable[Mapping[str, Any]], fixed: Sequence[str] =
     Args:
         results: for each task ``task``, ``advice`` (the order), ``scores`` (by strategy, the mean score on test data,
             higher is better) and ``full_std`` (of full fine-tuning over the seeds; may be missing).
-        fixed: an order without advice, to compare with.
+        fixed: an order without advice, to compare with; None for the baseline and then the cheaper first.
 
     Returns:
         For each task ``task``, ``strategies`` (how many), ``best``, ``rank`` (its place in the advised order, from 1),
@@ -34,7 +38,8 @@ def how_often_right(results: Iterable[Mapping[str, Any]], fixed: Sequence[str] =
     Raises:
         ValueError: a task without scores, or with one for a strategy that the advice does not name.
     """
-    return [_judged(result, fixed) for result in results]
+    order = fixed_order() if fixed is None else fixed
+    return [_judged(result, order) for result in results]
 
 
 def _judged(result: Mapping[str, Any], fixed: Sequence[str]) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def judged_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Headers, and a row of text for each task and for their mean, of what :func:`how_often_right` returned."""
     after = ", ".join(map(str, FIRST))
-    kinds = {"regret": "as advised", "random": "in random order", "fixed": "full, head, lp_ft first"}
+    kinds = {"regret": "as advised", "random": "in random order", "fixed": "the baseline, then the cheaper first"}
     headers = ("task", "best", "its place", *(f"lost after {after}: {text}" for text in kinds.values()), "std of full")
 
     def lost(row: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from hf_ft.advice import Advice, Reason, advise
 from hf_ft.advice.rules import config_at_hand
 from hf_ft.advice.signals import explained
 from hf_ft.cli.console import Parser, is_main, quieten, say, table
-from hf_ft.cli.flags import DataFlags
+from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags
 from hf_ft.cli.models import load_classifier
 from hf_ft.cli.prepare import read_splits, readable_images, token_length
 from hf_ft.cli.request import Request, read
@@ -89,7 +89,7 @@ def _own_flags() -> Parser:
     parser.add_argument(
         "--source_models",
         metavar="A,B",
-        help="further pretrained models that can be fine-tuned together with --model (amcf)",
+        help=f"further pretrained models that can be fine-tuned together with --model ({', '.join(SOURCES_FLAGS)})",
     )
     return parser
 
@@ -199,10 +199,11 @@ def _next(found: Advice, flags: DataFlags, others: Sequence[str]) -> list[str]:
     commands = []
     for name in found.usable[:TOLD]:
         words = ["hf-ft", "train", "--strategy", name]
-        words += [word for k, v in data.items() if (k, name) != ("model", "amcf") for word in (f"--{k}", v)]
+        several = name in SOURCES_FLAGS
+        words += [word for k, v in data.items() if not (several and k == "model") for word in (f"--{k}", v)]
         words += _source_free(name, flags)
-        if name == "amcf":
-            words += ["--amcf.source_models", ",".join([str(flags.model), *others])]
+        if several:
+            words += [SOURCES_FLAGS[name], ",".join([str(flags.model), *others])]
         commands.append(shlex.join([*words, "--output_dir", f"runs/{name}"]))
     if "compare" in COMMANDS:
         words = [word for k, v in data.items() for word in (f"--{k}", v)]

@@ -22,7 +22,7 @@ from hf_ft.comparison.report import write_report
 from hf_ft.comparison.settings import setting
 from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
-from hf_ft.core.config import FTConfig, strategies
+from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
 from hf_ft.data.columns import find_columns
 from hf_ft.data.images import check_images
@@ -87,7 +87,7 @@ def run_compare(arguments: list[str]) -> None:
     advice = _advised(prepared) if flags.advise else None
     if is_main():
         say(prepared.estimate() + "\n")
-    prepared.judge.run()
+    prepared.runner.run()
     if is_main():  # all workers have the same results
         results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
         show(results, folder)
@@ -101,7 +101,7 @@ def _advised(prepared: Any) -> Any:
     except OptionError as error:
         say(f"note: no advice, the strategies keep their order: {error}", error=True)
         return None
-    say(f"advised order: {', '.join(entrant.name for entrant in prepared.judge.entrants)}")
+    say(f"advised order: {', '.join(entrant.name for entrant in prepared.runner.ledger.entrants)}")
     return advice
 
 
@@ -111,9 +111,9 @@ def _chosen(names: str, values: Mapping[str, Any]) -> dict[str, tuple[FTConfig, 
     twice = sorted({name for name in wanted if wanted.count(name) > 1})
     if twice:
         raise ValueError(f"--strategies names {twice[0]} twice.")
-    parts = dict.fromkeys(part for name in ("full", *wanted) for part in name.split("+"))
+    parts = dict.fromkeys(part for name in (BASELINE, *wanted) for part in name.split("+"))
     configs = {config.ft_type: config for config in configured(list(parts), values)}
-    return {name: tuple(configs[part] for part in name.split("+")) for name in dict.fromkeys(("full", *wanted))}
+    return {name: tuple(configs[part] for part in name.split("+")) for name in dict.fromkeys((BASELINE, *wanted))}
 
 
 def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
@@ -159,18 +159,18 @@ def read_data(flags: DataFlags, more: CompareFlags) -> Data:
 
 def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -> None:
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
-    arguments = prepared.judge.recipe.arguments
+    arguments = prepared.runner.recipe.arguments
     optimizer = " ".join(str(arguments[name]) for name in ("optim", "optim_args") if arguments.get(name))
     rows = [
         ("model", f"{flags.model}, {count(prepared.parameters)} parameters"),
         ("data", f"{flags.dataset}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),
-        ("strategies", ", ".join(entrant.name for entrant in prepared.judge.entrants)),
+        ("strategies", ", ".join(entrant.name for entrant in prepared.runner.ledger.entrants)),
         (
             "budget",
             f"each as much tuning as {settings.trials} trainings of full fine-tuning cost, then {settings.seeds} runs",
         ),
         ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
-        ("chosen by", f"{prepared.judge.recipe.metric} on validation; test is scored in the final runs only"),
+        ("chosen by", f"{prepared.runner.recipe.metric} on validation; test is scored in the final runs only"),
     ]
     rows += [("skipped", f"{number} images of {name} that cannot be read") for name, number in data.skipped.items()]
     rows += [("notice", notice) for notice in data.notices]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hf_ft.core.config import strategies
 from hf_ft.data.images import AUGMENTATIONS
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 
+# Flags that name several source models in place of one, by strategy.
+SOURCES_FLAGS = {n: f"--{n}.{kind.sources_option}" for n, kind in strategies().items() if kind.sources_option}
 # Opening them all takes as long as reading them in one epoch. With more, whoever wants that first can say so.
 CHECKED_UNASKED = 20_000
 
@@ -27,7 +30,8 @@ class DataFlags:
     """Model and data. HfArgumentParser makes the flags of it."""
 
     model: str | None = _flag(
-        f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}; several: --amcf.source_models a,b"
+        f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}; several: "
+        f"{' or '.join(SOURCES_FLAGS.values())} a,b"
     )
     dataset: str | None = _flag(
         "Hub id; folder of class folders of images, or of split folders of those; csv, tsv, json, jsonl or parquet "

@@ -52,7 +52,7 @@ def make(request: Request) -> Made:
             args.seed,
             size,
             revision,
-            keep_source_head=any("source_head" in config.requires() for config in request.configs),
+            keep_source_head=any(config.needs().source_head for config in request.configs),
             head=shared_option(request.configs, "head"),
         )
     length = token_length(request.data, model, processor)

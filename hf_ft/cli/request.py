@@ -14,8 +14,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
-from hf_ft.core.compose import recommended_arguments
-from hf_ft.core.config import FTConfig, Recommended, config_class, strategies
+from hf_ft.core.compose import recommended_arguments, sources_of
+from hf_ft.core.config import BASELINE, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
 
 
@@ -42,7 +42,7 @@ class Request:
     @property
     def sources(self) -> tuple[str, ...]:
         """The source models that a strategy names, in place of ``--model``."""
-        return next((found for config in self.configs if (found := getattr(config, "source_models", ()))), ())
+        return sources_of(self.configs)
 
     @property
     def resume(self) -> str | bool | None:
@@ -98,7 +98,7 @@ def read(argv: Sequence[str]) -> Request:
     """
     values = read_values(argv)
     method = MethodFlags(**taken(values, MethodFlags))
-    configs = configured(method.strategy or ["full"], values)
+    configs = configured(method.strategy or [BASELINE], values)
     given = taken(values, TrainingArguments)
     recommended = {k: v for k, v in recommended_arguments(configs).items() if k not in given}
     if "optim" in given:

@@ -12,11 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from hf_ft.comparison.results import BASELINE
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.task import Bench
 from hf_ft.core.compose import resolve
-from hf_ft.core.config import FTConfig, strategies
+from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.core.options import options
 from hf_ft.core.search_space import Choice, LogRange, Space, edges, spread
 from hf_ft.errors import AnatomyError, OptionError
@@ -50,7 +49,7 @@ class Entrant:
     @property
     def keeps_head(self) -> bool:
         """Whether it needs the pretrained head beside the new one."""
-        return any("source_head" in config.requires() for config in self.configs)
+        return any(config.needs().source_head for config in self.configs)
 
     def settings(self, count: int, first_rate: float, seed: int) -> list[dict[str, Any]]:
         """What to try: first the defaults at ``first_rate``, then points spread over the space.
@@ -160,13 +159,13 @@ def entrant(
         common |= {MOMENTUM: settings.batch_norm_momentum} if free_momentum else {}
         own = {n: v for n, v in common.items() if n in known and _at_default(config, n)}
         free = config.source_free()
-        if bench.source is None and free is not None and "source_data" in config.requires():
+        if bench.source is None and free is not None and config.needs().source_data == "required":
             config = free
             notes.append(f"{config.ft_type} runs in its source-free form, since no source data were given")
         changed = dataclasses.replace(config, **own)
         # The look at the data is cut, not left out: what it finds is part of the strategy.
         # An epoch of several source models costs as many.
-        room = SEARCH_SHARE * settings.trials * epochs / max(1, len(getattr(config, "source_models", ())))
+        room = SEARCH_SHARE * settings.trials * epochs / max(1, len(config.sources()))
         try:
             changed = changed.within(room, model) if changed.measures() else changed
         except (OptionError, AnatomyError) as error:

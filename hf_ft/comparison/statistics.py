@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import bootstrap
 
-from hf_ft.comparison.results import BASELINE, Contender, Results, Training
+from hf_ft.comparison.results import Contender, Results, Training
+from hf_ft.core.config import BASELINE
 from hf_ft.documents.text import SAME
 
 SPLITS = ("validation", "test", "ood")

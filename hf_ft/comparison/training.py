@@ -140,7 +140,7 @@ def _trainer(
 
 
 def _takes_source(entrant: Entrant) -> bool:
-    return any(config.takes_source_data or "source_data" in config.requires() for config in entrant.configs)
+    return any(config.needs().source_data != "no" for config in entrant.configs)
 
 
 def finite_metrics(prediction: EvalPrediction) -> dict[str, float]:

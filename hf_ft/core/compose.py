@@ -52,6 +52,11 @@ def resolve(strategy: FTConfig | str | Iterable[FTConfig | str]) -> tuple[FTConf
     return configs  # type: ignore[return-value]
 
 
+def sources_of(configs: Iterable[FTConfig]) -> tuple[str, ...]:
+    """The source models that the strategies of a run name in place of one model; empty where none does."""
+    return next((found for config in configs if (found := config.sources())), ())
+
+
 def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
     """The value of an option that all strategies of a run have in common; the default gives way.
 

@@ -13,8 +13,11 @@ from torch import nn
 from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin
 
+from hf_ft.core.advising import Rule
 from hf_ft.core.config_files import CONFIG_NAME, read_config_file
 from hf_ft.core.context import Context, State
+from hf_ft.core.findings import Findings
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import from_json, option, options, to_json, validate
 from hf_ft.core.plan import Plan
 from hf_ft.core.search_space import Space
@@ -41,6 +44,13 @@ class Paper:
     def __str__(self) -> str:
         return f"{self.authors}. {self.title}. {self.venue}." + (f" {self.url}" if self.url else "")
 
+    @property
+    def short(self) -> str:
+        """As cited in a table: ``Kumar et al., ICLR 2022``."""
+        first, *others = self.authors.split(", ")
+        authors = f"{first} et al." if len(others) > 1 else " and ".join([first, *others])
+        return f"{authors}, {self.venue}"
+
 
 @dataclass(frozen=True)
 class Recommended:
@@ -63,10 +73,11 @@ class FTConfig(PushToHubMixin):
     paper: ClassVar[Paper | None] = None
     formula: ClassVar[str] = ""
     recommended: ClassVar[Mapping[str, Recommended]] = {}
-    takes_source_data: ClassVar[bool] = False  # whether it can use a source data set that it does not require
-    several_members: ClassVar[bool] = False  # whether it also fits a model of several members side by side
-    without_source_data: ClassVar[str] = ""  # what else can be done, at the end of a sentence that asks for one
+    sources_option: ClassVar[str] = ""  # the option that names several source models to load, where there is one
+    cost: ClassVar[float | None] = None  # what a training takes, on the scale of hf_ft.core.advising
+    advice: ClassVar[Mapping[Rule, float | None]] = {}  # points where a rule holds; None: it cannot run
     tuned: ClassVar[Space] = {}  # options, beside the learning rate, that a fair comparison tunes; none changes measure
+    kept: ClassVar[tuple[str, ...]] = ()  # files in the context's folder, from which an interrupted measure goes on
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(
         "auto",
@@ -100,9 +111,17 @@ class FTConfig(PushToHubMixin):
         """Look at the data once, before training. The model comes back as it was."""
         return State()
 
-    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
-        """What it needs beside model and data: the pretrained head, the data of the pretraining."""
-        return frozenset()
+    def needs(self) -> Needs:
+        """What it needs beside model and data, and what else it takes."""
+        return Needs()
+
+    def sources(self) -> tuple[str, ...]:
+        """The source models that it names in place of one model, as ``sources_option`` says."""
+        return tuple(getattr(self, self.sources_option)) if self.sources_option else ()
+
+    def adapted(self, model: nn.Module) -> FTConfig | None:
+        """The form of the strategy that fits this model, most often itself; None where there is none."""
+        return self
 
     def source_free(self) -> FTConfig | None:
         """The same strategy without source data, where it has such a form; None where it has not."""
@@ -123,6 +142,13 @@ class FTConfig(PushToHubMixin):
     def learned(self, state: State) -> str:
         """A sentence for people, in the model card, on what was measured; empty where there is nothing to say."""
         return ""
+
+    def findings(self, state: State) -> Findings:
+        """What the report, the model card and the command line show of what was measured.
+
+        It is made of ``state.info`` alone: the results of a comparison hold no tensors.
+        """
+        return Findings(summary=self.learned(state))
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Stem, blocks, neck and head of the model, as ``head`` and ``blocks`` say where they are set."""
@@ -181,6 +207,9 @@ def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig
     content = read_config_file(name_or_path, **hub_options)
     return tuple(FTConfig.from_dict(item) for item in content["strategies"])
 
+
+# What comparisons are made against, and what runs where no strategy is chosen: the only method known by name.
+BASELINE = "full"
 
 C = TypeVar("C", bound="type[FTConfig]")
 _CONFIGS: dict[str, type[FTConfig]] = {}

@@ -145,6 +145,11 @@ class Plan:
     finalise: tuple[Surgery, ...] = ()
     owner: str | None = field(default=None, compare=False)
 
+    @property
+    def term_modules(self) -> nn.ModuleDict:
+        """The trainable modules of terms, by term name."""
+        return nn.ModuleDict({term.name: term.fn for term in self.terms if isinstance(term.fn, nn.Module)})
+
 
 def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> list[str]:
     """Names of the parameters that a stage trains, in the model's order.

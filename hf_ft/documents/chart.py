@@ -10,7 +10,7 @@ from typing import ClassVar
 # Kinds of marks. The page defines the colour (class ``k-...``); the shape distinguishes a kind without colour.
 KINDS = {
     "win": "diamond",
-    "full": "square",
+    "base": "square",
     "other": "circle",
     "open": "ring",
     "front": "diamond-open",

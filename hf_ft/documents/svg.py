@@ -106,7 +106,7 @@ def _draw_rows(chart: Rows, name: str) -> str:
     for row, lines, height in zip(chart.rows, labels, heights, strict=True):
         middle = y + height / 2
         for i, line in enumerate(lines):
-            role = "t strong" if row.kind in ("win", "full") else "t"
+            role = "t strong" if row.kind in ("win", "base") else "t"
             canvas.text("0", middle + 4 + 13 * (i - (len(lines) - 1) / 2), line, role, shift=-10, anchor="end")
         _draw_row(canvas, chart, row, middle)
         y += height
@@ -132,7 +132,7 @@ def _draw_row(canvas: _Canvas, chart: Rows, row: Row, y: float) -> None:
         canvas.parts.append(f'<rect x="0" y="{y - 7:g}" width="{at}" height="14" class="bar k-{row.kind}"/>')
     if row.interval is not None:
         low, high = (_percent(chart.axis.share(end)) for end in row.interval)
-        role = f"interval k-{'full' if chart.bars else row.kind}"  # invisible on a bar of the same colour
+        role = f"interval k-{'base' if chart.bars else row.kind}"  # invisible on a bar of the same colour
         canvas.line(low, y, high, y, role)
         for end in (low, high):
             canvas.line(end, y - 4, end, y + 4, role)

@@ -17,7 +17,7 @@ def take_streams(batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name.removeprefix(STREAM): batch.pop(name) for name in names}
 
 
-def _starts_at_borders(inputs: dict[str, Any]) -> bool:
+def starts_at_borders(inputs: dict[str, Any]) -> bool:
     """Whether activations replace the inputs."""
     return any(name.startswith(ACTIVATION) for name in inputs)
 
@@ -50,6 +50,6 @@ def recorded_states(batch: dict[str, Any]) -> dict[str, Tensor]:
 ROW = "frozen_prefix_row_"  # prefix, followed by the store's number, of the column with a stored batch's row indices
 
 
-def _users(inputs: Mapping[str, Any]) -> list[str]:
+def users_columns(inputs: Mapping[str, Any]) -> list[str]:
     """The batch columns that come from the user's data."""
     return [name for name in inputs if not name.startswith((REFERENCE, ACTIVATION))]

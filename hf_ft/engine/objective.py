@@ -67,7 +67,7 @@ class Objective(nn.Module):
         self.model = model
         self.plan = plan
         self.task_loss = task_loss or TaskLoss()
-        self.term_modules = nn.ModuleDict({t.name: t.fn for t in plan.terms if isinstance(t.fn, nn.Module)})
+        self.term_modules = plan.term_modules
         self.progress = 0.0
         self.chains = tuple(chains)
         self._trainable = list(trainable if trainable is not None else dict(model.named_parameters()))
@@ -134,6 +134,13 @@ class Objective(nn.Module):
     def live_streams(self) -> tuple[str, ...]:
         """Streams whose batch the current step needs, as ``stream_<name>`` in addition to the target's."""
         return tuple(dict.fromkeys(term.stream for term, _ in self._active_terms() if term.stream is not None))
+
+    @property
+    def sometimes_unused(self) -> bool:
+        """Whether a trained parameter gets no gradient in some step, because its stage or term is inactive."""
+        trainable_terms = [term for term in self.plan.terms if isinstance(term.fn, nn.Module)]
+        idle = any(term.schedule is not None or term not in self.terms for term in trainable_terms)
+        return len(self.plan.stages) > 1 or idle
 
     @property
     def uses_reference(self) -> bool:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_ft.core.plan import Plan, Rate, Stage, stage_index, trained_by
+from hf_ft.errors import OptionError
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
 
@@ -67,19 +68,48 @@ def split_groups(
     return list(new_groups.values())
 
 
+def regroup(optimizer: Optimizer, model: nn.Module, plan: Plan, trainable: Collection[str]) -> None:
+    """Split an optimizer's groups (see :func:`split_groups`) in place, since a wrapper may hold the list.
+
+    Raises:
+        OptionError: if it lacks parameters that the plan trains.
+    """
+    groups = split_groups(optimizer.param_groups, model, plan, trainable)
+    ids = {id(parameter) for group in groups for parameter in group["params"]}
+    parameters = dict(model.named_parameters())
+    missing = [name for name in ever_trained(plan, model, trainable) if id(parameters[name]) not in ids]
+    if missing:
+        raise OptionError(
+            f"the optimizer ({type(optimizer).__name__}) does not hold {len(missing)} of the parameters "
+            f"that the strategy trains, such as {missing[0]!r}: choose another optim, or pass all parameters."
+        )
+    optimizer.param_groups[:] = groups
+
+
+def undecayed_names(module: nn.Module) -> set[str]:
+    """Names of the parameters without weight decay: biases, and those of normalisation layers."""
+    norms = [name for name, _ in norm_layers(module)]
+    names = [name for name, _ in module.named_parameters()]
+    return {name for name in names if name.endswith("bias") or any(covers(norm, name) for norm in norms)}
+
+
+def decay_groups(module: nn.Module, names: Collection[str], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Split parameters of a module into two groups: with and without weight decay."""
+    bare, selection = undecayed_names(module), set(names)
+    parameters = [(name, parameter) for name, parameter in module.named_parameters() if name in selection]
+    return [
+        {"params": [p for name, p in parameters if name not in bare], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters if name in bare], "lr": lr, "weight_decay": 0.0},
+    ]
+
+
 def term_groups(plan: Plan, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups of trainable terms: the same rate in every stage, no decay for biases and norms."""
-    modules = nn.ModuleDict({term.name: term.fn for term in plan.terms if isinstance(term.fn, nn.Module)})
-    norms = tuple(name for name, _ in norm_layers(modules))
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in modules.named_parameters():
-        if parameter.requires_grad:
-            bare = name.endswith("bias") or any(covers(norm, name) for norm in norms)
-            (others if bare else decayed).append(parameter)
-    common = {"lr": lr, STAGE_RATES: (lr,) * len(plan.stages)}
-    groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
-    return [{**group, **common} for group in groups if group["params"]]
+    modules = plan.term_modules
+    names = [name for name, parameter in modules.named_parameters() if parameter.requires_grad]
+    rates = (lr,) * len(plan.stages)
+    groups = decay_groups(modules, names, lr, weight_decay)
+    return [{**group, STAGE_RATES: rates} for group in groups if group["params"]]
 
 
 def _first_rate(rates: Sequence[float]) -> float:

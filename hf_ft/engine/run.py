@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,10 @@ from hf_ft.core.plan import Plan, Term, stage_borders, stage_index
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.param_groups import ever_trained, split_groups, stage_scheduler, term_groups
+from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, members_of, unwrap
 from hf_ft.models.names import covers
-from hf_ft.models.norms import norm_layers
 from hf_ft.models.parts import Chain
 from hf_ft.models.source_head import drop_source_head
 
@@ -80,25 +79,12 @@ class Run:
             logger.warning_once(
                 f"{', '.join(idle)} does nothing: in every stage all that it looks at is frozen, or its weight is 0."
             )
-        trained_names = set(self.trained)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in trained_names)
+        self.unfreeze()
         return objective
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for any torch optimizer: every trained parameter, no decay for norms and biases."""
-        trained_names = set(self.trained)
-        norms = tuple(name for name, _ in norm_layers(self.model))
-        decayed: list[Tensor] = []
-        others: list[Tensor] = []
-        for name, parameter in self.model.named_parameters():
-            if name in trained_names:
-                bare = name.endswith("bias") or any(covers(norm, name) for norm in norms)
-                (others if bare else decayed).append(parameter)
-        groups = [
-            {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-            {"params": others, "lr": lr, "weight_decay": 0.0},
-        ]
+        groups = decay_groups(self.model, self.trained, lr, weight_decay)
         return [
             *split_groups(groups, self.model, self.plan, self.trainable),
             *term_groups(self.plan, lr, weight_decay),
@@ -117,25 +103,20 @@ class Run:
         Args:
             then: called with the objective at the start of each stage.
         """
-        borders = stage_borders(self.plan.stages, total_steps)
-        present: list[int | None] = [None]
+        return Stepper(objective, stage_borders(self.plan.stages, total_steps), then)
 
-        def at(step: int) -> None:
-            objective.progress = step / total_steps
-            index = stage_index(borders, step)
-            if index != present[0]:
-                objective.enter(self.plan.stages[index])
-                present[0] = index
-                if then is not None:
-                    then(objective)
-
-        return at
+    def unfreeze(self) -> None:
+        """Require gradients for exactly the parameters that any stage trains."""
+        self._require_gradients(self.trained)
 
     def thaw(self) -> None:
         """Restore the initial ``requires_grad``: which parameters train is up to each stage."""
-        trainable = set(self.trainable)
+        self._require_gradients(self.trainable)
+
+    def _require_gradients(self, names: Iterable[str]) -> None:
+        selection = set(names)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in trainable)
+            parameter.requires_grad_(name in selection)
 
     def finish(self) -> nn.Module:
         """The final model: unfrozen, without a source head, and after the plan's ``finalise``."""
@@ -144,6 +125,34 @@ class Run:
         for operation in self.plan.finalise:
             model = operation(model)
         return model
+
+
+@dataclass(eq=False)
+class Stepper:
+    """Advances an objective through its plan's stages; call it before each optimizer step with the step's index.
+
+    Attributes:
+        borders: the step at which each stage ends.
+        then: called with the objective at the start of each stage.
+        stage: index of the current stage; -1 before the first.
+        left: number of its steps that remained at the last call.
+    """
+
+    objective: Objective
+    borders: Sequence[int]
+    then: Callable[[Objective], None] | None = None
+    stage: int = -1
+    left: int = 0
+
+    def __call__(self, step: int) -> None:
+        self.objective.progress = step / self.borders[-1]
+        index = stage_index(self.borders, step)
+        self.left = self.borders[index] - step
+        if index != self.stage:
+            self.stage = index
+            self.objective.enter(self.objective.plan.stages[index])
+            if self.then is not None:
+                self.then(self.objective)
 
 
 def set_up(
@@ -165,7 +174,7 @@ def set_up(
     """
     configs = resolve(strategy)
     if states is None:
-        states = measure(configs, model, context)
+        states = measure(configs, model, None if context is None else lambda: context)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return start(configs, model, check(configs, model, states, trainable), states)
 
@@ -186,14 +195,21 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
     return Run(configs, states, plan, model, chains, trainable, anchors, reference)
 
 
-def measure(configs: Iterable[FTConfig], model: nn.Module, context: Context | None) -> dict[str, State]:
-    """Measure the state of each strategy that measures the data, by ``ft_type``."""
+def measure(
+    configs: Iterable[FTConfig],
+    model: nn.Module,
+    context: Callable[[], Context] | None,
+    known: Mapping[str, State] | None = None,
+) -> dict[str, State]:
+    """The state of each strategy that measures the data, by ``ft_type``: known, or measured in a fresh context."""
     states = {}
     for config in configs:
-        if config.measures():
+        if known and config.ft_type in known:
+            states[config.ft_type] = known[config.ft_type]
+        elif config.measures():
             if context is None:
                 raise OptionError(f"{config.ft_type} looks at the data before training: pass a context, or states.")
-            states[config.ft_type] = config.measure(model, context)
+            states[config.ft_type] = config.measure(model, context())
     return states
 
 
@@ -219,7 +235,7 @@ def check_members(configs: Iterable[FTConfig], model: nn.Module) -> None:
         OptionError: if there is one; the message names the strategy.
     """
     members = members_of(unwrap(model)[0])
-    unfit = [config.ft_type for config in configs if not config.several_members]
+    unfit = [config.ft_type for config in configs if not config.needs().several_members]
     if unfit and len(members) > 1:
         raise OptionError(
             f"{unfit[0]} goes by the layers and the head of one network, and this model has {len(members)} members: "

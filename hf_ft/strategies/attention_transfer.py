@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_ft.core.advising import DEARER, POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_FROZEN_COPY
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import State
 from hf_ft.core.options import option
@@ -56,6 +57,8 @@ class AttentionTransferConfig(FTConfig):
     formula = "L = CE + beta * sum over layers of mean (A - A0)^2;  A = flatten(mean_c F^2), of unit length per sample"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"beta": LogRange(10.0, 1e4)}
+    cost = WITH_A_FROZEN_COPY + DEARER  # compared at several layers
+    advice = {POOR_FEATURES_FEW_SAMPLES: -1, VERY_FEW_SAMPLES: 1}
 
     beta: float = option(1000.0, "Weight of the distance.", range="[0, inf)", source="code")
     layers: tuple[str, ...] | None = option(

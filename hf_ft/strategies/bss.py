@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_ft.core.advising import DEARER, POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TERM
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import State
 from hf_ft.core.options import option
@@ -53,6 +54,8 @@ class BSSConfig(FTConfig):
     formula = "L = CE + eta * sum of the k smallest squared singular values of the (B, d) features"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"eta": LogRange(1e-4, 1e-2)}
+    cost = WITH_A_TERM + DEARER  # a singular value decomposition in each step
+    advice = {POOR_FEATURES_FEW_SAMPLES: 2, VERY_FEW_SAMPLES: 1}
 
     eta: float = option(0.001, "Weight of the penalty.", range="[0, inf)", source="code")
     k: int = option(1, "How many singular values are shrunk.", range="[1, inf)", source="code")

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from hf_ft.core.advising import (
+    OTHER_SPREADS,
+    POOR_FEATURES,
+    POOR_FEATURES_FEW_SAMPLES,
+    SAME_MEANS,
+    SHIFTED_MEANS,
+    WITH_A_PASS_BEFORE,
+    Rule,
+)
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Rate, Stage, Surgery
 from hf_ft.core.search_space import LogRange
 from hf_ft.errors import OptionError
 from hf_ft.models.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
 from hf_ft.models.names import Names
+from hf_ft.models.norms import batch_norms
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,14 @@ def logit_layers(model: nn.Module, head: Names) -> Names:
     return (last,) if square else tuple(name for name, other in found.items() if other.shape == weight.shape)
 
 
+NO_BATCH_NORM = Rule(
+    (("batch_norm_layers", "<", 1),),
+    "the model has no BatchNorm to convert ({batch_norm_layers:.0f} layers): daft.convert_batch_norm=False keeps its "
+    "other half",
+    source="",
+)
+
+
 @register("daft")
 @dataclass(frozen=True, kw_only=True)
 class DAFTConfig(FTConfig):
@@ -91,7 +111,6 @@ class DAFTConfig(FTConfig):
         "AAAI 2024",
         "https://arxiv.org/abs/2308.07728",
     )
-    several_members = True
     formula = (
         "beta' = beta + gamma (mu_t - mu_s) / sqrt(v_s + eps);  gamma' = gamma sqrt(v_t + eps) / sqrt(v_s + eps);  "
         "head = 0;  lr_head >> lr_backbone"
@@ -110,6 +129,15 @@ class DAFTConfig(FTConfig):
         "max_grad_norm": Recommended(0.0, "code"),
     }
     tuned = {"head_lr": LogRange(1e-3, 1.0)}
+    cost = WITH_A_PASS_BEFORE
+    advice = {
+        POOR_FEATURES: 2,
+        POOR_FEATURES_FEW_SAMPLES: 1,
+        SHIFTED_MEANS: 3,
+        OTHER_SPREADS: 1,
+        SAME_MEANS: -1,
+        NO_BATCH_NORM: None,
+    }
 
     convert_batch_norm: bool = option(
         True, "Whether BatchNorm layers get the training data's statistics, at the same function.", source="code"
@@ -132,6 +160,13 @@ class DAFTConfig(FTConfig):
         "Which BatchNorm layers use and move batch statistics: all, those that train, or none.",
         source="code",
     )
+
+    def needs(self) -> Needs:
+        return Needs(several_members=True)
+
+    def adapted(self, model: nn.Module) -> DAFTConfig:
+        """Without BatchNorm, the other half of the method: a zero head and two rates."""
+        return self if batch_norms(model) else dataclasses.replace(self, convert_batch_norm=False)
 
     def measures(self) -> bool:
         return self.convert_batch_norm

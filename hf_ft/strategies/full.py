@@ -7,11 +7,26 @@ from typing import Literal
 
 from torch import nn
 
+from hf_ft.core.advising import (
+    EVERYTHING,
+    FAIR_FEATURES,
+    GOOD_FEATURES,
+    LOW_GRADIENT,
+    NO_PART_STANDS_OUT,
+    OTHER_SPREADS,
+    POOR_FEATURES,
+    POOR_FEATURES_FEW_SAMPLES,
+    SHIFTED_MEANS,
+    Rule,
+)
 from hf_ft.core.config import FTConfig, Recommended, register
 from hf_ft.core.context import State
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Rate, Stage
 from hf_ft.core.search_space import Choice
+
+BASELINE_ALWAYS = Rule((("samples", ">=", 0),), "the baseline of every comparison ({samples:.0f} samples)")
 
 
 @register("full")
@@ -22,10 +37,21 @@ class FullConfig(FTConfig):
     .. math:: L = \mathrm{CE}(h(f(x)), y)
     """
 
-    several_members = True
     formula = "L = CE(h(f(x)), y) over all parameters"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"norm_mode": Choice(("auto", "eval"))}
+    cost = EVERYTHING
+    advice = {
+        BASELINE_ALWAYS: 1,
+        GOOD_FEATURES: 1,
+        FAIR_FEATURES: 1,
+        POOR_FEATURES: 3,
+        POOR_FEATURES_FEW_SAMPLES: 1,
+        SHIFTED_MEANS: 2,
+        OTHER_SPREADS: 1,
+        NO_PART_STANDS_OUT: 1,
+        LOW_GRADIENT: 1,
+    }
 
     head_lr: float | None = option(
         None,
@@ -35,6 +61,9 @@ class FullConfig(FTConfig):
     norm_mode: Literal["auto", "eval"] = option(
         "auto", "'eval' keeps the statistics of normalisation layers at their pretrained values."
     )
+
+    def needs(self) -> Needs:
+        return Needs(several_members=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         if self.head_lr is None and self.norm_mode == "auto":

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_ft.core.advising import POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TERM
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import State
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Term
 from hf_ft.core.search_space import LogRange
@@ -32,10 +34,11 @@ class L2SPConfig(FTConfig):
         "ICML 2018",
         "https://arxiv.org/abs/1802.01483",
     )
-    several_members = True
     formula = "L = CE + alpha/2 ||w_S - w0_S||^2 + beta/2 ||w_new||^2"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"alpha": LogRange(1e-3, 1.0)}
+    cost = WITH_A_TERM
+    advice = {POOR_FEATURES_FEW_SAMPLES: -1, VERY_FEW_SAMPLES: 2}
 
     alpha: float = option(
         0.01,
@@ -44,6 +47,9 @@ class L2SPConfig(FTConfig):
         source="code",
     )
     beta: float = option(0.01, "Weight of the squared norm of the new head.", range="[0, inf)", source="code")
+
+    def needs(self) -> Needs:
+        return Needs(several_members=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         anatomy = self.anatomy(model)

@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_ft.core.advising import (
+    DEARER,
+    EVERYTHING,
+    FAIR_FEATURES,
+    GOOD_FEATURES,
+    HIGH_GRADIENT,
+    LOW_GRADIENT,
+    POOR_FEATURES,
+)
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import State
 from hf_ft.core.options import option
@@ -34,6 +43,8 @@ class LayerDecayConfig(FTConfig):
     formula = "lr_l = lr * decay^(L - l), parts l = 0 (stem) ... L (head)"
     recommended = {"learning_rate": Recommended(1e-3)}
     tuned = {"decay": Choice((0.65, 0.8, 0.9))}
+    cost = EVERYTHING + DEARER  # many groups of weights
+    advice = {GOOD_FEATURES: 1, FAIR_FEATURES: 1, POOR_FEATURES: 2, LOW_GRADIENT: -1, HIGH_GRADIENT: 1}
 
     decay: float = option(
         0.8, "Factor between the rates of neighbouring parts (ELECTRA's 0.8).", range="(0, 1]", source="paper"

@@ -7,8 +7,18 @@ from typing import Literal
 
 from torch import nn
 
+from hf_ft.core.advising import (
+    FAIR_FEATURES,
+    GOOD_FEATURES,
+    GOOD_FEATURES_FEW_SAMPLES,
+    PART_OF_THE_RUN,
+    POOR_FEATURES,
+    SAME_MEANS,
+    SHIFTED_MEANS,
+)
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import State
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Rate, Stage
 from hf_ft.core.search_space import Choice, LogRange
@@ -32,17 +42,28 @@ class LPFTConfig(FTConfig):
         "ICLR 2022",
         "https://arxiv.org/abs/2202.10054",
     )
-    several_members = True
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
     # From 1e-5 to 3e-4 on validation data of the demo: at 3e-4 the second stage loses what the probe found.
     recommended = {"learning_rate": Recommended(3e-5)}
     tuned = {"head_lr": LogRange(1e-3, 1.0), "norm_mode": Choice(("auto", "eval"))}
+    cost = PART_OF_THE_RUN
+    advice = {
+        GOOD_FEATURES_FEW_SAMPLES: 3,
+        GOOD_FEATURES: 2,
+        FAIR_FEATURES: 1,
+        POOR_FEATURES: -1,
+        SHIFTED_MEANS: -1,
+        SAME_MEANS: 1,
+    }
 
     probe: float = option(0.5, "Share of the optimizer steps spent on the probe.", range="(0, 1)")
     head_lr: float = option(1e-2, "Learning rate of the head during the probe.", range="(0, inf)")
     norm_mode: Literal["auto", "eval"] = option(
         "eval", "Normalisation statistics while everything trains: 'eval' keeps them fixed.", source="code"
     )
+
+    def needs(self) -> Needs:
+        return Needs(several_members=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules

@@ -10,8 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_ft.core.advising import RELATED_SOURCE, TWICE_THE_SAMPLES, UNRELATED_SOURCE, WITH_A_FROZEN_COPY, Rule
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import State
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Stream, Term
 from hf_ft.core.schedules import Decay, Schedule
@@ -54,6 +56,17 @@ class SourceDistillation(nn.Module):
         return distillation_loss(self.head(view.states[self.layer]), wanted, self.temperature)
 
 
+SOURCE_DATA = Rule(
+    (("source_data", ">=", 1),), "data of the pretraining are at hand ({source_data:.0f} data set)", "Zhao et al., 2019"
+)
+RELATED_SOURCE_DATA = Rule(
+    (("source_data", ">=", 1), ("source_skill", ">=", 0.5)),
+    "source data are at hand ({source_data:.0f}), and the pretrained classes tell the target's with skill "
+    "{source_skill:.2f}: the tasks are related",
+    "Zhao et al., 2019",
+)
+
+
 @register("soft")
 @dataclass(frozen=True, kw_only=True)
 class SoftConfig(FTConfig):
@@ -82,8 +95,8 @@ class SoftConfig(FTConfig):
     )
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"weight": LogRange(0.1, 3.0), "until": Choice((0.25, 0.5, 1.0))}
-    takes_source_data = True
-    without_source_data = ", or go source-free with source='head'"
+    cost = TWICE_THE_SAMPLES
+    advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, UNRELATED_SOURCE: -1}
 
     schedule: Schedule = option(
         "linear",
@@ -117,10 +130,13 @@ class SoftConfig(FTConfig):
     def source_free(self) -> SoftConfig:
         return dataclasses.replace(self, source="head")
 
-    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
-        if not self.weight:
-            return frozenset()
-        return frozenset({"source_head", "source_data"} if self.source == "data" else {"source_head"})
+    def needs(self) -> Needs:
+        required = self.weight > 0 and self.source == "data"
+        return Needs(
+            source_head=self.weight > 0,
+            source_data="required" if required else "optional",
+            without_source_data=", or go source-free with source='head'",
+        )
 
     def check_model(self, model: nn.Module) -> None:
         if self.weight:
@@ -179,12 +195,14 @@ class LwFConfig(FTConfig):
     formula = "L = CE(h_T(f(x)), y) + weight KL(softmax(h0_S(f0(x)) / T) || softmax(h_S(f(x)) / T))"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"weight": LogRange(0.3, 10.0)}
+    cost = WITH_A_FROZEN_COPY
+    advice = {RELATED_SOURCE: 1, UNRELATED_SOURCE: -1}
 
     weight: float = option(4.0, "Weight of the distillation loss.", range="[0, inf)", source="code")
     temperature: float = option(3.0, "Its temperature.", range="(0, inf)", source="code")
 
-    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
-        return self._soft().requires()
+    def needs(self) -> Needs:
+        return Needs(source_head=self.weight > 0)
 
     def check_model(self, model: nn.Module) -> None:
         self._soft().check_model(model)

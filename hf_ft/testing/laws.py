@@ -215,10 +215,8 @@ def check_strategy(config: FTConfig, makers: Iterable[Maker] = (tiny_resnet, tin
 
 
 def suited(config: FTConfig, model: nn.Module) -> FTConfig:
-    """The config, without BatchNorm conversion if it has that option and the model has no BatchNorm."""
-    if getattr(config, "convert_batch_norm", False) and not batch_norms(model):
-        return dataclasses.replace(config, convert_batch_norm=False)  # type: ignore[call-arg]
-    return config
+    """The config adapted to the model, if it declares an adapted form (:meth:`hf_ft.FTConfig.adapted`)."""
+    return config.adapted(model) or config
 
 
 def _state(config: FTConfig, model: nn.Module, folder: Path) -> State:

@@ -3,130 +3,202 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
-from hf_ft.core.config import FTConfig, load_configs
+from hf_ft.core.config import load_configs, write_configs
 from hf_ft.core.config_files import read_config_file
+from hf_ft.core.context import State
 from hf_ft.engine import checkpoint as files
-from hf_ft.errors import OptionError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.weight_files import member_folder
+from hf_ft.trainer.protocols import ForCheckpoints
+
+
+@contextmanager
+def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """A folder to write into, which gets its final name when every process has written its part.
+
+    A process killed before leaves nothing that a resume could take for a checkpoint.
+
+    Args:
+        writes: whether this process makes and renames the folder; one does.
+        wait: waits for all processes.
+    """
+    written = final.with_name(f"{files.INCOMPLETE}{final.name}")
+    if writes:
+        shutil.rmtree(written, ignore_errors=True)
+        written.mkdir(parents=True)
+    wait()
+    yield written
+    wait()
+    if writes:
+        files.move_into_place(written, final)
+    wait()
+
+
+class Checkpoints:
+    """Saves and loads what a Trainer trains.
+
+    An earlier run's checkpoints are neither mixed with nor lost.
+
+    Attributes:
+        base_name: the Hub id, or the folder, of what the model was made from.
+        base: a hash of each of its tensors when training began; empty before.
+    """
+
+    def __init__(self, trainer: ForCheckpoints) -> None:
+        self._trainer = trainer
+        self._written: set[str] = set()
+        self.base_name = _base_name(trainer.model)
+        self.base: dict[str, str] = {}
+
+    # --- saving --------------------------------------------------------------------------------------------
+
+    def save(self, trial: Any) -> None:
+        """As the Trainer's, but written under another name and renamed when whole."""
+        trainer, args, state = self._trainer, self._trainer.args, self._trainer.state
+        if trainer.hp_search_backend is None and trial is None:
+            trainer.store_flos()
+        run_dir = Path(trainer._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{state.global_step}"
+        with written_whole(final, args.should_save, trainer.accelerator.wait_for_everyone) as folder:
+            trainer.save_model(str(folder), _internal_call=True)
+            if not args.save_only_model:
+                trainer._save_optimizer_and_scheduler(str(folder))
+                trainer._save_scaler(str(folder))
+                trainer._save_rng_state(str(folder))
+            best = state.best_global_step
+            if best and (best == state.global_step or (run_dir / f"checkpoint-{best}").exists()):
+                state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
+            if args.should_save:
+                self._store_callback_states()
+                state.save_to_json(str(folder / files.TRAINER_STATE))
+        self._written.add(final.name)
+        if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            self._push(final)
+        if args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=args.save_total_limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+            )
+
+    def _store_callback_states(self) -> None:
+        # As in Trainer._save_checkpoint.
+        stored: Any = self._trainer.state.stateful_callbacks
+        for callback in [*self._trainer.callback_handler.callbacks, self._trainer.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                if isinstance(stored.get(name), list):
+                    stored[name].append(state)
+                else:
+                    stored[name] = state
+
+    def _push(self, final: Path) -> None:
+        if self._trainer.args.should_save:  # the Trainer takes only files from a checkpoint, and members have folders
+            for member in final.glob(member_folder("*")):
+                shutil.copytree(member, final.parent / member.name, dirs_exist_ok=True)
+        self._trainer._push_from_checkpoint(str(final))
+
+    def save_beside_weights(self, folder: Path) -> None:
+        """What a folder of weights holds besides: strategies, what they measured, and what is for training alone."""
+        trainer = self._trainer
+        write_configs(folder, trainer.configs, base_model=self._description())
+        files.write_states(folder, {c.ft_type: trainer.states.get(c.ft_type, State()) for c in trainer.configs})
+        modules = self._term_modules()
+        if modules and trainer.is_in_train:  # what is only for training is not in its result
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in modules.state_dict().items()}
+            save_file(tensors, folder / files.MODULES_NAME)
+        if isinstance(trainer.model, PeftModel):
+            files.save_buffers(trainer.model, folder)
+
+    def save_delta(self, path: str | Path) -> None:
+        """What training changed, alone."""
+        if not self.base:
+            raise CheckpointError("save_delta: nothing was trained yet; call train() first.")
+        if self._trainer.args.should_save:
+            files.save_delta(self._trainer.model, path, self.base, self._trainer.configs, self.base_name)
+
+    # --- loading -------------------------------------------------------------------------------------------
+
+    def load(self, folder: str | Path) -> None:
+        """Put back the weights, and those of what terms train."""
+        files.load_weights(self._trainer.model, folder)
+        modules = self._term_modules()
+        if modules:
+            modules.load_state_dict(files.checked(Path(folder) / files.MODULES_NAME)[0])
+
+    def resume_folder(self, resume: str | bool | None, folder: Path) -> Path | None:
+        """The checkpoint to resume from; None for a new beginning.
+
+        Raises:
+            OptionError: it is of another strategy.
+            CheckpointError: there is no whole one.
+        """
+        if not resume:
+            return None
+        chosen = files.last_checkpoint(folder) if resume is True else Path(resume)
+        content, configs = read_config_file(chosen), self._trainer.configs
+        saved = load_configs(chosen)
+        if saved != configs:
+            raise OptionError(
+                f"{chosen} was trained with {[c['ft_type'] for c in content['strategies']]} "
+                f"({content['strategies']}), this trainer has {[c.to_dict() for c in configs]}: resume with the "
+                "same strategy and options, or start anew in another output_dir."
+            )
+        files.read_states(chosen)
+        return chosen
+
+    def clear(self, folder: Path) -> None:
+        """Refuse to mix with an earlier run's checkpoints, or delete them where that was allowed."""
+        earlier = [path for path in files.checkpoints(folder) if path.name not in self._written]
+        if earlier and not self._trainer.overwrite:
+            raise OptionError(
+                f"output_dir={str(folder)!r} holds {earlier[-1].name} of an earlier run. Go on with "
+                "train(resume_from_checkpoint=True), choose another output_dir, or pass overwrite=True."
+            )
+        self._trainer.accelerator.wait_for_everyone()
+        if self._trainer.args.should_save:
+            for path in files.checkpoints(folder):
+                shutil.rmtree(path)
+            files.remove_incomplete(folder)
+
+    # --- the start -----------------------------------------------------------------------------------------
+
+    def note_base(self) -> None:
+        """Note the weights that the model has now: training begins with them."""
+        self.base = files.digests(self._trainer.model)
+
+    def check_base(self, resume: Path) -> None:
+        """Refuse a checkpoint that was trained from other weights than those noted, where the start matters."""
+        saved = read_config_file(resume).get("base_model", {}).get("sha256")
+        if saved and saved != self._description()["sha256"]:
+            raise CheckpointError(
+                f"{resume} was trained from other weights than the model has now, and "
+                f"{self._trainer.configs[-1].ft_type} compares with the start: make the trainer with the same "
+                "pretrained model, not with the checkpoint."
+            )
+
+    def _description(self) -> dict[str, Any]:
+        run = self._trainer._run
+        head = tuple(name for chain in (run.chains if run else ()) for name in chain.parts[-1].modules)
+        return {"name": self.base_name, "sha256": files.base_digest(self.base, head) if self.base else None}
+
+    def _term_modules(self) -> nn.ModuleDict:
+        run = self._trainer._run
+        return run.plan.term_modules if run is not None else nn.ModuleDict()
 
 
 def _base_name(model: nn.Module) -> str | None:
     if isinstance(model, PeftModel):
         return next(iter(model.peft_config.values())).base_model_name_or_path
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
-
-
-class WholeCheckpoints:
-    """Mixin for a Trainer: a checkpoint is written under another name and renamed when it is whole.
-
-    A process killed while it saves leaves nothing that a resume could take for a checkpoint, and an earlier
-    run's checkpoints are neither mixed with nor lost.
-    """
-
-    configs: tuple[FTConfig, ...]
-    overwrite: bool
-    # The Trainer's own.
-    args: Any
-    state: Any
-    accelerator: Any
-    control: Any
-    callback_handler: Any
-    hp_search_backend: Any
-    _get_output_dir: Any
-    save_model: Any
-    store_flos: Any
-    _save_optimizer_and_scheduler: Any
-    _save_scaler: Any
-    _save_rng_state: Any
-    _push_from_checkpoint: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._written: set[str] = set()
-        super().__init__(*args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, but written under another name and renamed when whole."""
-        if self.hp_search_backend is None and trial is None:
-            self.store_flos()
-        run_dir = Path(self._get_output_dir(trial))
-        final = run_dir / f"checkpoint-{self.state.global_step}"
-        written = run_dir / f"{files.INCOMPLETE}{final.name}"
-        if self.args.should_save:
-            shutil.rmtree(written, ignore_errors=True)
-            written.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.save_model(str(written), _internal_call=True)
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(written))
-            self._save_scaler(str(written))
-            self._save_rng_state(str(written))
-        best = self.state.best_global_step
-        if best and (best == self.state.global_step or (run_dir / f"checkpoint-{best}").exists()):
-            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
-        self.accelerator.wait_for_everyone()  # every rank has written its random state
-        if self.args.should_save:
-            self._store_callback_states()
-            self.state.save_to_json(str(written / files.TRAINER_STATE))
-            files.move_into_place(written, final)
-            self._written.add(final.name)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
-            if self.args.should_save:  # the Trainer takes files alone from the checkpoint, and members have folders
-                for member in final.glob(member_folder("*")):
-                    shutil.copytree(member, run_dir / member.name, dirs_exist_ok=True)
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            best_folder = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=best_folder,
-            )
-
-    def _store_callback_states(self) -> None:
-        # As in Trainer._save_checkpoint.
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                stored = self.state.stateful_callbacks
-                if isinstance(stored.get(name), list):
-                    stored[name].append(state)
-                else:
-                    stored[name] = state
-
-    def _resume_folder(self, resume: str | bool | None, folder: Path) -> Path | None:
-        if not resume:
-            return None
-        chosen = files.last_checkpoint(folder) if resume is True else Path(resume)
-        content = read_config_file(chosen)
-        saved = load_configs(chosen)
-        if saved != self.configs:
-            raise OptionError(
-                f"{chosen} was trained with {[c['ft_type'] for c in content['strategies']]} "
-                f"({content['strategies']}), this trainer has {[c.to_dict() for c in self.configs]}: resume with the "
-                "same strategy and options, or start anew in another output_dir."
-            )
-        files.read_states(chosen)
-        return chosen
-
-    def _clear(self, folder: Path) -> None:
-        """Refuse to mix with an earlier run's checkpoints, or delete them where that was allowed."""
-        earlier = [path for path in files.checkpoints(folder) if path.name not in self._written]
-        if earlier and not self.overwrite:
-            raise OptionError(
-                f"output_dir={str(folder)!r} holds {earlier[-1].name} of an earlier run. Go on with "
-                "train(resume_from_checkpoint=True), choose another output_dir, or pass overwrite=True."
-            )
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            for path in files.checkpoints(folder):
-                shutil.rmtree(path)
-            files.remove_incomplete(folder)

@@ -2,24 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_ft.core.compose import recommended_arguments
 from hf_ft.core.config import FTConfig
+from hf_ft.core.plan import Plan
 from hf_ft.data.labels import class_labels
+from hf_ft.data.streams import is_map_style
+from hf_ft.engine.objective import Objective
+from hf_ft.engine.run import check, check_members
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms
+from hf_ft.trainer.context import curve
+from hf_ft.trainer.protocols import ForProbe
+from hf_ft.trainer.source_streams import data_of
 
 logger = logging.get_logger(__name__)
+
+
+def preflight(
+    configs: tuple[FTConfig, ...],
+    args: TrainingArguments,
+    model: nn.Module | None,
+    positional: Sequence[Any],
+    keywords: Mapping[str, Any],
+    source_dataset: Any,
+) -> None:
+    """Refuse what cannot work before the Trainer makes its output folder.
+
+    Args:
+        model: None where the Trainer makes it: then :func:`check_model` is for afterwards.
+        positional, keywords: of the Trainer, after model and args.
+
+    Raises:
+        OptionError: whatever can be told without looking at the data.
+    """
+    check_arguments(args, configs)
+    check_source(configs, source_dataset)
+    if model is not None:
+        given = inspect.signature(Trainer.__init__).bind_partial(None, model, args, *positional, **keywords).arguments
+        scheduler = given.get("optimizers", (None, None))[1]
+        check_model(configs, args, model, given.get("train_dataset"), scheduler, source_dataset)
+
+
+def check_model(
+    configs: tuple[FTConfig, ...],
+    args: TrainingArguments,
+    model: nn.Module,
+    train_dataset: Any,
+    scheduler: Any,
+    source_dataset: Any,
+) -> None:
+    """Refuse a model that does not fit its data or the strategies.
+
+    The plan made here is for checking alone: when training begins, weights may be others, and so is the start
+    that terms compare with.
+
+    Raises:
+        OptionError: naming what does not fit.
+    """
+    check_labels(train_dataset, model)
+    check_members(configs, model)
+    if any(config.measures() for config in configs):  # there is no plan yet
+        for config in configs:
+            config.check_model(model)
+        return
+    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    plan = check(configs, model, {}, trainable)
+    for stream in plan.streams:
+        stream.batch_size(args.per_device_train_batch_size)
+        if stream.prepare is not None:
+            stream.prepare(data_of(stream, source_dataset))
+    if len(plan.stages) == 1:
+        return
+    if scheduler is not None:
+        raise OptionError(
+            f"optimizers: a scheduler of your own cannot follow the {len(plan.stages)} stages of "
+            f"{plan.owner!r}; pass (optimizer, None) and choose args.lr_scheduler_type."
+        )
+    curve(args, 10)  # raises where the schedule cannot run once per stage
+
+
+def check_source(configs: Iterable[FTConfig], dataset: Any) -> None:
+    """Tell of source data what is missing, left over or of no use, as far as that needs no plan.
+
+    Raises:
+        OptionError: a strategy needs source data, and there are none; or they are no data set, or empty.
+    """
+    if dataset is None:
+        for config in configs:
+            if config.needs().source_data == "required":
+                raise OptionError(
+                    f"{config.ft_type} needs the data of the pretraining: pass source_dataset=... to FTTrainer "
+                    f"(--source_dataset on the command line){config.needs().without_source_data}."
+                )
+        return
+    if all(config.needs().source_data == "no" for config in configs):
+        names = ", ".join(config.ft_type for config in configs)
+        logger.warning(f"source_dataset is not used: {names} takes no source data.")
+    elif isinstance(dataset, (str, Mapping)):
+        what = f"of the splits {list(dataset)}" if isinstance(dataset, Mapping) else repr(dataset)
+        raise OptionError(f"source_dataset is a {type(dataset).__name__} {what}: pass one data set.")
+    elif is_map_style(dataset) and not len(dataset):
+        raise OptionError("source_dataset holds no sample: pass one that does.")
 
 
 def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -> None:
@@ -91,7 +186,7 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
     return weights
 
 
-def check_last_batch(trainer: Any, objective: Any) -> None:
+def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
     """BatchNorm in train mode fails on one sample with 1x1 maps: tell before, not at the end of an epoch.
 
     Raises:
@@ -132,6 +227,12 @@ def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int)
             f"{100 * moved:.0f} % of the way to those of the training data, and scores are computed with what they are "
             "then. Set batch_norm_momentum=0.1, or train longer."
         )
+
+
+def warn_left_out(plan: Plan) -> None:
+    """Say what a user's optimizer does not train."""
+    names = ", ".join(plan.term_modules)
+    logger.warning(f"optimizers: yours does not hold what {names} would train beside the model; it stays as is.")
 
 
 def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:

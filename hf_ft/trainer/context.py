@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -16,13 +17,19 @@ from hf_ft.core.context import Context, Recipe, Samples, Source
 from hf_ft.data.labels import class_labels
 from hf_ft.data.rows import read_rows
 from hf_ft.data.sampling import share_of_batches
+from hf_ft.data.streams import is_map_style
 from hf_ft.engine.run import schedule_curve
 from hf_ft.errors import OptionError
+from hf_ft.models.preserve import random_states_kept
+from hf_ft.trainer.protocols import Collate, ForContext, ForStreams
+
+READ = 64  # source samples in a batch of a measuring pass
 
 
-def measuring_context(trainer: Any) -> Context:
+def measuring_context(trainer: ForContext) -> Context:
     """What ``measure`` gets from a Trainer."""
     recipe, described = recipe_of(trainer)
+    source = trainer.source_dataset
     return Context(
         batches=partial(batches_of, trainer),
         reduce=partial(trainer.accelerator.reduce, reduction="sum"),
@@ -33,15 +40,15 @@ def measuring_context(trainer: Any) -> Context:
         recipe=recipe,
         described=described,
         frozen_cache=trainer.frozen_cache,
-        source=None if trainer.source_dataset is None else Source(trainer.source_dataset, trainer._source_batches),
-        folder=Path(trainer.args.output_dir),
+        source=None if source is None else Source(source, partial(source_batches, trainer)),
+        folder=Path(str(trainer.args.output_dir)),
         progress=trainer.args.process_index == 0 and not trainer.args.disable_tqdm,
         rank=trainer.args.process_index,
         ranks=trainer.args.world_size,
     )
 
 
-def _samples(trainer: Any) -> Samples:
+def _samples(trainer: ForContext) -> Samples:
     """The training samples by number, without augmentation where the user gave such.
 
     Raises:
@@ -66,20 +73,19 @@ def _samples(trainer: Any) -> Samples:
     return Samples(len(chosen) if hasattr(chosen, "__len__") else 0, read)
 
 
-def _curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
+def curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
     """The schedule that the arguments ask for, over one stage."""
     kwargs: Any = args.lr_scheduler_kwargs or {}
     return schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs)
 
 
-def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:
+def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a Trainer, and what it was made of."""
     args = trainer.args
     kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-    kwargs = args.lr_scheduler_kwargs or {}
     recipe = Recipe(
         optimizer=lambda groups: kind(groups, **options),
-        curve=lambda steps: schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs),
+        curve=partial(curve, args),
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
         batch_size=args.per_device_train_batch_size,
@@ -101,7 +107,7 @@ def recipe_of(trainer: Any) -> tuple[Recipe, dict[str, Any]]:
     return recipe, described
 
 
-def batches_of(trainer: Any) -> Iterator[dict[str, Any]]:
+def batches_of(trainer: ForContext) -> Iterator[dict[str, Any]]:
     """This process's batches of the training data."""
     args, (dataset, collate) = trainer.args, readable(trainer, trainer.train_dataset)
     loader = DataLoader(
@@ -117,7 +123,31 @@ def batches_of(trainer: Any) -> Iterator[dict[str, Any]]:
         yield trainer._prepare_inputs(batch)
 
 
-def readable(trainer: Any, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any]]:
+def source_collator(trainer: ForStreams) -> Collate:
+    """What makes batches of source samples."""
+    collate = trainer.source_data_collator or trainer.data_collator
+    return trainer._get_collator_with_removed_columns(collate, description="source")
+
+
+def source_batches(trainer: ForStreams, limit: int) -> Iterator[dict[str, Any]]:
+    """Up to so many source samples, the same on every rank, as batches on the device."""
+    dataset, collate = trainer.source_dataset, source_collator(trainer)
+    if is_map_style(dataset):
+        rows = range(0, len(dataset), max(1, -(-len(dataset) // limit)))
+        parts: Iterator[list[Any]] = (read_rows(dataset, rows[i : i + READ]) for i in range(0, len(rows), READ))
+    else:
+        samples = itertools.islice(iter(dataset), limit)
+        parts = iter(lambda: list(itertools.islice(samples, READ)), [])
+    for number in itertools.count():
+        with random_states_kept(seed=trainer.args.seed + number):  # augmentation disturbs nothing
+            part = next(parts, None)
+            batch = None if part is None else collate(part)
+        if batch is None:
+            return
+        yield trainer._prepare_inputs(batch)
+
+
+def readable(trainer: ForContext, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any]]:
     """A data set without unused columns, and what makes batches of its rows.
 
     Raises:

@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from transformers.utils import logging
+
+from hf_ft.core.plan import Term
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
-class _TermLog:
-    """Sums of the loss's summands since the last log, on their device: reading them each step would wait."""
+class TermLog:
+    """Sums of the loss's summands since the last log, on their device: reading them each step would wait.
 
-    sums: dict[str, Tensor] | None = None
-    count: int = 0
+    Attributes:
+        terms: those of the plan.
+        told: the names of those of which it was said that they were 0.
+    """
 
-    def add(self, terms: dict[str, Tensor] | None) -> None:
+    terms: Sequence[Term]
+    told: set[str] = field(default_factory=set)
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _count: int = 0
+
+    def add(self, terms: Mapping[str, Tensor] | None) -> None:
+        """Add the summands of one micro-batch."""
         if terms is None:
             return
-        self.sums = self.sums or {}
         for name, value in terms.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-        self.count += 1
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
 
-    def drain(self, accelerator: Any) -> dict[str, float]:
-        if not self.sums:
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Their means over all processes, as ``loss/<name>``; and begin anew."""
+        if not self._sums:
             return {}
-        means = torch.stack([value.float() for value in self.sums.values()]) / self.count
+        means = torch.stack([value.float() for value in self._sums.values()]) / self._count
         values = accelerator.reduce(means, reduction="mean").tolist()
-        names, self.sums, self.count = list(self.sums), None, 0
-        return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
+        logged = {f"loss/{name}": value for name, value in zip(self._sums, values, strict=True)}
+        self._sums, self._count = {}, 0
+        self._warn_of_zeros(logged)
+        return logged
+
+    def _warn_of_zeros(self, logged: Mapping[str, float]) -> None:
+        """A term that is exactly 0 may have nothing to work on: told where values are read anyway, at a log."""
+        for term in self.terms:
+            if term.zero_means and logged.get(f"loss/{term.name}") == 0.0 and term.name not in self.told:
+                self.told.add(term.name)
+                logger.warning(f"loss/{term.name} was exactly 0 since the last log: {term.zero_means}.")

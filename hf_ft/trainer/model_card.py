@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 
 from hf_ft.core.config import FTConfig
+from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
+from hf_ft.documents.markdown import blocks
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
+from hf_ft.trainer.protocols import ForCard
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -51,7 +54,8 @@ def model_card(
     metrics: Mapping[str, float],
     arguments: Mapping[str, Any],
     tags: Sequence[str] = (),
-    learned: Mapping[str, str] | None = None,
+    findings: Mapping[str, Findings] | None = None,
+    beside: Collection[str] = (),
     **card_fields: Any,
 ) -> ModelCard:
     """The card of a fine-tuned model.
@@ -62,7 +66,8 @@ def model_card(
         base_model: name or path the model was loaded from; a path is left out. An ensemble knows its members' own.
         metrics: evaluation results to show.
         arguments: training arguments to show.
-        learned: what a strategy has to say of its measuring, by ``ft_type``.
+        findings: what strategies have to show of their measuring, by ``ft_type``.
+        beside: names of the files that lie beside the card; of the plots it shows those that do.
         card_fields: further metadata (license, language, datasets, ...).
     """
     bases = _bases(model, base_model)
@@ -82,7 +87,9 @@ def model_card(
         template_str=_TEMPLATE,
         model_name=model_name,
         base_sentence=_sentence(model, bases),
-        strategies="\n\n".join(_describe(config, (learned or {}).get(config.ft_type, "")) for config in configs),
+        strategies="\n\n".join(
+            _describe(config, (findings or {}).get(config.ft_type, Findings()), beside) for config in configs
+        ),
         training=_table({k: v for k, v in arguments.items() if v is not None}, "argument"),
         results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
         usage=_usage(model, model_name),
@@ -106,7 +113,7 @@ def _is_ensemble(model: Any) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) == COLLABORATIVE
 
 
-def _describe(config: FTConfig, learned: str = "") -> str:
+def _describe(config: FTConfig, found: Findings, beside: Collection[str]) -> str:
     changed = {
         field.name: describe_value(getattr(config, field.name))
         for field in options(type(config))
@@ -115,8 +122,11 @@ def _describe(config: FTConfig, learned: str = "") -> str:
     lines = [f"**{config.ft_type}**: {(type(config).__doc__ or '').strip().splitlines()[0]}"]
     if changed:
         lines.append(_table(changed, "option"))
-    if learned:
-        lines.append(learned)
+    if found.summary:
+        lines.append(found.summary)
+    tables = [part for part in found.short if isinstance(part, Table) and part.headers]
+    lines += [blocks(tables)] if tables else []
+    lines += [f"![{Path(name).stem}]({name})" for name in found.plots if name in beside]
     if config.paper:
         lines.append(f"Paper: {config.paper}")
     return "\n\n".join(lines)
@@ -183,53 +193,45 @@ def _ensemble_usage(model: Any, model_name: str) -> str:
     )
 
 
+def card_of(trainer: ForCard, base_model: str | None, folder: Path, name: str = "", **given: Any) -> ModelCard:
+    """The card of what a Trainer trained.
+
+    Args:
+        base_model: name or path of what was trained.
+        folder: where the card will lie: it shows the pictures that lie there.
+        name: the model's, where the arguments give it none; default: the folder's.
+        given: what ``Trainer.create_model_card`` takes; tags, language, license and dataset are used.
+    """
+    fields = {key: value for key, value in given.items() if value is not None and key in ("language", "license")}
+    if given.get("dataset"):
+        fields["datasets"] = given["dataset"]
+    tags = given.get("tags") or []
+    kept = "learning_rate optim lr_scheduler_type weight_decay per_device_train_batch_size "
+    kept += "gradient_accumulation_steps seed num_train_epochs max_steps"
+    args, configs, states = trainer.args, trainer.configs, trainer.states
+    arguments = args.to_dict()
+    return model_card(
+        configs,
+        trainer.model,
+        model_name=args.hub_model_id or name or folder.name,
+        base_model=base_model,
+        metrics=_last_metrics(trainer.state, args.load_best_model_at_end),
+        arguments={key: arguments[key] for key in kept.split() if key in arguments},
+        tags=[tags] if isinstance(tags, str) else tags,
+        findings={c.ft_type: c.findings(states[c.ft_type]) for c in configs if c.ft_type in states},
+        beside=[file.name for file in folder.iterdir()] if folder.is_dir() else (),
+        **fields,
+    )
+
+
 def write_card(card: ModelCard, folder: Path) -> None:
     card.save(folder / "README.md")
 
 
-class WritesCard:
-    """Mixin for a Trainer: the model card of a run."""
-
-    configs: tuple[FTConfig, ...]
-    states: Any
-    _base_name: str | None
-    # The Trainer's own.
-    args: Any
-    model: Any
-    state: Any
-    is_world_process_zero: Any
-
-    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write README.md into the output folder: strategy, options, paper, base model, metrics."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        fields = {key: value for key, value in kwargs.items() if value is not None and key in ("language", "license")}
-        tags = kwargs.get("tags") or []
-        if kwargs.get("dataset"):
-            fields["datasets"] = kwargs["dataset"]
-        write_card(self._card(model_name or folder.name, [tags] if isinstance(tags, str) else tags, **fields), folder)
-
-    def _card(self, name: str, tags: Sequence[str] = (), **fields: Any) -> Any:
-        kept = "learning_rate optim lr_scheduler_type weight_decay per_device_train_batch_size "
-        kept += "gradient_accumulation_steps seed num_train_epochs max_steps"
-        arguments = self.args.to_dict()
-        return model_card(
-            self.configs,
-            self.model,
-            model_name=name if self.args.hub_model_id is None else self.args.hub_model_id,
-            base_model=self._base_name,
-            metrics=self._card_metrics(),
-            arguments={key: arguments[key] for key in kept.split() if key in arguments},
-            tags=tags,
-            learned={c.ft_type: c.learned(self.states[c.ft_type]) for c in self.configs if c.ft_type in self.states},
-            **fields,
-        )
-
-    def _card_metrics(self) -> dict[str, float]:
-        """The last evaluation's figures; with best-model loading, those of the best step."""
-        logs = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
-        best = [entry for entry in logs if entry["step"] == self.state.best_global_step]
-        speed = ("runtime", "per_second", "preparation_time")
-        chosen = ((best if self.args.load_best_model_at_end else []) or logs)[-1:]
-        return {k: v for e in chosen for k, v in e.items() if k.startswith("eval_") and not k.endswith(speed)}
+def _last_metrics(state: TrainerState, of_best: bool) -> dict[str, float]:
+    """The last evaluation's figures; with best-model loading, those of the best step."""
+    logs = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    best = [entry for entry in logs if entry["step"] == state.best_global_step]
+    speed = ("runtime", "per_second", "preparation_time")
+    chosen = ((best if of_best else []) or logs)[-1:]
+    return {k: v for e in chosen for k, v in e.items() if k.startswith("eval_") and not k.endswith(speed)}

@@ -3,130 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_ft.core.context import FrozenCache
 from hf_ft.data.rows import read_rows, same_each_time
-from hf_ft.engine.batch import REFERENCE, ROW, _starts_at_borders, as_columns, recorded_states
+from hf_ft.engine.batch import REFERENCE, ROW, as_columns, recorded_states, starts_at_borders
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.record import fill
 from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
 from hf_ft.engine.frozen.staged_rows import StagedCollator, StagedRows
 from hf_ft.engine.objective import Objective
+from hf_ft.trainer.protocols import ForCache
 
 logger = logging.get_logger(__name__)
 CHECKED = 8  # rows read several times to see whether they stay the same
 
 
-class CachedStages:
-    """Mixin for a Trainer: what is frozen computes each sample once.
+class StageCache:
+    """Of one attempt at training: what is frozen computes each sample once.
 
     Where the first parts of a stage are frozen, its data loader deals out recorded activations, and the
     objective runs what follows. Where terms compare with the model as it was, that one's recorded states come
     beside the inputs. Whichever form a batch has, the step it makes is the same: one that was fetched before a
     stage changed is brought into the present form.
+
+    Attributes:
+        objective: what is trained.
+        rows: of the training data; None before there is a loader, or where nothing can be recorded.
     """
 
-    frozen_cache: FrozenCache
-    # The Trainer's own.
-    args: Any
-    model: Any
-    accelerator: Any
-    data_collator: Any
-    _run: Any
-    _objective: Objective | None
-    _prepare_inputs: Any
-    _remove_unused_columns: Any
-    _get_collator_with_removed_columns: Any
-
-    _train_rows: StagedRows | None = None
-    _eval_rows: dict[int, tuple[Any, StagedRows | None]] | None = None
+    def __init__(self, trainer: ForCache, objective: Objective) -> None:
+        self._trainer, self._args, self._settings = trainer, trainer.args, trainer.frozen_cache
+        self.objective = objective
+        self.rows: StagedRows | None = None
+        self._eval_rows: dict[int, tuple[Any, StagedRows | None]] | None = None
 
     # --- data ----------------------------------------------------------------------------------------------
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Callable[[Any], Any] | None = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> DataLoader:
-        """As the Trainer's; where activations are recorded, over rows of those."""
-        rows = self._rows_for(dataset, description, is_training)
-        if rows is None:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)  # type: ignore[misc]
-        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        collate = self.data_collator
-        cleaned = self._get_collator_with_removed_columns(collate, description=description)
-        self.data_collator = StagedCollator(cleaned, rows)
-        try:
-            return super()._get_dataloader(rows, description, batch_size, sampler, is_training, dataloader_key)  # type: ignore[misc]
-        finally:
-            self.data_collator = collate
-
-    def _rows_for(self, dataset: Any, description: str, is_training: bool) -> StagedRows | None:
-        if self.frozen_cache.use == "never" or not hasattr(dataset, "__len__") or self._run is None:
+    def rows_for(self, dataset: Any, description: str, is_training: bool) -> StagedRows | None:
+        """The data set that a loader should read in this one's place; None for itself."""
+        if self._settings.use == "never" or not hasattr(dataset, "__len__"):
             return None
         if is_training:
-            self._train_rows = StagedRows(self._used_columns(dataset, description)) if self._run.chains else None
-            return self._train_rows
-        if self._eval_rows is None or "inputs" in self.args.include_for_metrics:
+            chained = bool(self.objective.chains)
+            self.rows = StagedRows(self._used_columns(dataset, description)) if chained else None
+            return self.rows
+        if self._eval_rows is None or "inputs" in self._args.include_for_metrics:
             return None
         if id(dataset) not in self._eval_rows:  # the data set is kept as well: an id alone may be given again
             self._eval_rows[id(dataset)] = dataset, self._recorded_evaluation(dataset, description)
         return self._eval_rows[id(dataset)][1]
 
+    @contextmanager
+    def collating(self, rows: StagedRows, description: str) -> Iterator[None]:
+        """Within this context, the Trainer's collator makes batches of these rows."""
+        collate = self._trainer.data_collator
+        cleaned = self._trainer._get_collator_with_removed_columns(collate, description=description)
+        self._trainer.data_collator = StagedCollator(cleaned, rows)
+        try:
+            yield
+        finally:
+            self._trainer.data_collator = collate
+
     def _used_columns(self, dataset: Any, description: str) -> Any:
         if isinstance(dataset, datasets.Dataset):
-            return self._remove_unused_columns(dataset, description=description)
+            return self._trainer._remove_unused_columns(dataset, description=description)
         return dataset
 
     def _reader(self, dataset: Any) -> Callable[[list[int]], dict[str, Any]]:
         """Reads rows by number as a batch on the model's device."""
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="recorded")
-        return lambda rows: self._prepare_inputs(collate(read_rows(dataset, rows)))
+        collate = self._collator()
+        return lambda rows: self._trainer._prepare_inputs(collate(read_rows(dataset, rows)))
 
-    def _in_present_form(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _collator(self) -> Callable[[list[Any]], Any]:
+        return self._trainer._get_collator_with_removed_columns(self._trainer.data_collator, description="recorded")
+
+    def present_form(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch for the present stage; one with activations of an earlier stage is read anew."""
         name = next((name for name in inputs if name.startswith(ROW)), None)
         if name is None:
             return inputs
         rows = inputs.pop(name)
-        staged, objective = self._train_rows, self._objective
-        if objective is not None and not objective.training:
+        staged = self.rows
+        if not self.objective.training:
             return inputs
         assert staged is not None
         if staged.stored and staged.store is not None and name == f"{ROW}{staged.store.number}":
             return inputs
-        if _starts_at_borders(inputs):
+        if starts_at_borders(inputs):
             return self._reader(staged.dataset)(rows.tolist())
         recorded_states(inputs)  # dropped: the reference computes what this stage needs
         return inputs
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As the Trainer's, and 0 where activations stand in for the inputs."""
-        return 0 if _starts_at_borders(inputs) else super().floating_point_ops(inputs)  # type: ignore[misc]
-
     # --- recording -----------------------------------------------------------------------------------------
 
-    def _start_from_recorded(self, steps: int) -> None:
+    def start(self, steps: int) -> None:
         """At the start of a stage of so many steps: record what it would compute again and again, if that pays."""
-        rows, objective = self._train_rows, self._objective
-        self._forget_recorded()
+        rows, objective = self.rows, self.objective
+        self.forget()
         if rows is None or not self._pays(rows, steps):
             return
-        assert objective is not None
         if objective.reference_layers:
             rows.activate(self._record_reference(rows.dataset), beside=True)
         elif objective.alive.has_prefix and not objective.wants_inputs:
@@ -136,39 +121,38 @@ class CachedStages:
                 rows.activate(store)
                 self._eval_rows = {}
 
-    def _leave_out_unused(self) -> None:
+    def leave_out_unused(self) -> None:
         """Reference states that no term of weight > 0 looks at any more are not read either."""
-        rows, objective = self._train_rows, self._objective
-        if rows is not None and rows.beside and objective is not None and not objective.uses_reference:
-            rows.activate(None)
+        if self.rows is not None and self.rows.beside and not self.objective.uses_reference:
+            self.rows.activate(None)
 
-    def _forget_recorded(self) -> None:
+    def forget(self) -> None:
+        """Give up all that was recorded: whatever is read from now on are the user's rows."""
         if self._eval_rows:
-            self.__dict__.pop("_eval_dataloaders", None)  # kept by the Trainer where workers persist
+            vars(self._trainer).pop("_eval_dataloaders", None)  # kept by the Trainer where workers persist
         self._eval_rows = None
-        if self._train_rows is not None:
-            self._train_rows.activate(None)
-        if self._objective is not None:
-            self._objective.prefix = None
+        if self.rows is not None:
+            self.rows.activate(None)
+        self.objective.prefix = None
 
     def _pays(self, rows: StagedRows, steps: int) -> bool:
         """Whether the stage goes over the data again."""
-        if getattr(self.args, "torch_compile", False):
+        if getattr(self._args, "torch_compile", False):
             return False
-        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return self.frozen_cache.use == "always" or steps * per_step > len(rows)
+        per_step = self._args.train_batch_size * self._args.gradient_accumulation_steps * self._args.world_size
+        return self._settings.use == "always" or steps * per_step > len(rows)
 
     def _differs(self, read: Callable[[list[int]], dict[str, Any]], rows: list[int]) -> bool:
         """Whether samples are others each time they are read, so that nothing can be recorded."""
-        if self.frozen_cache.use == "always" or same_each_time(lambda: read(rows)):
+        if self._settings.use == "always" or same_each_time(lambda: read(rows)):
             return False
         logger.info("Training samples differ each time they are read: what is frozen is computed in every step.")
         return True
 
     def _record_reference(self, dataset: Any) -> RowStore | None:
         """The reference states of all rows; None, with a word, where they cannot be kept."""
-        assert self._objective is not None and self._objective.reference is not None
-        reference, layers = self._objective.reference, self._objective.reference_layers
+        assert self.objective.reference is not None
+        reference, layers = self.objective.reference, self.objective.reference_layers
         read, spread = self._reader(dataset), _spread(len(dataset))
         if self._differs(read, spread):
             return None
@@ -178,7 +162,7 @@ class CachedStages:
             return None
 
         def record(batch: dict[str, Any]) -> Columns:
-            found = reference.states(layers, batch, self.args.device)
+            found = reference.states(layers, batch, self._args.device)
             return {f"{REFERENCE}{name}": state for name, state in found.items()}
 
         try:
@@ -189,13 +173,12 @@ class CachedStages:
 
     def _pooled(self, batch: dict[str, Any]) -> bool:
         """Whether the reference states are one vector per sample, whatever it is padded to."""
-        assert self._objective is not None and self._objective.reference is not None
-        found = self._objective.reference.states(self._objective.reference_layers, batch, self.args.device)
+        assert self.objective.reference is not None
+        found = self.objective.reference.states(self.objective.reference_layers, batch, self._args.device)
         return all(state.dim() == 2 for state in found.values())
 
     def _record(self, dataset: Any) -> tuple[FrozenPrefix, RowStore] | None:
         """The longest prefix of the present stage and its activations for all rows; None, with a word, if neither."""
-        assert self._objective is not None
         read, samples = self._reader(dataset), len(dataset)
         spread = _spread(samples)
         if samples < 4 or self._differs(read, spread):
@@ -204,7 +187,7 @@ class CachedStages:
         varying = {name for name in small[0] if _row_shape(small[0][name]) != _row_shape(small[1].get(name))}
         for _ in range(len(small[0]) + 1):
             with self._computing():
-                prefix = find_prefix(self.model, self._objective.alive.chains, *small, varying)
+                prefix = find_prefix(self.objective.model, self.objective.alive.chains, *small, varying)
             if prefix is None:
                 reason = "no module's output can stand in for all before it"
                 break
@@ -220,8 +203,7 @@ class CachedStages:
 
     def _recorded_evaluation(self, dataset: Any, description: str) -> StagedRows | None:
         """Rows of activations of data to evaluate on, with the present stage's prefix."""
-        assert self._objective is not None
-        prefix, rows = self._objective.prefix, StagedRows(self._used_columns(dataset, description))
+        prefix, rows = self.objective.prefix, StagedRows(self._used_columns(dataset, description))
         if prefix is None or not len(rows):
             return None
         try:
@@ -238,39 +220,39 @@ class CachedStages:
         return self._fill(record, dataset, "Recording frozen activations")
 
     def _fill(self, record: Callable[[dict[str, Any]], Columns], dataset: Any, title: str) -> RowStore:
-        hidden = self.args.disable_tqdm or self.args.process_index > 0
+        hidden = self._args.disable_tqdm or self._args.process_index > 0
         with tqdm(total=len(dataset), desc=title, leave=False, disable=hidden) as bar:
-            return fill(len(dataset), self._recordings(record, dataset), self.frozen_cache, bar.update)
+            return fill(len(dataset), self._recordings(record, dataset), self._settings, bar.update)
 
     def _recordings(
         self, record: Callable[[dict[str, Any]], Columns], dataset: Any
     ) -> Iterator[tuple[Tensor, Columns]]:
         """All rows' columns on every rank; each computes its share of the batches."""
-        ranks, rank = self.args.world_size, self.args.process_index
-        size = max(self.args.eval_batch_size, 2 * self.args.train_batch_size)  # without gradients there is room
+        ranks, rank = self._args.world_size, self._args.process_index
+        size = max(self._args.eval_batch_size, 2 * self._args.train_batch_size)  # without gradients there is room
         everything = list(range(len(dataset)))
         batches = [everything[i : i + size] for i in range(0, len(dataset), size)]
         loader = DataLoader(
             dataset,
             # Where there are fewer batches than ranks, one without computes the first, to have something to send.
             batch_sampler=batches[rank::ranks] or batches[:1],
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="recorded"),
-            num_workers=self.args.dataloader_num_workers,
-            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
+            collate_fn=self._collator(),
+            num_workers=self._args.dataloader_num_workers,
+            multiprocessing_context=getattr(self._args, "dataloader_multiprocessing_context", None),
             generator=torch.Generator(),  # else iterating draws from the global one
         )
         mine, columns = iter(loader), {}
         for start in range(0, len(batches), ranks):
             if start == 0 or start + rank < len(batches):
-                batch = self._prepare_inputs(next(mine))
+                batch = self._trainer._prepare_inputs(next(mine))
                 with self._computing():
                     columns = record(batch)
-            shared = _exchange(self.accelerator, columns, size) if ranks > 1 else [columns]
+            shared = _exchange(self._trainer.accelerator, columns, size) if ranks > 1 else [columns]
             for rows, found in zip(batches[start : start + ranks], shared, strict=False):
                 yield torch.tensor(rows), {name: column[: len(rows)].cpu() for name, column in found.items()}
 
     def _computing(self) -> AbstractContextManager[Any]:
-        return self.accelerator.autocast()
+        return self._trainer.accelerator.autocast()
 
 
 def _spread(samples: int) -> list[int]:
@@ -282,7 +264,7 @@ def _row_shape(column: Any) -> tuple[int, ...] | None:
     return tuple(column.shape[1:]) if isinstance(column, Tensor) else None
 
 
-def _exchange(accelerator: Any, columns: Columns, size: int) -> list[Columns]:
+def _exchange(accelerator: Accelerator, columns: Columns, size: int) -> list[Columns]:
     """Every rank's columns of this round, padded to ``size`` rows; a rank without a batch sends its last one.
 
     Raises:

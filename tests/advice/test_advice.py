@@ -27,8 +27,8 @@ from docs.tools.tables import ROOT, documented
 from hf_ft import FTConfig, OptionError, Plan, anatomy, register
 from hf_ft.advice import Advice, Shift, Signals, advise, how_often_right, recommend
 from hf_ft.advice import measure as measuring
-from hf_ft.advice.regret import FIXED_ORDER, expected_best, judged_table, summary
-from hf_ft.advice.rules import NEUTRAL_ORDER, RULES, rules_table
+from hf_ft.advice.regret import expected_best, fixed_order, judged_table, summary
+from hf_ft.advice.rules import declared_rules, neutral_order, rules_table
 from hf_ft.advice.signals import FIGURES, explained
 from hf_ft.advice.transferability import (
     cross_validated_probe,
@@ -244,6 +244,7 @@ def look(model, samples=32, **options):
     return advise(model, tiny_data(model, samples), default_data_collator, **options)
 
 
+@pytest.mark.slow
 def test_model_and_random_states_are_left_alone():
     model = tiny_resnet()
     model.train()
@@ -282,6 +283,7 @@ def test_advice_on_images_and_text(make):
     assert all(all(isinstance(cell, str) for cell in row) for row in explained(s))
 
 
+@pytest.mark.slow
 def test_source_head():
     model = equipped(tiny_resnet(), "lwf")
     found = look(model, 60, source_head=True, source_data=True, members=2)
@@ -367,6 +369,7 @@ def test_poor_features_and_enough_samples_train_everything():
     assert found[:3] == ["full", "layer_decay", "daft"] and found.index("linear_probe") > found.index("soft")
 
 
+@pytest.mark.slow
 def test_shifted_batch_norm_tries_daft_early_and_everything_before_the_head():
     concentrated = {"stem": 0.02, "block0": 0.03, "block1": 0.95}
     for skill, each, spread in itertools.product((None, 0.0, 0.5, 1.0), (5, 50, 500), (0.0, 2.0)):
@@ -376,6 +379,7 @@ def test_shifted_batch_norm_tries_daft_early_and_everything_before_the_head():
     assert order(0.5, batch_norm=shifted(0.6))[:2] == ["full", "daft"]
 
 
+@pytest.mark.slow
 def test_other_rules_move_their_strategies():
     assert points("daft", batch_norm=shifted(0.1)) < points("daft")
     concentrated = {"stem": 0.05, "block0": 0.05, "block1": 0.9, "block2": 0.0}
@@ -403,15 +407,15 @@ def test_what_cannot_run_stands_behind_what_can():
 def test_equals_stand_in_the_neutral_order():
     found = recommend(signals(None, batch_norm=shifted(0.3)))
     same = [one.strategy for one in found if one.score == 0]
-    assert len(same) > 5 and same == [name for name in NEUTRAL_ORDER if name in same]
-    assert set(documented()) == set(NEUTRAL_ORDER) and set(FIXED_ORDER) == set(NEUTRAL_ORDER)
+    assert len(same) > 5 and same == [name for name in neutral_order() if name in same]
+    assert set(documented()) == set(neutral_order()) and set(fixed_order()) == set(neutral_order())
 
 
 def test_every_rule_can_hold_and_tells_its_figure():
     figures = signals().figures()
     assert set(figures) == set(FIGURES)
-    for rule in RULES:
-        assert set(rule.points) <= set(NEUTRAL_ORDER) and {name for name, _, _ in rule.when} <= set(FIGURES)
+    for rule, by_strategy in declared_rules().items():
+        assert set(by_strategy) <= set(neutral_order()) and {name for name, _, _ in rule.when} <= set(FIGURES)
         lower = {name: threshold for name, sign, threshold in rule.when if sign == ">="}
         upper = {name: threshold for name, sign, threshold in rule.when if sign == "<"}
         assert all(lower[name] < upper[name] for name in set(lower) & set(upper))
@@ -520,6 +524,7 @@ def photos(tmp_path, monkeypatch):
     logging.getLogger("hf_ft").handlers.clear()
 
 
+@pytest.mark.slow
 def test_command(photos, capsys):
     where = ["--model", "model", "--dataset", "photos", "--use_cpu", "true"]
     assert main(["advise", *where, "--source_models", "other"]) == 0
@@ -595,10 +600,11 @@ def test_docs_show_the_rules():
     headers, rows = rules_table()
     for cells in (headers, *rows):
         assert "| " + " | ".join(cells) + " |" in page
-    assert page.count("\n| ") >= len(rows) and ", ".join(f"`{name}`" for name in NEUTRAL_ORDER) in page
+    assert page.count("\n| ") >= len(rows) and ", ".join(f"`{name}`" for name in neutral_order()) in page
     assert all(f"`{name}`" in page for name in FIGURES)
 
 
+@pytest.mark.slow
 def test_copies_of_a_model_are_not_needed():
     """The same figures on a copy: nothing of the first look stays behind."""
     model = tiny_vit()

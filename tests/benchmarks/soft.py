@@ -210,7 +210,7 @@ class Task:
                 learning_rate=rates["learning_rate"],
                 seed=seed,
                 tests=("test",) if final else (),
-                source=self.source if "source_data" in config.requires() else None,
+                source=self.source if config.needs().source_data == "required" else None,
                 evaluations=EVALUATIONS,
                 callbacks=[measured] if measured else [],
             )

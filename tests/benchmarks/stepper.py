@@ -87,7 +87,7 @@ class Stepper:
         if strategy is not None:
             equipped(model, strategy, classes=SOURCE_CLASSES)
             kind, extra = FTTrainer, {"strategy": strategy, "frozen_cache": "always" if recorded else "never"}
-            if any("source_data" in config.requires() for config in resolve(strategy)):
+            if any(config.needs().source_data == "required" for config in resolve(strategy)):
                 extra["source_dataset"] = Images(4 * BATCH)
         self.trainer = kind(model, args, train_dataset=Images(batch) if data is None else data,
                             callbacks=[OneStep()], **extra)  # fmt: skip
@@ -96,7 +96,8 @@ class Stepper:
         loader = self.trainer.get_train_dataloader()
         if strategy is not None:
             self.trainer.state.global_step = steps if at is None else at  # where each step's callbacks look
-            self.trainer._enter_stage(self.trainer.state.global_step, force=True)
+            self.trainer._attempt.stepper.stage = -1  # to enter the stage again
+            self.trainer._attempt.enter(self.trainer.state.global_step)
             self.trainer.optimizer.state.clear()  # momentum of another stage
         self.batch = next(iter(loader))
 

@@ -105,7 +105,7 @@ def sizes():
 def row_model(row, resnet, config):
     if row.members:
         return step_times.CollaborativeModel.from_members([stepper.resnet18() for _ in range(row.members)])
-    if "source_head" in config.requires() and not has_source_head(resnet):
+    if config.needs().source_head and not has_source_head(resnet):
         equipped(resnet, config, classes=1000)
     return resnet
 

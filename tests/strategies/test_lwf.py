@@ -13,6 +13,7 @@ from hf_ft.models.feature_hooks import run_to
 from hf_ft.models.source_head import head_input, source_head
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments
+from hf_ft.trainer.stage_cache import StageCache
 from tests.strategies.perturbed_model import moved
 
 
@@ -109,21 +110,21 @@ def test_predictions_are_recorded_once_before_training(tmp_path):
     same_tensors(found["never"][1], found["recorded"][1], 1e-6)
 
 
-def test_recorded_predictions_are_not_read_once_the_weight_is_0(tmp_path):
+def test_recorded_predictions_are_not_read_once_the_weight_is_0(tmp_path, monkeypatch):
     trainer = make_trainer(tiny_resnet(), SoftConfig(source="head", until=0.5), tmp_path, max_steps=12)
-    brought, present = [], trainer._in_present_form
+    brought, present = [], StageCache.present_form
 
-    def note(inputs):
+    def note(cache, inputs):
         brought.append(any("reference" in name for name in inputs))
-        return present(inputs)
+        return present(cache, inputs)
 
-    trainer._in_present_form = note
+    monkeypatch.setattr(StageCache, "present_form", note)
     trainer.train()
     assert brought[:6] == [True] * 6
     assert brought[8:] == [False] * 4  # those of the two steps before had been fetched
 
 
-def test_text_of_all_lengths_is_recorded(tmp_path):
+def test_text_of_all_lengths_is_recorded(tmp_path, monkeypatch):
     """What comes into the head is one vector per sample, however long the batch is that it is in."""
     generator = torch.Generator().manual_seed(0)
     rows = [
@@ -142,14 +143,15 @@ def test_text_of_all_lengths_is_recorded(tmp_path):
         args = tiny_arguments(tmp_path / cache, optim="sgd")
         given = {"train_dataset": rows, "data_collator": pad, "frozen_cache": cache}
         trainer = FTTrainer(model, args, strategy=LwFConfig(), **given)
-        recorded, begin = [], trainer._start_from_recorded
+        recorded = []
 
-        def begun(steps, trainer=trainer, recorded=recorded, begin=begin):
-            begin(steps)
-            recorded.append(trainer._train_rows is not None and trainer._train_rows.stored)
+        def begun(cache, steps, recorded=recorded, begin=StageCache.start):
+            begin(cache, steps)
+            recorded.append(cache.rows is not None and cache.rows.stored)
 
-        trainer._start_from_recorded = begun
-        trainer.train()
+        with monkeypatch.context() as patch:
+            patch.setattr(StageCache, "start", begun)
+            trainer.train()
         assert recorded == [cache == "auto"]
         found.append(snapshot(trainer.model))
     same_tensors(*found, 1e-6)

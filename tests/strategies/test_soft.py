@@ -22,6 +22,7 @@ from hf_ft.models.source_head import has_source_head, head_input, source_head
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.models import tiny_mobilenet_v2
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments, tiny_batch
+from hf_ft.trainer.source_streams import SourceStreams
 
 SCHEDULES = ("linear", "cosine", "exponential", "step", "constant")
 PLAIN = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 0.05}
@@ -320,15 +321,17 @@ class Counted(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("forward", ["joint", "separate"])
-def test_nothing_is_loaded_or_computed_once_the_weight_is_0(forward, tmp_path):
+def test_nothing_is_loaded_or_computed_once_the_weight_is_0(forward, tmp_path, monkeypatch):
     model = tiny_resnet()
     source = Counted(tiny_data(model, 20, seed=2))
     config = SoftConfig(schedule="cosine", until=0.5, source_forward=forward, source_ratio=0.5)
     trainer = soft_trainer(model, config, tmp_path, source, eval_strategy="no")
     rows, reads = [], []
     trainer.model.resnet.embedder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    count = trainer._with_streams
-    trainer._with_streams = lambda inputs: (reads.append(len(source.read)), count(inputs))[1]
+    add = SourceStreams.add
+    monkeypatch.setattr(
+        SourceStreams, "add", lambda streams, inputs: (reads.append(len(source.read)), add(streams, inputs))[1]
+    )
     trainer.train()
     first = [12] * 4 if forward == "joint" else [8, 4] * 4
     assert rows == first + [8] * 4
@@ -336,7 +339,7 @@ def test_nothing_is_loaded_or_computed_once_the_weight_is_0(forward, tmp_path):
     assert looked_at == 4
     assert [n - looked_at for n in reads] == [0, 4, 8, 12, 16, 16, 16, 16]
     assert len(source.read) == reads[-1]
-    assert not trainer._opened
+    assert not trainer._attempt.streams._opened
     terms = [entry["loss/source"] for entry in trainer.state.log_history if "loss/source" in entry]
     assert len(terms) == 4  # and it is not logged
 
@@ -411,17 +414,17 @@ def test_the_best_model_is_loaded(tmp_path):
         same_tensors(kept[2], kept[8])
 
 
-def test_smaller_batches_after_running_out_of_memory(tmp_path):
+def test_smaller_batches_after_running_out_of_memory(tmp_path, monkeypatch):
     trainer = soft_trainer(tiny_resnet(), SOFT, tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
-    draw, failed = trainer._next_of, []
+    draw, failed = SourceStreams._next_of, []
 
-    def first_fails(name):
+    def first_fails(streams, name):
         if not failed:
             failed.append(name)
             raise RuntimeError("CUDA out of memory.")
-        return draw(name)
+        return draw(streams, name)
 
-    trainer._next_of = first_fails
+    monkeypatch.setattr(SourceStreams, "_next_of", first_fails)
     trainer.train()
     assert failed and trainer.state.global_step == 8
     assert len(trainer.source_data_collator.batches[-1]["labels"]) < 8
@@ -438,7 +441,7 @@ def test_a_last_batch_of_one(tmp_path):
 
 def test_an_optimizer_of_ones_own_leaves_the_source_head(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(hf_ft.trainer.trainer.logger, "warning", told.append)
+    monkeypatch.setattr(hf_ft.trainer.checks.logger, "warning", told.append)
     model = equipped(tiny_vit(), SOFT)
     before = source_head(model).module.weight
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -563,7 +566,7 @@ def test_no_source_data_set(source, message, forward, tmp_path):
 
 def test_a_source_that_nobody_uses_is_told(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(hf_ft.trainer.source_streams.logger, "warning", told.append)
+    monkeypatch.setattr(hf_ft.trainer.checks.logger, "warning", told.append)
     model = tiny_resnet()
     given = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model)}
     FTTrainer(model, tiny_arguments(tmp_path), strategy="l2_sp", **given)

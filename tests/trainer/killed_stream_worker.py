@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_ft import FTTrainer, SoftConfig
 from hf_ft.testing import tiny_data, tiny_resnet
 from hf_ft.testing.training import equipped, snapshot, tiny_arguments
+from hf_ft.trainer.source_streams import SourceStreams
 
 folder, step, resume = Path(sys.argv[1]), int(sys.argv[2]), len(sys.argv) > 3
 torch.set_num_threads(1)
@@ -39,17 +40,17 @@ trainer = FTTrainer(
     source_dataset=tiny_data(model, 20, seed=2).with_transform(augmented),
 )
 trainer.add_callback(KillAtStep())
-draw = trainer._next_of
+draw = SourceStreams._next_of
 
 
-def written(name):
-    batch = draw(name)
+def written(streams, name):
+    batch = draw(streams, name)
     with (folder / "read.jsonl").open("a") as file:
         file.write(json.dumps(batch["pixel_values"].double().sum(dim=(1, 2, 3)).tolist()) + "\n")
     return batch
 
 
-trainer._next_of = written
+SourceStreams._next_of = written
 folder.mkdir(exist_ok=True)
 trainer.train(resume_from_checkpoint=resume)
 torch.save(snapshot(trainer.model), folder / "weights.pt")

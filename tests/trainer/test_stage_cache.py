@@ -17,6 +17,7 @@ from hf_ft.engine.frozen.row_store import RowsDiffer, RowStore
 from hf_ft.engine.frozen.staged_rows import StagedRows
 from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from hf_ft.trainer.stage_cache import StageCache
 
 # Twelve steps of 8 are three epochs of the 32 samples; a second stage begins amid an epoch.
 LONG = {"max_steps": 12, "optim": "sgd", "lr_scheduler_type": "constant"}
@@ -24,11 +25,21 @@ LONG = {"max_steps": 12, "optim": "sgd", "lr_scheduler_type": "constant"}
 
 def run(model, strategy, folder, use, resume=None, **arguments):
     trainer = make_trainer(model, strategy, folder, use, **{**LONG, **arguments})
-    used = []
-    start = trainer._start_from_recorded
-    trainer._start_from_recorded = lambda steps: (start(steps), used.append(trainer._objective.prefix is not None))
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, used
+    return trainer, starts_noted(trainer, resume)
+
+
+def starts_noted(trainer, resume=None):
+    """Trains; whether each stage started from recorded activations."""
+    used, start = [], StageCache.start
+
+    def noted(cache, steps):
+        start(cache, steps)
+        used.append(cache.objective.prefix is not None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageCache, "start", noted)
+        trainer.train(resume_from_checkpoint=resume)
+    return used
 
 
 def alike(one, other):
@@ -161,10 +172,7 @@ def test_text_of_any_length(strategy, expected, tmp_path, caplog):
         model = still(tiny_bert())
         args = tiny_arguments(tmp_path, **LONG, per_device_train_batch_size=4)
         trainer = FTTrainer(model, args, strategy=strategy, train_dataset=data, data_collator=collate, frozen_cache=use)
-        used = []
-        start = trainer._start_from_recorded
-        trainer._start_from_recorded = lambda n: (start(n), used.append(trainer._objective.prefix is not None))  # noqa: B023
-        trainer.train()
+        used = starts_noted(trainer)
         results.append(snapshot(model))
     assert used == expected
     same_tensors(*results, 1e-6)

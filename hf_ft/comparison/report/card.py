@@ -6,8 +6,9 @@ from hf_ft.comparison.report.sections.learning import options
 from hf_ft.comparison.report.sections.ranking import main_split
 from hf_ft.comparison.report.sections.verdict import main_caution, verdict
 from hf_ft.comparison.report.text import interval, spread
-from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing, standings, winner
+from hf_ft.core.config import BASELINE
 from hf_ft.documents.document import Listing, Table
 from hf_ft.documents.markdown import escaped, inline, listing, pipe_table
 from hf_ft.documents.text import NONE, metric_name, seconds, signed

@@ -21,6 +21,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.config import TASKS, CollaborativeConfig, auto_model, common_config, described
 from hf_ft.models.ensemble.files import UPLOAD, check_count, merged, read_member, upload, write_member
 from hf_ft.models.ensemble.processor import column
+from hf_ft.models.ensemble.soup import soup
 
 __all__ = ["CollaborativeConfig", "CollaborativeModel", "CollaborativeOutput", "joint_logits"]
 
@@ -201,10 +202,19 @@ class CollaborativeModel(hf.PreTrainedModel):
         return own
 
     def soup(self, *, same_ancestor: bool | None = None) -> Any:
-        """A single plain model with the mean of the members' weights: see :func:`hf_ft.models.ensemble.soup.soup`."""
-        from hf_ft.models.ensemble.soup import soup
+        """A single plain model with the mean of the members' weights: see :func:`hf_ft.models.ensemble.soup.soup`.
 
-        return soup(self, same_ancestor=same_ancestor)
+        Raises:
+            OptionError: if members differ in class, shapes, ancestor or processor.
+        """
+        if len(set(self._inputs)) > 1:
+            raise OptionError(
+                f"soup: the members read what {len(set(self._inputs))} different processors make, and one model "
+                "reads what one makes. Take members of one processor."
+            )
+        average = soup(self.members, self.config.ancestors, same_ancestor=same_ancestor)
+        self.config.share_with(average.config)
+        return average
 
     def save_pretrained(  # type: ignore[override]
         self,

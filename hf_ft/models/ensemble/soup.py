@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,19 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ft.errors import OptionError
-from hf_ft.models.ensemble.model import CollaborativeModel
 
 
 @torch.no_grad()
-def soup(model: CollaborativeModel, *, same_ancestor: bool | None = None) -> PreTrainedModel:
-    r"""Average the members of an ensemble into one plain model, with :math:`\theta = \frac{1}{N} \sum_j \theta_j`.
+def soup(
+    members: Iterable[Any], ancestors: Sequence[str | None], *, same_ancestor: bool | None = None
+) -> PreTrainedModel:
+    r"""Average several models into one plain model, with :math:`\theta = \frac{1}{N} \sum_j \theta_j`.
 
     This can work for members fine-tuned from the same pretrained weights. It may work less well if their heads were
     initialised differently, so compare its score with the ensemble's. BatchNorm statistics are averaged as well and
     fit no data: ``torch.optim.swa_utils.update_bn`` re-estimates them, layer by layer.
 
     Args:
-        model: the ensemble; left unchanged.
+        members: models of one class; left unchanged.
+        ancestors: for each, the public name of the model it was fine-tuned from, if known.
         same_ancestor: True to proceed when the members' common ancestor is not on record.
 
     Returns:
@@ -32,20 +35,14 @@ def soup(model: CollaborativeModel, *, same_ancestor: bool | None = None) -> Pre
     Raises:
         OptionError: if members differ in class, shapes or ancestor.
     """
-    members: list[Any] = list(model.members)
-    _check_ancestors(model.config.ancestors, same_ancestor)
+    members = list(members)
+    _check_ancestors(ancestors, same_ancestor)
     _check_classes(members)
-    if len(set(model.config.inputs)) > 1:
-        raise OptionError(
-            f"soup: the members read what {len(set(model.config.inputs))} different processors make, and one model "
-            "reads what one makes. Take members of one processor."
-        )
     states = [member.state_dict() for member in members]
     first = members[0]
     mean = {name: _mean([state[name] for state in states]) for name in states[0]}
     config = copy.deepcopy(first.config)
-    model.config.share_with(config)
-    config.name_or_path = model.config.ancestors[0] or ""
+    config.name_or_path = ancestors[0] or ""
     with torch.random.fork_rng(devices=[]):
         average = type(first)(config).to(device=first.device, dtype=first.dtype)
     average.load_state_dict(mean, strict=True)
@@ -60,7 +57,7 @@ def _mean(tensors: list[Tensor]) -> Tensor:
     return torch.stack([tensor.double() for tensor in tensors]).mean(dim=0).to(tensors[0].dtype)
 
 
-def _check_ancestors(ancestors: list[str | None], same_ancestor: bool | None) -> None:
+def _check_ancestors(ancestors: Sequence[str | None], same_ancestor: bool | None) -> None:
     common = len(ancestors) == 1 or (None not in ancestors and len(set(ancestors)) == 1)
     if common if same_ancestor is None else same_ancestor:
         return

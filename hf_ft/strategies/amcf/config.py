@@ -9,13 +9,17 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from hf_ft.core.advising import SEVERAL_MODELS, Rule
 from hf_ft.core.compose import compose, momentum_plan
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
+from hf_ft.core.findings import Findings
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Stage, Surgery, Term
 from hf_ft.core.search_space import LogRange
 from hf_ft.core.view import View
+from hf_ft.engine.run import Run, start
 from hf_ft.errors import OptionError
 from hf_ft.functional import disagreement, wide
 from hf_ft.metrics import LOCAL_METRICS
@@ -23,10 +27,15 @@ from hf_ft.models.anatomy import anatomy, members_of, names_of_members, unwrap
 from hf_ft.models.names import Names, covered
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.weight_layers import Layer, main_path_layers
+from hf_ft.strategies.amcf.findings import swarm_findings
 from hf_ft.strategies.amcf.scores import SwarmScores
-from hf_ft.strategies.amcf.search import SwarmSearch
+from hf_ft.strategies.amcf.search import STORAGE, SwarmSearch
 
 Frozen = tuple[int, ...]
+
+
+SEVERAL_SOURCES = Rule((("members", ">=", 2),), "{members:.0f} source models are at hand", "Feng et al., 2024")
+ONE_SOURCE = Rule((("members", "<", 2),), "{members:.0f} source model is at hand: nothing collaborates")
 
 
 @register("amcf")
@@ -49,7 +58,6 @@ class AMCFConfig(FTConfig):
         "PeerJ Computer Science 10:e2107, 2024",
         "https://doi.org/10.7717/peerj-cs.2107",
     )
-    several_members = True
     formula = (
         "sum_j CE(z_j, y) + consistency * mean_batch( 1/N sum_j ||z_j - mean_i z_i||_2 )\n"
         "member j trains from its layer k_j on; (k_1, ..., k_N) from a particle swarm\n"
@@ -64,6 +72,10 @@ class AMCFConfig(FTConfig):
         "max_grad_norm": Recommended(0.0, "ours", "clipping by the common norm couples the members"),
     }
     tuned = {"consistency": LogRange(0.01, 1.0)}
+    kept = (STORAGE,)
+    sources_option = "source_models"
+    cost = SEVERAL_MODELS
+    advice = {SEVERAL_SOURCES: 3, ONE_SOURCE: -3}
 
     source_models: tuple[str, ...] = option(
         (), "Hub ids, folders or short names of the source models; hf_ft.load_sources and the command line load them."
@@ -112,6 +124,9 @@ class AMCFConfig(FTConfig):
             raise OptionError(f"AMCFConfig.metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
 
     # --- before training -----------------------------------------------------------------------------------
+
+    def needs(self) -> Needs:
+        return Needs(several_members=True)
 
     def check_model(self, model: nn.Module) -> None:
         members = self.members(model)
@@ -178,6 +193,13 @@ class AMCFConfig(FTConfig):
 
     def learned(self, state: State) -> str:
         return self.scores(state).verdict() if "swarm" in state.info else ""
+
+    def findings(self, state: State) -> Findings:
+        return swarm_findings(self.scores(state)) if "swarm" in state.info else Findings()
+
+    def start(self, model: nn.Module, frozen: Frozen) -> Run:
+        """Make a model ready to train one position of the search."""
+        return start((self,), model, self.plan_for(model, frozen), {})
 
     def plan_for(self, model: nn.Module, frozen: Frozen) -> Plan:
         """The whole plan that trains one position of the search."""

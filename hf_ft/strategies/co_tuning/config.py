@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_ft.core.advising import DEARER, RELATED_SOURCE, UNRELATED_SOURCE, VERY_FEW, WITH_A_PASS_BEFORE, YOU, Rule
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Term
 from hf_ft.core.search_space import LogRange
@@ -45,6 +47,13 @@ class RelationshipLoss(nn.Module):
         return relationship_loss(self.head(view.states[self.layer]), self.relationship[labels])
 
 
+FEW_SAMPLES_AND_HEAD = Rule(
+    (("class_median", "<", VERY_FEW), ("source_head", ">=", 1)),
+    "{class_median:.0f} samples a class are very few, where the pretrained head adds most",
+    YOU,
+)
+
+
 @register("co_tuning")
 @dataclass(frozen=True, kw_only=True)
 class CoTuningConfig(FTConfig):
@@ -67,7 +76,8 @@ class CoTuningConfig(FTConfig):
     formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"weight": LogRange(0.3, 6.0)}
-    takes_source_data = True
+    cost = WITH_A_PASS_BEFORE + DEARER  # and a second head
+    advice = {RELATED_SOURCE: 2, FEW_SAMPLES_AND_HEAD: 1, UNRELATED_SOURCE: -1}
 
     weight: float = option(2.3, "Weight of the source head's loss.", range="[0, inf)", source="code")
     relationship: Literal["direct", "reverse"] = option(
@@ -88,8 +98,8 @@ class CoTuningConfig(FTConfig):
         super().__post_init__()
         object.__setattr__(self, "source_label_map", as_json(self.source_label_map))
 
-    def requires(self) -> frozenset[Literal["source_head", "source_data"]]:
-        return frozenset({"source_head"} if self.weight else ())
+    def needs(self) -> Needs:
+        return Needs(source_head=self.weight > 0, source_data="optional")
 
     def check_model(self, model: nn.Module) -> None:
         if self.weight:

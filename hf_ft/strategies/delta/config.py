@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_ft.core.advising import POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TRAINING_BEFORE
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
 from hf_ft.core.options import option
@@ -67,6 +68,8 @@ class DELTAConfig(FTConfig):
     )
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"alpha": LogRange(1e-3, 1e-1)}
+    cost = WITH_A_TRAINING_BEFORE
+    advice = {POOR_FEATURES_FEW_SAMPLES: -1, VERY_FEW_SAMPLES: 1}
 
     alpha: float = option(0.01, "Weight of the distance of feature maps.", range="[0, inf)", source="code")
     beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)", source="code")

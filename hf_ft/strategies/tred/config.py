@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from hf_ft.core.advising import DEARER, POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TRAINING_BEFORE
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
+from hf_ft.core.findings import Findings
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Term
 from hf_ft.core.search_space import LogRange
@@ -25,6 +27,7 @@ from hf_ft.functional import feature_distance
 from hf_ft.models.feature_layers import last_feature_map, layers_of, stage_outputs
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.strategies.tred.disentangler import Disentangler, make_disentangler
+from hf_ft.strategies.tred.findings import disentangling_findings
 from hf_ft.strategies.tred.loss import Weights
 from hf_ft.strategies.tred.train import Disentangled, disentangle
 
@@ -83,6 +86,8 @@ class TREDConfig(FTConfig):
     )
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"alpha": LogRange(1e-3, 1e-1)}
+    cost = WITH_A_TRAINING_BEFORE + DEARER  # of a disentangler for as long as it takes
+    advice = {POOR_FEATURES_FEW_SAMPLES: 1, VERY_FEW_SAMPLES: 1}
 
     criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
         "both",
@@ -182,6 +187,9 @@ class TREDConfig(FTConfig):
         figures, layer = state.info["figures"], state.info["layer"]
         said = f"Disentangled the output of `{layer}`: {_in_words(figures)}."
         return f"{said} It went wrong: {state.info['verdict']}" if state.info["verdict"] else said
+
+    def findings(self, state: State) -> Findings:
+        return disentangling_findings(state.info, self.learned(state))
 
     def _named(self, model: nn.Module) -> str | None:
         """The layer that was named, if one was."""

@@ -30,6 +30,7 @@ from hf_ft.engine.frozen.reference import Reference
 from hf_ft.functional import feature_distance
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from hf_ft.trainer.stage_cache import StageCache
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 
 # Slow, so that the last digits in which a batch of another size differs do not grow.
@@ -93,7 +94,7 @@ def test_stages_with_recorded_prefix_and_recorded_reference(tmp_path):
     same_tensors(snapshot(plain.model), snapshot(cached.model), 1e-6)
 
 
-def test_random_samples_are_never_recorded(tmp_path):
+def test_random_samples_are_never_recorded(tmp_path, monkeypatch):
     """The reference sees the very sample that the model sees."""
 
     class Jitter(torch.utils.data.Dataset):
@@ -110,9 +111,11 @@ def test_random_samples_are_never_recorded(tmp_path):
     model = tiny_resnet()
     args = tiny_arguments(tmp_path, **LONG)
     trainer = FTTrainer(model, args, strategy=UNIFORM, train_dataset=Jitter(model))
-    record = trainer._record_reference
+    record = StageCache._record_reference
     found = []
-    trainer._record_reference = lambda dataset: found.append(record(dataset)) or found[-1]
+    monkeypatch.setattr(
+        StageCache, "_record_reference", lambda cache, dataset: found.append(record(cache, dataset)) or found[-1]
+    )
     trainer.train()
     assert found == [None]
 
@@ -155,7 +158,7 @@ def test_one_copy_serves_all_terms_outside_of_the_tree(tmp_path):
     trainer = make_trainer(model, [*BOTH, TREDConfig(criterion="none")], tmp_path)
     trainer.train()
     assert copies_of(type(model)) == before + 1
-    objective, reference = trainer._objective, trainer._run.reference
+    objective, reference = trainer._attempt.objective, trainer._run.reference
     inside = {id(p) for p in objective.parameters()}
     assert objective.reference is reference and not any(id(p) in inside for p in reference.model.parameters())
     assert not any("reference" in name for name in objective.state_dict())

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from hf_ft.comparison.report.sections.ranking import kind_of
-from hf_ft.comparison.results import BASELINE, Contender, Results, Training
+from hf_ft.comparison.results import Contender, Results, Training
 from hf_ft.comparison.statistics import Standing, winner
+from hf_ft.core.config import BASELINE
 from hf_ft.documents.chart import Axis, Plot, Series, linear_axis, log_axis
 from hf_ft.documents.document import Block, Figure, Section, Table, Text
 from hf_ft.documents.text import NONE, metric_name, names, plain, score, seconds
@@ -46,7 +47,7 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
     best, metric = winner(results, found), metric_name(results.metric)
     x = linear_axis([epoch for curve in curves.values() for epoch in curve], "epoch", most=4, include=[0.0])
     y = linear_axis([value for curve in curves.values() for value in curve.values()], metric, most=4)
-    behind = (Series("full", tuple(curves.get(BASELINE, {}).items()), joined=True, marked=False),)
+    behind = (Series("base", tuple(curves.get(BASELINE, {}).items()), joined=True, marked=False),)
     charts = []
     for standing in found:
         curve = curves.get(standing.name)
@@ -62,7 +63,7 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
         f"Validation {metric} after each epoch, the mean over seeds, with a mark at its best. The dashed line is full "
         "fine-tuning. All charts have the same axes."
     )
-    key = (("win", "the winner"), ("other", "others"), ("full", "full fine-tuning"))
+    key = (("win", "the winner"), ("other", "others"), ("base", "full fine-tuning"))
     figure = Figure(caption, tuple(charts), curve_table(curves), key)
     lead = "The best epoch of each run counts. A curve that still rises at the end asks for more epochs."
     return Section("curves", "Learning curves", (Text(lead), figure))

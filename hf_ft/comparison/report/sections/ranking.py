@@ -8,8 +8,9 @@ from hf_ft.comparison.report.sections.confusion import saved_run
 from hf_ft.comparison.report.sections.mistakes import mistakes
 from hf_ft.comparison.report.sections.verdict import cautions, verdict
 from hf_ft.comparison.report.text import SPLIT_NAMES, interval, spread
-from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing, front_of, winner
+from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis, log_axis
 from hf_ft.documents.document import Block, Bullets, Figure, Listing, Section, Table, Text
 from hf_ft.documents.text import NONE, code, duration, metric_name, names, score, seconds, signed
@@ -37,7 +38,7 @@ def kind_of(standing: Standing, best: Standing | None, open_: bool = False) -> s
     """The mark of a contender."""
     if best is not None and standing.name == best.name:
         return "win"
-    return "full" if standing.name == BASELINE else "open" if open_ else "other"
+    return "base" if standing.name == BASELINE else "open" if open_ else "other"
 
 
 def result(results: Results, found: Sequence[Standing]) -> Section:
@@ -60,7 +61,9 @@ def usage(results: Results, best: Standing) -> str:
     text = results.data.get("task") == "text"
     task, given = ("text", "some text") if text else ("image", "photo.png")
     lines = ["from transformers import pipeline", ""]
-    if any(config.get("source_models") for config in best.contender.configs):
+    if any(
+        FTConfig.from_dict(config).sources() for config in best.contender.configs if config["ft_type"] in strategies()
+    ):
         lines.insert(0, "import hf_ft  # makes the ensemble known to Transformers")
     lines.append(f'classify = pipeline("{task}-classification", model="{BEST_FOLDER}")')
     return "\n".join([*lines, f'classify("{given}")'])
@@ -132,10 +135,10 @@ def difference_figure(results: Results, found: Sequence[Standing], split: str) -
         values += [*(row.interval or ()), *([] if row.value is None else [row.value])]
     what = f"difference in {metric} to full fine-tuning" if compared else f"{metric}, mean ± std"
     axis = linear_axis(values, "difference to full" if compared else metric, include=[0.0] if compared else [])
-    lines = ((0.0, "full"),) if compared else ()
+    lines = ((0.0, BASELINE),) if compared else ()
     about = "; ".join(f"{row.label} {row.text}" for row in rows)
     chart = Rows(f"{what[0].upper()}{what[1:]}, by strategy", about, tuple(rows), axis, lines)
-    key = [("win", "the winner"), ("full", "full fine-tuning")]
+    key = [("win", "the winner"), ("base", "full fine-tuning")]
     key += [("other", "interval excludes 0"), ("open", "interval holds 0, or none")] if compared else []
     table = by_seed_table(ranked, split, compared)
     caption = f"{what[0].upper()}{what[1:]}, {SPLIT_NAMES[split]}, in the order of the ranking."
@@ -190,7 +193,7 @@ def time_figure(results: Results, found: Sequence[Standing], split: str, front: 
         series.append(Series(kind, (points[standing.name],), labels=(f"{standing.rank} {name}".strip(),)))
     about = "; ".join(f"{name}: {score(y)} in {duration(x)}" for name, (x, y) in points.items())
     chart = Plot(f"{split} {metric} against seconds of computing", about, tuple(series), x, y)
-    key = (("win", "the winner"), ("full", "full fine-tuning"), ("front", "on the front"), ("other", "others"))
+    key = (("win", "the winner"), ("base", "full fine-tuning"), ("front", "on the front"), ("other", "others"))
     rows = tuple(
         (s.name, str(s.rank), seconds(s.compute), score(s.spreads[split].mean), "yes" if s.name in front else "no")
         for s in shown

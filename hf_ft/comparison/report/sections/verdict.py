@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from hf_ft.comparison.report.text import interval, seeds, spread
-from hf_ft.comparison.results import BASELINE, Results
+from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Difference, Standing, winner
+from hf_ft.core.config import BASELINE
 from hf_ft.documents.text import SAME, code, metric_name, names, score_like, signed
 
 FEW_SEEDS = 5  # up to here an interval that excludes 0 mostly means that all seeds agree, and chance makes them agree

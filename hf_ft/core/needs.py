@@ -1,0 +1,23 @@
+"""Requirements of a strategy beyond a model and data, declared once for all callers that provide them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Requirements of a strategy, as declared by :meth:`hf_ft.FTConfig.needs`.
+
+    Attributes:
+        source_head: whether it needs the pretrained head in addition to the new one.
+        source_data: whether it can use, or requires, a data set of the pretraining.
+        without_source_data: the alternative, as the end of a sentence that asks for such a data set.
+        several_members: whether it supports ensembles.
+    """
+
+    source_head: bool = False
+    source_data: Literal["no", "optional", "required"] = "no"
+    without_source_data: str = ""
+    several_members: bool = False

@@ -1,0 +1,101 @@
+"""What each collaborator needs of the Trainer, and may use of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import datasets
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from hf_ft.core.config import FTConfig
+from hf_ft.core.context import FrozenCache, State
+from hf_ft.core.task_loss import TaskLoss
+from hf_ft.engine.run import Run
+
+Collate = Callable[[list[Any]], Any]
+
+
+class ForData(Protocol):
+    """To read samples as training reads them."""
+
+    args: TrainingArguments
+    train_dataset: Any
+    data_collator: Any
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
+    def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset: ...
+    def _get_collator_with_removed_columns(self, data_collator: Collate, description: str | None = None) -> Collate: ...
+
+
+class ForProbe(ForData, Protocol):
+    """To try a batch of one sample."""
+
+    _train_batch_size: int
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int) -> DataLoader: ...
+
+
+class ForCache(ForData, Protocol):
+    """To record what is frozen."""
+
+    accelerator: Accelerator
+    frozen_cache: FrozenCache
+
+
+class ForStreams(ForData, Protocol):
+    """To read source data beside the target's."""
+
+    source_dataset: Any
+    source_data_collator: Collate | None
+    _train_batch_size: int
+
+
+class ForAttempt(ForCache, ForStreams, Protocol):
+    """To train once."""
+
+
+class ForContext(ForCache, ForStreams, Protocol):
+    """To let strategies look at the data."""
+
+    configs: tuple[FTConfig, ...]
+    model: Any
+    plain_train_dataset: Any
+    task_loss: TaskLoss
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]: ...
+
+
+class ForCard(Protocol):
+    """To say what was trained, how, and how well."""
+
+    args: TrainingArguments
+    configs: tuple[FTConfig, ...]
+    model: Any
+    state: TrainerState
+
+    @property
+    def states(self) -> Mapping[str, State]: ...
+
+
+class ForCheckpoints(ForCard, Protocol):
+    """To save, and to load."""
+
+    accelerator: Accelerator
+    callback_handler: CallbackHandler
+    control: TrainerControl
+    hp_search_backend: Any
+    is_in_train: bool
+    overwrite: bool
+    _run: Run | None
+
+    def _get_output_dir(self, trial: Any) -> str: ...
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None: ...
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None: ...
+    def _save_rng_state(self, output_dir: str) -> None: ...
+    def _save_scaler(self, output_dir: str) -> None: ...
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+    def store_flos(self) -> None: ...

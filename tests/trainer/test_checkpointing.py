@@ -1,0 +1,53 @@
+"""A checkpoint has its name when it is whole, and no sooner."""
+
+import pytest
+from transformers import Trainer
+
+from hf_ft import FTTrainer
+from hf_ft.trainer.checkpointing import written_whole
+
+
+@pytest.fixture
+def waits():
+    return []
+
+
+def write(final, text, waits, writes=True):
+    with written_whole(final, writes, lambda: waits.append(final.exists())) as folder:
+        (folder / "file").write_text(text)
+
+
+def test_it_is_renamed_when_all_have_written(tmp_path, waits):
+    write(tmp_path / "checkpoint-1", "one", waits)
+    assert waits == [False, False, True]
+    assert (tmp_path / "checkpoint-1" / "file").read_text() == "one"
+
+
+def test_one_of_its_name_is_replaced(tmp_path, waits):
+    for text in ("one", "two"):
+        write(tmp_path / "checkpoint-1", text, waits)
+    assert (tmp_path / "checkpoint-1" / "file").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_what_fails_leaves_no_checkpoint_and_the_old_one(tmp_path, waits):
+    write(tmp_path / "checkpoint-1", "one", waits)
+    with (
+        pytest.raises(RuntimeError),
+        written_whole(tmp_path / "checkpoint-1", True, lambda: None) as folder,
+    ):
+        (folder / "file").write_text("two")
+        raise RuntimeError("no space left")
+    assert (tmp_path / "checkpoint-1" / "file").read_text() == "one"
+    write(tmp_path / "checkpoint-1", "three", waits)  # what was left behind is no hindrance
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_other_processes_write_into_the_same_folder(tmp_path, waits):
+    with written_whole(tmp_path / "checkpoint-1", True, lambda: None) as folder:
+        write(tmp_path / "checkpoint-1", "two", waits, writes=False)
+        assert (folder / "file").read_text() == "two"
+
+
+def test_the_trainer_is_one_class():
+    assert FTTrainer.__bases__ == (Trainer,)
