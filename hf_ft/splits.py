@@ -53,7 +53,7 @@ def _draw(
 def _draw_rare(
     rows: np.ndarray, labels: np.ndarray, size: int, seed: int, every_class: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Like :func:`_draw`, where some classes have too few rows for scikit-learn's splitter."""
+    """Like ``_draw``, where some classes have too few rows for scikit-learn's splitter."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(rows))
     classes, counts = np.unique(labels, return_counts=True)

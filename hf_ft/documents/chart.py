@@ -25,7 +25,8 @@ class Axis:
     """The range of an axis, and its labels.
 
     Attributes:
-        low, high: the ends.
+        low: lower end.
+        high: upper end.
         ticks: values and their labels.
         label: the quantity shown, with its unit.
         log: whether the axis is logarithmic.
@@ -151,7 +152,8 @@ class Plot:
         title: title of the chart; small charts show it above the drawing.
         description: text alternative for readers who cannot see the chart.
         series: later series are drawn over earlier ones.
-        x, y: the axes.
+        x: horizontal axis.
+        y: vertical axis.
         small: whether it is one of several charts side by side.
         strong: whether to emphasise the title.
         bars: always False; see :class:`Rows`.

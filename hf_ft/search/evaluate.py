@@ -70,7 +70,8 @@ class ShortTrainings:
         epochs: number of epochs of each training.
 
     Attributes:
-        train_rows, validation_rows: the two splits, stratified by class where each class has enough samples.
+        train_rows: indices of the samples to train on; stratified by class if each class has enough samples.
+        validation_rows: indices of the samples to score on.
         recordings: recorded outputs of frozen prefixes, shared by all trainings.
 
     Raises:
@@ -182,7 +183,9 @@ def score_jobs(
         train: returns the score after each epoch.
         prepare: called before the first training that is actually run; a completed search runs none.
         name: name of the study; the beginning of the signature's hash is appended.
-        signature, storage, progress: see :func:`hf_ft.search.trials.run_trials`.
+        signature: see :func:`hf_ft.search.trials.run_trials`.
+        storage: likewise.
+        progress: likewise.
         halving: whether to stop poor jobs early.
     """
     prepared = False

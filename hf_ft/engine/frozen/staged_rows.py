@@ -41,7 +41,7 @@ class StagedRows(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def activate(self, store: RowStore | None, beside: bool = False) -> None:
-        """Yield indices into this store from now on, with or without the user's rows; None: the rows alone."""
+        """From now on yield indices into this store, alone or along with the user's rows; for None, the rows only."""
         self.store, self._beside = store, beside
         self._active.fill_(store.number if store is not None else 0)
 
