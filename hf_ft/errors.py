@@ -38,7 +38,7 @@ class OptionError(Error):
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """That a name is unknown, the one that may have been meant, and all there are."""
+    """Message for an unknown name, with the closest match and all known names."""
     known = list(known)
     guess = get_close_matches(name, known, n=1)
     hint = f" Did you mean {guess[0]!r}?" if guess else ""

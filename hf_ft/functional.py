@@ -1,4 +1,4 @@
-"""The maths of the methods, as pure functions on tensors."""
+"""The mathematics of the strategies as pure functions on tensors."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = [
 
 
 class _HalfSquaredDistance(torch.autograd.Function):
-    """One autograd node for all tensors: a node per tensor costs several passes over memory more."""
+    """One autograd node for all tensors: a node per tensor costs several more passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, starts: Sequence[Tensor] | None, *weights: Tensor) -> Tensor:
-        # Sums of squares of half-precision weights would lose the small differences they are made of.
+        # In half precision, sums of squares would lose the small differences that they consist of.
         wide = [w.detach() if w.dtype in (torch.float32, torch.float64) else w.detach().float() for w in weights]
         ctx.dtypes = [w.dtype for w in weights]
         differences = wide if starts is None else torch._foreach_sub(wide, list(starts))
@@ -44,7 +44,7 @@ class _HalfSquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # On a CPU a number is free to read, and a 0-d tensor takes foreach's slow path (several times slower).
+        # On a CPU, reading a number is free, and a 0-d tensor takes foreach's slow path (several times slower).
         scale = grad.item() if grad.device.type == "cpu" else grad
         grads = torch._foreach_mul(list(ctx.saved_tensors), scale)
         return (None, *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)))
@@ -56,14 +56,14 @@ def l2_sp(weights: Sequence[Tensor], starts: Sequence[Tensor] | None = None) -> 
     .. math:: \tfrac12 \sum_i \lVert w_i - w^0_i \rVert^2
 
     Args:
-        weights: the parameters, of any shapes.
-        starts: their starting values, shapes alike; ``None`` stands for zeros, plain weight decay.
+        weights: parameters of any shapes.
+        starts: their initial values, of the same shapes; ``None`` means zeros, which is plain weight decay.
 
     Returns:
-        A scalar, in float32 (float64 for float64 weights); exactly 0 at the starting point.
+        A scalar in float32 (float64 for float64 weights); exactly 0 at the starting point.
 
     Raises:
-        ValueError: the two lists differ in length or in a shape.
+        ValueError: if the two lists differ in length or in a shape.
 
     Reference: Li, Grandvalet, Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional
     Networks", ICML 2018.
@@ -76,7 +76,7 @@ def l2_sp(weights: Sequence[Tensor], starts: Sequence[Tensor] | None = None) -> 
 
 
 def wide(values: Tensor) -> Tensor:
-    """Values in float32, or in float64 where they are."""
+    """Convert values to float32, or keep them in float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -84,10 +84,10 @@ def wide(values: Tensor) -> Tensor:
 
 
 def as_positions(features: Tensor) -> Tensor:
-    """Feature maps (B, C, H, W) or token states (B, T, C) as (B, positions, C).
+    """Reshape feature maps (B, C, H, W) or token states (B, T, C) to (B, positions, C).
 
     Raises:
-        ValueError: another number of dimensions.
+        ValueError: for any other number of dimensions.
     """
     if features.dim() == 4:
         return features.flatten(2).transpose(1, 2)
@@ -97,10 +97,10 @@ def as_positions(features: Tensor) -> Tensor:
 
 
 def pooled(features: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean over positions, (B, C), of feature maps (B, C, H, W) or token states (B, T, C).
+    """Average feature maps (B, C, H, W) or token states (B, T, C) over positions to (B, C).
 
     Args:
-        mask: (B, T), 0 where a token is padding and does not count.
+        mask: (B, T), 0 for padding tokens, which are excluded.
     """
     positions = as_positions(features)
     if mask is None:
@@ -110,16 +110,16 @@ def pooled(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def attention_map(features: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Where a layer looks: the mean square over channels at each position, of unit length per sample.
+    r"""Spatial attention map: the mean square over channels at each position, normalised to unit length per sample.
 
     .. math:: A = \frac{a}{\lVert a \rVert_2}, \qquad a_p = \tfrac1C \sum_c F_{cp}^2
 
     Args:
         features: (B, C, H, W) or (B, T, C).
-        mask: (B, T), 0 where a token is padding: nothing is seen there.
+        mask: (B, T), 0 for padding tokens, which get attention 0.
 
     Returns:
-        (B, H * W) or (B, T); zeros for features that are all zero.
+        (B, H * W) or (B, T); zeros for all-zero features.
 
     Reference: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017.
     """
@@ -129,15 +129,15 @@ def attention_map(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def attention_distance(target: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""The mean squared difference of two :func:`attention_map`, over samples and positions.
+    r"""The mean squared difference between two :func:`attention_map`, over samples and positions.
 
     Args:
         target: (B, C, H, W) or (B, T, C).
-        source: of the same shape, but for the number of channels.
-        mask: (B, T), 0 where a token is padding and does not count.
+        source: same shape except for the number of channels.
+        mask: (B, T), 0 for padding tokens, which are excluded.
 
     Raises:
-        ValueError: the two differ in samples or positions.
+        ValueError: if the two differ in samples or positions.
     """
     one, other = attention_map(target, mask), attention_map(source, mask)
     _same_shape("attention_distance", one, other)
@@ -152,19 +152,19 @@ def feature_distance(
     mask: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    r"""The squared distance of two feature maps per position, summed over channels.
+    r"""The squared distance between two feature maps per position, summed over channels.
 
     .. math:: \frac1{hw} \sum_c w_c \lVert T_c - S_c \rVert_2^2
 
     Args:
         target: (B, C, H, W) or (B, T, C).
-        source: of the same shape.
+        source: same shape.
         channel_weights: (C,); None for ones.
-        mask: (B, T), 0 where a token is padding: then a sample's own tokens are the positions.
+        mask: (B, T), 0 for padding tokens; the positions are then each sample's real tokens.
         reduction: mean or sum over the batch.
 
     Raises:
-        ValueError: the shapes differ, or the number of weights from that of channels.
+        ValueError: if the shapes differ, or if the number of weights is not the number of channels.
 
     Reference: Li et al., "DELTA: Deep Learning Transfer using Feature Map with Attention for Convolutional
     Networks", ICLR 2019.
@@ -193,12 +193,12 @@ def batch_spectral_shrinkage(features: Tensor, k: int = 1) -> Tensor:
 
     .. math:: \sum_{i=1}^{k} \sigma_{-i}^2
 
-    There are min(B, d) singular values, of which all are summed where k is larger; those that are 0 up to rounding
-    count as 0. A batch of one sample has a single one, which says nothing of a spectrum: 0.
+    There are min(B, d) singular values; if k is larger, all are summed. Values that are 0 up to rounding count as 0.
+    A batch of one sample has a single singular value, which carries no information on a spectrum: the result is 0.
 
     Args:
-        features: (B, d); computed in float32 where they are of a narrower type.
-        k: how many.
+        features: (B, d); narrower types are computed in float32.
+        k: number of singular values to penalise.
 
     Reference: Chen et al., "Catastrophic Forgetting Meets Negative Transfer: Batch Spectral Shrinkage for Safe
     Transfer Learning", NeurIPS 2019.
@@ -206,9 +206,9 @@ def batch_spectral_shrinkage(features: Tensor, k: int = 1) -> Tensor:
     features = wide(features)
     if len(features) < 2:
         return (features * 0.0).sum()
-    # Singular values only: the gradient of singular vectors divides by the gaps between them.
+    # Singular values only: the gradient of singular vectors divides by gaps between singular values.
     values = torch.linalg.svdvals(features)
-    noise = values.detach()[0] * max(features.shape) * torch.finfo(features.dtype).eps  # as for the rank of a matrix
+    noise = values.detach()[0] * max(features.shape) * torch.finfo(features.dtype).eps  # as in a matrix rank
     return torch.where(values > noise, values, 0.0)[-k:].square().sum()
 
 
@@ -218,44 +218,44 @@ BANDWIDTHS = 5
 
 
 def gaussian_bandwidths(x: Tensor, y: Tensor, eps: float = 1e-6) -> Tensor:
-    r"""The bandwidths of the five Gaussians of :func:`mmd2`, without gradient.
+    r"""Bandwidths of the five Gaussians of :func:`mmd2`, without gradient.
 
     .. math:: b_i = 2^{i-2} \max\Big(\varepsilon, \frac{1}{n(n-1)} \sum_{a \ne b} \lVert z_a - z_b \rVert^2\Big),
         \quad i = 0 \ldots 4
 
     Args:
         x: (n1, d).
-        y: (n2, d); z is the two together, n = n1 + n2.
+        y: (n2, d); z is the concatenation of both, n = n1 + n2.
 
     Returns:
         (5,).
     """
     with torch.no_grad():
-        joined = torch.cat([x, y])
-        count = len(joined)
-        mean = _squared_distances(joined, joined).sum() / (count * (count - 1))
+        z = torch.cat([x, y])
+        count = len(z)
+        mean = _squared_distances(z, z).sum() / (count * (count - 1))
         return mean.clamp_min(eps) * 2.0 ** (torch.arange(BANDWIDTHS, device=x.device).to(mean) - BANDWIDTHS // 2)
 
 
 def mmd2(x: Tensor, y: Tensor, *, unbiased: bool = False, bandwidths: Tensor | None = None) -> Tensor:
-    r"""The squared maximum mean discrepancy of two samples under a sum of Gaussian kernels.
+    r"""The squared maximum mean discrepancy between two samples under a sum of Gaussian kernels.
 
     .. math:: \overline{k(x, x')} + \overline{k(y, y')} - 2\,\overline{k(x, y)}, \qquad
         k(a, b) = \sum_i e^{-\lVert a - b \rVert^2 / b_i}
 
     Args:
         x: (n1, d).
-        y: (n2, d); both are widened to float32 where they are of a narrower type.
-        unbiased: leave the pairs of a sample with itself out of the first two means. The result is 0 on average
-            where the distributions are equal, and may be negative. With them (biased) it is never negative, and 0
-            for equal samples.
-        bandwidths: of the Gaussians; default: :func:`gaussian_bandwidths`. No gradient goes through them.
+        y: (n2, d); narrower types than float32 are widened to float32.
+        unbiased: exclude the pairs of a sample with itself from the first two means. The result is then 0 on average
+            for equal distributions and may be negative. The biased estimate is never negative, and 0 for equal
+            samples.
+        bandwidths: bandwidths of the Gaussians; default: :func:`gaussian_bandwidths`. They receive no gradient.
 
     Returns:
         A scalar, at most twice the number of Gaussians.
 
     Raises:
-        ValueError: no (n, d), or fewer samples than the means need.
+        ValueError: if shapes are not (n, d), or if there are fewer samples than the means need.
 
     Reference: Gretton et al., "A Kernel Two-Sample Test", JMLR 2012; Long et al., "Learning Transferable Features
     with Deep Adaptation Networks", ICML 2015, for the sum of kernels.
@@ -278,7 +278,7 @@ def mmd2(x: Tensor, y: Tensor, *, unbiased: bool = False, bandwidths: Tensor | N
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(n1, n2), from differences: by a matrix product, equal samples would not be exactly 0 apart."""
+    """(n1, n2), from differences: with a matrix product, equal samples would not be exactly 0 apart."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
@@ -297,32 +297,32 @@ def gaussian_log_likelihood(mean: Tensor, log_var: Tensor, samples: Tensor) -> T
 
 
 def club_upper_bound(mean: Tensor, log_var: Tensor, samples: Tensor) -> Tensor:
-    r"""CLUB, an upper bound of the mutual information of p and n, if q(n | p) is near the true conditional.
+    r"""CLUB, an upper bound on the mutual information of p and n, if q(n | p) is close to the true conditional.
 
     .. math:: \frac1B \sum_i \log q(n_i \mid p_i) - \frac1{B^2} \sum_{i,j} \log q(n_j \mid p_i), \qquad
         q(n \mid p_i) = \mathcal N(\mu_i, \operatorname{diag} \, e^{v_i})
 
-    Both sums hold the same log-variances, which cancel.
+    Both sums contain the same log-variances, which cancel.
 
     Args:
-        mean: (B, d), of q given p_i.
-        log_var: (B, d), likewise.
+        mean: (B, d), mean of q given p_i.
+        log_var: (B, d), log-variance of q given p_i.
         samples: (B, d), the n_i.
 
     Returns:
-        A scalar. It may be negative: by chance, or where q fits badly.
+        A scalar. It may be negative, by chance or where q is a poor fit.
 
     Reference: Cheng et al., "CLUB: A Contrastive Log-ratio Upper Bound of Mutual Information", ICML 2020.
     """
-    # The mean of (n_j - mu_i)^2 over j is (mean n - mu_i)^2 + var n: no table of all pairs.
+    # The mean of (n_j - mu_i)^2 over j is (mean n - mu_i)^2 + var n, which avoids a table of all pairs.
     centre, spread = samples.mean(dim=0), samples.var(dim=0, correction=0)
-    matched = (samples - mean).square()
-    crossed = (centre - mean).square() + spread
-    return ((crossed - matched) / log_var.exp()).sum(dim=1).mean() / 2
+    positive = (samples - mean).square()
+    negative = (centre - mean).square() + spread
+    return ((negative - positive) / log_var.exp()).sum(dim=1).mean() / 2
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:
-    r"""How far a student's softened predictions are from a teacher's; exactly 0 where the logits are equal.
+    r"""Divergence of a student's softened predictions from a teacher's; exactly 0 for equal logits.
 
     .. math:: \frac1B \sum_b \mathrm{KL}(\operatorname{softmax}(t_b / T) \,\|\, \operatorname{softmax}(s_b / T)),
 
@@ -330,11 +330,11 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0
 
     Args:
         student: logits (B, C).
-        teacher: logits (B, C), which should bring no gradient.
+        teacher: logits (B, C), which should carry no gradient.
         temperature: T > 0.
 
     Returns:
-        A scalar, at least in float32.
+        A scalar, in float32 or wider.
 
     Reference: Li and Hoiem, "Learning without Forgetting", ECCV 2016.
     """
@@ -351,38 +351,38 @@ def _same_shape(name: str, one: Tensor, other: Tensor) -> None:
 
 
 def disagreement(logits: Sequence[Tensor]) -> Tensor:
-    r"""How far the members of an ensemble are from their mean: :math:`\frac{1}{B N} \sum_b \sum_j \|z_j - \bar z\|_2`.
+    r"""Distance of an ensemble's members from their mean: :math:`\frac{1}{B N} \sum_b \sum_j \|z_j - \bar z\|_2`.
 
-    The norm is not squared, and its gradient is 0 where the members agree.
+    The norm is not squared, and its gradient is 0 where all members agree.
 
     Args:
-        logits: N of (B, C).
+        logits: N tensors (B, C).
 
     Returns:
-        A scalar, in the type of the logits.
+        A scalar, in the dtype of the logits.
     """
-    stacked = torch.stack(list(logits))
-    # Beside the first member, so that equal ones are exactly 0 apart: their mean alone may round.
-    beside = stacked - stacked[0]
-    # torch's own norm has the subgradient 0 at 0, where the root of a sum of squares has none.
-    return torch.linalg.vector_norm(beside - beside.mean(dim=0), dim=-1).mean()
+    z = torch.stack(list(logits))
+    # Relative to the first member, so that equal members are exactly 0 apart: their mean alone may be rounded.
+    shifted = z - z[0]
+    # torch's norm has subgradient 0 at 0, where the root of a sum of squares has none.
+    return torch.linalg.vector_norm(shifted - shifted.mean(dim=0), dim=-1).mean()
 
 
 def collaborative_loss(logits: Sequence[Tensor], labels: Tensor, consistency: float = 0.2) -> Tensor:
-    r"""The loss of AMCF: every member's cross-entropy, and how far they are from each other.
+    r"""The loss of AMCF: the cross-entropy of every member, plus their disagreement.
 
     .. math:: \sum_j \mathrm{CE}(z_j, y) + \lambda \frac{1}{B} \sum_b \frac{1}{N} \sum_j \|z_j - \bar z\|_2,
         \qquad \bar z = \frac{1}{N} \sum_j z_j
 
-    With one member it is the cross-entropy.
+    With one member it reduces to the cross-entropy.
 
     Args:
-        logits: of N members, (B, C) each.
-        labels: (B,), class numbers.
+        logits: logits of the N members, (B, C) each.
+        labels: (B,), class indices.
         consistency: lambda, >= 0.
 
     Raises:
-        OptionError: no member, members of different shapes, or a negative weight.
+        OptionError: if there is no member, if shapes differ, or if the weight is negative.
 
     Reference: Feng et al., PeerJ Computer Science 2107 (2024), as in the authors' code.
     """

@@ -1,8 +1,8 @@
 """Metrics for ``Trainer(compute_metrics=...)``, computed locally with scikit-learn.
 
 ``evaluate.load("accuracy")`` downloads a script and runs it, and fails offline. The metrics below are
-``evaluate.Metric`` subclasses with the same interface and need no network; any other name a user asks
-:func:`compute_metrics` for goes through ``evaluate.load``, and only there.
+``evaluate.Metric`` subclasses with the same interface and need no network. Only other names passed to
+:func:`compute_metrics` go through ``evaluate.load``.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,21 +31,21 @@ _VECTORS = datasets.Features(
 
 
 class _LocalMetric(evaluate.Metric):
-    """One scikit-learn function as an ``evaluate.Metric``; subclasses are declared below as data.
+    """A scikit-learn function as an ``evaluate.Metric``; the subclasses below declare only data.
 
     ``evaluate`` picks the first of ``feature_options`` that fits the batch.
     """
 
     key: str
     kinds: tuple[Kind, ...]
-    function: Callable[..., Any]  # of (references, predictions): scikit-learn's order
+    function: Callable[..., Any]  # takes (references, predictions), scikit-learn's order
     feature_options: tuple[datasets.Features, ...]
 
     def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)  # two ranks must not fight for one cache file
+        super().__init__(keep_in_memory=True)  # two ranks must not share one cache file
 
     def _build_data_dir(self) -> str:
-        return ""  # nothing is written, so do not make a folder: a read-only home must not stop a run
+        return ""  # nothing is written, so create no folder: a read-only home must not stop a run
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -65,7 +65,7 @@ def _mean_recall(references: Any, predictions: Any) -> float:
 
 
 class Accuracy(_LocalMetric):
-    """Share of right predictions; for multi-label, of rows with every label right (subset accuracy)."""
+    """Share of correct predictions; for multi-label, share of rows with every label correct (subset accuracy)."""
 
     key = "accuracy"
     kinds = ("single_label", "multi_label")
@@ -76,9 +76,9 @@ class Accuracy(_LocalMetric):
 class BalancedAccuracy(_LocalMetric):
     """Mean recall over the classes that occur in the references.
 
-    The value of ``sklearn.metrics.balanced_accuracy_score``, computed as macro recall over the classes present:
-    a class that is predicted but absent from the references (common in small validation splits) has no
-    recall to average, and is left out without the warning that the scikit-learn function gives each time.
+    Equal to ``sklearn.metrics.balanced_accuracy_score``, but computed as macro recall over the classes present: a
+    class that is predicted but absent from the references (common in small validation splits) has no recall and is
+    ignored without the warning that scikit-learn's function emits each time.
     """
 
     key = "balanced_accuracy"
@@ -90,7 +90,7 @@ class BalancedAccuracy(_LocalMetric):
 class MacroF1(_LocalMetric):
     """Unweighted mean of the F1 scores of the classes that occur in the references or the predictions.
 
-    A class without a right prediction counts 0 (``zero_division=0``), without a warning.
+    A class without a correct prediction scores 0 (``zero_division=0``), without a warning.
     """
 
     key = "macro_f1"
@@ -127,17 +127,17 @@ def _first(value: Any) -> np.ndarray:
 
 
 def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, np.ndarray, np.ndarray]:
-    """Turn the Trainer's logits and labels into what a metric compares, and say which kind of task it is.
+    """Convert the Trainer's logits and labels to a metric's inputs, and determine the kind of task.
 
-    One output column is regression, as in Transformers. Labels shaped like the logits are multi-label if they
-    are all 0 or 1 (logits cut at 0, that is at probability 0.5) and regression otherwise. Everything else is
-    single-label.
+    One output column means regression, as in Transformers. Labels with the shape of the logits are multi-label if
+    they are all 0 or 1 (logits are thresholded at 0, i.e. at probability 0.5), otherwise regression. Everything else
+    is single-label.
 
     Args:
-        eval_prediction: logits (B, C), or a tuple whose first item they are; labels (B,) or (B, C).
+        eval_prediction: logits (B, C), or a tuple that starts with them; labels (B,) or (B, C).
 
     Raises:
-        OptionError: the shapes fit none of the kinds.
+        OptionError: if the shapes fit none of these kinds.
     """
     logits, labels = _first(eval_prediction.predictions), _first(eval_prediction.label_ids)
     if logits.ndim == 1 or (logits.shape[-1] == 1 and labels.size == logits.size):
@@ -155,13 +155,13 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
 
 
 def _local_score(metric: type[_LocalMetric], predictions: np.ndarray, references: np.ndarray) -> float:
-    """What ``metric().compute`` gives, without the Arrow table that it builds: most of a small evaluation's time."""
+    """The result of ``metric().compute`` without its Arrow table, which takes most of a small evaluation's time."""
     exact = (x.astype(np.float64) if x.dtype.kind == "f" else x for x in (references, predictions))
     return float(metric.function(*exact))
 
 
 def classification_metrics(eval_prediction: EvalPrediction) -> Scores:
-    """Score one evaluation; pass it as ``Trainer(compute_metrics=classification_metrics)``.
+    """Compute the metrics of one evaluation, for ``Trainer(compute_metrics=classification_metrics)``.
 
     Returns:
         ``accuracy``, ``balanced_accuracy`` and ``macro_f1``; without ``balanced_accuracy`` for multi-label;
@@ -188,12 +188,12 @@ def compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], Scores]:
     """Build a ``compute_metrics`` function for the Trainer from metric names.
 
     Args:
-        names: local names (see ``LOCAL_METRICS``), or any other that ``evaluate.load`` knows. The latter runs
-            code from the Hub, so only name what you trust.
+        names: local names (see ``LOCAL_METRICS``), or any other name known to ``evaluate.load``. The latter runs code
+            from the Hub, so only name what you trust.
 
     Raises:
-        OptionError: a name is neither local nor can be loaded (at once), or a local metric does not suit the
-            task (at the first evaluation).
+        OptionError: if a name is neither local nor loadable (immediately), or if a local metric does not suit the task
+            (at the first evaluation).
     """
     modules = {name: _load(name) for name in names}
 

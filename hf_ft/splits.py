@@ -1,4 +1,4 @@
-"""Which rows go into which split: exact sizes, the shares of the classes, and no class lost from training."""
+"""Draw splits with exact sizes and class proportions that never lose a class from training."""
 
 from __future__ import annotations
 
@@ -14,85 +14,85 @@ from hf_ft.errors import DataError
 
 logger = hf.utils.logging.get_logger(__name__)
 
-SHOWN = 5  # classes that a message names
+SHOWN = 5  # classes named in a message
 
 
 def stratified_rows(labels: np.ndarray, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Draw disjoint splits of exactly these sizes, each with the shares of the classes as far as there are rows.
+    """Draw disjoint splits of exactly these sizes, stratified by class as far as the rows allow.
 
-    The first split, which is trained on, gets a row of every class before any other does: a class without a training
-    row cannot be learned. So a class with a single row is in the first split.
+    The first split, which is the training split, gets a row of every class before any other does, since a class
+    without training rows cannot be learned. A class with a single row is therefore in the first split.
 
     Args:
-        labels: the class of each row, (n,).
-        sizes: rows of each split, at most n in all.
+        labels: class of each row, (n,).
+        sizes: number of rows of each split, at most n in total.
 
     Returns:
-        Row numbers by split, in random order.
+        Row indices by split, in random order.
     """
-    left, parts = np.arange(len(labels)), {}
+    remaining, parts = np.arange(len(labels)), {}
     for place, (name, size) in enumerate(sizes.items()):
-        parts[name], left = _draw(left, labels[left], size, seed, every_class=place == 0)
+        parts[name], remaining = _draw(remaining, labels[remaining], size, seed, every_class=place == 0)
     return parts
 
 
 def _draw(
     rows: np.ndarray, labels: np.ndarray, size: int, seed: int, every_class: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that are drawn, and those that are left."""
-    if size in (0, len(rows)):  # scikit-learn's splitter refuses an empty side
+    """Draw rows; return the drawn and the remaining rows."""
+    if size in (0, len(rows)):  # scikit-learn's splitter rejects an empty side
         rows = np.random.default_rng(seed).permutation(rows)
         return rows[:size], rows[size:]
     counts = np.unique(labels, return_counts=True)[1]
     splittable = counts.min() > 1 and min(size, len(rows) - size) >= len(counts)
-    # Its shares are rounded at random: a class that should have less than one row may get none.
+    # It rounds class sizes at random: a class with an expected size below one row may get none.
     if splittable and (not every_class or counts.min() * size >= len(rows)):
-        picked, left = train_test_split(rows, train_size=size, random_state=seed, stratify=labels)
-        return picked, left
+        sample, remaining = train_test_split(rows, train_size=size, random_state=seed, stratify=labels)
+        return sample, remaining
     return _draw_rare(rows, labels, size, seed, every_class)
 
 
 def _draw_rare(
     rows: np.ndarray, labels: np.ndarray, size: int, seed: int, every_class: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same where some classes have too few rows for scikit-learn's splitter."""
+    """Like ``_draw``, where some classes have too few rows for scikit-learn's splitter."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(rows))
     classes, counts = np.unique(labels, return_counts=True)
-    chosen = np.zeros(len(rows), dtype=bool)
+    mask = np.zeros(len(rows), dtype=bool)
     for one, count in zip(classes, _class_sizes(counts, size, every_class, generator), strict=True):
-        chosen[order[labels[order] == one][:count]] = True
-    return rows[order[chosen[order]]], rows[order[~chosen[order]]]
+        mask[order[labels[order] == one][:count]] = True
+    return rows[order[mask[order]]], rows[order[~mask[order]]]
 
 
 def _class_sizes(counts: np.ndarray, size: int, every_class: bool, generator: np.random.Generator) -> np.ndarray:
-    """How many rows to draw of each class, (C,): the shares rounded to whole rows, ``size`` in all.
+    """The number of rows to draw per class, (C,): proportional sizes rounded to integers that sum to ``size``.
 
     Args:
-        counts: rows of each class, (C,).
-        every_class: draw one of each class at least, where ``size`` allows.
+        counts: number of rows of each class, (C,).
+        every_class: draw at least one row of each class, if ``size`` allows.
     """
     shares = counts * size / counts.sum()
     least = np.full(len(counts), int(every_class and size >= len(counts)))
-    drawn = np.maximum(np.floor(shares).astype(int), least)
-    chance = generator.random(len(counts))  # equal shares are rounded up or down by lot
-    while (missing := size - int(drawn.sum())) != 0:
+    sizes = np.maximum(np.floor(shares).astype(int), least)
+    chance = generator.random(len(counts))  # ties are broken at random
+    while (missing := size - int(sizes.sum())) != 0:
         change = 1 if missing > 0 else -1
-        possible = drawn < counts if change > 0 else drawn > least
-        gain = np.where(possible, change * (shares - drawn), -np.inf)
-        drawn[np.lexsort((chance, gain))[-1]] += change
-    return drawn
+        possible = sizes < counts if change > 0 else sizes > least
+        gain = np.where(possible, change * (shares - sizes), -np.inf)
+        sizes[np.lexsort((chance, gain))[-1]] += change
+    return sizes
 
 
 def absent_classes(
     labels: np.ndarray, parts: Mapping[str, np.ndarray], names: Sequence[str] | None = None
 ) -> str | None:
-    """A sentence that names the classes of which a split has no row; None where all splits have all classes.
+    """A sentence that names the classes missing from any split, or None if every split has all classes.
 
     Args:
-        labels: of all rows that were split, (n,).
-        parts: the labels of each split.
-        names: of the classes, where labels are their numbers.
+        labels: labels of all rows before the split, (n,).
+        parts: labels of each split.
+        names: class names, if labels are class indices.
     """
     counts = dict(zip(*np.unique(labels, return_counts=True), strict=True))
 
@@ -100,16 +100,16 @@ def absent_classes(
         name = value if names is None else names[value]
         return f"{str(name)!r} ({counts[value]} row{'s' if counts[value] > 1 else ''})"
 
-    found = []
+    gaps = []
     for part, present in parts.items():
         absent = sorted(set(counts) - set(np.unique(present)), key=lambda value: (counts[value], str(value)))
         if absent and len(present):
             more = f" and {len(absent) - SHOWN} more classes" if len(absent) > SHOWN else ""
-            found.append(f"{part} has none of {', '.join(map(shown, absent[:SHOWN]))}{more}")
-    if not found:
+            gaps.append(f"{part} has none of {', '.join(map(shown, absent[:SHOWN]))}{more}")
+    if not gaps:
         return None
     return (
-        f"too few rows of some classes: {'; '.join(found)}. What a split lacks can be neither learned nor scored there."
+        f"too few rows of some classes: {'; '.join(gaps)}. What a split lacks can be neither learned nor scored there."
     )
 
 
@@ -121,13 +121,13 @@ def stratified_split(
     seed: int = 0,
     by: str | None = "label",
 ) -> DatasetDict:
-    """Split by numbers of rows (test: default all that are left), each with the shares of column ``by``.
+    """Split by numbers of rows (test: all remaining rows by default), stratified by column ``by``.
 
-    Where a class has too few rows for that, training comes first (:func:`hf_ft.splits.stratified_rows`), and a warning
+    If a class has too few rows for that, training has priority (:func:`hf_ft.splits.stratified_rows`), and a warning
     names the class.
 
     Raises:
-        DataError: the data set has fewer rows than asked for.
+        DataError: if the data set has fewer rows than requested.
     """
     sizes = {"train": train, "validation": validation}
     sizes["test"] = len(dataset) - train - validation if test is None else test
@@ -136,6 +136,6 @@ def stratified_split(
     labels = np.zeros(len(dataset)) if by is None else np.asarray(dataset.with_format(None)[by][:])
     rows = stratified_rows(labels, sizes, seed)
     names = getattr(dataset.features[by], "names", None) if by is not None else None
-    if absent := absent_classes(labels, {name: labels[chosen] for name, chosen in rows.items()}, names):
+    if absent := absent_classes(labels, {name: labels[indices] for name, indices in rows.items()}, names):
         logger.warning(absent)
-    return DatasetDict({name: dataset.select(chosen) for name, chosen in rows.items()})
+    return DatasetDict({name: dataset.select(indices) for name, indices in rows.items()})

@@ -1,4 +1,4 @@
-"""What a strategy may use to look at the data before training."""
+"""The context in which a strategy measures the data before training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_ft.errors import OptionError
 
 @dataclass(frozen=True)
 class State:
-    """What a strategy learned by looking at the data once. Saved with the model; JSON and tensors only."""
+    """The result of a strategy's measurement of the data. Saved with the model; JSON and tensors only."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -31,8 +31,9 @@ class Source:
     """The source data.
 
     Attributes:
-        dataset: as the user gave it.
-        batches: up to so many of its samples, the same on every process, as keyword arguments on the device.
+        dataset: the data set as passed by the user.
+        batches: up to the given number of its samples, the same on every process, as keyword arguments of the model
+            on its device.
     """
 
     dataset: Any
@@ -41,25 +42,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Context:
-    """What ``measure`` may use: capabilities, never the Trainer.
+    """Capabilities available to ``measure``; never the Trainer itself.
 
     Attributes:
-        batches: a fresh pass over this process's share of the training data, each sample exactly once over all
-            processes, as keyword arguments of the model, on its device. Batches of the size on each device are
-            dealt out whole, in shuffled order: the same ones on any number of processes.
+        batches: a fresh pass over this process's share of the training data, each sample exactly once across all
+            processes, as keyword arguments of the model on its device. Per-device batches are distributed whole, in
+            shuffled order, so that they are the same for any number of processes.
         reduce: sums a tensor over all processes.
-        device: where the model is.
-        generator: a CPU generator, seeded alike on every process.
-        samples: the training samples by number, without augmentation where the user gave such.
-        labels: their classes, (samples,), where they can be told without reading the inputs.
-        recipe: how training will be done, for short trainings of one's own.
-        described: what the recipe was made of, to tell whether results belong to it.
-        frozen_cache: whether and where what is frozen may be kept.
-        source: the source data, where there are such.
-        folder: where intermediate results may be kept.
+        device: device of the model.
+        generator: a CPU generator with the same seed on every process.
+        samples: training samples by index, without augmentation if the user provided such a data set.
+        labels: their classes, (samples,), if known without reading the inputs.
+        recipe: the training recipe, for a strategy's own short trainings.
+        described: settings the recipe was built from, to check whether results belong to it.
+        frozen_cache: whether and where to store outputs of frozen parts.
+        source: the source data, if any.
+        folder: folder for intermediate results.
         progress: whether to show progress bars.
-        rank: which process this is.
-        ranks: of how many.
+        rank: index of this process.
+        ranks: number of processes.
     """
 
     batches: Callable[[], Iterator[dict[str, Any]]]
@@ -80,16 +81,16 @@ class Context:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train, as the training arguments say it.
+    """The training recipe given by the training arguments.
 
     Attributes:
-        optimizer: makes one of parameter groups.
+        optimizer: creates an optimizer from parameter groups.
         curve: number of steps -> (step -> factor of the rate), the schedule.
-        batch_size: samples that run together.
-        accumulation: so many of these batches make a step.
-        max_grad_norm: gradients are clipped to this norm; 0 for not at all.
-        task_loss: the loss of the task.
-        computing: the context in which the model computes, such as autocast.
+        batch_size: number of samples in a micro-batch.
+        accumulation: number of micro-batches per step.
+        max_grad_norm: norm to which gradients are clipped; 0 disables clipping.
+        task_loss: the task loss.
+        computing: context manager for the model's computations, such as autocast.
     """
 
     optimizer: Callable[[list[dict[str, Any]]], Optimizer]
@@ -105,11 +106,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Samples:
-    """Training samples by number.
+    """Training samples by index.
 
     Attributes:
-        count: how many there are.
-        read: reads some of them, by number, as keyword arguments of the model on its device.
+        count: number of samples.
+        read: reads samples by index, as keyword arguments of the model on its device.
     """
 
     count: int
@@ -118,10 +119,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class FrozenCache:
-    """Whether and where to keep what the frozen part of a model computes.
+    """Whether and where to store the outputs of the model's frozen part.
 
     Raises:
-        OptionError: a value that cannot be.
+        OptionError: for an invalid value.
     """
 
     use: Literal["auto", "always", "never"] = option(

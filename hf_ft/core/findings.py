@@ -1,4 +1,4 @@
-"""What a strategy has to show of what it measured: in the report, in the model card and on the command line."""
+"""Findings of a strategy's measurement, for the report, the model card and the command line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Block", "Figure", "Findings", "Table", "Text"]
 
 @dataclass(frozen=True)
 class Findings:
-    """What a strategy found in the data, for people.
+    """A strategy's findings in the data, in readable form.
 
     Attributes:
         summary: a sentence or two, for the model card and the report.
         blocks: text, tables and figures for the report.
-        short: text and tables for the terminal; the model card shows those of the tables that have headers.
-        files: contents by file name, to be written beside the model: a text as it is, all else as JSON.
-        plots: functions by file name that draw a picture into a path; called only where matplotlib is installed.
+        short: text and tables for the terminal; the model card shows the tables that have headers.
+        files: contents by file name, to be saved with the model: text verbatim, anything else as JSON.
+        plots: functions by file name that draw a plot to a path; called only if matplotlib is installed.
     """
 
     summary: str = ""
@@ -33,7 +33,7 @@ class Findings:
     plots: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
     def write(self, folder: str | Path) -> list[str]:
-        """Write the files and, where matplotlib is installed, the plots into a folder; returns their names."""
+        """Write the files and, if matplotlib is installed, the plots to a folder; return their names."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():

@@ -1,4 +1,4 @@
-"""What a strategy needs beside a model and data, said once for all who provide it."""
+"""Requirements of a strategy beyond a model and data, declared once for all callers that provide them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a strategy takes, as :meth:`hf_ft.FTConfig.needs` declares it.
+    """Requirements of a strategy, as declared by :meth:`hf_ft.FTConfig.needs`.
 
     Attributes:
-        source_head: whether it needs the pretrained head beside the new one.
-        source_data: whether it can use, or cannot do without, a data set of the pretraining.
-        without_source_data: what else can be done, at the end of a sentence that asks for such a data set.
-        several_members: whether it also fits a model of several members side by side.
+        source_head: whether it needs the pretrained head in addition to the new one.
+        source_data: whether it can use, or requires, a data set of the pretraining.
+        without_source_data: the alternative, as the end of a sentence that asks for such a data set.
+        several_members: whether it supports ensembles.
     """
 
     source_head: bool = False

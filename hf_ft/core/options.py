@@ -1,4 +1,4 @@
-"""Options of a strategy: one declaration feeds validation, ``--help``, ``hf-ft describe`` and the docs."""
+"""Options of a strategy: a single declaration feeds validation, ``--help``, ``hf-ft describe`` and the docs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def option(default: Any, help: str, *, range: str | None = None, source: str = "
     """Declare one option of a config.
 
     Args:
-        default: its default value.
-        help: one sentence; it stands in ``--help``, in ``hf-ft describe`` and in the docs.
+        default: default value.
+        help: one sentence, shown in ``--help``, in ``hf-ft describe`` and in the docs.
         range: an interval such as ``"[0, 1)"`` or ``"(0, inf)"``, for numbers.
-        source: where the default comes from: ``code`` (read in the authors' code), ``paper``, or ``ours``.
+        source: origin of the default: ``code`` (the authors' code), ``paper``, or ``ours``.
     """
     return dataclasses.field(default=default, metadata={"help": help, "range": range, "source": source})
 
 
 def options(config_class: type) -> list[dataclasses.Field]:
-    """All options of a config class, the class's own ones first."""
+    """All options of a config class; those the class itself declares come first."""
     fields = [f for f in dataclasses.fields(config_class) if "help" in f.metadata]
     own = getattr(config_class, "__annotations__", {})
     return sorted(fields, key=lambda f: f.name not in own)
@@ -50,7 +50,7 @@ def validate(config: Any) -> None:
     """Check every option of a config against its type and its range.
 
     Raises:
-        OptionError: naming the field, the value, and what it may be.
+        OptionError: if one is invalid; the message names the field, the value and the allowed values.
     """
     for field in options(type(config)):
         value, kind = getattr(config, field.name), annotation(type(config), field.name)
@@ -64,7 +64,7 @@ def validate(config: Any) -> None:
 
 
 def describe_type(kind: Any) -> str:
-    """A type as a reader says it: ``float or None``, ``"auto" or "keep"``."""
+    """A type in readable form: ``float or None``, ``"auto" or "keep"``."""
     if kind is type(None):
         return "None"
     if _is_union(kind):
@@ -77,12 +77,12 @@ def describe_type(kind: Any) -> str:
 
 
 def parse(text: str, kind: Any, name: str) -> Any:
-    """Read a value of the given type from the command line.
+    """Parse a command-line value of the given type.
 
     Raises:
-        OptionError: naming the option, the text, and what it may be.
+        OptionError: if it is invalid; the message names the option, the text and the allowed values.
     """
-    # "none" is a string as well, and a list of one: what takes any text comes last.
+    # "none" is also a string, and a list of one: types that accept any text are tried last.
     takes_any = {str: 2}
     candidates = [kind]
     if _is_union(kind):
@@ -96,43 +96,43 @@ def parse(text: str, kind: Any, name: str) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """An option's value as JSON holds it."""
+    """Convert an option's value to JSON."""
     if isinstance(value, PeftConfig):
         return tuner_to_json(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def from_json(value: Any) -> Any:
-    """What :func:`to_json` was given."""
+    """Inverse of :func:`to_json`."""
     if isinstance(value, dict) and "peft_type" in value:
         return tuner_from_json(value)
     return tuple(value) if isinstance(value, list) else value
 
 
 def describe_value(value: Any) -> str:
-    """An option's value as one writes it; of a PEFT config, what is not its class's default."""
+    """Format an option's value as in source code; for a PEFT config, only fields that differ from their default."""
     if not isinstance(value, PeftConfig):
         return str(value)
     usual = type(value)().to_dict()
-    given = {key: v for key, v in value.to_dict().items() if v != usual[key] and key != "base_model_name_or_path"}
-    return f"{type(value).__name__}({', '.join(f'{key}={v!r}' for key, v in given.items())})"
+    changes = {key: v for key, v in value.to_dict().items() if v != usual[key] and key != "base_model_name_or_path"}
+    return f"{type(value).__name__}({', '.join(f'{key}={v!r}' for key, v in changes.items())})"
 
 
 def tuner_to_json(tuner: PeftConfig) -> dict[str, Any]:
-    """A PEFT config as JSON holds it: sets become sorted lists, and what is None is left out."""
+    """Convert a PEFT config to JSON: sets become sorted lists, and None values are omitted."""
 
     def plain(value: Any) -> Any:
         return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
 
-    given = {key: value for key, value in tuner.to_dict().items() if value is not None}
-    return json.loads(json.dumps(given, default=plain))
+    content = {key: value for key, value in tuner.to_dict().items() if value is not None}
+    return json.loads(json.dumps(content, default=plain))
 
 
 def tuner_from_json(content: Mapping[str, Any]) -> PeftConfig:
-    """The PEFT config that :func:`tuner_to_json` wrote.
+    """Inverse of :func:`tuner_to_json`.
 
     Raises:
-        OptionError: no or an unknown ``peft_type``, or a value that PEFT refuses.
+        OptionError: if ``peft_type`` is missing or unknown, or if PEFT rejects a value.
     """
     try:
         return PeftConfig.from_peft_type(**content)

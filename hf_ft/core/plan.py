@@ -1,4 +1,4 @@
-"""A plan: what a strategy does to a model, as an immutable value. Plans compose."""
+"""A plan: a strategy's changes to a model and its training, as an immutable value. Plans compose."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NormMode = Literal["auto", "eval", "train"]
 class Rate:
     """The learning rate of some parameters in a stage.
 
-    ``names`` are names of modules or parameters; the longest match decides. The rate is ``lr`` where that is
-    given, else ``args.learning_rate * scale``.
+    ``names`` are names of modules or parameters; the longest match applies. The rate is ``lr`` if given, else
+    ``args.learning_rate * scale``.
     """
 
     names: Names
@@ -32,16 +32,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run in which one set of parameters trains.
+    """A phase of the run that trains one set of parameters.
 
     Attributes:
-        name: as logged and shown.
-        trains: names of modules or parameters (a module stands for all that is in it; ``""`` for everything).
-            What was frozen before training stays frozen.
+        name: name in logs and messages.
+        trains: names of modules or parameters (a module includes everything in it; ``""`` is the whole model).
+            Parameters frozen before training stay frozen.
         duration: the stage's share of all optimizer steps; the shares of a plan sum to 1.
-        rates: learning rates where they differ from ``args.learning_rate``.
-        norm_mode: which normalisation layers with running statistics use and move batch statistics.
-            ``auto``: those whose own parameters train. ``eval``: none. ``train``: all, frozen ones too.
+        rates: learning rates that differ from ``args.learning_rate``.
+        norm_mode: which normalisation layers with running statistics use and update batch statistics.
+            ``auto``: those whose own parameters train. ``eval``: none. ``train``: all, including frozen ones.
     """
 
     name: str
@@ -53,16 +53,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stream:
-    """A second stream of data: endless, shuffled where that can be, and read only while a term of weight > 0 uses it.
+    """A second data stream: endless, shuffled if possible, and read only while a term of weight > 0 uses it.
 
     Attributes:
-        name: the data that the Trainer was given under this name; ``"source"`` is its ``source_dataset``.
-        ratio: samples of it for each sample of the target data; every batch of it has as many, since its loss and
-            the target's are means.
-        forward: ``"joint"`` runs it and the target's batch concatenated, the head seeing the target's rows alone:
-            normalisation layers take their statistics from both. ``"separate"`` runs it by itself after the target's.
-        prepare: called with the data set before training, refuses it, or returns what each of its batches, on the
-            CPU, is to be passed through.
+        name: name of the data passed to the Trainer; ``"source"`` is its ``source_dataset``.
+        ratio: number of stream samples per target sample; every batch has the same number, since its loss and the
+            target's are means.
+        forward: ``"joint"`` concatenates it to the target batch, and the head sees only the target's rows:
+            normalisation layers compute their statistics over both. ``"separate"`` runs it on its own afterwards.
+        prepare: called with the data set before training; rejects it, or returns a function that is applied to each
+            of its batches on the CPU.
     """
 
     name: str
@@ -71,10 +71,10 @@ class Stream:
     prepare: Callable[[Any], Callable[[dict[str, Any]], dict[str, Any]]] | None = None
 
     def batch_size(self, target: int) -> int:
-        """Samples in a batch of it beside one of so many target samples.
+        """Batch size of the stream for a target batch of this size.
 
         Raises:
-            OptionError: it would hold none.
+            OptionError: if it would be 0.
         """
         size = round(self.ratio * target)
         if size < 1:
@@ -90,23 +90,22 @@ class Term:
     r"""A summand of the training loss: :math:`\text{weight} \cdot \text{schedule}(t) \cdot \text{fn}(\text{view})`.
 
     Attributes:
-        name: the key under which it is logged, ``loss/<name>``.
-        fn: :class:`~hf_ft.core.view.View` -> scalar; a micro-batch mean where it depends on the batch. It
-            runs in float32, outside autocast. Where it is an ``nn.Module``, its
-            parameters train in every stage at ``args.learning_rate`` and are saved with each checkpoint.
+        name: logged under ``loss/<name>``.
+        fn: :class:`~hf_ft.core.view.View` -> scalar; a micro-batch mean if it depends on the batch. It runs in
+            float32, outside autocast. If it is an ``nn.Module``, its parameters train in every stage at
+            ``args.learning_rate`` and are saved with each checkpoint.
         weight: a constant factor.
-        schedule: a further factor, a function of the progress of the whole run in [0, 1].
-        anchors: names whose values at the start are kept for ``view.starts``.
-        needs: what else the view must hold; ``"features"`` is what goes into the head, ``"inputs"`` the batch
-            (then nothing frozen can be left out), ``"reference"`` what ``layers`` give in the model as it was at
-            the start.
-        layers: what ``view.states`` holds: names of modules, for their outputs, or ``"input:<module>"``. In a stage
-            in which none of them can change, the term is a constant and is left out.
-        stream: the name of the stream whose batch, and ``layers`` of it, ``view.streams`` holds.
+        schedule: a further factor, as a function of the progress of the whole run in [0, 1].
+        anchors: names of parameters whose initial values are kept for ``view.starts``.
+        needs: further contents of the view: ``"features"`` is the input of the head, ``"inputs"`` the batch (no
+            frozen prefix can be skipped then), ``"reference"`` the states of ``layers`` in the initial model.
+        layers: keys of ``view.states``: module names, for their outputs, or ``"input:<module>"``. In a stage in which
+            none of them can change, the term is constant and is omitted.
+        stream: name of the stream whose batch and ``layers`` are in ``view.streams``.
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
         couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.
         starts_at_zero: whether it is exactly 0 before the first step, with the model in eval mode.
-        zero_means: what is wrong where it is exactly 0 all the time between two logs; said once.
+        zero_means: the problem to report, once, if it is exactly 0 throughout a logging interval.
     """
 
     name: str
@@ -128,15 +127,15 @@ Surgery = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do: change the model, train it in stages under a sum of terms, change it back.
+    """Change the model, train it in stages under a sum of terms, and change it back.
 
     Attributes:
-        surgery: applied in order before training; each takes the model and returns it or its replacement.
-        terms: summands beside the task's loss.
-        stages: one after the other; none means one stage that trains everything.
-        streams: data beside the target's, for terms that name them.
-        finalise: applied in order after training and after the best model was loaded.
-        owner: the strategy that set the stages, for the error when two do.
+        surgery: functions applied in order before training; each takes the model and returns it or a replacement.
+        terms: summands added to the task loss.
+        stages: consecutive stages; empty means a single stage that trains everything.
+        streams: additional data for terms that name them.
+        finalise: functions applied in order after training, once the best model is loaded.
+        owner: the strategy that set the stages, for the error message if two do.
     """
 
     surgery: tuple[Surgery, ...] = ()
@@ -148,51 +147,51 @@ class Plan:
 
     @property
     def term_modules(self) -> nn.ModuleDict:
-        """What terms train beside the model, by the term's name."""
+        """The trainable modules of terms, by term name."""
         return nn.ModuleDict({term.name: term.fn for term in self.terms if isinstance(term.fn, nn.Module)})
 
 
 def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> list[str]:
-    """The parameters that a stage trains, in the model's order.
+    """Names of the parameters that a stage trains, in the model's order.
 
     Args:
-        trainable: names of those that were not frozen before training; the others stay frozen.
+        trainable: names of the parameters that were not frozen before training; the others stay frozen.
 
     Raises:
-        OptionError: one of ``stage.trains`` is no module or parameter, or all together hold no trainable one.
+        OptionError: if an entry of ``stage.trains`` matches no module or parameter, or if none of them is trainable.
     """
     names = [name for name, _ in model.named_parameters()]
-    known = {"", *names, *(name for name, _ in model.named_modules())}
+    valid = {"", *names, *(name for name, _ in model.named_modules())}
     for prefix in stage.trains:
-        if prefix not in known:
+        if prefix not in valid:
             tops = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-            shown = ", ".join([*tops[:6], "...", *tops[-2:]] if len(tops) > 8 else tops)
-            raise OptionError(f"stage {stage.name!r}: {prefix!r} matches no parameter. There are: {shown}.")
-    allowed, trains = set(trainable), set(stage.trains)
-    found = [name for name in names if name in allowed and covered(name, trains)]
-    if not found:
+            examples = ", ".join([*tops[:6], "...", *tops[-2:]] if len(tops) > 8 else tops)
+            raise OptionError(f"stage {stage.name!r}: {prefix!r} matches no parameter. There are: {examples}.")
+    candidates, trains = set(trainable), set(stage.trains)
+    parameters = [name for name in names if name in candidates and covered(name, trains)]
+    if not parameters:
         raise OptionError(
             f"stage {stage.name!r}: {', '.join(stage.trains) or 'the model'} holds no parameter that is free to "
             "train: all were frozen before training (requires_grad=False). Let some of them train."
         )
-    return found
+    return parameters
 
 
 def stage_index(progress_borders: Sequence[int], step: int) -> int:
-    """The stage that optimizer step ``step`` (0-based) belongs to; past the end, the last one."""
+    """The index of the stage that contains optimizer step ``step`` (0-based); past the end, the last stage."""
     return min(sum(step >= border for border in progress_borders), len(progress_borders) - 1)
 
 
 def stage_borders(stages: Sequence[Stage], total_steps: int) -> tuple[int, ...]:
-    """The step at which each stage ends, the last being ``total_steps``.
+    """The step at which each stage ends; the last is ``total_steps``.
 
     Raises:
-        OptionError: a stage would get no step.
+        OptionError: if a stage would get no step.
     """
-    done, borders = 0.0, []
+    progress, borders = 0.0, []
     for stage in stages:
-        done += stage.duration
-        borders.append(round(done * total_steps))
+        progress += stage.duration
+        borders.append(round(progress * total_steps))
     borders[-1] = total_steps
     for stage, begin, end in zip(stages, [0, *borders], borders, strict=False):
         if end <= begin:

@@ -1,4 +1,4 @@
-"""How the weight of a term falls over a run: pure functions of its progress."""
+"""Decay of a term's weight over a run, as pure functions of its progress."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 __all__ = ["Decay", "decay"]
 
 Schedule = Literal["linear", "cosine", "exponential", "step", "constant"]
-STEEPNESS = 5.0  # of the exponential: e^-5 is 0.7 %, what is taken off so that it ends at 0
+STEEPNESS = 5.0  # of the exponential: e^-5 is 0.7 %, which is subtracted so that it ends at 0
 
 
 def decay(schedule: Schedule, u: float) -> float:
-    r"""A factor that falls from 1 at u = 0 to 0 at u = 1, and stays there.
+    r"""A factor that decays from 1 at u = 0 to 0 at u = 1 and stays 0.
 
     .. math::
         \text{linear: } 1 - u, \quad \text{cosine: } \frac{1 + \cos \pi u}{2}, \quad
@@ -23,7 +23,7 @@ def decay(schedule: Schedule, u: float) -> float:
     """
     if schedule == "constant":
         return 1.0
-    if u >= 1 - 1e-9:  # a quotient of step numbers can miss 1 by its last digit
+    if u >= 1 - 1e-9:  # a quotient of step counts can miss 1 in the last digit
         return 0.0
     if schedule == "step":
         return 1.0
@@ -37,7 +37,7 @@ def decay(schedule: Schedule, u: float) -> float:
 
 @dataclass(frozen=True)
 class Decay:
-    """A term's schedule: :func:`decay` of the progress of the run, in units of the share at which it ends."""
+    """Schedule of a term: :func:`decay` of the run's progress relative to the share at which it ends."""
 
     schedule: Schedule
     until: float

@@ -1,4 +1,4 @@
-"""What may be tuned of a strategy: small spaces, declared beside its options, and points spread over them."""
+"""Search spaces: the tunable options of a strategy with their ranges, and points spread over them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from scipy.stats.qmc import Sobol
 
 @dataclass(frozen=True)
 class LogRange:
-    """Numbers from ``low`` to ``high``, uniform in their logarithm."""
+    """Numbers from ``low`` to ``high``, log-uniform."""
 
     low: float
     high: float
 
     def at(self, share: float) -> float:
-        """The value at a share in [0, 1) of the range, to four digits: as it is printed, so it can be repeated."""
+        """The value at a share in [0, 1) of the range, rounded to four digits as printed, so it is reproducible."""
         return float(f"{self.low * (self.high / self.low) ** share:.4g}")
 
     def on_edge(self, value: float) -> bool:
-        """Whether it lies within a twentieth of the range from an end, on the logarithmic scale."""
+        """Whether a value lies within a twentieth of the range from either end, on the logarithmic scale."""
         share = math.log(value / self.low) / math.log(self.high / self.low)
         return not 0.05 <= share <= 0.95
 
@@ -46,15 +46,15 @@ Space = Mapping[str, LogRange | Choice]
 
 
 def spread(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
-    """Points that cover a space evenly: a scrambled Sobol' sequence, of which a longer one begins with a shorter.
+    """Points that cover a space evenly: a scrambled Sobol' sequence, which is a prefix of any longer one.
 
-    Unlike points that a sampler chooses by earlier results, they are the same however many workers share them, and
-    after an interruption. The first name of two spaces takes the same values in both, with the same seed.
+    Unlike points sampled from earlier results, they do not depend on the number of workers or on interruptions. With
+    the same seed, the first name of two spaces takes the same values in both.
 
     Args:
-        space: by name.
-        count: how many points.
-        seed: of the scrambling.
+        space: the space, by option name.
+        count: number of points.
+        seed: seed of the scrambling.
     """
     if not space or not count:
         return [{} for _ in range(count)]
@@ -73,5 +73,5 @@ def _sobol(dimensions: int, exponent: int, seed: int) -> np.ndarray:
 
 
 def edges(space: Space, values: Mapping[str, Any]) -> Sequence[str]:
-    """The names whose value lies on the edge of its range: the best one may lie beyond."""
+    """Names whose value lies at the edge of its range, so that the optimum may lie outside."""
     return [name for name, part in space.items() if values.get(name) is not None and part.on_edge(values[name])]

@@ -1,4 +1,4 @@
-"""The loss of the task itself."""
+"""The task loss."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 
 class TaskLoss:
-    """The loss of the task alone, a mean over the micro-batch.
+    """The task loss alone, a mean over the micro-batch.
 
-    Without any of the arguments it is the model's own (which follows ``config.problem_type``). Of a model of several
-    members it is the sum over them.
+    Without arguments it is the model's own loss (which follows ``config.problem_type``). For an ensemble it is the sum
+    over its members.
 
     Args:
-        label_smoother: as the Trainer makes it from ``label_smoothing_factor``.
-        class_weights: (C,), a weight per class of a cross-entropy.
-        compute_loss_func: ``f(outputs, labels, num_items_in_batch=...)``; the number is that of this
-            micro-batch, so that sums divided by it and plain means are the same thing.
+        label_smoother: label smoother that the Trainer creates from ``label_smoothing_factor``.
+        class_weights: (C,), class weights of a cross-entropy.
+        compute_loss_func: ``f(outputs, labels, num_items_in_batch=...)``; the number is that of this micro-batch, so
+            that a sum divided by it equals the mean.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TaskLoss:
 
 
 def as_dict(outputs: Any) -> dict[str, Any]:
-    """Model outputs as a dictionary, tuples (``return_dict=False``) as well."""
+    """Model outputs as a dictionary, including tuples (``return_dict=False``)."""
     if isinstance(outputs, Mapping):
         return dict(outputs)
     first_is_loss = outputs[0].dim() == 0

@@ -1,4 +1,4 @@
-"""Terms of the loss that several strategies share, as functions of a :class:`~hf_ft.core.view.View`."""
+"""Loss terms shared by several strategies, as functions of a :class:`~hf_ft.core.view.View`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_ft.models.names import Names
 
 @dataclass(frozen=True)
 class DistanceFromStart:
-    """Half the squared distance of the named parameters from where they started."""
+    """Half the squared distance of the named parameters from their initial values."""
 
     names: Names
 
@@ -33,10 +33,10 @@ class SquaredNorm:
 
 
 def compared(view: View, layer: str) -> tuple[Tensor, Tensor]:
-    """A layer's states in the model and in the reference, (B, C, H, W) or (B, T, C).
+    """The states of a layer in the model and in the reference, (B, C, H, W) or (B, T, C).
 
     Raises:
-        OptionError: the layer gives something else.
+        OptionError: if the layer's output has another shape.
     """
     state = view.states[layer]
     if state.dim() not in (3, 4):

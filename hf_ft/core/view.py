@@ -1,4 +1,4 @@
-"""What a term of the loss may look at."""
+"""The view: all inputs available to a term of the loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class StreamView:
     """One batch of a stream.
 
     Attributes:
-        batch: its keyword arguments, labels too.
-        states: what the layers of the terms that use it gave, as in :class:`View`.
+        batch: keyword arguments of the model, including labels.
+        states: layer states for the terms that use the stream, as in :class:`View`.
     """
 
     batch: Mapping[str, Any]
@@ -25,20 +25,20 @@ class StreamView:
 
 
 class View:
-    """What a term of the loss may look at, for one micro-batch.
+    """Inputs available to a term of the loss, for one micro-batch.
 
     Attributes:
         model: the model in training.
-        batch: its keyword arguments, for terms that need ``"inputs"``; else empty, since a stage may start
-            from recorded activations.
-        outputs: what it returned.
-        features: what goes into the head, (B, d), for terms that need ``"features"``.
-        states: what a term's layers gave, by name, at least in float32: feature maps (B, C, H, W) or token states
+        batch: keyword arguments of the model, for terms that need ``"inputs"``; otherwise empty, since a stage may
+            start from recorded activations.
+        outputs: outputs of the model.
+        features: input of the head, (B, d), for terms that need ``"features"``.
+        states: states of the terms' layers by name, in float32 or wider: feature maps (B, C, H, W) or token states
             (B, T, C).
-        reference: what they give in the model as it was at the start, for terms that need ``"reference"``.
-        streams: the batches of other data, by the stream's name, for terms that name one.
-        token_mask: (B, T), 0 where a token is padding; None where there is none.
-        progress: how much of the run is done, in [0, 1).
+        reference: the same states in the initial model, for terms that need ``"reference"``.
+        streams: batches of other data by stream name, for terms that name a stream.
+        token_mask: (B, T), 0 for padding tokens; None if there are none.
+        progress: completed share of the run, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, anchors: Mapping[str, Tensor]) -> None:
@@ -55,30 +55,30 @@ class View:
         self.progress = 0.0
 
     def weights(self, names: Names) -> list[Tensor]:
-        """The parameters under these names that train in the present stage."""
+        """The parameters under these names that train in the current stage."""
         return self._pair(names)[0]
 
     def starts(self, names: Names) -> list[Tensor]:
-        """The starting values of :meth:`weights`, in the same order."""
+        """The initial values of :meth:`weights`, in the same order."""
         return self._pair(names)[1]
 
     def forget(self) -> None:
-        """Look parameters up anew: another stage trains others."""
+        """Clear cached parameters: another stage trains others."""
         self._pairs.clear()
 
     def release(self) -> None:
-        """Let go of the micro-batch, and of the graph that hangs on it."""
+        """Release the micro-batch and the autograd graph attached to it."""
         self.batch, self.outputs, self.features, self.token_mask = {}, None, None, None
         self.states, self.reference, self.streams = {}, {}, {}
 
     def _pair(self, names: Names) -> tuple[list[Tensor], list[Tensor]]:
-        if names not in self._pairs:  # once a stage: walking a module tree every step is slow
-            chosen = [
+        if names not in self._pairs:  # once per stage: walking the module tree every step is slow
+            pairs = [
                 (parameter, self._anchors.get(name))
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad and any(covers(prefix, name) for prefix in names)
             ]
-            weights: list[Tensor] = [parameter for parameter, _ in chosen]
-            starts = [start.to(parameter.device) for parameter, start in chosen if start is not None]
+            weights: list[Tensor] = [parameter for parameter, _ in pairs]
+            starts = [start.to(parameter.device) for parameter, start in pairs if start is not None]
             self._pairs[names] = (weights, starts)
         return self._pairs[names]

@@ -1,4 +1,4 @@
-"""From files and data sets to batches of a model."""
+"""Loading and preparing data: from files and data sets to model batches."""
 
 from hf_ft.data.columns import ROW, Columns, find_columns, unlabelled
 from hf_ft.data.images import AUGMENTATIONS, Unreadable, check_images, flip_and_shift, open_rgb

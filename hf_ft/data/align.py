@@ -1,4 +1,4 @@
-"""Give one data set the labels of another."""
+"""Align the labels of one data set with those of another."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_ft.errors import DataError
 
 
 def other_distribution(source: str, split: str | None, columns: Columns) -> Dataset:
-    """A second test set in the columns of the first, its classes told by their names.
+    """Load a second test set with the columns of the first, matching classes by name.
 
     Raises:
-        DataError: it holds something else, or a class that the model does not know.
+        DataError: if it holds another kind of data, or a class that the model does not know.
     """
     rows = _first_split(source, ("test", "train") if split is None else (split,))
     theirs = find_columns(DatasetDict({"test": rows}))
@@ -33,7 +33,7 @@ def other_distribution(source: str, split: str | None, columns: Columns) -> Data
     kept = rows.select_columns(list(theirs.inputs)).rename_columns(
         {old: new for old, new in zip(theirs.inputs, columns.inputs, strict=True) if old != new}
     )
-    if columns.index is not None:  # labels are looked up by their value
+    if columns.index is not None:  # labels are looked up by value
         values = {number: value for value, number in columns.index.items()}
         return kept.add_column(columns.label, [values[label] for label in labels])
     made = kept.add_column(columns.label, list(labels))

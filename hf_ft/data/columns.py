@@ -1,4 +1,4 @@
-"""Which columns of a data set are inputs and labels, and how labels become numbers."""
+"""Input and label columns of a data set, and the encoding of labels as numbers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import Task
 
-ROW = "__row__"  # the row number in the source: splits are shuffled, and an error must name the row
+ROW = "__row__"  # row number in the source: splits are shuffled, and error messages must name the row
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
 IMAGE_NAMES = ("image", "img", "image_path", "file_name", "filename", "file", "path")
 TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 TEXT_NAMES = (("text",), *TEXT_PAIRS, ("question", "sentence"), ("sentence",), ("content",), ("review",))
-LOOKED_AT = 100  # rows that tell what a column of text holds
+LOOKED_AT = 100  # rows inspected to determine the content of a text column
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What to read from a row, and how labels become numbers: the same for all splits."""
+    """Columns to read from a row, and the encoding of labels as numbers: the same for all splits."""
 
     task: Task
-    inputs: tuple[str, ...]  # one column of images, or one or two of text
+    inputs: tuple[str, ...]  # one image column, or one or two text columns
     label: str
     problem_type: ProblemType
-    names: tuple[str, ...] = ()  # of the classes, in order
-    index: Mapping[Any, int] | None = None  # of label values that are not class numbers yet
+    names: tuple[str, ...] = ()  # class names, in order
+    index: Mapping[Any, int] | None = None  # class number by label value, unless labels are class numbers already
 
     @property
     def num_labels(self) -> int:
@@ -42,7 +42,7 @@ class Columns:
         return dict(enumerate(self.names)) or None
 
     def encode(self, values: Sequence[Any]) -> list[Any]:
-        """Turn the label column's values into class numbers, multi-hot rows of floats, or floats."""
+        """Encode label values as class numbers, multi-hot rows of floats, or floats."""
         if self.problem_type == "regression":
             return [float(value) for value in values]
         if self.problem_type == "multi_label_classification":
@@ -56,16 +56,16 @@ def find_columns(
     text_column: str | None = None,
     label_column: str | None = None,
 ) -> Columns:
-    """Tell inputs from labels by name and type, and number the classes alike in all splits.
+    """Find input and label columns by name and type, and number the classes consistently across splits.
 
-    Strings, booleans and integers become classes in sorted order; floats are a regression target; lists of
-    classes are multi-label.
+    Strings, booleans and integers become classes in sorted order; floats are regression targets; lists of classes are
+    multi-label.
 
     Args:
-        text_column: one name, or two joined by a comma for pairs.
+        text_column: one name, or two separated by a comma for text pairs.
 
     Raises:
-        DataError: a column is missing or unfit, splits disagree, or training or validation rows lack a label.
+        DataError: if a column is missing or unsuitable, splits disagree, or training or validation rows lack a label.
     """
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
     first = next(iter(splits.values()))
@@ -112,7 +112,7 @@ def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tu
 
 
 def unlabelled(split: Dataset, label: str) -> list[int]:
-    """List the source rows without a label: None, NaN, or the -1 that hides a benchmark's test classes."""
+    """Source row numbers without a label: None, NaN, or the -1 that hides a benchmark's test classes."""
     classes = isinstance(split.features[label], ClassLabel)
 
     def missing(value: Any) -> bool:
@@ -123,12 +123,12 @@ def unlabelled(split: Dataset, label: str) -> list[int]:
 
 
 def values_of(split: Dataset, column: str) -> list[Any]:
-    """A column as it is stored, whatever transform is set."""
+    """The stored values of a column, ignoring any transform."""
     return split.with_format(None)[column][:]
 
 
 def some_text(split: Dataset, column: str) -> list[str]:
-    """The first values that are not missing; these files may not exist, or the first row have none."""
+    """The first non-missing values of a text column; if they are paths, the files may not exist."""
     values = values_of(split.select(range(min(LOOKED_AT, len(split)))), column)
     return [value for value in values if value is not None]
 
@@ -152,7 +152,7 @@ def _is_image(split: Dataset, column: str) -> bool:
 
 
 def usual_label(split: Dataset) -> str | None:
-    """The column of labels by its name, else by its type."""
+    """The label column, by name or else by type."""
     typed = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
     return next((name for name in (*LABEL_NAMES, *typed) if name in split.features), None)
 

@@ -1,4 +1,4 @@
-"""From whatever a user names as data to the splits that are there. ``datasets`` reads files, not scripts."""
+"""Read all splits of a data source. ``datasets`` reads files, never scripts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".pa
 
 
 def read_files(source: str, config_name: str | None = None, train_split: str = "train") -> DatasetDict:
-    """Read all splits of a source; what has none is named ``train_split``.
+    """Read all splits of a source; data without splits become ``train_split``.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: if it cannot be read.
     """
     path = Path(source).expanduser()
     try:
@@ -54,8 +54,8 @@ def _read_folder(path: Path, config_name: str | None, train_split: str) -> Datas
 
 
 def _image_patterns(folder: Path, train_split: str) -> dict[str, str] | None:
-    # Said explicitly, because `datasets` guesses splits from any name on the way: a file called test_1.png
-    # in a class folder, or a class called "train" beside "bus", would go to another split.
+    # Explicit, because `datasets` infers splits from any part of the path: a file called test_1.png in a class
+    # folder, or a class called "train" next to "bus", would end up in another split.
     def holds_classes(parent: Path) -> bool:
         classes = (child for child in parent.iterdir() if child.is_dir())
         return any(file.suffix.lower() in IMAGE_SUFFIXES for child in classes for file in child.iterdir())
@@ -69,7 +69,7 @@ def _image_patterns(folder: Path, train_split: str) -> dict[str, str] | None:
 
 
 def _absolute_image_paths(data: DatasetDict, folder: Path) -> DatasetDict:
-    """Read the image paths of a table from where the table is, not from the working folder."""
+    """Resolve the image paths of a table relative to the table, not to the working directory."""
 
     def absolute(values: list[str | None], column: str) -> dict[str, list[str | None]]:
         return {column: [value if value is None else str(folder / value) for value in values]}

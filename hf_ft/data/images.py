@@ -1,4 +1,4 @@
-"""Opening images, finding those that cannot be opened, and changing them at random in training."""
+"""Open images, find unreadable ones, and augment them in training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hf_ft.splits import absent_classes
 
 logger = logging.get_logger(__name__)
 OnCorrupt = Literal["refuse", "skip"]
-CHUNK = 256  # images that are in memory at a time, undecoded
-LONG = 1000  # images from which on a bar shows how far the check is
-SHOWN = 3  # unreadable images that a message names
+CHUNK = 256  # undecoded images held in memory at a time
+LONG = 1000  # number of images from which a progress bar is shown
+SHOWN = 3  # unreadable images named in a message
 
 
 def _shifted(side: int) -> np.ndarray:
     index = np.abs(np.arange(side) + random.randint(-(side // 8), side // 8))
-    return np.minimum(index, 2 * (side - 1) - index)  # mirrored at the edge, without repeating it
+    return np.minimum(index, 2 * (side - 1) - index)  # reflected at the edge, without repeating it
 
 
 def flip_and_shift(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Mirror left and right with probability 0.5 and shift by up to 1/8 of each side, reflecting the edge.
+    """Flip horizontally with probability 0.5 and shift by up to 1/8 of each side, reflecting at the edge.
 
     Draws from Python's ``random``, whose state the Trainer saves in its checkpoints and restores.
     """
@@ -49,17 +49,17 @@ AUGMENTATIONS: dict[str, Callable[[PIL.Image.Image], PIL.Image.Image] | None] = 
 
 
 def open_rgb(value: Any, row: int) -> PIL.Image.Image:
-    """Open an image as three channels of 8 bits, turned upright where its EXIF data say how.
+    """Open an image as 8-bit RGB, rotated upright according to its EXIF orientation.
 
-    Transparency is dropped, as Transformers' pipelines drop it. Of 16 bits the upper 8 are kept; Pillow itself, and a
-    pipeline with it, would make white of all values above 255.
+    Transparency is dropped, as in Transformers' pipelines. Of 16-bit values the upper 8 bits are kept; Pillow itself,
+    and hence a pipeline, would turn all values above 255 into white.
 
     Args:
         value: a path, or a dictionary of ``path`` and ``bytes``.
-        row: its number in the source, for the error.
+        row: row number in the source, for the error message.
 
     Raises:
-        DataError: it cannot be read; the message names row and path.
+        DataError: if it cannot be read; the message names row and path.
     """
     try:
         return _opened(value)
@@ -76,7 +76,7 @@ def _opened(value: Any) -> PIL.Image.Image:
 
 
 def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    # Older versions of Pillow open a PNG of 16 bits in mode "I".
+    # Older versions of Pillow open a 16-bit PNG in mode "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         high_bytes = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
         return PIL.Image.fromarray(high_bytes).convert("RGB")
@@ -96,9 +96,9 @@ class Unreadable:
     """An image that cannot be opened.
 
     Attributes:
-        row: its number in the source.
-        path: None where there is none.
-        reason: what was wrong.
+        row: row number in the source.
+        path: path of the file; None if there is none.
+        reason: why it cannot be opened.
     """
 
     row: int
@@ -112,16 +112,16 @@ class Unreadable:
 def check_images(
     splits: DatasetDict, columns: Columns, on_corrupt: OnCorrupt = "refuse"
 ) -> tuple[DatasetDict, dict[str, list[Unreadable]]]:
-    """Open every image once, and find those that cannot be opened: truncated, empty, no image, missing.
+    """Open every image once to find unreadable ones: truncated, empty, not an image, missing.
 
     Args:
-        on_corrupt: ``"skip"`` leaves them out, with a warning.
+        on_corrupt: ``"skip"`` removes them, with a warning.
 
     Returns:
-        The splits without them, and what was left out of each split; text is returned as it is.
+        The splits without them, and the images removed from each split; text is returned unchanged.
 
     Raises:
-        DataError: an unknown ``on_corrupt``; with ``"refuse"`` unreadable images; a split with no image left.
+        DataError: for an unknown ``on_corrupt``; for unreadable images with ``"refuse"``; if a split becomes empty.
     """
     if on_corrupt not in ("refuse", "skip"):
         raise DataError(f"on_corrupt={on_corrupt!r} is unknown: choose refuse or skip")
@@ -148,7 +148,7 @@ def check_images(
 
 
 def _lost_classes(splits: DatasetDict, kept: DatasetDict, columns: Columns) -> list[str]:
-    """Sentences about classes that have lost their last image."""
+    """Sentences about classes that lost their last image."""
     if columns.problem_type != "single_label_classification":
         return []
     names = None if columns.index else columns.names
@@ -173,9 +173,9 @@ def _without_unreadable(split: Dataset, column: str, advance: Callable[[int], An
 
 
 def _reasons(split: Dataset, column: str) -> Iterator[tuple[Any, str | None]]:
-    """Each image, undecoded, and why it cannot be opened; None where it can."""
+    """Yield each undecoded image with the reason why it cannot be opened, or None."""
     undecoded = split.with_format(None).select_columns(column).cast_column(column, Image(decode=False))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders work side by side: they release Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding runs in parallel: decoders release the GIL
         for start in range(0, len(undecoded), CHUNK):
             values = undecoded[start : start + CHUNK][column]
             yield from zip(values, pool.map(_reason, values), strict=True)
@@ -190,7 +190,7 @@ def _reason(value: Any) -> str | None:
 
 
 def _reason_of(error: Exception) -> str:
-    """Without the path, which is told beside it, and without addresses in memory."""
+    """The reason without the path, which is reported separately, and without memory addresses."""
     if isinstance(error, PIL.UnidentifiedImageError):
         return "no image, or of no format that Pillow knows"
     if isinstance(error, FileNotFoundError):

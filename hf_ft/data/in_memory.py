@@ -1,7 +1,7 @@
-"""Prepared samples read once and kept in memory, for trainings that go over the same samples again and again.
+"""Prepared samples, read once and kept in memory, for repeated trainings on the same samples.
 
-Opening, resizing and normalising an image often takes longer than a training step on it. Where a search or a
-comparison trains many times on the same images without augmentation, that work is done once.
+Opening, resizing and normalising an image often takes longer than a training step on it. When a search or a comparison
+trains many times on the same images without augmentation, this work is done only once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hf_ft.data.rows import GB, read_rows, same_each_time
 from hf_ft.errors import DataError
 
 logger = logging.get_logger(__name__)
-READ = 64  # samples read in one call
-LOOKED_AT = 8  # samples that tell the size of all, and whether they are the same each time they are read
+READ = 64  # samples per read call
+LOOKED_AT = 8  # samples that determine the total size and whether reads are deterministic
 Row = Mapping[str, Any]
 
 
@@ -29,14 +29,14 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
     """Keep a map-style data set's samples in memory, if they fit.
 
     Args:
-        dataset: samples as dictionaries, the same each time they are read.
-        limit_gb: GB (2**30 bytes) that they may take, estimated from a few samples before all are read.
+        dataset: samples as dictionaries, the same on every read.
+        limit_gb: maximum memory in GB (2**30 bytes), estimated from a few samples before all are read.
 
     Returns:
-        A :class:`Held`; or the data set itself, and a logged sentence, where it would take more.
+        A :class:`Held`; or the data set itself, with a log message, if it would exceed the limit.
 
     Raises:
-        DataError: samples differ from one reading to the next, or a limit below 0.
+        DataError: if samples differ between reads, or if the limit is negative.
     """
     if not limit_gb >= 0:
         raise DataError(f"held: limit_gb={limit_gb} must be 0 or more.")
@@ -57,7 +57,7 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
 
 
 def estimated_bytes(dataset: Any) -> int:
-    """What all samples will take in memory, from the mean of a few."""
+    """Estimate the memory of all samples from the mean of a few."""
     spread = _spread(len(dataset))
     if not spread:
         return 0
@@ -66,20 +66,21 @@ def estimated_bytes(dataset: Any) -> int:
 
 
 class Held(torch.utils.data.Dataset[dict[str, Any]]):
-    """The samples of a map-style data set, read once and kept in memory; each as the data set gives it, bit for bit.
+    """The samples of a map-style data set, read once and kept in memory, bit-identical to those of the data set.
 
-    A column of tensors of one shape and type is one tensor (n, ...). Others, such as the token lists of texts, are
-    lists. Several pixel columns, as a processor for several models makes them, are kept like one.
+    A column of tensors with equal shapes and dtypes is stored as one tensor (n, ...). Other columns, such as token
+    lists of texts, are stored as lists. Several pixel columns, as created by a processor for several models, are
+    stored in the same way.
 
     Args:
         dataset: samples as dictionaries, all with the same keys.
 
     Attributes:
-        columns: all samples, by the name of the column.
-        features: those of the data set where it has some: the names of its classes are read from them.
+        columns: all samples, by column name.
+        features: features of the data set, if it has any; class names are read from them.
 
     Raises:
-        DataError: a sample that is no dictionary, or has other keys than the first.
+        DataError: if a sample is not a dictionary, or if its keys differ from those of the first.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -99,7 +100,7 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Samples by number, in one call. They are copies: what is done to them changes none that is kept."""
+        """Read samples by index in one call. They are copies: modifying them does not change the stored samples."""
         rows = [int(row) for row in rows]
         taken = {
             name: list(kept[rows]) if isinstance(kept, Tensor) else [_copied(kept[row]) for row in rows]
@@ -109,7 +110,7 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
 
     @property
     def class_labels(self) -> np.ndarray | None:
-        """The class number of each sample, (n,); None where labels are something else."""
+        """The class number of each sample, (n,); None if labels are of another kind."""
         name = next((name for name in LABEL_COLUMNS if name in self.columns), None)
         if name is None:
             return None
@@ -148,9 +149,9 @@ def _like(value: Any, kept: Tensor) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """A copy where a value can be changed in place."""
+    """Copy a value that can be modified in place."""
     if isinstance(value, Tensor):
-        return value.clone()  # of its own size, where it was a part of a batch
+        return value.clone()  # in its own storage, if it was a view of a batch
     return value.copy() if isinstance(value, list | np.ndarray) else value
 
 
@@ -159,7 +160,7 @@ def _spread(count: int) -> list[int]:
 
 
 def _flat(rows: Iterable[Row]) -> dict[str, Any]:
-    """All values of some samples, under names of their own."""
+    """All values of some samples, under unique keys."""
     values = {f"{place}.{name}": value for place, row in enumerate(rows) for name, value in row.items()}
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 

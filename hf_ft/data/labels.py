@@ -11,9 +11,9 @@ LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def class_labels(dataset: Any) -> np.ndarray | None:
-    """The column of integer labels, read without transforms; None where there is none to be read cheaply.
+    """The integer label column, read without transforms; None if there is none that is cheap to read.
 
-    A data set of another kind may have them as ``class_labels``, as :class:`~hf_ft.data.in_memory.Held` does.
+    Other data sets may provide it as ``class_labels``, as :class:`~hf_ft.data.in_memory.Held` does.
     """
     if not isinstance(dataset, datasets.Dataset):
         return getattr(dataset, "class_labels", None)

@@ -1,7 +1,7 @@
-"""From whatever a user names as data to splits that the Trainer can read.
+"""Load data from any supported source into splits that the Trainer can read.
 
-:func:`load_splits` reads the data, :func:`find_columns` tells inputs from labels, :func:`check_images` finds images
-that cannot be opened, and :func:`prepare` with :func:`collate` turn rows into batches.
+:func:`load_splits` reads the data, :func:`find_columns` finds inputs and labels, :func:`check_images` finds unreadable
+images, and :func:`prepare` with :func:`collate` turn rows into batches.
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ def load_splits(
     label_column: str | None = None,
     seed: int = 0,
 ) -> DatasetDict:
-    """Read a data set and settle its splits: ``train``, ``validation`` and, where there is one, ``test``.
+    """Read a data set and determine its splits: ``train``, ``validation`` and, if available, ``test``.
 
     Args:
-        source: a short name of :mod:`hf_ft.zoo`; a folder of class folders of images, or of split folders of
-            those; a csv, tsv, json, jsonl or parquet file, or a folder of them; a folder written by
+        source: a short name of :mod:`hf_ft.zoo`; a folder of class folders with images, or of split folders with
+            these; a csv, tsv, json, jsonl or parquet file, or a folder of such files; a folder written by
             ``save_to_disk``; or a Hub id.
-        validation_split: by default the usual names are tried, and where there is none ``validation_fraction``
-            of the training rows are set aside, stratified. The test split is never used for it.
-        test_fraction: where there is no test split, or one without labels, set aside so large a part of the training
-            rows as one, before anything else is drawn from them. It does not depend on ``labelled``.
-        labelled: use so many rows for training and validation together, drawn with the shares of the classes:
-            validation rows are labelled data as well. A validation split of the source gives ``validation_fraction``
-            of them.
-        max_train_samples: train on so many rows at most; validation rows are not counted.
-        label_column: what to stratify by (default: as :func:`find_columns` finds it).
+        validation_split: by default the usual names are tried; if there is none, ``validation_fraction`` of the
+            training rows are held out, stratified. The test split is never used for it.
+        test_fraction: if there is no labelled test split, hold out this fraction of the training rows as one, before
+            any other rows are drawn. It does not depend on ``labelled``.
+        labelled: total number of rows for training and validation, drawn stratified by class: validation rows are
+            labelled data as well. A validation split of the source provides ``validation_fraction`` of them.
+        max_train_samples: maximum number of training rows, not counting validation rows.
+        label_column: column to stratify by (default: the one found by :func:`find_columns`).
 
     Raises:
-        DataError: the source cannot be read, a split is missing, or there are too few rows.
+        DataError: if the source cannot be read, a split is missing, or there are too few rows.
     """
     if max_train_samples is not None and max_train_samples < 1:
         raise DataError(f"max_train_samples={max_train_samples} leaves nothing to train on: ask for 1 at least")
@@ -77,10 +76,10 @@ def load_splits(
 
 
 def load_split(source: str, split: str = "train") -> Dataset:
-    """Read one split of a data set as it is (see :func:`load_splits`).
+    """Read one split of a data set without further processing (see :func:`load_splits`).
 
     Raises:
-        DataError: the source cannot be read, or has no such split.
+        DataError: if the source cannot be read or has no such split.
     """
     found = read_files(source, None, split)
     if split not in found:
@@ -89,7 +88,7 @@ def load_split(source: str, split: str = "train") -> Dataset:
 
 
 def _given(source: str, config_name: str | None, names: dict[str, str | None]) -> dict[str, Dataset]:
-    """The splits that the source has, by what they are for; their names are given, or the usual ones."""
+    """The splits of the source by role, under the given names or else the usual ones."""
     found = read_files(source, config_name, names["train"] or "train")
     usual = {"train": (), "validation": VALIDATION_NAMES, "test": TEST_NAMES}
     parts = {}
@@ -113,12 +112,12 @@ def _has_labels(split: Dataset, label: str | None) -> bool:
 
 
 def _apart(seed: int, draw: int) -> int:
-    """Another seed for each kind of draw, so that none repeats another's order."""
+    """Derive a separate seed for each kind of draw, so that no draw repeats another's order."""
     return int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
 
 
 def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None) -> dict[str, Dataset]:
-    """Set a part of the training rows aside."""
+    """Hold out a fraction of the training rows."""
     size = round(len(train) * fraction)
     if not 0 < size < len(train):
         raise DataError(
@@ -131,7 +130,7 @@ def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None
 
 
 def _limit(parts: dict[str, Dataset], labelled: int, fraction: float, seed: int, by: str | None) -> dict[str, Dataset]:
-    """Draw so many labelled rows in all: from ``train`` alone, or from ``validation``, too, where there is one."""
+    """Draw this total number of labelled rows: from ``train``, and from ``validation`` if there is such a split."""
     sizes = {"train": labelled}
     if "validation" in parts:
         sizes["validation"] = min(round(labelled * fraction), len(parts["validation"]))

@@ -1,4 +1,4 @@
-"""Transforms and collators: from a data set's rows to a model's batches."""
+"""Transforms and collators that turn a data set's rows into model batches."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, 
 
 
 def image_transform(processor: Any, columns: Columns, augment: str = "none") -> Callable[[dict[str, Any]], Any]:
-    """Make the function for ``Dataset.set_transform`` that opens, augments and processes a batch of images.
+    """Create the transform for ``Dataset.set_transform`` that opens, augments and processes a batch of images.
 
-    A damaged image raises a ``DataError`` that names its row in the source (or, for data that does not come
-    from :func:`load_splits`, its place in the batch) and its path.
+    A damaged image raises a ``DataError`` that names its path and its row in the source (or, for data not loaded by
+    :func:`load_splits`, its position in the batch).
     """
     if augment not in AUGMENTATIONS:
         raise DataError(f"augment={augment!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}")
@@ -57,7 +57,7 @@ def _text_batch(
 
 
 def text_transform(tokenizer: Any, columns: Columns, max_length: int | None = None) -> Callable[[dict[str, Any]], Any]:
-    """Make the function for ``Dataset.map(batched=True)`` that tokenises, cut at ``max_length`` tokens."""
+    """Create the function for ``Dataset.map(batched=True)`` that tokenises and truncates to ``max_length`` tokens."""
     return partial(_text_batch, tokenizer=tokenizer, columns=columns, max_length=max_length)
 
 
@@ -68,10 +68,10 @@ def prepare(
     augment: str = "none",
     max_length: int | None = None,
 ) -> DatasetDict:
-    """Make the splits ready for the Trainer; only ``train`` is augmented.
+    """Prepare the splits for the Trainer; only ``train`` is augmented.
 
-    Images are read when they are asked for, so the Trainer needs ``remove_unused_columns=False``: the image
-    column is none of the model's arguments. A test split without labels is left out, with a warning.
+    Images are read on access, so the Trainer needs ``remove_unused_columns=False``: the image column is not an
+    argument of the model. A test split without labels is dropped, with a warning.
     """
     ready = DatasetDict()
     for name, split in splits.items():
@@ -86,7 +86,7 @@ def prepare(
 
 
 def _named(ready: Dataset, columns: Columns) -> Dataset:
-    """The same with names of its classes, where a label is one of them."""
+    """A copy with class names, if labels are single classes."""
     if columns.problem_type != "single_label_classification":
         return ready
     return ready.cast_column("labels", ClassLabel(names=list(columns.names)))
@@ -96,26 +96,26 @@ def _images(split: Dataset, processor: Any, columns: Columns, augment: str) -> D
     image, label = columns.inputs[0], columns.label
     split = split.select_columns([name for name in (image, label, ROW) if name in split.column_names])
     if columns.problem_type == "single_label_classification":
-        # Numbered in the data set itself, not on the way: label checks and class weights read this column.
+        # Encoded in the data set itself, not in the transform: label checks and class weights read this column.
         if columns.index is None:
             split = split if label == "labels" else split.rename_column(label, "labels")
         else:
             numbers, feature = columns.encode(values_of(split, label)), ClassLabel(names=list(columns.names))
             split = split.remove_columns(label).add_column("labels", numbers, feature=feature)
         columns = replace(columns, label="labels", index=None)
-    # Undecoded: opening the file in the transform lets an error name the row.
+    # Undecoded: since the transform opens the file, an error can name the row.
     split = split.cast_column(image, Image(decode=False))
     return split.with_transform(image_transform(processor, columns, augment))
 
 
 def collate(processor: Any) -> Callable[[list[Any]], Any]:
-    """Choose what stacks prepared rows into a batch: padding for a tokenizer, plain stacking for images."""
+    """The collator for prepared rows: padding for a tokenizer, plain stacking for images."""
     text = isinstance(processor, PreTrainedTokenizerBase | CollaborativeTokenizer)
     return DataCollatorWithPadding(processor) if text else default_data_collator
 
 
 def usual_length(model: Any, processor: Any) -> int:
-    """What the model takes, in tokens, at most 512."""
+    """The maximum input length of the model in tokens, at most 512."""
     models = [model, *getattr(model, "members", ())]
     known = [getattr(one.config, "max_position_embeddings", None) for one in models]
     known.append(getattr(processor, "model_max_length", None))
@@ -128,7 +128,7 @@ def _collator(processor: Any, task: str) -> Callable[[list[Any]], Any]:
         return plain
 
     def channels_last(rows: list[Any]) -> dict[str, Any]:
-        """Channels innermost in memory: convolutions on a CPU run up to 1.5 times faster."""
+        """Stack with channels last in memory: convolutions on a CPU run up to 1.5 times faster."""
         return {
             name: value.contiguous(memory_format=torch.channels_last)
             if isinstance(value, Tensor) and value.dim() == 4

@@ -14,17 +14,17 @@ GB = 2**30
 
 
 def read_rows(dataset: Any, rows: Sequence[int]) -> list[Any]:
-    """Rows of any map-style data set, in one call where it has one."""
+    """Rows of any map-style data set, in a single call if it supports that."""
     if hasattr(dataset, "__getitems__"):
         return list(dataset.__getitems__(list(rows)))
     return [dataset[row] for row in rows]
 
 
 def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> bool:
-    """Whether reading gives the same each time, whatever the global random states; those are left as they were.
+    """Whether reads are deterministic under different global RNG states, which are restored.
 
     Args:
-        read: reads and collates some rows.
+        read: reads and collates a few rows.
     """
     first: Mapping[str, Any] | None = None
     for seed in range(times):

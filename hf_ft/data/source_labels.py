@@ -1,4 +1,4 @@
-"""What the labels of a source data set are among the classes of the pretrained head."""
+"""Mapping of a source data set's labels to the classes of the pretrained head."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SHOWN = 4  # names in a message
 
 @dataclass(frozen=True)
 class SourceLabels:
-    """A stream's ``prepare``: refuses a data set whose labels do not fit the head, and maps those of each batch.
+    """A stream's ``prepare``: reject a data set whose labels do not fit the head, and map the labels of each batch.
 
-    Without a map, labels are the head's class numbers, and where both sides name their classes, the names must be the
-    same in the same order.
+    Without a map, labels are class numbers of the head; if both sides name their classes, the names must be equal and
+    in the same order.
 
     Args:
-        classes: how many the head has.
-        names: of its classes, in order; empty where nobody named them.
-        label_map: from the data set's class names or numbers to the head's; ``"by_name"``, or ``"by_number"`` to
-            trust the numbers whatever the names.
+        classes: number of classes of the head.
+        names: class names of the head, in order; empty if unknown.
+        label_map: from the data set's class names or numbers to the head's; ``"by_name"``, or ``"by_number"`` to use
+            the numbers regardless of names.
     """
 
     classes: int
@@ -42,10 +42,10 @@ class SourceLabels:
     label_map: LabelMap = None
 
     def __call__(self, dataset: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """What maps the labels of a batch of this data set.
+        """The function that maps the labels of a batch of this data set.
 
         Raises:
-            OptionError: they do not fit; the message says how to map them.
+            OptionError: if they do not fit; the message explains how to map them.
         """
         named = class_names(dataset)
         if self.label_map is None:
@@ -74,7 +74,7 @@ class SourceLabels:
         )
 
     def _table(self, named: tuple[str, ...]) -> Tensor | None:
-        """The head's class of each label, -1 where there is none; None where they are the same."""
+        """The head's class for each label, -1 if there is none; None for the identity."""
         if self.label_map in (None, "by_number"):
             return None
         if self.label_map == "by_name":
@@ -141,19 +141,19 @@ class SourceLabels:
 
 
 def as_json(label_map: LabelMap) -> LabelMap:
-    """A map with keys as JSON has them."""
+    """Convert the keys of a map to strings, as in JSON."""
     return {str(key): value for key, value in label_map.items()} if isinstance(label_map, dict) else label_map
 
 
 def class_names(dataset: Any) -> tuple[str, ...]:
-    """The names of a data set's classes, where its features hold them."""
+    """The class names of a data set, if its features contain them."""
     features = getattr(dataset, "features", None) or {}
     column = next((features[name] for name in LABEL_COLUMNS if name in features), None)
     return tuple(column.names) if isinstance(column, ClassLabel) else ()
 
 
 def head_names(names: Mapping[int, str]) -> tuple[str, ...]:
-    """The names of a head's classes in order; none where they are only numbered."""
+    """The class names of a head in order; empty if they are generic numbered labels."""
     found = tuple(names[index] for index in sorted(names))
     return () if any(_GENERIC.fullmatch(str(name)) for name in found) else found
 

@@ -1,9 +1,9 @@
-"""Endless streams of batches, shared among ranks and able to start anywhere.
+"""Endless batch streams that are split among ranks and can start at any position.
 
-A batch of a map-style data set is a function of its number: which rows it holds, in an order that is another one in
-every pass, and what augmentation draws from Python's, NumPy's and torch's generators while they are read. Wherever a
-run is interrupted, whatever the worker processes have read ahead, the same batches follow. An iterable data set is read
-from the beginning of a pass on; what was consumed before is read again and left out.
+A batch of a map-style data set is a function of its number: its rows, in an order that differs in every pass, and the
+random numbers that augmentation draws from Python's, NumPy's and torch's generators on reading. Wherever a run is
+interrupted, and whatever workers have prefetched, the same batches follow. An iterable data set is read from the
+beginning of a pass; samples consumed before are read again and skipped.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from hf_ft.models.preserve import random_states_kept
 
 __all__ = ["Share", "open_stream"]
 
-Position = tuple[int, int]  # passes done, and samples of the present one: of all ranks, or of this one if iterable
+Position = tuple[int, int]  # completed passes, and samples of the current one: of all ranks, or of this one if iterable
 Batch = dict[str, Any]
-BUFFER = 1000  # samples among which a streaming data set is shuffled
+BUFFER = 1000  # shuffle buffer of a streaming data set, in samples
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which samples of a stream one process gets.
+    """The share of a stream that one process reads.
 
     Attributes:
-        size: samples in one of its batches.
-        seed: of the order.
-        rank: the number of this process.
-        ranks: how many there are.
+        size: batch size of this process.
+        seed: seed of the order.
+        rank: index of this process.
+        ranks: number of processes.
     """
 
     size: int
@@ -47,13 +47,13 @@ class Share:
 
 
 class Shuffled(Dataset):
-    """Batches of a map-style data set by number; batch k of all ranks together are the samples k n ... (k + 1) n - 1.
+    """Batches of a map-style data set by number; batch k over all ranks consists of samples k n ... (k + 1) n - 1.
 
-    Those are taken from one permutation after the other, so that all batches are whole.
+    Samples are drawn from consecutive permutations, so that all batches are full.
 
     Args:
-        dataset: has a length and rows by number.
-        collate: makes a batch of rows.
+        dataset: has a length and rows by index.
+        collate: turns rows into a batch.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch], share: Share) -> None:
@@ -65,7 +65,7 @@ class Shuffled(Dataset):
         everyone = share.size * share.ranks
         first = number * everyone + share.rank * share.size
         rows = [self._row(sample) for sample in range(first, first + share.size)]
-        # Its own random state: what is drawn here changes nothing else, and nothing else changes what is drawn.
+        # A separate RNG state: draws in here do not affect others, and others do not affect them.
         with random_states_kept(seed=_mixed(share.seed, number, share.rank)):
             batch = self.collate(read_rows(self.dataset, rows))
         return divmod((number + 1) * everyone, count), batch
@@ -81,13 +81,13 @@ class Shuffled(Dataset):
 class Passes(IterableDataset):
     """Batches of an iterable data set, pass after pass.
 
-    One of ``datasets`` is shuffled within a buffer, anew in every pass, and shared among ranks by it; of any other,
-    each rank takes every ``ranks``-th sample, in its order. ``datasets`` shuffles otherwise in a worker process than
-    without one, and fills its buffer ahead: on a resume, keep ``dataloader_num_workers``, and expect random
-    augmentation in its ``map`` to draw other numbers.
+    A ``datasets`` data set is shuffled within a buffer, anew in every pass, and split among ranks by ``datasets``; for
+    any other, each rank takes every ``ranks``-th sample in order. ``datasets`` shuffles differently in a worker
+    process, and prefetches its buffer: on resuming, keep ``dataloader_num_workers``, and expect random augmentation in
+    its ``map`` to draw different numbers.
 
     Args:
-        start: the position to go on from.
+        start: position to continue from.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Passes(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Position, Batch]]:
         samples, position = self._samples(), self.start
         with random_states_kept():
-            for _ in range(self.start[1]):  # consumed before
+            for _ in range(self.start[1]):  # already consumed
                 next(samples, None)
         while True:
             with random_states_kept(seed=_mixed(self.share.seed, *position, self.share.rank)):
@@ -138,17 +138,17 @@ def open_stream(
     pin_memory: bool = False,
     **more: Any,
 ) -> Iterator[tuple[Position, Batch]]:
-    """Batches without end, each with the position after it.
+    """Endless batches, each with the position after it.
 
     Args:
         dataset: map-style or iterable.
-        collate: makes a batch of rows, in a worker process where there are such.
-        share: which samples are this process's.
-        start: the position to go on from.
-        workers: processes that read ahead; an iterable data set is read by one at most, which keeps its order.
-        more: for the data loader.
+        collate: turns rows into a batch, in a worker process if there is one.
+        share: share of the samples that this process reads.
+        start: position to continue from.
+        workers: prefetching processes; an iterable data set is read by at most one, which preserves its order.
+        more: options of the data loader.
     """
-    seeds = torch.Generator().manual_seed(share.seed)  # without one, a loader draws from the global random state
+    seeds = torch.Generator().manual_seed(share.seed)  # otherwise, a loader draws from the global RNG
     shared: dict[str, Any] = {"batch_size": None, "pin_memory": pin_memory, "generator": seeds, **more}
     if not workers:
         shared.pop("prefetch_factor", None)
@@ -161,15 +161,15 @@ def open_stream(
 
 
 def is_map_style(dataset: Any) -> bool:
-    """Whether rows can be read by number. An iterable data set of torch's has the methods, and may have a length."""
+    """Whether rows can be read by index. Torch's iterable data sets have the methods too, and may have a length."""
     return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
 
 
 def first_rows(dataset: Any, count: int, name: str) -> list[Any]:
-    """Some rows to look at, random states undisturbed.
+    """Read a few rows without disturbing RNG states.
 
     Raises:
-        OptionError: there are none, by the data set's name.
+        OptionError: if there are none; the message contains the data set's name.
     """
     with random_states_kept():
         if is_map_style(dataset):
@@ -189,7 +189,7 @@ def _dry(passes: int) -> str:
 
 
 def _mixed(*numbers: int) -> int:
-    """A seed that differs with each of the numbers."""
+    """Derive a seed that depends on each of the numbers."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**32)

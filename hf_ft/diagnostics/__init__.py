@@ -1,4 +1,4 @@
-"""What training did to a model's features."""
+"""Effects of training on a model's features."""
 
 from hf_ft.diagnostics.discrimination import (
     Discrimination,

@@ -1,4 +1,4 @@
-"""How well a model's features tell classes apart that it was never trained on: general discrimination."""
+"""General discrimination: how well a model's features separate classes it was never trained on."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ FIGURES = {"linear_probe": "linear probe", "nearest_class_mean": "nearest class 
 
 @dataclass(frozen=True)
 class Discrimination:
-    """How well features tell classes apart, as accuracies over samples that were left out.
+    """How well features separate classes, as accuracies on held-out samples.
 
     Attributes:
-        linear_probe: of a logistic regression on standardised features.
-        nearest_class_mean: of the class whose mean is nearest, by Euclidean distance.
-        samples: how many there were.
-        classes: how many there were.
+        linear_probe: accuracy of a logistic regression on standardised features.
+        nearest_class_mean: accuracy of the nearest class mean, by Euclidean distance.
+        samples: number of samples.
+        classes: number of classes.
     """
 
     linear_probe: float
@@ -65,28 +65,29 @@ def general_discrimination(
 ) -> Discrimination:
     """Cross-validated accuracy of simple classifiers on a model's frozen features.
 
-    ``accuracy = 1/N sum_i [c_k(i)(f_i) = y_i]``, where f_i goes into the head and c_k(i) was fitted without sample
-    i's fold; folds are stratified. Take classes that the model was never trained on: its own show what it has
-    learned, not what it can still tell apart. It runs in eval mode; modes and random states are as before afterwards.
+    ``accuracy = 1/N sum_i [c_k(i)(f_i) = y_i]``, where f_i is the input of the head and c_k(i) was fitted without
+    sample i's fold; folds are stratified. Use classes that the model was never trained on: those of its training show
+    what it has learned, not what it can still separate. The model runs in eval mode; modes and RNG states are restored
+    on exit.
 
     Args:
-        model: a classifier, of whatever classes.
+        model: a classifier, for any classes.
         loader: batches as dictionaries of the model's keyword arguments, with "labels" (B,), any integers.
-        folds: how many; each class needs as many samples.
-        seed: of the folds, and of whatever the loader draws, so that two measurements see the same samples.
-        head: as for :func:`hf_ft.models.anatomy`.
-        blocks: as for :func:`hf_ft.models.anatomy`.
+        folds: number of folds; each class needs at least as many samples.
+        seed: seed of the folds and of the loader's random draws, so that two measurements see the same samples.
+        head: see :func:`hf_ft.models.anatomy`.
+        blocks: see :func:`hf_ft.models.anatomy`.
 
     Returns:
         The accuracies over all samples.
 
     Raises:
-        OptionError: no sample, no labels, or too few classes or samples of a class; what goes into the head is not
-            one vector per sample, or not finite.
+        OptionError: if there are no samples or labels, or too few classes or samples of a class, or if the input of
+            the head is not one finite vector per sample.
     """
     if folds < 2:
         raise OptionError(f"general_discrimination: folds={folds!r} leaves nothing to fit on. Default: 5.")
-    # Fitted in float64: a float32 mean of features far from zero loses what tells classes apart.
+    # Fitted in float64: with features far from zero, a float32 mean loses the differences between classes.
     features, labels = (values.numpy() for values in _collect(model, loader, seed, head, blocks))
     _check_classes(labels, folds)
     broken = int((~np.isfinite(features).all(axis=1)).sum())
@@ -99,26 +100,26 @@ def general_discrimination(
         "linear_probe": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
         "nearest_class_mean": _NearestMean(),
     }
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     accuracies = {
-        name: float((cross_val_predict(classifier, features, labels, cv=split) == labels).mean())
+        name: float((cross_val_predict(classifier, features, labels, cv=splitter) == labels).mean())
         for name, classifier in classifiers.items()
     }
     return Discrimination(**accuracies, samples=len(labels), classes=len(np.unique(labels)))
 
 
 def plot_discrimination(histories: Mapping[str, list[tuple[int, dict[str, Discrimination]]]], file: str | Path) -> None:
-    """Draw both accuracies over the training steps, a colour for each run and a line style for each loader.
+    """Plot both accuracies over the training steps, with a colour per run and a line style per loader.
 
     Args:
-        histories: by name, such as ``{"soft": ..., "full": ...}``, the ``history`` of each run's callback.
-        file: to write; its ending says the format.
+        histories: the ``history`` of each run's callback by name, such as ``{"soft": ..., "full": ...}``.
+        file: output file; its suffix determines the format.
 
     Raises:
-        OptionError: nothing was measured.
-        ImportError: matplotlib is not installed.
+        OptionError: if nothing was measured.
+        ImportError: if matplotlib is not installed.
     """
-    loaders = list(dict.fromkeys(name for history in histories.values() for _, found in history for name in found))
+    loaders = list(dict.fromkeys(name for history in histories.values() for _, results in history for name in results))
     if not loaders:
         raise OptionError("plot_discrimination: the histories hold no measurement. Train with the callback first.")
     figure = new_figure("plot_discrimination")
@@ -126,7 +127,7 @@ def plot_discrimination(histories: Mapping[str, list[tuple[int, dict[str, Discri
     for axis, (field, title) in zip(axes, FIGURES.items(), strict=True):
         for color, (run, history) in enumerate(histories.items()):
             for number, name in enumerate(loaders):
-                points = [(step, getattr(found[name], field)) for step, found in history if name in found]
+                points = [(step, getattr(results[name], field)) for step, results in history if name in results]
                 if points:
                     label = run if len(loaders) == 1 else f"{run}, {name}"
                     look = {"color": f"C{color}", "linestyle": ("-", "--", ":", "-.")[number % 4], "marker": "."}
@@ -140,25 +141,25 @@ def plot_discrimination(histories: Mapping[str, list[tuple[int, dict[str, Discri
 
 
 class GeneralDiscriminationCallback(TrainerCallback):
-    """Measures at each evaluation, and before the first step, how well the features tell other classes apart.
+    """Measure at each evaluation, and before the first step, how well the features separate other classes.
 
-    It adds ``discrimination/<name>/linear_probe`` and ``discrimination/<name>/nearest_class_mean`` to the evaluation's
-    metrics and to the log; ``history`` holds all of it. Where the model has diverged, they are NaN: a measurement
-    ends no run.
+    Adds ``discrimination/<name>/linear_probe`` and ``discrimination/<name>/nearest_class_mean`` to the evaluation's
+    metrics and to the log; ``history`` holds all measurements. If the model has diverged, the values are NaN: a
+    measurement never aborts a run.
 
     Args:
-        loaders: by name, such as ``{"flowers": ...}``, batches that can be passed over again and again.
-        folds: as for :func:`general_discrimination`.
-        seed: as for :func:`general_discrimination`.
-        head: as for :func:`hf_ft.models.anatomy`.
-        blocks: as for :func:`hf_ft.models.anatomy`.
+        loaders: re-iterable batches by name, such as ``{"flowers": ...}``.
+        folds: see :func:`general_discrimination`.
+        seed: see :func:`general_discrimination`.
+        head: see :func:`hf_ft.models.anatomy`.
+        blocks: see :func:`hf_ft.models.anatomy`.
 
     Attributes:
-        history: for each measurement its step, and what was found by name. Step 0 is what the pretrained features
-            can do; a resumed run has none.
+        history: the step of each measurement, and its results by loader name. Step 0 measures the pretrained
+            features; a resumed run does not have it.
 
     Raises:
-        OptionError: the loaders have no names.
+        OptionError: if the loaders have no names.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class GeneralDiscriminationCallback(TrainerCallback):
         self._measure = partial(general_discrimination, folds=folds, seed=seed, head=head, blocks=blocks)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # With eval_on_start, an evaluation follows at this step.
+        # With eval_on_start, an evaluation follows at this step anyway.
         if state.global_step == 0 and state.is_world_process_zero and not args.eval_on_start:
             self._record(state, model)
 
@@ -193,10 +194,10 @@ class GeneralDiscriminationCallback(TrainerCallback):
                 metrics.update(figures)
 
     def _record(self, state: Any, model: nn.Module) -> dict[str, float]:
-        found = {name: self._measured(name, model, loader) for name, loader in self.loaders.items()}
-        self.history.append((state.global_step, found))
-        figures = {f"discrimination/{n}/{field}": getattr(d, field) for n, d in found.items() for field in FIGURES}
-        # The evaluation's own entry is in the log already.
+        results = {name: self._measured(name, model, loader) for name, loader in self.loaders.items()}
+        self.history.append((state.global_step, results))
+        figures = {f"discrimination/{n}/{field}": getattr(d, field) for n, d in results.items() for field in FIGURES}
+        # The evaluation's own entry has been logged already.
         state.log_history.append({"epoch": state.epoch, **figures, "step": state.global_step})
         return figures
 
@@ -209,10 +210,10 @@ class GeneralDiscriminationCallback(TrainerCallback):
 
 
 class _NearestMean(ClassifierMixin, BaseEstimator):
-    """The class whose mean is nearest; the first of equals.
+    """Nearest class mean; the first among equals.
 
-    It predicts what scikit-learn's NearestCentroid does, which refuses features that are all alike (a collapsed
-    network) and warns of each channel that is dead.
+    Its predictions equal those of scikit-learn's NearestCentroid, which rejects constant features (a collapsed
+    network) and warns about each dead channel.
     """
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> _NearestMean:
@@ -230,10 +231,10 @@ def _collect(
     """Features (N, d) and labels (N,) of all samples, on the CPU."""
     modules = anatomy(model, head=head, blocks=blocks).head.modules
     with observing(model), random_states_kept(seed):
-        found = list(_batches(model, loader, modules))
-    if not sum(len(labels) for _, labels in found):
+        batches = list(_batches(model, loader, modules))
+    if not sum(len(labels) for _, labels in batches):
         raise OptionError("general_discrimination: the loader holds no sample (an iterator can be passed over once).")
-    features, labels = zip(*found, strict=True)
+    features, labels = zip(*batches, strict=True)
     return torch.cat(features).double(), torch.cat(labels)
 
 
@@ -242,7 +243,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(model.parameters()).device
     for batch in loader:
-        inputs = model_inputs(batch, device)  # labels are none of the head's classes: no loss is defined
+        inputs = model_inputs(batch, device)  # labels are not classes of the head: no loss is defined
         labels = _labels(batch)
         with Taps(model, head=head) as taps:
             model(**inputs)
@@ -257,7 +258,7 @@ def _batches(
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
-    """A batch's labels, (B,)."""
+    """The labels of a batch, (B,)."""
     if "labels" not in batch:
         raise OptionError(
             f"general_discrimination: a batch has no 'labels', only {', '.join(map(repr, batch))}: give each sample's "

@@ -1,4 +1,4 @@
-"""Plot of what TRED's disentangler did while it trained."""
+"""Plot of the training of TRED's disentangler."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hf_ft.errors import OptionError
 
 
 def plot_disentangling(info: Mapping[str, Any], file: str | Path) -> None:
-    """Draw the terms of TRED's first stage over its epochs, and what P and N hold of F.
+    """Plot the terms of TRED's first stage over its epochs, and how much of F the components P and N retain.
 
     Args:
-        info: of the measured state, ``trainer.states["tred"].info``.
-        file: to write; its ending says the format.
+        info: info of the measured state, ``trainer.states["tred"].info``.
+        file: output file; its suffix determines the format.
 
     Raises:
-        OptionError: nothing was disentangled.
-        ImportError: matplotlib is not installed.
+        OptionError: if nothing was disentangled.
+        ImportError: if matplotlib is not installed.
     """
     if "history" not in info:
         raise OptionError("plot_disentangling: the state holds no disentangling (criterion='none').")

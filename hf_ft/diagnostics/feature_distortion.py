@@ -1,6 +1,6 @@
-"""How far fine-tuning moved a model's features, block by block; and what TRED's disentangling found.
+"""How far fine-tuning moved a model's features, block by block.
 
-How well the features tell other classes apart is in :mod:`hf_ft.diagnostics.discrimination`.
+How well the features separate other classes is measured in :mod:`hf_ft.diagnostics.discrimination`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Distortions = dict[str, "Distortion"]
 
 @dataclass(frozen=True)
 class Distortion:
-    """How features a (before) and b (after) differ, as means over samples.
+    """Difference between features a (before) and b (after), as means over samples.
 
     Attributes:
         cosine: ``a·b / (||a|| ||b||)``, 1 for an unchanged direction.
         l2: ``||a - b||``.
         relative_l2: ``||a - b|| / ||a||``.
-        samples: how many there were.
+        samples: number of samples.
     """
 
     cosine: float
@@ -55,38 +55,38 @@ def feature_distortion(
     head: str | None = None,
     blocks: str | None = None,
 ) -> dict[str, Distortion]:
-    """Cosine similarity and L2 distance of two models' features after every block, and of what goes into the head.
+    """Cosine similarity and L2 distance between two models' features after every block and at the head's input.
 
-    A block's output is averaged over space (N, C, H, W) or over tokens (N, T, C), padded ones left out, so that
-    each sample has one vector. Both models run in eval mode; modes and random states are as before afterwards.
+    A block's output (N, C, H, W) is averaged over space, (N, T, C) over tokens without padding, to one vector per
+    sample. Both models run in eval mode; modes and RNG states are restored on exit.
 
     Args:
-        before: the model whose parts (:func:`hf_ft.models.anatomy`) are compared.
-        after: one of the same architecture.
+        before: the model whose anatomy (:func:`hf_ft.models.anatomy`) defines the blocks.
+        after: a model of the same architecture.
         loader: batches as dictionaries of the models' keyword arguments.
-        head: as for :func:`hf_ft.models.anatomy`.
-        blocks: as for :func:`hf_ft.models.anatomy`.
+        head: see :func:`hf_ft.models.anatomy`.
+        blocks: see :func:`hf_ft.models.anatomy`.
 
     Returns:
-        By block (``block0``, ...), and ``features`` for what goes into the head.
+        Distortions by block (``block0``, ...), and under ``features`` for the input of the head.
 
     Raises:
-        OptionError: no sample, or a model of other parts.
+        OptionError: if there are no samples, or if the models differ in anatomy.
     """
     parts, sums, samples = anatomy(before, head=head, blocks=blocks), dict[str, Tensor](), 0
     with ExitStack() as stack:
         taps = [stack.enter_context(_tapped(model, parts)) for model in (before, after)]
         stack.enter_context(observing(before, after))
         for batch in loader:
-            pooled = []
+            features = []
             for model, outputs in zip((before, after), taps, strict=True):
                 inputs = model_inputs(batch, next(model.parameters()).device)
                 model(**inputs)
-                pooled.append({name: _pool(values, inputs) for name, values in outputs.items()})
-            samples += len(next(iter(pooled[0].values())))
-            for name, vectors in pooled[0].items():
+                features.append({name: _pool(values, inputs) for name, values in outputs.items()})
+            samples += len(next(iter(features[0].values())))
+            for name, vectors in features[0].items():
                 sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + _differences(
-                    vectors, pooled[1][name]
+                    vectors, features[1][name]
                 )
     if not samples:
         raise OptionError("feature_distortion: the loader holds no sample (an iterator can be passed over once).")
@@ -95,21 +95,21 @@ def feature_distortion(
 
 
 def plot_distortion(results: Mapping[str, Mapping[str, Distortion]], file: str | Path) -> None:
-    """Draw cosine similarity and relative L2 distance over the blocks, a line for each result.
+    """Plot cosine similarity and relative L2 distance over the blocks, one line per result.
 
     Args:
-        results: by name, such as ``{"ID": ..., "OOD": ...}``, what :func:`feature_distortion` returned.
-        file: to write; its ending says the format.
+        results: results of :func:`feature_distortion` by name, such as ``{"ID": ..., "OOD": ...}``.
+        file: output file; its suffix determines the format.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     figure = new_figure("plot_distortion")
     axes = figure.subplots(1, 2)
     titles = {"cosine": "cosine similarity", "relative_l2": "relative L2 distance"}
     for axis, (field, title) in zip(axes, titles.items(), strict=True):
         for label, result in results.items():
-            axis.plot(list(result), [getattr(found, field) for found in result.values()], marker="o", label=label)
+            axis.plot(list(result), [getattr(entry, field) for entry in result.values()], marker="o", label=label)
         axis.set_title(title)
         axis.tick_params(axis="x", rotation=60)
         axis.grid(alpha=0.3)
@@ -118,20 +118,20 @@ def plot_distortion(results: Mapping[str, Mapping[str, Distortion]], file: str |
 
 
 class FeatureDistortionCallback(TrainerCallback):
-    """Measures at each evaluation how far the features have moved since training began.
+    """Measure at each evaluation how far the features have moved since the start of training.
 
-    It adds ``distortion/<name>/blocks_cosine`` (the mean over blocks) and ``distortion/<name>/features_cosine`` to
-    the evaluation's metrics and to the log; ``history`` holds all of it.
+    Adds ``distortion/<name>/blocks_cosine`` (the mean over blocks) and ``distortion/<name>/features_cosine`` to the
+    evaluation's metrics and to the log; ``history`` holds all measurements.
 
     Args:
-        loaders: by name, such as ``{"id": ..., "ood": ...}``, batches that can be passed over again and again.
-        reference: what to compare with; by default a copy of the model made when training begins. A resumed run
-            needs it, since its model begins with trained weights.
-        head: as for :func:`hf_ft.models.anatomy`.
-        blocks: as for :func:`hf_ft.models.anatomy`.
+        loaders: re-iterable batches by name, such as ``{"id": ..., "ood": ...}``.
+        reference: model to compare with; by default a copy made at the start of training. Required for a resumed
+            run, whose model starts with trained weights.
+        head: see :func:`hf_ft.models.anatomy`.
+        blocks: see :func:`hf_ft.models.anatomy`.
 
     Attributes:
-        history: for each evaluation its step, and the distortions by name.
+        history: the step of each evaluation, and its distortions by loader name.
     """
 
     def __init__(
@@ -161,23 +161,23 @@ class FeatureDistortionCallback(TrainerCallback):
     ) -> None:
         if self._reference is None or not state.is_world_process_zero:
             return
-        found = {name: self._measure(self._reference, model, loader) for name, loader in self.loaders.items()}
-        self.history.append((state.global_step, found))
-        figures = {f"distortion/{name}/{key}": v for name, result in found.items() for key, v in _short(result)}
+        results = {name: self._measure(self._reference, model, loader) for name, loader in self.loaders.items()}
+        self.history.append((state.global_step, results))
+        figures = {f"distortion/{name}/{key}": v for name, result in results.items() for key, v in _short(result)}
         if metrics is not None:
             metrics.update(figures)
-        # The evaluation's own entry is in the log already.
+        # The evaluation's own entry has been logged already.
         state.log_history.append({"epoch": state.epoch, **figures, "step": state.global_step})
 
 
 def _short(result: Distortions) -> Iterator[tuple[str, float]]:
-    in_blocks = [found.cosine for name, found in result.items() if name != FEATURES]
+    in_blocks = [distortion.cosine for name, distortion in result.items() if name != FEATURES]
     yield "blocks_cosine", sum(in_blocks) / len(in_blocks)
     yield "features_cosine", result[FEATURES].cosine
 
 
 def _differences(before: Tensor, after: Tensor) -> Tensor:
-    """Sums over samples of cosine, L2 and relative L2, (3,), of vectors (N, d)."""
+    """Sums over samples of cosine, L2 and relative L2 of vectors (N, d), as (3,)."""
     distance, length = (before - after).norm(dim=1), before.norm(dim=1)
     cosine = nn.functional.cosine_similarity(before, after, dim=1)
     return torch.stack([cosine.sum(), distance.sum(), (distance / length.clamp_min(1e-12)).sum()])
@@ -199,18 +199,18 @@ def _pool(values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def _tapped(model: nn.Module, parts: Anatomy) -> Iterator[dict[str, Tensor]]:
-    """What the blocks of a model gave out, and its head took in, in the last forward pass."""
+    """Record the outputs of the blocks and the input of the head in the latest forward pass."""
     outputs: dict[str, Tensor] = {}
-    known, handles = dict(model.named_modules()), []
+    modules, handles = dict(model.named_modules()), []
     try:
         for part in (*parts.blocks, parts.head):
             name = part.modules[0] if part is parts.head else part.modules[-1]
-            if name not in known:
+            if name not in modules:
                 raise OptionError(f"feature_distortion: the second model has no module {name!r}; both must be alike.")
             if part is parts.head:
-                handles.append(known[name].register_forward_pre_hook(partial(_keep, outputs, FEATURES)))
+                handles.append(modules[name].register_forward_pre_hook(partial(_keep, outputs, FEATURES)))
             else:
-                handles.append(known[name].register_forward_hook(partial(_keep_output, outputs, part.name)))
+                handles.append(modules[name].register_forward_hook(partial(_keep_output, outputs, part.name)))
         yield outputs
     finally:
         for handle in handles:

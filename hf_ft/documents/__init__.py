@@ -1,1 +1,1 @@
-"""Text, tables and charts as values, and their renderers."""
+"""Text, tables and charts as data, and their renderers."""

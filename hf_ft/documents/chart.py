@@ -1,4 +1,4 @@
-"""What a chart shows: points, lines and bars over axes. :mod:`hf_ft.documents.svg` draws it."""
+"""Charts as data: points, lines and bars over axes. :mod:`hf_ft.documents.svg` draws them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-# A kind of mark: its colour is the page's (class ``k-...``), its shape tells it apart without colours.
+# Kinds of marks. The page defines the colour (class ``k-...``); the shape distinguishes a kind without colour.
 KINDS = {
     "win": "diamond",
     "base": "square",
@@ -22,13 +22,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Axis:
-    """From where to where, and what is written at it.
+    """The range of an axis, and its labels.
 
     Attributes:
-        low, high: the ends.
-        ticks: values and their text.
-        label: what it shows, with its unit.
-        log: whether it is logarithmic.
+        low: lower end.
+        high: upper end.
+        ticks: values and their labels.
+        label: the quantity shown, with its unit.
+        log: whether the axis is logarithmic.
     """
 
     low: float
@@ -38,7 +39,7 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Where a value lies, 0 to 1; values outside lie on the ends."""
+        """Relative position of a value, 0 to 1; values outside the range are clipped."""
         at = min(self.high, max(self.low, value))
         if self.log:
             return math.log(at / self.low) / math.log(self.high / self.low)
@@ -46,13 +47,13 @@ class Axis:
 
 
 def linear_axis(values: Sequence[float], label: str, most: int = 5, include: Sequence[float] = ()) -> Axis:
-    """An axis with round ticks, a little wider than the values; those not finite are left out."""
-    shown = [value for value in (*values, *include) if math.isfinite(value)] or [0.0, 1.0]
-    low, high = min(shown), max(shown)
+    """An axis with round ticks that extends a little beyond the values; non-finite values are ignored."""
+    finite = [value for value in (*values, *include) if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
     if high - low < 1e-9:
         low, high = low - 0.05 * (abs(low) or 1.0), high + 0.05 * (abs(high) or 1.0)
     room = 0.06 * (high - low)
-    start = 0.0 if low == 0.0 in include else low - room  # where 0 is the least that there can be
+    start = 0.0 if low == 0.0 in include else low - room  # where 0 is the smallest possible value
     step = _round_step((high + room - start) / most)
     first, last = math.ceil(start / step - 1e-9), math.floor((high + room) / step + 1e-9)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -62,38 +63,38 @@ def linear_axis(values: Sequence[float], label: str, most: int = 5, include: Seq
 
 
 def _round_step(least: float) -> float:
-    """1, 2 or 5 times a power of ten, at least so large."""
+    """The smallest step of 1, 2 or 5 times a power of ten that is at least this large."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def log_axis(values: Sequence[float], label: str, most: int = 5) -> Axis:
-    """A logarithmic axis: powers of ten, and 2 and 5 times those where the range is small."""
+    """A logarithmic axis with ticks at powers of ten; at 2 and 5 times those as well for a small range."""
     low, high = min(values), max(values)
     if high / low < 1.5:
         low, high = low / 1.3, high * 1.3
     room = (high / low) ** 0.06
     low, high = low / room, high * room
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[tuple[float, str]] = []
+    ticks: list[tuple[float, str]] = []
     plain = low > 0.001 and high < 1e5
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [(f * 10.0**p, _power(f, p, plain)) for p in powers for f in factors if low <= f * 10.0**p <= high]
-        if len(found) <= most:
+        ticks = [(f * 10.0**p, _power(f, p, plain)) for p in powers for f in factors if low <= f * 10.0**p <= high]
+        if len(ticks) <= most:
             break
-    return Axis(low, high, tuple(found[:: math.ceil(len(found) / most)] if found else ()), label, log=True)
+    return Axis(low, high, tuple(ticks[:: math.ceil(len(ticks) / most)] if ticks else ()), label, log=True)
 
 
 def _power(factor: int, power: int, plain: bool) -> str:
     if plain:
         return f"{factor * 10.0**power:g}"
-    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"10{raised}" if factor == 1 else f"{factor}·10{raised}"
+    exponent = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{exponent}" if factor == 1 else f"{factor}·10{exponent}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a :class:`Rows` chart: a mark, or a bar from 0, with its interval and its value as text."""
+    """One line of a :class:`Rows` chart: a mark or a bar from 0, with its interval and its value as text."""
 
     label: str
     value: float | None
@@ -104,15 +105,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """Names down the side, and a mark with its interval, or a bar, for each.
+    """Named rows, each with a bar or with a mark and its interval.
 
     Attributes:
-        title: what it shows.
-        description: what is to be seen, for those who cannot see it.
-        rows: from the top.
-        axis: of the values.
-        lines: values with a label, drawn across all rows.
-        bars: bars from 0 instead of marks.
+        title: title of the chart.
+        description: text alternative for readers who cannot see the chart.
+        rows: rows from top to bottom.
+        axis: axis of the values.
+        lines: labelled values, drawn as lines across all rows.
+        bars: draw bars from 0 instead of marks.
     """
 
     title: str
@@ -129,11 +130,11 @@ class Series:
     """Points of one kind.
 
     Attributes:
-        kind: of :data:`KINDS`.
+        kind: one of :data:`KINDS`.
         points: x and y.
-        joined: whether a line leads through them.
-        marked: whether each has a mark.
-        labels: none, or one for each point, all of which are finite; what follows a space is left out on narrow pages.
+        joined: whether a line connects the points.
+        marked: whether each point has a mark.
+        labels: empty, or one per point (all finite then); on narrow pages the text after a space is omitted.
     """
 
     kind: str
@@ -148,13 +149,14 @@ class Plot:
     """Points and lines over two axes.
 
     Attributes:
-        title: what it shows; small charts show it above the drawing.
-        description: what is to be seen, for those who cannot see it.
-        series: later ones are drawn over earlier ones.
-        x, y: the axes.
-        small: one of several side by side.
-        strong: the title stands out.
-        bars: never; see :class:`Rows`.
+        title: title of the chart; small charts show it above the drawing.
+        description: text alternative for readers who cannot see the chart.
+        series: later series are drawn over earlier ones.
+        x: horizontal axis.
+        y: vertical axis.
+        small: whether it is one of several charts side by side.
+        strong: whether to emphasise the title.
+        bars: always False; see :class:`Rows`.
     """
 
     title: str

@@ -1,6 +1,6 @@
-"""What a report is made of: sections of text, tables and charts, which Markdown and HTML show each in its own way.
+"""Contents of a report: sections of text, tables and charts, which Markdown and HTML render differently.
 
-In all texts, what stands between backticks is code; see :func:`hf_ft.documents.text.code`.
+In all texts, backticks enclose code; see :func:`hf_ft.documents.text.code`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Listing:
-    """Code, or a command."""
+    """A block of code, or a command."""
 
     text: str
     language: str
@@ -34,7 +34,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Link:
-    """A cell of a table that leads elsewhere."""
+    """A table cell that links elsewhere."""
 
     text: str
     address: str
@@ -42,15 +42,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first cell of each is its name.
+    """A table; the first cell of each row is the row's name.
 
     Attributes:
-        caption: what it shows.
-        headers: of the columns.
+        caption: caption of the table.
+        headers: column headers.
         rows: cells as text.
-        strong: numbers of the rows that stand out.
-        shades: by row and column, how dark a cell is, 0 to 1; for a table that is read as a picture.
-        folded: whether it is only shown on demand.
+        strong: indices of the rows to emphasise.
+        shades: darkness of each cell by row and column, 0 to 1; for a table that is read as a picture.
+        folded: whether the table is collapsed by default.
     """
 
     caption: str
@@ -63,20 +63,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Tables:
-    """Small tables, side by side where there is room."""
+    """Small tables, side by side where space permits."""
 
     tables: tuple[Table, ...]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Charts side by side, with their numbers.
+    """Charts side by side, with the underlying numbers.
 
     Attributes:
-        caption: what they show, and how to read them.
-        charts: one large, or several small ones.
+        caption: what the charts show, and how to read them.
+        charts: one large chart, or several small ones.
         table: the numbers.
-        key: kind of mark and what it stands for, of :data:`hf_ft.documents.chart.KINDS`.
+        key: legend: kind of mark (:data:`hf_ft.documents.chart.KINDS`) and its meaning.
     """
 
     caption: str
@@ -87,7 +87,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Heading:
-    """Of a part of a section."""
+    """A heading within a section."""
 
     text: str
 
@@ -97,12 +97,12 @@ Block = Text | Bullets | Listing | Table | Tables | Figure | Heading
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report.
+    """A section of the report.
 
     Attributes:
-        name: for links to it; letters only.
-        title: its heading.
-        blocks: its content.
+        name: anchor for links to it; letters only.
+        title: heading of the section.
+        blocks: content of the section.
     """
 
     name: str

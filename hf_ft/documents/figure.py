@@ -1,4 +1,4 @@
-"""Figures to draw on, for those who have matplotlib."""
+"""Matplotlib figures, where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
 
 
 def new_figure(who: str, width: float = 9, height: float = 3.5) -> Figure:
-    """An empty figure; nothing global is touched.
+    """Create an empty figure without touching global state.
 
     Args:
-        who: wants to draw, for the message.
-        width: in inches.
-        height: in inches.
+        who: what needs the figure, for the error message.
+        width: width in inches.
+        height: height in inches.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
+        from matplotlib.figure import Figure  # without pyplot, which would set a backend for the whole process
     except ImportError as error:
         raise ImportError(f"{who} needs matplotlib: pip install 'hf-ft[report]'") from error
     return Figure(figsize=(width, height), layout="constrained")

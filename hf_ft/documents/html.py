@@ -1,4 +1,4 @@
-"""A document as one HTML page: no script, no font, no picture from elsewhere."""
+"""Render a document as a self-contained HTML page: no scripts, fonts or images from elsewhere."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hf_ft.documents import svg
 from hf_ft.documents.document import Document, Link, Table
 from hf_ft.documents.text import NONE, PLUS_MINUS, code_parts
 
-NARROW = 3  # columns; a table of more scrolls by itself on a small screen
+NARROW = 3  # columns; wider tables scroll horizontally on a small screen
 _NUMBER = r"[+\u2212-]?\d[\d.,]*(e[+-]?\d+)?"
 _NUMBERS = re.compile(rf"{_NUMBER}({PLUS_MINUS}{_NUMBER})?%?|\[{_NUMBER}, {_NUMBER}\]|\d+( / \d+)+|{NONE}|baseline")
 
 
 def html(document: Document) -> str:
-    """The whole page. All text of the document is escaped."""
+    """Render the whole page. All text of the document is escaped."""
     environment = Environment(
         loader=PackageLoader("hf_ft.documents", "."),
         autoescape=True,
@@ -38,14 +38,14 @@ def html(document: Document) -> str:
 
 
 def inline(text: str) -> Markup:
-    """Text as HTML; what stands between backticks is code."""
+    """Text as HTML, with backticks as code."""
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if is_code else escape(part) for is_code, part in code_parts(text)
     )
 
 
 def numeric_columns(table: Table) -> list[bool]:
-    """By column, whether all its cells are numbers, which are set to the right; the first holds names."""
+    """Whether each column holds only numbers, which are right-aligned; the first column holds names."""
     columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headers)
     return [
         i > 0 and all(isinstance(cell, str) and _NUMBERS.fullmatch(cell) is not None for cell in cells)

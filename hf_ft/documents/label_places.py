@@ -1,19 +1,19 @@
-"""Where the names of points stand in a chart, so that they hide each other and the marks as little as can be."""
+"""Placement of point labels in a chart, with as little overlap with each other and with marks as possible."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-LETTER = 6.6  # pixels, about the width of one at the size of the labels
-PAGES = NARROW, WIDE = 240, 600  # pixels of a drawing on a phone, and on a wide page
-MARK = 6  # pixels, half the size of one
+LETTER = 6.6  # approximate width of a letter in a label, in pixels
+PAGES = NARROW, WIDE = 240, 600  # width of a drawing on a phone and on a wide page, in pixels
+MARK = 6  # half the size of a mark, in pixels
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Place:
-    """Of a label, from its point, in pixels."""
+    """Position of a label relative to its point, in pixels."""
 
     dx: int
     dy: int
@@ -38,23 +38,23 @@ PLACES = (
     Place(-8, -14, "end"),
     Place(-8, 22, "end"),
 )
-ROUNDS = 3  # of placing all labels one after the other, each where it hides least of what is there
+ROUNDS = 3  # passes over all labels, each moving every label to its best place given the others
 
 
 def placed(
     points: Sequence[tuple[float, float]], labels: Sequence[str], line: Sequence[tuple[float, float]] = ()
 ) -> list[tuple[Place, str]]:
-    """The place of each label, that counts both for a narrow and for a wide page; of equals the first of PLACES.
+    """Place each label for both a narrow and a wide page; among equals, the first of PLACES wins.
 
     Args:
-        points: share across, pixels down.
-        labels: what follows a space counts on a wide page only, and is dropped where it would hide something there.
-        line: points that a line joins, which labels should not lie on.
+        points: horizontal position as a share, vertical position in pixels.
+        labels: text after a space counts on a wide page only, and is dropped if it would cover something there.
+        line: points of a connecting line, which labels should avoid.
     """
     drawing = _Drawing(points, list(labels), line)
-    chosen = drawing.place_all()
-    for number, place in enumerate(chosen):
-        others = {i: other for i, other in enumerate(chosen) if i != number}
+    places = drawing.place_all()
+    for number, place in enumerate(places):
+        others = {i: other for i, other in enumerate(places) if i != number}
         if drawing.hidden(place, number, others, WIDE):
             drawing.labels[number] = labels[number].partition(" ")[0]
     return list(zip(drawing.place_all(), drawing.labels, strict=True))
@@ -67,16 +67,16 @@ class _Drawing:
     line: Sequence[tuple[float, float]]
 
     def place_all(self) -> list[Place]:
-        chosen: dict[int, Place] = {}
+        places: dict[int, Place] = {}
         for _ in range(ROUNDS):
             for number in range(len(self.points)):
-                chosen.pop(number, None)
-                hidden = {place: sum(self.hidden(place, number, chosen, page) for page in PAGES) for place in PLACES}
-                chosen[number] = min(PLACES, key=hidden.__getitem__)
-        return [chosen[number] for number in range(len(self.points))]
+                places.pop(number, None)
+                hidden = {place: sum(self.hidden(place, number, places, page) for page in PAGES) for place in PLACES}
+                places[number] = min(PLACES, key=hidden.__getitem__)
+        return [places[number] for number in range(len(self.points))]
 
     def hidden(self, place: Place, number: int, chosen: Mapping[int, Place], page: int) -> float:
-        """What a label would hide, in square pixels; to leave the drawing counts as well."""
+        """The area that a label would cover, in square pixels, plus its area outside the drawing."""
         box = self._box(place, number, page)
         others = [(x * page - MARK, y - MARK, x * page + MARK, y + MARK) for x, y in self.points]
         others += [self._box(other, i, page) for i, other in chosen.items()]
@@ -91,7 +91,7 @@ class _Drawing:
 
 
 def _along(line: Sequence[tuple[float, float]], steps: int = 24) -> list[tuple[float, float]]:
-    """Points on a line, so near to each other that no label fits between."""
+    """Points on a line, close enough that no label fits between them."""
     return [
         (a[0] + (b[0] - a[0]) * i / steps, a[1] + (b[1] - a[1]) * i / steps)
         for a, b in zip(line, line[1:], strict=False)

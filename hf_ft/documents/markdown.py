@@ -1,4 +1,4 @@
-"""A document as Markdown."""
+"""Render a document as Markdown."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def markdown(document: Document) -> str:
-    """The whole document; charts are told as tables."""
+    """Render the whole document, with tables in place of charts."""
     parts = [f"# {escaped(document.title)}", escaped(f"{document.subtitle}."), *map(_section, document.sections)]
     return "\n\n".join(parts) + "\n"
 
 
 def escaped(text: str) -> str:
-    """Text in one line in which nothing is markup."""
+    """Text on one line, with all markup escaped."""
     return _SPECIAL.sub(lambda found: ENTITIES.get(found[0], f"\\{found[0]}"), _SPACE.sub(" ", text))
 
 
 def inline(text: str) -> str:
-    """Text whose parts between backticks stay code."""
+    """Text as Markdown, with backticks kept as code."""
     parts = code_parts(" ".join(text.split()))
     return "".join(f"`{part}`" if is_code else escaped(part) for is_code, part in parts)
 
 
 def blocks(shown: Iterable[Block]) -> str:
-    """Blocks without a document."""
+    """Render blocks on their own."""
     return "\n\n".join(map(_block, shown))
 
 

@@ -1,7 +1,7 @@
 """Charts as SVG whose width follows the page while text and marks keep their size.
 
-Places across are given in percent of the drawing, places down in pixels; labels beside the drawing lie in its margins.
-So one drawing is legible on a phone, on a wide screen and on paper, and takes its colours from the page.
+Horizontal positions are percentages of the drawing, vertical positions are pixels; axis labels lie in the margins. One
+drawing is therefore legible on a phone, on a wide screen and on paper, and takes its colours from the page.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ SHAPES = {
     "triangle": "M0-5.5 5.5 4.5h-11Z",
     "cross": "M-4-4 4 4M4-4-4 4",
 }
-ROW = 24  # pixels
-LONGEST = 20  # letters of a label before it is broken
+ROW = 24  # height of a row, in pixels
+LONGEST = 20  # letters in a line of a label
 
 
 def svg(chart: Chart, name: str) -> str:
-    """The chart as SVG.
+    """Draw a chart as SVG.
 
     Args:
-        chart: what to draw.
-        name: begins the ids in it; no two charts of a page may share it.
+        chart: the chart to draw.
+        name: prefix of its element ids; must be unique on a page.
     """
     return _draw_rows(chart, name) if isinstance(chart, Rows) else _draw_plot(chart, name)
 
 
 def mark(kind: str, x: str = "0", y: float = 0.0, inside: str = "") -> str:
-    """The mark of a kind; ``inside`` moves with it."""
+    """The mark of a kind; ``inside`` is drawn with it."""
     path = f'<path class="k-{kind} s-{KINDS[kind]}" d="{SHAPES[KINDS[kind]]}"/>'
     return f'<svg x="{x}" y="{y:g}" overflow="visible">{path}{inside}</svg>'
 
 
 def key_mark(kind: str, bar: bool = False) -> str:
-    """A mark, or a piece of a bar, by itself, for a legend; its meaning stands beside it."""
-    drawn = f'<rect y="2" width="16" height="12" class="bar k-{kind}"/>' if bar else mark(kind, "8", 8)
-    return f'<svg class="key" width="16" height="16" aria-hidden="true">{drawn}</svg>'
+    """A mark or a short bar on its own, for a legend with its meaning next to it."""
+    shape = f'<rect y="2" width="16" height="12" class="bar k-{kind}"/>' if bar else mark(kind, "8", 8)
+    return f'<svg class="key" width="16" height="16" aria-hidden="true">{shape}</svg>'
 
 
 @dataclass
 class _Canvas:
-    """Collects the parts of one drawing."""
+    """Collects the elements of a drawing."""
 
     chart: Chart
     name: str
@@ -59,9 +59,9 @@ class _Canvas:
     parts: list[str] = field(default_factory=list)
 
     def text(self, x: str, y: float, words: str, role: str = "", shift: float = 0.0, anchor: str = "start") -> None:
-        moved = f' dx="{shift:g}"' if shift else ""
+        offset = f' dx="{shift:g}"' if shift else ""
         self.parts.append(
-            f'<text x="{x}" y="{y:g}"{moved} class="{role or "t"}" text-anchor="{anchor}">{escape(words)}</text>'
+            f'<text x="{x}" y="{y:g}"{offset} class="{role or "t"}" text-anchor="{anchor}">{escape(words)}</text>'
         )
 
     def line(self, x1: str, y1: float, x2: str, y2: float, role: str) -> None:
@@ -82,7 +82,7 @@ def _percent(share: float) -> str:
 
 
 def _lines_of(label: str) -> list[str]:
-    """A long label in several lines, broken after a ``+``, a space or an underscore, or else anywhere."""
+    """Split a long label into lines after a ``+``, a space or an underscore, or anywhere if there is none."""
     lines = [""]
     for part in label.replace("+", "+\0").replace(" ", " \0").replace("_", "_\0").split("\0"):
         while len(part) > LONGEST:
@@ -116,7 +116,7 @@ def _draw_rows(chart: Rows, name: str) -> str:
 
 
 def _draw_reference_lines(canvas: _Canvas, chart: Rows, top: float, bottom: float) -> None:
-    for i, (value, label) in enumerate(chart.lines):  # their names below each other
+    for i, (value, label) in enumerate(chart.lines):  # labels one below the other
         share = chart.axis.share(value)
         canvas.line(_percent(share), 15 + 13 * i, _percent(share), bottom, "reference")
         anchor = "start" if share < 0.2 else "end" if share > 0.8 else "middle"
@@ -132,7 +132,7 @@ def _draw_row(canvas: _Canvas, chart: Rows, row: Row, y: float) -> None:
         canvas.parts.append(f'<rect x="0" y="{y - 7:g}" width="{at}" height="14" class="bar k-{row.kind}"/>')
     if row.interval is not None:
         low, high = (_percent(chart.axis.share(end)) for end in row.interval)
-        role = f"interval k-{'base' if chart.bars else row.kind}"  # on a bar of its own colour it would not be seen
+        role = f"interval k-{'base' if chart.bars else row.kind}"  # invisible on a bar of the same colour
         canvas.line(low, y, high, y, role)
         for end in (low, high):
             canvas.line(end, y - 4, end, y + 4, role)
@@ -171,11 +171,11 @@ def _draw_plot(chart: Plot, name: str) -> str:
         for x, y in points if series.marked else ():
             canvas.parts.append(mark(series.kind, _percent(x), y))
     left = 10 + LETTER * max((len(text) for _, text in chart.y.ticks), default=0)
-    drawn = canvas.done(max(left, 38) if not chart.small else left, 14)
+    drawing = canvas.done(max(left, 38) if not chart.small else left, 14)
     if not chart.small:
-        return drawn
+        return drawing
     role = ' class="strong"' if chart.strong else ""
-    return f'<div class="panel"><p aria-hidden="true"{role}>{escape(chart.title)}</p>{drawn}</div>'
+    return f'<div class="panel"><p aria-hidden="true"{role}>{escape(chart.title)}</p>{drawing}</div>'
 
 
 def _down(axis: Axis, value: float, top: float, bottom: float) -> float:
@@ -183,7 +183,7 @@ def _down(axis: Axis, value: float, top: float, bottom: float) -> float:
 
 
 def _places(chart: Plot, series: Series, top: float, bottom: float) -> list[tuple[float, float]]:
-    """Share across and pixels down of the points that are finite."""
+    """Positions of the finite points: horizontal as a share, vertical in pixels."""
     finite = [(x, y) for x, y in series.points if math.isfinite(x) and math.isfinite(y)]
     return [(chart.x.share(x), _down(chart.y, y, top, bottom)) for x, y in finite]
 
@@ -198,11 +198,11 @@ def _draw_line(canvas: _Canvas, kind: str, places: Sequence[tuple[float, float]]
 
 
 def _draw_labels(canvas: _Canvas, series: Sequence[Series], places: Sequence[list[tuple[float, float]]]) -> None:
-    """A name beside each labelled point, where it hides least; what follows a space is shown on wide pages only."""
-    labelled = [(own, points) for own, points in zip(series, places, strict=True) if own.labels]
+    """Label the points where little is covered; text after a space is shown on wide pages only."""
+    pairs = [(own, points) for own, points in zip(series, places, strict=True) if own.labels]
     line = [point for own, points in zip(series, places, strict=True) if own.joined for point in points]
-    points = [point for _, own in labelled for point in own]
-    labels = [label for own, _ in labelled for label in own.labels]
+    points = [point for _, own in pairs for point in own]
+    labels = [label for own, _ in pairs for label in own.labels]
     for (x, y), (place, label) in zip(points, placed(points, labels, line), strict=True):
         short, _, rest = label.partition(" ")
         more = f'<tspan class="wide"> {escape(rest)}</tspan>' if rest else ""

@@ -6,25 +6,25 @@ import math
 from collections.abc import Iterable
 
 MINUS = "\u2212"
-PLUS_MINUS = "\u00a0±\u00a0"  # which no line ends within
+PLUS_MINUS = "\u00a0±\u00a0"  # with non-breaking spaces
 NONE = "–"  # an empty cell
 
 
 def code(text: str) -> str:
-    """Marks text as code: what stands between backticks is set in a fixed-width font."""
+    """Mark text as code: backticks enclose text in a fixed-width font."""
     return f"`{text.replace('`', chr(39))}`"
 
 
 def code_parts(text: str) -> list[tuple[bool, str]]:
-    """A text in parts: whether each is code, and what it says. A backtick without a second one is only a backtick."""
+    """Split a text into (is code, text) parts. An unpaired backtick is an ordinary character."""
     parts = text.split("`")
     return [(i % 2 == 1, part) for i, part in enumerate(parts) if part] if len(parts) % 2 else [(False, text)]
 
 
 def names(items: Iterable[str]) -> str:
     """``a, b and c``, each as code."""
-    marked = [code(item) for item in items]
-    return " and ".join(filter(None, [", ".join(marked[:-1]), *marked[-1:]]))
+    codes = [code(item) for item in items]
+    return " and ".join(filter(None, [", ".join(codes[:-1]), *codes[-1:]]))
 
 
 def metric_name(metric: str) -> str:
@@ -32,7 +32,7 @@ def metric_name(metric: str) -> str:
 
 
 def score(value: float | None) -> str:
-    """Three decimals, or three digits where these would not show it."""
+    """Format with three decimals, or three digits where three decimals would show nothing."""
     if value is None or not math.isfinite(value):
         return NONE
     plain = value == 0 or 0.01 <= abs(value) < 1000
@@ -40,25 +40,25 @@ def score(value: float | None) -> str:
 
 
 def signed(value: float) -> str:
-    """With its sign, also where it is too small to be seen; 0 without."""
-    shown = score(abs(value)) if abs(value) >= 1000 else f"{abs(value):.3f}"
-    return shown if abs(value) < SAME else f"{'+' if value > 0 else MINUS}{shown}"
+    """Format with a sign, even if the value rounds to 0; an exact 0 has none."""
+    text = score(abs(value)) if abs(value) >= 1000 else f"{abs(value):.3f}"
+    return text if abs(value) < SAME else f"{'+' if value > 0 else MINUS}{text}"
 
 
 def score_like(value: float) -> str:
-    """A standard deviation or error: three decimals, also where it is small."""
+    """Format a standard deviation or error with three decimals, even if small."""
     return f"{value:.3f}" if value < 1000 else f"{value:.3g}"
 
 
 def seconds(value: float | None) -> str:
-    """A number of seconds for a table: one decimal below ten."""
+    """Format seconds for a table: one decimal below ten."""
     if value is None or not math.isfinite(value):
         return NONE
     return f"{value:.1f}" if 0 < value < 9.95 else f"{value:,.0f}"
 
 
 def duration(value: float) -> str:
-    """``1 h 5 min``, ``3 min 20 s``, ``12 s``."""
+    """Format a duration: ``1 h 5 min``, ``3 min 20 s``, ``12 s``."""
     whole = round(value)
     for size, unit, smaller, name in ((3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
@@ -68,7 +68,7 @@ def duration(value: float) -> str:
 
 
 def plain(value: object) -> str:
-    """A value of an option or a setting."""
+    """Format the value of an option or setting."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and abs(value) >= 10_000:
@@ -80,4 +80,4 @@ def plain(value: object) -> str:
     return "none" if value is None or value == "" else str(value)
 
 
-SAME = 1e-9  # scores as near as this are a tie: they are means of floats
+SAME = 1e-9  # scores this close are tied: they are means of floats

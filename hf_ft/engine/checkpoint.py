@@ -1,4 +1,4 @@
-"""What is written and read: weights (strictly), states, deltas, and which checkpoints are whole."""
+"""Saving and loading: weights (strictly), strategy states, deltas, and checkpoint integrity."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-        CheckpointError: missing, truncated or damaged.
+        CheckpointError: if it is missing, truncated or damaged.
     """
     try:
         with safe_open(tensors_file, framework="pt") as file:
@@ -57,17 +57,17 @@ def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_states(folder: Path, states: Mapping[str, State]) -> None:
-    """Write ``ft_state.safetensors``: every strategy's tensors under its name, what is JSON in the header."""
+    """Write ``ft_state.safetensors``: every strategy's tensors under its name, and JSON values in the header."""
     tensors = {f"{name}/{key}": t.contiguous().cpu() for name, s in states.items() for key, t in s.tensors.items()}
     info = json.dumps({name: dict(state.info) for name, state in states.items()})
     save_file(tensors, folder / STATE_NAME, metadata={"format": "pt", "info": info})
 
 
 def read_states(folder: str | Path) -> dict[str, State]:
-    """The states saved in a folder, by strategy.
+    """Load the strategy states saved in a folder, by strategy.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: if they are missing or damaged.
     """
     file = Path(folder) / STATE_NAME
     tensors, metadata = checked(file)
@@ -82,14 +82,13 @@ def read_states(folder: str | Path) -> dict[str, State]:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Put the weights saved in a folder into a model: all of them, or an error.
+    """Load the weights saved in a folder into a model, strictly.
 
-    They are read by the model class's own loader. Names in ``model.safetensors`` differ from those of
-    ``state_dict()`` for some families (ViT, Swin), so that loading the file by names leaves most weights as
-    they were.
+    They are read by the model class's own loader: for some families (ViT, Swin) the names in ``model.safetensors``
+    differ from those of ``state_dict()``, so that loading the file by name would leave most weights unchanged.
 
     Raises:
-        CheckpointError: missing, damaged, or of another model.
+        CheckpointError: if the weights are missing, damaged, or of another model.
     """
     folder = Path(folder)
     try:
@@ -117,28 +116,28 @@ def _read_pretrained(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
 
 def _load_adapter(model: PeftModel, folder: Path) -> None:
     adapter = model.active_adapters[0]
-    saved = load_peft_weights(str(folder), device="cpu")
-    wanted = set(get_peft_model_state_dict(model, adapter_name=adapter))
-    if set(saved) != wanted:
+    tensors = load_peft_weights(str(folder), device="cpu")
+    names = set(get_peft_model_state_dict(model, adapter_name=adapter))
+    if set(tensors) != names:
         raise CheckpointError(
-            f"the adapter in {folder} does not fit the model: missing {sorted(wanted - set(saved))[:5]}, "
-            f"unexpected {sorted(set(saved) - wanted)[:5]}. Take the model and tuner they are of."
+            f"the adapter in {folder} does not fit the model: missing {sorted(names - set(tensors))[:5]}, "
+            f"unexpected {sorted(set(tensors) - names)[:5]}. Take the model and tuner they are of."
         )
-    set_peft_model_state_dict(model, saved, adapter_name=adapter)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     result = model.load_state_dict(checked(folder / BUFFERS_NAME)[0], strict=False)
     if result.unexpected_keys:
         raise CheckpointError(f"{folder / BUFFERS_NAME} holds buffers unknown to the model: {result.unexpected_keys}.")
 
 
 def save_buffers(model: PeftModel, folder: Path) -> None:
-    """Write the buffers of a PEFT model: PEFT saves parameters only, and BatchNorm statistics may have moved."""
+    """Save the buffers of a PEFT model: PEFT saves only parameters, but BatchNorm statistics may have changed."""
     buffers = {name: b.detach().cpu().contiguous() for name, b in model.named_buffers() if name in model.state_dict()}
     save_file(buffers, folder / BUFFERS_NAME)
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """No progress bar and no loading report for a checkpoint that we wrote ourselves."""
+    """Silence progress bars and loading reports for a checkpoint of our own."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -154,7 +153,7 @@ def _quietly() -> Iterator[None]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint can be resumed from: all its files are there and whole."""
+    """Whether a checkpoint can be resumed from: all its files exist and are intact."""
     try:
         json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         read_config_file(folder)
@@ -166,15 +165,15 @@ def is_complete(folder: Path) -> bool:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    found = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := _CHECKPOINT.match(p.name))]
-    return [path for _, path in sorted(found)]
+    folders = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := _CHECKPOINT.match(p.name))]
+    return [path for _, path in sorted(folders)]
 
 
 def last_checkpoint(output_dir: str | Path) -> Path:
-    """The newest whole checkpoint of a run; broken ones are passed over.
+    """The newest complete checkpoint of a run; incomplete ones are skipped.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: if there is none.
     """
     for folder in reversed(checkpoints(output_dir)):
         if is_complete(folder):
@@ -184,13 +183,13 @@ def last_checkpoint(output_dir: str | Path) -> Path:
 
 
 def remove_incomplete(output_dir: str | Path) -> None:
-    """Delete what a killed process left half written."""
+    """Delete partially written checkpoints of a killed process."""
     for folder in Path(output_dir).glob(f"{INCOMPLETE}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def move_into_place(written: Path, final: Path) -> None:
-    """Give a wholly written folder its name; one of that name is replaced, and never lost before."""
+    """Rename a completely written folder to its final name; an existing one is only removed once replaced."""
     if final.exists():
         old = final.with_name(f"{INCOMPLETE}old-{final.name}")
         shutil.rmtree(old, ignore_errors=True)
@@ -205,7 +204,7 @@ def move_into_place(written: Path, final: Path) -> None:
 
 
 def digests(model: nn.Module) -> dict[str, str]:
-    """A hash of every parameter and buffer by its name, so that no copy need be kept to tell what changed."""
+    """Hash every parameter and buffer by name, so that changes can be detected without keeping a copy."""
     return {name: _digest(tensor) for name, tensor in model.state_dict().items()}
 
 
@@ -216,7 +215,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def base_digest(hashes: Mapping[str, str], head: tuple[str, ...]) -> str:
-    """One hash of a base model without its head, which is new in every fine-tuning."""
+    """One hash of a base model without its head, which every fine-tuning initialises anew."""
     body = sorted(item for item in hashes.items() if not any(covers(prefix, item[0]) for prefix in head))
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
@@ -228,15 +227,15 @@ def save_delta(
     configs: tuple[FTConfig, ...],
     base_name: str | None,
 ) -> None:
-    """Write only what differs from the base: ``ft_delta.safetensors``, ``ft_config.json``, ``config.json``.
+    """Save only the difference from the base: ``ft_delta.safetensors``, ``ft_config.json``, ``config.json``.
 
     Args:
-        model: after training.
+        model: model after training.
         base: :func:`digests` of the model before training.
-        base_name: the base's Hub id, kept for the reader.
+        base_name: Hub id of the base, for information.
 
     Raises:
-        CheckpointError: a PEFT model (its adapter is its delta), or a model with other tensors than its base.
+        CheckpointError: for a PEFT model (its adapter is its delta), or a model whose tensors differ from its base's.
     """
     if isinstance(model, PeftModel):
         raise CheckpointError("a PEFT adapter is a delta already: use save_model or model.save_pretrained.")
@@ -244,16 +243,16 @@ def save_delta(
     if set(state) != set(base):
         raise CheckpointError("the model has other tensors than its base; use save_model, which saves all of them.")
     head = anatomy(model, shared_option(configs, "head"), shared_option(configs, "blocks")).head.modules
-    changed = {
+    delta = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in state.items()
         if any(covers(prefix, name) for prefix in head) or _digest(tensor) != base[name]
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    described = {"name": base_name, "sha256": base_digest(base, head), "head": list(head)}
-    save_file(changed, folder / DELTA_NAME, metadata={"format": "pt", "base": json.dumps(described)})
-    write_configs(folder, configs, base_model=described)
+    base_info = {"name": base_name, "sha256": base_digest(base, head), "head": list(head)}
+    save_file(delta, folder / DELTA_NAME, metadata={"format": "pt", "base": json.dumps(base_info)})
+    write_configs(folder, configs, base_model=base_info)
     if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
@@ -261,24 +260,24 @@ def save_delta(
 
 
 def load_delta(base: nn.Module | str, path: str | Path) -> nn.Module:
-    """The fine-tuned model from its base and what :func:`save_delta` wrote, bit for bit.
+    """Restore the fine-tuned model, bit for bit, from its base and a delta saved by :func:`save_delta`.
 
     Args:
-        base: the base model with a head of the right size (changed in place), or its Hub id or folder, from
-            which it is loaded with the head that the delta brings.
+        base: the base model with a head of the right size (modified in place), or its Hub id or folder, from which
+            it is loaded with the head of the delta.
 
     Raises:
-        CheckpointError: another base, or a damaged file.
+        CheckpointError: for another base or a damaged file.
     """
     folder = Path(path)
     tensors, metadata = checked(folder / DELTA_NAME)
-    described = json.loads(metadata["base"])
+    base_info = json.loads(metadata["base"])
     model = _load_base(base, folder) if isinstance(base, str) else base
-    found = base_digest(digests(model), tuple(described["head"]))
-    if found != described["sha256"]:
+    digest = base_digest(digests(model), tuple(base_info["head"]))
+    if digest != base_info["sha256"]:
         raise CheckpointError(
             f"{base if isinstance(base, str) else 'this model'} is not the base of {folder}: its hash without the "
-            f"head is {found[:12]}, wanted is {described['sha256'][:12]} ({described['name'] or 'unnamed'})."
+            f"head is {digest[:12]}, wanted is {base_info['sha256'][:12]} ({base_info['name'] or 'unnamed'})."
         )
     try:
         result = model.load_state_dict(tensors, strict=False)

@@ -1,4 +1,4 @@
-"""The forward passes of a step: the target's batch, with those of streams concatenated to it or after it."""
+"""The forward passes of a step: the target batch, and stream batches concatenated to it or run after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PADDING = {"attention_mask": 0, "token_type_ids": 0}
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """A batch of a stream, and the layers that are wanted of it."""
+    """A batch of a stream, and the layers to record on it."""
 
     stream: Stream
     batch: Mapping[str, Any]
@@ -31,14 +31,14 @@ class StreamBatch:
 
 @dataclass(frozen=True)
 class Forward:
-    """What came out.
+    """Results of the forward passes of a step.
 
     Attributes:
-        loss: the task's, of the target's batch; None where it has no labels.
-        outputs: the model's.
-        states: the layers of the target's batch.
-        features: what goes into the head, of the target's batch, if wanted.
-        streams: the streams' batches and layers, by name.
+        loss: task loss on the target batch; None without labels.
+        outputs: outputs of the model.
+        states: recorded layers of the target batch.
+        features: input of the head for the target batch, if requested.
+        streams: batches and recorded layers of the streams, by name.
     """
 
     loss: Tensor | None
@@ -58,41 +58,41 @@ def forward(
     wants_features: bool = False,
     streams: Sequence[StreamBatch] = (),
 ) -> Forward:
-    """Run the target's batch, and those of streams as each of them says.
+    """Run the target batch and the stream batches, jointly or separately as each stream specifies.
 
     Args:
         task_loss: model and batch -> loss and outputs.
-        layers: those wanted of the target's batch.
+        layers: layers to record on the target batch.
         head: names of the head's modules.
-        wants_features: whether what goes into it is wanted.
+        wants_features: whether to record the head's input.
     """
     together = [other for other in streams if other.stream.forward == "joint"]
-    rows, joined = None, batch
+    rows, joint_batch = None, batch
     if together:
         pad_token = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-        joined = concatenate(batch, {other.stream.name: other.batch for other in together}, pad_token)
+        joint_batch = concatenate(batch, {other.stream.name: other.batch for other in together}, pad_token)
         rows = rows_of(batch)
-    tapped = tuple(dict.fromkeys([*layers, *(layer for other in together for layer in other.layers)]))
-    # The taps come first: they see all rows where the head takes fewer.
-    with Taps(model, tapped, head if wants_features else ()) as taps, head_sees(model, head, rows):
-        loss, outputs = task_loss(model, joined)
+    tap_layers = tuple(dict.fromkeys([*layers, *(layer for other in together for layer in other.layers)]))
+    # Taps are registered first, so that they see all rows where the head receives fewer.
+    with Taps(model, tap_layers, head if wants_features else ()) as taps, head_sees(model, head, rows):
+        loss, outputs = task_loss(model, joint_batch)
     if together:
         everything = sum(rows_of(one) for one in (batch, *(other.batch for other in together)))
         _check_rows(taps.states, everything, [layer for other in together for layer in other.layers])
-    found, start = {}, rows or 0
+    views, start = {}, rows or 0
     for other in together:
         end = start + rows_of(other.batch)
-        found[other.stream.name] = _view(other, {layer: taps.states[layer][start:end] for layer in other.layers})
+        views[other.stream.name] = _view(other, {layer: taps.states[layer][start:end] for layer in other.layers})
         start = end
     for other in streams:
         if other.stream.forward == "separate":
-            found[other.stream.name] = _view(other, run_to(model, other.layers, inputs_of(other.batch)))
+            views[other.stream.name] = _view(other, run_to(model, other.layers, inputs_of(other.batch)))
     states = {layer: taps.states[layer][:rows] for layer in layers if layer in taps.states}
-    return Forward(loss, outputs, states, None if taps.features is None else taps.features[:rows], found)
+    return Forward(loss, outputs, states, None if taps.features is None else taps.features[:rows], views)
 
 
 def _check_rows(states: Mapping[str, Tensor], rows: int, of_streams: Sequence[str]) -> None:
-    """Refuse a layer that a joint forward cannot divide: one behind the head, say, or of windows of images."""
+    """Reject a layer whose rows do not correspond to samples, such as one after the head or one of image windows."""
     for layer, state in states.items():
         if len(state) != rows and (layer in of_streams or len(state) > rows):
             raise OptionError(
@@ -116,10 +116,10 @@ def rows_of(batch: Mapping[str, Any]) -> int:
 
 
 def check_columns(target: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse streams that have other columns than the target.
+    """Reject streams whose columns differ from the target's.
 
     Raises:
-        OptionError: naming stream, column and fix.
+        OptionError: if they differ; the message names stream, column and fix.
     """
     for stream, batch in others.items():
         names = [{n for n, value in inputs_of(one).items() if isinstance(value, Tensor)} for one in (target, batch)]
@@ -134,20 +134,20 @@ def check_columns(target: Mapping[str, Any], others: Mapping[str, Mapping[str, A
 def concatenate(
     target: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]], pad_token: int = 0
 ) -> dict[str, Any]:
-    """The batch of the target and, after it, those of streams; labels are the target's alone.
+    """Concatenate the batches of streams to the target batch; labels are the target's only.
 
     Token sequences are padded to the longest.
 
     Args:
-        target: keyword arguments of the model; what has no row per sample is kept.
-        others: batches by the name of their stream.
-        pad_token: fills ``input_ids``.
+        target: keyword arguments of the model; entries without a sample dimension are kept.
+        others: batches by stream name.
+        pad_token: padding value of ``input_ids``.
 
     Raises:
-        OptionError: a column is missing, or its rows have another shape; the stream and the fix are named.
+        OptionError: if a column is missing or differs in shape; the message names the stream and the fix.
     """
     check_columns(target, others)
-    rows, joined = rows_of(target), dict(target)
+    rows, result = rows_of(target), dict(target)
     for name, column in inputs_of(target).items():
         if not isinstance(column, Tensor) or not column.dim() or len(column) != rows:
             continue
@@ -168,16 +168,16 @@ def concatenate(
                     f"{stream}_dataset gives {name!r} of shape {tuple(other.shape[1:])}, train_dataset "
                     f"{tuple(column.shape[1:])}: process both to one size, or set {stream}_forward='separate'."
                 )
-        joined[name] = torch.cat([other.to(column.dtype) for other in columns])
-    return joined
+        result[name] = torch.cat([other.to(column.dtype) for other in columns])
+    return result
 
 
 @contextlib.contextmanager
 def head_sees(model: nn.Module, head: Sequence[str], rows: int | None) -> Iterator[None]:
-    """Within this context, the head takes the first rows of whatever comes to it; all where that is None.
+    """Within this context, the head receives only the first rows of its input; all rows for None.
 
     Args:
-        head: names of its modules. Those without parameters (a dropout before the last layer) see all rows.
+        head: names of its modules. Modules without parameters (a dropout before the last layer) receive all rows.
     """
     if rows is None:
         yield
@@ -195,8 +195,8 @@ def head_sees(model: nn.Module, head: Sequence[str], rows: int | None) -> Iterat
         return value[:rows] if isinstance(value, Tensor) and value.dim() else value
 
     modules = [model.get_submodule(name) for name in head]
-    learned = [module for module in modules if next(module.parameters(), None) is not None]
-    handles = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in learned]
+    layers = [module for module in modules if next(module.parameters(), None) is not None]
+    handles = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in layers]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The objective: a plan's loss as one module, so that DDP, autocast and compilation see all of it."""
+"""The objective: a plan's total loss as one module, so that DDP, autocast and compilation cover all of it."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from hf_ft.models.parts import Chain
 
 
 class Objective(nn.Module):
-    """Model and plan as one module: keyword arguments of the model in, its outputs with the whole loss out.
+    """Model and plan as one module: takes the model's keyword arguments, returns its outputs with the total loss.
 
-    In training ``outputs["loss"]`` is task + terms and ``outputs["terms"]`` holds each summand, detached, by
-    name. In evaluation the loss is the task's alone, so that choosing the best model does not depend on how
-    strongly it was held.
+    In training, ``outputs["loss"]`` is the task loss plus all terms, and ``outputs["terms"]`` holds each detached
+    summand by name. In evaluation the loss is the task loss alone, so that selecting the best model does not depend
+    on the strength of regularisation.
 
     Args:
         model: the user's model.
-        plan: what :func:`hf_ft.engine.run.set_up` made of the strategies.
-        chains: the model's parts in forward order (anatomy); what comes before all that trains runs in eval mode,
-            dropout and norms alike.
-        trainable: names of the parameters that may train at all.
-        anchors: starting values by parameter name.
-        task_loss: the loss of the task.
-        reference: the model as it was at the start, for terms that compare with it.
+        plan: the plan that :func:`hf_ft.engine.run.set_up` composed from the strategies.
+        chains: the model's parts in forward order (anatomy); everything before the first trained part runs in eval
+            mode, dropout and norms included.
+        trainable: names of the parameters that may be trained at all.
+        anchors: initial values by parameter name.
+        task_loss: the task loss.
+        reference: the initial model, for terms that compare with it.
 
     Attributes:
-        terms: those of the plan's that matter in the present stage.
-        reference_layers: the layers whose reference states these need.
-        prefix: where set, batches with activations at its borders run only what follows; others run as always.
-        alive: what trains, and whose norms move, in the present stage.
-        trained: the parameters that train in it, those of terms too.
+        terms: terms of the plan that are active in the current stage.
+        reference_layers: layers whose reference states these terms need.
+        prefix: if set, batches with activations at its borders skip everything before; other batches run normally.
+        alive: what trains, and which norms update their statistics, in the current stage.
+        trained: parameters trained in the current stage, including those of terms.
     """
 
-    # Tells transformers.Trainer that losses are micro-batch means: without it, losses and gradients of many
-    # models come out times the accumulation steps (transformers#47688).
+    # Tells transformers.Trainer that losses are micro-batch means: otherwise, losses and gradients of many models are
+    # multiplied by the number of accumulation steps (transformers#47688).
     accepts_loss_kwargs = False
 
     def __init__(
@@ -76,7 +76,7 @@ class Objective(nn.Module):
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []
         self._settled = False
-        self._live_layers: set[str] = set()  # those that a trained parameter reaches
+        self._live_layers: set[str] = set()  # those after a trained parameter
         self.prefix: FrozenPrefix | None = None
         self.trained: list[nn.Parameter] = list(self.parameters())
         everything = [name for name, _ in model.named_parameters()]
@@ -98,69 +98,69 @@ class Objective(nn.Module):
         if not self.training:
             loss, outputs = self.task_loss(self.model, batch)
             return outputs if loss is None else {"loss": loss, **outputs}
-        weighed = self._weighed()
-        passed = forward(
+        active = self._active_terms()
+        result = forward(
             self.model,
             self.task_loss,
             batch,
-            layers=_layers(term for term, _ in weighed if term.stream is None),
+            layers=_layers(term for term, _ in active if term.stream is None),
             head=tuple(name for chain in self.chains for name in chain.parts[-1].modules),
-            wants_features=any("features" in term.needs for term, _ in weighed),
-            streams=self._stream_batches(weighed, streams),
+            wants_features=any("features" in term.needs for term, _ in active),
+            streams=self._stream_batches(active, streams),
         )
-        loss, outputs = passed.loss, passed.outputs
+        loss, outputs = result.loss, result.outputs
         if loss is None:
             return outputs
         view = self._view
-        view.batch = batch if any("inputs" in term.needs for term, _ in weighed) else {}
-        view.outputs, view.features, view.progress = outputs, passed.features, self.progress
-        view.streams = passed.streams
-        self._look_at_states(weighed, passed.states, recorded, batch, loss.device)
+        view.batch = batch if any("inputs" in term.needs for term, _ in active) else {}
+        view.outputs, view.features, view.progress = outputs, result.features, self.progress
+        view.streams = result.streams
+        self._look_at_states(active, result.states, recorded, batch, loss.device)
         total, terms = loss, {"task": loss.detach()}
-        # Differences of weights and kernels of features need float32, whatever the model computes in.
+        # Weight differences and kernels of features need float32, whatever the model's dtype.
         with torch.autocast(loss.device.type, enabled=False):
-            for term, factor in weighed:
+            for term, factor in active:
                 value = factor * term.fn(view).to(loss.device)
                 total = total + value
                 terms[term.name] = value.detach()
         view.release()
         return {"loss": total, "terms": terms, **outputs}
 
-    def _weighed(self) -> list[tuple[Term, float]]:
-        """The terms that count at present, each with its weight."""
+    def _active_terms(self) -> list[tuple[Term, float]]:
+        """The currently active terms, each with its weight."""
         return [(term, factor) for term in self.terms if (factor := self._factor(term)) != 0.0]
 
     @property
     def live_streams(self) -> tuple[str, ...]:
-        """The streams of which the present step needs a batch, as ``stream_<name>`` beside the target's."""
-        return tuple(dict.fromkeys(term.stream for term, _ in self._weighed() if term.stream is not None))
+        """Streams whose batch the current step needs, as ``stream_<name>`` in addition to the target's."""
+        return tuple(dict.fromkeys(term.stream for term, _ in self._active_terms() if term.stream is not None))
 
     @property
     def sometimes_unused(self) -> bool:
-        """Whether some of what is ever trained gets no gradient in some step: it waits for its stage, or its term."""
-        learned = [term for term in self.plan.terms if isinstance(term.fn, nn.Module)]
-        idle = any(term.schedule is not None or term not in self.terms for term in learned)
+        """Whether a trained parameter gets no gradient in some step, because its stage or term is inactive."""
+        trainable_terms = [term for term in self.plan.terms if isinstance(term.fn, nn.Module)]
+        idle = any(term.schedule is not None or term not in self.terms for term in trainable_terms)
         return len(self.plan.stages) > 1 or idle
 
     @property
     def uses_reference(self) -> bool:
-        """Whether a term compares with the model as it was in the present step."""
-        return any("reference" in term.needs for term, _ in self._weighed())
+        """Whether a term compares with the initial model in the current step."""
+        return any("reference" in term.needs for term, _ in self._active_terms())
 
     def _stream_batches(
-        self, weighed: Sequence[tuple[Term, float]], given: Mapping[str, Mapping[str, Any]]
+        self, active: Sequence[tuple[Term, float]], given: Mapping[str, Mapping[str, Any]]
     ) -> list[StreamBatch]:
-        wanted = {term.stream for term, _ in weighed if term.stream is not None}
-        missing = sorted(wanted - set(given))
+        names = {term.stream for term, _ in active if term.stream is not None}
+        missing = sorted(names - set(given))
         if missing:
             raise OptionError(
                 f"a term of the loss needs a batch of the stream {missing[0]!r}: pass it to the objective as "
                 f"{STREAM}{missing[0]}={{...}}."
             )
         return [
-            StreamBatch(s, given[s.name], _layers(term for term, _ in weighed if term.stream == s.name))
+            StreamBatch(s, given[s.name], _layers(term for term, _ in active if term.stream == s.name))
             for s in self.plan.streams
-            if s.name in wanted
+            if s.name in names
         ]
 
     def _factor(self, term: Term) -> float:
@@ -168,14 +168,14 @@ class Objective(nn.Module):
 
     def _look_at_states(
         self,
-        weighed: Sequence[tuple[Term, float]],
+        active: Sequence[tuple[Term, float]],
         states: Mapping[str, Tensor],
         recorded: Mapping[str, Tensor],
         batch: Mapping[str, Any],
         device: torch.device,
     ) -> None:
-        """Show the view what its terms' layers gave, and what they gave at the start: as recorded, or computed."""
-        mine = [term for term, _ in weighed if term.stream is None]
+        """Fill the view with the states of its terms' layers, and with reference states, recorded or computed."""
+        mine = [term for term, _ in active if term.stream is None]
         absent = [layer for term in mine for layer in term.layers if layer not in states]
         if absent:
             raise OptionError(f"layer {absent[0]!r} gave nothing: {NOT_CALLED}")
@@ -185,22 +185,22 @@ class Objective(nn.Module):
                 f"no gradient comes from layer {hidden[0]!r}, which a term of the loss needs. With gradient "
                 "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        wanted = [layer for term in mine if "reference" in term.needs for layer in term.layers]
-        # Text recorded in another batch may have been padded to another length.
+        layers = [layer for term in mine if "reference" in term.needs for layer in term.layers]
+        # Text recorded in another batch may be padded to another length.
         reference = {n: state for n, state in recorded.items() if n in states and state.shape == states[n].shape}
-        missing = [layer for layer in dict.fromkeys(wanted) if layer not in reference]
+        missing = [layer for layer in dict.fromkeys(layers) if layer not in reference]
         if missing:
             assert self.reference is not None
             reference |= self.reference.states(missing, batch, device)
         view = self._view
         view.states = {name: wide(state) for name, state in states.items()}
-        view.reference = {name: wide(reference[name]) for name in wanted}
+        view.reference = {name: wide(reference[name]) for name in layers}
         view.token_mask = token_mask(batch, states.values())
 
     def enter(self, stage: Stage) -> None:
-        """Make this stage's parameters train, and no others; choose what runs in eval mode."""
+        """Train the parameters of this stage and no others; select the modules that run in eval mode."""
         trained = set(trained_by(stage, self.model, self._trainable))
-        super().zero_grad()  # those of the last stage
+        super().zero_grad()  # gradients of the previous stage
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -218,7 +218,7 @@ class Objective(nn.Module):
         self.train(self.training)
 
     def _choose_terms(self) -> None:
-        """The terms that matter in a stage: not those that look at layers before all that changes."""
+        """Select the terms active in this stage: all except those on layers before everything that changes."""
         begins = self.alive.live_from
         self.terms = [
             term for term in self.plan.terms if not term.layers or any(self._follows(x, begins) for x in term.layers)
@@ -228,7 +228,7 @@ class Objective(nn.Module):
         self.wants_inputs = any(term.layers or term.stream or "inputs" in term.needs for term in self.terms)
 
     def _follows(self, layer: str, begins: Sequence[int]) -> bool:
-        """Whether a layer lies in, or holds, one of its chain's parts from this index on."""
+        """Whether a layer lies in, or contains, one of its chain's parts from this index on."""
         for chain, begin in zip(self.chains, begins, strict=True):
             inside = [
                 index
@@ -236,7 +236,7 @@ class Objective(nn.Module):
                 for module in part.modules
                 if covers(module, layer) or covers(layer, module)
             ]
-            # An activation between two parts, say, is in none: it may lie anywhere before the head.
+            # An activation between two parts, for example, is in neither: it may lie anywhere before the head.
             last = max(inside, default=len(chain.parts) - 2 if covers(chain.name, layer) else -1)
             if last >= begin:
                 return True
@@ -244,10 +244,10 @@ class Objective(nn.Module):
 
     def train(self, mode: bool = True) -> Objective:
         if mode and self._settled and self.training and self.model.training:
-            return self  # the Trainer calls this every step: going through all modules takes longer than a probe's step
+            return self  # the Trainer calls this every step: walking all modules takes longer than a linear-probe step
         super().train(mode)
         self._settled = mode
-        if mode:  # which would have woken what is frozen
+        if mode:  # which has switched frozen modules to train mode as well
             for module in self._asleep:
                 module.training = False
             for module in self._awake:
@@ -255,7 +255,7 @@ class Objective(nn.Module):
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of any module; only what trains has gradients, and going through all modules each step is slow."""
+        """Reset the gradients of trained parameters only: walking all modules each step is slow."""
         for parameter in self.trained:
             if set_to_none:
                 parameter.grad = None
@@ -264,5 +264,5 @@ class Objective(nn.Module):
 
 
 def _layers(terms: Iterable[Term]) -> Names:
-    """The layers of some terms, each once."""
+    """The distinct layers of some terms."""
     return tuple(dict.fromkeys(layer for term in terms for layer in term.layers))

@@ -1,4 +1,4 @@
-"""A run: what strategies become for one model. The Trainer and a hand-written loop use the same."""
+"""A run: strategies set up for a model. The Trainer and hand-written training loops share it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Strategies, set up for one model.
+    """Strategies set up for one model.
 
     Attributes:
         configs: the strategies.
-        states: what each measured, by ``ft_type``.
-        plan: their plans as one.
-        model: the model after surgery (the same object where nothing had to be replaced).
-        chains: its parts in forward order; empty where they cannot be told and nothing needs them.
+        states: the measured state of each, by ``ft_type``.
+        plan: their composed plan.
+        model: the model after surgery (the same object if nothing had to be replaced).
+        chains: its parts in forward order; empty where they are unknown and not needed.
         trainable: names of the parameters that were not frozen before.
-        anchors: starting values of the parameters that a term pulls back.
-        reference: the model as it was at the start, where a term compares with it.
+        anchors: initial values of the parameters that terms anchor.
+        reference: the initial model, if a term compares with it.
     """
 
     configs: tuple[FTConfig, ...]
@@ -56,25 +56,25 @@ class Run:
 
     @property
     def trained(self) -> list[str]:
-        """Names of the parameters that some stage trains."""
+        """Names of the parameters that any stage trains."""
         return ever_trained(self.plan, self.model, self.trainable)
 
     def objective(self, task_loss: TaskLoss | None = None) -> Objective:
-        """The loss as a module, ready to be wrapped: in its first stage, but for what requires a gradient.
+        """The loss as a module, ready to be wrapped: in its first stage, except for ``requires_grad``.
 
-        That is all that is ever trained, since DDP registers what requires a gradient when it wraps; the first
-        call of :meth:`stepper` freezes what the first stage does not train.
+        Every parameter that is ever trained requires a gradient, since DDP registers these when it wraps; the first
+        call of :meth:`stepper` freezes those that the first stage does not train.
         """
         objective = Objective(
             self.model, self.plan, self.chains, self.trainable, self.anchors, task_loss, self.reference
         )
-        used: set[str] = set()
+        active: set[str] = set()
         end = 1.0
-        for stage in reversed(self.plan.stages):  # the first one comes last
+        for stage in reversed(self.plan.stages):  # so that the first one is entered last
             objective.enter(stage)
-            used |= {term.name for term in objective.terms if _counts(term, end - stage.duration, end)}
+            active |= {term.name for term in objective.terms if _counts(term, end - stage.duration, end)}
             end -= stage.duration
-        idle = [term.name for term in self.plan.terms if term.name not in used]
+        idle = [term.name for term in self.plan.terms if term.name not in active]
         if idle:
             logger.warning_once(
                 f"{', '.join(idle)} does nothing: in every stage all that it looks at is frozen, or its weight is 0."
@@ -83,7 +83,7 @@ class Run:
         return objective
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Parameter groups for any torch optimizer: all that is ever trained, terms too, norms and biases undecayed."""
+        """Parameter groups for any torch optimizer: every trained parameter, no decay for norms and biases."""
         groups = decay_groups(self.model, self.trained, lr, weight_decay)
         return [
             *split_groups(groups, self.model, self.plan, self.trainable),
@@ -91,35 +91,35 @@ class Run:
         ]
 
     def scheduler(self, optimizer: Optimizer, total_steps: int, name: str = "linear", warmup: float = 0.0) -> LambdaLR:
-        """The schedule ``name`` of Transformers, once per stage; ``warmup`` is a fraction of each stage."""
+        """The Transformers schedule ``name``, once per stage; ``warmup`` is a fraction of each stage."""
         borders = stage_borders(self.plan.stages, total_steps)
         return stage_scheduler(optimizer, borders, lambda steps: schedule_curve(name, steps, round(warmup * steps)))
 
     def stepper(
         self, objective: Objective, total_steps: int, then: Callable[[Objective], None] | None = None
     ) -> Callable[[int], None]:
-        """A function to call with the number of each optimizer step (from 0) before it: it changes stages.
+        """Return a function that switches stages; call it before each optimizer step with the step's index (from 0).
 
         Args:
-            then: called with the objective whenever a stage has begun.
+            then: called with the objective at the start of each stage.
         """
         return Stepper(objective, stage_borders(self.plan.stages, total_steps), then)
 
     def unfreeze(self) -> None:
-        """Let all that is ever trained require a gradient, and nothing else."""
+        """Require gradients for exactly the parameters that any stage trains."""
         self._require_gradients(self.trained)
 
     def thaw(self) -> None:
-        """Make trainable what was trainable before: which parameters train is a stage's matter."""
+        """Restore the initial ``requires_grad``: which parameters train is up to each stage."""
         self._require_gradients(self.trainable)
 
     def _require_gradients(self, names: Iterable[str]) -> None:
-        chosen = set(names)
+        selection = set(names)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in chosen)
+            parameter.requires_grad_(name in selection)
 
     def finish(self) -> nn.Module:
-        """The model as the user wants it back: thawed, without a source head, and after the plan's ``finalise``."""
+        """The final model: unfrozen, without a source head, and after the plan's ``finalise``."""
         self.thaw()
         model = drop_source_head(self.model)
         for operation in self.plan.finalise:
@@ -129,13 +129,13 @@ class Run:
 
 @dataclass(eq=False)
 class Stepper:
-    """Moves an objective through its plan's stages: called with the number of each optimizer step before it.
+    """Advances an objective through its plan's stages; call it before each optimizer step with the step's index.
 
     Attributes:
         borders: the step at which each stage ends.
-        then: called with the objective whenever a stage has begun.
-        stage: the number of the present one; -1 before the first.
-        left: the steps that were left of it at the last call.
+        then: called with the objective at the start of each stage.
+        stage: index of the current stage; -1 before the first.
+        left: number of its steps that remained at the last call.
     """
 
     objective: Objective
@@ -161,16 +161,16 @@ def set_up(
     context: Context | None = None,
     states: Mapping[str, State] | None = None,
 ) -> Run:
-    """Measure, plan, and apply surgery.
+    """Measure, build the plan and apply surgery.
 
     Args:
-        model: a classifier of Transformers, or a PEFT model of one.
+        model: a Transformers classifier, or a PEFT model of one.
         strategy: a config, a registered name, or a list of either.
-        context: for strategies that look at the data first.
-        states: what was measured before (after a resume); then nothing is measured again.
+        context: for strategies that measure the data first.
+        states: states measured earlier (after a resume); nothing is measured again then.
 
     Raises:
-        OptionError: whatever cannot work, before the model is changed.
+        OptionError: for any invalid combination, before the model is changed.
     """
     configs = resolve(strategy)
     if states is None:
@@ -180,15 +180,15 @@ def set_up(
 
 
 def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: Mapping[str, State]) -> Run:
-    """Apply a plan's surgery, and note where its terms are anchored."""
+    """Apply a plan's surgery, and record the anchors of its terms."""
     for operation in plan.surgery:
         model = operation(model)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    anchored = [prefix for term in plan.terms for prefix in term.anchors]
+    anchor_names = [prefix for term in plan.terms for prefix in term.anchors]
     anchors = {
         name: parameter.detach().clone().to(torch.promote_types(parameter.dtype, torch.float32))
         for name, parameter in model.named_parameters()
-        if name in trainable and any(covers(prefix, name) for prefix in anchored)
+        if name in trainable and any(covers(prefix, name) for prefix in anchor_names)
     }
     compares = any("reference" in term.needs for term in plan.terms)
     chains, reference = _chains(configs, model, plan, trainable), Reference(model) if compares else None
@@ -201,7 +201,7 @@ def measure(
     context: Callable[[], Context] | None,
     known: Mapping[str, State] | None = None,
 ) -> dict[str, State]:
-    """What each strategy that looks at the data sees, by ``ft_type``: as known, or measured in a fresh context."""
+    """The state of each strategy that measures the data, by ``ft_type``: known, or measured in a fresh context."""
     states = {}
     for config in configs:
         if known and config.ft_type in known:
@@ -216,23 +216,23 @@ def measure(
 def check(
     configs: tuple[FTConfig, ...], model: nn.Module, states: Mapping[str, State], trainable: tuple[str, ...]
 ) -> Plan:
-    """The plan, with everything that can be told wrong before training told."""
+    """Build the plan and run all pre-training checks."""
     if not trainable:
         raise OptionError("every parameter of the model is frozen (requires_grad=False): nothing could train.")
     check_members(configs, model)
     for config in configs:
         config.check_model(model)
     plan = build_plan(configs, model, states)
-    ever_trained(plan, model, trainable)  # raises where a stage's names match nothing
+    ever_trained(plan, model, trainable)  # raises if names of a stage match nothing
     _chains(configs, model, plan, trainable)
     return plan
 
 
 def check_members(configs: Iterable[FTConfig], model: nn.Module) -> None:
-    """Refuse a model of several members where a strategy goes by the depth, or the head, of one network.
+    """Reject an ensemble where a strategy depends on the depth or the head of a single network.
 
     Raises:
-        OptionError: naming the strategy.
+        OptionError: if there is one; the message names the strategy.
     """
     members = members_of(unwrap(model)[0])
     unfit = [config.ft_type for config in configs if not config.needs().several_members]
@@ -244,10 +244,10 @@ def check_members(configs: Iterable[FTConfig], model: nn.Module) -> None:
 
 
 def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callable[[int], float]:
-    """A learning-rate schedule of Transformers as a function of the step.
+    """A Transformers learning-rate schedule as a function of the step.
 
     Raises:
-        OptionError: it is no function of the step alone (``reduce_lr_on_plateau``, ``greedy``).
+        OptionError: if it does not depend on the step alone (``reduce_lr_on_plateau``, ``greedy``).
     """
     dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
@@ -265,7 +265,7 @@ def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callabl
 
 
 def _counts(term: Term, begin: float, end: float) -> bool:
-    """Whether a term has a weight at some time of a stage."""
+    """Whether a term has a non-zero weight at some point of a stage."""
     times = (begin + (end - begin) * share for share in (0.0, 0.25, 0.5, 0.75))
     return term.weight != 0 and (term.schedule is None or any(term.schedule(max(0.0, time)) != 0 for time in times))
 
@@ -274,9 +274,9 @@ def _chains(
     configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]
 ) -> tuple[Chain, ...]:
     everything = sum(1 for _ in model.parameters())
-    needed = any(term.layers or "features" in term.needs for term in plan.terms)
-    needed |= any(len(ever_trained(Plan(stages=(s,)), model, trainable)) < everything for s in plan.stages)
-    if not needed:  # so that plain fine-tuning works on models whose parts nobody can tell
+    needs_chains = any(term.layers or "features" in term.needs for term in plan.terms)
+    needs_chains |= any(len(ever_trained(Plan(stages=(s,)), model, trainable)) < everything for s in plan.stages)
+    if not needs_chains:  # so that plain fine-tuning works on models of unknown anatomy
         return ()
     head, blocks = shared_option(configs, "head"), shared_option(configs, "blocks")
     return anatomy(model, head=head, blocks=blocks).chains

@@ -1,4 +1,4 @@
-"""Short trainings inside a search: each from the same start, with the same data order and budget."""
+"""Short trainings within a search, all with the same initial weights, data order and budget."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def fit(
     seed: int,
     after_epoch: Callable[[int, Objective], None],
 ) -> None:
-    """Train a run's model on some samples.
+    """Train a run's model on a subset of the samples.
 
     Args:
-        batches: where samples come from.
-        rows: which of them.
-        seed: of the order of the data and of dropout.
+        batches: source of the samples.
+        rows: indices of the samples.
+        seed: seed of the data order and of dropout.
         after_epoch: called with the number of finished epochs, in evaluation mode; may raise to stop.
     """
     objective = run.objective(recipe.task_loss)
@@ -69,7 +69,7 @@ def fit(
 
 
 def _epoch(rows: Sequence[int], size: int, seed: int, epoch: int, model: nn.Module) -> list[list[int]]:
-    """The batches of an epoch. A last one of a single sample is left out where BatchNorm could not train on it."""
+    """The batches of an epoch. A last batch of one sample is dropped if BatchNorm could not train on it."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 7919 + epoch)).tolist()
     chunks = [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows), size)]
     alone = len(chunks) > 1 and len(chunks[-1]) == 1 and batch_norms(model)
@@ -77,11 +77,11 @@ def _epoch(rows: Sequence[int], size: int, seed: int, epoch: int, model: nn.Modu
 
 
 class Batches:
-    """Batches of samples by number: from records where there are some, else read and collated.
+    """Batches of samples by index, from recorded activations if available, else read and collated.
 
     Args:
         samples: the samples.
-        recordings: of the model that is copied and trained.
+        recordings: recorded activations of the model whose copies are trained.
     """
 
     def __init__(self, samples: Samples, recordings: Recordings | None = None) -> None:
@@ -90,7 +90,7 @@ class Batches:
         self._device = torch.device("cpu")
 
     def follow(self, objective: Objective) -> None:
-        """Start from the activations at the border of the objective's present stage, where that can be."""
+        """Start from the activations at the borders of the objective's current stage, if possible."""
         self._store = None
         self._device = next(objective.model.parameters()).device
         prefix = None if self.recordings is None else self.recordings.prefix(objective)
@@ -101,14 +101,14 @@ class Batches:
     def take(self, rows: Sequence[int]) -> dict[str, Any]:
         if self._store is None:
             return self.samples.read(rows)
-        taken = self._store.take(torch.tensor(rows))
-        return {name: column.to(self._device) for name, column in taken.items()}
+        columns = self._store.take(torch.tensor(rows))
+        return {name: column.to(self._device) for name, column in columns.items()}
 
 
 def score(objective: Objective, recipe: Recipe, batches: Batches, rows: Sequence[int], metric: str) -> float:
-    """A metric of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``; more is better, so errors come out negative.
+    """Score by a metric of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``. Higher is better; errors are negated.
 
-    Reading draws the same random numbers each time, so that augmented samples are the same for all candidates.
+    Every call uses the same random numbers, so that augmented samples are the same for all candidates.
     """
     logits: list[Tensor] = []
     labels: list[Tensor] = []
@@ -123,6 +123,6 @@ def score(objective: Objective, recipe: Recipe, batches: Batches, rows: Sequence
             losses.append(outputs["loss"].float() * len(batch["labels"]))
     if metric == "loss":
         return -float(torch.stack(losses).sum() / len(rows))
-    found = EvalPrediction(torch.cat(logits).cpu().numpy(), torch.cat(labels).cpu().numpy())
-    value = compute_metrics([metric])(found)[metric]
+    prediction = EvalPrediction(torch.cat(logits).cpu().numpy(), torch.cat(labels).cpu().numpy())
+    value = compute_metrics([metric])(prediction)[metric]
     return -value if "regression" in LOCAL_METRICS[metric].kinds else value

@@ -1,10 +1,10 @@
-"""What a network is made of: parts, layers, names, norms, feature maps, its pretrained head."""
+"""Structure of a network: anatomy, layers, names, normalisation, feature maps, and its pretrained head."""
 
 from typing import TYPE_CHECKING
 
 from hf_ft.lazy import attach
 
-# Each is imported when it is first used, so that `import hf_ft` need not import torch.
+# Names are imported on first use, so that `import hf_ft` need not import torch.
 if TYPE_CHECKING:
     from hf_ft.models.anatomy import members_of as members_of
     from hf_ft.models.batch_norm import BatchNormStatistics as BatchNormStatistics

@@ -1,4 +1,4 @@
-r"""BatchNorm on another domain: its statistics there, and affine parameters that leave the function as it is.
+r"""BatchNorm on another domain: statistics measured there, and affine parameters that preserve the function.
 
 A layer normalises by source statistics :math:`(\mu_s, v_s)` and then applies :math:`(\gamma, \beta)`. Under target
 statistics :math:`(\mu_t, v_t)` the same function has
@@ -35,7 +35,7 @@ Moments = tuple[int, Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class BatchNormStatistics:
-    """What one BatchNorm layer sees: the mean and the variance of its input per channel, both (C,)."""
+    """Per-channel mean and variance of the input of one BatchNorm layer, both (C,)."""
 
     mean: Tensor
     var: Tensor
@@ -47,31 +47,31 @@ def estimate_batch_norm(
     statistics: Literal["batch", "pooled"] = "batch",
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, BatchNormStatistics]:
-    """The statistics of every BatchNorm layer's input, in one pass over the data.
+    """Estimate the input statistics of every BatchNorm layer in one pass over the data.
 
-    The model runs in eval mode, so that all layers are measured under the statistics it has. Modes and random
-    states are as before afterwards.
+    The model runs in eval mode, so all layers are measured under its current statistics. Modes and RNG states are
+    restored on exit.
 
-    ``"batch"`` is the mean of the batches' means, and the mean of the unbiased variances within batches, each
-    ``sum((x - mean)^2) / (n - 1)``. Every batch weighs the same, and how they differ does not count: this is what
-    BatchNorm sees in train mode, on average. A batch of one value per channel gives a mean only.
+    ``"batch"`` is the mean of the batch means, and the mean of the unbiased within-batch variances, each
+    ``sum((x - mean)^2) / (n - 1)``. Every batch has the same weight, and variation between batches is ignored: this
+    is what BatchNorm sees in train mode, on average. A batch with one value per channel contributes only a mean.
 
     ``"pooled"`` is the mean and the population (biased) variance ``sum((x - mean)^2) / n`` of all values, by Chan's
     parallel formula: with ``d`` the difference of two means, ``M2 = M2_a + M2_b + d^2 n_a n_b / (n_a + n_b)``.
 
-    A layer that runs several times in a forward pass counts each as a batch. One that never runs is left out.
+    A layer called several times in a forward pass counts each call as a batch. A layer that is never called is omitted.
 
     Args:
-        model: its BatchNorm layers with running statistics are measured: 1d, 2d, 3d and Sync.
-        loader: batches as dictionaries of the model's keyword arguments; ``labels`` are not used.
+        model: model whose BatchNorm layers with running statistics are measured: 1d, 2d, 3d and Sync.
+        loader: batches as dictionaries of the model's keyword arguments; ``labels`` are ignored.
         statistics: ``"batch"`` or ``"pooled"``.
-        reduce: sums a tensor over all processes, each of which passes its own batches.
+        reduce: sums a tensor over all processes, each of which processes its own batches.
 
     Returns:
-        By the layers' names, in float64.
+        Statistics by layer name, in float64.
 
     Raises:
-        OptionError: no BatchNorm, no batch, nothing to take a variance of, or values that are not finite.
+        OptionError: if there is no BatchNorm, no batch or no variance to measure, or if values are not finite.
 
     Reference:
         Chan, Golub, LeVeque. Updating formulae and a pairwise algorithm for computing sample variances. 1979.
@@ -86,25 +86,25 @@ def estimate_batch_norm(
             "DAFTConfig(convert_batch_norm=False) keeps the other half of the method: zero head and two rates."
         )
     batches = _pass_over(model, loader, sums)
-    # Every process goes on or raises alike: what decides is summed over all of them.
+    # The condition is summed over all processes, so that all continue or all raise.
     device = next(iter(sums.values())).device
     if not float(reduce(torch.tensor(float(batches), device=device))):
         raise OptionError("no batch to measure BatchNorm statistics on: the loader or the training data are empty.")
-    found = {name: moments.result(name, reduce) for name, moments in sums.items()}
-    return {name: _finite(name, result) for name, result in found.items() if result is not None}
+    results = {name: moments.result(name, reduce) for name, moments in sums.items()}
+    return {name: _finite(name, result) for name, result in results.items() if result is not None}
 
 
 @torch.no_grad()
 def convert_batch_norm(model: nn.Module, statistics: Mapping[str, BatchNormStatistics]) -> nn.Module:
-    r"""Give BatchNorm layers target statistics, and the affine parameters that keep the function; in place.
+    r"""Set target statistics in BatchNorm layers and adjust the affine parameters to preserve the function, in place.
 
     .. math::
         \beta' = \beta + \gamma (\mu_t - \mu_s) / \sqrt{v_s + \epsilon} \qquad
         \gamma' = \gamma \sqrt{v_t + \epsilon} / \sqrt{v_s + \epsilon}
 
-    In eval mode the model computes what it did. It is worked out in float64 and rounded to each tensor's type. A
-    layer that has the target statistics already stays as it is, bit for bit. ``num_batches_tracked`` stays. A
-    layer without weight or bias has nothing to put the difference in: it is left alone, with a warning.
+    In eval mode the model's outputs are unchanged. Values are computed in float64 and rounded to each tensor's dtype.
+    A layer that already has the target statistics stays bit-identical. ``num_batches_tracked`` is kept. A layer
+    without weight or bias cannot compensate for the difference; it is left unchanged, with a warning.
 
     Args:
         statistics: by layer name, as :func:`estimate_batch_norm` returns them.
@@ -113,10 +113,10 @@ def convert_batch_norm(model: nn.Module, statistics: Mapping[str, BatchNormStati
         The model.
 
     Raises:
-        OptionError: an unknown layer, a wrong shape, or a value that cannot be; then nothing was changed.
+        OptionError: for an unknown layer, a wrong shape or an invalid value; nothing is changed then.
     """
     norms = dict(batch_norms(model))
-    targets = {name: _target(name, norms, wanted) for name, wanted in statistics.items()}
+    targets = {name: _target(name, norms, target) for name, target in statistics.items()}
     bare = [name for name in targets if norms[name].weight is None or norms[name].bias is None]
     if bare:
         logger.warning(
@@ -141,14 +141,14 @@ def _convert(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
 
 
 def _target(name: str, norms: Mapping[str, _BatchNorm], wanted: BatchNormStatistics) -> tuple[Tensor, Tensor]:
-    """Mean and variance as the layer can hold them, in float64."""
+    """Mean and variance rounded to the dtype of the layer's buffers, in float64."""
     if name not in norms:
         raise OptionError(f"{name!r} is no BatchNorm with running statistics of this model: {_some(norms)}.")
     buffers: list[Any] = [norms[name].running_mean, norms[name].running_var]
     for kind, value, buffer in zip(("mean", "var"), (wanted.mean, wanted.var), buffers, strict=True):
         if value.shape != buffer.shape:
             raise OptionError(f"{name}: a {kind} of shape {tuple(value.shape)} does not fit {tuple(buffer.shape)}.")
-    # Rounded first: bias and weight then make up for exactly the statistics that the layer gets.
+    # Round first, so that bias and weight compensate for exactly the statistics that the layer receives.
     mean, var = (_exact(v.to(b.dtype)) for v, b in zip((wanted.mean, wanted.var), buffers, strict=True))
     if not (bool(mean.isfinite().all()) and bool(var.isfinite().all()) and bool((var >= 0).all())):
         raise OptionError(f"{name}: statistics must be finite, and variances not negative, in {buffers[0].dtype}.")
@@ -161,15 +161,15 @@ def _exact(tensor: Tensor | None) -> Tensor:
 
 
 def _some(names: Iterable[str]) -> str:
-    found = list(names)
-    return f"it has {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}" if found else "it has none"
+    items = list(names)
+    return f"it has {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}" if items else "it has none"
 
 
-# --- measuring --------------------------------------------------------------------------------------------
+# --- measurement ------------------------------------------------------------------------------------------
 
 
 def _pass_over(model: nn.Module, loader: Iterable[Mapping[str, Any]], sums: Mapping[str, Any]) -> int:
-    """Feed every batch through the model and each layer's input into its sums; returns the number of batches."""
+    """Run the model on every batch, accumulating each layer's input moments; return the number of batches."""
     device, batches = next(model.parameters()).device, 0
     handles = [
         model.get_submodule(name).register_forward_pre_hook(partial(_record, moments), with_kwargs=True)
@@ -202,12 +202,12 @@ def _moments(values: Tensor, device: torch.device) -> Moments:
 
 
 class _Sums:
-    """What is added up for one layer, in float64."""
+    """Accumulators of one layer, in float64."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         assert norm.running_mean is not None
         device = norm.running_mean.device
-        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.zeros = torch.zeros(norm.num_features, dtype=torch.float64, device=self.device)
 
     def _total(self, count: int, reduce: Reduce) -> float:
@@ -215,7 +215,7 @@ class _Sums:
 
 
 class _Batch(_Sums):
-    """Sums of the batches' means and unbiased variances."""
+    """Sums of batch means and of unbiased batch variances."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm)
@@ -239,7 +239,7 @@ class _Batch(_Sums):
 
 
 class _Pooled(_Sums):
-    """Count, mean and sum of squared deviations of all values so far."""
+    """Running count, mean and sum of squared deviations of all values."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm)

@@ -1,6 +1,6 @@
-"""What modules take in and give out during a forward pass, recorded by hooks that are gone afterwards.
+"""Inputs and outputs of modules, recorded during a forward pass by temporary hooks.
 
-A *layer* is a module's name, for what it gives out, or ``input:`` and a module's name, for what it takes in.
+A *layer* is a module name, for the module's output, or ``input:`` and a module name, for its input.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOT_CALLED = "it is not called in the forward pass, as a list of modules is not.
 
 
 def tap(model: nn.Module, layer: str, keep: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have ``keep`` called with the first tensor of a layer whenever it is computed, until the handle is removed."""
+    """Call ``keep`` with the first tensor of a layer whenever it is computed, until the handle is removed."""
     module = model.get_submodule(layer.removeprefix(INPUT))
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -37,27 +37,27 @@ def tap(model: nn.Module, layer: str, keep: Callable[[Tensor], None]) -> Removab
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The first tensor in nested tuples, lists, dictionaries and outputs."""
+    """The first tensor in nested tuples, lists, dictionaries and model outputs."""
     return next(leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
 
 
 class _Reached(Exception):
-    """All that was wanted was computed: the rest of the forward is not needed."""
+    """Raised once all requested layers are computed, to skip the rest of the forward pass."""
 
 
 def run_to(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Several layers in one forward pass, which ends at the last of them.
+    """Compute several layers in one forward pass that stops at the last of them.
 
     Raises:
-        OptionError: one of them is not called.
+        OptionError: if one of them is not called.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[[Tensor], None]:
         def keep(state: Tensor) -> None:
-            last = len(found) == len(layers) - 1
-            # What still runs may change it in place: a shortcut that is added to it, say.
-            found[name] = state if last else state.clone()
+            last = len(tensors) == len(layers) - 1
+            # Modules still to run may change the tensor in place, e.g. by adding a shortcut.
+            tensors[name] = state if last else state.clone()
             if last:
                 raise _Reached
 
@@ -70,23 +70,23 @@ def run_to(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any]) ->
     finally:
         for handle in handles:
             handle.remove()
-    silent = [name for name in layers if name not in found]
+    silent = [name for name in layers if name not in tensors]
     if silent:
         raise OptionError(f"layer {silent[0]!r} gave nothing: {NOT_CALLED}")
-    return found
+    return tensors
 
 
 class Taps:
-    """Records while it is open.
+    """Record layers while the context is open.
 
     Args:
-        model: whose modules are tapped.
-        layers: those that are wanted.
-        head: names of the head's modules, if what goes into it is wanted.
+        model: model whose modules are tapped.
+        layers: layers to record.
+        head: names of the head's modules, to record the head's input as well.
 
     Attributes:
-        states: the first tensor of each layer, by its name.
-        features: what the first module inside the head takes in, (B, d).
+        states: first tensor of each layer, by layer name.
+        features: input of the first module inside the head, (B, d).
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str] = (), head: Sequence[str] = ()) -> None:
@@ -101,7 +101,7 @@ class Taps:
             self._handles.append(tap(self.model, name, self._keeper(name)))
         for name in self.head:
             for module in self.model.get_submodule(name).modules():
-                # A head of several modules may take whole sequences and pick a token itself: look inside.
+                # A head of several modules may take whole sequences and select a token itself, so hook its leaves.
                 if next(module.children(), None) is None:
                     self._handles.append(module.register_forward_pre_hook(self._keep_features))
         return self
@@ -133,9 +133,9 @@ class Taps:
 
 
 def token_mask(batch: Mapping[str, Any], states: Iterable[Tensor]) -> Tensor | None:
-    """Which tokens of the states (B, T, C) are no padding, (B, T); None where a batch does not say, and for maps.
+    """Mask of the non-padding tokens of states (B, T, C), as (B, T); None without attention mask, and for feature maps.
 
-    Tokens that a prompt puts before the text are none.
+    Tokens that a prompt prepends to the text are not padding.
     """
     mask = batch.get("attention_mask")
     tokens = next((state.shape[1] for state in states if state.dim() == 3), None)
@@ -148,23 +148,23 @@ Batch = Mapping[str, Any]
 
 
 def activations(model: nn.Module, borders: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-    """Several layers in one forward pass, which ends at the last of them (see :mod:`hf_ft.models.feature_hooks`).
+    """Compute several layers in one forward pass that stops at the last (see :mod:`hf_ft.models.feature_hooks`).
 
     Returns:
-        By layer, (B, ...), in evaluation mode and without gradient.
+        Activations by layer, (B, ...), in evaluation mode and without gradient.
 
     Raises:
-        OptionError: one of the modules is not called.
+        OptionError: if one of the modules is not called.
     """
     with evaluating(model), torch.no_grad():
         return run_to(model, borders, batch)
 
 
 def model_inputs(batch: Any, device: torch.device) -> dict[str, Any]:
-    """A batch as keyword arguments on a device, without labels: what is measured needs no loss.
+    """Turn a batch into keyword arguments on a device, without labels, since no loss is needed.
 
     Raises:
-        OptionError: it is no mapping.
+        OptionError: if the batch is not a mapping.
     """
     if not isinstance(batch, Mapping):
         raise OptionError(

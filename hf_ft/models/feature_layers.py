@@ -1,4 +1,4 @@
-"""Which layers' outputs a term compares: the ends of a network's stages, or its last feature map."""
+"""Layers whose outputs a term compares: the ends of the network stages, or the last feature map."""
 
 from __future__ import annotations
 
@@ -18,59 +18,59 @@ from hf_ft.models.parts import Anatomy
 from hf_ft.models.tracing import module_outputs
 from hf_ft.models.weight_layers import is_pooling
 
-_SHORTCUT = re.compile(r".*\.(?:downsample|shortcut)(?:\..*)?")  # which some define after the main path
-FLAT = 4  # groups that the blocks of a network without stages are cut into
+_SHORTCUT = re.compile(r".*\.(?:downsample|shortcut)(?:\..*)?")  # sometimes defined after the main path
+FLAT = 4  # number of groups into which the blocks of a network without stages are split
 
 
 def layers_of(model: nn.Module, wanted: Sequence[str] | None, default: Callable[[], Names]) -> Names:
     """The named layers, or the default ones.
 
     Args:
-        wanted: names of modules; those of a model in a PeftModel with or without PEFT's prefix.
+        wanted: module names; in a PeftModel with or without PEFT's prefix.
 
     Raises:
-        OptionError: none is named, or one that the model does not have; those that it has are listed.
+        OptionError: if none is named, or if the model lacks one; the message lists the modules it has.
     """
     if wanted is None:
         return default()
-    known = [name for name, _ in model.named_modules() if name]
+    modules = [name for name, _ in model.named_modules() if name]
     prefix = unwrap(model)[1]
-    wanted = tuple(prefix + name if name not in known and prefix + name in known else name for name in wanted)
-    unknown = [name for name in wanted if name not in known]
+    wanted = tuple(prefix + name if name not in modules and prefix + name in modules else name for name in wanted)
+    unknown = [name for name in wanted if name not in modules]
     if unknown or not wanted:
         usual = ", ".join(default())
         raise OptionError(
             f"layers={tuple(wanted)!r}: the model has no module {', '.join(map(repr, unknown)) or '()'}. The default "
-            f"would be {usual}. There are: {', '.join(known)}."
+            f"would be {usual}. There are: {', '.join(modules)}."
         )
     return wanted
 
 
 def stage_outputs(found: Anatomy) -> Names:
-    """The last block of every stage. A network whose blocks are all alike (ViT, BERT) is cut into four groups."""
+    """The last block of every network stage. Uniform blocks without stages (ViT, BERT) are split into four groups."""
     return tuple(found.blocks[stage[-1]].modules[-1] for stage in _stages(found))
 
 
 def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
-    """The last convolution of every stage, the neck counted with the last one.
+    """The last convolution of every network stage; the neck counts as part of the last stage.
 
-    Where the last layer with weights is no convolution (ViT, Swin, ConvNeXt, BERT), the stage's last block.
+    Where the last weight layer is not a convolution (ViT, Swin, ConvNeXt, BERT), the last block of the stage.
     """
     norms = {name for name, _ in norm_layers(model)}
-    adapted = {
+    base_layers = {
         name: module.get_base_layer() for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }
     layers = []
     for number, stage in enumerate(_stages(found)):
         parts = [found.blocks[stage[-1]]] + ([found.neck] if number == len(_stages(found)) - 1 else [])
         weights = [
-            (name, adapted.get(name, module))
+            (name, base_layers.get(name, module))
             for name, module in model.named_modules()
             if name not in norms
-            and not any(name.startswith(f"{layer}.") for layer in adapted)  # an adapter and its layer are one
+            and not any(name.startswith(f"{layer}.") for layer in base_layers)  # count an adapter and its layer once
             and not _SHORTCUT.fullmatch(name)
             and any(matches(name, part.modules) for part in parts)
-            and next(adapted.get(name, module).parameters(recurse=False), None) is not None
+            and next(base_layers.get(name, module).parameters(recurse=False), None) is not None
         ]
         name, module = weights[-1] if weights else ("", None)
         layers.append(name if isinstance(module, _ConvNd) else found.blocks[stage[-1]].modules[-1])
@@ -78,13 +78,13 @@ def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
 
 
 def last_feature_map(model: nn.Module, found: Anatomy, batch: Mapping[str, Any]) -> str:
-    """The module that gives the last feature map (B, C, H, W) or token states (B, T, C) before they are pooled.
+    """The module that outputs the last feature map (B, C, H, W) or token states (B, T, C) before pooling.
 
     Args:
-        batch: some samples, to see what modules give.
+        batch: a few samples, to trace the shapes of module outputs.
 
     Raises:
-        OptionError: no module outside the head gives one.
+        OptionError: if no module outside the head outputs one.
     """
     maps = [
         name
@@ -100,7 +100,7 @@ def last_feature_map(model: nn.Module, found: Anatomy, batch: Mapping[str, Any])
 
 
 def positions(shape: Sequence[int]) -> int:
-    """How many places a feature map (B, C, H, W) or token states (B, T, C) have."""
+    """The number of positions in a feature map (B, C, H, W) or in token states (B, T, C)."""
     return shape[2] * shape[3] if len(shape) == 4 else shape[1]
 
 

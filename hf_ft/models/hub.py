@@ -1,4 +1,4 @@
-"""Names of models on the Hub."""
+"""Model names on the Hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def base_model_id(name: str | None) -> str | None:
-    """The base model as a card may carry it: a Hub id, never a local path (which the Hub refuses)."""
+    """The base model for a model card: a Hub id, never a local path (which the Hub rejects)."""
     if not name or os.path.isabs(name) or os.path.exists(name) or name.startswith((".", "~")):
         return None
     parts = name.split("/")

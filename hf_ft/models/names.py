@@ -1,4 +1,4 @@
-"""Names of modules and parameters, and which of them cover others."""
+"""Names of modules and parameters, and the names they cover."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 
 def matches(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether `name` is one of the modules `prefixes`, or lies inside one."""
+    """Whether `name` is one of the modules `prefixes` or lies inside one."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
@@ -15,12 +15,12 @@ EVERYTHING: Names = ("",)
 
 
 def covers(prefix: str, name: str) -> bool:
-    """Whether a module or parameter name covers a parameter name; ``""`` covers all."""
+    """Whether a module or parameter name covers a parameter name; ``""`` covers every name."""
     return prefix in ("", name) or name.startswith(prefix + ".")
 
 
 def covered(name: str, prefixes: Collection[str]) -> bool:
-    """Whether one of many module or parameter names, best as a set, covers a parameter name."""
+    """Whether any of many module or parameter names, preferably a set, covers a parameter name."""
     return "" in prefixes or any(parent in prefixes for parent in _parents(name))
 
 

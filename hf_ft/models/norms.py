@@ -14,12 +14,12 @@ _NORM_TYPES = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 
 
 def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every normalisation layer: by type, else a leaf whose class name ends in Norm (Transformers has many)."""
+    """All normalisation layers: by type, or leaves whose class name ends in Norm (Transformers has many)."""
     return [(name, module) for name, module in model.named_modules() if _is_norm(module)]
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """Every batch normalisation with running statistics."""
+    """All batch normalisation layers with running statistics."""
     return [
         (name, module)
         for name, module in model.named_modules()
@@ -28,17 +28,18 @@ def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
 
 
 def is_dropout(module: nn.Module) -> bool:
-    """Whether a module drops something at random in training: values, or whole paths."""
+    """Whether a module randomly drops values or whole paths in training."""
     return _DROPOUT.search(type(module).__name__) is not None
 
 
 def tensorflow_momentum(model: nn.Module) -> list[str]:
-    """Names of the batch norms whose momentum is TensorFlow's decay carried over literally.
+    """Names of the batch norms whose momentum was copied literally from TensorFlow's decay.
 
     PyTorch:    running = (1 - momentum) * running + momentum * batch
     TensorFlow: running = decay * running + (1 - decay) * batch
 
-    Above 0.5 the statistics are about the last batch's (MobileNet 0.997, EfficientNet 0.99; PyTorch's own is 0.1).
+    Above 0.5 the running statistics are nearly those of the last batch (MobileNet 0.997, EfficientNet 0.99; PyTorch's
+    default is 0.1).
     """
     return [name for name, norm in batch_norms(model) if norm.momentum is not None and norm.momentum > 0.5]
 

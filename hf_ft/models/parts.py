@@ -1,4 +1,4 @@
-"""The parts of a model as values: stem, blocks, neck and head, and the chains in which they feed each other."""
+"""The anatomy of a model as data: stem, blocks, neck and head, and the chains that they form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """A group of modules that is trained or frozen as one; `modules` holds names, in forward order."""
+    """A group of modules that is trained or frozen as a unit; `modules` holds names, in forward order."""
 
     name: str
     modules: tuple[str, ...]
@@ -17,7 +17,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Chain:
-    """Parts of which each feeds the next, and the name of the module that holds them: `""` for the whole model."""
+    """Parts that feed one another in sequence, and the name of the module that holds them (`""`: the whole model)."""
 
     name: str
     parts: tuple[Part, ...]
@@ -25,10 +25,10 @@ class Chain:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Parts in forward order; `stages` groups block indices as the architecture does (else one block each).
+    """Parts in forward order; `stages` groups block indices into network stages (without stages, one block each).
 
-    Every parameter and buffer lies under the modules of exactly one part; stem and neck may have none. A model of
-    several members has what they have, member after member, and their own anatomies as `members`, by module name.
+    Every parameter and buffer lies in the modules of exactly one part; stem and neck may be empty. The anatomy of an
+    ensemble concatenates those of its members and keeps them in `members`, by module name.
     """
 
     stem: Part
@@ -40,21 +40,21 @@ class Anatomy:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Stem, blocks, neck and head, without those that have no modules."""
+        """Stem, blocks, neck and head, without empty parts."""
         return tuple(part for part in (self.stem, *self.blocks, self.neck, self.head) if part.modules)
 
     @property
     def chains(self) -> tuple[Chain, ...]:
-        """The parts as they feed each other: one chain, or one a member."""
+        """The chains of parts: one, or one per member."""
         if not self.members:
             return (Chain("", self.parts),)
         return tuple(Chain(name, member.parts) for name, member in self.members)
 
 
 def joined(members: Sequence[tuple[str, Anatomy]]) -> Anatomy:
-    """The anatomy of a model of several members from theirs."""
-    found = [(name, _renamed(member, f"{name}.")) for name, member in members]
-    alone = [member for _, member in found]
+    """Combine the anatomies of an ensemble's members."""
+    pairs = [(name, _renamed(member, f"{name}.")) for name, member in members]
+    alone = [member for _, member in pairs]
     starts = itertools.accumulate((len(member.blocks) for member in alone), initial=0)
     return Anatomy(
         stem=Part("stem", tuple(name for member in alone for name in member.stem.modules)),
@@ -70,12 +70,12 @@ def joined(members: Sequence[tuple[str, Anatomy]]) -> Anatomy:
             for start, member in zip(starts, alone, strict=False)
             for stage in member.stages
         ),
-        members=tuple(found),
+        members=tuple(pairs),
     )
 
 
 def _renamed(found: Anatomy, prefix: str) -> Anatomy:
-    """The same with a prefix before each name."""
+    """A copy with a prefix before each name."""
 
     def part(old: Part) -> Part:
         return Part(old.name, tuple(prefix + name for name in old.modules))

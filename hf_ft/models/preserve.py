@@ -1,4 +1,4 @@
-"""Look at a model or at data without leaving a trace: modes and random states are afterwards as they were."""
+"""Inspect a model or data without side effects: modes and RNG states are restored on exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode; afterwards each in the mode it was in."""
+    """Put all modules in evaluation mode; restore each module's mode on exit."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -26,15 +26,15 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_states_kept(seed: int | None = None) -> Iterator[None]:
-    """Whatever draws random numbers in here, Python's, NumPy's and torch's states are as before.
+    """Restore the RNG states of Python, NumPy and torch on exit.
 
-    Reading data counts as well: augmentations draw from any of the three.
+    Wrap data loading as well: augmentations draw from any of the three.
 
     Args:
-        seed: of all three in here.
+        seed: seeds all three on entry.
     """
-    kept = random.getstate(), np.random.get_state()
-    # False in a forked worker process, which must not touch its parent's CUDA, and need not: it reads data.
+    states = random.getstate(), np.random.get_state()
+    # False in a forked worker process, which must not touch its parent's CUDA and only reads data anyway.
     on_cuda = torch.cuda.is_initialized()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_cuda else []):
         try:
@@ -44,12 +44,12 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
                 (torch.manual_seed if on_cuda else torch.default_generator.manual_seed)(seed)
             yield
         finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @contextlib.contextmanager
 def observing(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient, and random states kept."""
+    """Evaluation mode without gradients; RNG states are restored on exit."""
     with random_states_kept(), evaluating(*models), torch.no_grad():
         yield

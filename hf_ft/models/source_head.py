@@ -1,4 +1,4 @@
-"""The pretrained head, kept beside a model that has a new one."""
+"""The pretrained head, kept alongside a model that has a new one."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ATTRIBUTE = "_source_head"
 
 
 class SourceHead(nn.Module):
-    """A pretrained head: what came into the model's head goes in, (B, ...), source logits (B, C_s) come out.
+    """A pretrained head: maps the input of the model's head, (B, ...), to source logits (B, C_s).
 
     Args:
-        module: the model's own module.
-        names: of its classes, by number, where the checkpoint knew them.
+        module: the head module of the pretrained model.
+        names: class names by index, where the checkpoint has them.
     """
 
     def __init__(self, module: nn.Module, names: Mapping[int, str] | None = None) -> None:
@@ -56,10 +56,10 @@ class SourceHead(nn.Module):
 
 
 def head_module(model: nn.Module, head: str | None = None, blocks: str | None = None) -> str:
-    """The name of the one module of the head that has parameters.
+    """The name of the only module of the head that has parameters.
 
     Raises:
-        OptionError: there are several.
+        OptionError: if there are several.
     """
     names = [
         name
@@ -75,12 +75,12 @@ def head_module(model: nn.Module, head: str | None = None, blocks: str | None = 
 
 
 def head_input(model: nn.Module, head: str | None = None, blocks: str | None = None) -> str:
-    """The layer that holds what comes into the head."""
+    """The layer that holds the input of the head."""
     return INPUT + head_module(model, head, blocks)
 
 
 def attach_source_head(model: nn.Module, source_head: SourceHead) -> None:
-    """Keep a pretrained head with a model, outside of its module tree: it is neither saved nor trained as a part."""
+    """Attach a pretrained head to a model, outside its module tree: it is neither saved nor trained with the model."""
     unwrap(model)[0].__dict__[ATTRIBUTE] = source_head
 
 
@@ -89,20 +89,20 @@ def has_source_head(model: nn.Module) -> bool:
 
 
 def source_head(model: nn.Module) -> SourceHead:
-    """A copy of the pretrained head that is kept with a model.
+    """A copy of the pretrained head attached to a model.
 
     Raises:
-        OptionError: there is none.
+        OptionError: if there is none.
     """
     require_source_head(model)
     return copy.deepcopy(unwrap(model)[0].__dict__[ATTRIBUTE])
 
 
 def require_source_head(model: nn.Module) -> None:
-    """Refuse a model without a source head.
+    """Reject a model without a source head.
 
     Raises:
-        OptionError: there is none.
+        OptionError: if there is none.
     """
     if not has_source_head(model):
         raise OptionError(
@@ -113,29 +113,29 @@ def require_source_head(model: nn.Module) -> None:
 
 
 def drop_source_head(model: nn.Module) -> nn.Module:
-    """Let go of the pretrained head, where there is one."""
+    """Drop the pretrained head, if there is one."""
     unwrap(model)[0].__dict__.pop(ATTRIBUTE, None)
     return model
 
 
 @torch.no_grad()
 def renew_head(model: Any, labels: Mapping[str, Any], head: str | None = None) -> None:
-    """Give a model of Transformers a new head, and keep the one that it has as its source head.
+    """Give a Transformers model a new head and keep the current one as its source head.
 
-    The new head is initialised as the model class does it; nothing else is touched or loaded.
+    The new head is initialised by the model class; nothing else is touched or loaded.
 
     Args:
-        labels: of its config: ``num_labels``, ``id2label``, ``label2id``.
-        head: the name of its head, where that cannot be found.
+        labels: label settings of the config: ``num_labels``, ``id2label``, ``label2id``.
+        head: name of the head, where it cannot be found automatically.
 
     Raises:
-        OptionError: the head is not one module.
+        OptionError: if the head is not a single module.
     """
     name = head_module(model, head)
     old = model.get_submodule(name)
     config = copy.deepcopy(model.config)
-    known = dict(config.id2label) if config.id2label else {}
-    for key, value in labels.items():  # num_labels first: it resets the names
+    class_names = dict(config.id2label) if config.id2label else {}
+    for key, value in labels.items():  # num_labels first, since it resets the class names
         setattr(config, key, value)
     with torch.device("meta"):
         fresh = type(model)(config)
@@ -149,11 +149,11 @@ def renew_head(model: Any, labels: Mapping[str, Any], head: str | None = None) -
         setattr(model.config, key, value)
     if hasattr(model, "num_labels"):
         model.num_labels = model.config.num_labels
-    attach_source_head(model, SourceHead(old, known))
+    attach_source_head(model, SourceHead(old, class_names))
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
-    except AttributeError:  # a single parameter
+    except AttributeError:  # a bare parameter
         return nn.Module()

@@ -1,4 +1,4 @@
-"""Which modules a forward pass calls, in which order, with what."""
+"""Trace a forward pass: the modules called, in order, with their outputs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hf_ft.models.preserve import evaluating
 
 
 def module_outputs(model: nn.Module, batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
-    """The modules whose output is one tensor, with its shape, in the order in which they end."""
+    """Modules whose output is a single tensor, with its shape, in the order in which their calls end."""
     calls = sorted(_trace(model, batch), key=lambda call: call.end)
     return [(c.name, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)]
 
 
 @dataclass
 class _Call:
-    """One call of a module: when it began and ended, and what came out."""
+    """One call of a module: when it began and ended, and its output."""
 
     name: str
     begin: int
@@ -29,7 +29,7 @@ class _Call:
 
 
 def _trace(model: nn.Module, batch: Batch) -> list[_Call]:
-    """All calls of modules in one forward pass in evaluation mode, in the order they began."""
+    """All module calls of one forward pass in evaluation mode, in the order in which they begin."""
     calls: list[_Call] = []
     open_calls: list[_Call] = []
     clock = iter(range(10**9))

@@ -1,4 +1,4 @@
-"""Which weight files a saved model has, and whether they are all there and whole."""
+"""Weight files of a saved model, and whether they are complete and intact."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ COLLABORATIVE = "hf_ft_collaborative"  # the model_type of an ensemble
 
 
 def member_folder(index: int | str) -> str:
-    """Where in its folder an ensemble keeps a member."""
+    """The subfolder of an ensemble's folder that holds a member."""
     return f"member_{index}"
 
 
 def has_whole_weights(folder: Path) -> bool:
-    """Whether all weights of a saved model, adapter or ensemble are there, and no file is truncated."""
+    """Whether all weights of a saved model, adapter or ensemble exist and no file is truncated."""
     try:
         members = _members(folder)
         return all(map(_readable, (folder, *members))) and all(map(_has_all, members or [folder]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # JSON that is damaged, or of something else
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged JSON, or JSON of another kind
         return False
 
 
 def _members(folder: Path) -> list[Path]:
-    """The folders of an ensemble's members, each with a readable config; of any other model, none."""
+    """The folders of an ensemble's members, each with a readable config; empty for any other model."""
     if not (folder / CONFIG_NAME).exists():  # an adapter, or a model without a config
         return []
     config = _json(folder / CONFIG_NAME)
@@ -44,7 +44,7 @@ def _members(folder: Path) -> list[Path]:
 def _readable(folder: Path) -> bool:
     for file in folder.glob("*.safetensors"):
         try:
-            with safe_open(file, framework="pt"):  # reads the header and checks it against the file's length
+            with safe_open(file, framework="pt"):  # checks the header against the file size
                 pass
         except SafetensorError:
             return False
@@ -54,8 +54,8 @@ def _readable(folder: Path) -> bool:
 def _has_all(folder: Path) -> bool:
     index = folder / INDEX_NAME
     shards = set(_json(index)["weight_map"].values()) if index.exists() else set()
-    found = any((folder / name).exists() for name in WEIGHTS_NAMES)
-    return found and all((folder / name).exists() for name in shards)
+    has_weights = any((folder / name).exists() for name in WEIGHTS_NAMES)
+    return has_weights and all((folder / name).exists() for name in shards)
 
 
 def _json(file: Path) -> dict:

@@ -1,4 +1,4 @@
-"""The weight-bearing layers of a backbone, counted from the input, and where pooling and activations separate them."""
+"""The weight layers of a backbone, in order from the input, and the segments between poolings and activations."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ logger = logging.get_logger(__name__)
 
 _POOLING = re.compile(r".*Pool(?:ing)?\w*")
 _ACTIVATION = re.compile(r".*(?:ReLU\d?|[EGS]ELU|SiLU|Swish|Mish|Sigmoid|Tanh|Activation)", re.I)
-# Inside of a block: what carries its input past it, and what weighs its channels.
+# Inside a block: what carries the block's input past the main path, and what weights its channels.
 _SHORTCUT = re.compile(r"\.(?:shortcut|downsample)\b")
 _GATE = re.compile(r"\.(?:squeeze_excit\w*|se(?:_module|_layer)?|attention\.\d)\b")
-# Of the module that defines torch's activations, what is none: it weighs inputs.
+# Classes in the module of torch's activations that are not activations: they weight their inputs.
 _NO_ACTIVATION = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight-bearing module outside the head with the norm that follows it.
+    """A module with weights outside the head, together with the norm that follows it.
 
     Attributes:
-        modules: their names, and those of loose parameters that belong to them.
-        parameters: how many of their parameters can train.
+        modules: names of the modules, and of loose parameters that belong to them.
+        parameters: number of trainable parameters in them.
     """
 
     modules: Names
@@ -41,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """A layer, the part of :func:`~hf_ft.models.anatomy.anatomy` it lies in, and the number of its segment."""
+    """A layer, the part of :func:`~hf_ft.models.anatomy.anatomy` that it lies in, and its segment number."""
 
     layer: Layer
     part: str
@@ -50,7 +50,7 @@ class PlacedLayer:
 
 @dataclass
 class _Draft:
-    """A layer while it is put together; frozen ones are dropped at the end."""
+    """A layer under construction; layers without trainable parameters are dropped at the end."""
 
     part: str
     weight: str
@@ -58,55 +58,55 @@ class _Draft:
 
 
 def weight_layers(model: nn.Module, head: str | None = None, blocks: str | None = None) -> tuple[Layer, ...]:
-    """The layers of a backbone from input to output, by the names and in the order of definition.
+    """The weight layers of a backbone from input to output, in definition order.
 
-    A layer is a module with parameters of its own that is no normalisation: convolution, linear, embedding. With
-    it come the norms defined after it; a norm with which a part begins (pre-norm) comes with the layer that
-    follows, and a neck of norms alone with the last layer. A loose parameter of a block (layer scale, the input
-    projection of ``nn.MultiheadAttention``) belongs to the last layer of the module that holds it; one of the stem
-    (class token, learned positions) to no layer.
+    A layer is a module with direct parameters that is not a normalisation: convolution, linear, embedding. It
+    includes the norms defined after it; a norm at the start of a part (pre-norm) joins the layer that follows, and a
+    neck that holds only norms joins the last layer. A loose parameter of a block (layer scale, the input projection
+    of ``nn.MultiheadAttention``) belongs to the last layer of the module that holds it; a loose parameter of the stem
+    (class token, learned positions) belongs to no layer.
 
-    What is approximate: definition order is the forward order but for branches. A ResNet's shortcut convolution
-    counts as a layer, the one before its main path; Swin's position bias comes after the attention that reads it;
-    ViT's pre-norm blocks define both their norms after the attention, so they come with its output projection.
+    Limitations: definition order equals forward order except in branches. A ResNet's shortcut convolution counts as
+    a layer before the main path of its block; Swin's position bias comes after the attention that reads it; ViT's
+    pre-norm blocks define both norms after the attention, so they join its output projection.
 
     Args:
-        model: as it is before training: a layer of which all parameters are frozen does not count.
-        head: as for :func:`~hf_ft.models.anatomy.anatomy`.
+        model: model in its state before training: a layer whose parameters are all frozen does not count.
+        head: see :func:`~hf_ft.models.anatomy.anatomy`.
         blocks: likewise.
 
     Raises:
-        AnatomyError: head or blocks cannot be told.
+        AnatomyError: if head or blocks cannot be found.
     """
-    return tuple(placed.layer for placed in placed_layers(model, anatomy(model, head=head, blocks=blocks)))
+    return tuple(placement.layer for placement in placed_layers(model, anatomy(model, head=head, blocks=blocks)))
 
 
 def main_path_layers(model: nn.Module, head: str | None = None, blocks: str | None = None) -> tuple[Layer, ...]:
-    """As :func:`weight_layers`, but for what lies beside the main path, which does not count.
+    """Like :func:`weight_layers`, but with everything off the main path merged into layers on it.
 
-    A block's shortcut belongs to its first layer, since it starts from the block's input too; a gate that weighs
-    channels (squeeze-and-excitation) to the layer before it. A ResNet-50 has 49.
+    A block's shortcut belongs to the block's first layer, since both read the block's input; a gate that weights
+    channels (squeeze-and-excitation) belongs to the layer before it. A ResNet-50 has 49 such layers.
     """
-    found = anatomy(model, head=head, blocks=blocks)
-    tops = {part.name: part.modules for part in found.parts}
-    made: list[tuple[str, Layer]] = []
-    waiting: list[Layer] = []  # shortcuts that are defined before all else of their block
-    for placed in placed_layers(model, found):
-        inside = _inside(placed, tops[placed.part])
-        if not _SHORTCUT.search(inside) and not (_GATE.search(inside) and made):
-            made.append((placed.part, _merged([*waiting, placed.layer])))
+    model_anatomy = anatomy(model, head=head, blocks=blocks)
+    tops = {part.name: part.modules for part in model_anatomy.parts}
+    layers: list[tuple[str, Layer]] = []
+    waiting: list[Layer] = []  # shortcuts defined before anything else in their block
+    for placement in placed_layers(model, model_anatomy):
+        inside = _inside(placement, tops[placement.part])
+        if not _SHORTCUT.search(inside) and not (_GATE.search(inside) and layers):
+            layers.append((placement.part, _merged([*waiting, placement.layer])))
             waiting = []
         elif _GATE.search(inside):
-            made[-1] = (made[-1][0], _merged([made[-1][1], placed.layer]))
-        elif (first := next((i for i, (part, _) in enumerate(made) if part == placed.part), None)) is not None:
-            made[first] = (placed.part, _merged([placed.layer, made[first][1]]))
+            layers[-1] = (layers[-1][0], _merged([layers[-1][1], placement.layer]))
+        elif (first := next((i for i, (part, _) in enumerate(layers) if part == placement.part), None)) is not None:
+            layers[first] = (placement.part, _merged([placement.layer, layers[first][1]]))
         else:
-            waiting.append(placed.layer)
-    return tuple(layer for _, layer in made)
+            waiting.append(placement.layer)
+    return tuple(layer for _, layer in layers)
 
 
 def _inside(placed: PlacedLayer, tops: Names) -> str:
-    """The path of a layer below the module of its part: patch merging, say, is called a downsample too."""
+    """The path of a layer below the module of its part (patch merging, for one, is called a downsample too)."""
     name = placed.layer.modules[0]
     top = next((top for top in tops if covers(top, name)), "")
     return name.removeprefix(top) if top else name
@@ -118,26 +118,26 @@ def _merged(layers: list[Layer]) -> Layer:
 
 
 def placed_layers(model: nn.Module, found: Anatomy) -> tuple[PlacedLayer, ...]:
-    """Every layer with its part and its segment; segments are numbered in order, some may be empty."""
+    """Every layer with its part and segment; segments are numbered in order, and some may be empty."""
     drafts = _drafts(model, found)
     sizes = trainable_sizes(model)
     cuts = _cuts(model, found, drafts)
-    placed = []
+    placements = []
     for index, draft in enumerate(drafts):
         size = size_of(draft.modules, sizes)
         if size:
             layer = Layer(tuple(draft.modules), size)
-            placed.append(PlacedLayer(layer, draft.part, sum(cut < index for cut in cuts)))
-    return tuple(placed)
+            placements.append(PlacedLayer(layer, draft.part, sum(cut < index for cut in cuts)))
+    return tuple(placements)
 
 
 def trainable_sizes(model: nn.Module) -> dict[str, int]:
-    """Numbers of elements of the parameters that can train, by name; a shared one counts under its first name."""
+    """Sizes of the trainable parameters by name; a shared one counts under its first name."""
     return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def size_of(modules: list[str] | Names, sizes: Mapping[str, int]) -> int:
-    """How many parameters that can train lie in these modules."""
+    """The number of trainable parameters in these modules."""
     return sum(size for name, size in sizes.items() if any(covers(module, name) for module in modules))
 
 
@@ -147,7 +147,7 @@ def backbone_parts(found: Anatomy) -> tuple[Part, ...]:
 
 
 def _drafts(model: nn.Module, found: Anatomy) -> list[_Draft]:
-    # An activation with a parameter (PReLU) follows its layer as a norm does.
+    # An activation with a parameter (PReLU) joins the layer before it, as a norm does.
     followers = {name for name, _ in norm_layers(model)}
     followers |= {name for name, module in model.named_modules() if _is_activation(module)}
     drafts: list[_Draft] = []
@@ -181,7 +181,7 @@ def _walk(model: nn.Module, part: Part) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _holds_weights(name: str, module: nn.Module, followers: set[str]) -> bool:
-    """Whether a module has weights inside of its children: then its own parameters are loose, else a layer."""
+    """Whether a module's children have weights: its direct parameters are loose then; otherwise it is a layer."""
     return any(
         next(child.parameters(recurse=False), None) is not None
         for inner, child in module.named_modules(prefix=name)
@@ -190,7 +190,7 @@ def _holds_weights(name: str, module: nn.Module, followers: set[str]) -> bool:
 
 
 def _place_loose(loose: list[tuple[str, list[str]]], drafts: list[_Draft]) -> None:
-    """Give the parameters of a container to the last layer in it: a layer scale multiplies what comes out."""
+    """Assign a container's parameters to the last layer in it: a layer scale multiplies that layer's output."""
     for container, names in loose:
         inside = [draft for draft in drafts if matches(draft.weight, [container])]
         for last in (inside or drafts)[-1:]:
@@ -201,11 +201,11 @@ def _place_loose(loose: list[tuple[str, list[str]]], drafts: list[_Draft]) -> No
 
 
 def _cuts(model: nn.Module, found: Anatomy, drafts: list[_Draft]) -> set[int]:
-    """The indices of the layers after which the network is cut."""
+    """Indices of the layers after which a segment ends."""
     owner = {draft.weight: index for index, draft in enumerate(drafts)}
     cuts: set[int] = set()
     current: int | None = None
-    for name, module in model.named_modules():  # not by part: a pooling beside the blocks is in none
+    for name, module in model.named_modules():  # not by part: a pooling next to the blocks is in none
         if matches(name, found.head.modules):
             continue
         current = owner.get(name, current)
@@ -219,20 +219,20 @@ def _cuts(model: nn.Module, found: Anatomy, drafts: list[_Draft]) -> set[int]:
 
 
 def lacks_separators(model: nn.Module, found: Anatomy) -> bool:
-    """Whether no pooling and no activation is a module of the blocks: they are called as functions, then."""
+    """Whether the blocks have neither pooling nor activation modules, which means that they call functions instead."""
     return not any(_separates(module) for part in found.blocks for _, module in _walk(model, part))
 
 
 def _layer_before(model: nn.Module, name: str, owner: Mapping[str, int]) -> int | None:
-    """The layer that an activation follows, where a module defines its activations all before or all after its layers.
+    """The layer before an activation, in a module that defines its activations all before or all after its layers.
 
-    Transformers writes an MLP as ``activation_fn, fc1, fc2`` (ViT, Swin) or ``lin1, lin2, activation`` (DistilBERT),
-    and a gate as ``reduce, expand, act_reduce, act_expand`` (EfficientNet): the first follows the first, and so on.
+    Transformers defines an MLP as ``activation_fn, fc1, fc2`` (ViT, Swin) or ``lin1, lin2, activation`` (DistilBERT),
+    and a gate as ``reduce, expand, act_reduce, act_expand`` (EfficientNet): the n-th activation follows the n-th layer.
     """
     prefix, _, last = name.rpartition(".")
     parent = model.get_submodule(prefix)
     if isinstance(parent, nn.Sequential):
-        return None  # what it runs is in order
+        return None  # its modules are defined in the order in which they run
     children = list(parent.named_children())
     layers = [i for i, (child, _) in enumerate(children) if f"{prefix}.{child}" in owner]
     activations = [i for i, (_, child) in enumerate(children) if _is_activation(child)]
@@ -252,7 +252,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def is_pooling(module: nn.Module) -> bool:
-    """Whether a module pools, and has no weights of its own."""
+    """Whether a module pools and has no weights."""
     has_weights = next(module.parameters(), None) is not None
     return _is_leaf(module) and not has_weights and _POOLING.fullmatch(type(module).__name__) is not None
 
@@ -261,5 +261,5 @@ def _is_activation(module: nn.Module) -> bool:
     kind = type(module)
     if not _is_leaf(module) or isinstance(module, _NO_ACTIVATION):
         return False
-    known = kind.__module__ in ("torch.nn.modules.activation", "transformers.activations")
-    return known or _ACTIVATION.fullmatch(kind.__name__) is not None
+    in_library = kind.__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    return in_library or _ACTIVATION.fullmatch(kind.__name__) is not None

@@ -1,1 +1,1 @@
-"""Searches: jobs over Optuna, and the scoring of candidates by short trainings."""
+"""Searches: jobs run on top of Optuna, and candidates scored by short trainings."""

@@ -1,12 +1,12 @@
-"""Claims: of all processes that work on one study, one evaluates each job.
+"""Claims: each job is evaluated by exactly one of the processes that share a study.
 
-How a job is done once: a worker claims it by adding a RUNNING trial. Storages number a study's trials in the order in
-which they add them, so all workers agree on the owner: of the job's trials that have not failed, the first. Only the
-owner evaluates; who comes second fails its own trial. FAIL is final, so no two trials of a job ever own it both.
+Mutual exclusion: a worker claims a job by adding a RUNNING trial. Storages number a study's trials in insertion order,
+so all workers agree on the owner: the first of the job's trials that have not failed. Only the owner evaluates the
+job; a worker that comes second fails its own trial. FAIL is final, so a job never has two owners.
 
-How a job outlives its worker: a thread renews a mark on the trial. Who sees the mark unchanged for six intervals by its
-own clock (clocks of machines differ) fails the trial, and the job is free again. If its worker was only paused, the
-storage refuses the late result.
+Crash recovery: a thread renews a mark on the trial. A worker that sees the mark unchanged for six intervals by its own
+clock (clocks of machines differ) fails the trial, and the job is free again. If its worker was only paused, the storage
+rejects the late result.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-PATIENCE = 6  # heartbeats a worker may miss: the interpreter or the disk may be busy for a while
+PATIENCE = 6  # heartbeats that a worker may miss: the interpreter or the disk may be busy for a while
 BEAT, INTERVAL, SIGNATURE = "hf_ft:heartbeat", "hf_ft:heartbeat_interval", "hf_ft:signature"  # system attributes
 
 
 def owners(trials: Sequence[FrozenTrial]) -> dict[str, FrozenTrial]:
-    """The owner of each job: of its trials that have not failed, the one with the lowest number."""
-    found: dict[str, FrozenTrial] = {}
+    """The owner of each job: the trial with the lowest number among those that have not failed."""
+    owner_by_job: dict[str, FrozenTrial] = {}
     for trial in trials:
         job = job_of(trial)
         if job is not None and trial.state.name != "FAIL":
-            found.setdefault(job, trial)
-    return found
+            owner_by_job.setdefault(job, trial)
+    return owner_by_job
 
 
 def job_of(trial: FrozenTrial) -> str | None:
@@ -51,15 +51,15 @@ def job_of(trial: FrozenTrial) -> str | None:
 
 @dataclass
 class Claims:
-    """One worker's hold on a study.
+    """The claims of one worker on a study.
 
     Attributes:
-        storage: where the study is kept.
+        storage: storage that holds the study.
         study: the study.
-        signature: what its scores depend on.
-        heartbeat: seconds between signs of life.
-        all_params: the parameters of all jobs, which give the ranges in Optuna's plots.
-        marks: by trial, the last mark of its worker, and since when we see it.
+        signature: everything the scores depend on.
+        heartbeat: seconds between renewals of a trial's mark.
+        all_params: parameters of all jobs, which determine the ranges in Optuna's plots.
+        marks: by trial, the last mark of its worker and the time since when it has been seen.
     """
 
     storage: BaseStorage
@@ -70,13 +70,13 @@ class Claims:
     marks: dict[int, tuple[Any, float]] = field(default_factory=dict)
 
     def read(self) -> list[FrozenTrial]:
-        """All trials, lowest number first; those of silent workers fail.
+        """Read all trials, lowest number first, and fail those of silent workers.
 
         Raises:
-            OptionError: the study has another signature.
+            OptionError: if the study has another signature.
         """
         trials = self.study.get_trials(deepcopy=False)
-        if trials:  # The signature is on the first trial: so it cannot be missing, nor set twice.
+        if trials:  # The signature is on the first trial, so it can be neither missing nor set twice.
             check_signature(trials[0].system_attrs.get(SIGNATURE), self.signature, self.study.study_name)
         for trial in trials:
             if trial.state.name == "RUNNING" and job_of(trial) is not None and self._silent(trial):
@@ -90,48 +90,48 @@ class Claims:
         return now - self.marks[trial._trial_id][1] > PATIENCE * trial.system_attrs[INTERVAL]
 
     def claim(self, job: str, params: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> int | None:
-        """Claim a job that nobody owned when ``trials`` were read.
+        """Claim a job that had no owner when ``trials`` were read.
 
         Returns:
-            The trial to evaluate, or None if another worker was first.
+            The trial to evaluate, or None if another worker was faster.
         """
-        trial_id, owned = self._add_trial(job, params, trials), False
+        trial_id, is_owner = self._add_trial(job, params, trials), False
         try:
             trials = self.read()
             owner = owners(trials).get(job)
             if owner is not None and owner._trial_id == trial_id:
                 if trials[0]._trial_id == trial_id:
                     self.study.set_user_attr("signature", self.signature)  # for people to read
-                owned = True
+                is_owner = True
         finally:
-            if not owned:
+            if not is_owner:
                 self.finish(trial_id, "FAIL", failure="withdrawn")
-        return trial_id if owned else None
+        return trial_id if is_owner else None
 
     def _add_trial(self, job: str, params: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> int:
-        """A RUNNING trial with all that other workers have to know of it, in one step."""
+        """Add a RUNNING trial with everything that other workers need to know, in a single step."""
         from optuna.trial import TrialState, create_trial
 
         system = {BEAT: _now(), INTERVAL: self.heartbeat, **({} if trials else {SIGNATURE: self.signature})}
-        plotted = _distributions(params, self.all_params, trials)
-        user = {name: value for name, value in params.items() if name not in plotted}
+        distributions = _distributions(params, self.all_params, trials)
+        user = {name: value for name, value in params.items() if name not in distributions}
         template = create_trial(
             state=TrialState.RUNNING,
-            params={name: params[name] for name in plotted},
-            distributions=plotted,
+            params={name: params[name] for name in distributions},
+            distributions=distributions,
             user_attrs={**user, "job": job, "worker": f"{socket.gethostname()}:{os.getpid()}"},
             system_attrs=system,
         )
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
         try:
             return self.storage.create_new_trial(study_id, template)
-        except ValueError:  # another list of jobs, in this moment, gave a parameter other choices
+        except ValueError:  # a concurrent job list has just registered other choices for a parameter
             if not params:
                 raise
             return self._add_trial(job, {}, trials)
 
     def finish(self, trial_id: int, state: str, value: float | None = None, **attributes: Any) -> bool:
-        """Set a trial's last state; False if another worker did before."""
+        """Set the final state of a trial; return False if another worker has already done so."""
         import optuna
 
         try:
@@ -144,7 +144,7 @@ class Claims:
 
     @contextmanager
     def beating(self, trial_id: int) -> Iterator[None]:
-        """Renew the trial's mark from a thread."""
+        """Renew the trial's mark from a background thread."""
         import optuna
 
         stop = threading.Event()
@@ -155,7 +155,7 @@ class Claims:
                     self.storage.set_trial_system_attr(trial_id, BEAT, _now())
                 except optuna.exceptions.UpdateFinishedTrialError:
                     return
-                except Exception as error:  # the next one may get through
+                except Exception as error:  # the next one may succeed
                     logging.getLogger(__name__).warning("no heartbeat written: %s", error)
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -176,22 +176,22 @@ def _distributions(
 ) -> dict[str, BaseDistribution]:
     """The range of each parameter, for Optuna's plots.
 
-    Optuna wants each parameter to keep its kind, and its choices, all over a study. A value that does not fit (a new
-    block in a later list of jobs) is left out.
+    Optuna requires the kind and choices of a parameter to stay the same throughout a study. A value that does not fit
+    (a new block in a later job list) is omitted.
     """
     from optuna.distributions import CategoricalDistribution
 
-    first = {name: known for trial in reversed(trials) for name, known in trial.distributions.items()}
-    found: dict[str, BaseDistribution] = {}
+    first = {name: previous for trial in reversed(trials) for name, previous in trial.distributions.items()}
+    distributions: dict[str, BaseDistribution] = {}
     for name, value in params.items():
         own = _distribution([others[name] for others in all_params if name in others])
-        known = first.get(name, own)
-        if isinstance(known, CategoricalDistribution):
-            if value in known.choices:
-                found[name] = known
-        elif type(known) is type(own):
-            found[name] = own
-    return found
+        previous = first.get(name, own)
+        if isinstance(previous, CategoricalDistribution):
+            if value in previous.choices:
+                distributions[name] = previous
+        elif type(previous) is type(own):
+            distributions[name] = own
+    return distributions
 
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:

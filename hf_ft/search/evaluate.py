@@ -1,4 +1,4 @@
-"""What searches have in common: short trainings of copies of a model, each scored as a trial of one study."""
+"""The common core of searches: short trainings of model copies, each scored as a trial of one study."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from hf_ft.search.trials import Halving, Job, Outcome, Progress, Report, run_tri
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-LOOKED_AT = 64  # samples, spread over the data, that tell one data set from another
+LOOKED_AT = 64  # samples, spread over the data, that identify a data set
 
 
 class SearchOptions(Protocol):
-    """What every search asks of the config that it searches for: a budget, and what its trials are told by."""
+    """Options that every search reads from its config: the budget, and everything that identifies its trials."""
 
     @property
     def metric(self) -> str: ...
@@ -60,21 +60,22 @@ class SearchOptions(Protocol):
 
 @dataclass
 class ShortTrainings:
-    """All from the same weights, with the same order of the data and the same budget.
+    """Short trainings from the same weights, with the same data order and the same budget.
 
     Args:
-        model: never changed.
-        context: samples and recipe.
-        metric: of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``.
-        validation: the share of the training samples that is scored on.
-        epochs: of each training.
+        model: the model; never changed.
+        context: samples and training recipe.
+        metric: one of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``.
+        validation: share of the training samples held out for scoring.
+        epochs: number of epochs of each training.
 
     Attributes:
-        train_rows, validation_rows: the two parts, stratified by class where there are enough samples of each.
-        recordings: what frozen parts compute, shared by all trainings.
+        train_rows: indices of the samples to train on; stratified by class if each class has enough samples.
+        validation_rows: indices of the samples to score on.
+        recordings: recorded outputs of frozen prefixes, shared by all trainings.
 
     Raises:
-        OptionError: an unknown metric, or too few samples for the split.
+        OptionError: for an unknown metric, or too few samples to split.
     """
 
     model: nn.Module
@@ -88,24 +89,24 @@ class ShortTrainings:
             raise OptionError(f"metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
         self.train_rows, self.validation_rows = self._split()
         context = self.context
-        # A step is as large as in the run that follows, whatever number of processes shares that.
+        # Same samples per step as in the run that follows, however many processes share it.
         self.recipe = dataclasses.replace(context.recipe, accumulation=context.recipe.accumulation * context.ranks)
         self.recordings = Recordings(self.model, context.samples, context.frozen_cache, context.recipe.computing)
         self._batches = Batches(context.samples, self.recordings)
 
     def train(self, run: Run, seed: int, report: Report | None = None) -> list[float]:
-        """The score after each epoch; more is better, and one that diverged scores -inf.
+        """Train and return the score after each epoch; higher is better, and divergence scores -inf.
 
         Args:
-            run: of a copy of the model.
-            seed: of the order of the data and of dropout.
-            report: told each score; may stop the training.
+            run: a run over a copy of the model.
+            seed: seed of the data order and of dropout.
+            report: called with each score; may stop the training.
         """
         scores: list[float] = []
 
         def after_epoch(epoch: int, objective: Objective) -> None:
-            found = score(objective, self.recipe, self._batches, self.validation_rows, self.metric)
-            scores.append(found if math.isfinite(found) else -math.inf)
+            value = score(objective, self.recipe, self._batches, self.validation_rows, self.metric)
+            scores.append(value if math.isfinite(value) else -math.inf)
             if report is not None:
                 report(epoch, scores[-1])
 
@@ -113,14 +114,14 @@ class ShortTrainings:
         return scores
 
     def plan_recordings(self, runs: Iterable[Run]) -> None:
-        """Tell which borders will be asked for, so that one pass over the samples records all."""
+        """Announce all frozen prefixes in advance, so that a single pass over the samples records them."""
         for run in runs:
             prefix = self.recordings.prefix(run.objective())
             if prefix is not None:
                 self.recordings.plan(prefix)
 
     def describe(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that the scores depend on: model, data, recipe, and these options."""
+        """Everything that the scores depend on: model, data, recipe and these options."""
         hashes = json.dumps(sorted(digests(self.model).items()))
         samples, labels = self.context.samples, self.context.labels
         with random_states_kept(0):
@@ -140,7 +141,7 @@ class ShortTrainings:
         }
 
     def storage(self, wanted: str | None, usual: str) -> str | None:
-        """Where trials are kept: as wanted, ``"memory"`` for nowhere, None for a file in the output folder."""
+        """Where to keep trials: ``wanted``, except None (a file in the output folder) and ``"memory"`` (nowhere)."""
         if wanted is not None:
             return None if wanted == "memory" else wanted
         if self.context.folder is None:
@@ -151,7 +152,7 @@ class ShortTrainings:
     def _split(self) -> tuple[list[int], list[int]]:
         count = self.context.samples.count
         if not count:
-            self.context.samples.read([])  # says why samples cannot be read by number
+            self.context.samples.read([])  # explains why samples cannot be read by index
         size = round(count * self.validation)
         if not 1 <= size < count:
             raise OptionError(
@@ -179,11 +180,13 @@ def score_jobs(
     """Score each job by its best epoch, together with all processes that search on the same storage.
 
     Args:
-        train: gives a score for each epoch.
-        prepare: called before the first training that really runs: a search that is complete needs none.
-        name: of the study; the beginning of the signature's hash is added.
-        signature, storage, progress: as for :func:`hf_ft.search.trials.run_trials`.
-        halving: whether to stop the worse jobs early.
+        train: returns the score after each epoch.
+        prepare: called before the first training that is actually run; a completed search runs none.
+        name: name of the study; the beginning of the signature's hash is appended.
+        signature: see :func:`hf_ft.search.trials.run_trials`.
+        storage: likewise.
+        progress: likewise.
+        halving: whether to stop poor jobs early.
     """
     prepared = False
 
@@ -209,7 +212,7 @@ def score_jobs(
 
 
 def epochs_of(outcome: Outcome) -> int:
-    """How many epochs a job was trained; of one that was stopped early no more is known than its steps."""
+    """The number of epochs a job was trained; for a pruned job only its steps are known."""
     return len(outcome.steps) or int(outcome.info.get("epochs", 0))
 
 
@@ -217,11 +220,11 @@ class Bar:
     """A progress bar that shows the best score so far.
 
     Args:
-        total: jobs, over all calls of :func:`score_jobs` that share the bar.
-        what: is done, as its title.
-        metric: what the scores are.
-        hidden: show nothing.
-        best: how the key of the best job follows its score.
+        total: number of jobs, over all calls of :func:`score_jobs` that share the bar.
+        what: title of the bar.
+        metric: name of the score.
+        hidden: whether to hide the bar.
+        best: format of the best job's key, appended to its score.
     """
 
     def __init__(self, total: int, what: str, metric: str, hidden: bool, best: str = ": {}") -> None:
@@ -239,7 +242,7 @@ class Bar:
         self.bar.refresh()
 
     def move_to(self, done: int) -> None:
-        """So much is done, whatever was trained for it; the jobs of further calls come on top."""
+        """Set the number of finished jobs, whether or not they were trained; jobs of further calls are added to it."""
         self.before = self.bar.n = done
         self.bar.refresh()
 

@@ -1,4 +1,4 @@
-"""Opening an Optuna storage and a study in it for several processes, and telling whether the study is the right one."""
+"""Open an Optuna storage and a study shared by several processes, and verify that the study matches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MISSING = "Optuna runs the trials: pip install 'hf-ft[search]'"
 JOURNAL = "journal:///"
-ATTEMPTS = 8  # at opening a database, while other processes create its tables
+ATTEMPTS = 8  # to open a database while other processes create its tables
 KINDS = "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, mysql+pymysql://user@host/database"
 
 
@@ -27,11 +27,11 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     """Open a storage that several processes may write to.
 
     Args:
-        storage: a path, a URL, None for memory, or one that is open; see :func:`hf_ft.search.trials.run_trials`.
+        storage: a path, a URL, None for memory, or an open storage; see :func:`hf_ft.search.trials.run_trials`.
 
     Raises:
-        OptionError: it cannot be opened. The message names the storage, the reason and the fix.
-        ImportError: Optuna is missing.
+        OptionError: if it cannot be opened; the message names the storage, the reason and the fix.
+        ImportError: if Optuna is not installed.
     """
     try:
         from optuna.storages import InMemoryStorage
@@ -56,7 +56,7 @@ def _open_journal(path: str) -> BaseStorage:
 
     _check_folder(path, path)
     try:
-        # Absolute: the lock is a symbolic link to the file, and Optuna looks through it.
+        # Absolute path: the lock is a symbolic link to the file, and Optuna follows it.
         return JournalStorage(JournalFileBackend(os.path.abspath(path)))
     except OSError as error:
         raise OptionError(f"storage={path!r} cannot be opened: {error}. Give a file that can be written.") from error
@@ -72,27 +72,27 @@ def _open_database(url: str, given: str) -> BaseStorage:
     from sqlalchemy.pool import NullPool
 
     try:
-        parsed = make_url(url)
+        address = make_url(url)
     except exc.ArgumentError as error:
         raise OptionError(f"storage={given!r} is no URL. Give {KINDS}.") from error
-    given = parsed.render_as_string() if given == url else given  # hides a password
-    sqlite = parsed.get_backend_name() == "sqlite"
+    given = address.render_as_string() if given == url else given  # hides a password
+    sqlite = address.get_backend_name() == "sqlite"
     if sqlite:
-        _check_folder(parsed.database or "", given)
-    # No pool: a connection would go stale during an evaluation, and be inherited by its data loader's processes.
+        _check_folder(address.database or "", given)
+    # No pool: a connection would go stale during an evaluation and be inherited by data loader workers.
     options = {"poolclass": NullPool, "connect_args": {"timeout": 60} if sqlite else {}}
     for attempt in range(ATTEMPTS):
         try:
-            # Optuna formats the URL.
-            opened = RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=dict(options))
+            # Optuna passes the URL through str.format.
+            database = RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=dict(options))
             break
         except (exc.DBAPIError, exc.ArgumentError, StorageInternalError, ImportError, RuntimeError) as error:
             if attempt + 1 == ATTEMPTS or not _is_race(error):
                 raise OptionError(f"storage={given!r} cannot be opened: {_reason(error)}") from error
             time.sleep(min(0.05 * 2**attempt, 1.0) + os.getpid() % 16 / 100)
     if sqlite:
-        _lock_before_reading(opened.engine)
-    return opened
+        _lock_before_reading(database.engine)
+    return database
 
 
 def _check_folder(path: str, given: str) -> None:
@@ -122,10 +122,10 @@ def _reason(error: Exception) -> str:
 
 
 def _lock_before_reading(engine: Engine) -> None:
-    """Let each transaction lock the SQLite file before its first read.
+    """Make every transaction lock the SQLite file before its first read.
 
-    Optuna reads a trial's state and then writes it. Python's sqlite3 begins a transaction between the two, so that of
-    two workers one could complete a trial that the other has just failed.
+    Optuna reads a trial's state and then writes it. Python's sqlite3 begins a transaction between the two, so one of
+    two workers could complete a trial that the other has just failed.
     """
     from sqlalchemy import event
 
@@ -139,12 +139,12 @@ def _lock_before_reading(engine: Engine) -> None:
 
 
 def open_study(storage: BaseStorage, name: str, halving: tuple[int, int] | None) -> Study:
-    """Create a study, or join it.
+    """Create or join a study.
 
     Args:
-        storage: where it is kept.
-        name: of the study.
-        halving: steps before the first pruning, and reduction factor; None does not prune.
+        storage: storage that holds the study.
+        name: name of the study.
+        halving: steps before the first pruning, and reduction factor; None disables pruning.
     """
     import optuna
 
@@ -153,16 +153,16 @@ def open_study(storage: BaseStorage, name: str, halving: tuple[int, int] | None)
         study_name=name,
         direction="maximize",
         load_if_exists=True,
-        sampler=optuna.samplers.RandomSampler(),  # never asked
+        sampler=optuna.samplers.RandomSampler(),  # never used
         pruner=optuna.pruners.SuccessiveHalvingPruner(*halving) if halving else optuna.pruners.NopPruner(),
     )
 
 
 def check_signature(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], name: str) -> None:
-    """Refuse a study whose scores depend on other things than ours.
+    """Reject a study whose signature differs from ours.
 
     Raises:
-        OptionError: naming the keys that differ.
+        OptionError: if it differs; the message names the keys.
     """
     if theirs is None:
         raise OptionError(f"the study {name!r} is there already and holds other trials. Give another name or storage.")
@@ -175,21 +175,21 @@ def check_signature(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], n
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
+    differences = []
     for key in sorted({*theirs, *ours}):
         old, new = theirs.get(key), ours.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif json.dumps(old) != json.dumps(new):  # as text, nan is nan
-            found.append(f"{prefix}{key} ({reprlib.repr(old)} there, {reprlib.repr(new)} here)")
-    return found
+            differences += _differences(old, new, f"{prefix}{key}.")
+        elif json.dumps(old) != json.dumps(new):  # as text, NaN equals NaN
+            differences.append(f"{prefix}{key} ({reprlib.repr(old)} there, {reprlib.repr(new)} here)")
+    return differences
 
 
 def as_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """A dict as it comes back from JSON.
+    """Round-trip a dict through JSON.
 
     Raises:
-        OptionError: it holds something else than numbers, text, lists and dicts.
+        OptionError: if it contains anything but numbers, text, lists and dicts.
     """
     try:
         return json.loads(json.dumps(dict(value)))

@@ -1,4 +1,4 @@
-"""A fixed list of jobs as an Optuna study: many processes may share it, and it may be stopped and resumed."""
+"""Evaluate a fixed list of jobs as an Optuna study that processes can share and that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-_random = random.SystemRandom()  # evaluate may seed the global one, and forked workers share its state
+_random = random.SystemRandom()  # evaluate may seed the global RNG, and forked workers share its state
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is evaluated once: a key, unique in the study, and parameters for Optuna's dashboards."""
+    """A unit of evaluation: a key, unique in the study, and parameters for Optuna's dashboards."""
 
     key: str
     params: Mapping[str, str | int | float]
@@ -31,10 +31,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Halving:
-    """Stop the worse jobs early: asynchronous successive halving (Li et al., ASHA, MLSys 2020).
+    """Stop poor jobs early by asynchronous successive halving (Li et al., ASHA, MLSys 2020).
 
-    After step ``min_steps * factor**k`` a job goes on if it is among the best ``1/factor`` of those that came so far,
-    or, while these are fewer than ``factor``, the best. So what is stopped depends on the order of the jobs.
+    After step ``min_steps * factor**k`` a job continues if it is among the best ``1/factor`` of those that have reached
+    that step, or, while there are fewer than ``factor``, if it is the best. Pruning therefore depends on job order.
     """
 
     min_steps: int = 1
@@ -42,7 +42,7 @@ class Halving:
 
 
 class Report(Protocol):
-    """Tell an intermediate value; raises ``optuna.TrialPruned`` if the job is to stop. Steps count from 1."""
+    """Report an intermediate value; raise ``optuna.TrialPruned`` if the job is to stop. Steps count from 1."""
 
     def __call__(self, step: int, value: float) -> None: ...
 
@@ -52,12 +52,12 @@ class Outcome:
     """A finished job.
 
     Attributes:
-        key: of the job.
-        value: the score; of a pruned job the last one reported, nan if none was.
+        key: key of the job.
+        value: the score; for a pruned job the last reported value, NaN if there is none.
         pruned: whether it was stopped early.
-        steps: reported values in the order of their steps.
-        seconds: how long the evaluation took.
-        info: what ``evaluate`` returned beside the value.
+        steps: reported values in step order.
+        seconds: duration of the evaluation.
+        info: the dict that ``evaluate`` returned along with the score.
     """
 
     key: str
@@ -69,7 +69,7 @@ class Outcome:
 
 
 class JobError(RuntimeError):
-    """A job failed again and again. The message names it, and its last error."""
+    """A job failed repeatedly. The message names it and its last error."""
 
 
 Evaluate = Callable[[Job, Report], float | tuple[float, Mapping[str, Any]]]
@@ -90,34 +90,35 @@ def run_trials(
     stop: Callable[[], bool] | None = None,
     deaths: int | None = None,
 ) -> dict[str, Outcome]:
-    """Evaluate each job once, together with all processes that call this with the same storage and name.
+    """Evaluate each job once, together with all processes that use the same storage and study name.
 
-    Finished jobs come from the storage. When this returns, every job is finished and none runs, unless ``stop`` said
-    so. An exception of ``evaluate`` is raised at once; its job is free for the other workers, and for the next call.
+    Finished jobs are read from the storage. On return, every job is finished and none is running, unless ``stop``
+    ended the search early. An exception of ``evaluate`` is raised immediately; its job stays free for other workers
+    and later calls.
 
     Args:
-        jobs: in the order in which to start them; a later call may bring more.
-        evaluate: gives a job's score, more is better, and if it likes a JSON dict to keep with it.
-        storage: an open one; a path ``*.db`` or ``*.sqlite3``; a path ``*.log`` (Optuna's journal, for network file
-            systems); a URL (``sqlite:///...``, ``mysql://...``, ``postgresql://...``, ``journal:///...``); None for
-            memory only.
-        name: of the study.
-        signature: a JSON dict of what the scores depend on; the pruner is added. All callers must agree on it.
-        pruner: None runs every job to its end.
-        heartbeat: seconds between signs of life. A worker silent for six of them is taken for dead.
-        retries: how often this call takes up a job that raised in other workers. The death of a worker does not
-            count: it ends by itself, since each costs a worker.
-        progress: called with (finished, all, None) first, then with each newly finished job, whoever ran it.
-        stop: asked before each job: True leaves the rest for another call.
-        deaths: give a job up when so many workers died in it; None for never.
+        jobs: jobs in starting order; a later call may add more.
+        evaluate: returns a job's score (higher is better), optionally with a JSON dict to store with it.
+        storage: an open storage; a path ``*.db`` or ``*.sqlite3``; a path ``*.log`` (Optuna's journal, for network
+            file systems); a URL (``sqlite:///...``, ``mysql://...``, ``postgresql://...``, ``journal:///...``); None
+            for memory only.
+        name: name of the study.
+        signature: a JSON dict of everything the scores depend on; the pruner is added. All callers must agree on it.
+        pruner: None runs every job to completion.
+        heartbeat: seconds between heartbeats. A worker that misses six of them is presumed dead.
+        retries: how often this call retries a job that raised in other workers. The death of a worker does not count,
+            since each death costs a worker.
+        progress: called with (finished, total, None) first, then with each newly finished job, whoever ran it.
+        stop: called before each job; True leaves the remaining jobs to another call.
+        deaths: give up on a job after this many workers died in it; None for never.
 
     Returns:
-        The outcomes by key, in the order of the jobs; without those that were left or given up.
+        Outcomes by key, in job order, without jobs that were left or given up.
 
     Raises:
-        ImportError: Optuna is missing.
-        OptionError: the storage cannot be opened, the study has another signature, or an argument cannot work.
-        JobError: a job raised in other workers more than ``retries`` times; all the others are finished.
+        ImportError: if Optuna is not installed.
+        OptionError: if the storage cannot be opened, the study has another signature, or an argument is invalid.
+        JobError: if a job raised in other workers more than ``retries`` times; all other jobs are finished.
     """
     try:
         import optuna
@@ -128,9 +129,9 @@ def run_trials(
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(level, optuna.logging.WARNING))
     try:
-        opened = open_storage(storage)
-        study = open_study(opened, name, (pruner.min_steps, pruner.factor) if pruner else None)
-        claims = Claims(opened, study, signature, heartbeat, [job.params for job in jobs])
+        backend = open_storage(storage)
+        study = open_study(backend, name, (pruner.min_steps, pruner.factor) if pruner else None)
+        claims = Claims(backend, study, signature, heartbeat, [job.params for job in jobs])
         search = _Search({job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False), deaths)
         return search.run(progress or (lambda *_: None))
     finally:
@@ -139,7 +140,7 @@ def run_trials(
 
 @dataclass
 class _Search:
-    """One worker's way through the jobs."""
+    """The work of one worker on the jobs."""
 
     jobs: Mapping[str, Job]
     evaluate: Evaluate
@@ -147,24 +148,24 @@ class _Search:
     retries: int
     stop: Callable[[], bool]
     deaths: int | None
-    before: int = 0  # number of trials when this call began: only later errors count
+    before: int = 0  # number of trials at the start of this call: only later errors count
 
     def run(self, tell: Progress) -> dict[str, Outcome]:
         trials = self.claims.read()
-        self.before, done = len(trials), self.outcomes(trials)
-        tell(len(done), len(self.jobs), None)
+        self.before, outcomes = len(trials), self.outcomes(trials)
+        tell(len(outcomes), len(self.jobs), None)
         pause, contested = 0.05, False
         while True:
             trials = self.claims.read()
             for key, outcome in self.outcomes(trials).items():
-                if key not in done:
-                    done[key] = outcome
-                    tell(len(done), len(self.jobs), outcome)
+                if key not in outcomes:
+                    outcomes[key] = outcome
+                    tell(len(outcomes), len(self.jobs), outcome)
             free = self.free(trials)
             if self.stop():
-                return {key: done[key] for key in self.jobs if key in done}
+                return {key: outcomes[key] for key in self.jobs if key in outcomes}
             if free:
-                # Workers that start together would meet again at every next job.
+                # Workers that start together would collide again at every next job.
                 contested = not self.work(_random.choice(free) if contested else free[0], trials)
                 pause = 0.05
             elif any(trial.state.name == "RUNNING" and job_of(trial) in self.jobs for trial in trials):
@@ -172,8 +173,8 @@ class _Search:
                 pause = min(2 * pause, 2.0, self.claims.heartbeat)
             else:
                 break
-        self.raise_failed(done, trials)
-        return {key: done[key] for key in self.jobs if key in done}
+        self.raise_failed(outcomes, trials)
+        return {key: outcomes[key] for key in self.jobs if key in outcomes}
 
     def outcomes(self, trials: Sequence[FrozenTrial]) -> dict[str, Outcome]:
         return {
@@ -183,14 +184,14 @@ class _Search:
         }
 
     def free(self, trials: Sequence[FrozenTrial]) -> list[Job]:
-        taken, recent = owners(trials), trials[self.before :]
+        owner_by_job, recent = owners(trials), trials[self.before :]
         errors = Counter(job_of(trial) for trial in recent if trial.user_attrs.get("failure") == "error")
-        died = Counter(job_of(trial) for trial in trials if trial.user_attrs.get("failure") == "worker died")
+        deaths = Counter(job_of(trial) for trial in trials if trial.user_attrs.get("failure") == "worker died")
         most = math.inf if self.deaths is None else self.deaths
         return [
             job
             for key, job in self.jobs.items()
-            if key not in taken and errors[key] <= self.retries and died[key] < most
+            if key not in owner_by_job and errors[key] <= self.retries and deaths[key] < most
         ]
 
     def raise_failed(self, done: Mapping[str, Outcome], trials: Sequence[FrozenTrial]) -> None:
@@ -203,7 +204,7 @@ class _Search:
                 )
 
     def work(self, job: Job, trials: Sequence[FrozenTrial]) -> bool:
-        """Claim a job and evaluate it; False if another worker owns it."""
+        """Claim a job and evaluate it; return False if another worker owns it."""
         import optuna
 
         trial_id = self.claims.claim(job.key, job.params, trials)
@@ -219,7 +220,7 @@ class _Search:
                 failure = "error" if isinstance(error, Exception) else "interrupted"
                 message = f"{type(error).__name__}: {error}"
                 failed = self.claims.finish(trial_id, "FAIL", failure=failure, message=message)
-                # We were taken for dead, and a report was refused: go on with another job.
+                # This worker was presumed dead and a report was rejected: continue with another job.
                 if failed or not isinstance(error, optuna.exceptions.UpdateFinishedTrialError):
                     raise
         return True
@@ -238,10 +239,10 @@ class _Search:
                 raise optuna.TrialPruned(f"{job.key} after step {step}")
 
         try:
-            returned = self.evaluate(job, report)
+            result = self.evaluate(job, report)
         except optuna.TrialPruned:
             return "PRUNED", last, {}
-        value, info = returned if isinstance(returned, tuple) else (returned, {})
+        value, info = result if isinstance(result, tuple) else (result, {})
         if math.isnan(float(value)):
             raise ValueError(f"evaluate returned nan for job {job.key!r}: return -inf for one that diverged.")
         return "COMPLETE", float(value), as_json(info, f"info of job {job.key!r}")

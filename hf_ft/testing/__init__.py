@@ -1,4 +1,4 @@
-"""A conformance kit: the laws that every strategy keeps, for strategies of your own too.
+"""A conformance kit: the laws that every strategy must satisfy, including third-party strategies.
 
 >>> from hf_ft.testing import check_strategy
 >>> check_strategy(MyConfig())

@@ -1,4 +1,4 @@
-"""The laws. Each is a function of a config, a maker of models, and an empty folder; it asserts."""
+"""The laws: each takes a config, a model factory and an empty folder, and asserts a property."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Law = Callable[[FTConfig, Maker, Path], None]
 
 
 def config_round_trip(config: FTConfig, make: Maker, folder: Path) -> None:
-    """Saved and loaded, a config is the same; an option of a newer version is dropped, not fatal."""
+    """A saved and reloaded config is equal; an option of a newer version is ignored, not fatal."""
     config.save_pretrained(folder)
     assert FTConfig.from_pretrained(folder) == config
     assert type(config).from_pretrained(folder) == config
@@ -38,7 +38,7 @@ def config_round_trip(config: FTConfig, make: Maker, folder: Path) -> None:
 
 
 def out_of_range_raises(config: FTConfig, make: Maker, folder: Path) -> None:
-    """A value out of range, or of a wrong type, is refused with field, value and fix."""
+    """A value out of range or of a wrong type is rejected; the error names field, value and fix."""
     for field in options(type(config)):
         interval = field.metadata["range"]
         bad: list[Any] = [object()]
@@ -60,7 +60,7 @@ def out_of_range_raises(config: FTConfig, make: Maker, folder: Path) -> None:
 
 
 def plan_is_pure(config: FTConfig, make: Maker, folder: Path) -> None:
-    """Planning twice gives the same, and leaves the model as it was."""
+    """Planning twice gives the same plan and leaves the model unchanged."""
     model = equipped(make(), config)
     before, modes = snapshot(model), [module.training for module in model.modules()]
     frozen = [parameter.requires_grad for parameter in model.parameters()]
@@ -77,7 +77,7 @@ def plan_is_pure(config: FTConfig, make: Maker, folder: Path) -> None:
 
 
 def weightless_terms_change_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
-    """With all weights 0, a plan trains bit for bit as without terms."""
+    """With all weights 0, a plan trains bit for bit as it does without terms."""
     results = []
     for keep in (True, False):
         run = _run(config, make(), folder)
@@ -87,7 +87,7 @@ def weightless_terms_change_nothing(config: FTConfig, make: Maker, folder: Path)
 
 
 def anchored_terms_start_at_zero(config: FTConfig, make: Maker, folder: Path) -> None:
-    """Whatever pulls towards the start is exactly 0 there, with the model in eval mode."""
+    """Every term that pulls towards the start is exactly 0 there, with the model in eval mode."""
     run = _run(config, make(), folder)
     anchored = {term.name for term in run.plan.terms if term.starts_at_zero or term.anchors}
     for stage in run.plan.stages:
@@ -102,7 +102,7 @@ def anchored_terms_start_at_zero(config: FTConfig, make: Maker, folder: Path) ->
 
 
 def frozen_stays_frozen(config: FTConfig, make: Maker, folder: Path) -> None:
-    """What a stage does not train, parameter or buffer, is bit for bit the same after it."""
+    """Every parameter and buffer that a stage does not train is bit-identical after it."""
     trainer = make_trainer(make(), config, folder)
     run = trainer._start_run()
     for index, stage in enumerate(run.plan.stages):
@@ -126,7 +126,7 @@ def frozen_stays_frozen(config: FTConfig, make: Maker, folder: Path) -> None:
 
 
 def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
-    """One batch of 8, or two micro-batches of 4, or four of 2: the same weights, where the same was measured."""
+    """One batch of 8, two micro-batches of 4 or four of 2 give the same weights, from the same measured states."""
     probe = equipped(make(), config)
     states = _states(config, probe, folder)
     plan = build_plan([config], probe, states)
@@ -151,7 +151,7 @@ def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) ->
 
 
 def resume_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
-    """Stopped and resumed at any checkpoint, in any stage: the weights, optimizer and log of one piece."""
+    """Stopping and resuming at any checkpoint, in any stage, gives the weights, optimizer and log of a single run."""
     arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
     whole = train(make(), config, folder, **arguments)
     for checkpoint in ("checkpoint-3", "checkpoint-6"):
@@ -163,7 +163,7 @@ def resume_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
 
 
 def plain_reload(config: FTConfig, make: Maker, folder: Path) -> None:
-    """What is saved loads with plain Transformers, and gives the same logits."""
+    """A saved model loads with plain Transformers and gives the same logits."""
     trainer = train(make(), config, folder)
     trainer.save_model(str(folder / "saved"))
     loaded = type(trainer.model).from_pretrained(folder / "saved").eval()
@@ -175,7 +175,7 @@ def plain_reload(config: FTConfig, make: Maker, folder: Path) -> None:
 
 
 def term_order_is_irrelevant(config: FTConfig, make: Maker, folder: Path) -> None:
-    """The terms of a plan can be added up in any order."""
+    """The terms of a plan can be summed in any order."""
     runs = [_run(config, make(), folder) for _ in range(2)]
     results = [_train(run, run.plan.terms[::step]) for run, step in zip(runs, (1, -1), strict=True)]
     same_tensors(results[0], results[1], 1e-6)
@@ -199,10 +199,10 @@ LAWS: dict[str, Law] = {
 
 
 def check_strategy(config: FTConfig, makers: Iterable[Maker] = (tiny_resnet, tiny_vit, tiny_bert)) -> None:
-    """Hold a strategy to all laws, on a tiny random ResNet, ViT and BERT (see :func:`suited`).
+    """Check a strategy against all laws, on a tiny random ResNet, ViT and BERT (see :func:`suited`).
 
     Raises:
-        AssertionError: naming the law, the model, and what is wrong.
+        AssertionError: if a law is violated; the message names the law, the model and the violation.
     """
     for make in makers:
         fitting = suited(config, make())
@@ -215,7 +215,7 @@ def check_strategy(config: FTConfig, makers: Iterable[Maker] = (tiny_resnet, tin
 
 
 def suited(config: FTConfig, model: nn.Module) -> FTConfig:
-    """The form of the config that fits the model, where it declares one (:meth:`hf_ft.FTConfig.adapted`)."""
+    """The config adapted to the model, if it declares an adapted form (:meth:`hf_ft.FTConfig.adapted`)."""
     return config.adapted(model) or config
 
 
@@ -236,7 +236,7 @@ def _run(config: FTConfig, model: nn.Module, folder: Path) -> Run:
 
 
 def _train(run: Run, terms: tuple[Term, ...]) -> dict[str, torch.Tensor]:
-    """Two SGD steps in each stage of a run with other terms, by hand."""
+    """Two SGD steps in each stage of a run with other terms, in a hand-written loop."""
     run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, terms=terms))
     objective = run.objective()
     for stage in run.plan.stages:
@@ -252,7 +252,7 @@ def _train(run: Run, terms: tuple[Term, ...]) -> dict[str, torch.Tensor]:
 
 
 def _comparable(plan: Plan) -> Plan:
-    """A plan without what is compared by identity: the modules of its terms."""
+    """A plan without the modules of its terms, which are compared by identity."""
     terms = (dataclasses.replace(t, fn=type(t.fn)) if isinstance(t.fn, nn.Module) else t for t in plan.terms)  # type: ignore[arg-type]
     return dataclasses.replace(plan, terms=tuple(terms))
 

@@ -1,7 +1,7 @@
 """Tiny randomly initialised classifiers: real Transformers classes, a few thousand parameters, 32x32 images.
 
-Each factory takes the number of classes, a seed, and any field of the architecture's config. Like a model from
-`from_pretrained`, what it returns is in eval mode. The global random state is left as it was.
+Each factory takes the number of classes, a seed, and any field of the architecture's config. Models are returned in
+eval mode, as by `from_pretrained`. The global RNG state is restored.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ def _build(
 
 @torch.no_grad()
 def _set_running_statistics(model: Any) -> None:
-    """Take batch-norm statistics from one random batch: those of a new model, 0 and 1, are nothing a test could see."""
+    """Set batch-norm statistics from a random batch: a test could not detect changes of a new model's 0 and 1."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -125,12 +125,12 @@ def tiny_distilbert(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrai
 
 
 def tiny_timm(num_labels: int = 3, seed: int = 0, **kw: Any) -> hf.PreTrainedModel:
-    """A model laid out as Transformers' wrapper of a timm ViT, without timm: two blocks over 16 patches."""
+    """A model laid out like Transformers' wrapper of a timm ViT, without timm: two blocks over 16 patches."""
     return _build(TimmLikeForImageClassification, TimmLikeConfig, num_labels, seed, kw)
 
 
 class TimmLikeConfig(hf.PreTrainedConfig):
-    """Config of `TimmLikeForImageClassification`, under the wrapper's `model_type`."""
+    """Config of `TimmLikeForImageClassification`, with the wrapper's `model_type`."""
 
     model_type = "timm_wrapper"
     image_size: int = 32
@@ -140,7 +140,7 @@ class TimmLikeConfig(hf.PreTrainedConfig):
 
 
 class TimmLikeBlock(nn.Module):
-    """Pre-norm residual MLP: enough of a ViT block to have the same shapes and names."""
+    """Pre-norm residual MLP: enough of a ViT block for the same shapes and names."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class TimmLikeBlock(nn.Module):
 
 
 class TimmLikeViT(nn.Module):
-    """timm's VisionTransformer in outline: a loose class token, and the head inside of the model."""
+    """Outline of timm's VisionTransformer: a loose class token, and the head inside the model."""
 
     def __init__(self, config: TimmLikeConfig) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class TimmLikeViT(nn.Module):
 
 
 class TimmLikeForImageClassification(hf.PreTrainedModel):
-    """TimmWrapperForImageClassification in outline."""
+    """Outline of TimmWrapperForImageClassification."""
 
     config_class = TimmLikeConfig
     base_model_prefix = "timm_model"
@@ -197,7 +197,7 @@ class TimmLikeForImageClassification(hf.PreTrainedModel):
 
 
 def tiny_collaborative(num_labels: int = 3, seed: int = 0) -> CollaborativeModel:
-    """A ResNet of 7 layers and one of 22, each with images of its own processor."""
+    """A ResNet with 7 layers and one with 22, each with the images of its own processor."""
     deeper = {"depths": [3, 4], "layer_type": "bottleneck", "hidden_sizes": [16, 32]}
     members = [tiny_resnet(num_labels, seed), tiny_resnet(num_labels, seed + 1, **deeper)]
     return CollaborativeModel.from_members(members, inputs=[0, 1])
@@ -221,7 +221,7 @@ TINY_MODELS: dict[str, Callable[..., hf.PreTrainedModel]] = {
 
 
 def tiny_inputs(model: nn.Module, batch: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """A random batch for a tiny model, with labels; in text, the last row ends in two padded tokens.
+    """A random batch for a tiny model, with labels; for text, the last row ends in two padding tokens.
 
     Returns:
         pixel_values (batch, 3, 32, 32) for each processor of the model, or input_ids and attention_mask (batch, 8); and

@@ -25,7 +25,7 @@ from hf_ft.trainer.trainer import FTTrainer
 
 
 def tiny_data(model: nn.Module, samples: int = 32, seed: int = 0) -> datasets.Dataset:
-    """Random inputs and labels that the model takes."""
+    """Random inputs and labels for a model."""
     rows = {name: value.numpy() for name, value in tiny_inputs(model, samples, seed).items()}
     features = datasets.Features({name: _feature(values) for name, values in rows.items()})
     return datasets.Dataset.from_dict(rows, features=features).with_format("torch")
@@ -33,13 +33,13 @@ def tiny_data(model: nn.Module, samples: int = 32, seed: int = 0) -> datasets.Da
 
 def _feature(values: np.ndarray) -> Any:
     value = datasets.Value(str(values.dtype))
-    if values.ndim == 4:  # read six times faster than the nested lists that are inferred
+    if values.ndim == 4:  # six times faster to read than the inferred nested lists
         return datasets.Array3D(values.shape[1:], value.dtype)
     return datasets.List(value) if values.ndim == 2 else value
 
 
 def tiny_arguments(folder: str | Path, **arguments: Any) -> TrainingArguments:
-    """Training arguments for eight quiet steps on the CPU; any of them can be given."""
+    """Training arguments for eight quiet CPU steps; any of them can be overridden."""
     defaults: dict[str, Any] = {
         "max_steps": 8,
         "per_device_train_batch_size": 8,
@@ -57,7 +57,7 @@ def tiny_arguments(folder: str | Path, **arguments: Any) -> TrainingArguments:
 def make_trainer(
     model: nn.Module, strategy: Any, folder: str | Path, frozen_cache: Any = "auto", **arguments: Any
 ) -> FTTrainer:
-    """A trainer on tiny data, which has not trained yet."""
+    """A trainer on tiny data, not trained yet."""
     data = {"train_dataset": tiny_data(model), "eval_dataset": tiny_data(model, 16, seed=1)}
     equipped(model, strategy)
     if any(config.needs().source_data == "required" for config in resolve(strategy)):
@@ -67,7 +67,7 @@ def make_trainer(
 
 
 def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:
-    """The model, with a pretrained head of so many classes where the strategy needs one and it has none."""
+    """The model, with a pretrained head for this number of classes if the strategy needs one and it has none."""
     if any(config.needs().source_head for config in resolve(strategy)) and not has_source_head(model):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -79,20 +79,20 @@ def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:
 
 
 def tiny_batch(objective: Objective, samples: int = 8, seed: int = 0) -> dict[str, Any]:
-    """Inputs for an objective, and a batch of each stream that it needs at present."""
+    """Inputs for an objective, including a batch of each stream that it currently needs."""
     streams = {f"{STREAM}{name}": tiny_inputs(objective.model, samples, seed + 100) for name in objective.live_streams}
     return {**tiny_inputs(objective.model, samples, seed), **streams}
 
 
 def train(model: nn.Module, strategy: Any, folder: str | Path, resume: Any = None, **arguments: Any) -> FTTrainer:
-    """Train a tiny model with a strategy; returns the trainer."""
+    """Train a tiny model with a strategy; return the trainer."""
     trainer = make_trainer(model, strategy, folder, **arguments)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def still(model: nn.Module) -> nn.Module:
-    """Make a sample's result depend on nothing else: BatchNorm in eval mode for good, and no dropout."""
+    """Make samples independent of each other: BatchNorm permanently in eval mode, and no dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -114,10 +114,10 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor], tolerance: float = 0.0) -> None:
-    """Assert that two state dicts agree, bit for bit unless a tolerance is given.
+    """Assert that two state dicts are equal, bit for bit unless a tolerance is given.
 
     Raises:
-        AssertionError: naming the tensor that differs most.
+        AssertionError: if they differ; the message names the tensor that differs most.
     """
     assert set(one) == set(other), f"different names: {sorted(set(one) ^ set(other))[:5]}"
     gaps = {name: float((one[name].double() - other[name].double()).abs().max()) for name in one if one[name].numel()}

@@ -1,4 +1,4 @@
-"""Models and data sets by short name, beside any Hub id or local folder."""
+"""Models and data sets by short name, in addition to any Hub id or local folder."""
 
 from hf_ft.splits import stratified_split
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS, Task, elpv, mnist5k, uci_digits

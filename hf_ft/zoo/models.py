@@ -1,7 +1,7 @@
-"""Models and data sets by short name, for the demo and the tests, beside any Hub id or local folder.
+"""Models and data sets by short name, for the demo and the tests, in addition to any Hub id or local folder.
 
-The short names read real pretrained weights and real images from installed Python packages, so they work
-where no Hub can be reached. What they hold and may be used for: ``SHORT_NAMES`` and ``DATA_NOTICES``.
+Short names refer to real pretrained weights and real images in installed Python packages, so they work without access
+to the Hub. For contents and terms of use, see ``SHORT_NAMES`` and ``DATA_NOTICES``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ logger = hf.utils.logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class ShortName:
-    """Weights inside an installed package: a file, or a folder as ``save_pretrained`` writes it."""
+    """Weights in an installed package: a file, or a folder written by ``save_pretrained``."""
 
     task: Task
     requirement: str
     path: str
-    public_name: str  # goes into the config and the model card in place of a path of this machine
+    public_name: str  # written to the config and the model card instead of a local path
     licence: str
 
 
@@ -62,13 +62,13 @@ SHORT_NAMES = {
 
 
 def load_by_position(model: nn.Module, tensors: Mapping[str, Tensor], skip: str | None = None) -> int:
-    """Copy tensors into a model whose state dict has the same order but other names; returns how many.
+    """Copy tensors into a model whose state dict has the same order but other names; return the number of tensors.
 
     Args:
-        skip: leave out the model's tensors whose name holds this.
+        skip: skip the model's tensors whose name contains this.
 
     Raises:
-        CheckpointError: the number of tensors, a shape or the last part of a name differs.
+        CheckpointError: if the number of tensors, a shape or the last component of a name differs.
     """
     state = model.state_dict()
     names = [name for name in state if skip is None or skip not in name]
@@ -83,9 +83,9 @@ def load_by_position(model: nn.Module, tensors: Mapping[str, Tensor], skip: str 
 
 
 def freeze_pinned_gates(model: nn.Module) -> int:
-    """Freeze the squeeze-excitation gates pinned at 1, which can never learn; returns how many parameters.
+    """Freeze the squeeze-excitation gates pinned at 1, which can never learn; return the number of parameters.
 
-    EfficientNet-Lite0 has 636,540. A checkpoint does not keep ``requires_grad``: call this after each load.
+    EfficientNet-Lite0 has 636,540. Checkpoints do not store ``requires_grad``: call this after each load.
     """
     frozen = 0
     for name, gate in model.named_modules():
@@ -120,8 +120,8 @@ def _imagenet_model(name: str) -> Any:
 
 
 def _image_processor(name: str, size: int) -> Any:
-    # The PIL classes need no torchvision and give the same pixels everywhere; they are saved under the plain
-    # name, so AutoImageProcessor loads them back with or without torchvision.
+    # The PIL classes need no torchvision and produce the same pixels everywhere; they are saved under the plain
+    # name, so AutoImageProcessor loads them with or without torchvision.
     options: dict[str, Any] = {"size": {"height": size, "width": size}, "do_convert_rgb": True}
     if name == "mobilenet_v2":
         options |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -139,7 +139,7 @@ def _short_image_model(name: str, labels: dict[str, Any], size: int, keep: bool)
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
         model.classifier, model.num_labels = head, labels["num_labels"]
-    for key, value in (labels | {"image_size": size}).items():  # num_labels first: it resets the names
+    for key, value in (labels | {"image_size": size}).items():  # num_labels first, since it resets the class names
         setattr(model.config, key, value)
     return model
 
@@ -154,7 +154,7 @@ def _label_options(num_labels: int | None, id2label: Mapping[int, str] | None) -
 
 
 def task_of(config: hf.PreTrainedConfig) -> Task:
-    """Tell an image from a text classifier by its config class; ``OptionError`` if it is neither or both."""
+    """The task of a classifier by its config class; ``OptionError`` if it is neither image nor text, or both."""
     if isinstance(config, CollaborativeConfig):
         return "image" if config.task == "image" else "text"
     image = type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -170,7 +170,7 @@ def _pretrained(
 ) -> Any:
     config = hf.AutoConfig.from_pretrained(source, **hub)
     if not (keep and labels):
-        for key, value in labels.items():  # not as arguments above, which warn where the checkpoint has other classes
+        for key, value in labels.items():  # as arguments above, they would warn if the checkpoint has other classes
             setattr(config, key, value)
         return auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
     if isinstance(config, CollaborativeConfig):
@@ -211,7 +211,7 @@ def _load(
 
 
 def _source(name_or_path: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Where the files are, and the options of reading them: never code from the Hub."""
+    """The location of the files, and options for reading them: never code from the Hub."""
     entry = SHORT_NAMES.get(name_or_path)
     if entry:
         return str(_package_path(entry.requirement, entry.path)), {}
@@ -254,20 +254,20 @@ def load_model(
 
     Args:
         name_or_path: a name of ``SHORT_NAMES``, a Hub id, or a folder written by ``save_pretrained``.
-        num_labels: classes of the new head. Without it and ``id2label`` the checkpoint keeps its own head; a
-            Hub id or folder also keeps one that has this size already.
-        task: needed only where the config does not tell an image from a text classifier.
-        image_size: side in pixels of a plain square resize without a crop (default: 224 for a short name,
-            else what the checkpoint says).
-        seed: of a new head's weights; the global random state is left as it was.
-        keep_source_head: keep the pretrained head beside the new one, for strategies that go on training it; the head
-            is then new even where it would fit. Nothing is loaded twice.
-        head: the name of the head to keep, where it cannot be told (as the strategy's option of that name).
+        num_labels: number of classes of the new head. Without it and ``id2label`` the checkpoint keeps its own head; a
+            Hub id or folder also keeps a head that already has this size.
+        task: required only if the config does not distinguish an image from a text classifier.
+        image_size: side in pixels of a plain square resize without a crop (default: 224 for a short name, otherwise
+            the checkpoint's setting).
+        seed: seed of a new head's weights; the global RNG state is restored.
+        keep_source_head: keep the pretrained head alongside the new one, for strategies that continue to train it; the
+            head is then new even if the old one would fit. Nothing is loaded twice.
+        head: name of the head to keep, if it cannot be found automatically (as the strategy's option of that name).
 
     Raises:
-        OptionError: a head that cannot be kept, or no image processor or tokenizer.
-        ImportError: a short name's package is missing; the message holds the pip line.
-        OptionError: ``num_labels`` and ``id2label`` disagree, or the task cannot be told.
+        OptionError: if a head cannot be kept, or if there is no image processor or tokenizer.
+        ImportError: if a short name's package is missing; the message contains the pip command.
+        OptionError: if ``num_labels`` and ``id2label`` disagree, or if the task cannot be determined.
     """
     more: dict[str, Any] = {"task": task, "image_size": image_size, "seed": seed, "revision": revision}
     model = _load(name_or_path, _label_options(num_labels, id2label), keep=keep_source_head, head=head, **more)
@@ -277,21 +277,21 @@ def load_model(
 def from_pretrained(
     name_or_path: str, num_labels: int | None = None, id2label: Mapping[int, str] | None = None, **options: Any
 ) -> hf.PreTrainedModel:
-    """A classifier with a new head, and the pretrained head kept beside it.
+    """Load a classifier with a new head, and keep the pretrained head alongside it.
 
-    The pretrained head is for strategies that hold on to what it knows (SoftConfig, LwFConfig, CoTuningConfig). It is
-    no part of the model: neither saved with it nor among its parameters, and gone after training. Nothing is loaded
-    twice, and no code from the Hub is run.
+    The pretrained head is for strategies that preserve its knowledge (SoftConfig, LwFConfig, CoTuningConfig). It is
+    not part of the model: it is neither saved with it nor among its parameters, and it is dropped after training.
+    Nothing is loaded twice, and no code from the Hub is run.
 
     Args:
         name_or_path: a Hub id, a folder, or a name of ``SHORT_NAMES``.
-        num_labels: classes of the new head; or ``id2label``, their names.
-        options: ``task``, ``image_size``, ``seed``, ``head`` as for :func:`load_model`; what else there is goes to
+        num_labels: number of classes of the new head; or ``id2label``, their names.
+        options: ``task``, ``image_size``, ``seed``, ``head`` as in :func:`load_model`; other options are passed to
             Transformers' ``from_pretrained`` (``revision``, ``dtype``, ...).
 
     Raises:
-        OptionError: a head that cannot be kept.
-        OptionError: no classes are given.
+        OptionError: if a head cannot be kept.
+        OptionError: if no classes are given.
     """
     if num_labels is None and id2label is None:
         raise OptionError("from_pretrained: num_labels or id2label is needed, the classes of the new head.")

@@ -1,4 +1,4 @@
-"""An ensemble from pretrained sources: each gives a member, and a part of the processor."""
+"""An ensemble of pretrained sources: each provides a member and its processor."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def load_sources(
     task: Task | None = None,
     revision: str | None = None,
 ) -> tuple[CollaborativeModel, Any]:
-    """Load an ensemble with a member from each source, and its image processor or tokenizer.
+    """Load an ensemble with one member per source, and its image processor or tokenizer.
 
     Args:
-        source_models: names of ``SHORT_NAMES``, Hub ids or folders; the same one may be given several times.
-        num_labels: classes of the new heads; or ``id2label``, their names. Without both, each keeps its own head.
-        image_size: side in pixels of a plain square resize, for all; by default each source's own.
-        seed: member j draws its head with ``seed + j``.
+        source_models: names of ``SHORT_NAMES``, Hub ids or folders; duplicates are allowed.
+        num_labels: number of classes of the new heads; or ``id2label``, their names. Without both, each source keeps
+            its own head.
+        image_size: side in pixels of a plain square resize, for all sources; by default each source's own.
+        seed: the head of member j is initialised with ``seed + j``.
         prediction: ``sum`` or ``mean_probability``.
-        task: needed only where a config does not tell an image from a text classifier.
-        revision: of Hub ids, for all.
+        task: required only if a config does not distinguish an image from a text classifier.
+        revision: revision of all Hub ids.
 
     Raises:
-        OptionError: no sources, sources that cannot work together, or one without a processor.
+        OptionError: if there are no sources, if they are incompatible, or if one has no processor.
     """
     names = [source_models] if isinstance(source_models, str) else list(source_models)
     if not names:
@@ -61,12 +62,12 @@ def load_sources(
 
 
 def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None, **options: Any) -> tuple[Any, Any]:
-    """A source with a new head, also where its own would fit: else one source, given twice, made one member twice."""
+    """Load a source with a new head, even if its own would fit: otherwise, duplicates would be identical members."""
     try:
         classes = num_labels if id2label is None else len(id2label)
         fits = classes is not None and has_head(name, classes, options["revision"])
         model, processor = load_model(name, num_labels, id2label, keep_source_head=fits, **options)
-    except (OSError, ValueError) as error:  # Transformers' own messages may be long, and not name the source
+    except (OSError, ValueError) as error:  # Transformers' messages may be long and may not name the source
         reason = str(error).strip().splitlines()[0]
         raise OptionError(
             f"source_models: {name}: {reason} Name Hub ids, folders written by save_pretrained, or "
@@ -75,7 +76,7 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
     if isinstance(model, CollaborativeModel):
         raise OptionError(f"source_models: {name} is an ensemble itself: name the sources of its members instead.")
     vocabulary = getattr(processor, "get_vocab", None)
-    # Transformers makes up an empty tokenizer where a folder has none.
+    # Transformers creates an empty tokenizer if a folder has none.
     if vocabulary is not None and set(vocabulary()) <= set(processor.all_special_tokens):
         raise OptionError(
             f"source_models: {name} has no tokenizer: save the one of its base model there, with save_pretrained."
@@ -84,7 +85,7 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
 
 
 def has_head(name: str, classes: int | None, revision: str | None) -> bool:
-    """Whether a source's checkpoint has a head: for so many classes, or any."""
+    """Whether a source's checkpoint has a head, for this number of classes or (None) any."""
     if name in SHORT_NAMES:
         return False
     config = hf.AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
@@ -93,13 +94,13 @@ def has_head(name: str, classes: int | None, revision: str | None) -> bool:
 
 
 def _ancestor(name: str) -> str | None:
-    """The base model that the card in a folder names."""
+    """The base model named by the model card in a folder."""
     card = Path(name) / "README.md"
     if name in SHORT_NAMES or not card.is_file():
         return None
     try:
         base = (metadata_load(card) or {}).get("base_model")
-    except (ValueError, YAMLError):  # a README of another kind
+    except (ValueError, YAMLError):  # a README that is not a model card
         return None
     bases = base if isinstance(base, list) else [base]
     return base_model_id(bases[0]) if len(bases) == 1 and isinstance(bases[0], str) else None

@@ -1,1 +1,1 @@
-"""What is frozen is computed once."""
+"""Compute the frozen part of a model only once."""

@@ -1,4 +1,4 @@
-"""The features of a frozen network's layer for all samples, computed once where they can be kept."""
+"""Features of a frozen network's layer for all samples, computed once where they can be stored."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from hf_ft.models.feature_hooks import activations, token_mask
 from hf_ft.models.preserve import random_states_kept
 
 logger = logging.get_logger(__name__)
-PASS = 64  # samples in a batch of the pass
+PASS = 64  # batch size of the recording pass
 
 
 class RecordedFeatures:
-    """Reads the features, labels and token masks of samples by number.
+    """Features, labels and token masks of samples by index.
 
-    All are recorded in one pass, and then only looked up. Where rows differ in shape (text padded per batch) or take
-    more room than the frozen cache may have, they are computed each time they are read.
+    All are recorded in a single pass and then looked up. If rows differ in shape (text padded per batch) or exceed the
+    frozen cache, they are recomputed on each read.
 
     Args:
-        model: frozen; runs in evaluation mode.
-        layer: the name of the module whose output is wanted.
-        context: samples, and how much room there is.
+        model: frozen model; runs in evaluation mode.
+        layer: name of the module whose output is recorded.
+        context: samples, and cache limits.
     """
 
     def __init__(self, model: nn.Module, layer: str, context: Context) -> None:
@@ -37,7 +37,7 @@ class RecordedFeatures:
         self.count = context.samples.count
         self._store: RowStore | None = None
         if not self.count:
-            context.samples.read([0])  # raises: a stream of samples has no numbers
+            context.samples.read([0])  # raises: a stream of samples cannot be indexed
         if context.frozen_cache.use == "never":
             return
         try:
@@ -47,7 +47,7 @@ class RecordedFeatures:
             logger.warning(f"The features of {layer} are computed in every step: {error}.")
 
     def __call__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features (B, C, H, W) or (B, T, C), labels (B,), and the mask (B, T) of valid tokens where there is one.
+        """Features (B, C, H, W) or (B, T, C), labels (B,), and the mask (B, T) of valid tokens, if there is one.
 
         All on the model's device.
         """

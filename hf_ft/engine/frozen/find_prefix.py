@@ -1,4 +1,4 @@
-"""Finding where a frozen prefix can be cut: the model is traced once, and each cut is tried before it is trusted."""
+"""Find where a frozen prefix can be cut: trace the model once, and verify each cut before using it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import evaluating, random_states_kept
 from hf_ft.models.tracing import _Call, _trace
 
-SAMPLED = 4096  # values that are compared of what goes into a layer
-TRIES = 8  # last borders of a chain that are tried before giving up; one is enough in nearly all architectures
+SAMPLED = 4096  # values of a layer's input that are compared
+TRIES = 8  # last borders of a chain tried before giving up; the first works in nearly all architectures
 
 
 def find_prefix(
     model: nn.Module, live: Sequence[Chain], first: Batch, second: Batch, varying: Iterable[str] = ()
 ) -> FrozenPrefix | None:
-    """The longest prefix that can be left out.
+    """Find the longest prefix that can be skipped.
 
     Args:
-        live: of each chain of the model, the parts that train or change; its borders lie before the first of them.
+        live: for each chain of the model, the parts that train or change; its borders lie before the first of them.
         first: a batch to trace, on the model's device.
-        second: another one, of other samples and another size, on which replaying is compared with the full
-            forward before it is trusted.
-        varying: columns whose rows differ in shape, so that they cannot be kept.
+        second: a batch of other samples and another size, on which replaying is checked against the full forward
+            before it is used.
+        varying: columns whose rows differ in shape, so that they cannot be stored.
 
     Returns:
-        None where no border gives the full forward's outputs.
+        None if no border reproduces the outputs of the full forward.
     """
     finder = PrefixFinder.of(model, first, second, varying)
     return None if finder is None else finder.find(live)
@@ -44,14 +44,14 @@ def find_prefix(
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a chain is cut: the calls that are left out, outermost ones only, and those of them to record."""
+    """A cut in a chain: its recorded border calls, and the outermost calls that are skipped."""
 
     borders: tuple[_Call, ...]
     left_out: tuple[_Call, ...]
 
 
 class PrefixFinder:
-    """Finds prefixes of one model, for any number of stages: it is traced once, and no chain's cut is sought twice."""
+    """Finds prefixes of one model for any number of stages: traces it once and searches each chain's cut only once."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class PrefixFinder:
         self.model, self.calls, self.second, self.samples, self.varying = model, calls, second, samples, varying
         self.columns = {k: v for k, v in first.items() if isinstance(v, Tensor) and v.dim() and len(v) == samples}
         self.constants = {name: value for name, value in first.items() if name not in self.columns}
-        # What the prefix is there to replace. All else is small, and masks may be needed later on.
+        # Inputs that a prefix is meant to replace. All others are small, and masks may be needed later on.
         pixels = (name for name, column in self.columns.items() if column.is_floating_point() and column.dim() > 2)
         self.pixels = frozenset(pixels) - varying
         names = [call.name for call in calls]
@@ -75,39 +75,39 @@ class PrefixFinder:
 
     @classmethod
     def of(cls, model: nn.Module, first: Batch, second: Batch, varying: Iterable[str] = ()) -> PrefixFinder | None:
-        """As :func:`find_prefix`; None where the batches' tensors do not have an entry per sample each."""
+        """Prepare :func:`find_prefix`; None unless every batch tensor has one entry per sample."""
         samples = _samples(first)
         if samples is None or _samples(second) is None:
             return None
         return cls(model, _trace(model, first), first, second, samples, frozenset(varying))
 
     def find(self, live: Sequence[Chain]) -> FrozenPrefix | None:
-        """As :func:`find_prefix`."""
+        """See :func:`find_prefix`."""
         alone = len(live) == 1
-        found = [cut for chain in live if (cut := self._memorised(chain, alone)) is not None]
-        if not found:
+        cuts = [cut for chain in live if (cut := self._memorised(chain, alone)) is not None]
+        if not cuts:
             return None
         if alone:
-            return self.prefix(found, frozenset())  # tried already
-        # Several chains may read one column, and not all of them may have a border: what is needed shows by trying.
+            return self.prefix(cuts, frozenset())  # already verified
+        # Several chains may read one column, and not all of them may have a border: find the needed ones by trial.
         for number in range(len(self.pixels) + 1):
-            for needed in itertools.combinations(sorted(self.pixels), number):
-                prefix = self.prefix(found, frozenset(needed))
+            for pixels in itertools.combinations(sorted(self.pixels), number):
+                prefix = self.prefix(cuts, frozenset(pixels))
                 if self.same(prefix):
                     return prefix
         return None
 
     def _memorised(self, chain: Chain, alone: bool) -> _Cut | None:
-        key = Chain(chain.name, chain.parts[:1]), alone  # what comes later does not matter
+        key = Chain(chain.name, chain.parts[:1]), alone  # later parts do not matter
         if key not in self._known:
             self._known[key] = self.cut(chain, alone)
         return self._known[key]
 
     def cut(self, chain: Chain, alone: bool) -> _Cut | None:
-        """The latest cut of a chain; None where there is none.
+        """The latest cut of a chain, or None.
 
         Args:
-            alone: whether it is the only chain, so that no pixels are needed beside its borders.
+            alone: whether it is the only chain, so that no pixels are needed in addition to its borders.
         """
         mine = [call for call in self.calls if covers(chain.name, call.name)]
         units = [name for part in chain.parts for name in part.modules]
@@ -116,33 +116,33 @@ class PrefixFinder:
             return None
         start = min(call.begin for call in live)
         around = [call for call in mine if call.begin < start < call.end]
-        done = sorted((call for call in mine if call.end < start), key=lambda call: -call.end)
-        usable = [call for call in done if call.name in self.once and _is_activation(call.output, self.samples)]
-        needed = frozenset() if alone else self.pixels
+        earlier = sorted((call for call in mine if call.end < start), key=lambda call: -call.end)
+        usable = [call for call in earlier if call.name in self.once and _is_activation(call.output, self.samples)]
+        pixels = frozenset() if alone else self.pixels
         for border in usable[:TRIES]:
             for borders in _with_inputs(border, around, usable):
                 cut = self._cut(borders, mine)
-                if cut is not None and self.works([cut], needed) and self._steady(cut):
+                if cut is not None and self.works([cut], pixels) and self._steady(cut):
                     return cut
         return None
 
     def _cut(self, borders: tuple[_Call, ...], mine: Sequence[_Call]) -> _Cut | None:
-        """Leave out all up to the last border; None where a module of that is called again later."""
+        """Skip everything up to the last border; None if one of the skipped modules is called again later."""
         end = max(border.end for border in borders)
-        done = [call for call in mine if call.end <= end]
+        calls = [call for call in mine if call.end <= end]
         inner = {border.name for border in borders}
-        # A border inside of a larger call that is done is left as it is: what holds it must run.
-        outermost = [c for c in done if not any(o.begin < c.begin and c.end < o.end for o in done)]
+        # A border inside a larger finished call does not replace that call: the enclosing module must run.
+        outermost = [c for c in calls if not any(o.begin < c.begin and c.end < o.end for o in calls)]
         later = {call.name for call in self.calls if call.end > end}
         if later & {call.name for call in outermost} or not inner <= {call.name for call in outermost}:
             return None
         return _Cut(borders, tuple(outermost))
 
     def _steady(self, cut: _Cut) -> bool:
-        """Whether what holds the modules that are left out does the same in training mode.
+        """Whether the modules around the skipped ones behave the same in training mode.
 
-        Those modules rest. But what holds them may not, if something in it trains, and it may drop values by a function
-        of its own, which records in evaluation mode would lack.
+        Skipped modules run in eval mode. An enclosing module may not, if something in it trains, and it may apply a
+        functional dropout, which activations recorded in evaluation mode would lack.
         """
         prefix = self.prefix([cut], self.pixels)
         names = {parent for name in prefix.left_out for parent in _parents(name)}
@@ -150,11 +150,11 @@ class PrefixFinder:
             still = prefix.record(self.second)
             for name in names:
                 self.model.get_submodule(name).training = True
-            found = run_to(self.model, prefix.borders, self.second)
-        return _equal((found[border] for border in prefix.borders), still)
+            outputs = run_to(self.model, prefix.borders, self.second)
+        return _equal((outputs[border] for border in prefix.borders), still)
 
     def prefix(self, cuts: Sequence[_Cut], needed: frozenset[str]) -> FrozenPrefix:
-        """A prefix of some cuts, one a chain, that keeps these pixels."""
+        """Combine cuts, one per chain, into a prefix that keeps these pixel columns."""
         left_out = {name for name in self.columns if name in self.varying or name in self.pixels - needed}
         return FrozenPrefix(
             self.model,
@@ -169,22 +169,22 @@ class PrefixFinder:
         return self.same(self.prefix(cuts, needed))
 
     def same(self, prefix: FrozenPrefix) -> bool:
-        """Whether replaying gives the outputs of the full forward, and feeds every layer behind the borders the same.
+        """Whether replaying reproduces the outputs of the full forward and the inputs of every layer after the borders.
 
-        The outputs alone tell too little: what goes into an adapter, say, has no effect before the first step.
+        Comparing outputs is not enough: an adapter's input, for example, has no effect before the first step.
         """
         rows = {name: self.second[name] for name in prefix.kept}
         try:
             at_borders = prefix.record(self.second)
-            found, inputs = _observed(self.model, lambda: prefix(at_borders, rows))
-        except Exception:  # code between two modules may not take a placeholder, in whatever way
+            outputs, inputs = _observed(self.model, lambda: prefix(at_borders, rows))
+        except Exception:  # code between two modules may fail on a placeholder in any way
             return False
-        behind = [name for name in inputs if not any(covers(gone, name) for gone in prefix.left_out)]
-        return _equal(found, self.full) and all(_equal(inputs[name], self.inputs.get(name, [])) for name in behind)
+        behind = [name for name in inputs if not any(covers(module, name) for module in prefix.left_out)]
+        return _equal(outputs, self.full) and all(_equal(inputs[name], self.inputs.get(name, [])) for name in behind)
 
 
 def _observed(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """The outputs of a forward pass in evaluation mode, and what went into each layer that holds no other."""
+    """The outputs of a forward pass in evaluation mode, and the inputs of every leaf module."""
     inputs: dict[str, list[Tensor]] = {}
 
     def keeper(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -201,62 +201,62 @@ def _observed(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Tensor], d
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    """Some values of a tensor, evenly spread: enough to tell two apart, and no memory to speak of."""
+    """A small, evenly spaced sample of a tensor's values, enough to tell two tensors apart."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // SAMPLED)].clone()
 
 
-def _equal(found: Iterable[Tensor], full: Iterable[Tensor]) -> bool:
-    found, full = list(found), list(full)
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in full]:
+def _equal(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
+    actual, expected = list(actual), list(expected)
+    if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
         return False
     return all(
         torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-5 * float(other.float().abs().amax() + 1))
-        for one, other in zip(found, full, strict=True)
+        for one, other in zip(actual, expected, strict=True)
         if other.numel()
     )
 
 
 def _parents(name: str) -> Iterator[str]:
-    """The modules that hold a module, the model itself last."""
+    """The modules that contain a module, from the innermost to the model itself."""
     while name:
         name = name.rpartition(".")[0]
         yield name
 
 
 def _with_inputs(border: _Call, around: Sequence[_Call], usable: Sequence[_Call]) -> Iterator[tuple[_Call, ...]]:
-    """A border alone, then with what went into the modules around it, from the innermost: shortcuts start there."""
+    """A border alone, then with inputs of the modules around it, innermost first: shortcuts start there."""
     borders = [border]
     yield (border,)
     for call in sorted((c for c in around if c.begin < border.begin), key=lambda call: -call.begin):
-        before = next((done for done in usable if done.end < call.begin), None)
+        before = next((candidate for candidate in usable if candidate.end < call.begin), None)
         if before is not None and before not in borders:
             borders.append(before)
             yield tuple(borders)
 
 
 def _samples(batch: Batch) -> int | None:
-    """The number of samples, if all tensors with a first dimension agree on it."""
+    """The number of samples, if all non-scalar tensors agree on it."""
     sizes = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def _is_activation(output: Any, samples: int) -> bool:
-    """Whether an output holds one tensor alone, with one entry per sample."""
+    """Whether an output consists of a single tensor with one entry per sample."""
     tensors = _tensors(output)
     return len(tensors) == 1 and tensors[0].dim() > 1 and len(tensors[0]) == samples
 
 
 def _template(output: Any, samples: int) -> tuple[list[Any], Any]:
-    """An output's structure; what has an entry per sample becomes a placeholder, all else keeps its value."""
+    """Flatten an output; tensors with an entry per sample become placeholders, other values are kept."""
     leaves, structure = tree_flatten(output)
-    made = [
+    template = [
         Placeholder(tuple(leaf.shape[1:]), leaf.dtype, leaf.device)
         if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples
         else leaf
         for leaf in leaves
     ]
-    return made, structure
+    return template, structure
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What of a model is alive in a stage: where each of its chains begins to train or change, and what rests before."""
+"""The live part of a model in a stage: where each chain begins to train or change, and what is frozen before."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hf_ft.models.parts import Chain, Part
 
 @dataclass(frozen=True)
 class Liveness:
-    """What is alive.
+    """The live part of a model in a stage.
 
     Attributes:
-        trained_from: of each chain, the index of the first part in which a parameter trains.
-        live_from: of each chain, the index of the first part that trains or whose statistics move.
-        chains: of each chain, the parts from there on; the first holds only what is alive in it.
-        resting: the modules before all that trains; they run in evaluation mode, dropout and norms alike.
-        has_prefix: whether something that neither trains nor changes lies before.
+        trained_from: for each chain, the index of the first part with a trained parameter.
+        live_from: for each chain, the index of the first part that trains or whose running statistics change.
+        chains: each chain from that part on; its first part keeps only the modules that are live.
+        resting: modules before everything that trains; they run in evaluation mode, dropout and norms included.
+        has_prefix: whether anything before the live part neither trains nor changes.
     """
 
     trained_from: tuple[int, ...]
@@ -33,7 +33,7 @@ class Liveness:
 
 
 def moving_norms(model: nn.Module, stage: Stage, trained: Collection[str]) -> list[str]:
-    """The normalisation layers that use and move batch statistics in a stage which trains these parameters."""
+    """Normalisation layers that use and update batch statistics in a stage that trains these parameters."""
     if stage.norm_mode == "train":
         return [name for name, _ in batch_norms(model)]
     if stage.norm_mode == "eval":
@@ -42,7 +42,7 @@ def moving_norms(model: nn.Module, stage: Stage, trained: Collection[str]) -> li
 
 
 def liveness(model: nn.Module, chains: Sequence[Chain], trained: Collection[str], moving: Collection[str]) -> Liveness:
-    """What is alive where these parameters train and these normalisation layers move their statistics."""
+    """Determine the live part, given the trained parameters and the norms that update their statistics."""
     trained_from, live_from, live, resting, has_prefix = [], [], [], [], False
     for chain in chains:
         first = _first(chain.parts, trained)
@@ -56,7 +56,7 @@ def liveness(model: nn.Module, chains: Sequence[Chain], trained: Collection[str]
             if begin == first:
                 parts[0] = Part(parts[0].name, tuple(inside.alive))
                 has_prefix |= bool(inside.resting)
-        elif trained:  # another chain trains, and this one only gives its part
+        elif trained:  # another chain trains; this one only contributes its outputs
             resting += [module for part in chain.parts for name in part.modules for module in _modules(model, name)]
         has_prefix |= begin > 0
         trained_from.append(first)
@@ -66,21 +66,21 @@ def liveness(model: nn.Module, chains: Sequence[Chain], trained: Collection[str]
 
 
 def _first(parts: Sequence[Part], names: Collection[str]) -> int:
-    """The index of the first part that holds one of these parameters or modules."""
+    """The index of the first part that contains one of these parameters or modules."""
     holds = (any(covers(module, name) for module in part.modules for name in names) for part in parts)
-    return next((index for index, found in enumerate(holds) if found), len(parts))
+    return next((index for index, match in enumerate(holds) if match), len(parts))
 
 
 def _modules(model: nn.Module, name: str) -> Iterator[nn.Module]:
     try:
         yield from model.get_submodule(name).modules()
-    except AttributeError:  # a single parameter
+    except AttributeError:  # a bare parameter
         return
 
 
 @dataclass
 class _Inside:
-    """Within the first part that trains: what rests, being frozen and defined before the first that trains."""
+    """Split the first trained part: its frozen modules defined before the first trained one rest."""
 
     model: nn.Module
     trained: Collection[str]
@@ -91,7 +91,7 @@ class _Inside:
     def look(self, part: Part) -> _Inside:
         modules = dict(self.model.named_modules())
         if any(name not in modules for name in part.modules if name in self.trained):
-            self.alive = list(part.modules)  # a parameter outside of all modules may be used anywhere
+            self.alive = list(part.modules)  # a parameter outside any module may be used anywhere
             return self
         self._began = False
         for name in part.modules:
@@ -105,7 +105,7 @@ class _Inside:
             if has_weights and not self._began:
                 self.resting.append(name)
             elif any(is_dropout(inner) for inner in module.modules()):
-                self.alive.append(name)  # all else that is frozen does the same in both modes
+                self.alive.append(name)  # other frozen modules behave the same in both modes
             return
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         children = list(module.named_children())

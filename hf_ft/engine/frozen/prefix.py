@@ -1,12 +1,12 @@
-"""Run only what follows a frozen prefix: the activations at its borders stand in for all that comes before.
+"""Skip a frozen prefix: recorded activations at its borders replace everything before them.
 
-Whatever a frozen, deterministic part of a model computes from a sample is the same each time. What the rest needs of
-it, the outputs at its *borders*, is recorded once; later forward passes *replay* it: for their duration, the modules
-at the borders return what was recorded, and all other modules before them return placeholders of the right shape. The
-model's own forward, its head and its loss stay as they are.
+A frozen, deterministic part of a model computes the same from a sample every time. Its outputs at the *borders*, which
+the rest of the model needs, are recorded once; later forward passes *replay* them: meanwhile, the modules at the
+borders return the recorded activations, and all other modules before them return placeholders of the right shape. The
+model's own forward, its head and its loss are unchanged.
 
-One border is enough at the end of a block. Inside of a residual block there are two: the shortcut needs the block's
-input as well. A model of several members has borders in each.
+At the end of a block one border is enough. Inside a residual block there are two, since the shortcut also needs the
+block's input. An ensemble has borders in each member.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from hf_ft.models.feature_hooks import Batch, activations
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Stands for a tensor with one entry per sample, whose values nobody may depend on."""
+    """Stands for a tensor with one entry per sample whose values are never used."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     def make(self, samples: int) -> Tensor:
-        """Zeros (samples, *shape) that take the memory of one number."""
+        """Zeros (samples, *shape) that occupy the memory of a single element."""
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(samples, *self.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenPrefix:
-    """What comes before some borders, and how to leave it out.
+    """The part of a model before some borders, and how to skip it.
 
     Attributes:
         borders: names of the modules whose outputs are recorded.
-        kept: the batch's columns that are still needed.
-        skipped: the columns that are not, such as pixels: replaced by placeholders.
-        constants: what in a batch does not belong to single samples.
+        kept: batch columns that are still needed.
+        skipped: batch columns that are not, such as pixels; placeholders replace them.
+        constants: batch entries without a sample dimension.
     """
 
     model: nn.Module
@@ -61,60 +61,60 @@ class FrozenPrefix:
         return tuple(self._outputs)
 
     def record(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The activations at the borders for a batch, (B, ...) each, without gradient and in evaluation mode."""
-        found = activations(self.model, self.borders, batch)
-        return tuple(found[border] for border in self.borders)
+        """Activations at the borders for a batch, (B, ...) each, in evaluation mode without gradient."""
+        states = activations(self.model, self.borders, batch)
+        return tuple(states[border] for border in self.borders)
 
     def batch(self, rows: Mapping[str, Tensor], samples: int) -> dict[str, Any]:
-        """Keyword arguments for the model from the kept columns, placeholders for the others."""
-        skipped = {name: place.make(samples) for name, place in self.skipped.items()}
-        return {**skipped, **self.constants, **{name: rows[name] for name in self.kept if name in rows}}
+        """Keyword arguments of the model: the kept columns, and placeholders for the others."""
+        placeholders = {name: place.make(samples) for name, place in self.skipped.items()}
+        return {**placeholders, **self.constants, **{name: rows[name] for name in self.kept if name in rows}}
 
     @contextlib.contextmanager
     def replaying(self, at_borders: Sequence[Tensor]) -> Iterator[None]:
-        """Within this context the model's forward starts at the borders."""
-        patched: list[tuple[nn.Module, Any]] = []
+        """Make the model's forward start at the borders while the context is open."""
+        originals: list[tuple[nn.Module, Any]] = []
         returning = [*self._placeholders(len(at_borders[0])), *self._recorded(at_borders)]
         try:
             for module, forward in returning:
-                patched.append((module, module.__dict__.get("forward")))
+                originals.append((module, module.__dict__.get("forward")))
                 module.forward = forward
             yield
         finally:
-            for module, forward in patched:
+            for module, forward in originals:
                 if forward is None:
                     del module.forward
-                else:  # accelerate patches the forward of what it prepares
+                else:  # accelerate patches the forward of prepared models
                     module.forward = forward
 
     def _recorded(self, at_borders: Sequence[Tensor]) -> list[tuple[nn.Module, _Returns]]:
-        made = []
+        forwards = []
         for border, activation in zip(self.borders, at_borders, strict=True):
             leaves, structure = self._outputs[border]
-            filled = [activation if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
-            made.append((self.model.get_submodule(border), _Returns(tree_unflatten(filled, structure))))
-        return made
+            values = [activation if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
+            forwards.append((self.model.get_submodule(border), _Returns(tree_unflatten(values, structure))))
+        return forwards
 
     def _placeholders(self, samples: int) -> list[tuple[nn.Module, _Returns]]:
-        """The modules that are left out, each with what it returns for so many samples."""
+        """The skipped modules, each with its output for this number of samples."""
         if samples not in self._made:
             self._made[samples] = []
             for name, (leaves, structure) in self._outputs.items():
                 if name in self.borders:
                     continue
-                filled = [leaf.make(samples) if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
+                values = [leaf.make(samples) if isinstance(leaf, Placeholder) else leaf for leaf in leaves]
                 module = self.model.get_submodule(name)
-                self._made[samples].append((module, _Returns(tree_unflatten(filled, structure))))
+                self._made[samples].append((module, _Returns(tree_unflatten(values, structure))))
         return self._made[samples]
 
     def __call__(self, at_borders: Sequence[Tensor], rows: Mapping[str, Tensor]) -> Any:
-        """The model's outputs from recorded activations and the kept columns."""
+        """Compute the model's outputs from recorded activations and the kept columns."""
         with self.replaying(at_borders):
             return self.model(**self.batch(rows, len(at_borders[0])))
 
 
 class _Returns:
-    """A forward that gives the same whatever it is called with."""
+    """A forward that returns a fixed value for any input."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -13,14 +13,14 @@ from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
 def fill(
     samples: int, batches: Iterable[tuple[Tensor, Columns]], cache: FrozenCache, advance: Callable[[int], None]
 ) -> RowStore:
-    """A store of all rows.
+    """Build a store of all rows.
 
     Args:
-        batches: numbers of rows, and their columns; all together each row once.
-        advance: told how many rows each batch held.
+        batches: row indices and their columns; together they cover each row once.
+        advance: called with the number of rows of each batch.
 
     Raises:
-        RowsDiffer: the rows cannot be kept.
+        RowsDiffer: if the rows cannot be stored.
     """
     store: RowStore | None = None
     for rows, columns in batches:

@@ -1,4 +1,4 @@
-"""Recorded activations of one set of samples at any border of one model, for searches that train it many times."""
+"""Activations of a data set at any border of a model, recorded for searches that train the model many times."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import random_states_kept
 
 logger = logging.get_logger(__name__)
-VALUES = "values"  # the one column of a store
-COLUMN = "column:"  # before the name of a column of the batch, to tell it from a border
-PASS = 64  # samples in a batch of a recording pass; larger ones are slower on a CPU
+VALUES = "values"  # the only column of a store
+COLUMN = "column:"  # prefix of a batch column's key, to distinguish it from a border
+PASS = 64  # batch size of a recording pass; larger batches are slower on a CPU
 
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """All samples at the borders of one prefix: activations and the columns beside them, each from its own store."""
+    """All samples at the borders of one prefix: activations and the batch columns it needs, each in its own store."""
 
-    stores: Mapping[str, RowStore]  # by the name of the column in a batch
+    stores: Mapping[str, RowStore]  # by batch column
 
     def take(self, rows: Tensor) -> Columns:
-        """Rows by number."""
+        """Rows by index."""
         return {name: store.take(rows)[VALUES] for name, store in self.stores.items()}
 
 
 class Recordings:
-    """The activations of all samples at the borders of a model's frozen prefixes, each computed once.
+    """Activations of all samples at the borders of a model's frozen prefixes, each computed only once.
 
-    One pass records as many of the planned borders as there is room for, in the order in which they were planned.
+    A pass records as many of the planned borders as the cache has room for, in the order in which they were planned.
 
     Args:
-        model: with the weights that the prefixes keep; never changed.
-        samples: recorded where they are the same each time they are read.
-        cache: whether, and how much room there is.
-        computing: the context in which the model computes, such as autocast.
+        model: model with the weights of the prefixes; never changed.
+        samples: recorded if they are the same on every read.
+        cache: whether to store activations, and cache limits.
+        computing: context manager for the model's computations, such as autocast.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Recordings:
     ) -> None:
         self.model, self.samples, self.cache, self._computing = model, samples, cache, computing
         self._prefixes: dict[tuple[Chain, ...], FrozenPrefix | None] = {}
-        self._stores: dict[str, RowStore] = {}  # by border, and by column of the batch
+        self._stores: dict[str, RowStore] = {}  # by border, and by batch column
         self._planned: dict[str, None] = {}
         self._finder: PrefixFinder | None = None
         self.passes = 0
@@ -72,26 +72,26 @@ class Recordings:
         self.usable = usable and (cache.use == "always" or same_each_time(lambda: samples.read(some)))
 
     def prefix(self, objective: Objective) -> FrozenPrefix | None:
-        """What can be left out in the present stage of a copy of the model, perhaps one with adapters."""
+        """The prefix that can be skipped in the current stage of a copy of the model, possibly with adapters."""
         return None if objective.wants_inputs else self.prefix_of(objective.model, objective.alive)
 
     def prefix_of(self, model: nn.Module, alive: Liveness) -> FrozenPrefix | None:
-        """What can be left out of a copy of the model, or of itself, where this is alive."""
+        """The prefix that can be skipped in the model or a copy of it, given its live part."""
         if not self.usable or not alive.has_prefix:
             return None
-        # Copies differ in what follows the prefix only.
+        # Copies differ only after the prefix.
         key = tuple(Chain(chain.name, chain.parts[:1]) for chain in alive.chains)
         if key not in self._prefixes:
             with random_states_kept(), self._computing():
                 finder = self._finder_of(model)
-                found = None if finder is None else finder.find(alive.chains)
-            # Not with the copy it was found on, which would stay in memory.
-            self._prefixes[key] = None if found is None else dataclasses.replace(found, model=self.model)
-        found = self._prefixes[key]
-        return None if found is None else dataclasses.replace(found, model=model)
+                prefix = None if finder is None else finder.find(alive.chains)
+            # Not bound to the copy it was found on, which would stay in memory.
+            self._prefixes[key] = None if prefix is None else dataclasses.replace(prefix, model=self.model)
+        prefix = self._prefixes[key]
+        return None if prefix is None else dataclasses.replace(prefix, model=model)
 
     def _finder_of(self, model: nn.Module) -> PrefixFinder | None:
-        """One for the model and all of its copies; a copy with adapters has other modules, and its own."""
+        """One finder for the model and all its copies; a copy with adapters has other modules and its own finder."""
         small = self.samples.read([0, 1]), self.samples.read([0, 2, 3])
         if [name for name, _ in model.named_modules()] != [name for name, _ in self.model.named_modules()]:
             return PrefixFinder.of(model, *small)
@@ -100,14 +100,14 @@ class Recordings:
         return self._finder
 
     def plan(self, prefix: FrozenPrefix) -> None:
-        """Record these borders, too, in the next pass if there is room: they will be asked for."""
+        """Request these borders in advance: the next pass also records them if there is room."""
         self._planned |= dict.fromkeys(map(self._plain, prefix.borders))
 
     def store(self, prefix: FrozenPrefix) -> RecordedRows | None:
         """All samples at a prefix's borders.
 
         Returns:
-            None where they cannot be kept; the reason is logged.
+            None if they cannot be stored; the reason is logged.
         """
         borders = {f"{ACTIVATION}{place}": self._plain(border) for place, border in enumerate(prefix.borders)}
         columns = {**borders, **{name: f"{COLUMN}{name}" for name in prefix.kept}}
@@ -116,12 +116,12 @@ class Recordings:
                 self._fill(list(columns.values()))
         except RowsDiffer as error:
             logger.warning_once(f"The frozen part of the model is computed in every step: {error}.")
-            self.usable = error.column is None and self.usable  # else rows differ, at whatever border
+            self.usable = error.column is None and self.usable  # otherwise rows differ in shape at any border
             return None
         return RecordedRows({name: self._stores[key] for name, key in columns.items()})
 
     def _fill(self, needed: Sequence[str]) -> None:
-        """Record what is needed, and of what is planned as much as there is room for."""
+        """Record the needed borders, and as many of the planned ones as there is room for."""
         more = [border for border in self._planned if border not in self._stores and border not in needed]
         missing = [key for key in needed if key not in self._stores]
         first = self._compute([*missing, *more], [0])
@@ -131,11 +131,11 @@ class Recordings:
             self._stores = {key: store for key, store in self._stores.items() if key in needed}
         stores: dict[str, RowStore] = {}
         for key in [*missing, *more]:
-            used = self._used() + sum(store.bytes for store in stores.values())
-            if key in missing or used + size[key] <= room:
+            total = self._used() + sum(store.bytes for store in stores.values())
+            if key in missing or total + size[key] <= room:
                 stores[key] = self._empty(first[key], [*self._stores.values(), *stores.values()])
         for start in range(0, self.samples.count, PASS):
-            # All batches as large: kernels for a few samples round otherwise, and training may amplify that.
+            # All batches have the same size: kernels for few samples round differently, and training may amplify that.
             end = min(start + PASS, self.samples.count)
             rows = list(range(max(0, end - PASS), end))
             for key, values in self._compute(list(stores), rows).items():
@@ -147,22 +147,22 @@ class Recordings:
         return sum(store.bytes for store in self._stores.values())
 
     def _compute(self, keys: Sequence[str], rows: Sequence[int]) -> Columns:
-        """Activations at borders, and columns of the batch, of some samples."""
+        """Activations at borders, and batch columns, of some samples."""
         borders = [key for key in keys if not key.startswith(COLUMN)]
         with random_states_kept(), self._computing():
             batch = self.samples.read(rows)
-            found = activations(self.model, borders, batch) if borders else {}
-        return {key: batch[key.removeprefix(COLUMN)] if key.startswith(COLUMN) else found[key] for key in keys}
+            states = activations(self.model, borders, batch) if borders else {}
+        return {key: batch[key.removeprefix(COLUMN)] if key.startswith(COLUMN) else states[key] for key in keys}
 
     def _empty(self, values: Tensor, others: Sequence[RowStore]) -> RowStore:
-        """A store in memory as far as the others leave room there, else in a file."""
+        """An empty store, in memory if the others leave enough of it, otherwise in a file."""
         memory = self.cache.memory_gb - sum(store.bytes for store in others if store.in_memory) / GB
         disk = self.cache.disk_gb - sum(store.bytes for store in others if not store.in_memory) / GB
-        left = dataclasses.replace(self.cache, memory_gb=max(0.0, memory), disk_gb=max(0.0, disk))
-        return RowStore(self.samples.count, {VALUES: values}, left)
+        rest = dataclasses.replace(self.cache, memory_gb=max(0.0, memory), disk_gb=max(0.0, disk))
+        return RowStore(self.samples.count, {VALUES: values}, rest)
 
     def _plain(self, border: str) -> str:
-        """A border's name in the model itself: a copy with adapters has it under a prefix, and inside of an adapter."""
+        """A border's name in the model itself: in a copy with adapters it has a prefix and may lie in an adapter."""
         names = dict(self.model.named_modules())
         parts = [part for part in border.split(".") if part != "base_layer"]
         return next(name for name in (".".join(parts[skip:]) for skip in range(len(parts))) if name in names and name)

@@ -1,4 +1,4 @@
-"""The reference model: the network as it was at the start, one frozen copy for all terms that compare with it."""
+"""The reference model: one frozen copy of the initial network, shared by all terms that compare with it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hf_ft.models.feature_hooks import activations
 class Reference:
     """A frozen copy of a model, in evaluation mode.
 
-    It is no module, so that whatever holds it does not take it for a part of itself: it is neither trained, nor
-    saved, nor wrapped for several processes. It follows the device of the model in training.
+    It is not a module, so that a module that holds it does not register it as a child: it is not trained, saved or
+    wrapped for distributed training. It follows the device of the model in training.
 
     Args:
-        model: copied as it is now, in its type.
+        model: copied in its current state and dtype.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,7 +28,7 @@ class Reference:
             parameter.grad = None
 
     def states(self, layers: Sequence[str], batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-        """The outputs of these modules, by name; what follows the last of them is not computed."""
+        """The outputs of these modules by name; the forward pass stops at the last of them."""
         if next(self.model.parameters()).device != device:
             self.model.to(device)
         return activations(self.model, layers, batch)

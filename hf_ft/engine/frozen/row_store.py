@@ -1,9 +1,9 @@
-"""Rows of recorded activations, in memory or in a file mapped into it, and a data set that deals them out.
+"""Recorded activations by row, in memory or in a memory-mapped file.
 
-A :class:`RowStore` holds, for every sample of a data set, what a frozen network computes from it: its activation at
-a border, with the small columns that the rest of the model needs, or its reference states. :class:`StagedRows` stands
-in for the user's data set in a data loader: it yields the user's rows, places in the store while one is active, or
-both, so that samplers, ranks and resuming see no difference.
+A :class:`RowStore` holds, for every sample of a data set, outputs of a frozen network: its activation at a border with
+the small columns that the rest of the model needs, or its reference states. :class:`StagedRows` replaces the user's
+data set in a data loader: it yields the user's rows, indices into the store while one is active, or both, so that
+samplers, ranks and resuming work unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHANNELS_LAST = torch.channels_last
 
 
 class RowsDiffer(ValueError):
-    """Rows that differ in shape or are too large: they cannot be kept. ``column`` is the name of the first."""
+    """Rows that cannot be stored because they differ in shape or are too large; ``column`` is the first such column."""
 
     def __init__(self, message: str, column: str | None = None) -> None:
         super().__init__(message)
@@ -34,29 +34,29 @@ class RowsDiffer(ValueError):
 
 
 class RowStore:
-    """Columns of equal rows, (samples, ...) each.
+    """Columns of rows with equal shapes, (samples, ...) each.
 
     Args:
         samples: number of rows.
-        first: some rows, for names, shapes and types.
-        cache: where it may lie.
+        first: a few rows, for names, shapes and dtypes.
+        cache: where to store the rows, and limits.
 
     Raises:
-        RowsDiffer: it would be larger than allowed, or than the disk has room.
+        RowsDiffer: if it would exceed the limit or the free disk space.
     """
 
     _made = 0
 
     def __init__(self, samples: int, first: Mapping[str, Tensor], cache: FrozenCache) -> None:
         RowStore._made += 1
-        self.number = RowStore._made  # tells batches of this store from those of another
+        self.number = RowStore._made  # identifies the batches of this store
         self.samples = samples
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.bytes = sum(samples * math.prod(c.shape[1:]) * c.element_size() for c in first.values())
         if self.bytes > cache.memory_gb * GB:
             self._check_disk(cache)
             self._folder = tempfile.TemporaryDirectory(prefix="hf_ft_frozen_", dir=cache.folder)
-        # Convolutions on a CPU are up to 1.5 times faster with channels innermost: that order is kept.
+        # Convolutions on a CPU are up to 1.5 times faster with channels last, so that order is kept.
         self._innermost = {
             name
             for name, column in first.items()
@@ -65,27 +65,27 @@ class RowStore:
         self.columns = {name: self._empty(name, samples, self._stored(name, c)) for name, c in first.items()}
 
     def put(self, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Write rows, by number.
+        """Write rows by index.
 
         Raises:
-            RowsDiffer: a column has another shape or type than in the first rows.
+            RowsDiffer: if a column's shape or dtype differs from that of the first rows.
         """
-        for name, kept in self.columns.items():
+        for name, target in self.columns.items():
             column = self._stored(name, columns[name])
-            if column.shape[1:] != kept.shape[1:] or column.dtype != kept.dtype:
-                shapes = f"{tuple(column.shape[1:])} {column.dtype}, not {tuple(kept.shape[1:])} {kept.dtype}"
+            if column.shape[1:] != target.shape[1:] or column.dtype != target.dtype:
+                shapes = f"{tuple(column.shape[1:])} {column.dtype}, not {tuple(target.shape[1:])} {target.dtype}"
                 raise RowsDiffer(f"rows of {name!r} differ: {shapes}", name)
-            kept[rows] = column.to(kept.device)
+            target[rows] = column.to(target.device)
 
     @property
     def in_memory(self) -> bool:
         return self._folder is None
 
     def take(self, rows: Tensor) -> Columns:
-        """Rows by number, and these numbers under a name that tells the store."""
-        taken = {name: column[rows] for name, column in self.columns.items()}
-        taken |= {name: taken[name].permute(0, 3, 1, 2) for name in self._innermost}
-        return {**taken, f"{ROW}{self.number}": rows}
+        """Rows by index, with the indices under a key that identifies the store."""
+        batch = {name: column[rows] for name, column in self.columns.items()}
+        batch |= {name: batch[name].permute(0, 3, 1, 2) for name in self._innermost}
+        return {**batch, f"{ROW}{self.number}": rows}
 
     def _stored(self, name: str, column: Tensor) -> Tensor:
         return column.permute(0, 2, 3, 1) if name in self._innermost else column

@@ -1,4 +1,4 @@
-"""A data set that yields the user's rows, rows of a store, or both, as the present stage needs."""
+"""A data set that yields the user's rows, rows of a store, or both, depending on the current stage."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hf_ft.engine.frozen.row_store import Columns, RowStore
 
 
 class StoredRow(int):
-    """The place of a row in a store."""
+    """The index of a row in a store."""
 
 
 @dataclass
 class BothRows:
-    """The user's row, and its place in a store of what comes beside it."""
+    """A user's row, and the index of its recorded columns in a store."""
 
     row: Any
     place: int
 
 
 class StagedRows(torch.utils.data.Dataset):
-    """The user's rows, or, while a store is active, their places in it.
+    """The user's rows or, while a store is active, their indices in it.
 
-    Which of the two is one number in shared memory, so that worker processes of a data loader see it change.
-    A worker that was started before a store was made does not have it, and goes on with the user's rows.
+    The mode is a number in shared memory, so that worker processes of a data loader see changes. A worker started
+    before a store was created does not have it and continues with the user's rows.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -41,13 +41,13 @@ class StagedRows(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def activate(self, store: RowStore | None, beside: bool = False) -> None:
-        """Deal out places in this store from now on, alone or beside the user's rows; None for these alone."""
+        """From now on yield indices into this store, alone or along with the user's rows; for None, the rows only."""
         self.store, self._beside = store, beside
         self._active.fill_(store.number if store is not None else 0)
 
     @property
     def beside(self) -> bool:
-        """Whether places in a store come beside the user's rows at present."""
+        """Whether store indices currently accompany the user's rows."""
         return self.stored and self._beside
 
     @property
@@ -60,13 +60,13 @@ class StagedRows(torch.utils.data.Dataset):
     def __getitems__(self, rows: Sequence[int]) -> list[Any]:
         if self.stored and not self._beside:
             return [StoredRow(row) for row in rows]
-        found = read_rows(self.dataset, rows)
-        return [BothRows(row, place) for row, place in zip(found, rows, strict=True)] if self.stored else found
+        user_rows = read_rows(self.dataset, rows)
+        return [BothRows(row, place) for row, place in zip(user_rows, rows, strict=True)] if self.stored else user_rows
 
 
 @dataclass
 class StagedCollator:
-    """The user's collator; places in a store become a batch of it, or columns beside the user's."""
+    """The user's collator; store indices become a batch of the store, or extra columns of the user's batch."""
 
     collate: Callable[[list[Any]], Any]
     rows: StagedRows

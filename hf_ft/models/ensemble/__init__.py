@@ -1,1 +1,1 @@
-"""Several classifiers as one model of Transformers."""
+"""Several classifiers as a single Transformers model."""

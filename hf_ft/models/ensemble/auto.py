@@ -1,4 +1,4 @@
-"""The ensemble in Transformers' Auto classes, without importing Transformers before someone else does."""
+"""Registration of the ensemble with Transformers' Auto classes, without importing Transformers early."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from wrapt import register_post_import_hook
 
-# Once Transformers' module is imported, ours is, and registers itself. The class of the model follows when the first
-# config is made: Transformers imports its own Auto classes of models at a time when models cannot be imported yet.
+# Once Transformers' module is imported, ours is imported and registers itself. The model class follows when the first
+# config is created: Transformers imports its model Auto classes at a time when models cannot be imported yet.
 _REGISTERING = {
     "transformers.models.auto.configuration_auto": "hf_ft.models.ensemble.config",
     "transformers.models.auto.image_processing_auto": "hf_ft.models.ensemble.processor",
@@ -16,7 +16,7 @@ _REGISTERING = {
 
 
 def register_when_imported() -> None:
-    """Register with the Auto classes as soon as they are there, which may be at once."""
+    """Register with the Auto classes as soon as they are imported, which may be immediately."""
     for theirs, ours in _REGISTERING.items():
         register_post_import_hook(_importing(ours), theirs)
 

@@ -1,4 +1,4 @@
-"""The config of an ensemble of classifiers, and what its members must have in common."""
+"""The config of an ensemble of classifiers, and the settings that its members must share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from hf_ft.errors import OptionError
 from hf_ft.models.weight_files import COLLABORATIVE
 
-# By name: this module is imported before Transformers' models can be (see `auto`).
+# By name: this module is imported before Transformers' models can be imported (see `auto`).
 _MODEL = "hf_ft.models.ensemble.model"
 _AUTO = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
 _MAPPINGS = {
@@ -23,28 +23,28 @@ _MAPPINGS = {
 }
 TASKS = tuple(_AUTO)
 PREDICTIONS = ("sum", "mean_probability")
-# The ensemble's config holds these for all members.
+# Settings that the ensemble's config holds for all members.
 _SHARED = ("id2label", "label2id", "problem_type")
 
 
 def auto_model(task: str) -> Any:
-    """The Auto class of Transformers that makes and loads the classifiers of a task."""
+    """The Transformers Auto class that creates and loads the classifiers of a task."""
     return getattr(hf, _AUTO[task])
 
 
 class CollaborativeConfig(PreTrainedConfig):
-    """Config of an ensemble; labels and ``problem_type`` are as of any classifier, and the same for all members.
+    """Config of an ensemble; labels and ``problem_type`` are as for any classifier and shared by all members.
 
     Attributes:
         members: the members' configs as dicts, with ``model_type`` and ``architectures``.
-        inputs: for each member, which of the distinct processors makes what it reads.
+        inputs: for each member, the index of the distinct processor that prepares its input.
         prediction: ``sum`` of the logits, or ``mean_probability``.
         task: ``image`` or ``text``.
-        sources: for each member, the public name of what it came from, if it has one.
-        ancestors: for each member, the public name of the pretrained model that it descends from, if known.
+        sources: for each member, the public name of the model it was loaded from, if it has one.
+        ancestors: for each member, the public name of the pretrained model it descends from, if known.
 
     Raises:
-        OptionError: an unknown value, or another number of values than members.
+        OptionError: for an unknown value, or if the number of values differs from the number of members.
     """
 
     model_type = COLLABORATIVE
@@ -58,16 +58,16 @@ class CollaborativeConfig(PreTrainedConfig):
     ancestors: list[str | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        importlib.import_module(_MODEL)  # registers the class that is loaded with a config of this kind
+        importlib.import_module(_MODEL)  # registers the model class for configs of this type
         super().__post_init__(**kwargs)
         self.members = list(self.members or [])
         count = len(self.members)
         self.inputs = [0] * count if self.inputs is None else list(self.inputs)
         self.sources = [None] * count if self.sources is None else list(self.sources)
         self.ancestors = [None] * count if self.ancestors is None else list(self.ancestors)
-        for name, known in (("prediction", PREDICTIONS), ("task", TASKS)):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}.")
+        for name, choices in (("prediction", PREDICTIONS), ("task", TASKS)):
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}.")
         for name in ("inputs", "sources", "ancestors"):
             if len(getattr(self, name)) != count:
                 raise OptionError(f"{name}={getattr(self, name)!r}: one value for each of {count} members is needed.")
@@ -86,23 +86,23 @@ class CollaborativeConfig(PreTrainedConfig):
         return config
 
     def share_with(self, config: Any) -> None:
-        """Give the config of a member what is the same for all."""
+        """Copy the shared settings into the config of a member."""
         for name in _SHARED:
             setattr(config, name, copy.deepcopy(getattr(self, name)))
 
 
 def described(model: Any) -> dict[str, Any]:
-    """The config of a member as a dict, without what the ensemble's holds."""
+    """The config of a member as a dict, without the settings that the ensemble's config holds."""
     content = model.config.to_diff_dict()
     content["architectures"] = [type(model).__name__]
     return {name: value for name, value in content.items() if name not in _SHARED}
 
 
 def common_config(models: Sequence[Any]) -> dict[str, Any]:
-    """What the members have in common: ``task``, ``id2label``, ``label2id``, ``problem_type``.
+    """The settings shared by all members: ``task``, ``id2label``, ``label2id``, ``problem_type``.
 
     Raises:
-        OptionError: they cannot work together; the message names them.
+        OptionError: if the members are incompatible; the message names them.
     """
     if not models:
         raise OptionError("members: none are given; at least one classifier is needed.")
@@ -118,8 +118,8 @@ def common_config(models: Sequence[Any]) -> dict[str, Any]:
     problems = {model.config.problem_type: name for name, model in zip(names, models, strict=True)}
     problems.pop(None, None)
     if len(problems) > 1:
-        found = ", ".join(f"{name} has {problem!r}" for problem, name in problems.items())
-        raise OptionError(f"problem_type: {found}; give all members the same, or none.")
+        values = ", ".join(f"{name} has {problem!r}" for problem, name in problems.items())
+        raise OptionError(f"problem_type: {values}; give all members the same, or none.")
     first = models[0].config
     labels = {"id2label": dict(first.id2label), "label2id": dict(first.label2id)}
     return {"task": tasks[0], "problem_type": next(iter(problems), None), **labels}
@@ -137,7 +137,7 @@ def _same_labels(first: str, one: Any, name: str, other: Any) -> None:
 
 
 def _task_of(model: Any, name: str) -> str:
-    """What a classifier of Transformers is for, by its class."""
+    """The task of a Transformers classifier, by its class."""
     if not isinstance(model, hf.PreTrainedModel):
         raise OptionError(f"{name} is no model of Transformers with a config: give a PreTrainedModel.")
     if model.config.model_type == COLLABORATIVE:
@@ -145,8 +145,8 @@ def _task_of(model: Any, name: str) -> str:
     if getattr(type(model), "_auto_class", None) is not None:
         raise OptionError(f"{name} runs code from the Hub, which is not loaded here: take a model of Transformers.")
     for task, mapping in _MAPPINGS.items():
-        known = getattr(hf, mapping).get(type(model.config), ())
-        if type(model) in (known if isinstance(known, tuple) else (known,)):
+        classes = getattr(hf, mapping).get(type(model.config), ())
+        if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
             return task
     raise OptionError(
         f"{name} is no classifier that {' or '.join(_AUTO.values())} knows, so it could not "

@@ -1,4 +1,4 @@
-"""An ensemble of classifiers as one model of Transformers: each member learns by its own loss, all predict together."""
+"""An ensemble of classifiers as one Transformers model: each member has its own loss, and all predict together."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from hf_ft.models.ensemble.soup import soup
 __all__ = ["CollaborativeConfig", "CollaborativeModel", "CollaborativeOutput", "joint_logits"]
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Tensors that a forward takes and no processor makes.
+# Tensors that a forward accepts but that no processor produces.
 _NOT_DATA = ("labels", "position_ids", "inputs_embeds", "head_mask", "bool_masked_pos")
 
 
 @dataclass
 class CollaborativeOutput(ModelOutput):
-    """What an ensemble returns.
+    """Output of an ensemble.
 
     Attributes:
-        loss: (), the sum of the members' losses, each on its own logits; with labels only.
-        logits: (B, C), the ensemble's.
+        loss: (), sum of the members' losses, each on its own logits; only with labels.
+        logits: (B, C), logits of the ensemble.
         member_logits: N tensors (B, C).
     """
 
@@ -46,29 +46,29 @@ class CollaborativeOutput(ModelOutput):
 
 
 def joint_logits(logits: Iterable[Tensor], prediction: str, problem_type: str) -> Tensor:
-    r"""The ensemble's logits from its members' :math:`z_j`.
+    r"""Combine the members' logits :math:`z_j` into the ensemble's.
 
     .. math::
         \text{sum: } \sum_j z_j, \qquad
         \text{mean probability: } \log \tfrac{1}{N} \sum_j \mathrm{softmax}(z_j)
 
-    With several labels at once, the latter is the logit of the mean sigmoid. Regression takes the mean of outputs.
+    For multi-label problems, the latter is the logit of the mean sigmoid. Regression takes the mean of the outputs.
 
     Args:
         logits: N tensors (B, C).
         prediction: ``sum`` or ``mean_probability``.
-        problem_type: as in a config.
+        problem_type: as in the config.
 
     Returns:
         (B, C)
     """
-    stacked = torch.stack(tuple(logits))
+    member_logits = torch.stack(tuple(logits))
     if problem_type == "regression":
-        return stacked.mean(dim=0)
+        return member_logits.mean(dim=0)
     if prediction == "sum":
-        return stacked.sum(dim=0)
-    wide = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-    if problem_type == "multi_label_classification":  # 1/N is in both and goes away
+        return member_logits.sum(dim=0)
+    wide = member_logits.to(torch.promote_types(member_logits.dtype, torch.float32))
+    if problem_type == "multi_label_classification":  # 1/N occurs in both terms and cancels
         return logsigmoid(wide).logsumexp(dim=0) - logsigmoid(-wide).logsumexp(dim=0)
     return log_softmax(wide, dim=-1).logsumexp(dim=0) - math.log(len(wide))
 
@@ -76,28 +76,28 @@ def joint_logits(logits: Iterable[Tensor], prediction: str, problem_type: str) -
 class CollaborativeModel(hf.PreTrainedModel):
     r"""N classifiers as one model, with the loss :math:`\sum_j L_j(z_j, y)`.
 
-    Members may be of any architectures that Transformers knows, never of code from the Hub. On disk each is a plain
-    checkpoint in a folder of its own, ``member_0``, ``member_1``, ..., which loads without this package.
+    Members may be of any architecture in Transformers, but never run code from the Hub. On disk each is a plain
+    checkpoint in its own folder, ``member_0``, ``member_1``, ..., which loads without this package.
 
     Args:
-        config: of the ensemble.
-        members: the modules; without them, new ones are built from the config.
+        config: config of the ensemble.
+        members: the member modules; by default, new ones are built from the config.
 
     Raises:
-        OptionError: the config has no members.
+        OptionError: if the config has no members.
     """
 
     config_class = CollaborativeConfig
-    # The loss is a mean over the micro-batch, whatever number of items the accumulated batch has.
+    # The loss is a mean over the micro-batch, whatever the number of items in the accumulated batch.
     accepts_loss_kwargs = False
-    members: Any  # a ModuleList
+    members: Any  # nn.ModuleList
 
     def __init__(self, config: CollaborativeConfig, members: Sequence[Any] | None = None) -> None:
         if not config.members:
             raise OptionError("members: the config names none. Is it the config of an ensemble?")
         attention = config._attn_implementation
         super().__init__(config)
-        config._attn_implementation_internal = attention  # else it would be chosen for the members, too
+        config._attn_implementation_internal = attention  # otherwise it would be chosen for the members, too
         if members is None:
             build = auto_model(config.task).from_config
             members = [build(config.member(index), trust_remote_code=False) for index in range(len(config.members))]
@@ -109,7 +109,7 @@ class CollaborativeModel(hf.PreTrainedModel):
         self.post_init()
 
     def init_weights(self) -> None:
-        """Nothing: members have initialised themselves, and a head put in later would be drawn anew."""
+        """Do nothing: members initialise themselves, and a head added later would be re-initialised."""
 
     @classmethod
     def from_members(
@@ -119,16 +119,16 @@ class CollaborativeModel(hf.PreTrainedModel):
         prediction: str = "sum",
         sources: Sequence[str | None] | None = None,
     ) -> CollaborativeModel:
-        """An ensemble of these very modules; nothing is copied.
+        """Build an ensemble of these modules; nothing is copied.
 
         Args:
-            models: classifiers of Transformers, all for the same labels.
-            inputs: for each, which of the distinct processors makes what it reads; all the same by default.
+            models: Transformers classifiers, all with the same labels.
+            inputs: for each, the index of the distinct processor that prepares its input; by default all share one.
             prediction: ``sum`` or ``mean_probability``.
-            sources: for each, the public name of what it came from.
+            sources: for each, the public name of the model it was loaded from.
 
         Raises:
-            OptionError: models that cannot work together; the message names them.
+            OptionError: if the models are incompatible; the message names them.
         """
         common = common_config(models)
         common |= {"inputs": inputs, "prediction": prediction, "sources": sources}
@@ -140,10 +140,10 @@ class CollaborativeModel(hf.PreTrainedModel):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The columns of a batch that some member reads, but for the labels."""
+        """The batch columns that any member reads, without the labels."""
         members = zip(self.members, self._takes, self._inputs, strict=True)
-        found = [column(name, index) for member, takes, index in members for name in _data_names(member, takes)]
-        return tuple(dict.fromkeys(found))
+        columns = [column(name, index) for member, takes, index in members for name in _data_names(member, takes)]
+        return tuple(dict.fromkeys(columns))
 
     @can_return_tuple
     def forward(
@@ -155,27 +155,27 @@ class CollaborativeModel(hf.PreTrainedModel):
         labels: Tensor | None = None,
         **more: Any,
     ) -> CollaborativeOutput:
-        """Run every member on its own input.
+        """Run each member on its own input.
 
         Args:
             pixel_values: (B, 3, H, W) from the first distinct processor; likewise ``input_ids`` (B, T), ...
-            labels: (B,), or (B, C) with several labels or targets at once.
-            more: what further processors make (``pixel_values_1``, ``input_ids_1``, ...), and options of the
-                members' forwards, for those that have them.
+            labels: (B,), or (B, C) for several labels or targets.
+            more: outputs of further processors (``pixel_values_1``, ``input_ids_1``, ...), and options of the
+                members' forwards, passed to those that accept them.
 
         Raises:
-            OptionError: the input of a member is missing.
+            OptionError: if the input of a member is missing.
         """
-        named = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
-        named |= {"token_type_ids": token_type_ids, **more}
-        given = {name: value for name, value in named.items() if value is not None}
+        arguments = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        arguments |= {"token_type_ids": token_type_ids, **more}
+        inputs = {name: value for name, value in arguments.items() if value is not None}
         answer: dict[str, Any] = {}
         if labels is not None:
             answer["labels"] = labels
             for member in self.members:
                 member.config.problem_type = self.config.problem_type
-        outputs = [member(**self._arguments(index, given), **answer) for index, member in enumerate(self.members)]
-        if labels is not None and self.config.problem_type is None:  # told from the labels, as by any classifier
+        outputs = [member(**self._arguments(index, inputs), **answer) for index, member in enumerate(self.members)]
+        if labels is not None and self.config.problem_type is None:  # inferred from the labels, as in any classifier
             self.config.problem_type = self.members[0].config.problem_type
         default = "regression" if self.config.num_labels == 1 else "single_label_classification"
         logits = tuple(output.logits for output in outputs)
@@ -186,7 +186,7 @@ class CollaborativeModel(hf.PreTrainedModel):
         )
 
     def _arguments(self, index: int, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What one member's forward takes of the inputs: its own tensors under their plain names, and options."""
+        """The arguments of one member's forward: its own tensors under their plain names, and options."""
         processor, own = self._inputs[index], {}
         for name in self._takes[index]:
             if column(name, processor) in given:
@@ -194,27 +194,27 @@ class CollaborativeModel(hf.PreTrainedModel):
             elif name in given and not isinstance(given[name], Tensor):
                 own[name] = given[name]
         if not any(isinstance(value, Tensor) for value in own.values()):
-            wanted = column(self.members[index].main_input_name, processor)
+            required = column(self.members[index].main_input_name, processor)
             raise OptionError(
-                f"member {index} reads {wanted!r}, and the inputs hold {sorted(given)}: make them with the processor "
+                f"member {index} reads {required!r}, and the inputs hold {sorted(given)}: make them with the processor "
                 "of the whole ensemble, and set remove_unused_columns=False where a Trainer drops columns."
             )
         return own
 
     def soup(self, *, same_ancestor: bool | None = None) -> Any:
-        """One plain model with the mean of the members' weights: see :func:`hf_ft.models.ensemble.soup.soup`.
+        """A single plain model with the mean of the members' weights: see :func:`hf_ft.models.ensemble.soup.soup`.
 
         Raises:
-            OptionError: members of several classes, shapes, ancestors or processors.
+            OptionError: if members differ in class, shapes, ancestor or processor.
         """
         if len(set(self._inputs)) > 1:
             raise OptionError(
                 f"soup: the members read what {len(set(self._inputs))} different processors make, and one model "
                 "reads what one makes. Take members of one processor."
             )
-        made = soup(self.members, self.config.ancestors, same_ancestor=same_ancestor)
-        self.config.share_with(made.config)
-        return made
+        average = soup(self.members, self.config.ancestors, same_ancestor=same_ancestor)
+        self.config.share_with(average.config)
+        return average
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -224,12 +224,12 @@ class CollaborativeModel(hf.PreTrainedModel):
         push_to_hub: bool = False,
         **options: Any,
     ) -> None:
-        """Write ``config.json``, and each member to a folder of its own.
+        """Save ``config.json``, and each member to its own folder.
 
         Args:
-            state_dict: weights to write instead of the present ones, by their names in this model.
+            state_dict: weights to save instead of the current ones, with the parameter names of this model.
             push_to_hub: upload the files to ``repo_id`` (by default, the folder's name).
-            options: of any model's ``save_pretrained`` (``max_shard_size``, ...), and of the upload.
+            options: options of ``save_pretrained`` (``max_shard_size``, ...) and of the upload.
         """
         folder = Path(save_directory)
         address = {name: options.pop(name) for name in UPLOAD if name in options}
@@ -255,16 +255,16 @@ class CollaborativeModel(hf.PreTrainedModel):
         output_loading_info: bool = False,
         **options: Any,
     ) -> Any:
-        """Load an ensemble in eval mode, each member strictly and by its own class.
+        """Load an ensemble in eval mode, each member strictly and with its own class.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
-            config: instead of the one there.
-            output_loading_info: return the members' infos as well, in the names of this model.
-            options: of any model's ``from_pretrained`` (``revision``, ``dtype``, ...).
+            config: used instead of the saved config.
+            output_loading_info: also return the members' loading infos, with the parameter names of this model.
+            options: options of ``from_pretrained`` (``revision``, ``dtype``, ...).
 
         Raises:
-            CheckpointError: a file of a member is missing or damaged; the others can be loaded alone.
+            CheckpointError: if a file of a member is missing or damaged; the other members can be loaded alone.
         """
         name = str(pretrained_model_name_or_path)
         where = {key: options.pop(key) for key in _HUB if options.get(key) is not None}
@@ -277,21 +277,21 @@ class CollaborativeModel(hf.PreTrainedModel):
         config.name_or_path = name
         if dtype not in (None, "auto"):
             config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        loaded = [read_member(config, index, name, where, **options) for index in range(len(config.members))]
-        model = cls(config, [member for member, _ in loaded]).eval()
-        return (model, merged(info for _, info in loaded)) if output_loading_info else model
+        pairs = [read_member(config, index, name, where, **options) for index in range(len(config.members))]
+        model = cls(config, [member for member, _ in pairs]).eval()
+        return (model, merged(info for _, info in pairs)) if output_loading_info else model
 
 
 def _arguments_of(member: Any) -> dict[str, bool]:
-    """The names that a member's forward takes, and whether they are of tensors."""
-    found = inspect.signature(member.forward).parameters
-    return {name: "Tensor" in str(parameter.annotation) for name, parameter in found.items()}
+    """The argument names of a member's forward, each with whether it is a tensor."""
+    parameters = inspect.signature(member.forward).parameters
+    return {name: "Tensor" in str(parameter.annotation) for name, parameter in parameters.items()}
 
 
 def _data_names(member: Any, takes: Mapping[str, bool]) -> list[str]:
-    """The arguments of a member's forward that come from data."""
+    """The arguments of a member's forward that come from the data."""
     tensors = [name for name, is_tensor in takes.items() if is_tensor]
-    # An image has no padding: what some vision models call so is an option.
+    # An image has no padding: an ``attention_mask`` of a vision model is an option.
     apart = _NOT_DATA if member.main_input_name == "input_ids" else (*_NOT_DATA, "attention_mask")
     return [name for name in dict.fromkeys([member.main_input_name, *tensors]) if name not in apart]
 

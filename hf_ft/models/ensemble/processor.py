@@ -1,7 +1,7 @@
-"""One processor for the members of an ensemble that each normalise, resize or tokenise in their own way.
+"""A single processor for ensemble members that normalise, resize or tokenise differently.
 
-Members whose processors do the same share one tensor. That of the first distinct processor keeps its plain name
-(``pixel_values``), those of the others get a number (``pixel_values_1``): see :func:`column`.
+Members with equivalent processors share one tensor. The tensor of the first distinct processor keeps its plain name
+(``pixel_values``); those of the others get a number (``pixel_values_1``): see :func:`column`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from hf_ft.errors import CheckpointError, OptionError
 
 TOKENIZERS_NAME = "collaborative_tokenizer.json"
 TYPE = "image_processor_type"
-# Where something was read from, or what reads it, does not change what it does.
+# The place a processor was read from, or the class that reads it, does not change its behaviour.
 _ORIGINS = {"_processor_class", "processor_class", "feature_extractor_type", "auto_map", "name_or_path"}
 _ORIGINS |= {"_name_or_path", "vocab_file", "merges_file", "tokenizer_file", "special_tokens_map_file", "is_local"}
 _TEXT_SETTINGS = ("model_max_length", "padding_side", "truncation_side", "model_input_names", "special_tokens_map")
 
 
 def column(name: str, index: int) -> str:
-    """The batch's name of a tensor that the distinct processor of this index makes."""
+    """The batch column of a tensor produced by the distinct processor with this index."""
     return name if index == 0 else f"{name}_{index}"
 
 
 def distinct(processors: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """The processors that differ in class, settings or vocabulary, and for each given one the index of its own.
+    """The processors that differ in class, settings or vocabulary, and the index into these for each given processor.
 
     Raises:
-        OptionError: one is missing, or no image processor or tokenizer, or there are both.
+        OptionError: if one is missing or of another kind, or if image processors and tokenizers are mixed.
     """
     _same_kind(processors, BaseImageProcessor, PreTrainedTokenizerBase)
     identities = [_identity(processor) for processor in processors]
@@ -47,10 +47,10 @@ def distinct(processors: Sequence[Any]) -> tuple[list[Any], list[int]]:
 
 
 def combined(processors: Sequence[Any]) -> Any:
-    """One processor for all members: their own where they share it, else a collaborative one.
+    """Combine the members' processors: the processor itself if all share one, else a collaborative one.
 
     Raises:
-        OptionError: as :func:`distinct`.
+        OptionError: see :func:`distinct`.
     """
     parts, _ = distinct(processors)
     kind: Any = CollaborativeTokenizer if isinstance(parts[0], PreTrainedTokenizerBase) else CollaborativeImageProcessor
@@ -58,17 +58,18 @@ def combined(processors: Sequence[Any]) -> Any:
 
 
 class CollaborativeImageProcessor(BaseImageProcessor):
-    """Several image processors as one: each image is opened once, and gives one tensor per processor.
+    """Several image processors as one: each image is opened once and yields one tensor per processor.
 
-    Written and read as any image processor, in one ``preprocessor_config.json``; ``AutoImageProcessor`` knows it once
-    ``hf_ft`` is imported.
+    Saved and loaded like any image processor, in a single ``preprocessor_config.json``; ``AutoImageProcessor`` can
+    load it once ``hf_ft`` is imported.
 
     Args:
-        processors: the parts, or what their ``to_dict`` gave; from that, Transformers alone builds them.
-        options: settings that parts given as dicts take in place of their own (``size``, ...).
+        processors: the image processors, or the dicts of their ``to_dict``, from which only Transformers' own
+            classes are built.
+        options: settings that override those of processors given as dicts (``size``, ...).
 
     Raises:
-        OptionError: a part is missing or cannot be built.
+        OptionError: if a processor is missing or cannot be built.
     """
 
     def __init__(self, processors: Sequence[Any], **options: Any) -> None:
@@ -82,30 +83,30 @@ class CollaborativeImageProcessor(BaseImageProcessor):
         self.model_input_names = _input_names(self.processors)
 
     def preprocess(self, images: Any, *args: Any, **options: Any) -> BatchFeature:
-        """Process images by every part.
+        """Process images with every processor.
 
         Args:
-            images: one or several images, arrays, paths or addresses, as any image processor takes them.
-            options: for every part (``return_tensors``, ...).
+            images: one or several images, arrays, paths or URLs, as for any image processor.
+            options: passed to every processor (``return_tensors``, ...).
 
         Returns:
             ``pixel_values`` (B, C, H_0, W_0), ``pixel_values_1`` (B, C, H_1, W_1), ...
         """
-        opened = self.fetch_images(images)
-        return BatchFeature(_joined(part(opened, *args, **options) for part in self.processors))
+        inputs = self.fetch_images(images)
+        return BatchFeature(_joined(part(inputs, *args, **options) for part in self.processors))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: the name of this class, and each part's dict."""
+        """The JSON content: the name of this class, and the dict of each processor."""
         return {TYPE: type(self).__name__, "processors": [part.to_dict() for part in self.processors]}
 
     @classmethod
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the file in a folder or on the Hub holds.
+        """Read the content of the file in a folder or on the Hub.
 
         Raises:
-            CheckpointError: it is missing, damaged or incomplete.
+            CheckpointError: if it is missing, damaged or incomplete.
         """
         where = f"{pretrained_model_name_or_path}/{IMAGE_PROCESSOR_NAME}"
         fix = "Restore it, or write it again: combined(processors).save_pretrained(...)."
@@ -120,8 +121,8 @@ class CollaborativeImageProcessor(BaseImageProcessor):
         return content, rest
 
 
-# AutoImageProcessor finds a class by its name among all that are registered, so any key will do. Its own `register`
-# cannot be called without torchvision in some versions.
+# AutoImageProcessor finds a class by its name among all registered classes, so any key will do. In some versions its
+# own `register` cannot be called without torchvision.
 _known: Any = IMAGE_PROCESSOR_MAPPING
 _known.register(
     CollaborativeImageProcessor, dict.fromkeys(("pil", "torchvision"), CollaborativeImageProcessor), exist_ok=True
@@ -129,13 +130,13 @@ _known.register(
 
 
 class CollaborativeTokenizer(PushToHubMixin):
-    """Several tokenizers as one: each text gives the tensors of every tokenizer.
+    """Several tokenizers as one: each text yields the tensors of every tokenizer.
 
-    ``AutoTokenizer`` cannot know it: read it with ``CollaborativeTokenizer.from_pretrained(folder)``, and give the
-    object to a pipeline, ``pipeline("text-classification", model=model, tokenizer=tokenizer)``.
+    ``AutoTokenizer`` does not support it: load it with ``CollaborativeTokenizer.from_pretrained(folder)``, and pass
+    the object to a pipeline, ``pipeline("text-classification", model=model, tokenizer=tokenizer)``.
 
     Raises:
-        OptionError: a part is missing or no tokenizer.
+        OptionError: if an element is missing or is not a tokenizer.
     """
 
     def __init__(self, tokenizers: Sequence[Any]) -> None:
@@ -152,41 +153,41 @@ class CollaborativeTokenizer(PushToHubMixin):
         return BatchEncoding(_joined(part(*texts, **options) for part in self.tokenizers))
 
     def pad(self, features: Any, padding: Any = True, **options: Any) -> BatchEncoding:
-        """Pad the tensors of each part by its own tokenizer; other columns, such as labels, are kept.
+        """Pad each tokenizer's columns with that tokenizer; other columns, such as labels, are kept.
 
         Args:
             features: a list of rows, or a dict of columns.
 
         Raises:
-            OptionError: the columns of a part are missing.
+            OptionError: if the columns of a tokenizer are missing.
         """
-        padded = []
+        outputs = []
         for index, part in enumerate(self.tokenizers):
             own = _of_part(features, index, len(self.tokenizers))
-            if (wanted := part.model_input_names[0]) not in (own if isinstance(own, Mapping) else own[0]):
+            if (name := part.model_input_names[0]) not in (own if isinstance(own, Mapping) else own[0]):
                 raise OptionError(
-                    f"the rows have no {column(wanted, index)!r}: prepare them with this tokenizer, and set "
+                    f"the rows have no {column(name, index)!r}: prepare them with this tokenizer, and set "
                     "remove_unused_columns=False, which would drop it."
                 )
-            padded.append(pad_without_fast_tokenizer_warning(part, own, padding=padding, **options))
-        return BatchEncoding(_joined(padded))
+            outputs.append(pad_without_fast_tokenizer_warning(part, own, padding=padding, **options))
+        return BatchEncoding(_joined(outputs))
 
     @property
     def model_max_length(self) -> int:
-        """The longest text that every part can take, in tokens."""
+        """The longest input that every tokenizer accepts, in tokens."""
         return min(part.model_max_length for part in self.tokenizers)
 
     @property
     def pad_token_id(self) -> int | None:
-        """That of the first part."""
+        """The padding token id of the first tokenizer."""
         return self.tokenizers[0].pad_token_id
 
     @property
     def padding_side(self) -> str:
-        """That of all parts. Pipelines read it to make batches, and pad all but the first part with 0.
+        """The common padding side. Pipelines read it to build batches, and pad all but the first tokenizer's with 0.
 
         Raises:
-            OptionError: the parts cannot be padded so.
+            OptionError: if the tokenizers cannot be padded this way.
         """
         sides = [part.padding_side for part in self.tokenizers]
         tokens = [part.pad_token_id for part in self.tokenizers[1:]]
@@ -198,23 +199,23 @@ class CollaborativeTokenizer(PushToHubMixin):
         return sides[0]
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: Any = None) -> tuple[str, ...]:
-        """Write each tokenizer to ``tokenizer_0``, ..., and the names of their files to one more; returns the files.
+        """Save each tokenizer to ``tokenizer_0``, ..., and an index of their files; return all files.
 
         Args:
-            max_shard_size: has no effect; ``push_to_hub`` gives it to whatever it saves.
+            max_shard_size: no effect; ``push_to_hub`` passes it to any object it saves.
         """
         top = Path(save_directory, TOKENIZERS_NAME)
         files = [part.save_pretrained(str(top.parent / f"tokenizer_{i}")) for i, part in enumerate(self.tokenizers)]
-        content = {"tokenizers": [[Path(file).name for file in written] for written in files]}
+        content = {"tokenizers": [[Path(file).name for file in paths] for paths in files]}
         top.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        return (*(file for written in files for file in written), str(top))
+        return (*(file for paths in files for file in paths), str(top))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub: Any) -> CollaborativeTokenizer:
-        """What :meth:`save_pretrained` wrote, from a folder or the Hub; runs no code from there.
+        """Load what :meth:`save_pretrained` saved, from a folder or the Hub; runs no code from there.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: if a file is missing or damaged.
         """
         name = str(pretrained_model_name_or_path)
         where, parts = f"{name}/{TOKENIZERS_NAME}", []
@@ -222,13 +223,13 @@ class CollaborativeTokenizer(PushToHubMixin):
             content = json.loads(Path(str(cached_file(name, TOKENIZERS_NAME, **hub))).read_text(encoding="utf-8"))
             for index, files in enumerate(content["tokenizers"]):
                 options = {"subfolder": f"tokenizer_{index}", **hub}
-                for file in files:  # AutoTokenizer would go on without a file, with no vocabulary
+                for file in files:  # without a file, AutoTokenizer would continue with an empty vocabulary
                     where = f"{name}/tokenizer_{index}/{file}"
                     cached_file(name, file, **options)
                 where = f"{name}/tokenizer_{index}"
                 parts.append(AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options))
             return cls(parts)
-        except Exception as error:  # the tokenizers package raises nothing more special
+        except Exception as error:  # the tokenizers package raises nothing more specific
             fix = "Restore it, or write all again: combined(tokenizers).save_pretrained(...)."
             raise CheckpointError(f"{where} is missing or damaged ({error}). {fix}") from error
 
@@ -259,17 +260,17 @@ def _identity(processor: Any) -> tuple[Any, ...]:
         options = {key: value for key, value in processor.init_kwargs.items() if key not in _ORIGINS}
         return type(processor), settings, processor.get_vocab(), options
     content = json.loads(backend.to_str())
-    del content["truncation"], content["padding"]  # of the last call
+    del content["truncation"], content["padding"]  # left over from the last call
     return type(processor), settings, content
 
 
 def _built(content: Mapping[str, Any], index: int) -> Any:
-    """An image processor from its dict, by the rules by which Transformers reads a file of it."""
+    """Build an image processor from its dict, by the rules by which Transformers reads such a file."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, IMAGE_PROCESSOR_NAME).write_text(json.dumps(content), encoding="utf-8")
         try:
             return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # a name that is none of an image processor fails in many ways
+        except Exception as error:  # a name that is not an image processor fails in many ways
             why = str(error).strip().partition(".")[0]
             raise OptionError(
                 f"processors[{index}] is a {content.get(TYPE)!r}, which cannot be built here ({why}): "
@@ -286,13 +287,13 @@ def _joined(outputs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _of_part(features: Any, index: int, parts: int) -> Any:
-    """The columns of one part under their plain names; those of no part go to the first."""
+    """The columns of one processor under their plain names; columns of no processor go to the first."""
     if not isinstance(features, Mapping):
         return [_of_part(row, index, parts) for row in features]
-    found = {}
+    columns = {}
     for name, value in features.items():
         plain, _, number = name.rpartition("_")
         numbered = number.isdecimal() and 0 < int(number) < parts
         if (int(number) if numbered else 0) == index:
-            found[plain if numbered else name] = value
-    return found
+            columns[plain if numbered else name] = value
+    return columns

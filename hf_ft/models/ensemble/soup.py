@@ -1,4 +1,4 @@
-"""Model soup: one model with the mean of several models' weights (Wortsman et al., ICML 2022, arXiv:2203.05482)."""
+"""Model soup: the mean of several models' weights in one model (Wortsman et al., ICML 2022, arXiv:2203.05482)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from hf_ft.errors import OptionError
 def soup(
     members: Iterable[Any], ancestors: Sequence[str | None], *, same_ancestor: bool | None = None
 ) -> PreTrainedModel:
-    r"""One plain model from several, with :math:`\theta = \frac{1}{N} \sum_j \theta_j`.
+    r"""Average several models into one plain model, with :math:`\theta = \frac{1}{N} \sum_j \theta_j`.
 
-    This can work for members that were fine-tuned from the same pretrained weights. It may work less well where their
-    heads began at different random values, so compare its score with the ensemble's. The statistics of BatchNorm are
-    averaged, too, and fit no data: ``torch.optim.swa_utils.update_bn`` measures them anew, layer upon layer.
+    This can work for members fine-tuned from the same pretrained weights. It may work less well if their heads were
+    initialised differently, so compare its score with the ensemble's. BatchNorm statistics are averaged as well and
+    fit no data: ``torch.optim.swa_utils.update_bn`` re-estimates them, layer by layer.
 
     Args:
-        members: models of one class; left as they are.
-        ancestors: for each, the public name of what it was fine-tuned from, where that is known.
-        same_ancestor: True, to go on where the members' common ancestor is not on record.
+        members: models of one class; left unchanged.
+        ancestors: for each, the public name of the model it was fine-tuned from, if known.
+        same_ancestor: True to proceed when the members' common ancestor is not on record.
 
     Returns:
-        A new model of the members' class in eval mode. The mean is taken in float64; buffers of integers are those of
+        A new model of the members' class in eval mode. The mean is taken in float64; integer buffers are copied from
         the first member.
 
     Raises:
-        OptionError: members of several classes, shapes or ancestors.
+        OptionError: if members differ in class, shapes or ancestor.
     """
     members = list(members)
     _check_ancestors(ancestors, same_ancestor)
@@ -44,11 +44,11 @@ def soup(
     config = copy.deepcopy(first.config)
     config.name_or_path = ancestors[0] or ""
     with torch.random.fork_rng(devices=[]):
-        made = type(first)(config).to(device=first.device, dtype=first.dtype)
-    made.load_state_dict(mean, strict=True)
-    for parameter, known in zip(made.parameters(), first.parameters(), strict=True):
-        parameter.requires_grad_(known.requires_grad)
-    return made.eval()
+        average = type(first)(config).to(device=first.device, dtype=first.dtype)
+    average.load_state_dict(mean, strict=True)
+    for parameter, original in zip(average.parameters(), first.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
+    return average.eval()
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:
