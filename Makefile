@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 # A machine without a GPU needs no CUDA build of torch: CONSTRAINTS= (empty) lifts this.
 CONSTRAINTS ?= .ci/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# A worker takes half of the files, in which it makes a fixture once, and then tests from the other's half.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench docs generated clean
+.PHONY: demo test test-fast pytest lint bench docs generated clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,8 +32,16 @@ lint: $(VENV)/.base
 	$(BIN)/ruff format --check --config .ci/ruff.toml hf_ft tests examples docs/tools
 	$(BIN)/mypy
 
-test: $(VENV)/.weights lint
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+# Each takes up one core for a while.
+test: $(VENV)/.weights
+	@$(MAKE) --no-print-directory -j 2 pytest lint
+
+pytest: $(VENV)/.weights
+	$(PYTEST) $(ARGS)
+
+# For the inner loop, in 90 seconds: no training of more than half a second, no weights, no lint.
+test-fast: $(VENV)/.base
+	$(PYTEST) -m 'not slow and not real' $(ARGS)
 
 bench: $(VENV)/.base
 	$(BIN)/python tests/benchmarks/steps.py $(ARGS)

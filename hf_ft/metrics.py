@@ -152,6 +152,12 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
     return "single_label", logits.argmax(-1), labels.astype(np.int64)
 
 
+def _local_score(metric: type[_LocalMetric], predictions: np.ndarray, references: np.ndarray) -> float:
+    """What ``metric().compute`` gives, without the Arrow table that it builds: most of a small evaluation's time."""
+    exact = (x.astype(np.float64) if x.dtype.kind == "f" else x for x in (references, predictions))
+    return float(metric.function(*exact))
+
+
 def classification_metrics(eval_prediction: EvalPrediction) -> Scores:
     """Score one evaluation; pass it as ``Trainer(compute_metrics=classification_metrics)``.
 
@@ -160,11 +166,8 @@ def classification_metrics(eval_prediction: EvalPrediction) -> Scores:
         ``mse`` and ``mae`` for regression.
     """
     kind, predictions, references = predictions_and_references(eval_prediction)
-    scores: Scores = {}
-    for metric in LOCAL_METRICS.values():
-        if kind in metric.kinds:
-            scores |= metric().compute(predictions=predictions, references=references) or {}
-    return scores
+    fitting = (metric for metric in LOCAL_METRICS.values() if kind in metric.kinds)
+    return {metric.key: _local_score(metric, predictions, references) for metric in fitting}
 
 
 def _load(name: str) -> evaluate.EvaluationModule:
@@ -199,7 +202,10 @@ def compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], Scores]:
             if name in LOCAL_METRICS and kind not in LOCAL_METRICS[name].kinds:
                 fitting = [key for key, metric in LOCAL_METRICS.items() if kind in metric.kinds]
                 raise ValueError(f"metric {name!r} does not suit a {kind} task; these do: {', '.join(fitting)}")
-            scores |= module.compute(predictions=predictions, references=references) or {}
+            if name in LOCAL_METRICS:
+                scores[name] = _local_score(LOCAL_METRICS[name], predictions, references)
+            else:
+                scores |= module.compute(predictions=predictions, references=references) or {}
         return scores
 
     return compute

@@ -1,5 +1,6 @@
 """Common to all tests: quiet, offline, one thread (tiny models gain nothing from more, and lose on a busy machine)."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,13 @@ def shipped_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the package's own strategies are registered: other tests add theirs when they are collected."""
     own = {name: config for name, config in registry.strategies().items() if config.__module__.startswith("hf_ft.")}
     monkeypatch.setattr(registry, "_CONFIGS", own)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """What is imported stays: each training collects garbage, which would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -134,11 +134,7 @@ def _description(thing: Any) -> list[str]:
 
 
 def _source(paper: Paper | None) -> str:
-    if paper is None:
-        return ""
-    authors = paper.authors.split(", ")
-    short = " and ".join(authors) if len(authors) < 3 else f"{authors[0]} et al."
-    return f"[{short}, {paper.venue}]({paper.url})"
+    return f"[{paper.short}]({paper.url})" if paper else ""
 
 
 def _allowed(kind: type, field: dataclasses.Field) -> str:

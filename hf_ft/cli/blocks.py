@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
-from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from hf_ft.cli.console import Parser, say, table
 from hf_ft.cli.models import skeleton
+from hf_ft.core.config import config_class
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.norms import batch_norms, norm_layers, tensorflow_momentum
 from hf_ft.models.parts import Anatomy, Part
-from hf_ft.models.weight_layers import weight_layers
-from hf_ft.strategies.blockwise.candidates import SCHEMES, candidates, last_quarter
-from hf_ft.strategies.blockwise.scores import layers_shown
 from hf_ft.zoo.models import SHORT_NAMES
 
 EPILOG = """--scheme shows what block-wise fine-tuning may adapt beside the head, nearest the output first:
@@ -39,8 +36,9 @@ def run_blocks(arguments: list[str]) -> None:
     flags = _parser().parse_args(arguments)
     if flags.length is not None and flags.scheme != "window":
         raise ValueError("--length is the number of layers of a window: add --scheme window.")
-    if flags.scheme is not None and flags.scheme not in SCHEMES:  # before weights are read
-        raise ValueError(f"--scheme {flags.scheme} is unknown. There are: {', '.join(SCHEMES)}.")
+    schemes = _blockwise().schemes
+    if flags.scheme is not None and flags.scheme not in schemes:  # before weights are read
+        raise ValueError(f"--scheme {flags.scheme} is unknown. There are: {', '.join(schemes)}.")
     model = skeleton(flags.model)
     if flags.scheme is None:
         say(report(model, anatomy(model, head=flags.head, blocks=flags.blocks)))
@@ -58,7 +56,7 @@ def _parser() -> Parser:
     parser.add_argument("model", help=f"a Hub id, a folder, or one of {known}")
     parser.add_argument("--head", help="the head's module names, separated by commas, instead of what is found")
     parser.add_argument("--blocks", help="regular expression of whole block names, instead of what is known")
-    shown = ", ".join(name for name in SCHEMES if name != "top_layers")
+    shown = ", ".join(name for name in _blockwise().schemes if name != "top_layers")
     parser.add_argument("--scheme", help=f"show the candidates for adaptation instead: {shown}")
     parser.add_argument("--length", type=int, help="layers of a window (default: 3)")
     return parser
@@ -66,44 +64,14 @@ def _parser() -> Parser:
 
 def candidate_report(model: nn.Module, flags: argparse.Namespace) -> str:
     """The text that `hf-ft blocks --scheme` prints."""
-    where = {"head": flags.head, "blocks": flags.blocks}
     length = 3 if flags.length is None else flags.length
-    found = candidates(model, flags.scheme, length=length, **where)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    rows = [
-        (
-            candidate.name,
-            f"Q{candidate.quarter}",
-            layers_shown(candidate.layers),
-            f"{candidate.parameters:,}",
-            f"{candidate.parameters / max(1, total):.1%}",
-            _shortened(candidate.modules),
-        )
-        for candidate in found
-    ]
-    layers, chosen = weight_layers(model, **where), last_quarter(found)
-    remark = "the last of the fourth quarter" if chosen.quarter == 4 else "the last; none has its centre in the fourth"
-    facts = [
-        ("head", "trains with every candidate: " + ", ".join(anatomy(model, **where).head.modules)),
-        ("no search", f"{chosen.name}, {remark}"),
-    ]
-    title = (
-        f"{type(model).__name__}: {total:,} parameters, {len(layers)} layers outside the head; {len(found)} "
-        f"{'candidate' if len(found) == 1 else 'candidates'} by {flags.scheme}, from the output end"
-    )
-    headers = ("candidate", "quarter", "layers", "parameters", "share", "modules")
-    return "\n".join([title, "", table(rows, headers), "", table(facts)])
+    found, facts = _blockwise().describe(model, flags.scheme, length=length, head=flags.head, blocks=flags.blocks)
+    return "\n".join([found.caption, "", table(found.rows, found.headers), "", table(facts.rows)])
 
 
-def _shortened(modules: Sequence[str]) -> str:
-    """Module names with what they have in common once: ``encoder.layers.{0, 1}``; of many, the first and the last."""
-    if len(modules) == 1:
-        return modules[0]
-    common = os.path.commonprefix([name.rpartition(".")[0] + "." for name in modules]).rpartition(".")[0]
-    tails = [name[len(common) + 1 :] if common else name for name in modules]
-    if len(tails) > 3:
-        tails = [tails[0], "...", tails[-1]]
-    return f"{common}.{{{', '.join(tails)}}}" if common else ", ".join(tails)
+def _blockwise() -> Any:
+    """Block-wise fine-tuning, whose candidates these are."""
+    return config_class("blockwise")
 
 
 def report(model: nn.Module, found: Anatomy) -> str:

@@ -87,7 +87,7 @@ def run_compare(arguments: list[str]) -> None:
     advice = _advised(prepared) if flags.advise else None
     if is_main():
         say(prepared.estimate() + "\n")
-    prepared.judge.run()
+    prepared.runner.run()
     if is_main():  # all workers have the same results
         results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
         show(results, folder)
@@ -101,7 +101,7 @@ def _advised(prepared: Any) -> Any:
     except OptionError as error:
         say(f"note: no advice, the strategies keep their order: {error}", error=True)
         return None
-    say(f"advised order: {', '.join(entrant.name for entrant in prepared.judge.entrants)}")
+    say(f"advised order: {', '.join(entrant.name for entrant in prepared.runner.ledger.entrants)}")
     return advice
 
 
@@ -159,18 +159,18 @@ def read_data(flags: DataFlags, more: CompareFlags) -> Data:
 
 def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -> None:
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
-    arguments = prepared.judge.recipe.arguments
+    arguments = prepared.runner.recipe.arguments
     optimizer = " ".join(str(arguments[name]) for name in ("optim", "optim_args") if arguments.get(name))
     rows = [
         ("model", f"{flags.model}, {count(prepared.parameters)} parameters"),
         ("data", f"{flags.dataset}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),
-        ("strategies", ", ".join(entrant.name for entrant in prepared.judge.entrants)),
+        ("strategies", ", ".join(entrant.name for entrant in prepared.runner.ledger.entrants)),
         (
             "budget",
             f"each as much tuning as {settings.trials} trainings of full fine-tuning cost, then {settings.seeds} runs",
         ),
         ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
-        ("chosen by", f"{prepared.judge.recipe.metric} on validation; test is scored in the final runs only"),
+        ("chosen by", f"{prepared.runner.recipe.metric} on validation; test is scored in the final runs only"),
     ]
     rows += [("skipped", f"{number} images of {name} that cannot be read") for name, number in data.skipped.items()]
     rows += [("notice", notice) for notice in data.notices]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict
 
 from hf_ft.cli.catalog import Entry
-from hf_ft.core.config import FTConfig, Paper, strategies
+from hf_ft.core.config import FTConfig, strategies
 from hf_ft.core.options import annotation, describe_type, options
 
 
@@ -29,7 +29,7 @@ def entry_of(kind: type[FTConfig]) -> Entry:
         summary=(kind.__doc__ or "").strip().splitlines()[0].rstrip("."),
         cls=f"{'hf_ft' if kind.__module__.startswith('hf_ft.') else kind.__module__}.{kind.__name__}",
         paper=str(kind.paper or ""),
-        short_paper=_short(kind.paper),
+        short_paper=kind.paper.short if kind.paper else "-",
         formula=kind.formula,
         options=[_option(kind, field) for field in options(kind)],
         recommended=[
@@ -48,11 +48,3 @@ def _option(kind: type[FTConfig], field: Field) -> dict[str, str]:
         "range": field.metadata["range"] or "",
         "help": field.metadata["help"],
     }
-
-
-def _short(paper: Paper | None) -> str:
-    if paper is None:
-        return "-"
-    authors = [name.strip() for name in paper.authors.split(",")]
-    others = " et al." if len(authors) > 2 else f" and {authors[1]}" if len(authors) == 2 else ""
-    return f"{authors[0]}{others}, {paper.venue}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hf_ft.cli.console import say, table
-from hf_ft.cli.findings import report
+from hf_ft.cli.findings import show_findings
+from hf_ft.core.config import config_class
+from hf_ft.core.context import State
 from hf_ft.core.options import options
-from hf_ft.strategies.blockwise.search import BlockSearch
 
 HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
 
@@ -34,9 +37,8 @@ def run_search_blocks(arguments: list[str]) -> None:
     """Search, print the scores, and write them."""
     from hf_ft.cli.prepare import make
     from hf_ft.cli.request import read
-    from hf_ft.strategies import BlockwiseConfig
 
-    own = [field for field in options(BlockwiseConfig) if field.name != "block"]
+    own = [field for field in options(config_class("blockwise")) if field.name != "block"]
     if not arguments or {"-h", "--help"} & set(arguments):
         rows = [(f"--{f.name}", f"{f.metadata['help']} (default: {f.default})") for f in own]
         say(HELP.format(flags=table(rows, indent="  ")))
@@ -49,10 +51,9 @@ def run_search_blocks(arguments: list[str]) -> None:
     if len(request.configs) > 1:
         raise ValueError("search-blocks searches for blocks only: leave --strategy out.")
     made = make(request)
-    config = request.configs[0]
-    assert isinstance(config, BlockwiseConfig)
-    scores = BlockSearch(made.trainer.model, config, made.trainer.context()).run()
-    report(scores, request.output_dir)
+    config: Any = request.configs[0]
+    scores = config.search(made.trainer.model, made.trainer.context())
+    show_findings(config.findings(State(info={"scores": scores.to_dict()})), request.output_dir)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

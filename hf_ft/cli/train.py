@@ -9,22 +9,17 @@ import torch
 from peft import PeftModel
 
 from hf_ft.cli.console import count, say, table
-from hf_ft.cli.findings import report, report_swarm
+from hf_ft.cli.findings import show_findings
 from hf_ft.cli.help import train_help
 from hf_ft.cli.models import adapter_usage, ensemble_usage, usage
 from hf_ft.cli.prepare import Made, make
 from hf_ft.cli.request import Request, read
+from hf_ft.core.config import strategies
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
 from hf_ft.models.ensemble.model import CollaborativeModel
-from hf_ft.strategies.amcf.scores import SwarmScores
-from hf_ft.strategies.amcf.search import STORAGE as SWARM_STUDY
-from hf_ft.strategies.blockwise.scores import BlockScores
-from hf_ft.strategies.blockwise.search import STORAGE as BLOCK_STUDY
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
-
-STUDIES = (BLOCK_STUDY, SWARM_STUDY)
 
 
 def run_train(arguments: list[str]) -> None:
@@ -60,9 +55,10 @@ def check_request(request: Request) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: name a folder.")
     # A search that was interrupted goes on where it was.
+    kept = tuple(name for config in strategies().values() for name in config.kept)
     if (
         folder.is_dir()
-        and any(not file.name.startswith(STUDIES) for file in folder.iterdir())
+        and any(not file.name.startswith(kept) for file in folder.iterdir())
         and not (request.method.overwrite or request.resume)
     ):
         raise ValueError(
@@ -124,11 +120,11 @@ def _finish(made: Made) -> None:
         say(ensemble_usage(folder, columns.task, trainer.processing_class))
     else:
         say(adapter_usage(folder) if adapter else usage(folder, columns.task))
-    for state in trainer.states.values():
-        if "scores" in state.info:
-            report(BlockScores.from_dict(state.info["scores"]), Path(folder))
-        if "swarm" in state.info:
-            report_swarm(SwarmScores.from_dict(state.info["swarm"]), Path(folder))
+    found = [c.findings(trainer.states[c.ft_type]) for c in trainer.configs if c.ft_type in trainer.states]
+    for findings in found:
+        show_findings(findings, Path(folder))
+    if any(findings.plots for findings in found):
+        trainer.create_model_card()  # the plots lie beside it now
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -10,51 +10,52 @@ from typing import Any
 import torch
 
 from hf_ft.comparison.contenders import Entrant
-from hf_ft.comparison.ledger import Done
+from hf_ft.comparison.ledger import Done, Ledger
 from hf_ft.comparison.results import Contender, Results, Status, Training
-from hf_ft.comparison.runner import Judge
+from hf_ft.comparison.runner import Runner
 from hf_ft.comparison.training import versions
 
 TOLD = 1.2  # times the budget from which on it is told
 
 
-def collect(judge: Judge, **about: Any) -> Results:
+def collect(runner: Runner, **about: Any) -> Results:
     """Everything that was found.
 
     Args:
-        judge: after it ran, to the end or as far as the time allowed.
+        runner: after it ran, to the end or as far as the time allowed.
         about: the fields of :class:`Results` that it does not know: title, command, model, data, labels, advice.
     """
-    winner = judge.winner()
+    ledger, recipe = runner.ledger, runner.recipe
+    winner = ledger.winner()
     return Results(
-        metric=judge.recipe.metric,
-        greater_is_better=judge.recipe.greater_is_better,
-        settings={**judge.settings.described(), **judge.recipe.arguments},
+        metric=recipe.metric,
+        greater_is_better=recipe.greater_is_better,
+        settings={**runner.settings.described(), **recipe.arguments},
         versions={"python": platform.python_version(), **versions()},
         machine=machine(),
-        seconds=sum(done.seconds for done in judge.done.values()),
-        contenders=tuple(contender(judge, entrant) for entrant in judge.entrants),
+        seconds=sum(done.seconds for done in ledger.done.values()),
+        contenders=tuple(contender(ledger, entrant) for entrant in ledger.entrants),
         winner="" if winner is None else winner[0].name,
         winner_seed=None if winner is None else winner[1].seed,
         **about,
     )
 
 
-def contender(judge: Judge, entrant: Entrant) -> Contender:
+def contender(ledger: Ledger, entrant: Entrant) -> Contender:
     """How far a contender came."""
-    trials = [judge.trial(entrant, number) for number in range(judge.trials_of(entrant))]
+    trials = [ledger.trial(entrant, number) for number in range(ledger.trials_of(entrant))]
     there = [trial.training for trial in trials if trial is not None]
-    runs, chosen, first = judge.runs(entrant), judge.chosen(entrant), trials[0]
-    status, reason = _status(trials, runs, judge.settings.seeds)
+    runs, chosen, first = ledger.runs(entrant), ledger.chosen(entrant), trials[0]
+    status, reason = _status(trials, runs, ledger.settings.seeds)
     return Contender(
         name=entrant.name,
         configs=tuple(config.to_dict() for config in entrant.configs),
         status=status,
         reason=reason,
-        notes=(*entrant.notes, *_over(judge, entrant, there)),
+        notes=(*entrant.notes, *_over(ledger, entrant, there)),
         space=entrant.described_space(),
         measure_seconds=0.0 if first is None else first.measured_compute,
-        allowed_seconds=judge.allowed_seconds,
+        allowed_seconds=ledger.allowed_seconds,
         trials=tuple(there),
         chosen=chosen,
         on_edge=() if chosen is None else entrant.edges(there[chosen].params, [trial.params for trial in there]),
@@ -64,11 +65,11 @@ def contender(judge: Judge, entrant: Entrant) -> Contender:
     )
 
 
-def _over(judge: Judge, entrant: Entrant, trials: Sequence[Training]) -> list[str]:
+def _over(ledger: Ledger, entrant: Entrant, trials: Sequence[Training]) -> list[str]:
     """Tells a budget that was exceeded: at least one trial is made, and a search cannot be cut to nothing."""
-    first = judge.trial(entrant, 0)
+    first = ledger.trial(entrant, 0)
     spent = sum(trial.compute for trial in trials) + (0.0 if first is None else first.measured_compute)
-    times = spent / judge.allowed_seconds if judge.allowed_seconds else 0.0
+    times = spent / ledger.allowed_seconds if ledger.allowed_seconds else 0.0
     return [f"its tuning took {times:.1f} times the budget"] if times > TOLD else []
 
 

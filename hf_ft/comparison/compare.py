@@ -65,5 +65,5 @@ def compare(
     )  # fmt: skip
     advice = prepared.advised() if advised else None
     tell(prepared.estimate())
-    prepared.judge.run()
+    prepared.runner.run()
     return prepared.finish(command or shlex.join(sys.argv), advice)

@@ -1,12 +1,16 @@
-"""Which trainings of a comparison are done, and what follows from them."""
+"""Which trainings of a comparison are done, and what follows from them: budgets, the best trial, the winner."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
+from hf_ft.comparison.contenders import Entrant
 from hf_ft.comparison.results import Training, training_from_dict
+from hf_ft.comparison.settings import Settings
 from hf_ft.search.trials import Outcome
 
 TUNING_SEED = 0  # final runs have seeds from 1: none of them was tuned on
@@ -25,7 +29,7 @@ class Done:
     learned: str = ""
 
 
-def _done(outcome: Outcome) -> Done:
+def done_from(outcome: Outcome) -> Done:
     info = outcome.info
     return Done(
         training_from_dict(info["training"]),
@@ -35,3 +39,109 @@ def _done(outcome: Outcome) -> Done:
         info["found"],
         info["learned"],
     )
+
+
+class Ledger:
+    """The trainings that are done, and what follows from them. It runs nothing.
+
+    Args:
+        entrants: full fine-tuning first.
+        settings: budget and fairness.
+        optim: the optimizer, on which the first learning rate depends.
+        greater_is_better: of the metric.
+    """
+
+    def __init__(self, entrants: Sequence[Entrant], settings: Settings, optim: str, greater_is_better: bool) -> None:
+        self.entrants, self.settings = tuple(entrants), settings
+        self.optim, self.greater_is_better = optim, greater_is_better
+        self.done: dict[str, Done] = {}
+
+    @property
+    def allowed_seconds(self) -> float:
+        """The tuning budget of each contender; 0 while it is not known, or if full fine-tuning always failed."""
+        trials = (self.trial(self.entrants[0], number) for number in range(self.settings.trials))
+        costs = (trial.training.compute for trial in trials if trial is not None and not trial.training.error)
+        return self.settings.trials * next(costs, 0.0)
+
+    def trials_of(self, entrant: Entrant) -> int:
+        """How many trials fit into the budget: at least the first, by whose cost this goes."""
+        first = self.trial(entrant, 0)
+        if first is None or first.refused:
+            return 1
+        # A first trial that failed may do better elsewhere, and tells no cost.
+        if entrant is self.entrants[0] or first.training.error or not self.allowed_seconds:
+            return self.settings.trials
+        left = self.allowed_seconds - first.measured_compute
+        fitting = int(left / first.training.compute + 1e-9)
+        return max(1, min(fitting, self.settings.trials * self.settings.most_trials))
+
+    def chosen(self, entrant: Entrant) -> int | None:
+        """The trial with the best score; None while trials are missing, or if all failed.
+
+        With few validation samples many are equal: of these the one that was better over the later half of its epochs
+        counts, and then the first.
+        """
+        trials = [self.trial(entrant, number) for number in range(self.trials_of(entrant))]
+        if any(trial is None for trial in trials):
+            return None
+        scored = [(i, t.training) for i, t in enumerate(trials) if t and t.training.validation is not None]
+        ranks = [(self.score(training), self._late(training), -i) for i, training in scored]
+        return -max(ranks)[-1] if ranks else None
+
+    def score(self, training: Training) -> float:
+        """The metric, more being better."""
+        value = -math.inf if training.validation is None else training.validation
+        return value if self.greater_is_better or training.validation is None else -value
+
+    def _late(self, training: Training) -> float:
+        """The mean score over the later half of the epochs, more being better."""
+        late = [point["validation"] for point in training.curve[len(training.curve) // 2 :]]
+        mean = fmean(late) if late else -math.inf
+        return mean if self.greater_is_better else -mean
+
+    def trial(self, entrant: Entrant, number: int) -> Done | None:
+        """A trial, if it is done."""
+        return self.done.get(self.key(entrant, "trial", number))
+
+    def final(self, entrant: Entrant, seed: int) -> Done | None:
+        """A final run, if it is done."""
+        return None if self.chosen(entrant) is None else self.done.get(self.key(entrant, "run", seed))
+
+    def settings_of(self, entrant: Entrant) -> list[dict[str, Any]]:
+        most = self.settings.trials * self.settings.most_trials
+        return entrant.settings(most, self.settings.first_rate(self.optim), self.settings.sampling_seed)
+
+    def values(self, entrant: Entrant, kind: str, number: int) -> dict[str, Any]:
+        chosen = number if kind == "trial" else self.chosen(entrant)
+        assert chosen is not None
+        return self.settings_of(entrant)[chosen]
+
+    def key(self, entrant: Entrant, kind: str, number: int) -> str:
+        seed = TUNING_SEED if kind == "trial" else number
+        return entrant.key(f"{kind} {number}", self.values(entrant, kind, number), seed)
+
+    def runs(self, entrant: Entrant) -> list[Training]:
+        """The final runs that are done."""
+        found = (self.final(entrant, seed) for seed in range(1, self.settings.seeds + 1))
+        return [done.training for done in found if done is not None]
+
+    def winner(self) -> tuple[Entrant, Training] | None:
+        """The contender with the best mean validation score over its final runs, and its best run by validation.
+
+        Of equals, the one that was better over the later half of its epochs counts, and then the first.
+        """
+        ranks = []
+        for place, entrant in enumerate(self.entrants):
+            runs = [run for run in self.runs(entrant) if not run.error]
+            if len(runs) == self.settings.seeds:
+                best = max(runs, key=lambda run: (self.score(run), -run.seed))
+                scores, late = ([of(run) for run in runs] for of in (self.score, self._late))
+                ranks.append((round(fmean(scores), DIGITS), round(fmean(late), DIGITS), -place, entrant, best))
+        return max(ranks, key=lambda rank: rank[:3])[3:] if ranks else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to train."""
+        wanted = [e for e in self.entrants if self.chosen(e) is not None]
+        tried = all(self.trial(e, i) is not None for e in self.entrants for i in range(self.trials_of(e)))
+        return tried and all(len(self.runs(e)) == self.settings.seeds for e in wanted)

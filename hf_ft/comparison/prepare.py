@@ -18,7 +18,7 @@ from hf_ft.comparison.cost import measure_cost
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import Results
-from hf_ft.comparison.runner import Judge, Tell
+from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.task import Bench, Benches, Data, Loader
 from hf_ft.comparison.training import Recipe
@@ -42,7 +42,7 @@ class Prepared:
     """A comparison that is ready to run.
 
     Attributes:
-        judge: runs it.
+        runner: runs it.
         data: its data.
         bench: where full fine-tuning trains.
         model_name: as it was given.
@@ -50,7 +50,7 @@ class Prepared:
         parameters: how many the model has.
     """
 
-    judge: Judge
+    runner: Runner
     data: Data
     bench: Bench
     model_name: str
@@ -59,15 +59,15 @@ class Prepared:
 
     def estimate(self) -> str:
         """How long it will take, told before it starts; empty for a model that gives no loss by itself."""
-        judge = self.judge
-        arguments, settings = judge.recipe.arguments, judge.settings
+        runner = self.runner
+        arguments, settings = runner.recipe.arguments, runner.settings
         try:
-            cost = measure_cost(self.bench, arguments["per_device_train_batch_size"], judge.recipe.device)
+            cost = measure_cost(self.bench, arguments["per_device_train_batch_size"], runner.recipe.device)
         except (TypeError, AttributeError, ValueError):
             return "no estimate: the model does not give a loss by itself"
         each = cost.training_seconds(self.bench, arguments["num_train_epochs"])
         one = (settings.trials + settings.seeds) * each + settings.seeds * cost.test_seconds(self.bench)
-        count = len(judge.entrants)
+        count = len(runner.ledger.entrants)
         return (
             f"estimate: {count} strategies x ({settings.trials} trials + {settings.seeds} final runs) x {each:.0f} s "
             f"= about {_duration(count * one)} for one worker, if nothing is done yet"
@@ -79,7 +79,7 @@ class Prepared:
         Raises:
             OptionError: the task has no classes that a probe could tell.
         """
-        judge, train = self.judge, self.bench.data["train"]
+        runner, train = self.runner, self.bench.data["train"]
         model = self.bench.load(0, True)
         found = advise(
             model,
@@ -87,19 +87,19 @@ class Prepared:
             self.bench.collate,
             source_head=has_source_head(model),
             source_data=self.bench.source is not None,
-            members=max(len(sources_of(entrant.configs)) for entrant in judge.entrants) or 1,
+            members=max(len(sources_of(entrant.configs)) for entrant in runner.ledger.entrants) or 1,
         )
         places = {name: place for place, name in enumerate(found.order)}
-        baseline, *others = judge.entrants
+        baseline, *others = runner.ledger.entrants
         others.sort(key=lambda entrant: min(places.get(c.ft_type, len(places)) for c in entrant.configs))
-        judge.entrants = (baseline, *others)
+        runner.ledger.entrants = (baseline, *others)
         return found
 
     def finish(self, command: str, advice: Advice | None = None) -> Results:
         """Save the winner and the report."""
-        judge, columns = self.judge, self.data.columns
+        runner, columns = self.runner, self.data.columns
         results = collect(
-            judge,
+            runner,
             title=f"{self.model_name} on {self.data.name}",
             command=command,
             model={"name": self.model_name, "parameters": self.parameters, "image_size": self.image_size},
@@ -109,8 +109,8 @@ class Prepared:
             },
             advice=None if advice is None else advice.to_dict(),
         )
-        write_report(results, judge.folder)
-        best = judge.save_winner()
+        write_report(results, runner.folder)
+        best = runner.save_winner()
         if best is not None:
             _add_to_card(best, results)
         return results
@@ -189,10 +189,10 @@ def prepare_comparison(
         "sampling_seed": settings.sampling_seed,
         "learning_rates": [settings.rates(values["optim"]).low, settings.rates(values["optim"]).high],
     }
-    judge = Judge(entrants, settings, recipe, folder, signature, tell)
+    runner = Runner(entrants, settings, recipe, folder, signature, tell)
     parameters = sum(p.numel() for p in shown.parameters())
     named = (Path(model).name if Path(model).is_dir() else model) if isinstance(model, str) else type(shown).__name__
-    return Prepared(judge, given, plain, named, image_size, parameters)
+    return Prepared(runner, given, plain, named, image_size, parameters)
 
 
 def batch_size(samples: int, wanted: int) -> int:

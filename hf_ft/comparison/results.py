@@ -80,7 +80,7 @@ class Contender:
         chosen: number of the trial with the best validation score; None if none has one.
         on_edge: chosen values on the edge of their range, or of what was tried of it.
         runs: final runs, one a seed.
-        found: what it measured, as its State's info holds it: ``scores`` (of blocks), ``swarm``, ...
+        found: what it measured, as its State's info holds it; of several strategies, all of it in one.
         learned: the same in a sentence.
     """
 

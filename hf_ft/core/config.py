@@ -15,6 +15,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from hf_ft.core.config_files import CONFIG_NAME, read_config_file
 from hf_ft.core.context import Context, State
+from hf_ft.core.findings import Findings
 from hf_ft.core.options import from_json, option, options, to_json, validate
 from hf_ft.core.plan import Plan
 from hf_ft.core.search_space import Space
@@ -40,6 +41,13 @@ class Paper:
 
     def __str__(self) -> str:
         return f"{self.authors}. {self.title}. {self.venue}." + (f" {self.url}" if self.url else "")
+
+    @property
+    def short(self) -> str:
+        """As cited in a table: ``Kumar et al., ICLR 2022``."""
+        first, *others = self.authors.split(", ")
+        authors = f"{first} et al." if len(others) > 1 else " and ".join([first, *others])
+        return f"{authors}, {self.venue}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class FTConfig(PushToHubMixin):
     several_members: ClassVar[bool] = False  # whether it also fits a model of several members side by side
     without_source_data: ClassVar[str] = ""  # what else can be done, at the end of a sentence that asks for one
     tuned: ClassVar[Space] = {}  # options, beside the learning rate, that a fair comparison tunes; none changes measure
+    kept: ClassVar[tuple[str, ...]] = ()  # files in the context's folder, from which an interrupted measure goes on
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(
         "auto",
@@ -123,6 +132,13 @@ class FTConfig(PushToHubMixin):
     def learned(self, state: State) -> str:
         """A sentence for people, in the model card, on what was measured; empty where there is nothing to say."""
         return ""
+
+    def findings(self, state: State) -> Findings:
+        """What the report, the model card and the command line show of what was measured.
+
+        It is made of ``state.info`` alone: the results of a comparison hold no tensors.
+        """
+        return Findings(summary=self.learned(state))
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Stem, blocks, neck and head of the model, as ``head`` and ``blocks`` say where they are set."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hf_ft.documents.document import (
     Block,
@@ -41,8 +41,13 @@ def inline(text: str) -> str:
     return "".join(f"`{part}`" if is_code else escaped(part) for is_code, part in parts)
 
 
+def blocks(shown: Iterable[Block]) -> str:
+    """Blocks without a document."""
+    return "\n\n".join(map(_block, shown))
+
+
 def _section(section: Section) -> str:
-    return "\n\n".join([f"## {escaped(section.title)}", *map(_block, section.blocks)])
+    return f"## {escaped(section.title)}\n\n{blocks(section.blocks)}"
 
 
 def _block(block: Block) -> str:
@@ -58,7 +63,7 @@ def _block(block: Block) -> str:
         case Table():
             return _folded(block) if block.folded else f"**{escaped(block.caption)}**\n\n{pipe_table(block)}"
         case Tables(tables):
-            return "\n\n".join(map(_block, tables))
+            return blocks(tables)
         case Figure():
             return f"{inline(block.caption)}\n\n{_folded(block.table)}"
 

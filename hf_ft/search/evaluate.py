@@ -1,4 +1,4 @@
-"""Short trainings of copies of a model, on a part of the training samples, scored on the rest: what a search costs."""
+"""What searches have in common: short trainings of copies of a model, each scored as a trial of one study."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_ft.core.context import Context
 from hf_ft.engine.checkpoint import digests
@@ -24,10 +25,37 @@ from hf_ft.engine.run import Run
 from hf_ft.engine.short_training import Batches, fit, score
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
+from hf_ft.models.parts import Anatomy
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.search.trials import Report
+from hf_ft.search.trials import Halving, Job, Outcome, Progress, Report, run_trials
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
 
 LOOKED_AT = 64  # samples, spread over the data, that tell one data set from another
+
+
+class SearchOptions(Protocol):
+    """What every search asks of the config that it searches for: a budget, and what its trials are told by."""
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def validation(self) -> float: ...
+
+    @property
+    def search_epochs(self) -> int: ...
+
+    @property
+    def halving(self) -> bool: ...
+
+    @property
+    def storage(self) -> str | None: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def anatomy(self, model: nn.Module) -> Anatomy: ...
 
 
 @dataclass
@@ -137,9 +165,86 @@ class ShortTrainings:
         return rows[0].tolist(), rows[1].tolist()
 
 
-def short(signature: Mapping[str, Any]) -> str:
-    """A study's name needs no more than the beginning of its signature's hash."""
-    return hashlib.sha256(json.dumps(signature, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def score_jobs(
+    jobs: Sequence[Job],
+    train: Callable[[Job, Report], list[float]],
+    prepare: Callable[[], None],
+    *,
+    name: str,
+    signature: Mapping[str, Any],
+    storage: str | BaseStorage | None,
+    halving: bool,
+    progress: Progress,
+) -> dict[str, Outcome]:
+    """Score each job by its best epoch, together with all processes that search on the same storage.
+
+    Args:
+        train: gives a score for each epoch.
+        prepare: called before the first training that really runs: a search that is complete needs none.
+        name: of the study; the beginning of the signature's hash is added.
+        signature, storage, progress: as for :func:`hf_ft.search.trials.run_trials`.
+        halving: whether to stop the worse jobs early.
+    """
+    prepared = False
+
+    def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
+        nonlocal prepared
+        if not prepared:
+            prepared = True
+            prepare()
+        scores = train(job, report)
+        return max(scores), {"epochs": len(scores)}
+
+    digest = hashlib.sha256(json.dumps(signature, sort_keys=True, default=str).encode()).hexdigest()
+    pruner = Halving() if halving else None
+    return run_trials(
+        jobs,
+        evaluate,
+        storage=storage,
+        name=f"{name}-{digest[:12]}",
+        signature=signature,
+        pruner=pruner,
+        progress=progress,
+    )
+
+
+def epochs_of(outcome: Outcome) -> int:
+    """How many epochs a job was trained; of one that was stopped early no more is known than its steps."""
+    return len(outcome.steps) or int(outcome.info.get("epochs", 0))
+
+
+class Bar:
+    """A progress bar that shows the best score so far.
+
+    Args:
+        total: jobs, over all calls of :func:`score_jobs` that share the bar.
+        what: is done, as its title.
+        metric: what the scores are.
+        hidden: show nothing.
+        best: how the key of the best job follows its score.
+    """
+
+    def __init__(self, total: int, what: str, metric: str, hidden: bool, best: str = ": {}") -> None:
+        self.bar = tqdm(total=total, desc=what, disable=hidden, leave=False)
+        self.metric, self.suffix, self.best, self.before = metric, best, -math.inf, 0
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __call__(self, done: int, total: int, outcome: Outcome | None) -> None:
+        self.bar.n = self.before + done
+        if outcome is not None and not outcome.pruned and outcome.value > self.best:
+            self.best = outcome.value
+            self.bar.set_postfix_str(f"best {self.metric} {self.best:.3f}{self.suffix.format(outcome.key)}")
+        self.bar.refresh()
+
+    def move_to(self, done: int) -> None:
+        """So much is done, whatever was trained for it; the jobs of further calls come on top."""
+        self.before = self.bar.n = done
+        self.bar.refresh()
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_ft.core.config import FTConfig
+from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
+from hf_ft.documents.markdown import blocks
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
 
@@ -51,7 +53,8 @@ def model_card(
     metrics: Mapping[str, float],
     arguments: Mapping[str, Any],
     tags: Sequence[str] = (),
-    learned: Mapping[str, str] | None = None,
+    findings: Mapping[str, Findings] | None = None,
+    beside: Collection[str] = (),
     **card_fields: Any,
 ) -> ModelCard:
     """The card of a fine-tuned model.
@@ -62,7 +65,8 @@ def model_card(
         base_model: name or path the model was loaded from; a path is left out. An ensemble knows its members' own.
         metrics: evaluation results to show.
         arguments: training arguments to show.
-        learned: what a strategy has to say of its measuring, by ``ft_type``.
+        findings: what strategies have to show of their measuring, by ``ft_type``.
+        beside: names of the files that lie beside the card; of the plots it shows those that do.
         card_fields: further metadata (license, language, datasets, ...).
     """
     bases = _bases(model, base_model)
@@ -82,7 +86,9 @@ def model_card(
         template_str=_TEMPLATE,
         model_name=model_name,
         base_sentence=_sentence(model, bases),
-        strategies="\n\n".join(_describe(config, (learned or {}).get(config.ft_type, "")) for config in configs),
+        strategies="\n\n".join(
+            _describe(config, (findings or {}).get(config.ft_type, Findings()), beside) for config in configs
+        ),
         training=_table({k: v for k, v in arguments.items() if v is not None}, "argument"),
         results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
         usage=_usage(model, model_name),
@@ -106,7 +112,7 @@ def _is_ensemble(model: Any) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) == COLLABORATIVE
 
 
-def _describe(config: FTConfig, learned: str = "") -> str:
+def _describe(config: FTConfig, found: Findings, beside: Collection[str]) -> str:
     changed = {
         field.name: describe_value(getattr(config, field.name))
         for field in options(type(config))
@@ -115,8 +121,11 @@ def _describe(config: FTConfig, learned: str = "") -> str:
     lines = [f"**{config.ft_type}**: {(type(config).__doc__ or '').strip().splitlines()[0]}"]
     if changed:
         lines.append(_table(changed, "option"))
-    if learned:
-        lines.append(learned)
+    if found.summary:
+        lines.append(found.summary)
+    tables = [part for part in found.short if isinstance(part, Table) and part.headers]
+    lines += [blocks(tables)] if tables else []
+    lines += [f"![{Path(name).stem}]({name})" for name in found.plots if name in beside]
     if config.paper:
         lines.append(f"Paper: {config.paper}")
     return "\n\n".join(lines)
@@ -208,9 +217,10 @@ class WritesCard:
         tags = kwargs.get("tags") or []
         if kwargs.get("dataset"):
             fields["datasets"] = kwargs["dataset"]
-        write_card(self._card(model_name or folder.name, [tags] if isinstance(tags, str) else tags, **fields), folder)
+        tags = [tags] if isinstance(tags, str) else tags
+        write_card(self._card(model_name or folder.name, tags, folder=folder, **fields), folder)
 
-    def _card(self, name: str, tags: Sequence[str] = (), **fields: Any) -> Any:
+    def _card(self, name: str, tags: Sequence[str] = (), folder: Path | None = None, **fields: Any) -> Any:
         kept = "learning_rate optim lr_scheduler_type weight_decay per_device_train_batch_size "
         kept += "gradient_accumulation_steps seed num_train_epochs max_steps"
         arguments = self.args.to_dict()
@@ -222,7 +232,8 @@ class WritesCard:
             metrics=self._card_metrics(),
             arguments={key: arguments[key] for key in kept.split() if key in arguments},
             tags=tags,
-            learned={c.ft_type: c.learned(self.states[c.ft_type]) for c in self.configs if c.ft_type in self.states},
+            findings={c.ft_type: c.findings(self.states[c.ft_type]) for c in self.configs if c.ft_type in self.states},
+            beside=[file.name for file in folder.iterdir()] if folder and folder.is_dir() else (),
             **fields,
         )
 

@@ -384,7 +384,7 @@ class FTTrainer(StreamedSteps, WholeCheckpoints, CachedStages, WritesCard, Train
             )
         if isinstance(self.model, PeftModel):
             files.save_buffers(self.model, folder)
-        write_card(self._card(folder.name), folder)
+        write_card(self._card(folder.name, folder=folder), folder)
 
     def save_delta(self, path: str | Path) -> None:
         """Write only the tensors and buffers that training changed; :func:`hf_ft.load_delta` puts them back.

@@ -244,6 +244,7 @@ def look(model, samples=32, **options):
     return advise(model, tiny_data(model, samples), default_data_collator, **options)
 
 
+@pytest.mark.slow
 def test_model_and_random_states_are_left_alone():
     model = tiny_resnet()
     model.train()
@@ -282,6 +283,7 @@ def test_advice_on_images_and_text(make):
     assert all(all(isinstance(cell, str) for cell in row) for row in explained(s))
 
 
+@pytest.mark.slow
 def test_source_head():
     model = equipped(tiny_resnet(), "lwf")
     found = look(model, 60, source_head=True, source_data=True, members=2)
@@ -367,6 +369,7 @@ def test_poor_features_and_enough_samples_train_everything():
     assert found[:3] == ["full", "layer_decay", "daft"] and found.index("linear_probe") > found.index("soft")
 
 
+@pytest.mark.slow
 def test_shifted_batch_norm_tries_daft_early_and_everything_before_the_head():
     concentrated = {"stem": 0.02, "block0": 0.03, "block1": 0.95}
     for skill, each, spread in itertools.product((None, 0.0, 0.5, 1.0), (5, 50, 500), (0.0, 2.0)):
@@ -376,6 +379,7 @@ def test_shifted_batch_norm_tries_daft_early_and_everything_before_the_head():
     assert order(0.5, batch_norm=shifted(0.6))[:2] == ["full", "daft"]
 
 
+@pytest.mark.slow
 def test_other_rules_move_their_strategies():
     assert points("daft", batch_norm=shifted(0.1)) < points("daft")
     concentrated = {"stem": 0.05, "block0": 0.05, "block1": 0.9, "block2": 0.0}
@@ -520,6 +524,7 @@ def photos(tmp_path, monkeypatch):
     logging.getLogger("hf_ft").handlers.clear()
 
 
+@pytest.mark.slow
 def test_command(photos, capsys):
     where = ["--model", "model", "--dataset", "photos", "--use_cpu", "true"]
     assert main(["advise", *where, "--source_models", "other"]) == 0
@@ -599,6 +604,7 @@ def test_docs_show_the_rules():
     assert all(f"`{name}`" in page for name in FIGURES)
 
 
+@pytest.mark.slow
 def test_copies_of_a_model_are_not_needed():
     """The same figures on a copy: nothing of the first look stays behind."""
     model = tiny_vit()

@@ -172,7 +172,7 @@ def main() -> None:
             tell=lambda line: print(line, flush=True),
         )
         print(f"{name}: {prepared.estimate()}", flush=True)
-        prepared.judge.run()
+        prepared.runner.run()
         # What would have been advised is looked at afterwards: here every strategy has its turn.
         advice = prepared.advised()
         results = prepared.finish(f"python tests/benchmarks/results.py --tasks {name}", advice)

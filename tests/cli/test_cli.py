@@ -75,6 +75,7 @@ def photos(files, output, *more):
     return main(["train", *where, "--max_steps", "2", "--use_cpu", "true", *more])
 
 
+@pytest.mark.slow
 def test_train_images(files, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--strategy", "lp_ft", "--strategy", "l2_sp", "--l2_sp.alpha", "0.5", "--lp_ft.norm_mode=auto"]
@@ -99,6 +100,7 @@ def test_train_images(files, tmp_path, capsys):
     assert state["best_metric"] == max(log["eval_macro_f1"] for log in state["log_history"] if "eval_loss" in log)
 
 
+@pytest.mark.slow
 def test_train_with_source_data(files, tmp_path, capsys):
     """The pretrained head is kept beside the new one, and gone from what is saved."""
     names = {0: "dog", 1: "owl", 2: "cat"}
@@ -120,6 +122,7 @@ def test_train_with_source_data(files, tmp_path, capsys):
     assert photos(files, tmp_path / "free", "--strategy", "lwf") == 0
 
 
+@pytest.mark.slow
 def test_source_texts_are_mapped_by_name(files, tmp_path, capsys):
     """Labels of a table are words: their numbers are not the head's."""
     names = {0: "good", 1: "fair", 2: "bad"}
@@ -144,6 +147,7 @@ def together(files, output, *more, sources="resnet,mobilenet"):
 SWARM = ["--amcf.particles", "2", "--amcf.iterations", "1", "--amcf.search_epochs", "1", "--disable_tqdm", "true"]
 
 
+@pytest.mark.slow
 def test_train_several_models(files, tmp_path, capsys):
     """The whole is an image classifier once hf_ft is imported, and each member is one without."""
     out = tmp_path / "out"
@@ -165,6 +169,7 @@ def test_train_several_models(files, tmp_path, capsys):
         assert {item["label"] for item in alone(picture)} == {"cat", "dog"}
 
 
+@pytest.mark.slow
 def test_train_searches_for_frozen_layers(files, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert together(files, out, *SWARM) == 0
@@ -183,6 +188,7 @@ def test_train_searches_for_frozen_layers(files, tmp_path, monkeypatch, capsys):
     assert SwarmScores.from_dict(json.loads((again / "swarm.json").read_text())) == scores
 
 
+@pytest.mark.slow
 def test_train_searches_for_one_model(files, tmp_path, capsys):
     assert photos(files, tmp_path / "out", "--strategy", "amcf", *SWARM) == 0
     scores = SwarmScores.from_dict(json.loads((tmp_path / "out" / "swarm.json").read_text()))
@@ -190,6 +196,7 @@ def test_train_searches_for_one_model(files, tmp_path, capsys):
     assert "import hf_ft" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_source_models_in_a_file(files, tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"""
@@ -225,6 +232,7 @@ def test_several_models_refused(sources, flags, message, files, tmp_path, capsys
     assert line.startswith("hf-ft train: error: ") and message in line
 
 
+@pytest.mark.slow
 def test_resume_goes_on(files, tmp_path):
     more = [
         "--max_steps",
@@ -242,6 +250,7 @@ def test_resume_goes_on(files, tmp_path):
     assert [log["epoch"] for log in state["log_history"] if "eval_loss" in log] == [1, 2]
 
 
+@pytest.mark.slow
 def test_momentum_is_said(files, tmp_path, capsys):
     assert (
         photos(files, tmp_path, "--model", str(files / "mobilenet"), "--linear_probe.batch_norm_momentum", "keep") == 2
@@ -252,6 +261,7 @@ def test_momentum_is_said(files, tmp_path, capsys):
     assert "note: BatchNorm momentum [0.997]" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_text_from_a_file(files, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -534,6 +544,7 @@ def test_blocks_refuses(flags, message, files, capsys):
     assert line.startswith("hf-ft blocks: error: ") and message in line and not printed.out
 
 
+@pytest.mark.slow
 def test_search_blocks(files, tmp_path, monkeypatch, capsys):
     where = [
         "--model",
@@ -559,6 +570,7 @@ def test_search_blocks(files, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "blocks.json").read_text()) == content
 
 
+@pytest.mark.slow
 def test_train_says_what_a_search_found(files, tmp_path, capsys):
     more = ["--strategy", "blockwise", "--blockwise.search_epochs", "1", "--blockwise.scheme", "block"]
     assert photos(files, tmp_path / "out", *more) == 0
@@ -567,6 +579,7 @@ def test_train_says_what_a_search_found(files, tmp_path, capsys):
     assert (tmp_path / "out" / "blocks.png").is_file() and (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_train_with_adapters(files, tmp_path):
     tuner = json.dumps({"peft_type": "LORA", "r": 2})
     more = ["--strategy", "blockwise", "--blockwise.block", "-1", "--blockwise.tuner", tuner]

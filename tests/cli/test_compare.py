@@ -1,11 +1,8 @@
 """``hf-ft compare``: from files to a report and a plain checkpoint; what is refused; several workers."""
 
 import logging
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 
 import datasets
@@ -23,6 +20,7 @@ from hf_ft.data.align import other_distribution
 from hf_ft.data.columns import find_columns
 from hf_ft.testing.models import tiny_resnet
 from tests.comparison.small_comparison import even, images, lasting
+from tests.forked import python
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +56,7 @@ def flags(files, output, *more):
     ]
 
 
+@pytest.mark.slow
 def test_from_files_to_a_report(files, tmp_path, capsys):
     photos = tmp_path / "photos"
     shutil.copytree(files / "photos", photos)
@@ -90,24 +89,12 @@ def test_from_files_to_a_report(files, tmp_path, capsys):
     assert results.winner in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_trainings(files, tmp_path):
     with even():
         assert main(["compare", *flags(files, tmp_path / "one", "--storage", str(tmp_path / "one.log"))]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(port),
-        "-m",
-        "tests.comparison.small_comparison",
-    ]
-    command = [sys.executable, "-m", *launcher, *flags(files, tmp_path / "two", "--storage", str(tmp_path / "two.log"))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    told = flags(files, tmp_path / "two", "--storage", str(tmp_path / "two.log"))
+    done = python("-m", "tests.comparison.small_comparison", *told, ranks=2)
     assert done.returncode == 0, done.stderr
     one, two = (lasting(Results.load(tmp_path / name / "results.json")) for name in ("one", "two"))
     for content in (one, two):

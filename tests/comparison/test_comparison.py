@@ -2,11 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +17,9 @@ from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.contenders import Entrant, chosen_strategies
 from hf_ft.comparison.cost import Clock, PeakMemory, now
 from hf_ft.comparison.folder import Kept
-from hf_ft.comparison.ledger import Done
+from hf_ft.comparison.ledger import Done, Ledger
 from hf_ft.comparison.prepare import batch_size
-from hf_ft.comparison.runner import Judge
+from hf_ft.comparison.runner import Runner
 from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.task import Bench
 from hf_ft.comparison.training import finite_metrics, train
@@ -33,6 +30,7 @@ from hf_ft.search.claims import Claims
 from hf_ft.search.storage import as_json, open_storage, open_study
 from hf_ft.search.trials import Job, run_trials
 from tests.comparison.small_comparison import NAMES, lasting, load, run, splits
+from tests.forked import python
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +42,7 @@ def compared(tmp_path_factory):
     return run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append), folder, data, told
 
 
+@pytest.mark.slow
 def test_every_contender_is_tuned_and_then_runs_with_each_seed(compared):
     results = compared[0]
     assert [contender.name for contender in results.contenders] == ["full", "linear_probe", "lp_ft+l2_sp"]
@@ -83,15 +82,14 @@ def test_the_budget_is_the_computing_of_full_fine_tuning(compared):
 def test_how_many_trials_fit(cost, looking, trials):
     """Of a budget of eight trainings of four seconds; four times as many at most, and one at least."""
 
-    class Known(Judge):
+    class Known(Ledger):
         def trial(self, entrant, number):
             training = Training(0, {}, 0.5, compute=4.0 if entrant == "full" else cost)
             return Done(training, 0.0, measured_compute=0.0 if entrant == "full" else looking)
 
-    judge = Known.__new__(Known)
-    judge.entrants, judge.settings = ("full", "other"), Settings(trials=8)
-    assert judge.trials_of("full") == 8
-    assert judge.trials_of("other") == trials
+    ledger = Known(("full", "other"), Settings(trials=8), "sgd", True)
+    assert ledger.trials_of("full") == 8
+    assert ledger.trials_of("other") == trials
 
 
 def test_the_first_trial_has_the_defaults(compared):
@@ -142,15 +140,17 @@ def test_results_come_back_from_json(compared):
     assert results.data["class_counts"]["train"] == [8, 8, 8] and results.data["classes"] == list(NAMES)
 
 
+@pytest.mark.slow
 def test_a_second_call_trains_nothing_and_says_the_same(compared, monkeypatch):
     results, folder, data, _ = compared
-    monkeypatch.setattr("hf_ft.comparison.runner.Judge._evaluate", None)
+    monkeypatch.setattr("hf_ft.comparison.runner.Runner._evaluate", None)
     told = []
     again = run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append)
     assert lasting(again) == lasting(results)
     assert not [line for line in told if line.startswith("[")]
 
 
+@pytest.mark.slow
 def test_more_can_be_added_later(compared):
     results, folder, data, _ = compared
     more = run(folder, "linear_probe,lp_ft+l2_sp,layer_decay", data=data, seeds=1)
@@ -163,25 +163,25 @@ def test_an_estimate_comes_first(compared):
     assert compared[3][0].startswith("estimate: 3 strategies x (2 trials + 2 final runs)")
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
-    root = Path(__file__).parents[2]
     for trainings in (2, 3):  # the second call kills itself three trainings later
-        command = [sys.executable, "-m", "tests.comparison.small_comparison", str(tmp_path / "killed"), str(trainings)]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        done = python("-m", "tests.comparison.small_comparison", tmp_path / "killed", trainings)
         assert done.returncode == -9, done.stderr
     assert lasting(run(tmp_path / "killed")) == lasting(run(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_the_time_is_up_and_then_there_is_more(tmp_path, monkeypatch):
-    evaluate, made = Judge._evaluate, []
+    evaluate, made = Runner._evaluate, []
 
-    def counted(judge, *what):
+    def counted(runner, *what):
         made.append(what)
         if len(made) == 5:  # full fine-tuning's four, and one of the next
-            judge._deadline = 0.0
-        return evaluate(judge, *what)
+            runner._deadline = 0.0
+        return evaluate(runner, *what)
 
-    monkeypatch.setattr(Judge, "_evaluate", counted)
+    monkeypatch.setattr(Runner, "_evaluate", counted)
     part = run(tmp_path, "linear_probe,l2_sp", hours=1.0)
     assert [c.status for c in part.contenders] == ["finished", "unfinished", "not reached"]
     assert part.winner == "full"
@@ -228,6 +228,7 @@ def odd_strategies():
         del _CONFIGS[name]
 
 
+@pytest.mark.slow
 def test_failures_end_nothing_and_are_told(tmp_path, odd_strategies):
     results = run(tmp_path, "refusing,breaking,soft", trials=4, seeds=1)
     refused, broken = results["refusing"], results["breaking"]
@@ -241,12 +242,14 @@ def test_failures_end_nothing_and_are_told(tmp_path, odd_strategies):
     assert "this model has no x" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_trial_failed(tmp_path, odd_strategies):
     results = run(tmp_path, "breaking", learning_rates="0.01,0.3", seeds=1)
     assert results["breaking"].status == "failed" and "broken" in results["breaking"].reason
     assert results.winner == "full"
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_measured_once_and_counted(tmp_path, monkeypatch):
     looked = []
 
@@ -280,11 +283,13 @@ def test_what_is_measured_is_measured_once_and_counted(tmp_path, monkeypatch):
     assert len(found.trials) == 2  # of three: the look took its share
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_comparison_is_refused(compared):
     with pytest.raises(OptionError, match="arguments.num_train_epochs"):
         run(compared[1], data=compared[2], num_train_epochs=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("counts", "classes"), [((20, 4), 2), ((12, 3, 1), 3)], ids=["two classes, unequal", "a class of one image"]
 )
@@ -294,6 +299,7 @@ def test_unequal_classes(counts, classes, tmp_path):
     assert results.winner and results.data["class_counts"]["train"] == list(counts)
 
 
+@pytest.mark.slow
 def test_no_last_batch_holds_one_sample(tmp_path):
     results = run(tmp_path, data=splits(train=(9, 8, 8)), seeds=1, trials=1)
     assert {c.status for c in results.contenders} == {"finished"}
@@ -301,6 +307,7 @@ def test_no_last_batch_holds_one_sample(tmp_path):
     assert batch_size(24, 8) == 8 and batch_size(1, 8) == 8 and batch_size(3, 2) == 2
 
 
+@pytest.mark.slow
 def test_other_metrics(tmp_path):
     results = run(tmp_path, metric="accuracy", seeds=1, trials=1)
     assert results.metric == "accuracy" and results["full"].runs[0].scores["test"]["accuracy"] >= 0
@@ -384,6 +391,7 @@ def test_only_the_best_model_of_a_contender_is_kept(tmp_path):
     assert json.loads((best / "comparison.json").read_text()) == {"contender": "a", "seed": 2}
 
 
+@pytest.mark.slow
 def test_the_winner_saved_is_the_one_that_the_results_name(tmp_path):
     """Fewer trials choose another setting; the model of the larger comparison is not taken for that."""
     for trials in (1, 4, 1):
@@ -396,6 +404,7 @@ def test_the_winner_saved_is_the_one_that_the_results_name(tmp_path):
             assert model(**pixels).logits.argmax(-1).tolist() == list(saved.predictions["test"])
 
 
+@pytest.mark.slow
 def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
     """Its other trials tell what a training costs."""
     once = []
@@ -412,6 +421,7 @@ def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
     assert results["linear_probe"].allowed_seconds == 3.0 and len(results["linear_probe"].trials) == 3
 
 
+@pytest.mark.slow
 def test_a_search_counts_though_its_training_fails(tmp_path):
     looked = []
 
@@ -447,6 +457,7 @@ def _breaks_once(view):
 _breaks_once.times = 0
 
 
+@pytest.mark.slow
 def test_augmented_images_can_be_resumed_and_are_measured_plain(tmp_path):
     data = splits()
     given = Data(data, find_columns(data), augment="basic")
@@ -456,6 +467,7 @@ def test_augmented_images_can_be_resumed_and_are_measured_plain(tmp_path):
     assert lasting(again) == lasting(first) and not [line for line in told if line.startswith("[")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["a row of train", "source data", "augmentation"])
 def test_other_data_are_another_comparison(change, compared):
     folder, data = compared[1:3]
@@ -494,6 +506,7 @@ def test_a_process_that_dies_in_a_training_is_given_up():
     assert list(run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={})) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_names_may_hold_anything(tmp_path):
     results = run(tmp_path, {"../a/b: 1 %": "linear_probe"}, trials=1, seeds=1)
     assert results["../a/b: 1 %"].status == "finished"
@@ -507,6 +520,7 @@ def test_chosen_at_the_end_of_what_was_tried():
     assert made.edges(tried[2], tried) == ("learning_rate",) and made.edges(tried[0], tried) == ()
 
 
+@pytest.mark.slow
 def test_what_a_user_sets_is_not_tuned(tmp_path):
     results = run(tmp_path, [L2SPConfig(alpha=0.3)], trials=2, seeds=1)
     assert results["l2_sp"].trials[1].params.keys() == {"learning_rate"} and results["l2_sp"].configs[0]["alpha"] == 0.3

@@ -34,6 +34,7 @@ def load_bert(classes):
     return lambda seed, keep: (tiny_bert(num_labels=classes, seed=seed), tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "classes", "metric"),
     [("class", 2, "balanced_accuracy"), ("number", 1, "mse"), ("several", 3, "macro_f1")],
@@ -53,6 +54,7 @@ def test_text(label, classes, metric, tmp_path):
     assert (tmp_path / "report.html").is_file() and (tmp_path / "best" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_several_source_models_and_one_that_cannot_be_had(tmp_path):
     for name, depths in (("one", [1, 2]), ("two", [1, 1])):
         tiny_resnet(depths=depths).save_pretrained(tmp_path / name)
@@ -66,6 +68,7 @@ def test_several_source_models_and_one_that_cannot_be_had(tmp_path):
     assert "nowhere" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_head_is_new_for_all_alike(tmp_path):
     """Of a checkpoint with other classes too: those that keep its head beside the new one start as the others."""
     from hf_ft.comparison.task import Benches, Data

@@ -116,6 +116,7 @@ def test_random_labels_are_guessed():
     assert abs(found.linear_probe - 0.5) < 0.12 and abs(found.nearest_class_mean - 0.5) < 0.12  # 4 deviations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
 def test_batches_of_any_size_give_the_same(make):
     model = make()
@@ -328,6 +329,7 @@ def loaders(model):
     return {"birds": batches(samples(model, shift=0.05)), "cars": batches(shifted)}
 
 
+@pytest.mark.slow
 def test_callback_logs_what_the_function_gives(tmp_path):
     callback, keep = GeneralDiscriminationCallback(loaders(tiny_resnet()), folds=3, seed=2), Keep()
     trainer = trained(tmp_path, callback, keep)
@@ -350,6 +352,7 @@ def test_callback_logs_what_the_function_gives(tmp_path):
         assert len(figures) == 4 and figures.items() <= entry.items()
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_the_callback(tmp_path):
     """With dropout, whose masks are random, and BatchNorm, whose statistics follow what passes through."""
     model = tiny_efficientnet()
@@ -362,6 +365,7 @@ def test_training_is_the_same_with_the_callback(tmp_path):
     same_tensors(snapshot(watched.model), snapshot(alone.model))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_from_where_it_is(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole, resumed = (GeneralDiscriminationCallback(loaders(tiny_resnet())) for _ in range(2))
@@ -370,6 +374,7 @@ def test_a_resumed_run_measures_from_where_it_is(tmp_path):
     assert resumed.history == whole.history[2:]
 
 
+@pytest.mark.slow
 def test_an_evaluation_at_the_start_is_the_first_measurement(tmp_path):
     callback, keep = GeneralDiscriminationCallback(loaders(tiny_resnet())), Keep()
     trained(tmp_path, callback, keep, eval_on_start=True)

@@ -135,6 +135,7 @@ def test_bad_input_is_refused():
 RESULT = {"block0": Distortion(0.9, 1.0, 0.2, 4), "features": Distortion(0.7, 2.0, 0.5, 4)}
 
 
+@pytest.mark.slow
 def test_plot_has_a_line_per_result(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
@@ -176,6 +177,7 @@ def trained(tmp_path, callback, **arguments):
     return trainer
 
 
+@pytest.mark.slow
 def test_callback_logs_what_the_function_gives(tmp_path):
     ood = [{"pixel_values": 3 * batch["pixel_values"]} for batch in loader(tiny_resnet())]
     callback = FeatureDistortionCallback({"id": loader(tiny_resnet()), "ood": ood})
@@ -206,6 +208,7 @@ def test_callback_logs_what_the_function_gives(tmp_path):
     assert not any(isinstance(value, nn.Module) and value is callback._reference for value in trainer.model.modules())
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_the_callback(tmp_path):
     watched = trained(tmp_path, FeatureDistortionCallback({"id": loader(tiny_resnet())}))
     watched.train()
@@ -214,6 +217,7 @@ def test_training_is_the_same_with_the_callback(tmp_path):
     same_tensors(snapshot(watched.model), snapshot(alone.model))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_compares_with_the_reference_it_is_given(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.diagnostics.feature_distortion.logger.warning", said.append)

@@ -86,6 +86,7 @@ def told(caplog, monkeypatch):
     return caplog
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
 def test_equal_rows_give_zero_and_one_warning(make, tmp_path, told):
     trainer = make_trainer(still(make()), BSSConfig(eta=1.0), tmp_path)

@@ -127,6 +127,7 @@ def displacement(folder, optim, **options):
     return float(torch.stack(moved).sum().sqrt())
 
 
+@pytest.mark.slow
 def test_adam_voids_the_gentle_start(tmp_path):
     same = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     sgd = displacement(tmp_path / "sgd", "sgd", **same)
@@ -281,6 +282,7 @@ def test_a_head_that_cannot_train_is_refused():
 # --- not twice
 
 
+@pytest.mark.slow
 def test_a_second_train_goes_on_from_the_trained_head(tmp_path):
     model = tiny_resnet()
     trainer = trainer_on_shifted(model, tmp_path)
@@ -303,6 +305,7 @@ def test_a_second_train_goes_on_from_the_trained_head(tmp_path):
     same_tensors(seen[0], kept)
 
 
+@pytest.mark.slow
 def test_resumed_it_is_neither_measured_nor_converted_again(tmp_path, monkeypatch):
     whole = trainer_on_shifted(tiny_resnet(), tmp_path, **SAVING)
     whole.train()
@@ -314,6 +317,7 @@ def test_resumed_it_is_neither_measured_nor_converted_again(tmp_path, monkeypatc
         same_tensors(resumed._run.states["daft"].tensors, whole._run.states["daft"].tensors)
 
 
+@pytest.mark.slow
 def test_best_model_and_reload_have_the_converted_norms(tmp_path):
     arguments = {**SAVING, "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
     model = tiny_resnet()
@@ -342,6 +346,7 @@ def test_converting_a_converted_model_again_moves_it_by_rounding_only(tmp_path):
 # --- together with others
 
 
+@pytest.mark.slow
 def test_l2_sp_pulls_to_the_converted_weights(tmp_path):
     trainer = started(tiny_resnet(), tmp_path, [DAFTConfig(), L2SPConfig(alpha=0.5, beta=0.5)])
     norm = trainer.model.resnet.embedder.embedder.normalization
@@ -363,6 +368,7 @@ def test_two_that_own_the_stages_are_refused(tmp_path):
 # --- refused, before anything changes
 
 
+@pytest.mark.slow
 def test_a_model_without_batch_norm_is_told_the_way_out(tmp_path):
     model = tiny_vit()
     before = snapshot(model)
@@ -416,6 +422,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path):
         set_up(model, DAFTConfig(convert_batch_norm=False))
 
 
+@pytest.mark.slow
 def test_data_without_length_are_refused_only_where_they_are_measured(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

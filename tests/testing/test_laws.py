@@ -12,16 +12,23 @@ OPTIONS = {
     "blockwise": {"search_epochs": 1, "storage": "memory", "baselines": False},
     "amcf": {"search_epochs": 1, "storage": "memory", "particles": 2, "iterations": 1},
 }
+TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload")
+SEARCHING = ("blockwise", "amcf", "tred")
 
 
-@pytest.mark.parametrize("law", LAWS)
+def slow_if(slow, value):
+    return pytest.param(value, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("law", [slow_if(law in TRAINING, law) for law in LAWS])
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
-@pytest.mark.parametrize("name", documented())
+@pytest.mark.parametrize("name", [slow_if(name in SEARCHING, name) for name in documented()])
 def test_law(name, make, law, tmp_path):
     config = documented()[name](**OPTIONS.get(name, {}))
     LAWS[law](suited(config, make()), make, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
 @pytest.mark.parametrize("name", documented())
 def test_bfloat16_autocast(name, make, tmp_path):

@@ -1,5 +1,6 @@
 """Runs every strategy on one or two ranks and writes what came out: `distributed_worker.py FOLDER RANKS`."""
 
+import gc
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from hf_ft.testing.laws import _losses
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
 from tests.trainer.measuring_strategy import MeasuredConfig
 
+gc.freeze()  # each training collects garbage, which would look through all that is imported
 folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 logs, weights = {}, {}

@@ -1,9 +1,6 @@
 """Two gloo ranks give what one process gives, for every strategy. One pair of processes runs them all."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_ft.testing import same_tensors
+from tests.forked import python
 
 KINDS = ("batch", "pooled")
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -19,11 +17,8 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    root = str(WORKER.parents[1])
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launcher, ranks in (([sys.executable], 1), (torchrun, 2)):
-        done = subprocess.run([*launcher, WORKER, folder, str(ranks)], capture_output=True, text=True, env=env)
+    for ranks in (1, 2):
+        done = python(WORKER, folder, ranks, ranks=ranks)
         assert done.returncode == 0, done.stderr[-4000:]
     return {
         ranks: (

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from hf_ft.engine.checkpoint import checkpoints, last_checkpoint
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.laws import _losses, _same_optimizers
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from tests.forked import python
 from tests.trainer.measuring_strategy import MeasuredConfig
 
 STRATEGY = [LPFTConfig(), L2SPConfig()]
@@ -25,8 +24,8 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 @pytest.mark.parametrize(("where", "at", "last"), [("step", 3, 2), ("step", 5, 4), ("save", 4, 2), ("save", 6, 4)])
 def test_killed_and_resumed(where, at, last, tmp_path):
     script = Path(__file__).with_name("killed_worker.py")
-    killed = subprocess.run([sys.executable, script, tmp_path / "run", where, str(at)], capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    killed = python(script, tmp_path / "run", where, at)
+    assert killed.returncode == -9, killed.stderr[-2000:]
     assert last_checkpoint(tmp_path / "run").name == f"checkpoint-{last}"
     resumed = train(tiny_resnet(), STRATEGY, tmp_path / "run", resume=True, **SAVING)
     whole = train(tiny_resnet(), STRATEGY, tmp_path / "whole", **SAVING)

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -16,6 +14,7 @@ from hf_ft import CheckpointError, FTTrainer, OptionError, Plan, SoftConfig, Str
 from hf_ft.data.streams import Share, first_rows, open_stream
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments, train
+from tests.forked import python
 from tests.trainer.numbered_data import Numbered, NumberedPasses, numbers
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -50,6 +49,7 @@ def test_accumulated_micro_batches_are_the_whole_batch():
     assert [sum(parts[i : i + 3], []) for i in range(0, 15, 3)] == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [Numbered, NumberedPasses])
 def test_taken_up_anywhere_the_same_batches_follow(kind, workers):
@@ -153,16 +153,17 @@ def test_streams_of_one_name_must_agree():
 # --- in a run -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_the_same_source_batches_follow(tmp_path):
     """kill -9 between two checkpoints, with random augmentation and worker processes."""
     script = Path(__file__).with_name("killed_stream_worker.py")
     for name, stop in (("whole", 0), ("killed", 3)):
-        done = subprocess.run([sys.executable, script, tmp_path / name, str(stop)], capture_output=True)
-        assert done.returncode == (-9 if stop else 0), done.stderr.decode()[-2000:]
+        done = python(script, tmp_path / name, stop)
+        assert done.returncode == (-9 if stop else 0), done.stderr[-2000:]
     assert (tmp_path / "killed" / "checkpoint-2" / "ft_streams_0.json").is_file()
     assert not (tmp_path / "killed" / "checkpoint-4").exists()
-    done = subprocess.run([sys.executable, script, tmp_path / "killed", "0", "resume"], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    done = python(script, tmp_path / "killed", 0, "resume")
+    assert done.returncode == 0, done.stderr[-2000:]
     read = {name: numbers(tmp_path / name / "read.jsonl") for name in ("whole", "killed")}
     assert len(read["whole"]) == 6  # of 8 steps
     assert read["killed"][:3] == read["whole"][:3]
@@ -171,6 +172,7 @@ def test_killed_and_resumed_the_same_source_batches_follow(tmp_path):
     same_tensors(*weights)
 
 
+@pytest.mark.slow
 def test_taken_up_after_the_source_is_gone(tmp_path):
     whole = train(tiny_resnet(), SoftConfig(until=0.25), tmp_path, **SAVING)
     resumed = make_trainer(tiny_resnet(), SoftConfig(until=0.25), tmp_path / "again", **SAVING)
@@ -179,6 +181,7 @@ def test_taken_up_after_the_source_is_gone(tmp_path):
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
 
 
+@pytest.mark.slow
 def test_a_damaged_position_is_named(tmp_path):
     train(tiny_resnet(), SOFT, tmp_path, **SAVING)
     file = tmp_path / "checkpoint-4" / "ft_streams_0.json"
@@ -189,6 +192,7 @@ def test_a_damaged_position_is_named(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     found = []
     for count in (0, 2):
@@ -201,6 +205,7 @@ def test_workers_change_nothing(tmp_path):
     same_tensors(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_streaming_source_is_resumed(workers, tmp_path):
     def run(folder, resume=None):
@@ -250,6 +255,7 @@ def test_an_iterable_target_loses_no_sample(tmp_path):
     assert torch.equal(seen[0], tiny_data(model, 64)[0]["pixel_values"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_resumed_at_the_border(step, tmp_path):
     """At the very step at which the weight becomes 0, and before it."""
@@ -259,6 +265,7 @@ def test_resumed_at_the_border(step, tmp_path):
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
 
 
+@pytest.mark.slow
 def test_a_missing_position_is_named(tmp_path):
     train(tiny_resnet(), SOFT, tmp_path, **SAVING)
     (tmp_path / "checkpoint-4" / "ft_streams_0.json").unlink()

@@ -253,7 +253,7 @@ def _train(trainer: FTTrainer, config: FTConfig, seed: int, ready: dict[str, Cel
         # The optimizer holds every parameter that any stage trains.
         parameters=sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"]),
         folder=folder,
-        search=next((state.info["scores"] for state in trainer.states.values() if "scores" in state.info), None),
+        search=trainer.states["blockwise"].info["scores"] if config.ft_type == "blockwise" else None,
     )
 
 

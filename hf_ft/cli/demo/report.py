@@ -20,8 +20,8 @@ from rich.table import Table
 
 from hf_ft.cli.console import count, say, table
 from hf_ft.cli.models import usage
-from hf_ft.strategies.blockwise.plot import plot_scores
-from hf_ft.strategies.blockwise.scores import BlockScores
+from hf_ft.core.config import config_class
+from hf_ft.core.context import State
 from hf_ft.version import __version__
 from hf_ft.zoo.datasets import DATA_NOTICES
 
@@ -140,14 +140,15 @@ HEADERS = (
 
 def _plot_blocks(found: Sequence[Summary], folder: Path) -> list[str]:
     """Say what a search over blocks found, and draw its scores."""
-    searches = [BlockScores.from_dict(run.search) for summary in found for run in summary.runs[:1] if run.search]
-    for scores in searches:
-        best = scores.best.candidate
+    config: Any = config_class("blockwise")()
+    searches = [State(info={"scores": run.search}) for summary in found for run in summary.runs[:1] if run.search]
+    for state in searches:
+        best = config.scores(state).best.candidate
         say(
             table([("blocks", f"the search chose {best.name} (quarter {best.quarter} of the depth): blocks.png")])
             + "\n"
         )
-        plot_scores(scores, folder / "blocks.png")
+        config.findings(state).plots["blocks.png"](folder / "blocks.png")
     return ["blocks.png"] if searches else []
 
 

@@ -21,6 +21,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.config import TASKS, CollaborativeConfig, auto_model, common_config, described
 from hf_ft.models.ensemble.files import UPLOAD, check_count, merged, read_member, upload, write_member
 from hf_ft.models.ensemble.processor import column
+from hf_ft.models.ensemble.soup import soup
 
 __all__ = ["CollaborativeConfig", "CollaborativeModel", "CollaborativeOutput", "joint_logits"]
 
@@ -201,10 +202,19 @@ class CollaborativeModel(hf.PreTrainedModel):
         return own
 
     def soup(self, *, same_ancestor: bool | None = None) -> Any:
-        """One plain model with the mean of the members' weights: see :func:`hf_ft.models.ensemble.soup.soup`."""
-        from hf_ft.models.ensemble.soup import soup
+        """One plain model with the mean of the members' weights: see :func:`hf_ft.models.ensemble.soup.soup`.
 
-        return soup(self, same_ancestor=same_ancestor)
+        Raises:
+            OptionError: members of several classes, shapes, ancestors or processors.
+        """
+        if len(set(self._inputs)) > 1:
+            raise OptionError(
+                f"soup: the members read what {len(set(self._inputs))} different processors make, and one model "
+                "reads what one makes. Take members of one processor."
+            )
+        made = soup(self.members, self.config.ancestors, same_ancestor=same_ancestor)
+        self.config.share_with(made.config)
+        return made
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,19 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ft.errors import OptionError
-from hf_ft.models.ensemble.model import CollaborativeModel
 
 
 @torch.no_grad()
-def soup(model: CollaborativeModel, *, same_ancestor: bool | None = None) -> PreTrainedModel:
-    r"""One plain model from the members of an ensemble, with :math:`\theta = \frac{1}{N} \sum_j \theta_j`.
+def soup(
+    members: Iterable[Any], ancestors: Sequence[str | None], *, same_ancestor: bool | None = None
+) -> PreTrainedModel:
+    r"""One plain model from several, with :math:`\theta = \frac{1}{N} \sum_j \theta_j`.
 
     This can work for members that were fine-tuned from the same pretrained weights. It may work less well where their
     heads began at different random values, so compare its score with the ensemble's. The statistics of BatchNorm are
     averaged, too, and fit no data: ``torch.optim.swa_utils.update_bn`` measures them anew, layer upon layer.
 
     Args:
-        model: left as it is.
+        members: models of one class; left as they are.
+        ancestors: for each, the public name of what it was fine-tuned from, where that is known.
         same_ancestor: True, to go on where the members' common ancestor is not on record.
 
     Returns:
@@ -32,20 +35,14 @@ def soup(model: CollaborativeModel, *, same_ancestor: bool | None = None) -> Pre
     Raises:
         OptionError: members of several classes, shapes or ancestors.
     """
-    members: list[Any] = list(model.members)
-    _check_ancestors(model.config.ancestors, same_ancestor)
+    members = list(members)
+    _check_ancestors(ancestors, same_ancestor)
     _check_classes(members)
-    if len(set(model.config.inputs)) > 1:
-        raise OptionError(
-            f"soup: the members read what {len(set(model.config.inputs))} different processors make, and one model "
-            "reads what one makes. Take members of one processor."
-        )
     states = [member.state_dict() for member in members]
     first = members[0]
     mean = {name: _mean([state[name] for state in states]) for name in states[0]}
     config = copy.deepcopy(first.config)
-    model.config.share_with(config)
-    config.name_or_path = model.config.ancestors[0] or ""
+    config.name_or_path = ancestors[0] or ""
     with torch.random.fork_rng(devices=[]):
         made = type(first)(config).to(device=first.device, dtype=first.dtype)
     made.load_state_dict(mean, strict=True)
@@ -60,7 +57,7 @@ def _mean(tensors: list[Tensor]) -> Tensor:
     return torch.stack([tensor.double() for tensor in tensors]).mean(dim=0).to(tensors[0].dtype)
 
 
-def _check_ancestors(ancestors: list[str | None], same_ancestor: bool | None) -> None:
+def _check_ancestors(ancestors: Sequence[str | None], same_ancestor: bool | None) -> None:
     common = len(ancestors) == 1 or (None not in ancestors and len(set(ancestors)) == 1)
     if common if same_ancestor is None else same_ancestor:
         return

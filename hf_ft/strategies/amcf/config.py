@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from hf_ft.core.compose import compose, momentum_plan
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
+from hf_ft.core.findings import Findings
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Stage, Surgery, Term
 from hf_ft.core.search_space import LogRange
 from hf_ft.core.view import View
+from hf_ft.engine.run import Run, start
 from hf_ft.errors import OptionError
 from hf_ft.functional import disagreement, wide
 from hf_ft.metrics import LOCAL_METRICS
@@ -23,8 +25,9 @@ from hf_ft.models.anatomy import anatomy, members_of, names_of_members, unwrap
 from hf_ft.models.names import Names, covered
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.weight_layers import Layer, main_path_layers
+from hf_ft.strategies.amcf.findings import swarm_findings
 from hf_ft.strategies.amcf.scores import SwarmScores
-from hf_ft.strategies.amcf.search import SwarmSearch
+from hf_ft.strategies.amcf.search import STORAGE, SwarmSearch
 
 Frozen = tuple[int, ...]
 
@@ -64,6 +67,7 @@ class AMCFConfig(FTConfig):
         "max_grad_norm": Recommended(0.0, "ours", "clipping by the common norm couples the members"),
     }
     tuned = {"consistency": LogRange(0.01, 1.0)}
+    kept = (STORAGE,)
 
     source_models: tuple[str, ...] = option(
         (), "Hub ids, folders or short names of the source models; hf_ft.load_sources and the command line load them."
@@ -178,6 +182,13 @@ class AMCFConfig(FTConfig):
 
     def learned(self, state: State) -> str:
         return self.scores(state).verdict() if "swarm" in state.info else ""
+
+    def findings(self, state: State) -> Findings:
+        return swarm_findings(self.scores(state)) if "swarm" in state.info else Findings()
+
+    def start(self, model: nn.Module, frozen: Frozen) -> Run:
+        """Make a model ready to train one position of the search."""
+        return start((self,), model, self.plan_for(model, frozen), {})
 
     def plan_for(self, model: nn.Module, frozen: Frozen) -> Plan:
         """The whole plan that trains one position of the search."""

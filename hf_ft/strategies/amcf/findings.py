@@ -1,23 +1,37 @@
-"""What the particle swarm found, for the report."""
+"""What the particle swarm found, as people see it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
+from hf_ft.core.findings import Figure, Findings, Table, Text
 from hf_ft.documents.chart import Axis, Plot, Series, linear_axis
-from hf_ft.documents.document import Block, Figure, Table
 from hf_ft.documents.text import metric_name, score
+from hf_ft.strategies.amcf.plot import plot_scores, plot_swarm
 from hf_ft.strategies.amcf.scores import Evaluation, SwarmScores
 
-
-def _swarm(found: Mapping[str, Any]) -> list[Block]:
-    swarm = SwarmScores.from_dict(found["swarm"])
-    return [swarm_figure(swarm)] if any(math.isfinite(visit.score) for visit in swarm.evaluations) else []
+SHOWN = 12  # best positions in the short table; swarm.json has all
 
 
-# --- frozen layers ---------------------------------------------------------------------------------------
+def swarm_findings(swarm: SwarmScores) -> Findings:
+    """The best positions, charts, and ``swarm.json``, ``swarm.png`` and ``swarm_scores.png``."""
+    headers, rows = swarm.table()
+    about = f"layers that stay frozen, {swarm.metric} on held-out training samples"
+    plots: dict[str, Callable[[Path], None]] = {}
+    if swarm.generations:
+        plots["swarm.png"] = partial(plot_swarm, swarm)
+    if len(swarm.layers) < 3:
+        plots["swarm_scores.png"] = partial(plot_scores, swarm)
+    return Findings(
+        swarm.verdict(),
+        blocks=(swarm_figure(swarm),) if any(math.isfinite(visit.score) for visit in swarm.evaluations) else (),
+        short=(Table(about, headers, tuple(rows[:SHOWN])), Text(swarm.verdict())),
+        files={"swarm.json": swarm.to_dict()},
+        plots=plots,
+    )
 
 
 def swarm_figure(swarm: SwarmScores) -> Figure:

@@ -7,28 +7,55 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_ft.core.context import Context
-from hf_ft.core.plan import trained_by
+from hf_ft.core.plan import Plan, trained_by
 from hf_ft.engine.frozen.freezing import liveness, moving_norms
-from hf_ft.engine.run import Run, start
-from hf_ft.search.evaluate import ShortTrainings, short
+from hf_ft.engine.run import Run
+from hf_ft.search.evaluate import Bar, SearchOptions, ShortTrainings, epochs_of, score_jobs
 from hf_ft.search.storage import open_storage
-from hf_ft.search.trials import Halving, Job, Outcome, Report, run_trials
+from hf_ft.search.trials import Job, Outcome, Progress
 from hf_ft.strategies.amcf.scores import Evaluation, Generation, SwarmScores
 from hf_ft.strategies.amcf.swarm import begin, move, remember
 
-if TYPE_CHECKING:
-    from hf_ft.strategies.amcf.config import AMCFConfig
-
 STORAGE = "swarm_search.db"
 Position = tuple[int, ...]
+
+
+class SwarmOptions(SearchOptions, Protocol):
+    """What the search asks of its strategy: :class:`~hf_ft.AMCFConfig` has it."""
+
+    @property
+    def particles(self) -> int: ...
+
+    @property
+    def iterations(self) -> int: ...
+
+    @property
+    def search_budget(self) -> int | None: ...
+
+    @property
+    def patience(self) -> int | None: ...
+
+    @property
+    def search_seed(self) -> int: ...
+
+    def members(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The members with their module names."""
+
+    def layers(self, model: nn.Module) -> tuple[int, ...]:
+        """How many layers each member has."""
+
+    def plan_for(self, model: nn.Module, frozen: Position) -> Plan:
+        """The whole plan that trains one position."""
+
+    def start(self, model: nn.Module, frozen: Position) -> Run:
+        """Make a model ready to train one position."""
 
 
 @dataclass
@@ -52,7 +79,7 @@ class SwarmSearch:
     """
 
     model: nn.Module
-    options: AMCFConfig
+    options: SwarmOptions
     context: Context
     progress: bool | None = None
 
@@ -81,13 +108,13 @@ class SwarmSearch:
             for generation in range(options.iterations + 1):
                 new = [position for position in dict.fromkeys(swarm.integers()) if position not in found]
                 room = len(new) if options.search_budget is None else options.search_budget - len(found)
-                found |= self._evaluate(new[:room], bar.trained)
+                found |= self._evaluate(new[:room], bar)
                 if len(new) > room:
                     stopped = f"the budget of {options.search_budget} trainings was used up"
                     break
                 scores = [_fitness(found[position]) for position in swarm.integers()]
                 generations.append(Generation.of(swarm, scores))
-                bar.visited(generation + 1)
+                bar.move_to(options.particles * (generation + 1))
                 known = remember(swarm, scores)
                 grew = generation if known.leader_score > swarm.leader_score else grew
                 if generation == options.iterations:
@@ -105,7 +132,7 @@ class SwarmSearch:
             stopped=stopped,
         )
 
-    def _evaluate(self, new: Sequence[Position], progress: Callable[..., None]) -> dict[Position, Outcome]:
+    def _evaluate(self, new: Sequence[Position], progress: Progress) -> dict[Position, Outcome]:
         """Score these positions, together with all processes that search on the same storage."""
         if not new:
             return {}
@@ -113,23 +140,14 @@ class SwarmSearch:
         keys = {position: "-".join(map(str, position)) for position in new}
         jobs = [Job(keys[p], {f"frozen_{j}": k for j, k in enumerate(p)}) for p in new]
         positions = {key: position for position, key in keys.items()}
-        planned = False
-
-        def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
-            nonlocal planned
-            if not planned:  # by the first trial that really runs: a search that is complete records nothing
-                planned = True
-                self._plan_recordings(new)
-            scores = self.trainings.train(self._start(positions[job.key]), options.search_seed, report)
-            return max(scores), {"epochs": len(scores)}
-
-        outcomes = run_trials(
+        outcomes = score_jobs(
             jobs,
-            evaluate,
-            storage=self._storage,
-            name=f"swarm-{short(self._signature)}",
+            lambda job, report: self.trainings.train(self._start(positions[job.key]), options.search_seed, report),
+            lambda: self._plan_recordings(new),
+            name="swarm",
             signature=self._signature,
-            pruner=Halving() if options.halving else None,
+            storage=self._storage,
+            halving=options.halving,
             progress=progress,
         )
         return {position: outcomes[key] for position, key in keys.items()}
@@ -149,7 +167,7 @@ class SwarmSearch:
     def _start(self, position: Position) -> Run:
         """A copy of the model, made ready to train from these layers on."""
         model = copy.deepcopy(self.model)
-        return start((self.options,), model, self.options.plan_for(model, position), {})
+        return self.options.start(model, position)
 
     def _names(self) -> tuple[str, ...]:
         """What the members are called: the sources' names where they are known and differ, else classes."""
@@ -160,34 +178,10 @@ class SwarmSearch:
         ]
         return tuple(name if names.count(name) == 1 else f"{name} ({j})" for j, name in enumerate(names))
 
-    def _bar(self) -> _Bar:
+    def _bar(self) -> Bar:
         shown = self.context.progress if self.progress is None else self.progress
-        return _Bar(self.options.particles, self.options.iterations + 1, self.options.metric, not shown)
-
-
-class _Bar:
-    """A progress bar over all visits, which shows the best score so far."""
-
-    def __init__(self, particles: int, generations: int, metric: str, hidden: bool) -> None:
-        self.bar = tqdm(total=particles * generations, desc="Moving the swarm", disable=hidden, leave=False)
-        self.particles, self.metric, self.best, self.before = particles, metric, -math.inf, 0
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def trained(self, done: int, total: int, outcome: Outcome | None) -> None:
-        self.bar.n = self.before + done
-        if outcome is not None and not outcome.pruned and outcome.value > self.best:
-            self.best = outcome.value
-            self.bar.set_postfix_str(f"best {self.metric} {self.best:.3f} with {outcome.key} layers frozen")
-        self.bar.refresh()
-
-    def visited(self, generations: int) -> None:
-        self.before = self.bar.n = self.particles * generations
-        self.bar.refresh()
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+        visits = self.options.particles * (self.options.iterations + 1)
+        return Bar(visits, "Moving the swarm", self.options.metric, not shown, " with {} layers frozen")
 
 
 def _fitness(outcome: Outcome) -> float:
@@ -198,5 +192,4 @@ def _fitness(outcome: Outcome) -> float:
 
 
 def _evaluation(position: Position, outcome: Outcome) -> Evaluation:
-    epochs = len(outcome.steps) or int(outcome.info.get("epochs", 0))
-    return Evaluation(position, _fitness(outcome), epochs, outcome.seconds, outcome.pruned, outcome.steps)
+    return Evaluation(position, _fitness(outcome), epochs_of(outcome), outcome.seconds, outcome.pruned, outcome.steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from torch import nn
@@ -12,21 +12,26 @@ from torch import nn
 from hf_ft.core.compose import compose, momentum_plan
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
+from hf_ft.core.findings import Findings
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Rate, Stage, Surgery
 from hf_ft.core.search_space import LogRange
+from hf_ft.engine.run import Run, start
 from hf_ft.errors import OptionError
 from hf_ft.models.names import EVERYTHING
 from hf_ft.strategies.blockwise.adapters import PREFIX, adapter_targets, add_adapters
 from hf_ft.strategies.blockwise.candidates import (
+    SCHEMES,
     Candidate,
     baseline_candidates,
     candidates,
     find_candidate,
     last_quarter,
 )
+from hf_ft.strategies.blockwise.describe import describe_candidates
+from hf_ft.strategies.blockwise.findings import block_findings
 from hf_ft.strategies.blockwise.scores import BlockScores
-from hf_ft.strategies.blockwise.search import BASELINES, BlockSearch
+from hf_ft.strategies.blockwise.search import BASELINES, STORAGE, BlockSearch
 
 
 @register("blockwise")
@@ -51,6 +56,9 @@ class BlockwiseConfig(FTConfig):
     formula = "min CE over the weights of the head and of block b* alone; b* = the candidate best on held-out samples"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"head_lr": LogRange(1e-3, 1.0)}
+    kept = (STORAGE,)
+    schemes: ClassVar[tuple[str, ...]] = SCHEMES
+    describe = staticmethod(describe_candidates)
 
     block: str | int = option(
         "auto",
@@ -93,8 +101,12 @@ class BlockwiseConfig(FTConfig):
         return self.block == "auto"
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        scores = BlockSearch(model, self, context).run()
+        scores = self.search(model, context)
         return State(info={"scores": scores.to_dict(), "block": dataclasses.asdict(scores.best.candidate)})
+
+    def search(self, model: nn.Module, context: Context) -> BlockScores:
+        """The search that ``block="auto"`` makes: every candidate, trained briefly and scored."""
+        return BlockSearch(model, self, context).run()
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         return self._plan(model, self.chosen(model, state))
@@ -124,6 +136,13 @@ class BlockwiseConfig(FTConfig):
             return ""
         said = "; ".join(f"{label}: {what}" for label, what in self.scores(state).verdict())
         return f"Found by a search with scheme `{self.scheme}`, {self.metric} on held-out training samples. {said}."
+
+    def findings(self, state: State) -> Findings:
+        return block_findings(self.scores(state), self.learned(state)) if "scores" in state.info else Findings()
+
+    def start(self, model: nn.Module, candidate: Candidate) -> Run:
+        """Make a model ready to train one candidate of the search."""
+        return start((self,), model, self.plan_for(model, candidate), {})
 
     def plan_for(self, model: nn.Module, candidate: Candidate) -> Plan:
         """The whole plan that trains one candidate."""

@@ -1,25 +1,30 @@
-"""What a search over blocks found, for the report."""
+"""What a search over blocks found, as people see it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
+from hf_ft.core.findings import Figure, Findings, Table
 from hf_ft.documents.chart import Row, Rows, linear_axis
-from hf_ft.documents.document import Block, Figure, Table
 from hf_ft.documents.text import metric_name
+from hf_ft.strategies.blockwise.plot import plot_scores
 from hf_ft.strategies.blockwise.scores import BlockScore, BlockScores
 
 BASELINES = {"head": "head only", "all": "all layers"}
 
 
-def _block_scores(found: Mapping[str, Any]) -> list[Block]:
-    scores = BlockScores.from_dict(found["scores"])
-    return [block_figure(scores)] if scores.scores else []
-
-
-# --- blocks ----------------------------------------------------------------------------------------------
+def block_findings(scores: BlockScores, summary: str = "") -> Findings:
+    """The table of a search with its verdict, a chart, and ``blocks.json``, ``blocks.md`` and ``blocks.png``."""
+    headers, rows = scores.table()
+    about = f"blocks by {scores.scheme}, {scores.metric} on held-out training samples"
+    return Findings(
+        summary,
+        blocks=(block_figure(scores),) if scores.scores else (),
+        short=(Table(about, headers, tuple(rows)), Table("", (), tuple(scores.verdict()))),
+        files={"blocks.json": scores.to_dict(), "blocks.md": f"{scores.markdown()}\n"},
+        plots={"blocks.png": partial(plot_scores, scores)},
+    )
 
 
 def block_figure(scores: BlockScores) -> Figure:

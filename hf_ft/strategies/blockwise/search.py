@@ -7,27 +7,54 @@ arXiv:2301.06133. Candidates, baselines and quarters: :mod:`hf_ft.strategies.blo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_ft.core.context import Context
-from hf_ft.engine.run import Run, start
+from hf_ft.engine.run import Run
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.weight_layers import weight_layers
-from hf_ft.search.evaluate import ShortTrainings, short
-from hf_ft.search.trials import Halving, Job, Outcome, Report, run_trials
+from hf_ft.search.evaluate import Bar, SearchOptions, ShortTrainings, epochs_of, score_jobs
+from hf_ft.search.trials import Job, Outcome, Report
 from hf_ft.strategies.blockwise.candidates import Candidate, baseline_candidates, candidates, top_layers
 from hf_ft.strategies.blockwise.scores import BlockScore, BlockScores
 
-if TYPE_CHECKING:
-    from hf_ft.strategies.blockwise.config import BlockwiseConfig
-
 STORAGE = "block_search.db"
 BASELINES = ("head", "all")
+
+
+class BlockOptions(SearchOptions, Protocol):
+    """What the search asks of its strategy: :class:`~hf_ft.BlockwiseConfig` has it."""
+
+    @property
+    def scheme(self) -> str: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def top(self) -> int: ...
+
+    @property
+    def head(self) -> str | None: ...
+
+    @property
+    def blocks(self) -> str | None: ...
+
+    @property
+    def search_seeds(self) -> int: ...
+
+    @property
+    def baselines(self) -> bool: ...
+
+    def adaptable(self, model: nn.Module, candidate: Candidate) -> bool:
+        """Whether a candidate can be trained."""
+
+    def start(self, model: nn.Module, candidate: Candidate) -> Run:
+        """Make a model ready to train one candidate."""
 
 
 @dataclass
@@ -52,7 +79,7 @@ class BlockSearch:
     """
 
     model: nn.Module
-    options: BlockwiseConfig
+    options: BlockOptions
     context: Context
     progress: bool | None = None
 
@@ -105,34 +132,25 @@ class BlockSearch:
             for seed in self.seeds
             for candidate in wanted
         ]
-        self._planned = False
 
-        def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
-            return self._evaluate(named[str(job.params["block"])], int(job.params["seed"]), report, wanted)
+        def train(job: Job, report: Report) -> list[float]:
+            candidate, seed = named[str(job.params["block"])], int(job.params["seed"])
+            # Baselines are there to compare with: never stopped early.
+            stopped = None if candidate.name in BASELINES else report
+            return self.trainings.train(self._start(candidate, seed), seed, stopped)
 
-        with self._bar(len(jobs)) as advance:
-            return run_trials(
+        shown = self.context.progress if self.progress is None else self.progress
+        with Bar(len(jobs), "Searching blocks", options.metric, not shown) as bar:
+            return score_jobs(
                 jobs,
-                evaluate,
-                storage=self.trainings.storage(options.storage, STORAGE),
-                name=f"blocks-{options.scheme}-{short(self._signature)}",
+                train,
+                lambda: self.trainings.plan_recordings(self._start(candidate, 0) for candidate in wanted),
+                name=f"blocks-{options.scheme}",
                 signature=self._signature,
-                pruner=Halving() if options.halving else None,
-                progress=advance,
+                storage=self.trainings.storage(options.storage, STORAGE),
+                halving=options.halving,
+                progress=bar,
             )
-
-    def _evaluate(
-        self, candidate: Candidate, seed: int, report: Report, wanted: Sequence[Candidate]
-    ) -> tuple[float, dict[str, Any]]:
-        """Train one candidate; its score is that of its best epoch."""
-        if not self._planned:  # by the first trial that really runs: a search that is complete records nothing
-            self._planned = True
-            self.trainings.plan_recordings(self._start(other, 0) for other in wanted)
-        # Baselines are there to compare with: never stopped early.
-        scores = self.trainings.train(
-            self._start(candidate, seed), seed, None if candidate.name in BASELINES else report
-        )
-        return max(scores), {"epochs": len(scores)}
 
     def _start(self, candidate: Candidate, seed: int) -> Run:
         """A copy of the model, with the head of this seed, made ready to train this candidate."""
@@ -142,7 +160,7 @@ class BlockSearch:
                 for name in self.options.anatomy(model).head.modules:
                     model.get_submodule(name).apply(_uninitialised)
                     model.get_submodule(name).apply(model._init_weights)
-        return start((self.options,), model, self.options.plan_for(model, candidate), {})
+        return self.options.start(model, candidate)
 
     def _collect(self, candidate: Candidate, found: dict[str, Outcome]) -> BlockScore:
         outcomes = [found[f"{candidate.name}/seed{seed}"] for seed in self.seeds]
@@ -150,34 +168,9 @@ class BlockSearch:
             candidate,
             tuple(outcome.value for outcome in outcomes),
             any(outcome.pruned for outcome in outcomes),
-            sum(len(outcome.steps) or int(outcome.info.get("epochs", 0)) for outcome in outcomes),
+            sum(map(epochs_of, outcomes)),
             sum(outcome.seconds for outcome in outcomes),
         )
-
-    def _bar(self, total: int) -> _Bar:
-        shown = self.context.progress if self.progress is None else self.progress
-        return _Bar(total, self.options.metric, not shown)
-
-
-class _Bar:
-    """A progress bar that shows the best score so far."""
-
-    def __init__(self, total: int, metric: str, hidden: bool) -> None:
-        self.bar = tqdm(total=total, desc="Searching blocks", disable=hidden, leave=False)
-        self.metric, self.best = metric, float("-inf")
-
-    def __enter__(self) -> Callable[[int, int, Outcome | None], None]:
-        return self._advance
-
-    def _advance(self, done: int, total: int, outcome: Outcome | None) -> None:
-        self.bar.n = done
-        if outcome is not None and not outcome.pruned and outcome.value > self.best:
-            self.best = outcome.value
-            self.bar.set_postfix_str(f"best {self.metric} {self.best:.3f}: {outcome.key}")
-        self.bar.refresh()
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
 
 
 def _uninitialised(module: nn.Module) -> None:

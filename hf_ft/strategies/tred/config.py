@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_ft.core.config import FTConfig, Paper, Recommended, register
 from hf_ft.core.context import Context, State
+from hf_ft.core.findings import Findings
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan, Term
 from hf_ft.core.search_space import LogRange
@@ -25,6 +26,7 @@ from hf_ft.functional import feature_distance
 from hf_ft.models.feature_layers import last_feature_map, layers_of, stage_outputs
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.strategies.tred.disentangler import Disentangler, make_disentangler
+from hf_ft.strategies.tred.findings import disentangling_findings
 from hf_ft.strategies.tred.loss import Weights
 from hf_ft.strategies.tred.train import Disentangled, disentangle
 
@@ -182,6 +184,9 @@ class TREDConfig(FTConfig):
         figures, layer = state.info["figures"], state.info["layer"]
         said = f"Disentangled the output of `{layer}`: {_in_words(figures)}."
         return f"{said} It went wrong: {state.info['verdict']}" if state.info["verdict"] else said
+
+    def findings(self, state: State) -> Findings:
+        return disentangling_findings(state.info, self.learned(state))
 
     def _named(self, model: nn.Module) -> str | None:
         """The layer that was named, if one was."""

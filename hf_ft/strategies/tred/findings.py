@@ -1,12 +1,12 @@
-"""What the disentangler separated, for the report."""
+"""What the disentangler separated, as people see it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_ft.core.findings import Block, Figure, Findings, Table
 from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis
-from hf_ft.documents.document import Block, Figure, Table
 from hf_ft.documents.text import score
 
 # Figures of hf_ft.strategies.tred.train.Disentangled that are shares, in words.
@@ -20,11 +20,9 @@ SHARES = {
 }
 
 
-def _disentangling(found: Mapping[str, Any]) -> list[Block]:
-    return disentangling_blocks(found) if "figures" in found else []
-
-
-# --- disentangling ---------------------------------------------------------------------------------------
+def disentangling_findings(info: Mapping[str, Any], summary: str = "") -> Findings:
+    """Charts for the report; nothing where nothing was disentangled."""
+    return Findings(summary, blocks=tuple(disentangling_blocks(info)) if "figures" in info else ())
 
 
 def disentangling_blocks(info: Mapping[str, Any]) -> list[Block]:

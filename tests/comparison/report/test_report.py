@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_ft import FTConfig, option, register
 from hf_ft.comparison.report import write, write_report
 from hf_ft.comparison.report.build import document
 from hf_ft.comparison.report.card import card_section
@@ -20,6 +21,8 @@ from hf_ft.comparison.report.sections.learning import tuning
 from hf_ft.comparison.report.sections.verdict import cautions, largest_standard_error, verdict
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
+from hf_ft.core.config import _CONFIGS
+from hf_ft.core.findings import Findings, Table
 from hf_ft.documents.chart import Axis, Plot, Row, Rows, Series, linear_axis, log_axis
 from hf_ft.documents.document import Figure, Text
 from hf_ft.documents.html import html
@@ -220,6 +223,52 @@ def test_findings_of_strategies_from_elsewhere_do_no_harm():
     texts = [block.text for block in findings(standings(results)).blocks if isinstance(block, Text)]
     assert "It learned *this*." in texts and "It learned \\*this\\*." in markdown(document(results))
     Page(html(document(results)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElsewhereConfig(FTConfig):
+    """From elsewhere."""
+
+    unit: str = option("votes", "Of its scores.")
+
+    def findings(self, state):
+        rows = tuple((name, str(value)) for name, value in state.info["scores"].items())
+        marks = tuple(Row(name, value) for name, value in state.info["scores"].items())
+        chart = Rows("Votes by name", "", marks, linear_axis([0.0, 9.0], self.unit), bars=True)
+        return Findings(blocks=(Figure("What it counted.", (chart,), Table("Its counts", ("name", self.unit), rows)),))
+
+
+@pytest.fixture
+def elsewhere():
+    """Results of a strategy that is not of this package, registered only while they are made."""
+    content = made_up_results.comparison()
+    config = {"ft_type": "elsewhere", "unit": "voices"}
+    content["contenders"][3] |= {"configs": [config], "found": {"scores": {"low": 2, "high": 7}}, "learned": "High."}
+    register("elsewhere")(ElsewhereConfig)
+    yield content
+    _CONFIGS.pop("elsewhere", None)
+
+
+def test_a_strategy_from_elsewhere_shows_its_table_and_chart(elsewhere):
+    results = Results.from_dict(json.loads(json.dumps(elsewhere)))
+    text, page = markdown(document(results)), html(document(results))
+    assert "High.\n\nWhat it counted." in text and "| name | voices |\n| --- | --- |\n| low | 2 |" in text
+    Page(page)
+    assert "Its counts" in page and "Votes by name" in page
+
+
+def test_a_strategy_that_is_not_registered_shows_its_text(elsewhere):
+    del _CONFIGS["elsewhere"]
+    text = markdown(document(Results.from_dict(elsewhere)))
+    assert "High." in text and "What it counted." not in text
+
+
+def test_findings_that_cannot_be_shown_are_told_and_spare_the_others(elsewhere, caplog):
+    elsewhere["contenders"][3]["found"] = {"counts": {}}
+    with caplog.at_level("WARNING", "hf_ft"):
+        text = markdown(document(Results.from_dict(elsewhere)))
+    assert "its findings cannot be shown (KeyError: 'scores')" in caplog.text
+    assert "High." in text and "Scores of the search over blocks" in text
 
 
 def test_charts_of_findings_hold_their_figures(whole):

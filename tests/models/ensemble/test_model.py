@@ -3,10 +3,7 @@
 import copy
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -28,6 +25,7 @@ from hf_ft.testing import same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tin
 from hf_ft.testing.models import tiny_distilbert, tiny_efficientnet, tiny_mobilenet_v2, tiny_swin, tiny_timm
 from hf_ft.testing.training import snapshot, tiny_arguments
 from hf_ft.trainer.model_card import model_card
+from tests.forked import python
 
 CLASSES = 3
 
@@ -330,19 +328,14 @@ with torch.no_grad():
 """
 
 
-def process(code, *arguments):
-    root = Path(__file__).parents[3]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
-
-
+@pytest.mark.slow
 def test_other_processes_load_members_and_ensemble(saved, tmp_path):
     model, folder = saved
     inputs = {"pixel_values": images()["pixel_values"]}
     torch.save(inputs, tmp_path / "inputs")
-    started = [process(code, folder, tmp_path / "inputs") for code in (WITHOUT_US, FRESH)]
-    assert [one.wait() for one in started] == [0, 0]
+    for code in (WITHOUT_US, FRESH):
+        done = python("-c", code, folder, tmp_path / "inputs")
+        assert done.returncode == 0, done.stderr
     with torch.no_grad():
         outputs = model(pixel_values_1=inputs["pixel_values"], **inputs)
     for index, logits in enumerate(outputs.member_logits):
@@ -598,6 +591,7 @@ def trainer(model, folder, **options):
     return FTTrainer(model, arguments, strategy="full", train_dataset=rows(32, 1), eval_dataset=rows(16, 2))
 
 
+@pytest.mark.slow
 def test_trained_resumed_and_the_best_one_loaded(tmp_path):
     whole = trainer(ensemble(), tmp_path / "whole", load_best_model_at_end=True, learning_rate=0.05)
     whole.train()
@@ -615,6 +609,7 @@ def test_trained_resumed_and_the_best_one_loaded(tmp_path):
     assert "import hf_ft" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("change", [Path.unlink, truncate])
 def test_a_checkpoint_with_a_damaged_member_is_incomplete(file, change, tmp_path):
@@ -626,6 +621,7 @@ def test_a_checkpoint_with_a_damaged_member_is_incomplete(file, change, tmp_path
     assert json.loads((tmp_path / "checkpoint-1" / "config.json").read_text())["model_type"] == "hf_ft_collaborative"
 
 
+@pytest.mark.slow
 def test_a_missing_shard_makes_a_checkpoint_incomplete(saved, tmp_path):
     run = trainer(ensemble(), tmp_path, max_steps=1, save_steps=1, eval_strategy="no")
     run.train()

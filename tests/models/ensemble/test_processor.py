@@ -3,8 +3,6 @@
 import copy
 import json
 import random
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -19,6 +17,7 @@ from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeImageProcessor, column, combined, distinct
 from hf_ft.testing.models import tiny_resnet
+from tests.forked import python
 from tests.models.ensemble.hub_uploads import uploads
 
 pil = pytest.mark.skipif(
@@ -51,7 +50,7 @@ def assert_same(found, wanted):
 
 
 def run(code, *arguments):
-    ran = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    ran = python("-c", code, *arguments)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 
@@ -152,6 +151,7 @@ def test_pushed_as_any_image_processor(monkeypatch):
     assert files == ["README.md", "preprocessor_config.json"]
 
 
+@pytest.mark.slow
 @pil
 def test_a_process_that_only_imports_the_package_reads_it_and_a_pipeline_scores_alike(tmp_path):
     processors = [mobilenet(32), efficientnet(40)]

@@ -131,6 +131,7 @@ def test_what_cannot_be_combined_is_named(words):
         CollaborativeTokenizer([CollaborativeTokenizer([words])])
 
 
+@pytest.mark.slow
 def test_a_trainer_pads_with_it(words, pieces, tmp_path):
     """Without a collator of one's own, as the Trainer does for one tokenizer."""
     model = CollaborativeModel.from_members([tiny_bert(), tiny_bert(seed=1)], inputs=[0, 1])

@@ -146,6 +146,7 @@ def test_the_objective_adds_up_to_the_loss():
     assert torch.allclose(outputs["logits"], sum(outputs["member_logits"]))
 
 
+@pytest.mark.slow
 def test_permuting_members_permutes_everything(tmp_path):
     first, second = tiny_resnet(), TINY_MODELS["mobilenet_v1"](seed=3)
     models = [CollaborativeModel.from_members(copy.deepcopy(members)) for members in ([first, second], [second, first])]
@@ -176,6 +177,7 @@ def test_label_smoothing_and_class_weights_are_summed_over_members(tmp_path):
         assert loss.item() == pytest.approx(sum(expected(z).item() for z in outputs["member_logits"]), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["sum", "mean_probability"])
 def test_the_prediction_is_set_in_the_model(prediction, tmp_path):
     config = AMCFConfig(frozen=[6, 21], prediction=prediction)
@@ -208,6 +210,7 @@ def test_layers_count_the_main_path():
     assert any(merging in layer.modules for layer in main_path_layers(swin)), "on the main path, whatever its name"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert, TINY_MODELS["efficientnet"]])
 def test_the_first_layers_stay_and_all_after_them_train(make, tmp_path):
     model = make()
@@ -251,6 +254,7 @@ def test_statistics_of_frozen_layers(freeze, tmp_path):
         assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
 
 
+@pytest.mark.slow
 def test_frozen_parameters_cost_no_gradient_and_no_optimizer_state(tmp_path):
     trainer = make_trainer(tiny_collaborative(), FROZEN, tmp_path, optim="adamw_torch")
     seen = []
@@ -269,6 +273,7 @@ def test_frozen_parameters_cost_no_gradient_and_no_optimizer_state(tmp_path):
     assert len(trainer.optimizer.state) == len(trained)
 
 
+@pytest.mark.slow
 def test_composes_with_a_penalty(tmp_path):
     trainer = train(tiny_collaborative(), [FROZEN, L2SPConfig()], tmp_path)
     logged = trainer.state.log_history[0]
@@ -283,11 +288,13 @@ def resnet_and_vit():
     return CollaborativeModel.from_members([tiny_resnet(), tiny_vit()], inputs=[0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_law_with_several_members(law, tmp_path):
     LAWS[law](FROZEN, resnet_and_vit, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ["never", "always"])
 def test_bfloat16_and_the_best_model(use, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
@@ -300,6 +307,7 @@ def test_bfloat16_and_the_best_model(use, tmp_path):
     same_tensors(snapshot(best), snapshot(trainer.model))
 
 
+@pytest.mark.slow
 def test_recorded_members_train_as_computed_ones(tmp_path):
     """Also where one member is frozen to its last layer and the other not at all."""
     for frozen in ([2, 10], [0, 21], [6, 0]):
@@ -352,6 +360,7 @@ def test_statistics_cannot_move_where_there_are_none(tmp_path):
         make_trainer(model, AMCFConfig(frozen=[0, 0], freeze_norm_statistics=False), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", documented())
 def test_only_what_fits_several_members_takes_them(name, tmp_path):
     """The others go by the depth, or the head, of one network; one member alone is such a network."""

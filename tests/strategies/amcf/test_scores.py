@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.strategies.amcf.findings import swarm_findings
 from hf_ft.strategies.amcf.plot import plot_scores, plot_swarm
 from hf_ft.strategies.amcf.scores import Evaluation, Generation, SwarmScores
 from hf_ft.strategies.amcf.swarm import begin, move, remember
@@ -293,3 +294,9 @@ def test_plots_refuse_what_they_cannot_show(some, tmp_path):
     with pytest.raises(OptionError, match="no finished generation"):
         plot_swarm(record(some.evaluations), tmp_path / "none.png")
     assert [file.name for file in tmp_path.iterdir()] == ["swarm.png"]
+
+
+def test_a_search_that_ended_within_its_first_generation_is_shown_as_far_as_it_came(some, tmp_path):
+    found = swarm_findings(record(some.evaluations))
+    assert found.blocks and found.write(tmp_path) == ["swarm.json", "swarm_scores.png"]
+    assert found.summary == record(some.evaluations).verdict()

@@ -53,6 +53,7 @@ def test_the_broken_block_is_found(knowing, broken, quarter, tmp_path):
     assert scores.best.mean > max(others) + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "vit", "bert"])
 def test_the_cache_changes_no_score(name, tmp_path):
     found = []
@@ -68,6 +69,7 @@ def test_the_cache_changes_no_score(name, tmp_path):
     assert found[0].best.candidate == found[1].best.candidate
 
 
+@pytest.mark.slow
 def test_all_start_alike_and_the_model_is_left_alone(tmp_path, monkeypatch):
     model = TINY_MODELS["mobilenet_v2"]().train()
     model.mobilenet_v2.conv_stem.requires_grad_(False)
@@ -99,6 +101,7 @@ def test_all_start_alike_and_the_model_is_left_alone(tmp_path, monkeypatch):
     assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     storage = str(tmp_path / "search.db")
     whole = searched(tiny_resnet(), tmp_path, metric="loss").run()
@@ -138,6 +141,7 @@ def test_another_process_knows_the_search_again(tmp_path):
     assert searched(model, tmp_path, data=Images(20, seed=2))._signature != search._signature
 
 
+@pytest.mark.slow
 def test_halving_stops_the_worse_ones(tmp_path):
     model = tiny_vit(num_hidden_layers=8)
     search = searched(model, tmp_path, halving=True, search_epochs=6, scheme="block", metric="loss")
@@ -148,6 +152,7 @@ def test_halving_stops_the_worse_ones(tmp_path):
     assert all(score.epochs == 6 and not score.pruned for score in scores.baselines.values())
 
 
+@pytest.mark.slow
 def test_top_layers_join_the_best(tmp_path):
     layers = searched(tiny_resnet(), tmp_path, scheme="layer", metric="loss").run()
     ranked = sorted(layers.scores, key=lambda s: (-s.mean, -s.candidate.centre))
@@ -186,6 +191,7 @@ def test_a_block_by_name(block, modules, tmp_path):
     assert changed == {n for n in snapshot(model) if any(n.startswith(module) for module in names)}
 
 
+@pytest.mark.slow
 def test_auto_searches_once_and_keeps_the_table(tmp_path, monkeypatch):
     config = BlockwiseConfig(search_epochs=1, search_seeds=2)
     saving = {"save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
@@ -201,7 +207,7 @@ def test_auto_searches_once_and_keeps_the_table(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "block_search.db").is_file()
     card = (tmp_path / "run" / "checkpoint-4" / "README.md").read_text()
     assert f"best: {scores.best.candidate.name}, " in card and "head only: head, " in card and "Barakat" in card
-    monkeypatch.setattr("hf_ft.strategies.blockwise.search.run_trials", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr("hf_ft.search.evaluate.run_trials", lambda *a, **k: pytest.fail("searched again"))
     resumed = make_trainer(tiny_resnet(), config, tmp_path / "run", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(trainer.model))
@@ -235,6 +241,7 @@ TUNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUNED)
 def test_adapters_in_the_block_alone(name, tmp_path):
     config = BlockwiseConfig(block=-2, tuner=LoraConfig(r=2, init_lora_weights=False))
@@ -270,6 +277,7 @@ def test_adapters_in_the_block_alone(name, tmp_path):
     same_tensors(snapshot(resumed.model), snapshot(model))
 
 
+@pytest.mark.slow
 def test_the_search_finds_where_adapters_belong(tmp_path):
     found = [
         searched(tiny_vit(), tmp_path, use, tuner=LoraConfig(r=2), metric="loss", scheme="block").run()

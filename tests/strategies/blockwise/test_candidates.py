@@ -157,6 +157,7 @@ def test_windows_are_all_the_runs(tiny):
     assert whole.parameters == sum(layer.parameters for layer in layers)
 
 
+@pytest.mark.slow
 def test_segments_are_what_runs_between_two_activations(tiny):
     name, model = tiny
     modules, norms = dict(model.named_modules()), {norm for norm, _ in norm_layers(model)}

@@ -41,6 +41,7 @@ def test_the_term(make):
     assert all(parameter.grad is not None for parameter in head.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relationship", ["reverse", "direct"])
 def test_the_relationship_is_learned_on_the_training_samples(relationship, tmp_path):
     """Each once, without augmentation, in eval mode, before anything moves."""
@@ -62,6 +63,7 @@ def test_the_relationship_is_learned_on_the_training_samples(relationship, tmp_p
     assert near < 1e-5 if relationship == "direct" else near > 1e-3
 
 
+@pytest.mark.slow
 def test_source_data_calibrate_the_source_head(tmp_path):
     """A head that is five times too sure of itself gives the same relationship as one that is not."""
     found = []
@@ -90,6 +92,7 @@ def test_source_data_calibrate_the_source_head(tmp_path):
     ] == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 def test_what_comes_out(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole = train(tiny_vit(), CoTuningConfig(), tmp_path, **saving)

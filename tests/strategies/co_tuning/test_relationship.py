@@ -226,6 +226,7 @@ def test_a_source_head_that_tells_nothing_gives_the_marginal(relationship):
     torch.testing.assert_close(relationship(noise, labels, 3), marginal.expand(3, 5), rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_samples_does_not_matter():
     logits, labels = samples(per_class=12)
     logits[3] = logits[0]  # of one class, and
@@ -255,6 +256,7 @@ def test_extreme_and_half_precision_logits(relationship):
         torch.testing.assert_close(rows.double().sum(1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relationship", RELATIONSHIPS)
 def test_fewer_samples_than_source_classes(relationship):
     """Of ImageNet's size: every row is a distribution, and the planted class leads it."""

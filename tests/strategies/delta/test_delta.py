@@ -84,6 +84,7 @@ def zeroed(model, layer, channel):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "efficientnet"])
 def test_channels_left_out_are_zeroed_filters(name):
     """Several at a time, from the border before their block, as a network with that one filter at zero."""
@@ -101,6 +102,7 @@ def test_channels_left_out_are_zeroed_filters(name):
     assert suffix.prefix is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
 def test_measured_weights(make, tmp_path):
     trainer = train(make(), DELTAConfig(), tmp_path)
@@ -112,6 +114,7 @@ def test_measured_weights(make, tmp_path):
         assert 0.5 / len(weights) < float(weights.min()) < float(weights.max()) < 3 / len(weights)
 
 
+@pytest.mark.slow
 def test_growth_is_the_loss_without_a_channel_less_the_loss(tmp_path):
     """Over all batches, for each channel; the sign counts: what is missed most weighs most."""
     model = tiny_resnet()
@@ -128,6 +131,7 @@ def test_growth_is_the_loss_without_a_channel_less_the_loss(tmp_path):
     assert int(weights.argmax()) == int(growth.argmax()) and float(growth.abs().max()) > 1e-4
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_model_and_options_are_kept(tmp_path):
     config = DELTAConfig(alpha=0.1, layers=("resnet.encoder.stages.1",), batches=1, head_epochs=1)
     trainer = train(tiny_resnet(), config, tmp_path / "run")
@@ -152,6 +156,7 @@ def test_an_adapter_and_its_layer_are_one():
     assert named == (prefix + "resnet.encoder.stages.1",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"layers": ("resnet.encoder",)}])
 def test_tuples_and_model_outputs(options, tmp_path):
     """A model that returns tuples, and a layer that returns an output with several fields."""
@@ -161,6 +166,7 @@ def test_tuples_and_model_outputs(options, tmp_path):
     assert all(float(w.sum()) == pytest.approx(1, abs=1e-5) for w in weights.values())
 
 
+@pytest.mark.slow
 def test_a_frozen_head_is_the_one_to_come(tmp_path):
     tuner = LoraConfig(r=2, target_modules=["convolution"])
     trainer = train(get_peft_model(tiny_resnet(), tuner), DELTAConfig(), tmp_path)
@@ -181,6 +187,7 @@ def test_layers_that_cannot_be():
         DELTAConfig().plan(tiny_resnet(), State())
 
 
+@pytest.mark.slow
 def test_a_layer_without_channels(tmp_path):
     config = DELTAConfig(layers=("classifier",), weights="uniform")
     with pytest.raises(OptionError, match=r"'classifier' gives \(8, 3\).*before the pooling"):
@@ -198,6 +205,7 @@ def test_regression_cannot_weigh_channels(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_with_lp_ft_the_probe_stage_has_no_such_term(tmp_path):
     """What is frozen cannot move away from the reference: the term is left out, and the probe's cache stays in use."""
     config = [LPFTConfig(), DELTAConfig(weights="uniform")]

@@ -88,6 +88,7 @@ def read_back(seed: int, kind: str, weights: Weights, mixed: bool = False) -> tu
 # --- label and nuisance -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("kind", ["mask", "branches"])

@@ -1,34 +1,42 @@
-"""What strategies measured before they trained: scores of blocks, of frozen layers, and of a disentangling."""
+"""What strategies measured before they trained, as they themselves show it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from transformers.utils import logging
+
+from hf_ft.comparison.results import Contender
 from hf_ft.comparison.statistics import Standing
+from hf_ft.core.config import FTConfig, strategies
+from hf_ft.core.context import State
 from hf_ft.documents.document import Block, Heading, Section, Text
-from hf_ft.strategies.amcf.findings import _swarm
-from hf_ft.strategies.blockwise.findings import _block_scores
-from hf_ft.strategies.tred.findings import _disentangling
+
+logger = logging.get_logger(__name__)
 
 
 def findings(found: Sequence[Standing]) -> Section | None:
     """A part for each contender that measured something, from its states' ``info``; None where none did."""
     blocks: list[Block] = []
     for standing in found:
-        own = _of_one(standing.contender.found)
+        own = _blocks(standing.contender)
         learned = standing.contender.learned
         if own or learned:
             blocks += [Heading(standing.name), *([Text(learned)] if learned else []), *own]
     return Section("findings", "What strategies found in the data", tuple(blocks)) if blocks else None
 
 
-def _of_one(found: Mapping[str, Any]) -> list[Block]:
+def _blocks(contender: Contender) -> list[Block]:
+    """What its strategies show; nothing of one that is not registered here, whose text has to do."""
+    if not contender.found:
+        return []
+    known, state = strategies(), State(info=contender.found)
     blocks: list[Block] = []
-    for key, show in (("scores", _block_scores), ("swarm", _swarm), ("history", _disentangling)):
-        if key in found:
-            try:
-                blocks += show(found)
-            except (ValueError, KeyError, TypeError, AttributeError):  # a strategy from elsewhere means another thing
-                continue
+    for content in contender.configs:
+        if content.get("ft_type") not in known:
+            continue
+        try:
+            blocks += FTConfig.from_dict(content).findings(state).blocks
+        except Exception as error:  # in a strategy's own code, which must not cost the report of all others
+            logger.warning(f"{contender.name}: its findings cannot be shown ({type(error).__name__}: {error}).")
     return blocks

@@ -1,0 +1,83 @@
+"""Python in processes of its own that need not import torch anew: they are forked from a server that has."""
+
+import gc
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import wait
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+# Libraries alone: each process imports hf_ft itself.
+_context.set_forkserver_preload(["torch._dynamo", "transformers.trainer", "datasets", "peft", "optuna", "sklearn.svm"])
+
+
+def python(*arguments, ranks=1, cwd=None):
+    """As ``python ARGUMENTS`` (a script, ``-m`` or ``-c``), and once for each rank where there are several.
+
+    Returns:
+        What `subprocess.run` returns: of several ranks the joint output, and the exit code of one that failed.
+    """
+    command = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        folder = str(cwd or Path.cwd())
+        started = [_context.Process(target=_work, args=(command, folder, told, out, err)) for told in _group(ranks)]
+        for process in started:
+            process.start()
+        try:
+            code = _join(started)
+        finally:
+            for process in started:
+                process.kill()
+                process.join()
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def _group(ranks):
+    """The environment of each rank, with what a launcher sets there."""
+    if ranks == 1:
+        return [dict(os.environ)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joint = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    told = [{**joint, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{**os.environ, **{name: str(value) for name, value in one.items()}} for one in told]
+
+
+def _join(processes):
+    """The exit code, when all have ended, or one has failed: the others would wait for it."""
+    left = list(processes)
+    while left:
+        wait([process.sentinel for process in left])
+        for process in [process for process in left if process.exitcode is not None]:
+            if process.exitcode:
+                return process.exitcode
+            left.remove(process)
+    return 0
+
+
+def _work(command, folder, environment, out, err):
+    """What a process does."""
+    gc.freeze()
+    multiprocessing.set_start_method(None, force=True)  # what it starts is none of the server's
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for stream, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
+    first, *rest = command
+    if first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(first, run_name="__main__")
