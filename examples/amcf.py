@@ -1,11 +1,11 @@
-"""Fine-tune several pretrained image classifiers together; a swarm finds how many layers of each stay frozen.
+"""Fine-tune several pretrained image classifiers together; a swarm finds how many layers of each to freeze.
 
     python examples/amcf.py --sources microsoft/resnet-50 google/mobilenet_v2_1.0_224 --data photos/
     python examples/amcf.py --sources ... --data photos/ --frozen 30 20
     accelerate launch --multi_gpu --num_processes 2 examples/amcf.py --sources ... --data ...
 
-`--data` is a folder of class folders. Processes share the search. On a machine without a GPU add `--use_cpu True`;
-every flag of TrainingArguments is taken, by default as the strategy recommends.
+`--data` is a folder with one subfolder per class. Processes share the search. On a machine without a GPU, add
+`--use_cpu True`; every flag of TrainingArguments works, with the strategy's recommendations as defaults.
 """
 
 from dataclasses import dataclass, field

@@ -1,10 +1,10 @@
-"""Compare a few strategies on a folder of class folders, print the ranking, and save the winner.
+"""Compare a few strategies on a folder with one subfolder per class, print the ranking, and save the winner.
 
     python examples/compare.py --model microsoft/resnet-18 --data photos/ --strategies linear_probe lp_ft lp_ft+l2_sp
     accelerate launch --multi_gpu --num_processes 2 examples/compare.py --model ... --data ...
 
-Under a launcher each process is a worker that takes the next training; what was interrupted goes on when it is started
-again. On a machine without a GPU add `--use_cpu True`; every field of `hf_ft.comparison.Settings` is a flag.
+Under a launcher, each process is a worker that takes the next training. An interrupted comparison continues when it is
+started again. On a machine without a GPU, add `--use_cpu True`; every field of `hf_ft.comparison.Settings` is a flag.
 """
 
 import os
@@ -38,7 +38,7 @@ def main() -> None:
     become_worker()  # before anything looks for a GPU
     script, settings = HfArgumentParser((Arguments, Settings)).parse_args_into_dataclasses()
 
-    splits = load_splits(script.data, test_fraction=0.25)  # validation is set aside as well, where there is none
+    splits = load_splits(script.data, test_fraction=0.25)  # also sets a validation split aside, if there is none
     prepared = prepare_comparison(
         script.model,
         splits,
@@ -50,7 +50,7 @@ def main() -> None:
         use_cpu=script.use_cpu,
     )
     say(prepared.estimate())
-    prepared.judge.run()  # comes back in all processes when the last training is done
+    prepared.judge.run()  # returns in all processes once the last training is done
     if not is_main():
         return
     results = prepared.finish("python examples/compare.py")

@@ -1,8 +1,8 @@
-"""Strategies compose: a linear probe first, then everything, pulled towards the pretrained weights all along.
+"""Compose strategies: first a linear probe, then everything, pulled towards the pretrained weights throughout.
 
     python examples/compose.py --model microsoft/resnet-18
 
-Without --model a small random ResNet on random images shows what happens to the terms and rates.
+Without --model, a small random ResNet on random images shows how the terms and learning rates evolve.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
             report_to="none",
             disable_tqdm=True,
         ),  # fmt: skip
-        # Terms add up; one strategy at most decides which parameters train when (here LP-FT).
+        # Terms add up; at most one strategy decides which parameters train when (here LP-FT).
         strategy=[LPFTConfig(probe=0.5, head_lr=0.03), L2SPConfig(alpha=0.1)],
         train_dataset=tiny_data(model),
     )

@@ -1,11 +1,11 @@
-"""A strategy of your own with a search of its own, whose findings are shown as those of the package's strategies are.
+"""Your own strategy with its own search, whose findings are shown like those of the built-in strategies.
 
-It trains copies of the model shortly, each with another learning rate of the backbone, and goes on with the best.
+It trains copies of the model briefly, each with a different backbone learning rate, and continues with the best.
 
     python examples/own_search.py train --strategy backbone_rate --model microsoft/resnet-18 --dataset photos/
     python examples/own_search.py compare --strategies backbone_rate --model microsoft/resnet-18 --dataset photos/
 
-`hf-ft train` prints its table, the model card and the comparison's report show it too, with a plot each.
+`hf-ft train` prints its table; the model card and the comparison's report also show it, each with a plot.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_ft import Context, FTConfig, Plan, Rate, Stage, State, option, register
 from hf_ft.cli import main
+from hf_ft.core import Context, FTConfig, Plan, Rate, Stage, State, option, register
 from hf_ft.core.findings import Figure, Findings, Table, Text
 from hf_ft.documents.chart import Row, Rows, linear_axis
 from hf_ft.documents.figure import new_figure
@@ -56,7 +56,7 @@ class BackboneRateConfig(FTConfig):
         return Plan(stages=(Stage("backbone_rate", rates=rates),))
 
     def findings(self, state: State) -> Findings:
-        """Called with what was measured, or with nothing."""
+        """Describe the search for report, card and terminal; without a measurement, nothing."""
         if "scores" not in state.info:
             return Findings()
         scores: Sequence[Score] = state.info["scores"]
@@ -73,14 +73,14 @@ class BackboneRateConfig(FTConfig):
 
 
 def chart(scores: Sequence[Score], about: str) -> Rows:
-    """For the report: bars that take their looks from the page."""
+    """Build the report's bar chart, which is styled by the page."""
     rows = tuple(Row(f"{s['factor']:g}", s["accuracy"], f"{s['accuracy']:.3f}") for s in scores)
     axis = linear_axis([s["accuracy"] for s in scores], "accuracy", include=[0.0])
     return Rows("Accuracy by rate", about, rows, axis, bars=True)
 
 
 def draw(scores: Sequence[Score], file: Path) -> None:
-    """For the model card: a picture beside it."""
+    """Draw the plot for the model card, saved next to it."""
     figure = new_figure("own_search", 5, 3)
     axes = figure.subplots()
     axes.bar([f"{score['factor']:g}" for score in scores], [score["accuracy"] for score in scores])
@@ -89,4 +89,4 @@ def draw(scores: Sequence[Score], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())  # the command hf-ft, which knows one more strategy
+    sys.exit(main())  # the command hf-ft with one more strategy

@@ -1,6 +1,6 @@
-"""A strategy of your own, in one file, held to the laws that the package's own keep.
+"""Your own strategy in one file, checked against the same laws as the built-in ones.
 
-It trains everything and keeps the norms of the features near those at the start of training.
+It trains all parameters and keeps the norms of the features near their mean at the start of training.
 
     python examples/own_strategy.py
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_ft import Context, FTConfig, Plan, State, Term, View, option, register
+from hf_ft.core import Context, FTConfig, Plan, State, Term, View, option, register
 from hf_ft.testing import check_strategy, tiny_resnet, train
 
 
@@ -34,7 +34,7 @@ class FeatureNormConfig(FTConfig):
     weight: float = option(0.01, "Weight of the penalty.", range="[0, inf)")
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        """The mean norm over the training data: looked at once, saved with the model."""
+        """Compute the mean norm over the training data, once; it is saved with the model."""
         norms: list[Tensor] = []
         head = model.get_submodule(self.anatomy(model).head.modules[0])
         hook = head.register_forward_pre_hook(lambda m, inputs: norms.append(inputs[0].flatten(1).norm(dim=1)))

@@ -1,4 +1,4 @@
-"""The same strategies without a Trainer: the Objective in a loop of your own with Accelerate.
+"""Run the same strategies without a Trainer: the Objective in your own training loop with Accelerate.
 
 python examples/raw_accelerate_loop.py
 accelerate launch --multi_gpu --num_processes 2 examples/raw_accelerate_loop.py   (add --cpu without a GPU)
@@ -19,11 +19,11 @@ EPOCHS = 4
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cpu", action="store_true")
-    # Several stages: what only a later one trains gets no gradient before.
+    # With several stages, parameters that only a later one trains have no gradient before it.
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=parser.parse_args().cpu, kwargs_handlers=[kwargs])
 
-    model = tiny_resnet()  # any classifier of Transformers
+    model = tiny_resnet()  # any Transformers classifier
     loader = DataLoader(tiny_data(model), batch_size=8, shuffle=True)
 
     run = hf_ft.set_up(model, [hf_ft.LPFTConfig(), hf_ft.L2SPConfig()])
@@ -38,8 +38,8 @@ def main() -> None:
     for epoch in range(EPOCHS):
         prepared.train()
         for batch in loader:
-            begin_step(step)  # moves through the stages
-            outputs = prepared(**batch)  # task and terms, in one loss
+            begin_step(step)  # advances through the stages
+            outputs = prepared(**batch)  # task and terms in a single loss
             accelerator.backward(outputs["loss"])
             optimizer.step()
             scheduler.step()

@@ -1,10 +1,10 @@
-"""Fine-tune an image classifier while the data of its pretraining go on beside it, and are removed softly.
+"""Fine-tune an image classifier together with its pretraining data, whose loss is gradually removed.
 
     python examples/soft.py --model microsoft/resnet-50 --data photos/ --source pretraining_photos/
     accelerate launch --multi_gpu --num_processes 2 examples/soft.py --model ... --data ... --source ...
 
-Both are folders of class folders; the source's are named as the model's classes are. On a machine without a GPU add
-`--use_cpu True`; every flag of TrainingArguments is taken.
+Both folders have one subfolder per class; the source's are named after the model's classes. On a machine without a
+GPU, add `--use_cpu True`; every flag of TrainingArguments works.
 """
 
 from dataclasses import dataclass, field

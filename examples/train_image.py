@@ -1,9 +1,9 @@
-"""Fine-tune an image classifier on a folder of class folders.
+"""Fine-tune an image classifier on a folder with one subfolder per class.
 
     python examples/train_image.py --model google/vit-base-patch16-224-in21k --data photos/ --strategy lp_ft
     accelerate launch --multi_gpu --num_processes 2 examples/train_image.py --model ... --data ...
 
-On a machine without a GPU add `--use_cpu True`; every flag of TrainingArguments is taken.
+On a machine without a GPU, add `--use_cpu True`; every flag of TrainingArguments works.
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ def main() -> None:
         id2label=columns.id2label,
         ignore_mismatched_sizes=True,
     )
-    ready = prepare(splits, processor, columns, augment="basic")  # flips and shifts, on the training images only
+    ready = prepare(splits, processor, columns, augment="basic")  # flips and shifts, for training images only
 
     trainer = FTTrainer(
         model,

@@ -1,9 +1,9 @@
-"""Fine-tune a text classifier on a csv file with the columns `text` and `label`.
+"""Fine-tune a text classifier on a CSV file with the columns `text` and `label`.
 
     python examples/train_text.py --model distilbert-base-uncased --data reviews.csv --strategy gradual_unfreezing
     accelerate launch --multi_gpu --num_processes 2 examples/train_text.py --model ... --data ...
 
-On a machine without a GPU add `--use_cpu True`; every flag of TrainingArguments is taken.
+On a machine without a GPU, add `--use_cpu True`; every flag of TrainingArguments works.
 """
 
 from dataclasses import dataclass, field
