@@ -4,9 +4,12 @@
 """
 
 from hf_ft import functional
+from hf_ft.core import advising
 from hf_ft.core.compose import compose
 from hf_ft.core.config import FTConfig, Paper, Recommended, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
+from hf_ft.core.findings import Findings
+from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, Term
 from hf_ft.core.schedules import Decay, decay
@@ -24,9 +27,11 @@ __all__ = [
     "Decay",
     "DistanceFromStart",
     "FTConfig",
+    "Findings",
     "FrozenCache",
     "LogRange",
     "Names",
+    "Needs",
     "NormMode",
     "OptionError",
     "Paper",
@@ -45,6 +50,7 @@ __all__ = [
     "TaskLoss",
     "Term",
     "View",
+    "advising",
     "compose",
     "config_class",
     "decay",

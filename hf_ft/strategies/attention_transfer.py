@@ -7,18 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_ft.core.advising import DEARER, POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_FROZEN_COPY
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Term
-from hf_ft.core.search_space import LogRange
+from hf_ft.core import (
+    FTConfig,
+    LogRange,
+    Names,
+    OptionError,
+    Paper,
+    Plan,
+    Recommended,
+    State,
+    Term,
+    View,
+    advising,
+    functional,
+    option,
+    register,
+)
 from hf_ft.core.terms import compared
-from hf_ft.core.view import View
-from hf_ft.errors import OptionError
-from hf_ft.functional import attention_distance
-from hf_ft.models.feature_layers import layers_of, positions, stage_outputs
-from hf_ft.models.names import Names
+from hf_ft.models import layers_of, positions, stage_outputs
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class AttentionDistance:
                 f"attention_transfer: {', '.join(self.layers)} have a single position, so that every attention map is "
                 "the same. Take larger images or earlier layers (layers=...), or DELTAConfig, which compares channels."
             )
-        return torch.stack([attention_distance(now, before, view.token_mask) for now, before in pairs]).sum()
+        return torch.stack([functional.attention_distance(now, before, view.token_mask) for now, before in pairs]).sum()
 
 
 @register("attention_transfer")
@@ -57,8 +63,8 @@ class AttentionTransferConfig(FTConfig):
     formula = "L = CE + beta * sum over layers of mean (A - A0)^2;  A = flatten(mean_c F^2), of unit length per sample"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"beta": LogRange(10.0, 1e4)}
-    cost = WITH_A_FROZEN_COPY + DEARER  # compared at several layers
-    advice = {POOR_FEATURES_FEW_SAMPLES: -1, VERY_FEW_SAMPLES: 1}
+    cost = advising.WITH_A_FROZEN_COPY + advising.DEARER  # compared at several layers
+    advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}
 
     beta: float = option(1000.0, "Weight of the distance.", range="[0, inf)", source="code")
     layers: tuple[str, ...] | None = option(

@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from hf_ft.core.advising import DEARER, POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TERM
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Term
-from hf_ft.core.search_space import LogRange
-from hf_ft.core.view import View
-from hf_ft.errors import OptionError
-from hf_ft.functional import batch_spectral_shrinkage
+from hf_ft.core import (
+    FTConfig,
+    LogRange,
+    OptionError,
+    Paper,
+    Plan,
+    Recommended,
+    State,
+    Term,
+    View,
+    advising,
+    functional,
+    option,
+    register,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class SmallestSingularValues:
                 f"bss: what goes into the head is {shape}, not one vector per sample (B, d): name the module that "
                 "takes such with head=..., or use L2SPConfig."
             )
-        return batch_spectral_shrinkage(features, self.k)
+        return functional.batch_spectral_shrinkage(features, self.k)
 
 
 @register("bss")
@@ -54,8 +60,8 @@ class BSSConfig(FTConfig):
     formula = "L = CE + eta * sum of the k smallest squared singular values of the (B, d) features"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"eta": LogRange(1e-4, 1e-2)}
-    cost = WITH_A_TERM + DEARER  # a singular value decomposition in each step
-    advice = {POOR_FEATURES_FEW_SAMPLES: 2, VERY_FEW_SAMPLES: 1}
+    cost = advising.WITH_A_TERM + advising.DEARER  # a singular value decomposition in each step
+    advice = {advising.POOR_FEATURES_FEW_SAMPLES: 2, advising.VERY_FEW_SAMPLES: 1}
 
     eta: float = option(0.001, "Weight of the penalty.", range="[0, inf)", source="code")
     k: int = option(1, "How many singular values are shrunk.", range="[1, inf)", source="code")

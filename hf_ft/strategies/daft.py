@@ -9,25 +9,25 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.core.advising import (
-    OTHER_SPREADS,
-    POOR_FEATURES,
-    POOR_FEATURES_FEW_SAMPLES,
-    SAME_MEANS,
-    SHIFTED_MEANS,
-    WITH_A_PASS_BEFORE,
-    Rule,
+from hf_ft.core import (
+    Context,
+    FTConfig,
+    LogRange,
+    Names,
+    Needs,
+    OptionError,
+    Paper,
+    Plan,
+    Rate,
+    Recommended,
+    Stage,
+    State,
+    advising,
+    option,
+    register,
 )
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import Context, State
-from hf_ft.core.needs import Needs
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Rate, Stage, Surgery
-from hf_ft.core.search_space import LogRange
-from hf_ft.errors import OptionError
-from hf_ft.models.batch_norm import BatchNormStatistics, convert_batch_norm, estimate_batch_norm
-from hf_ft.models.names import Names
-from hf_ft.models.norms import batch_norms
+from hf_ft.core.plan import Surgery
+from hf_ft.models import BatchNormStatistics, batch_norms, convert_batch_norm, estimate_batch_norm
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def logit_layers(model: nn.Module, head: Names) -> Names:
     return (last,) if square else tuple(name for name, other in found.items() if other.shape == weight.shape)
 
 
-NO_BATCH_NORM = Rule(
+NO_BATCH_NORM = advising.Rule(
     (("batch_norm_layers", "<", 1),),
     "the model has no BatchNorm to convert ({batch_norm_layers:.0f} layers): daft.convert_batch_norm=False keeps its "
     "other half",
@@ -129,13 +129,13 @@ class DAFTConfig(FTConfig):
         "max_grad_norm": Recommended(0.0, "code"),
     }
     tuned = {"head_lr": LogRange(1e-3, 1.0)}
-    cost = WITH_A_PASS_BEFORE
+    cost = advising.WITH_A_PASS_BEFORE
     advice = {
-        POOR_FEATURES: 2,
-        POOR_FEATURES_FEW_SAMPLES: 1,
-        SHIFTED_MEANS: 3,
-        OTHER_SPREADS: 1,
-        SAME_MEANS: -1,
+        advising.POOR_FEATURES: 2,
+        advising.POOR_FEATURES_FEW_SAMPLES: 1,
+        advising.SHIFTED_MEANS: 3,
+        advising.OTHER_SPREADS: 1,
+        advising.SAME_MEANS: -1,
         NO_BATCH_NORM: None,
     }
 

@@ -7,26 +7,9 @@ from typing import Literal
 
 from torch import nn
 
-from hf_ft.core.advising import (
-    EVERYTHING,
-    FAIR_FEATURES,
-    GOOD_FEATURES,
-    LOW_GRADIENT,
-    NO_PART_STANDS_OUT,
-    OTHER_SPREADS,
-    POOR_FEATURES,
-    POOR_FEATURES_FEW_SAMPLES,
-    SHIFTED_MEANS,
-    Rule,
-)
-from hf_ft.core.config import FTConfig, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.needs import Needs
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Rate, Stage
-from hf_ft.core.search_space import Choice
+from hf_ft.core import Choice, FTConfig, Needs, Plan, Rate, Recommended, Stage, State, advising, option, register
 
-BASELINE_ALWAYS = Rule((("samples", ">=", 0),), "the baseline of every comparison ({samples:.0f} samples)")
+BASELINE_ALWAYS = advising.Rule((("samples", ">=", 0),), "the baseline of every comparison ({samples:.0f} samples)")
 
 
 @register("full")
@@ -40,17 +23,17 @@ class FullConfig(FTConfig):
     formula = "L = CE(h(f(x)), y) over all parameters"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"norm_mode": Choice(("auto", "eval"))}
-    cost = EVERYTHING
+    cost = advising.EVERYTHING
     advice = {
         BASELINE_ALWAYS: 1,
-        GOOD_FEATURES: 1,
-        FAIR_FEATURES: 1,
-        POOR_FEATURES: 3,
-        POOR_FEATURES_FEW_SAMPLES: 1,
-        SHIFTED_MEANS: 2,
-        OTHER_SPREADS: 1,
-        NO_PART_STANDS_OUT: 1,
-        LOW_GRADIENT: 1,
+        advising.GOOD_FEATURES: 1,
+        advising.FAIR_FEATURES: 1,
+        advising.POOR_FEATURES: 3,
+        advising.POOR_FEATURES_FEW_SAMPLES: 1,
+        advising.SHIFTED_MEANS: 2,
+        advising.OTHER_SPREADS: 1,
+        advising.NO_PART_STANDS_OUT: 1,
+        advising.LOW_GRADIENT: 1,
     }
 
     head_lr: float | None = option(

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core.advising import (
-    DEARER,
-    FAIR_FEATURES,
-    GOOD_FEATURES_FEW_SAMPLES,
-    HIGH_GRADIENT,
-    LOW_GRADIENT,
-    PART_OF_THE_RUN,
+from hf_ft.core import (
+    Choice,
+    FTConfig,
+    Names,
+    OptionError,
+    Paper,
+    Plan,
+    Rate,
+    Recommended,
+    Stage,
+    State,
+    advising,
+    option,
+    register,
 )
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Rate, Stage
-from hf_ft.core.search_space import Choice
-from hf_ft.errors import OptionError
-from hf_ft.models.names import Names
 
 
 def unfreezing_groups(parts: tuple[Names, ...], groups: int) -> list[Names]:
@@ -61,8 +61,13 @@ class GradualUnfreezingConfig(FTConfig):
     formula = "group g from the top trains from stage g on, at lr / decay^g"
     recommended = {"learning_rate": Recommended(1e-3)}
     tuned = {"decay": Choice((1.0, 1.6, 2.6))}
-    cost = PART_OF_THE_RUN + DEARER  # the head alone for less of the run
-    advice = {GOOD_FEATURES_FEW_SAMPLES: 1, FAIR_FEATURES: 1, LOW_GRADIENT: -1, HIGH_GRADIENT: 1}
+    cost = advising.PART_OF_THE_RUN + advising.DEARER  # the head alone for less of the run
+    advice = {
+        advising.GOOD_FEATURES_FEW_SAMPLES: 1,
+        advising.FAIR_FEATURES: 1,
+        advising.LOW_GRADIENT: -1,
+        advising.HIGH_GRADIENT: 1,
+    }
 
     stages: int = option(4, "Number of stages, the head's own included; all take the same share.", range="[2, inf)")
     decay: float = option(2.6, "Factor between the rates of neighbouring groups.", range="[1, inf)", source="paper")

@@ -6,14 +6,21 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core.advising import POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TERM
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.needs import Needs
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Term
-from hf_ft.core.search_space import LogRange
-from hf_ft.core.terms import DistanceFromStart, SquaredNorm
+from hf_ft.core import (
+    DistanceFromStart,
+    FTConfig,
+    LogRange,
+    Needs,
+    Paper,
+    Plan,
+    Recommended,
+    SquaredNorm,
+    State,
+    Term,
+    advising,
+    option,
+    register,
+)
 
 
 @register("l2_sp")
@@ -37,8 +44,8 @@ class L2SPConfig(FTConfig):
     formula = "L = CE + alpha/2 ||w_S - w0_S||^2 + beta/2 ||w_new||^2"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"alpha": LogRange(1e-3, 1.0)}
-    cost = WITH_A_TERM
-    advice = {POOR_FEATURES_FEW_SAMPLES: -1, VERY_FEW_SAMPLES: 2}
+    cost = advising.WITH_A_TERM
+    advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 2}
 
     alpha: float = option(
         0.01,

@@ -6,20 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core.advising import (
-    DEARER,
-    EVERYTHING,
-    FAIR_FEATURES,
-    GOOD_FEATURES,
-    HIGH_GRADIENT,
-    LOW_GRADIENT,
-    POOR_FEATURES,
-)
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Rate, Stage
-from hf_ft.core.search_space import Choice
+from hf_ft.core import Choice, FTConfig, Paper, Plan, Rate, Recommended, Stage, State, advising, option, register
 
 
 @register("layer_decay")
@@ -43,8 +30,14 @@ class LayerDecayConfig(FTConfig):
     formula = "lr_l = lr * decay^(L - l), parts l = 0 (stem) ... L (head)"
     recommended = {"learning_rate": Recommended(1e-3)}
     tuned = {"decay": Choice((0.65, 0.8, 0.9))}
-    cost = EVERYTHING + DEARER  # many groups of weights
-    advice = {GOOD_FEATURES: 1, FAIR_FEATURES: 1, POOR_FEATURES: 2, LOW_GRADIENT: -1, HIGH_GRADIENT: 1}
+    cost = advising.EVERYTHING + advising.DEARER  # many groups of weights
+    advice = {
+        advising.GOOD_FEATURES: 1,
+        advising.FAIR_FEATURES: 1,
+        advising.POOR_FEATURES: 2,
+        advising.LOW_GRADIENT: -1,
+        advising.HIGH_GRADIENT: 1,
+    }
 
     decay: float = option(
         0.8, "Factor between the rates of neighbouring parts (ELECTRA's 0.8).", range="(0, 1]", source="paper"

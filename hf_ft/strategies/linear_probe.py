@@ -6,21 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core.advising import (
-    FAIR_FEATURES,
-    FEW_SAMPLES_PER_WEIGHT,
-    GOOD_FEATURES_FEW_SAMPLES,
-    HEAD_ALONE,
-    OTHER_SPREADS,
-    POOR_FEATURES,
-    POOR_FEATURES_FEW_SAMPLES,
-    SAME_MEANS,
-    SHIFTED_MEANS,
-)
-from hf_ft.core.config import FTConfig, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.needs import Needs
-from hf_ft.core.plan import Plan, Stage
+from hf_ft.core import FTConfig, Needs, Plan, Recommended, Stage, State, advising, register
 
 
 @register("linear_probe")
@@ -33,16 +19,16 @@ class LinearProbeConfig(FTConfig):
 
     formula = "L = CE(h(f(x)), y) over the head h; f is frozen, in eval mode"
     recommended = {"learning_rate": Recommended(1e-2)}
-    cost = HEAD_ALONE
+    cost = advising.HEAD_ALONE
     advice = {
-        GOOD_FEATURES_FEW_SAMPLES: 3,
-        FAIR_FEATURES: -1,
-        POOR_FEATURES: -3,
-        POOR_FEATURES_FEW_SAMPLES: -2,
-        SHIFTED_MEANS: -2,
-        OTHER_SPREADS: -1,
-        SAME_MEANS: 1,
-        FEW_SAMPLES_PER_WEIGHT: 1,
+        advising.GOOD_FEATURES_FEW_SAMPLES: 3,
+        advising.FAIR_FEATURES: -1,
+        advising.POOR_FEATURES: -3,
+        advising.POOR_FEATURES_FEW_SAMPLES: -2,
+        advising.SHIFTED_MEANS: -2,
+        advising.OTHER_SPREADS: -1,
+        advising.SAME_MEANS: 1,
+        advising.FEW_SAMPLES_PER_WEIGHT: 1,
     }
 
     def needs(self) -> Needs:

@@ -7,21 +7,21 @@ from typing import Literal
 
 from torch import nn
 
-from hf_ft.core.advising import (
-    FAIR_FEATURES,
-    GOOD_FEATURES,
-    GOOD_FEATURES_FEW_SAMPLES,
-    PART_OF_THE_RUN,
-    POOR_FEATURES,
-    SAME_MEANS,
-    SHIFTED_MEANS,
+from hf_ft.core import (
+    Choice,
+    FTConfig,
+    LogRange,
+    Needs,
+    Paper,
+    Plan,
+    Rate,
+    Recommended,
+    Stage,
+    State,
+    advising,
+    option,
+    register,
 )
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.needs import Needs
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Rate, Stage
-from hf_ft.core.search_space import Choice, LogRange
 
 
 @register("lp_ft")
@@ -46,14 +46,14 @@ class LPFTConfig(FTConfig):
     # From 1e-5 to 3e-4 on validation data of the demo: at 3e-4 the second stage loses what the probe found.
     recommended = {"learning_rate": Recommended(3e-5)}
     tuned = {"head_lr": LogRange(1e-3, 1.0), "norm_mode": Choice(("auto", "eval"))}
-    cost = PART_OF_THE_RUN
+    cost = advising.PART_OF_THE_RUN
     advice = {
-        GOOD_FEATURES_FEW_SAMPLES: 3,
-        GOOD_FEATURES: 2,
-        FAIR_FEATURES: 1,
-        POOR_FEATURES: -1,
-        SHIFTED_MEANS: -1,
-        SAME_MEANS: 1,
+        advising.GOOD_FEATURES_FEW_SAMPLES: 3,
+        advising.GOOD_FEATURES: 2,
+        advising.FAIR_FEATURES: 1,
+        advising.POOR_FEATURES: -1,
+        advising.SHIFTED_MEANS: -1,
+        advising.SAME_MEANS: 1,
     }
 
     probe: float = option(0.5, "Share of the optimizer steps spent on the probe.", range="(0, 1)")

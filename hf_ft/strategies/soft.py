@@ -10,19 +10,29 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.core.advising import RELATED_SOURCE, TWICE_THE_SAMPLES, UNRELATED_SOURCE, WITH_A_FROZEN_COPY, Rule
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import State
-from hf_ft.core.needs import Needs
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Stream, Term
-from hf_ft.core.schedules import Decay, Schedule
-from hf_ft.core.search_space import Choice, LogRange
-from hf_ft.core.view import View
+from hf_ft.core import (
+    Choice,
+    Decay,
+    FTConfig,
+    LogRange,
+    Needs,
+    OptionError,
+    Paper,
+    Plan,
+    Recommended,
+    State,
+    Stream,
+    Term,
+    View,
+    advising,
+    functional,
+    option,
+    register,
+)
+from hf_ft.core.schedules import Schedule
 from hf_ft.data.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
-from hf_ft.errors import OptionError
-from hf_ft.functional import distillation_loss
-from hf_ft.models.source_head import SourceHead, head_input, require_source_head, source_head
+from hf_ft.models import SourceHead, head_input, require_source_head
+from hf_ft.models.source_head import source_head
 
 
 class SourceLoss(nn.Module):
@@ -53,13 +63,13 @@ class SourceDistillation(nn.Module):
     def forward(self, view: View) -> Tensor:
         with torch.no_grad():
             wanted = self.teacher(view.reference[self.layer])
-        return distillation_loss(self.head(view.states[self.layer]), wanted, self.temperature)
+        return functional.distillation_loss(self.head(view.states[self.layer]), wanted, self.temperature)
 
 
-SOURCE_DATA = Rule(
+SOURCE_DATA = advising.Rule(
     (("source_data", ">=", 1),), "data of the pretraining are at hand ({source_data:.0f} data set)", "Zhao et al., 2019"
 )
-RELATED_SOURCE_DATA = Rule(
+RELATED_SOURCE_DATA = advising.Rule(
     (("source_data", ">=", 1), ("source_skill", ">=", 0.5)),
     "source data are at hand ({source_data:.0f}), and the pretrained classes tell the target's with skill "
     "{source_skill:.2f}: the tasks are related",
@@ -95,8 +105,8 @@ class SoftConfig(FTConfig):
     )
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"weight": LogRange(0.1, 3.0), "until": Choice((0.25, 0.5, 1.0))}
-    cost = TWICE_THE_SAMPLES
-    advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, UNRELATED_SOURCE: -1}
+    cost = advising.TWICE_THE_SAMPLES
+    advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, advising.UNRELATED_SOURCE: -1}
 
     schedule: Schedule = option(
         "linear",
@@ -195,8 +205,8 @@ class LwFConfig(FTConfig):
     formula = "L = CE(h_T(f(x)), y) + weight KL(softmax(h0_S(f0(x)) / T) || softmax(h_S(f(x)) / T))"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"weight": LogRange(0.3, 10.0)}
-    cost = WITH_A_FROZEN_COPY
-    advice = {RELATED_SOURCE: 1, UNRELATED_SOURCE: -1}
+    cost = advising.WITH_A_FROZEN_COPY
+    advice = {advising.RELATED_SOURCE: 1, advising.UNRELATED_SOURCE: -1}
 
     weight: float = option(4.0, "Weight of the distillation loss.", range="[0, inf)", source="code")
     temperature: float = option(3.0, "Its temperature.", range="(0, inf)", source="code")

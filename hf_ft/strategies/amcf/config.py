@@ -9,24 +9,33 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hf_ft.core.advising import SEVERAL_MODELS, Rule
-from hf_ft.core.compose import compose, momentum_plan
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import Context, State
-from hf_ft.core.findings import Findings
-from hf_ft.core.needs import Needs
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Stage, Surgery, Term
-from hf_ft.core.search_space import LogRange
-from hf_ft.core.view import View
+from hf_ft.core import (
+    Context,
+    Findings,
+    FTConfig,
+    LogRange,
+    Names,
+    Needs,
+    OptionError,
+    Paper,
+    Plan,
+    Recommended,
+    Stage,
+    State,
+    Term,
+    View,
+    advising,
+    compose,
+    functional,
+    option,
+    register,
+)
+from hf_ft.core.compose import momentum_plan
+from hf_ft.core.plan import Surgery
 from hf_ft.engine.run import Run, start
-from hf_ft.errors import OptionError
-from hf_ft.functional import disagreement, wide
 from hf_ft.metrics import LOCAL_METRICS
-from hf_ft.models.anatomy import anatomy, members_of, names_of_members, unwrap
-from hf_ft.models.names import Names, covered
-from hf_ft.models.norms import batch_norms
-from hf_ft.models.weight_layers import Layer, main_path_layers
+from hf_ft.models import Layer, batch_norms, covered, main_path_layers, members_of
+from hf_ft.models.anatomy import anatomy, names_of_members, unwrap
 from hf_ft.strategies.amcf.findings import swarm_findings
 from hf_ft.strategies.amcf.scores import SwarmScores
 from hf_ft.strategies.amcf.search import STORAGE, SwarmSearch
@@ -34,8 +43,8 @@ from hf_ft.strategies.amcf.search import STORAGE, SwarmSearch
 Frozen = tuple[int, ...]
 
 
-SEVERAL_SOURCES = Rule((("members", ">=", 2),), "{members:.0f} source models are at hand", "Feng et al., 2024")
-ONE_SOURCE = Rule((("members", "<", 2),), "{members:.0f} source model is at hand: nothing collaborates")
+SEVERAL_SOURCES = advising.Rule((("members", ">=", 2),), "{members:.0f} source models are at hand", "Feng et al., 2024")
+ONE_SOURCE = advising.Rule((("members", "<", 2),), "{members:.0f} source model is at hand: nothing collaborates")
 
 
 @register("amcf")
@@ -74,7 +83,7 @@ class AMCFConfig(FTConfig):
     tuned = {"consistency": LogRange(0.01, 1.0)}
     kept = (STORAGE,)
     sources_option = "source_models"
-    cost = SEVERAL_MODELS
+    cost = advising.SEVERAL_MODELS
     advice = {SEVERAL_SOURCES: 3, ONE_SOURCE: -3}
 
     source_models: tuple[str, ...] = option(
@@ -276,4 +285,4 @@ class SetPrediction:
 
 
 def _disagreement(view: View) -> Tensor:
-    return disagreement([wide(logits) for logits in view.outputs["member_logits"]])
+    return functional.disagreement([functional.wide(logits) for logits in view.outputs["member_logits"]])

@@ -9,23 +9,27 @@ from typing import Any, ClassVar, Literal
 from peft import PeftConfig
 from torch import nn
 
-from hf_ft.core.advising import (
-    FEW_SAMPLES_PER_WEIGHT,
-    GOOD_FEATURES_FEW_SAMPLES,
-    NO_PART_STANDS_OUT,
-    ONE_PART_STANDS_OUT,
-    WITH_A_SEARCH,
+from hf_ft.core import (
+    EVERYTHING,
+    Context,
+    Findings,
+    FTConfig,
+    LogRange,
+    OptionError,
+    Paper,
+    Plan,
+    Rate,
+    Recommended,
+    Stage,
+    State,
+    advising,
+    compose,
+    option,
+    register,
 )
-from hf_ft.core.compose import compose, momentum_plan
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import Context, State
-from hf_ft.core.findings import Findings
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Rate, Stage, Surgery
-from hf_ft.core.search_space import LogRange
+from hf_ft.core.compose import momentum_plan
+from hf_ft.core.plan import Surgery
 from hf_ft.engine.run import Run, start
-from hf_ft.errors import OptionError
-from hf_ft.models.names import EVERYTHING
 from hf_ft.strategies.blockwise.adapters import PREFIX, adapter_targets, add_adapters
 from hf_ft.strategies.blockwise.candidates import (
     SCHEMES,
@@ -66,8 +70,13 @@ class BlockwiseConfig(FTConfig):
     kept = (STORAGE,)
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
     describe = staticmethod(describe_candidates)
-    cost = WITH_A_SEARCH
-    advice = {GOOD_FEATURES_FEW_SAMPLES: 1, ONE_PART_STANDS_OUT: 2, NO_PART_STANDS_OUT: -1, FEW_SAMPLES_PER_WEIGHT: 1}
+    cost = advising.WITH_A_SEARCH
+    advice = {
+        advising.GOOD_FEATURES_FEW_SAMPLES: 1,
+        advising.ONE_PART_STANDS_OUT: 2,
+        advising.NO_PART_STANDS_OUT: -1,
+        advising.FEW_SAMPLES_PER_WEIGHT: 1,
+    }
 
     block: str | int = option(
         "auto",

@@ -8,19 +8,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.core.advising import DEARER, RELATED_SOURCE, UNRELATED_SOURCE, VERY_FEW, WITH_A_PASS_BEFORE, YOU, Rule
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import Context, State
-from hf_ft.core.needs import Needs
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Term
-from hf_ft.core.search_space import LogRange
-from hf_ft.core.view import View
+from hf_ft.core import (
+    Context,
+    FTConfig,
+    LogRange,
+    Needs,
+    OptionError,
+    Paper,
+    Plan,
+    Recommended,
+    State,
+    Term,
+    View,
+    advising,
+    option,
+    register,
+)
 from hf_ft.data.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.engine.frozen.features import RecordedFeatures
-from hf_ft.errors import OptionError
+from hf_ft.models import SourceHead, head_input, require_source_head
 from hf_ft.models.feature_hooks import activations
-from hf_ft.models.source_head import SourceHead, head_input, require_source_head, source_head
+from hf_ft.models.source_head import source_head
 from hf_ft.strategies.co_tuning.relationship import (
     direct_relationship,
     fit_temperature,
@@ -47,10 +55,10 @@ class RelationshipLoss(nn.Module):
         return relationship_loss(self.head(view.states[self.layer]), self.relationship[labels])
 
 
-FEW_SAMPLES_AND_HEAD = Rule(
-    (("class_median", "<", VERY_FEW), ("source_head", ">=", 1)),
+FEW_SAMPLES_AND_HEAD = advising.Rule(
+    (("class_median", "<", advising.VERY_FEW), ("source_head", ">=", 1)),
     "{class_median:.0f} samples a class are very few, where the pretrained head adds most",
-    YOU,
+    advising.YOU,
 )
 
 
@@ -76,8 +84,8 @@ class CoTuningConfig(FTConfig):
     formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"weight": LogRange(0.3, 6.0)}
-    cost = WITH_A_PASS_BEFORE + DEARER  # and a second head
-    advice = {RELATED_SOURCE: 2, FEW_SAMPLES_AND_HEAD: 1, UNRELATED_SOURCE: -1}
+    cost = advising.WITH_A_PASS_BEFORE + advising.DEARER  # and a second head
+    advice = {advising.RELATED_SOURCE: 2, FEW_SAMPLES_AND_HEAD: 1, advising.UNRELATED_SOURCE: -1}
 
     weight: float = option(2.3, "Weight of the source head's loss.", range="[0, inf)", source="code")
     relationship: Literal["direct", "reverse"] = option(

@@ -8,18 +8,26 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_ft.core.advising import POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TRAINING_BEFORE
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import Context, State
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Term
-from hf_ft.core.search_space import LogRange
-from hf_ft.core.terms import SquaredNorm, compared
-from hf_ft.core.view import View
-from hf_ft.errors import OptionError
-from hf_ft.functional import feature_distance
-from hf_ft.models.feature_layers import layers_of, stage_convolutions
-from hf_ft.models.names import Names
+from hf_ft.core import (
+    Context,
+    FTConfig,
+    LogRange,
+    Names,
+    OptionError,
+    Paper,
+    Plan,
+    Recommended,
+    SquaredNorm,
+    State,
+    Term,
+    View,
+    advising,
+    functional,
+    option,
+    register,
+)
+from hf_ft.core.terms import compared
+from hf_ft.models import layers_of, stage_convolutions
 from hf_ft.strategies.delta.channel_weights import channel_weights
 
 
@@ -39,7 +47,7 @@ class FeatureDistance:
             if layer in self.weights and self.weights[layer].device != now.device:
                 self.weights[layer] = self.weights[layer].to(now.device)
             weights = self.weights.get(layer)
-            distances.append(feature_distance(now, before, weights, view.token_mask, self.reduction))
+            distances.append(functional.feature_distance(now, before, weights, view.token_mask, self.reduction))
         return torch.stack(distances).sum() / 2
 
 
@@ -68,8 +76,8 @@ class DELTAConfig(FTConfig):
     )
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"alpha": LogRange(1e-3, 1e-1)}
-    cost = WITH_A_TRAINING_BEFORE
-    advice = {POOR_FEATURES_FEW_SAMPLES: -1, VERY_FEW_SAMPLES: 1}
+    cost = advising.WITH_A_TRAINING_BEFORE
+    advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}
 
     alpha: float = option(0.01, "Weight of the distance of feature maps.", range="[0, inf)", source="code")
     beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)", source="code")

@@ -12,19 +12,27 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_ft.core.advising import DEARER, POOR_FEATURES_FEW_SAMPLES, VERY_FEW_SAMPLES, WITH_A_TRAINING_BEFORE
-from hf_ft.core.config import FTConfig, Paper, Recommended, register
-from hf_ft.core.context import Context, State
-from hf_ft.core.findings import Findings
-from hf_ft.core.options import option
-from hf_ft.core.plan import Plan, Term
-from hf_ft.core.search_space import LogRange
-from hf_ft.core.terms import SquaredNorm, compared
-from hf_ft.core.view import View
+from hf_ft.core import (
+    Context,
+    Findings,
+    FTConfig,
+    LogRange,
+    OptionError,
+    Paper,
+    Plan,
+    Recommended,
+    SquaredNorm,
+    State,
+    Term,
+    View,
+    advising,
+    functional,
+    option,
+    register,
+)
+from hf_ft.core.terms import compared
 from hf_ft.engine.frozen.features import PASS, RecordedFeatures
-from hf_ft.errors import OptionError
-from hf_ft.functional import feature_distance
-from hf_ft.models.feature_layers import last_feature_map, layers_of, stage_outputs
+from hf_ft.models import last_feature_map, layers_of, stage_outputs
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.strategies.tred.disentangler import Disentangler, make_disentangler
 from hf_ft.strategies.tred.findings import disentangling_findings
@@ -48,7 +56,7 @@ class DistanceFromRelevant:
             self._follow(before)
             with torch.no_grad():
                 before = self.disentangler(before, view.token_mask)[0]
-        return feature_distance(now, before, mask=view.token_mask)
+        return functional.feature_distance(now, before, mask=view.token_mask)
 
     def _follow(self, features: Tensor) -> None:
         assert self.disentangler is not None
@@ -86,8 +94,8 @@ class TREDConfig(FTConfig):
     )
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"alpha": LogRange(1e-3, 1e-1)}
-    cost = WITH_A_TRAINING_BEFORE + DEARER  # of a disentangler for as long as it takes
-    advice = {POOR_FEATURES_FEW_SAMPLES: 1, VERY_FEW_SAMPLES: 1}
+    cost = advising.WITH_A_TRAINING_BEFORE + advising.DEARER  # of a disentangler for as long as it takes
+    advice = {advising.POOR_FEATURES_FEW_SAMPLES: 1, advising.VERY_FEW_SAMPLES: 1}
 
     criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
         "both",
