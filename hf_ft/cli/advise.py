@@ -16,8 +16,9 @@ from transformers import TrainingArguments
 from hf_ft.advice import Advice, Reason, advise
 from hf_ft.advice.rules import config_at_hand
 from hf_ft.advice.signals import explained
-from hf_ft.cli.console import Parser, is_main, quieten, refusals, say, table, with_flags
+from hf_ft.cli.console import Parser, is_main, refusals, say, table, with_flags
 from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags
+from hf_ft.cli.logs import quieten
 from hf_ft.cli.models import load_classifier
 from hf_ft.cli.prepare import read_splits, readable_images, token_length
 from hf_ft.cli.request import Request, read
@@ -195,8 +196,6 @@ def _reason(reason: Reason) -> str:
 
 def _next(found: Advice, flags: DataFlags, others: Sequence[str]) -> list[str]:
     """The commands that train the first strategies on the same data, and the one that compares all in this order."""
-    from hf_ft.cli import COMMANDS
-
     same = [(f.name, getattr(flags, f.name)) for f in fields(DataFlags)]
     usual = {f.name: f.default for f in fields(DataFlags)}
     data = {name: str(value) for name, value in same if value not in (None, usual[name])}
@@ -209,10 +208,8 @@ def _next(found: Advice, flags: DataFlags, others: Sequence[str]) -> list[str]:
         if several:
             words += [SOURCES_FLAGS[name], ",".join([str(flags.model), *others])]
         commands.append(shlex.join([*words, "--output_dir", f"runs/{name}"]))
-    if "compare" in COMMANDS:
-        words = [word for k, v in data.items() for word in (f"--{k}", v)]
-        commands.append(shlex.join(["hf-ft", "compare", *words, "--advise", "True"]))
-    return commands
+    words = [word for k, v in data.items() for word in (f"--{k}", v)]
+    return [*commands, shlex.join(["hf-ft", "compare", *words, "--advise", "True"])]
 
 
 def _source_free(name: str, flags: DataFlags) -> list[str]:

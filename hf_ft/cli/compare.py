@@ -11,8 +11,9 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from hf_ft.cli.compare_help import compare_help
-from hf_ft.cli.console import count, is_main, quieten, refusals, say, table
+from hf_ft.cli.console import count, is_main, refusals, say, table
 from hf_ft.cli.flags import DataFlags
+from hf_ft.cli.logs import quieten
 from hf_ft.cli.models import usage
 from hf_ft.cli.prepare import read_splits
 from hf_ft.cli.request import configured, read_values, taken

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import shutil
@@ -30,28 +29,6 @@ def say(text: str = "", error: bool = False) -> None:
     """Print on the main process."""
     if is_main():
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-class _Notes(logging.Handler):
-    """Warnings of hf_ft as a line each; stderr is looked up anew, since a progress bar may stand in for it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(f"note: {record.getMessage()}", error=True)
-
-
-def quieten() -> None:
-    """Show notes of hf_ft in one voice, and keep the libraries on the other processes silent."""
-    import datasets
-    import transformers
-
-    logger = logging.getLogger("hf_ft")
-    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
-        logger.addHandler(_Notes(logging.WARNING))
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    if not is_main():
-        transformers.utils.logging.set_verbosity_error()
-        datasets.logging.set_verbosity_error()
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,8 +9,9 @@ import torch
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
-from hf_ft.cli.console import quieten, refusals
+from hf_ft.cli.console import refusals
 from hf_ft.cli.flags import CHECKED_UNASKED, DataFlags
+from hf_ft.cli.logs import quieten
 from hf_ft.cli.models import load_classifier, load_ensemble
 from hf_ft.cli.request import Request
 from hf_ft.core.compose import shared_option

@@ -8,6 +8,8 @@ import torch
 
 from hf_ft.cli.console import say, table
 from hf_ft.cli.findings import show_findings
+from hf_ft.cli.prepare import make
+from hf_ft.cli.request import read
 from hf_ft.core.config import config_class
 from hf_ft.core.context import State
 from hf_ft.core.options import options
@@ -36,9 +38,6 @@ augmented here (--augment basic changes that), so that what is frozen is compute
 
 def run_search_blocks(arguments: list[str]) -> None:
     """Search, print the scores, and write them."""
-    from hf_ft.cli.prepare import make
-    from hf_ft.cli.request import read
-
     own = [field for field in options(config_class("blockwise")) if field.name != "block"]
     if not arguments or {"-h", "--help"} & set(arguments):
         rows = [(f"--{f.name}", f"{f.metadata['help']} (default: {f.default})") for f in own]

@@ -39,6 +39,7 @@ from hf_ft.advice.transferability import (
 )
 from hf_ft.cli import main
 from hf_ft.core import config as registry
+from hf_ft.core.advising import DEARER, HEAD_ALONE, Rule
 from hf_ft.core.config import strategies
 from hf_ft.models.batch_norm import convert_batch_norm, estimate_batch_norm
 from hf_ft.models.norms import batch_norms
@@ -442,6 +443,27 @@ def test_strategies_of_others_stand_at_the_end(monkeypatch):
 
     last = recommend(signals())[-1]
     assert last.strategy == "new_one" and last.usable and [r.text for r in last.reasons] == ["no rule knows it"]
+
+
+def test_strategies_of_others_can_declare_rules_and_a_cost(monkeypatch):
+    monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
+    few = Rule((("class_median", "<", 60),), "{class_median:.0f} samples a class")
+
+    @register("new_one")
+    @dataclass(frozen=True, kw_only=True)
+    class NewConfig(FTConfig):
+        cost = HEAD_ALONE - DEARER
+        advice = {few: 9, Rule((("members", ">=", 2),), "{members:.0f} are too many", source=""): None}
+
+        def plan(self, model, state):
+            return Plan()
+
+    first = recommend(signals())[0]
+    assert (first.strategy, first.score, first.reasons[0].text) == ("new_one", 9, "50 samples a class [ours]")
+    assert neutral_order()[0] == "new_one" and declared_rules()[few] == {"new_one": 9}
+    refused = next(found for found in recommend(signals(members=2)) if found.strategy == "new_one")
+    assert not refused.usable and refused.reasons[0].text == "2 are too many"
+    assert order(None, each=500, batch_norm=shifted(0.3), gradients={})[0] != "new_one"  # the baseline has a point
 
 
 def test_figures():

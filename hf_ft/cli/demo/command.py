@@ -24,9 +24,10 @@ from datasets import DatasetDict
 from sklearn.metrics import recall_score
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from hf_ft.cli.console import Parser, count, quieten, say, table
+from hf_ft.cli.console import Parser, count, say, table
 from hf_ft.cli.demo.data import Cells, channels_last
-from hf_ft.cli.demo.report import MADE_BY, Trained
+from hf_ft.cli.demo.report import MADE_BY, Trained, finish
+from hf_ft.cli.logs import quieten
 from hf_ft.cli.models import load_classifier
 from hf_ft.core.compose import recommended_arguments, resolve
 from hf_ft.core.config import FTConfig
@@ -76,9 +77,7 @@ def run_demo(arguments: list[str]) -> None:
     }
     work = [(config, seed) for config in configs for seed in range(flags.seeds)]
     runs = _train_all(work, flags, ready, columns, size, folder)
-    from hf_ft.cli.demo import report as demo_report
-
-    demo_report.finish(runs, folder, flags, size, splits, time.perf_counter() - started)
+    finish(runs, folder, flags, size, splits, time.perf_counter() - started)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,13 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from datasets import DatasetDict
-from matplotlib import pyplot
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from hf_ft.cli.console import count, say, table
 from hf_ft.cli.models import usage
@@ -42,8 +37,6 @@ class Trained:
     folder: Path
     search: dict[str, Any] | None = None  # the scores of a search over blocks
 
-
-matplotlib.use("Agg")
 
 SPLITS = ("validation", "test")
 SCORES = ("accuracy", "balanced_accuracy", "standard_error")
@@ -165,6 +158,10 @@ def _row(summary: Summary) -> tuple[str, ...]:
 
 
 def _print_table(rows: Sequence[Sequence[str]], best: Sequence[bool]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # within 80 columns
     for i, header in enumerate(HEADERS):
         shown.add_column(header.replace(" ", "\n"), justify="right" if i else "left")
@@ -210,6 +207,11 @@ def _markdown(title: str, rows: Sequence[Sequence[str]], winner: Summary, splits
 
 def plot(found: Sequence[Summary], winner: Summary, title: str, file: Path) -> None:
     """Validation and test balanced accuracy of each strategy, each with one standard error."""
+
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")
     figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.75 * len(found)), layout="constrained")
     for split, offset, color, fill in (("validation", 0.14, "#7f8fa6", "white"), ("test", -0.14, "#c0392b", None)):
         means = [summary.mean(_score(split)) for summary in found]
