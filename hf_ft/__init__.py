@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_ft.engine.run import set_up as set_up
     from hf_ft.errors import AnatomyError as AnatomyError
     from hf_ft.errors import CheckpointError as CheckpointError
+    from hf_ft.errors import DataError as DataError
     from hf_ft.errors import OptionError as OptionError
     from hf_ft.functional import collaborative_loss as collaborative_loss
     from hf_ft.models.anatomy import anatomy as anatomy

@@ -20,10 +20,6 @@ ALLOWED = {
     "core/config.py": "BASELINE, what comparisons are made against",
     "diagnostics/discrimination.py": "linear_probe is a figure of features there",
     "functional.py": "l2_sp is a function there",
-    # On their way to FTConfig.findings:
-    "cli/findings.py": "shows what a search found",
-    "cli/train.py": "shows what a search found",
-    "comparison/report/sections/findings.py": "shows what a search found",
 }
 
 

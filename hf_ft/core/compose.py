@@ -1,4 +1,4 @@
-"""Several strategies as one plan."""
+"""Compose several strategies into one plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class SetBatchNormMomentum:
-    """Surgery: the momentum of the named BatchNorm layers."""
+    """Surgery that sets the momentum of the named BatchNorm layers."""
 
     names: tuple[str, ...]
     momentum: float
@@ -34,10 +34,10 @@ class SetBatchNormMomentum:
 
 
 def resolve(strategy: FTConfig | str | Iterable[FTConfig | str]) -> tuple[FTConfig, ...]:
-    """A config, a registered name, or a list of either, as a tuple of configs.
+    """Resolve a config, a registered name, or a list of either, to a tuple of configs.
 
     Raises:
-        OptionError: something else, nothing, or an unknown name.
+        OptionError: for anything else, an empty list, or an unknown name.
     """
     several = isinstance(strategy, Iterable) and not isinstance(strategy, str)
     items = tuple(strategy) if several else (strategy,)  # type: ignore[arg-type]
@@ -53,15 +53,15 @@ def resolve(strategy: FTConfig | str | Iterable[FTConfig | str]) -> tuple[FTConf
 
 
 def sources_of(configs: Iterable[FTConfig]) -> tuple[str, ...]:
-    """The source models that the strategies of a run name in place of one model; empty where none does."""
+    """Names of the source models of a run's strategies; empty if it trains a single model."""
     return next((found for config in configs if (found := config.sources())), ())
 
 
 def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
-    """The value of an option that all strategies of a run have in common; the default gives way.
+    """Value of an option shared by all strategies of a run; explicit values override the default.
 
     Raises:
-        OptionError: two strategies say different things; both are named.
+        OptionError: if two strategies set different values; both are named.
     """
     default = next(f.default for f in options(FTConfig) if f.name == name)
     said = {getattr(c, name): c.ft_type for c in configs if getattr(c, name) != default}
@@ -72,7 +72,7 @@ def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
 
 
 def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:
-    """The plans of all strategies as one, with what is common to all: the BatchNorm momentum."""
+    """Compose the plans of all strategies, and the surgery that they share: the BatchNorm momentum."""
     configs = tuple(configs)
     plans = [
         dataclasses.replace(config.plan(model, states.get(config.ft_type, State())), owner=config.ft_type)
@@ -82,7 +82,7 @@ def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[st
 
 
 def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
-    """Surgery that sets the momentum of BatchNorm layers as ``batch_norm_momentum`` says."""
+    """Plan that sets the momentum of BatchNorm layers according to ``batch_norm_momentum``."""
     if momentum == "keep":
         return Plan()
     if momentum == "auto":
@@ -99,7 +99,7 @@ def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
 
 
 def recommended_arguments(configs: Iterable[FTConfig]) -> dict[str, Recommended]:
-    """The training arguments that the strategies want; where two differ, the one named first decides."""
+    """Merge the recommended training arguments; if two strategies differ, the first takes precedence."""
     merged: dict[str, Recommended] = {}
     for config in configs:
         for name, wanted in config.recommended.items():
@@ -108,11 +108,11 @@ def recommended_arguments(configs: Iterable[FTConfig]) -> dict[str, Recommended]
 
 
 def compose(plans: Iterable[Plan]) -> Plan:
-    """One plan of several: terms add, surgery and finalise run in order, one plan at most has stages.
+    """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages.
 
     Raises:
-        OptionError: two plans own stages (both are named), two terms share a name, two streams of one name differ,
-            or shares do not sum to 1.
+        OptionError: if two plans own stages (both are named), two terms share a name, two streams of the same name
+            differ, or stage durations do not sum to 1.
     """
     plans = tuple(plans)
     owners = [plan for plan in plans if plan.stages]

@@ -54,7 +54,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Recommended:
-    """A training argument that a method wants, from where (code, paper, ours), and why, where that is not plain."""
+    """A recommended training argument, its source (code, paper, ours), and the reason if it is not obvious."""
 
     value: Any
     source: str = "ours"
@@ -63,21 +63,21 @@ class Recommended:
 
 @dataclass(frozen=True, kw_only=True)
 class FTConfig(PushToHubMixin):
-    """Base of all strategies. A subclass is a frozen dataclass, registered, that defines :meth:`plan`.
+    """Base of all strategies. A subclass is a frozen, registered dataclass that defines :meth:`plan`.
 
     Raises:
-        OptionError: an option's value is of the wrong type or out of its range.
+        OptionError: if an option has the wrong type or lies outside its range.
     """
 
     ft_type: ClassVar[str]
     paper: ClassVar[Paper | None] = None
     formula: ClassVar[str] = ""
     recommended: ClassVar[Mapping[str, Recommended]] = {}
-    sources_option: ClassVar[str] = ""  # the option that names several source models to load, where there is one
-    cost: ClassVar[float | None] = None  # what a training takes, on the scale of hf_ft.core.advising
-    advice: ClassVar[Mapping[Rule, float | None]] = {}  # points where a rule holds; None: it cannot run
-    tuned: ClassVar[Space] = {}  # options, beside the learning rate, that a fair comparison tunes; none changes measure
-    kept: ClassVar[tuple[str, ...]] = ()  # files in the context's folder, from which an interrupted measure goes on
+    sources_option: ClassVar[str] = ""  # the option that lists several source models, if any
+    cost: ClassVar[float | None] = None  # relative cost of a training, on the scale of hf_ft.core.advising
+    advice: ClassVar[Mapping[Rule, float | None]] = {}  # points by rule; None: the strategy cannot run
+    tuned: ClassVar[Space] = {}  # options tuned with the learning rate; none affects measure
+    kept: ClassVar[tuple[str, ...]] = ()  # files in the context's folder from which an interrupted measure resumes
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(
         "auto",
@@ -94,64 +94,64 @@ class FTConfig(PushToHubMixin):
         validate(self)
 
     def check_arguments(self, args: TrainingArguments) -> None:
-        """Refuse training arguments under which the strategy can never work.
+        """Reject training arguments with which the strategy can never work.
 
         Raises:
             OptionError: naming the argument, its value and the fix.
         """
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that the options do not fit, as far as can be told without looking at the data.
+        """Reject a model that does not suit the options, as far as this is known without the data.
 
         Raises:
             OptionError: naming the option, its value and the fix.
         """
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        """Look at the data once, before training. The model comes back as it was."""
+        """Look at the data once, before training. The model is left unchanged."""
         return State()
 
     def needs(self) -> Needs:
-        """What it needs beside model and data, and what else it takes."""
+        """Requirements beyond model and data."""
         return Needs()
 
     def sources(self) -> tuple[str, ...]:
-        """The source models that it names in place of one model, as ``sources_option`` says."""
+        """Names of the source models to load in place of a single model; empty for most strategies."""
         return tuple(getattr(self, self.sources_option)) if self.sources_option else ()
 
     def adapted(self, model: nn.Module) -> FTConfig | None:
-        """The form of the strategy that fits this model, most often itself; None where there is none."""
+        """The form of the strategy that suits this model, usually itself; None if there is none."""
         return self
 
     def source_free(self) -> FTConfig | None:
-        """The same strategy without source data, where it has such a form; None where it has not."""
+        """The form of the strategy that needs no source data; None if there is none."""
         return None
 
     def within(self, epochs: float, model: nn.Module) -> FTConfig:
-        """The same with a search that trains for so many epochs in all at most, as far as it can be made so short."""
+        """A copy whose search fits into ``epochs`` in total, as far as it can be shortened."""
         return self
 
     def measures(self) -> bool:
-        """Whether this strategy looks at the data first."""
+        """Whether this strategy measures the data before training."""
         return type(self).measure is not FTConfig.measure
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        """What to do. Cheap, repeatable, and without any effect on the model."""
+        """Build the plan. Cheap, deterministic, and without side effects on the model."""
         raise NotImplementedError(f"{type(self).__name__} defines no plan().")
 
     def learned(self, state: State) -> str:
-        """A sentence for people, in the model card, on what was measured; empty where there is nothing to say."""
+        """A sentence on the measurement for the model card; empty if there is nothing to say."""
         return ""
 
     def findings(self, state: State) -> Findings:
-        """What the report, the model card and the command line show of what was measured.
+        """Findings of the measurement, for the report, the model card and the command line.
 
-        It is made of ``state.info`` alone: the results of a comparison hold no tensors.
+        Uses ``state.info`` only: the results of a comparison contain no tensors.
         """
         return Findings(summary=self.learned(state))
 
     def anatomy(self, model: nn.Module) -> Anatomy:
-        """Stem, blocks, neck and head of the model, as ``head`` and ``blocks`` say where they are set."""
+        """Stem, blocks, neck and head of the model; the options ``head`` and ``blocks`` take precedence."""
         return anatomy(model, head=self.head, blocks=self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,10 +160,10 @@ class FTConfig(PushToHubMixin):
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FTConfig:
-        """A config from its dictionary; ``ft_type`` says which. Unknown keys are warned about and dropped.
+        """Build a config from its dictionary; ``ft_type`` selects the class. Unknown keys are dropped with a warning.
 
         Raises:
-            OptionError: no or an unknown ``ft_type``, or a value that cannot be.
+            OptionError: if ``ft_type`` is missing or unknown, or a value is invalid.
         """
         if not isinstance(data, Mapping) or "ft_type" not in data:
             raise OptionError(f"no 'ft_type' in {data!r}; one of {', '.join(strategies())} is needed.")
@@ -184,10 +184,10 @@ class FTConfig(PushToHubMixin):
 
     @staticmethod
     def from_pretrained(name_or_path: str | Path, **hub_options: Any) -> FTConfig:
-        """The config saved in a folder or a Hub repository.
+        """Load the config saved in a folder or a Hub repository.
 
         Raises:
-            OptionError: there is none, it is damaged, or it holds several (see :func:`load_configs`).
+            OptionError: if it is missing or damaged, or contains several configs (see :func:`load_configs`).
         """
         configs = load_configs(name_or_path, **hub_options)
         if len(configs) > 1:
@@ -197,13 +197,13 @@ class FTConfig(PushToHubMixin):
 
 
 def write_configs(folder: Path, configs: Iterable[FTConfig], **extra: Any) -> None:
-    """Write ``ft_config.json`` for one or more strategies, and what else belongs beside them."""
+    """Write ``ft_config.json`` for one or more strategies, with any extra entries."""
     content = {"hf_ft_version": __version__, "strategies": [c.to_dict() for c in configs], **extra}
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig, ...]:
-    """All strategies saved in a folder or a Hub repository."""
+    """Load all strategies saved in a folder or a Hub repository."""
     content = read_config_file(name_or_path, **hub_options)
     return tuple(FTConfig.from_dict(item) for item in content["strategies"])
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from sklearn.datasets import load_digits
 
 Task = Literal["image", "text"]
 
@@ -69,8 +70,6 @@ def mnist5k() -> Dataset:
 
 def uci_digits() -> Dataset:
     """Load the 1,797 UCI optical digits, 8 x 8 grey: the classes of MNIST in another domain."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     return _digits((digits.images * 255 / 16).round(), digits.target)
 
