@@ -50,7 +50,7 @@ def main() -> None:
         use_cpu=script.use_cpu,
     )
     say(prepared.estimate())
-    prepared.judge.run()  # returns in all processes once the last training is done
+    prepared.runner.run()  # returns in all processes once the last training is done
     if not is_main():
         return
     results = prepared.finish("python examples/compare.py")

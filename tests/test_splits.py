@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import train_test_split
 
-from hf_ft import data
+from hf_ft.data import load
 from hf_ft.data.columns import ROW
 from hf_ft.data.load import load_splits
 from hf_ft.splits import absent_classes, stratified_rows
@@ -96,7 +96,7 @@ def test_rounding_and_rows_are_by_lot():
 
 def test_a_split_without_a_class_is_told_once_by_name(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data.logger, "propagate", True)
+    monkeypatch.setattr(load.logger, "propagate", True)
     rows = [f"text {row},{label}" for label, count in (("a", 50), ("b", 9), ("c", 1), ("d", 1)) for row in range(count)]
     (tmp_path / "rare.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     splits = load_splits(str(tmp_path / "rare.csv"), test_fraction=0.2, labelled=30)

@@ -23,7 +23,7 @@ from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import FIXED
 from hf_ft.core.context import State
 from hf_ft.data.rows import read_rows
-from hf_ft.diagnostics.feature_distortion import feature_distortion
+from hf_ft.diagnostics.distortion import feature_distortion
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.trainer.trainer import ClassWeights, FTTrainer

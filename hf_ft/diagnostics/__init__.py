@@ -7,20 +7,20 @@ from hf_ft.diagnostics.discrimination import (
     plot_discrimination,
 )
 from hf_ft.diagnostics.disentangling import plot_disentangling
-from hf_ft.diagnostics.feature_distortion import (
-    FEATURES,
+from hf_ft.diagnostics.distortion import (
+    FEATURES as FEATURES,
+)
+from hf_ft.diagnostics.distortion import (
     Distortion,
-    Distortions,
     FeatureDistortionCallback,
     feature_distortion,
     plot_distortion,
 )
+from hf_ft.diagnostics.distortion import Distortions as Distortions
 
 __all__ = [
     "Discrimination",
     "Distortion",
-    "Distortions",
-    "FEATURES",
     "FeatureDistortionCallback",
     "GeneralDiscriminationCallback",
     "feature_distortion",

@@ -415,7 +415,7 @@ def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
             raise FloatingPointError("no epoch has a finite score")
         return train(entrant, values, *more, **keywords)
 
-    monkeypatch.setattr("hf_ft.comparison.training.train", failing)
+    monkeypatch.setattr("hf_ft.comparison.runner.train", failing)
     results = run(tmp_path, trials=3, seeds=1)
     assert once and results["full"].trials[0].error and results["full"].status == "finished"
     assert results["linear_probe"].allowed_seconds == 3.0 and len(results["linear_probe"].trials) == 3

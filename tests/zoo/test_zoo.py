@@ -22,8 +22,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_ft import zoo
+from hf_ft import splits, zoo
 from hf_ft.splits import stratified_split
+from hf_ft.zoo import models
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES, load_by_position, load_model
 
@@ -52,7 +53,7 @@ def count(model, trained=False):
 def test_mobilenet_v2_maps_every_tensor(monkeypatch):
     copied = []
     monkeypatch.setattr(
-        zoo, "load_by_position", lambda *args, **kwargs: copied.append(load_by_position(*args, **kwargs))
+        models, "load_by_position", lambda *args, **kwargs: copied.append(load_by_position(*args, **kwargs))
     )
     model, _ = load_model("mobilenet_v2")
     assert copied == [314] and count(model) == 3_504_872
@@ -234,7 +235,7 @@ def test_stratified_split_is_exact_disjoint_and_seeded():
 
 
 def test_too_few_rows_to_stratify_are_drawn_at_random(caplog, monkeypatch):
-    monkeypatch.setattr(zoo.logger, "propagate", True)
+    monkeypatch.setattr(splits.logger, "propagate", True)
     digits = DATASETS["uci_digits"]().select(range(30))
     parts = stratified_split(digits, 25, 5)
     assert [len(part) for part in parts.values()] == [25, 5, 0] and "too few rows" in caplog.text

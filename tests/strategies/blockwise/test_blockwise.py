@@ -261,7 +261,7 @@ def test_adapters_in_the_block_alone(name, tmp_path):
     assert adapted and all(any(n.startswith(module) for module in block) for n in adapted)
     convolutions = [base.get_submodule(n) for n in adapted if isinstance(base.get_submodule(n), nn.Conv2d)]
     assert all(convolution.groups == 1 for convolution in convolutions)
-    assert "| tuner | `LoraConfig(r=2, init_lora_weights=False)` |" in str(card_of(trainer, None, "name"))
+    assert "| tuner | `LoraConfig(r=2, init_lora_weights=False)` |" in str(card_of(trainer, None, tmp_path))
     # Saved as PEFT saves it, and loaded by PEFT alone: adapter, head, the block's norms and their buffers.
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "saved").eval()

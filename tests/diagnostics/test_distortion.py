@@ -2,6 +2,7 @@
 
 import builtins
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_ft import DAFTConfig, FTTrainer, OptionError
-from hf_ft.diagnostics.feature_distortion import (
+from hf_ft.diagnostics.distortion import (
     Distortion,
     FeatureDistortionCallback,
     feature_distortion,
@@ -220,7 +221,8 @@ def test_training_is_the_same_with_the_callback(tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_compares_with_the_reference_it_is_given(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_ft.diagnostics.feature_distortion.logger.warning", said.append)
+    module = sys.modules[FeatureDistortionCallback.__module__]  # the package has a function of its name
+    monkeypatch.setattr(module.logger, "warning", said.append)
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole = FeatureDistortionCallback({"id": loader(tiny_resnet())})
     trained(tmp_path, whole, **saving).train()
