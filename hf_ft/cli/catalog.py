@@ -60,7 +60,7 @@ def entries() -> dict[str, Entry]:
     """Our strategies from the file written by docs/tools/tables.py, and any others registered in this process."""
     content: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
     found = {values["name"]: Entry(**values) for values in content}
-    if "hf_ft.core.config" in sys.modules:  # the import takes seconds; without it, nothing else can be registered
+    if "hf_ft.core.config" in sys.modules:  # the import takes seconds; before it, nothing else can be registered
         live = importlib.import_module("hf_ft.cli.entries").entries()
         found |= {name: entry for name, entry in live.items() if name not in found}
     return found

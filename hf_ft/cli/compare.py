@@ -81,7 +81,7 @@ def run_compare(arguments: list[str]) -> None:
             image_size=data_flags.image_size,
             revision=data_flags.revision,
             class_weights=None if flags.class_weights == "none" else flags.class_weights,
-            untuned=[name for name in values if "." in name],  # a user's options are not tuned, even if at default
+            untuned=[name for name in values if "." in name],  # options set by the user stay fixed, even at default
             tell=say,
             **given,
         )

@@ -27,7 +27,7 @@ def _list_flag(help: str) -> Any:
 
 @dataclass
 class DataFlags:
-    """Model and data. HfArgumentParser makes the flags of it."""
+    """Flags of model and data, for HfArgumentParser."""
 
     model: str | None = _flag(
         f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}; several: "

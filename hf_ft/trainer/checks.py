@@ -161,7 +161,7 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
     """The weight of each class, (C,).
 
     Raises:
-        OptionError: if the number of weights differs from the number of classes, or with a custom loss.
+        OptionError: if the number of weights differs from the number of classes, or with another loss.
     """
     if wanted is None:
         return None

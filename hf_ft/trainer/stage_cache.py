@@ -25,7 +25,7 @@ from hf_ft.engine.objective import Objective
 from hf_ft.trainer.protocols import ForCache
 
 logger = logging.get_logger(__name__)
-CHECKED = 8  # number of rows read twice to detect random inputs
+CHECKED = 8  # number of rows read several times to detect random inputs
 
 
 class StageCache:
