@@ -1,4 +1,4 @@
-"""The command ``hf-ft``. Each command is one module with ``run(arguments)``, imported when it is called."""
+"""The command ``hf-ft``. Each subcommand is a module whose run function is imported on demand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ usage: hf-ft COMMAND [flags]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for what the user can mend."""
+    """Run one command; returns the exit code: 0, or 2 for errors that the user can fix."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback_wanted = "--traceback" in arguments or os.environ.get("HF_FT_TRACEBACK", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted", error=True)
         return 130
-    # What a user can mend is one of these everywhere in hf_ft; anything else is a bug and keeps its traceback.
+    # All errors of hf_ft that the user can fix have these types; anything else is a bug and keeps its traceback.
     except (Error, ImportError, OSError) as error:
         if traceback_wanted:
             traceback.print_exc()
@@ -68,6 +68,6 @@ def _call(command: str, arguments: list[str]) -> None:
 
 
 def _message(command: str, error: Exception) -> str:
-    # Every process reports: what went wrong on one of them only would be lost otherwise.
+    # Every process reports its errors; otherwise an error on a single process would be lost.
     where = "" if is_main() else f" [process {rank()}]"
     return f"hf-ft {command}{where}: error: {one_line(error)}"

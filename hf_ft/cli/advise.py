@@ -1,4 +1,4 @@
-"""``hf-ft advise``: a few cheap figures of model and data, and which strategies to try first."""
+"""``hf-ft advise``: cheap statistics of model and data, and the strategies to try first."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hf_ft.zoo.datasets import DATA_NOTICES
 
 DEFAULT_FOLDER = "runs/advice"
 FILE = "advice.json"
-TOLD = 3  # of how many strategies the next command is printed
+TOLD = 3  # number of strategies for which the next command is printed
 HELP = """hf-ft advise: which strategies to try first, before anything is trained.
 
 usage: hf-ft advise --model MODEL --dataset DATA [flags]
@@ -60,7 +60,7 @@ rule with its source: docs/advise.md."""
 
 
 def run_advise(arguments: list[str]) -> None:
-    """Measure, print the figures and the order, and write both."""
+    """Measure, then print and save the statistics and the order."""
     own = _own_flags()
     if not arguments or {"-h", "--help"} & set(arguments):
         say(_help(own))
@@ -110,10 +110,10 @@ def _one_line(flag: Any) -> str:
 
 
 def _check(request: Request) -> None:
-    """Refuse what needs neither model nor data to be seen wrong.
+    """Reject flags that are invalid regardless of model and data.
 
     Raises:
-        OptionError: what ``hf-ft train`` refuses, but for a folder in use; or a flag that says what is not done here.
+        OptionError: as in ``hf-ft train``, except for a folder in use; or for a flag that does not apply here.
     """
     if request.method.strategy:
         raise OptionError("advise orders all strategies: leave --strategy out.")
@@ -123,7 +123,7 @@ def _check(request: Request) -> None:
 
 
 def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
-    """Load model and data as ``hf-ft train`` does, and look at them."""
+    """Load model and data as in ``hf-ft train``, and measure them."""
     flags = request.data
     with args.main_process_first(desc="reading the data"):
         splits = read_splits(flags)
@@ -152,18 +152,18 @@ def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
 
 
 def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
-    """Model and processor, with the pretrained head where one can be kept."""
+    """Model and processor, with the pretrained head if it can be kept."""
     head = shared_option(request.configs, "head")
     flags = request.data
     where = (str(flags.model), columns, seed, flags.image_size, flags.revision)
     try:
         return load_classifier(*where, keep_source_head=True, head=head)
-    except OptionError:  # a head of several modules, say: none is kept
+    except OptionError:  # e.g. a head of several modules, which cannot be kept
         return load_classifier(*where, head=head)
 
 
 def _report(found: Advice, request: Request, others: Sequence[str], folder: Path) -> str:
-    """The figures, the order and what to do next, as text."""
+    """The statistics, the order and the next steps as text."""
     s = found.signals
     lines = [f"{request.data.model} on {request.data.dataset}, training samples only\n"]
     if request.data.dataset in DATA_NOTICES:
@@ -180,7 +180,7 @@ def _report(found: Advice, request: Request, others: Sequence[str], folder: Path
 
 
 def order_rows(found: Advice) -> list[tuple[str, str, str, str]]:
-    """A row for each reason: place, strategy and points stand in a strategy's first one."""
+    """One row per reason; only the first row of a strategy shows rank, name and points."""
     rows = []
     for place, one in enumerate(found.recommendations, 1):
         score = (f"{one.score:+g}" if one.score else "0") if one.usable else "-"
@@ -195,7 +195,7 @@ def _reason(reason: Reason) -> str:
 
 
 def _next(found: Advice, flags: DataFlags, others: Sequence[str]) -> list[str]:
-    """The commands that train the first strategies on the same data, and the one that compares all in this order."""
+    """Commands that train the top strategies on the same data, and one that compares all strategies in this order."""
     same = [(f.name, getattr(flags, f.name)) for f in fields(DataFlags)]
     usual = {f.name: f.default for f in fields(DataFlags)}
     data = {name: str(value) for name, value in same if value not in (None, usual[name])}
@@ -213,7 +213,7 @@ def _next(found: Advice, flags: DataFlags, others: Sequence[str]) -> list[str]:
 
 
 def _source_free(name: str, flags: DataFlags) -> list[str]:
-    """The flags of a strategy's source-free form, where there are no source data."""
+    """The flags of a strategy's source-free form, if there are no source data."""
     usual, chosen = config_at_hand(name, True), config_at_hand(name, flags.source_dataset is not None)
     if usual is None or chosen is None:
         return []

@@ -1,4 +1,4 @@
-"""``hf-ft blocks``: a model as the strategies see it."""
+"""``hf-ft blocks``: the structure of a model as the strategies see it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ example:
 
 
 def run_blocks(arguments: list[str]) -> None:
-    """Print the parts of a model, its stages, and its normalisation layers; or its candidates for adaptation."""
+    """Print the parts, stages and normalisation layers of a model, or its candidates for adaptation."""
     flags = _parser().parse_args(arguments)
     if flags.length is not None and flags.scheme != "window":
         raise OptionError("--length is the number of layers of a window: add --scheme window.")
     schemes = _blockwise().schemes
-    if flags.scheme is not None and flags.scheme not in schemes:  # before weights are read
+    if flags.scheme is not None and flags.scheme not in schemes:  # check before loading weights
         raise OptionError(f"--scheme {flags.scheme} is unknown. There are: {', '.join(schemes)}.")
     model = skeleton(flags.model)
     if flags.scheme is None:
@@ -64,19 +64,19 @@ def _parser() -> Parser:
 
 
 def candidate_report(model: nn.Module, flags: argparse.Namespace) -> str:
-    """The text that `hf-ft blocks --scheme` prints."""
+    """The output of `hf-ft blocks --scheme`."""
     length = 3 if flags.length is None else flags.length
     found, facts = _blockwise().describe(model, flags.scheme, length=length, head=flags.head, blocks=flags.blocks)
     return "\n".join([found.caption, "", table(found.rows, found.headers), "", table(facts.rows)])
 
 
 def _blockwise() -> Any:
-    """Block-wise fine-tuning, whose candidates these are."""
+    """The block-wise strategy, which defines the candidates."""
     return config_class("blockwise")
 
 
 def report(model: nn.Module, found: Anatomy) -> str:
-    """The text that `hf-ft blocks` prints."""
+    """The output of `hf-ft blocks`."""
     total = sum(parameter.numel() for parameter in model.parameters())
     kind = getattr(getattr(model, "config", None), "model_type", "?")
     rows = [

@@ -1,4 +1,4 @@
-"""``hf-ft list`` and ``hf-ft describe``: the strategies as text, without importing what they need to run."""
+"""``hf-ft list`` and ``hf-ft describe``: the strategies as text, without heavy imports."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SOURCES = "Sources of defaults: code = read in the authors' code, paper = stated
 
 @dataclass(frozen=True)
 class Entry:
-    """What is shown of a strategy; all values are text.
+    """The description of a strategy; all values are text.
 
     Attributes:
-        options: of each its ``name``, ``default``, ``source``, ``type``, ``range`` (may be empty) and ``help``.
-        recommended: of each training argument its ``name``, ``value`` and ``source``.
+        options: for each option ``name``, ``default``, ``source``, ``type``, ``range`` (may be empty) and ``help``.
+        recommended: for each training argument ``name``, ``value`` and ``source``.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Entry:
 
 
 def run_list(arguments: list[str]) -> None:
-    """Print all strategies: name, what it does, where from."""
+    """Print all strategies with name, paper and description."""
     parser = Parser(prog="hf-ft list", description="List all strategies: name, what each does, and its paper.")
     parser.parse_args(arguments)
-    # What it does is the long column: it goes last, where it is wrapped.
+    # The description is the longest column: it comes last and is wrapped.
     rows = [(entry.name, entry.short_paper, entry.summary) for entry in entries().values()]
     say(table(rows, ("strategy", "paper", "what it does")))
     say("\n`hf-ft describe NAME` shows a strategy's formula and options; `hf-ft train --strategy NAME` uses it.")
@@ -47,7 +47,7 @@ def run_list(arguments: list[str]) -> None:
 
 
 def run_describe(arguments: list[str]) -> None:
-    """Print all there is to know about one strategy."""
+    """Print the full description of one strategy."""
     parser = Parser(prog="hf-ft describe", description="Show a strategy's paper, formula, options and defaults.")
     parser.add_argument("name", help="a name from `hf-ft list`")
     name, known = parser.parse_args(arguments).name, entries()
@@ -57,17 +57,17 @@ def run_describe(arguments: list[str]) -> None:
 
 
 def entries() -> dict[str, Entry]:
-    """Our strategies from the file that docs/tools/tables.py writes, and any other that this process has registered."""
+    """Our strategies from the file written by docs/tools/tables.py, and any others registered in this process."""
     content: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
     found = {values["name"]: Entry(**values) for values in content}
-    if "hf_ft.core.config" in sys.modules:  # importing it takes seconds, and until then nobody can have registered
+    if "hf_ft.core.config" in sys.modules:  # the import takes seconds; before it, nothing else can be registered
         live = importlib.import_module("hf_ft.cli.entries").entries()
         found |= {name: entry for name, entry in live.items() if name not in found}
     return found
 
 
 def describe(entry: Entry) -> str:
-    """A strategy as a page of text; its own options come first, those of all strategies after."""
+    """A strategy as a page of text: its own options first, then the common ones."""
     head = [("class", entry.cls)]
     head += [("paper", entry.paper)] if entry.paper else []
     head += [("formula", entry.formula)] if entry.formula else []

@@ -1,4 +1,4 @@
-"""``hf-ft compare``: which strategy for my data, told by equal tuning budgets and one report."""
+"""``hf-ft compare``: compare strategies with equal tuning budgets and write a report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEFAULT_FOLDER = "runs/compare"
 
 @dataclass
 class CompareFlags:
-    """What takes part, and on which data."""
+    """Flags that select the strategies and the data."""
 
     strategies: str = setting("all", "names from `hf-ft list` joined by commas; a+b composes two; all")
     labelled: int | None = setting(None, "use so many labelled samples, those for validation included (default: all)")
@@ -53,7 +53,7 @@ KINDS = (DataFlags, CompareFlags, Settings, TrainingArguments)
 
 
 def run_compare(arguments: list[str]) -> None:
-    """Compare, print the ranking, and say how to load the winner."""
+    """Run the comparison, print the ranking, and show how to load the winner."""
     if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
         say(compare_help(CompareFlags, everything="--help-all" in arguments))
         return
@@ -81,7 +81,7 @@ def run_compare(arguments: list[str]) -> None:
             image_size=data_flags.image_size,
             revision=data_flags.revision,
             class_weights=None if flags.class_weights == "none" else flags.class_weights,
-            untuned=[name for name in values if "." in name],  # what a user sets is not tuned, be it the default
+            untuned=[name for name in values if "." in name],  # options set by the user stay fixed, even at default
             tell=say,
             **given,
         )
@@ -90,7 +90,7 @@ def run_compare(arguments: list[str]) -> None:
     if is_main():
         say(prepared.estimate() + "\n")
     prepared.runner.run()
-    if is_main():  # all workers have the same results
+    if is_main():  # results are identical on all workers
         results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
         show(results, folder)
         if not results.winner and settings.hours is None:
@@ -108,7 +108,7 @@ def _advised(prepared: Any) -> Any:
 
 
 def _chosen(names: str, values: Mapping[str, Any]) -> dict[str, tuple[FTConfig, ...]]:
-    """The strategies that were named, with the options that were set."""
+    """The selected strategies with their options."""
     wanted = list(strategies()) if names == "all" else [name.strip() for name in names.split(",")]
     twice = sorted({name for name in wanted if wanted.count(name) > 1})
     if twice:
@@ -128,7 +128,7 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
 
 
 def read_data(flags: DataFlags, more: CompareFlags) -> Data:
-    """Read the splits, make those that are missing, and open every image once."""
+    """Read the splits, create missing ones, and check that all images can be opened."""
     splits = read_splits(flags, test_fraction=more.test_fraction, labelled=more.labelled)
     columns = find_columns(splits, flags.image_column, flags.text_column, flags.label_column)
     notes = []
@@ -180,7 +180,7 @@ def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -
 
 
 def show(results: Results, folder: Path) -> None:
-    """Print the ranking, and say where everything is."""
+    """Print the ranking and the locations of all files."""
     rows = []
     for standing in standings(results):
         contender = standing.contender

@@ -1,4 +1,4 @@
-"""The help of ``hf-ft compare``, from the same declarations that make its flags."""
+"""The help of ``hf-ft compare``, generated from the declarations of its flags."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ An option that you set (--NAME.option) is not tuned. What is fair and what is no
 
 
 def compare_help(own: type, everything: bool) -> str:
-    """The text; ``everything`` adds every flag of TrainingArguments.
+    """The help text; ``everything`` adds all flags of TrainingArguments.
 
     Args:
         own: the dataclass of the command's own flags.

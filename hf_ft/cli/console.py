@@ -1,4 +1,4 @@
-"""What the commands share: one voice among several processes, notes, and plain tables."""
+"""Console output shared by the commands: printing from the main process, notes and plain tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_ft.errors import Error, OptionError
 
 
 def rank() -> int:
-    """The number of this process under a launcher such as ``accelerate launch`` or torchrun."""
+    """The rank of this process under a launcher such as ``accelerate launch`` or torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -26,13 +26,13 @@ def is_main() -> bool:
 
 
 def say(text: str = "", error: bool = False) -> None:
-    """Print on the main process."""
+    """Print on the main process only."""
     if is_main():
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are raised, so that all errors end in the same way."""
+    """An argument parser that raises its errors, so that all errors are handled alike."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_flags(text: str, arguments: Iterable[str]) -> str:
-    """A message with its Python arguments as flags: each where it stands last, which is where the fix is told."""
+    """Convert the Python arguments in a message to flags; only the last occurrence of each, which states the fix."""
     for name in arguments:
         places = list(re.finditer(rf"(?<![\w-]){name}(?:='(\w+)')?(?!\w)", text))
         if places:
@@ -53,7 +53,7 @@ def with_flags(text: str, arguments: Iterable[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong; an error from outside of hf_ft says where from, since its text alone may not be enough."""
+    """The error message in one line; errors from outside hf_ft include their location for context."""
     text = " ".join(str(error).split()) or type(error).__name__
     frames = list(traceback.walk_tb(error.__traceback__))
     origin = frames[-1][0].f_globals.get("__name__", "") if frames else "hf_ft"
@@ -64,10 +64,10 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What a library refuses of the user's arguments with a bare ``ValueError`` is the user's to mend, too.
+    """Convert a bare ``ValueError`` of a library about the user's arguments to an OptionError.
 
     Raises:
-        OptionError: in place of it.
+        OptionError: in place of the ``ValueError``.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def refusals() -> Iterator[None]:
 
 
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str] = (), indent: str = "") -> str:
-    """Rows as aligned text; the last column is wrapped at the width of the terminal."""
+    """Rows as aligned text; the last column is wrapped at the terminal width."""
     cells = [[str(cell) for cell in row] for row in ([headers] if headers else []) + list(rows)]
     if not cells:
         return ""
@@ -97,7 +97,7 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str] = (), indent:
 
 
 def count(number: int) -> str:
-    """A number of parameters as one says it: 3.5 M, 12.8 k, 640."""
+    """A readable number of parameters: 3.5 M, 12.8 k, 640."""
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.2f}".rstrip("0").rstrip(".") + f" {unit}"

@@ -1,4 +1,4 @@
-"""What ``hf-ft list`` and ``hf-ft describe`` show, from the registered classes."""
+"""The contents of ``hf-ft list`` and ``hf-ft describe``, from the registered classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def as_file(kinds: Mapping[str, type[FTConfig]]) -> str:
 
 
 def entry_of(kind: type[FTConfig]) -> Entry:
-    """What is shown of one strategy."""
+    """The description of one strategy."""
     return Entry(
         name=kind.ft_type,
         summary=(kind.__doc__ or "").strip().splitlines()[0].rstrip("."),

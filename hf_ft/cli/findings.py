@@ -1,4 +1,4 @@
-"""What a strategy found in the data, on the command line and as files."""
+"""Shows the findings of a strategy's measurement on the command line and saves them to files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_ft.core.findings import Findings, Text
 
 
 def show_findings(found: Findings, folder: Path) -> None:
-    """Print what was found, and write its files and, with matplotlib, its plots."""
+    """Print the findings, save their files and, if matplotlib is installed, their plots."""
     for part in found.short:
         if isinstance(part, Text):
             say(f"\n{part.text}")

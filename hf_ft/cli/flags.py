@@ -1,4 +1,4 @@
-"""Flags of the commands, as data classes."""
+"""Flags of the commands, as dataclasses."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 
-# Flags that name several source models in place of one, by strategy.
+# Flags that give several source models instead of one, by strategy.
 SOURCES_FLAGS = {n: f"--{n}.{kind.sources_option}" for n, kind in strategies().items() if kind.sources_option}
-# Opening them all takes as long as reading them in one epoch. With more, whoever wants that first can say so.
+# Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
 
 
@@ -27,7 +27,7 @@ def _list_flag(help: str) -> Any:
 
 @dataclass
 class DataFlags:
-    """Model and data. HfArgumentParser makes the flags of it."""
+    """Flags of model and data, for HfArgumentParser."""
 
     model: str | None = _flag(
         f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}; several: "
@@ -80,7 +80,7 @@ class MethodFlags:
     overwrite: bool = _flag("go on though output_dir is not empty; checkpoints in it are deleted", False)
 
 
-# Where TrainingArguments' own defaults make no sense for some hundreds of images.
+# Used where the defaults of TrainingArguments do not suit a few hundred images.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/train",
     "num_train_epochs": 16,

@@ -1,4 +1,4 @@
-"""The help of ``hf-ft train``, from the same declarations that make its flags."""
+"""The help of ``hf-ft train``, generated from the declarations of its flags."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ the same as a file:
   output_dir: runs/photos
 """
 
-# The training flags that matter most, in our words.
+# The most important training flags, with simpler descriptions.
 _FIRST = {
     "output_dir": "where checkpoints and, at the end, the best model go",
     "num_train_epochs": "passes over the training data, all stages of a strategy together",
@@ -51,7 +51,7 @@ error came from."""
 
 
 def train_help(everything: bool) -> str:
-    """The text; ``everything`` adds every flag of TrainingArguments."""
+    """The help text; ``everything`` adds all flags of TrainingArguments."""
     names = ", ".join(strategies())
     sections = [
         _HEAD,
@@ -83,6 +83,6 @@ def _flags(flags: Any) -> str:
 def _help(flag: Field) -> str:
     text = _FIRST.get(flag.name) or " ".join(str(flag.metadata.get("help", "")).split())
     default = DEFAULTS.get(flag.name, flag.default)
-    default = getattr(default, "value", default)  # of an enumeration
+    default = getattr(default, "value", default)  # for enumerations
     silent = default in (None, MISSING, "") or (flag.name == "learning_rate")
     return text if silent or "default" in text else f"{text} (default: {default})"

@@ -1,4 +1,4 @@
-"""Log messages of the commands: notes of hf_ft in one voice, the libraries silent on all but the main process."""
+"""Logging of the commands: notes of hf_ft in one format, libraries silenced except on the main process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hf_ft.cli.console import is_main, say
 
 
 class _Notes(logging.Handler):
-    """Warnings of hf_ft as a line each; stderr is looked up anew, since a progress bar may stand in for it."""
+    """Prints warnings of hf_ft, one per line; stderr is looked up each time, since a progress bar may replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(f"note: {record.getMessage()}", error=True)
 
 
 def quieten() -> None:
-    """Show notes of hf_ft in one voice, and keep the libraries on the other processes silent."""
+    """Print notes of hf_ft in one format, and silence the libraries on all but the main process."""
     logger = logging.getLogger("hf_ft")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes(logging.WARNING))

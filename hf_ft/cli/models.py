@@ -1,4 +1,4 @@
-"""Models by name, for the commands: what a name stands for, whether it fits the data, how its result is loaded."""
+"""Models by name, for the commands: resolve a name, check that it fits the data, and show how to load the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_config(name: str) -> Any:
     """The config of a Hub id or a folder.
 
     Raises:
-        OptionError: there is none, or it is of no model that Transformers knows.
+        OptionError: if there is no config, or Transformers does not know its model type.
     """
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -39,7 +39,7 @@ def read_config(name: str) -> Any:
 
 
 def skeleton(name: str) -> nn.Module:
-    """A classifier to look at. Of a Hub id or a folder, only the config is read: no weights, no memory."""
+    """A classifier for inspection. For a Hub id or a folder only the config is read: no weights, no memory."""
     if name in SHORT_NAMES:
         return load_model(name)[0]
     config = read_config(name)
@@ -60,10 +60,10 @@ def load_classifier(
     keep_source_head: bool = False,
     head: str | None = None,
 ) -> tuple[Any, Any]:
-    """The model with a head for these classes, and its image processor or tokenizer.
+    """The model with a new head for these classes, and its image processor or tokenizer.
 
     Raises:
-        OptionError: the model cannot be read, or is for another kind of data.
+        OptionError: if the model cannot be read, or is for another kind of data.
     """
     if name in SHORT_NAMES:
         fits, kind = SHORT_NAMES[name].task == columns.task, "a short name"
@@ -88,7 +88,7 @@ def load_classifier(
 def load_ensemble(
     names: Sequence[str], columns: Columns, seed: int, image_size: int | None = None, revision: str | None = None
 ) -> tuple[Any, Any]:
-    """As :func:`load_classifier`, a member from each of several source models."""
+    """Like :func:`load_classifier`, with one member from each of several source models."""
     labels: dict[str, Any] = {"id2label": columns.id2label} if columns.names else {"num_labels": 1}
     model, processor = load_sources(
         names, **labels, image_size=image_size, seed=seed, task=columns.task, revision=revision
@@ -98,9 +98,9 @@ def load_ensemble(
 
 
 def usage(folder: str | Path, task: str, example: str | Path | None = None, processor: Any = None) -> str:
-    """How to use a checkpoint with Transformers alone; ``processor`` only where it is one of several parts."""
+    """How to use a checkpoint with Transformers alone; pass ``processor`` only if it has several parts."""
     given = example or ("photo.png" if task == "image" else "some text")
-    several = isinstance(processor, CollaborativeTokenizer)  # which AutoTokenizer cannot know
+    several = isinstance(processor, CollaborativeTokenizer)  # not supported by AutoTokenizer
     tokenizer = f', tokenizer=hf_ft.CollaborativeTokenizer.from_pretrained("{folder}")' if several else ""
     return (
         "  from transformers import pipeline\n\n"
@@ -110,12 +110,12 @@ def usage(folder: str | Path, task: str, example: str | Path | None = None, proc
 
 
 def ensemble_usage(folder: str | Path, task: str, processor: Any) -> str:
-    """How to use an ensemble: Transformers learns what it is when hf_ft is imported."""
+    """How to use an ensemble: importing hf_ft registers it with Transformers."""
     return f"  import hf_ft\n{usage(folder, task, processor=processor)}"
 
 
 def adapter_usage(folder: str | Path) -> str:
-    """How to put an adapter on its base model with PEFT alone."""
+    """How to load an adapter onto its base model with PEFT alone."""
     return (
         "  from peft import PeftModel\n\n"
         "  # base: the pretrained model with a head of as many classes\n"

@@ -1,4 +1,4 @@
-"""From flags to model, data and processor."""
+"""Builds model, data and processor from the flags."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hf_ft.trainer.trainer import FTTrainer
 
 @dataclass(frozen=True)
 class Made:
-    """What a request became: a trainer, the prepared splits, and how the data were read."""
+    """The objects built for a request: the trainer, the prepared splits, and the columns of the data."""
 
     trainer: FTTrainer
     splits: DatasetDict
@@ -36,7 +36,7 @@ class Made:
 
 
 def make(request: Request) -> Made:
-    """Load model and data, and make the trainer."""
+    """Load model and data, and create the trainer."""
     quieten()
     with refusals():
         args = TrainingArguments(**request.training_arguments())
@@ -90,7 +90,7 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
 
 
 def read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
-    """The splits that the flags name; ``more`` goes to :func:`~hf_ft.data.load_splits`."""
+    """The splits given by the flags; ``more`` is passed to :func:`~hf_ft.data.load_splits`."""
     return load_splits(
         str(flags.dataset),
         config_name=flags.config_name,
@@ -106,10 +106,10 @@ def read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
 
 
 def readable_images(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> DatasetDict:
-    """The splits without unreadable images, as far as these are looked for.
+    """The splits without unreadable images, if images are checked at all.
 
     Raises:
-        OptionError: there are such, and they are not to be skipped.
+        OptionError: if there are unreadable images that may not be skipped.
     """
     if on_corrupt is None and sum(map(len, splits.values())) > CHECKED_UNASKED:
         return splits
@@ -117,10 +117,10 @@ def readable_images(splits: DatasetDict, columns: Columns, on_corrupt: str | Non
 
 
 def _source(flags: DataFlags, processor: Any, target: Columns, augment: str, length: int | None) -> Any:
-    """The source data, processed as the target's.
+    """The source data, processed like the target data.
 
     Raises:
-        OptionError: they are of another kind than the target's.
+        OptionError: if they are of another kind than the target data.
     """
     if flags.source_dataset is None:
         return None
@@ -142,9 +142,9 @@ def token_length(flags: DataFlags, model: Any, processor: Any) -> int | None:
 
 
 def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None:
-    """Set what depends on the data: which score is the best model's, and who drops columns."""
+    """Set what depends on the data: the metric of the best model, and whether columns are dropped."""
     if columns.task == "image":
-        args.remove_unused_columns = False  # images are opened when they are asked for
+        args.remove_unused_columns = False  # images are opened on access
     if not torch.accelerator.is_available() and "dataloader_pin_memory" not in request.given:
         args.dataloader_pin_memory = False
     if not args.load_best_model_at_end or "metric_for_best_model" in request.given:

@@ -1,4 +1,4 @@
-"""What ``hf-ft train`` is asked to do: flags and a YAML file become one set of values, then configs and arguments."""
+"""Parses a request to ``hf-ft train``: flags and a YAML file are merged, then converted to configs and arguments."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hf_ft.errors import OptionError
 
 @dataclass(frozen=True)
 class Request:
-    """One run of ``hf-ft train``, read and checked as far as that goes without model and data.
+    """A request to ``hf-ft train``, parsed and checked as far as possible without model and data.
 
     Attributes:
         configs: the strategies.
-        given: the training arguments that the user set.
-        recommended: those of the strategies, as far as the user did not set them.
+        given: training arguments set by the user.
+        recommended: recommended arguments of the strategies that the user did not set.
     """
 
     data: DataFlags
@@ -42,21 +42,21 @@ class Request:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The source models that a strategy names, in place of ``--model``."""
+        """The source models given by a strategy, used instead of ``--model``."""
         return sources_of(self.configs)
 
     @property
     def resume(self) -> str | bool | None:
-        """A checkpoint's folder, True for the newest one, or None."""
+        """The folder of a checkpoint, True for the latest one, or None."""
         wanted = str(self.given.get("resume_from_checkpoint") or "")
         return {"": None, "false": None, "none": None, "true": True}.get(wanted.lower(), wanted)
 
     def training_arguments(self) -> dict[str, Any]:
-        """What the user set, else what the strategies recommend, else the defaults of this command."""
+        """In order of precedence: the user's values, the strategies' recommendations, the defaults of this command."""
         values = DEFAULTS | {name: wanted.value for name, wanted in self.recommended.items()} | dict(self.given)
         evaluates, chosen = str(values["eval_strategy"]), set(self.given)
         if "save_strategy" not in chosen and evaluates != "no":
-            values["save_strategy"] = evaluates  # best-model loading wants both alike
+            values["save_strategy"] = evaluates  # loading the best model requires both to be equal
             if "save_steps" not in chosen and "eval_steps" in chosen:
                 values["save_steps"] = values["eval_steps"]
         if "load_best_model_at_end" not in chosen:
@@ -74,7 +74,7 @@ TRAIN: Kinds = (DataFlags, MethodFlags, TrainingArguments)
 
 
 def make_parser(kinds: Kinds = TRAIN) -> argparse.ArgumentParser:
-    """All flags, each None where it is not given, so that what the user set can be told from defaults."""
+    """A parser for all flags; flags that are not given are None, to distinguish them from defaults."""
     parser = _Parser(list[Any](kinds), add_help=False, allow_abbrev=False)
     for name in _strategy_flags():
         parser.add_argument(f"--{name}")
@@ -92,10 +92,10 @@ def _strategy_flags() -> list[str]:
 
 
 def read(argv: Sequence[str]) -> Request:
-    """Read what ``hf-ft train`` is asked to do.
+    """Parse a request to ``hf-ft train``.
 
     Raises:
-        OptionError: an unknown flag, key, strategy or option, or a value that cannot be; the message names it.
+        OptionError: naming the unknown flag, key, strategy or option, or the invalid value.
     """
     values = read_values(argv)
     method = MethodFlags(**taken(values, MethodFlags))
@@ -103,15 +103,15 @@ def read(argv: Sequence[str]) -> Request:
     given = taken(values, TrainingArguments)
     recommended = {k: v for k, v in recommended_arguments(configs).items() if k not in given}
     if "optim" in given:
-        recommended.pop("optim_args", None)  # those of the recommended optimizer
+        recommended.pop("optim_args", None)  # these belong to the recommended optimizer
     return Request(DataFlags(**taken(values, DataFlags)), method, configs, given, recommended)
 
 
 def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train") -> dict[str, Any]:
-    """Read the command line, and the YAML file it names; flags win over the file. Only what was given is there.
+    """Parse the command line and its YAML file, if any; flags take precedence. Returns only values that were given.
 
     Raises:
-        OptionError: an unknown flag or key, or a value that cannot be; the message names it.
+        OptionError: naming the unknown flag or key, or the invalid value.
     """
     parser = make_parser(kinds)
     values, files = _parse(parser, argv, kinds, command)
@@ -125,14 +125,14 @@ def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train
 
 
 def taken(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Those of the values that are fields of a dataclass."""
+    """The values that are fields of a dataclass."""
     return {f.name: values[f.name] for f in fields(kind) if f.init and f.name in values}
 
 
 def _parse(
     parser: argparse.ArgumentParser, argv: Sequence[str], kinds: Kinds, command: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Values by flag, and what is no flag."""
+    """Values by flag, and the remaining arguments."""
     namespace, rest = parser.parse_known_args(list(argv))
     for word in rest:
         if word.startswith("--"):
@@ -143,10 +143,10 @@ def _parse(
 def _from_yaml(
     parser: argparse.ArgumentParser, file: Path, chosen: list[str] | None, kinds: Kinds, command: str
 ) -> dict[str, Any]:
-    """The values of a YAML file, read as the flags they stand for.
+    """The values of a YAML file, parsed like the corresponding flags.
 
     Args:
-        chosen: strategies of the command line; they replace the file's, and the options of those.
+        chosen: strategies from the command line; they replace those of the file together with their options.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -157,7 +157,7 @@ def _from_yaml(
     if not isinstance(content, dict):
         raise OptionError(f"{file}: keys and values are needed, such as `model: microsoft/resnet-18`")
     words: list[str] = []
-    nothing: dict[str, None] = {}  # YAML's null, which no flag can say
+    nothing: dict[str, None] = {}  # YAML's null, which flags cannot express
     known = {*_plain_flags(kinds), *_strategy_flags()}
     for key, value in _flat(content).items():
         name = key.partition(".")[0]
@@ -176,7 +176,7 @@ def _from_yaml(
 
 
 def _flat(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """Nested options, ``l2_sp: {alpha: 0.1}``, as ``l2_sp.alpha: 0.1``; dashes in keys as in flags."""
+    """Flatten nested options: ``l2_sp: {alpha: 0.1}`` becomes ``l2_sp.alpha: 0.1``; dashes in keys as in flags."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -188,7 +188,7 @@ def _flat(content: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _words(key: str, value: Any) -> list[str]:
-    """A key and its value as they stand on a command line."""
+    """A key and its value as command-line arguments."""
     if isinstance(value, list) and "." in key:
         return [f"--{key}={','.join(map(str, value))}"]
     if isinstance(value, list):
@@ -197,10 +197,10 @@ def _words(key: str, value: Any) -> list[str]:
 
 
 def _unknown(key: str, where: str, kinds: Kinds, command: str) -> NoReturn:
-    """Refuse a flag or a key by name."""
+    """Raise an error that names the unknown flag or key."""
     name, dot, option = key.partition(".")
     if dot:
-        own = [o.name for o in options(config_class(name))]  # raises where the strategy is unknown
+        own = [o.name for o in options(config_class(name))]  # raises if the strategy is unknown
         raise OptionError(f"{where}{key}: {name} has no option {option!r}, only {', '.join(own)}.")
     guess = get_close_matches(key, [*_plain_flags(kinds), *strategies()], n=1)
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
@@ -211,7 +211,7 @@ def configured(names: Sequence[str], values: Mapping[str, Any]) -> tuple[FTConfi
     """The strategies with their options.
 
     Raises:
-        OptionError: a name that is unknown or given twice, an option of another strategy, or a value that cannot be.
+        OptionError: if a name is unknown or repeated, an option belongs to another strategy, or a value is invalid.
     """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -1,4 +1,4 @@
-"""``hf-ft search-blocks``: which block is worth training, as a table, as JSON and as a plot."""
+"""``hf-ft search-blocks``: find the block worth training; output as table, JSON and plot."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ augmented here (--augment basic changes that), so that what is frozen is compute
 
 
 def run_search_blocks(arguments: list[str]) -> None:
-    """Search, print the scores, and write them."""
+    """Run the search, then print and save the scores."""
     own = [field for field in options(config_class("blockwise")) if field.name != "block"]
     if not arguments or {"-h", "--help"} & set(arguments):
         rows = [(f"--{f.name}", f"{f.metadata['help']} (default: {f.default})") for f in own]
@@ -68,7 +68,7 @@ DEFAULTS = {"output_dir": "runs/blocks", "augment": "none"}
 
 
 def _prefixed(word: str, names: set[str]) -> str:
-    """``--scheme`` as ``--blockwise.scheme``, the name it has in ``hf-ft train``."""
+    """Convert ``--scheme`` to ``--blockwise.scheme``, its name in ``hf-ft train``."""
     flag, equals, value = word.partition("=")
     name = flag[2:].replace("-", "_")
     return f"--blockwise.{name}{equals}{value}" if flag.startswith("--") and name in names else word

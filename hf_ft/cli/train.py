@@ -1,4 +1,4 @@
-"""``hf-ft train``: one fine-tuning run, from files to a plain checkpoint."""
+"""``hf-ft train``: one fine-tuning run from files to a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_ft.zoo.models import SHORT_NAMES
 
 
 def run_train(arguments: list[str]) -> None:
-    """Read what is asked for, train, and say how to load the result."""
+    """Parse the request, train, and show how to load the result."""
     if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
         say(train_help(everything="--help-all" in arguments))
         return
@@ -38,10 +38,10 @@ def run_train(arguments: list[str]) -> None:
 
 
 def check_request(request: Request) -> None:
-    """Refuse what needs neither model nor data to be seen wrong.
+    """Reject requests that are invalid regardless of model and data.
 
     Raises:
-        OptionError: a flag is missing, or the output folder is in use.
+        OptionError: if a flag is missing, or the output folder is in use.
     """
     for name, what in (("model", ", ".join(SHORT_NAMES)), ("dataset", ", ".join(DATASETS))):
         if not getattr(request.data, name) and not (name == "model" and request.sources):
@@ -57,7 +57,7 @@ def check_request(request: Request) -> None:
     folder = request.output_dir
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
-    # A search that was interrupted goes on where it was.
+    # An interrupted search resumes from these files.
     kept = tuple(name for config in strategies().values() for name in config.kept)
     if (
         folder.is_dir()
@@ -98,14 +98,14 @@ def _announce(request: Request, made: Made) -> None:
 
 
 def _shown(config: Any) -> str:
-    """A strategy as one writes it: with the options that are not the defaults."""
+    """A strategy in short form: only options that differ from their defaults."""
     values = {field.name: getattr(config, field.name) for field in options(type(config))}
     changed = [f"{k}={describe_value(v)}" for k, v in values.items() if v != getattr(type(config), k)]
     return config.ft_type + (f"({', '.join(changed)})" if changed else "")
 
 
 def _finish(made: Made) -> None:
-    """Score, save the model, and say how to load it."""
+    """Evaluate and save the model, and show how to load it."""
     trainer, ready, columns = made.trainer, made.splits, made.columns
     metrics = trainer.evaluate()
     if "test" in ready:
@@ -127,7 +127,7 @@ def _finish(made: Made) -> None:
     for findings in found:
         show_findings(findings, Path(folder))
     if any(findings.plots for findings in found):
-        trainer.create_model_card()  # the plots lie beside it now
+        trainer.create_model_card()  # the plots are now in the folder
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Comparing strategies under equal tuning budgets, and the report."""
+"""Comparison of strategies under equal tuning budgets, with a report."""
 
 from hf_ft.comparison.compare import compare
 from hf_ft.comparison.results import Contender, Results, Training

@@ -1,4 +1,4 @@
-"""From what the trainings of a comparison gave to its results."""
+"""Collects the results of a comparison from its finished trainings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hf_ft.comparison.results import Contender, Results, Status, Training
 from hf_ft.comparison.runner import Runner
 from hf_ft.comparison.training import versions
 
-TOLD = 1.2  # times the budget from which on it is told
+TOLD = 1.2  # warn when the budget is exceeded by this factor
 
 
 def collect(runner: Runner, **about: Any) -> Results:
-    """Everything that was found.
+    """Collect the results of a comparison.
 
     Args:
-        runner: after it ran, to the end or as far as the time allowed.
-        about: the fields of :class:`Results` that it does not know: title, command, model, data, labels, advice.
+        runner: after it ran to the end, or as far as the time limit allowed.
+        about: the fields of :class:`Results` unknown to the runner: title, command, model, data, labels, advice.
     """
     ledger, recipe = runner.ledger, runner.recipe
     winner = ledger.winner()
@@ -42,7 +42,7 @@ def collect(runner: Runner, **about: Any) -> Results:
 
 
 def contender(ledger: Ledger, entrant: Entrant) -> Contender:
-    """How far a contender came."""
+    """The results of a contender so far."""
     trials = [ledger.trial(entrant, number) for number in range(ledger.trials_of(entrant))]
     there = [trial.training for trial in trials if trial is not None]
     runs, chosen, first = ledger.runs(entrant), ledger.chosen(entrant), trials[0]
@@ -66,7 +66,7 @@ def contender(ledger: Ledger, entrant: Entrant) -> Contender:
 
 
 def _over(ledger: Ledger, entrant: Entrant, trials: Sequence[Training]) -> list[str]:
-    """Tells a budget that was exceeded: at least one trial is made, and a search cannot be cut to nothing."""
+    """Warn if the budget was exceeded: at least one trial always runs, and a search can only be shortened so far."""
     first = ledger.trial(entrant, 0)
     spent = sum(trial.compute for trial in trials) + (0.0 if first is None else first.measured_compute)
     times = spent / ledger.allowed_seconds if ledger.allowed_seconds else 0.0
@@ -90,7 +90,7 @@ def _status(trials: Sequence[Done | None], runs: Sequence[Training], seeds: int)
 
 
 def machine() -> dict[str, Any]:
-    """What the trainings ran on."""
+    """The hardware and platform of the trainings."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,

@@ -1,4 +1,4 @@
-"""``hf_ft.compare``: from a model, data and names of strategies to results."""
+"""``hf_ft.compare``: compare strategies on a model and a data set."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ def compare(
     tell: Tell = print,
     **arguments: Any,
 ) -> Results:
-    """Compare strategies with the same tuning budget each, and save the winner.
+    """Compare strategies with equal tuning budgets, and save the winner.
 
-    A comparison that was interrupted, or whose time was up, goes on when it is called again with the same
-    ``output_dir``; several processes that call it at the same time share the work.
+    To continue a comparison that was interrupted or ran out of time, call it again with the same ``output_dir``.
+    Several processes that call it at the same time share the work.
 
     Args:
-        model: a Hub id, a folder, a short name; or a function of a seed and of whether to keep the
-            pretrained head, that gives a model with a new head and its processor.
-        data: the splits ``train``, ``validation``, ``test`` and, if you like, ``ood``: test data out of
-            distribution. Or :class:`Data`, which says more.
+        model: a Hub id, a folder or a short name; or a function of a seed and of whether to keep the pretrained head,
+            which returns a model with a new head and its processor.
+        data: the splits ``train``, ``validation``, ``test`` and, optionally, ``ood`` (out-of-distribution test data);
+            or a :class:`Data` for further settings.
         strategies: ``"all"``; names joined by commas, where ``a+b`` composes; or a list of names and configs. Full
-            fine-tuning always takes part. Options that a config sets are not tuned.
-        output_dir: for ``results.json``, ``report.html``, ``report.md`` and ``best``, the winner.
+            fine-tuning always takes part. Options set in a config are not tuned.
+        output_dir: folder of ``results.json``, ``report.html``, ``report.md`` and ``best``, the winner.
         settings: the budget.
         image_size: side of the images, in pixels.
-        revision: of the model on the Hub.
-        class_weights: as :class:`~hf_ft.trainer.FTTrainer` takes them.
-        command: what makes the comparison again, for the report.
-        advised: look at model and data first (:func:`hf_ft.advice.advise`), and take the strategies in the order that
-            follows: under ``settings.hours`` the promising ones come first.
-        tell: told in a line what happens.
+        revision: revision of the model on the Hub.
+        class_weights: as in :class:`~hf_ft.trainer.FTTrainer`.
+        command: the command that reproduces the comparison, for the report.
+        advised: run :func:`hf_ft.advice.advise` first and train the strategies in the recommended order, so that
+            promising ones come first under ``settings.hours``.
+        tell: called with each line of progress.
         arguments: training arguments for all strategies, such as ``num_train_epochs``.
 
     Raises:
-        OptionError: a value that cannot work, or an ``output_dir`` that holds another comparison.
+        OptionError: if a value is invalid, or ``output_dir`` holds another comparison.
     """
     prepared = prepare_comparison(
         model, data, strategies, output_dir=output_dir, settings=settings, image_size=image_size, revision=revision,

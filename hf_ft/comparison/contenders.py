@@ -1,4 +1,4 @@
-"""Who takes part: a strategy with what is tuned of it, and the model and data that it trains with."""
+"""The contenders of a comparison: strategies with their search space, model and data."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from hf_ft.core.search_space import Choice, LogRange, Space, edges, spread
 from hf_ft.errors import AnatomyError, OptionError
 
 RATE, MOMENTUM = "learning_rate", "batch_norm_momentum"
-SEARCH_SHARE = 0.5  # of the tuning budget, for a strategy's own search; the rest is for the rates
+SEARCH_SHARE = 0.5  # share of the tuning budget for a strategy's own search; the rest is for learning rates
 Strategy = str | FTConfig | Sequence[FTConfig | str]
 Strategies = str | Iterable[Strategy] | Mapping[str, Strategy]
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contender before it ran.
+    """A contender before its trainings.
 
     Attributes:
-        refusal: why it cannot run, where that is known beforehand.
+        refusal: why it cannot run, if known in advance.
     """
 
     name: str
@@ -43,24 +43,24 @@ class Entrant:
 
     @property
     def looks(self) -> bool:
-        """Whether its strategies look at the data first."""
+        """Whether its strategies measure the data before training."""
         return any(config.measures() for config in self.configs)
 
     @property
     def keeps_head(self) -> bool:
-        """Whether it needs the pretrained head beside the new one."""
+        """Whether it needs the pretrained head in addition to the new one."""
         return any(config.needs().source_head for config in self.configs)
 
     def settings(self, count: int, first_rate: float, seed: int) -> list[dict[str, Any]]:
-        """What to try: first the defaults at ``first_rate``, then points spread over the space.
+        """The settings of all trials: the defaults at ``first_rate``, then points spread over the space.
 
-        The learning rates are the same for all contenders, as far as they are as many.
+        All contenders try the same learning rates, as far as their numbers of trials allow.
         """
         first = {RATE: first_rate, **{name: self._default(name) for name in self.space if name != RATE}}
         return [first, *spread(self.space, count - 1, seed)]
 
     def with_settings(self, values: Mapping[str, Any]) -> tuple[FTConfig, ...]:
-        """The strategies with tuned options; the learning rate is the trainer's."""
+        """The strategies with their tuned options; the learning rate is passed to the trainer."""
         made = []
         for config in self.configs:
             own = {name.partition(".")[2]: v for name, v in values.items() if name.startswith(f"{config.ft_type}.")}
@@ -68,7 +68,7 @@ class Entrant:
         return tuple(made)
 
     def edges(self, values: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-        """The chosen values on the edge of their range, or of what was tried of it: better ones may lie beyond."""
+        """Chosen values at the edge of their range, or of the values tried: better values may lie beyond."""
         found = list(edges(self.space, values))
         for name, part in self.space.items():
             known = {other[name] for other in tried if other.get(name) is not None}
@@ -78,7 +78,7 @@ class Entrant:
         return tuple(found)
 
     def described_space(self) -> dict[str, str]:
-        """The space for people."""
+        """The search space in readable form."""
         shown = {}
         for name, part in self.space.items():
             lot = isinstance(part, LogRange)
@@ -86,13 +86,13 @@ class Entrant:
         return shown
 
     def key(self, what: str, values: Mapping[str, Any], seed: int) -> str:
-        """A name of one training, that tells it from one of the same contender with other options."""
+        """The key of a training, unique to the contender's options."""
         content = [[config.to_dict() for config in self.configs], self.bench.fingerprint, dict(values), seed]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.name} {what} {digest}"
 
     def file_name(self, values: Mapping[str, Any] | None = None) -> str:
-        """A name for files that tells it from the same contender with other options, or other tuned values."""
+        """A file name that is unique to the contender's options and tuned values."""
         plain = re.sub(r"[^\w+.]+", "_", self.name).lstrip(".")
         return f"{plain}-{self.key('', values or {}, 0).rpartition(' ')[2]}"
 
@@ -106,10 +106,10 @@ def chosen_strategies(wanted: Strategies) -> dict[str, tuple[FTConfig, ...]]:
 
     Args:
         wanted: ``"all"``; names joined by commas (``"lp_ft,lp_ft+l2_sp"``: ``+`` composes); a list of names, configs
-            and lists of these; or a mapping from names of your own to these.
+            and lists of these; or a mapping from custom names to these.
 
     Raises:
-        OptionError: an unknown name, or one that occurs twice.
+        OptionError: if a name is unknown or occurs twice.
     """
     if isinstance(wanted, str):
         wanted = list(strategies()) if wanted == "all" else [name.strip() for name in wanted.split(",")]
@@ -138,16 +138,16 @@ def entrant(
     model: nn.Module,
     untuned: Collection[str] = (),
 ) -> Entrant:
-    """A contender: its own search cut to its share of the budget, its space declared, the common options set.
+    """Build a contender: limit its own search to its share of the budget, set up its space and the common options.
 
-    One that cannot run on the model is told as such, not raised: the others go on.
+    A contender that cannot run on the model gets a refusal instead of raising, so that the others can continue.
 
     Args:
-        optim: the optimizer, which the range of learning rates goes by.
-        metric: what a strategy's own search goes by.
-        epochs: of each training.
-        model: a model like those it trains.
-        untuned: options that stay as they are, as ``strategy.option``; those that are not at their default do anyway.
+        optim: the optimizer; it determines the range of learning rates.
+        metric: the metric of the strategy's own search.
+        epochs: number of epochs of each training.
+        model: a model of the kind to be trained.
+        untuned: options that are not tuned, as ``strategy.option``; options set to non-default values are never tuned.
     """
     made, notes, refusal = [], [], ""
     configs = tuple(configs)
@@ -163,8 +163,8 @@ def entrant(
         except OptionError as error:
             refusal = str(error)
         changed = dataclasses.replace(config, **own)
-        # The look at the data is cut, not left out: what it finds is part of the strategy.
-        # An epoch of several source models costs as many.
+        # Shorten the measurement, but do not skip it: its result is part of the strategy.
+        # With several source models, an epoch costs as much as one epoch for each of them.
         room = SEARCH_SHARE * settings.trials * epochs / max(1, len(config.sources()))
         try:
             changed = changed.within(room, model) if changed.measures() else changed
@@ -180,10 +180,10 @@ def entrant(
 
 
 def _fitting(config: FTConfig, bench: Bench, model: nn.Module, notes: list[str]) -> FTConfig:
-    """The form of a strategy that fits the data and the model; what is not as it was asked for is noted.
+    """The form of a strategy that fits the data and the model; deviations from the requested form are noted.
 
     Raises:
-        OptionError: it has none for this model.
+        OptionError: if no form fits this model.
     """
     name, free = config.ft_type, config.source_free()
     if bench.source is None and free is not None and config.needs().source_data == "required":

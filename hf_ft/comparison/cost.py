@@ -1,4 +1,4 @@
-"""What a training costs: seconds, and seconds of computing, without evaluations and saving."""
+"""The cost of a training: wall-clock and compute seconds, without evaluations and saving."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hf_ft.models.feature_hooks import model_inputs
 
 
 def now(device: str = "cpu") -> tuple[float, float]:
-    """Seconds on the wall, and of computing.
+    """Current wall-clock time and compute time, in seconds.
 
-    Computing is the processor time of this process, on all its cores: other work on the machine changes it little. On
-    another device than the CPU it is the time on the wall, once that has done what it was given.
+    On the CPU, compute time is the processor time of this process over all cores, which other work on the machine
+    hardly affects. On other devices it is wall-clock time after the device has synchronised.
 
     Args:
-        device: kind of device, such as ``cpu`` or ``cuda``.
+        device: type of device, such as ``cpu`` or ``cuda``.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -38,13 +38,13 @@ def now(device: str = "cpu") -> tuple[float, float]:
 
 @dataclass
 class Clock(TrainerCallback):
-    """Runs from its making to the end of training, but for what the Trainer does between epochs.
+    """Measures the time from its creation to the end of training, paused while the Trainer works between epochs.
 
     Attributes:
-        device: kind of device that trains.
-        seconds: on the wall.
-        compute: seconds of computing.
-        paused: seconds on the wall in which it stood.
+        device: type of the training device.
+        seconds: wall-clock seconds.
+        compute: compute seconds.
+        paused: wall-clock seconds while paused.
     """
 
     device: str = "cpu"
@@ -82,13 +82,13 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one sample: forward and backward through all layers, and forward alone."""
+    """Seconds per sample: for forward and backward passes through all layers, and for a forward pass alone."""
 
     training: float
     evaluation: float
 
     def training_seconds(self, bench: Bench, epochs: float) -> float:
-        """Of one full fine-tuning with its evaluations."""
+        """Time of one full fine-tuning including its evaluations."""
         return epochs * (self.training * len(bench.data["train"]) + self.evaluation * len(bench.data["validation"]))
 
     def test_seconds(self, bench: Bench) -> float:
@@ -96,7 +96,7 @@ class Cost:
 
 
 def measure_cost(bench: Bench, batch_size: int, device: str = "cpu") -> Cost:
-    """Time full fine-tuning's passes; the model is one of its own."""
+    """Time the passes of full fine-tuning on a separate model."""
     model: Any = bench.load(0, False).to(device)
     data = bench.data["train"]
     size = min(batch_size, len(data))
@@ -117,7 +117,7 @@ def measure_cost(bench: Bench, batch_size: int, device: str = "cpu") -> Cost:
 
 
 def _seconds(work: Callable[[], Any], device: str) -> float:
-    """The shortest of a few runs, after one that warms up."""
+    """The shortest of several runs, after one warm-up run."""
     taken = []
     for _ in range(REPEATS + 1):
         began = now(device)[0]
@@ -127,14 +127,14 @@ def _seconds(work: Callable[[], Any], device: str) -> float:
 
 
 MB = 2**20
-EVERY = 0.02  # seconds between two looks
+EVERY = 0.02  # seconds between two measurements
 
 
 class PeakMemory:
-    """Measures while it is entered: on a GPU what tensors took at most, else what the process grew by at most.
+    """Context manager that measures peak memory: of tensors on a GPU, otherwise the growth of the process.
 
     Args:
-        device: kind of device that trains, such as ``cpu`` or ``cuda``.
+        device: type of the training device, such as ``cpu`` or ``cuda``.
 
     Attributes:
         mb: the peak, in MB of 2**20 bytes.
@@ -151,7 +151,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
         else:
             gc.collect()
-            with suppress(OSError, AttributeError):  # what earlier work freed, the allocator may still hold
+            with suppress(OSError, AttributeError):  # the allocator may still hold memory freed earlier
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
             self._start = _resident()
             self._thread.start()

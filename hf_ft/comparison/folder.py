@@ -1,4 +1,4 @@
-"""What a comparison keeps on disk while it runs: what strategies measured, and models that may win."""
+"""Files of a running comparison: measurements of strategies and models of potential winners."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCORE, ORIGIN = "score.json", "comparison.json"
 
 @dataclass(frozen=True)
 class Kept:
-    """Files in the output folder, which workers share; what is written appears there whole.
+    """Files in the output folder, shared by all workers; each file is written atomically.
 
     Args:
         folder: the output folder.
@@ -29,27 +29,27 @@ class Kept:
     folder: Path
 
     def work(self, name: str) -> Path:
-        """A folder for one training of this process."""
+        """The working folder of one training in this process."""
         return self.folder / "work" / f"{name}-{os.getpid()}"
 
     def model(self, name: str, seed: int) -> Path:
-        """Where a contender's final run is saved: in a folder of the name that the winner has, which its card tells."""
+        """The folder of a contender's final run, named like the winner's, since model cards show the name."""
         return self.folder / "models" / name / f"seed-{seed}" / self.best.name
 
     @property
     def best(self) -> Path:
-        """Where the winner is."""
+        """The winner's folder."""
         return self.folder / "best"
 
     def states(self, name: str) -> dict[str, State] | None:
-        """What a contender measured; None if it is not there, or damaged."""
+        """The measurements of a contender; None if missing or damaged."""
         try:
             return read_states(self.folder / "states" / name)
         except (CheckpointError, OSError):
             return None
 
     def keep_states(self, name: str, states: Mapping[str, State]) -> None:
-        """Write them, whole or not at all."""
+        """Save the measurements atomically."""
         folder = self.folder / "states" / name
         partial = self.work(f"{name}-states")
         partial.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Kept:
         partial.rmdir()
 
     def keep_best(self, name: str, seed: int, score: float) -> None:
-        """Of a contender's saved models keep the best: of equals that of the lowest seed."""
+        """Keep only the best saved model of a contender; the lowest seed wins ties."""
         own = self.model(name, seed).parent
         with self.locked():
             (own / SCORE).write_text(json.dumps(score), encoding="utf-8")
@@ -73,11 +73,11 @@ class Kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def has_model(self, name: str, seed: int) -> bool:
-        """Whether a final run's model is there: as it was saved, or as the winner of an earlier call."""
+        """Whether the model of a final run exists, in its own folder or as the winner of an earlier call."""
         return self._is_best(name, seed) or (self.model(name, seed).parent / SCORE).is_file()
 
     def crown(self, name: str, seed: int) -> Path:
-        """Make a final run's model the winner: a copy, since who goes on may still choose another."""
+        """Make the model of a final run the winner; it is copied, since a continued comparison may choose another."""
         if not self._is_best(name, seed):
             copy = self.work("crowned")
             shutil.rmtree(copy, ignore_errors=True)
@@ -88,12 +88,12 @@ class Kept:
         return self.best
 
     def clear(self) -> None:
-        """Delete all models but the winner, and what killed processes left: nothing trains any more."""
+        """Delete all models except the winner, and the files of killed processes; no training may be running."""
         for folder in ("models", "work"):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
 
     def locked(self) -> FileLock:
-        """To be entered where files of several workers are compared or replaced."""
+        """A lock for comparing or replacing files of several workers."""
         return FileLock(self.folder / ".lock")
 
     def _is_best(self, name: str, seed: int) -> bool:

@@ -1,4 +1,4 @@
-"""Which trainings of a comparison are done, and what follows from them: budgets, the best trial, the winner."""
+"""The finished trainings of a comparison and what follows from them: budgets, the best trial, the winner."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_ft.comparison.results import Training, training_from_dict
 from hf_ft.comparison.settings import Settings
 from hf_ft.search.trials import Outcome
 
-TUNING_SEED = 0  # final runs have seeds from 1: none of them was tuned on
-DIGITS = 9  # means of floats that are as near are equal
+TUNING_SEED = 0  # seeds of final runs start at 1, so that none of them is used for tuning
+DIGITS = 9  # means that agree to this many digits are equal
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job: a training, and what else was found out in it."""
+    """A finished job: a training and its further results."""
 
     training: Training
     seconds: float
@@ -42,13 +42,13 @@ def done_from(outcome: Outcome) -> Done:
 
 
 class Ledger:
-    """The trainings that are done, and what follows from them. It runs nothing.
+    """The finished trainings and what follows from them; it runs nothing itself.
 
     Args:
-        entrants: full fine-tuning first.
-        settings: budget and fairness.
-        optim: the optimizer, on which the first learning rate depends.
-        greater_is_better: of the metric.
+        entrants: the contenders, full fine-tuning first.
+        settings: budget and shared settings.
+        optim: the optimizer; it determines the first learning rate.
+        greater_is_better: whether higher values of the metric are better.
     """
 
     def __init__(self, entrants: Sequence[Entrant], settings: Settings, optim: str, greater_is_better: bool) -> None:
@@ -58,17 +58,17 @@ class Ledger:
 
     @property
     def allowed_seconds(self) -> float:
-        """The tuning budget of each contender; 0 while it is not known, or if full fine-tuning always failed."""
+        """The tuning budget of each contender; 0 while it is unknown, or if all trials of full fine-tuning failed."""
         trials = (self.trial(self.entrants[0], number) for number in range(self.settings.trials))
         costs = (trial.training.compute for trial in trials if trial is not None and not trial.training.error)
         return self.settings.trials * next(costs, 0.0)
 
     def trials_of(self, entrant: Entrant) -> int:
-        """How many trials fit into the budget: at least the first, by whose cost this goes."""
+        """Number of trials that fit into the budget, at least one; based on the cost of the first trial."""
         first = self.trial(entrant, 0)
         if first is None or first.refused:
             return 1
-        # A first trial that failed may do better elsewhere, and tells no cost.
+        # The cost of a failed first trial is unknown, and other settings may still work.
         if entrant is self.entrants[0] or first.training.error or not self.allowed_seconds:
             return self.settings.trials
         left = self.allowed_seconds - first.measured_compute
@@ -78,8 +78,7 @@ class Ledger:
     def chosen(self, entrant: Entrant) -> int | None:
         """The trial with the best score; None while trials are missing, or if all failed.
 
-        With few validation samples many are equal: of these the one that was better over the later half of its epochs
-        counts, and then the first.
+        Ties, common on small validation sets, are broken by the score over the later half of the epochs, then by order.
         """
         trials = [self.trial(entrant, number) for number in range(self.trials_of(entrant))]
         if any(trial is None for trial in trials):
@@ -89,22 +88,22 @@ class Ledger:
         return -max(ranks)[-1] if ranks else None
 
     def score(self, training: Training) -> float:
-        """The metric, more being better."""
+        """The metric with a sign such that higher is better."""
         value = -math.inf if training.validation is None else training.validation
         return value if self.greater_is_better or training.validation is None else -value
 
     def _late(self, training: Training) -> float:
-        """The mean score over the later half of the epochs, more being better."""
+        """Mean score over the later half of the epochs; higher is better."""
         late = [point["validation"] for point in training.curve[len(training.curve) // 2 :]]
         mean = fmean(late) if late else -math.inf
         return mean if self.greater_is_better else -mean
 
     def trial(self, entrant: Entrant, number: int) -> Done | None:
-        """A trial, if it is done."""
+        """A trial, if it is finished."""
         return self.done.get(self.key(entrant, "trial", number))
 
     def final(self, entrant: Entrant, seed: int) -> Done | None:
-        """A final run, if it is done."""
+        """A final run, if it is finished."""
         return None if self.chosen(entrant) is None else self.done.get(self.key(entrant, "run", seed))
 
     def settings_of(self, entrant: Entrant) -> list[dict[str, Any]]:
@@ -121,14 +120,14 @@ class Ledger:
         return entrant.key(f"{kind} {number}", self.values(entrant, kind, number), seed)
 
     def runs(self, entrant: Entrant) -> list[Training]:
-        """The final runs that are done."""
+        """The finished final runs."""
         found = (self.final(entrant, seed) for seed in range(1, self.settings.seeds + 1))
         return [done.training for done in found if done is not None]
 
     def winner(self) -> tuple[Entrant, Training] | None:
         """The contender with the best mean validation score over its final runs, and its best run by validation.
 
-        Of equals, the one that was better over the later half of its epochs counts, and then the first.
+        Ties are broken by the score over the later half of the epochs, then by order.
         """
         ranks = []
         for place, entrant in enumerate(self.entrants):
@@ -141,7 +140,7 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to train."""
+        """Whether all trainings are finished."""
         wanted = [e for e in self.entrants if self.chosen(e) is not None]
         tried = all(self.trial(e, i) is not None for e in self.entrants for i in range(self.trials_of(e)))
         return tried and all(len(self.runs(e)) == self.settings.seeds for e in wanted)

@@ -1,4 +1,4 @@
-"""Check a comparison's arguments and make what it runs on."""
+"""Check the arguments of a comparison and prepare its model, data and contenders."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Prepared:
     """A comparison that is ready to run.
 
     Attributes:
-        runner: runs it.
-        data: its data.
-        bench: where full fine-tuning trains.
-        model_name: as it was given.
+        runner: runs the trainings.
+        data: the data of the comparison.
+        bench: model and data of full fine-tuning.
+        model_name: the model name as given.
         image_size: side of the images, in pixels.
-        parameters: how many the model has.
+        parameters: number of model parameters.
     """
 
     runner: Runner
@@ -58,7 +58,7 @@ class Prepared:
     parameters: int
 
     def estimate(self) -> str:
-        """How long it will take, told before it starts; empty for a model that gives no loss by itself."""
+        """Estimated duration, shown before the start; empty if the model does not compute a loss."""
         runner = self.runner
         arguments, settings = runner.recipe.arguments, runner.settings
         try:
@@ -74,10 +74,10 @@ class Prepared:
         )
 
     def advised(self) -> Advice:
-        """Look at model and data, and take the strategies in the order that follows, the baseline first.
+        """Give advice on model and data, and reorder the strategies accordingly, the baseline first.
 
         Raises:
-            OptionError: the task has no classes that a probe could tell.
+            OptionError: if the task has no classes for the probe.
         """
         runner, train = self.runner, self.bench.data["train"]
         model = self.bench.load(0, True)
@@ -130,10 +130,10 @@ def prepare_comparison(
     tell: Tell = print,
     **arguments: Any,
 ) -> Prepared:
-    """What :func:`compare` runs, with everything checked that can be told before training.
+    """Prepare a comparison for :func:`compare` and run all checks that need no training.
 
     Args:
-        untuned: options that stay as they are, such as ``l2_sp.alpha``, though they are at their default.
+        untuned: options that are not tuned although they have their default value, such as ``l2_sp.alpha``.
     """
     settings = settings or Settings()
     settings.check()
@@ -161,7 +161,7 @@ def prepare_comparison(
         refusal = ""
         try:
             bench = benches.get(sources_of(configs))
-        except (OSError, ValueError, ImportError) as error:  # a source model that cannot be had
+        except (OSError, ValueError, ImportError) as error:  # a source model that cannot be loaded
             bench, refusal = plain, str(error)
         made = entrant(
             name,
@@ -196,7 +196,7 @@ def prepare_comparison(
 
 
 def batch_size(samples: int, wanted: int) -> int:
-    """The largest size up to what is wanted that leaves no last batch of one sample: BatchNorm cannot train on it."""
+    """The largest size up to ``wanted`` that leaves no last batch of one sample: BatchNorm cannot train on it."""
     return next((size for size in range(wanted, 1, -1) if samples % size != 1), wanted)
 
 
@@ -226,7 +226,7 @@ def _described(data: Data, columns: Columns) -> dict[str, Any]:
 
 
 def _add_to_card(folder: Path, results: Results) -> None:
-    """The comparison in the winner's card, once."""
+    """Add the comparison to the winner's model card, once."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8").partition("\n## Comparison\n")[0].rstrip()
     card.write_text(f"{text}\n\n{card_section(results).strip()}\n", encoding="utf-8")

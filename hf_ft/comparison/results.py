@@ -1,4 +1,4 @@
-"""What a comparison found: every training, as JSON keeps it. Tables and pages are made of this alone."""
+"""The results of a comparison as stored in JSON; tables and pages are generated from them alone."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Status = Literal["finished", "cannot run", "failed", "not reached", "unfinished"
 
 @dataclass(frozen=True)
 class Training:
-    """One training: a trial, or a final run.
+    """One training: a trial or a final run.
 
     Attributes:
-        seed: of the head's start, the order of the data and dropout.
-        params: what was tuned: ``learning_rate``, and the strategy's own options as ``strategy.option``.
-        validation: the comparison's metric on validation, of the best epoch; None if the training failed.
-        best_epoch: which that was; may be a fraction.
-        scores: by split (``validation``, and in final runs ``test`` and ``ood``), every metric by name.
-        curve: after each epoch: ``epoch``, ``loss`` (the mean training loss since the last one), ``validation``.
-        seconds: of training, without evaluations.
-        compute: the same in seconds of computing (:func:`hf_ft.comparison.cost.now`), which the budget counts.
-        evaluation_seconds: of evaluating and saving.
-        passes: samples of the target that went through the training.
-        peak_memory_mb: on a GPU the memory that tensors took at most, else what the process grew by at most.
-        parameters_trained: how many weights any stage trains.
+        seed: seed of the head initialization, data order and dropout.
+        params: tuned values: ``learning_rate``, and the strategy's own options as ``strategy.option``.
+        validation: the comparison's metric on validation at the best epoch; None if the training failed.
+        best_epoch: the best epoch; may be fractional.
+        scores: all metrics by name, by split (``validation``; in final runs also ``test`` and ``ood``).
+        curve: after each epoch: ``epoch``, ``loss`` (mean training loss of the epoch), ``validation``.
+        seconds: wall-clock time of training, without evaluations.
+        compute: the same in compute seconds (:func:`hf_ft.comparison.cost.now`), which count towards the budget.
+        evaluation_seconds: time for evaluating and saving.
+        passes: number of target samples processed in training.
+        peak_memory_mb: on a GPU the peak memory of tensors, otherwise the peak growth of the process.
+        parameters_trained: number of weights trained in any stage.
         checkpoint_mb: size of the saved model; final runs only.
-        predictions: by split, the predicted classes in the order of the split; final runs only.
-        distortion: by split, by block: cosine similarity and relative L2 distance of the features to those before;
-            final runs only, empty where the models' parts differ.
-        warnings: what was said in it.
+        predictions: predicted classes by split, in the order of the split; final runs only.
+        distortion: by split and block: cosine similarity and relative L2 distance to the features before training;
+            final runs only, empty if the models' parts differ.
+        warnings: warnings during the training.
         error: why it failed; empty otherwise.
-        versions: of Python packages.
+        versions: versions of Python packages.
     """
 
     seed: int
@@ -65,24 +65,24 @@ class Training:
 
 @dataclass(frozen=True)
 class Contender:
-    """One strategy's part in the comparison.
+    """The results of one strategy.
 
     Attributes:
-        name: as it was asked for: a strategy, or several joined by ``+``.
-        configs: the strategies with their options, before tuning.
-        status: how far it came.
-        reason: why no further.
-        notes: what a reader must know, such as that it runs without source data.
-        space: what was tuned, for people: ``"1e-05 to 0.3"``, ``"auto, eval"``.
-        measure_seconds: what the strategy's look at the data took (a search, statistics), once for all trainings, in
-            seconds of computing.
-        allowed_seconds: the tuning budget, in the same.
-        trials: in their order; the first has the options' defaults and a usual learning rate (0.01 for SGD).
-        chosen: number of the trial with the best validation score; None if none has one.
-        on_edge: chosen values on the edge of their range, or of what was tried of it.
-        runs: final runs, one a seed.
-        found: what it measured, as its State's info holds it; of several strategies, all of it in one.
-        learned: the same in a sentence.
+        name: as requested: a strategy, or several joined by ``+``.
+        configs: the strategies with their options before tuning.
+        status: how far it got.
+        reason: why it got no further.
+        notes: remarks for the reader, such as that it runs without source data.
+        space: the search space in readable form: ``"1e-05 to 0.3"``, ``"auto, eval"``.
+        measure_seconds: cost of the strategy's measurement (a search, statistics), once for all trainings, in compute
+            seconds.
+        allowed_seconds: the tuning budget, in compute seconds.
+        trials: all trials in order; the first uses default options and a common learning rate (0.01 for SGD).
+        chosen: index of the trial with the best validation score; None if none has a score.
+        on_edge: chosen values at the edge of their range, or of the values tried.
+        runs: final runs, one per seed.
+        found: the measurement, from the ``info`` of its states; merged for several strategies.
+        learned: the same as a sentence.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Contender:
 
     @property
     def tuning_seconds(self) -> float:
-        """What tuning took, in seconds of computing: the look at the data, and all trials."""
+        """Total cost of tuning in compute seconds: the measurement and all trials."""
         return self.measure_seconds + sum(trial.compute for trial in self.trials)
 
     @property
@@ -112,25 +112,25 @@ class Contender:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole comparison.
+    """The results of a comparison.
 
     Attributes:
         title: such as ``mobilenet_v2 on elpv``.
-        command: what makes it again.
-        metric: what tuning and ranking go by.
+        command: the command that reproduces it.
+        metric: the metric of tuning and ranking.
         greater_is_better: False for errors.
         model: ``name``, ``parameters``, ``image_size``.
-        data: ``name``; ``classes`` (names); ``sizes`` and ``class_counts`` by split; ``skipped`` (rows that could not
-            be read, by split); ``notices`` (licences); ``notes`` (which splits were carved).
-        labels: by split, the true classes in the order of the predictions.
+        data: ``name``; ``classes`` (names); ``sizes`` and ``class_counts`` by split; ``skipped`` (unreadable rows by
+            split); ``notices`` (licences); ``notes`` (which splits were carved).
+        labels: true classes by split, in the order of the predictions.
         settings: epochs, batch size, optimizer, budget and so on.
-        versions: of Python packages.
-        machine: where it ran.
-        seconds: in all, over all sittings and workers.
+        versions: versions of Python packages.
+        machine: the hardware used.
+        seconds: total time over all sessions and workers.
         contenders: in the order in which they ran; the first is full fine-tuning, the baseline.
-        advice: what :func:`hf_ft.advice.advise` said, where it was asked.
-        winner: the best contender by mean validation score over the final runs; empty if there is none.
-        winner_seed: which of its runs is saved, the best by validation.
+        advice: the result of :func:`hf_ft.advice.advise`, if requested.
+        winner: the contender with the best mean validation score over the final runs; empty if there is none.
+        winner_seed: the seed of its saved run, the best by validation.
     """
 
     title: str
@@ -157,10 +157,10 @@ class Results:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Results:
-        """What :meth:`to_dict` gave, also after a way through JSON.
+        """Restore results from :meth:`to_dict`, also after a round trip through JSON.
 
         Raises:
-            CheckpointError: it is of another format.
+            CheckpointError: if the format is not supported.
         """
         if content.get("format") != FORMAT:
             raise CheckpointError(f"results of format {content.get('format')!r}, not {FORMAT}: made by another hf_ft?")
@@ -170,17 +170,17 @@ class Results:
         return cls(**values)
 
     def save(self, file: str | Path) -> None:
-        """Write JSON, without spaces: there are thousands of predictions."""
+        """Write compact JSON: there are thousands of predictions."""
         Path(file).write_text(json.dumps(self.to_dict(), separators=(",", ":")) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, file: str | Path) -> Results:
-        """Read what :meth:`save` wrote."""
+        """Read results written by :meth:`save`."""
         return cls.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 def training_from_dict(content: Mapping[str, Any]) -> Training:
-    """A training from its JSON dict."""
+    """Restore a training from its JSON dict."""
     values = dict(content)
     values["curve"] = tuple(content.get("curve", ()))
     values["warnings"] = tuple(content.get("warnings", ()))

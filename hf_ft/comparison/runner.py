@@ -1,10 +1,10 @@
-"""The course of a comparison: equal tuning budgets, then final runs, as jobs that workers share.
+"""Runs a comparison: equal tuning budgets, then final runs, as jobs that workers share.
 
-Each strategy first trains once with its defaults; that also tells what it costs. The budget is the computing that
-``trials`` such trainings of full fine-tuning take, and every strategy gets as many trials as fit into it, what it
-spent on looking at the data taken off. All trials' settings are known beforehand, so that any number of workers,
-interrupted or not, makes the same trainings. The best trial by validation is trained anew with each seed, and only
-these runs look at the test sets.
+Each strategy is first trained once with its defaults, which also measures its cost. The budget is the compute time of
+``trials`` such trainings of full fine-tuning; every strategy gets as many trials as fit into it, after deducting the
+cost of its measurement. The settings of all trials are determined in advance, so the trainings do not depend on the
+number of workers or on interruptions. The best trial by validation is retrained with each seed, and only these runs
+are evaluated on the test sets.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from hf_ft.search.trials import Job, Outcome, Report, run_trials
 
 STORAGE = "compare.db"
 REFUSED = (OptionError, AnatomyError)
-DEATHS = 2  # of processes in one training, after which it counts as failed
+DEATHS = 2  # process deaths within one training before it counts as failed
 DIED = f"its process died {DEATHS} times in it: was there not enough memory?"
 logger = logging.get_logger(__name__)
 Tell = Callable[[str], None]
 
 
 class Runner:
-    """Runs the trainings of a comparison that are not done yet.
+    """Runs the unfinished trainings of a comparison.
 
     Args:
-        entrants: full fine-tuning first.
-        settings: budget and fairness.
-        recipe: how all train.
-        folder: for results, models and states; workers share it.
-        signature: what the scores depend on, beside the contenders.
-        tell: told in a line what happens.
+        entrants: the contenders, full fine-tuning first.
+        settings: budget and shared settings.
+        recipe: training settings of all contenders.
+        folder: folder for results, models and states, shared by all workers.
+        signature: what the scores depend on, in addition to the contenders.
+        tell: called with each line of progress.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Runner:
         self._deadline = math.inf if settings.hours is None else time.monotonic() + 3600 * settings.hours
 
     def run(self) -> None:
-        """Do all trainings that are not done yet, or as many as the time allows."""
-        # Each training collects garbage, and would look at every object of every imported module for that.
+        """Run all unfinished trainings, or as many as the time limit allows."""
+        # Otherwise garbage collection during each training would traverse the objects of all imported modules.
         gc.collect()
         gc.freeze()
         try:
@@ -78,22 +78,22 @@ class Runner:
         ledger, trials = self.ledger, range(1, self.settings.trials)
         waves = [list(ledger.entrants)]
         if self.settings.hours is not None:
-            # One contender after the other, so that what is there when the time is up can be compared. Then the loop
-            # goes on and only reads what is done.
+            # One contender after the other, so that finished contenders can be compared when time runs out. The loop
+            # then continues, but only reads finished results.
             waves = [[entrant] for entrant in ledger.entrants]
         for wave in waves:
             self._perform([(entrant, "trial", 0) for entrant in wave])
-            if not ledger.allowed_seconds:  # the baseline's first trial failed: its others say what a training costs
+            if not ledger.allowed_seconds:  # the baseline's first trial failed: measure the cost with the others
                 self._perform([(ledger.entrants[0], "trial", i) for i in trials])
             self._perform([(e, "trial", i) for e in wave for i in range(1, ledger.trials_of(e))])
             seeds = range(1, self.settings.seeds + 1)
             self._perform([(e, "run", seed) for e in wave if ledger.chosen(e) is not None for seed in seeds])
 
     def _warm_up(self) -> None:
-        """A few steps that count for nothing: a process's first training is slower, and costs are measured."""
+        """Run a few uncounted steps: the first training of a process is slower, which would distort its cost."""
         short = dataclasses.replace(self.recipe, arguments={**self.recipe.arguments, "max_steps": 3})
         first = self.ledger.entrants[0]
-        with suppress(Exception):  # what is wrong is told by the trainings
+        with suppress(Exception):  # errors are reported by the trainings
             train(first, self.ledger.settings_of(first)[0], TUNING_SEED, short, self.kept.work("warm-up"))
 
     # --- jobs ----------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class Runner:
             training = train(entrant, values, seed, self.recipe, work, known, save_to, on_measured)
             if kind == "run":
                 self.kept.keep_best(name, seed, self.ledger.score(training))
-        except Exception as error:  # one training that fails ends neither the others nor the comparison
+        except Exception as error:  # a failed training must not stop the comparison
             logger.info(f"{entrant.name}: {error}", exc_info=True)
             refused = isinstance(error, REFUSED)
             training = self._failed(
@@ -163,7 +163,7 @@ class Runner:
         return Training(seed, self.ledger.values(entrant, kind, number), None, error=error, versions=versions())
 
     def _measured(self, entrant: Entrant) -> Measured | None:
-        """What the contender measured in its first trial, which serves all its trainings; None if it is lost."""
+        """The measurement of the contender's first trial, reused by all its trainings; None if it is lost."""
         states = self.kept.states(entrant.file_name()) if entrant.looks else {}
         return None if states is None else Measured(states, 0.0)
 
@@ -177,7 +177,7 @@ class Runner:
     # --- the winner ----------------------------------------------------------------------------------------
 
     def save_winner(self) -> Path | None:
-        """Put the winner's model into ``best``, made again if it was not kept; None where nothing has won."""
+        """Save the winner's model in ``best``, retraining it if it was not kept; None if there is no winner."""
         found = self.ledger.winner()
         if found is None:
             return None

@@ -1,4 +1,4 @@
-"""What a comparison holds equal for all, and how much tuning each strategy gets."""
+"""Settings shared by all strategies of a comparison, and the tuning budget of each."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.search.storage import MISSING
 
-RANGES = {"sgd": (1e-5, 3e-1), "": (1e-6, 1e-2)}  # of learning rates, by optimizer; the last for Adam and its kin
-FIRST_RATES = {"sgd": 1e-2, "": 3e-4}  # of the first trial
+RANGES = {"sgd": (1e-5, 3e-1), "": (1e-6, 1e-2)}  # of learning rates, by optimizer; the last is for Adam variants
+FIRST_RATES = {"sgd": 1e-2, "": 3e-4}  # learning rates of the first trial
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 16,
     "per_device_train_batch_size": 32,
@@ -27,11 +27,11 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 0.0,
 }
-# What a comparison sets for every training: learning_rate, seed, metric_for_best_model and greater_is_better as well.
+# Set by the comparison for every training, as are learning_rate, seed, metric_for_best_model and greater_is_better.
 FIXED: dict[str, Any] = {
     "eval_strategy": "epoch",
     "logging_strategy": "epoch",
-    "save_strategy": "best",  # the best epoch's is the model that counts
+    "save_strategy": "best",  # the best epoch's model is the result
     "save_total_limit": 1,
     "save_only_model": True,
     "load_best_model_at_end": True,
@@ -49,10 +49,10 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class Settings:
-    """The budget, and what is fair; each of these is a flag of ``hf-ft compare``.
+    """The tuning budget and shared settings; each field is a flag of ``hf-ft compare``.
 
     Raises:
-        OptionError: a value that cannot work, from :meth:`check`.
+        OptionError: if a value is invalid, from :meth:`check`.
     """
 
     trials: int = setting(8, "tuning budget of each strategy: what so many trainings of full fine-tuning cost")
@@ -99,7 +99,7 @@ class Settings:
         """The range of learning rates.
 
         Raises:
-            OptionError: it is no range.
+            OptionError: if it is not a valid range.
         """
         if self.learning_rates is None:
             return LogRange(*RANGES.get(optim, RANGES[""]))
@@ -112,24 +112,24 @@ class Settings:
         return LogRange(low, high)
 
     def first_rate(self, optim: str) -> float:
-        """The learning rate of each strategy's first trial."""
+        """The learning rate of the first trial of each strategy."""
         rates = self.rates(optim)
         return min(max(FIRST_RATES.get(optim, FIRST_RATES[""]), rates.low), rates.high)
 
     def described(self) -> dict[str, Any]:
-        """Everything but where it is kept."""
+        """All settings except for the location of the storage."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("storage", "study_name")}
 
 
 def training_arguments(given: Mapping[str, Any], task: str = "image") -> dict[str, Any]:
-    """The training arguments that all strategies share: what the user set, else ours.
+    """The training arguments shared by all strategies: the user's, with our defaults for the others.
 
     Args:
-        given: by the user.
-        task: ``image``, or ``text``, for which the default optimizer is AdamW.
+        given: arguments set by the user.
+        task: ``image``, or ``text``, which uses AdamW by default.
 
     Raises:
-        OptionError: one that a comparison sets itself, that does not exist, or whose value cannot be.
+        OptionError: if an argument is set by the comparison itself, does not exist, or is invalid.
     """
     taken = sorted(set(given) & set(OURS))
     if taken:

@@ -1,6 +1,6 @@
-"""The figures of a comparison: means over seeds, paired differences to full fine-tuning, the ranking, the Pareto front.
+"""Statistics of a comparison: means over seeds, paired differences to full fine-tuning, ranking, Pareto front.
 
-All of it is made of :class:`~hf_ft.comparison.results.Results` alone.
+Everything is computed from :class:`~hf_ft.comparison.results.Results` alone.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired differences to full fine-tuning, over the seeds that both have.
+    """Paired differences to full fine-tuning, over the common seeds.
 
     Attributes:
-        by_seed: score minus that of full fine-tuning; at least one. For errors, less than 0 is better.
-        interval: percentile bootstrap of the mean, 95 %; None with one seed.
-        wins: seeds on which it is better.
-        ties: on which it is alike.
-        losses: on which it is worse.
+        by_seed: score minus that of full fine-tuning, for at least one seed. For errors, negative is better.
+        interval: percentile bootstrap interval of the mean, 95 %; None with one seed.
+        wins: number of seeds with a better score.
+        ties: number of seeds with an equal score.
+        losses: number of seeds with a worse score.
     """
 
     by_seed: Mapping[int, float]
@@ -69,25 +69,25 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0; False where there is none."""
+        """Whether the interval excludes 0; False if there is no interval."""
         return self.interval is not None and (self.interval[0] > SAME or self.interval[1] < -SAME)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One contender's figures.
+    """The statistics of one contender.
 
     Attributes:
-        contender: whose they are.
-        rank: from 1; None for one that did not finish.
-        spreads: by split, where it has scores.
-        differences: by split, where full fine-tuning has scores of the same seeds; not for itself.
-        standard_errors: by split, see :func:`standard_error`, the mean over its runs.
-        seconds: of one training, on the wall: the mean over its final runs; None without such runs.
-        compute: seconds of computing of one training and the look at the data before it, likewise.
-        peak_memory_mb: the most over its final runs, likewise.
-        parameters_trained: likewise.
-        checkpoint_mb: likewise.
+        contender: the contender.
+        rank: starts at 1; None if it did not finish.
+        spreads: scores by split.
+        differences: by split, for seeds shared with full fine-tuning; empty for full fine-tuning itself.
+        standard_errors: by split, mean over the runs; see :func:`standard_error`.
+        seconds: wall-clock time of one training, mean over the final runs; None without final runs.
+        compute: compute seconds of one training including the measurement, mean over the final runs; may be None.
+        peak_memory_mb: maximum over the final runs; may be None.
+        parameters_trained: number of trained parameters; may be None.
+        checkpoint_mb: size of the checkpoint; may be None.
     """
 
     contender: Contender
@@ -119,8 +119,8 @@ def spread(scores: Mapping[int, float | None]) -> Spread | None:
 def paired_difference(ours: Spread, baseline: Spread, greater_is_better: bool = True) -> Difference | None:
     """Differences over common seeds; None if there are none.
 
-    The interval is :func:`scipy.stats.bootstrap`'s, with a fixed generator: the same scores give the same interval.
-    With three seeds or fewer it reaches from the smallest to the largest difference.
+    The interval comes from :func:`scipy.stats.bootstrap` with a fixed seed, so equal scores give equal intervals.
+    With three seeds or fewer it extends from the smallest to the largest difference.
     """
     seeds = [seed for seed in ours.by_seed if seed in baseline.by_seed]
     if not seeds:
@@ -135,7 +135,7 @@ def paired_difference(ours: Spread, baseline: Spread, greater_is_better: bool = 
 def _interval(values: Sequence[float]) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
-    if max(values) - min(values) < SAME:  # nothing to draw from
+    if max(values) - min(values) < SAME:  # all differences are equal: nothing to resample
         return values[0], values[0]
     found = bootstrap(
         (np.asarray(values),),
@@ -149,7 +149,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def standard_error(metric: str, predictions: Sequence[int], labels: Sequence[int]) -> float | None:
-    r"""What a score varies because the set it is measured on is finite: one standard error.
+    r"""One standard error of a score, from the finite size of the evaluation set.
 
     .. math:: \sqrt{a (1 - a) / n} \quad\text{of accuracy } a, \qquad
         \frac{1}{C} \sqrt{\sum_c r_c (1 - r_c) / n_c} \quad\text{of the mean of the recalls } r_c
@@ -168,10 +168,10 @@ def standard_error(metric: str, predictions: Sequence[int], labels: Sequence[int
 
 
 def standings(results: Results) -> tuple[Standing, ...]:
-    """All contenders: those that finished by mean validation score, then the others.
+    """All contenders: first those that finished, ranked by mean validation score, then the others.
 
-    Validation ranks because it chose the winner; test scores are only reported. Of equals the one comes first that was
-    better over the later half of its epochs, and then the one that was named first.
+    The ranking uses validation scores because they chose the winner; test scores are only reported. Ties are broken by
+    the score over the later half of the epochs, then by order.
     """
     baseline = next((_spreads(results, c) for c in results.contenders if c.name == BASELINE), {})
     everyone = [_standing(results, contender, baseline) for contender in results.contenders]
@@ -185,32 +185,32 @@ def standings(results: Results) -> tuple[Standing, ...]:
 
 
 def _late(contender: Contender) -> float:
-    """The mean validation score over the later half of the epochs of the final runs."""
+    """Mean validation score over the later half of the epochs of the final runs."""
     curves = [[point["validation"] for point in run.curve] for run in contender.finished_runs]
     means = [statistics.fmean(curve[len(curve) // 2 :]) for curve in curves if curve]
     return statistics.fmean(means) if means else 0.0
 
 
 def _is_ranked(standing: Standing) -> bool:
-    """A contender with a run that failed has no mean over all seeds, so it cannot win."""
+    """Only contenders whose final runs all succeeded are ranked: the mean must cover all seeds."""
     contender = standing.contender
     whole = len(contender.finished_runs) == len(contender.runs)
     return contender.status == "finished" and whole and "validation" in standing.spreads
 
 
 def winner(results: Results, found: Sequence[Standing]) -> Standing | None:
-    """The one that the results name, else the first of the ranking; None if none finished."""
+    """The winner named in the results, otherwise the first in the ranking; None if no contender finished."""
     ranked = [standing for standing in found if standing.rank is not None]
     named = [standing for standing in ranked if standing.name == results.winner]
     return next(iter(named or ranked), None)
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]], greater_is_better: bool = True) -> tuple[str, ...]:
-    """The names of which no other is both as good and as fast, and better or faster; the fastest first.
+    """The names of all non-dominated points in score and seconds, the fastest first.
 
     Args:
         points: score and seconds, by name.
-        greater_is_better: of the scores.
+        greater_is_better: whether higher scores are better.
     """
     sign = 1 if greater_is_better else -1
     front: list[str] = []
@@ -220,13 +220,13 @@ def pareto_front(points: Mapping[str, tuple[float, float]], greater_is_better: b
         if sign * score > best:
             best, kept = sign * score, (score, seconds)
             front.append(name)
-        elif kept == (score, seconds):  # twins
+        elif kept == (score, seconds):  # equal points are all on the front
             front.append(name)
     return tuple(front)
 
 
 def front_of(results: Results, found: Iterable[Standing], split: str) -> tuple[str, ...]:
-    """The Pareto front of mean score on a split and seconds of computing, among those that finished."""
+    """The Pareto front of mean score on a split and compute seconds, among contenders that finished."""
     points = {
         standing.name: (standing.spreads[split].mean, standing.compute)
         for standing in found

@@ -1,4 +1,4 @@
-"""Model and data made ready for contenders."""
+"""Models and data prepared for the contenders."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from hf_ft.models.source_head import drop_source_head
 from hf_ft.zoo.models import load_model
 from hf_ft.zoo.sources import has_head, load_sources
 
-LOOKED_AT = 64  # samples that tell one data set from another, where it is not held in memory
+LOOKED_AT = 64  # number of samples hashed to identify a data set that is not held in memory
 Loader = Callable[[int, bool], tuple[nn.Module, Any]]
 
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a comparison, as read.
+    """The data of a comparison, before processing.
 
     Attributes:
-        splits: ``train``, ``validation``, and where there are such ``test`` and ``ood`` (out of distribution, of the
-            same classes).
-        columns: what to read of them.
-        name: for people.
-        augment: of ``hf_ft.data.AUGMENTATIONS``, for training images.
-        max_length: of text, in tokens.
-        source: source data, for strategies that use such.
-        source_columns: what to read of them.
-        skipped: by split, how many rows could not be read.
+        splits: ``train``, ``validation``, and optionally ``test`` and ``ood`` (out of distribution, same classes).
+        columns: the columns to read.
+        name: display name.
+        augment: augmentation of training images, from ``hf_ft.data.AUGMENTATIONS``.
+        max_length: maximum text length, in tokens.
+        source: source data, for strategies that use them.
+        source_columns: the columns to read from the source data.
+        skipped: number of unreadable rows by split.
         notices: licences and sources, for the report.
-        notes: for the report, such as which splits were carved.
+        notes: remarks for the report, such as which splits were carved.
     """
 
     splits: DatasetDict
@@ -55,12 +54,12 @@ class Data:
 
 
 class Benches:
-    """Models and data made ready, once for each set of source models.
+    """Prepared models and data, one bench for each set of source models.
 
     Args:
-        model: as :func:`compare` takes it.
+        model: as in :func:`compare`.
         data: the data.
-        image_size, revision: of the model.
+        image_size, revision: settings of the model.
     """
 
     def __init__(self, model: str | Loader, data: Data, image_size: int | None, revision: str | None) -> None:
@@ -108,8 +107,8 @@ class Benches:
                     sources, **labels, image_size=self.image_size, seed=seed, task=columns.task, revision=self.revision
                 )
             elif isinstance(self.model, str):
-                # All start from the same new head, those that keep the old one beside it as well: where the checkpoint
-                # has one, it is always kept at first.
+                # All contenders start from the same new head, including those that also keep the pretrained one: if the
+                # checkpoint has a head, it is always kept at first.
                 made = load_model(
                     self.model,
                     **labels,
@@ -132,7 +131,7 @@ class Benches:
 def _ready(
     splits: DatasetDict, processor: Any, columns: Columns, augment: str, max_length: int | None
 ) -> dict[str, Any]:
-    """Splits as the trainer reads them; what is the same each time is read once and kept."""
+    """Splits as read by the trainer; samples that do not change between reads are read once and kept."""
     prepared = prepare(splits, processor, columns, augment, max_length)
     return {
         name: split if columns.task == "image" and augment != "none" and name == "train" else held(split)
@@ -141,7 +140,7 @@ def _ready(
 
 
 def digest(data: Any) -> str:
-    """What tells one data set from another: all samples that are held in memory, else some spread over it."""
+    """A fingerprint of a data set: of all samples if they are held in memory, otherwise of some spread over it."""
     count = len(data) if isinstance(data, Held) else min(LOOKED_AT, len(data))
     rows = np.unique(np.linspace(0, len(data) - 1, count).round().astype(int)).tolist()
     found = hashlib.sha256(str(len(data)).encode())
@@ -154,16 +153,16 @@ def digest(data: Any) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a contender trains.
+    """The model and data that a contender trains with.
 
     Attributes:
-        load: seed of the new head, whether to keep the pretrained head -> a model.
-        data: ``train``, ``validation``, and maybe ``test`` and ``ood``: map-style, processed.
-        collate: makes batches of them.
-        fingerprint: tells models and data from others.
+        load: creates a model from the seed of the new head and whether to keep the pretrained head.
+        data: ``train``, ``validation``, and optionally ``test`` and ``ood``: map-style, processed.
+        collate: the collator.
+        fingerprint: identifies models and data.
         processor: saved with the model.
-        source: source data, where there are such.
-        plain: the training samples without augmentation, where ``train`` has such.
+        source: source data, if any.
+        plain: the training samples without augmentation, if ``train`` is augmented.
     """
 
     load: Callable[[int, bool], nn.Module]

@@ -1,4 +1,4 @@
-"""One training of a comparison, from a fresh model to its scores."""
+"""A single training of a comparison, from a new model to its scores."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ TESTS = ("test", "ood")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every contender trains.
+    """The training settings shared by all contenders.
 
     Attributes:
         arguments: training arguments.
-        metric: of ``hf_ft.metrics.LOCAL_METRICS``.
-        greater_is_better: whether more of it is.
-        class_weights: of the task's loss.
-        distortion_samples: of each test set, for feature distortion.
-        device: kind of device, whose time is counted.
+        metric: a metric from ``hf_ft.metrics.LOCAL_METRICS``.
+        greater_is_better: whether higher values of the metric are better.
+        class_weights: class weights of the task loss.
+        distortion_samples: number of samples of each test set used to measure feature distortion.
+        device: type of the device whose time is measured.
     """
 
     arguments: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a contender's strategies saw when they looked at the data, and the seconds of computing that it took."""
+    """The measurements of a contender's strategies, and their cost in compute seconds."""
 
     states: Mapping[str, State]
     compute: float
@@ -71,15 +71,15 @@ def train(
     save_to: Path | None = None,
     on_measured: Callable[[Measured], None] = lambda measured: None,
 ) -> Training:
-    """Train once; what comes back are scores, and what it cost.
+    """Train once and return scores and costs.
 
     Args:
-        values: the learning rate, and tuned options.
-        seed: of the head's start, the order of the data, and dropout.
-        work: a folder for checkpoints, gone afterwards.
-        measured: of an earlier training of this contender; by default the strategies look now.
-        save_to: makes it a final run: the best epoch's model is saved there, and scored on the test sets.
-        on_measured: told what the strategies measured, where they looked now.
+        values: the learning rate and tuned options.
+        seed: seed of the head initialization, data order and dropout.
+        work: temporary folder for checkpoints, deleted afterwards.
+        measured: measurements of an earlier training of this contender; by default the strategies measure now.
+        save_to: if given, this is a final run: the best epoch's model is saved there and scored on the test sets.
+        on_measured: called with new measurements.
     """
     with _folder(work), _warnings() as said:
         with PeakMemory(recipe.device) as memory:
@@ -99,7 +99,7 @@ def train(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that results depend on."""
+    """Versions of the packages that affect the results."""
     return {name: version(name) for name in PACKAGES}
 
 
@@ -144,7 +144,7 @@ def _takes_source(entrant: Entrant) -> bool:
 
 
 def finite_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Every local metric that fits; nan for all where the model's outputs are not finite: an epoch that diverged."""
+    """All applicable local metrics; nan for all if the outputs are not finite because training diverged."""
     outputs = prediction.predictions
     logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
     if np.isfinite(logits).all():
@@ -161,7 +161,7 @@ def _result(
     if not found:
         raise FloatingPointError(f"no epoch has a finite {recipe.metric}: the training diverged")
     sign = 1 if recipe.greater_is_better else -1
-    best = max(found, key=lambda point: sign * point["validation"])  # of equals the first, as the Trainer has it
+    best = max(found, key=lambda point: sign * point["validation"])  # the first among equals, as in Trainer
     assert trainer.optimizer is not None
     return Training(
         seed=seed,
@@ -174,7 +174,7 @@ def _result(
         evaluation_seconds=clock.paused,
         passes=round(len(trainer.train_dataset) * trainer.args.num_train_epochs),
         peak_memory_mb=peak,
-        # The optimizer holds every parameter that any stage trains.
+        # The optimizer holds the parameters trained in any stage.
         parameters_trained=sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"]),
     )
 
@@ -192,7 +192,7 @@ def _curve(trainer: FTTrainer, metric: str) -> list[dict[str, float]]:
 
 
 def _finished(training: Training, trainer: FTTrainer, entrant: Entrant, recipe: Recipe, folder: Path) -> Training:
-    """Save the model, and look at the test sets: once for each final run."""
+    """Save the model and evaluate it on the test sets, once for each final run."""
     shutil.rmtree(folder, ignore_errors=True)
     trainer.save_model(str(folder))
     scores: dict[str, dict[str, float]] = {}
@@ -218,7 +218,7 @@ def _finished(training: Training, trainer: FTTrainer, entrant: Entrant, recipe: 
 def _distortion(
     trainer: FTTrainer, entrant: Entrant, seed: int, samples: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """How far the features moved from the pretrained ones; empty where the parts of the two cannot be told."""
+    """Distance of the features from the pretrained ones; empty if the parts of the models cannot be determined."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     if not samples:
         return found
@@ -248,7 +248,7 @@ def _folder(work: Path) -> Iterator[None]:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What hf_ft warned of, in place of printing it for every training anew."""
+    """Collect the warnings of hf_ft instead of printing them for every training."""
     said: list[str] = []
 
     class Keep(logging.Handler):

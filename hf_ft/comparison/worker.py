@@ -1,4 +1,4 @@
-"""One process of a comparison that several share."""
+"""Worker processes that share a comparison."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MAST
 
 
 def become_worker() -> None:
-    """Make each process of ``accelerate launch`` a worker with one device: trainings are shared out, none is split up.
+    """Make each process of ``accelerate launch`` a worker with one device; trainings are shared, never split.
 
     Raises:
-        OptionError: there are more processes than GPUs.
+        OptionError: if there are more processes than GPUs.
     """
     workers, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
@@ -23,5 +23,5 @@ def become_worker() -> None:
         if local >= len(devices):
             raise OptionError(f"--num_processes {workers}: there are {len(devices)} GPUs, and each worker takes one.")
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[local]
-    for name in LAUNCHED:  # or each training would be one of all processes
+    for name in LAUNCHED:  # otherwise each training would be distributed over all processes
         os.environ.pop(name, None)

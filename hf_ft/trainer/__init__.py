@@ -1,4 +1,4 @@
-"""The one Trainer."""
+"""The Trainer that runs fine-tuning strategies."""
 
 from hf_ft.trainer.trainer import ClassWeights, FTTrainer
 

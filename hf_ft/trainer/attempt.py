@@ -1,4 +1,4 @@
-"""One attempt at training: what is made anew whenever training begins."""
+"""One training attempt: the state that is created whenever training begins."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hf_ft.trainer.stage_cache import StageCache
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """What a Trainer holds while it trains, and until it trains again.
+    """The state of a Trainer during training, kept until training begins again.
 
-    A further ``train()``, or smaller batches after running out of memory, are another attempt. Evaluation alone
-    is one too, of a plan without stages.
+    Another call of ``train()``, or a restart with smaller batches after running out of memory, is a new attempt.
+    Evaluation without training is an attempt as well, with an empty plan.
 
     Attributes:
-        objective: what the Trainer trains in the model's place.
-        stepper: moves it through its stages.
-        log: the summands of the loss since the last log.
-        cache: what is frozen, and recorded.
-        streams: source data beside the target's.
+        objective: the module that the Trainer trains in place of the model.
+        stepper: moves the objective through its stages.
+        log: the loss terms since the last log.
+        cache: the recorded outputs of frozen parts.
+        streams: the source data used in addition to the target data.
     """
 
     objective: Objective
@@ -40,7 +40,7 @@ class Attempt:
 
     @classmethod
     def begin(cls, trainer: ForAttempt, objective: Objective, last: Attempt | None) -> Attempt:
-        """A new attempt in place of the last one, which ends."""
+        """Start a new attempt and end the previous one."""
         if last is not None:
             last.end()
         cache = StageCache(trainer, objective)
@@ -49,15 +49,15 @@ class Attempt:
         return cls(objective, stepper, log, cache, SourceStreams(trainer, objective))
 
     def enter(self, step: int) -> None:
-        """Be where this optimizer step (from 0) belongs."""
+        """Enter the stage that this optimizer step (from 0) belongs to."""
         self.stepper(step)
         self.cache.leave_out_unused()
 
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the objective, as the Trainer wrapped it, gives for a batch of the Trainer's loader.
+        """The outputs of the objective, as wrapped by the Trainer, for a batch of the Trainer's loader.
 
         Raises:
-            ValueError: no loss among it.
+            ValueError: if the outputs contain no loss.
         """
         outputs = model(**self.streams.add(self.cache.present_form(batch)))
         if outputs.get("loss") is None:
@@ -69,13 +69,13 @@ class Attempt:
         return outputs
 
     def end(self) -> None:
-        """Give up what was recorded, and what reads data."""
+        """Drop all recordings and stop reading data."""
         self.cache.forget()
         self.streams.close()
 
 
 class ForStages(Protocol):
-    """To go through stages."""
+    """The part of a Trainer that stage changes need."""
 
     _attempt: Attempt | None
 
@@ -83,7 +83,7 @@ class ForStages(Protocol):
 
 
 class StageBorders(TrainerCallback):
-    """Moves a Trainer's attempt through the stages of its plan."""
+    """Moves the current attempt of a Trainer through the stages of its plan."""
 
     def __init__(self, trainer: ForStages) -> None:
         self._trainer = trainer

@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer that are whole or not there at all."""
+"""Checkpoints of a Trainer; an interrupted save leaves no partial checkpoint."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from hf_ft.trainer.protocols import ForCheckpoints
 
 @contextmanager
 def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
-    """A folder to write into, which gets its final name when every process has written its part.
+    """A temporary folder that is renamed to ``final`` once every process has written its part.
 
-    A process killed before leaves nothing that a resume could take for a checkpoint.
+    If a process is killed before that, nothing is left that a resume could mistake for a checkpoint.
 
     Args:
-        writes: whether this process makes and renames the folder; one does.
+        writes: whether this process creates and renames the folder; exactly one process does.
         wait: waits for all processes.
     """
     written = final.with_name(f"{files.INCOMPLETE}{final.name}")
@@ -46,13 +46,13 @@ def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterat
 
 
 class Checkpoints:
-    """Saves and loads what a Trainer trains.
+    """Saves and loads the trained weights and the state that belongs to them.
 
-    An earlier run's checkpoints are neither mixed with nor lost.
+    Checkpoints of an earlier run are never mixed with new ones, and never deleted without permission.
 
     Attributes:
-        base_name: the Hub id, or the folder, of what the model was made from.
-        base: a hash of each of its tensors when training began; empty before.
+        base_name: Hub id or folder of the base model.
+        base: hash of each tensor at the start of training; empty before.
     """
 
     def __init__(self, trainer: ForCheckpoints) -> None:
@@ -64,7 +64,7 @@ class Checkpoints:
     # --- saving --------------------------------------------------------------------------------------------
 
     def save(self, trial: Any) -> None:
-        """As the Trainer's, but written under another name and renamed when whole."""
+        """Like ``Trainer``, but write to a temporary folder and rename it when complete."""
         trainer, args, state = self._trainer, self._trainer.args, self._trainer.state
         if trainer.hp_search_backend is None and trial is None:
             trainer.store_flos()
@@ -104,25 +104,25 @@ class Checkpoints:
                     stored[name] = state
 
     def _push(self, final: Path) -> None:
-        if self._trainer.args.should_save:  # the Trainer takes only files from a checkpoint, and members have folders
+        if self._trainer.args.should_save:  # the Trainer copies files only, but ensemble members are folders
             for member in final.glob(member_folder("*")):
                 shutil.copytree(member, final.parent / member.name, dirs_exist_ok=True)
         self._trainer._push_from_checkpoint(str(final))
 
     def save_beside_weights(self, folder: Path) -> None:
-        """What a folder of weights holds besides: strategies, what they measured, and what is for training alone."""
+        """Save what belongs with the weights: strategies, their measurements, and modules used only in training."""
         trainer = self._trainer
         write_configs(folder, trainer.configs, base_model=self._description())
         files.write_states(folder, {c.ft_type: trainer.states.get(c.ft_type, State()) for c in trainer.configs})
         modules = self._term_modules()
-        if modules and trainer.is_in_train:  # what is only for training is not in its result
+        if modules and trainer.is_in_train:  # modules used only in training are not part of the final model
             tensors = {name: tensor.contiguous().cpu() for name, tensor in modules.state_dict().items()}
             save_file(tensors, folder / files.MODULES_NAME)
         if isinstance(trainer.model, PeftModel):
             files.save_buffers(trainer.model, folder)
 
     def save_delta(self, path: str | Path) -> None:
-        """What training changed, alone."""
+        """Save only what training changed."""
         if not self.base:
             raise CheckpointError("save_delta: nothing was trained yet; call train() first.")
         if self._trainer.args.should_save:
@@ -131,18 +131,18 @@ class Checkpoints:
     # --- loading -------------------------------------------------------------------------------------------
 
     def load(self, folder: str | Path) -> None:
-        """Put back the weights, and those of what terms train."""
+        """Load the weights of the model and of the terms' modules."""
         files.load_weights(self._trainer.model, folder)
         modules = self._term_modules()
         if modules:
             modules.load_state_dict(files.checked(Path(folder) / files.MODULES_NAME)[0])
 
     def resume_folder(self, resume: str | bool | None, folder: Path) -> Path | None:
-        """The checkpoint to resume from; None for a new beginning.
+        """The checkpoint to resume from; None for a fresh start.
 
         Raises:
-            OptionError: it is of another strategy.
-            CheckpointError: there is no whole one.
+            OptionError: if the checkpoint belongs to another strategy.
+            CheckpointError: if there is no complete checkpoint.
         """
         if not resume:
             return None
@@ -159,7 +159,7 @@ class Checkpoints:
         return chosen
 
     def clear(self, folder: Path) -> None:
-        """Refuse to mix with an earlier run's checkpoints, or delete them where that was allowed."""
+        """Refuse to mix with the checkpoints of an earlier run, or delete them if that is allowed."""
         earlier = [path for path in files.checkpoints(folder) if path.name not in self._written]
         if earlier and not self._trainer.overwrite:
             raise OptionError(
@@ -175,11 +175,11 @@ class Checkpoints:
     # --- the start -----------------------------------------------------------------------------------------
 
     def note_base(self) -> None:
-        """Note the weights that the model has now: training begins with them."""
+        """Record the current weights of the model as the start of training."""
         self.base = files.digests(self._trainer.model)
 
     def check_base(self, resume: Path) -> None:
-        """Refuse a checkpoint that was trained from other weights than those noted, where the start matters."""
+        """Refuse a checkpoint trained from other initial weights, for strategies that refer to the initial weights."""
         saved = read_config_file(resume).get("base_model", {}).get("sha256")
         if saved and saved != self._description()["sha256"]:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What is checked before any training: arguments that cannot work, labels, class weights, the last batch."""
+"""Checks before training: arguments, labels, class weights, and the size of the last batch."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def preflight(
     keywords: Mapping[str, Any],
     source_dataset: Any,
 ) -> None:
-    """Refuse what cannot work before the Trainer makes its output folder.
+    """Reject invalid arguments before the Trainer creates its output folder.
 
     Args:
-        model: None where the Trainer makes it: then :func:`check_model` is for afterwards.
-        positional, keywords: of the Trainer, after model and args.
+        model: None if the Trainer creates it; :func:`check_model` must then be called afterwards.
+        positional, keywords: the Trainer's arguments after model and args.
 
     Raises:
-        OptionError: whatever can be told without looking at the data.
+        OptionError: for any error that can be detected without reading the data.
     """
     check_arguments(args, configs)
     check_source(configs, source_dataset)
@@ -63,17 +63,17 @@ def check_model(
     scheduler: Any,
     source_dataset: Any,
 ) -> None:
-    """Refuse a model that does not fit its data or the strategies.
+    """Reject a model that does not fit its data or the strategies.
 
-    The plan made here is for checking alone: when training begins, weights may be others, and so is the start
-    that terms compare with.
+    The plan built here is used for checks only: the weights, and with them the reference of the terms, may have
+    changed by the time training begins.
 
     Raises:
         OptionError: naming what does not fit.
     """
     check_labels(train_dataset, model)
     check_members(configs, model)
-    if any(config.measures() for config in configs):  # there is no plan yet
+    if any(config.measures() for config in configs):  # the plan depends on the measurement
         for config in configs:
             config.check_model(model)
         return
@@ -90,14 +90,14 @@ def check_model(
             f"optimizers: a scheduler of your own cannot follow the {len(plan.stages)} stages of "
             f"{plan.owner!r}; pass (optimizer, None) and choose args.lr_scheduler_type."
         )
-    curve(args, 10)  # raises where the schedule cannot run once per stage
+    curve(args, 10)  # raises if the schedule cannot run once per stage
 
 
 def check_source(configs: Iterable[FTConfig], dataset: Any) -> None:
-    """Tell of source data what is missing, left over or of no use, as far as that needs no plan.
+    """Check whether the source data are missing, unused or invalid, as far as possible without a plan.
 
     Raises:
-        OptionError: a strategy needs source data, and there are none; or they are no data set, or empty.
+        OptionError: if a strategy needs source data and there are none, or they are empty or not a data set.
     """
     if dataset is None:
         for config in configs:
@@ -118,10 +118,10 @@ def check_source(configs: Iterable[FTConfig], dataset: Any) -> None:
 
 
 def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -> None:
-    """Refuse by name what this trainer, or one of the strategies, cannot do.
+    """Reject training arguments that this trainer or one of the strategies does not support.
 
     Raises:
-        OptionError: sharded training, or what a strategy refuses.
+        OptionError: for sharded training, or for arguments that a strategy rejects.
     """
     for config in configs:
         config.check_arguments(args)
@@ -141,10 +141,10 @@ def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -
 
 
 def check_labels(dataset: Any, model: nn.Module) -> None:
-    """Check class labels against the model's head, where they can be read without decoding the inputs.
+    """Check the class labels against the model's head, if they can be read without decoding the inputs.
 
     Raises:
-        OptionError: a label lies outside [0, num_labels).
+        OptionError: if a label lies outside [0, num_labels).
     """
     labels, classes = class_labels(dataset), getattr(getattr(model, "config", None), "num_labels", None)
     if labels is None or classes is None or len(labels) == 0 or classes == 1:
@@ -161,7 +161,7 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
     """The weight of each class, (C,).
 
     Raises:
-        OptionError: another number of weights than classes, or together with another loss.
+        OptionError: if the number of weights differs from the number of classes, or with another loss.
     """
     if wanted is None:
         return None
@@ -178,7 +178,7 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
         if labels is None:
             raise OptionError("class_weights='balanced' needs a column of labels in train_dataset; pass numbers.")
         present = np.unique(labels)
-        wanted = np.ones(classes)  # a class without samples is never weighed
+        wanted = np.ones(classes)  # the weight of a class without samples is never used
         wanted[present] = compute_class_weight("balanced", classes=present, y=labels)
     weights = torch.as_tensor(wanted, dtype=torch.float32)
     if weights.shape != (classes,) or not bool((weights >= 0).all()):
@@ -187,10 +187,10 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
 
 
 def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
-    """BatchNorm in train mode fails on one sample with 1x1 maps: tell before, not at the end of an epoch.
+    """Check the last batch: BatchNorm in train mode fails on a single sample with 1x1 feature maps.
 
     Raises:
-        OptionError: the last batch of an epoch holds one sample, and the model cannot train on it.
+        OptionError: if the last batch of an epoch has one sample and the model cannot train on it.
     """
     args, dataset = trainer.args, trainer.train_dataset
     norms = [norm for _, norm in batch_norms(objective) if norm.training]
@@ -214,7 +214,7 @@ def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
 
 
 def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int) -> None:
-    """Say where BatchNorm statistics cannot follow the weights in so few steps, so that evaluation sees old ones."""
+    """Warn if training is too short for BatchNorm statistics to follow the weights: evaluation would use old ones."""
     slow = [
         norm.momentum
         for name, norm in batch_norms(model)
@@ -230,20 +230,20 @@ def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int)
 
 
 def warn_left_out(plan: Plan) -> None:
-    """Say what a user's optimizer does not train."""
+    """Warn about modules that the user's optimizer does not train."""
     names = ", ".join(plan.term_modules)
     logger.warning(f"optimizers: yours does not hold what {names} would train beside the model; it stays as is.")
 
 
 def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:
-    """Say which training arguments differ from what the method's source uses."""
+    """Warn about training arguments that differ from those recommended for the method."""
     wanted = recommended_arguments(configs)
     untouched = TrainingArguments.__dataclass_fields__["learning_rate"].default
     differing = []
     for name, value in wanted.items():
         given = getattr(args, name)
         given = getattr(given, "value", given)
-        # A rate is tuned: only one that was never set is worth a word.
+        # The learning rate is meant to be tuned: warn only if it was never set.
         if given != value.value and (name != "learning_rate" or given == untouched):
             why = f": {value.why}" if value.why else ""
             differing.append(f"{name}={given!r} (recommended: {value.value!r}, {value.source}{why})")

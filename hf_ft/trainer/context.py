@@ -1,4 +1,4 @@
-"""What a strategy gets from a Trainer to look at the data with."""
+"""The context in which strategies measure the data, built from a Trainer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hf_ft.errors import OptionError
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.trainer.protocols import Collate, ForContext, ForStreams
 
-READ = 64  # source samples in a batch of a measuring pass
+READ = 64  # batch size of a measuring pass over source samples
 
 
 def measuring_context(trainer: ForContext) -> Context:
-    """What ``measure`` gets from a Trainer."""
+    """The context passed to ``measure``."""
     recipe, described = recipe_of(trainer)
     source = trainer.source_dataset
     return Context(
@@ -49,10 +49,10 @@ def measuring_context(trainer: ForContext) -> Context:
 
 
 def _samples(trainer: ForContext) -> Samples:
-    """The training samples by number, without augmentation where the user gave such.
+    """Indexed access to the training samples, without augmentation if the user provided such a data set.
 
     Raises:
-        OptionError: those are not as many as the augmented ones.
+        OptionError: if the plain and the augmented data set differ in length.
     """
     dataset, plain = trainer.train_dataset, trainer.plain_train_dataset
     if plain is not None and len(plain) != len(dataset):
@@ -62,7 +62,7 @@ def _samples(trainer: ForContext) -> Samples:
         )
     chosen = dataset if plain is None else plain
 
-    @cache  # not at once: a stream is refused only where samples are asked for
+    @cache  # lazy: a data set without length is rejected only if samples are requested
     def source() -> Any:
         return readable(trainer, chosen)
 
@@ -74,13 +74,13 @@ def _samples(trainer: ForContext) -> Samples:
 
 
 def curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
-    """The schedule that the arguments ask for, over one stage."""
+    """The learning rate schedule from the training arguments, over one stage."""
     kwargs: Any = args.lr_scheduler_kwargs or {}
     return schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs)
 
 
 def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of a Trainer, and what it was made of."""
+    """The recipe of a Trainer and a description of its settings."""
     args = trainer.args
     kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     recipe = Recipe(
@@ -108,7 +108,7 @@ def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
 
 
 def batches_of(trainer: ForContext) -> Iterator[dict[str, Any]]:
-    """This process's batches of the training data."""
+    """Batches of the training data for this process."""
     args, (dataset, collate) = trainer.args, readable(trainer, trainer.train_dataset)
     loader = DataLoader(
         dataset,
@@ -117,20 +117,20 @@ def batches_of(trainer: ForContext) -> Iterator[dict[str, Any]]:
         ),
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(args.seed),  # without one, it draws from the global random state
+        generator=torch.Generator().manual_seed(args.seed),  # otherwise it draws from the global random state
     )
     for batch in loader:
         yield trainer._prepare_inputs(batch)
 
 
 def source_collator(trainer: ForStreams) -> Collate:
-    """What makes batches of source samples."""
+    """The collator for source samples."""
     collate = trainer.source_data_collator or trainer.data_collator
     return trainer._get_collator_with_removed_columns(collate, description="source")
 
 
 def source_batches(trainer: ForStreams, limit: int) -> Iterator[dict[str, Any]]:
-    """Up to so many source samples, the same on every rank, as batches on the device."""
+    """At most ``limit`` source samples, identical on every rank, as batches on the device."""
     dataset, collate = trainer.source_dataset, source_collator(trainer)
     if is_map_style(dataset):
         rows = range(0, len(dataset), max(1, -(-len(dataset) // limit)))
@@ -139,7 +139,7 @@ def source_batches(trainer: ForStreams, limit: int) -> Iterator[dict[str, Any]]:
         samples = itertools.islice(iter(dataset), limit)
         parts = iter(lambda: list(itertools.islice(samples, READ)), [])
     for number in itertools.count():
-        with random_states_kept(seed=trainer.args.seed + number):  # augmentation disturbs nothing
+        with random_states_kept(seed=trainer.args.seed + number):  # do not advance the global random state
             part = next(parts, None)
             batch = None if part is None else collate(part)
         if batch is None:
@@ -148,10 +148,10 @@ def source_batches(trainer: ForStreams, limit: int) -> Iterator[dict[str, Any]]:
 
 
 def readable(trainer: ForContext, dataset: Any) -> tuple[Any, Callable[[list[Any]], Any]]:
-    """A data set without unused columns, and what makes batches of its rows.
+    """A data set without unused columns, and the collator for its rows.
 
     Raises:
-        OptionError: it has no length, so that it cannot be divided among ranks, nor read by number.
+        OptionError: if the data set has no length, so that it can be neither sharded nor indexed.
     """
     if not hasattr(dataset, "__len__"):
         names = ", ".join(config.ft_type for config in trainer.configs)

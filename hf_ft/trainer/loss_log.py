@@ -1,4 +1,4 @@
-"""Means of the loss and its terms between two logs."""
+"""Means of the loss terms between two log entries."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class TermLog:
-    """Sums of the loss's summands since the last log, on their device: reading them each step would wait.
+    """Running sums of the loss terms since the last log, kept on their device to avoid a synchronisation per step.
 
     Attributes:
-        terms: those of the plan.
-        told: the names of those of which it was said that they were 0.
+        terms: the terms of the plan.
+        told: names of the terms for which a warning about a value of 0 was already issued.
     """
 
     terms: Sequence[Term]
@@ -30,7 +30,7 @@ class TermLog:
     _count: int = 0
 
     def add(self, terms: Mapping[str, Tensor] | None) -> None:
-        """Add the summands of one micro-batch."""
+        """Add the loss terms of one micro-batch."""
         if terms is None:
             return
         for name, value in terms.items():
@@ -38,7 +38,7 @@ class TermLog:
         self._count += 1
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
-        """Their means over all processes, as ``loss/<name>``; and begin anew."""
+        """Return the means over all processes as ``loss/<name>`` and reset the sums."""
         if not self._sums:
             return {}
         means = torch.stack([value.float() for value in self._sums.values()]) / self._count
@@ -49,7 +49,7 @@ class TermLog:
         return logged
 
     def _warn_of_zeros(self, logged: Mapping[str, float]) -> None:
-        """A term that is exactly 0 may have nothing to work on: told where values are read anyway, at a log."""
+        """Warn about terms that are exactly 0, which may have no effect; checked only when values are logged anyway."""
         for term in self.terms:
             if term.zero_means and logged.get(f"loss/{term.name}") == 0.0 and term.name not in self.told:
                 self.told.add(term.name)

@@ -1,4 +1,4 @@
-"""The model card: what was trained, how, from what, and how well."""
+"""The model card: strategy, base model, training arguments and metrics."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def model_card(
     beside: Collection[str] = (),
     **card_fields: Any,
 ) -> ModelCard:
-    """The card of a fine-tuned model.
+    """Build the card of a fine-tuned model.
 
     Args:
-        configs: the strategies, whose options and papers it names.
-        model: for its task and class.
-        base_model: name or path the model was loaded from; a path is left out. An ensemble knows its members' own.
+        configs: the strategies whose options and papers are listed.
+        model: determines task and class.
+        base_model: name or path of the base model; local paths are not shown. Ensembles know their own members.
         metrics: evaluation results to show.
         arguments: training arguments to show.
-        findings: what strategies have to show of their measuring, by ``ft_type``.
-        beside: names of the files that lie beside the card; of the plots it shows those that do.
+        findings: findings of the strategies' measurements, by ``ft_type``.
+        beside: names of the files in the card's folder; only plots among them are shown.
         card_fields: further metadata (license, language, datasets, ...).
     """
     bases = _bases(model, base_model)
@@ -97,7 +97,7 @@ def model_card(
 
 
 def _bases(model: Any, base_model: str | None) -> list[str]:
-    """The ids of what the model was made from, each once."""
+    """The unique ids of the base models."""
     names = model.config.sources if _is_ensemble(model) else [base_model]
     return list(dict.fromkeys(filter(None, map(base_model_id, names))))
 
@@ -177,7 +177,7 @@ def _ensemble_usage(model: Any, model_name: str) -> str:
     auto = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
     name = auto[model.config.task]
     tokenizers = []
-    if model.config.task == "text" and len(set(model.config.inputs)) > 1:  # which AutoTokenizer cannot know
+    if model.config.task == "text" and len(set(model.config.inputs)) > 1:  # AutoTokenizer does not support this
         tokenizers = [f'tokenizer = hf_ft.CollaborativeTokenizer.from_pretrained("{model_name}")']
     return "\n".join(
         [
@@ -194,13 +194,13 @@ def _ensemble_usage(model: Any, model_name: str) -> str:
 
 
 def card_of(trainer: ForCard, base_model: str | None, folder: Path, name: str = "", **given: Any) -> ModelCard:
-    """The card of what a Trainer trained.
+    """Build the card of the model that a Trainer trained.
 
     Args:
-        base_model: name or path of what was trained.
-        folder: where the card will lie: it shows the pictures that lie there.
-        name: the model's, where the arguments give it none; default: the folder's.
-        given: what ``Trainer.create_model_card`` takes; tags, language, license and dataset are used.
+        base_model: name or path of the base model.
+        folder: the card's folder; plots in this folder are shown.
+        name: model name if the arguments give none; default: the name of the folder.
+        given: arguments of ``Trainer.create_model_card``; tags, language, license and dataset are used.
     """
     fields = {key: value for key, value in given.items() if value is not None and key in ("language", "license")}
     if given.get("dataset"):
@@ -229,7 +229,7 @@ def write_card(card: ModelCard, folder: Path) -> None:
 
 
 def _last_metrics(state: TrainerState, of_best: bool) -> dict[str, float]:
-    """The last evaluation's figures; with best-model loading, those of the best step."""
+    """Metrics of the last evaluation, or of the best step if the best model is loaded at the end."""
     logs = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
     best = [entry for entry in logs if entry["step"] == state.best_global_step]
     speed = ("runtime", "per_second", "preparation_time")

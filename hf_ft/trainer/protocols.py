@@ -1,4 +1,4 @@
-"""What each collaborator needs of the Trainer, and may use of it."""
+"""Protocols: the parts of the Trainer that each collaborator uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 class ForData(Protocol):
-    """To read samples as training reads them."""
+    """To read samples in the same way as training."""
 
     args: TrainingArguments
     train_dataset: Any
@@ -32,7 +32,7 @@ class ForData(Protocol):
 
 
 class ForProbe(ForData, Protocol):
-    """To try a batch of one sample."""
+    """To test a batch of one sample."""
 
     _train_batch_size: int
 
@@ -40,14 +40,14 @@ class ForProbe(ForData, Protocol):
 
 
 class ForCache(ForData, Protocol):
-    """To record what is frozen."""
+    """To record the outputs of frozen parts."""
 
     accelerator: Accelerator
     frozen_cache: FrozenCache
 
 
 class ForStreams(ForData, Protocol):
-    """To read source data beside the target's."""
+    """To read source data in addition to the target data."""
 
     source_dataset: Any
     source_data_collator: Collate | None
@@ -55,11 +55,11 @@ class ForStreams(ForData, Protocol):
 
 
 class ForAttempt(ForCache, ForStreams, Protocol):
-    """To train once."""
+    """To run one training attempt."""
 
 
 class ForContext(ForCache, ForStreams, Protocol):
-    """To let strategies look at the data."""
+    """To let strategies measure the data."""
 
     configs: tuple[FTConfig, ...]
     model: Any
@@ -70,7 +70,7 @@ class ForContext(ForCache, ForStreams, Protocol):
 
 
 class ForCard(Protocol):
-    """To say what was trained, how, and how well."""
+    """To write the model card."""
 
     args: TrainingArguments
     configs: tuple[FTConfig, ...]
@@ -82,7 +82,7 @@ class ForCard(Protocol):
 
 
 class ForCheckpoints(ForCard, Protocol):
-    """To save, and to load."""
+    """To save and load checkpoints."""
 
     accelerator: Accelerator
     callback_handler: CallbackHandler

@@ -1,4 +1,4 @@
-"""Steps that use other data beside the target's: the Trainer's side of streams."""
+"""Additional data streams during training, such as source data: the Trainer's side."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SOURCE = "source"
 
 
 def data_of(stream: Stream, source_dataset: Any) -> Any:
-    """The data that a strategy wants a stream of.
+    """The data set behind a stream that a strategy requests.
 
     Raises:
-        OptionError: a Trainer has none of that name.
+        OptionError: if the Trainer has no data set of that name.
     """
     if stream.name != SOURCE or source_dataset is None:
         raise OptionError(
@@ -38,10 +38,10 @@ def data_of(stream: Stream, source_dataset: Any) -> Any:
 
 
 class SourceStreams:
-    """Of one attempt at training: adds a batch of every stream that is live to each batch of the target.
+    """Adds a batch of every active stream to each target batch, during one training attempt.
 
-    A stream is opened when a term of weight > 0 first asks for it, and closed with its worker processes as soon as
-    none does. How far it was consumed is saved with every checkpoint, by each rank for itself.
+    A stream is opened when a term of weight > 0 first uses it, and closed together with its worker processes once no
+    term does. Its position is saved with every checkpoint, separately for each rank.
     """
 
     def __init__(self, trainer: ForStreams, objective: Objective) -> None:
@@ -54,10 +54,10 @@ class SourceStreams:
     # --- before training -----------------------------------------------------------------------------------
 
     def begin(self, batch_size: int, resuming: Path | None) -> None:
-        """Start every stream anew, or where a checkpoint left it; refuse one that does not fit.
+        """Start every stream from the beginning or from its position in a checkpoint, and check that it fits.
 
         Raises:
-            OptionError: too small a share of a batch, labels that do not fit, or samples of another shape.
+            OptionError: if its share of a batch is too small, or labels or sample shapes do not fit.
         """
         if self._streams and resuming is not None:
             self._positions = self._saved_positions(resuming)
@@ -66,7 +66,7 @@ class SourceStreams:
             rows = first_rows(dataset, stream.batch_size(batch_size), f"{stream.name}_dataset")
             self._prepared[stream.name] = stream.prepare(dataset) if stream.prepare else dict
             batch = self._prepared[stream.name](source_collator(self._trainer)(rows))
-            if is_map_style(self._trainer.train_dataset):  # else a look would take samples away
+            if is_map_style(self._trainer.train_dataset):  # otherwise the check would consume samples
                 self._check_fit(stream, batch, batch_size)
 
     def _check_fit(self, stream: Stream, batch: dict[str, Any], batch_size: int) -> None:
@@ -80,12 +80,12 @@ class SourceStreams:
     # --- in training ---------------------------------------------------------------------------------------
 
     def add(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch with one of every stream that the present step uses."""
+        """Add one batch of every stream that the current step uses."""
         if not self._objective.training:
             return inputs
         live = self._objective.live_streams
         for name in set(self._opened) - set(live):
-            del self._opened[name]  # its worker processes end
+            del self._opened[name]  # this ends its worker processes
         return {**inputs, **{f"{STREAM}{name}": self._next_of(name) for name in live}} if live else inputs
 
     def _next_of(self, name: str) -> dict[str, Any]:
@@ -114,21 +114,21 @@ class SourceStreams:
         )
 
     def close(self) -> None:
-        """End all worker processes."""
+        """Shut down all worker processes."""
         self._opened = {}
 
     # --- saving and loading --------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write how far this rank consumed the streams."""
+        """Save the position of this rank in each stream."""
         if self._streams:
             _file(folder, self._args.process_index).write_text(json.dumps(self._positions), encoding="utf-8")
 
     def _saved_positions(self, folder: Path) -> dict[str, Position]:
-        """The positions that this rank saved.
+        """Load the positions that this rank saved.
 
         Raises:
-            CheckpointError: missing or damaged.
+            CheckpointError: if the file is missing or damaged.
         """
         file = _file(folder, self._args.process_index)
         if not file.exists() and _file(folder, 0).exists():

@@ -1,4 +1,4 @@
-"""Stages that never compute twice what is frozen: the Trainer's side of the frozen-prefix cache."""
+"""Caching of frozen prefixes and reference states over a stage: the Trainer's side."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from hf_ft.engine.objective import Objective
 from hf_ft.trainer.protocols import ForCache
 
 logger = logging.get_logger(__name__)
-CHECKED = 8  # rows read several times to see whether they stay the same
+CHECKED = 8  # number of rows read several times to detect random inputs
 
 
 class StageCache:
-    """Of one attempt at training: what is frozen computes each sample once.
+    """Computes the frozen part of the model once per sample, during one training attempt.
 
-    Where the first parts of a stage are frozen, its data loader deals out recorded activations, and the
-    objective runs what follows. Where terms compare with the model as it was, that one's recorded states come
-    beside the inputs. Whichever form a batch has, the step it makes is the same: one that was fetched before a
-    stage changed is brought into the present form.
+    If the first parts of a stage are frozen, the data loader yields recorded activations and the objective runs only
+    the remaining parts. If terms compare with the initial model, its recorded states are added to the inputs. The
+    form of a batch does not affect the training step: a batch fetched before a stage change is converted to the
+    form of the current stage.
 
     Attributes:
-        objective: what is trained.
-        rows: of the training data; None before there is a loader, or where nothing can be recorded.
+        objective: the module being trained.
+        rows: rows of the training data; None before the first loader, or if nothing can be recorded.
     """
 
     def __init__(self, trainer: ForCache, objective: Objective) -> None:
@@ -50,7 +50,7 @@ class StageCache:
     # --- data ----------------------------------------------------------------------------------------------
 
     def rows_for(self, dataset: Any, description: str, is_training: bool) -> StagedRows | None:
-        """The data set that a loader should read in this one's place; None for itself."""
+        """The data set that a loader should read in place of this one; None to keep this one."""
         if self._settings.use == "never" or not hasattr(dataset, "__len__"):
             return None
         if is_training:
@@ -59,13 +59,13 @@ class StageCache:
             return self.rows
         if self._eval_rows is None or "inputs" in self._args.include_for_metrics:
             return None
-        if id(dataset) not in self._eval_rows:  # the data set is kept as well: an id alone may be given again
+        if id(dataset) not in self._eval_rows:  # keep a reference to the data set: an id can be reused after deletion
             self._eval_rows[id(dataset)] = dataset, self._recorded_evaluation(dataset, description)
         return self._eval_rows[id(dataset)][1]
 
     @contextmanager
     def collating(self, rows: StagedRows, description: str) -> Iterator[None]:
-        """Within this context, the Trainer's collator makes batches of these rows."""
+        """Context manager: the Trainer's collator builds batches of these rows."""
         collate = self._trainer.data_collator
         cleaned = self._trainer._get_collator_with_removed_columns(collate, description=description)
         self._trainer.data_collator = StagedCollator(cleaned, rows)
@@ -80,7 +80,7 @@ class StageCache:
         return dataset
 
     def _reader(self, dataset: Any) -> Callable[[list[int]], dict[str, Any]]:
-        """Reads rows by number as a batch on the model's device."""
+        """A function that reads rows by index and returns them as a batch on the model's device."""
         collate = self._collator()
         return lambda rows: self._trainer._prepare_inputs(collate(read_rows(dataset, rows)))
 
@@ -88,7 +88,7 @@ class StageCache:
         return self._trainer._get_collator_with_removed_columns(self._trainer.data_collator, description="recorded")
 
     def present_form(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch for the present stage; one with activations of an earlier stage is read anew."""
+        """Convert a batch to the form of the current stage; activations of an earlier stage are read again."""
         name = next((name for name in inputs if name.startswith(ROW)), None)
         if name is None:
             return inputs
@@ -101,13 +101,13 @@ class StageCache:
             return inputs
         if starts_at_borders(inputs):
             return self._reader(staged.dataset)(rows.tolist())
-        recorded_states(inputs)  # dropped: the reference computes what this stage needs
+        recorded_states(inputs)  # discarded: the reference model recomputes what this stage needs
         return inputs
 
     # --- recording -----------------------------------------------------------------------------------------
 
     def start(self, steps: int) -> None:
-        """At the start of a stage of so many steps: record what it would compute again and again, if that pays."""
+        """At the start of a stage of ``steps`` steps, record the repeated computations if that saves time."""
         rows, objective = self.rows, self.objective
         self.forget()
         if rows is None or not self._pays(rows, steps):
@@ -122,35 +122,35 @@ class StageCache:
                 self._eval_rows = {}
 
     def leave_out_unused(self) -> None:
-        """Reference states that no term of weight > 0 looks at any more are not read either."""
+        """Stop reading reference states once no term of weight > 0 uses them."""
         if self.rows is not None and self.rows.beside and not self.objective.uses_reference:
             self.rows.activate(None)
 
     def forget(self) -> None:
-        """Give up all that was recorded: whatever is read from now on are the user's rows."""
+        """Drop all recordings and read the original rows again."""
         if self._eval_rows:
-            vars(self._trainer).pop("_eval_dataloaders", None)  # kept by the Trainer where workers persist
+            vars(self._trainer).pop("_eval_dataloaders", None)  # the Trainer keeps them with persistent workers
         self._eval_rows = None
         if self.rows is not None:
             self.rows.activate(None)
         self.objective.prefix = None
 
     def _pays(self, rows: StagedRows, steps: int) -> bool:
-        """Whether the stage goes over the data again."""
+        """Whether the stage passes over the data more than once."""
         if getattr(self._args, "torch_compile", False):
             return False
         per_step = self._args.train_batch_size * self._args.gradient_accumulation_steps * self._args.world_size
         return self._settings.use == "always" or steps * per_step > len(rows)
 
     def _differs(self, read: Callable[[list[int]], dict[str, Any]], rows: list[int]) -> bool:
-        """Whether samples are others each time they are read, so that nothing can be recorded."""
+        """Whether samples change between reads, e.g. by augmentation, so that nothing can be recorded."""
         if self._settings.use == "always" or same_each_time(lambda: read(rows)):
             return False
         logger.info("Training samples differ each time they are read: what is frozen is computed in every step.")
         return True
 
     def _record_reference(self, dataset: Any) -> RowStore | None:
-        """The reference states of all rows; None, with a word, where they cannot be kept."""
+        """Record the reference states of all rows; logs a message and returns None if they cannot be stored."""
         assert self.objective.reference is not None
         reference, layers = self.objective.reference, self.objective.reference_layers
         read, spread = self._reader(dataset), _spread(len(dataset))
@@ -172,13 +172,13 @@ class StageCache:
             return None
 
     def _pooled(self, batch: dict[str, Any]) -> bool:
-        """Whether the reference states are one vector per sample, whatever it is padded to."""
+        """Whether the reference states are one vector per sample, independent of padding."""
         assert self.objective.reference is not None
         found = self.objective.reference.states(self.objective.reference_layers, batch, self._args.device)
         return all(state.dim() == 2 for state in found.values())
 
     def _record(self, dataset: Any) -> tuple[FrozenPrefix, RowStore] | None:
-        """The longest prefix of the present stage and its activations for all rows; None, with a word, if neither."""
+        """Longest prefix of the current stage and its activations for all rows; None, with a log message, if none."""
         read, samples = self._reader(dataset), len(dataset)
         spread = _spread(samples)
         if samples < 4 or self._differs(read, spread):
@@ -202,7 +202,7 @@ class StageCache:
         return None
 
     def _recorded_evaluation(self, dataset: Any, description: str) -> StagedRows | None:
-        """Rows of activations of data to evaluate on, with the present stage's prefix."""
+        """Recorded activations of an evaluation data set for the prefix of the current stage."""
         prefix, rows = self.objective.prefix, StagedRows(self._used_columns(dataset, description))
         if prefix is None or not len(rows):
             return None
@@ -227,19 +227,19 @@ class StageCache:
     def _recordings(
         self, record: Callable[[dict[str, Any]], Columns], dataset: Any
     ) -> Iterator[tuple[Tensor, Columns]]:
-        """All rows' columns on every rank; each computes its share of the batches."""
+        """The columns of all rows on every rank; each rank computes its share of the batches."""
         ranks, rank = self._args.world_size, self._args.process_index
-        size = max(self._args.eval_batch_size, 2 * self._args.train_batch_size)  # without gradients there is room
+        size = max(self._args.eval_batch_size, 2 * self._args.train_batch_size)  # gradients need no memory here
         everything = list(range(len(dataset)))
         batches = [everything[i : i + size] for i in range(0, len(dataset), size)]
         loader = DataLoader(
             dataset,
-            # Where there are fewer batches than ranks, one without computes the first, to have something to send.
+            # With fewer batches than ranks, ranks without a batch compute the first one, to have something to send.
             batch_sampler=batches[rank::ranks] or batches[:1],
             collate_fn=self._collator(),
             num_workers=self._args.dataloader_num_workers,
             multiprocessing_context=getattr(self._args, "dataloader_multiprocessing_context", None),
-            generator=torch.Generator(),  # else iterating draws from the global one
+            generator=torch.Generator(),  # otherwise iterating draws from the global one
         )
         mine, columns = iter(loader), {}
         for start in range(0, len(batches), ranks):
@@ -256,7 +256,7 @@ class StageCache:
 
 
 def _spread(samples: int) -> list[int]:
-    """The numbers of some rows, spread over the data set."""
+    """Indices of some rows, spread over the data set."""
     return list(range(0, samples, max(1, samples // CHECKED)))[:CHECKED]
 
 
@@ -265,10 +265,10 @@ def _row_shape(column: Any) -> tuple[int, ...] | None:
 
 
 def _exchange(accelerator: Accelerator, columns: Columns, size: int) -> list[Columns]:
-    """Every rank's columns of this round, padded to ``size`` rows; a rank without a batch sends its last one.
+    """The columns of every rank in this round, padded to ``size`` rows; a rank without a batch resends its last one.
 
     Raises:
-        RowsDiffer: the ranks' rows differ in shape; on all ranks alike.
+        RowsDiffer: if row shapes differ between ranks; raised on all ranks.
     """
     padded = {}
     for name, column in columns.items():

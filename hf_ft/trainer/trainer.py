@@ -1,4 +1,4 @@
-"""The one Trainer: it interprets a plan, and otherwise is ``transformers.Trainer``."""
+"""The Trainer: ``transformers.Trainer`` that runs the plan of a strategy."""
 
 from __future__ import annotations
 
@@ -42,35 +42,31 @@ ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
 class FTTrainer(Trainer):
     """``transformers.Trainer`` with a fine-tuning strategy.
 
-    All stages of a strategy run in one ``train()``: one global step, one log, one set of checkpoints, one best
-    model. ``eval_loss`` is the task's loss alone; each summand of the training loss is logged as
-    ``loss/<name>``. Losses are micro-batch means, so that gradient accumulation and ranks do not change them.
+    All stages of a strategy run in one ``train()`` call, with one step count, one log, one set of checkpoints and one
+    best model. ``eval_loss`` is the task loss alone; each term of the training loss is logged as ``loss/<name>``.
+    Losses are micro-batch means, so they do not depend on gradient accumulation or the number of ranks.
 
     Args:
-        model: as ``Trainer`` takes it.
-        args: likewise.
-        *positional: likewise.
+        model: as in ``Trainer``.
+        args: as in ``Trainer``.
+        *positional: as in ``Trainer``.
         strategy: a config, a registered name such as ``"lp_ft"``, or a list of them.
-        class_weights: a weight per class of the cross-entropy, or ``"balanced"``: n / (C * n_c) over the
-            training labels.
+        class_weights: class weights of the cross-entropy, or ``"balanced"``: n / (C * n_c) over the training labels.
         overwrite: whether checkpoints of an earlier run in ``args.output_dir`` may be deleted.
-        frozen_cache: whether a stage that trains only what follows a frozen part computes that part once instead
-            of in every step: ``"auto"``, ``"always"``, ``"never"``, or a :class:`~hf_ft.core.context.FrozenCache`.
-        plain_train_dataset: the training samples without augmentation, in the same order, for strategies that
-            search or measure on them; default: ``train_dataset``.
-        source_dataset: the data of the pretraining, or other data, for strategies that train on it beside the target's:
-            processed as they are, map-style or iterable, with labels of the source head's classes.
-        source_data_collator: makes batches of them; default: ``data_collator``.
-        states: what the strategies measured before (``trainer.states`` of another run on the same model, data and
-            options), so that trials of other rates need not measure again.
-        **keywords: all else that ``Trainer`` takes.
+        frozen_cache: whether to compute a frozen prefix once per stage instead of in every step: ``"auto"``,
+            ``"always"``, ``"never"``, or a :class:`~hf_ft.core.context.FrozenCache`.
+        plain_train_dataset: unaugmented training samples in the same order, for measuring; default: ``train_dataset``.
+        source_dataset: pretraining or other data for strategies that train on it in addition to the target data:
+            processed, map-style or iterable, with labels of the source head's classes.
+        source_data_collator: the collator for source data; default: ``data_collator``.
+        states: measurements to reuse: ``trainer.states`` of another run with the same model, data and options.
+        **keywords: further arguments of ``Trainer``.
 
     Raises:
-        OptionError: a value, or a combination with ``args``, that cannot work.
+        OptionError: if a value, or its combination with ``args``, is invalid.
     """
 
-    # Losses are means over a micro-batch, which the Trainer then divides by the accumulation steps.
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga = False  # losses are micro-batch means; the Trainer divides by the accumulation steps
     model: Any
     optimizer: Any
     lr_scheduler: Any
@@ -98,16 +94,15 @@ class FTTrainer(Trainer):
         self.source_dataset, self.source_data_collator = source_dataset, source_data_collator
         args = args or TrainingArguments("tmp_trainer")
         if isinstance(keywords.get("processing_class"), CollaborativeTokenizer) and not positional:
-            keywords.setdefault("data_collator", collate(keywords["processing_class"]))  # as the Trainer pads for one
+            keywords.setdefault("data_collator", collate(keywords["processing_class"]))  # padding as in Trainer
         checks.preflight(self.configs, args, model, positional, keywords, source_dataset)
         super().__init__(model, args, *positional, **keywords)
         if model is None:
             checks.check_model(self.configs, args, self.model, self.train_dataset, self.lr_scheduler, source_dataset)
-        # Both are the task loss's: were they left here, the Trainer would count items and scale again.
+        # Both belong to the task loss: if set here, the Trainer would count items and scale the loss again.
         function, self.compute_loss_func = self.compute_loss_func, None
         self.model_accepts_loss_kwargs = False
-        # Older Trainers let accelerate divide by the accumulation steps as well: once is enough.
-        self.accelerator.gradient_accumulation_steps = 1
+        self.accelerator.gradient_accumulation_steps = 1  # older Trainers let accelerate divide by it a second time
         weights = checks.class_weights_of(class_weights, self.train_dataset, self.model, function, self.label_smoother)
         self.task_loss = TaskLoss(self.label_smoother, weights, function)
         self._known_states = dict(states or {})
@@ -118,7 +113,7 @@ class FTTrainer(Trainer):
         self._finished = False
         self._resuming: Path | None = None
         checks.warn_recommended(self.configs, args)
-        # First in the list: stages change, and the model is finalised, before any other callback looks.
+        # First in the list: change stages and finalise the model before any other callback runs.
         self.callback_handler.callbacks.insert(0, StageBorders(self))
 
     # --- the run -------------------------------------------------------------------------------------------
@@ -132,12 +127,12 @@ class FTTrainer(Trainer):
     ) -> Any:
         """Train through all stages; see ``Trainer.train``.
 
-        With ``resume_from_checkpoint=True`` the newest whole checkpoint is taken, and its stage with it. A further
-        call trains on from the present weights, as a run of its own whose checkpoints replace those of the last.
+        ``resume_from_checkpoint=True`` resumes from the latest complete checkpoint, within its stage. A second call
+        continues from the current weights as a new run, whose checkpoints replace those of the previous run.
 
         Raises:
-            OptionError: checkpoints of an earlier run are in the way; resumed with another strategy.
-            CheckpointError: nothing whole to resume from, or from another starting point.
+            OptionError: if checkpoints of an earlier run exist, or the checkpoint belongs to another strategy.
+            CheckpointError: if there is no complete checkpoint, or it started from other weights.
         """
         folder = Path(self._get_output_dir(trial))
         resume = self._checkpoints.resume_folder(resume_from_checkpoint, folder)
@@ -156,8 +151,8 @@ class FTTrainer(Trainer):
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         run = self._start_run()
         if self._users_optimizer is None:
-            self.optimizer = None  # its groups and flags are those of an earlier run, or of larger batches
-        # Anew for every attempt: accelerate patches the forward of what it prepares.
+            self.optimizer = None  # its groups and flags belong to an earlier run or a larger batch size
+        # Rebuilt for every attempt, because accelerate patches the forward of the modules it prepares.
         self._attempt = Attempt.begin(self, run.objective(self.task_loss), self._attempt)
         self._attempt.streams.begin(batch_size or self._train_batch_size, self._resuming)
         checks.check_last_batch(self, self._attempt.objective)
@@ -178,7 +173,7 @@ class FTTrainer(Trainer):
         return self._run
 
     def _states(self) -> dict[str, State]:
-        """What the strategies measured: read from the checkpoint, or measured and sent from rank 0 to all."""
+        """Load the measurements from the checkpoint, or measure and broadcast from rank 0."""
         if self._resuming is not None:
             return files.read_states(self._resuming)
         states = measure(self.configs, self.model, self.context, self._known_states)
@@ -186,26 +181,26 @@ class FTTrainer(Trainer):
 
     @property
     def states(self) -> Mapping[str, State]:
-        """What the strategies measured, by name; empty before training."""
+        """The measurements of the strategies, by name; empty before training."""
         return self._run.states if self._run is not None else {}
 
     def measure(self) -> Mapping[str, State]:
-        """Let the strategies look at the data now, instead of when training begins; what they measured."""
+        """Run the strategies' measurements now instead of at the start of training, and return them."""
         return self._start_run().states
 
     def context(self) -> Context:
-        """What a strategy may use to look at the data: samples, and how they are trained on."""
+        """The context for measurements: samples and training recipe."""
         return measuring_context(self)
 
     def _finish_run(self) -> None:
         assert self._run is not None
         self.model = self.callback_handler.model = self._run.finish()
-        self._finished = bool(self._run.plan.finalise)  # the model is another one now: a further train() starts anew
+        self._finished = bool(self._run.plan.finalise)  # the model was replaced: the next train() starts anew
 
     # --- what the Trainer trains ---------------------------------------------------------------------------
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """Hand the Trainer the objective in the model's place. ``self.model`` stays the user's."""
+        """Pass the objective to the Trainer in place of the model; ``self.model`` remains the user's model."""
         if training:
             assert self._attempt is not None
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
@@ -217,7 +212,7 @@ class FTTrainer(Trainer):
         return self._attempt.objective
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The Trainer's optimizer over all that is ever trained, its groups split by stage and rate."""
+        """The Trainer's optimizer over all parameters ever trained, with groups split by stage and learning rate."""
         run = self._start_run()
         run.unfreeze()
         super().create_optimizer(run.model)
@@ -230,12 +225,12 @@ class FTTrainer(Trainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As the Trainer's, without normalisation layers, which it tells by names that many models do not use."""
+        """Like ``Trainer``, but exclude normalisation layers by type: many models do not use the names it looks for."""
         bare = undecayed_names(model)
         return [name for name in super().get_decay_parameter_names(model) if name not in bare]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """The Trainer's scheduler; with several stages, one that runs its schedule once in each."""
+        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage."""
         run = self._start_run()
         borders = stage_borders(run.plan.stages, num_training_steps)
         if self._attempt is not None:
@@ -255,7 +250,7 @@ class FTTrainer(Trainer):
         return super()._get_grad_norm(self._trained_alone(model), grad_norm)
 
     def _trained_alone(self, model: nn.Module) -> Any:
-        """What stands in for the model where its gradients are asked for: going through all modules is slow."""
+        """A stand-in for the model that returns only the trained parameters: iterating over all modules is slow."""
         attempt = self._attempt
         return model if attempt is None else SimpleNamespace(parameters=lambda: attempt.objective.trained)
 
@@ -270,7 +265,7 @@ class FTTrainer(Trainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader:
-        """As the Trainer's; where activations are recorded, over rows of those."""
+        """Like ``Trainer``, but read recorded activations where available."""
         cache = None if self._attempt is None else self._attempt.cache
         rows = None if cache is None else cache.rows_for(dataset, description, is_training)
         if cache is None or rows is None:
@@ -280,7 +275,7 @@ class FTTrainer(Trainer):
             return super()._get_dataloader(rows, description, batch_size, sampler, is_training, dataloader_key)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """As the Trainer's, with the tensors that a model of several members reads under numbered names."""
+        """Like ``Trainer``, plus the numbered inputs of models with several members."""
         super()._set_signature_columns_if_needed()
         more = getattr(unwrap(self.model)[0], "input_names", ())
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *more]))
@@ -288,13 +283,13 @@ class FTTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective's loss: task and terms in training, the task alone in evaluation."""
+        """The loss of the objective: task and terms in training, the task alone in evaluation."""
         assert self._attempt is not None
         outputs = self._attempt.outputs(model, inputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As the Trainer's, and 0 where activations stand in for the inputs."""
+        """Like ``Trainer``, but 0 for recorded activations."""
         return 0 if starts_at_borders(inputs) else super().floating_point_ops(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -305,7 +300,7 @@ class FTTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_learning_rate(self) -> float:
-        """The rate of the first parameter group that trains at present: the backbone's where it does."""
+        """Learning rate of the first parameter group trained in this stage: the backbone's, if it is trained."""
         groups = getattr(self.optimizer, "param_groups", [])
         stage = 0 if self._attempt is None else self._attempt.stepper.stage
         present = [group for group in groups if STAGE_RATES in group and group[STAGE_RATES][stage]]
@@ -314,7 +309,7 @@ class FTTrainer(Trainer):
     # --- saving and loading --------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, but written under another name and renamed when whole."""
+        """Like ``Trainer``, but write to a temporary folder and rename it when complete."""
         self._checkpoints.save(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -325,27 +320,27 @@ class FTTrainer(Trainer):
             write_card(card_of(self, self._checkpoints.base_name, folder), folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As the Trainer's, by each rank; and how far the streams were consumed."""
+        """Like ``Trainer``, plus the stream positions of each rank."""
         super()._save_rng_state(output_dir)
         if self._attempt is not None:
             self._attempt.streams.save(Path(output_dir))
 
     def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
-        """Write README.md into the output folder: strategy, options, paper, base model, metrics."""
+        """Write README.md to the output folder: strategy, options, paper, base model, metrics."""
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             write_card(card_of(self, self._checkpoints.base_name, folder, model_name or "", **kwargs), folder)
 
     def save_delta(self, path: str | Path) -> None:
-        """Write only the tensors and buffers that training changed; :func:`hf_ft.load_delta` puts them back.
+        """Save only the tensors and buffers changed by training; :func:`hf_ft.load_delta` restores them.
 
         Raises:
-            CheckpointError: before training, or for a model that has no delta.
+            CheckpointError: before training, or if the model supports no delta.
         """
         self._checkpoints.save_delta(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._start_run()  # what terms pull back to is the start, not the checkpoint
+        self._start_run()  # terms refer to the initial weights, not to those of the checkpoint
         self._checkpoints.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

@@ -1,1 +1,1 @@
-"""``hf-ft demo``: strategies compared on real images."""
+"""``hf-ft demo``: compare strategies on real images."""

@@ -1,7 +1,7 @@
-"""``hf-ft demo``: six strategies on real images of solar cells, compared as one should.
+"""``hf-ft demo``: compare six strategies on real images of solar cells, with a sound protocol.
 
-The best epoch of each strategy, and the best strategy, are chosen on the validation split; the test split is looked
-at once for each, and chooses nothing.
+The best epoch of each strategy and the best strategy are selected on the validation split. The test split is
+evaluated once per training and not used for selection.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ example:
 
 
 def run_demo(arguments: list[str]) -> None:
-    """Train, compare, and save the winner."""
+    """Train and compare the strategies, and save the winner."""
     flags = _parser().parse_args(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError("the demo runs in one process; `hf-ft train` runs in several.")
@@ -114,7 +114,7 @@ def positive_number(text: str) -> int:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise ``ValueError`` if the folder holds anything but, at the default place, an earlier demo's output."""
+    """Raise an error if the folder holds anything but, at the default location, the output of an earlier demo."""
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     if overwrite or not folder.is_dir() or not any(folder.iterdir()):
@@ -132,7 +132,7 @@ def _is_own(results: Path) -> bool:
 
 
 def _renew(folder: Path) -> None:
-    """Delete what an earlier demo wrote, nothing else, and mark the folder so that an interrupted demo is known."""
+    """Delete only the output of an earlier demo, and mark the folder so that an interrupted demo is recognised."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / name for name in WRITTEN):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def _introduce(flags: argparse.Namespace, model: Any, splits: DatasetDict, size:
 
 
 class Bar(TrainerCallback):
-    """Moves a progress bar along and shows the best score so far."""
+    """Advances a progress bar and shows the best score so far."""
 
     def __init__(self, advance: Callable[..., None], before: int) -> None:
         self.advance = advance
@@ -175,7 +175,7 @@ def _train_all(
     size: int,
     folder: Path,
 ) -> list[Trained]:
-    """All strategies with all seeds, one after the other, with a bar for each strategy."""
+    """Train all strategies with all seeds in sequence, with one progress bar per strategy."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     parts = (TextColumn("  {task.description:<20}"), BarColumn(), TextColumn("{task.fields[score]:<16}"))
@@ -188,7 +188,7 @@ def _train_all(
             model, processor = load_classifier(flags.model, columns, seed, size)
             trainer = _trainer(model, processor, config, seed, ready, folder / "work" / config.ft_type, flags.epochs)
             steps = -(-len(ready["train"]) // trainer.args.per_device_train_batch_size) * flags.epochs
-            steps += 1  # the scores at the end
+            steps += 1  # the final scores
             progress.update(bar, total=steps * flags.seeds)
             trainer.add_callback(Bar(partial(progress.update, bar), steps * seed))
             runs.append(_train(trainer, config, seed, ready))
@@ -204,7 +204,7 @@ def _trainer(
         str(folder / str(seed)),
         num_train_epochs=epochs,
         per_device_train_batch_size=32,
-        per_device_eval_batch_size=64,  # small enough for the processor's cache: four times as fast as 256
+        per_device_eval_batch_size=64,  # fits into the processor's cache: four times as fast as 256
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
@@ -236,7 +236,7 @@ def _trainer(
 
 
 def _train(trainer: FTTrainer, config: FTConfig, seed: int, ready: dict[str, Cells]) -> Trained:
-    """Train; then score the best epoch's model on validation again, and on test for the only time."""
+    """Train, then evaluate the best epoch's model on validation, and once on test."""
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
@@ -250,7 +250,7 @@ def _train(trainer: FTTrainer, config: FTConfig, seed: int, ready: dict[str, Cel
         validation=_scores(trainer, ready["validation"]),
         test=_scores(trainer, ready["test"]),
         seconds=seconds,
-        # The optimizer holds every parameter that any stage trains.
+        # The optimizer holds the parameters trained in any stage.
         parameters=sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"]),
         folder=folder,
         search=trainer.states["blockwise"].info["scores"] if config.ft_type == "blockwise" else None,
@@ -258,7 +258,7 @@ def _train(trainer: FTTrainer, config: FTConfig, seed: int, ready: dict[str, Cel
 
 
 def _scores(trainer: FTTrainer, split: Cells) -> dict[str, float]:
-    """Accuracy, balanced accuracy, and the standard error of the latter that comes from so few images."""
+    """Accuracy, balanced accuracy, and the standard error of the latter from the small number of images."""
     output = trainer.predict(split)
     labels, predicted = np.asarray(output.label_ids), np.asarray(output.predictions).argmax(-1)
     classes, sizes = np.unique(labels, return_counts=True)

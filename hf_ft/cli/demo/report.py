@@ -1,4 +1,4 @@
-"""What ``hf-ft demo`` leaves behind: a table, its files, a plot, and the winner as a checkpoint."""
+"""The output of ``hf-ft demo``: a table, its files, a plot, and a checkpoint of the winner."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MADE_BY = "hf-ft demo"
 
 @dataclass(frozen=True)
 class Trained:
-    """One strategy trained with one seed."""
+    """A training of one strategy with one seed."""
 
     strategy: str
     seed: int
@@ -35,7 +35,7 @@ class Trained:
     seconds: float
     parameters: int
     folder: Path
-    search: dict[str, Any] | None = None  # the scores of a search over blocks
+    search: dict[str, Any] | None = None  # the scores of a block search
 
 
 SPLITS = ("validation", "test")
@@ -44,7 +44,7 @@ SCORES = ("accuracy", "balanced_accuracy", "standard_error")
 
 @dataclass(frozen=True)
 class Summary:
-    """One strategy over all seeds: means, and standard deviations where there are several seeds."""
+    """One strategy over all seeds: means, and standard deviations if there are several seeds."""
 
     strategy: str
     runs: tuple[Trained, ...]
@@ -65,13 +65,13 @@ class Summary:
 
 
 def summaries(runs: Sequence[Trained]) -> list[Summary]:
-    """One per strategy, in the order they ran."""
+    """One summary per strategy, in training order."""
     names = dict.fromkeys(run.strategy for run in runs)
     return [Summary(name, tuple(run for run in runs if run.strategy == name)) for name in names]
 
 
 def winner_of(found: Sequence[Summary]) -> Summary:
-    """The best by validation; of equals, the one that trained faster."""
+    """The best strategy by validation; ties are won by the faster one."""
     return max(found, key=lambda s: (s.mean(_score("validation")), -s.mean(lambda run: run.seconds)))
 
 
@@ -87,7 +87,7 @@ def finish(
     splits: DatasetDict,
     seconds: float,
 ) -> None:
-    """Print and write the results, and put the winner's best model into ``folder/best``."""
+    """Print and save the results, and save the winner's best model in ``folder/best``."""
     found = summaries(runs)
     winner = winner_of(found)
     winner.best.folder.rename(folder / "best")
@@ -132,7 +132,7 @@ HEADERS = (
 
 
 def _plot_blocks(found: Sequence[Summary], folder: Path) -> list[str]:
-    """Say what a search over blocks found, and draw its scores."""
+    """Print the result of a block search and plot its scores."""
     config: Any = config_class("blockwise")()
     searches = [State(info={"scores": run.search}) for summary in found for run in summary.runs[:1] if run.search]
     for state in searches:
@@ -162,7 +162,7 @@ def _print_table(rows: Sequence[Sequence[str]], best: Sequence[bool]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # within 80 columns
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # fits into 80 columns
     for i, header in enumerate(HEADERS):
         shown.add_column(header.replace(" ", "\n"), justify="right" if i else "left")
     for row, wins in zip(rows, best, strict=True):
@@ -206,7 +206,7 @@ def _markdown(title: str, rows: Sequence[Sequence[str]], winner: Summary, splits
 
 
 def plot(found: Sequence[Summary], winner: Summary, title: str, file: Path) -> None:
-    """Validation and test balanced accuracy of each strategy, each with one standard error."""
+    """Plot validation and test balanced accuracy of each strategy, with one standard error."""
 
     import matplotlib
     from matplotlib import pyplot

@@ -1,4 +1,4 @@
-"""The report of a comparison: one document, as an HTML page and as Markdown."""
+"""The report of a comparison as HTML and Markdown."""
 
 from hf_ft.comparison.report.write import write_report
 

@@ -1,4 +1,4 @@
-"""A whole report, as the sections that Markdown and HTML show."""
+"""Builds the report from its sections, for HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_ft.documents.text import duration, metric_name
 
 
 def document(results: Results) -> Document:
-    """Everything that there is to show; sections without content are left out."""
+    """The whole report; empty sections are omitted."""
     found = standings(results)
     optional = (findings(found), distortion(found))
     sections: list[Section] = [

@@ -15,7 +15,7 @@ from hf_ft.documents.text import NONE, metric_name, seconds, signed
 
 
 def card_section(results: Results) -> str:
-    """``## Comparison`` for the winner's model card: how the strategies did, and how it was found."""
+    """The ``## Comparison`` section of the winner's model card: results and procedure."""
     found = standings(results)
     ranked = [standing for standing in found if standing.rank is not None]
     best, split, metric = winner(results, found), main_split(found), metric_name(results.metric)

@@ -1,4 +1,4 @@
-"""Numbers and names of a comparison as text."""
+"""Formats the numbers and names of a comparison."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def seeds(n: int) -> str:
 
 
 def against_full(found: Difference) -> str:
-    """A paired difference in words."""
+    """A paired difference as a sentence."""
     tally = f"better on {found.wins}, alike on {found.ties}, worse on {found.losses} of {seeds(len(found.by_seed))}"
     if found.interval is None:
         return f"{signed(found.mean)} (one seed, so no interval)"

@@ -1,4 +1,4 @@
-"""Writing a report: ``results.json``, ``report.html`` and ``report.md``."""
+"""Writes the report: ``results.json``, ``report.html`` and ``report.md``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_ft.documents.markdown import markdown
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write the results, the page and its Markdown into a folder, each as a whole or not at all.
+    """Write the results, the HTML page and its Markdown to a folder, each file atomically.
 
     Args:
-        results: what was found.
-        folder: where to; it is made if it is not there.
+        results: the results to report.
+        folder: the output folder; created if necessary.
     """
-    # The texts are made before anything is written: a page that cannot be made leaves an old report as it is.
+    # Generate all texts before writing anything, so that an error leaves an existing report intact.
     content = document(results)
     page, text = html(content), markdown(content)
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _replace(file: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the file, then put it in its place."""
+    """Write to a temporary file, then move it into place."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         write(temporary)

@@ -1,4 +1,4 @@
-"""The last part of a report: the data, what did not run, what was advised, and all that is needed to repeat it."""
+"""The appendix of the report: data, failures, advice, and everything needed to reproduce the comparison."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hf_ft.core.config import Paper, strategies
 from hf_ft.documents.document import Block, Bullets, Link, Listing, Section, Table, Tables, Text
 from hf_ft.documents.text import NONE, code, duration, plain
 
-FIRST = 20  # so many skipped rows are named
+FIRST = 20  # number of skipped rows listed
 
 
 def record_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
-    """All sections of this part that have something to show."""
+    """All non-empty sections of the appendix."""
     made = (data(results), problems(found), advice(results), about(results, found))
     return [section for section in made if section is not None]
 
@@ -47,7 +47,7 @@ def _counted(rows: int | Sequence[Any], split: str) -> str:
 
 
 def _which(rows: int | Sequence[Any]) -> str:
-    """The first of them, where they are named."""
+    """The first skipped rows, if they are known."""
     if isinstance(rows, int):
         return ""
     more = f" and {len(rows) - FIRST} more" if len(rows) > FIRST else ""
@@ -55,7 +55,7 @@ def _which(rows: int | Sequence[Any]) -> str:
 
 
 def problems(found: Sequence[Standing]) -> Section | None:
-    """What could not run, what failed, and what was warned of; None where all went well."""
+    """Contenders that could not run, failures and warnings; None if there were none."""
     stopped = tuple((s.name, s.contender.status, s.contender.reason or NONE) for s in found if s.rank is None)
     failed = tuple(
         (standing.name, f"trial {number}" if kind == "trial" else f"run of seed {training.seed}", training.error)
@@ -83,7 +83,7 @@ def _notes(standing: Standing) -> list[str]:
 
 
 def advice(results: Results) -> Section | None:
-    """The order that was advised before anything ran."""
+    """The order recommended before the comparison."""
     recommended = (results.advice or {}).get("recommendations") or ()
     rows = tuple(
         (
@@ -101,7 +101,7 @@ def advice(results: Results) -> Section | None:
 
 
 def about(results: Results, found: Sequence[Standing]) -> Section:
-    """Command, settings, versions, machine, and where the strategies come from."""
+    """Command, settings, versions, machine, and the papers of the strategies."""
     shared = (("settings", results.settings), ("model", results.model), ("machine", results.machine))
     tables = Tables(
         tuple(
@@ -116,7 +116,7 @@ def about(results: Results, found: Sequence[Standing]) -> Section:
 
 
 def strategies_table(found: Sequence[Standing]) -> Table:
-    """What each strategy does, and its paper."""
+    """The description and paper of each strategy."""
     known = strategies()
     rows: list[tuple[str | Link, ...]] = []
     for name in dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Which classes the winner takes for which."""
+"""The winner's confusion matrix."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_ft.comparison.statistics import Standing
 
 @dataclass(frozen=True)
 class Confusion:
-    """Which classes were taken for which.
+    """A confusion matrix.
 
     Attributes:
-        split: where.
-        seed: of the run whose predictions these are.
-        classes: their names, C of them.
-        counts: (C, C), a row for each true class.
+        split: the split of the predictions.
+        seed: the seed of the run that made the predictions.
+        classes: the C class names.
+        counts: (C, C), one row per true class.
     """
 
     split: str
@@ -29,24 +29,24 @@ class Confusion:
 
     @cached_property
     def support(self) -> tuple[int, ...]:
-        """(C,), how often each class occurs."""
+        """(C,), the number of samples of each class."""
         return tuple(map(sum, self.counts))
 
     @cached_property
     def recall(self) -> tuple[float | None, ...]:
-        """(C,), the share of each class that was found; None for a class that does not occur."""
+        """(C,), the recall of each class; None for a class without samples."""
         return tuple(
             row[c] / n if n else None for c, (row, n) in enumerate(zip(self.counts, self.support, strict=True))
         )
 
     def most_confused(self, limit: int) -> list[tuple[int, int, int]]:
-        """True class, predicted class and count of the most frequent errors, the largest count first."""
+        """True class, predicted class and count of the most frequent errors, in descending order of count."""
         pairs = [(t, p, n) for t, row in enumerate(self.counts) for p, n in enumerate(row) if n and t != p]
         return sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))[:limit]
 
 
 def saved_run(results: Results, best: Standing) -> Training | None:
-    """The winner's run that is saved: of ``winner_seed``, else the best by validation."""
+    """The winner's saved run: the one with ``winner_seed``, otherwise the best by validation."""
     runs = best.contender.finished_runs
     chosen = [run for run in runs if run.seed == results.winner_seed]
     scored = [run for run in runs if run.validation is not None]
@@ -55,7 +55,7 @@ def saved_run(results: Results, best: Standing) -> Training | None:
 
 
 def confusion(results: Results, best: Standing) -> Confusion | None:
-    """Of the winner's saved run, on test, else on validation; None where no classes were predicted."""
+    """The confusion matrix of the winner's saved run on test, otherwise validation; None without predictions."""
     run = saved_run(results, best)
     for split in ("test", "validation"):
         predicted, labels = (run.predictions if run else {}).get(split, ()), results.labels.get(split, ())

@@ -1,4 +1,4 @@
-"""How far each strategy moved the features, block by block, on data in and out of distribution."""
+"""Feature distortion of each strategy by block, in and out of distribution."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hf_ft.documents.document import Figure, Section, Table, Text
 from hf_ft.documents.text import score
 
 MEASURES = {"relative_l2": "distance", "cosine": "cosine"}
-DEPTHS = {"first block": 0.0, "at 1/4": 0.25, "at 1/2": 0.5, "at 3/4": 0.75, "last block": 1.0}  # of the table
-INTO_HEAD = "features"  # the name of what goes into the head, beside those of blocks
-MOST_MARKS = 12  # on a line; of more only the line is drawn
+DEPTHS = {"first block": 0.0, "at 1/4": 0.25, "at 1/2": 0.5, "at 3/4": 0.75, "last block": 1.0}  # columns of the table
+INTO_HEAD = "features"  # name of the head's input, listed with the blocks
+MOST_MARKS = 12  # per line; with more points only the line is drawn
 KINDS = ("other", "second", "front", "open")  # by split
 
 Measures = Mapping[str, float]
@@ -23,7 +23,7 @@ Blocks = Mapping[str, Measures]
 
 
 def distortion(found: Sequence[Standing]) -> Section | None:
-    """Charts and their numbers; None where nothing was measured."""
+    """Charts and tables; None if no distortion was measured."""
     measured = {standing.name: mean_distortion(standing.contender.finished_runs) for standing in found}
     measured = {name: splits for name, splits in measured.items() if splits}
     if not measured:
@@ -46,7 +46,7 @@ def distortion(found: Sequence[Standing]) -> Section | None:
 
 
 def mean_distortion(runs: Sequence[Training]) -> dict[str, dict[str, dict[str, float]]]:
-    """By split, block and measure, the mean over runs."""
+    """Mean over runs, by split, block and measure."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for run in runs:
         for split, blocks in run.distortion.items():
@@ -64,7 +64,7 @@ def in_words(split: str) -> str:
 
 
 def by_model(blocks: Blocks) -> dict[str, list[Measures]]:
-    """The blocks of each model in their order; blocks of several models are named ``member0_block3``."""
+    """The blocks of each model in order; with several models, blocks are named like ``member0_block3``."""
     found: dict[str, list[Measures]] = {}
     for name, measures in blocks.items():
         if name != INTO_HEAD:
@@ -86,7 +86,7 @@ def _chart(name: str, splits: Mapping[str, Blocks], kinds: Mapping[str, str], x:
 
 
 def distortion_table(measured: Mapping[str, Mapping[str, Blocks]]) -> Table:
-    """Both measures at some depths; all blocks would be too many to read."""
+    """Both measures at selected depths; a table of all blocks would be too long."""
     rows = []
     for name, splits in measured.items():
         for split, blocks in splits.items():

@@ -1,4 +1,4 @@
-"""What strategies measured before they trained, as they themselves show it."""
+"""The findings of the strategies' measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 def findings(found: Sequence[Standing]) -> Section | None:
-    """A part for each contender that measured something, from its states' ``info``; None where none did."""
+    """A part for each contender with a measurement, based on the ``info`` of its states; None if there are none."""
     blocks: list[Block] = []
     for standing in found:
         own = _blocks(standing.contender)
@@ -27,7 +27,7 @@ def findings(found: Sequence[Standing]) -> Section | None:
 
 
 def _blocks(contender: Contender) -> list[Block]:
-    """What its strategies show; nothing of one that is not registered here, whose text has to do."""
+    """The findings of a contender's strategies; strategies not registered here contribute only their text."""
     if not contender.found:
         return []
     known, state = strategies(), State(info=contender.found)
@@ -37,6 +37,6 @@ def _blocks(contender: Contender) -> list[Block]:
             continue
         try:
             blocks += FTConfig.from_dict(content).findings(state).blocks
-        except Exception as error:  # in a strategy's own code, which must not cost the report of all others
+        except Exception as error:  # an error in a strategy's own code must not prevent the report
             logger.warning(f"{contender.name}: its findings cannot be shown ({type(error).__name__}: {error}).")
     return blocks

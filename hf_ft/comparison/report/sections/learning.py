@@ -1,4 +1,4 @@
-"""The second half of a report: how the scores came about, in learning curves and in trials."""
+"""The second part of the report: learning curves and tuning trials."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hf_ft.documents.document import Block, Figure, Section, Table, Text
 from hf_ft.documents.text import NONE, metric_name, names, plain, score, seconds
 
 RATE = "learning_rate"
-CURVE_COLUMNS = 16  # of the table; of more epochs, so many are listed
+CURVE_COLUMNS = 16  # maximum number of epochs shown in the table
 
 
 def process_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
-    """All sections of this half that have something to show."""
+    """All non-empty sections of this part."""
     made = (learning_curves(results, found), tuning(results, found))
     return [section for section in made if section is not None]
 
@@ -28,7 +28,7 @@ def process_sections(results: Results, found: Sequence[Standing]) -> list[Sectio
 
 
 def mean_curve(runs: Sequence[Training]) -> dict[float, float]:
-    """Validation score by epoch, the mean over the runs that were evaluated then."""
+    """Mean validation score by epoch, over the runs evaluated at that epoch."""
     found: dict[float, list[float]] = {}
     for run in runs:
         for point in run.curve:
@@ -39,7 +39,7 @@ def mean_curve(runs: Sequence[Training]) -> dict[float, float]:
 
 
 def learning_curves(results: Results, found: Sequence[Standing]) -> Section | None:
-    """A small chart for each contender, with full fine-tuning's curve behind."""
+    """A small chart for each contender, with the curve of full fine-tuning in the background."""
     curves = {standing.name: mean_curve(standing.contender.finished_runs) for standing in found}
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
@@ -70,7 +70,7 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
 
 
 def curve_table(curves: Mapping[str, Mapping[float, float]]) -> Table:
-    """Means by contender and epoch."""
+    """Mean scores by contender and epoch."""
     epochs = sorted({epoch for curve in curves.values() for epoch in curve})
     if len(epochs) > CURVE_COLUMNS:
         step = (len(epochs) - 1) / (CURVE_COLUMNS - 1)
@@ -83,7 +83,7 @@ def curve_table(curves: Mapping[str, Mapping[float, float]]) -> Table:
 
 
 def tuning(results: Results, found: Sequence[Standing]) -> Section | None:
-    """What was tried, what was chosen, and where a range was too small."""
+    """Trials, choices, and ranges that were too narrow."""
     tuned = [standing for standing in found if standing.contender.trials]
     if not tuned:
         return None
@@ -103,7 +103,7 @@ def tuning(results: Results, found: Sequence[Standing]) -> Section | None:
 
 
 def tuning_table(tuned: Sequence[Standing]) -> Table:
-    """Budget and choice of each contender."""
+    """The budget and chosen settings of each contender."""
     rows: list[tuple[str, ...]] = []
     for standing in tuned:
         contender, failed = standing.contender, standing.failed_trials
@@ -130,7 +130,7 @@ def options(params: Mapping[str, object]) -> str:
 
 
 def trials_figure(results: Results, tuned: Sequence[Standing], best: Standing | None) -> Figure | None:
-    """Validation score against learning rate, a small chart for each contender."""
+    """Validation score against learning rate, in a small chart for each contender."""
     trials = {standing.name: _with_rate(standing.contender) for standing in tuned}
     scores = [t.validation for all_ in trials.values() for t in all_ if t.validation is not None]
     rates = [float(t.params[RATE]) for all_ in trials.values() for t in all_]
@@ -169,13 +169,13 @@ def _trials_chart(standing: Standing, trials: Sequence[Training], x: Axis, y: Ax
 
 
 def space_table(tuned: Sequence[Standing]) -> Table:
-    """What was tuned, and within which ranges."""
+    """The search space of each contender."""
     rows = tuple((standing.name, name, text) for standing in tuned for name, text in standing.contender.space.items())
     return Table("What was tuned", ("strategy", "option", "range or values"), rows, folded=True)
 
 
 def trials_table(tuned: Sequence[Standing]) -> Table:
-    """Every trial."""
+    """All trials."""
     rows: list[tuple[str, ...]] = []
     strong: set[int] = set()
     for standing in tuned:

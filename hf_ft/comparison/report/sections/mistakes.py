@@ -1,4 +1,4 @@
-"""The section on the winner's mistakes: a table of all confusions, or a list of the most frequent ones."""
+"""The winner's errors: the full confusion matrix, or a list of the most frequent confusions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hf_ft.comparison.statistics import Standing, winner
 from hf_ft.documents.document import Section, Table, Text
 from hf_ft.documents.text import code, score
 
-GRID = 20  # classes; with more, the confusions are listed instead
-PAIRS = 25  # so many of them
+GRID = 20  # maximum number of classes in a matrix; with more, confusions are listed
+PAIRS = 25  # number of confusions listed
 
 
 def mistakes(results: Results, found: Sequence[Standing]) -> Section | None:
-    """Which classes the winner takes for which; None where no classes were predicted."""
+    """Which classes the winner confuses; None if no classes were predicted."""
     best = winner(results, found)
     table = confusion(results, best) if best is not None else None
     if best is None or table is None:
@@ -31,7 +31,7 @@ def mistakes(results: Results, found: Sequence[Standing]) -> Section | None:
 
 
 def confusion_grid(table: Confusion) -> Table:
-    """All counts, a row for each true class, with its recall."""
+    """All counts with recall, one row per true class."""
     rows, shades = [], []
     for name, counts, n, recall in zip(table.classes, table.counts, table.support, table.recall, strict=True):
         rows.append((name, *(f"{count:,}" for count in counts), f"{n:,}", score(recall)))
@@ -41,7 +41,7 @@ def confusion_grid(table: Confusion) -> Table:
 
 
 def confused_pairs(table: Confusion) -> Table:
-    """The most frequent errors."""
+    """The most frequent confusions."""
     rows = tuple(
         (table.classes[t], table.classes[p], f"{n:,}", f"{n / table.support[t]:.0%}")
         for t, p, n in table.most_confused(PAIRS)
@@ -52,7 +52,7 @@ def confused_pairs(table: Confusion) -> Table:
 
 
 def recall_table(table: Confusion) -> Table:
-    """The recall of each class, the lowest first."""
+    """The recall of each class, in ascending order."""
     order = sorted(range(len(table.classes)), key=lambda c: (table.recall[c] is None, table.recall[c] or 0.0, c))
     rows = tuple((table.classes[c], f"{table.support[c]:,}", score(table.recall[c])) for c in order)
     return Table("Recall by class, the lowest first", ("class", "rows", "recall"), rows, folded=True)

@@ -1,4 +1,4 @@
-"""The first half of a report: who won, the ranking, what it cost, other data, and the winner's mistakes."""
+"""The first part of the report: winner, ranking, cost, out-of-distribution scores and the winner's errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis, log_axis
 from hf_ft.documents.document import Block, Bullets, Figure, Listing, Section, Table, Text
 from hf_ft.documents.text import NONE, code, duration, metric_name, names, score, seconds, signed
 
-BEST_FOLDER = "best"  # where the winner is saved, in the folder of the report
+BEST_FOLDER = "best"  # the winner's folder, inside the report's folder
 
 
 def outcome_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
-    """All sections of this half that have something to show."""
+    """All non-empty sections of this part."""
     sections = [
         result(results, found),
         ranking(results, found),
@@ -30,19 +30,19 @@ def outcome_sections(results: Results, found: Sequence[Standing]) -> list[Sectio
 
 
 def main_split(found: Sequence[Standing]) -> str:
-    """Where contenders are compared: test, else validation."""
+    """The split on which contenders are compared: test, otherwise validation."""
     return "test" if any("test" in standing.spreads for standing in found if standing.rank) else "validation"
 
 
 def kind_of(standing: Standing, best: Standing | None, open_: bool = False) -> str:
-    """The mark of a contender."""
+    """The marker style of a contender."""
     if best is not None and standing.name == best.name:
         return "win"
     return "base" if standing.name == BASELINE else "open" if open_ else "other"
 
 
 def result(results: Results, found: Sequence[Standing]) -> Section:
-    """In plain words, with how to load the winner."""
+    """The result in plain words, and how to load the winner."""
     best = winner(results, found)
     blocks: list[Block] = [Text(" ".join(verdict(results, found)))]
     held_back = cautions(results, found)
@@ -57,7 +57,7 @@ def result(results: Results, found: Sequence[Standing]) -> Section:
 
 
 def usage(results: Results, best: Standing) -> str:
-    """How to load the winner with plain Transformers."""
+    """How to load the winner with Transformers alone."""
     text = results.data.get("task") == "text"
     task, given = ("text", "some text") if text else ("image", "photo.png")
     lines = ["from transformers import pipeline", ""]
@@ -70,7 +70,7 @@ def usage(results: Results, best: Standing) -> str:
 
 
 def ranking(results: Results, found: Sequence[Standing]) -> Section:
-    """The table, and the intervals as a chart."""
+    """The ranking table, and a chart of the intervals."""
     split, metric = main_split(found), metric_name(results.metric)
     better = "higher is better" if results.greater_is_better else "lower is better"
     lead = (
@@ -84,7 +84,7 @@ def ranking(results: Results, found: Sequence[Standing]) -> Section:
 
 
 def ranking_table(results: Results, found: Sequence[Standing], split: str) -> Table:
-    """All contenders; those that did not finish stand last."""
+    """All contenders; those that did not finish come last."""
     best = winner(results, found)
     splits = [
         s for s in ("validation", "test") if s == "validation" or any(s in standing.spreads for standing in found)
@@ -112,7 +112,7 @@ def _named(standing: Standing, best: Standing | None) -> str:
 
 
 def difference_figure(results: Results, found: Sequence[Standing], split: str) -> Figure | None:
-    """Differences to full fine-tuning with intervals; without such, the scores."""
+    """Differences to full fine-tuning with intervals; scores if there are no differences."""
     best, metric = winner(results, found), metric_name(results.metric)
     ranked = [standing for standing in found if standing.rank and split in standing.spreads]
     compared = any(split in standing.differences for standing in ranked)
@@ -146,7 +146,7 @@ def difference_figure(results: Results, found: Sequence[Standing], split: str) -
 
 
 def by_seed_table(ranked: Sequence[Standing], split: str, compared: bool) -> Table:
-    """Scores of each seed, and the differences where there are such."""
+    """Scores of each seed, with differences if available."""
     seeds = sorted({seed for standing in ranked for seed in standing.spreads[split].by_seed})
     headers = ["strategy", *(f"seed {seed}" for seed in seeds)]
     headers += [f"difference, seed {seed}" for seed in seeds] if compared else []
@@ -162,7 +162,7 @@ def by_seed_table(ranked: Sequence[Standing], split: str, compared: bool) -> Tab
 
 
 def cost(results: Results, found: Sequence[Standing]) -> Section:
-    """Score against seconds, and everything else that was spent."""
+    """Score against compute time, and all other costs."""
     split = main_split(found)
     front = front_of(results, found, split)
     lead = (
@@ -177,7 +177,7 @@ def cost(results: Results, found: Sequence[Standing]) -> Section:
 
 
 def time_figure(results: Results, found: Sequence[Standing], split: str, front: Sequence[str]) -> Figure | None:
-    """A point for each contender that finished, named by its rank."""
+    """One point for each contender that finished, labelled with its rank."""
     best, metric = winner(results, found), metric_name(results.metric)
     shown = [s for s in found if s.rank and s.compute is not None and s.compute > 0 and split in s.spreads]
     if len(shown) < 2:
@@ -186,10 +186,10 @@ def time_figure(results: Results, found: Sequence[Standing], split: str, front: 
     x = log_axis([x for x, _ in points.values()], "seconds of computing")
     y = linear_axis([y for _, y in points.values()], f"{split} {metric}")
     series = [Series("front", tuple(points[name] for name in front if name in points), joined=True, marked=False)]
-    for standing in reversed(shown):  # the best ones on top
+    for standing in reversed(shown):  # draw the best ones on top
         kind = kind_of(standing, best)
         kind = "front" if kind == "other" and standing.name in front else kind
-        name = "" if kind == "other" else standing.name  # of the others there may be too many
+        name = "" if kind == "other" else standing.name  # naming all the others could clutter the chart
         series.append(Series(kind, (points[standing.name],), labels=(f"{standing.rank} {name}".strip(),)))
     about = "; ".join(f"{name}: {score(y)} in {duration(x)}" for name, (x, y) in points.items())
     chart = Plot(f"{split} {metric} against seconds of computing", about, tuple(series), x, y)
@@ -206,7 +206,7 @@ def time_figure(results: Results, found: Sequence[Standing], split: str, front: 
 
 
 def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
-    """What each contender took."""
+    """The cost of each contender."""
     costs = ("seconds of computing", "of it look at the data", "seconds on the clock", "tuning")
     sizes = ("weights trained", "peak memory, MB", "checkpoint, MB")
     headers = ("strategy", *costs, *sizes, "on the front")
@@ -232,7 +232,7 @@ def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
 
 
 def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section | None:
-    """Scores on data of another distribution; None where there are none."""
+    """Out-of-distribution scores; None if there are none."""
     shown = [standing for standing in found if "ood" in standing.spreads]
     if not shown:
         return None

@@ -1,4 +1,4 @@
-"""What can be said of a comparison, and what cannot, in plain sentences."""
+"""The conclusions of a comparison and their limits, in plain sentences."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hf_ft.comparison.statistics import Difference, Standing, winner
 from hf_ft.core.config import BASELINE
 from hf_ft.documents.text import SAME, code, metric_name, names, score_like, signed
 
-FEW_SEEDS = 5  # up to here an interval that excludes 0 mostly means that all seeds agree, and chance makes them agree
-ALL_OR_NONE = 3  # up to here it means just that
+FEW_SEEDS = 5  # up to here an interval without 0 mostly means that all seeds agree, which happens by chance
+ALL_OR_NONE = 3  # up to here it means exactly that
 
 
 def verdict(results: Results, found: Sequence[Standing]) -> list[str]:
-    """Who won, its test score, and how that compares with full fine-tuning."""
+    """The winner, its test score, and its difference to full fine-tuning."""
     best = winner(results, found)
     if best is None:
         return ["No strategy finished, so there is no winner. What stopped them is listed below."]
@@ -64,7 +64,7 @@ def _judged(found: Difference, split: str, greater_is_better: bool) -> list[str]
 
 
 def cautions(results: Results, found: Sequence[Standing]) -> list[str]:
-    """What the figures do not show, and which differences to full fine-tuning they do not settle."""
+    """What the figures do not show, and which differences to full fine-tuning they leave open."""
     ranked = _ranked(found)
     if not ranked:
         return []
@@ -82,7 +82,7 @@ def cautions(results: Results, found: Sequence[Standing]) -> list[str]:
 
 
 def main_caution(results: Results, found: Sequence[Standing]) -> str:
-    """The one sentence of these that a short account must not lack."""
+    """The most important caution, for short summaries."""
     ranked = _ranked(found)
     split = "test" if any("test" in standing.spreads for standing in ranked) else "validation"
     compared = [standing for standing in ranked if split in standing.differences]
@@ -160,7 +160,7 @@ def _about_choosing(ranked: Sequence[Standing], split: str) -> list[str]:
 
 
 def _about_validation(results: Results, ranked: Sequence[Standing]) -> list[str]:
-    """How far a small validation set can be trusted to choose; its predictions are not kept, so this is a bound."""
+    """How reliably a small validation set selects; an upper bound, because its predictions are not stored."""
     error = largest_standard_error(results, "validation")
     if error is None or len(ranked) < 2:
         return []
@@ -176,7 +176,7 @@ def _about_validation(results: Results, ranked: Sequence[Standing]) -> list[str]
 
 
 def largest_standard_error(results: Results, split: str) -> float | None:
-    """The most that :func:`hf_ft.comparison.statistics.standard_error` can be on a split; None where it has none."""
+    """The maximum of :func:`hf_ft.comparison.statistics.standard_error` on a split; None if undefined."""
     rows = (results.data.get("sizes") or {}).get(split)
     counts = [n for n in (results.data.get("class_counts") or {}).get(split, ()) if n]
     if results.metric == "accuracy" and rows:
