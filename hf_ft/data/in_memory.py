@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_ft.data.labels import LABEL_COLUMNS
-from hf_ft.data.rows import GB, read_rows, same_each_time
+from hf_ft.data.rows import GB, read_rows, same_each_time, spread_rows
 from hf_ft.errors import DataError
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
     """
     if not limit_gb >= 0:
         raise DataError(f"held: limit_gb={limit_gb} must be 0 or more.")
-    spread = _spread(len(dataset))
+    spread = spread_rows(len(dataset), LOOKED_AT)
     if spread and not same_each_time(lambda: _flat(read_rows(dataset, spread)), times=2):
         raise DataError(
             "held: samples differ from one reading to the next, so that keeping one of them would change the training: "
@@ -58,7 +58,7 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
 
 def estimated_bytes(dataset: Any) -> int:
     """Estimate the memory of all samples from the mean of a few."""
-    spread = _spread(len(dataset))
+    spread = spread_rows(len(dataset), LOOKED_AT)
     if not spread:
         return 0
     sizes = [_bytes(value) for row in read_rows(dataset, spread) for value in row.values()]
@@ -153,10 +153,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()  # in its own storage, if it was a view of a batch
     return value.copy() if isinstance(value, list | np.ndarray) else value
-
-
-def _spread(count: int) -> list[int]:
-    return list(range(0, count, max(1, count // LOOKED_AT)))[:LOOKED_AT]
 
 
 def _flat(rows: Iterable[Row]) -> dict[str, Any]:

@@ -20,6 +20,11 @@ def read_rows(dataset: Any, rows: Sequence[int]) -> list[Any]:
     return [dataset[row] for row in rows]
 
 
+def spread_rows(samples: int, count: int) -> list[int]:
+    """Indices of ``count`` rows, or all if there are fewer, spread evenly over a data set."""
+    return list(range(0, samples, max(1, samples // count)))[:count]
+
+
 def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> bool:
     """Whether reads are deterministic under different global RNG states, which are restored.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_ft.core.context import Context
+from hf_ft.data.rows import spread_rows
 from hf_ft.engine.checkpoint import digests
 from hf_ft.engine.frozen.recorder import Recordings
 from hf_ft.engine.objective import Objective
@@ -125,7 +126,7 @@ class ShortTrainings:
         hashes = json.dumps(sorted(digests(self.model).items()))
         samples, labels = self.context.samples, self.context.labels
         with random_states_kept(0):
-            first = samples.read(list(range(0, samples.count, max(1, samples.count // LOOKED_AT)))[:LOOKED_AT])
+            first = samples.read(spread_rows(samples.count, LOOKED_AT))
         data = b"".join(_bytes(value) for _, value in sorted(first.items()) if isinstance(value, Tensor))
         data += labels.tobytes() if labels is not None else b""
         return {

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_ft.data.rows import read_rows, same_each_time
+from hf_ft.data.rows import read_rows, same_each_time, spread_rows
 from hf_ft.engine.batch import REFERENCE, ROW, as_columns, recorded_states, starts_at_borders
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
@@ -153,7 +153,7 @@ class StageCache:
         """Record the reference states of all rows; logs a message and returns None if they cannot be stored."""
         assert self.objective.reference is not None
         reference, layers = self.objective.reference, self.objective.reference_layers
-        read, spread = self._reader(dataset), _spread(len(dataset))
+        read, spread = self._reader(dataset), spread_rows(len(dataset), CHECKED)
         if self._differs(read, spread):
             return None
         alone = [{name: _row_shape(column) for name, column in read([row]).items()} for row in spread]
@@ -180,7 +180,7 @@ class StageCache:
     def _record(self, dataset: Any) -> tuple[FrozenPrefix, RowStore] | None:
         """Longest prefix of the current stage and its activations for all rows; None, with a log message, if none."""
         read, samples = self._reader(dataset), len(dataset)
-        spread = _spread(samples)
+        spread = spread_rows(samples, CHECKED)
         if samples < 4 or self._differs(read, spread):
             return None
         small = read(list(range(2))), read(spread[:1] + spread[-2:])
@@ -253,11 +253,6 @@ class StageCache:
 
     def _computing(self) -> AbstractContextManager[Any]:
         return self._trainer.accelerator.autocast()
-
-
-def _spread(samples: int) -> list[int]:
-    """Indices of some rows, spread over the data set."""
-    return list(range(0, samples, max(1, samples // CHECKED)))[:CHECKED]
 
 
 def _row_shape(column: Any) -> tuple[int, ...] | None:
