@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hf_ft.comparison.settings import Settings, training_arguments
 from hf_ft.comparison.task import Bench, Benches, Data, Loader
 from hf_ft.comparison.training import Recipe
 from hf_ft.core.compose import sources_of
+from hf_ft.core.config import FTConfig
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
@@ -138,13 +139,7 @@ def prepare_comparison(
     settings = settings or Settings()
     settings.check()
     given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
-    missing = {"train", "validation", "test"} - set(given.splits)
-    if missing:
-        raise OptionError(f"data: there is no split {min(missing)!r}, only {list(given.splits)}.")
-    metric = settings.metric or METRICS[given.columns.problem_type]
-    kind = given.columns.problem_type.replace("_classification", "")
-    if kind not in LOCAL_METRICS[metric].kinds:
-        raise OptionError(f"metric={metric!r} does not fit {given.columns.problem_type}: choose another.")
+    metric = _checked_metric(given, settings)
     values = training_arguments(arguments, given.columns.task)
     device = TrainingArguments("unused", **values).device.type
     benches = Benches(model, given, image_size, revision)
@@ -156,43 +151,73 @@ def prepare_comparison(
         values["per_device_train_batch_size"] = size = batch_size(len(plain.data["train"]), wanted)
         if size != wanted:
             tell(f"batches of {size} in place of {wanted}: the last one of an epoch would hold one sample")
-    entrants: list[Entrant] = []
+    greater = "regression" not in LOCAL_METRICS[metric].kinds
+    recipe = Recipe(values, metric, greater, class_weights, settings.distortion_samples, device)
+    entrants = _entrants(chosen, benches, settings, recipe, shown, untuned)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    runner = Runner(entrants, settings, recipe, folder, _signature(plain, given, settings, recipe), tell)
+    parameters = sum(p.numel() for p in shown.parameters())
+    named = (Path(model).name if Path(model).is_dir() else model) if isinstance(model, str) else type(shown).__name__
+    return Prepared(runner, given, plain, named, image_size, parameters)
+
+
+def _checked_metric(data: Data, settings: Settings) -> str:
+    """The metric that ranks, after a check that all splits are there and that it suits the task."""
+    missing = {"train", "validation", "test"} - set(data.splits)
+    if missing:
+        raise OptionError(f"data: there is no split {min(missing)!r}, only {list(data.splits)}.")
+    problem = data.columns.problem_type
+    metric = settings.metric or METRICS[problem]
+    if problem.replace("_classification", "") not in LOCAL_METRICS[metric].kinds:
+        raise OptionError(f"metric={metric!r} does not fit {problem}: choose another.")
+    return metric
+
+
+def _entrants(
+    chosen: Mapping[str, tuple[FTConfig, ...]],
+    benches: Benches,
+    settings: Settings,
+    recipe: Recipe,
+    model: Any,
+    untuned: Collection[str],
+) -> list[Entrant]:
+    """The strategies that take part; one whose source models cannot be loaded is kept, with the reason."""
+    entrants = []
     for name, configs in chosen.items():
         refusal = ""
         try:
             bench = benches.get(sources_of(configs))
-        except (OSError, ValueError, ImportError) as error:  # a source model that cannot be loaded
-            bench, refusal = plain, str(error)
+        except (OSError, ValueError, ImportError) as error:
+            bench, refusal = benches.get(()), str(error)
         made = entrant(
             name,
             configs,
             bench,
             settings,
-            optim=values["optim"],
-            metric=metric,
-            epochs=float(values["num_train_epochs"]),
-            model=shown,
+            optim=recipe.arguments["optim"],
+            metric=recipe.metric,
+            epochs=float(recipe.arguments["num_train_epochs"]),
+            model=model,
             untuned=untuned,
         )
         entrants.append(replace(made, refusal=refusal) if refusal else made)
-    greater = "regression" not in LOCAL_METRICS[metric].kinds
-    recipe = Recipe(values, metric, greater, class_weights, settings.distortion_samples, device)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    signature = {
-        "model and data": plain.fingerprint,
-        "samples": {name: len(split) for name, split in given.splits.items()},
-        "device": device,
-        "arguments": values,
-        "metric": metric,
-        "class_weights": class_weights if isinstance(class_weights, str | None) else list(map(float, class_weights)),
+    return entrants
+
+
+def _signature(bench: Bench, data: Data, settings: Settings, recipe: Recipe) -> dict[str, Any]:
+    """What scores depend on, apart from the strategies: trainings are only shared if all of it is equal."""
+    weights, rates = recipe.class_weights, settings.rates(recipe.arguments["optim"])
+    return {
+        "model and data": bench.fingerprint,
+        "samples": {name: len(split) for name, split in data.splits.items()},
+        "device": recipe.device,
+        "arguments": recipe.arguments,
+        "metric": recipe.metric,
+        "class_weights": weights if isinstance(weights, str | None) else list(map(float, weights)),
         "sampling_seed": settings.sampling_seed,
-        "learning_rates": [settings.rates(values["optim"]).low, settings.rates(values["optim"]).high],
+        "learning_rates": [rates.low, rates.high],
     }
-    runner = Runner(entrants, settings, recipe, folder, signature, tell)
-    parameters = sum(p.numel() for p in shown.parameters())
-    named = (Path(model).name if Path(model).is_dir() else model) if isinstance(model, str) else type(shown).__name__
-    return Prepared(runner, given, plain, named, image_size, parameters)
 
 
 def batch_size(samples: int, wanted: int) -> int:
