@@ -50,7 +50,7 @@ def plot_scores(scores: BlockScores, file: str | Path) -> None:
 
 
 def _draw_quarters(axes: Axes, layers: int) -> None:
-    # Centres are multiples of 1/2: a border stands between the last one of a quarter and the first of the next.
+    # Centres are multiples of 1/2: draw the border between the last of one quarter and the first of the next.
     borders = [-0.5, *(math.ceil(quarter * layers / 2) / 2 - 0.25 for quarter in (1, 2, 3)), layers - 0.5]
     for quarter, (left, right) in enumerate(zip(borders, borders[1:], strict=False), start=1):
         if right <= left:  # fewer than four layers: some quarters are empty

@@ -20,7 +20,7 @@ class BlockScore:
 
     Attributes:
         candidate: the layers trained together with the head.
-        scores: one per completed seed, higher is better; not finite if training diverged.
+        scores: one per seed run, higher is better; not finite if training diverged.
         pruned: whether it was stopped early, so that its scores are not those of complete runs.
         epochs: number of epochs trained, over all seeds.
         seconds: training time.

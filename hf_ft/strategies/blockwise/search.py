@@ -135,7 +135,7 @@ class BlockSearch:
 
         def train(job: Job, report: Report) -> list[float]:
             candidate, seed = named[str(job.params["block"])], int(job.params["seed"])
-            # Baselines are there to compare with: never stopped early.
+            # Baselines are for comparison and are never pruned.
             stopped = None if candidate.name in BASELINES else report
             return self.trainings.train(self._start(candidate, seed), seed, stopped)
 
