@@ -193,7 +193,7 @@ class LwFConfig(FTConfig):
             + \lambda \, \mathrm{KL}(\sigma(h_S^0(f^0(x)) / T) \,\|\, \sigma(h_S(f(x)) / T)), \qquad
         \sigma = \operatorname{softmax}
 
-    :math:`\lambda` is ``weight``. It is :class:`SoftConfig` with ``source="head"`` and a constant weight.
+    :math:`\lambda` is ``weight``. This is :class:`SoftConfig` with ``source="head"`` and a constant weight.
     """
 
     paper = Paper(

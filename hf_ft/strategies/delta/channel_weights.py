@@ -86,7 +86,7 @@ def _with_trained_head(model: nn.Module, config: FTConfig, context: Context, epo
     probe = copy.deepcopy(model)
     head = config.anatomy(probe).head.modules
     if not any(parameter.requires_grad for name in head for parameter in probe.get_submodule(name).parameters()):
-        return probe  # frozen, so the surgery returns this very head
+        return probe  # a frozen head stays as it is
     run = start((config,), probe, compose([Plan(stages=(Stage("head", trains=head),))]), {})
     recipe = dataclasses.replace(context.recipe, learning_rate=lr, batch_size=context.recipe.batch_size * context.ranks)
     recordings = Recordings(model, context.samples, context.frozen_cache, recipe.computing)
