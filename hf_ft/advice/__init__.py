@@ -1,4 +1,4 @@
-"""Choosing without running everything: cheap signals first, then an order of strategies with reasons."""
+"""Choose a strategy without training them all: measure cheap signals, then rank the strategies with reasons."""
 
 from hf_ft.advice.advise import Advice, advise
 from hf_ft.advice.regret import how_often_right

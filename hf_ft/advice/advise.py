@@ -18,11 +18,11 @@ __all__ = ["Advice", "advise"]
 
 @dataclass(frozen=True)
 class Advice:
-    """What was measured, and what follows from it.
+    """The measured signals and the recommendations based on them.
 
     Attributes:
-        signals: the figures.
-        recommendations: every registered strategy, what to try first in front.
+        signals: the measured figures.
+        recommendations: every registered strategy, most promising first.
     """
 
     signals: Signals
@@ -30,25 +30,25 @@ class Advice:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The names of all strategies, what to try first in front."""
+        """Names of all strategies, most promising first."""
         return tuple(found.strategy for found in self.recommendations)
 
     @property
     def usable(self) -> tuple[str, ...]:
-        """The same, without those that cannot run on what is at hand."""
+        """The same order, without strategies that cannot run with what is available."""
         return tuple(found.strategy for found in self.recommendations if found.usable)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """A JSON-serializable dictionary."""
         found = [asdict(one) | {"reasons": [asdict(r) for r in one.reasons]} for one in self.recommendations]
         return {"order": list(self.order), "signals": self.signals.to_dict(), "recommendations": found}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Advice:
-        """What :meth:`to_dict` wrote.
+        """Read the output of :meth:`to_dict`.
 
         Raises:
-            OptionError: something is missing; the message names it.
+            OptionError: if a field is missing; the message names it.
         """
         try:
             found = tuple(
@@ -72,27 +72,27 @@ def advise(
     head: str | None = None,
     blocks: str | None = None,
 ) -> Advice:
-    """Measure a few cheap figures, and order the strategies by what they say.
+    """Measure a few cheap signals and rank the strategies by them.
 
-    One pass over the training data without a gradient and four batches with one, where the model is; the model, its
-    modes and random states are as before afterwards. Only training samples are looked at.
+    Runs one pass over the training data without gradients and four batches with gradients, on the model's device.
+    The model, its train/eval modes and the random states are left unchanged. Only training samples are used.
 
     Args:
         model: a pretrained classifier; its own head does not matter.
-        train_dataset: map-style, samples as dictionaries of the model's keyword arguments and ``labels``, without
-            augmentation. Of more than 5,000 samples, so many are drawn.
-        collate: makes a batch of a list of samples.
-        source_head: whether strategies can have the pretrained head. Where the model carries it
-            (:func:`hf_ft.from_pretrained`), how related the tasks are is measured, too.
-        source_data: whether data of the pretraining can be given.
-        members: how many source models are at hand.
-        seed: of the samples' order and of the folds.
+        train_dataset: map-style; samples are dictionaries of the model's keyword arguments and ``labels``, without
+            augmentation. From more than 5,000 samples, a random subset of 5,000 is drawn.
+        collate: turns a list of samples into a batch.
+        source_head: whether the pretrained head is available to strategies. If the model carries it
+            (:func:`hf_ft.from_pretrained`), the relation between the two tasks is measured, too.
+        source_data: whether pretraining data are available.
+        members: number of source models available.
+        seed: seed of the sample order and the folds.
         head: as for :func:`hf_ft.models.anatomy`.
         blocks: as for :func:`hf_ft.models.anatomy`.
 
     Raises:
-        OptionError: a model of several members, a data set without a length, labels that are not one class per sample,
-            fewer than two classes, or features that are not finite.
+        OptionError: if the model has several members, the data set has no length, labels are not one class per
+            sample, there are fewer than two classes, or features are not finite.
     """
     signals = measure_signals(
         model,

@@ -1,4 +1,4 @@
-"""Measure the signals: one pass over the data without a gradient, then a few batches with one."""
+"""Measure the signals: one pass over the data without gradients, then a few batches with gradients."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from hf_ft.models.preserve import evaluating, observing, random_states_kept
 from hf_ft.models.source_head import SourceHead, has_source_head, head_input, source_head
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
-LIMIT = 5000  # samples that are looked at: more of them move the figures less than what they are used for can tell
+LIMIT = 5000  # samples used; more would change the figures too little to affect the advice
 BATCH = 32
 GRADIENT_BATCHES = 4
 
 
 @dataclass
 class Recorded:
-    """What one pass over the data gave.
+    """Values recorded in one pass over the data.
 
     Attributes:
-        features: what goes into the head, (n, D).
+        features: inputs of the head, (n, D).
         labels: (n,).
-        source: probabilities of the pretrained head's classes, (n, C_s), where there is one.
-        statistics: of each BatchNorm layer's input.
+        source: class probabilities of the pretrained head, (n, C_s), if there is one.
+        statistics: statistics of each BatchNorm layer's input, by layer name.
     """
 
     features: Array
@@ -68,13 +68,13 @@ def measure_signals(
     head: str | None = None,
     blocks: str | None = None,
 ) -> Signals:
-    """Look at a pretrained model and its training data; the model, its modes and random states stay as they are.
+    """Measure a pretrained model on its training data, leaving the model, its modes and the random states unchanged.
 
-    Of more than ``LIMIT`` samples, so many are drawn. Arguments as for :func:`hf_ft.advice.advise`.
+    At most ``LIMIT`` samples are used, drawn at random. Arguments as for :func:`hf_ft.advice.advise`.
 
     Raises:
-        OptionError: a model of several members, a data set without a length, labels that are not one class per
-            sample, fewer than two classes, or features that are not finite.
+        OptionError: if the model has several members, the data set has no length, labels are not one class per
+            sample, there are fewer than two classes, or features are not finite.
     """
     started = time.perf_counter()
     if members_of(model):
@@ -127,13 +127,13 @@ def record(
     head: str | None = None,
     blocks: str | None = None,
 ) -> Recorded:
-    """Features, labels, the pretrained head's probabilities and BatchNorm statistics, all in one pass.
+    """Record features, labels, the pretrained head's probabilities and BatchNorm statistics in a single pass.
 
     Args:
-        modules: the head's.
+        modules: module names of the head.
 
     Raises:
-        OptionError: labels that are not one class per sample, or features that are not finite.
+        OptionError: if labels are not one class per sample, or features are not finite.
     """
     features, labels, probabilities = [], [], []
     kept = source_head(model).eval() if has_source_head(model) else None
@@ -143,7 +143,7 @@ def record(
         for batch in _batches(dataset, collate, rows):
             labels.append(_labels(batch))
             with Taps(model, layers, modules) as taps:
-                yield batch  # whoever asked for it runs the model now
+                yield batch  # the caller runs the model here, inside the hooks
             features.append(pooled_features(taps, batch).detach().cpu().double().numpy())
             if kept:
                 probabilities.append(_probabilities(kept, taps.states[layers[0]]))
@@ -166,7 +166,7 @@ def record(
 
 
 def pooled_features(taps: Taps, batch: Mapping[str, Any]) -> Tensor:
-    """What goes into the head, one vector per sample (B, D); of whole sequences, the mean over their valid tokens."""
+    """The head's input, one vector per sample (B, D); sequences are averaged over their valid tokens."""
     found = taps.features
     if found is None:
         raise OptionError("advise: the head is not called in the forward pass: name its module with head=...")
@@ -178,7 +178,7 @@ def pooled_features(taps: Taps, batch: Mapping[str, Any]) -> Tensor:
 
 
 def shifts(model: nn.Module, statistics: Mapping[str, BatchNormStatistics]) -> dict[str, Shift]:
-    """How far each BatchNorm layer's target statistics are from those it has."""
+    """The shift between each BatchNorm layer's running statistics and its statistics on the target."""
     found = {}
     for name, norm in batch_norms(model):
         if name not in statistics or norm.running_mean is None or norm.running_var is None:
@@ -197,10 +197,10 @@ def relative_gradients(
     parts: Sequence[Part],
     head: Sequence[str],
 ) -> dict[str, float]:
-    r"""The share of each part in the sum of :math:`\|g_b\| / \|w_b\|`, the mean over the batches, in eval mode.
+    r"""Each part's share of the sum of :math:`\|g_b\| / \|w_b\|`, averaged over the batches, in eval mode.
 
-    The loss is the cross-entropy of the fitted probe in place of the head: a new head is random, and so would be the
-    gradients that it sends.
+    The loss is the cross-entropy with the fitted probe in place of the head: a new head is random, and so would be
+    the gradients it propagates.
 
     Reference: Lee et al. Surgical Fine-Tuning Improves Adaptation to Distribution Shifts. ICLR 2023 (relative
         gradient norm).
@@ -262,7 +262,7 @@ def _probabilities(head: SourceHead, state: Tensor) -> Array:
 
 
 def _class_counts(dataset: Any, seen: NDArray[Any]) -> tuple[int, ...]:
-    """The samples of each class that has any, the smallest first; of labels that were not all seen, an estimate."""
+    """Samples per non-empty class, smallest first; an estimate if not all labels were seen."""
     known = class_labels(dataset)
     counts = np.unique(seen if known is None else known, return_counts=True)[1]
     scale = len(dataset) / counts.sum()

@@ -1,4 +1,4 @@
-"""How good an advised order was, once the strategies' scores are known."""
+"""Evaluate an advised order against the strategies' actual scores."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from hf_ft.errors import OptionError
 
 __all__ = ["expected_best", "how_often_right", "judged_table", "summary"]
 
-FIRST = (1, 3, 5)  # how many of an order are tried
+FIRST = (1, 3, 5)  # number of strategies tried
 
 
 def fixed_order() -> tuple[str, ...]:
-    """What one would try without any advice: the baseline first, then the cheaper."""
+    """The default order without advice: the baseline first, then by increasing cost."""
     return tuple(dict.fromkeys((BASELINE, *neutral_order())))
 
 
 def how_often_right(results: Iterable[Mapping[str, Any]], fixed: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Judge the advice on tasks whose scores are known.
+    """Evaluate the advice on tasks with known scores.
 
-    The regret of an order after its first k strategies is the best score of all minus the best of these k: what is lost
-    by trying no more than k. Only strategies that have a score count; of equally good ones the best placed is the best.
+    The regret of an order at k is the best score overall minus the best score among its first k strategies: the loss
+    from trying only k. Only strategies with a score count; ties for the best go to the one ranked highest.
 
     Args:
-        results: for each task ``task``, ``advice`` (the order), ``scores`` (by strategy, the mean score on test data,
-            higher is better) and ``full_std`` (of full fine-tuning over the seeds; may be missing).
-        fixed: an order without advice, to compare with; None for the baseline and then the cheaper first.
+        results: for each task ``task``, ``advice`` (the order), ``scores`` (mean test score by strategy, higher is
+            better) and ``full_std`` (standard deviation of full fine-tuning over the seeds; optional).
+        fixed: a fixed order to compare with; None for the baseline first, then by increasing cost.
 
     Returns:
-        For each task ``task``, ``strategies`` (how many), ``best``, ``rank`` (its place in the advised order, from 1),
-        ``in_top_3``, ``full_std``, and for k = 1, 3, 5 ``regret_k`` of the advice, ``random_k``, the expectation over
-        all orders alike, and ``fixed_k``.
+        For each task ``task``, ``strategies`` (their number), ``best``, ``rank`` (of the best in the advised order,
+        from 1), ``in_top_3``, ``full_std``, and for k = 1, 3, 5 ``regret_k`` of the advice, ``random_k``, its
+        expectation under a uniformly random order, and ``fixed_k``.
 
     Raises:
-        OptionError: a task without scores, or with one for a strategy that the advice does not name.
+        OptionError: if a task has no scores, or has one for a strategy that the advice does not name.
     """
     order = fixed_order() if fixed is None else fixed
     return [_judged(result, order) for result in results]
@@ -74,7 +74,7 @@ def expected_best(scores: Sequence[float], k: int) -> float:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Over the tasks: the share whose best is advised first and among the first three, and the mean of each regret."""
+    """Averages over the tasks: how often the best is advised first or in the top three, and each mean regret."""
     if not rows:
         raise OptionError("no task to judge: run the comparison first.")
     kinds = [f"{kind}_{k}" for kind in ("regret", "random", "fixed") for k in FIRST]
@@ -84,7 +84,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def judged_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headers, and a row of text for each task and for their mean, of what :func:`how_often_right` returned."""
+    """Format the result of :func:`how_often_right`: headers, one row of text per task, and one for the mean."""
     after = ", ".join(map(str, FIRST))
     kinds = {"regret": "as advised", "random": "in random order", "fixed": "the baseline, then the cheaper first"}
     headers = ("task", "best", "its place", *(f"lost after {after}: {text}" for text in kinds.values()), "std of full")

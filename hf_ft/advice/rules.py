@@ -1,7 +1,7 @@
-"""From signals to an order, by what the strategies declare (:mod:`hf_ft.core.advising`).
+"""Rank the strategies from the signals, by the rules they declare (:mod:`hf_ft.core.advising`).
 
-A rule gives points to a strategy where its figures lie in a range. The strategies are ordered by their sum of points;
-of equals the cheaper comes first.
+A rule gives a strategy points if the rule's figures lie in a given range. Strategies are ranked by total points; ties
+go to the cheaper one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ __all__ = ["Reason", "Recommendation", "declared_rules", "neutral_order", "recom
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a strategy stands where it does.
+    """One reason for a strategy's rank.
 
     Attributes:
-        text: a sentence with the figure in it, and the source.
-        figure_name: of :meth:`Signals.figures`, or ``cost_rank``, the place in :func:`neutral_order`; empty for none.
-        value: the figure.
-        points: what it adds to the score.
+        text: a sentence that states the figure and the source.
+        figure_name: a key of :meth:`Signals.figures`, or ``cost_rank``, the rank in :func:`neutral_order`; may be
+            empty.
+        value: value of the figure.
+        points: contribution to the score.
     """
 
     text: str
@@ -39,7 +40,7 @@ class Recommendation:
     """A strategy with its score and the reasons for it.
 
     Attributes:
-        usable: whether it can run on what is at hand, with its default options.
+        usable: whether it can run with its default options and what is available.
     """
 
     strategy: str
@@ -49,14 +50,14 @@ class Recommendation:
 
 
 def neutral_order() -> tuple[str, ...]:
-    """The strategies that declare something of themselves, the cheapest first."""
+    """Strategies that declare a cost or rules, cheapest first."""
     known = {name: kind for name, kind in strategies().items() if kind.advice or kind.cost is not None}
     costs = {name: math.inf if kind.cost is None else kind.cost for name, kind in known.items()}
     return tuple(sorted(costs, key=lambda name: costs[name]))
 
 
 def declared_rules() -> dict[Rule, dict[str, float]]:
-    """Every rule with its points by strategy, in the order of the figures that it goes by."""
+    """Every rule with its points by strategy, ordered by the figures it uses."""
     found: dict[Rule, dict[str, float]] = {}
     for name in neutral_order():
         for rule, points in config_class(name).advice.items():
@@ -67,10 +68,10 @@ def declared_rules() -> dict[Rule, dict[str, float]]:
 
 
 def recommend(signals: Signals) -> tuple[Recommendation, ...]:
-    """Every registered strategy, what to try first in front.
+    """Rank every registered strategy, most promising first.
 
-    First those that can run on what is at hand, by score; then those that cannot; at the end those that declare
-    nothing of themselves.
+    Strategies that can run with what is available come first, by score, then those that cannot; strategies that
+    declare neither cost nor rules come last.
     """
     figures, order = signals.figures(), neutral_order()
     found = [_recommendation(name, signals, figures, order) for name in strategies()]
@@ -79,7 +80,7 @@ def recommend(signals: Signals) -> tuple[Recommendation, ...]:
         known = one.strategy in order
         return not known, not one.usable, -one.score, order.index(one.strategy) if known else 0
 
-    return tuple(sorted(found, key=place))  # stable: unknown ones in the order of their registration
+    return tuple(sorted(found, key=place))  # stable: undeclared strategies keep their registration order
 
 
 def _recommendation(
@@ -100,9 +101,9 @@ def _recommendation(
 
 
 def config_at_hand(name: str, source_data: bool) -> FTConfig | None:
-    """A strategy's default config; without source data, its source-free form where it has one.
+    """A strategy's default config; without source data, its source-free form if it has one.
 
-    None where it has no defaults.
+    None if it cannot be created without arguments.
     """
     try:
         config = config_class(name)()
@@ -117,7 +118,7 @@ def _reason(rule: Rule, points: float, figures: Mapping[str, float | None]) -> R
 
 
 def _missing(config: FTConfig | None, signals: Signals) -> list[Reason]:
-    """What the strategy needs and is not at hand."""
+    """What the strategy needs that is not available."""
     if config is None:
         return []
     needs, found = config.needs(), []
@@ -130,7 +131,7 @@ def _missing(config: FTConfig | None, signals: Signals) -> list[Reason]:
 
 
 def rules_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headers, and a row of text for each rule, as the docs show them."""
+    """Headers and one row of text per rule, for the documentation."""
     rows: list[tuple[str, ...]] = []
     for rule, by_name in declared_rules().items():
         when = " and ".join(f"`{name}` {sign} {threshold:.3g}" for name, sign, threshold in rule.when)

@@ -1,4 +1,4 @@
-"""What the advice is based on: a few figures of a model and a data set, and how to read them."""
+"""The signals behind the advice: a few figures of a model and a data set, and how to read them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Shift", "Signals", "explained"]
 
 @dataclass(frozen=True)
 class Shift:
-    r"""How far the target's statistics of one BatchNorm layer's input are from those of the pretraining.
+    r"""The shift of one BatchNorm layer's input statistics from pretraining to target.
 
-    Both are means over the channels, symmetric in source and target, free of the channels' scale, and 0 where nothing
-    differs; variances are taken as the layer does, with its epsilon.
+    Both values are averaged over the channels, symmetric in source and target, independent of the channels' scale, and
+    0 if the statistics agree; variances include the layer's epsilon.
 
     Attributes:
         mean: :math:`|\mu_t - \mu_s| / \sqrt{(v_s + v_t) / 2}`, Cohen's d: 0.2 is small, 0.5 medium, 0.8 large.
@@ -31,30 +31,30 @@ class Shift:
 
 @dataclass(frozen=True, kw_only=True)
 class Signals:
-    r"""Cheap figures of a pretrained model on a target's training data.
+    r"""Cheap figures of a pretrained model on the target's training data.
 
     Attributes:
-        samples: of the training data.
-        class_counts: the samples of each class that has any, the smallest first.
-        trainable_parameters: of the model.
-        feature_size: D of what goes into the head.
+        samples: number of training samples.
+        class_counts: samples per non-empty class, smallest first.
+        trainable_parameters: number of trainable parameters of the model.
+        feature_size: dimension D of the head's input.
         logme: LogME of the features.
-        logme_constant: LogME of one constant feature, with which to compare.
-        probe_accuracy: of a linear probe under cross-validation; None where two classes with two samples are missing.
-        probe_balanced_accuracy: of that probe.
-        probe_std: of the balanced accuracy, over the folds.
-        probe_folds: how many.
-        source_relation: balanced accuracy of what the pretrained head's classes alone say of the target's, under
-            cross-validation; None where the model carries no such head.
-        batch_norm: the shift of each BatchNorm layer, by name; empty where the model has none.
-        gradients: the share of each part of the backbone in the sum of :math:`\|g_b\| / \|w_b\|`; empty where nothing
-            of it trains.
-        source_head: whether the pretrained head is at hand.
-        source_data: whether data of the pretraining are.
-        members: how many source models are.
-        forward_samples: samples that went through the model without a gradient.
-        backward_samples: samples that went through it with one.
-        seconds: what it took.
+        logme_constant: LogME of a single constant feature, as a baseline.
+        probe_accuracy: cross-validated accuracy of a linear probe; None unless two classes have at least two samples.
+        probe_balanced_accuracy: balanced accuracy of the same probe.
+        probe_std: standard deviation of the balanced accuracy over the folds.
+        probe_folds: number of folds.
+        source_relation: cross-validated balanced accuracy of predicting the target classes from the pretrained head's
+            classes alone; None if the model carries no pretrained head.
+        batch_norm: shift of each BatchNorm layer, by name; empty if the model has none.
+        gradients: each backbone part's share of the sum of :math:`\|g_b\| / \|w_b\|`; empty if no backbone parameter
+            is trainable.
+        source_head: whether the pretrained head is available.
+        source_data: whether pretraining data are available.
+        members: number of source models available.
+        forward_samples: samples passed through the model without gradients.
+        backward_samples: samples passed through it with gradients.
+        seconds: time the measurement took.
     """
 
     samples: int
@@ -79,106 +79,106 @@ class Signals:
 
     @property
     def classes(self) -> int:
-        """How many classes have samples."""
+        """Number of classes with samples."""
         return len(self.class_counts)
 
     @property
     def class_min(self) -> int:
-        """The samples of the smallest class."""
+        """Number of samples in the smallest class."""
         return min(self.class_counts)
 
     @property
     def class_median(self) -> float:
-        """The median of the classes' samples."""
+        """Median number of samples per class."""
         return statistics.median(self.class_counts)
 
     @property
     def imbalance(self) -> float:
-        """The largest class over the smallest."""
+        """Ratio of the largest class to the smallest."""
         return max(self.class_counts) / self.class_min
 
     @property
     def samples_per_parameter(self) -> float:
-        """Training samples over trainable parameters; infinite where nothing trains."""
+        """Training samples per trainable parameter; infinite if nothing is trainable."""
         return self.samples / self.trainable_parameters if self.trainable_parameters else math.inf
 
     @property
     def chance(self) -> float:
-        """The balanced accuracy of guessing, and of always saying the largest class: 1 / (classes the probe tells)."""
-        return 1 / max(1, sum(count > 1 for count in self.class_counts))  # it leaves out those of one sample
+        """Balanced accuracy of guessing or of always predicting one class: 1 / (number of classes probed)."""
+        return 1 / max(1, sum(count > 1 for count in self.class_counts))  # the probe drops singletons
 
     @property
     def majority(self) -> float:
-        """The accuracy of always saying the largest class."""
+        """Accuracy of always predicting the largest class."""
         return max(self.class_counts) / sum(self.class_counts)
 
     @property
     def probe_skill(self) -> float | None:
-        """The probe's balanced accuracy between chance (0) and perfect (1)."""
+        """The probe's balanced accuracy, rescaled from chance (0) to perfect (1)."""
         return self._skill(self.probe_balanced_accuracy)
 
     @property
     def source_skill(self) -> float | None:
-        """The same of ``source_relation``."""
+        """``source_relation``, rescaled from chance (0) to perfect (1)."""
         return self._skill(self.source_relation)
 
     @property
     def evidence_r2(self) -> float:
-        r"""The labels' variance that the features explain, by the evidence: :math:`1 - e^{-2 (L - L_0)}`.
+        r"""Share of label variance explained by the features, from the evidence: :math:`1 - e^{-2 (L - L_0)}`.
 
-        The form of Cox and Snell's pseudo-R², with LogME against that of a constant feature. 0 where the features tell
-        no more than a constant.
+        Cox and Snell's pseudo-R² with the LogME of the features and that of a constant feature. 0 if the features are
+        no more informative than a constant.
         """
         return max(0.0, 1 - math.exp(-2 * (self.logme - self.logme_constant)))
 
     @property
     def batch_norm_layers(self) -> int:
-        """How many BatchNorm layers were measured."""
+        """Number of BatchNorm layers measured."""
         return len(self.batch_norm)
 
     @property
     def mean_shift(self) -> float | None:
-        """The mean over the BatchNorm layers of ``Shift.mean``; None without any."""
+        """Mean of ``Shift.mean`` over the BatchNorm layers; None if there are none."""
         return statistics.fmean(s.mean for s in self.batch_norm.values()) if self.batch_norm else None
 
     @property
     def spread_shift(self) -> float | None:
-        """The mean over the BatchNorm layers of ``Shift.spread``; None without any."""
+        """Mean of ``Shift.spread`` over the BatchNorm layers; None if there are none."""
         return statistics.fmean(s.spread for s in self.batch_norm.values()) if self.batch_norm else None
 
     @property
     def gradient_top(self) -> str:
-        """The part with the largest share of the relative gradient; empty where there is none."""
+        """The part with the largest share of the relative gradient; empty if there is none."""
         return max(self.gradients, key=lambda name: self.gradients[name], default="")
 
     @property
     def gradient_ratio(self) -> float | None:
-        """The largest share over an even one: 1 where all parts have the same."""
+        """Ratio of the largest share to a uniform one: 1 if all parts have the same share."""
         return max(self.gradients.values()) * len(self.gradients) if self.gradients else None
 
     @property
     def gradient_depth(self) -> float | None:
-        """Where in the backbone the relative gradient is, on average: 0 at the input, 1 at the head."""
+        """Mean depth of the relative gradient in the backbone: 0 at the input, 1 at the head."""
         if len(self.gradients) < 2:
             return None
         return sum(share * place for place, share in enumerate(self.gradients.values())) / (len(self.gradients) - 1)
 
     def figures(self) -> dict[str, float | None]:
-        """Every figure that a rule may ask for, by name; None where it could not be measured."""
+        """Every figure that a rule can refer to, by name; None if it could not be measured."""
         return {name: None if (value := getattr(self, name)) is None else float(value) for name in FIGURES}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; the derived figures come with it, for readers of the file."""
+        """A JSON-serializable dictionary, including the derived figures for readers of the file."""
         content = asdict(self) | {"class_counts": list(self.class_counts)}
         derived = {k: v if v is None or math.isfinite(v) else None for k, v in self.figures().items()}
         return content | {"figures": derived}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Signals:
-        """What :meth:`to_dict` wrote.
+        """Read the output of :meth:`to_dict`.
 
         Raises:
-            OptionError: something is missing; the message names it.
+            OptionError: if a field is missing; the message names it.
         """
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
         try:
@@ -215,7 +215,7 @@ FIGURES = (
 
 
 def explained(signals: Signals) -> list[tuple[str, str, str]]:
-    """The signals for people: what was measured, the figure, and what it means."""
+    """The signals in readable form: what was measured, the figure, and its meaning."""
     s = signals
     sizes = f"{s.classes} classes, {s.class_min} to {max(s.class_counts)} samples each"
     evidence = (

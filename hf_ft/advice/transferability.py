@@ -1,6 +1,6 @@
-r"""How well features tell classes apart: LogME, and a linear probe under cross-validation; and source classes' part.
+r"""How well features separate the classes (LogME, a cross-validated linear probe), and how source classes relate.
 
-LogME takes each class as a regression on features :math:`F` (n, D) with weights :math:`w \sim N(0, \alpha^{-1} I)` and
+LogME treats each class as a regression on features :math:`F` (n, D) with weights :math:`w \sim N(0, \alpha^{-1} I)` and
 noise of precision :math:`\beta`, and maximises the evidence over both:
 
 .. math::
@@ -38,24 +38,25 @@ __all__ = [
 
 Array = NDArray[np.float64]
 FOLDS = 5
-STEPS = 500  # of the fixed point; some ten are enough but where features tell next to nothing
-WIDE = 1e10  # how far t may be from the largest squared singular value: at the bounds it is 0 or infinite
+STEPS = 500  # fixed-point iterations; about ten suffice unless the features are nearly uninformative
+WIDE = 1e10  # bounds t relative to the largest squared singular value; at the bounds it is effectively 0 or infinite
 
 
 def logme(features: NDArray[Any], labels: NDArray[Any]) -> float:
-    """The maximum log evidence of features (n, D) for one-hot labels (n,), the mean over the classes, per sample.
+    """Maximum log evidence per sample of features (n, D) for one-hot labels (n,), averaged over the classes.
 
-    Higher is better, for the same labels only: what it is without any signal depends on the classes' shares.
+    Higher is better, but only comparable for the same labels: the value without any signal depends on the class
+    frequencies.
     """
     one_hot = (labels[:, None] == np.unique(labels)[None, :]).astype(np.float64)
     return float(log_evidence(np.asarray(features, dtype=np.float64), one_hot).mean())
 
 
 def log_evidence(features: Array, targets: Array) -> Array:
-    r"""The maximum log evidence of features (n, D) for each column of targets (n, C), per sample, (C,).
+    r"""Maximum log evidence per sample of features (n, D) for each column of targets (n, C), (C,).
 
-    With the singular values :math:`\sigma_i` of F, :math:`z = U^\top y` and :math:`t = \alpha / \beta`, the best
-    :math:`\beta` for a t is known, :math:`n / Q` with
+    With the singular values :math:`\sigma_i` of F, :math:`z = U^\top y` and :math:`t = \alpha / \beta`, the optimal
+    :math:`\beta` for a given t is :math:`n / Q` with
     :math:`Q = \sum_i z_i^2 \frac{t}{t + \sigma_i^2} + \|y\|^2 - \|z\|^2`, and
 
     .. math:: \log p = -\frac n2 \left(\log \frac{2 \pi Q}{n} + 1\right) + \frac12 \sum_i \log \frac{t}{t + \sigma_i^2}
@@ -70,19 +71,19 @@ def log_evidence(features: Array, targets: Array) -> Array:
     t = _fixed_point(squares, inside, outside, samples)
     kept = t / (t + squares)
     noise = ((inside * kept).sum(0) + outside) / samples
-    noise = np.maximum(noise, np.finfo(np.float64).tiny)  # labels that the features give exactly
+    noise = np.maximum(noise, np.finfo(np.float64).tiny)  # the features may fit the labels exactly
     return -0.5 * (np.log(2 * np.pi * noise) + 1) + 0.5 * np.log(kept).sum(0) / samples
 
 
 def _fixed_point(squares: Array, inside: Array, outside: Array, samples: int) -> Array:
-    r"""The t of each target, (C,), by :math:`t' = \frac{\gamma}{n - \gamma} \frac{\|Fm - y\|^2}{\|m\|^2}`."""
+    r"""Solve for t of each target, (C,), by :math:`t' = \frac{\gamma}{n - \gamma} \frac{\|Fm - y\|^2}{\|m\|^2}`."""
     if not len(squares):
         return np.ones(inside.shape[1])
     t = np.full(inside.shape[1], squares.mean())
     low, high = squares.max() / WIDE, squares.max() * WIDE
     for _ in range(STEPS):
         kept = t / (t + squares)
-        known = (1 - kept).sum(0)  # gamma, the number of weights that the data determine
+        known = (1 - kept).sum(0)  # gamma, the effective number of weights determined by the data
         unknown = samples - len(squares) + kept.sum(0)  # n - gamma
         weights = (squares * inside / np.square(t + squares)).sum(0)
         residual = (inside * np.square(kept)).sum(0) + outside
@@ -96,13 +97,13 @@ def _fixed_point(squares: Array, inside: Array, outside: Array, samples: int) ->
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What a classifier scores on samples that it did not see.
+    """Cross-validated scores of a classifier.
 
     Attributes:
-        accuracy: the mean over the folds.
-        balanced_accuracy: the mean over the folds of the mean recall of the classes.
-        std: of the balanced accuracy, over the folds.
-        folds: how many.
+        accuracy: mean over the folds.
+        balanced_accuracy: mean class recall, averaged over the folds.
+        std: standard deviation of the balanced accuracy over the folds.
+        folds: number of folds.
     """
 
     accuracy: float
@@ -114,29 +115,28 @@ class ProbeScore:
 def cross_validated_probe(features: NDArray[Any], labels: NDArray[Any], seed: int = 0) -> ProbeScore | None:
     """Score a linear probe on features (n, D) and labels (n,) by stratified cross-validation.
 
-    As many folds as the median class has samples, from 2 to 5. Classes of one sample are left out, since no probe
-    that has not seen them can tell them.
+    The number of folds is the median class size, clipped to 2 to 5. Classes with a single sample are left out: a probe
+    cannot predict a class it was not fitted on.
 
     Returns:
-        None where fewer than two classes are left.
+        None if fewer than two classes remain.
     """
     return _cross_validated(_logistic_regression, features, labels, seed)
 
 
 def cross_validated_relationship(probabilities: NDArray[Any], labels: NDArray[Any], seed: int = 0) -> ProbeScore | None:
-    r"""Score what the source classes alone say of the target's, by cross-validation as for the probe.
+    r"""Score how well source-class probabilities alone predict the target classes, cross-validated like the probe.
 
-    From source probabilities :math:`\theta(x)` (n, C_s), with classes of equal weight:
+    From source probabilities :math:`\theta(x)` (n, C_s), with equally weighted classes:
 
     .. math::
         \hat y = \arg\max_y \sum_z \hat p(y | z) \, \theta(x)_z, \qquad
         \hat p(y | z) \propto \operatorname{mean}_{i: y_i = y} \theta(x_i)_z
 
-    Nothing is fitted but these means, so that it tells how related the classes are, and not again how good the
-    features are.
+    Only these means are fitted, so the score reflects how related the classes are, not the quality of the features.
 
     Reference: Nguyen, Hassner, Seeger, Archambeau. LEEP: A New Measure to Evaluate Transferability of Learned
-        Representations. ICML 2020 (whose predictor this is, but for the classes' weights).
+        Representations. ICML 2020 (the same predictor, except for the class weights).
     """
     return _cross_validated(_Relationship, probabilities, labels, seed)
 
@@ -153,7 +153,7 @@ def _cross_validated(
     folds = int(np.clip(np.median(counts[usual]), 2, FOLDS))
     accuracies, balanced = [], []
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")  # some folds lack a rare class
+        warnings.filterwarnings("ignore", message="The least populated class")  # a fold may lack a rare class
         for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels):
             predicted = fit(features[train], labels[train]).predict(features[test])
             true = labels[test]
@@ -194,7 +194,7 @@ def fit_probe(features: NDArray[Any], labels: NDArray[Any]) -> Probe:
     scaler, regression = _logistic_regression(features, labels)
     weight = regression.coef_ / scaler.scale_
     bias = regression.intercept_ - weight @ scaler.mean_
-    if len(weight) == 1:  # two classes have one logit
+    if len(weight) == 1:  # scikit-learn fits a single logit for two classes
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return Probe(weight, bias, regression.classes_)
 
@@ -202,6 +202,6 @@ def fit_probe(features: NDArray[Any], labels: NDArray[Any]) -> Probe:
 def _logistic_regression(features: NDArray[Any], labels: NDArray[Any]) -> Any:
     """L2-regularised logistic regression (C = 1) on standardised features."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(?:failed to converge|lbfgs).*")  # near the optimum is enough
+        warnings.filterwarnings("ignore", message=".*(?:failed to converge|lbfgs).*")  # close to the optimum suffices
         made = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
         return made.fit(np.asarray(features, dtype=np.float64), labels)

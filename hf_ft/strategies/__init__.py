@@ -1,4 +1,4 @@
-"""The strategies, one line each: importing this package registers all of them, and ``hf_ft`` has their classes."""
+"""All strategies: importing this package registers them, and ``hf_ft`` exports their classes."""
 
 from hf_ft.strategies.amcf.config import AMCFConfig as AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig as AttentionTransferConfig

@@ -1,4 +1,4 @@
-"""Attention transfer: the network goes on looking where the pretrained one looks."""
+"""Attention transfer: keep the network's attention maps close to the pretrained network's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hf_ft.models import layers_of, positions, stage_outputs
 
 @dataclass(frozen=True)
 class AttentionDistance:
-    """The mean squared difference of the attention maps of model and reference, summed over layers."""
+    """Mean squared difference between the attention maps of model and reference, summed over layers."""
 
     layers: Names
 

@@ -1,4 +1,4 @@
-"""BSS: batch spectral shrinkage, a penalty on what transfers badly."""
+"""BSS: batch spectral shrinkage, a penalty on feature components that transfer badly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_ft.core import (
 
 @dataclass(frozen=True)
 class SmallestSingularValues:
-    """The sum of the k smallest squared singular values of the batch's features."""
+    """Sum of the k smallest squared singular values of the batch's features."""
 
     k: int
 
@@ -48,7 +48,7 @@ class BSSConfig(FTConfig):
 
     .. math:: L = \mathrm{CE} + \eta \sum_{i=1}^{k} \sigma_{-i}^2(F)
 
-    :math:`F` are the (B, d) features that go into the head, :math:`\sigma_{-i}` is their i-th smallest singular value.
+    :math:`F` is the (B, d) matrix of the head's input features, :math:`\sigma_{-i}` its i-th smallest singular value.
     """
 
     paper = Paper(

@@ -1,4 +1,4 @@
-"""DAFT: BatchNorm converted to the target's statistics, and a zero head at its own rate."""
+"""DAFT: BatchNorm converted to the target's statistics, and a zero-initialised head with its own learning rate."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from hf_ft.models import BatchNormStatistics, batch_norms, convert_batch_norm, e
 
 @dataclass(frozen=True)
 class ConvertBatchNorm:
-    """Surgery: target statistics for the named layers, without a change of the model's function."""
+    """Surgery: convert the named layers to the target's statistics without changing the model's function."""
 
     names: Names
-    # Left out of comparisons: tensors have no truth value.
+    # Excluded from comparison: the truth value of a tensor is ambiguous.
     statistics: tuple[BatchNormStatistics, ...] = field(compare=False, repr=False)
 
     def __call__(self, model: nn.Module) -> nn.Module:
@@ -44,7 +44,7 @@ class ConvertBatchNorm:
 
 @dataclass(frozen=True)
 class ZeroHead:
-    """Surgery: weight and bias of the named layers become zero."""
+    """Surgery: set weight and bias of the named layers to zero."""
 
     names: Names
 
@@ -57,13 +57,13 @@ class ZeroHead:
 
 
 def logit_layers(model: nn.Module, head: Names) -> Names:
-    """The layers of a head that give the logits: the last one with a weight that trains.
+    """The layers of a head that produce the logits: the last one with a trainable weight.
 
-    Two of one shape (a distilled model's, whose logits are averaged) both do. A square one stands alone, since
-    the layer before it may have its shape too.
+    Two of the same shape (as in distilled models, which average their logits) both count. A square layer counts
+    alone, since the layer before it may happen to have the same shape.
 
     Raises:
-        OptionError: no layer of the head trains, or an adapter sits on it.
+        OptionError: if no layer of the head is trainable, or it carries an adapter.
     """
     found: dict[str, Tensor] = {}
     for prefix in head:
@@ -101,8 +101,8 @@ class DAFTConfig(FTConfig):
         \gamma' = \gamma \sqrt{v_t + \epsilon} / \sqrt{v_s + \epsilon} \qquad
         h = 0, \; \eta_h \gg \eta_f
 
-    In train mode the pretrained network then starts near the function it has in eval mode. From a zero head no
-    gradient reaches the backbone at first; it grows as the head fits.
+    The pretrained network in train mode then starts close to its function in eval mode. A zero head propagates no
+    gradient to the backbone at first; the gradient grows as the head is fitted.
     """
 
     paper = Paper(
@@ -165,7 +165,7 @@ class DAFTConfig(FTConfig):
         return Needs(several_members=True)
 
     def adapted(self, model: nn.Module) -> DAFTConfig:
-        """Without BatchNorm, the other half of the method: a zero head and two rates."""
+        """For models without BatchNorm, the other half of the method: a zero head and two learning rates."""
         return self if batch_norms(model) else dataclasses.replace(self, convert_batch_norm=False)
 
     def measures(self) -> bool:
@@ -205,7 +205,7 @@ def _conversion(state: State) -> ConvertBatchNorm:
 
 
 def _check_saved_by_peft(model: nn.Module, names: dict[str, BatchNormStatistics]) -> None:
-    """An adapter is saved without the layers under it, so that converted ones would be lost."""
+    """Reject adapters over converted layers: an adapter is saved without its base layers, and they would be lost."""
     lost = [name for name in names if not all(p.requires_grad for p in model.get_submodule(name).parameters())]
     if lost and hasattr(model, "peft_config"):
         raise OptionError(

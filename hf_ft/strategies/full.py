@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter, from the first step to the last."""
+"""Full fine-tuning: train every parameter from the first step to the last."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ class FullConfig(FTConfig):
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         if self.head_lr is None and self.norm_mode == "auto":
-            return Plan()  # one stage that trains everything is what a plan without stages means
+            return Plan()  # a plan without stages trains everything in one stage
         rates = (Rate(self.anatomy(model).head.modules, lr=self.head_lr),) if self.head_lr is not None else ()
         return Plan(stages=(Stage("train", rates=rates, norm_mode=self.norm_mode),))

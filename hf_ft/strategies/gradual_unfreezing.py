@@ -1,4 +1,4 @@
-"""Gradual unfreezing with discriminative rates (ULMFiT): from the head down, a group of blocks at a time."""
+"""Gradual unfreezing with discriminative learning rates (ULMFiT): from the head down, one group of blocks at a time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from hf_ft.core import (
 
 
 def unfreezing_groups(parts: tuple[Names, ...], groups: int) -> list[Names]:
-    """Cut parts in forward order into runs of about equal length, the last parts first.
+    """Split parts in forward order into contiguous groups of about equal size, the last parts first.
 
     Raises:
-        OptionError: more groups than parts.
+        OptionError: if there are more groups than parts.
     """
     if groups > len(parts):
         raise OptionError(
@@ -44,11 +44,11 @@ def unfreezing_groups(parts: tuple[Names, ...], groups: int) -> list[Names]:
 class GradualUnfreezingConfig(FTConfig):
     r"""Train the head first, then unfreeze the blocks from the top down, lower ones at lower rates.
 
-    Group :math:`g` counted from the top (head: 0) trains from stage :math:`g` on, at
+    Group :math:`g`, counted from the top (head: 0), trains from stage :math:`g` on with learning rate
 
     .. math:: \eta_g = \eta / d^{\,g}
 
-    with :math:`d` for ``decay``. The first stage trains the head alone; the remaining parts are cut into
+    where :math:`d` is ``decay``. The first stage trains the head alone; the remaining parts are split into
     ``stages - 1`` groups.
     """
 
@@ -61,7 +61,7 @@ class GradualUnfreezingConfig(FTConfig):
     formula = "group g from the top trains from stage g on, at lr / decay^g"
     recommended = {"learning_rate": Recommended(1e-3)}
     tuned = {"decay": Choice((1.0, 1.6, 2.6))}
-    cost = advising.PART_OF_THE_RUN + advising.DEARER  # the head alone for less of the run
+    cost = advising.PART_OF_THE_RUN + advising.DEARER  # the head-only stage is shorter
     advice = {
         advising.GOOD_FEATURES_FEW_SAMPLES: 1,
         advising.FAIR_FEATURES: 1,

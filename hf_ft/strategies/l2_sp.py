@@ -32,7 +32,7 @@ class L2SPConfig(FTConfig):
         L = \mathrm{CE} + \tfrac{\alpha}{2} \lVert w_S - w_S^0 \rVert^2
             + \tfrac{\beta}{2} \lVert w_{\text{new}} \rVert^2
 
-    The optimizer's own weight decay is off on the parameters that a term holds. A weight of 0 removes the term.
+    The optimizer's own weight decay is disabled for penalised parameters. A weight of 0 removes the penalty.
     """
 
     paper = Paper(

@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay: all parameters at once, the lower the slower."""
+"""Layer-wise learning-rate decay: train all parameters, lower layers more slowly."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hf_ft.core import Choice, FTConfig, Paper, Plan, Rate, Recommended, Stage, 
 class LayerDecayConfig(FTConfig):
     r"""Train everything, each part at a rate that falls geometrically from the head to the stem.
 
-    With the parts numbered :math:`0` (stem) to :math:`L` (head):
+    For parts numbered from :math:`0` (stem) to :math:`L` (head):
 
     .. math:: \eta_l = \eta \, d^{\,L - l}
 
-    with :math:`d` for ``decay``.
+    where :math:`d` is ``decay``.
     """
 
     paper = Paper(
@@ -30,7 +30,7 @@ class LayerDecayConfig(FTConfig):
     formula = "lr_l = lr * decay^(L - l), parts l = 0 (stem) ... L (head)"
     recommended = {"learning_rate": Recommended(1e-3)}
     tuned = {"decay": Choice((0.65, 0.8, 0.9))}
-    cost = advising.EVERYTHING + advising.DEARER  # many groups of weights
+    cost = advising.EVERYTHING + advising.DEARER  # many parameter groups
     advice = {
         advising.GOOD_FEATURES: 1,
         advising.FAIR_FEATURES: 1,

@@ -1,4 +1,4 @@
-"""Linear probing: the head alone, on frozen features."""
+"""Linear probing: train only the head, on frozen features."""
 
 from __future__ import annotations
 

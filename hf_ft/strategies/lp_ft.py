@@ -1,4 +1,4 @@
-"""LP-FT: a linear probe first, then full fine-tuning from the probe's head."""
+"""LP-FT: linear probing first, then full fine-tuning from the probe's head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hf_ft.core import (
 class LPFTConfig(FTConfig):
     r"""Train the head to convergence on frozen features, then everything, starting from that head.
 
-    A random head sends large, meaningless gradients into the backbone and distorts its features; a trained one
+    A random head propagates large, meaningless gradients into the backbone and distorts its features; a trained head
     does not.
 
     .. math::
@@ -43,7 +43,7 @@ class LPFTConfig(FTConfig):
         "https://arxiv.org/abs/2202.10054",
     )
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
-    # From 1e-5 to 3e-4 on validation data of the demo: at 3e-4 the second stage loses what the probe found.
+    # Tried 1e-5 to 3e-4 on the demo's validation data: at 3e-4 the second stage loses the probe's gains.
     recommended = {"learning_rate": Recommended(3e-5)}
     tuned = {"head_lr": LogRange(1e-3, 1.0), "norm_mode": Choice(("auto", "eval"))}
     cost = advising.PART_OF_THE_RUN

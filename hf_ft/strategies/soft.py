@@ -1,4 +1,4 @@
-"""Soft fine-tuning: the source task goes on beside the target's, and its loss is removed softly."""
+"""Soft fine-tuning: keep training on the source task, and phase out its loss gradually."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SourceLoss(nn.Module):
 
 
 class SourceDistillation(nn.Module):
-    """How far the source head's predictions on the target's batch are from those before training."""
+    """Divergence of the source head's predictions on the target batch from those before training."""
 
     def __init__(self, head: SourceHead, teacher: SourceHead, layer: str, temperature: float) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ class SoftConfig(FTConfig):
 
     :math:`\lambda_0` is ``weight``, :math:`t_0` is ``until``; :math:`s` falls from 1 to 0
     (:func:`hf_ft.core.schedules.decay`).
-    :math:`h_S` is the pretrained head, which trains while :math:`\lambda > 0` and is gone afterwards. Without source
-    data, ``source="head"``, the second loss is
-    :math:`4 \, \mathrm{KL}(h_S^0(f^0(x_T)) \,\|\, h_S(f(x_T)))` at temperature 3: what the pretrained network said of
-    the target's images.
+    :math:`h_S` is the pretrained head, which trains while :math:`\lambda > 0` and is removed afterwards. Without source
+    data (``source="head"``), the second loss is
+    :math:`4 \, \mathrm{KL}(h_S^0(f^0(x_T)) \,\|\, h_S(f(x_T)))` at temperature 3, which keeps the pretrained network's
+    predictions on the target images.
     """
 
     paper = Paper(
@@ -193,7 +193,7 @@ class LwFConfig(FTConfig):
             + \lambda \, \mathrm{KL}(\sigma(h_S^0(f^0(x)) / T) \,\|\, \sigma(h_S(f(x)) / T)), \qquad
         \sigma = \operatorname{softmax}
 
-    :math:`\lambda` is ``weight``. It is :class:`SoftConfig` with ``source="head"`` and a constant weight.
+    :math:`\lambda` is ``weight``. This is :class:`SoftConfig` with ``source="head"`` and a constant weight.
     """
 
     paper = Paper(

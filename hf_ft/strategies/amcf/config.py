@@ -52,13 +52,13 @@ ONE_SOURCE = advising.Rule((("members", "<", 2),), "{members:.0f} source model i
 class AMCFConfig(FTConfig):
     r"""Fine-tune several source models together, each from a layer on that a particle swarm chooses.
 
-    Each of the :math:`N` members has a head of its own and trains with its own cross-entropy; a term holds their
-    logits :math:`z_j` together:
+    Each of the :math:`N` members has its own head and trains on its own cross-entropy; a consistency term keeps their
+    logits :math:`z_j` close together:
 
     .. math:: \sum_j \mathrm{CE}(z_j, y) + \lambda \, \mathrm{mean}_b \, \tfrac1N \sum_j \lVert z_j - \bar z \rVert_2
 
-    :math:`\lambda` is ``consistency``. Of member :math:`j` the first :math:`k_j` layers stay frozen. The model is a
-    :class:`~hf_ft.CollaborativeModel`, which :func:`hf_ft.load_sources` makes; any other is taken for one member.
+    :math:`\lambda` is ``consistency``. The first :math:`k_j` layers of member :math:`j` stay frozen. The model is a
+    :class:`~hf_ft.CollaborativeModel` from :func:`hf_ft.load_sources`; any other model counts as a single member.
     """
 
     paper = Paper(
@@ -77,7 +77,7 @@ class AMCFConfig(FTConfig):
         "optim_args": Recommended("momentum=0.9", "code"),
         "learning_rate": Recommended(0.01, "code"),
         "weight_decay": Recommended(5e-4, "code"),
-        "lr_scheduler_type": Recommended("cosine", "ours"),  # the authors' steps are no schedule of Transformers
+        "lr_scheduler_type": Recommended("cosine", "ours"),  # Transformers has no schedule like the authors' steps
         "max_grad_norm": Recommended(0.0, "ours", "clipping by the common norm couples the members"),
     }
     tuned = {"consistency": LogRange(0.01, 1.0)}
@@ -167,7 +167,7 @@ class AMCFConfig(FTConfig):
                 )
 
     def within(self, epochs: float, model: nn.Module) -> AMCFConfig:
-        """With so many trainings as that leaves, of two epochs where it would else leave fewer than three moves."""
+        """A copy whose search fits into ``epochs``; trials are cut to two epochs if fewer than three moves fit."""
         each = self.search_epochs if epochs >= 3 * self.search_epochs * self.particles else min(2, self.search_epochs)
         room = max(1, int(epochs / each))
         return dataclasses.replace(self, search_epochs=each, search_budget=min(room, self.search_budget or room))
@@ -185,10 +185,10 @@ class AMCFConfig(FTConfig):
         return self._plan(model, self.chosen(state))
 
     def chosen(self, state: State) -> Frozen:
-        """How many layers of each member stay frozen.
+        """Number of frozen layers of each member.
 
         Raises:
-            OptionError: that was to be searched, and was not.
+            OptionError: if they are to be searched for, but the search has not run.
         """
         if self.frozen != "search":
             return self.frozen
@@ -197,7 +197,7 @@ class AMCFConfig(FTConfig):
         return tuple(state.info["frozen"])
 
     def scores(self, state: State) -> SwarmScores:
-        """Every position that ``frozen="search"`` visited, and its score."""
+        """Every position visited by ``frozen="search"``, with its score."""
         return SwarmScores.from_dict(state.info["swarm"])
 
     def learned(self, state: State) -> str:
@@ -207,11 +207,11 @@ class AMCFConfig(FTConfig):
         return swarm_findings(self.scores(state)) if "swarm" in state.info else Findings()
 
     def start(self, model: nn.Module, frozen: Frozen) -> Run:
-        """Make a model ready to train one position of the search."""
+        """Prepare a model for training one position of the search."""
         return start((self,), model, self.plan_for(model, frozen), {})
 
     def plan_for(self, model: nn.Module, frozen: Frozen) -> Plan:
-        """The whole plan that trains one position of the search."""
+        """The complete plan for training one position of the search."""
         return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, frozen)])
 
     def _plan(self, model: nn.Module, frozen: Frozen) -> Plan:
@@ -230,13 +230,13 @@ class AMCFConfig(FTConfig):
     # --- members -------------------------------------------------------------------------------------------
 
     def members(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The members with their module names; a model that has none is the only one."""
+        """Members by module name; a model without members is its own only member."""
         base, prefix = unwrap(model)
         found = members_of(base)
         return [(f"{prefix}{name}", member) for name, member in found] if found else [("", model)]
 
     def layers(self, model: nn.Module) -> tuple[int, ...]:
-        """How many layers each member has, counted on the main path."""
+        """Number of layers of each member, counted along the main path."""
         return tuple(len(member.layers) for member in self._members(model))
 
     def _members(self, model: nn.Module) -> list[_Member]:
@@ -250,7 +250,7 @@ class AMCFConfig(FTConfig):
 
 @dataclass(frozen=True)
 class _Member:
-    """A member, its name in the whole model, and its layers and stem by names in itself."""
+    """A member with its name in the full model, and its layers and stem by their names within the member."""
 
     prefix: str
     model: nn.Module
@@ -258,12 +258,12 @@ class _Member:
     stem: Names
 
     def after(self, frozen: int) -> Names:
-        """What trains, by names in the whole model: all but so many first layers."""
+        """What trains, by names in the full model: everything except the given number of first layers."""
         if not frozen:
             return (self.prefix,)
         still = {module for layer in self.layers[:frozen] for module in layer.modules}
         inside = {module for layer in self.layers for module in layer.modules}
-        # What of the stem is in no layer (a class token) stands before the first.
+        # Stem parameters outside any layer (a class token) come before the first layer.
         names = [
             name
             for name, _ in self.model.named_parameters()
@@ -274,7 +274,7 @@ class _Member:
 
 @dataclass(frozen=True)
 class SetPrediction:
-    """Surgery: how the members' logits become one."""
+    """Surgery: set how the members' logits are combined."""
 
     prediction: str
 

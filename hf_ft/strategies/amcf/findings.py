@@ -1,4 +1,4 @@
-"""What the particle swarm found, as people see it."""
+"""Findings of the particle swarm search, for display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_ft.documents.text import metric_name, score
 from hf_ft.strategies.amcf.plot import plot_scores, plot_swarm
 from hf_ft.strategies.amcf.scores import Evaluation, SwarmScores
 
-SHOWN = 12  # best positions in the short table; swarm.json has all
+SHOWN = 12  # positions in the short table, best first; swarm.json has all of them
 
 
 def swarm_findings(swarm: SwarmScores) -> Findings:
@@ -35,7 +35,7 @@ def swarm_findings(swarm: SwarmScores) -> Findings:
 
 
 def swarm_figure(swarm: SwarmScores) -> Figure:
-    """Score against frozen layers, a chart for each model."""
+    """Score against frozen layers, one chart per model."""
     best = max((found for found in swarm.evaluations if found.ranks), key=lambda f: f.score, default=None)
     finite = [found for found in swarm.evaluations if math.isfinite(found.score)]
     y = linear_axis([found.score for found in finite], metric_name(swarm.metric), most=4)

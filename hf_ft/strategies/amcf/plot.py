@@ -1,4 +1,4 @@
-"""The record of a swarm's search as pictures: where the particles were, and the score of each position."""
+"""Plots of a swarm search: the particles' positions over time, and the score of each position."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.ticker import MaxNLocator
 
 _BEST, _DIVERGED, _LINE, _EDGE = "#c0392b", "#7f8c8d", "#34495e", "#2c3e50"
-_COLORS = "viridis"  # its lightness rises with the score: it survives grey print and colour-blindness
-_SPREAD = 0.5  # of a generation's width: particles at one position stand side by side
+_COLORS = "viridis"  # lightness increases with the score: readable in greyscale and for colour-blind readers
+_SPREAD = 0.5  # share of a generation's width; particles at the same position are drawn side by side
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """One mark: where it stands, its score, and whether that is of a whole run."""
+    """One marker: its position, its score, and whether the score is from a complete run."""
 
     x: float
     y: float
@@ -36,17 +36,17 @@ class _Visit:
 
 
 def plot_swarm(scores: SwarmScores, path: str | Path) -> None:
-    """Draw the frozen layers of each particle over the generations, one panel per model, and write it to a file.
+    """Plot each particle's frozen layers over the generations, one panel per model, and save the figure.
 
-    The line is the best position so far of those trained to the end.
+    The line is the best position so far among complete runs.
 
     Args:
-        scores: what was found.
-        path: where to; the suffix decides the format (png, svg, pdf).
+        scores: results of the search.
+        path: output file; the suffix determines the format (png, svg, pdf).
 
     Raises:
-        OptionError: no generation was finished.
-        ImportError: matplotlib is not installed; it comes with the extra ``report``.
+        OptionError: if no generation was finished.
+        ImportError: if matplotlib is not installed; it comes with the extra ``report``.
     """
     if not scores.generations:
         raise OptionError("scores has no finished generation, so there is nothing to draw: let the search go on.")
@@ -71,17 +71,17 @@ def plot_swarm(scores: SwarmScores, path: str | Path) -> None:
 
 
 def plot_scores(scores: SwarmScores, path: str | Path) -> None:
-    """Draw the score of each position, for one or two models, and write it to a file.
+    """Plot the score of each position for one or two models, and save the figure.
 
-    For two models it is a heat map, blank where no particle came; for one the score over the frozen layers.
+    For two models: a heat map, blank at positions no particle visited. For one model: score against frozen layers.
 
     Args:
-        scores: what was found.
-        path: where to; the suffix decides the format (png, svg, pdf).
+        scores: results of the search.
+        path: output file; the suffix determines the format (png, svg, pdf).
 
     Raises:
-        OptionError: there are more than two models.
-        ImportError: matplotlib is not installed; it comes with the extra ``report``.
+        OptionError: if there are more than two models.
+        ImportError: if matplotlib is not installed; it comes with the extra ``report``.
     """
     if len(scores.members) > 2:
         raise OptionError(
@@ -107,7 +107,7 @@ def _draw_heat(figure: Figure, axes: Axes, scores: SwarmScores) -> None:
     norm = _norm(found.score for found in scores.evaluations)
     _draw_colorbar(figure, [axes], norm, scores.metric)
     axes.imshow(np.ma.masked_invalid(cells), origin="lower", aspect="auto", cmap=_COLORS, norm=norm)
-    size = min(9.0, 200 / max(rows, columns))  # marks stay within their cells
+    size = min(9.0, 200 / max(rows, columns))  # keeps markers within their cells
     halo = [withStroke(linewidth=size / 2, foreground="white")]  # legible on all colours
     diverged = {found.position for found in scores.evaluations if not math.isfinite(found.score)}
     pruned = {found.position for found in scores.evaluations if found.pruned} - diverged
@@ -130,7 +130,7 @@ def _draw_curve(figure: Figure, axes: Axes, scores: SwarmScores) -> None:
     axes.plot([x for x, _ in whole], [y for _, y in whole], color=_LINE, linewidth=1, alpha=0.5, zorder=2)
     _draw_marks(axes, [visit for visit in visits if math.isfinite(visit.y)], norm)
     diverged = [visit.x for visit in visits if not math.isfinite(visit.y)]
-    if diverged:  # they have no height: along the lower edge
+    if diverged:  # without a score, drawn along the lower edge
         look: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.scatter(diverged, [0.0] * len(diverged), label="diverged", **_looks("diverged"), **look)
     _draw_best(axes, scores)
@@ -141,7 +141,7 @@ def _draw_curve(figure: Figure, axes: Axes, scores: SwarmScores) -> None:
 
 
 def _draw_best(axes: Axes, scores: SwarmScores) -> None:
-    """A ring: a filled mark would hide the colour of what it marks."""
+    """Mark the best with a ring; a filled marker would hide the colour underneath."""
     if not any(found.ranks for found in scores.evaluations):
         return
     best = scores.best
@@ -152,7 +152,7 @@ def _draw_best(axes: Axes, scores: SwarmScores) -> None:
 
 
 def _leaders(scores: SwarmScores) -> list[tuple[int, ...] | None]:
-    """The best position up to each generation, of those trained to the end; None where there is none."""
+    """The best position among complete runs up to each generation; None before the first complete run."""
     pruned = {found.position for found in scores.evaluations if found.pruned}
     highest, leader, leaders = -math.inf, None, []
     for generation in scores.generations:
@@ -175,7 +175,7 @@ def _visits(scores: SwarmScores, member: int) -> list[_Visit]:
 
 
 def _draw_marks(axes: Axes, visits: Sequence[_Visit], norm: Normalize) -> None:
-    """One collection per kind of mark, so that the legend names each."""
+    """Draw one collection per kind of marker, so that each gets a legend entry."""
     kinds: dict[str, list[_Visit]] = {}
     for visit in visits:
         kind = "diverged" if not math.isfinite(visit.score) else "pruned" if visit.pruned else "trained to the end"
@@ -195,7 +195,7 @@ def _looks(kind: str) -> dict[str, Any]:
 
 
 def _norm(scores: Iterable[float]) -> Normalize:
-    """From scores to shades, one scale for all panels; those not finite have none."""
+    """Map scores to shades on one scale for all panels; non-finite scores get none."""
     from matplotlib.colors import Normalize
 
     finite = [score for score in scores if math.isfinite(score)]
@@ -205,12 +205,12 @@ def _norm(scores: Iterable[float]) -> Normalize:
 def _draw_colorbar(figure: Figure, panels: Sequence[Axes], norm: Normalize, metric: str) -> None:
     from matplotlib.cm import ScalarMappable
 
-    if norm.scaled():  # not where no score is finite: before anything is drawn, it has no limits
+    if norm.scaled():  # without a finite score the norm has no limits
         figure.colorbar(ScalarMappable(norm, _COLORS), ax=list(panels), label=metric.replace("_", " "))
 
 
 def _draw_range(axes: Axes, x: int | None = None, y: int | None = None) -> None:
-    """An axis that counts the frozen layers of a model shows all of 0 to L - 1, visited or not."""
+    """Set the axis of a model's frozen layers to the full range 0 to L - 1, visited or not."""
     if x is not None:
         axes.set_xlim(-0.5, x - 0.5)
     if y is not None:
@@ -232,7 +232,7 @@ def _draw_frame(axes: Axes) -> None:
 
 
 def _draw_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One entry per kind of mark."""
+    """One entry per kind of marker."""
     kinds: dict[str, Any] = {}
     for axes in panels:
         kinds |= {str(label): handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

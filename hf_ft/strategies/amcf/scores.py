@@ -1,4 +1,4 @@
-"""What a swarm search found: the path of each particle, and a score per position that was trained."""
+"""Results of a swarm search: the path of each particle, and one score per trained position."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Evaluation:
     """The score of one distinct position.
 
     Attributes:
-        position: (N,), how many layers of each model stay frozen.
-        score: of the best epoch, higher is better; ``-inf`` where training diverged.
-        epochs: how many were trained.
-        seconds: how long that took.
-        pruned: whether it was given up early, so that its score is not of a whole run.
+        position: (N,), number of frozen layers of each model.
+        score: score of the best epoch, higher is better; ``-inf`` if training diverged.
+        epochs: number of epochs trained.
+        seconds: training time.
+        pruned: whether the run was stopped early, so that its score is not that of a complete run.
         steps: the score after each epoch.
     """
 
@@ -36,18 +36,18 @@ class Evaluation:
 
     @property
     def ranks(self) -> bool:
-        """Whether it may be the best: neither pruned nor diverged."""
+        """Whether it can be the best: neither pruned nor diverged."""
         return not self.pruned and math.isfinite(self.score)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """All particles at one time.
+    """All particles of one generation.
 
     Attributes:
         positions: (P, N).
         velocities: (P, N).
-        scores: (P,), what each particle was told of its position; ``-inf`` where training diverged.
+        scores: (P,), the score each particle received for its position; ``-inf`` if training diverged.
     """
 
     positions: tuple[tuple[float, ...], ...]
@@ -65,12 +65,12 @@ class Generation:
 
     @classmethod
     def of(cls, swarm: Swarm, scores: Iterable[float]) -> Generation:
-        """The present positions of a swarm, with their scores (P,)."""
+        """The current positions of a swarm, with their scores (P,)."""
         positions, velocities = (tuple(map(tuple, array.tolist())) for array in (swarm.positions, swarm.velocities))
         return cls(positions, velocities, tuple(map(float, scores)))
 
     def integers(self) -> tuple[tuple[int, ...], ...]:
-        """The positions as they were trained: (P, N)."""
+        """The positions as trained, (P, N)."""
         return truncated(self.positions)
 
 
@@ -79,12 +79,12 @@ class SwarmScores:
     """The record of a search.
 
     Attributes:
-        metric: what the scores are; higher is better.
+        metric: metric of the scores; higher is better.
         members: (N,), the names of the models.
-        layers: (N,), how many each has.
-        generations: those that were scored as a whole, from the start on.
-        evaluations: one per distinct position, in the order of the first visit.
-        stopped: why the search ended early, in words; empty where it did not.
+        layers: (N,), number of layers of each model.
+        generations: all fully scored generations, in order.
+        evaluations: one per distinct position, in order of the first visit.
+        stopped: why the search ended early, in words; empty if it did not.
     """
 
     metric: str
@@ -110,10 +110,10 @@ class SwarmScores:
 
     @property
     def best(self) -> Evaluation:
-        """The highest score among those not pruned; of equals, the one that was visited first.
+        """The highest score among unpruned positions; ties go to the one visited first.
 
         Raises:
-            OptionError: all are pruned or diverged.
+            OptionError: if all are pruned or diverged.
         """
         found = self._best()
         if found is None:
@@ -125,17 +125,17 @@ class SwarmScores:
 
     @property
     def visits(self) -> int:
-        """How many particles asked for a score, counting each generation anew."""
+        """Number of scores requested by particles, counting repeated visits in later generations."""
         visited = [position for generation in self.generations for position in generation.integers()]
-        # A generation that was left half scored is no part of the record, but its evaluations are.
+        # A partially scored generation is not recorded, but its evaluations are.
         return len(visited) + len({evaluation.position for evaluation in self.evaluations} - set(visited))
 
     def evaluation(self, position: Sequence[int]) -> Evaluation | None:
-        """What a position scored, if it was trained."""
+        """The evaluation of a position, if it was trained."""
         return next((found for found in self.evaluations if found.position == tuple(position)), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: lists, strings, numbers, and null for ``-inf``."""
+        """A JSON-serializable dictionary, with null for ``-inf``."""
         return {
             "metric": self.metric,
             "members": list(self.members),
@@ -164,10 +164,10 @@ class SwarmScores:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> SwarmScores:
-        """What :meth:`to_dict` wrote.
+        """Read the output of :meth:`to_dict`.
 
         Raises:
-            CheckpointError: something is missing or cannot be; the message names it.
+            CheckpointError: if a field is missing or invalid; the message names it.
         """
         try:
             return cls(
@@ -184,13 +184,13 @@ class SwarmScores:
             raise CheckpointError(f"these swarm scores are damaged ({error}). Take another file.") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Headers, and a row of text for each position, the highest score first."""
+        """Headers and one row of text per position, highest score first."""
         best = self._best()
         ordered = sorted(self.evaluations, key=lambda found: -found.score)
         return (*self.members, "score", "epochs", "seconds", "note"), [self._row(found, best) for found in ordered]
 
     def verdict(self) -> str:
-        """What the search says, for a reader who knows nothing of swarms."""
+        """The conclusion of the search, for readers who do not know particle swarms."""
         best, trained = self._best(), len(self.evaluations)
         pruned = sum(found.pruned for found in self.evaluations)
         parts = ["no position was trained to the end with a finite score" if best is None else self._frozen(best)]
@@ -228,7 +228,7 @@ def _shown(score: float) -> str:
 
 
 def _check_scores(whose: str, scores: Iterable[float]) -> None:
-    if not all(score < math.inf for score in scores):  # false for nan as well
+    if not all(score < math.inf for score in scores):  # also false for nan
         raise OptionError(f"a score of {whose} is nan or inf: give -inf for a training that diverged.")
 
 

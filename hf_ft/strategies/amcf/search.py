@@ -1,4 +1,4 @@
-"""The search for how many layers of each source model stay frozen: a swarm whose evaluations are Optuna trials.
+"""Search for the number of frozen layers of each source model: a particle swarm whose evaluations are Optuna trials.
 
 Reference: Feng et al., PeerJ Computer Science 2107 (2024). The swarm itself: :mod:`hf_ft.strategies.amcf.swarm`.
 """
@@ -28,7 +28,7 @@ Position = tuple[int, ...]
 
 
 class SwarmOptions(SearchOptions, Protocol):
-    """What the search asks of its strategy: :class:`~hf_ft.AMCFConfig` has it."""
+    """What the search requires of its strategy; implemented by :class:`~hf_ft.AMCFConfig`."""
 
     @property
     def particles(self) -> int: ...
@@ -46,36 +46,36 @@ class SwarmOptions(SearchOptions, Protocol):
     def search_seed(self) -> int: ...
 
     def members(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The members with their module names."""
+        """Members by module name."""
 
     def layers(self, model: nn.Module) -> tuple[int, ...]:
-        """How many layers each member has."""
+        """Number of layers of each member."""
 
     def plan_for(self, model: nn.Module, frozen: Position) -> Plan:
-        """The whole plan that trains one position."""
+        """The complete plan for training one position."""
 
     def start(self, model: nn.Module, frozen: Position) -> Run:
-        """Make a model ready to train one position."""
+        """Prepare a model for training one position."""
 
 
 @dataclass
 class SwarmSearch:
-    """Move a swarm over the numbers of frozen layers; score each distinct position once.
+    """Move a swarm over the numbers of frozen layers, scoring each distinct position once.
 
-    Every position starts from the same weights, the same heads, the same order of the data, and has the same budget.
-    Its score is the ensemble's, of its best epoch, on a split carved from the training samples. A generation waits for
-    all of its particles; these are trials of one Optuna study, which any number of processes may share, and an
-    interrupted search goes on where it was.
+    Every position starts from the same weights and heads, sees the data in the same order, and has the same budget.
+    Its score is the ensemble's score at its best epoch, on a held-out split of the training samples. A generation
+    waits for all of its particles. These are trials of one Optuna study, which any number of processes may share; an
+    interrupted search resumes where it stopped.
 
     Args:
-        model: the source models with new heads; not changed.
+        model: the source models with new heads; left unchanged.
         options: swarm, budget, metric and storage.
         context: samples and recipe, for instance :meth:`hf_ft.FTTrainer.context`.
-        progress: whether to show a bar; None for what the context says.
+        progress: whether to show a progress bar; None for the context's setting.
 
     Raises:
-        OptionError: an option does not fit the model or the data, or the storage cannot be opened.
-        ImportError: Optuna is missing.
+        OptionError: if an option does not fit the model or the data, or the storage cannot be opened.
+        ImportError: if Optuna is not installed.
     """
 
     model: nn.Module
@@ -89,16 +89,16 @@ class SwarmSearch:
         self.trainings = ShortTrainings(
             self.model, self.context, options.metric, options.validation, options.search_epochs
         )
-        # What moves the swarm is not part of it: another swarm on the same study finds what was trained.
+        # The swarm's own options are left out, so that another swarm on the same study reuses its evaluations.
         unused = ["frozen", "storage", "particles", "iterations", "search_budget", "patience", "source_models"]
         told = {key: value for key, value in options.to_dict().items() if key not in unused}
         self._signature = self.trainings.describe(told)
-        # One for all generations: in memory each would else begin with an empty study.
+        # Shared by all generations: with in-memory storage, each would otherwise start from an empty study.
         self._storage = open_storage(self.trainings.storage(options.storage, STORAGE))
         self._chains = options.anatomy(self.model).chains
 
     def run(self) -> SwarmScores:
-        """Train and score what no earlier or other process has; returns all generations."""
+        """Train and score what no earlier or parallel process has done; return all generations."""
         options = self.options
         swarm = begin(self.layers, options.particles, options.search_seed)
         found: dict[Position, Outcome] = {}
@@ -133,7 +133,7 @@ class SwarmSearch:
         )
 
     def _evaluate(self, new: Sequence[Position], progress: Progress) -> dict[Position, Outcome]:
-        """Score these positions, together with all processes that search on the same storage."""
+        """Score these positions, sharing the work with all processes that use the same storage."""
         if not new:
             return {}
         options = self.options
@@ -153,7 +153,7 @@ class SwarmSearch:
         return {position: outcomes[key] for position, key in keys.items()}
 
     def _plan_recordings(self, new: Sequence[Position]) -> None:
-        """Tell which borders will be asked for, so that one pass over the samples records all."""
+        """Announce the borders that will be needed, so that one pass over the samples records all of them."""
         recordings = self.trainings.recordings
         trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         for position in new:
@@ -165,12 +165,12 @@ class SwarmSearch:
                 recordings.plan(prefix)
 
     def _start(self, position: Position) -> Run:
-        """A copy of the model, made ready to train from these layers on."""
+        """A copy of the model, prepared to train from these layers on."""
         model = copy.deepcopy(self.model)
         return self.options.start(model, position)
 
     def _names(self) -> tuple[str, ...]:
-        """What the members are called: the sources' names where they are known and differ, else classes."""
+        """Display names of the members: the source names if known and distinct, otherwise the class names."""
         members = self.options.members(self.model)
         known = [getattr(getattr(member, "config", None), "_name_or_path", "") or "" for _, member in members]
         names = [
@@ -185,7 +185,7 @@ class SwarmSearch:
 
 
 def _fitness(outcome: Outcome) -> float:
-    """What a particle is told: the best epoch's score, of one that was given up early the best until then."""
+    """The score given to a particle: best epoch so far; pruned runs count."""
     if outcome.pruned:
         return max(outcome.steps, default=-math.inf)
     return outcome.value

@@ -1,17 +1,17 @@
-r"""A particle swarm over how many layers of each of several models stay frozen.
+r"""A particle swarm over the numbers of frozen layers of several models.
 
-A particle is a point :math:`x \in \mathbb{R}^N`; its coordinate :math:`j` lies in :math:`[0, L_j - 1]` and stands,
-truncated, for the number of frozen layers of model :math:`j`. One iteration :math:`t` moves all particles:
+A particle is a point :math:`x \in \mathbb{R}^N`; its coordinate :math:`j` lies in :math:`[0, L_j - 1]` and is truncated
+to the number of frozen layers of model :math:`j`. Iteration :math:`t` moves all particles:
 
 .. math::
     v \leftarrow \text{clip}(w_t v + c_1 r_1 (p - x) + c_2 r_2 (g - x), -b, b), \qquad
     x \leftarrow \text{clip}(x + v, 0, L - 1)
 
-:math:`p` is the best position of the particle, :math:`g` that of the swarm, and :math:`r_1, r_2 \sim U[0, 1)` are one
-number per particle each. All draws of a particle come from a generator of its own, see :func:`generator`.
+:math:`p` is the best position of the particle, :math:`g` that of the swarm, and :math:`r_1, r_2 \sim U[0, 1)` are
+scalars drawn per particle. Each particle draws from its own generator, see :func:`generator`.
 
 Reference: Feng et al. (AMCF), PeerJ Computer Science, article 2107. Ours: all particles of a generation are scored
-before any best position changes, so they can be trained at once; the authors update the swarm's best after each one.
+before any best position changes, so they can train in parallel; the authors update the swarm's best after each one.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ Floats = NDArray[np.float64]
 
 PARTICLES = 10  # code
 ITERATIONS = 5  # code
-INERTIA = 1.4  # code: of the first iteration
+INERTIA = 1.4  # code: in the first iteration
 INERTIA_FALL = 0.7  # code: over all iterations
 PULL = 1.5  # code: c_1 and c_2
-BOUND_SHARE = 0.1  # ours: of a model's layers; the authors' bound is 5 where each model has 49
+BOUND_SHARE = 0.1  # ours: share of a model's layers; the authors use 5 for models of 49 layers
 
 
 @dataclass(frozen=True, eq=False)
 class Swarm:
-    """All particles of one generation. The arrays are copied and cannot be written to.
+    """All particles of one generation. The arrays are read-only copies.
 
     Attributes:
-        generation: how often the particles moved.
+        generation: number of moves so far.
         positions: (P, N).
         velocities: (P, N).
-        best_positions: (P, N), those with the best score of each particle; meaningless where it is ``-inf``.
-        best_scores: (P,), ``-inf`` where a particle has no finite score yet.
-        leader: (N,), the best position of all; meaningless where its score is ``-inf``.
-        leader_score: of the leader.
+        best_positions: (P, N), each particle's best position so far; undefined if its best score is ``-inf``.
+        best_scores: (P,), ``-inf`` for a particle without a finite score so far.
+        leader: (N,), the best position of the swarm; undefined if its score is ``-inf``.
+        leader_score: score of the leader.
     """
 
     generation: int
@@ -65,23 +65,23 @@ class Swarm:
             object.__setattr__(self, name, value)
 
     def integers(self) -> tuple[tuple[int, ...], ...]:
-        """How many layers of each model stay frozen, for each particle; several may agree."""
+        """Number of frozen layers of each model, per particle; particles may coincide."""
         return truncated(self.positions)
 
 
 def truncated(positions: ArrayLike) -> tuple[tuple[int, ...], ...]:
-    """Positions (P, N) without their fractions."""
+    """Positions (P, N), truncated to integers."""
     return tuple(tuple(map(int, row)) for row in np.asarray(positions, dtype=np.float64).tolist())
 
 
 def generator(seed: int, generation: int, particle: int) -> np.random.Generator:
-    """The source of the draws that place a particle in a generation: ``default_rng([seed, generation, particle])``.
+    """The random generator of a particle in a generation: ``default_rng([seed, generation, particle])``.
 
-    Generation 0 draws N numbers for the position and N for the velocity, a later one :math:`r_1` and :math:`r_2`.
-    No draw depends on another particle, so each can be moved alone and anywhere.
+    Generation 0 draws N numbers for the position and N for the velocity; later generations draw :math:`r_1` and
+    :math:`r_2`. No draw depends on other particles, so each can be moved independently, in any process.
 
     Raises:
-        OptionError: the seed is negative.
+        OptionError: if the seed is negative.
     """
     if seed < 0:
         raise OptionError(f"seed={seed!r} is negative. Give 0 or more.")
@@ -89,23 +89,23 @@ def generator(seed: int, generation: int, particle: int) -> np.random.Generator:
 
 
 def velocity_bound(layers: Sequence[int]) -> Floats:
-    r"""The most that a coordinate moves at once, :math:`b_j = \max(1, \text{round}(0.1 L_j))`: (N,).
+    r"""The largest move of each coordinate per iteration, :math:`b_j = \max(1, \text{round}(0.1 L_j))`, (N,).
 
     Raises:
-        OptionError: there is no model, or one without layers.
+        OptionError: if there is no model, or one has no layers.
     """
     return np.array([max(1, round(BOUND_SHARE * count)) for count in _checked(layers)], dtype=np.float64)
 
 
 def inertia(iteration: int, iterations: int = ITERATIONS) -> float:
-    r"""The share of the velocity that is kept, :math:`w_t = 1.4 - 0.7 t / T`.
+    r"""The inertia weight of the velocity, :math:`w_t = 1.4 - 0.7 t / T`.
 
     Args:
-        iteration: from 0.
-        iterations: how many there are.
+        iteration: t, from 0.
+        iterations: T, the number of iterations.
 
     Raises:
-        OptionError: there are none, or no such iteration.
+        OptionError: if there are no iterations, or ``iteration`` is out of range.
     """
     if iterations < 1:
         raise OptionError(f"iterations={iterations!r} is less than 1. Default: {ITERATIONS}.")
@@ -115,20 +115,20 @@ def inertia(iteration: int, iterations: int = ITERATIONS) -> float:
 
 
 def begin(layers: Sequence[int], particles: int = PARTICLES, seed: int = 0) -> Swarm:
-    r"""Generation 0: :math:`x_j \sim U[0, L_j - 1]`, :math:`v_j \sim U[-b_j, b_j]`, nothing scored.
+    r"""Generation 0, unscored: :math:`x_j \sim U[0, L_j - 1]`, :math:`v_j \sim U[-b_j, b_j]`.
 
     Args:
-        layers: (N,), how many each model has.
-        particles: P.
-        seed: of all draws.
+        layers: (N,), number of layers of each model.
+        particles: number of particles P.
+        seed: seed of all draws.
 
     Raises:
-        OptionError: no particle, no model, one without layers, or a negative seed.
+        OptionError: if there are no particles or models, a model has no layers, or the seed is negative.
     """
     bound, top = velocity_bound(layers), _top(layers)
     if particles < 1:
         raise OptionError(f"particles={particles!r} is less than 1. Default: {PARTICLES}.")
-    # The position first: (P, 2, N).
+    # (P, 2, N): position, then velocity.
     draws = np.stack([generator(seed, 0, particle).random((2, len(top))) for particle in range(particles)])
     positions = draws[:, 0] * top
     return Swarm(
@@ -143,14 +143,14 @@ def begin(layers: Sequence[int], particles: int = PARTICLES, seed: int = 0) -> S
 
 
 def remember(swarm: Swarm, scores: Sequence[float]) -> Swarm:
-    """The same swarm, its best positions updated; only a strictly better score replaces an older one.
+    """The same swarm with updated best positions; only a strictly better score replaces an earlier one.
 
     Args:
-        scores: (P,) of the present positions, higher is better; ``-inf`` where training diverged. Of equals, the
-            particle with the lowest index leads.
+        scores: (P,), scores of the current positions, higher is better; ``-inf`` if training diverged. Ties for the
+            lead go to the particle with the lowest index.
 
     Raises:
-        OptionError: not one score per particle, or one is nan.
+        OptionError: if there is not exactly one score per particle, or a score is nan.
     """
     values, count = np.asarray(scores, dtype=np.float64), len(swarm.positions)
     if values.shape != (count,):
@@ -169,17 +169,17 @@ def remember(swarm: Swarm, scores: Sequence[float]) -> Swarm:
 
 
 def move(swarm: Swarm, layers: Sequence[int], iterations: int = ITERATIONS, seed: int = 0) -> Swarm:
-    """The next generation: all velocities and positions change, nothing is scored.
+    """The next generation: velocities and positions are updated, nothing is scored.
 
-    Where nothing finite is known, of a particle or of the swarm, there is no pull.
+    A particle or swarm without a finite best score exerts no pull.
 
     Args:
-        layers: (N,), how many each model has.
-        iterations: T; the last move leads to generation T.
-        seed: of all draws.
+        layers: (N,), number of layers of each model.
+        iterations: number of iterations T; the last move yields generation T.
+        seed: seed of all draws.
 
     Raises:
-        OptionError: the layers are not those of the swarm, there is no iteration left, or the seed is negative.
+        OptionError: if the layers do not match the swarm, no iteration is left, or the seed is negative.
     """
     bound, top, here = velocity_bound(layers), _top(layers), swarm.positions
     if here.shape[1] != len(top):
@@ -196,7 +196,7 @@ def move(swarm: Swarm, layers: Sequence[int], iterations: int = ITERATIONS, seed
 def step(
     swarm: Swarm, scores: Sequence[float], layers: Sequence[int], iterations: int = ITERATIONS, seed: int = 0
 ) -> Swarm:
-    """:func:`remember` the scores of the present positions, then :func:`move`."""
+    """:func:`remember` the scores of the current positions, then :func:`move`."""
     return move(remember(swarm, scores), layers, iterations, seed)
 
 

@@ -1,4 +1,4 @@
-"""PEFT adapters inside chosen modules only, as surgery of a plan."""
+"""Plan surgery that adds PEFT adapters inside selected modules only."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hf_ft.errors import OptionError
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
 
-PREFIX = "base_model.model."  # under which a PeftModel has the modules of its base
+PREFIX = "base_model.model."  # prefix of the base model's modules in a PeftModel
 
 
 def adapter_targets(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig) -> Names:
-    """The modules under ``inside``, but not in the head, that get an adapter: those the tuner names, else all that can.
+    """Modules under ``inside``, outside the head, that get an adapter: those named by the tuner, or all supported ones.
 
-    A depthwise or grouped convolution cannot take a rank of its own.
+    Depthwise and grouped convolutions are not supported: they do not allow an arbitrary rank.
     """
     wanted = getattr(tuner, "target_modules", None)
     found = []
@@ -42,10 +42,10 @@ def _is_named(name: str, wanted: Any) -> bool:
 
 @dataclass(frozen=True)
 class AddAdapters:
-    """Surgery: adapters on the target modules; ``saved`` modules (head, norms) train whole and are saved with them.
+    """Surgery: add adapters to the target modules; ``saved`` modules (head, norms) train fully and are saved with them.
 
     Attributes:
-        tuner: the PEFT config as JSON text, so that equal ones are equal.
+        tuner: the PEFT config as JSON text, so that equal configs compare equal.
     """
 
     targets: Names
@@ -58,17 +58,17 @@ class AddAdapters:
         config.modules_to_save = list(self.saved)  # type: ignore[attr-defined]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # PEFT asks Transformers for what it has renamed
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated Transformers names
                 return get_peft_model(model, config)
         except ValueError as error:
             raise OptionError(f"tuner: PEFT refuses {type(config).__name__} on this block: {error}") from error
 
 
 def add_adapters(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig) -> AddAdapters:
-    """Adapters in the modules ``inside``; the head and the norms inside train whole.
+    """Adapters in the modules ``inside``; the head and the norms inside train fully.
 
     Raises:
-        OptionError: no module inside can take an adapter.
+        OptionError: if no module inside supports an adapter.
     """
     if not hasattr(tuner, "target_modules"):
         raise OptionError(f"tuner: {type(tuner).__name__} adapts no modules, so none of a block: LoraConfig(r=8) does.")

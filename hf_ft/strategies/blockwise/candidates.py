@@ -1,4 +1,4 @@
-"""Which parts of a network block-wise fine-tuning may adapt: groups of layers, each with its place in the depth.
+"""Candidates of block-wise fine-tuning: groups of layers that may be adapted, with their depth in the network.
 
 Reference: Barakat and Huang, "Improving Reliability of Fine-tuning with Block-wise Optimisation", ICMLA 2023,
 arXiv:2301.06133. The schemes ``stage`` and ``block`` are ours.
@@ -49,15 +49,15 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A group of layers that may train beside the head.
+    """A group of layers that may train together with the head.
 
     Attributes:
-        name: ``stage3``, ``layer17``, ``window5-7`` (first and last layer), ``segment2``, ``top3`` (how many);
-            all but the last are counted from 0 at the input.
-        modules: what trains, for :attr:`hf_ft.core.plan.Stage.trains`; the head is not among them.
+        name: ``stage3``, ``layer17``, ``window5-7`` (first and last layer), ``segment2``, ``top3`` (number of
+            layers); all but the last are indexed from 0 at the input.
+        modules: modules to train, for :attr:`hf_ft.core.plan.Stage.trains`, without the head.
         layers: 0-based indices into :func:`weight_layers`, ascending.
-        quarter: of the depth, 1 to 4, see :func:`quarter_of`; 0 without layers.
-        parameters: how many train, without the head's.
+        quarter: quarter of the depth, 1 to 4, see :func:`quarter_of`; 0 without layers.
+        parameters: number of trained parameters, without the head's.
     """
 
     name: str
@@ -68,12 +68,12 @@ class Candidate:
 
     @property
     def centre(self) -> float:
-        """The middle of its first and its last layer; -1 without layers."""
+        """Midpoint of the first and last layer; -1 without layers."""
         return (self.layers[0] + self.layers[-1]) / 2 if self.layers else -1.0
 
 
 def quarter_of(layers: Sequence[int], total: int) -> int:
-    r"""The quarter of the depth in which the centre of some layers lies; 0 without layers.
+    r"""The quarter of the depth that contains the centre of the given layers; 0 without layers.
 
     .. math:: \lfloor 4 c / L \rfloor + 1, \quad c = (\text{first} + \text{last}) / 2
 
@@ -81,7 +81,7 @@ def quarter_of(layers: Sequence[int], total: int) -> int:
 
     Args:
         layers: 0-based indices, ascending.
-        total: how many layers the network has, :math:`L`.
+        total: number of layers of the network, :math:`L`.
 
     Reference: ours; the paper speaks of quarters of the network.
     """
@@ -91,26 +91,26 @@ def quarter_of(layers: Sequence[int], total: int) -> int:
 def candidates(
     model: nn.Module, scheme: Scheme | str, *, length: int = 3, head: str | None = None, blocks: str | None = None
 ) -> tuple[Candidate, ...]:
-    """The candidates of a scheme, from the output end: the last one first.
+    """The candidates of a scheme, from the output to the input.
 
-    ``layer``: each layer alone. ``segment``: the layers between two poolings or activations; where the blocks call
-    them as functions, the cuts are at the blocks' ends, and a warning says so. ``window``: every ``length``
-    consecutive layers. ``stage``: the architecture's own stages, in a plain transformer each block; the neck belongs
-    to the last one. ``block``: each block of :func:`~hf_ft.models.anatomy.anatomy`, and the neck where it holds
-    layers (a mere norm joins the last block). In both the stem is a candidate of its own, so that every weight
-    outside the head is in exactly one. In the others so is every weight but a stem's loose parameters (class
-    token): those are in no layer.
+    ``layer``: each layer alone. ``segment``: the layers between two poolings or activations; if the blocks call
+    these as functions, the cuts are at the ends of the blocks, with a warning. ``window``: every run of ``length``
+    consecutive layers. ``stage``: the stages of the architecture, or each block of a plain transformer; the neck
+    belongs to the last one. ``block``: each block of :func:`~hf_ft.models.anatomy.anatomy`, and the neck if it contains
+    layers (a lone norm joins the last block). In both, the stem is a separate candidate, so that every weight
+    outside the head is in exactly one candidate. The same holds for the other schemes, except for parameters of the
+    stem outside any layer (class token).
     ``top_layers`` needs scores: see :func:`top_layers`.
 
     Args:
-        model: as it is before training; what is frozen then is in no candidate's ``parameters``.
-        length: how many layers a window has.
+        model: the model before training; parameters already frozen do not count in ``parameters``.
+        length: number of layers per window.
         head: as for :func:`~hf_ft.models.anatomy.anatomy`.
         blocks: likewise.
 
     Raises:
-        OptionError: the scheme is unknown or ``top_layers``, a window does not fit, or all is frozen.
-        AnatomyError: head or blocks cannot be told.
+        OptionError: if the scheme is unknown or ``top_layers``, a window does not fit, or everything is frozen.
+        AnatomyError: if head or blocks cannot be found.
 
     Reference: Barakat and Huang, ICMLA 2023, arXiv:2301.06133.
     """
@@ -139,16 +139,16 @@ def candidates(
 def top_layers(
     model: nn.Module, ranked_layers: Sequence[int], *, head: str | None = None, blocks: str | None = None
 ) -> tuple[Candidate, ...]:
-    """The best layers together: ``top1``, ``top2``, ... up to all that are ranked.
+    """The best layers combined: ``top1``, ``top2``, ... up to all ranked layers.
 
     Args:
-        model: as it is before training.
-        ranked_layers: indices into :func:`weight_layers`, best first, as scored by a search with ``layer``.
+        model: the model before training.
+        ranked_layers: indices into :func:`weight_layers`, best first, as ranked by a search with ``layer``.
         head: as for :func:`~hf_ft.models.anatomy.anatomy`.
         blocks: likewise.
 
     Raises:
-        OptionError: no index, one twice, or one that is no layer.
+        OptionError: if there is no index, or an index is repeated or out of range.
 
     Reference: Barakat and Huang, ICMLA 2023, arXiv:2301.06133.
     """
@@ -165,7 +165,7 @@ def top_layers(
 def baseline_candidates(
     model: nn.Module, *, head: str | None = None, blocks: str | None = None
 ) -> dict[str, Candidate]:
-    """What a search compares with: ``head`` (the classifier only, no layer) and ``all`` (everything)."""
+    """The baselines of a search: ``head`` (the classifier only, no layer) and ``all`` (everything)."""
     found = anatomy(model, head=head, blocks=blocks)
     sizes = trainable_sizes(model)
     every = tuple(range(len(placed_layers(model, found))))
@@ -177,10 +177,10 @@ def baseline_candidates(
 
 
 def find_candidate(candidates: Iterable[Candidate], wanted: str | int) -> Candidate:
-    """One candidate by its name, or by its index from the input: 0 is nearest the input, -1 nearest the output.
+    """Look up a candidate by name, or by index: 0 is nearest the input, -1 nearest the output.
 
     Raises:
-        OptionError: there is none; the message lists those that exist.
+        OptionError: if there is no such candidate; the message lists the existing ones.
     """
     ordered = _by_depth(candidates)
     if isinstance(wanted, str):
@@ -198,13 +198,13 @@ def find_candidate(candidates: Iterable[Candidate], wanted: str | int) -> Candid
 
 
 def last_quarter(candidates: Iterable[Candidate]) -> Candidate:
-    """The candidate with its centre nearest the output, the last of the fourth quarter: a choice without any search.
+    """The candidate whose centre is nearest the output, the last of the fourth quarter: a choice without a search.
 
-    Where none is in the fourth quarter (few layers, or a wide last stage whose centre lies before it), it is the
-    last of an earlier one; ``.quarter`` tells.
+    If none lies in the fourth quarter (few layers, or a wide last stage centred before it), it is the last of an
+    earlier quarter, as given by ``.quarter``.
 
     Raises:
-        OptionError: there are no candidates.
+        OptionError: if there are no candidates.
     """
     ordered = _by_depth(candidates)
     if not ordered:
@@ -225,7 +225,7 @@ def _candidate(name: str, indices: Sequence[int], layers: Sequence[Layer]) -> Ca
 def _runs(
     model: nn.Module, found: Anatomy, placed: Sequence[PlacedLayer], scheme: str, length: int
 ) -> list[tuple[str, Sequence[int]]]:
-    """Names and layer indices of the candidates that are runs of layers, from the input."""
+    """Names and layer indices of candidates made of consecutive layers, from the input."""
     total = len(placed)
     if scheme == "layer":
         return [(f"layer{index}", (index,)) for index in range(total)]
@@ -244,7 +244,7 @@ def _runs(
 
 
 def _by_parts(model: nn.Module, found: Anatomy, placed: Sequence[PlacedLayer], scheme: str) -> list[Candidate]:
-    """Stem, stages or blocks, and neck; what has no layer (a norm, loose parameters) joins its neighbour."""
+    """Stem, stages or blocks, and neck; a part without layers (a norm, a class token) joins its neighbour."""
     sizes = trainable_sizes(model)
     made: list[tuple[str, list[str], list[int]]] = []
     waiting: list[str] = []
@@ -264,7 +264,7 @@ def _by_parts(model: nn.Module, found: Anatomy, placed: Sequence[PlacedLayer], s
 
 
 def _groups(found: Anatomy, scheme: str) -> list[tuple[str, list[Part]]]:
-    if scheme == "stage":  # what follows the last stage, at its resolution, belongs to it
+    if scheme == "stage":  # the neck works at the last stage's resolution and belongs to it
         groups = [(f"stage{i}", [found.blocks[j] for j in indices]) for i, indices in enumerate(found.stages)]
         groups[-1][1].append(found.neck)
         return [("stem", [found.stem]), *groups]

@@ -1,4 +1,4 @@
-"""Block-wise fine-tuning: the salient block and the head train, all else stays as pretrained."""
+"""Block-wise fine-tuning: train the most salient block and the head; everything else stays frozen."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class BlockwiseConfig(FTConfig):
     r"""Find the block that matters on the data, and train it and the head alone.
 
     Every candidate block :math:`b` of a scheme starts from the same weights :math:`w^0` and trains for a few epochs
-    on a part of the training samples; the rest of these ranks them:
+    on part of the training samples; the candidates are ranked on the remaining ones:
 
     .. math:: b^* = \arg\max_b \; \mathrm{score}\big(\arg\min_{w_b, h} \mathrm{CE};\; w_{\bar b} = w^0_{\bar b}\big)
 
-    ``block="last_quarter"`` takes the candidate of the last quarter nearest the output, without a search.
+    ``block="last_quarter"`` selects the candidate of the last quarter nearest the output, without a search.
     """
 
     paper = Paper(
@@ -109,7 +109,7 @@ class BlockwiseConfig(FTConfig):
     )
 
     def within(self, epochs: float, model: nn.Module) -> BlockwiseConfig:
-        """Without baselines, and with as many epochs a candidate as that leaves: at least one."""
+        """A copy whose search fits into ``epochs``: no baselines, fewer epochs per candidate (at least one)."""
         place = {"head": self.head, "blocks": self.blocks}
         trainings = self.search_seeds * len(candidates(model, self.scheme, length=self.length, **place))
         each = max(1, min(self.search_epochs, int(epochs / trainings)))
@@ -123,17 +123,17 @@ class BlockwiseConfig(FTConfig):
         return State(info={"scores": scores.to_dict(), "block": dataclasses.asdict(scores.best.candidate)})
 
     def search(self, model: nn.Module, context: Context) -> BlockScores:
-        """The search that ``block="auto"`` makes: every candidate, trained briefly and scored."""
+        """The search of ``block="auto"``: briefly train and score every candidate."""
         return BlockSearch(model, self, context).run()
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         return self._plan(model, self.chosen(model, state))
 
     def chosen(self, model: nn.Module, state: State) -> Candidate:
-        """The block that trains.
+        """The block to train.
 
         Raises:
-            OptionError: it does not exist (those that do are listed), or was not searched for.
+            OptionError: if it does not exist (the message lists the existing ones), or the search has not run.
         """
         place = {"head": self.head, "blocks": self.blocks}
         if self.block == "auto":
@@ -146,7 +146,7 @@ class BlockwiseConfig(FTConfig):
         return last_quarter(found) if self.block == "last_quarter" else find_candidate(found, self.block)
 
     def scores(self, state: State) -> BlockScores:
-        """The table of the search that ``block="auto"`` made."""
+        """The scores from the search of ``block="auto"``."""
         return BlockScores.from_dict(state.info["scores"])
 
     def learned(self, state: State) -> str:
@@ -159,15 +159,15 @@ class BlockwiseConfig(FTConfig):
         return block_findings(self.scores(state), self.learned(state)) if "scores" in state.info else Findings()
 
     def start(self, model: nn.Module, candidate: Candidate) -> Run:
-        """Make a model ready to train one candidate of the search."""
+        """Prepare a model for training one candidate of the search."""
         return start((self,), model, self.plan_for(model, candidate), {})
 
     def plan_for(self, model: nn.Module, candidate: Candidate) -> Plan:
-        """The whole plan that trains one candidate."""
+        """The complete plan for training one candidate."""
         return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, candidate)])
 
     def adaptable(self, model: nn.Module, candidate: Candidate) -> bool:
-        """Whether a candidate can be trained: with a tuner, something in it must take an adapter."""
+        """Whether a candidate can be trained; with a tuner, some module in it must support an adapter."""
         if self.tuner is None:
             return True
         return bool(adapter_targets(model, candidate.modules, self.anatomy(model).head.modules, self.tuner))
@@ -178,7 +178,7 @@ class BlockwiseConfig(FTConfig):
         surgery: tuple[Surgery, ...] = ()
         if self.tuner is not None and candidate.modules:
             surgery = (add_adapters(model, candidate.modules, head, self.tuner),)
-            # All that PEFT lets train: adapters, norms and head, under the names they get.
+            # Everything PEFT leaves trainable: adapters, norms and head, under their PEFT names.
             head, trains = tuple(PREFIX + name for name in head), EVERYTHING
         rates = (Rate(head, lr=self.head_lr),) if self.head_lr is not None else ()
         return Plan(surgery=surgery, stages=(Stage(candidate.name, trains=trains, rates=rates),))

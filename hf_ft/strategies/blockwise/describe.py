@@ -1,4 +1,4 @@
-"""The candidates of a scheme as text, without a search."""
+"""Text overview of a scheme's candidates, without a search."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HEADERS = ("candidate", "quarter", "layers", "parameters", "share", "modules")
 def describe_candidates(
     model: nn.Module, scheme: str, *, length: int = 3, head: str | None = None, blocks: str | None = None
 ) -> tuple[Table, Table]:
-    """The candidates from the output end, and what trains with them or without a search.
+    """List the candidates from the output to the input, what trains with them, and the choice without a search.
 
     Raises:
-        OptionError: as :func:`~hf_ft.strategies.blockwise.candidates.candidates`.
+        OptionError: as for :func:`~hf_ft.strategies.blockwise.candidates.candidates`.
     """
     where = {"head": head, "blocks": blocks}
     found = candidates(model, scheme, length=length, **where)
@@ -52,7 +52,7 @@ def describe_candidates(
 
 
 def _shortened(modules: Sequence[str]) -> str:
-    """Module names with what they have in common once: ``encoder.layers.{0, 1}``; of many, the first and the last."""
+    """Module names with their common prefix factored out: ``encoder.layers.{0, 1}``; long lists show first and last."""
     if len(modules) == 1:
         return modules[0]
     common = os.path.commonprefix([name.rpartition(".")[0] + "." for name in modules]).rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""What a search over blocks found, as people see it."""
+"""Findings of a block search, for display."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASELINES = {"head": "head only", "all": "all layers"}
 
 
 def block_findings(scores: BlockScores, summary: str = "") -> Findings:
-    """The table of a search with its verdict, a chart, and ``blocks.json``, ``blocks.md`` and ``blocks.png``."""
+    """The table and verdict of a search, a chart, and the files ``blocks.json``, ``blocks.md`` and ``blocks.png``."""
     headers, rows = scores.table()
     about = f"blocks by {scores.scheme}, {scores.metric} on held-out training samples"
     return Findings(
@@ -28,7 +28,7 @@ def block_findings(scores: BlockScores, summary: str = "") -> Findings:
 
 
 def block_figure(scores: BlockScores) -> Figure:
-    """A bar for each candidate, from the input to the output."""
+    """A bar chart with one bar per candidate, from input to output."""
     best = max((score for score in scores.scores if score.ranks), key=lambda s: s.mean, default=None)
     ordered = sorted(scores.scores, key=lambda s: s.candidate.centre)
     rows = tuple(_block_row(entry, entry is best) for entry in ordered)

@@ -1,4 +1,4 @@
-"""The scores of a search over blocks as a picture: score over depth."""
+"""Plot of a block search: score against depth."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ _NAMED = 12  # with more candidates their names would overlap
 
 
 def plot_scores(scores: BlockScores, file: str | Path) -> None:
-    """Draw the mean score of each candidate over its place in the network, and write it to a file.
+    """Plot the mean score of each candidate against its position in the network, and save the figure.
 
-    A horizontal bar spans a candidate's layers, a vertical one is ± one standard deviation over the seeds, hollow
-    grey marks were pruned, lines and bands are the baselines. The shades are the quarters of the depth by the
-    centre of a candidate. With ``top_layers`` the axis is how many layers train, since they are scattered.
+    Horizontal bars span a candidate's layers, vertical bars are ± one standard deviation over the seeds, hollow grey
+    markers are pruned candidates, and lines and bands are the baselines. Shading marks the quarters of the depth,
+    which refer to a candidate's centre. With ``top_layers`` the layers are scattered, so the axis is the number of
+    trained layers.
 
     Args:
-        scores: what was found.
-        file: where to; the suffix decides the format (png, svg, pdf).
+        scores: results of the search.
+        file: output file; the suffix determines the format (png, svg, pdf).
 
     Raises:
-        ImportError: matplotlib is not installed; it comes with the extra ``report``.
+        ImportError: if matplotlib is not installed; it comes with the extra ``report``.
     """
     figure = new_figure("plot_scores", 8, 4)
     axes = figure.subplots()
@@ -49,15 +50,15 @@ def plot_scores(scores: BlockScores, file: str | Path) -> None:
 
 
 def _draw_quarters(axes: Axes, layers: int) -> None:
-    # Centres are multiples of 1/2: a border stands between the last one of a quarter and the first of the next.
+    # Centres are multiples of 1/2: draw the border between the last of one quarter and the first of the next.
     borders = [-0.5, *(math.ceil(quarter * layers / 2) / 2 - 0.25 for quarter in (1, 2, 3)), layers - 0.5]
     for quarter, (left, right) in enumerate(zip(borders, borders[1:], strict=False), start=1):
-        if right <= left:  # a network of fewer than four layers has not all of them
+        if right <= left:  # fewer than four layers: some quarters are empty
             continue
         axes.axvspan(left, right, color="#2c3e50", alpha=0.09 if quarter % 2 else 0.03, linewidth=0)
         place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "color": "#7f8c8d"}
         axes.text((left + right) / 2, 0.98, f"Q{quarter}", fontsize=9, **place)  # type: ignore[arg-type]
-    edge = 0.015 * layers  # a mark on the first or the last layer is not cut off
+    edge = 0.015 * layers  # keeps markers on the first and last layer from being clipped
     axes.set_xlim(borders[0] - edge, borders[-1] + edge)
 
 
@@ -99,7 +100,7 @@ def _draw(axes: Axes, score: BlockScore, scattered: bool, best: bool) -> None:
 
 
 def _name(axes: Axes, shown: Sequence[BlockScore], best: BlockScore | None, scattered: bool) -> None:
-    """Names above the marks: of all candidates where they are few, else of the best."""
+    """Label the markers: all candidates if there are few, otherwise only the best."""
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="white")]  # legible on lines and bars
@@ -136,7 +137,7 @@ def _draw_labels(axes: Axes, scores: BlockScores, scattered: bool) -> None:
 
 
 def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
-    """One entry per kind of mark."""
+    """One entry per kind of marker."""
     handles, labels = axes.get_legend_handles_labels()
     kinds = dict(zip(labels, handles, strict=True))
     return list(kinds.values()), list(kinds)

@@ -1,4 +1,4 @@
-"""What a search over blocks found: a score per candidate and seed, the baselines, and which candidate is best."""
+"""Results of a block search: a score per candidate and seed, the baselines, and the best candidate."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class BlockScore:
     """The validation score of one candidate.
 
     Attributes:
-        candidate: what trained beside the head.
-        scores: one per seed that ran, higher is better; not finite where training diverged.
-        pruned: whether it was given up early, so that its scores are not of a whole run.
-        epochs: how many were trained, over all seeds.
-        seconds: how long that took.
+        candidate: the layers trained together with the head.
+        scores: one per seed run, higher is better; not finite if training diverged.
+        pruned: whether it was stopped early, so that its scores are not those of complete runs.
+        epochs: number of epochs trained, over all seeds.
+        seconds: training time.
     """
 
     candidate: Candidate
@@ -38,23 +38,23 @@ class BlockScore:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(self.scores)
 
     @property
     def std(self) -> float | None:
-        r"""Over the seeds, :math:`\sqrt{\sum_i (s_i - \bar s)^2 / (n - 1)}`; None with one seed."""
+        r"""Standard deviation over the seeds, :math:`\sqrt{\sum_i (s_i - \bar s)^2 / (n - 1)}`; None with one seed."""
         if len(self.scores) < 2:
             return None
         return statistics.stdev(self.scores) if all(map(math.isfinite, self.scores)) else math.nan
 
     @property
     def ranks(self) -> bool:
-        """Whether it may be the best: neither pruned nor diverged."""
+        """Whether it can be the best: neither pruned nor diverged."""
         return not self.pruned and math.isfinite(self.mean)
 
     def shown(self) -> str:
-        """The mean, with the standard deviation where there are several seeds."""
+        """The mean as text, with the standard deviation if there are several seeds."""
         return f"{self.mean:.3f}" + ("" if self.std is None else f" ± {self.std:.3f}")
 
 
@@ -64,11 +64,11 @@ class BlockScores:
 
     Attributes:
         scheme: one of :data:`hf_ft.strategies.blockwise.candidates.SCHEMES`.
-        metric: what the scores are; higher is better.
-        layers: how many the network has.
-        seeds: of the runs of each candidate.
-        scores: one entry per candidate, in the order of the search (from the output end).
-        baselines: by name: ``head`` (the classifier only) and ``all`` (all layers).
+        metric: metric of the scores; higher is better.
+        layers: number of layers of the network.
+        seeds: seeds of each candidate's runs.
+        scores: one entry per candidate, in search order (from the output to the input).
+        baselines: scores by name: ``head`` (the classifier only) and ``all`` (all layers).
     """
 
     scheme: str
@@ -80,10 +80,10 @@ class BlockScores:
 
     @property
     def best(self) -> BlockScore:
-        """The highest mean among those not pruned; of equals, the one nearest the output.
+        """The highest mean among unpruned candidates; ties go to the one nearest the output.
 
         Raises:
-            OptionError: all are pruned or diverged.
+            OptionError: if all are pruned or diverged.
         """
         found = _best(self.scores)
         if found is None:
@@ -91,17 +91,17 @@ class BlockScores:
         return found
 
     def best_in(self, quarter: int) -> BlockScore | None:
-        """The best candidate whose centre lies in a quarter of the depth (1 to 4), if there is one."""
+        """The best candidate with its centre in the given quarter of the depth (1 to 4), if any."""
         return _best(score for score in self.scores if score.candidate.quarter == quarter)
 
     @property
     def last_quarter(self) -> BlockScore:
-        """The score of the last block of the fourth quarter, chosen without any search; it may be pruned."""
+        """Score of the last block of the fourth quarter, the choice without a search; it may be pruned."""
         chosen = last_quarter(score.candidate for score in self.scores)
         return next(score for score in self.scores if score.candidate == chosen)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: lists, strings, numbers, and null for a score that is not finite."""
+        """A JSON-serializable dictionary, with null for non-finite scores."""
         return {
             "scheme": self.scheme,
             "metric": self.metric,
@@ -113,10 +113,10 @@ class BlockScores:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> BlockScores:
-        """What :meth:`to_dict` wrote.
+        """Read the output of :meth:`to_dict`.
 
         Raises:
-            OptionError: something is missing; the message names it.
+            OptionError: if a field is missing; the message names it.
         """
         try:
             return cls(
@@ -131,13 +131,13 @@ class BlockScores:
             raise OptionError(f"these are no block scores: {error} is missing.") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Headers, and a row of text for each candidate and then each baseline."""
+        """Headers and one row of text per candidate, then per baseline."""
         best = _best(self.scores)
         rows = [_row(score, "best" if score is best else "") for score in self.scores]
         return HEADERS, rows + [_row(score, "baseline") for score in self.baselines.values()]
 
     def verdict(self) -> list[tuple[str, str]]:
-        """What the search says, as pairs of a label and a candidate with its score."""
+        """Conclusions of the search, as pairs of a label and a candidate with its score."""
         best, in_last = _best(self.scores), self.best_in(4)
         found = [("best", best), ("best in the fourth quarter", in_last)]
         found += [("last of the fourth quarter, no search", self.last_quarter)] if self.scores else []
@@ -182,7 +182,7 @@ def _row(score: BlockScore, note: str) -> tuple[str, ...]:
 
 
 def layers_shown(layers: tuple[int, ...]) -> str:
-    """Layer indices in short: ``5-7``, ``3``, ``0, 4, 9`` where they are scattered, ``-`` for none."""
+    """Compact layer indices: ``5-7``, ``3``, ``0, 4, 9`` if scattered, ``-`` for none."""
     if not layers:
         return "-"
     if len(layers) > 1 and layers[-1] - layers[0] == len(layers) - 1:
@@ -195,7 +195,7 @@ def _to_dict(score: BlockScore) -> dict[str, Any]:
     for name in ("modules", "layers"):
         content["candidate"][name] = list(content["candidate"][name])
     content["scores"] = [_number(value) for value in score.scores]
-    # For readers of the file; reading back computes them anew.
+    # For readers of the file; recomputed on loading.
     return content | {"mean": _number(score.mean), "std": _number(score.std)}
 
 

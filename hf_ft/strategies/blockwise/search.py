@@ -1,4 +1,4 @@
-"""The search for the salient block: every candidate is trained briefly from the same start and scored.
+"""Search for the most salient block: briefly train every candidate from the same start, and score it.
 
 Reference: Barakat and Huang, "Improving Reliability of Fine-tuning with Block-wise Optimisation", ICMLA 2023,
 arXiv:2301.06133. Candidates, baselines and quarters: :mod:`hf_ft.strategies.blockwise.candidates`.
@@ -27,7 +27,7 @@ BASELINES = ("head", "all")
 
 
 class BlockOptions(SearchOptions, Protocol):
-    """What the search asks of its strategy: :class:`~hf_ft.BlockwiseConfig` has it."""
+    """What the search requires of its strategy; implemented by :class:`~hf_ft.BlockwiseConfig`."""
 
     @property
     def scheme(self) -> str: ...
@@ -54,28 +54,28 @@ class BlockOptions(SearchOptions, Protocol):
         """Whether a candidate can be trained."""
 
     def start(self, model: nn.Module, candidate: Candidate) -> Run:
-        """Make a model ready to train one candidate."""
+        """Prepare a model for training one candidate."""
 
 
 @dataclass
 class BlockSearch:
-    """Score the candidates of a scheme on a split carved from the training samples.
+    """Score the candidates of a scheme on a held-out split of the training samples.
 
-    Every candidate starts from the same weights, the same head, the same order of the data, and has the same budget.
-    Of further seeds, each brings another order, other dropout, and a head drawn anew.
+    Every candidate starts from the same weights and head, sees the data in the same order, and has the same budget.
+    Each further seed changes the data order, the dropout and the initial head.
 
-    Trials are an Optuna study: an interrupted search goes on where it was, and every process that runs the same
-    search on the same storage takes its share of the candidates.
+    Trials form an Optuna study: an interrupted search resumes where it stopped, and all processes that run the same
+    search on the same storage share the candidates.
 
     Args:
-        model: the pretrained model with a new head; not changed.
+        model: the pretrained model with a new head; left unchanged.
         options: scheme, budget, metric and storage.
         context: samples and recipe, for instance :meth:`hf_ft.FTTrainer.context`.
-        progress: whether to show a bar; None for what the context says.
+        progress: whether to show a progress bar; None for the context's setting.
 
     Raises:
-        OptionError: an option does not fit the model or the data, or the storage cannot be opened.
-        ImportError: Optuna is missing.
+        OptionError: if an option does not fit the model or the data, or the storage cannot be opened.
+        ImportError: if Optuna is not installed.
     """
 
     model: nn.Module
@@ -101,7 +101,7 @@ class BlockSearch:
     # --- the search ----------------------------------------------------------------------------------------
 
     def run(self) -> BlockScores:
-        """Train and score what no earlier or other process has; returns the scores of all."""
+        """Train and score what no earlier or parallel process has done; return all scores."""
         found = self._score([*self.candidates, *self.baselines.values()])
         made = [self._collect(candidate, found) for candidate in self.candidates]
         if self.options.scheme == "top_layers":
@@ -116,7 +116,7 @@ class BlockSearch:
         )
 
     def _join_best(self, layers: Sequence[BlockScore]) -> list[BlockScore]:
-        """Scheme (2): the best k layers together, for each k; one layer alone was scored already."""
+        """Scheme (2): train the best k layers jointly, for each k > 1; single layers are already scored."""
         ranked = sorted((s for s in layers if s.ranks), key=lambda s: (s.mean, s.candidate.centre), reverse=True)
         indices = [entry.candidate.layers[0] for entry in ranked[: self.options.top]]
         joined = top_layers(self.model, indices, head=self.options.head, blocks=self.options.blocks)
@@ -135,7 +135,7 @@ class BlockSearch:
 
         def train(job: Job, report: Report) -> list[float]:
             candidate, seed = named[str(job.params["block"])], int(job.params["seed"])
-            # Baselines are there to compare with: never stopped early.
+            # Baselines are for comparison and are never pruned.
             stopped = None if candidate.name in BASELINES else report
             return self.trainings.train(self._start(candidate, seed), seed, stopped)
 
@@ -153,7 +153,7 @@ class BlockSearch:
             )
 
     def _start(self, candidate: Candidate, seed: int) -> Run:
-        """A copy of the model, with the head of this seed, made ready to train this candidate."""
+        """A copy of the model with this seed's head, prepared for training this candidate."""
         model: Any = copy.deepcopy(self.model)
         if seed and hasattr(model, "_init_weights"):
             with random_states_kept(seed):
@@ -174,7 +174,7 @@ class BlockSearch:
 
 
 def _uninitialised(module: nn.Module) -> None:
-    """Undo the mark by which Transformers leaves alone what was loaded."""
+    """Clear the flag by which Transformers skips the initialisation of loaded weights."""
     marked: list[Any] = [module, *module.parameters(recurse=False), *module.buffers(recurse=False)]
     for item in marked:
         item._is_hf_initialized = False

@@ -1,4 +1,4 @@
-"""Co-Tuning: the pretrained head trains along, on what each target class looks like in source classes."""
+"""Co-Tuning: train the pretrained head as well, on each target class's distribution over source classes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from hf_ft.strategies.co_tuning.relationship import (
     reverse_relationship,
 )
 
-PASS = 64  # samples in a batch of the pass
-CALIBRATED_ON = 2000  # source samples at most
+PASS = 64  # batch size of the pass over the training samples
+CALIBRATED_ON = 2000  # maximum number of source samples
 
 
 class RelationshipLoss(nn.Module):
-    """The cross-entropy of the source head on the target's batch and the source classes of its labels."""
+    """Cross-entropy of the source head on the target batch, with the source classes related to its labels."""
 
     relationship: Tensor
 
@@ -72,7 +72,7 @@ class CoTuningConfig(FTConfig):
             - \lambda \sum_s p(y_s = s \mid y_t = y) \, \log \, \operatorname{softmax}(h_S(f(x)))_s
 
     :math:`\lambda` is ``weight``; 0 is plain fine-tuning. :math:`p(y_s \mid y_t)` is learned before training from the
-    pretrained network's predictions on the training samples. The pretrained head is gone afterwards.
+    pretrained network's predictions on the training samples. The pretrained head is removed after training.
     """
 
     paper = Paper(
@@ -122,7 +122,7 @@ class CoTuningConfig(FTConfig):
 
     def measure(self, model: nn.Module, context: Context) -> State:
         head, layer = source_head(model).eval().to(context.device), head_input(model, self.head, self.blocks)
-        temperature = self._calibrate(model, head, layer, context)  # first: it may refuse the source data's labels
+        temperature = self._calibrate(model, head, layer, context)  # first: it may reject the source labels
         features = RecordedFeatures(model, layer, context)
         logits, labels = [], []
         with torch.no_grad():

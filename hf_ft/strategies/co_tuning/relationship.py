@@ -1,8 +1,8 @@
-r"""How the source classes relate to the target classes: the maths of Co-Tuning, as pure functions.
+r"""The relationship between source and target classes: the maths of Co-Tuning, as pure functions.
 
-A pretrained classifier's own head, kept and run on labelled target samples, says which source classes each
-target class looks like. That relationship, :math:`p(y_s \mid y_t)`, is a soft source label for every target
-sample, on which the pretrained head is trained along with the new one.
+The predictions of a pretrained classifier's own head on labelled target samples show which source classes each target
+class resembles. This relationship, :math:`p(y_s \mid y_t)`, provides a soft source label for every target sample, on
+which the pretrained head is trained together with the new one.
 
 Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
 """
@@ -24,23 +24,23 @@ from hf_ft.functional import wide
 __all__ = ["direct_relationship", "fit_temperature", "relationship_loss", "reverse_relationship"]
 
 TEMPERATURES = (0.05, 20.0)
-# Probabilities over many source classes are small numbers: their weights must be free to become large.
+# Probabilities over many source classes are small, so their weights must be allowed to grow large.
 STRENGTHS = tuple(10.0**exponent for exponent in range(-2, 5))
-# Past the best strength the fits take by far the longest: a loss this many times the lowest ends the search.
+# Fits past the best strength take by far the longest: the search ends at a loss this many times the lowest.
 OVERFITTING = 1.01
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    r"""The temperature that makes a classifier's confidence fit its accuracy, between 0.05 and 20.
+    r"""The temperature, between 0.05 and 20, that calibrates a classifier's confidence to its accuracy.
 
     .. math:: \arg\min_T \; -\frac1N \sum_n \log \, \operatorname{softmax}(z_n / T)_{y_n}
 
     Args:
-        logits: (N, C), of samples the classifier was not trained on.
+        logits: (N, C), on samples the classifier was not trained on.
         labels: (N,), in [0, C).
 
     Raises:
-        OptionError: no sample, a label out of range, or logits that are not finite.
+        OptionError: if there are no samples, a label is out of range, or logits are not finite.
 
     Reference: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
     """
@@ -50,13 +50,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(log_temperature: float) -> float:
         return nn.functional.cross_entropy(logits / math.exp(log_temperature), labels).item()
 
-    # The loss is convex in 1 / T, so it has a single valley in log T too.
+    # The loss is convex in 1 / T, hence unimodal in log T.
     bounds = tuple(math.log(limit) for limit in TEMPERATURES)
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8}).x)
 
 
 def direct_relationship(logits: Tensor, labels: Tensor, classes: int, temperature: float = 1.0) -> Tensor:
-    r"""What the source head predicts, on average, for the samples of each target class.
+    r"""The source head's mean prediction for the samples of each target class.
 
     .. math:: p(y_s \mid y_t) = \frac{1}{N_t} \sum_{n : y_n = t} \operatorname{softmax}(z_n / T)_s
 
@@ -70,8 +70,8 @@ def direct_relationship(logits: Tensor, labels: Tensor, classes: int, temperatur
         (classes, C_s), float32 on the CPU; rows sum to 1.
 
     Raises:
-        OptionError: no sample at all or of some class, a label out of range, logits that are not finite, or a
-            temperature that is not positive.
+        OptionError: if a class has no samples, a label is out of range, logits are not finite, or the temperature is
+            not positive.
 
     Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
     """
@@ -85,34 +85,34 @@ def direct_relationship(logits: Tensor, labels: Tensor, classes: int, temperatur
 def reverse_relationship(
     logits: Tensor, labels: Tensor, classes: int, temperature: float = 1.0, folds: int = 5, seed: int = 0
 ) -> Tensor:
-    r"""Learn the target class from the source head's prediction, and turn that round by Bayes' rule.
+    r"""Predict the target class from the source head's prediction, and invert this by Bayes' rule.
 
     .. math:: p(y_s \mid y_t) \propto p(y_t \mid y_s) \, p(y_s), \qquad
         p(y_t \mid y_s) = \operatorname{softmax}(g(e_s) / T_g)_t, \qquad
         p(y_s) = \frac1N \sum_n \operatorname{softmax}(z_n / T)_s
 
     g is a multinomial logistic regression from source probabilities to target classes, :math:`e_s` the one-hot
-    distribution on source class s. Cross-validation chooses the strength of its L2 penalty, by likelihood, and
-    gives the held-out logits its temperature :math:`T_g` is fitted on. Where some class has a single sample
-    there is nothing to hold out: the penalty is scikit-learn's C = 1, and :math:`T_g = 1`.
+    distribution on source class s. Cross-validation selects the strength of its L2 penalty by likelihood, and
+    yields the held-out logits on which its temperature :math:`T_g` is fitted. If some class has a single sample,
+    nothing can be held out: the penalty is scikit-learn's C = 1, and :math:`T_g = 1`.
 
-    No sample is as sure of its source class as :math:`e_s`, so g extrapolates: with a few dozen samples of a class
-    its rows vary much more from one draw of samples to the next than :func:`direct_relationship`'s.
+    No sample's prediction is as confident as :math:`e_s`, so g extrapolates: with a few dozen samples per class, its
+    rows vary much more between draws of samples than those of :func:`direct_relationship`.
 
     Args:
         logits: (N, C_s), the source head's, on target samples. Their order does not matter.
         labels: (N,), the target classes, in [0, classes).
         classes: number of target classes.
         temperature: T, by which the source head is calibrated (:func:`fit_temperature` on source samples).
-        folds: parts of the cross-validation; lowered to the size of the smallest class.
-        seed: of the split into folds.
+        folds: number of cross-validation folds; reduced to the size of the smallest class.
+        seed: seed of the split into folds.
 
     Returns:
         (classes, C_s), float32 on the CPU; rows sum to 1.
 
     Raises:
-        OptionError: no sample at all or of some class, a label out of range, logits that are not finite, a
-            temperature that is not positive, or fewer than 2 folds.
+        OptionError: if a class has no samples, a label is out of range, logits are not finite, the temperature is not
+            positive, or there are fewer than 2 folds.
 
     Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
     """
@@ -120,16 +120,16 @@ def reverse_relationship(
     counts = _counts("reverse_relationship", labels, classes)
     if folds < 2:
         raise OptionError(f"reverse_relationship: folds={folds} leaves nothing to hold out: take 2 or more (5, say).")
-    if classes == 1:  # nothing to tell apart: p(y_t | y_s) is 1
+    if classes == 1:  # a single class: p(y_t | y_s) is 1
         return direct_relationship(logits, labels, classes, temperature)
 
-    # The folds depend on the order of the samples, which a shuffling loader gives anew each time.
+    # The folds depend on the order of the samples, which changes with every shuffle of the loader.
     rows = logits.numpy()
     order = sorted(range(len(rows)), key=lambda n: (int(labels[n]), rows[n].tobytes()))
     labels = labels[order]
     log_source = _log_source("reverse_relationship", logits[order], temperature)
-    # The L2 penalty keeps the weights in the span of the samples and does not mind a rotation: in coordinates of
-    # that span the fits are the same, and cost less where samples are fewer than source classes.
+    # The L2 penalty keeps the weights in the span of the samples and is rotation-invariant: in coordinates of that
+    # span the fits are the same, and cheaper if there are fewer samples than source classes.
     left, scale, one_hot = np.linalg.svd(log_source.exp().numpy(), full_matrices=False)
     features = left * scale
 
@@ -140,25 +140,25 @@ def reverse_relationship(
         calibration = fit_temperature(held_out, labels)
     g = _regression().set_params(C=_sklearn_c(strength, classes)).fit(features, labels.numpy())
     log_target = (_logits(g, one_hot.T) / calibration).log_softmax(dim=1)
-    # In logs: a product of small probabilities would be 0 for every source class.
+    # In log space: products of small probabilities would underflow to 0 for every source class.
     log_marginal = log_source.logsumexp(dim=0) - math.log(len(log_source))
     return (log_target.T + log_marginal).softmax(dim=1).float()
 
 
 def relationship_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    r"""The cross-entropy of the source head's predictions and soft source labels.
+    r"""Cross-entropy of the source head's predictions with soft source labels.
 
     .. math:: -\frac1B \sum_b \sum_s q_{bs} \log \, \operatorname{softmax}(z_b)_s
 
     Args:
         logits: (B, C_s), the source head's.
-        targets: (B, C_s), the rows of the relationship of the samples' target classes.
+        targets: (B, C_s), the relationship's rows for the samples' target classes.
 
     Returns:
         A scalar, in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: the two differ in shape.
+        ValueError: if the two differ in shape.
 
     Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
     """
@@ -175,32 +175,32 @@ def relationship_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _sklearn_c(strength: float, classes: int) -> float:
-    """The C by which scikit-learn fits the softmax model with this strength.
+    """The C with which scikit-learn fits the softmax model of this penalty strength.
 
-    For two classes it fits a single row w, the difference of the softmax model's rows -w/2 and w/2. Their
-    penalty, half the sum of squares, is half of w's: the same model needs twice the C.
+    For two classes scikit-learn fits a single row w, the difference of the softmax model's rows -w/2 and w/2. Their
+    penalty, half the sum of squares, is half that of w, so the same model needs twice the C.
     """
     return 2 * strength if classes == 2 else strength
 
 
 def _regression() -> LogisticRegression:
-    # The tolerance is of the mean gradient, which features this small make small from the start.
+    # The tolerance applies to the mean gradient, which is small from the start for features this small.
     return LogisticRegression(tol=1e-6, max_iter=10_000, warm_start=True)
 
 
 def _logits(regression: LogisticRegression, features: np.ndarray) -> Tensor:
-    """(N, classes): for two classes scikit-learn gives (N,), the second's logit minus the first's."""
+    """Logits (N, classes); for two classes scikit-learn returns (N,), the second logit minus the first."""
     scores = torch.from_numpy(regression.decision_function(features))
     return torch.stack((-scores / 2, scores / 2), dim=1) if scores.dim() == 1 else scores
 
 
 def _cross_validated(features: np.ndarray, labels: Tensor, classes: int, folds: int, seed: int) -> tuple[float, Tensor]:
-    """The strength of the highest held-out likelihood, and the held-out logits (N, classes) at that strength."""
+    """The strength with the highest held-out likelihood, and its held-out logits (N, classes)."""
     targets = labels.numpy()
     split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, targets)
     parts = [(train, test, _regression()) for train, test in split]
     losses: dict[float, float] = {}
-    for strength in STRENGTHS:  # each fit starts from the one before
+    for strength in STRENGTHS:  # warm start from the previous fit
         logits = torch.empty(len(targets), classes, dtype=torch.float64)
         for train, test, regression in parts:
             regression.set_params(C=_sklearn_c(strength, classes)).fit(features[train], targets[train])

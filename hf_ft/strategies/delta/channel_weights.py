@@ -1,4 +1,4 @@
-r"""How much each channel of a layer matters to the target: what the loss grows by without it.
+r"""The importance of each channel of a layer for the target: the increase of the loss when it is removed.
 
 .. math:: a = \operatorname{softmax}(z / 5), \qquad
     z_c = \frac{g_c - \overline g}{\operatorname{std}(g)}, \quad g_c = L(\text{channel } c = 0) - L
@@ -36,14 +36,14 @@ from hf_ft.models.parts import Chain, Part
 from hf_ft.models.preserve import observing
 
 TEMPERATURE = 5.0
-ROWS = 256  # samples in a forward pass: several channels are left out side by side
+ROWS = 256  # samples per forward pass, which evaluates several left-out channels in parallel
 Batch = Mapping[str, Any]
 
 
 def attention_weights(growth: Tensor) -> Tensor:
-    """softmax(z / 5) of the growths of the loss, (C,), standardised with the population's deviation.
+    """softmax(z / 5) of the loss increases, (C,), standardised by the population standard deviation.
 
-    Where all channels matter alike, so do their weights: 1 / C each.
+    If all channels are equally important, their weights are 1 / C each.
     """
     spread = growth.std(correction=0)
     standardised = (growth - growth.mean()) / spread if float(spread) > 0 else torch.zeros_like(growth)
@@ -53,26 +53,26 @@ def attention_weights(growth: Tensor) -> Tensor:
 def channel_weights(
     model: nn.Module, layers: Names, config: FTConfig, context: Context, *, epochs: int, lr: float, batches: int
 ) -> dict[str, Tensor]:
-    """The weights of every layer's channels, by its name, (C,) each, with sum 1.
+    """Channel weights by layer name, (C,) each, summing to 1.
 
-    A copy of the model gets a head trained on the frozen features, since the loss of a random head tells nothing.
-    Then, on some batches in evaluation mode, each channel in turn is set to zero.
+    A copy of the model gets a head trained on the frozen features, since the loss of a random head is uninformative.
+    Then each channel in turn is set to zero on some batches in eval mode.
 
     Args:
-        layers: modules that give (B, C, H, W) or (B, T, C).
-        config: names the head and blocks where they cannot be found.
-        epochs: of the head's training.
-        lr: its learning rate.
-        batches: how many the growth of the loss is averaged over.
+        layers: modules that output (B, C, H, W) or (B, T, C).
+        config: names the head and blocks if they cannot be found automatically.
+        epochs: training epochs of the head.
+        lr: learning rate of the head.
+        batches: number of batches over which the loss increase is averaged.
 
     Raises:
-        OptionError: another task than single-label classification, or a layer that gives no channels.
+        OptionError: if the task is not single-label classification, or a layer's output has no channels.
     """
     labels = context.samples.read([0]).get("labels")
     if labels is None or labels.dim() != 1 or labels.is_floating_point():
         raise OptionError("delta: channels are weighed by a cross-entropy of class labels. Set weights='uniform'.")
     probe = _with_trained_head(model, config, context, epochs, lr)
-    size = context.recipe.batch_size * context.ranks  # any number of processes weighs on the same batches
+    size = context.recipe.batch_size * context.ranks  # the same batches for any number of processes
     order = torch.randperm(context.samples.count, generator=context.generator).tolist()
     chosen = [order[begin : begin + size] for begin in range(0, len(order), size)][:batches]
     with observing(probe), context.recipe.computing():
@@ -86,7 +86,7 @@ def _with_trained_head(model: nn.Module, config: FTConfig, context: Context, epo
     probe = copy.deepcopy(model)
     head = config.anatomy(probe).head.modules
     if not any(parameter.requires_grad for name in head for parameter in probe.get_submodule(name).parameters()):
-        return probe  # frozen, so that it is the one to come
+        return probe  # a frozen head stays as it is
     run = start((config,), probe, compose([Plan(stages=(Stage("head", trains=head),))]), {})
     recipe = dataclasses.replace(context.recipe, learning_rate=lr, batch_size=context.recipe.batch_size * context.ranks)
     recordings = Recordings(model, context.samples, context.frozen_cache, recipe.computing)
@@ -97,7 +97,7 @@ def _with_trained_head(model: nn.Module, config: FTConfig, context: Context, epo
 
 
 def _growth(model: nn.Module, layer: str, parts: Sequence[Part], read: Sequence[Batch], context: Context) -> Tensor:
-    """By how much the mean loss over the batches grows without each channel, (C,). Processes share the channels."""
+    """Increase of the mean loss over the batches without each channel, (C,). Processes share the channels."""
     suffix = _Suffix(model, layer, parts, read[0])
     channels, total = suffix.channels, torch.zeros(suffix.channels, device=context.device)
     bar = tqdm(total=len(read), desc=f"Weighing {layer}", disable=not context.progress, leave=False)
@@ -116,7 +116,7 @@ def _growth(model: nn.Module, layer: str, parts: Sequence[Part], read: Sequence[
 
 
 class _Suffix:
-    """What of a network follows from the part that a layer is in, run for several left-out channels at once."""
+    """The rest of a network from the part containing a layer, run for several left-out channels at once."""
 
     def __init__(self, model: nn.Module, layer: str, parts: Sequence[Part], batch: Batch) -> None:
         self.model, self.layer = model, layer
@@ -136,7 +136,7 @@ class _Suffix:
         return () if self.prefix is None else self.prefix.record(batch)
 
     def losses(self, batch: Batch, at_border: Sequence[Tensor], left_out: Sequence[int]) -> Tensor:
-        """The mean loss of the batch without each of these channels (-1: with all of them), (channels,)."""
+        """Mean loss of the batch without each of these channels (-1: with all channels), (channels,)."""
         copies, rows = len(left_out), len(batch["labels"])
         repeated = {k: _repeat(v, copies) if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
         labels = repeated.pop("labels")

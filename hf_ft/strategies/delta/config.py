@@ -1,4 +1,4 @@
-"""DELTA: feature maps stay near the pretrained network's, channel by channel as these matter."""
+"""DELTA: keep feature maps close to the pretrained network's, weighted by the importance of each channel."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from hf_ft.strategies.delta.channel_weights import channel_weights
 
 @dataclass(frozen=True)
 class FeatureDistance:
-    """Half the weighted squared distance of the feature maps of model and reference, summed over layers."""
+    """Half the weighted squared distance between the feature maps of model and reference, summed over layers."""
 
     layers: Names
     reduction: Literal["mean", "sum"]
-    # C a_c of each layer. Left out of comparisons: tensors have no truth value.
+    # C a_c of each layer. Excluded from comparison: the truth value of a tensor is ambiguous.
     weights: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, view: View) -> Tensor:
@@ -61,7 +61,7 @@ class DELTAConfig(FTConfig):
             \frac{\lVert F_{lc} - F^0_{lc} \rVert^2}{hw} + \frac{\beta}{2} \lVert w_{\text{head}} \rVert^2,
         \qquad a_l = \operatorname{softmax}(z_l / 5)
 
-    :math:`z_{lc}` is how much the loss grows when channel :math:`c` is set to zero, standardised within the layer.
+    :math:`z_{lc}` is the increase of the loss when channel :math:`c` is set to zero, standardised within the layer.
     """
 
     paper = Paper(

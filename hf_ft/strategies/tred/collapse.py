@@ -1,24 +1,24 @@
-"""Whether a disentangling is sound, from its figures: the ways in which it can collapse, and what to do."""
+"""Detect from its figures whether a disentanglement has collapsed, and how to fix it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-# Parts that do not overlap have together the energy of F, halves of it have half; more than this cancels out.
+# Disjoint parts have F's energy in total, two halves have half of it; with more than this, the parts cancel out.
 OFFSET_ENERGY = 1.5
-# A tenth of F's energy is as much as what is often at stake between two layers' features; sound runs are below 0.05.
+# A tenth of F's energy is often as large as the difference between two layers' features; sound runs stay below 0.05.
 UNRECONSTRUCTED = 0.1
-# P is a point for the features to stay near. Below 1/20 of F's norm that point is the origin: plain shrinking.
+# Features are kept close to P. Below 1/20 of F's norm, P is practically the origin, and the term merely shrinks them.
 ZERO_SHARE = 0.05
-# The label's part of F's variance is seldom below 1 %, and half of its amplitude is a quarter of that.
+# The label rarely explains less than 1 % of F's variance, and half its amplitude is a quarter of that.
 CONSTANT_VARIANCE = 0.001
-# All gates above 0.86: the plain feature regulariser, but for one part in fifty.
+# All gates above 0.86: within one part in fifty of the plain feature regulariser.
 REST_VARIANCE = 0.02
 
 
 def judge(figures: Mapping[str, float]) -> str:
-    """Which collapse the figures of a disentangler show and what to do about it; empty if none."""
+    """Describe the collapse that a disentangler's figures show, and how to fix it; empty if there is none."""
     f = figures
     if not all(math.isfinite(value) for value in f.values()):
         return "Stage one diverged: figures are not finite. Lower its rate."

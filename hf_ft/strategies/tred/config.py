@@ -1,4 +1,4 @@
-"""TRED: what of the pretrained representation serves the target is disentangled, and fine-tuning is held to that."""
+"""TRED: disentangle the target-relevant part of the pretrained features, and keep fine-tuning close to that part."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class DistanceFromRelevant:
-    """The squared distance of the features from the part of the reference's that serves the target, per position."""
+    """Squared distance per position of the features from the target-relevant part of the reference's features."""
 
     layer: str
-    # Left out of comparisons: tensors have no truth value.
+    # Excluded from comparison: the truth value of a tensor is ambiguous.
     disentangler: Disentangler | None = field(compare=False, repr=False)
 
     def __call__(self, view: View) -> Tensor:
@@ -69,7 +69,7 @@ class DistanceFromRelevant:
 class TREDConfig(FTConfig):
     r"""Disentangle what of the pretrained features serves the target, and hold the features to that part.
 
-    First, on the frozen network's last feature map :math:`F`, its parts :math:`P` and :math:`N` are learned:
+    First, a disentangler learns to split the frozen network's last feature map :math:`F` into :math:`P` and :math:`N`:
 
     .. math::
         L_1 = \mathrm{CE}(c(\bar P), y) + \lambda_r \overline{(P + N - F)^2} - \lambda_m \mathrm{MMD}^2(\bar P, \bar N)
@@ -94,7 +94,7 @@ class TREDConfig(FTConfig):
     )
     recommended = {"learning_rate": Recommended(3e-4)}
     tuned = {"alpha": LogRange(1e-3, 1e-1)}
-    cost = advising.WITH_A_TRAINING_BEFORE + advising.DEARER  # of a disentangler for as long as it takes
+    cost = advising.WITH_A_TRAINING_BEFORE + advising.DEARER  # trains a disentangler first
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 1, advising.VERY_FEW_SAMPLES: 1}
 
     criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
@@ -148,7 +148,7 @@ class TREDConfig(FTConfig):
             )
         with random_states_kept(), context.recipe.computing():
             some = context.samples.read(list(range(min(2, context.samples.count))))
-            del some["labels"]  # which may be none
+            del some["labels"]  # may be -100, no label
             layer = self._named(model) or last_feature_map(model, self.anatomy(model), some)
         if self.criterion == "none":
             return State(info={"layer": layer})
@@ -189,7 +189,7 @@ class TREDConfig(FTConfig):
         return Plan(terms=tuple(terms))
 
     def learned(self, state: State) -> str:
-        """What was disentangled, for the model card."""
+        """A sentence on the disentanglement, for the model card."""
         if "figures" not in state.info:
             return ""
         figures, layer = state.info["figures"], state.info["layer"]
@@ -200,7 +200,7 @@ class TREDConfig(FTConfig):
         return disentangling_findings(state.info, self.learned(state))
 
     def _named(self, model: nn.Module) -> str | None:
-        """The layer that was named, if one was."""
+        """The layer given in the options, if any."""
         if self.layer is None:
             return None
         return layers_of(model, (self.layer,), lambda: stage_outputs(self.anatomy(model))[-1:])[0]
@@ -226,14 +226,14 @@ class TREDConfig(FTConfig):
                 self.disentangler,
                 weights,
                 epochs=self.epochs,
-                batch_size=context.recipe.batch_size * context.ranks,  # the same on any number of processes
+                batch_size=context.recipe.batch_size * context.ranks,  # the same for any number of processes
                 lr=self.lr,
                 generator=context.generator,
                 advance=advance,
             )
 
     def _module(self, state: State) -> Disentangler | None:
-        """The frozen disentangler that a state holds."""
+        """The frozen disentangler stored in a state."""
         if self.criterion == "none":
             return None
         weights = [t for t in state.tensors.values() if t.dim()]
@@ -245,10 +245,10 @@ class TREDConfig(FTConfig):
 
 
 def _labelled(read: RecordedFeatures, classes: int, context: Context) -> list[int]:
-    """The samples that have a label: -100 stands for none, as in cross-entropy.
+    """Indices of the labelled samples; -100 means no label, as in cross-entropy.
 
     Raises:
-        OptionError: a label is no class of the model's.
+        OptionError: if a label is not one of the model's classes.
     """
     if context.labels is not None:
         labels = torch.from_numpy(context.labels)

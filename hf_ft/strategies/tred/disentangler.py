@@ -1,6 +1,6 @@
-"""TRED's disentangler: what splits a frozen network's features F into P, which serves the target, and N, the rest.
+"""TRED's disentangler: splits a frozen network's features F into a target-relevant part P and the remainder N.
 
-How it is trained: :mod:`hf_ft.strategies.tred.train`.
+For its training see :mod:`hf_ft.strategies.tred.train`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from hf_ft.functional import as_positions, wide
 
 Kind = Literal["branches", "mask"]
-# A gate below this lets through 1/400 of a channel's energy, all of which a probe that rescales channels would read.
+# A gate below this passes at most 1/400 of a channel's energy, but a probe that rescales channels could still read it.
 CLOSED = 0.05
 
 
 class Disentangler(nn.Module):
-    """(P, N) of features of either layout, at least in float32 and in the units of F.
+    """Computes (P, N) for features of either layout, in float32 or higher precision and in the units of F.
 
-    ``scale`` is the root mean square of F, by which :meth:`split` sees it divided: start, rates and weights then
-    mean the same for every network. ``non_negative``: F has no negative values, and P and N get none.
+    ``scale`` is the root mean square of F; :meth:`split` receives F divided by it, so that initialisation, learning
+    rates and weights mean the same for every network. ``non_negative``: F has no negative values, nor will P and N.
     """
 
     scale: Tensor
@@ -32,12 +32,12 @@ class Disentangler(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Both of the shape of ``features``; 0 at padded tokens, where the (B, T) ``mask`` is 0.
+        """P and N in the shape of ``features``; 0 at padded tokens, where the (B, T) ``mask`` is 0.
 
         Raises:
-            ValueError: features of another number of channels than it was made for.
+            ValueError: if the number of channels does not match.
         """
-        # In half precision, as under autocast, the two would not add up to F.
+        # In half precision, as under autocast, P and N would not add up to F.
         with torch.autocast(features.device.type, enabled=False):
             positions = as_positions(wide(features)) / self.scale
             if positions.shape[-1] != self.channels:
@@ -48,27 +48,27 @@ class Disentangler(nn.Module):
             if mask is not None and self.training:  # BatchNorm must not see padding
                 valid = valid_positions(positions, mask)
                 parts = [_scattered(part, valid) for part in self.split(positions[valid])]
-            else:  # without a choice of rows, for which a GPU would have to wait
+            else:  # no row selection, which would synchronise the GPU
                 parts = [part.reshape(positions.shape) for part in self.split(positions.flatten(0, 1))]
                 parts = parts if mask is None else [part * mask.to(part)[..., None] for part in parts]
             p, n = (_laid_out(part * self.scale, features) for part in parts)
             return p, n
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """P and N of (positions, C)."""
+        """Split rows (positions, C) into P and N."""
         raise NotImplementedError
 
     def start(self, mean: Tensor, covariance: Tensor) -> None:
-        """Prepare for features of these moments over all positions."""
+        """Initialise from the features' mean and covariance over all positions."""
 
     def settle(self, mean: Tensor, covariance: Tensor) -> None:
-        """Finish, for the same moments."""
+        """Finalise after training, with the same mean and covariance."""
 
 
 class Mask(Disentangler):
-    """One gate a channel, m = sigmoid(a): P = m F and N = F - P.
+    """One gate per channel, m = sigmoid(a): P = m F and N = F - P.
 
-    Gates start at 1/2. In the end those that are nearly closed are shut.
+    Gates start at 1/2. After training, nearly closed gates are closed completely.
     """
 
     def __init__(self, channels: int, non_negative: bool = True) -> None:
@@ -85,7 +85,7 @@ class Mask(Disentangler):
 
 
 class Branches(Disentangler):
-    """P and N by a 1x1 convolution, BatchNorm and ReLU each; no ReLU where F is negative too. Both start as F / 2."""
+    """P and N by 1x1 convolution, BatchNorm and ReLU each; no ReLU if F has negative values. Both start as F / 2."""
 
     def __init__(self, channels: int, non_negative: bool = True) -> None:
         super().__init__(channels, non_negative)
@@ -108,7 +108,7 @@ class Branches(Disentangler):
 class _Branch(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # A 1x1 convolution is linear over channels. BatchNorm would take its bias out again.
+        # A 1x1 convolution is linear over channels. BatchNorm would cancel its bias.
         self.mix = nn.Linear(channels, channels, bias=False)
         self.norm = nn.BatchNorm1d(channels)
         nn.init.eye_(self.mix.weight).data.div_(2)
@@ -118,9 +118,9 @@ class _Branch(nn.Module):
 
     @torch.no_grad()
     def measure(self, mean: Tensor, covariance: Tensor) -> None:
-        """The norm's exact statistics: those of a linear map follow from those of F.
+        """Set the norm's exact statistics, which for a linear map follow from those of F.
 
-        Running averages lag behind a map that was trained for a few steps only, and it would not reconstruct.
+        After only a few training steps, running averages lag behind, and P + N would not reconstruct F.
         """
         assert self.norm.running_mean is not None and self.norm.running_var is not None
         weight = self.mix.weight.to(covariance)
@@ -129,19 +129,19 @@ class _Branch(nn.Module):
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Affine parameters by which the norm changes nothing."""
+        """Set the affine parameters so that the norm is the identity."""
         assert self.norm.running_mean is not None and self.norm.running_var is not None
         self.norm.bias.copy_(self.norm.running_mean)
         self.norm.weight.copy_((self.norm.running_var + self.norm.eps).sqrt())
 
 
 def make_disentangler(kind: Kind, channels: int, non_negative: bool) -> Disentangler:
-    """An untrained one, which a trained one's state fits."""
+    """An untrained disentangler, into which a trained state can be loaded."""
     return (Branches if kind == "branches" else Mask)(channels, non_negative)
 
 
 def valid_positions(positions: Tensor, mask: Tensor | None) -> Tensor:
-    """Which of (B, positions, C) are no padding, (B, positions)."""
+    """Mask (B, positions) of the positions in (B, positions, C) that are not padding."""
     if mask is None:
         return torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
     return mask.to(positions.device).bool()

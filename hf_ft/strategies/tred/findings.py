@@ -1,4 +1,4 @@
-"""What the disentangler separated, as people see it."""
+"""Findings of the disentanglement, for display."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_ft.core.findings import Block, Figure, Findings, Table
 from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis
 from hf_ft.documents.text import score
 
-# Figures of hf_ft.strategies.tred.train.Disentangled that are shares, in words.
+# Labels of the figures in hf_ft.strategies.tred.train.Disentangled that are shares.
 SHARES = {
     "p_share": "P's norm over F's",
     "n_share": "N's norm over F's",
@@ -21,12 +21,12 @@ SHARES = {
 
 
 def disentangling_findings(info: Mapping[str, Any], summary: str = "") -> Findings:
-    """Charts for the report; nothing where nothing was disentangled."""
+    """Charts for the report; empty if nothing was disentangled."""
     return Findings(summary, blocks=tuple(disentangling_blocks(info)) if "figures" in info else ())
 
 
 def disentangling_blocks(info: Mapping[str, Any]) -> list[Block]:
-    """What P and N hold of the features F, and the terms over the epochs."""
+    """The shares of the features F in P and N, and the loss terms over the epochs."""
     figures, history = info["figures"], info["history"]
     shares = {name: figures[key] for key, name in SHARES.items() if key in figures}
     rows = tuple(Row(name, value, score(value)) for name, value in shares.items())

@@ -1,6 +1,6 @@
-"""TRED's first stage: a disentangler trained on a frozen network's features.
+"""TRED's first stage: train a disentangler on a frozen network's features.
 
-What is minimised: :mod:`hf_ft.strategies.tred.loss`.
+For the loss see :mod:`hf_ft.strategies.tred.loss`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Read = Callable[[Sequence[int]], Batch]
 
 @dataclass(frozen=True)
 class Disentangled:
-    """What :func:`disentangle` found.
+    """Result of :func:`disentangle`.
 
     Attributes:
-        module: in eval mode, without gradients.
-        history: per epoch, the mean of every term of L1, unweighted, and ``total``.
-        figures: of all samples in eval mode. ``p_share`` and ``n_share``: the norms of P and N over that of F;
-            ``reconstruction``: the squared error over F's square; ``accuracy`` of the classifier, and ``chance``,
-            the largest class; ``p_varies`` and ``n_varies``: the pools' variance over that of F's; ``p_label``,
-            ``n_label``, ``f_label``: how much of that variance is between classes.
-        verdict: empty, or what is wrong and what to do.
+        module: the disentangler, in eval mode and frozen.
+        history: per epoch, the mean of every unweighted term of L1, and ``total``.
+        figures: computed on all samples in eval mode. ``p_share`` and ``n_share``: norms of P and N relative to F;
+            ``reconstruction``: squared error relative to the square of F; ``accuracy`` of the classifier, and
+            ``chance``, the share of the largest class; ``p_varies`` and ``n_varies``: variance of pooled P and N
+            relative to pooled F; ``p_label``, ``n_label``, ``f_label``: share of that variance between classes.
+        verdict: what went wrong and how to fix it; empty if nothing did.
     """
 
     module: Disentangler
@@ -54,27 +54,27 @@ def disentangle(
     generator: torch.Generator,
     advance: Callable[[dict[str, float]], None] | None = None,
 ) -> Disentangled:
-    """Learn P and N from a frozen source's features.
+    """Learn P and N from a frozen source model's features.
 
     Args:
-        read: the features of these rows, their labels (B,), and where they are tokens a mask (B, T) or None.
-        samples: how many rows there are; two at least.
-        classes: labels are below it.
+        read: returns the features of the given rows, their labels (B,), and for tokens a mask (B, T) or None.
+        samples: number of rows; at least two.
+        classes: number of classes; labels lie below it.
         kind: ``"mask"`` or ``"branches"``.
-        weights: default: :class:`Weights`.
+        weights: weights of the terms; by default :class:`Weights`.
         epochs: passes over all rows; a last batch of one is dropped.
-        lr: about how far a gate's logit, or an output in units of F, moves in a step of Adam.
-        generator: all random numbers follow from it; the global state is left as it was.
-        advance: is called after every epoch with its terms.
+        lr: approximate change of a gate's logit, or of an output in units of F, per Adam step.
+        generator: source of all random numbers; the global random state is left unchanged.
+        advance: called after every epoch with its terms.
 
     Raises:
-        OptionError: too few samples, or features that are not finite.
+        OptionError: if there are too few samples, or features are not finite.
     """
     if samples < 2 or batch_size < 2:
         raise OptionError(f"disentangling needs batches of two samples, not {min(samples, batch_size)}.")
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.default_generator.manual_seed(seed)  # all that is drawn is drawn on the CPU
+        torch.default_generator.manual_seed(seed)  # all random numbers are drawn on the CPU
         module, moments, positions = _measured(read, samples, classes, kind, batch_size)
         loss = DisentanglingLoss(module, moments, weights or Weights(), lr)
         history = []
@@ -101,13 +101,13 @@ def _batches(read: Read, rows: Sequence[int], size: int, least: int = 1) -> Iter
 def _measured(
     read: Read, samples: int, classes: int, kind: Kind, size: int
 ) -> tuple[Disentangler, ClassMoments, tuple[Tensor, Tensor]]:
-    """A module that is ready to be trained, F's moments by class, and over positions; all for F / scale."""
+    """An initialised module, F's moments by class, and its moments over positions; all for F / scale."""
     pools, count, total, products, least = [], 0, torch.zeros(()), torch.zeros(()), 0.0
     for features, labels, mask in _batches(read, range(samples), size):
         rows = as_positions(features)
         rows = rows[valid_positions(rows, mask)]
         least = min(least, float(rows.min()))
-        exact = rows.cpu().double() if rows.device.type == "mps" else rows.double()  # which has no float64
+        exact = rows.cpu().double() if rows.device.type == "mps" else rows.double()  # MPS has no float64
         count, total = count + len(exact), total.to(exact) + exact.sum(dim=0)
         products = products.to(exact) + (exact.T @ exact if kind == "branches" else exact.square().sum(dim=0).diag())
         pools.append((pooled(features, mask), labels))
