@@ -46,7 +46,7 @@ class AttentionDistance:
 @register("attention_transfer")
 @dataclass(frozen=True, kw_only=True)
 class AttentionTransferConfig(FTConfig):
-    r"""Penalise that the network looks elsewhere: the distance of attention maps from the pretrained network's.
+    r"""Penalise the distance of attention maps from the pretrained network's.
 
     .. math::
         L = \mathrm{CE} + \beta \sum_l \overline{(A_l - A_l^0)^2}, \qquad

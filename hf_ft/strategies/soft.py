@@ -80,7 +80,7 @@ RELATED_SOURCE_DATA = advising.Rule(
 @register("soft")
 @dataclass(frozen=True, kw_only=True)
 class SoftConfig(FTConfig):
-    r"""Hold the source loss beside the target's, and let it go softly instead of at once.
+    r"""Keep the source loss alongside the target's, and phase it out gradually.
 
     .. math::
         L(t) = \mathrm{CE}(h_T(f(x_T)), y_T) + \lambda(t) \, \mathrm{CE}(h_S(f(x_S)), y_S), \qquad
@@ -186,7 +186,7 @@ class SoftConfig(FTConfig):
 @register("lwf")
 @dataclass(frozen=True, kw_only=True)
 class LwFConfig(FTConfig):
-    r"""Learning without Forgetting: keep what the pretrained head says of the target's samples.
+    r"""Learning without Forgetting: preserve the pretrained head's predictions on the target's samples.
 
     .. math::
         L = \mathrm{CE}(h_T(f(x)), y)

@@ -50,7 +50,7 @@ ONE_SOURCE = advising.Rule((("members", "<", 2),), "{members:.0f} source model i
 @register("amcf")
 @dataclass(frozen=True, kw_only=True)
 class AMCFConfig(FTConfig):
-    r"""Fine-tune several source models together, each from a layer on that a particle swarm chooses.
+    r"""Fine-tune several source models together, each from a layer chosen by a particle swarm.
 
     Each of the :math:`N` members has its own head and trains on its own cross-entropy; a consistency term keeps their
     logits :math:`z_j` close together:

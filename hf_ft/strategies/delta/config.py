@@ -54,7 +54,7 @@ class FeatureDistance:
 @register("delta")
 @dataclass(frozen=True, kw_only=True)
 class DELTAConfig(FTConfig):
-    r"""Penalise the distance of feature maps from the pretrained network's, by channels as they matter.
+    r"""Penalise the distance of feature maps from the pretrained network's, weighted by channel importance.
 
     .. math::
         L = \mathrm{CE} + \frac{\alpha}{2} \sum_l \sum_c C_l \, a_{lc}

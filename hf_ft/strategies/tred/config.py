@@ -67,7 +67,7 @@ class DistanceFromRelevant:
 @register("tred")
 @dataclass(frozen=True, kw_only=True)
 class TREDConfig(FTConfig):
-    r"""Disentangle what of the pretrained features serves the target, and hold the features to that part.
+    r"""Disentangle the target-relevant part of the pretrained features, and keep the features close to it.
 
     First, a disentangler learns to split the frozen network's last feature map :math:`F` into :math:`P` and :math:`N`:
 
