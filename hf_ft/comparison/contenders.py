@@ -149,7 +149,9 @@ def entrant(
         model: a model of the kind to be trained.
         untuned: options that are not tuned, as ``strategy.option``; options set to non-default values are never tuned.
     """
-    made, notes, refusal = [], [], ""
+    made: list[FTConfig] = []
+    notes: list[str] = []
+    refusal = ""
     configs = tuple(configs)
     free_momentum = all(_at_default(config, MOMENTUM) for config in configs) and settings.batch_norm_momentum > 0
     space: dict[str, LogRange | Choice] = {RATE: settings.rates(optim)}
