@@ -150,6 +150,7 @@ LOOKS = {
 }
 
 
+@pytest.mark.slow
 @pil
 @pytest.mark.parametrize(("imports", "first"), ORDERS)
 def test_transformers_loads_an_ensemble_after_a_plain_import(imports, first, ensemble):
@@ -159,6 +160,7 @@ def test_transformers_loads_an_ensemble_after_a_plain_import(imports, first, ens
     assert printed.split() == [LOOKS[name][1] for name in names]
 
 
+@pytest.mark.slow
 def test_the_first_look_finds_every_strategy_in_its_order(tmp_path):
     write_configs(tmp_path, [L2SPConfig(), TREDConfig()])
     printed = run(
@@ -187,6 +189,7 @@ def theirs(name):
 """
 
 
+@pytest.mark.slow
 def test_anothers_strategy_comes_after_ours_and_takes_none_of_their_names():
     printed = run(
         f"{THEIRS}\nkind = theirs('theirs')\n"

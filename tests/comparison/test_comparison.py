@@ -55,6 +55,7 @@ def test_every_contender_is_tuned_and_then_runs_with_each_seed(compared):
         assert all(run.params == contender.trials[contender.chosen].params for run in contender.runs)
 
 
+@pytest.mark.slow
 def test_only_final_runs_look_at_the_test_sets(compared):
     results, _, data, _ = compared
     for contender in results.contenders:
@@ -68,6 +69,7 @@ def test_only_final_runs_look_at_the_test_sets(compared):
             assert final.scores["validation"]["balanced_accuracy"] == final.validation
 
 
+@pytest.mark.slow
 def test_the_budget_is_the_computing_of_full_fine_tuning(compared):
     results = compared[0]
     for contender in results.contenders:
@@ -92,6 +94,7 @@ def test_how_many_trials_fit(cost, looking, trials):
     assert ledger.trials_of("other") == trials
 
 
+@pytest.mark.slow
 def test_the_first_trial_has_the_defaults(compared):
     results = compared[0]
     assert results["full"].trials[0].params == {"learning_rate": 0.01, "full.norm_mode": "auto"}
@@ -101,6 +104,7 @@ def test_the_first_trial_has_the_defaults(compared):
     assert second[0] == second[1]
 
 
+@pytest.mark.slow
 def test_what_a_training_tells(compared):
     final = compared[0]["full"].runs[0]
     assert [point["epoch"] for point in final.curve] == [1.0, 2.0]
@@ -115,6 +119,7 @@ def test_what_a_training_tells(compared):
     assert final.versions["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compared):
     results, folder, data, _ = compared
     means = {c.name: np.mean([r.validation for r in c.runs]) for c in results.contenders}
@@ -134,6 +139,7 @@ def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compar
     assert not (folder / "models").exists() and not (folder / "work").exists()
 
 
+@pytest.mark.slow
 def test_results_come_back_from_json(compared):
     results, folder = compared[:2]
     assert Results.load(folder / "results.json") == results
@@ -159,6 +165,7 @@ def test_more_can_be_added_later(compared):
     run(folder, "linear_probe,lp_ft+l2_sp", data=data)  # and the others are still there
 
 
+@pytest.mark.slow
 def test_an_estimate_comes_first(compared):
     assert compared[3][0].startswith("estimate: 3 strategies x (2 trials + 2 final runs)")
 

@@ -22,6 +22,8 @@ from hf_ft.search.storage import open_storage, open_study
 from hf_ft.search.trials import Halving, Job, JobError, run_trials
 from tests.search.trials_worker import jobs, open_all, start
 
+pytestmark = pytest.mark.slow
+
 SIGNATURE = {"model": "a"}
 WORKERS = {"pruner": None, **SIGNATURE}  # as it is stored
 

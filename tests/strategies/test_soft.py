@@ -462,6 +462,7 @@ def test_the_source_head_decays_as_other_weights_do(tmp_path):
         assert (found[id(head.weight)], found[id(head.bias)]) == (strength, 0.0)
 
 
+@pytest.mark.slow
 def test_composes(tmp_path):
     for others in ([L2SPConfig()], [DELTAConfig(weights="uniform")], [LPFTConfig()], ["daft"], ["lwf"]):
         trainer = train(tiny_resnet(), [SoftConfig(until=0.9), *others], tmp_path / str(others)[:12])

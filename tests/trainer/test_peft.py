@@ -9,6 +9,8 @@ from hf_ft import CheckpointError, L2SPConfig
 from hf_ft.testing import same_tensors, suited, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot
 
+pytestmark = pytest.mark.slow
+
 VIT = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
 RESNET = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["classifier"])
 SAVING = {"save_strategy": "steps", "save_steps": 2}

@@ -11,6 +11,8 @@ from hf_ft.comparison.results import Results
 from tests.browser import chromium, find_chromium
 from tests.comparison.report import made_up_results
 
+pytestmark = pytest.mark.slow
+
 PHONE, DESKTOP, PAPER = 360, 1280, 680  # pixels; paper: the width of A4 within its margins
 CONTRAST = 4.5  # WCAG 2, AA
 

@@ -60,6 +60,7 @@ def run(model, strategy, folder, use, resume=None, **arguments):
     return trainer, brought
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "efficientnet", "convnext", "vit", "swin", "bert"])
 @pytest.mark.parametrize("strategy", [BOTH, TREDConfig(criterion="none")], ids=["delta+at", "tred"])
 def test_recorded_states_train_the_same(name, strategy, tmp_path):
@@ -72,6 +73,7 @@ def test_recorded_states_train_the_same(name, strategy, tmp_path):
         same_tensors({key: value}, {key: snapshot(cached.model)[key]}, tolerance)
 
 
+@pytest.mark.slow
 def test_with_accumulation_worker_processes_and_resumed(tmp_path):
     arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     arguments |= {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 6}
@@ -85,6 +87,7 @@ def test_with_accumulation_worker_processes_and_resumed(tmp_path):
     same_tensors(snapshot(resumed.model), snapshot(cached.model))
 
 
+@pytest.mark.slow
 def test_stages_with_recorded_prefix_and_recorded_reference(tmp_path):
     """LP-FT's probe starts from activations, its second stage from inputs with reference states beside them."""
     strategy = ["lp_ft", UNIFORM]

@@ -105,6 +105,7 @@ def test_p_keeps_the_label_and_loses_the_nuisance(kind, criterion, seed):
     assert found.figures["accuracy"] > 0.95 and found.verdict == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mask", "branches"])
 def test_with_all_three_terms_the_nuisance_is_near_chance(kind):
     assert np.mean([read_back(seed, kind, BOTH)[0]["Pu"] for seed in SEEDS]) < 0.33
@@ -151,6 +152,7 @@ def test_a_wide_range_of_bottlenecks_does(bottleneck):
     assert figures["Py"] > 0.95 and figures["Pu"] < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mask", "branches"])
 def test_many_channels_and_few_samples(kind):
     generator = torch.Generator().manual_seed(0)
@@ -263,6 +265,7 @@ def test_the_learned_bound_is_above_the_information_of_gaussians(rho):
     assert bound <= rho**2 / (1 - rho**2) + 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mask", "branches"])
 def test_minimising_the_information_lowers_it(kind):
     features, labels, _ = synthetic(0)
@@ -390,6 +393,7 @@ def test_figures_of_constructed_collapses(logit, bias, verdict):
     assert judge(figures).startswith(verdict)
 
 
+@pytest.mark.slow
 def test_runs_that_collapse_say_so():
     features, labels, _ = synthetic(0)
     options = {"samples": 200, "epochs": 10}
