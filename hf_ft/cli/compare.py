@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal
 
+from datasets import DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.cli.compare_help import compare_help
 from hf_ft.cli.console import count, is_main, refusals, say, table
 from hf_ft.cli.flags import DataFlags
 from hf_ft.cli.logs import quieten
-from hf_ft.cli.models import usage
-from hf_ft.cli.prepare import read_splits
+from hf_ft.cli.prepare import notices, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.prepare import prepare_comparison
 from hf_ft.comparison.report import write_report
+from hf_ft.comparison.report.sections.ranking import BEST_FOLDER, usage
 from hf_ft.comparison.settings import setting
 from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
-from hf_ft.data.columns import find_columns
-from hf_ft.data.images import check_images
-from hf_ft.data.load import load_split
 from hf_ft.errors import OptionError
-from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
+from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 
 DEFAULT_FOLDER = "runs/compare"
@@ -70,7 +69,7 @@ def run_compare(arguments: list[str]) -> None:
     folder = Path(str(given.pop("output_dir", None) or DEFAULT_FOLDER))
     chosen = _chosen(flags.strategies, values)
     _check(data_flags, folder, settings)
-    data = read_data(data_flags, flags)
+    data = comparison_data(data_flags, flags)
     with refusals():
         prepared = prepare_comparison(
             str(data_flags.model),
@@ -127,35 +126,20 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
     settings.check()
 
 
-def read_data(flags: DataFlags, more: CompareFlags) -> Data:
-    """Read the splits, create missing ones, and check that all images can be opened."""
-    splits = read_splits(flags, test_fraction=more.test_fraction, labelled=more.labelled)
-    columns = find_columns(splits, flags.image_column, flags.text_column, flags.label_column)
-    notes = []
-    if more.ood_dataset is not None:
-        splits["ood"] = other_distribution(more.ood_dataset, more.ood_split, columns)
-        notes.append(f"out of distribution: {more.ood_dataset}, {len(splits['ood']):,} samples")
-    skipped: dict[str, int] = {}
-    if columns.task == "image":
-        splits, unreadable = check_images(splits, columns, "skip" if flags.on_corrupt == "skip" else "refuse")
-        skipped = {name: len(rows) for name, rows in unreadable.items() if rows}
-    source = columns_of_source = None
-    if flags.source_dataset is not None:
-        source = load_split(flags.source_dataset, flags.source_split)
-        columns_of_source = find_columns(source)
-    names = (flags.dataset, flags.source_dataset, more.ood_dataset)
-    notes.append("validation and test rows are what the data set has, or were set aside from its training rows")
-    return Data(
-        splits,
-        columns,
-        name=str(flags.dataset),
-        augment=flags.augment or "none",
-        max_length=flags.max_length,
-        source=source,
-        source_columns=columns_of_source,
-        skipped=skipped,
-        notices=tuple(DATA_NOTICES[name] for name in dict.fromkeys(names) if name in DATA_NOTICES),
-        notes=tuple(notes),
+def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:
+    """The data given by the flags, with the second test set."""
+    data = read_data(flags, test_fraction=more.test_fraction, labelled=more.labelled)
+    notes = ["validation and test rows are what the data set has, or were set aside from its training rows"]
+    if more.ood_dataset is None:
+        return replace(data, notes=tuple(notes))
+    other = DatasetDict({"ood": other_distribution(more.ood_dataset, more.ood_split, data.columns)})
+    other, skipped = readable(other, data.columns, flags.on_corrupt)
+    return replace(
+        data,
+        splits=DatasetDict({**data.splits, **other}),
+        skipped={**data.skipped, **skipped},
+        notices=notices(flags.dataset, flags.source_dataset, more.ood_dataset),
+        notes=(f"out of distribution: {more.ood_dataset}, {len(other['ood']):,} samples", *notes),
     )
 
 
@@ -209,7 +193,7 @@ def show(results: Results, folder: Path) -> None:
         say(f"note: {contender.name}: {', '.join(contender.on_edge)} lies on the edge of its range", error=True)
     say(f"\nIn {folder}: report.html, report.md, results.json" + (", best/ (the winner)." if results.winner else "."))
     if results.winner:
-        say(f"\n{usage(folder / 'best', str(results.data['task']))}")
+        say(f"\n{indent(usage(results, folder / BEST_FOLDER), '  ')}")
 
 
 def _spread(found: Any) -> str:

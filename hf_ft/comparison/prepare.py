@@ -20,11 +20,12 @@ from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, training_arguments
-from hf_ft.comparison.task import Bench, Benches, Data, Loader
+from hf_ft.comparison.task import Bench, Benches, Loader
 from hf_ft.comparison.training import Recipe
 from hf_ft.core.compose import sources_of
 from hf_ft.core.config import FTConfig
 from hf_ft.data.columns import Columns, find_columns
+from hf_ft.data.task import Data
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.norms import batch_norms
