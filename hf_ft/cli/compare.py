@@ -12,9 +12,9 @@ from typing import Any, Literal
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
-from hf_ft.cli.compare_help import compare_help
 from hf_ft.cli.console import count, is_main, refusals, say, table
 from hf_ft.cli.flags import DataFlags
+from hf_ft.cli.help import compare_help
 from hf_ft.cli.logs import quieten
 from hf_ft.cli.prepare import notices, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
@@ -51,8 +51,12 @@ class CompareFlags:
 KINDS = (DataFlags, CompareFlags, Settings, TrainingArguments)
 
 
-def run_compare(arguments: list[str]) -> None:
-    """Run the comparison, print the ranking, and show how to load the winner."""
+def run_compare(arguments: list[str], example: str | None = None) -> None:
+    """Run the comparison, print the ranking, and show how to load the winner.
+
+    Args:
+        example: save the first test image under this name in the output folder, and show how to classify it.
+    """
     if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
         say(compare_help(CompareFlags, everything="--help-all" in arguments))
         return
@@ -91,7 +95,9 @@ def run_compare(arguments: list[str]) -> None:
     prepared.runner.run()
     if is_main():  # results are identical on all workers
         results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
-        show(results, folder)
+        if example is not None:
+            data.splits["test"].with_format(None)[0][data.columns.inputs[0]].save(folder / example)
+        show(results, folder, example)
         if not results.winner and settings.hours is None:
             raise OptionError(f"no strategy finished; {folder}/report.md says why.")
 
@@ -153,7 +159,8 @@ def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -
         ("strategies", ", ".join(entrant.name for entrant in prepared.runner.ledger.entrants)),
         (
             "budget",
-            f"each as much tuning as {settings.trials} trainings of full fine-tuning cost, then {settings.seeds} runs",
+            (f"tuning worth {settings.trials} runs of full fine-tuning each" if settings.trials else "no tuning")
+            + f", then {settings.seeds} final run{'s' if settings.seeds > 1 else ''}",
         ),
         ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
         ("chosen by", f"{prepared.runner.recipe.metric} on validation; test is scored in the final runs only"),
@@ -163,8 +170,8 @@ def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -
     say(f"{table(rows)}\n")
 
 
-def show(results: Results, folder: Path) -> None:
-    """Print the ranking and the locations of all files."""
+def show(results: Results, folder: Path, example: str | None = None) -> None:
+    """Print the ranking, the locations of all files, and how to classify an example in the folder."""
     rows = []
     for standing in standings(results):
         contender = standing.contender
@@ -193,7 +200,8 @@ def show(results: Results, folder: Path) -> None:
         say(f"note: {contender.name}: {', '.join(contender.on_edge)} lies on the edge of its range", error=True)
     say(f"\nIn {folder}: report.html, report.md, results.json" + (", best/ (the winner)." if results.winner else "."))
     if results.winner:
-        say(f"\n{indent(usage(results, folder / BEST_FOLDER), '  ')}")
+        shown = None if example is None else folder / example
+        say(f"\n{indent(usage(results, folder / BEST_FOLDER, shown), '  ')}")
 
 
 def _spread(found: Any) -> str:

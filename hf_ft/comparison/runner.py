@@ -75,19 +75,24 @@ class Runner:
             gc.unfreeze()
 
     def _run(self) -> None:
-        ledger, trials = self.ledger, range(1, self.settings.trials)
+        ledger = self.ledger
         waves = [list(ledger.entrants)]
         if self.settings.hours is not None:
             # One contender after the other, so that finished contenders can be compared when time runs out. The loop
             # then continues, but only reads finished results.
             waves = [[entrant] for entrant in ledger.entrants]
         for wave in waves:
-            self._perform([(entrant, "trial", 0) for entrant in wave])
-            if not ledger.allowed_seconds:  # the baseline's first trial failed: measure the cost with the others
-                self._perform([(ledger.entrants[0], "trial", i) for i in trials])
-            self._perform([(e, "trial", i) for e in wave for i in range(1, ledger.trials_of(e))])
+            if self.settings.trials:
+                self._tune(wave)
             seeds = range(1, self.settings.seeds + 1)
             self._perform([(e, "run", seed) for e in wave if ledger.chosen(e) is not None for seed in seeds])
+
+    def _tune(self, wave: Sequence[Entrant]) -> None:
+        ledger = self.ledger
+        self._perform([(entrant, "trial", 0) for entrant in wave])
+        if not ledger.allowed_seconds:  # the baseline's first trial failed: measure the cost with the others
+            self._perform([(ledger.entrants[0], "trial", i) for i in range(1, self.settings.trials)])
+        self._perform([(e, "trial", i) for e in wave for i in range(1, ledger.trials_of(e))])
 
     def _warm_up(self) -> None:
         """Run a few uncounted steps: the first training of a process is slower, which would distort its cost."""

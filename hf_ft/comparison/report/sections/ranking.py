@@ -58,12 +58,12 @@ def result(results: Results, found: Sequence[Standing]) -> Section:
     return Section("result", "Result", (*blocks, Text(where), Listing(usage(results), "python")))
 
 
-def usage(results: Results, folder: str | Path = BEST_FOLDER) -> str:
+def usage(results: Results, folder: str | Path = BEST_FOLDER, example: Path | None = None) -> str:
     """How to load the winner with Transformers alone."""
     best = next(contender for contender in results.contenders if contender.name == results.winner)
     known = [config for config in best.configs if config["ft_type"] in strategies()]
     ensemble = any(FTConfig.from_dict(config).sources() for config in known)
-    return pipeline_usage(folder, str(results.data.get("task", "image")), ensemble=ensemble)
+    return pipeline_usage(folder, str(results.data.get("task", "image")), example, ensemble=ensemble)
 
 
 def ranking(results: Results, found: Sequence[Standing]) -> Section:
