@@ -81,8 +81,9 @@ _COMPARE_WORDS = {
     "output_dir": "where results, report and winner go (default: runs/compare)",
 }
 
-_COMPARE_TAIL = """Written to --output_dir (default: runs/compare): report.html, report.md, results.json (every training),
-best/ (the winner, a plain Transformers checkpoint whose card holds the comparison), compare.db (an Optuna study).
+_COMPARE_TAIL = """\
+Written to --output_dir (default: runs/compare): report.html, report.md, results.json (every run), best/ (the winner,
+a plain Transformers checkpoint whose card holds the comparison), compare.db (an Optuna study).
 An option that you set (--NAME.option) is not tuned. What is fair and what is not: docs/compare.md."""
 
 
