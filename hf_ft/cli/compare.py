@@ -12,6 +12,7 @@ from typing import Any, Literal
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
+from hf_ft.advice import Advice
 from hf_ft.cli.console import count, is_main, refusals, say, table
 from hf_ft.cli.flags import DataFlags
 from hf_ft.cli.help import compare_help
@@ -19,7 +20,7 @@ from hf_ft.cli.logs import quieten
 from hf_ft.cli.prepare import notices, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
-from hf_ft.comparison.prepare import prepare_comparison
+from hf_ft.comparison.prepare import Prepared, prepare_comparison
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.sections.ranking import BEST_FOLDER, usage
 from hf_ft.comparison.settings import setting
@@ -67,6 +68,24 @@ def run_compare(arguments: list[str], example: str | None = None) -> None:
         return
     become_worker()
     quieten()
+    prepared = _prepare(values, flags)
+    _announce(str(values["model"]), prepared)
+    advice = _advised(prepared) if flags.advise else None
+    if is_main():
+        say(prepared.estimate() + "\n")
+    prepared.runner.run()
+    if is_main():  # results are identical on all workers
+        results, folder = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice), prepared.runner.folder
+        if example is not None:
+            first = prepared.data.splits["test"].with_format(None)[0]
+            first[prepared.data.columns.inputs[0]].save(folder / example)
+        show(results, folder, example)
+        if not results.winner and prepared.runner.settings.hours is None:
+            raise OptionError(f"no strategy finished; {folder}/report.md says why.")
+
+
+def _prepare(values: Mapping[str, Any], flags: CompareFlags) -> Prepared:
+    """Check all flags, then read the data and prepare the comparison."""
     data_flags = DataFlags(**taken(values, DataFlags))
     settings = Settings(**taken(values, Settings))
     given = taken(values, TrainingArguments)
@@ -75,7 +94,7 @@ def run_compare(arguments: list[str], example: str | None = None) -> None:
     _check(data_flags, folder, settings)
     data = comparison_data(data_flags, flags)
     with refusals():
-        prepared = prepare_comparison(
+        return prepare_comparison(
             str(data_flags.model),
             data,
             chosen,
@@ -88,21 +107,9 @@ def run_compare(arguments: list[str], example: str | None = None) -> None:
             tell=say,
             **given,
         )
-    _announce(data_flags, data, settings, prepared)
-    advice = _advised(prepared) if flags.advise else None
-    if is_main():
-        say(prepared.estimate() + "\n")
-    prepared.runner.run()
-    if is_main():  # results are identical on all workers
-        results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
-        if example is not None:
-            data.splits["test"].with_format(None)[0][data.columns.inputs[0]].save(folder / example)
-        show(results, folder, example)
-        if not results.winner and settings.hours is None:
-            raise OptionError(f"no strategy finished; {folder}/report.md says why.")
 
 
-def _advised(prepared: Any) -> Any:
+def _advised(prepared: Prepared) -> Advice | None:
     try:
         advice = prepared.advised()
     except OptionError as error:
@@ -149,13 +156,14 @@ def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:
     )
 
 
-def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -> None:
+def _announce(model: str, prepared: Prepared) -> None:
+    data, settings = prepared.data, prepared.runner.settings
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
-    arguments = prepared.runner.recipe.arguments
+    arguments = prepared.runner.common.arguments
     optimizer = " ".join(str(arguments[name]) for name in ("optim", "optim_args") if arguments.get(name))
     rows = [
-        ("model", f"{flags.model}, {count(prepared.parameters)} parameters"),
-        ("data", f"{flags.dataset}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),
+        ("model", f"{model}, {count(prepared.parameters)} parameters"),
+        ("data", f"{data.name}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),
         ("strategies", ", ".join(entrant.name for entrant in prepared.runner.ledger.entrants)),
         (
             "budget",
@@ -163,7 +171,7 @@ def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -
             + f", then {settings.seeds} final run{'s' if settings.seeds > 1 else ''}",
         ),
         ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
-        ("chosen by", f"{prepared.runner.recipe.metric} on validation; test is scored in the final runs only"),
+        ("chosen by", f"{prepared.runner.common.metric} on validation; test is scored in the final runs only"),
     ]
     rows += [("skipped", f"{number} images of {name} that cannot be read") for name, number in data.skipped.items()]
     rows += [("notice", notice) for notice in data.notices]

@@ -25,12 +25,12 @@ def collect(runner: Runner, **about: Any) -> Results:
         runner: after it ran to the end, or as far as the time limit allowed.
         about: the fields of :class:`Results` unknown to the runner: title, command, model, data, labels, advice.
     """
-    ledger, recipe = runner.ledger, runner.recipe
+    ledger, common = runner.ledger, runner.common
     winner = ledger.winner()
     return Results(
-        metric=recipe.metric,
-        greater_is_better=recipe.greater_is_better,
-        settings={**runner.settings.described(), **recipe.arguments},
+        metric=common.metric,
+        greater_is_better=common.greater_is_better,
+        settings={**runner.settings.described(), **common.arguments},
         versions={"python": platform.python_version(), **versions()},
         machine=machine(),
         seconds=sum(done.seconds for done in ledger.done.values()),

@@ -59,9 +59,9 @@ class Benches:
 
     def _load(self, sources: tuple[str, ...], seed: int, keep: bool) -> tuple[nn.Module, Any]:
         """A new model and its processor; see :attr:`Bench.load`."""
-        columns, settings = self.data.columns, {"image_size": self.image_size, "revision": self.revision}
+        columns, settings = self.data.columns, (self.image_size, self.revision)
         if sources:
-            return load_ensemble(sources, columns, seed, **settings)
+            return load_ensemble(sources, columns, seed, *settings)
         if not isinstance(self.model, str):
             model, processor = self.model(seed, keep)
             config: Any = model.config
@@ -70,7 +70,7 @@ class Benches:
         # All contenders start from the same new head, including those that also keep the pretrained one: if the
         # checkpoint has a head, it is always kept at first.
         keeps = keep or has_head(self.model, None, self.revision)
-        model, processor = load_classifier(self.model, columns, seed, **settings, keep_source_head=keeps)
+        model, processor = load_classifier(self.model, columns, seed, *settings, keep_source_head=keeps)
         return (model if keep else drop_source_head(model)), processor
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -228,7 +228,7 @@ class StageCache:
             return fill(len(dataset), rows, self._settings, bar.update)
 
     def _recorded(
-        self, record: Callable[[dict[str, Any]], Columns], dataset: Any, batches: Sequence[Sequence[int]]
+        self, record: Callable[[dict[str, Any]], Columns], dataset: Any, batches: list[list[int]]
     ) -> Iterator[Columns]:
         """The columns of this rank's share of the batches."""
         loader = DataLoader(

@@ -34,7 +34,7 @@ def record(
         yield torch.tensor(rows), compute(rows)
 
 
-def share(batches: Sequence[Sequence[int]], ranks: int, rank: int) -> Sequence[Sequence[int]]:
+def share(batches: list[list[int]], ranks: int, rank: int) -> list[list[int]]:
     """The batches that a rank computes.
 
     With fewer batches than ranks, a rank without one computes the first, to have something to send.
