@@ -32,7 +32,7 @@ def main() -> None:
     prepared, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
     steps = EPOCHS * len(loader)
     scheduler = run.scheduler(optimizer, steps, "cosine")
-    begin_step = run.stepper(objective, steps)
+    begin_step = run.stepper(objective, steps, optimizer=optimizer)
 
     step = 0
     for epoch in range(EPOCHS):

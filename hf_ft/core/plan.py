@@ -42,6 +42,9 @@ class Stage:
         rates: learning rates that differ from ``args.learning_rate``.
         norm_mode: which normalisation layers with running statistics use and update batch statistics.
             ``auto``: those whose own parameters train. ``eval``: none. ``train``: all, including frozen ones.
+        dropout: whether dropout is active. If not, the model runs in eval mode, except for its moving norms, and for
+            modules that checkpoint gradients, which Transformers does only in train mode.
+        fresh_optimizer: whether the stage starts without the optimizer's state (momentum, moments) of earlier stages.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Stage:
     duration: float = 1.0
     rates: tuple[Rate, ...] = ()
     norm_mode: NormMode = "auto"
+    dropout: bool = True
+    fresh_optimizer: bool = False
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class Objective(nn.Module):
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []
         self._settled = False
+        self._dropout = True
         self._live_layers: set[str] = set()  # those after a trained parameter
         self.prefix: FrozenPrefix | None = None
         self.trained: list[nn.Parameter] = list(self.parameters())
@@ -209,7 +210,8 @@ class Objective(nn.Module):
         self.alive = liveness(self.model, self.chains, trained, moving)
         norms = dict(batch_norms(self.model))
         self._asleep = [*self.alive.resting, *(norm for name, norm in norms.items() if name not in moving)]
-        self._awake = [norms[name] for name in moving] if stage.norm_mode == "train" else []
+        self._dropout = stage.dropout
+        self._awake = [norms[name] for name in moving] if stage.norm_mode == "train" or not stage.dropout else []
         self.prefix = None
         self._settled = False
         self._choose_terms()
@@ -248,6 +250,9 @@ class Objective(nn.Module):
         super().train(mode)
         self._settled = mode
         if mode:  # which has switched frozen modules to train mode as well
+            if not self._dropout:
+                for module in self.model.modules():
+                    module.training = getattr(module, "gradient_checkpointing", False)
             for module in self._asleep:
                 module.training = False
             for module in self._awake:

@@ -96,14 +96,24 @@ class Run:
         return stage_scheduler(optimizer, borders, lambda steps: schedule_curve(name, steps, round(warmup * steps)))
 
     def stepper(
-        self, objective: Objective, total_steps: int, then: Callable[[Objective], None] | None = None
+        self,
+        objective: Objective,
+        total_steps: int,
+        then: Callable[[Objective], None] | None = None,
+        optimizer: Optimizer | None = None,
     ) -> Callable[[int], None]:
         """Return a function that switches stages; call it before each optimizer step with the step's index (from 0).
 
         Args:
             then: called with the objective at the start of each stage.
+            optimizer: its state is dropped at the start of a stage that wants a fresh optimizer.
         """
-        return Stepper(objective, stage_borders(self.plan.stages, total_steps), then)
+        if optimizer is None and any(stage.fresh_optimizer for stage in self.plan.stages[1:]):
+            logger.warning_once(
+                f"{self.plan.owner}: a stage wants a fresh optimizer: pass optimizer=... to stepper(), or the state of "
+                "earlier stages is kept."
+            )
+        return Stepper(objective, stage_borders(self.plan.stages, total_steps), then, optimizer)
 
     def unfreeze(self) -> None:
         """Require gradients for exactly the parameters that any stage trains."""
@@ -134,6 +144,7 @@ class Stepper:
     Attributes:
         borders: the step at which each stage ends.
         then: called with the objective at the start of each stage.
+        optimizer: its state is dropped at the first step of a later stage that wants a fresh optimizer.
         stage: index of the current stage; -1 before the first.
         left: number of its steps that remained at the last call.
     """
@@ -141,6 +152,7 @@ class Stepper:
     objective: Objective
     borders: Sequence[int]
     then: Callable[[Objective], None] | None = None
+    optimizer: Optimizer | None = None
     stage: int = -1
     left: int = 0
 
@@ -150,7 +162,11 @@ class Stepper:
         self.left = self.borders[index] - step
         if index != self.stage:
             self.stage = index
-            self.objective.enter(self.objective.plan.stages[index])
+            stage = self.objective.plan.stages[index]
+            self.objective.enter(stage)
+            # Not where a run is resumed within the stage: the state is that of the stage.
+            if stage.fresh_optimizer and self.optimizer is not None and index and step == self.borders[index - 1]:
+                self.optimizer.state.clear()
             if self.then is not None:
                 self.then(self.objective)
 

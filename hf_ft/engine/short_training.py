@@ -45,7 +45,7 @@ def fit(
     total = sum(map(len, order))
     borders = stage_borders(run.plan.stages, total)
     scheduler = stage_scheduler(optimizer, borders, recipe.curve)
-    at = run.stepper(objective, total, then=batches.follow)
+    at = run.stepper(objective, total, then=batches.follow, optimizer=optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step = 0
     with random_states_kept(seed):

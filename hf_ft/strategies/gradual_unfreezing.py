@@ -71,6 +71,7 @@ class GradualUnfreezingConfig(FTConfig):
 
     stages: int = option(4, "Number of stages, the head's own included; all take the same share.", range="[2, inf)")
     decay: float = option(2.6, "Factor between the rates of neighbouring groups.", range="[1, inf)", source="paper")
+    fresh_optimizer: bool = option(True, "Start each stage without the momentum of the stages before.", source="code")
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         anatomy = self.anatomy(model)
@@ -84,6 +85,7 @@ class GradualUnfreezingConfig(FTConfig):
                     trains=tuple(name for group in groups[: i + 1] for name in group),
                     duration=1 / self.stages,
                     rates=rates[: i + 1],
+                    fresh_optimizer=self.fresh_optimizer,
                 )
                 for i in range(self.stages)
             )

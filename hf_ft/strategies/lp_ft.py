@@ -61,6 +61,8 @@ class LPFTConfig(FTConfig):
     norm_mode: Literal["auto", "eval"] = option(
         "eval", "Normalisation statistics while everything trains: 'eval' keeps them fixed.", source="code"
     )
+    dropout: bool = option(False, "Whether dropout is active; the authors train in evaluation mode.", source="code")
+    fresh_optimizer: bool = option(True, "Start the second stage without the momentum of the first.", source="code")
 
     def needs(self) -> Needs:
         return Needs(several_members=True)
@@ -69,7 +71,19 @@ class LPFTConfig(FTConfig):
         head = self.anatomy(model).head.modules
         return Plan(
             stages=(
-                Stage("probe", trains=head, duration=self.probe, rates=(Rate(head, lr=self.head_lr),)),
-                Stage("finetune", duration=1 - self.probe, norm_mode=self.norm_mode),
+                Stage(
+                    "probe",
+                    trains=head,
+                    duration=self.probe,
+                    rates=(Rate(head, lr=self.head_lr),),
+                    dropout=self.dropout,
+                ),
+                Stage(
+                    "finetune",
+                    duration=1 - self.probe,
+                    norm_mode=self.norm_mode,
+                    dropout=self.dropout,
+                    fresh_optimizer=self.fresh_optimizer,
+                ),
             )
         )

@@ -234,7 +234,7 @@ class FTTrainer(Trainer):
         run = self._start_run()
         borders = stage_borders(run.plan.stages, num_training_steps)
         if self._attempt is not None:
-            self._attempt.stepper.borders = borders
+            self._attempt.stepper.borders, self._attempt.stepper.optimizer = borders, optimizer or self.optimizer
         checks.warn_slow_statistics(self.model, run.trained, num_training_steps)
         if len(borders) == 1:
             return super().create_scheduler(num_training_steps, optimizer)

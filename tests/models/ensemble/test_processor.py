@@ -256,7 +256,9 @@ def test_prepared_rows_are_what_each_part_makes_of_the_photos(rows, sides):
 @pytest.mark.parametrize("sides", [(16, 16), (16, 24)])
 def test_prepared_rows_are_augmented_alike_for_all_parts(rows, sides):
     parts = [mobilenet(sides[0]), efficientnet(sides[1])]
-    ready = prepare(datasets.DatasetDict({"train": rows}), combined(parts), find_columns(rows), augment="basic")["train"]
+    ready = prepare(datasets.DatasetDict({"train": rows}), combined(parts), find_columns(rows), augment="basic")[
+        "train"
+    ]
     random.seed(1)
     items, after = ready.__getitems__([0, 1, 2]), random.getstate()
     for index, part in enumerate(parts):
