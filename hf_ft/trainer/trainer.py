@@ -97,6 +97,7 @@ class FTTrainer(Trainer):
             keywords.setdefault("data_collator", collate(keywords["processing_class"]))  # padding as in Trainer
         checks.preflight(self.configs, args, model, positional, keywords, source_dataset)
         super().__init__(model, args, *positional, **keywords)
+        checks.check_accelerator(self.accelerator)
         if model is None:
             checks.check_model(self.configs, args, self.model, self.train_dataset, self.lr_scheduler, source_dataset)
         # Both belong to the task loss: if set here, the Trainer would count items and scale the loss again.

@@ -1,9 +1,15 @@
 """Each mistake gets a message with field, value and fix, before anything is trained or written."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from torch import nn
 
 import hf_ft
@@ -27,7 +33,7 @@ from hf_ft.core.options import annotation, parse
 from hf_ft.models.norms import batch_norms
 from hf_ft.testing import tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, tiny_arguments
-from hf_ft.trainer.checks import warn_slow_statistics
+from hf_ft.trainer.checks import check_accelerator, warn_slow_statistics
 
 
 def refused(match, function, *args, **kwargs):
@@ -176,6 +182,36 @@ def test_sharded_training_is_refused_by_name(tmp_path):
     args = tiny_arguments(tmp_path)
     args.fsdp = "full_shard"
     refused("args.fsdp='full_shard'.*DDP", FTTrainer, tiny_vit(), args, train_dataset=tiny_data(tiny_vit()))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed", "megatron_lm"])
+def test_sharding_set_by_the_launcher_is_refused(name, tmp_path, monkeypatch):
+    args = tiny_arguments(tmp_path / "out")
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    message = f"accelerate launch --use_{name}: sharded training is not supported"
+    refused(message, FTTrainer, tiny_vit(), args, train_dataset=tiny_data(tiny_vit()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sharding_accelerator_is_refused_however_it_came_about():
+    sharding = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    refused("set up for FSDP: sharded training is not supported", check_accelerator, sharding)
+    check_accelerator(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_use_fsdp_is_refused(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from hf_ft.testing import tiny_vit\n"
+        "from hf_ft.testing.training import make_trainer\n"
+        "make_trainer(tiny_vit(), 'full', 'out')\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(hf_ft.__file__).parents[1])}
+    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode and "accelerate launch --use_fsdp: sharded training is not supported" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_measuring_needs_a_length(tmp_path):
