@@ -1,6 +1,9 @@
 """FTTrainer: what it shares with Trainer works as there, and the traps of that ground are closed."""
 
 import json
+import os
+import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -420,6 +423,47 @@ def test_torch_compile(tmp_path):
         for on, back in ((False, None), (True, "aot_eager"))
     ]
     same_tensors(*results, 1e-5)
+
+
+class Perceptron(nn.Module):
+    """Two layers and a head: so little that the default compiler takes seconds only."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=3, problem_type="single_label_classification")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.ModuleList([nn.Linear(3 * 32 * 32, 8), nn.Linear(8, 8)])
+            self.classifier = nn.Linear(8, 3)
+
+    def forward(self, pixel_values, labels=None):
+        state = pixel_values.flatten(1)
+        for layer in self.body:
+            state = torch.tanh(layer(state))
+        logits = self.classifier(state)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_border_that_frees_parameters_and_changes_nothing_else_compiles_anew(backend, tmp_path):
+    """Otherwise the graph of the first stage would run on, and what the second one frees would never train."""
+    if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        pytest.skip("no C++ compiler")
+    strategy = LPFTConfig(head="classifier", blocks=r"body\.\d+")  # no dropout and no BatchNorm: no flag but one
+    start, found = snapshot(Perceptron()), []
+    for compiled in (False, True):
+        arguments = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1}
+        arguments |= {"torch_compile": True, "torch_compile_backend": backend} if compiled else {}
+        args = tiny_arguments(tmp_path, **arguments)
+        trainer = FTTrainer(Perceptron(), args, strategy=strategy, train_dataset=tiny_data(tiny_vit()))
+        trainer.train()
+        found.append(snapshot(trainer.model))
+    same_tensors(*found, 1e-5)
+    assert not any(torch.equal(found[1][name], start[name]) for name in start)
 
 
 def test_hyperparameter_search_arguments_reach_the_stages(tmp_path):
