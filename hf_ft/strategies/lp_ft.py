@@ -56,10 +56,12 @@ class LPFTConfig(FTConfig):
         advising.SAME_MEANS: 1,
     }
 
-    probe: float = option(0.5, "Share of the optimizer steps spent on the probe.", range="(0, 1)")
+    probe: float = option(0.5, "Fraction of the optimizer steps spent on the probe.", range="(0, 1)")
     head_lr: float = option(1e-2, "Learning rate of the head during the probe.", range="(0, inf)")
     norm_mode: Literal["auto", "eval"] = option(
-        "eval", "Normalisation statistics while everything trains: 'eval' keeps them fixed.", source="code"
+        "eval",
+        "Mode of the normalisation layers while everything trains: 'eval' keeps their statistics fixed.",
+        source="code",
     )
 
     def needs(self) -> Needs:

@@ -19,7 +19,7 @@ SHOWN = 12  # positions in the short table, best first; swarm.json has all of th
 def swarm_findings(swarm: SwarmScores) -> Findings:
     """The best positions, charts, and ``swarm.json``, ``swarm.png`` and ``swarm_scores.png``."""
     headers, rows = swarm.table()
-    about = f"layers that stay frozen, {swarm.metric} on held-out training samples"
+    about = f"frozen layers, {swarm.metric} on held-out training samples"
     plots: dict[str, Callable[[Path], None]] = {}
     if swarm.generations:
         plots["swarm.png"] = partial(plot_swarm, swarm)
@@ -44,13 +44,13 @@ def swarm_figure(swarm: SwarmScores) -> Figure:
         for member, (name, layers) in enumerate(zip(swarm.members, swarm.layers, strict=True))
     )
     headers, rows = swarm.table()
-    table = Table("Positions that were trained, the best first", headers, tuple(rows), folded=True)
+    table = Table("Trained positions, best first", headers, tuple(rows), folded=True)
     key = (
         ("win", "the best, which is used"),
         ("open", "trained to the end"),
-        ("pruned", "given up early, or diverged"),
+        ("pruned", "pruned or diverged"),
     )
-    caption = f"Score ({metric_name(swarm.metric)} on held-out training samples) against how many layers stay frozen."
+    caption = f"Score ({metric_name(swarm.metric)} on held-out training samples) against the number of frozen layers."
     return Figure(caption, charts, table, key)
 
 

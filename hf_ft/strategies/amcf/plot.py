@@ -49,7 +49,7 @@ def plot_swarm(scores: SwarmScores, path: str | Path) -> None:
         ImportError: if matplotlib is not installed; it comes with the extra ``report``.
     """
     if not scores.generations:
-        raise OptionError("scores has no finished generation, so there is nothing to draw: let the search go on.")
+        raise OptionError("scores has no finished generation, so there is nothing to plot: run the search for longer.")
     count = len(scores.members)
     figure = new_figure("plot_swarm", 1 + 4 * count, 4)
     panels = figure.subplots(1, count, squeeze=False)[0]
@@ -85,7 +85,7 @@ def plot_scores(scores: SwarmScores, path: str | Path) -> None:
     """
     if len(scores.members) > 2:
         raise OptionError(
-            f"plot_scores shows one or two models, not the {len(scores.members)} of members={scores.members!r}: take "
+            f"plot_scores supports one or two models, not the {len(scores.members)} of members={scores.members!r}: use "
             "plot_swarm, or the table."
         )
     two = len(scores.members) == 2

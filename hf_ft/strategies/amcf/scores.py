@@ -105,7 +105,7 @@ class SwarmScores:
         for position in (evaluation.position for evaluation in self.evaluations):
             _check_position(position, self.layers)
             if position in seen:
-                raise OptionError(f"position {position} has two evaluations: keep the first.")
+                raise OptionError(f"position {position} was evaluated twice: keep the first evaluation.")
             seen.add(position)
 
     @property
@@ -118,8 +118,7 @@ class SwarmScores:
         found = self._best()
         if found is None:
             raise OptionError(
-                "no position was trained to the end with a finite score, so none is the best: lower the learning "
-                "rate, or prune later."
+                "no position was trained to the end with a finite score: lower the learning rate, or prune later."
             )
         return found
 
@@ -179,9 +178,9 @@ class SwarmScores:
                 stopped=content["stopped"],
             )
         except KeyError as error:
-            raise CheckpointError(f"these are no swarm scores: {error} is missing. Take another file.") from error
+            raise CheckpointError(f"these are not swarm scores: {error} is missing. Use another file.") from error
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"these swarm scores are damaged ({error}). Take another file.") from error
+            raise CheckpointError(f"these swarm scores are damaged ({error}). Use another file.") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and one row of text per position, highest score first."""
@@ -194,11 +193,11 @@ class SwarmScores:
         best, trained = self._best(), len(self.evaluations)
         pruned = sum(found.pruned for found in self.evaluations)
         parts = ["no position was trained to the end with a finite score" if best is None else self._frozen(best)]
-        parts.append(f"{trained} distinct positions of {self.visits} visits were trained")
+        parts.append(f"{trained} distinct positions were trained in {self.visits} visits")
         parts[-1] += f", {pruned} of them pruned" if pruned else ""
         nothing = self.evaluation([0] * len(self.members))
         if nothing is not None:
-            parts.append(f"with nothing frozen {_shown(nothing.score)}{' (pruned)' if nothing.pruned else ''}")
+            parts.append(f"with nothing frozen: {_shown(nothing.score)}{' (pruned)' if nothing.pruned else ''}")
         return (
             "; ".join(parts) + "." + (f" The search ended early: {self.stopped.rstrip('.')}." if self.stopped else "")
         )
@@ -220,7 +219,7 @@ class SwarmScores:
         shares += [f"{count} of {total} of {name}" for count, total, name in each[1:]]
         listed = " and ".join(filter(None, [", ".join(shares[:-1]), shares[-1]]))
         what = f"{self.metric.replace('_', ' ')} {found.score:.3f}"
-        return f"{listed} stay frozen ({what} on held-out training samples)"
+        return f"{listed} frozen ({what} on held-out training samples)"
 
 
 def _shown(score: float) -> str:
@@ -229,12 +228,12 @@ def _shown(score: float) -> str:
 
 def _check_scores(whose: str, scores: Iterable[float]) -> None:
     if not all(score < math.inf for score in scores):  # also false for nan
-        raise OptionError(f"a score of {whose} is nan or inf: give -inf for a training that diverged.")
+        raise OptionError(f"a score of {whose} is nan or inf: use -inf for a run that diverged.")
 
 
 def _check_position(position: tuple[int, ...], layers: tuple[int, ...]) -> None:
     if len(position) != len(layers) or not all(0 <= k < total for k, total in zip(position, layers, strict=True)):
-        raise OptionError(f"position {position} does not fit the layers {layers}: give 0 to L - 1 for each model.")
+        raise OptionError(f"position {position} does not match layers {layers}: give 0 to L - 1 for each model.")
 
 
 def _numbers(scores: Iterable[float]) -> list[float | None]:

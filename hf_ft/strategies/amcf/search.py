@@ -110,7 +110,7 @@ class SwarmSearch:
                 room = len(new) if options.search_budget is None else options.search_budget - len(found)
                 found |= self._evaluate(new[:room], bar)
                 if len(new) > room:
-                    stopped = f"the budget of {options.search_budget} trainings was used up"
+                    stopped = f"the budget of {options.search_budget} training runs is used up"
                     break
                 scores = [_fitness(found[position]) for position in swarm.integers()]
                 generations.append(Generation.of(swarm, scores))
@@ -120,7 +120,7 @@ class SwarmSearch:
                 if generation == options.iterations:
                     break
                 if options.patience is not None and generation - grew >= options.patience:
-                    stopped = f"the best score did not grow for {options.patience} moves"
+                    stopped = f"the best score has not improved for {options.patience} iterations"
                     break
                 swarm = move(known, self.layers, options.iterations, options.search_seed)
         return SwarmScores(

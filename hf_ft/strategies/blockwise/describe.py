@@ -39,14 +39,16 @@ def describe_candidates(
         for candidate in found
     )
     layers, chosen = weight_layers(model, **where), last_quarter(found)
-    remark = "the last of the fourth quarter" if chosen.quarter == 4 else "the last; none has its centre in the fourth"
+    remark = (
+        "the last of the fourth quarter" if chosen.quarter == 4 else "the last; none is centred in the fourth quarter"
+    )
     title = (
         f"{type(model).__name__}: {total:,} parameters, {len(layers)} layers outside the head; {len(found)} "
-        f"{'candidate' if len(found) == 1 else 'candidates'} by {scheme}, from the output end"
+        f"{'candidate' if len(found) == 1 else 'candidates'} by {scheme}, from output to input"
     )
     facts = (
         ("head", "trains with every candidate: " + ", ".join(anatomy(model, **where).head.modules)),
-        ("no search", f"{chosen.name}, {remark}"),
+        ("without search", f"{chosen.name}, {remark}"),
     )
     return Table(title, HEADERS, rows), Table("", (), facts)
 

@@ -87,7 +87,9 @@ class BlockScores:
         """
         found = _best(self.scores)
         if found is None:
-            raise OptionError("no candidate was trained to the end with a finite score, so none is the best.")
+            raise OptionError(
+                "no candidate was trained to the end with a finite score: lower the learning rate, or prune later."
+            )
         return found
 
     def best_in(self, quarter: int) -> BlockScore | None:
@@ -128,7 +130,7 @@ class BlockScores:
                 baselines={name: _from_dict(score) for name, score in content["baselines"].items()},
             )
         except KeyError as error:
-            raise OptionError(f"these are no block scores: {error} is missing.") from error
+            raise OptionError(f"these are not block scores: {error} is missing.") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and one row of text per candidate, then per baseline."""
@@ -140,7 +142,7 @@ class BlockScores:
         """Conclusions of the search, as pairs of a label and a candidate with its score."""
         best, in_last = _best(self.scores), self.best_in(4)
         found = [("best", best), ("best in the fourth quarter", in_last)]
-        found += [("last of the fourth quarter, no search", self.last_quarter)] if self.scores else []
+        found += [("last of the fourth quarter, without search", self.last_quarter)] if self.scores else []
         names = {"head": "head only", "all": "all layers"}
         found += [(names.get(name, name), score) for name, score in self.baselines.items()]
         return [(label, "none" if score is None else _named(score)) for label, score in found]
