@@ -57,7 +57,7 @@ class Advice:
             )
             return cls(Signals.from_dict(content["signals"]), found)
         except (KeyError, TypeError) as error:
-            raise OptionError(f"this is no advice ({error}): pass what Advice.to_dict wrote.") from error
+            raise OptionError(f"this is not an advice ({error}): pass the result of Advice.to_dict.") from error
 
 
 def advise(

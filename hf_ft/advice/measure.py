@@ -78,16 +78,19 @@ def measure_signals(
     """
     started = time.perf_counter()
     if members_of(model):
-        raise OptionError("advise looks at one model: pass a member of the ensemble, and members=<how many there are>.")
+        raise OptionError(
+            "advise measures a single model: pass one member of the ensemble, and members=<number of members>."
+        )
     if not hasattr(dataset, "__len__"):
-        raise OptionError("advise looks at the training data: train_dataset must be map-style, not iterable.")
+        raise OptionError("advise measures the training data: train_dataset must be map-style, not iterable.")
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:LIMIT]
     parts = anatomy(model, head=head, blocks=blocks)
     with random_states_kept(seed):
         recorded = record(model, dataset, collate, rows, parts.head.modules, head, blocks)
         if len(np.unique(recorded.labels)) < 2:
             raise OptionError(
-                f"advise: all {len(rows)} samples have one label: two classes or more are needed. Look at the labels."
+                f"advise: all {len(rows)} samples have the same label, but at least two classes are needed. Check the "
+                "labels."
             )
         few = rows[: BATCH * GRADIENT_BATCHES]
         backbone = [part for part in parts.parts if part is not parts.head]
@@ -158,9 +161,7 @@ def record(
                 model(**model_inputs(batch, device))
     found = np.concatenate(features)
     if not np.isfinite(found).all():
-        raise OptionError(
-            "advise: what goes into the head is not finite: look for NaN or infinite values in the inputs."
-        )
+        raise OptionError("advise: the head's input is not finite: check the inputs for NaN or infinite values.")
     source = np.concatenate(probabilities) if kept else None
     return Recorded(found, np.concatenate(labels), source, statistics)
 
@@ -253,7 +254,7 @@ def _labels(batch: Mapping[str, Any]) -> NDArray[Any]:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise OptionError(f"advise: 'labels' are {found}: one class number per sample is needed, (B,) integers.")
+        raise OptionError(f"advise: 'labels' are {found}, but one integer class per sample, (B,), is needed.")
     return labels.cpu().numpy()
 
 

@@ -91,10 +91,10 @@ def _recommendation(
     missing = _missing(config_at_hand(name, signals.source_data), signals)
     missing += [_reason(rule, 0.0, figures) for rule, points in holding.items() if points is None]
     if name not in order:
-        reasons = [Reason("no rule knows it")]
+        reasons = [Reason("no rule covers it")]
     elif not reasons and not missing:
         rank = order.index(name) + 1
-        text = f"no rule speaks for or against it; its cost puts it at place {rank} of {len(order)}"
+        text = f"no rule applies; by cost it ranks {rank} of {len(order)}"
         reasons = [Reason(text, "cost_rank", rank)]
     score = sum(reason.points for reason in reasons)
     return Recommendation(name, score, (*missing, *reasons), usable=not missing)
@@ -123,9 +123,9 @@ def _missing(config: FTConfig | None, signals: Signals) -> list[Reason]:
         return []
     needs, found = config.needs(), []
     if needs.source_head and not signals.source_head:
-        found.append(Reason("it needs the pretrained head, and there is none (0 kept)", "source_head", 0.0))
+        found.append(Reason("it needs the pretrained head, but there is none (0 kept)", "source_head", 0.0))
     if needs.source_data == "required" and not signals.source_data:
-        text = f"it needs data of the pretraining (0 given){needs.without_source_data}"
+        text = f"it needs pretraining data (0 given){needs.without_source_data}"
         found.append(Reason(text, "source_data", 0.0))
     return found
 
