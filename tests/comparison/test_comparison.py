@@ -327,11 +327,11 @@ def test_other_metrics(tmp_path):
         ({"strategies": "lp_ft,lp_ft"}, "lp_ft occurs twice"),
         ({"metric": "mse"}, "metric='mse' does not fit"),
         ({"metric": "auc"}, "metric='auc' is unknown"),
-        ({"trials": 0}, "trials=0: 1 or more"),
-        ({"hours": -1.0}, "hours=-1.0"),
-        ({"learning_rates": "0.1,0.01"}, "learning_rates='0.1,0.01'"),
-        ({"learning_rate": 0.1}, "learning_rate=0.1: a comparison sets"),
-        ({"report_to": "wandb"}, "report_to='wandb': a comparison sets"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"hours": -1.0}, "hours must be positive, got -1.0"),
+        ({"learning_rates": "0.1,0.01"}, "learning_rates must be two increasing positive numbers, .* got '0.1,0.01'"),
+        ({"learning_rate": 0.1}, "learning_rate=0.1 cannot be set: the comparison itself sets"),
+        ({"report_to": "wandb"}, "report_to='wandb' cannot be set: the comparison itself sets"),
         ({"num_epoch": 3}, "num_epoch=3: TrainingArguments has no such"),
         ({"lr_scheduler_type": "no_such"}, "no_such"),
     ],
@@ -488,7 +488,7 @@ def test_other_data_are_another_comparison(change, compared):
         given = Data(data, columns, source=data["test"], source_columns=columns)
     else:
         given = Data(data, columns, augment="basic")
-    with pytest.raises(OptionError, match="begun with other settings"):
+    with pytest.raises(OptionError, match="created with other settings"):
         run(folder, data=given)
 
 

@@ -25,5 +25,5 @@ def document(results: Results) -> Document:
     ]
     ranked = sum(standing.rank is not None for standing in found)
     metric, took = metric_name(results.metric), duration(results.seconds)
-    subtitle = f"{ranked} of {len(found)} strategies finished; {metric}; {took} in all"
+    subtitle = f"{ranked} of {len(found)} strategies finished; {metric}; {took} in total"
     return Document(results.title, subtitle, tuple(sections))

@@ -25,12 +25,13 @@ def card_section(results: Results) -> str:
         headers += (f"difference on {split}", "95 % interval", "seconds")
         rows = tuple(_card_row(standing, split) for standing in ranked)
         about = (
-            f"Mean {metric} ± standard deviation over seeds; differences are to `{BASELINE}`; seconds of one training."
+            f"Mean {metric} ± standard deviation over seeds; differences are to `{BASELINE}`; seconds are for one "
+            "training run."
         )
         parts += [pipe_table(Table(about, headers, rows)), about]
     others = [standing.name for standing in found if standing.rank is None]
     if others:
-        parts.append(inline(f"Without a rank: {', '.join(f'`{name}`' for name in others)}."))
+        parts.append(inline(f"Unranked: {', '.join(f'`{name}`' for name in others)}."))
     if best is not None and best.contender.chosen is not None:
         contender = best.contender
         tuned = "; ".join(f"{name} in {text}" for name, text in contender.space.items()) or "nothing"

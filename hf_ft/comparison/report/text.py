@@ -26,7 +26,7 @@ def seeds(n: int) -> str:
 
 def against_full(found: Difference) -> str:
     """A paired difference as a sentence."""
-    tally = f"better on {found.wins}, alike on {found.ties}, worse on {found.losses} of {seeds(len(found.by_seed))}"
+    tally = f"better on {found.wins}, equal on {found.ties}, worse on {found.losses} of {seeds(len(found.by_seed))}"
     if found.interval is None:
         return f"{signed(found.mean)} (one seed, so no interval)"
     return f"{signed(found.mean)}, 95 % interval {interval(found)} ({tally})"

@@ -58,7 +58,7 @@ def problems(found: Sequence[Standing]) -> Section | None:
     """Contenders that could not run, failures and warnings; None if there were none."""
     stopped = tuple((s.name, s.contender.status, s.contender.reason or NONE) for s in found if s.rank is None)
     failed = tuple(
-        (standing.name, f"trial {number}" if kind == "trial" else f"run of seed {training.seed}", training.error)
+        (standing.name, f"trial {number}" if kind == "trial" else f"run with seed {training.seed}", training.error)
         for standing in found
         for kind, trainings in (("trial", standing.contender.trials), ("final run", standing.contender.runs))
         for number, training in enumerate(trainings, start=1)
@@ -67,12 +67,12 @@ def problems(found: Sequence[Standing]) -> Section | None:
     warned = [f"{standing.name}: {note}." for standing in found for note in _notes(standing)]
     blocks: list[Block] = []
     if stopped:
-        blocks.append(Table("Strategies without a rank", ("strategy", "status", "why"), stopped))
+        blocks.append(Table("Unranked strategies", ("strategy", "status", "reason"), stopped))
     if failed:
-        blocks.append(Table("Trainings that failed", ("strategy", "training", "error"), failed))
+        blocks.append(Table("Failed runs", ("strategy", "run", "error"), failed))
     if warned:
-        blocks += [Text("What was said in the course of it:"), Bullets(tuple(warned))]
-    title = "What did not run, and warnings" if stopped or failed else "Warnings"
+        blocks += [Text("Warnings during the comparison:"), Bullets(tuple(warned))]
+    title = "Failures and warnings" if stopped or failed else "Warnings"
     return Section("problems", title, tuple(blocks)) if blocks else None
 
 
@@ -95,9 +95,9 @@ def advice(results: Results) -> Section | None:
     )
     if not rows:
         return None
-    lead = "Cheap measurements on the training data proposed this order, before anything was trained."
-    table = Table("Advised order", ("strategy", "place", "reasons"), rows)
-    return Section("advice", "What was advised", (Text(lead), table))
+    lead = "Cheap measurements on the training data suggested this order before any training."
+    table = Table("Advised order", ("strategy", "rank", "reasons"), rows)
+    return Section("advice", "Advice", (Text(lead), table))
 
 
 def about(results: Results, found: Sequence[Standing]) -> Section:
@@ -110,9 +110,9 @@ def about(results: Results, found: Sequence[Standing]) -> Section:
             if content
         )
     )
-    lead = f"It took {duration(results.seconds)} in all. This command makes it again:"
+    lead = f"The comparison took {duration(results.seconds)} in total. To run it again:"
     command = Listing(results.command, "bash")
-    return Section("about", "How it was made", (Text(lead), command, tables, strategies_table(found)))
+    return Section("about", "About this comparison", (Text(lead), command, tables, strategies_table(found)))
 
 
 def strategies_table(found: Sequence[Standing]) -> Table:
@@ -124,11 +124,11 @@ def strategies_table(found: Sequence[Standing]) -> Table:
     ):
         config = known.get(name)
         if config is None:
-            rows.append((name, "a strategy from elsewhere", NONE))
+            rows.append((name, "a custom strategy", NONE))
             continue
         summary = (config.__doc__ or "").strip().splitlines()[0]
         rows.append((name, summary, _cited(config.paper)))
-    return Table("The strategies", ("strategy", "what it does", "paper"), tuple(rows))
+    return Table("Strategies", ("strategy", "summary", "paper"), tuple(rows))
 
 
 def _cited(paper: Paper | None) -> str | Link:

@@ -35,14 +35,14 @@ def distortion(found: Sequence[Standing]) -> Section | None:
     kinds = dict(zip(splits, KINDS, strict=False))
     charts = tuple(_chart(name, of_one, kinds, x, y) for name, of_one in measured.items())
     lead = (
-        "The distance between the features before and after training, relative to those before, as a mean over samples "
-        "and seeds: 0 is unmoved. Of several models that train together each has its own line. Kumar et al. (2022) "
-        "relate large distances to worse scores on other data."
+        "The distance between the features before and after training, relative to those before, averaged over samples "
+        "and seeds: 0 means unchanged. In an ensemble, each model has its own line. Kumar et al. (2022) relate large "
+        "distances to worse scores out of distribution."
     )
-    caption = "Relative L2 distance, from the first block to what goes into the head. All charts have the same axes."
+    caption = "Relative L2 distance, from the first block to the head's input. All charts have the same axes."
     key = tuple((kind, in_words(split) + (", dashed" if kind == "second" else "")) for split, kind in kinds.items())
     figure = Figure(caption, charts, distortion_table(measured), key)
-    return Section("distortion", "How far the features moved", (Text(lead), figure))
+    return Section("distortion", "Feature distortion", (Text(lead), figure))
 
 
 def mean_distortion(runs: Sequence[Training]) -> dict[str, dict[str, dict[str, float]]]:
@@ -95,5 +95,5 @@ def distortion_table(measured: Mapping[str, Mapping[str, Blocks]]) -> Table:
                     cells = [score(own[round(depth * (len(own) - 1))].get(key)) for depth in DEPTHS.values()]
                     whose = f"{name}, {model}" if model else name
                     rows.append((whose, in_words(split), measure, *cells, score(blocks.get(INTO_HEAD, {}).get(key))))
-    caption = "Relative L2 distance and cosine similarity at some depths; those of all blocks are in results.json"
-    return Table(caption, ("strategy", "data", "measure", *DEPTHS, "into the head"), tuple(rows), folded=True)
+    caption = "Relative L2 distance and cosine similarity at selected depths; results.json has all blocks"
+    return Table(caption, ("strategy", "data", "measure", *DEPTHS, "head input"), tuple(rows), folded=True)

@@ -23,7 +23,7 @@ def findings(found: Sequence[Standing]) -> Section | None:
         learned = standing.contender.learned
         if own or learned:
             blocks += [Heading(standing.name), *([Text(learned)] if learned else []), *own]
-    return Section("findings", "What strategies found in the data", tuple(blocks)) if blocks else None
+    return Section("findings", "Findings of the strategies", tuple(blocks)) if blocks else None
 
 
 def _blocks(contender: Contender) -> list[Block]:

@@ -60,12 +60,12 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
         about = f"from {score(next(iter(curve.values())))} to {score(top[1])} at epoch {top[0]:g}"
         charts.append(Plot(standing.name, about, series, x, y, small=True, strong=kind == "win"))
     caption = (
-        f"Validation {metric} after each epoch, the mean over seeds, with a mark at its best. The dashed line is full "
-        "fine-tuning. All charts have the same axes."
+        f"Validation {metric} after each epoch, averaged over seeds, with a marker at the best epoch. The dashed line "
+        "is full fine-tuning. All charts have the same axes."
     )
     key = (("win", "the winner"), ("other", "others"), ("base", "full fine-tuning"))
     figure = Figure(caption, tuple(charts), curve_table(curves), key)
-    lead = "The best epoch of each run counts. A curve that still rises at the end asks for more epochs."
+    lead = "The best epoch of each run counts. A curve that is still improving at the end calls for more epochs."
     return Section("curves", "Learning curves", (Text(lead), figure))
 
 
@@ -88,13 +88,13 @@ def tuning(results: Results, found: Sequence[Standing]) -> Section | None:
     if not tuned:
         return None
     lead = (
-        "Each strategy had about the same seconds of computing for its trials, its look at the data included. The "
-        "trial with the best validation score set the options of the final runs."
+        "Each strategy had about the same compute time for its trials, including its measurements on the data. The "
+        "final runs use the options of the trial with the best validation score."
     )
     edges = [standing.name for standing in tuned if standing.contender.on_edge]
     warning = (
-        f"A chosen value lies on the edge of its range for {names(edges)}: a better one may lie beyond, and what is "
-        "shown may not be the best that they can do."
+        f"A chosen value lies on the edge of its range for {names(edges)}: a better one may lie beyond, so the scores "
+        "shown may not be the best these strategies can achieve."
     )
     figure = trials_figure(results, tuned, winner(results, found))
     blocks: list[Block] = [Text(lead), *([Text(warning)] if edges else []), tuning_table(tuned)]
@@ -121,12 +121,12 @@ def tuning_table(tuned: Sequence[Standing]) -> Table:
                 edge or NONE,
             )
         )
-    headers = ("strategy", "trials", "seconds of allowed", "validation", "chosen", "warning")
-    return Table("Budget and choice", headers, tuple(rows))
+    headers = ("strategy", "trials", "seconds of budget", "validation", "chosen", "warning")
+    return Table("Budget and chosen options", headers, tuple(rows))
 
 
 def options(params: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {plain(value)}" for name, value in params.items()) or "nothing to choose"
+    return ", ".join(f"{name} {plain(value)}" for name, value in params.items()) or "nothing to tune"
 
 
 def trials_figure(results: Results, tuned: Sequence[Standing], best: Standing | None) -> Figure | None:
@@ -143,8 +143,8 @@ def trials_figure(results: Results, tuned: Sequence[Standing], best: Standing | 
             continue
         chart = _trials_chart(standing, trials[standing.name], x, y, results.greater_is_better)
         charts.append(chart)
-    key = (("win", "chosen"), ("open", "another trial"), ("failed", "failed, at the worst end of the axis"))
-    caption = "Validation score against learning rate. All charts have the same axes; other options differ as well."
+    key = (("win", "chosen"), ("open", "other trials"), ("failed", "failed, drawn at the worst end of the axis"))
+    caption = "Validation score against learning rate. All charts have the same axes; other options vary as well."
     return Figure(caption, tuple(charts), space_table(tuned), key)
 
 
@@ -171,7 +171,7 @@ def _trials_chart(standing: Standing, trials: Sequence[Training], x: Axis, y: Ax
 def space_table(tuned: Sequence[Standing]) -> Table:
     """The search space of each contender."""
     rows = tuple((standing.name, name, text) for standing in tuned for name, text in standing.contender.space.items())
-    return Table("What was tuned", ("strategy", "option", "range or values"), rows, folded=True)
+    return Table("Search space", ("strategy", "option", "range or values"), rows, folded=True)
 
 
 def trials_table(tuned: Sequence[Standing]) -> Table:

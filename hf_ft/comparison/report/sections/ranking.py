@@ -47,12 +47,12 @@ def result(results: Results, found: Sequence[Standing]) -> Section:
     blocks: list[Block] = [Text(" ".join(verdict(results, found)))]
     held_back = cautions(results, found)
     if held_back:
-        blocks += [Text("Before you rely on it:"), Bullets(tuple(held_back))]
+        blocks += [Text("Limitations:"), Bullets(tuple(held_back))]
     run = saved_run(results, best) if best is not None else None
     if best is None or run is None:
         return Section("result", "Result", tuple(blocks))
     one = f"Its run with seed {run.seed}" if len(best.contender.finished_runs) > 1 else "It"
-    where = f"{one} is saved in {code(BEST_FOLDER)}, beside this report:"
+    where = f"{one} is saved in {code(BEST_FOLDER)}, next to this report:"
     return Section("result", "Result", (*blocks, Text(where), Listing(usage(results, best), "python")))
 
 
@@ -64,7 +64,7 @@ def usage(results: Results, best: Standing) -> str:
     if any(
         FTConfig.from_dict(config).sources() for config in best.contender.configs if config["ft_type"] in strategies()
     ):
-        lines.insert(0, "import hf_ft  # makes the ensemble known to Transformers")
+        lines.insert(0, "import hf_ft  # registers the ensemble with Transformers")
     lines.append(f'classify = pipeline("{task}-classification", model="{BEST_FOLDER}")')
     return "\n".join([*lines, f'classify("{given}")'])
 
@@ -74,9 +74,9 @@ def ranking(results: Results, found: Sequence[Standing]) -> Section:
     split, metric = main_split(found), metric_name(results.metric)
     better = "higher is better" if results.greater_is_better else "lower is better"
     lead = (
-        f"Ranked by mean validation {metric} ({better}), of equals by the later half of the epochs. Scores are mean ± "
-        "standard deviation over seeds. The difference is to full fine-tuning with the same seeds, and its 95 % "
-        "interval is a bootstrap over the seeds."
+        f"Ranked by mean validation {metric} ({better}); ties are broken by the later half of the epochs. Scores are "
+        "mean ± standard deviation over seeds. Differences are to full fine-tuning with the same seeds, with 95 % "
+        "bootstrap intervals over the seeds."
     )
     figure = difference_figure(results, found, split)
     more = (figure,) if figure else ()
@@ -89,7 +89,7 @@ def ranking_table(results: Results, found: Sequence[Standing], split: str) -> Ta
     splits = [
         s for s in ("validation", "test") if s == "validation" or any(s in standing.spreads for standing in found)
     ]
-    headers = ("strategy", "rank", *splits, f"difference on {split}", "95 % interval", "better / alike / worse")
+    headers = ("strategy", "rank", *splits, f"difference on {split}", "95 % interval", "better / equal / worse")
     rows = []
     for standing in found:
         difference = standing.differences.get(split)
@@ -139,9 +139,9 @@ def difference_figure(results: Results, found: Sequence[Standing], split: str) -
     about = "; ".join(f"{row.label} {row.text}" for row in rows)
     chart = Rows(f"{what[0].upper()}{what[1:]}, by strategy", about, tuple(rows), axis, lines)
     key = [("win", "the winner"), ("base", "full fine-tuning")]
-    key += [("other", "interval excludes 0"), ("open", "interval holds 0, or none")] if compared else []
+    key += [("other", "interval excludes 0"), ("open", "interval includes 0, or none")] if compared else []
     table = by_seed_table(ranked, split, compared)
-    caption = f"{what[0].upper()}{what[1:]}, {SPLIT_NAMES[split]}, in the order of the ranking."
+    caption = f"{what[0].upper()}{what[1:]}, {SPLIT_NAMES[split]}, in order of rank."
     return Figure(caption, (chart,), table, tuple(key))
 
 
@@ -166,11 +166,12 @@ def cost(results: Results, found: Sequence[Standing]) -> Section:
     split = main_split(found)
     front = front_of(results, found, split)
     lead = (
-        "What it takes to use a strategy once its options are known: one training and, before it, its look at the "
-        "data (a search, statistics), without evaluations. Seconds of computing are processor time on all cores, or on "
-        "a GPU the time on the clock. A strategy is on the front if no other is as good and as fast and better in one."
+        "The cost of a strategy once its options are known: one training run and its measurements on the data before "
+        "it (a search, statistics), without evaluations. Compute seconds are processor time over all cores, or "
+        "wall-clock time on a GPU. A strategy is on the Pareto front if no other is at least as good and as fast, and "
+        "better in one of the two."
     )
-    said = [Text(lead)] + ([Text(f"On the front, the fastest first: {names(front)}.")] if front else [])
+    said = [Text(lead)] + ([Text(f"On the Pareto front, fastest first: {names(front)}.")] if front else [])
     figure = time_figure(results, found, split, front)
     title = f"{metric_name(results.metric).capitalize()} against time"
     return Section("cost", title, (*said, *([figure] if figure else []), cost_table(found, front)))
@@ -183,7 +184,7 @@ def time_figure(results: Results, found: Sequence[Standing], split: str, front: 
     if len(shown) < 2:
         return None
     points = {s.name: (s.compute or 0.0, s.spreads[split].mean) for s in shown}
-    x = log_axis([x for x, _ in points.values()], "seconds of computing")
+    x = log_axis([x for x, _ in points.values()], "compute seconds")
     y = linear_axis([y for _, y in points.values()], f"{split} {metric}")
     series = [Series("front", tuple(points[name] for name in front if name in points), joined=True, marked=False)]
     for standing in reversed(shown):  # draw the best ones on top
@@ -192,23 +193,23 @@ def time_figure(results: Results, found: Sequence[Standing], split: str, front: 
         name = "" if kind == "other" else standing.name  # naming all the others could clutter the chart
         series.append(Series(kind, (points[standing.name],), labels=(f"{standing.rank} {name}".strip(),)))
     about = "; ".join(f"{name}: {score(y)} in {duration(x)}" for name, (x, y) in points.items())
-    chart = Plot(f"{split} {metric} against seconds of computing", about, tuple(series), x, y)
-    key = (("win", "the winner"), ("base", "full fine-tuning"), ("front", "on the front"), ("other", "others"))
+    chart = Plot(f"{split} {metric} against compute seconds", about, tuple(series), x, y)
+    key = (("win", "the winner"), ("base", "full fine-tuning"), ("front", "on the Pareto front"), ("other", "others"))
     rows = tuple(
         (s.name, str(s.rank), seconds(s.compute), score(s.spreads[split].mean), "yes" if s.name in front else "no")
         for s in shown
     )
     table = Table(
-        "Score and seconds of computing", ("strategy", "rank", "seconds", split, "on the front"), rows, folded=True
+        "Score and compute seconds", ("strategy", "rank", "seconds", split, "on the front"), rows, folded=True
     )
     legend = ", ".join(f"{s.rank} {s.name}" for s in shown)
-    return Figure(f"The line joins the front. Numbers are ranks: {legend}.", (chart,), table, key)
+    return Figure(f"The line is the Pareto front. Numbers are ranks: {legend}.", (chart,), table, key)
 
 
 def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
     """The cost of each contender."""
-    costs = ("seconds of computing", "of it look at the data", "seconds on the clock", "tuning")
-    sizes = ("weights trained", "peak memory, MB", "checkpoint, MB")
+    costs = ("compute seconds", "of which measuring", "wall-clock seconds", "tuning")
+    sizes = ("trained weights", "peak memory, MB", "checkpoint, MB")
     headers = ("strategy", *costs, *sizes, "on the front")
     rows = []
     for standing in found:
@@ -228,7 +229,7 @@ def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
                 "yes" if standing.name in front else "no",
             )
         )
-    return Table("What each strategy took: one training, all tuning, and sizes", headers, tuple(rows))
+    return Table("Cost of each strategy: one training run, all tuning, and sizes", headers, tuple(rows))
 
 
 def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section | None:
@@ -250,6 +251,6 @@ def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section 
         rows.append((_named(standing, best), spread(test), spread(other), drop, *compared))
     headers = ("strategy", "test", "out of distribution", "change", "difference to full", "95 % interval")
     figure = difference_figure(results, found, "ood")
-    lead = f"The same models on data of another distribution ({metric}). It chose nothing."
-    table = Table("Scores on other data", headers, tuple(rows), frozenset())
+    lead = f"The same models on out-of-distribution data ({metric}), which was not used to select anything."
+    table = Table("Scores out of distribution", headers, tuple(rows), frozenset())
     return Section("ood", "Out of distribution", (Text(lead), table, *([figure] if figure else [])))

@@ -19,7 +19,7 @@ def verdict(results: Results, found: Sequence[Standing]) -> list[str]:
     """The winner, its test score, and its difference to full fine-tuning."""
     best = winner(results, found)
     if best is None:
-        return ["No strategy finished, so there is no winner. What stopped them is listed below."]
+        return ["No strategy finished, so there is no winner. The reasons are listed below."]
     metric, ranked = metric_name(results.metric), _ranked(found)
     validation = best.spreads["validation"]
     scored = f"{spread(validation)} ({seeds(validation.n)})"
@@ -29,17 +29,17 @@ def verdict(results: Results, found: Sequence[Standing]) -> list[str]:
         kind = "highest" if results.greater_is_better else "lowest"
         said = [
             f"{code(best.name)} has the {kind} mean validation {metric} of {len(ranked)} strategies: {scored}.",
-            "Validation alone chose it.",
+            "It was selected on validation alone.",
         ]
     if "test" in best.spreads:
-        said.append(f"On test, which chose nothing, it scores {spread(best.spreads['test'])}.")
+        said.append(f"On test, which was not used for selection, it scores {spread(best.spreads['test'])}.")
     split = "test" if "test" in best.spreads else "validation"
     if split in best.differences:
         difference = best.differences[split]
         said.append(f"Its difference to full fine-tuning on {split} is {_against_full(difference)}.")
         said += _judged(difference, split, results.greater_is_better)
     elif best.name == BASELINE and len(ranked) > 1:
-        said.append("That is the baseline itself: no other strategy did better on validation.")
+        said.append("It is the baseline itself: no other strategy did better on validation.")
     return said
 
 
@@ -48,7 +48,7 @@ def _ranked(found: Sequence[Standing]) -> list[Standing]:
 
 
 def _against_full(found: Difference) -> str:
-    tally = f"better on {found.wins}, alike on {found.ties}, worse on {found.losses} of {seeds(len(found.by_seed))}"
+    tally = f"better on {found.wins}, equal on {found.ties}, worse on {found.losses} of {seeds(len(found.by_seed))}"
     if found.interval is None:
         return f"{signed(found.mean)} (one seed, so no interval)"
     return f"{signed(found.mean)}, 95 % interval {interval(found)} ({tally})"
@@ -58,9 +58,9 @@ def _judged(found: Difference, split: str, greater_is_better: bool) -> list[str]
     if found.interval is None:
         return []
     if not found.excludes_zero:
-        return ["The interval holds 0: the two cannot be told apart."]
+        return ["The interval includes 0: the two cannot be distinguished."]
     better = (found.mean > 0) is greater_is_better
-    return [] if better else [f"On {split}, full fine-tuning is better: validation did not find what is best there."]
+    return [] if better else [f"On {split}, full fine-tuning is better: validation did not select the best strategy."]
 
 
 def cautions(results: Results, found: Sequence[Standing]) -> list[str]:
@@ -72,7 +72,7 @@ def cautions(results: Results, found: Sequence[Standing]) -> list[str]:
     compared = [standing for standing in ranked if split in standing.differences]
     alone = len(ranked) > 1 and not compared
     return [
-        *(["Full fine-tuning has no scores to compare with, so no difference to it is known."] if alone else []),
+        *(["Full fine-tuning has no scores, so differences to it are unknown."] if alone else []),
         *_distinguished(compared, split, results.greater_is_better),
         *_about_seeds(compared, split),
         *_about_the_set(results, ranked, split),
@@ -97,13 +97,13 @@ def _distinguished(compared: Sequence[Standing], split: str, greater_is_better: 
     better = [name for name, d in found if d.excludes_zero and sign * d.mean > 0]
     worse = [name for name, d in found if d.excludes_zero and sign * d.mean < 0]
     said = [
-        f"{word} than full fine-tuning on {split}, by an interval that excludes 0: {names(those)}."
+        f"{word} than full fine-tuning on {split}, with an interval that excludes 0: {names(those)}."
         for word, those in (("Better", better), ("Worse", worse))
         if those
     ]
     open_ = [name for name, d in found if not d.excludes_zero]
     if open_:
-        said.append(f"Not distinguishable from full fine-tuning on {split} (the interval holds 0): {names(open_)}.")
+        said.append(f"Not distinguishable from full fine-tuning on {split} (the interval includes 0): {names(open_)}.")
     return said
 
 
@@ -113,17 +113,24 @@ def _about_seeds(compared: Sequence[Standing], split: str) -> list[str]:
         return []
     n = min(counts)
     if n == 1:
-        return ["There is one seed only: how much the scores vary by chance is not known, and no order is certain."]
-    said = [f"The intervals are over {n} seeds only. They cover chance in training, not which rows are in the sets."]
+        return ["There is only one seed: how much the scores vary by chance is unknown, and no ranking is certain."]
+    said = [
+        (
+            f"The intervals are over only {n} seeds. They reflect randomness in training, not in which rows are in the "
+            "splits."
+        )
+    ]
     if n <= FEW_SEEDS:
         alike = 2.0 ** (1 - n)
         said.append(
-            f"With {n} seeds they are too narrow: a strategy that equals full fine-tuning is better on all seeds, or "
-            f"worse on all, in {alike:.0%} of cases, and then its interval excludes 0."
+            f"With {n} seeds they are too narrow: a strategy equivalent to full fine-tuning is better on all seeds, or "
+            f"worse on all, in {alike:.0%} of cases, and its interval then excludes 0."
         )
         if len(compared) > 1:
             least = "about" if n <= ALL_OR_NONE else "at least"
-            said[-1] += f" Of {len(compared)} such strategies {least} {len(compared) * alike:.1f} would."
+            said[-1] += (
+                f" Of {len(compared)} such strategies, this is expected for {least} {len(compared) * alike:.1f}."
+            )
     return said
 
 
@@ -133,8 +140,8 @@ def _about_the_set(results: Results, ranked: Sequence[Standing], split: str) -> 
     if not errors:
         return []
     return [
-        f"The {split} set has {rows:,} rows: by that alone, one standard error of a score is about "
-        f"{score_like(sum(errors) / len(errors))}. All strategies share the set, so it matters less for differences."
+        f"The {split} set has {rows:,} rows: this alone gives a score a standard error of about "
+        f"{score_like(sum(errors) / len(errors))}. All strategies share the set, so differences are affected less."
     ]
 
 
@@ -146,16 +153,16 @@ def _about_choosing(ranked: Sequence[Standing], split: str) -> list[str]:
     gap = abs(first.mean - second.mean)
     if gap < SAME:
         said.append(
-            f"{code(ranked[1].name)} has the same mean validation score; the winner was better in the later "
-            "half of its epochs, or came first."
+            f"{code(ranked[1].name)} has the same mean validation score; the tie was broken by the later half of the "
+            "epochs, or by order."
         )
     elif first.std is not None and gap < first.std:
         said.append(
-            f"{code(ranked[1].name)} is second by {score_like(gap)} on validation, less than the winner varies over "
-            f"seeds ({score_like(first.std)}): another draw could swap them."
+            f"{code(ranked[1].name)} is second by {score_like(gap)} on validation, less than the winner's standard "
+            f"deviation over seeds ({score_like(first.std)}): other seeds could swap them."
         )
     if split == "validation":
-        said.append("Without a test split, the winner's score is that of the best of several: it is too good.")
+        said.append("Without a test split, the winner's score is optimistic, because it is the best of several.")
     return said
 
 
@@ -170,7 +177,7 @@ def _about_validation(results: Results, ranked: Sequence[Standing]) -> list[str]
     if not near:
         return []
     return [
-        f"Validation, which chose the winner, has {rows:,} rows: one standard error of a score is up to "
+        f"Validation, which selected the winner, has {rows:,} rows: one standard error of a score is up to "
         f"{score_like(error)} there, and {near} of the other {len(others)} strategies lie within that of the winner."
     ]
 
