@@ -43,8 +43,8 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
     spread = spread_rows(len(dataset), LOOKED_AT)
     if spread and not same_each_time(lambda: _flat(read_rows(dataset, spread)), times=2):
         raise DataError(
-            "held: samples differ from one reading to the next, so that keeping one of them would change the training: "
-            "prepare the data with augment='none'."
+            "held: samples differ each time they are read, so keeping one version would change the training: prepare "
+            "the data with augment='none'."
         )
     needed = estimated_bytes(dataset)
     if needed > limit_gb * GB:
@@ -127,7 +127,9 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
             if start + place == 0:
                 self.columns = {name: self._empty(value) for name, value in row.items()}
             if set(row) != set(self.columns):
-                raise DataError(f"held: sample {place} has the keys {sorted(row)}, the first {sorted(self.columns)}.")
+                raise DataError(
+                    f"held: sample {place} has the keys {sorted(row)}, but the first has {sorted(self.columns)}."
+                )
         for name in self.columns:
             self._put_column(name, start, [row[name] for row in rows])
 

@@ -63,7 +63,7 @@ class Attempt:
         if outputs.get("loss") is None:
             raise ValueError(
                 f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(users_columns(batch))}. "
-                "Is there a column of labels in the data set (see args.label_names)?"
+                "Does the data set have a column of labels (see args.label_names)?"
             )
         self.log.add(outputs.pop("terms", None))
         return outputs

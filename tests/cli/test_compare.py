@@ -112,7 +112,7 @@ def test_two_workers_share_the_trainings(files, tmp_path):
         (["--lp_ft.probe", "0.3"], "lp_ft is not used"),
         (["--l2_sp.alpha", "-1"], "L2SPConfig.alpha=-1"),
         (["--model", ""], "--model is missing"),
-        (["--learning_rate", "0.1"], "learning_rate=0.1: a comparison sets"),
+        (["--learning_rate", "0.1"], "learning_rate=0.1 cannot be set: the comparison itself sets"),
         (["--hours", "0"], "hours=0.0"),
         (["--trails", "3"], "Did you mean 'trials'?"),
         (["--labelled", "1"], "labelled=1"),

@@ -52,7 +52,7 @@ def test_broken_checkpoints_are_passed_over(damage, tmp_path):
 
 
 def test_nothing_to_resume_from(tmp_path):
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         train(tiny_resnet(), "full", tmp_path, resume=True)
 
 
