@@ -159,36 +159,36 @@ def record(
         with observing(model):
             for batch in batches():
                 model(**model_inputs(batch, device))
-    found = np.concatenate(features)
-    if not np.isfinite(found).all():
+    inputs = np.concatenate(features)
+    if not np.isfinite(inputs).all():
         raise OptionError("advise: the head's input is not finite: check the inputs for NaN or infinite values.")
     source = np.concatenate(probabilities) if kept else None
-    return Recorded(found, np.concatenate(labels), source, statistics)
+    return Recorded(inputs, np.concatenate(labels), source, statistics)
 
 
 def pooled_features(taps: Taps, batch: Mapping[str, Any]) -> Tensor:
     """The head's input, one vector per sample (B, D); sequences are averaged over their valid tokens."""
-    found = taps.features
-    if found is None:
+    features = taps.features
+    if features is None:
         raise OptionError("advise: the head is not called in the forward pass: name its module with head=...")
-    if found.dim() == 3:
-        mask = token_mask(batch, [found])
-        weight = torch.ones_like(found[..., :1]) if mask is None else mask.to(found)[..., None]
-        found = (found * weight).sum(1) / weight.sum(1).clamp_min(1)
-    return found.float()
+    if features.dim() == 3:
+        mask = token_mask(batch, [features])
+        weight = torch.ones_like(features[..., :1]) if mask is None else mask.to(features)[..., None]
+        features = (features * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return features.float()
 
 
 def shifts(model: nn.Module, statistics: Mapping[str, BatchNormStatistics]) -> dict[str, Shift]:
     """The shift between each BatchNorm layer's running statistics and its statistics on the target."""
-    found = {}
+    by_layer = {}
     for name, norm in batch_norms(model):
         if name not in statistics or norm.running_mean is None or norm.running_var is None:
             continue
         mean, var = norm.running_mean.cpu().double(), norm.running_var.cpu().double() + norm.eps
         there, spread = statistics[name].mean.cpu(), statistics[name].var.cpu() + norm.eps
         moved = (there - mean).abs() / ((var + spread) / 2).sqrt()
-        found[name] = Shift(float(moved.mean()), float((spread / var).log().abs().mean() / 2))
-    return found
+        by_layer[name] = Shift(float(moved.mean()), float((spread / var).log().abs().mean() / 2))
+    return by_layer
 
 
 def relative_gradients(
@@ -253,8 +253,8 @@ def _batches(dataset: Any, collate: Collate, rows: Sequence[int]) -> Iterator[Ma
 def _labels(batch: Mapping[str, Any]) -> NDArray[Any]:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
-        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise OptionError(f"advise: 'labels' are {found}, but one integer class per sample, (B,), is needed.")
+        actual = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise OptionError(f"advise: 'labels' are {actual}, but one integer class per sample, (B,), is needed.")
     return labels.cpu().numpy()
 
 

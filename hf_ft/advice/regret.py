@@ -80,7 +80,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     kinds = [f"{kind}_{k}" for kind in ("regret", "random", "fixed") for k in FIRST]
     shares = {"first": [row["rank"] == 1 for row in rows], "in_top_3": [row["in_top_3"] for row in rows]}
     values = shares | {kind: [row[kind] for row in rows] for kind in kinds}
-    return {name: sum(found) / len(rows) for name, found in values.items()}
+    return {name: sum(column) / len(rows) for name, column in values.items()}
 
 
 def judged_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -297,5 +297,5 @@ def _gradient_rows(s: Signals) -> list[tuple[str, str, str]]:
 
 def _at_hand(s: Signals) -> str:
     things = [("pretrained head", s.source_head), ("source data", s.source_data)]
-    found = [name for name, there in things if there] + ([f"{s.members} source models"] if s.members > 1 else [])
-    return ", ".join(found) or "nothing"
+    available = [name for name, there in things if there] + ([f"{s.members} source models"] if s.members > 1 else [])
+    return ", ".join(available) or "nothing"

@@ -134,10 +134,10 @@ def training_arguments(given: Mapping[str, Any], task: str = "image") -> dict[st
     Raises:
         OptionError: if an argument is set by the comparison itself, does not exist, or is invalid.
     """
-    taken = sorted(set(given) & set(OURS))
-    if taken:
+    reserved = sorted(set(given) & set(OURS))
+    if reserved:
         raise OptionError(
-            f"{taken[0]}={given[taken[0]]!r} cannot be set: the comparison itself sets {', '.join(OURS)}."
+            f"{reserved[0]}={given[reserved[0]]!r} cannot be set: the comparison itself sets {', '.join(OURS)}."
         )
     values = DEFAULTS | ({"optim": "adamw_torch"} if task == "text" else {}) | dict(given)
     unknown = sorted(set(values) - {f.name for f in fields(TrainingArguments) if f.init})

@@ -64,11 +64,11 @@ def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
         OptionError: if two strategies set different values; both are named.
     """
     default = next(f.default for f in options(FTConfig) if f.name == name)
-    said = {getattr(c, name): c.ft_type for c in configs if getattr(c, name) != default}
-    if len(said) > 1:
-        (a, one), (b, other) = list(said.items())[:2]
+    owners = {getattr(c, name): c.ft_type for c in configs if getattr(c, name) != default}
+    if len(owners) > 1:
+        (a, one), (b, other) = list(owners.items())[:2]
         raise OptionError(f"{one}.{name}={a!r} and {other}.{name}={b!r} conflict: set both to the same value.")
-    return next(iter(said), default)
+    return next(iter(owners), default)
 
 
 def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:

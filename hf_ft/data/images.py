@@ -132,18 +132,18 @@ def check_images(
     with logging.tqdm(total=total, desc="opening images", disable=None if total >= LONG else True) as bar:
         for name, split in splits.items():
             kept[name], skipped[name] = _without_unreadable(split, columns.inputs[0], bar.update)
-    found = [f"{name}, {image}" for name, images in skipped.items() for image in images]
-    if not found:
+    unreadable = [f"{name}, {image}" for name, images in skipped.items() for image in images]
+    if not unreadable:
         return splits, skipped
-    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    told = f"{len(found)} of {total} images cannot be read: {'; '.join(found[:SHOWN])}{more}"
+    more = f"; and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
+    message = f"{len(unreadable)} of {total} images cannot be read: {'; '.join(unreadable[:SHOWN])}{more}"
     if on_corrupt == "refuse":
         raise DataError(
-            f"{told}. Repair or remove them, or skip them with on_corrupt='skip'.", arguments=("on_corrupt",)
+            f"{message}. Repair or remove them, or skip them with on_corrupt='skip'.", arguments=("on_corrupt",)
         )
     if empty := [name for name, split in kept.items() if not len(split) and len(splits[name])]:
-        raise DataError(f"{told}. Split {empty[0]!r} has no images left.")
-    logger.warning(" ".join([f"{told}. They are skipped.", *_lost_classes(splits, kept, columns)]))
+        raise DataError(f"{message}. Split {empty[0]!r} has no images left.")
+    logger.warning(" ".join([f"{message}. They are skipped.", *_lost_classes(splits, kept, columns)]))
     return kept, skipped
 
 
@@ -152,12 +152,12 @@ def _lost_classes(splits: DatasetDict, kept: DatasetDict, columns: Columns) -> l
     if columns.problem_type != "single_label_classification":
         return []
     names = None if columns.index else columns.names
-    found = []
+    sentences = []
     for name, split in kept.items():
         if columns.label in split.column_names:
             before, after = (np.asarray(values_of(rows, columns.label)) for rows in (splits[name], split))
-            found.append(absent_classes(before, {name: after}, names))
-    return [sentence for sentence in found if sentence]
+            sentences.append(absent_classes(before, {name: after}, names))
+    return [sentence for sentence in sentences if sentence]
 
 
 def _without_unreadable(split: Dataset, column: str, advance: Callable[[int], Any]) -> tuple[Dataset, list[Unreadable]]:

@@ -102,11 +102,11 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Read samples by index in one call. They are copies: modifying them does not change the stored samples."""
         rows = [int(row) for row in rows]
-        taken = {
+        columns = {
             name: list(kept[rows]) if isinstance(kept, Tensor) else [_copied(kept[row]) for row in rows]
             for name, kept in self.columns.items()
         }
-        return [{name: values[place] for name, values in taken.items()} for place in range(len(rows))]
+        return [{name: values[place] for name, values in columns.items()} for place in range(len(rows))]
 
     @property
     def class_labels(self) -> np.ndarray | None:

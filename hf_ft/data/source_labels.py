@@ -166,8 +166,8 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
             f"source_dataset yields batches of {sorted(batch)}, without 'labels': add a column of its classes."
         )
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
-        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise OptionError(f"source_dataset: 'labels' are {found}, but one integer class per sample, (B,), is needed.")
+        actual = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise OptionError(f"source_dataset: 'labels' are {actual}, but one integer class per sample, (B,), is needed.")
     return labels
 
 

@@ -65,24 +65,24 @@ def logit_layers(model: nn.Module, head: Names) -> Names:
     Raises:
         OptionError: if no layer of the head is trainable, or it carries an adapter.
     """
-    found: dict[str, Tensor] = {}
+    layers: dict[str, Tensor] = {}
     for prefix in head:
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
             weight = getattr(module, "weight", None)
             if isinstance(weight, nn.Parameter) and weight.dim() > 1 and weight.requires_grad:
-                found[name] = weight
-    if not found:
+                layers[name] = weight
+    if not layers:
         raise OptionError(
             f"zero_head: no layer of the head ({', '.join(head)}) is trainable. Unfreeze one, or set zero_head=False."
         )
-    last, weight = list(found.items())[-1]
+    last, weight = list(layers.items())[-1]
     if any(hasattr(model.get_submodule(last[:i]), "base_layer") for i, letter in enumerate(last) if letter == "."):
         raise OptionError(
             f"zero_head: the head ({last}) carries an adapter, and its own weight is frozen. Train the whole head "
             "(modules_to_save), or set zero_head=False."
         )
     square = weight.shape[0] == weight.shape[1]
-    return (last,) if square else tuple(name for name, other in found.items() if other.shape == weight.shape)
+    return (last,) if square else tuple(name for name, other in layers.items() if other.shape == weight.shape)
 
 
 NO_BATCH_NORM = advising.Rule(
@@ -176,10 +176,10 @@ class DAFTConfig(FTConfig):
         return self.convert_batch_norm
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        found = estimate_batch_norm(model, context.batches(), self.statistics, context.reduce)
-        _check_saved_by_peft(model, found)
-        tensors = {f"{name}.mean": statistics.mean.cpu() for name, statistics in found.items()}
-        return State(tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in found.items()})
+        layers = estimate_batch_norm(model, context.batches(), self.statistics, context.reduce)
+        _check_saved_by_peft(model, layers)
+        tensors = {f"{name}.mean": statistics.mean.cpu() for name, statistics in layers.items()}
+        return State(tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in layers.items()})
 
     def learned(self, state: State) -> str:
         layers = sum(name.endswith(".mean") for name in state.tensors)

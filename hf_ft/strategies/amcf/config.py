@@ -246,8 +246,8 @@ class AMCFConfig(FTConfig):
     def members(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Members by module name; a model without members is its own only member."""
         base, prefix = unwrap(model)
-        found = members_of(base)
-        return [(f"{prefix}{name}", member) for name, member in found] if found else [("", model)]
+        members = members_of(base)
+        return [(f"{prefix}{name}", member) for name, member in members] if members else [("", model)]
 
     def layers(self, model: nn.Module) -> tuple[int, ...]:
         """Number of layers of each member, counted along the main path."""
@@ -255,10 +255,10 @@ class AMCFConfig(FTConfig):
 
     def _members(self, model: nn.Module) -> list[_Member]:
         members = self.members(model)
-        said = names_of_members(members, self.head, self.blocks)
+        names_by_member = names_of_members(members, self.head, self.blocks)
         return [
             _Member(prefix, member, main_path_layers(member, *names), anatomy(member, *names).stem.modules)
-            for (prefix, member), names in zip(members, said, strict=True)
+            for (prefix, member), names in zip(members, names_by_member, strict=True)
         ]
 
 

@@ -25,13 +25,13 @@ def adapter_targets(model: nn.Module, inside: Names, head: Names, tuner: PeftCon
     Depthwise and grouped convolutions are not supported: they do not allow an arbitrary rank.
     """
     wanted = getattr(tuner, "target_modules", None)
-    found = []
+    targets = []
     for name, module in model.named_modules():
         fits = isinstance(module, (nn.Linear, nn.Embedding)) or (isinstance(module, nn.Conv2d) and module.groups == 1)
         named = wanted is None or wanted == "all-linear" or _is_named(name, wanted)
         if fits and named and _in(name, inside) and not _in(name, head) and module.weight.requires_grad:
-            found.append(name)
-    return tuple(found)
+            targets.append(name)
+    return tuple(targets)
 
 
 def _is_named(name: str, wanted: Any) -> bool:

@@ -151,8 +151,8 @@ class BlockwiseConfig(FTConfig):
             return _candidate(state.info["block"])
         if self.block in BASELINES:
             return baseline_candidates(model, **place)[str(self.block)]
-        found = candidates(model, self.scheme, length=self.length, **place)
-        return last_quarter(found) if self.block == "last_quarter" else find_candidate(found, self.block)
+        options = candidates(model, self.scheme, length=self.length, **place)
+        return last_quarter(options) if self.block == "last_quarter" else find_candidate(options, self.block)
 
     def scores(self, state: State) -> BlockScores:
         """The scores from the search of ``block="auto"``."""
@@ -161,8 +161,8 @@ class BlockwiseConfig(FTConfig):
     def learned(self, state: State) -> str:
         if "scores" not in state.info:
             return ""
-        said = "; ".join(f"{label}: {what}" for label, what in self.scores(state).verdict())
-        return f"Chosen by a search with scheme `{self.scheme}`, {self.metric} on held-out training samples. {said}."
+        verdict = "; ".join(f"{label}: {what}" for label, what in self.scores(state).verdict())
+        return f"Chosen by a search with scheme `{self.scheme}`, {self.metric} on held-out training samples. {verdict}."
 
     def findings(self, state: State) -> Findings:
         return block_findings(self.scores(state), self.learned(state)) if "scores" in state.info else Findings()

@@ -132,9 +132,9 @@ class CoTuningConfig(FTConfig):
                 labels.append(classes.cpu())
         learn = reverse_relationship if self.relationship == "reverse" else direct_relationship
         config: Any = model.config
-        found = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
+        relationship = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
         names = {str(place): name for place, name in head.names.items()}
-        return State({"relationship": found}, {"temperature": temperature, "names": names})
+        return State({"relationship": relationship}, {"temperature": temperature, "names": names})
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         if not self.weight:
@@ -149,10 +149,10 @@ class CoTuningConfig(FTConfig):
     def learned(self, state: State) -> str:
         if "relationship" not in state.tensors:
             return ""
-        found, names = state.tensors["relationship"], state.info["names"]
+        relationship, names = state.tensors["relationship"], state.info["names"]
         tops = ", ".join(
             f"`{names.get(str(int(row.argmax())), int(row.argmax()))}` for {label} ({float(row.max()):.2f})"
-            for label, row in enumerate(found[:10])
+            for label, row in enumerate(relationship[:10])
         )
         return f"Most similar source class of each target class (temperature {state.info['temperature']:.2f}): {tops}."
 

@@ -108,10 +108,10 @@ class DELTAConfig(FTConfig):
 
     def measure(self, model: nn.Module, context: Context) -> State:
         layers = self._layers(model)
-        found = channel_weights(
+        weights = channel_weights(
             model, layers, self, context, epochs=self.head_epochs, lr=self.head_lr, batches=self.batches
         )
-        return State(tensors=found)
+        return State(tensors=weights)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head, layers = self.anatomy(model).head.modules, self._layers(model)

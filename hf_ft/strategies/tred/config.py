@@ -153,22 +153,22 @@ class TREDConfig(FTConfig):
             layer = self._named(model) or last_feature_map(model, self.anatomy(model), some)
         if self.criterion == "none":
             return State(info={"layer": layer})
-        found = self._disentangle(RecordedFeatures(model, layer, context), classes, context)
-        if not all(math.isfinite(value) for value in found.figures.values()):
-            raise OptionError(f"tred.lr={self.lr!r}: {found.verdict}")
-        for epoch, terms in enumerate(found.history):
+        result = self._disentangle(RecordedFeatures(model, layer, context), classes, context)
+        if not all(math.isfinite(value) for value in result.figures.values()):
+            raise OptionError(f"tred.lr={self.lr!r}: {result.verdict}")
+        for epoch, terms in enumerate(result.history):
             logger.info(f"tred: disentangling, epoch {epoch + 1}: {_in_words(terms)}")
-        logger.info(f"tred: disentangled {layer}: {_in_words(found.figures)}")
-        if found.verdict:
-            logger.warning(f"tred: the disentangling of {layer} went wrong: {found.verdict}")
+        logger.info(f"tred: disentangled {layer}: {_in_words(result.figures)}")
+        if result.verdict:
+            logger.warning(f"tred: the disentangling of {layer} went wrong: {result.verdict}")
         info: dict[str, Any] = {
             "layer": layer,
-            "figures": found.figures,
-            "history": found.history,
-            "verdict": found.verdict,
-            "non_negative": found.module.non_negative,
+            "figures": result.figures,
+            "history": result.history,
+            "verdict": result.verdict,
+            "non_negative": result.module.non_negative,
         }
-        return State(tensors={name: t.cpu() for name, t in found.module.state_dict().items()}, info=info)
+        return State(tensors={name: t.cpu() for name, t in result.module.state_dict().items()}, info=info)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules
@@ -194,8 +194,8 @@ class TREDConfig(FTConfig):
         if "figures" not in state.info:
             return ""
         figures, layer = state.info["figures"], state.info["layer"]
-        said = f"Disentangled the output of `{layer}`: {_in_words(figures)}."
-        return f"{said} It went wrong: {state.info['verdict']}" if state.info["verdict"] else said
+        text = f"Disentangled the output of `{layer}`: {_in_words(figures)}."
+        return f"{text} It went wrong: {state.info['verdict']}" if state.info["verdict"] else text
 
     def findings(self, state: State) -> Findings:
         return disentangling_findings(state.info, self.learned(state))

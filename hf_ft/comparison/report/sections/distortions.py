@@ -22,9 +22,9 @@ Measures = Mapping[str, float]
 Blocks = Mapping[str, Measures]
 
 
-def distortion(found: Sequence[Standing]) -> Section | None:
+def distortion(standings: Sequence[Standing]) -> Section | None:
     """Charts and tables; None if no distortion was measured."""
-    measured = {standing.name: mean_distortion(standing.contender.finished_runs) for standing in found}
+    measured = {standing.name: mean_distortion(standing.contender.finished_runs) for standing in standings}
     measured = {name: splits for name, splits in measured.items() if splits}
     if not measured:
         return None
@@ -47,15 +47,15 @@ def distortion(found: Sequence[Standing]) -> Section | None:
 
 def mean_distortion(runs: Sequence[Training]) -> dict[str, dict[str, dict[str, float]]]:
     """Mean over runs, by split, block and measure."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    values_by_split: dict[str, dict[str, dict[str, list[float]]]] = {}
     for run in runs:
         for split, blocks in run.distortion.items():
             for block, measures in blocks.items():
                 for measure, value in measures.items():
-                    found.setdefault(split, {}).setdefault(block, {}).setdefault(measure, []).append(value)
+                    values_by_split.setdefault(split, {}).setdefault(block, {}).setdefault(measure, []).append(value)
     return {
         split: {block: {name: statistics.fmean(values) for name, values in m.items()} for block, m in blocks.items()}
-        for split, blocks in found.items()
+        for split, blocks in values_by_split.items()
     }
 
 
@@ -65,15 +65,15 @@ def in_words(split: str) -> str:
 
 def by_model(blocks: Blocks) -> dict[str, list[Measures]]:
     """The blocks of each model in order; with several models, blocks are named like ``member0_block3``."""
-    found: dict[str, list[Measures]] = {}
+    models: dict[str, list[Measures]] = {}
     for name, measures in blocks.items():
         if name != INTO_HEAD:
-            found.setdefault(name.rpartition("_")[0], []).append(measures)
-    return found
+            models.setdefault(name.rpartition("_")[0], []).append(measures)
+    return models
 
 
 def _chart(name: str, splits: Mapping[str, Blocks], kinds: Mapping[str, str], x: Axis, y: Axis) -> Plot:
-    series, said = [], []
+    series, about = [], []
     for split, blocks in splits.items():
         head = [blocks[INTO_HEAD]] if INTO_HEAD in blocks else []
         for model, own in by_model(blocks).items():
@@ -81,8 +81,8 @@ def _chart(name: str, splits: Mapping[str, Blocks], kinds: Mapping[str, str], x:
             points = tuple((i / max(1, len(far) - 1), value) for i, value in enumerate(far))
             series.append(Series(kinds[split], points, joined=True, marked=len(points) <= MOST_MARKS))
             whose = f"{in_words(split)}, {model}" if model else in_words(split)
-            said.append(f"{whose}: {score(far[0])} at the first block, {score(far[-1])} at the end")
-    return Plot(name, "; ".join(said), tuple(series), x, y, small=True)
+            about.append(f"{whose}: {score(far[0])} at the first block, {score(far[-1])} at the end")
+    return Plot(name, "; ".join(about), tuple(series), x, y, small=True)
 
 
 def distortion_table(measured: Mapping[str, Mapping[str, Blocks]]) -> Table:

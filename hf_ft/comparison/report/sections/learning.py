@@ -18,10 +18,10 @@ RATE = "learning_rate"
 CURVE_COLUMNS = 16  # maximum number of epochs shown in the table
 
 
-def process_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
+def process_sections(results: Results, standings: Sequence[Standing]) -> list[Section]:
     """All non-empty sections of this part."""
-    made = (learning_curves(results, found), tuning(results, found))
-    return [section for section in made if section is not None]
+    sections = (learning_curves(results, standings), tuning(results, standings))
+    return [section for section in sections if section is not None]
 
 
 # --- learning curves -------------------------------------------------------------------------------------
@@ -29,27 +29,27 @@ def process_sections(results: Results, found: Sequence[Standing]) -> list[Sectio
 
 def mean_curve(runs: Sequence[Training]) -> dict[float, float]:
     """Mean validation score by epoch, over the runs evaluated at that epoch."""
-    found: dict[float, list[float]] = {}
+    scores: dict[float, list[float]] = {}
     for run in runs:
         for point in run.curve:
             value = point.get("validation")
             if value is not None and math.isfinite(value):
-                found.setdefault(round(point["epoch"], 2), []).append(value)
-    return {epoch: statistics.fmean(found[epoch]) for epoch in sorted(found)}
+                scores.setdefault(round(point["epoch"], 2), []).append(value)
+    return {epoch: statistics.fmean(scores[epoch]) for epoch in sorted(scores)}
 
 
-def learning_curves(results: Results, found: Sequence[Standing]) -> Section | None:
+def learning_curves(results: Results, standings: Sequence[Standing]) -> Section | None:
     """A small chart for each contender, with the curve of full fine-tuning in the background."""
-    curves = {standing.name: mean_curve(standing.contender.finished_runs) for standing in found}
+    curves = {standing.name: mean_curve(standing.contender.finished_runs) for standing in standings}
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return None
-    best, metric = winner(results, found), metric_name(results.metric)
+    best, metric = winner(results, standings), metric_name(results.metric)
     x = linear_axis([epoch for curve in curves.values() for epoch in curve], "epoch", most=4, include=[0.0])
     y = linear_axis([value for curve in curves.values() for value in curve.values()], metric, most=4)
     behind = (Series("base", tuple(curves.get(BASELINE, {}).items()), joined=True, marked=False),)
     charts = []
-    for standing in found:
+    for standing in standings:
         curve = curves.get(standing.name)
         if not curve:
             continue
@@ -82,9 +82,9 @@ def curve_table(curves: Mapping[str, Mapping[float, float]]) -> Table:
 # --- tuning ----------------------------------------------------------------------------------------------
 
 
-def tuning(results: Results, found: Sequence[Standing]) -> Section | None:
+def tuning(results: Results, standings: Sequence[Standing]) -> Section | None:
     """Trials, choices, and ranges that were too narrow."""
-    tuned = [standing for standing in found if standing.contender.trials]
+    tuned = [standing for standing in standings if standing.contender.trials]
     if not tuned:
         return None
     lead = (
@@ -96,7 +96,7 @@ def tuning(results: Results, found: Sequence[Standing]) -> Section | None:
         f"A chosen value lies on the edge of its range for {names(edges)}: a better one may lie beyond, so the scores "
         "shown may not be the best these strategies can achieve."
     )
-    figure = trials_figure(results, tuned, winner(results, found))
+    figure = trials_figure(results, tuned, winner(results, standings))
     blocks: list[Block] = [Text(lead), *([Text(warning)] if edges else []), tuning_table(tuned)]
     blocks += [figure] if figure else []
     return Section("tuning", "Tuning", (*blocks, trials_table(tuned)))
@@ -162,10 +162,10 @@ def _trials_chart(standing: Standing, trials: Sequence[Training], x: Axis, y: Ax
         kind = "failed" if not math.isfinite(value) else "win" if trial is chosen else "open"
         points[kind].append((float(trial.params[RATE]), worst if kind == "failed" else value))
     series = tuple(Series(kind, tuple(places)) for kind, places in points.items() if places)
-    said = f"{len(trials)} trials"
+    about = f"{len(trials)} trials"
     if chosen is not None:
-        said += f"; chosen: learning rate {plain(chosen.params.get(RATE))}, score {score(chosen.validation)}"
-    return Plot(standing.name, said, series, x, y, small=True)
+        about += f"; chosen: learning rate {plain(chosen.params.get(RATE))}, score {score(chosen.validation)}"
+    return Plot(standing.name, about, series, x, y, small=True)
 
 
 def space_table(tuned: Sequence[Standing]) -> Table:

@@ -14,9 +14,9 @@ GRID = 20  # maximum number of classes in a matrix; with more, confusions are li
 PAIRS = 25  # number of confusions listed
 
 
-def mistakes(results: Results, found: Sequence[Standing]) -> Section | None:
+def mistakes(results: Results, standings: Sequence[Standing]) -> Section | None:
     """Which classes the winner confuses; None if no classes were predicted."""
-    best = winner(results, found)
+    best = winner(results, standings)
     table = confusion(results, best) if best is not None else None
     if best is None or table is None:
         return None

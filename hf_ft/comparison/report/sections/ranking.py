@@ -18,20 +18,20 @@ from hf_ft.documents.text import NONE, code, duration, metric_name, names, score
 BEST_FOLDER = "best"  # the winner's folder, inside the report's folder
 
 
-def outcome_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
+def outcome_sections(results: Results, standings: Sequence[Standing]) -> list[Section]:
     """All non-empty sections of this part."""
     sections = [
-        result(results, found),
-        ranking(results, found),
-        cost(results, found),
-        out_of_distribution(results, found),
+        result(results, standings),
+        ranking(results, standings),
+        cost(results, standings),
+        out_of_distribution(results, standings),
     ]
-    return [section for section in (*sections, mistakes(results, found)) if section is not None]
+    return [section for section in (*sections, mistakes(results, standings)) if section is not None]
 
 
-def main_split(found: Sequence[Standing]) -> str:
+def main_split(standings: Sequence[Standing]) -> str:
     """The split on which contenders are compared: test, otherwise validation."""
-    return "test" if any("test" in standing.spreads for standing in found if standing.rank) else "validation"
+    return "test" if any("test" in standing.spreads for standing in standings if standing.rank) else "validation"
 
 
 def kind_of(standing: Standing, best: Standing | None, open_: bool = False) -> str:
@@ -41,11 +41,11 @@ def kind_of(standing: Standing, best: Standing | None, open_: bool = False) -> s
     return "base" if standing.name == BASELINE else "open" if open_ else "other"
 
 
-def result(results: Results, found: Sequence[Standing]) -> Section:
+def result(results: Results, standings: Sequence[Standing]) -> Section:
     """The result in plain words, and how to load the winner."""
-    best = winner(results, found)
-    blocks: list[Block] = [Text(" ".join(verdict(results, found)))]
-    held_back = cautions(results, found)
+    best = winner(results, standings)
+    blocks: list[Block] = [Text(" ".join(verdict(results, standings)))]
+    held_back = cautions(results, standings)
     if held_back:
         blocks += [Text("Limitations:"), Bullets(tuple(held_back))]
     run = saved_run(results, best) if best is not None else None
@@ -69,29 +69,29 @@ def usage(results: Results, best: Standing) -> str:
     return "\n".join([*lines, f'classify("{given}")'])
 
 
-def ranking(results: Results, found: Sequence[Standing]) -> Section:
+def ranking(results: Results, standings: Sequence[Standing]) -> Section:
     """The ranking table, and a chart of the intervals."""
-    split, metric = main_split(found), metric_name(results.metric)
+    split, metric = main_split(standings), metric_name(results.metric)
     better = "higher is better" if results.greater_is_better else "lower is better"
     lead = (
         f"Ranked by mean validation {metric} ({better}); ties are broken by the later half of the epochs. Scores are "
         "mean ± standard deviation over seeds. Differences are to full fine-tuning with the same seeds, with 95 % "
         "bootstrap intervals over the seeds."
     )
-    figure = difference_figure(results, found, split)
+    figure = difference_figure(results, standings, split)
     more = (figure,) if figure else ()
-    return Section("ranking", "Ranking", (Text(lead), ranking_table(results, found, split), *more))
+    return Section("ranking", "Ranking", (Text(lead), ranking_table(results, standings, split), *more))
 
 
-def ranking_table(results: Results, found: Sequence[Standing], split: str) -> Table:
+def ranking_table(results: Results, standings: Sequence[Standing], split: str) -> Table:
     """All contenders; those that did not finish come last."""
-    best = winner(results, found)
+    best = winner(results, standings)
     splits = [
-        s for s in ("validation", "test") if s == "validation" or any(s in standing.spreads for standing in found)
+        s for s in ("validation", "test") if s == "validation" or any(s in standing.spreads for standing in standings)
     ]
     headers = ("strategy", "rank", *splits, f"difference on {split}", "95 % interval", "better / equal / worse")
     rows = []
-    for standing in found:
+    for standing in standings:
         difference = standing.differences.get(split)
         compared = (NONE, NONE, NONE)
         if standing.name == BASELINE:
@@ -103,7 +103,7 @@ def ranking_table(results: Results, found: Sequence[Standing], split: str) -> Ta
         place = str(standing.rank) if standing.rank else "a run failed" if status == "finished" else status
         scores = (spread(standing.spreads.get(name)) for name in splits)
         rows.append((_named(standing, best), place, *scores, *compared))
-    strong = frozenset(i for i, standing in enumerate(found) if best is not None and standing.name == best.name)
+    strong = frozenset(i for i, standing in enumerate(standings) if best is not None and standing.name == best.name)
     return Table(f"Strategies by validation {metric_name(results.metric)}", headers, tuple(rows), strong)
 
 
@@ -111,10 +111,10 @@ def _named(standing: Standing, best: Standing | None) -> str:
     return standing.name + (" (winner)" if best is not None and standing.name == best.name else "")
 
 
-def difference_figure(results: Results, found: Sequence[Standing], split: str) -> Figure | None:
+def difference_figure(results: Results, standings: Sequence[Standing], split: str) -> Figure | None:
     """Differences to full fine-tuning with intervals; scores if there are no differences."""
-    best, metric = winner(results, found), metric_name(results.metric)
-    ranked = [standing for standing in found if standing.rank and split in standing.spreads]
+    best, metric = winner(results, standings), metric_name(results.metric)
+    ranked = [standing for standing in standings if standing.rank and split in standing.spreads]
     compared = any(split in standing.differences for standing in ranked)
     if len(ranked) < 2:
         return None
@@ -161,26 +161,26 @@ def by_seed_table(ranked: Sequence[Standing], split: str, compared: bool) -> Tab
     return Table(f"Scores by seed, {SPLIT_NAMES[split]}", tuple(headers), tuple(rows), folded=True)
 
 
-def cost(results: Results, found: Sequence[Standing]) -> Section:
+def cost(results: Results, standings: Sequence[Standing]) -> Section:
     """Score against compute time, and all other costs."""
-    split = main_split(found)
-    front = front_of(results, found, split)
+    split = main_split(standings)
+    front = front_of(results, standings, split)
     lead = (
         "The cost of a strategy once its options are known: one training run and its measurements on the data before "
         "it (a search, statistics), without evaluations. Compute seconds are processor time over all cores, or "
         "wall-clock time on a GPU. A strategy is on the Pareto front if no other is at least as good and as fast, and "
         "better in one of the two."
     )
-    said = [Text(lead)] + ([Text(f"On the Pareto front, fastest first: {names(front)}.")] if front else [])
-    figure = time_figure(results, found, split, front)
+    texts = [Text(lead)] + ([Text(f"On the Pareto front, fastest first: {names(front)}.")] if front else [])
+    figure = time_figure(results, standings, split, front)
     title = f"{metric_name(results.metric).capitalize()} against time"
-    return Section("cost", title, (*said, *([figure] if figure else []), cost_table(found, front)))
+    return Section("cost", title, (*texts, *([figure] if figure else []), cost_table(standings, front)))
 
 
-def time_figure(results: Results, found: Sequence[Standing], split: str, front: Sequence[str]) -> Figure | None:
+def time_figure(results: Results, standings: Sequence[Standing], split: str, front: Sequence[str]) -> Figure | None:
     """One point for each contender that finished, labelled with its rank."""
-    best, metric = winner(results, found), metric_name(results.metric)
-    shown = [s for s in found if s.rank and s.compute is not None and s.compute > 0 and split in s.spreads]
+    best, metric = winner(results, standings), metric_name(results.metric)
+    shown = [s for s in standings if s.rank and s.compute is not None and s.compute > 0 and split in s.spreads]
     if len(shown) < 2:
         return None
     points = {s.name: (s.compute or 0.0, s.spreads[split].mean) for s in shown}
@@ -206,13 +206,13 @@ def time_figure(results: Results, found: Sequence[Standing], split: str, front: 
     return Figure(f"The line is the Pareto front. Numbers are ranks: {legend}.", (chart,), table, key)
 
 
-def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
+def cost_table(standings: Sequence[Standing], front: Sequence[str]) -> Table:
     """The cost of each contender."""
     costs = ("compute seconds", "of which measuring", "wall-clock seconds", "tuning")
     sizes = ("trained weights", "peak memory, MB", "checkpoint, MB")
     headers = ("strategy", *costs, *sizes, "on the front")
     rows = []
-    for standing in found:
+    for standing in standings:
         contender = standing.contender
         if not contender.trials and not contender.runs:
             continue
@@ -232,12 +232,12 @@ def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
     return Table("Cost of each strategy: one training run, all tuning, and sizes", headers, tuple(rows))
 
 
-def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section | None:
+def out_of_distribution(results: Results, standings: Sequence[Standing]) -> Section | None:
     """Out-of-distribution scores; None if there are none."""
-    shown = [standing for standing in found if "ood" in standing.spreads]
+    shown = [standing for standing in standings if "ood" in standing.spreads]
     if not shown:
         return None
-    best, metric, rows = winner(results, found), metric_name(results.metric), []
+    best, metric, rows = winner(results, standings), metric_name(results.metric), []
     for standing in shown:
         test, other, difference = (
             standing.spreads.get("test"),
@@ -250,7 +250,7 @@ def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section 
             compared = ("baseline", NONE)
         rows.append((_named(standing, best), spread(test), spread(other), drop, *compared))
     headers = ("strategy", "test", "out of distribution", "change", "difference to full", "95 % interval")
-    figure = difference_figure(results, found, "ood")
+    figure = difference_figure(results, standings, "ood")
     lead = f"The same models on out-of-distribution data ({metric}), which was not used to select anything."
     table = Table("Scores out of distribution", headers, tuple(rows), frozenset())
     return Section("ood", "Out of distribution", (Text(lead), table, *([figure] if figure else [])))
