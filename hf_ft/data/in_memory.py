@@ -49,8 +49,8 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
     needed = estimated_bytes(dataset)
     if needed > limit_gb * GB:
         logger.warning(
-            f"{len(dataset):,} samples would take {needed / GB:.2f} GB of memory, more than limit_gb={limit_gb:g}: "
-            "they are read anew each time."
+            f"{len(dataset):,} samples would take {needed / GB:.2f} GB of memory, more than limit_gb={limit_gb:g}, "
+            "so they are read again every time."
         )
         return dataset
     return Held(dataset)

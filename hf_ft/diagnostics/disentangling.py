@@ -35,7 +35,7 @@ def plot_disentangling(info: Mapping[str, Any], file: str | Path) -> None:
     rows = {
         "norm of P / norm of F": figures["p_share"],
         "norm of N / norm of F": figures["n_share"],
-        "label's part of the variance of F": figures["f_label"],
+        "label's share of the variance of F": figures["f_label"],
         "of P": figures["p_label"],
         "of N": figures["n_label"],
         "error of P + N": figures["reconstruction"],

@@ -151,7 +151,7 @@ class DAFTConfig(FTConfig):
         "Variance to measure: 'batch' averages the variances within batches, 'pooled' is the variance of all values.",
         source="code",
     )
-    zero_head: bool = option(True, "Initialise the layer that outputs the logits to zero.", source="code")
+    zero_head: bool = option(True, "Initialise the output layer of the head to zero.", source="code")
     head_lr: float | None = option(
         0.1,
         "Learning rate of the head (the authors try 10, 3, 1, 0.3 and 0.1); None to use that of the backbone.",

@@ -231,8 +231,8 @@ def test_bad_input_is_refused():
     refused("class 40 has 15 samples, fewer than folds=16", folds=16, loader=labelled([40] * 15 + [3] * 30))
     refused("folds=1 leaves nothing", folds=1)
     tokens = [{"x": torch.randn(6, 5, 4), "labels": torch.arange(6) % 2}]
-    refused(r"head is \(6, 5, 4\), not one vector", tokens, Tokens())
-    refused("head is None, not one vector", tokens, Tokens(call=False))
+    refused(r"head's input is \(6, 5, 4\), not one vector", tokens, Tokens())
+    refused("head's input is None, not one vector", tokens, Tokens(call=False))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

@@ -350,7 +350,7 @@ def test_relative_urls(storage, tmp_path, monkeypatch):
 def test_a_study_that_is_not_ours(database):
     study = optuna.create_study(study_name="study", storage=open_storage(database), direction="maximize")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    with pytest.raises(OptionError, match="holds other trials"):
+    with pytest.raises(OptionError, match="already exists with other trials"):
         run(jobs(1), seed, database)
 
 
@@ -399,7 +399,7 @@ def test_scores_that_are_no_numbers(storage):
         ("sqlite://", "For an in-memory study, give None"),
         ("nosuch://host/database", "nosuch.*sqlite:///study.db"),
         ("mysql+pymysql://user:secret@host/database", "driver is missing.*pymysql"),
-        ("://", "is no URL"),
+        ("://", "is not a URL"),
     ],
 )
 def test_storage_that_cannot_be_opened(storage, message, empty, tmp_path):

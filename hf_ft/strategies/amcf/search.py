@@ -181,7 +181,7 @@ class SwarmSearch:
     def _bar(self) -> Bar:
         shown = self.context.progress if self.progress is None else self.progress
         visits = self.options.particles * (self.options.iterations + 1)
-        return Bar(visits, "Moving the swarm", self.options.metric, not shown, " with {} layers frozen")
+        return Bar(visits, "Searching layers to freeze", self.options.metric, not shown, " with {} layers frozen")
 
 
 def _fitness(outcome: Outcome) -> float:

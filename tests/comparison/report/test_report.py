@@ -326,6 +326,8 @@ def test_many_classes_are_listed_by_their_confusions():
     assert "predicted class 7" not in " ".join(page.text_of(header) for header in page.all("th"))
     few = made("whole").page
     assert "Confusion matrix on test" in [few.text_of(caption) for caption in few.all("caption")]
+    headers = [few.text_of(header) for header in few.all("th")]
+    assert "true class" in headers and "predicted defective" in headers
 
 
 def test_it_is_the_same_each_time(whole):

@@ -36,7 +36,7 @@ def confusion_grid(table: Confusion) -> Table:
     for name, counts, n, recall in zip(table.classes, table.counts, table.support, table.recall, strict=True):
         rows.append((name, *(f"{count:,}" for count in counts), f"{n:,}", score(recall)))
         shades.append((0.0, *(count / max(n, 1) for count in counts), 0.0, 0.0))
-    headers = ("predicted {name}", *(f"taken for {name}" for name in table.classes), "rows", "recall")
+    headers = ("true class", *(f"predicted {name}" for name in table.classes), "rows", "recall")
     return Table(f"Confusion matrix on {table.split}", headers, tuple(rows), shades=tuple(shades))
 
 
