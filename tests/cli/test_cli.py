@@ -223,7 +223,7 @@ def test_source_models_in_a_file(files, tmp_path):
         ("resnet,mobilenet", "--amcf.frozen some", "--amcf.frozen='some' is not"),
         ("resnet,nothing", "", "nothing"),
         ("resnet,mobilenet", "--amcf.metric f2", "metric='f2' is unknown"),
-        ("resnet,mobilenet", "--strategy bss", "bss goes by the layers and the head of one network"),
+        ("resnet,mobilenet", "--strategy bss", "bss needs the layers and the head of a single network"),
         ("resnet,mobilenet", "--strategy soft --soft.source head", "soft goes by the layers and the head"),
     ],
 )

@@ -374,7 +374,7 @@ def test_only_what_fits_several_members_takes_them(name, tmp_path):
             moved = [n for n in before if n.startswith(member) and n in after and not torch.equal(before[n], after[n])]
             assert any("classifier" in n for n in moved), f"the head of {member} did not train"
     else:
-        with pytest.raises(OptionError, match=f"{name} goes by the layers and the head of one network"):
+        with pytest.raises(OptionError, match=f"{name} needs the layers and the head of a single network"):
             set_up(tiny_collaborative(), kind(**options), states={})
 
 

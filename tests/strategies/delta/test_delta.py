@@ -190,7 +190,7 @@ def test_layers_that_cannot_be():
 @pytest.mark.slow
 def test_a_layer_without_channels(tmp_path):
     config = DELTAConfig(layers=("classifier",), weights="uniform")
-    with pytest.raises(OptionError, match=r"'classifier' gives \(8, 3\).*before the pooling"):
+    with pytest.raises(OptionError, match=r"'classifier' outputs \(8, 3\).*before the pooling"):
         train(tiny_resnet(), config, tmp_path)
     with pytest.raises(OptionError, match="no channels to weigh"):
         train(tiny_resnet(), DELTAConfig(layers=("classifier",)), tmp_path)
