@@ -110,7 +110,7 @@ def test_train_with_source_data(files, tmp_path, capsys):
     source = ["--model", str(tmp_path / "named"), "--source_dataset", str(files / "photos"), "--source_split", "test"]
     soft = ["--strategy", "soft", "--soft.schedule", "cosine", *source]
     assert photos(files, tmp_path / "out", *soft) == 2
-    assert "only a part of them. Set source_label_map='by_name'" in capsys.readouterr().err
+    assert "only some of them. Set source_label_map='by_name'" in capsys.readouterr().err
     for labels in ("by_name", '{"cat": "cat", "dog": 0}'):
         out = tmp_path / labels[:7]
         assert photos(files, out, *soft, "--soft.source_label_map", labels) == 0
@@ -133,7 +133,7 @@ def test_source_texts_are_mapped_by_name(files, tmp_path, capsys):
     source = ["--source_dataset", str(files / "reviews.csv"), "--strategy", "soft", "--max_steps", "2"]
     where = ["--model", str(tmp_path / "named"), "--dataset", str(files / "reviews.csv"), "--use_cpu", "true"]
     assert main(["train", *where, *source, "--output_dir", str(tmp_path / "a")]) == 2
-    assert "classes are ['bad', 'good'], the source head's ['good', 'fair', 'bad']" in capsys.readouterr().err
+    assert "classes are ['bad', 'good'], but the source head's are ['good', 'fair', 'bad']" in capsys.readouterr().err
     more = ["--soft.source_label_map", "by_name", "--output_dir", str(tmp_path / "b")]
     assert main(["train", *where, *source, *more]) == 0
 
@@ -224,7 +224,7 @@ def test_source_models_in_a_file(files, tmp_path):
         ("resnet,nothing", "", "nothing"),
         ("resnet,mobilenet", "--amcf.metric f2", "metric='f2' is unknown"),
         ("resnet,mobilenet", "--strategy bss", "bss needs the layers and the head of a single network"),
-        ("resnet,mobilenet", "--strategy soft --soft.source head", "soft goes by the layers and the head"),
+        ("resnet,mobilenet", "--strategy soft --soft.source head", "soft needs the layers and the head"),
     ],
 )
 def test_several_models_refused(sources, flags, message, files, tmp_path, capsys):
@@ -530,7 +530,7 @@ def test_blocks_lists_candidates_from_the_output_end(files, monkeypatch, capsys)
     assert [line.split()[0] for line in lines[4:9]] == ["stage3", "stage2", "stage1", "stage0", "stem"]
     assert lines[4].split()[1:3] == ["Q4", "39-51"] and "conv_1x1" in lines[4]
     assert lines[7].endswith("mobilenet_v2.layer.{0, 1}")
-    assert "no search  stage3, the last of the fourth quarter" in printed and "momentum" not in printed
+    assert "without search  stage3, the last of the fourth quarter" in printed and "momentum" not in printed
     total = sum(p.numel() for p in tiny_mobilenet_v2().parameters())
     size = sum(p.numel() for p in tiny_mobilenet_v2().mobilenet_v2.layer[:2].parameters())
     assert f"stage0     Q1       3-8     {size:,}" in printed and f"{size / total:.1%}" in printed
@@ -554,11 +554,11 @@ def test_blocks_lists_windows(files, capsys):
     [
         (
             "--scheme stages",
-            "--scheme stages is unknown. Choose one of layer, top_layers, segment, window, stage, block.",
+            "--scheme stages is unknown. There are: layer, top_layers, segment, window, stage, block.",
         ),
         ("--scheme top_layers", "needs that search's ranking"),
         ("--scheme window --length 9", "length=9 must be between 1 and 8, the number of layers"),
-        ("--scheme window --length 0", "length=0 does not fit"),
+        ("--scheme window --length 0", "length=0 must be between 1 and 8"),
         ("--scheme window --length x", "invalid int value: 'x'"),
         ("--scheme layer --length 2", "--length is the number of layers of a window: add --scheme window"),
         ("--length 2", "add --scheme window"),

@@ -113,7 +113,7 @@ def test_two_workers_share_the_trainings(files, tmp_path):
         (["--l2_sp.alpha", "-1"], "L2SPConfig.alpha=-1"),
         (["--model", ""], "--model is missing"),
         (["--learning_rate", "0.1"], "learning_rate=0.1 cannot be set: the comparison itself sets"),
-        (["--hours", "0"], "hours=0.0"),
+        (["--hours", "0"], "hours must be positive, got 0.0"),
         (["--trails", "3"], "Did you mean 'trials'?"),
         (["--labelled", "1"], "labelled=1"),
         (["--report", "nowhere"], "there is no results.json"),

@@ -299,7 +299,7 @@ def test_bad_statistics_are_refused_before_anything_changes():
         ({last: BatchNormStatistics(mean[:2], var)}, r"a mean of shape \(2,\) does not match \(16,\)"),
         ({last: BatchNormStatistics(mean, var[:1])}, r"a var of shape \(1,\) does not match"),
         ({last: BatchNormStatistics(mean * torch.nan, var)}, "must be finite"),
-        ({last: BatchNormStatistics(mean, -var)}, "not negative"),
+        ({last: BatchNormStatistics(mean, -var)}, "non-negative"),
         ({last: BatchNormStatistics(mean, var + 1e300)}, "must be finite.*float32"),
     ):
         with pytest.raises(OptionError, match=message):
