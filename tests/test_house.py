@@ -48,7 +48,6 @@ OPTIONAL = {
     "mlxtend",
     "optuna",
     "pandas",  # with mlxtend
-    "rich",
     "sqlalchemy",  # with optuna
 }
 

@@ -14,7 +14,6 @@ CONFIGS = {kind.__name__ for name, kind in strategies().items() if name in METHO
 ALLOWED = {
     "strategies": "where they live",
     "__init__.py": "the public face",
-    "cli/demo": "shows six of them",
     "cli/search_blocks.py": "the command of one method",
     "cli/blocks.py": "shows what that command's search would try",
     "core/config.py": "BASELINE, what comparisons are made against",

@@ -20,7 +20,7 @@ COMMANDS = {
     "search-blocks": ("search_blocks", "find the block that is worth training, and plot the score over the depth"),
     "advise": ("advise", "which strategies to try first on your data: cheap signals, an order with reasons"),
     "compare": ("compare", "which strategy for my data: equal tuning budgets, one report"),
-    "demo": ("demo.command", "compare six strategies on real images, in a few minutes and without a GPU"),
+    "demo": ("demo", "compare six strategies on real images, in a few minutes and without a GPU"),
 }
 HELP = """hf-ft: fine-tuning strategies for Hugging Face models.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.advice import Advice, Reason, advise
@@ -19,13 +18,13 @@ from hf_ft.advice.signals import explained
 from hf_ft.cli.console import Parser, is_main, refusals, say, table, with_flags
 from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags
 from hf_ft.cli.logs import quieten
-from hf_ft.cli.models import load_classifier
-from hf_ft.cli.prepare import read_splits, readable_images, token_length
+from hf_ft.cli.prepare import read_data
 from hf_ft.cli.request import Request, read
 from hf_ft.cli.train import check_request
 from hf_ft.core.compose import shared_option
-from hf_ft.data.columns import Columns, find_columns
-from hf_ft.data.prepare import collate, prepare
+from hf_ft.data.classifier import load_classifier
+from hf_ft.data.columns import Columns
+from hf_ft.data.task import process
 from hf_ft.errors import OptionError
 from hf_ft.models.source_head import has_source_head
 from hf_ft.zoo.datasets import DATA_NOTICES
@@ -124,11 +123,9 @@ def _check(request: Request) -> None:
 
 def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
     """Load model and data as in ``hf-ft train``, and measure them."""
-    flags = request.data
-    with args.main_process_first(desc="reading the data"):
-        splits = read_splits(flags)
-    columns = find_columns(splits, flags.image_column, flags.text_column, flags.label_column)
-    splits = readable_images(DatasetDict({"train": splits["train"]}), columns, flags.on_corrupt)
+    reading = args.main_process_first(desc="reading the data")
+    data = read_data(replace(request.data, source_dataset=None), reading=reading, splits=["train"])
+    columns = data.columns
     if columns.problem_type != "single_label_classification":
         raise OptionError(
             f"column {columns.label!r} is read as {columns.problem_type.replace('_', ' ')}: advise needs one class per "
@@ -137,13 +134,13 @@ def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
     with refusals():
         model, processor = _load(request, columns, args.seed)
     with args.main_process_first(desc="preparing the data"):
-        ready = prepare(splits, processor, columns, "none", token_length(flags, model, processor))
+        processed = process(data, model, processor)
     return advise(
         model.to(args.device),
-        ready["train"],
-        collate(processor),
+        processed.splits["train"],
+        processed.collate,
         source_head=has_source_head(model),
-        source_data=flags.source_dataset is not None,
+        source_data=request.data.source_dataset is not None,
         members=members,
         seed=args.seed,
         head=shared_option(request.configs, "head"),

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal
 
+from datasets import DatasetDict
 from transformers import TrainingArguments
 
-from hf_ft.cli.compare_help import compare_help
+from hf_ft.advice import Advice
 from hf_ft.cli.console import count, is_main, refusals, say, table
 from hf_ft.cli.flags import DataFlags
+from hf_ft.cli.help import compare_help
 from hf_ft.cli.logs import quieten
-from hf_ft.cli.models import usage
-from hf_ft.cli.prepare import read_splits
+from hf_ft.cli.prepare import notices, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
-from hf_ft.comparison.prepare import prepare_comparison
+from hf_ft.comparison.prepare import Prepared, prepare_comparison
 from hf_ft.comparison.report import write_report
+from hf_ft.comparison.report.sections.ranking import BEST_FOLDER, usage
 from hf_ft.comparison.settings import setting
 from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
-from hf_ft.data.columns import find_columns
-from hf_ft.data.images import check_images
-from hf_ft.data.load import load_split
 from hf_ft.errors import OptionError
-from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
+from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 
 DEFAULT_FOLDER = "runs/compare"
@@ -52,8 +52,12 @@ class CompareFlags:
 KINDS = (DataFlags, CompareFlags, Settings, TrainingArguments)
 
 
-def run_compare(arguments: list[str]) -> None:
-    """Run the comparison, print the ranking, and show how to load the winner."""
+def run_compare(arguments: list[str], example: str | None = None) -> None:
+    """Run the comparison, print the ranking, and show how to load the winner.
+
+    Args:
+        example: save the first test image under this name in the output folder, and show how to classify it.
+    """
     if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
         say(compare_help(CompareFlags, everything="--help-all" in arguments))
         return
@@ -64,15 +68,33 @@ def run_compare(arguments: list[str]) -> None:
         return
     become_worker()
     quieten()
+    prepared = _prepare(values, flags)
+    _announce(str(values["model"]), prepared)
+    advice = _advised(prepared) if flags.advise else None
+    if is_main():
+        say(prepared.estimate() + "\n")
+    prepared.runner.run()
+    if is_main():  # results are identical on all workers
+        results, folder = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice), prepared.runner.folder
+        if example is not None:
+            first = prepared.data.splits["test"].with_format(None)[0]
+            first[prepared.data.columns.inputs[0]].save(folder / example)
+        show(results, folder, example)
+        if not results.winner and prepared.runner.settings.hours is None:
+            raise OptionError(f"no strategy finished; {folder}/report.md says why.")
+
+
+def _prepare(values: Mapping[str, Any], flags: CompareFlags) -> Prepared:
+    """Check all flags, then read the data and prepare the comparison."""
     data_flags = DataFlags(**taken(values, DataFlags))
     settings = Settings(**taken(values, Settings))
     given = taken(values, TrainingArguments)
     folder = Path(str(given.pop("output_dir", None) or DEFAULT_FOLDER))
     chosen = _chosen(flags.strategies, values)
     _check(data_flags, folder, settings)
-    data = read_data(data_flags, flags)
+    data = comparison_data(data_flags, flags)
     with refusals():
-        prepared = prepare_comparison(
+        return prepare_comparison(
             str(data_flags.model),
             data,
             chosen,
@@ -85,19 +107,9 @@ def run_compare(arguments: list[str]) -> None:
             tell=say,
             **given,
         )
-    _announce(data_flags, data, settings, prepared)
-    advice = _advised(prepared) if flags.advise else None
-    if is_main():
-        say(prepared.estimate() + "\n")
-    prepared.runner.run()
-    if is_main():  # results are identical on all workers
-        results = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice)
-        show(results, folder)
-        if not results.winner and settings.hours is None:
-            raise OptionError(f"no strategy finished; {folder}/report.md says why.")
 
 
-def _advised(prepared: Any) -> Any:
+def _advised(prepared: Prepared) -> Advice | None:
     try:
         advice = prepared.advised()
     except OptionError as error:
@@ -127,60 +139,47 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
     settings.check()
 
 
-def read_data(flags: DataFlags, more: CompareFlags) -> Data:
-    """Read the splits, create missing ones, and check that all images can be opened."""
-    splits = read_splits(flags, test_fraction=more.test_fraction, labelled=more.labelled)
-    columns = find_columns(splits, flags.image_column, flags.text_column, flags.label_column)
-    notes = []
-    if more.ood_dataset is not None:
-        splits["ood"] = other_distribution(more.ood_dataset, more.ood_split, columns)
-        notes.append(f"out of distribution: {more.ood_dataset}, {len(splits['ood']):,} samples")
-    skipped: dict[str, int] = {}
-    if columns.task == "image":
-        splits, unreadable = check_images(splits, columns, "skip" if flags.on_corrupt == "skip" else "refuse")
-        skipped = {name: len(rows) for name, rows in unreadable.items() if rows}
-    source = columns_of_source = None
-    if flags.source_dataset is not None:
-        source = load_split(flags.source_dataset, flags.source_split)
-        columns_of_source = find_columns(source)
-    names = (flags.dataset, flags.source_dataset, more.ood_dataset)
-    notes.append("validation and test rows are what the data set has, or were set aside from its training rows")
-    return Data(
-        splits,
-        columns,
-        name=str(flags.dataset),
-        augment=flags.augment or "none",
-        max_length=flags.max_length,
-        source=source,
-        source_columns=columns_of_source,
-        skipped=skipped,
-        notices=tuple(DATA_NOTICES[name] for name in dict.fromkeys(names) if name in DATA_NOTICES),
-        notes=tuple(notes),
+def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:
+    """The data given by the flags, with the second test set."""
+    data = read_data(flags, test_fraction=more.test_fraction, labelled=more.labelled)
+    notes = ["validation and test rows are what the data set has, or were set aside from its training rows"]
+    if more.ood_dataset is None:
+        return replace(data, notes=tuple(notes))
+    other = DatasetDict({"ood": other_distribution(more.ood_dataset, more.ood_split, data.columns)})
+    other, skipped = readable(other, data.columns, flags.on_corrupt)
+    return replace(
+        data,
+        splits=DatasetDict({**data.splits, **other}),
+        skipped={**data.skipped, **skipped},
+        notices=notices(flags.dataset, flags.source_dataset, more.ood_dataset),
+        notes=(f"out of distribution: {more.ood_dataset}, {len(other['ood']):,} samples", *notes),
     )
 
 
-def _announce(flags: DataFlags, data: Data, settings: Settings, prepared: Any) -> None:
+def _announce(model: str, prepared: Prepared) -> None:
+    data, settings = prepared.data, prepared.runner.settings
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
-    arguments = prepared.runner.recipe.arguments
+    arguments = prepared.runner.common.arguments
     optimizer = " ".join(str(arguments[name]) for name in ("optim", "optim_args") if arguments.get(name))
     rows = [
-        ("model", f"{flags.model}, {count(prepared.parameters)} parameters"),
-        ("data", f"{flags.dataset}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),
+        ("model", f"{model}, {count(prepared.parameters)} parameters"),
+        ("data", f"{data.name}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),
         ("strategies", ", ".join(entrant.name for entrant in prepared.runner.ledger.entrants)),
         (
             "budget",
-            f"each as much tuning as {settings.trials} trainings of full fine-tuning cost, then {settings.seeds} runs",
+            (f"tuning worth {settings.trials} runs of full fine-tuning each" if settings.trials else "no tuning")
+            + f", then {settings.seeds} final run{'s' if settings.seeds > 1 else ''}",
         ),
         ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
-        ("chosen by", f"{prepared.runner.recipe.metric} on validation; test is scored in the final runs only"),
+        ("chosen by", f"{prepared.runner.common.metric} on validation; test is scored in the final runs only"),
     ]
     rows += [("skipped", f"{number} images of {name} that cannot be read") for name, number in data.skipped.items()]
     rows += [("notice", notice) for notice in data.notices]
     say(f"{table(rows)}\n")
 
 
-def show(results: Results, folder: Path) -> None:
-    """Print the ranking and the locations of all files."""
+def show(results: Results, folder: Path, example: str | None = None) -> None:
+    """Print the ranking, the locations of all files, and how to classify an example in the folder."""
     rows = []
     for standing in standings(results):
         contender = standing.contender
@@ -209,7 +208,8 @@ def show(results: Results, folder: Path) -> None:
         say(f"note: {contender.name}: {', '.join(contender.on_edge)} lies on the edge of its range", error=True)
     say(f"\nIn {folder}: report.html, report.md, results.json" + (", best/ (the winner)." if results.winner else "."))
     if results.winner:
-        say(f"\n{usage(folder / 'best', str(results.data['task']))}")
+        shown = None if example is None else folder / example
+        say(f"\n{indent(usage(results, folder / BEST_FOLDER, shown), '  ')}")
 
 
 def _spread(found: Any) -> str:

@@ -1,7 +1,8 @@
-"""The help of ``hf-ft train``, generated from the declarations of its flags."""
+"""The help of ``hf-ft train`` and ``hf-ft compare``, generated from the declarations of their flags."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
@@ -9,9 +10,11 @@ from transformers import TrainingArguments
 
 from hf_ft.cli.console import table
 from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
+from hf_ft.comparison.settings import DEFAULTS as COMPARE_DEFAULTS
+from hf_ft.comparison.settings import Settings
 from hf_ft.core.config import strategies
 
-_HEAD = """hf-ft train: fine-tune an image or text classifier with a strategy.
+_TRAIN = """hf-ft train: fine-tune an image or text classifier with a strategy.
 
 usage: hf-ft train --model MODEL --dataset DATA [--strategy NAME ...] [flags]
        hf-ft train CONFIG.yaml [flags]                 (flags win over the file)
@@ -30,7 +33,7 @@ the same as a file:
 """
 
 # The most important training flags, with simpler descriptions.
-_FIRST = {
+_TRAIN_FIRST = {
     "output_dir": "where checkpoints and, at the end, the best model go",
     "num_train_epochs": "passes over the training data, all stages of a strategy together",
     "learning_rate": "the backbone's; by default what the strategy recommends",
@@ -43,46 +46,111 @@ _FIRST = {
     "push_to_hub": "upload the model to the Hub (see also --hub_model_id)",
 }
 
-_TAIL = """What the strategies recommend (`hf-ft describe NAME`) is used for every flag that you do not set.
+_TRAIN_TAIL = """What the strategies recommend (`hf-ft describe NAME`) is used for every flag that you do not set.
 Validation runs after each epoch, the best epoch's model (by accuracy, else the first of --metrics, else the loss) is
 loaded at the end and saved, and a test split, where there is one, is scored once with it.
 --config CONFIG.yaml names the file too. --help-all shows every flag of TrainingArguments. --traceback shows where an
 error came from."""
 
+_COMPARE = """hf-ft compare: which strategy for my model and data?
+
+usage: hf-ft compare --model MODEL --dataset DATA [--strategies NAME,NAME] [flags]
+       accelerate launch --multi_gpu --num_processes N -m hf_ft compare ...   (N workers share the trainings)
+
+Every strategy gets the same tuning budget: as much computing as so many trainings of full fine-tuning take, the
+strategy's own search included. Learning rates and a few declared options are tuned on validation data; then the best
+setting trains anew with several seeds, and only these runs look at the test data. A comparison that was interrupted
+goes on when the same command is given again.
+
+example:
+  hf-ft compare --model microsoft/resnet-18 --dataset my_photos/ --strategies linear_probe,lp_ft,l2_sp,lp_ft+l2_sp \\
+      --trials 8 --seeds 5 --num_train_epochs 20 --output_dir runs/photos
+  hf-ft compare --model microsoft/resnet-18 --dataset my_photos/ --advise True --hours 2
+"""
+
+_COMPARE_FIRST = (
+    "output_dir",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "optim",
+    "lr_scheduler_type",
+    "bf16",
+)
+_COMPARE_WORDS = {
+    "augment": "none or basic: mirror and shift training images (default: none: what is frozen is computed once)",
+    "output_dir": "where results, report and winner go (default: runs/compare)",
+}
+
+_COMPARE_TAIL = """\
+Written to --output_dir (default: runs/compare): report.html, report.md, results.json (every run), best/ (the winner,
+a plain Transformers checkpoint whose card holds the comparison), compare.db (an Optuna study).
+An option that you set (--NAME.option) is not tuned. What is fair and what is not: docs/compare.md."""
+
 
 def train_help(everything: bool) -> str:
-    """The help text; ``everything`` adds all flags of TrainingArguments."""
-    names = ", ".join(strategies())
+    """The help text of ``hf-ft train``; ``everything`` adds all flags of TrainingArguments."""
+    known = {f.name: f for f in fields(TrainingArguments) if f.init}
+    first = [known.pop(name) for name in _TRAIN_FIRST]
     sections = [
-        _HEAD,
+        _TRAIN,
         "model and data",
         _flags(fields(DataFlags)),
         "\nstrategy and scores",
         _flags(fields(MethodFlags)),
-        table([(f"  {'--NAME.option':<30}", f"an option of a strategy, see `hf-ft describe NAME`; names: {names}")]),
+        _options("an option of a strategy, see `hf-ft describe NAME`"),
         "\ntraining (flags of TrainingArguments" + ("" if everything else "; --help-all shows all of them") + ")",
-        _flags(sorted((f for f in fields(TrainingArguments) if f.name in _FIRST), key=_rank)),
+        _flags(first, _TRAIN_FIRST, DEFAULTS | {"learning_rate": None}),
     ]
-    others = [f for f in fields(TrainingArguments) if f.init and f.name not in _FIRST]
     if everything:
-        sections += ["\nmore of TrainingArguments", _flags(others)]
+        sections += ["\nmore of TrainingArguments", _flags(known.values(), defaults=DEFAULTS)]
     else:
-        shown = [f"{name} {value}" for name, value in DEFAULTS.items() if name not in _FIRST]
+        shown = [f"{name} {value}" for name, value in DEFAULTS.items() if name not in _TRAIN_FIRST]
         sections += ["\nother defaults of this command", table([("  ", ", ".join(shown))])]
-    return "\n".join([*sections, "", _TAIL])
+    return "\n".join([*sections, "", _TRAIN_TAIL])
 
 
-def _rank(flag: Field) -> int:
-    return list(_FIRST).index(flag.name)
+def compare_help(own: type, everything: bool) -> str:
+    """The help text of ``hf-ft compare``; ``everything`` adds all flags of TrainingArguments.
+
+    Args:
+        own: the dataclass of the command's own flags.
+    """
+    training = [f for f in fields(TrainingArguments) if f.init and (everything or f.name in _COMPARE_FIRST)]
+    sections = [
+        _COMPARE,
+        "what takes part",
+        _flags(fields(own)),
+        _options("an option of a strategy"),
+        "\nbudget",
+        _flags(fields(Settings)),
+        "\nmodel and data",
+        _flags(fields(DataFlags), _COMPARE_WORDS),
+        "\ntraining, the same for all (flags of TrainingArguments" + (")" if everything else "; --help-all shows all)"),
+        _flags(training, _COMPARE_WORDS, COMPARE_DEFAULTS),
+    ]
+    return "\n".join([*sections, "", _COMPARE_TAIL])
 
 
-def _flags(flags: Any) -> str:
-    return "\n".join(table([(f"  {'--' + flag.name:<30}", _help(flag))]) for flag in flags)
+def _options(what: str) -> str:
+    return table([(f"  {'--NAME.option':<30}", f"{what}; names: {', '.join(strategies())}")])
 
 
-def _help(flag: Field) -> str:
-    text = _FIRST.get(flag.name) or " ".join(str(flag.metadata.get("help", "")).split())
-    default = DEFAULTS.get(flag.name, flag.default)
+def _flags(
+    flags: Iterable[Field], words: Mapping[str, str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> str:
+    """A line for each flag.
+
+    Args:
+        words: descriptions in place of those declared with the flags.
+        defaults: defaults of the command in place of the declared ones.
+    """
+    rows = [(f"  {'--' + flag.name:<30}", _help(flag, words or {}, defaults or {})) for flag in flags]
+    return "\n".join(table([row]) for row in rows)
+
+
+def _help(flag: Field, words: Mapping[str, str], defaults: Mapping[str, Any]) -> str:
+    text = words.get(flag.name) or " ".join(str(flag.metadata.get("help", "")).split())
+    default = defaults.get(flag.name, flag.default)
     default = getattr(default, "value", default)  # for enumerations
-    silent = default in (None, MISSING, "") or (flag.name == "learning_rate")
-    return text if silent or "default" in text else f"{text} (default: {default})"
+    silent = any(default is nothing for nothing in (None, MISSING, "", False)) or "default" in text
+    return text if silent else f"{text} (default: {default})"

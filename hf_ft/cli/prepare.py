@@ -1,38 +1,40 @@
-"""Builds model, data and processor from the flags."""
+"""Builds data, model, processor and trainer from the flags."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.cli.console import refusals
 from hf_ft.cli.flags import CHECKED_UNASKED, DataFlags
 from hf_ft.cli.logs import quieten
-from hf_ft.cli.models import load_classifier, load_ensemble
 from hf_ft.cli.request import Request
 from hf_ft.core.compose import shared_option
 from hf_ft.core.context import FrozenCache
+from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
 from hf_ft.data.load import load_split, load_splits
-from hf_ft.data.prepare import collate, prepare, usual_length
+from hf_ft.data.task import Data, process
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.trainer.trainer import FTTrainer
+from hf_ft.zoo.datasets import DATA_NOTICES
 
 
 @dataclass(frozen=True)
 class Made:
-    """The objects built for a request: the trainer, the prepared splits, and the columns of the data."""
+    """The objects built for a request: the trainer, the data, and the splits processed for the model."""
 
     trainer: FTTrainer
-    splits: DatasetDict
-    columns: Columns
-    augment: str
+    data: Data
+    splits: dict[str, Any]
 
 
 def make(request: Request) -> Made:
@@ -40,19 +42,12 @@ def make(request: Request) -> Made:
     quieten()
     with refusals():
         args = TrainingArguments(**request.training_arguments())
-    with args.main_process_first(desc="reading the data"):
-        splits = read_splits(request.data)
-    columns = find_columns(splits, request.data.image_column, request.data.text_column, request.data.label_column)
-    splits = readable_images(splits, columns, request.data.on_corrupt)
-    augment = _augmentation(request.data.augment, columns)
+    data = read_data(request.data, reading=args.main_process_first(desc="reading the data"), augment_images=True)
     with refusals():
-        model, processor = _load(request, columns, args.seed)
-    length = token_length(request.data, model, processor)
+        model, processor = _load(request, data.columns, args.seed)
     with args.main_process_first(desc="preparing the data"):
-        ready = prepare(splits, processor, columns, augment, length)
-        plain = ready if augment == "none" else prepare(splits, processor, columns, "none", length)
-        source = _source(request.data, processor, columns, augment, length)
-    _settle(args, request, columns)
+        processed = process(data, model, processor)
+    _settle(args, request, data.columns)
     method = request.method
     cache = FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb)
     with refusals():
@@ -63,15 +58,107 @@ def make(request: Request) -> Made:
             class_weights=None if method.class_weights == "none" else method.class_weights,
             overwrite=method.overwrite,
             frozen_cache=cache,
-            plain_train_dataset=plain["train"],
-            source_dataset=source,
-            train_dataset=ready["train"],
-            eval_dataset=ready["validation"],
-            data_collator=collate(processor),
+            plain_train_dataset=processed.plain,
+            source_dataset=processed.source,
+            train_dataset=processed.splits["train"],
+            eval_dataset=processed.splits["validation"],
+            data_collator=processed.collate,
             processing_class=processor,
             compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
         )
-    return Made(trainer, ready, columns, augment)
+    return Made(trainer, data, processed.splits)
+
+
+def read_data(
+    flags: DataFlags,
+    *,
+    reading: AbstractContextManager[Any] | None = None,
+    splits: Collection[str] | None = None,
+    augment_images: bool = False,
+    **more: Any,
+) -> Data:
+    """The data given by the flags: splits made, columns found, images checked.
+
+    Args:
+        reading: context in which files are read, such as one that lets the main process go first.
+        splits: the splits to keep; by default all.
+        augment_images: whether training images are augmented by default.
+        more: passed to :func:`~hf_ft.data.load_splits`.
+
+    Raises:
+        OptionError: if flags do not fit the data, or the source data do not fit the target data.
+        DataError: if data cannot be read, or there are unreadable images that may not be skipped.
+    """
+    with reading or nullcontext():
+        rows = _read_splits(flags, **more)
+        source = None if flags.source_dataset is None else load_split(flags.source_dataset, flags.source_split)
+    columns = find_columns(rows, flags.image_column, flags.text_column, flags.label_column)
+    if splits is not None:
+        rows = DatasetDict({name: rows[name] for name in splits})
+    rows, skipped = readable(rows, columns, flags.on_corrupt)
+    source, source_columns = (None, None) if source is None else _source(source, flags, columns)
+    return Data(
+        rows,
+        columns,
+        name=str(flags.dataset),
+        augment=_augmentation(flags.augment, columns, augment_images),
+        max_length=flags.max_length,
+        source=source,
+        source_columns=source_columns,
+        skipped=skipped,
+        notices=notices(flags.dataset, flags.source_dataset),
+    )
+
+
+def notices(*names: str | None) -> tuple[str, ...]:
+    """The notices of the data sets, by short name; those without one have none."""
+    return tuple(DATA_NOTICES[name] for name in dict.fromkeys(names) if name in DATA_NOTICES)
+
+
+def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
+    return load_splits(
+        str(flags.dataset),
+        config_name=flags.config_name,
+        train_split=flags.train_split,
+        validation_split=flags.validation_split,
+        test_split=flags.test_split,
+        validation_fraction=flags.validation_fraction,
+        max_train_samples=flags.max_train_samples,
+        label_column=flags.label_column,
+        seed=flags.split_seed,
+        **more,
+    )
+
+
+def readable(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> tuple[DatasetDict, dict[str, int]]:
+    """The splits without unreadable images, and how many were skipped by split; large data are checked only if asked.
+
+    Raises:
+        DataError: if there are unreadable images that may not be skipped.
+    """
+    if on_corrupt is None and sum(map(len, splits.values())) > CHECKED_UNASKED:
+        return splits, {}
+    kept, unreadable = check_images(splits, columns, "skip" if on_corrupt == "skip" else "refuse")
+    return kept, {name: len(images) for name, images in unreadable.items() if images}
+
+
+def _source(rows: Dataset, flags: DataFlags, target: Columns) -> tuple[Dataset, Columns]:
+    """The readable source data and their columns.
+
+    Raises:
+        OptionError: if they are of another kind than the target data.
+    """
+    splits = DatasetDict({"train": rows})
+    columns = find_columns(splits)
+    if columns.task != target.task:
+        raise OptionError(f"--source_dataset {flags.source_dataset} holds {columns.task}, --dataset {target.task}.")
+    return readable(splits, columns, flags.on_corrupt)[0]["train"], columns
+
+
+def _augmentation(wanted: str | None, columns: Columns, augment_images: bool) -> str:
+    if columns.task == "text" and wanted not in (None, "none"):
+        raise OptionError(f"--augment {wanted} changes images, and these data are text: use none.")
+    return wanted or ("basic" if columns.task == "image" and augment_images else "none")
 
 
 def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
@@ -87,58 +174,6 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
         keep_source_head=any(config.needs().source_head for config in request.configs),
         head=shared_option(request.configs, "head"),
     )
-
-
-def read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
-    """The splits given by the flags; ``more`` is passed to :func:`~hf_ft.data.load_splits`."""
-    return load_splits(
-        str(flags.dataset),
-        config_name=flags.config_name,
-        train_split=flags.train_split,
-        validation_split=flags.validation_split,
-        test_split=flags.test_split,
-        validation_fraction=flags.validation_fraction,
-        max_train_samples=flags.max_train_samples,
-        label_column=flags.label_column,
-        seed=flags.split_seed,
-        **more,
-    )
-
-
-def readable_images(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> DatasetDict:
-    """The splits without unreadable images, if images are checked at all.
-
-    Raises:
-        OptionError: if there are unreadable images that may not be skipped.
-    """
-    if on_corrupt is None and sum(map(len, splits.values())) > CHECKED_UNASKED:
-        return splits
-    return check_images(splits, columns, "skip" if on_corrupt == "skip" else "refuse")[0]
-
-
-def _source(flags: DataFlags, processor: Any, target: Columns, augment: str, length: int | None) -> Any:
-    """The source data, processed like the target data.
-
-    Raises:
-        OptionError: if they are of another kind than the target data.
-    """
-    if flags.source_dataset is None:
-        return None
-    rows = DatasetDict({"train": load_split(flags.source_dataset, flags.source_split)})
-    columns = find_columns(rows)
-    if columns.task != target.task:
-        raise OptionError(f"--source_dataset {flags.source_dataset} holds {columns.task}, --dataset {target.task}.")
-    return prepare(readable_images(rows, columns, flags.on_corrupt), processor, columns, augment, length)["train"]
-
-
-def _augmentation(wanted: str | None, columns: Columns) -> str:
-    if columns.task == "text" and wanted not in (None, "none"):
-        raise OptionError(f"--augment {wanted} changes images, and these data are text: use none.")
-    return wanted or ("basic" if columns.task == "image" else "none")
-
-
-def token_length(flags: DataFlags, model: Any, processor: Any) -> int | None:
-    return flags.max_length or usual_length(model, processor)
 
 
 def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None:

@@ -124,6 +124,12 @@ def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train
     return values
 
 
+def with_defaults(arguments: Sequence[str], defaults: Mapping[str, str]) -> list[str]:
+    """The command line with a flag for each default that it does not set."""
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    return [*(f"--{name}={value}" for name, value in defaults.items() if name not in given), *arguments]
+
+
 def taken(values: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """The values that are fields of a dataclass."""
     return {f.name: values[f.name] for f in fields(kind) if f.init and f.name in values}

@@ -9,12 +9,13 @@ import torch
 from hf_ft.cli.console import say, table
 from hf_ft.cli.findings import show_findings
 from hf_ft.cli.prepare import make
-from hf_ft.cli.request import read
+from hf_ft.cli.request import read, with_defaults
 from hf_ft.core.config import config_class
 from hf_ft.core.context import State
 from hf_ft.core.options import options
 from hf_ft.errors import OptionError
 
+DEFAULTS = {"output_dir": "runs/blocks", "augment": "none"}
 HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
 
 usage: hf-ft search-blocks --model MODEL --dataset DATA [--scheme SCHEME ...] [flags of hf-ft train]
@@ -44,7 +45,9 @@ def run_search_blocks(arguments: list[str]) -> None:
         say(HELP.format(flags=table(rows, indent="  ")))
         return
     names = {field.name for field in own}
-    request = read(["--strategy", "blockwise", *(_prefixed(word, names) for word in _with_defaults(arguments))])
+    request = read(
+        ["--strategy", "blockwise", *(_prefixed(word, names) for word in with_defaults(arguments, DEFAULTS))]
+    )
     for name in ("model", "dataset"):
         if not getattr(request.data, name):
             raise OptionError(f"--{name} is missing: a Hub id, a folder or file, or a short name.")
@@ -56,15 +59,6 @@ def run_search_blocks(arguments: list[str]) -> None:
     show_findings(config.findings(State(info={"scores": scores.to_dict()})), request.output_dir)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _with_defaults(arguments: list[str]) -> list[str]:
-    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
-    extra = [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
-    return [*arguments, *extra]
-
-
-DEFAULTS = {"output_dir": "runs/blocks", "augment": "none"}
 
 
 def _prefixed(word: str, names: set[str]) -> str:

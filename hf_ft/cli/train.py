@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import indent
 from typing import Any, get_args
 
 import torch
@@ -12,15 +13,17 @@ from hf_ft.cli.console import count, say, table
 from hf_ft.cli.findings import show_findings
 from hf_ft.cli.flags import SOURCES_FLAGS
 from hf_ft.cli.help import train_help
-from hf_ft.cli.models import adapter_usage, ensemble_usage, usage
+from hf_ft.cli.models import adapter_usage
 from hf_ft.cli.prepare import Made, make
 from hf_ft.cli.request import Request, read
 from hf_ft.core.config import strategies
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
+from hf_ft.documents.usage import pipeline_usage
 from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
-from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
+from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 
 
@@ -71,7 +74,7 @@ def check_request(request: Request) -> None:
 
 
 def _announce(request: Request, made: Made) -> None:
-    trainer, columns, augment = made.trainer, made.columns, made.augment
+    trainer, columns = made.trainer, made.data.columns
     args = trainer.args
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
     classes = f"{columns.num_labels} classes" if columns.names else "regression"
@@ -82,7 +85,7 @@ def _announce(request: Request, made: Made) -> None:
     named = request.data.model or " + ".join(request.sources)
     rows = [
         ("model", f"{named}, {count(sum(p.numel() for p in trainer.model.parameters()))} parameters"),
-        ("data", f"{request.data.dataset}: {sizes}; {classes}; augmentation: {augment}"),
+        ("data", f"{request.data.dataset}: {sizes}; {classes}; augmentation: {made.data.augment}"),
         ("strategy", " + ".join(map(_shown, request.configs))),
         ("training", f"{length}, batches of {args.per_device_train_batch_size}, {processes}"),
     ]
@@ -91,9 +94,7 @@ def _announce(request: Request, made: Made) -> None:
     taken = ", ".join(f"{name}={wanted.value} ({wanted.source})" for name, wanted in request.recommended.items())
     if taken:
         rows.append(("", f"recommended by {', '.join(c.ft_type for c in request.configs)}: {taken}"))
-    for name in dict.fromkeys((request.data.dataset, request.data.source_dataset)):
-        if name in DATA_NOTICES:
-            rows.append(("notice", DATA_NOTICES[name]))
+    rows += [("notice", notice) for notice in made.data.notices]
     say(f"{table(rows)}\n")
 
 
@@ -106,7 +107,7 @@ def _shown(config: Any) -> str:
 
 def _finish(made: Made) -> None:
     """Evaluate and save the model, and show how to load it."""
-    trainer, ready, columns = made.trainer, made.splits, made.columns
+    trainer, ready, columns = made.trainer, made.splits, made.data.columns
     metrics = trainer.evaluate()
     if "test" in ready:
         metrics |= trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
@@ -119,10 +120,9 @@ def _finish(made: Made) -> None:
     ensemble = isinstance(trainer.model, CollaborativeModel)
     what = "an ensemble, each member_* a plain checkpoint" if ensemble else "a plain Transformers checkpoint"
     say(f"saved       {folder}, {'a PEFT adapter' if adapter else what}:\n")
-    if ensemble:
-        say(ensemble_usage(folder, columns.task, trainer.processing_class))
-    else:
-        say(adapter_usage(folder) if adapter else usage(folder, columns.task))
+    several = isinstance(trainer.processing_class, CollaborativeTokenizer)
+    usage = pipeline_usage(folder, columns.task, ensemble=ensemble, tokenizers=several)
+    say(indent(adapter_usage(folder) if adapter else usage, "  "))
     found = [c.findings(trainer.states[c.ft_type]) for c in trainer.configs if c.ft_type in trainer.states]
     for findings in found:
         show_findings(findings, Path(folder))

@@ -25,12 +25,12 @@ def collect(runner: Runner, **about: Any) -> Results:
         runner: after it ran to the end, or as far as the time limit allowed.
         about: the fields of :class:`Results` unknown to the runner: title, command, model, data, labels, advice.
     """
-    ledger, recipe = runner.ledger, runner.recipe
+    ledger, common = runner.ledger, runner.common
     winner = ledger.winner()
     return Results(
-        metric=recipe.metric,
-        greater_is_better=recipe.greater_is_better,
-        settings={**runner.settings.described(), **recipe.arguments},
+        metric=common.metric,
+        greater_is_better=common.greater_is_better,
+        settings={**runner.settings.described(), **common.arguments},
         versions={"python": platform.python_version(), **versions()},
         machine=machine(),
         seconds=sum(done.seconds for done in ledger.done.values()),
@@ -45,8 +45,9 @@ def contender(ledger: Ledger, entrant: Entrant) -> Contender:
     """The results of a contender so far."""
     trials = [ledger.trial(entrant, number) for number in range(ledger.trials_of(entrant))]
     there = [trial.training for trial in trials if trial is not None]
-    runs, chosen, first = ledger.runs(entrant), ledger.chosen(entrant), trials[0]
-    status, reason = _status(trials, runs, ledger.settings.seeds)
+    runs, first = ledger.runs(entrant), ledger.first(entrant)
+    chosen = ledger.chosen(entrant) if trials else None
+    status, reason = _status(first, trials, runs, ledger.settings.seeds)
     return Contender(
         name=entrant.name,
         configs=tuple(config.to_dict() for config in entrant.configs),
@@ -67,19 +68,20 @@ def contender(ledger: Ledger, entrant: Entrant) -> Contender:
 
 def _over(ledger: Ledger, entrant: Entrant, trials: Sequence[Training]) -> list[str]:
     """Warn if the budget was exceeded: at least one trial always runs, and a search can only be shortened so far."""
-    first = ledger.trial(entrant, 0)
+    first = ledger.first(entrant)
     spent = sum(trial.compute for trial in trials) + (0.0 if first is None else first.measured_compute)
     times = spent / ledger.allowed_seconds if ledger.allowed_seconds else 0.0
     return [f"its tuning took {times:.1f} times the budget"] if times > TOLD else []
 
 
-def _status(trials: Sequence[Done | None], runs: Sequence[Training], seeds: int) -> tuple[Status, str]:
-    first = trials[0]
+def _status(
+    first: Done | None, trials: Sequence[Done | None], runs: Sequence[Training], seeds: int
+) -> tuple[Status, str]:
     if first is None:
-        return "not reached", "the time was up before its first trial"
+        return "not reached", "the time was up before its first training"
     if first.refused:
         return "cannot run", first.training.error
-    if all(trial is not None and trial.training.error for trial in trials):
+    if trials and all(trial is not None and trial.training.error for trial in trials):
         return "failed", f"every trial failed; the first: {first.training.error}"
     if len(runs) < seeds:
         return "unfinished", f"the time was up after {sum(map(bool, trials))} trials and {len(runs)} final runs"

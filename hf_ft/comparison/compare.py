@@ -14,7 +14,8 @@ from hf_ft.comparison.prepare import prepare_comparison
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.runner import Tell
 from hf_ft.comparison.settings import Settings
-from hf_ft.comparison.task import Data, Loader
+from hf_ft.comparison.task import Loader
+from hf_ft.data.task import Data
 from hf_ft.trainer.trainer import ClassWeights
 
 

@@ -165,11 +165,11 @@ def entrant(
         except OptionError as error:
             refusal = str(error)
         changed = dataclasses.replace(config, **own)
-        # Shorten the measurement, but do not skip it: its result is part of the strategy.
+        # Shorten the measurement to its share of the budget, but do not skip it: its result is part of the strategy.
         # With several source models, an epoch costs as much as one epoch for each of them.
         room = SEARCH_SHARE * settings.trials * epochs / max(1, len(config.sources()))
         try:
-            changed = changed.within(room, model) if changed.measures() else changed
+            changed = changed.within(room, model) if settings.trials and changed.measures() else changed
         except (OptionError, AnatomyError) as error:
             refusal = str(error)
         made.append(changed)

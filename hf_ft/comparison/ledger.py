@@ -65,6 +65,8 @@ class Ledger:
 
     def trials_of(self, entrant: Entrant) -> int:
         """Number of trials that fit into the budget, at least one; based on the cost of the first trial."""
+        if not self.settings.trials:
+            return 0
         first = self.trial(entrant, 0)
         if first is None or first.refused:
             return 1
@@ -76,10 +78,12 @@ class Ledger:
         return max(1, min(fitting, self.settings.trials * self.settings.most_trials))
 
     def chosen(self, entrant: Entrant) -> int | None:
-        """The trial with the best score; None while trials are missing, or if all failed.
+        """The trial with the best score; None while trials are missing, or if all failed. Without tuning: the defaults.
 
         Ties, common on small validation sets, are broken by the score over the later half of the epochs, then by order.
         """
+        if not self.settings.trials:
+            return 0
         trials = [self.trial(entrant, number) for number in range(self.trials_of(entrant))]
         if any(trial is None for trial in trials):
             return None
@@ -102,12 +106,16 @@ class Ledger:
         """A trial, if it is finished."""
         return self.done.get(self.key(entrant, "trial", number))
 
+    def first(self, entrant: Entrant) -> Done | None:
+        """Its first training, in which its strategies measure the data, if it is finished."""
+        return self.trial(entrant, 0) if self.settings.trials else self.final(entrant, 1)
+
     def final(self, entrant: Entrant, seed: int) -> Done | None:
         """A final run, if it is finished."""
         return None if self.chosen(entrant) is None else self.done.get(self.key(entrant, "run", seed))
 
     def settings_of(self, entrant: Entrant) -> list[dict[str, Any]]:
-        most = self.settings.trials * self.settings.most_trials
+        most = max(1, self.settings.trials * self.settings.most_trials)
         return entrant.settings(most, self.settings.first_rate(self.optim), self.settings.sampling_seed)
 
     def values(self, entrant: Entrant, kind: str, number: int) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, training_arguments
-from hf_ft.comparison.task import Bench, Benches, Data, Loader
-from hf_ft.comparison.training import Recipe
+from hf_ft.comparison.task import Bench, Benches, Loader
+from hf_ft.comparison.training import CommonSettings
 from hf_ft.core.compose import sources_of
 from hf_ft.core.config import FTConfig
 from hf_ft.data.columns import Columns, find_columns
+from hf_ft.data.task import Data
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.norms import batch_norms
@@ -61,9 +62,9 @@ class Prepared:
     def estimate(self) -> str:
         """Estimated duration, shown before the start; empty if the model does not compute a loss."""
         runner = self.runner
-        arguments, settings = runner.recipe.arguments, runner.settings
+        arguments, settings = runner.common.arguments, runner.settings
         try:
-            cost = measure_cost(self.bench, arguments["per_device_train_batch_size"], runner.recipe.device)
+            cost = measure_cost(self.bench, arguments["per_device_train_batch_size"], runner.common.device)
         except (TypeError, AttributeError, ValueError):
             return "no estimate: the model does not give a loss by itself"
         each = cost.training_seconds(self.bench, arguments["num_train_epochs"])
@@ -152,11 +153,11 @@ def prepare_comparison(
         if size != wanted:
             tell(f"batches of {size} in place of {wanted}: the last one of an epoch would hold one sample")
     greater = "regression" not in LOCAL_METRICS[metric].kinds
-    recipe = Recipe(values, metric, greater, class_weights, settings.distortion_samples, device)
-    entrants = _entrants(chosen, benches, settings, recipe, shown, untuned)
+    common = CommonSettings(values, metric, greater, class_weights, settings.distortion_samples, device)
+    entrants = _entrants(chosen, benches, settings, common, shown, untuned)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    runner = Runner(entrants, settings, recipe, folder, _signature(plain, given, settings, recipe), tell)
+    runner = Runner(entrants, settings, common, folder, _signature(plain, given, settings, common), tell)
     parameters = sum(p.numel() for p in shown.parameters())
     named = (Path(model).name if Path(model).is_dir() else model) if isinstance(model, str) else type(shown).__name__
     return Prepared(runner, given, plain, named, image_size, parameters)
@@ -178,7 +179,7 @@ def _entrants(
     chosen: Mapping[str, tuple[FTConfig, ...]],
     benches: Benches,
     settings: Settings,
-    recipe: Recipe,
+    common: CommonSettings,
     model: Any,
     untuned: Collection[str],
 ) -> list[Entrant]:
@@ -195,9 +196,9 @@ def _entrants(
             configs,
             bench,
             settings,
-            optim=recipe.arguments["optim"],
-            metric=recipe.metric,
-            epochs=float(recipe.arguments["num_train_epochs"]),
+            optim=common.arguments["optim"],
+            metric=common.metric,
+            epochs=float(common.arguments["num_train_epochs"]),
             model=model,
             untuned=untuned,
         )
@@ -205,15 +206,15 @@ def _entrants(
     return entrants
 
 
-def _signature(bench: Bench, data: Data, settings: Settings, recipe: Recipe) -> dict[str, Any]:
+def _signature(bench: Bench, data: Data, settings: Settings, common: CommonSettings) -> dict[str, Any]:
     """What scores depend on, apart from the strategies: trainings are only shared if all of it is equal."""
-    weights, rates = recipe.class_weights, settings.rates(recipe.arguments["optim"])
+    weights, rates = common.class_weights, settings.rates(common.arguments["optim"])
     return {
         "model and data": bench.fingerprint,
         "samples": {name: len(split) for name, split in data.splits.items()},
-        "device": recipe.device,
-        "arguments": recipe.arguments,
-        "metric": recipe.metric,
+        "device": common.device,
+        "arguments": common.arguments,
+        "metric": common.metric,
         "class_weights": weights if isinstance(weights, str | None) else list(map(float, weights)),
         "sampling_seed": settings.sampling_seed,
         "learning_rates": [rates.low, rates.high],

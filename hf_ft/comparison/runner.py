@@ -25,7 +25,7 @@ from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
-from hf_ft.comparison.training import Measured, Recipe, train, versions
+from hf_ft.comparison.training import CommonSettings, Measured, train, versions
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.search.trials import Job, Outcome, Report, run_trials
 
@@ -43,7 +43,7 @@ class Runner:
     Args:
         entrants: the contenders, full fine-tuning first.
         settings: budget and shared settings.
-        recipe: training settings of all contenders.
+        common: training settings of all contenders.
         folder: folder for results, models and states, shared by all workers.
         signature: what the scores depend on, in addition to the contenders.
         tell: called with each line of progress.
@@ -53,13 +53,13 @@ class Runner:
         self,
         entrants: Sequence[Entrant],
         settings: Settings,
-        recipe: Recipe,
+        common: CommonSettings,
         folder: Path,
         signature: Mapping[str, Any],
         tell: Tell = lambda line: None,
     ) -> None:
-        self.ledger = Ledger(entrants, settings, recipe.arguments["optim"], recipe.greater_is_better)
-        self.settings, self.recipe, self.folder = settings, recipe, folder
+        self.ledger = Ledger(entrants, settings, common.arguments["optim"], common.greater_is_better)
+        self.settings, self.common, self.folder = settings, common, folder
         self.signature, self.tell, self.kept = signature, tell, Kept(folder)
         self._deadline = math.inf if settings.hours is None else time.monotonic() + 3600 * settings.hours
 
@@ -75,23 +75,28 @@ class Runner:
             gc.unfreeze()
 
     def _run(self) -> None:
-        ledger, trials = self.ledger, range(1, self.settings.trials)
+        ledger = self.ledger
         waves = [list(ledger.entrants)]
         if self.settings.hours is not None:
             # One contender after the other, so that finished contenders can be compared when time runs out. The loop
             # then continues, but only reads finished results.
             waves = [[entrant] for entrant in ledger.entrants]
         for wave in waves:
-            self._perform([(entrant, "trial", 0) for entrant in wave])
-            if not ledger.allowed_seconds:  # the baseline's first trial failed: measure the cost with the others
-                self._perform([(ledger.entrants[0], "trial", i) for i in trials])
-            self._perform([(e, "trial", i) for e in wave for i in range(1, ledger.trials_of(e))])
+            if self.settings.trials:
+                self._tune(wave)
             seeds = range(1, self.settings.seeds + 1)
             self._perform([(e, "run", seed) for e in wave if ledger.chosen(e) is not None for seed in seeds])
 
+    def _tune(self, wave: Sequence[Entrant]) -> None:
+        ledger = self.ledger
+        self._perform([(entrant, "trial", 0) for entrant in wave])
+        if not ledger.allowed_seconds:  # the baseline's first trial failed: measure the cost with the others
+            self._perform([(ledger.entrants[0], "trial", i) for i in range(1, self.settings.trials)])
+        self._perform([(e, "trial", i) for e in wave for i in range(1, ledger.trials_of(e))])
+
     def _warm_up(self) -> None:
         """Run a few uncounted steps: the first training of a process is slower, which would distort its cost."""
-        short = dataclasses.replace(self.recipe, arguments={**self.recipe.arguments, "max_steps": 3})
+        short = dataclasses.replace(self.common, arguments={**self.common.arguments, "max_steps": 3})
         first = self.ledger.entrants[0]
         with suppress(Exception):  # errors are reported by the trainings
             train(first, self.ledger.settings_of(first)[0], TUNING_SEED, short, self.kept.work("warm-up"))
@@ -146,7 +151,7 @@ class Runner:
                 raise OptionError(entrant.refusal)
             known = None if kind == "trial" and number == 0 else self._measured(entrant)
             work = self.kept.work(f"{name}-{kind}-{number}")
-            training = train(entrant, values, seed, self.recipe, work, known, save_to, on_measured)
+            training = train(entrant, values, seed, self.common, work, known, save_to, on_measured)
             if kind == "run":
                 self.kept.keep_best(name, seed, self.ledger.score(training))
         except Exception as error:  # a failed training must not stop the comparison
@@ -171,7 +176,7 @@ class Runner:
         training = done.training
         named = ", ".join(f"{k.partition('.')[2] or 'lr'} {_short(v)}" for k, v in training.params.items())
         what = f"trial {number + 1}" if kind == "trial" else f"seed {number}"
-        score = training.error or f"{self.recipe.metric} {training.validation:.3f}"
+        score = training.error or f"{self.common.metric} {training.validation:.3f}"
         self.tell(f"[{finished}/{all_jobs}] {entrant.name} {what} ({named}): {score}, {done.seconds:.0f} s")
 
     # --- the winner ----------------------------------------------------------------------------------------
@@ -186,7 +191,7 @@ class Runner:
         with self.kept.locked():
             if not self.kept.has_model(name, run.seed):
                 work, saved = self.kept.work("winner"), self.kept.model(name, run.seed)
-                again = train(entrant, run.params, run.seed, self.recipe, work, self._measured(entrant), saved)
+                again = train(entrant, run.params, run.seed, self.common, work, self._measured(entrant), saved)
                 if again.validation != run.validation:
                     what = f"{again.validation:.3f} on validation in place of {run.validation:.3f}"
                     logger.warning(f"the winner had to be trained again, and has {what}: trainings do not repeat here.")

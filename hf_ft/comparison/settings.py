@@ -55,7 +55,11 @@ class Settings:
         OptionError: if a value is invalid, from :meth:`check`.
     """
 
-    trials: int = setting(8, "tuning budget per strategy, as the cost of this many full fine-tuning runs")
+    trials: int = setting(
+        8,
+        "tuning budget per strategy, as the cost of this many full fine-tuning runs; 0: no tuning, all run as preset "
+        "at one learning rate",
+    )
     seeds: int = setting(5, "final runs per strategy with its best settings")
     metric: str | None = setting(
         None,
@@ -84,7 +88,7 @@ class Settings:
     def check(self) -> None:
         if importlib.util.find_spec("optuna") is None:
             raise ImportError(MISSING)
-        for name, least in (("trials", 1), ("seeds", 1), ("most_trials", 1), ("distortion_samples", 0)):
+        for name, least in (("trials", 0), ("seeds", 1), ("most_trials", 1), ("distortion_samples", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
         if self.hours is not None and not (math.isfinite(self.hours) and self.hours > 0):

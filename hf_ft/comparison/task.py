@@ -4,53 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
 from torch import nn
 
-from hf_ft.data.columns import Columns
-from hf_ft.data.in_memory import Held, held
-from hf_ft.data.prepare import _collator, prepare, usual_length
+from hf_ft.data.classifier import load_classifier, load_ensemble
+from hf_ft.data.in_memory import Held
 from hf_ft.data.rows import read_rows
+from hf_ft.data.task import Data, process
 from hf_ft.engine.checkpoint import digests
 from hf_ft.models.source_head import drop_source_head
-from hf_ft.zoo.models import load_model
-from hf_ft.zoo.sources import has_head, load_sources
+from hf_ft.zoo.sources import has_head
 
 LOOKED_AT = 64  # number of samples hashed to identify a data set that is not held in memory
 Loader = Callable[[int, bool], tuple[nn.Module, Any]]
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data of a comparison, before processing.
-
-    Attributes:
-        splits: ``train``, ``validation``, and optionally ``test`` and ``ood`` (out of distribution, same classes).
-        columns: the columns to read.
-        name: display name.
-        augment: augmentation of training images, from ``hf_ft.data.AUGMENTATIONS``.
-        max_length: maximum text length, in tokens.
-        source: source data, for strategies that use them.
-        source_columns: the columns to read from the source data.
-        skipped: number of unreadable rows by split.
-        notices: licences and sources, for the report.
-        notes: remarks for the report, such as which splits were carved.
-    """
-
-    splits: DatasetDict
-    columns: Columns
-    name: str = "data"
-    augment: str = "none"
-    max_length: int | None = None
-    source: Dataset | None = None
-    source_columns: Columns | None = None
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 class Benches:
@@ -72,71 +41,37 @@ class Benches:
         return self._made[sources]
 
     def _make(self, sources: tuple[str, ...]) -> Bench:
-        data, load = self.data, self._loader(sources)
-        model, processor = load(0, False)
-        length = data.max_length or usual_length(model, processor)
-        ready = _ready(data.splits, processor, data.columns, data.augment, length)
-        source, plain = None, None
-        if data.augment != "none":
-            train = DatasetDict({"train": data.splits["train"]})
-            plain = _ready(train, processor, data.columns, "none", length)["train"]
-        if data.source is not None and data.source_columns is not None:
-            rows = DatasetDict({"train": data.source})
-            source = _ready(rows, processor, data.source_columns, data.augment, length)["train"]
-        same_each_time = {**ready, "train": ready["train"] if plain is None else plain}
+        model, processor = self._load(sources, 0, False)
+        data = process(self.data, model, processor, in_memory=True, channels_last=True)
+        same_each_time = dict(data.splits) if data.plain is None else {**data.splits, "train": data.plain}
         seen = [(name, digest(split)) for name, split in same_each_time.items()]
-        seen.append(("source", "" if source is None or data.augment != "none" else digest(source)))
+        seen.append(("source", "" if data.source is None or data.plain is not None else digest(data.source)))
         weights = sorted(digests(model).items())
         return Bench(
-            lambda seed, keep: load(seed, keep)[0],
-            ready,
-            _collator(processor, data.columns.task),
-            hashlib.sha256(repr([seen, weights, data.augment]).encode()).hexdigest()[:16],
+            lambda seed, keep: self._load(sources, seed, keep)[0],
+            data.splits,
+            data.collate,
+            hashlib.sha256(repr([seen, weights, self.data.augment]).encode()).hexdigest()[:16],
             processor,
-            source,
-            plain,
+            data.source,
+            data.plain,
         )
 
-    def _loader(self, sources: tuple[str, ...]) -> Loader:
-        columns = self.data.columns
-        labels: dict[str, Any] = {"id2label": columns.id2label} if columns.names else {"num_labels": 1}
-
-        def load(seed: int, keep: bool) -> tuple[nn.Module, Any]:
-            if sources:
-                made: tuple[Any, Any] = load_sources(
-                    sources, **labels, image_size=self.image_size, seed=seed, task=columns.task, revision=self.revision
-                )
-            elif isinstance(self.model, str):
-                # All contenders start from the same new head, including those that also keep the pretrained one: if the
-                # checkpoint has a head, it is always kept at first.
-                made = load_model(
-                    self.model,
-                    **labels,
-                    image_size=self.image_size,
-                    seed=seed,
-                    task=columns.task,
-                    revision=self.revision,
-                    keep_source_head=keep or has_head(self.model, None, self.revision),
-                )
-                made = made if keep else (drop_source_head(made[0]), made[1])
-            else:
-                made = self.model(seed, keep)
-            config: Any = made[0].config
+    def _load(self, sources: tuple[str, ...], seed: int, keep: bool) -> tuple[nn.Module, Any]:
+        """A new model and its processor; see :attr:`Bench.load`."""
+        columns, settings = self.data.columns, (self.image_size, self.revision)
+        if sources:
+            return load_ensemble(sources, columns, seed, *settings)
+        if not isinstance(self.model, str):
+            model, processor = self.model(seed, keep)
+            config: Any = model.config
             config.problem_type = columns.problem_type
-            return made
-
-        return load
-
-
-def _ready(
-    splits: DatasetDict, processor: Any, columns: Columns, augment: str, max_length: int | None
-) -> dict[str, Any]:
-    """Splits as read by the trainer; samples that do not change between reads are read once and kept."""
-    prepared = prepare(splits, processor, columns, augment, max_length)
-    return {
-        name: split if columns.task == "image" and augment != "none" and name == "train" else held(split)
-        for name, split in prepared.items()
-    }
+            return model, processor
+        # All contenders start from the same new head, including those that also keep the pretrained one: if the
+        # checkpoint has a head, it is always kept at first.
+        keeps = keep or has_head(self.model, None, self.revision)
+        model, processor = load_classifier(self.model, columns, seed, *settings, keep_source_head=keeps)
+        return (model if keep else drop_source_head(model)), processor
 
 
 def digest(data: Any) -> str:

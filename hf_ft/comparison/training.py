@@ -33,7 +33,7 @@ TESTS = ("test", "ood")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CommonSettings:
     """The training settings shared by all contenders.
 
     Attributes:
@@ -65,7 +65,7 @@ def train(
     entrant: Entrant,
     values: Mapping[str, Any],
     seed: int,
-    recipe: Recipe,
+    common: CommonSettings,
     work: Path,
     measured: Measured | None = None,
     save_to: Path | None = None,
@@ -82,19 +82,19 @@ def train(
         on_measured: called with new measurements.
     """
     with _folder(work), _warnings() as said:
-        with PeakMemory(recipe.device) as memory:
+        with PeakMemory(common.device) as memory:
             model = entrant.bench.load(seed, entrant.keeps_head)
-            trainer = _trainer(entrant, values, seed, recipe, work, model, measured)
+            trainer = _trainer(entrant, values, seed, common, work, model, measured)
             if measured is None:
-                began = now(recipe.device)[1]
+                began = now(common.device)[1]
                 states = dict(trainer.measure())
-                on_measured(Measured(states, now(recipe.device)[1] - began if entrant.looks else 0.0))
-            clock = Clock(recipe.device)
+                on_measured(Measured(states, now(common.device)[1] - began if entrant.looks else 0.0))
+            clock = Clock(common.device)
             trainer.add_callback(clock)
             trainer.train()
-        training = _result(trainer, values, seed, recipe, clock, memory.mb)
+        training = _result(trainer, values, seed, common, clock, memory.mb)
         if save_to is not None:
-            training = _finished(training, trainer, entrant, recipe, save_to)
+            training = _finished(training, trainer, entrant, common, save_to)
     return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions())
 
 
@@ -107,7 +107,7 @@ def _trainer(
     entrant: Entrant,
     values: Mapping[str, Any],
     seed: int,
-    recipe: Recipe,
+    common: CommonSettings,
     work: Path,
     model: nn.Module,
     measured: Measured | None,
@@ -115,18 +115,18 @@ def _trainer(
     data = entrant.bench.data
     args = TrainingArguments(
         str(work),
-        **{"dataloader_pin_memory": recipe.device == "cuda"} | dict(recipe.arguments) | FIXED,
+        **{"dataloader_pin_memory": common.device == "cuda"} | dict(common.arguments) | FIXED,
         learning_rate=values[RATE],
         seed=seed,
-        metric_for_best_model=recipe.metric,
-        greater_is_better=recipe.greater_is_better,
+        metric_for_best_model=common.metric,
+        greater_is_better=common.greater_is_better,
     )
     trainer = FTTrainer(
         model,
         args,
         strategy=entrant.with_settings(values),
         states=None if measured is None else measured.states,
-        class_weights=recipe.class_weights,
+        class_weights=common.class_weights,
         train_dataset=data["train"],
         plain_train_dataset=entrant.bench.plain,
         eval_dataset=data["validation"],
@@ -154,13 +154,13 @@ def finite_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _result(
-    trainer: FTTrainer, values: Mapping[str, Any], seed: int, recipe: Recipe, clock: Clock, peak: float
+    trainer: FTTrainer, values: Mapping[str, Any], seed: int, common: CommonSettings, clock: Clock, peak: float
 ) -> Training:
-    curve = _curve(trainer, recipe.metric)
+    curve = _curve(trainer, common.metric)
     found = [point for point in curve if math.isfinite(point["validation"])]
     if not found:
-        raise FloatingPointError(f"no epoch has a finite {recipe.metric}: the training diverged")
-    sign = 1 if recipe.greater_is_better else -1
+        raise FloatingPointError(f"no epoch has a finite {common.metric}: the training diverged")
+    sign = 1 if common.greater_is_better else -1
     best = max(found, key=lambda point: sign * point["validation"])  # the first among equals, as in Trainer
     assert trainer.optimizer is not None
     return Training(
@@ -191,7 +191,9 @@ def _curve(trainer: FTTrainer, metric: str) -> list[dict[str, float]]:
     return curve
 
 
-def _finished(training: Training, trainer: FTTrainer, entrant: Entrant, recipe: Recipe, folder: Path) -> Training:
+def _finished(
+    training: Training, trainer: FTTrainer, entrant: Entrant, common: CommonSettings, folder: Path
+) -> Training:
     """Save the model and evaluate it on the test sets, once for each final run."""
     shutil.rmtree(folder, ignore_errors=True)
     trainer.save_model(str(folder))
@@ -209,7 +211,7 @@ def _finished(training: Training, trainer: FTTrainer, entrant: Entrant, recipe: 
         if logits.ndim == 2 and logits.shape[1] > 1 and np.asarray(output.label_ids).ndim == 1:
             predictions[split] = tuple(logits.argmax(-1).tolist())
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / MB
-    distortion = _distortion(trainer, entrant, training.seed, recipe.distortion_samples)
+    distortion = _distortion(trainer, entrant, training.seed, common.distortion_samples)
     return dataclasses.replace(
         training, scores=scores, predictions=predictions, checkpoint_mb=size, distortion=distortion
     )

@@ -108,10 +108,24 @@ def _images(split: Dataset, processor: Any, columns: Columns, augment: str) -> D
     return split.with_transform(image_transform(processor, columns, augment))
 
 
-def collate(processor: Any) -> Callable[[list[Any]], Any]:
-    """The collator for prepared rows: padding for a tokenizer, plain stacking for images."""
+def collate(processor: Any, channels_last: bool = False) -> Callable[[list[Any]], Any]:
+    """The collator for prepared rows: padding for a tokenizer, plain stacking for images.
+
+    Args:
+        channels_last: on a CPU, stack images with channels last in memory: convolutions run up to 1.5 times faster.
+    """
     text = isinstance(processor, PreTrainedTokenizerBase | CollaborativeTokenizer)
-    return DataCollatorWithPadding(processor) if text else default_data_collator
+    plain = DataCollatorWithPadding(processor) if text else default_data_collator
+    return plain if text or not channels_last or torch.cuda.is_available() else _channels_last
+
+
+def _channels_last(rows: list[Any]) -> dict[str, Any]:
+    return {
+        name: value.contiguous(memory_format=torch.channels_last)
+        if isinstance(value, Tensor) and value.dim() == 4
+        else value
+        for name, value in default_data_collator(rows).items()
+    }
 
 
 def usual_length(model: Any, processor: Any) -> int:
@@ -120,20 +134,3 @@ def usual_length(model: Any, processor: Any) -> int:
     known = [getattr(one.config, "max_position_embeddings", None) for one in models]
     known.append(getattr(processor, "model_max_length", None))
     return min([512, *(length for length in known if length)])
-
-
-def _collator(processor: Any, task: str) -> Callable[[list[Any]], Any]:
-    plain = collate(processor)
-    if task != "image" or torch.cuda.is_available():
-        return plain
-
-    def channels_last(rows: list[Any]) -> dict[str, Any]:
-        """Stack with channels last in memory: convolutions on a CPU run up to 1.5 times faster."""
-        return {
-            name: value.contiguous(memory_format=torch.channels_last)
-            if isinstance(value, Tensor) and value.dim() == 4
-            else value
-            for name, value in plain(rows).items()
-        }
-
-    return channels_last

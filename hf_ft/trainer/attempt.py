@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_ft.engine.batch import users_columns
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.run import Stepper
+from hf_ft.errors import DataError
 from hf_ft.trainer.loss_log import TermLog
 from hf_ft.trainer.protocols import ForAttempt
 from hf_ft.trainer.source_streams import SourceStreams
@@ -57,13 +58,14 @@ class Attempt:
         """The outputs of the objective, as wrapped by the Trainer, for a batch of the Trainer's loader.
 
         Raises:
-            ValueError: if the outputs contain no loss.
+            DataError: if the outputs contain no loss.
         """
         outputs = model(**self.streams.add(self.cache.present_form(batch)))
         if outputs.get("loss") is None:
-            raise ValueError(
+            raise DataError(
                 f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(users_columns(batch))}. "
-                "Does the data set have a column of labels (see args.label_names)?"
+                "Does the data set have a column of labels (see args.label_names, and label_column)?",
+                arguments=("label_column",),
             )
         self.log.add(outputs.pop("terms", None))
         return outputs

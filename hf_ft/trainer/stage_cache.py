@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -18,7 +17,7 @@ from hf_ft.data.rows import read_rows, same_each_time, spread_rows
 from hf_ft.engine.batch import REFERENCE, ROW, as_columns, recorded_states, starts_at_borders
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
-from hf_ft.engine.frozen.record import fill
+from hf_ft.engine.frozen.record import batches_of, fill, record_shared, share
 from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
 from hf_ft.engine.frozen.staged_rows import StagedCollator, StagedRows
 from hf_ft.engine.objective import Objective
@@ -220,36 +219,30 @@ class StageCache:
         return self._fill(record, dataset, "Recording frozen activations")
 
     def _fill(self, record: Callable[[dict[str, Any]], Columns], dataset: Any, title: str) -> RowStore:
+        """Record columns of all rows on every rank; each rank computes its share of the batches."""
+        size = max(self._args.eval_batch_size, 2 * self._args.train_batch_size)  # gradients need no memory here
+        batches = list(batches_of(len(dataset), size))
+        rows = record_shared(batches, self._recorded(record, dataset, batches), self._trainer.accelerator)
         hidden = self._args.disable_tqdm or self._args.process_index > 0
         with tqdm(total=len(dataset), desc=title, leave=False, disable=hidden) as bar:
-            return fill(len(dataset), self._recordings(record, dataset), self._settings, bar.update)
+            return fill(len(dataset), rows, self._settings, bar.update)
 
-    def _recordings(
-        self, record: Callable[[dict[str, Any]], Columns], dataset: Any
-    ) -> Iterator[tuple[Tensor, Columns]]:
-        """The columns of all rows on every rank; each rank computes its share of the batches."""
-        ranks, rank = self._args.world_size, self._args.process_index
-        size = max(self._args.eval_batch_size, 2 * self._args.train_batch_size)  # gradients need no memory here
-        everything = list(range(len(dataset)))
-        batches = [everything[i : i + size] for i in range(0, len(dataset), size)]
+    def _recorded(
+        self, record: Callable[[dict[str, Any]], Columns], dataset: Any, batches: list[list[int]]
+    ) -> Iterator[Columns]:
+        """The columns of this rank's share of the batches."""
         loader = DataLoader(
             dataset,
-            # With fewer batches than ranks, ranks without a batch compute the first one, to have something to send.
-            batch_sampler=batches[rank::ranks] or batches[:1],
+            batch_sampler=share(batches, self._args.world_size, self._args.process_index),
             collate_fn=self._collator(),
             num_workers=self._args.dataloader_num_workers,
             multiprocessing_context=getattr(self._args, "dataloader_multiprocessing_context", None),
             generator=torch.Generator(),  # otherwise iterating draws from the global one
         )
-        mine, columns = iter(loader), {}
-        for start in range(0, len(batches), ranks):
-            if start == 0 or start + rank < len(batches):
-                batch = self._trainer._prepare_inputs(next(mine))
-                with self._computing():
-                    columns = record(batch)
-            shared = _exchange(self._trainer.accelerator, columns, size) if ranks > 1 else [columns]
-            for rows, found in zip(batches[start : start + ranks], shared, strict=False):
-                yield torch.tensor(rows), {name: column[: len(rows)].cpu() for name, column in found.items()}
+        for batch in loader:
+            with self._computing():
+                columns = record(self._trainer._prepare_inputs(batch))
+            yield columns
 
     def _computing(self) -> AbstractContextManager[Any]:
         return self._trainer.accelerator.autocast()
@@ -257,23 +250,3 @@ class StageCache:
 
 def _row_shape(column: Any) -> tuple[int, ...] | None:
     return tuple(column.shape[1:]) if isinstance(column, Tensor) else None
-
-
-def _exchange(accelerator: Accelerator, columns: Columns, size: int) -> list[Columns]:
-    """The columns of every rank in this round, padded to ``size`` rows; a rank without a batch resends its last one.
-
-    Raises:
-        RowsDiffer: if row shapes differ between ranks; raised on all ranks.
-    """
-    padded = {}
-    for name, column in columns.items():
-        if column.dim() > 1:
-            shapes = accelerator.gather(torch.tensor([column.shape[1:]], device=column.device))
-            if bool((shapes != shapes[0]).any()):
-                raise RowsDiffer(f"rows of {name!r} differ: {shapes.tolist()}", name)
-        blank = column.new_zeros((size, *column.shape[1:]))
-        blank[: len(column)] = column
-        padded[name] = blank
-    gathered = {name: accelerator.gather(column) for name, column in padded.items()}
-    ranks = accelerator.num_processes
-    return [{name: column[r * size : (r + 1) * size] for name, column in gathered.items()} for r in range(ranks)]

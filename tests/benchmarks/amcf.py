@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import channels_last
 from common import PIXELS, Runs, cells, quiet, ready, train, tune
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -38,7 +39,6 @@ from sklearn.metrics import balanced_accuracy_score
 
 from hf_ft import AMCFConfig, FTTrainer
 from hf_ft.cli import main as hf_ft
-from hf_ft.cli.demo.data import channels_last
 from hf_ft.splits import stratified_split
 from hf_ft.strategies.amcf.plot import plot_scores, plot_swarm
 from hf_ft.testing.training import tiny_arguments

@@ -10,11 +10,11 @@ from __future__ import annotations
 import tempfile
 
 import torch
+from cells import channels_last
 from common import PIXELS, quiet, ready
 from datasets import Dataset
 
 from hf_ft import AttentionTransferConfig, BSSConfig, DAFTConfig, DELTAConfig, FTTrainer, FullConfig, TREDConfig
-from hf_ft.cli.demo.data import channels_last
 from hf_ft.core.config import FTConfig
 from hf_ft.splits import stratified_split
 from hf_ft.testing.training import tiny_arguments

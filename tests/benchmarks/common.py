@@ -13,11 +13,11 @@ import numpy as np
 import optuna
 import torch
 import transformers
+from cells import Cells, channels_last
 from datasets import ClassLabel, Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft import FTTrainer
-from hf_ft.cli.demo.data import Cells, channels_last
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import State
 from hf_ft.metrics import classification_metrics

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import channels_last
 from common import PIXELS, Runs, cells, digits, quiet, ready, train, tune
 from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
@@ -39,7 +40,6 @@ from transformers import AutoModelForImageClassification
 
 from hf_ft import CoTuningConfig, FullConfig, LwFConfig, SoftConfig
 from hf_ft.cli import main as hf_ft
-from hf_ft.cli.demo.data import channels_last
 from hf_ft.core.config import FTConfig
 from hf_ft.diagnostics.discrimination import GeneralDiscriminationCallback
 from hf_ft.splits import stratified_split

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 import transformers
+from cells import Cells, channels_last
 from common import quiet, ready
 
 from hf_ft import AMCFConfig, FTTrainer, SwarmScores, SwarmSearch
-from hf_ft.cli.demo.data import Cells, channels_last
 from hf_ft.engine.short_training import _epoch
 from hf_ft.splits import stratified_split
 from hf_ft.strategies.amcf.swarm import begin

@@ -359,7 +359,7 @@ REFUSED = {
     "--output_dir PHOTOS": "is not empty: add --overwrite",
     "--output_dir CSV": "is a file: name a folder",
     "--dataset CSV --label_column stars": "no column 'stars', only ['text', 'label', 'score']: set --label_column",
-    "--dataset CSV": "ResNetConfig) is no text classifier",
+    "--dataset CSV": "ResNetConfig) is not a classifier of text data",
     "--dataset CSV --augment basic": "--augment basic changes images, and these data are text",
     "--dataset /no/such/folder": "cannot read the data '/no/such/folder'",
     "--test_split exam": "has no split 'exam', only ['test', 'train']: set --test_split",

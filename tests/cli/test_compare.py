@@ -13,7 +13,7 @@ from transformers import ViTImageProcessorPil
 from transformers import pipeline as make_pipeline
 
 from hf_ft.cli import main
-from hf_ft.cli.compare import CompareFlags, read_data
+from hf_ft.cli.compare import CompareFlags, comparison_data
 from hf_ft.cli.flags import DataFlags
 from hf_ft.comparison import Results
 from hf_ft.data.align import other_distribution
@@ -128,14 +128,14 @@ def test_refused(more, message, files, tmp_path, capsys):
 def test_without_optuna(files, tmp_path, capsys, monkeypatch):
     """The line that installs it comes before anything is read or trained."""
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.setattr("hf_ft.cli.compare.read_data", lambda *args: pytest.fail("the data were read"))
+    monkeypatch.setattr("hf_ft.cli.compare.comparison_data", lambda *args: pytest.fail("the data were read"))
     assert main(["compare", *flags(files, tmp_path / "out")]) == 2
     assert "pip install 'hf-ft[search]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_without_validation_and_test_split(files):
-    data = read_data(DataFlags(dataset=str(files / "photos")), CompareFlags(labelled=20))
+    data = comparison_data(DataFlags(dataset=str(files / "photos")), CompareFlags(labelled=20))
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 16, "validation": 4, "test": 12}
     rows = [set(split["__row__"][:]) for split in data.splits.values()]
     assert sum(map(len, rows)) == len(set.union(*rows))

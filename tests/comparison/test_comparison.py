@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
 from transformers.training_args import OptimizerNames
 
-from hf_ft import FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term
+from hf_ft import BlockwiseConfig, FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term
 from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.contenders import Entrant, chosen_strategies
 from hf_ft.comparison.cost import Clock, PeakMemory, now
@@ -291,6 +291,24 @@ def test_what_is_measured_is_measured_once_and_counted(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_without_tuning_all_run_with_their_defaults_at_one_rate(tmp_path):
+    """Measured once as well, in the first run, and not shortened to a share of a budget."""
+    search = BlockwiseConfig(search_epochs=2, validation=0.5, baselines=False)
+    results = run(tmp_path, ["linear_probe", search], trials=0)
+    for contender in results.contenders:
+        assert contender.status == "finished" and not contender.trials and contender.chosen is None
+        assert [run.seed for run in contender.runs] == [1, 2] and contender.tuning_seconds == contender.measure_seconds
+        assert all(run.params["learning_rate"] == 0.01 for run in contender.runs)
+    blockwise = results["blockwise"]
+    assert blockwise.configs[0]["search_epochs"] == 2 and blockwise.measure_seconds > 0
+    assert blockwise.found["scores"] and blockwise.learned.startswith("Found by a search with scheme `stage`")
+    report, card = ((tmp_path / name).read_text() for name in ("report.md", "best/README.md"))
+    assert "## Tuning" not in report and "## Ranking" in report
+    assert "Tuned" not in card and "## Comparison" in card
+    assert run(tmp_path, ["linear_probe", search], trials=0) == results  # all done: nothing runs again
+
+
+@pytest.mark.slow
 def test_a_folder_with_another_comparison_is_refused(compared):
     with pytest.raises(OptionError, match="arguments.num_train_epochs"):
         run(compared[1], data=compared[2], num_train_epochs=3)
@@ -327,7 +345,7 @@ def test_other_metrics(tmp_path):
         ({"strategies": "lp_ft,lp_ft"}, "lp_ft occurs twice"),
         ({"metric": "mse"}, "metric='mse' does not fit"),
         ({"metric": "auc"}, "metric='auc' is unknown"),
-        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"trials": -1}, "trials must be at least 0, got -1"),
         ({"hours": -1.0}, "hours must be positive, got -1.0"),
         ({"learning_rates": "0.1,0.01"}, "learning_rates must be two increasing positive numbers, .* got '0.1,0.01'"),
         ({"learning_rate": 0.1}, "learning_rate=0.1 cannot be set: the comparison itself sets"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_ft.core.context import Context
-from hf_ft.engine.frozen.record import fill
+from hf_ft.engine.frozen.record import batches_of, fill, record
 from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
 from hf_ft.models.feature_hooks import activations, token_mask
 from hf_ft.models.preserve import random_states_kept
 
 logger = logging.get_logger(__name__)
-PASS = 64  # batch size of the recording pass
 
 
 class RecordedFeatures:
@@ -42,7 +41,8 @@ class RecordedFeatures:
             return
         try:
             with tqdm(total=self.count, desc="Recording features", leave=False, disable=not context.progress) as bar:
-                self._store = fill(self.count, self._all(), context.frozen_cache, bar.update)
+                rows = record(batches_of(self.count), self._compute)
+                self._store = fill(self.count, rows, context.frozen_cache, bar.update)
         except RowsDiffer as error:
             logger.warning(f"The features of {layer} are computed in every step: {error}.")
 
@@ -54,11 +54,6 @@ class RecordedFeatures:
         columns = self._compute(rows) if self._store is None else self._store.take(torch.tensor(rows))
         columns = {name: column.to(self.context.device) for name, column in columns.items()}
         return columns["features"], columns["labels"], columns.get("mask")
-
-    def _all(self) -> Iterator[tuple[Tensor, Columns]]:
-        for start in range(0, self.count, PASS):
-            rows = list(range(start, min(start + PASS, self.count)))
-            yield torch.tensor(rows), self._compute(rows)
 
     def _compute(self, rows: Sequence[int]) -> Columns:
         with random_states_kept(), self.context.recipe.computing():

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -19,6 +18,7 @@ from hf_ft.engine.batch import ACTIVATION
 from hf_ft.engine.frozen.find_prefix import PrefixFinder
 from hf_ft.engine.frozen.freezing import Liveness
 from hf_ft.engine.frozen.prefix import FrozenPrefix
+from hf_ft.engine.frozen.record import batches_of, record
 from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
 from hf_ft.engine.objective import Objective
 from hf_ft.models.feature_hooks import activations
@@ -28,7 +28,6 @@ from hf_ft.models.preserve import random_states_kept
 logger = logging.get_logger(__name__)
 VALUES = "values"  # the only column of a store
 COLUMN = "column:"  # prefix of a batch column's key, to distinguish it from a border
-PASS = 64  # batch size of a recording pass; larger batches are slower on a CPU
 
 
 @dataclass(frozen=True)
@@ -134,12 +133,10 @@ class Recordings:
             total = self._used() + sum(store.bytes for store in stores.values())
             if key in missing or total + size[key] <= room:
                 stores[key] = self._empty(first[key], [*self._stores.values(), *stores.values()])
-        for start in range(0, self.samples.count, PASS):
-            # All batches have the same size: kernels for few samples round differently, and training may amplify that.
-            end = min(start + PASS, self.samples.count)
-            rows = list(range(max(0, end - PASS), end))
-            for key, values in self._compute(list(stores), rows).items():
-                stores[key].put(torch.tensor(rows), {VALUES: values})
+        batches = batches_of(self.samples.count, equal=True)
+        for rows, columns in record(batches, lambda rows: self._compute(list(stores), rows)):
+            for key, values in columns.items():
+                stores[key].put(rows, {VALUES: values})
         self._stores |= stores
         self.passes += 1
 

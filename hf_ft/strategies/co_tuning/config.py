@@ -26,6 +26,7 @@ from hf_ft.core import (
 )
 from hf_ft.data.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.engine.frozen.features import RecordedFeatures
+from hf_ft.engine.frozen.record import batches_of
 from hf_ft.models import SourceHead, head_input, require_source_head
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.source_head import source_head
@@ -36,7 +37,6 @@ from hf_ft.strategies.co_tuning.relationship import (
     reverse_relationship,
 )
 
-PASS = 64  # batch size of the pass over the training samples
 CALIBRATED_ON = 2000  # maximum number of source samples
 
 
@@ -126,8 +126,8 @@ class CoTuningConfig(FTConfig):
         features = RecordedFeatures(model, layer, context)
         logits, labels = [], []
         with torch.no_grad():
-            for start in range(0, features.count, PASS):
-                states, classes, _ = features(range(start, min(start + PASS, features.count)))
+            for rows in batches_of(features.count):
+                states, classes, _ = features(rows)
                 logits.append(head(states).cpu())
                 labels.append(classes.cpu())
         learn = reverse_relationship if self.relationship == "reverse" else direct_relationship

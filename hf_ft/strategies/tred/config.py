@@ -31,7 +31,8 @@ from hf_ft.core import (
     register,
 )
 from hf_ft.core.terms import compared
-from hf_ft.engine.frozen.features import PASS, RecordedFeatures
+from hf_ft.engine.frozen.features import RecordedFeatures
+from hf_ft.engine.frozen.record import batches_of
 from hf_ft.models import last_feature_map, layers_of, stage_outputs
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.strategies.tred.disentangler import Disentangler, make_disentangler
@@ -254,8 +255,7 @@ def _labelled(read: RecordedFeatures, classes: int, context: Context) -> list[in
     if context.labels is not None:
         labels = torch.from_numpy(context.labels)
     else:
-        everything = range(read.count)
-        labels = torch.cat([read(everything[begin : begin + PASS])[1].cpu() for begin in everything[::PASS]])
+        labels = torch.cat([read(rows)[1].cpu() for rows in batches_of(read.count)])
     bad = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
     if len(bad):
         raise OptionError(f"train_dataset: label {int(bad[0])} lies outside [0, {classes}), the model's num_labels.")

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_ft.cli.demo.data import Cells, channels_last
+from hf_ft.data.columns import find_columns
 from hf_ft.data.images import flip_and_shift
+from hf_ft.data.prepare import collate, prepare
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeImageProcessor, column, combined, distinct
@@ -233,7 +234,7 @@ def test_image_processors_and_tokenizers_do_not_mix():
         CollaborativeImageProcessor([mobilenet(), words])
 
 
-# --- images of the demo ------------------------------------------------------------------------------------
+# --- prepared images -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -244,27 +245,27 @@ def rows():
 
 @pil
 @pytest.mark.parametrize("sides", [(16, 16), (16, 24)])
-def test_cells_are_what_each_part_makes_of_the_photos(rows, sides):
+def test_prepared_rows_are_what_each_part_makes_of_the_photos(rows, sides):
     both = combined([mobilenet(sides[0]), efficientnet(sides[1])])
-    for keep in (False, True):
-        items = Cells(rows, both, 16, keep=keep).__getitems__([0, 2])
-        assert [item["labels"] for item in items] == [2, 1]
-        batch = channels_last(items)
+    items = prepare(datasets.DatasetDict({"train": rows}), both, find_columns(rows))["train"].__getitems__([0, 2])
+    assert [item["labels"] for item in items] == [2, 1]
+    for channels_last in (False, True):
+        batch = collate(both, channels_last)(items)
         assert_same({name: batch[name] for name in both.model_input_names}, pixels(both, [PHOTOS[0], PHOTOS[2]]))
-        assert all(batch[name].is_contiguous(memory_format=torch.channels_last) for name in both.model_input_names)
+    assert all(batch[name].is_contiguous(memory_format=torch.channels_last) for name in both.model_input_names)
 
 
 @pil
 @pytest.mark.parametrize("sides", [(16, 16), (16, 24)])
-def test_cells_are_augmented_alike_for_all_parts(rows, sides):
+def test_prepared_rows_are_augmented_alike_for_all_parts(rows, sides):
     parts = [mobilenet(sides[0]), efficientnet(sides[1])]
-    cells = Cells(rows, combined(parts), 16, augment=True)
+    ready = prepare(datasets.DatasetDict({"train": rows}), combined(parts), find_columns(rows), augment="basic")[
+        "train"
+    ]
     random.seed(1)
-    found, after = cells.__getitems__([0, 1, 2]), random.getstate()
+    items, after = ready.__getitems__([0, 1, 2]), random.getstate()
     for index, part in enumerate(parts):
-        kind = PIL.Image.Resampling(part.resample)
-        ready = [photo.resize((16, 16), kind) if sides == (16, 16) else photo for photo in PHOTOS]
         random.seed(1)
-        wanted = pixels(part, [flip_and_shift(image) for image in ready])["pixel_values"]
-        assert torch.equal(torch.stack([item[column("pixel_values", index)] for item in found]), wanted)
+        wanted = pixels(part, [flip_and_shift(photo) for photo in PHOTOS])["pixel_values"]
+        assert torch.equal(torch.stack([item[column("pixel_values", index)] for item in items]), wanted)
         assert random.getstate() == after

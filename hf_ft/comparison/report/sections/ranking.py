@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hf_ft.comparison.report.sections.confusion import saved_run
 from hf_ft.comparison.report.sections.mistakes import mistakes
@@ -14,6 +15,7 @@ from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis, log_axis
 from hf_ft.documents.document import Block, Bullets, Figure, Listing, Section, Table, Text
 from hf_ft.documents.text import NONE, code, duration, metric_name, names, score, seconds, signed
+from hf_ft.documents.usage import pipeline_usage
 
 BEST_FOLDER = "best"  # the winner's folder, inside the report's folder
 
@@ -53,20 +55,15 @@ def result(results: Results, standings: Sequence[Standing]) -> Section:
         return Section("result", "Result", tuple(blocks))
     one = f"Its run with seed {run.seed}" if len(best.contender.finished_runs) > 1 else "It"
     where = f"{one} is saved in {code(BEST_FOLDER)}, next to this report:"
-    return Section("result", "Result", (*blocks, Text(where), Listing(usage(results, best), "python")))
+    return Section("result", "Result", (*blocks, Text(where), Listing(usage(results), "python")))
 
 
-def usage(results: Results, best: Standing) -> str:
+def usage(results: Results, folder: str | Path = BEST_FOLDER, example: Path | None = None) -> str:
     """How to load the winner with Transformers alone."""
-    text = results.data.get("task") == "text"
-    task, given = ("text", "some text") if text else ("image", "photo.png")
-    lines = ["from transformers import pipeline", ""]
-    if any(
-        FTConfig.from_dict(config).sources() for config in best.contender.configs if config["ft_type"] in strategies()
-    ):
-        lines.insert(0, "import hf_ft  # registers the ensemble with Transformers")
-    lines.append(f'classify = pipeline("{task}-classification", model="{BEST_FOLDER}")')
-    return "\n".join([*lines, f'classify("{given}")'])
+    best = next(contender for contender in results.contenders if contender.name == results.winner)
+    known = [config for config in best.configs if config["ft_type"] in strategies()]
+    ensemble = any(FTConfig.from_dict(config).sources() for config in known)
+    return pipeline_usage(folder, str(results.data.get("task", "image")), example, ensemble=ensemble)
 
 
 def ranking(results: Results, standings: Sequence[Standing]) -> Section:

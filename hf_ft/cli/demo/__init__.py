@@ -1,1 +1,0 @@
-"""``hf-ft demo``: compare strategies on real images."""

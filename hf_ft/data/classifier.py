@@ -1,0 +1,99 @@
+"""Pretrained models with a new head for the classes of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+)
+
+from hf_ft.data.columns import Columns
+from hf_ft.errors import DataError, OptionError
+from hf_ft.zoo.models import SHORT_NAMES, load_model
+from hf_ft.zoo.sources import load_sources
+
+
+def read_config(name: str, revision: str | None = None) -> Any:
+    """The config of a Hub id or a folder.
+
+    Raises:
+        OptionError: if there is no config, or Transformers does not know its model type.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"cannot read the model {name!r}: {str(error).strip().splitlines()[0]} It may be a Hub id, a folder "
+            f"written by save_pretrained, or one of {', '.join(SHORT_NAMES)}."
+        ) from error
+
+
+def load_classifier(
+    name: str,
+    columns: Columns,
+    seed: int,
+    image_size: int | None = None,
+    revision: str | None = None,
+    keep_source_head: bool = False,
+    head: str | None = None,
+) -> tuple[Any, Any]:
+    """The model with a new head for these classes, and its image processor or tokenizer.
+
+    Args:
+        name: a short name, a Hub id or a folder.
+        seed: seed of the new head.
+        keep_source_head: also keep the pretrained head.
+        head: name of the head module, if it cannot be determined.
+
+    Raises:
+        OptionError: if the model cannot be read.
+        DataError: if the model is for another kind of data.
+    """
+    _check_task(name, columns, revision)
+    model, processor = load_model(
+        name,
+        **_labels(columns),
+        task=columns.task,
+        seed=seed,
+        image_size=image_size,
+        revision=revision,
+        keep_source_head=keep_source_head,
+        head=head,
+    )
+    model.config.problem_type = columns.problem_type
+    return model, processor
+
+
+def load_ensemble(
+    names: Sequence[str], columns: Columns, seed: int, image_size: int | None = None, revision: str | None = None
+) -> tuple[Any, Any]:
+    """Like :func:`load_classifier`, with one member from each of several source models."""
+    model, processor = load_sources(
+        names, **_labels(columns), task=columns.task, seed=seed, image_size=image_size, revision=revision
+    )
+    model.config.problem_type = columns.problem_type
+    return model, processor
+
+
+def _labels(columns: Columns) -> dict[str, Any]:
+    return {"id2label": columns.id2label} if columns.names else {"num_labels": 1}
+
+
+def _check_task(name: str, columns: Columns, revision: str | None) -> None:
+    if name in SHORT_NAMES:
+        fits, kind = SHORT_NAMES[name].task == columns.task, "a short name"
+    else:
+        image = columns.task == "image"
+        config = read_config(name, revision)
+        mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if image else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        fits, kind = type(config) in mapping, type(config).__name__
+    if not fits:
+        raise DataError(
+            f"{name} ({kind}) is not a classifier of {columns.task} data, but column {columns.inputs[0]!r} is read as "
+            f"{columns.task}: choose another model, or set image_column or text_column.",
+            arguments=("image_column", "text_column"),
+        )

@@ -1,0 +1,89 @@
+"""A data set with everything needed to train on it, before and after processing for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from hf_ft.data.columns import Columns
+from hf_ft.data.in_memory import held
+from hf_ft.data.prepare import collate, prepare, usual_length
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set with its columns and how to process it.
+
+    Attributes:
+        splits: ``train``, ``validation``, and optionally ``test`` and ``ood`` (out of distribution, same classes).
+        columns: the columns to read.
+        name: display name.
+        augment: augmentation of training images, from ``hf_ft.data.AUGMENTATIONS``.
+        max_length: maximum text length in tokens; by default that of the model, at most 512.
+        source: source data, for strategies that use them.
+        source_columns: the columns to read from the source data.
+        skipped: number of unreadable rows by split.
+        notices: licences and sources, for the report.
+        notes: remarks for the report, such as which splits were carved.
+    """
+
+    splits: DatasetDict
+    columns: Columns
+    name: str = "data"
+    augment: str = "none"
+    max_length: int | None = None
+    source: Dataset | None = None
+    source_columns: Columns | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Processed:
+    """Data processed for a model.
+
+    Attributes:
+        splits: map-style data sets by split.
+        collate: the collator.
+        plain: the training samples without augmentation; None if ``train`` is not augmented.
+        source: the source data, if any.
+    """
+
+    splits: dict[str, Any]
+    collate: Callable[[list[Any]], Any]
+    plain: Any = None
+    source: Any = None
+
+
+def process(
+    data: Data, model: Any, processor: Any, *, in_memory: bool = False, channels_last: bool = False
+) -> Processed:
+    """Process all splits, and the source data, for a model.
+
+    Args:
+        processor: the image processor or tokenizer of the model.
+        in_memory: read samples that do not change between reads once, and keep them.
+        channels_last: on a CPU, collate images with channels last in memory.
+    """
+    length = data.max_length or usual_length(model, processor)
+
+    def ready(splits: DatasetDict, columns: Columns, augment: str) -> dict[str, Any]:
+        augmented = {"train"} if columns.task == "image" and augment != "none" else set()
+        prepared = prepare(splits, processor, columns, augment, length)
+        return {name: held(split) if in_memory and name not in augmented else split for name, split in prepared.items()}
+
+    plain = source = None
+    if data.augment != "none":
+        plain = ready(DatasetDict({"train": data.splits["train"]}), data.columns, "none")["train"]
+    if data.source is not None and data.source_columns is not None:
+        source = ready(DatasetDict({"train": data.source}), data.source_columns, data.augment)["train"]
+    return Processed(
+        ready(data.splits, data.columns, data.augment),
+        collate(processor, channels_last and data.columns.task == "image"),
+        plain,
+        source,
+    )
