@@ -301,7 +301,7 @@ def test_without_tuning_all_run_with_their_defaults_at_one_rate(tmp_path):
         assert all(run.params["learning_rate"] == 0.01 for run in contender.runs)
     blockwise = results["blockwise"]
     assert blockwise.configs[0]["search_epochs"] == 2 and blockwise.measure_seconds > 0
-    assert blockwise.found["scores"] and blockwise.learned.startswith("Found by a search with scheme `stage`")
+    assert blockwise.found["scores"] and blockwise.learned.startswith("Chosen by a search with scheme `stage`")
     report, card = ((tmp_path / name).read_text() for name in ("report.md", "best/README.md"))
     assert "## Tuning" not in report and "## Ranking" in report
     assert "Tuned" not in card and "## Comparison" in card
