@@ -23,11 +23,13 @@ from hf_ft.metrics import classification_metrics
 class Arguments:
     sources: list[str] = field(metadata={"help": "Hub ids or folders of image classifiers; one may come twice."})
     data: str = field(metadata={"help": "Folder of class folders."})
-    frozen: list[int] = field(default_factory=list, metadata={"help": "Frozen layers of each; without it a search."})
-    consistency: float = field(default=0.2, metadata={"help": "Weight of the members' disagreement."})
-    particles: int = field(default=10, metadata={"help": "Of the search."})
-    iterations: int = field(default=5, metadata={"help": "Moves of the particles."})
-    search_epochs: int = field(default=5, metadata={"help": "Epochs of each training in the search."})
+    frozen: list[int] = field(
+        default_factory=list, metadata={"help": "Frozen layers of each source; default: search for them."}
+    )
+    consistency: float = field(default=0.2, metadata={"help": "Weight of the consistency term."})
+    particles: int = field(default=10, metadata={"help": "Number of particles in the swarm."})
+    iterations: int = field(default=5, metadata={"help": "Number of swarm iterations."})
+    search_epochs: int = field(default=5, metadata={"help": "Epochs per training run of the search."})
 
 
 def main() -> None:

@@ -28,9 +28,11 @@ class Arguments:
         default_factory=lambda: ["linear_probe", "lp_ft", "l2_sp"],
         metadata={"help": "Names from `hf-ft list`; a+b composes two. Full fine-tuning always takes part."},
     )
-    output_dir: str = field(default="runs/comparison", metadata={"help": "For the report, the results and the winner."})
-    num_train_epochs: int = field(default=16, metadata={"help": "Of every training."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave GPUs alone."})
+    output_dir: str = field(
+        default="runs/comparison", metadata={"help": "Folder for the report, the results and the winner."}
+    )
+    num_train_epochs: int = field(default=16, metadata={"help": "Epochs per training run."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even if there is a GPU."})
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from hf_ft.metrics import classification_metrics
 
 @dataclass
 class Arguments:
-    model: str = field(metadata={"help": "Hub id or folder of a classifier: its head is kept beside the new one."})
-    data: str = field(metadata={"help": "Folder of class folders: the target."})
-    source: str = field(metadata={"help": "Folder of class folders: the pretraining's, or some of it."})
+    model: str = field(metadata={"help": "Hub id or folder of a classifier, whose head is kept alongside the new one."})
+    data: str = field(metadata={"help": "Target data: folder of class folders."})
+    source: str = field(metadata={"help": "Source data: folder of class folders, all or part of the pretraining data."})
     schedule: str = field(default="linear", metadata={"help": "linear, cosine, exponential, step or constant."})
 
 

@@ -20,7 +20,7 @@ class Arguments:
     model: str = field(metadata={"help": "Hub id or folder of a text classifier or encoder."})
     data: str = field(metadata={"help": "A csv file with the columns text and label."})
     strategy: list[str] = field(default_factory=lambda: ["gradual_unfreezing"], metadata={"help": "See `hf-ft list`."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
+    max_length: int = field(default=128, metadata={"help": "Maximum number of tokens; longer texts are truncated."})
 
 
 def main() -> None:

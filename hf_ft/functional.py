@@ -71,7 +71,7 @@ def l2_sp(weights: Sequence[Tensor], starts: Sequence[Tensor] | None = None) -> 
     if not weights:
         return torch.zeros(())
     if starts is not None and [w.shape for w in weights] != [s.shape for s in starts]:
-        raise ValueError("l2_sp: weights and starts differ in number or in shape.")
+        raise ValueError("l2_sp: weights and starts differ in number or shape.")
     return _HalfSquaredDistance.apply(starts, *weights)
 
 
@@ -93,7 +93,7 @@ def as_positions(features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2)
     if features.dim() == 3:
         return features
-    raise ValueError(f"features are (B, C, H, W) or (B, T, C), not {tuple(features.shape)}.")
+    raise ValueError(f"features must be (B, C, H, W) or (B, T, C), not {tuple(features.shape)}.")
 
 
 def pooled(features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -175,8 +175,8 @@ def feature_distance(
         channels = target.shape[1 if target.dim() == 4 else -1]
         if channel_weights.shape != (channels,):
             raise ValueError(
-                f"feature_distance: channel_weights are {tuple(channel_weights.shape)}, features have {channels} "
-                "channels."
+                f"feature_distance: channel_weights have shape {tuple(channel_weights.shape)}, but features have "
+                f"{channels} channels."
             )
         squares = squares * channel_weights.to(squares).reshape((-1, 1, 1) if target.dim() == 4 else (-1,))
     if mask is None:
@@ -261,10 +261,10 @@ def mmd2(x: Tensor, y: Tensor, *, unbiased: bool = False, bandwidths: Tensor | N
     with Deep Adaptation Networks", ICML 2015, for the sum of kernels.
     """
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"mmd2: samples are (n, d) with one d, not {tuple(x.shape)} and {tuple(y.shape)}.")
+        raise ValueError(f"mmd2: samples must be (n, d) with the same d, not {tuple(x.shape)} and {tuple(y.shape)}.")
     least = 2 if unbiased else 1
     if min(len(x), len(y)) < least:
-        raise ValueError(f"mmd2: {least} samples on each side are needed, there are {len(x)} and {len(y)}.")
+        raise ValueError(f"mmd2: at least {least} samples on each side are needed, not {len(x)} and {len(y)}.")
     x, y = wide(x), wide(y)
     widths = gaussian_bandwidths(x, y) if bandwidths is None else bandwidths.detach()
 
@@ -346,7 +346,7 @@ def _same_shape(name: str, one: Tensor, other: Tensor) -> None:
     if one.shape != other.shape:
         raise ValueError(
             f"{name}: target {tuple(one.shape)} and source {tuple(other.shape)} differ in shape: both must come from "
-            "the same layer of the same architecture, at one image size."
+            "the same layer of the same architecture, at the same image size."
         )
 
 
@@ -388,7 +388,7 @@ def collaborative_loss(logits: Sequence[Tensor], labels: Tensor, consistency: fl
     """
     shapes = [tuple(member.shape) for member in logits]
     if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 2:
-        raise OptionError(f"logits: (B, C) of each member is needed, all alike, not {shapes}.")
+        raise OptionError(f"logits must be (B, C), with the same shape for every member, not {shapes}.")
     if not 0 <= consistency < math.inf:
         raise OptionError(f"consistency={consistency!r} lies outside [0, inf). Default: 0.2.")
     loss = torch.stack([nn.functional.cross_entropy(member, labels) for member in logits]).sum()

@@ -109,7 +109,8 @@ def absent_classes(
     if not gaps:
         return None
     return (
-        f"too few rows of some classes: {'; '.join(gaps)}. What a split lacks can be neither learned nor scored there."
+        f"too few rows of some classes: {'; '.join(gaps)}. Classes missing from a split can be neither learned nor "
+        "scored there."
     )
 
 

@@ -65,7 +65,7 @@ def test_l2_sp_of_half_precision_weights_is_computed_in_float32():
 
 def test_l2_sp_of_nothing_and_of_misfits():
     assert float(l2_sp([])) == 0.0
-    with pytest.raises(ValueError, match="differ in number or in shape"):
+    with pytest.raises(ValueError, match="differ in number or shape"):
         l2_sp([torch.zeros(2)], [torch.zeros(3)])
 
 
@@ -165,9 +165,9 @@ def test_attention_may_differ_in_channels_only():
 def test_feature_distance_misfits():
     with pytest.raises(ValueError, match=r"target \(2, 3, 4, 4\) and source \(2, 3, 5, 5\)"):
         feature_distance(draw(2, 3, 4, 4), draw(2, 3, 5, 5))
-    with pytest.raises(ValueError, match=r"channel_weights are \(4,\), features have 3 channels"):
+    with pytest.raises(ValueError, match=r"channel_weights have shape \(4,\), but features have 3 channels"):
         feature_distance(draw(2, 3, 4, 4), draw(2, 3, 4, 4), torch.ones(4))
-    with pytest.raises(ValueError, match=r"channel_weights are \(3,\), features have 4 channels"):
+    with pytest.raises(ValueError, match=r"channel_weights have shape \(3,\), but features have 4 channels"):
         feature_distance(draw(2, 3, 4), draw(2, 3, 4), torch.ones(3))
 
 

@@ -199,7 +199,8 @@ def test_anothers_strategy_comes_after_ours_and_takes_none_of_their_names():
         "print(json.dumps(list(strategies())))"
     )
     clash, names = printed.splitlines()
-    assert clash.startswith("strategy name 'l2_sp' is taken by hf_ft.strategies.l2_sp") and "L2SPConfig" in clash
+    assert clash.startswith("strategy name 'l2_sp' is already taken by hf_ft.strategies.l2_sp")
+    assert "L2SPConfig" in clash
     assert json.loads(names)[-1] == "theirs" and json.loads(names)[0] == "amcf"
 
 

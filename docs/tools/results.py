@@ -154,7 +154,7 @@ def _said(results: Results) -> str:
     return (
         f"{results.data['name']}: {sizes['train']} images to train, {sizes['validation']} to choose, {sizes['test']} "
         f"to test, {sizes.get('ood', 0)} out of distribution; {settings['num_train_epochs']:g} epochs, batches of "
-        f"{settings['per_device_train_batch_size']}; budget {settings['trials']} trainings of full fine-tuning, "
+        f"{settings['per_device_train_batch_size']}; budget {settings['trials']} full fine-tuning runs, "
         f"{settings['seeds']} seeds; {results.seconds / 60:.0f} minutes of one worker.{noise} "
         f"torch {results.versions['torch']}, transformers {results.versions['transformers']}."
     )

@@ -31,12 +31,12 @@ class Advice:
     @property
     def order(self) -> tuple[str, ...]:
         """Names of all strategies, most promising first."""
-        return tuple(found.strategy for found in self.recommendations)
+        return tuple(one.strategy for one in self.recommendations)
 
     @property
     def usable(self) -> tuple[str, ...]:
         """The same order, without strategies that cannot run with what is available."""
-        return tuple(found.strategy for found in self.recommendations if found.usable)
+        return tuple(one.strategy for one in self.recommendations if one.usable)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serializable dictionary."""
@@ -57,7 +57,7 @@ class Advice:
             )
             return cls(Signals.from_dict(content["signals"]), found)
         except (KeyError, TypeError) as error:
-            raise OptionError(f"this is no advice ({error}): pass what Advice.to_dict wrote.") from error
+            raise OptionError(f"this is not an advice ({error}): pass the result of Advice.to_dict.") from error
 
 
 def advise(

@@ -78,16 +78,19 @@ def measure_signals(
     """
     started = time.perf_counter()
     if members_of(model):
-        raise OptionError("advise looks at one model: pass a member of the ensemble, and members=<how many there are>.")
+        raise OptionError(
+            "advise measures a single model: pass one member of the ensemble, and members=<number of members>."
+        )
     if not hasattr(dataset, "__len__"):
-        raise OptionError("advise looks at the training data: train_dataset must be map-style, not iterable.")
+        raise OptionError("advise measures the training data: train_dataset must be map-style, not iterable.")
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:LIMIT]
     parts = anatomy(model, head=head, blocks=blocks)
     with random_states_kept(seed):
         recorded = record(model, dataset, collate, rows, parts.head.modules, head, blocks)
         if len(np.unique(recorded.labels)) < 2:
             raise OptionError(
-                f"advise: all {len(rows)} samples have one label: two classes or more are needed. Look at the labels."
+                f"advise: all {len(rows)} samples have the same label, but at least two classes are needed. Check the "
+                "labels."
             )
         few = rows[: BATCH * GRADIENT_BATCHES]
         backbone = [part for part in parts.parts if part is not parts.head]
@@ -156,38 +159,36 @@ def record(
         with observing(model):
             for batch in batches():
                 model(**model_inputs(batch, device))
-    found = np.concatenate(features)
-    if not np.isfinite(found).all():
-        raise OptionError(
-            "advise: what goes into the head is not finite: look for NaN or infinite values in the inputs."
-        )
+    inputs = np.concatenate(features)
+    if not np.isfinite(inputs).all():
+        raise OptionError("advise: the head's input is not finite: check the inputs for NaN or infinite values.")
     source = np.concatenate(probabilities) if kept else None
-    return Recorded(found, np.concatenate(labels), source, statistics)
+    return Recorded(inputs, np.concatenate(labels), source, statistics)
 
 
 def pooled_features(taps: Taps, batch: Mapping[str, Any]) -> Tensor:
     """The head's input, one vector per sample (B, D); sequences are averaged over their valid tokens."""
-    found = taps.features
-    if found is None:
+    features = taps.features
+    if features is None:
         raise OptionError("advise: the head is not called in the forward pass: name its module with head=...")
-    if found.dim() == 3:
-        mask = token_mask(batch, [found])
-        weight = torch.ones_like(found[..., :1]) if mask is None else mask.to(found)[..., None]
-        found = (found * weight).sum(1) / weight.sum(1).clamp_min(1)
-    return found.float()
+    if features.dim() == 3:
+        mask = token_mask(batch, [features])
+        weight = torch.ones_like(features[..., :1]) if mask is None else mask.to(features)[..., None]
+        features = (features * weight).sum(1) / weight.sum(1).clamp_min(1)
+    return features.float()
 
 
 def shifts(model: nn.Module, statistics: Mapping[str, BatchNormStatistics]) -> dict[str, Shift]:
     """The shift between each BatchNorm layer's running statistics and its statistics on the target."""
-    found = {}
+    by_layer = {}
     for name, norm in batch_norms(model):
         if name not in statistics or norm.running_mean is None or norm.running_var is None:
             continue
         mean, var = norm.running_mean.cpu().double(), norm.running_var.cpu().double() + norm.eps
         there, spread = statistics[name].mean.cpu(), statistics[name].var.cpu() + norm.eps
         moved = (there - mean).abs() / ((var + spread) / 2).sqrt()
-        found[name] = Shift(float(moved.mean()), float((spread / var).log().abs().mean() / 2))
-    return found
+        by_layer[name] = Shift(float(moved.mean()), float((spread / var).log().abs().mean() / 2))
+    return by_layer
 
 
 def relative_gradients(
@@ -252,8 +253,8 @@ def _batches(dataset: Any, collate: Collate, rows: Sequence[int]) -> Iterator[Ma
 def _labels(batch: Mapping[str, Any]) -> NDArray[Any]:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
-        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise OptionError(f"advise: 'labels' are {found}: one class number per sample is needed, (B,) integers.")
+        actual = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise OptionError(f"advise: 'labels' are {actual}, but one integer class per sample, (B,), is needed.")
     return labels.cpu().numpy()
 
 

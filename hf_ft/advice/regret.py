@@ -48,7 +48,7 @@ def _judged(result: Mapping[str, Any], fixed: Sequence[str]) -> dict[str, Any]:
     unplaced = sorted(set(scores) - set(result["advice"]))
     if not scores or unplaced:
         what = f"scores of {', '.join(unplaced)}, which the advice does not name" if unplaced else "no scores"
-        raise OptionError(f"task {result['task']!r} has {what}: give the whole order, and a score or more.")
+        raise OptionError(f"task {result['task']!r} has {what}: give the whole order, and at least one score.")
     order = [name for name in result["advice"] if name in scores]
     without = [name for name in fixed if name in scores]
     without += [name for name in scores if name not in without]
@@ -76,18 +76,18 @@ def expected_best(scores: Sequence[float], k: int) -> float:
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Averages over the tasks: how often the best is advised first or in the top three, and each mean regret."""
     if not rows:
-        raise OptionError("no task to judge: run the comparison first.")
+        raise OptionError("no tasks to judge: run the comparison first.")
     kinds = [f"{kind}_{k}" for kind in ("regret", "random", "fixed") for k in FIRST]
     shares = {"first": [row["rank"] == 1 for row in rows], "in_top_3": [row["in_top_3"] for row in rows]}
     values = shares | {kind: [row[kind] for row in rows] for kind in kinds}
-    return {name: sum(found) / len(rows) for name, found in values.items()}
+    return {name: sum(column) / len(rows) for name, column in values.items()}
 
 
 def judged_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Format the result of :func:`how_often_right`: headers, one row of text per task, and one for the mean."""
     after = ", ".join(map(str, FIRST))
-    kinds = {"regret": "as advised", "random": "in random order", "fixed": "the baseline, then the cheaper first"}
-    headers = ("task", "best", "its place", *(f"lost after {after}: {text}" for text in kinds.values()), "std of full")
+    kinds = {"regret": "as advised", "random": "in random order", "fixed": "the baseline, then by cost"}
+    headers = ("task", "best", "its rank", *(f"regret after {after}: {text}" for text in kinds.values()), "std of full")
 
     def lost(row: Mapping[str, Any]) -> list[str]:
         return [", ".join(f"{row[f'{kind}_{k}']:.3f}" for k in FIRST) for kind in kinds]
@@ -97,5 +97,5 @@ def judged_table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], li
         std = "" if row["full_std"] is None else f"{row['full_std']:.3f}"
         shown.append((row["task"], row["best"], f"{row['rank']} of {row['strategies']}", *lost(row), std))
     total = summary(rows)
-    first = f"first {100 * total['first']:.0f} %, in the first three {100 * total['in_top_3']:.0f} %"
+    first = f"first {100 * total['first']:.0f} %, in the top three {100 * total['in_top_3']:.0f} %"
     return headers, [*shown, ("mean", "", first, *lost(total), "")]

@@ -58,13 +58,13 @@ def neutral_order() -> tuple[str, ...]:
 
 def declared_rules() -> dict[Rule, dict[str, float]]:
     """Every rule with its points by strategy, ordered by the figures it uses."""
-    found: dict[Rule, dict[str, float]] = {}
+    rules: dict[Rule, dict[str, float]] = {}
     for name in neutral_order():
         for rule, points in config_class(name).advice.items():
             if points is not None:
-                found.setdefault(rule, {})[name] = points
+                rules.setdefault(rule, {})[name] = points
     places = list(FIGURES)
-    return dict(sorted(found.items(), key=lambda item: [places.index(name) for name, _, _ in item[0].when]))
+    return dict(sorted(rules.items(), key=lambda item: [places.index(name) for name, _, _ in item[0].when]))
 
 
 def recommend(signals: Signals) -> tuple[Recommendation, ...]:
@@ -74,13 +74,13 @@ def recommend(signals: Signals) -> tuple[Recommendation, ...]:
     declare neither cost nor rules come last.
     """
     figures, order = signals.figures(), neutral_order()
-    found = [_recommendation(name, signals, figures, order) for name in strategies()]
+    recommendations = [_recommendation(name, signals, figures, order) for name in strategies()]
 
     def place(one: Recommendation) -> tuple[bool, bool, float, int]:
         known = one.strategy in order
         return not known, not one.usable, -one.score, order.index(one.strategy) if known else 0
 
-    return tuple(sorted(found, key=place))  # stable: undeclared strategies keep their registration order
+    return tuple(sorted(recommendations, key=place))  # stable: undeclared strategies keep their registration order
 
 
 def _recommendation(
@@ -91,10 +91,10 @@ def _recommendation(
     missing = _missing(config_at_hand(name, signals.source_data), signals)
     missing += [_reason(rule, 0.0, figures) for rule, points in holding.items() if points is None]
     if name not in order:
-        reasons = [Reason("no rule knows it")]
+        reasons = [Reason("no rule covers it")]
     elif not reasons and not missing:
         rank = order.index(name) + 1
-        text = f"no rule speaks for or against it; its cost puts it at place {rank} of {len(order)}"
+        text = f"no rule applies; by cost it ranks {rank} of {len(order)}"
         reasons = [Reason(text, "cost_rank", rank)]
     score = sum(reason.points for reason in reasons)
     return Recommendation(name, score, (*missing, *reasons), usable=not missing)
@@ -121,13 +121,13 @@ def _missing(config: FTConfig | None, signals: Signals) -> list[Reason]:
     """What the strategy needs that is not available."""
     if config is None:
         return []
-    needs, found = config.needs(), []
+    needs, reasons = config.needs(), []
     if needs.source_head and not signals.source_head:
-        found.append(Reason("it needs the pretrained head, and there is none (0 kept)", "source_head", 0.0))
+        reasons.append(Reason("it needs the pretrained head, but there is none (0 kept)", "source_head", 0.0))
     if needs.source_data == "required" and not signals.source_data:
-        text = f"it needs data of the pretraining (0 given){needs.without_source_data}"
-        found.append(Reason(text, "source_data", 0.0))
-    return found
+        text = f"it needs pretraining data (0 given){needs.without_source_data}"
+        reasons.append(Reason(text, "source_data", 0.0))
+    return reasons
 
 
 def rules_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

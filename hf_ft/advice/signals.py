@@ -185,7 +185,7 @@ class Signals:
             shifts = {name: Shift(**shift) for name, shift in known["batch_norm"].items()}
             return cls(**{**known, "class_counts": tuple(known["class_counts"]), "batch_norm": shifts})
         except (KeyError, TypeError) as error:
-            raise OptionError(f"these are no signals ({error}): pass what Signals.to_dict wrote.") from error
+            raise OptionError(f"these are not signals ({error}): pass the result of Signals.to_dict.") from error
 
     def _skill(self, balanced_accuracy: float | None) -> float | None:
         if balanced_accuracy is None or self.chance == 1:
@@ -219,28 +219,34 @@ def explained(signals: Signals) -> list[tuple[str, str, str]]:
     s = signals
     sizes = f"{s.classes} classes, {s.class_min} to {max(s.class_counts)} samples each"
     evidence = (
-        f"a constant feature has {s.logme_constant:.3f}: the features explain {100 * s.evidence_r2:.0f} % of the "
+        f"a constant feature has {s.logme_constant:.3f}; by the evidence, the features explain "
+        f"{100 * s.evidence_r2:.0f} % of the "
     )
     rows = [
         ("training samples", f"{s.samples:,}", sizes),
         (
             "median class",
             f"{s.class_median:g}",
-            "samples; where they are few, it helps to train little, or to hold back",
+            "samples; with few of them, train fewer weights or regularise more",
         ),
         ("imbalance", f"{s.imbalance:.3g}", _imbalance(s)),
-        ("samples per weight", f"{s.samples_per_parameter:.1e}", f"{s.trainable_parameters:,} weights can train"),
+        ("samples per weight", f"{s.samples_per_parameter:.1e}", f"{s.trainable_parameters:,} trainable weights"),
         ("linear probe", _probe(s), _probe_meaning(s)),
-        ("LogME", f"{s.logme:.3f}", f"{evidence}labels' variance, by the evidence"),
+        ("LogME", f"{s.logme:.3f}", f"{evidence}labels' variance"),
     ]
     if s.source_skill is not None:
         rows.append(("source classes", f"{s.source_relation:.3f}", _source_meaning(s)))
-    return [*rows, *_shift_rows(s), *_gradient_rows(s), ("at hand", _at_hand(s), "beside the model and the data")]
+    return [
+        *rows,
+        *_shift_rows(s),
+        *_gradient_rows(s),
+        ("available", _at_hand(s), "in addition to the model and the data"),
+    ]
 
 
 def _imbalance(s: Signals) -> str:
     if s.imbalance >= 10:
-        return "largest class over smallest: look at balanced accuracy, try class_weights='balanced'"
+        return "largest class over smallest: use balanced accuracy, and try class_weights='balanced'"
     return "largest class over smallest"
 
 
@@ -250,15 +256,18 @@ def _probe(s: Signals) -> str:
 
 def _probe_meaning(s: Signals) -> str:
     if s.probe_skill is None:
-        return "not measured: two classes with two samples each are needed"
+        return "not measured: needs two classes with two samples each"
     return (
         f"balanced accuracy over {s.probe_folds} folds, chance {s.chance:.3f}: skill {s.probe_skill:.2f} (0 chance, 1 "
-        f"perfect); accuracy {s.probe_accuracy:.3f}, the largest class alone {s.majority:.3f}"
+        f"perfect); accuracy {s.probe_accuracy:.3f}, majority class {s.majority:.3f}"
     )
 
 
 def _source_meaning(s: Signals) -> str:
-    return f"the same from what the pretrained head predicts: skill {s.source_skill:.2f}, how related the classes are"
+    return (
+        f"the same from the pretrained head's predictions: skill {s.source_skill:.2f}, a measure of how related the "
+        "classes are"
+    )
 
 
 def _shift_rows(s: Signals) -> list[tuple[str, str, str]]:
@@ -266,8 +275,8 @@ def _shift_rows(s: Signals) -> list[tuple[str, str, str]]:
         return [("BatchNorm shift", "-", "the model has no BatchNorm with running statistics")]
     furthest = max(s.batch_norm, key=lambda name: s.batch_norm[name].mean)
     means = (
-        "standard deviations from the pretraining's means (0.2 small, 0.5 medium, 0.8 large), over "
-        f"{len(s.batch_norm)} layers; most in {furthest}"
+        f"standard deviations from the pretraining means (0.2 small, 0.5 medium, 0.8 large), over {len(s.batch_norm)} "
+        f"layers; largest in {furthest}"
     )
     spread = "|log| of the ratio of standard deviations; 0.69 is a factor of two"
     return [
@@ -278,15 +287,15 @@ def _shift_rows(s: Signals) -> list[tuple[str, str, str]]:
 
 def _gradient_rows(s: Signals) -> list[tuple[str, str, str]]:
     if not s.gradients:
-        return [("relative gradient", "-", "nothing of the backbone trains")]
+        return [("relative gradient", "-", "no part of the backbone is trained")]
     top = s.gradient_top
-    meaning = f"the largest share, {s.gradient_ratio:.1f} times an even one of {len(s.gradients)} parts"
+    meaning = f"the largest of {len(s.gradients)} shares, {s.gradient_ratio:.1f} times an even one"
     if s.gradient_depth is not None:
-        meaning += f"; on average at depth {s.gradient_depth:.2f} (0 input, 1 head)"
+        meaning += f"; mean depth {s.gradient_depth:.2f} (0 input, 1 head)"
     return [("relative gradient", f"{top} {100 * s.gradients[top]:.0f} %", meaning)]
 
 
 def _at_hand(s: Signals) -> str:
     things = [("pretrained head", s.source_head), ("source data", s.source_data)]
-    found = [name for name, there in things if there] + ([f"{s.members} source models"] if s.members > 1 else [])
-    return ", ".join(found) or "nothing"
+    available = [name for name, there in things if there] + ([f"{s.members} source models"] if s.members > 1 else [])
+    return ", ".join(available) or "nothing"

@@ -118,12 +118,12 @@ def measure_cost(bench: Bench, batch_size: int, device: str = "cpu") -> Cost:
 
 def _seconds(work: Callable[[], Any], device: str) -> float:
     """The shortest of several runs, after one warm-up run."""
-    taken = []
+    times = []
     for _ in range(REPEATS + 1):
         began = now(device)[0]
         work()
-        taken.append(now(device)[0] - began)
-    return min(taken[1:])
+        times.append(now(device)[0] - began)
+    return min(times[1:])
 
 
 MB = 2**20

@@ -13,8 +13,8 @@ from hf_ft.errors import CheckpointError
 
 FORMAT = 1
 Status = Literal["finished", "cannot run", "failed", "not reached", "unfinished"]
-"""``cannot run``: refused for this model or these data; ``failed``: no trial, or no final run, ended well;
-``not reached``, ``unfinished``: the time was up."""
+"``cannot run``: rejected for this model or data; ``failed``: no trial, or no final run, succeeded;\n``not reached``, "
+"``unfinished``: out of time."
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,10 @@ class Results:
             CheckpointError: if the format is not supported.
         """
         if content.get("format") != FORMAT:
-            raise CheckpointError(f"results of format {content.get('format')!r}, not {FORMAT}: made by another hf_ft?")
+            raise CheckpointError(
+                f"results have format {content.get('format')!r}, not {FORMAT}: were they written by another version of "
+                "hf_ft?"
+            )
         values = {key: value for key, value in content.items() if key != "format"}
         values["contenders"] = tuple(_contender(item) for item in content["contenders"])
         values["labels"] = _tuples(content["labels"])

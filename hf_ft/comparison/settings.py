@@ -57,42 +57,42 @@ class Settings:
 
     trials: int = setting(
         8,
-        "tuning budget of each strategy, in training runs of full fine-tuning; 0: no tuning, all run as preset at one "
-        "learning rate",
+        "tuning budget per strategy, as the cost of this many full fine-tuning runs; 0: no tuning, all run as preset "
+        "at one learning rate",
     )
-    seeds: int = setting(5, "final runs of each strategy with its best setting")
+    seeds: int = setting(5, "final runs per strategy with its best settings")
     metric: str | None = setting(
         None,
-        f"what tuning and ranking go by: {', '.join(LOCAL_METRICS)} (default: balanced_accuracy for classes, macro_f1 "
-        "for several per row, mse for numbers)",
+        f"metric for tuning and ranking: {', '.join(LOCAL_METRICS)} (default: balanced_accuracy for classes, macro_f1 "
+        "for several labels per row, mse for numbers)",
     )
     learning_rates: str | None = setting(
-        None, "range of learning rates, such as 1e-5,3e-1 (default: that for sgd, 1e-6,1e-2 for Adam and its kin)"
+        None, "range of learning rates, such as 1e-5,3e-1 (the default for sgd; 1e-6,1e-2 for Adam and its variants)"
     )
-    most_trials: int = setting(4, "a strategy whose trainings are cheap gets so many times the trials at most")
+    most_trials: int = setting(4, "strategies with cheap runs get at most this many times the trials")
     batch_norm_momentum: float = setting(
         0.1,
-        "of all BatchNorm layers and for all strategies, so that statistics can follow in short trainings; 0 leaves "
-        "each strategy its own option",
+        "momentum of all BatchNorm layers in all strategies, so that statistics adapt within short runs; 0 uses each "
+        "strategy's own option",
     )
-    distortion_samples: int = setting(256, "samples of each test set on which feature distortion is measured; 0: none")
-    hours: float | None = setting(None, "stop then, strategy by strategy in their order; started again, it goes on")
+    distortion_samples: int = setting(256, "samples per test set on which to measure feature distortion; 0 to skip it")
+    hours: float | None = setting(None, "time limit in hours; strategies run in order, and starting again continues")
     storage: str | None = setting(
         None,
-        "where trials are kept: a file *.db or *.log, or an Optuna URL; processes with one storage and one output_dir "
-        "share the work (default: compare.db in output_dir)",
+        "where to store trials: a file *.db or *.log, or an Optuna URL; processes that share a storage and an "
+        "output_dir share the work (default: compare.db in output_dir)",
     )
-    study_name: str = setting("compare", "name of the study in it")
-    sampling_seed: int = setting(0, "of the settings that are tried")
+    study_name: str = setting("compare", "name of the study in the storage")
+    sampling_seed: int = setting(0, "seed for sampling the settings to try")
 
     def check(self) -> None:
         if importlib.util.find_spec("optuna") is None:
             raise ImportError(MISSING)
         for name, least in (("trials", 0), ("seeds", 1), ("most_trials", 1), ("distortion_samples", 0)):
             if getattr(self, name) < least:
-                raise OptionError(f"{name}={getattr(self, name)!r}: {least} or more is needed.")
+                raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
         if self.hours is not None and not (math.isfinite(self.hours) and self.hours > 0):
-            raise OptionError(f"hours={self.hours!r}: a number above 0 is needed.")
+            raise OptionError(f"hours must be positive, got {self.hours!r}.")
         if self.metric is not None and self.metric not in LOCAL_METRICS:
             raise OptionError(f"metric={self.metric!r} is unknown: choose one of {', '.join(LOCAL_METRICS)}.")
         if not 0 <= self.batch_norm_momentum <= 1:
@@ -112,7 +112,10 @@ class Settings:
         except ValueError:
             low = high = 0.0
         if not 0 < low < high < math.inf:
-            raise OptionError(f"learning_rates={self.learning_rates!r}: two numbers are needed, such as 1e-5,3e-1.")
+            raise OptionError(
+                "learning_rates must be two increasing positive numbers, such as 1e-5,3e-1, got "
+                f"{self.learning_rates!r}."
+            )
         return LogRange(low, high)
 
     def first_rate(self, optim: str) -> float:
@@ -135,9 +138,11 @@ def training_arguments(given: Mapping[str, Any], task: str = "image") -> dict[st
     Raises:
         OptionError: if an argument is set by the comparison itself, does not exist, or is invalid.
     """
-    taken = sorted(set(given) & set(OURS))
-    if taken:
-        raise OptionError(f"{taken[0]}={given[taken[0]]!r}: a comparison sets {', '.join(OURS)} itself.")
+    reserved = sorted(set(given) & set(OURS))
+    if reserved:
+        raise OptionError(
+            f"{reserved[0]}={given[reserved[0]]!r} cannot be set: the comparison itself sets {', '.join(OURS)}."
+        )
     values = DEFAULTS | ({"optim": "adamw_torch"} if task == "text" else {}) | dict(given)
     unknown = sorted(set(values) - {f.name for f in fields(TrainingArguments) if f.init})
     if unknown:

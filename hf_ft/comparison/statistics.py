@@ -137,7 +137,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     if max(values) - min(values) < SAME:  # all differences are equal: nothing to resample
         return values[0], values[0]
-    found = bootstrap(
+    result = bootstrap(
         (np.asarray(values),),
         np.mean,
         n_resamples=RESAMPLES,
@@ -145,7 +145,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float] | None:
         method="percentile",
         rng=np.random.default_rng(0),
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def standard_error(metric: str, predictions: Sequence[int], labels: Sequence[int]) -> float | None:
@@ -198,9 +198,9 @@ def _is_ranked(standing: Standing) -> bool:
     return contender.status == "finished" and whole and "validation" in standing.spreads
 
 
-def winner(results: Results, found: Sequence[Standing]) -> Standing | None:
+def winner(results: Results, entries: Sequence[Standing]) -> Standing | None:
     """The winner named in the results, otherwise the first in the ranking; None if no contender finished."""
-    ranked = [standing for standing in found if standing.rank is not None]
+    ranked = [standing for standing in entries if standing.rank is not None]
     named = [standing for standing in ranked if standing.name == results.winner]
     return next(iter(named or ranked), None)
 
@@ -225,23 +225,23 @@ def pareto_front(points: Mapping[str, tuple[float, float]], greater_is_better: b
     return tuple(front)
 
 
-def front_of(results: Results, found: Iterable[Standing], split: str) -> tuple[str, ...]:
+def front_of(results: Results, entries: Iterable[Standing], split: str) -> tuple[str, ...]:
     """The Pareto front of mean score on a split and compute seconds, among contenders that finished."""
     points = {
         standing.name: (standing.spreads[split].mean, standing.compute)
-        for standing in found
+        for standing in entries
         if standing.rank is not None and split in standing.spreads and standing.compute is not None
     }
     return pareto_front(points, results.greater_is_better)
 
 
 def _spreads(results: Results, contender: Contender) -> dict[str, Spread]:
-    found = {}
+    spreads = {}
     for split in SPLITS:
         scores = {run.seed: _score(run, split, results.metric) for run in contender.finished_runs}
         if (over_seeds := spread(scores)) is not None:
-            found[split] = over_seeds
-    return found
+            spreads[split] = over_seeds
+    return spreads
 
 
 def _score(run: Training, split: str, metric: str) -> float | None:
@@ -274,15 +274,15 @@ def _differences(
         for split, ours in spreads.items()
         if split in baseline
     }
-    return {split: found for split, found in pairs.items() if found is not None}
+    return {split: difference for split, difference in pairs.items() if difference is not None}
 
 
 def _standard_errors(results: Results, runs: Sequence[Training]) -> dict[str, float]:
-    found = {}
+    by_split = {}
     for split in SPLITS:
         labels = results.labels.get(split, ())
         errors = [standard_error(results.metric, run.predictions.get(split, ()), labels) for run in runs]
         known = [error for error in errors if error is not None]
         if known:
-            found[split] = statistics.fmean(known)
-    return found
+            by_split[split] = statistics.fmean(known)
+    return by_split

@@ -21,7 +21,9 @@ def become_worker() -> None:
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     if devices != [""]:
         if local >= len(devices):
-            raise OptionError(f"--num_processes {workers}: there are {len(devices)} GPUs, and each worker takes one.")
+            raise OptionError(
+                f"--num_processes {workers} exceeds the number of GPUs, {len(devices)}: each worker uses one."
+            )
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[local]
     for name in LAUNCHED:  # otherwise each training would be distributed over all processes
         os.environ.pop(name, None)

@@ -54,57 +54,57 @@ class Rule:
 
 GOOD_FEATURES_FEW_SAMPLES = Rule(
     (("probe_skill", ">=", GOOD), ("class_median", "<", FEW)),
-    "a linear probe has skill {probe_skill:.2f} already, and {class_median:.0f} samples a class are few: training "
+    "a linear probe already has skill {probe_skill:.2f}, and {class_median:.0f} samples per class are few: training "
     "everything at once may distort good features",
     KUMAR,
 )
 GOOD_FEATURES = Rule(
     (("probe_skill", ">=", GOOD), ("class_median", ">=", FEW)),
-    "a linear probe has skill {probe_skill:.2f}, and {class_median:.0f} samples a class allow to go on from it",
+    "a linear probe has skill {probe_skill:.2f}, and {class_median:.0f} samples per class are enough to improve on it",
     KUMAR,
 )
 FAIR_FEATURES = Rule(
     (("probe_skill", ">=", POOR), ("probe_skill", "<", GOOD)),
-    "a linear probe has skill {probe_skill:.2f}: the features are a start, not enough by themselves",
+    "a linear probe has skill {probe_skill:.2f}: the features are useful, but not sufficient on their own",
     YOSINSKI,
 )
 POOR_FEATURES = Rule(
     (("probe_skill", "<", POOR), ("class_median", ">=", FEW)),
-    "a linear probe has skill {probe_skill:.2f}, near chance, and {class_median:.0f} samples a class can change "
-    "features",
+    "a linear probe has skill {probe_skill:.2f}, near chance, and {class_median:.0f} samples per class are enough to "
+    "change the features",
     YOSINSKI,
 )
 POOR_FEATURES_FEW_SAMPLES = Rule(
     (("probe_skill", "<", POOR), ("class_median", "<", FEW)),
-    "a linear probe has skill {probe_skill:.2f}, and samples are few: holding on to features that do not transfer "
-    "costs more than they give",
+    "a linear probe has skill {probe_skill:.2f}, and samples are few: preserving features that do not transfer costs "
+    "more than it gains",
     "Chen et al., NeurIPS 2019",
 )
 VERY_FEW_SAMPLES = Rule(
     (("class_median", "<", VERY_FEW), ("probe_skill", ">=", POOR)),
-    "{class_median:.0f} samples a class are very few, and a probe of skill {probe_skill:.2f} says that pretrained "
-    "weights are worth a pull back to them",
+    "{class_median:.0f} samples per class are very few, and a probe skill of {probe_skill:.2f} suggests regularising "
+    "towards the pretrained weights",
     "Li et al., ICML 2018; Li et al., ICLR 2019",
 )
 SHIFTED_MEANS = Rule(
     (("mean_shift", ">=", MEDIUM),),
-    "the inputs of BatchNorm lie {mean_shift:.2f} standard deviations from the pretraining's: statistics that stay "
-    "frozen do not fit",
+    "the inputs of BatchNorm are {mean_shift:.2f} standard deviations away from those of pretraining: frozen "
+    "statistics do not fit",
     HA,
 )
 OTHER_SPREADS = Rule(
     (("spread_shift", ">=", math.log(2)),),
-    "the inputs of BatchNorm spread by another factor than in the pretraining (|log| {spread_shift:.2f})",
+    "the inputs of BatchNorm vary on a different scale than in pretraining (|log| {spread_shift:.2f})",
     HA,
 )
 SAME_MEANS = Rule(
     (("mean_shift", "<", SMALL),),
-    "the inputs of BatchNorm lie only {mean_shift:.2f} standard deviations from the pretraining's: there is little "
-    "to convert",
+    "the inputs of BatchNorm are only {mean_shift:.2f} standard deviations away from those of pretraining: there is "
+    "little to convert",
 )
 ONE_PART_STANDS_OUT = Rule(
     (("gradient_ratio", ">=", 3),),
-    "one part has {gradient_ratio:.1f} times an even share of the relative gradient: it may be enough to train it",
+    "one part has {gradient_ratio:.1f} times an even share of the relative gradient: training it alone may be enough",
     f"{LEE}; Barakat and Huang, ICMLA 2023",
 )
 NO_PART_STANDS_OUT = Rule(
@@ -113,24 +113,25 @@ NO_PART_STANDS_OUT = Rule(
 )
 LOW_GRADIENT = Rule(
     (("gradient_depth", "<", 1 / 3),),
-    "the relative gradient lies low (depth {gradient_depth:.2f}), where these train least or last",
+    "the relative gradient is concentrated in early parts (depth {gradient_depth:.2f}), which this strategy trains "
+    "least or last",
     LEE,
 )
 HIGH_GRADIENT = Rule(
     (("gradient_depth", ">=", 2 / 3),),
-    "the relative gradient lies high (depth {gradient_depth:.2f}), where these train most",
+    "the relative gradient is concentrated in late parts (depth {gradient_depth:.2f}), which this strategy trains most",
     LEE,
 )
 FEW_SAMPLES_PER_WEIGHT = Rule(
     (("samples_per_parameter", "<", 1e-4),),
-    "{samples_per_parameter:.1e} samples for each weight that can train: fewer weights may do",
+    "{samples_per_parameter:.1e} samples per trainable weight: training fewer weights may be enough",
 )
 RELATED_SOURCE = Rule(
     (("source_skill", ">=", 0.5), ("source_head", ">=", 1)),
-    "the pretrained classes tell the target's with skill {source_skill:.2f}: the pretrained head is worth keeping",
+    "the pretrained classes predict the target's with skill {source_skill:.2f}: the pretrained head is worth keeping",
     YOU,
 )
 UNRELATED_SOURCE = Rule(
     (("source_skill", "<", 0.2),),
-    "the pretrained classes say little of the target's (skill {source_skill:.2f})",
+    "the pretrained classes say little about the target's (skill {source_skill:.2f})",
 )

@@ -64,11 +64,11 @@ def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
         OptionError: if two strategies set different values; both are named.
     """
     default = next(f.default for f in options(FTConfig) if f.name == name)
-    said = {getattr(c, name): c.ft_type for c in configs if getattr(c, name) != default}
-    if len(said) > 1:
-        (a, one), (b, other) = list(said.items())[:2]
-        raise OptionError(f"{one}.{name}={a!r} and {other}.{name}={b!r} contradict each other.")
-    return next(iter(said), default)
+    owners = {getattr(c, name): c.ft_type for c in configs if getattr(c, name) != default}
+    if len(owners) > 1:
+        (a, one), (b, other) = list(owners.items())[:2]
+        raise OptionError(f"{one}.{name}={a!r} and {other}.{name}={b!r} conflict: set both to the same value.")
+    return next(iter(owners), default)
 
 
 def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:
@@ -90,8 +90,8 @@ def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
         if names:
             old = sorted({norm.momentum for name, norm in batch_norms(model) if name in names and norm.momentum})
             logger.warning_once(
-                f"BatchNorm momentum {old} of {len(names)} layers is TensorFlow's decay: in training the running "
-                "statistics would be about those of the last batch. Set to 0.1 (batch_norm_momentum='keep' leaves it)."
+                f"BatchNorm momentum {old} of {len(names)} layers is TensorFlow's decay: the running statistics would "
+                "track only the last batch. Set to 0.1 (batch_norm_momentum='keep' leaves it unchanged)."
             )
         return Plan(surgery=(SetBatchNormMomentum(names, 0.1),)) if names else Plan()
     names = tuple(name for name, _ in batch_norms(model))
@@ -129,7 +129,9 @@ def compose(plans: Iterable[Plan]) -> Plan:
         if stream in streams:
             continue
         if any(stream.name == other.name for other in streams):
-            raise OptionError(f"two strategies want the stream {stream.name!r} in different ways: {streams}, {stream}.")
+            raise OptionError(
+                f"two strategies request the stream {stream.name!r} with different settings: {streams}, {stream}."
+            )
         streams.append(stream)
     stages = owners[0].stages if owners else (Stage("train"),)
     total = sum(stage.duration for stage in stages)

@@ -81,13 +81,13 @@ class FTConfig(PushToHubMixin):
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(
         "auto",
-        "PyTorch momentum of BatchNorm layers. 'auto' sets 0.1 where a model family carries TensorFlow's decay "
-        "(0.99, 0.997) in its place, with which the statistics are those of about the last batch.",
+        "PyTorch momentum of BatchNorm layers. 'auto' sets 0.1 for model families that store TensorFlow's decay (0.99, "
+        "0.997) instead, with which the statistics would track only the last batch.",
         range="(0, 1]",
     )
-    head: str | None = option(None, "Name of the head module, where it cannot be found by itself.")
+    head: str | None = option(None, "Name of the head module, if it is not detected automatically.")
     blocks: str | None = option(
-        None, "Regular expression of the blocks' module names, where they cannot be found by themselves."
+        None, "Regular expression for the module names of the blocks, if they are not detected automatically."
     )
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class FTConfig(PushToHubMixin):
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         """Build the plan. Cheap, deterministic, and without side effects on the model."""
-        raise NotImplementedError(f"{type(self).__name__} defines no plan().")
+        raise NotImplementedError(f"{type(self).__name__} does not define plan().")
 
     def learned(self, state: State) -> str:
         """A sentence on the measurement for the model card; empty if there is nothing to say."""
@@ -166,7 +166,7 @@ class FTConfig(PushToHubMixin):
             OptionError: if ``ft_type`` is missing or unknown, or a value is invalid.
         """
         if not isinstance(data, Mapping) or "ft_type" not in data:
-            raise OptionError(f"no 'ft_type' in {data!r}; one of {', '.join(strategies())} is needed.")
+            raise OptionError(f"no 'ft_type' in {data!r}: set it to one of {', '.join(strategies())}.")
         kind = config_class(data["ft_type"])
         known = {f.name for f in options(kind)}
         unknown = sorted(set(data) - known - {"ft_type"})
@@ -233,7 +233,9 @@ def register(name: str) -> Callable[[C], C]:
         own = config_class.__module__.startswith(f"{_OWN}.")
         known = (_CONFIGS if own else _registered()).get(name)
         if known is not None and known.__qualname__ != config_class.__qualname__:
-            raise OptionError(f"strategy name {name!r} is taken by {known.__module__}.{known.__qualname__}.")
+            raise OptionError(
+                f"strategy name {name!r} is already taken by {known.__module__}.{known.__qualname__}: choose another."
+            )
         config_class.ft_type = name
         _CONFIGS[name] = config_class
         return config_class

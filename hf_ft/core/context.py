@@ -127,14 +127,16 @@ class FrozenCache:
 
     use: Literal["auto", "always", "never"] = option(
         "auto",
-        "auto: where samples are the same each time they are read (some are, to see) and the stage is longer than "
-        "an epoch. always: without looking. never: the whole forward pass in every step.",
+        "auto: cache if samples are the same each time they are read (checked on a few) and the stage is longer than "
+        "an epoch. always: cache without checking. never: run the whole forward pass in every step.",
     )
-    memory_gb: float = option(2.0, "Keep so many GB in memory at most; more goes into a file.", range="[0, inf)")
-    disk_gb: float = option(20.0, "Write so many GB to that file at most; more is not kept.", range="[0, inf)")
-    folder: str | None = option(None, "Where to put it; None for the system's temporary folder.")
+    memory_gb: float = option(2.0, "Maximum number of GB kept in memory; the rest goes to a file.", range="[0, inf)")
+    disk_gb: float = option(
+        20.0, "Maximum number of GB written to that file; the rest is not cached.", range="[0, inf)"
+    )
+    folder: str | None = option(None, "Folder for the file; None for the system's temporary folder.")
 
     def __post_init__(self) -> None:
         validate(self)
         if self.folder is not None and not Path(self.folder).is_dir():
-            raise OptionError(f"FrozenCache.folder={self.folder!r} is no folder: make it, or name another.")
+            raise OptionError(f"FrozenCache.folder={self.folder!r} is not a folder: create it, or name another.")

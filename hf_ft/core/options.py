@@ -138,7 +138,7 @@ def tuner_from_json(content: Mapping[str, Any]) -> PeftConfig:
         return PeftConfig.from_peft_type(**content)
     except (TypeError, KeyError, ValueError) as error:
         raise OptionError(
-            f"tuner={dict(content)!r} is no PEFT config ({error}): give its fields with 'peft_type', such as "
+            f"tuner={dict(content)!r} is not a PEFT config ({error}): give its fields with 'peft_type', such as "
             '{"peft_type": "LORA", "r": 8}.'
         ) from error
 

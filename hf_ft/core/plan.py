@@ -171,13 +171,13 @@ def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> li
         if prefix not in valid:
             tops = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
             examples = ", ".join([*tops[:6], "...", *tops[-2:]] if len(tops) > 8 else tops)
-            raise OptionError(f"stage {stage.name!r}: {prefix!r} matches no parameter. There are: {examples}.")
+            raise OptionError(f"stage {stage.name!r}: {prefix!r} matches no parameter. Parameters include {examples}.")
     candidates, trains = set(trainable), set(stage.trains)
     parameters = [name for name in names if name in candidates and covered(name, trains)]
     if not parameters:
         raise OptionError(
-            f"stage {stage.name!r}: {', '.join(stage.trains) or 'the model'} holds no parameter that is free to "
-            "train: all were frozen before training (requires_grad=False). Let some of them train."
+            f"stage {stage.name!r}: {', '.join(stage.trains) or 'the model'} has no trainable parameters: all were "
+            "frozen before training (requires_grad=False). Unfreeze some of them."
         )
     return parameters
 

@@ -41,7 +41,7 @@ def compared(view: View, layer: str) -> tuple[Tensor, Tensor]:
     state = view.states[layer]
     if state.dim() not in (3, 4):
         raise OptionError(
-            f"layer {layer!r} gives {tuple(state.shape)}: feature maps (B, C, H, W) or token states (B, T, C) are "
-            "compared. Name layers before the pooling (layers=...), or compare weights with L2SPConfig."
+            f"layer {layer!r} outputs {tuple(state.shape)}, but only feature maps (B, C, H, W) and token states (B, T, "
+            "C) can be compared. Name layers before the pooling (layers=...), or compare weights with L2SPConfig."
         )
     return state, view.reference[layer]

@@ -24,8 +24,8 @@ def other_distribution(source: str, split: str | None, columns: Columns) -> Data
     if theirs.task != columns.task or unknown or theirs.problem_type != columns.problem_type:
         what = f"the class {unknown[0]!r}" if unknown else f"{theirs.task}, {theirs.problem_type}"
         raise DataError(
-            f"{source} holds {what}, and the model's data {columns.task} of {columns.problem_type} with the "
-            f"classes {', '.join(columns.names[:10])}: take data of the same classes."
+            f"{source} contains {what}, but the model's data is {columns.task} of {columns.problem_type} with the "
+            f"classes {', '.join(columns.names[:10])}: use data with the same classes."
         )
     labels: Sequence[Any] = theirs.encode(rows.with_format(None)[theirs.label][:])
     if columns.problem_type == "single_label_classification":
@@ -48,4 +48,4 @@ def _first_split(source: str, names: Sequence[str]) -> Dataset:
         except DataError:
             if name == names[-1]:
                 raise
-    raise DataError(f"{source} has no split.")
+    raise DataError(f"{source} has no splits.")

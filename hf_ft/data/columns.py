@@ -95,7 +95,7 @@ def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tu
     features = {name: split.features[label] for name, split in splits.items()}
     feature = next(iter(features.values()))
     if any(other != feature for other in features.values()):
-        raise DataError(f"the splits disagree on what column {label!r} holds: {features}")
+        raise DataError(f"the splits disagree on the type of column {label!r}: {features}")
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
         return "multi_label_classification", tuple(feature.feature.names), None
     if isinstance(feature, ClassLabel):
@@ -107,7 +107,7 @@ def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tu
         index = {value: number for number, value in enumerate(values)}
         return "single_label_classification", tuple(map(str, values)), index
     raise DataError(
-        f"column {label!r} holds {feature}, not a class or a number: set label_column", arguments=("label_column",)
+        f"column {label!r} is of type {feature}, not a class or a number: set label_column", arguments=("label_column",)
     )
 
 

@@ -37,9 +37,9 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
         raise  # a short name's package is missing: the message says how to install it
     except Exception as error:  # `datasets` raises many types, some with no hint of what was asked for
         raise DataError(
-            f"cannot read the data {source!r} ({type(error).__name__}: {error}); it may be one of "
-            f"{', '.join(DATASETS)}, a folder of images, a file or folder of {', '.join(READERS)}, a folder "
-            "written by save_to_disk, or a Hub id (with config_name where it has several)",
+            f"cannot read the data {source!r} ({type(error).__name__}: {error}); expected one of "
+            f"{', '.join(DATASETS)}, a folder of images, a file or folder of {', '.join(READERS)}, a folder written by "
+            "save_to_disk, or a Hub id (with config_name if it has several)",
             arguments=("config_name",),
         ) from error
 

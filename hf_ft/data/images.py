@@ -70,7 +70,7 @@ def open_rgb(value: Any, row: int) -> PIL.Image.Image:
 
 def _opened(value: Any) -> PIL.Image.Image:
     if value is None:
-        raise DataError("there is none")
+        raise DataError("there is no image")
     value = {"path": value, "bytes": None} if isinstance(value, str) else value
     return _eight_bits(Image().decode_example(value))
 
@@ -83,7 +83,7 @@ def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode in ("I", "F"):
         low, high = np.asarray(image).min(), np.asarray(image).max()
         if low < 0 or high > 255 or (image.mode == "F" and 0 < high <= 1):
-            raise DataError(f"its 32-bit pixels go from {low:g} to {high:g}: convert them to 0-255, or to 16 bits")
+            raise DataError(f"its 32-bit pixels range from {low:g} to {high:g}: convert them to 0-255, or to 16 bits")
     return image.convert("RGB")
 
 
@@ -132,18 +132,18 @@ def check_images(
     with logging.tqdm(total=total, desc="opening images", disable=None if total >= LONG else True) as bar:
         for name, split in splits.items():
             kept[name], skipped[name] = _without_unreadable(split, columns.inputs[0], bar.update)
-    found = [f"{name}, {image}" for name, images in skipped.items() for image in images]
-    if not found:
+    unreadable = [f"{name}, {image}" for name, images in skipped.items() for image in images]
+    if not unreadable:
         return splits, skipped
-    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    told = f"{len(found)} of {total} images cannot be read: {'; '.join(found[:SHOWN])}{more}"
+    more = f"; and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
+    message = f"{len(unreadable)} of {total} images cannot be read: {'; '.join(unreadable[:SHOWN])}{more}"
     if on_corrupt == "refuse":
         raise DataError(
-            f"{told}. Mend or remove them, or leave them out with on_corrupt='skip'.", arguments=("on_corrupt",)
+            f"{message}. Repair or remove them, or skip them with on_corrupt='skip'.", arguments=("on_corrupt",)
         )
     if empty := [name for name, split in kept.items() if not len(split) and len(splits[name])]:
-        raise DataError(f"{told}. No image of split {empty[0]!r} is left.")
-    logger.warning(" ".join([f"{told}. They are left out.", *_lost_classes(splits, kept, columns)]))
+        raise DataError(f"{message}. Split {empty[0]!r} has no images left.")
+    logger.warning(" ".join([f"{message}. They are skipped.", *_lost_classes(splits, kept, columns)]))
     return kept, skipped
 
 
@@ -152,12 +152,12 @@ def _lost_classes(splits: DatasetDict, kept: DatasetDict, columns: Columns) -> l
     if columns.problem_type != "single_label_classification":
         return []
     names = None if columns.index else columns.names
-    found = []
+    sentences = []
     for name, split in kept.items():
         if columns.label in split.column_names:
             before, after = (np.asarray(values_of(rows, columns.label)) for rows in (splits[name], split))
-            found.append(absent_classes(before, {name: after}, names))
-    return [sentence for sentence in found if sentence]
+            sentences.append(absent_classes(before, {name: after}, names))
+    return [sentence for sentence in sentences if sentence]
 
 
 def _without_unreadable(split: Dataset, column: str, advance: Callable[[int], Any]) -> tuple[Dataset, list[Unreadable]]:
@@ -192,7 +192,7 @@ def _reason(value: Any) -> str | None:
 def _reason_of(error: Exception) -> str:
     """The reason without the path, which is reported separately, and without memory addresses."""
     if isinstance(error, PIL.UnidentifiedImageError):
-        return "no image, or of no format that Pillow knows"
+        return "not an image, or not in a format that Pillow supports"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return str(error) or type(error).__name__

@@ -43,14 +43,14 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
     spread = spread_rows(len(dataset), LOOKED_AT)
     if spread and not same_each_time(lambda: _flat(read_rows(dataset, spread)), times=2):
         raise DataError(
-            "held: samples differ from one reading to the next, so that keeping one of them would change the training: "
-            "prepare the data with augment='none'."
+            "held: samples differ each time they are read, so keeping one version would change the training: prepare "
+            "the data with augment='none'."
         )
     needed = estimated_bytes(dataset)
     if needed > limit_gb * GB:
         logger.warning(
-            f"{len(dataset):,} samples would take {needed / GB:.2f} GB of memory, more than limit_gb={limit_gb:g}: "
-            "they are read anew each time."
+            f"{len(dataset):,} samples would take {needed / GB:.2f} GB of memory, more than limit_gb={limit_gb:g}, "
+            "so they are read again every time."
         )
         return dataset
     return Held(dataset)
@@ -102,11 +102,11 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Read samples by index in one call. They are copies: modifying them does not change the stored samples."""
         rows = [int(row) for row in rows]
-        taken = {
+        columns = {
             name: list(kept[rows]) if isinstance(kept, Tensor) else [_copied(kept[row]) for row in rows]
             for name, kept in self.columns.items()
         }
-        return [{name: values[place] for name, values in taken.items()} for place in range(len(rows))]
+        return [{name: values[place] for name, values in columns.items()} for place in range(len(rows))]
 
     @property
     def class_labels(self) -> np.ndarray | None:
@@ -127,7 +127,9 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
             if start + place == 0:
                 self.columns = {name: self._empty(value) for name, value in row.items()}
             if set(row) != set(self.columns):
-                raise DataError(f"held: sample {place} has the keys {sorted(row)}, the first {sorted(self.columns)}.")
+                raise DataError(
+                    f"held: sample {place} has the keys {sorted(row)}, but the first has {sorted(self.columns)}."
+                )
         for name in self.columns:
             self._put_column(name, start, [row[name] for row in rows])
 

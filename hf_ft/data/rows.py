@@ -34,10 +34,10 @@ def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> boo
     first: Mapping[str, Any] | None = None
     for seed in range(times):
         with random_states_kept(seed):
-            found = read()
-        if first is not None and not _equal(first, found):
+            batch = read()
+        if first is not None and not _equal(first, batch):
             return False
-        first = found
+        first = batch
     return True
 
 

@@ -16,8 +16,8 @@ from hf_ft.errors import OptionError
 
 LabelMap = dict | Literal["by_name", "by_number"] | None
 LABEL_MAP_HELP = (
-    "Where the source data's labels are not the source head's classes: a dictionary from one to the other, names or "
-    "numbers; 'by_name'; or 'by_number' to trust the numbers though names differ."
+    "Mapping from the source data's labels to the source head's classes, if they differ: a dictionary of names or "
+    "numbers; 'by_name'; or 'by_number' to match the numbers even if the names differ."
 )
 _GENERIC = re.compile(r"LABEL_\d+")
 SHOWN = 4  # names in a message
@@ -60,17 +60,18 @@ class SourceLabels:
         if not named or not self.names or named == self.names:
             return
         if sorted(named) == sorted(self.names):
-            wrong, fix = "in another order", "Set source_label_map='by_name'"
+            wrong, fix = "in a different order", "Set source_label_map='by_name'"
         elif set(named) <= set(self.names):
-            wrong, fix = "only a part of them", "Set source_label_map='by_name'"
+            wrong, fix = "only some of them", "Set source_label_map='by_name'"
         else:
             fix = (
                 f"Set source_label_map={{{named[0]!r}: {self.names[0]!r}, ...}} (names or numbers on either side), or "
-                "'by_number' if label i is the head's class i all the same"
+                "'by_number' if label i is the head's class i nevertheless"
             )
             wrong = "others"
         raise OptionError(
-            f"source_dataset's classes are {_shown(named)}, the source head's {_shown(self.names)}: {wrong}. {fix}."
+            f"source_dataset's classes are {_shown(named)}, but the source head's are {_shown(self.names)}: {wrong}. "
+            f"{fix}."
         )
 
     def _table(self, named: tuple[str, ...]) -> Tensor | None:
@@ -82,7 +83,7 @@ class SourceLabels:
         else:
             assert isinstance(self.label_map, dict)
             if not self.label_map:
-                raise OptionError("source_label_map={} maps nothing: give a class of the head for each label.")
+                raise OptionError("source_label_map={} is empty: give a class of the head for each label.")
             places = {self._label(key, named): self._class(key, value) for key, value in self.label_map.items()}
         table = torch.full((max(places) + 1,), -1)
         for label, place in places.items():
@@ -100,7 +101,7 @@ class SourceLabels:
         if unknown:
             raise OptionError(
                 f"source_label_map='by_name': the source head has no class {unknown[0]!r}, only {_shown(self.names)}. "
-                "Give a dictionary, or leave its samples and its name out."
+                "Give a dictionary, or remove its samples and its name."
             )
         return {label: self.names.index(name) for label, name in enumerate(named)}
 
@@ -118,7 +119,7 @@ class SourceLabels:
         number = int(value) if isinstance(value, int) or str(value).isdigit() else -1
         if not 0 <= number < self.classes:
             known = f"a number in [0, {self.classes})" + (f" or one of {_shown(self.names)}" if self.names else "")
-            raise OptionError(f"source_label_map: {key!r} -> {value!r} is no class of the source head: {known}.")
+            raise OptionError(f"source_label_map: {key!r} -> {value!r} is not a class of the source head: use {known}.")
         return number
 
     def _apply(self, labels: Tensor, table: Tensor | None) -> Tensor:
@@ -134,8 +135,8 @@ class SourceLabels:
         mapped = torch.where(known, table[labels.clamp(0, len(table) - 1)], -1)
         if bool((mapped < 0).any()):
             raise OptionError(
-                f"source_label_map says nothing of label {int(labels[mapped < 0][0])} of source_dataset: add it, or "
-                "leave its samples out."
+                f"source_label_map has no entry for label {int(labels[mapped < 0][0])} of source_dataset: add one, or "
+                "remove its samples."
             )
         return mapped
 
@@ -162,11 +163,11 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
         raise OptionError(
-            f"source_dataset gives batches of {sorted(batch)}, without 'labels': add a column of them, its classes."
+            f"source_dataset yields batches of {sorted(batch)}, without 'labels': add a column of its classes."
         )
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
-        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise OptionError(f"source_dataset: 'labels' are {found}, not one class number per sample, (B,) integers.")
+        actual = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise OptionError(f"source_dataset: 'labels' are {actual}, but one integer class per sample, (B,), is needed.")
     return labels
 
 

@@ -177,14 +177,14 @@ def first_rows(dataset: Any, count: int, name: str) -> list[Any]:
         else:
             rows = list(itertools.islice(iter(dataset), count))
     if not rows:
-        raise OptionError(f"{name} holds no sample: pass one that does.")
+        raise OptionError(f"{name} contains no samples: pass one that does.")
     return rows
 
 
 def _dry(passes: int) -> str:
     return (
-        f"source_dataset ran dry: pass {passes + 1} over it gave no sample. It must be possible to go over it again "
-        "and again (a data set, not an iterator that is used up), and each process must get a part of it."
+        f"source_dataset ran out: pass {passes + 1} over it yielded no samples. It must support repeated iteration (a "
+        "data set, not a one-time iterator), and every process must get a part of it."
     )
 
 

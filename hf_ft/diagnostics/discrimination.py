@@ -121,7 +121,7 @@ def plot_discrimination(histories: Mapping[str, list[tuple[int, dict[str, Discri
     """
     loaders = list(dict.fromkeys(name for history in histories.values() for _, results in history for name in results))
     if not loaders:
-        raise OptionError("plot_discrimination: the histories hold no measurement. Train with the callback first.")
+        raise OptionError("plot_discrimination: the histories contain no measurements. Train with the callback first.")
     figure = new_figure("plot_discrimination")
     axes = figure.subplots(1, 2)
     for axis, (field, title) in zip(axes, FIGURES.items(), strict=True):
@@ -233,7 +233,7 @@ def _collect(
     with observing(model), random_states_kept(seed):
         batches = list(_batches(model, loader, modules))
     if not sum(len(labels) for _, labels in batches):
-        raise OptionError("general_discrimination: the loader holds no sample (an iterator can be passed over once).")
+        raise OptionError("general_discrimination: the loader yielded no samples (an iterator can only be used once).")
     features, labels = zip(*batches, strict=True)
     return torch.cat(features).double(), torch.cat(labels)
 
@@ -251,8 +251,8 @@ def _batches(
         if features is None or features.dim() != 2 or len(features) != len(labels):
             shape = None if features is None else tuple(features.shape)
             raise OptionError(
-                f"general_discrimination: what goes into the head is {shape}, not one vector for each of "
-                f"{len(labels)} samples: name the module that takes such with head=..."
+                f"general_discrimination: the head's input is {shape}, not one vector for each of {len(labels)} "
+                "samples: name a module with such an input with head=..."
             )
         yield features.float().cpu(), labels
 
@@ -277,13 +277,13 @@ def _check_classes(labels: np.ndarray, folds: int) -> None:
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
         raise OptionError(
-            f"general_discrimination: all {len(labels)} samples are of class {classes[0]}: two classes are needed at "
-            "least."
+            f"general_discrimination: all {len(labels)} samples are of class {classes[0]}: at least two classes are "
+            "needed."
         )
     rarest, fewest = classes[counts.argmin()], int(counts.min())
     if fewest < folds:
-        fewer = f", or set folds={fewest}" if fewest > 1 else " or leave it out"
+        fewer = f", or set folds={fewest}" if fewest > 1 else " or remove it"
         raise OptionError(
             f"general_discrimination: class {rarest} has {fewest} sample{'s' * (fewest > 1)}, fewer than "
-            f"folds={folds}: give more of it{fewer}."
+            f"folds={folds}: add more{fewer}."
         )

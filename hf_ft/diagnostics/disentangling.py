@@ -22,20 +22,20 @@ def plot_disentangling(info: Mapping[str, Any], file: str | Path) -> None:
         ImportError: if matplotlib is not installed.
     """
     if "history" not in info:
-        raise OptionError("plot_disentangling: the state holds no disentangling (criterion='none').")
+        raise OptionError("plot_disentangling: the state has no disentangling (criterion='none').")
     figure, history, figures = new_figure("plot_disentangling"), info["history"], info["figures"]
     terms, shares = figure.subplots(1, 2)
     epochs = range(1, len(history) + 1)
     for name in history[0]:
         terms.plot(epochs, [epoch[name] for epoch in history], label=name, marker="." if len(history) < 3 else None)
-    terms.set_title("terms of the first stage, unweighted")
+    terms.set_title("unweighted terms of the first stage")
     terms.set_xlabel("epoch")
     terms.grid(alpha=0.3)
     terms.legend(fontsize="small")
     rows = {
         "norm of P / norm of F": figures["p_share"],
         "norm of N / norm of F": figures["n_share"],
-        "label's part of the variance of F": figures["f_label"],
+        "label's share of the variance of F": figures["f_label"],
         "of P": figures["p_label"],
         "of N": figures["n_label"],
         "error of P + N": figures["reconstruction"],

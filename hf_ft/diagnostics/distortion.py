@@ -89,7 +89,7 @@ def feature_distortion(
                     vectors, features[1][name]
                 )
     if not samples:
-        raise OptionError("feature_distortion: the loader holds no sample (an iterator can be passed over once).")
+        raise OptionError("feature_distortion: the loader yielded no samples (an iterator can only be used once).")
     means = {name: (total / samples).tolist() for name, total in sums.items()}
     return {name: Distortion(cosine, l2, relative, samples) for name, (cosine, l2, relative) in means.items()}
 
@@ -151,8 +151,8 @@ class FeatureDistortionCallback(TrainerCallback):
         if self._given is None and state.is_world_process_zero:
             if state.global_step:
                 logger.warning(
-                    f"FeatureDistortionCallback: resumed at step {state.global_step}, and distortion counts from "
-                    "there. Pass reference=<the model before training>."
+                    f"FeatureDistortionCallback: training resumed at step {state.global_step}, so distortion is "
+                    "relative to that step. Pass reference=<the model before training>."
                 )
             self._reference = copy.deepcopy(model)
 
@@ -206,7 +206,10 @@ def _tapped(model: nn.Module, parts: Anatomy) -> Iterator[dict[str, Tensor]]:
         for part in (*parts.blocks, parts.head):
             name = part.modules[0] if part is parts.head else part.modules[-1]
             if name not in modules:
-                raise OptionError(f"feature_distortion: the second model has no module {name!r}; both must be alike.")
+                raise OptionError(
+                    f"feature_distortion: the second model has no module {name!r}; both must have the same "
+                    "architecture."
+                )
             if part is parts.head:
                 handles.append(modules[name].register_forward_pre_hook(partial(_keep, outputs, FEATURES)))
             else:

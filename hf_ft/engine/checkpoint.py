@@ -51,9 +51,9 @@ def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
         return load_file(tensors_file), metadata
     except FileNotFoundError as error:
-        raise CheckpointError(f"{tensors_file} is missing: the folder is incomplete. Take another one.") from error
+        raise CheckpointError(f"{tensors_file} is missing: the folder is incomplete. Use another one.") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{tensors_file} is damaged ({error}). Restore it, or take another one.") from error
+        raise CheckpointError(f"{tensors_file} is damaged ({error}). Restore it, or use another one.") from error
 
 
 def write_states(folder: Path, states: Mapping[str, State]) -> None:
@@ -74,7 +74,7 @@ def read_states(folder: str | Path) -> dict[str, State]:
     try:
         infos = json.loads(metadata["info"])
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: no readable header. Restore it, or take another one.") from error
+        raise CheckpointError(f"{file} is damaged: no readable header. Restore it, or use another one.") from error
     return {
         name: State({key.partition("/")[2]: t for key, t in tensors.items() if key.partition("/")[0] == name}, info)
         for name, info in infos.items()
@@ -110,7 +110,7 @@ def _read_pretrained(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
         )
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
-        raise CheckpointError(f"the weights in {folder} do not fit the model: {wrong}. Take the model they are of.")
+        raise CheckpointError(f"the weights in {folder} do not fit the model: {wrong}. Use the model they belong to.")
     return fresh.state_dict()
 
 
@@ -120,13 +120,15 @@ def _load_adapter(model: PeftModel, folder: Path) -> None:
     names = set(get_peft_model_state_dict(model, adapter_name=adapter))
     if set(tensors) != names:
         raise CheckpointError(
-            f"the adapter in {folder} does not fit the model: missing {sorted(names - set(tensors))[:5]}, "
-            f"unexpected {sorted(set(tensors) - names)[:5]}. Take the model and tuner they are of."
+            f"the adapter in {folder} does not fit the model: missing {sorted(names - set(tensors))[:5]}, unexpected "
+            f"{sorted(set(tensors) - names)[:5]}. Use the model and tuner they belong to."
         )
     set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     result = model.load_state_dict(checked(folder / BUFFERS_NAME)[0], strict=False)
     if result.unexpected_keys:
-        raise CheckpointError(f"{folder / BUFFERS_NAME} holds buffers unknown to the model: {result.unexpected_keys}.")
+        raise CheckpointError(
+            f"{folder / BUFFERS_NAME} contains buffers that the model does not have: {result.unexpected_keys}."
+        )
 
 
 def save_buffers(model: PeftModel, folder: Path) -> None:
@@ -178,8 +180,8 @@ def last_checkpoint(output_dir: str | Path) -> Path:
     for folder in reversed(checkpoints(output_dir)):
         if is_complete(folder):
             return folder
-        logging.get_logger(__name__).warning(f"{folder} is incomplete or damaged and is passed over.")
-    raise CheckpointError(f"no whole checkpoint in {output_dir}: start without resume_from_checkpoint.")
+        logging.get_logger(__name__).warning(f"{folder} is incomplete or damaged; skipping it.")
+    raise CheckpointError(f"no complete checkpoint in {output_dir}: start without resume_from_checkpoint.")
 
 
 def remove_incomplete(output_dir: str | Path) -> None:
@@ -238,10 +240,10 @@ def save_delta(
         CheckpointError: for a PEFT model (its adapter is its delta), or a model whose tensors differ from its base's.
     """
     if isinstance(model, PeftModel):
-        raise CheckpointError("a PEFT adapter is a delta already: use save_model or model.save_pretrained.")
+        raise CheckpointError("a PEFT adapter is already a delta: use save_model or model.save_pretrained.")
     state = model.state_dict()
     if set(state) != set(base):
-        raise CheckpointError("the model has other tensors than its base; use save_model, which saves all of them.")
+        raise CheckpointError("the model has different tensors from its base: use save_model, which saves all of them.")
     head = anatomy(model, shared_option(configs, "head"), shared_option(configs, "blocks")).head.modules
     delta = {
         name: tensor.detach().cpu().contiguous().clone()
@@ -276,15 +278,17 @@ def load_delta(base: nn.Module | str, path: str | Path) -> nn.Module:
     digest = base_digest(digests(model), tuple(base_info["head"]))
     if digest != base_info["sha256"]:
         raise CheckpointError(
-            f"{base if isinstance(base, str) else 'this model'} is not the base of {folder}: its hash without the "
-            f"head is {digest[:12]}, wanted is {base_info['sha256'][:12]} ({base_info['name'] or 'unnamed'})."
+            f"{base if isinstance(base, str) else 'this model'} is not the base of {folder}: its hash without the head "
+            f"is {digest[:12]}, but {base_info['sha256'][:12]} ({base_info['name'] or 'unnamed'}) is needed."
         )
     try:
         result = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{folder / DELTA_NAME} does not fit the base: {error}") from error
     if result.unexpected_keys:
-        raise CheckpointError(f"{folder / DELTA_NAME} holds tensors unknown to the base: {result.unexpected_keys[:5]}.")
+        raise CheckpointError(
+            f"{folder / DELTA_NAME} contains tensors that the base does not have: {result.unexpected_keys[:5]}."
+        )
     return model
 
 

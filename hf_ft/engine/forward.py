@@ -96,8 +96,8 @@ def _check_rows(states: Mapping[str, Tensor], rows: int, of_streams: Sequence[st
     for layer, state in states.items():
         if len(state) != rows and (layer in of_streams or len(state) > rows):
             raise OptionError(
-                f"layer {layer!r} has {len(state)} rows where the target's batch and the stream's have {rows}: it "
-                "cannot be divided between them. Set source_forward='separate', or name another layer."
+                f"layer {layer!r} outputs {len(state)} rows, but the batches of the target and the stream have {rows}, "
+                "so it cannot be split. Set source_forward='separate', or name another layer."
             )
 
 
@@ -126,8 +126,8 @@ def check_columns(target: Mapping[str, Any], others: Mapping[str, Mapping[str, A
         for only, has, lacks in ((0, "train", stream), (1, stream, "train")):
             if names[only] - names[1 - only]:
                 raise OptionError(
-                    f"{has}_dataset has a column {min(names[only] - names[1 - only])!r} and {lacks}_dataset has none: "
-                    "process both alike, by one processor or tokenizer."
+                    f"{has}_dataset has a column {min(names[only] - names[1 - only])!r}, but {lacks}_dataset does not: "
+                    "preprocess both with the same processor or tokenizer."
                 )
 
 
@@ -158,15 +158,15 @@ def concatenate(
             width = max(c.shape[1] for c in columns)
             if "attention_mask" not in target and any(c.shape[1] != width for c in columns):
                 raise OptionError(
-                    "sequences of the target and of a stream differ in length, and no 'attention_mask' tells padding: "
-                    "let the tokenizer give one, or set source_forward='separate'."
+                    "sequences of the target and of a stream differ in length, and there is no 'attention_mask' to "
+                    "mark padding: let the tokenizer return one, or set source_forward='separate'."
                 )
             columns = [nn.functional.pad(c, (0, width - c.shape[1]), value=padding) for c in columns]
         for stream, other in zip(others, columns[1:], strict=True):
             if other.shape[1:] != columns[0].shape[1:]:
                 raise OptionError(
-                    f"{stream}_dataset gives {name!r} of shape {tuple(other.shape[1:])}, train_dataset "
-                    f"{tuple(column.shape[1:])}: process both to one size, or set {stream}_forward='separate'."
+                    f"{stream}_dataset yields {name!r} of shape {tuple(other.shape[1:])}, but train_dataset yields "
+                    f"{tuple(column.shape[1:])}: preprocess both to one size, or set {stream}_forward='separate'."
                 )
         result[name] = torch.cat([other.to(column.dtype) for other in columns])
     return result
@@ -186,7 +186,7 @@ def head_sees(model: nn.Module, head: Sequence[str], rows: int | None) -> Iterat
     def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if isinstance(module, nn.Linear) and args and args[0].dim() > 2:
             raise OptionError(
-                "this model picks a token after its head, which therefore cannot see a part of the batch: set "
+                "this model picks a token after its head, so its head cannot be given a part of the batch: set "
                 "source_forward='separate'. Strategies that keep the source head cannot be used with it at all."
             )
         return tuple(map(first, args)), {name: first(value) for name, value in kwargs.items()}

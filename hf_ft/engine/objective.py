@@ -155,7 +155,7 @@ class Objective(nn.Module):
         missing = sorted(names - set(given))
         if missing:
             raise OptionError(
-                f"a term of the loss needs a batch of the stream {missing[0]!r}: pass it to the objective as "
+                f"a loss term needs a batch of the stream {missing[0]!r}: pass it to the objective as "
                 f"{STREAM}{missing[0]}={{...}}."
             )
         return [
@@ -179,12 +179,12 @@ class Objective(nn.Module):
         mine = [term for term, _ in active if term.stream is None]
         absent = [layer for term in mine for layer in term.layers if layer not in states]
         if absent:
-            raise OptionError(f"layer {absent[0]!r} gave nothing: {NOT_CALLED}")
+            raise OptionError(f"layer {absent[0]!r} produced no output: {NOT_CALLED}")
         hidden = [name for name in states if name in self._live_layers and not states[name].requires_grad]
         if hidden and torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
             raise OptionError(
-                f"no gradient comes from layer {hidden[0]!r}, which a term of the loss needs. With gradient "
-                "checkpointing, set gradient_checkpointing_kwargs={'use_reentrant': False}."
+                f"no gradient flows from layer {hidden[0]!r}, which a loss term needs. With gradient checkpointing, "
+                "set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         layers = [layer for term in mine if "reference" in term.needs for layer in term.layers]
         # Text recorded in another batch may be padded to another length.

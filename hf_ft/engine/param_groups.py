@@ -80,8 +80,8 @@ def regroup(optimizer: Optimizer, model: nn.Module, plan: Plan, trainable: Colle
     missing = [name for name in ever_trained(plan, model, trainable) if id(parameters[name]) not in ids]
     if missing:
         raise OptionError(
-            f"the optimizer ({type(optimizer).__name__}) does not hold {len(missing)} of the parameters "
-            f"that the strategy trains, such as {missing[0]!r}: choose another optim, or pass all parameters."
+            f"the optimizer ({type(optimizer).__name__}) lacks {len(missing)} of the parameters that the strategy "
+            f"trains, such as {missing[0]!r}: choose another optim, or pass all parameters."
         )
     optimizer.param_groups[:] = groups
 

@@ -77,7 +77,7 @@ class Run:
         idle = [term.name for term in self.plan.terms if term.name not in active]
         if idle:
             logger.warning_once(
-                f"{', '.join(idle)} does nothing: in every stage all that it looks at is frozen, or its weight is 0."
+                f"{', '.join(idle)} has no effect: in every stage, all its inputs are frozen, or its weight is 0."
             )
         self.unfreeze()
         return objective
@@ -224,7 +224,7 @@ def measure(
             states[config.ft_type] = known[config.ft_type]
         elif config.measures():
             if context is None:
-                raise OptionError(f"{config.ft_type} looks at the data before training: pass a context, or states.")
+                raise OptionError(f"{config.ft_type} measures the data before training: pass a context, or states.")
             states[config.ft_type] = config.measure(model, context())
     return states
 
@@ -234,7 +234,9 @@ def check(
 ) -> Plan:
     """Build the plan and run all pre-training checks."""
     if not trainable:
-        raise OptionError("every parameter of the model is frozen (requires_grad=False): nothing could train.")
+        raise OptionError(
+            "all parameters of the model are frozen (requires_grad=False), so there is nothing to train: unfreeze some."
+        )
     check_members(configs, model)
     for config in configs:
         config.check_model(model)
@@ -254,7 +256,7 @@ def check_members(configs: Iterable[FTConfig], model: nn.Module) -> None:
     unfit = [config.ft_type for config in configs if not config.needs().several_members]
     if unfit and len(members) > 1:
         raise OptionError(
-            f"{unfit[0]} goes by the layers and the head of one network, and this model has {len(members)} members: "
+            f"{unfit[0]} needs the layers and the head of a single network, but this model has {len(members)} members: "
             "use it with one of them (model.members[0])."
         )
 
@@ -274,8 +276,8 @@ def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callabl
         ) from error
     if not isinstance(scheduler, LambdaLR):
         raise OptionError(
-            f"lr_scheduler_type={getattr(name, 'value', name)!r} is no function of the step, so it cannot run "
-            "once per stage. Use linear, cosine, constant, polynomial, ... or a strategy of one stage."
+            f"lr_scheduler_type={getattr(name, 'value', name)!r} is not a function of the step, so it cannot run once "
+            "per stage. Use linear, cosine, constant, polynomial, ... or a strategy with one stage."
         )
     return scheduler.lr_lambdas[0]
 

@@ -158,7 +158,7 @@ def _find_head(model: nn.Module, backbone: nn.Module, wanted: str | None) -> lis
         names = [name for name in _HEAD_NAMES if name in modules and _has_parameters(modules[name])][:1]
     if not names:
         raise AnatomyError(
-            "Found no head: looked for top-level children with parameters beside the backbone, for "
+            "Found no head: looked for top-level children with parameters outside the backbone, for "
             f"get_classifier() and for a child called {', '.join(_HEAD_NAMES)}. {_children(model)}. "
             'Name the head\'s module, for instance head="classifier".'
         )
@@ -178,12 +178,12 @@ def _find_blocks(model: nn.Module, backbone: nn.Module, head: list[str], pattern
         repeats = [f"{r[0]} ... {r[-1]} ({len(r)} x {type(model.get_submodule(r[0])).__name__})" for r in runs]
         raise AnatomyError(
             f"Found no blocks by {criterion}. {_children(model)}. Repeated modules: {'; '.join(repeats) or 'none'}. "
-            'Give a regex that fits whole names, for instance blocks=r"encoder\\.layer\\.\\d+".'
+            'Give a regex that matches whole names, for instance blocks=r"encoder\\.layer\\.\\d+".'
         )
     if clash := [name for name in names if matches(name, head) or any(matches(h, [name]) for h in head)]:
         raise AnatomyError(
             f"The blocks {', '.join(clash[:3])} overlap the head {', '.join(head)}. {_children(model)}. "
-            'Set head="..." to a module outside of the blocks, or blocks=r"..." to fit less.'
+            'Set head="..." to a module outside the blocks, or blocks=r"..." to match fewer modules.'
         )
     step = _MODULES_PER_BLOCK.get(model_type, 1) if pattern is None else 1
     return [names[i : i + step] for i in range(0, len(names), step)]

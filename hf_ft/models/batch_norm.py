@@ -77,19 +77,19 @@ def estimate_batch_norm(
         Chan, Golub, LeVeque. Updating formulae and a pairwise algorithm for computing sample variances. 1979.
     """
     if statistics not in _MOMENTS:
-        raise OptionError(f"statistics={statistics!r} is not {' or '.join(map(repr, _MOMENTS))}.")
+        raise OptionError(f"statistics={statistics!r} is unknown: choose {' or '.join(map(repr, _MOMENTS))}.")
     reduce = reduce or _alone
     sums = {name: _MOMENTS[statistics](norm) for name, norm in batch_norms(model)}
     if not sums:
         raise OptionError(
             f"{type(model).__name__} has no BatchNorm with running statistics, so there is nothing to convert. "
-            "DAFTConfig(convert_batch_norm=False) keeps the other half of the method: zero head and two rates."
+            "DAFTConfig(convert_batch_norm=False) keeps the rest of the method: the zero head and two learning rates."
         )
     batches = _pass_over(model, loader, sums)
     # The condition is summed over all processes, so that all continue or all raise.
     device = next(iter(sums.values())).device
     if not float(reduce(torch.tensor(float(batches), device=device))):
-        raise OptionError("no batch to measure BatchNorm statistics on: the loader or the training data are empty.")
+        raise OptionError("no batches to measure BatchNorm statistics on: the loader or the training data is empty.")
     results = {name: moments.result(name, reduce) for name, moments in sums.items()}
     return {name: _finite(name, result) for name, result in results.items() if result is not None}
 
@@ -121,7 +121,7 @@ def convert_batch_norm(model: nn.Module, statistics: Mapping[str, BatchNormStati
     if bare:
         logger.warning(
             f"{len(bare)} BatchNorm layers, such as {bare[0]!r}, have no weight or no bias and keep their statistics: "
-            "without these, new statistics would change what the model computes."
+            "without these, new statistics would change the model's function."
         )
     for name, (mean, var) in targets.items():
         if name not in bare:
@@ -143,15 +143,15 @@ def _convert(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
 def _target(name: str, norms: Mapping[str, _BatchNorm], wanted: BatchNormStatistics) -> tuple[Tensor, Tensor]:
     """Mean and variance rounded to the dtype of the layer's buffers, in float64."""
     if name not in norms:
-        raise OptionError(f"{name!r} is no BatchNorm with running statistics of this model: {_some(norms)}.")
+        raise OptionError(f"{name!r} is not a BatchNorm with running statistics in this model: {_some(norms)}.")
     buffers: list[Any] = [norms[name].running_mean, norms[name].running_var]
     for kind, value, buffer in zip(("mean", "var"), (wanted.mean, wanted.var), buffers, strict=True):
         if value.shape != buffer.shape:
-            raise OptionError(f"{name}: a {kind} of shape {tuple(value.shape)} does not fit {tuple(buffer.shape)}.")
+            raise OptionError(f"{name}: a {kind} of shape {tuple(value.shape)} does not match {tuple(buffer.shape)}.")
     # Round first, so that bias and weight compensate for exactly the statistics that the layer receives.
     mean, var = (_exact(v.to(b.dtype)) for v, b in zip((wanted.mean, wanted.var), buffers, strict=True))
     if not (bool(mean.isfinite().all()) and bool(var.isfinite().all()) and bool((var >= 0).all())):
-        raise OptionError(f"{name}: statistics must be finite, and variances not negative, in {buffers[0].dtype}.")
+        raise OptionError(f"{name}: statistics must be finite, and variances non-negative, in {buffers[0].dtype}.")
     return mean, var
 
 
@@ -234,7 +234,7 @@ class _Batch(_Sums):
         if not count:
             return None
         if not variances:
-            raise _no_variance(name, "every batch holds one value per channel: measure on larger batches")
+            raise _no_variance(name, "every batch has one value per channel: measure on larger batches")
         return BatchNormStatistics(reduce(self.means) / count, reduce(self.variances) / variances)
 
 
@@ -257,7 +257,7 @@ class _Pooled(_Sums):
         if not count:
             return None
         if count == 1:
-            raise _no_variance(name, "there is one value per channel in all the data: measure on more")
+            raise _no_variance(name, "there is only one value per channel in the data: measure on more")
         mean = reduce(self.count * self.mean) / count
         squares = reduce(self.squares + self.count * (self.mean - mean).square())
         return BatchNormStatistics(mean, squares / count)
@@ -271,13 +271,13 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def _no_variance(name: str, why: str) -> OptionError:
-    return OptionError(f"BatchNorm {name!r} has no variance to measure, since {why}.")
+    return OptionError(f"cannot measure the variance of BatchNorm {name!r}: {why}.")
 
 
 def _finite(name: str, found: BatchNormStatistics) -> BatchNormStatistics:
     if not (bool(found.mean.isfinite().all()) and bool(found.var.isfinite().all())):
         raise OptionError(
-            f"the input of BatchNorm {name!r} is not finite on the training data: look for NaN or infinite values in "
-            "the inputs, or measure in float32."
+            f"the input of BatchNorm {name!r} is not finite on the training data: check the inputs for NaN or infinite "
+            "values, or measure in float32."
         )
     return found

@@ -18,7 +18,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.preserve import evaluating
 
 INPUT = "input:"
-NOT_CALLED = "it is not called in the forward pass, as a list of modules is not. Name a module in it."
+NOT_CALLED = "it is not called in the forward pass, as is the case for lists of modules. Name a module in it."
 
 
 def tap(model: nn.Module, layer: str, keep: Callable[[Tensor], None]) -> RemovableHandle:
@@ -72,7 +72,7 @@ def run_to(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any]) ->
             handle.remove()
     silent = [name for name in layers if name not in tensors]
     if silent:
-        raise OptionError(f"layer {silent[0]!r} gave nothing: {NOT_CALLED}")
+        raise OptionError(f"layer {silent[0]!r} produced no output: {NOT_CALLED}")
     return tensors
 
 
@@ -112,16 +112,16 @@ class Taps:
         for name, state in self.states.items():
             if state._version != self._versions[name] and error[0] is None:
                 raise OptionError(
-                    f"layer {name!r}: what it gives is changed in place afterwards (a shortcut is added to it, say), "
-                    "so that it cannot be compared. Name the block that it is in."
+                    f"layer {name!r}: its output is modified in place afterwards (for example by adding a shortcut), "
+                    "so it cannot be compared. Name the block that contains it."
                 )
 
     def _keeper(self, name: str) -> Callable[[Tensor], None]:
         def keep(state: Tensor) -> None:
             if name in self.states:
                 raise OptionError(
-                    f"layer {name!r} is called several times in a forward pass (weights that are shared), and has no "
-                    "one output to compare. Name another layer, or use L2SPConfig, which compares weights."
+                    f"layer {name!r} is called several times in a forward pass (shared weights), so there is no single "
+                    "output to compare. Name another layer, or use L2SPConfig, which compares weights."
                 )
             self.states[name], self._versions[name] = state, state._version
 
@@ -168,7 +168,7 @@ def model_inputs(batch: Any, device: torch.device) -> dict[str, Any]:
     """
     if not isinstance(batch, Mapping):
         raise OptionError(
-            f"a batch is a {type(batch).__name__}: each must be a dictionary of the model's keyword arguments, "
-            "such as {'pixel_values': ...}."
+            f"a batch is a {type(batch).__name__}: batches must be dictionaries of the model's keyword arguments, such "
+            "as {'pixel_values': ...}."
         )
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}

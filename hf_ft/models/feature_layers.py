@@ -41,7 +41,7 @@ def layers_of(model: nn.Module, wanted: Sequence[str] | None, default: Callable[
         usual = ", ".join(default())
         raise OptionError(
             f"layers={tuple(wanted)!r}: the model has no module {', '.join(map(repr, unknown)) or '()'}. The default "
-            f"would be {usual}. There are: {', '.join(modules)}."
+            f"would be {usual}. The modules are {', '.join(modules)}."
         )
     return wanted
 
@@ -93,7 +93,7 @@ def last_feature_map(model: nn.Module, found: Anatomy, batch: Mapping[str, Any])
     ]
     if not maps:
         raise OptionError(
-            f"{type(model).__name__} has no layer that gives feature maps (B, C, H, W) or token states (B, T, C), "
+            f"{type(model).__name__} has no layer that outputs feature maps (B, C, H, W) or token states (B, T, C), "
             "which this strategy compares. Use L2SPConfig, which compares weights."
         )
     return maps[-1]

@@ -49,8 +49,8 @@ class SourceHead(nn.Module):
         logits = self.module(state.to(next(self.module.parameters()).dtype))
         if logits.dim() != 2:
             raise OptionError(
-                f"the pretrained head gives {tuple(logits.shape)}, not one row of logits per sample: this model picks "
-                "a token after its head. Strategies that keep the source head cannot be used with it."
+                f"the pretrained head outputs {tuple(logits.shape)}, not one row of logits per sample: this model "
+                "picks a token after its head. Strategies that keep the source head cannot be used with it."
             )
         return logits.float()
 
@@ -68,8 +68,8 @@ def head_module(model: nn.Module, head: str | None = None, blocks: str | None = 
     ]
     if len(names) != 1:
         raise OptionError(
-            f"the head consists of {len(names)} modules with parameters ({', '.join(names)}): a source head can be "
-            "kept only where it is one. Name it with head='...', or use a strategy that needs none."
+            f"the head consists of {len(names)} modules with parameters ({', '.join(names)}), but a source head can "
+            "only be kept if it is a single one. Name it with head='...', or use a strategy that does not need one."
         )
     return names[0]
 
@@ -106,9 +106,9 @@ def require_source_head(model: nn.Module) -> None:
     """
     if not has_source_head(model):
         raise OptionError(
-            "the model has no source head (that of its pretraining): load it with hf_ft.from_pretrained(name, "
-            "num_labels=...), which keeps it beside the new head. It is gone after training, and where a checkpoint "
-            "never had one."
+            "the model has no source head (its pretrained head): load it with hf_ft.from_pretrained(name, "
+            "num_labels=...), which keeps it alongside the new head. It is removed after training, and missing if the "
+            "checkpoint had none."
         )
 
 

@@ -156,7 +156,7 @@ class Claims:
                 except optuna.exceptions.UpdateFinishedTrialError:
                     return
                 except Exception as error:  # the next one may succeed
-                    logging.getLogger(__name__).warning("no heartbeat written: %s", error)
+                    logging.getLogger(__name__).warning("could not write a heartbeat: %s", error)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

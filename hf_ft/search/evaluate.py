@@ -157,8 +157,8 @@ class ShortTrainings:
         size = round(count * self.validation)
         if not 1 <= size < count:
             raise OptionError(
-                f"validation={self.validation:g} of {count} training samples leaves {count - size} to train "
-                f"and {size} to score on: give more samples, or another share."
+                f"validation={self.validation:g} of {count} training samples leaves {count - size} to train on and "
+                f"{size} to score on: use more samples, or another fraction."
             )
         labels = self.context.labels
         counts = np.unique(labels, return_counts=True)[1] if labels is not None else np.array([0])

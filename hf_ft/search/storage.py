@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from sqlalchemy.engine import Engine
 
-MISSING = "Optuna runs the trials: pip install 'hf-ft[search]'"
+MISSING = "Trials need Optuna: pip install 'hf-ft[search]'"
 JOURNAL = "journal:///"
 ATTEMPTS = 8  # to open a database while other processes create its tables
 KINDS = "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, mysql+pymysql://user@host/database"
@@ -46,7 +46,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     if "://" in storage:
         return _open_database(storage, storage)
     if Path(storage).suffix not in (".db", ".sqlite3"):
-        raise OptionError(f"storage={storage!r} is of no known kind. Give {KINDS}.")
+        raise OptionError(f"storage={storage!r} is of unknown kind. Give {KINDS}.")
     return _open_database(f"sqlite:///{storage}", storage)
 
 
@@ -59,9 +59,9 @@ def _open_journal(path: str) -> BaseStorage:
         # Absolute path: the lock is a symbolic link to the file, and Optuna follows it.
         return JournalStorage(JournalFileBackend(os.path.abspath(path)))
     except OSError as error:
-        raise OptionError(f"storage={path!r} cannot be opened: {error}. Give a file that can be written.") from error
+        raise OptionError(f"storage={path!r} cannot be opened: {error}. Give a writable file.") from error
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise OptionError(f"storage={path!r} is no journal of Optuna, or a damaged one. Give another file.") from error
+        raise OptionError(f"storage={path!r} is not an Optuna journal, or a damaged one. Give another file.") from error
 
 
 def _open_database(url: str, given: str) -> BaseStorage:
@@ -74,7 +74,7 @@ def _open_database(url: str, given: str) -> BaseStorage:
     try:
         address = make_url(url)
     except exc.ArgumentError as error:
-        raise OptionError(f"storage={given!r} is no URL. Give {KINDS}.") from error
+        raise OptionError(f"storage={given!r} is not a URL. Give {KINDS}.") from error
     given = address.render_as_string() if given == url else given  # hides a password
     sqlite = address.get_backend_name() == "sqlite"
     if sqlite:
@@ -97,7 +97,7 @@ def _open_database(url: str, given: str) -> BaseStorage:
 
 def _check_folder(path: str, given: str) -> None:
     if path in ("", ":memory:"):
-        raise OptionError(f"storage={given!r} names no file. For a study in memory give None.")
+        raise OptionError(f"storage={given!r} names no file. For an in-memory study, give None.")
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise OptionError(f"storage={given!r}: there is no folder {str(folder)!r}. Create it, or give another path.")
@@ -118,7 +118,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, exc.ArgumentError):
         return f"{error}. Give {KINDS}."
     cause = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
-    return f"{cause}. Is it a database of this kind, may it be written, does its server run? Otherwise give another."
+    return f"{cause}. Is it a database of this kind, is it writable, and is its server running? Otherwise give another."
 
 
 def _lock_before_reading(engine: Engine) -> None:
@@ -165,12 +165,12 @@ def check_signature(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], n
         OptionError: if it differs; the message names the keys.
     """
     if theirs is None:
-        raise OptionError(f"the study {name!r} is there already and holds other trials. Give another name or storage.")
+        raise OptionError(f"the study {name!r} already exists with other trials. Give another name or storage.")
     differences = _differences(theirs, ours)
     if differences:
         raise OptionError(
-            f"the study {name!r} was begun with other settings: {', '.join(differences)}. "
-            "Give another name or storage, or the same settings."
+            f"the study {name!r} was created with other settings: {', '.join(differences)}. Give another name or "
+            "storage, or the same settings."
         )
 
 
@@ -194,4 +194,4 @@ def as_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(dict(value)))
     except (TypeError, ValueError) as error:
-        raise OptionError(f"{what} is no JSON dict: {error}. Keep to numbers, text, lists and dicts.") from error
+        raise OptionError(f"{what} is not a JSON dict: {error}. Use only numbers, text, lists and dicts.") from error

@@ -199,8 +199,8 @@ class _Search:
             key = job_of(trial)
             if key in self.jobs and key not in done and trial.user_attrs.get("failure") == "error":
                 raise JobError(
-                    f"job {key!r} failed in other workers, at last with {trial.user_attrs['message']!r}. Mend it and "
-                    "start again: what is finished is kept."
+                    f"job {key!r} failed in other workers, most recently with {trial.user_attrs['message']!r}. Fix the "
+                    "cause and start again: finished trials are kept."
                 )
 
     def work(self, job: Job, trials: Sequence[FrozenTrial]) -> bool:
@@ -244,7 +244,7 @@ class _Search:
             return "PRUNED", last, {}
         value, info = result if isinstance(result, tuple) else (result, {})
         if math.isnan(float(value)):
-            raise ValueError(f"evaluate returned nan for job {job.key!r}: return -inf for one that diverged.")
+            raise ValueError(f"evaluate returned nan for job {job.key!r}: return -inf for a job that diverged.")
         return "COMPLETE", float(value), as_json(info, f"info of job {job.key!r}")
 
 
@@ -262,10 +262,10 @@ def _outcome(key: str, trial: FrozenTrial) -> Outcome:
 def _check(jobs: Sequence[Job], pruner: Halving | None, heartbeat: float, retries: int) -> None:
     twice = [key for key, count in Counter(job.key for job in jobs).items() if count > 1]
     if twice:
-        raise OptionError(f"jobs: the keys {twice} occur twice. Give each job its own.")
+        raise OptionError(f"jobs: the keys {twice} occur twice. Give each job a unique key.")
     if not (math.isfinite(heartbeat) and heartbeat > 0):
         raise OptionError(f"heartbeat={heartbeat!r} lies outside (0, inf). Default: 10.0.")
     if retries < 0:
         raise OptionError(f"retries={retries!r} lies outside [0, inf). Default: 2.")
     if pruner and (pruner.min_steps < 1 or pruner.factor < 2):
-        raise OptionError(f"{pruner}: min_steps must be 1 or more, factor 2 or more.")
+        raise OptionError(f"{pruner}: min_steps must be at least 1, and factor at least 2.")

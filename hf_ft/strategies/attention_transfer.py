@@ -37,8 +37,8 @@ class AttentionDistance:
         pairs = [compared(view, layer) for layer in self.layers]
         if all(positions(now.shape) == 1 for now, _ in pairs):
             raise OptionError(
-                f"attention_transfer: {', '.join(self.layers)} have a single position, so that every attention map is "
-                "the same. Take larger images or earlier layers (layers=...), or DELTAConfig, which compares channels."
+                f"attention_transfer: {', '.join(self.layers)} have a single position, so all attention maps are "
+                "identical. Use larger images, earlier layers (layers=...), or DELTAConfig, which compares channels."
             )
         return torch.stack([functional.attention_distance(now, before, view.token_mask) for now, before in pairs]).sum()
 
@@ -66,9 +66,9 @@ class AttentionTransferConfig(FTConfig):
     cost = advising.WITH_A_FROZEN_COPY + advising.DEARER  # compared at several layers
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}
 
-    beta: float = option(1000.0, "Weight of the distance.", range="[0, inf)", source="code")
+    beta: float = option(1000.0, "Weight of the penalty.", range="[0, inf)", source="code")
     layers: tuple[str, ...] | None = option(
-        None, "Names of the modules that are compared; None for the last block of each stage.", source="code"
+        None, "Names of the modules to compare; None for the last block of each stage.", source="code"
     )
 
     def plan(self, model: nn.Module, state: State) -> Plan:

@@ -35,8 +35,8 @@ class SmallestSingularValues:
         if features is None or features.dim() != 2:
             shape = None if features is None else tuple(features.shape)
             raise OptionError(
-                f"bss: what goes into the head is {shape}, not one vector per sample (B, d): name the module that "
-                "takes such with head=..., or use L2SPConfig."
+                f"bss: the head's input is {shape}, not one vector per sample (B, d): name a module with such an input "
+                "with head=..., or use L2SPConfig."
             )
         return functional.batch_spectral_shrinkage(features, self.k)
 
@@ -64,14 +64,14 @@ class BSSConfig(FTConfig):
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 2, advising.VERY_FEW_SAMPLES: 1}
 
     eta: float = option(0.001, "Weight of the penalty.", range="[0, inf)", source="code")
-    k: int = option(1, "How many singular values are shrunk.", range="[1, inf)", source="code")
+    k: int = option(1, "Number of singular values to shrink.", range="[1, inf)", source="code")
 
     def check_arguments(self, args: TrainingArguments) -> None:
         size = args.per_device_train_batch_size
         if self.eta and size <= self.k:
             raise OptionError(
                 f"per_device_train_batch_size={size} with bss.k={self.k}: a batch has at most {size} singular values, "
-                "and all of them would be shrunk, that is the features themselves. Take larger batches or a smaller k."
+                "so all of them, and thus the features themselves, would be shrunk. Use larger batches or a smaller k."
             )
 
     def plan(self, model: nn.Module, state: State) -> Plan:
@@ -81,6 +81,6 @@ class BSSConfig(FTConfig):
             weight=self.eta,
             needs=frozenset({"features"}),
             couples_batch=True,
-            zero_means="features have fewer dimensions than a batch has different samples, or batches hold one sample",
+            zero_means="features have fewer dimensions than a batch has distinct samples, or batches of one sample",
         )
         return Plan(terms=(term,) if self.eta else ())

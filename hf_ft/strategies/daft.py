@@ -65,28 +65,30 @@ def logit_layers(model: nn.Module, head: Names) -> Names:
     Raises:
         OptionError: if no layer of the head is trainable, or it carries an adapter.
     """
-    found: dict[str, Tensor] = {}
+    layers: dict[str, Tensor] = {}
     for prefix in head:
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
             weight = getattr(module, "weight", None)
             if isinstance(weight, nn.Parameter) and weight.dim() > 1 and weight.requires_grad:
-                found[name] = weight
-    if not found:
-        raise OptionError(f"zero_head: no layer of the head ({', '.join(head)}) trains. Let it, or zero_head=False.")
-    last, weight = list(found.items())[-1]
+                layers[name] = weight
+    if not layers:
+        raise OptionError(
+            f"zero_head: no layer of the head ({', '.join(head)}) is trainable. Unfreeze one, or set zero_head=False."
+        )
+    last, weight = list(layers.items())[-1]
     if any(hasattr(model.get_submodule(last[:i]), "base_layer") for i, letter in enumerate(last) if letter == "."):
         raise OptionError(
-            f"zero_head: an adapter sits on the head ({last}), whose own weight is frozen. Train the head whole "
-            "(modules_to_save), or zero_head=False."
+            f"zero_head: the head ({last}) carries an adapter, and its own weight is frozen. Train the whole head "
+            "(modules_to_save), or set zero_head=False."
         )
     square = weight.shape[0] == weight.shape[1]
-    return (last,) if square else tuple(name for name, other in found.items() if other.shape == weight.shape)
+    return (last,) if square else tuple(name for name, other in layers.items() if other.shape == weight.shape)
 
 
 NO_BATCH_NORM = advising.Rule(
     (("batch_norm_layers", "<", 1),),
-    "the model has no BatchNorm to convert ({batch_norm_layers:.0f} layers): daft.convert_batch_norm=False keeps its "
-    "other half",
+    "the model has no BatchNorm to convert ({batch_norm_layers:.0f} layers): daft.convert_batch_norm=False keeps the "
+    "rest of the method",
     source="",
 )
 
@@ -94,7 +96,7 @@ NO_BATCH_NORM = advising.Rule(
 @register("daft")
 @dataclass(frozen=True, kw_only=True)
 class DAFTConfig(FTConfig):
-    r"""Convert BatchNorm to the target's statistics, then train all from a zero head at a rate of its own.
+    r"""Convert BatchNorm to the target's statistics, then train from a zero head with a learning rate of its own.
 
     .. math::
         \beta' = \beta + \gamma (\mu_t - \mu_s) / \sqrt{v_s + \epsilon} \qquad
@@ -119,8 +121,8 @@ class DAFTConfig(FTConfig):
         "optim": Recommended(
             "sgd",
             "code",
-            why="the first steps of Adam and its kin have full size however small the gradient is, which undoes the "
-            "gentle start from a zero head",
+            why="the first steps of Adam and its variants have full size however small the gradient is, which undoes "
+            "the gentle start from a zero head",
         ),
         "optim_args": Recommended("momentum=0.9", "code"),
         "learning_rate": Recommended(3e-4),
@@ -140,24 +142,26 @@ class DAFTConfig(FTConfig):
     }
 
     convert_batch_norm: bool = option(
-        True, "Whether BatchNorm layers get the training data's statistics, at the same function.", source="code"
+        True,
+        "Convert BatchNorm layers to the training data's statistics without changing the model's function.",
+        source="code",
     )
     statistics: Literal["batch", "pooled"] = option(
         "batch",
-        "What is measured: 'batch' for the mean of the variances within batches, 'pooled' for the variance of all "
-        "values.",
+        "Variance to measure: 'batch' averages the variances within batches, 'pooled' is the variance of all values.",
         source="code",
     )
-    zero_head: bool = option(True, "Whether the layer that gives the logits starts at zero.", source="code")
+    zero_head: bool = option(True, "Initialise the output layer of the head to zero.", source="code")
     head_lr: float | None = option(
         0.1,
-        "Learning rate of the head (the authors try 10, 3, 1, 0.3 and 0.1); None for that of the backbone.",
+        "Learning rate of the head (the authors try 10, 3, 1, 0.3 and 0.1); None to use that of the backbone.",
         range="(0, inf)",
         source="code",
     )
     norm_mode: Literal["train", "auto", "eval"] = option(
         "train",
-        "Which BatchNorm layers use and move batch statistics: all, those that train, or none.",
+        "Which BatchNorm layers use and update batch statistics: all ('train'), only those that train ('auto'), or "
+        "none ('eval').",
         source="code",
     )
 
@@ -172,10 +176,10 @@ class DAFTConfig(FTConfig):
         return self.convert_batch_norm
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        found = estimate_batch_norm(model, context.batches(), self.statistics, context.reduce)
-        _check_saved_by_peft(model, found)
-        tensors = {f"{name}.mean": statistics.mean.cpu() for name, statistics in found.items()}
-        return State(tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in found.items()})
+        layers = estimate_batch_norm(model, context.batches(), self.statistics, context.reduce)
+        _check_saved_by_peft(model, layers)
+        tensors = {f"{name}.mean": statistics.mean.cpu() for name, statistics in layers.items()}
+        return State(tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in layers.items()})
 
     def learned(self, state: State) -> str:
         layers = sum(name.endswith(".mean") for name in state.tensors)
@@ -210,5 +214,5 @@ def _check_saved_by_peft(model: nn.Module, names: dict[str, BatchNormStatistics]
     if lost and hasattr(model, "peft_config"):
         raise OptionError(
             f"convert_batch_norm changes {len(lost)} layers, such as {lost[0]!r}, that the PEFT adapter does not save. "
-            "Name them in modules_to_save, or set convert_batch_norm=False."
+            "Add them to modules_to_save, or set convert_batch_norm=False."
         )

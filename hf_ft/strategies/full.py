@@ -38,7 +38,7 @@ class FullConfig(FTConfig):
 
     head_lr: float | None = option(
         None,
-        "Learning rate of the head; None for that of the backbone, args.learning_rate.",
+        "Learning rate of the head; None to use that of the backbone, args.learning_rate.",
         range="(0, inf)",
     )
     norm_mode: Literal["auto", "eval"] = option(

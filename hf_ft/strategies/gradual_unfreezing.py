@@ -31,8 +31,8 @@ def unfreezing_groups(parts: tuple[Names, ...], groups: int) -> list[Names]:
     """
     if groups > len(parts):
         raise OptionError(
-            f"GradualUnfreezingConfig.stages={groups + 1} is more than this model has parts, its head and "
-            f"{len(parts)} more: use 2 to {len(parts) + 1}."
+            f"GradualUnfreezingConfig.stages={groups + 1} is too many for this model, which has a head and "
+            f"{len(parts)} other parts: use 2 to {len(parts) + 1}."
         )
     borders = [round(i * len(parts) / groups) for i in range(groups + 1)]
     runs = [parts[low:high] for low, high in zip(borders, borders[1:], strict=False)]
@@ -69,8 +69,8 @@ class GradualUnfreezingConfig(FTConfig):
         advising.HIGH_GRADIENT: 1,
     }
 
-    stages: int = option(4, "Number of stages, the head's own included; all take the same share.", range="[2, inf)")
-    decay: float = option(2.6, "Factor between the rates of neighbouring groups.", range="[1, inf)", source="paper")
+    stages: int = option(4, "Number of stages, including that of the head; all are equally long.", range="[2, inf)")
+    decay: float = option(2.6, "Ratio of the learning rates of neighbouring groups.", range="[1, inf)", source="paper")
     fresh_optimizer: bool = option(True, "Start each stage without the momentum of the stages before.", source="code")
 
     def plan(self, model: nn.Module, state: State) -> Plan:

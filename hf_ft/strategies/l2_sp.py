@@ -26,7 +26,7 @@ from hf_ft.core import (
 @register("l2_sp")
 @dataclass(frozen=True, kw_only=True)
 class L2SPConfig(FTConfig):
-    r"""Penalise the distance of the pretrained weights from their start, and the norm of the new head.
+    r"""Penalise the distance from the pretrained weights, and the norm of the new head.
 
     .. math::
         L = \mathrm{CE} + \tfrac{\alpha}{2} \lVert w_S - w_S^0 \rVert^2
@@ -49,7 +49,7 @@ class L2SPConfig(FTConfig):
 
     alpha: float = option(
         0.01,
-        "Weight of the distance from the pretrained weights (the authors' own code: 0.1).",
+        "Weight of the distance from the pretrained weights (0.1 in the authors' code).",
         range="[0, inf)",
         source="code",
     )

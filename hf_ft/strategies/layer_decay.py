@@ -12,7 +12,7 @@ from hf_ft.core import Choice, FTConfig, Paper, Plan, Rate, Recommended, Stage, 
 @register("layer_decay")
 @dataclass(frozen=True, kw_only=True)
 class LayerDecayConfig(FTConfig):
-    r"""Train everything, each part at a rate that falls geometrically from the head to the stem.
+    r"""Train everything, with learning rates that decay geometrically from the head to the stem.
 
     For parts numbered from :math:`0` (stem) to :math:`L` (head):
 
@@ -40,7 +40,7 @@ class LayerDecayConfig(FTConfig):
     }
 
     decay: float = option(
-        0.8, "Factor between the rates of neighbouring parts (ELECTRA's 0.8).", range="(0, 1]", source="paper"
+        0.8, "Ratio of the learning rates of neighbouring parts (0.8 in ELECTRA).", range="(0, 1]", source="paper"
     )
 
     def plan(self, model: nn.Module, state: State) -> Plan:

@@ -12,7 +12,7 @@ from hf_ft.core import FTConfig, Needs, Plan, Recommended, Stage, State, advisin
 @register("linear_probe")
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeConfig(FTConfig):
-    r"""Train the head alone; the backbone, its BatchNorm statistics too, stays as pretrained.
+    r"""Train only the head; the backbone, including its BatchNorm statistics, stays as pretrained.
 
     .. math:: L = \mathrm{CE}(h(f(x)), y), \quad f \text{ frozen, in eval mode}
     """

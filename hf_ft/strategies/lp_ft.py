@@ -56,10 +56,12 @@ class LPFTConfig(FTConfig):
         advising.SAME_MEANS: 1,
     }
 
-    probe: float = option(0.5, "Share of the optimizer steps spent on the probe.", range="(0, 1)")
+    probe: float = option(0.5, "Fraction of the optimizer steps spent on the probe.", range="(0, 1)")
     head_lr: float = option(1e-2, "Learning rate of the head during the probe.", range="(0, inf)")
     norm_mode: Literal["auto", "eval"] = option(
-        "eval", "Normalisation statistics while everything trains: 'eval' keeps them fixed.", source="code"
+        "eval",
+        "Mode of the normalisation layers while everything trains: 'eval' keeps their statistics fixed.",
+        source="code",
     )
     dropout: bool = option(False, "Whether dropout is active; the authors train in evaluation mode.", source="code")
     fresh_optimizer: bool = option(True, "Start the second stage without the momentum of the first.", source="code")

@@ -67,11 +67,11 @@ class SourceDistillation(nn.Module):
 
 
 SOURCE_DATA = advising.Rule(
-    (("source_data", ">=", 1),), "data of the pretraining are at hand ({source_data:.0f} data set)", "Zhao et al., 2019"
+    (("source_data", ">=", 1),), "pretraining data is available ({source_data:.0f} data set)", "Zhao et al., 2019"
 )
 RELATED_SOURCE_DATA = advising.Rule(
     (("source_data", ">=", 1), ("source_skill", ">=", 0.5)),
-    "source data are at hand ({source_data:.0f}), and the pretrained classes tell the target's with skill "
+    "source data is available ({source_data:.0f} data set), and the pretrained classes predict the target's with skill "
     "{source_skill:.2f}: the tasks are related",
     "Zhao et al., 2019",
 )
@@ -110,29 +110,36 @@ class SoftConfig(FTConfig):
 
     schedule: Schedule = option(
         "linear",
-        "How the source loss is removed. 'step' removes it at once (abrupt), 'constant' never (joint training).",
+        "Decay of the source loss: 'step' drops it abruptly, 'constant' keeps it (joint training).",
     )
-    weight: float = option(1.0, "Weight of the source loss at the start; 0 is plain fine-tuning.", range="[0, inf)")
-    until: float = option(0.5, "Share of the run at whose end the weight is 0; 'constant' ignores it.", range="(0, 1]")
-    source_ratio: float = option(1.0, "Source samples for each target sample of a batch.", range="(0, inf)")
+    weight: float = option(1.0, "Initial weight of the source loss; 0 is plain fine-tuning.", range="[0, inf)")
+    until: float = option(
+        0.5, "Fraction of the run after which the weight is 0; ignored by 'constant'.", range="(0, 1]"
+    )
+    source_ratio: float = option(1.0, "Source samples per target sample in a batch.", range="(0, inf)")
     source_forward: Literal["joint", "separate"] = option(
         "joint",
-        "One forward pass for both batches, whose normalisation layers see both domains at once, or one for each.",
+        "'joint': one forward pass for both batches, so that normalisation layers see both domains at once; "
+        "'separate': one pass each.",
     )
     source: Literal["data", "head"] = option(
-        "data", "'data': a source data set. 'head': none, the pretrained head's predictions on the target's samples."
+        "data",
+        "'data': train on a source data set. 'head': without source data, preserve the pretrained head's "
+        "predictions on the target samples.",
     )
     source_label_map: LabelMap = option(None, LABEL_MAP_HELP)
     distillation_weight: float = option(
         4.0, "With source='head': weight of the distillation loss.", range="(0, inf)", source="code"
     )
-    temperature: float = option(3.0, "With source='head': its temperature.", range="(0, inf)", source="code")
+    temperature: float = option(
+        3.0, "With source='head': temperature of the distillation.", range="(0, inf)", source="code"
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.until, (int, float)) and self.until > 1:
             raise OptionError(
-                f"SoftConfig.until={self.until!r} lies outside (0, 1]: the run would end before the source loss does. "
-                "Default: 0.5. For one that never ends, set schedule='constant'."
+                f"SoftConfig.until={self.until!r} lies outside (0, 1]: the run would end before the source loss has "
+                "decayed. Default: 0.5. To keep the source loss, set schedule='constant'."
             )
         super().__post_init__()
         object.__setattr__(self, "source_label_map", as_json(self.source_label_map))
@@ -145,7 +152,7 @@ class SoftConfig(FTConfig):
         return Needs(
             source_head=self.weight > 0,
             source_data="required" if required else "optional",
-            without_source_data=", or go source-free with source='head'",
+            without_source_data=", or set source='head', which needs none",
         )
 
     def check_model(self, model: nn.Module) -> None:
@@ -209,7 +216,7 @@ class LwFConfig(FTConfig):
     advice = {advising.RELATED_SOURCE: 1, advising.UNRELATED_SOURCE: -1}
 
     weight: float = option(4.0, "Weight of the distillation loss.", range="[0, inf)", source="code")
-    temperature: float = option(3.0, "Its temperature.", range="(0, inf)", source="code")
+    temperature: float = option(3.0, "Temperature of the distillation.", range="(0, inf)", source="code")
 
     def needs(self) -> Needs:
         return Needs(source_head=self.weight > 0)

@@ -54,7 +54,7 @@ def out_of_range_raises(config: FTConfig, make: Maker, folder: Path) -> None:
             except OptionError as error:
                 message = str(error)
                 assert field.name in message and repr(value) in message, f"{message!r} names no field or value"
-                assert interval is None or interval in message or "is not" in message, f"{message!r} tells no fix"
+                assert interval is None or interval in message or "is not" in message, f"{message!r} names no fix"
             else:
                 raise AssertionError(f"{field.name}={value!r} was accepted")
 

@@ -127,4 +127,4 @@ def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor], toleran
     assert gaps[worst] <= tolerance, f"{worst} differs by {gaps[worst]:.3g} (allowed: {tolerance:g})"
     if tolerance == 0.0:
         unequal = [name for name in one if not torch.equal(one[name], other[name])]
-        assert not unequal, f"{unequal[0]} is not equal bit for bit"
+        assert not unequal, f"{unequal[0]} is not bitwise equal"

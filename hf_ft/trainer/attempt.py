@@ -64,7 +64,7 @@ class Attempt:
         if outputs.get("loss") is None:
             raise DataError(
                 f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(users_columns(batch))}. "
-                "Is there a column of labels in the data set (see args.label_names, and label_column)?",
+                "Does the data set have a column of labels (see args.label_names, and label_column)?",
                 arguments=("label_column",),
             )
         self.log.add(outputs.pop("terms", None))

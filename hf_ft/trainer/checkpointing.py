@@ -124,7 +124,7 @@ class Checkpoints:
     def save_delta(self, path: str | Path) -> None:
         """Save only what training changed."""
         if not self.base:
-            raise CheckpointError("save_delta: nothing was trained yet; call train() first.")
+            raise CheckpointError("save_delta: nothing has been trained yet; call train() first.")
         if self._trainer.args.should_save:
             files.save_delta(self._trainer.model, path, self.base, self._trainer.configs, self.base_name)
 
@@ -151,9 +151,9 @@ class Checkpoints:
         saved = load_configs(chosen)
         if saved != configs:
             raise OptionError(
-                f"{chosen} was trained with {[c['ft_type'] for c in content['strategies']]} "
-                f"({content['strategies']}), this trainer has {[c.to_dict() for c in configs]}: resume with the "
-                "same strategy and options, or start anew in another output_dir."
+                f"{chosen} was trained with {[c['ft_type'] for c in content['strategies']]} ({content['strategies']}), "
+                f"but this trainer has {[c.to_dict() for c in configs]}: resume with the same strategy and options, or "
+                "start over in another output_dir."
             )
         files.read_states(chosen)
         return chosen
@@ -163,7 +163,7 @@ class Checkpoints:
         earlier = [path for path in files.checkpoints(folder) if path.name not in self._written]
         if earlier and not self._trainer.overwrite:
             raise OptionError(
-                f"output_dir={str(folder)!r} holds {earlier[-1].name} of an earlier run. Go on with "
+                f"output_dir={str(folder)!r} contains {earlier[-1].name} of an earlier run. Continue with "
                 "train(resume_from_checkpoint=True), choose another output_dir, or pass overwrite=True."
             )
         self._trainer.accelerator.wait_for_everyone()
@@ -183,8 +183,8 @@ class Checkpoints:
         saved = read_config_file(resume).get("base_model", {}).get("sha256")
         if saved and saved != self._description()["sha256"]:
             raise CheckpointError(
-                f"{resume} was trained from other weights than the model has now, and "
-                f"{self._trainer.configs[-1].ft_type} compares with the start: make the trainer with the same "
+                f"{resume} was trained from other weights than the model's current ones, and "
+                f"{self._trainer.configs[-1].ft_type} compares with the start: create the trainer with the same "
                 "pretrained model, not with the checkpoint."
             )
 

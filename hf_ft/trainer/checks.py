@@ -32,7 +32,7 @@ from hf_ft.trainer.source_streams import data_of
 logger = logging.get_logger(__name__)
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # in accelerate's environment variables and distributed types
 UNSHARDED = (
-    "sharded training is not supported, since strategies address single parameters. Use DDP (accelerate launch "
+    "sharded training is not supported, since strategies address individual parameters. Use DDP (accelerate launch "
     "--multi_gpu), gradient accumulation, or activation checkpointing."
 )
 
@@ -94,8 +94,8 @@ def check_model(
         return
     if scheduler is not None:
         raise OptionError(
-            f"optimizers: a scheduler of your own cannot follow the {len(plan.stages)} stages of "
-            f"{plan.owner!r}; pass (optimizer, None) and choose args.lr_scheduler_type."
+            f"optimizers: a custom scheduler cannot follow the {len(plan.stages)} stages of {plan.owner!r}; pass "
+            "(optimizer, None) and choose args.lr_scheduler_type."
         )
     curve(args, 10)  # raises if the schedule cannot run once per stage
 
@@ -110,18 +110,18 @@ def check_source(configs: Iterable[FTConfig], dataset: Any) -> None:
         for config in configs:
             if config.needs().source_data == "required":
                 raise OptionError(
-                    f"{config.ft_type} needs the data of the pretraining: pass source_dataset=... to FTTrainer "
+                    f"{config.ft_type} needs the pretraining data: pass source_dataset=... to FTTrainer "
                     f"(--source_dataset on the command line){config.needs().without_source_data}."
                 )
         return
     if all(config.needs().source_data == "no" for config in configs):
         names = ", ".join(config.ft_type for config in configs)
-        logger.warning(f"source_dataset is not used: {names} takes no source data.")
+        logger.warning(f"source_dataset is ignored: {names} does not use source data.")
     elif isinstance(dataset, (str, Mapping)):
         what = f"of the splits {list(dataset)}" if isinstance(dataset, Mapping) else repr(dataset)
-        raise OptionError(f"source_dataset is a {type(dataset).__name__} {what}: pass one data set.")
+        raise OptionError(f"source_dataset is a {type(dataset).__name__} {what}: pass a single data set.")
     elif is_map_style(dataset) and not len(dataset):
-        raise OptionError("source_dataset holds no sample: pass one that does.")
+        raise OptionError("source_dataset contains no samples: pass one that does.")
 
 
 def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -> None:
@@ -140,8 +140,8 @@ def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -
             raise OptionError(f"accelerate launch --use_{name.lower()}: {UNSHARDED}")
     if args.n_gpu > 1:
         logger.warning(
-            f"{args.n_gpu} GPUs are visible to one process; DataParallel is not supported, the first is used. "
-            "Start with `accelerate launch` to use all."
+            f"{args.n_gpu} GPUs are visible to one process; DataParallel is not supported, so only the first is used. "
+            "Start with `accelerate launch` to use all of them."
         )
         args._n_gpu = 1
 
@@ -186,20 +186,22 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
     if function is not None or label_smoother is not None:
         raise OptionError("class_weights cannot be combined with compute_loss_func or label_smoothing_factor.")
     if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
-        raise OptionError(f"class_weights need single-label classes, the model's are {config.problem_type}.")
+        raise OptionError(
+            f"class_weights need single-label classification, but the model's problem_type is {config.problem_type}."
+        )
     classes = config.num_labels
     if isinstance(wanted, str):
         if wanted != "balanced":
-            raise OptionError(f"class_weights={wanted!r}: 'balanced', or one number per class.")
+            raise OptionError(f"class_weights={wanted!r} must be 'balanced' or one number per class.")
         labels = class_labels(dataset)
         if labels is None:
-            raise OptionError("class_weights='balanced' needs a column of labels in train_dataset; pass numbers.")
+            raise OptionError("class_weights='balanced' needs a label column in train_dataset; pass numbers instead.")
         present = np.unique(labels)
         wanted = np.ones(classes)  # the weight of a class without samples is never used
         wanted[present] = compute_class_weight("balanced", classes=present, y=labels)
     weights = torch.as_tensor(wanted, dtype=torch.float32)
     if weights.shape != (classes,) or not bool((weights >= 0).all()):
-        raise OptionError(f"class_weights={wanted!r}: {classes} non-negative numbers are needed, one per class.")
+        raise OptionError(f"class_weights={wanted!r} must be {classes} non-negative numbers, one per class.")
     return weights
 
 
@@ -222,8 +224,9 @@ def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
             objective.task_loss(objective.model, trainer._prepare_inputs(next(iter(rows))))
     except ValueError as error:
         raise OptionError(
-            f"per_device_train_batch_size={trainer._train_batch_size}: with {len(dataset)} samples the last batch "
-            f"holds one, on which BatchNorm cannot train ({error}). Set dataloader_drop_last=True, or another size."
+            f"per_device_train_batch_size={trainer._train_batch_size}: with {len(dataset)} samples, the last batch has "
+            f"a single sample, on which BatchNorm cannot train ({error}). Set dataloader_drop_last=True, or use "
+            "another size."
         ) from error
     finally:
         for norm, buffers in zip(norms, kept, strict=True):
@@ -240,16 +243,18 @@ def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int)
     moved = 1 - (1 - max(slow)) ** steps if slow else 1.0
     if moved < 0.9:
         logger.warning(
-            f"BatchNorm momentum {max(slow):g} of {len(slow)} layers: in {steps} steps their running statistics go "
-            f"{100 * moved:.0f} % of the way to those of the training data, and scores are computed with what they are "
-            "then. Set batch_norm_momentum=0.1, or train longer."
+            f"BatchNorm momentum {max(slow):g} of {len(slow)} layers: in {steps} steps, their running statistics go "
+            f"{100 * moved:.0f} % of the way to those of the training data, and evaluation uses the statistics reached "
+            "by then. Set batch_norm_momentum=0.1, or train longer."
         )
 
 
 def warn_left_out(plan: Plan) -> None:
     """Warn about modules that the user's optimizer does not train."""
     names = ", ".join(plan.term_modules)
-    logger.warning(f"optimizers: yours does not hold what {names} would train beside the model; it stays as is.")
+    logger.warning(
+        f"optimizers: the given one does not contain the extra parameters that {names} would train; they stay fixed."
+    )
 
 
 def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:

@@ -57,8 +57,8 @@ def _samples(trainer: ForContext) -> Samples:
     dataset, plain = trainer.train_dataset, trainer.plain_train_dataset
     if plain is not None and len(plain) != len(dataset):
         raise OptionError(
-            f"plain_train_dataset has {len(plain)} samples, train_dataset {len(dataset)}: pass the same ones, in the "
-            "same order, without augmentation."
+            f"plain_train_dataset has {len(plain)} samples, but train_dataset has {len(dataset)}: pass the same ones, "
+            "in the same order, without augmentation."
         )
     chosen = dataset if plain is None else plain
 
@@ -155,7 +155,7 @@ def readable(trainer: ForContext, dataset: Any) -> tuple[Any, Callable[[list[Any
     """
     if not hasattr(dataset, "__len__"):
         names = ", ".join(config.ft_type for config in trainer.configs)
-        raise OptionError(f"{names} looks at the training data first: train_dataset must be map-style, not iterable.")
+        raise OptionError(f"{names} measures the training data first: train_dataset must be map-style, not iterable.")
     if isinstance(dataset, datasets.Dataset):
         return trainer._remove_unused_columns(dataset, description="measured"), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="measured")

@@ -53,4 +53,4 @@ class TermLog:
         for term in self.terms:
             if term.zero_means and logged.get(f"loss/{term.name}") == 0.0 and term.name not in self.told:
                 self.told.add(term.name)
-                logger.warning(f"loss/{term.name} was exactly 0 since the last log: {term.zero_means}.")
+                logger.warning(f"loss/{term.name} has been exactly 0 since the last log: {term.zero_means}.")

@@ -181,13 +181,13 @@ def _ensemble_usage(model: Any, model_name: str) -> str:
         tokenizers = [f'tokenizer = hf_ft.CollaborativeTokenizer.from_pretrained("{model_name}")']
     return "\n".join(
         [
-            "import hf_ft  # makes the ensemble known to Transformers",
+            "import hf_ft  # registers the ensemble with Transformers",
             f"from transformers import {name}",
             "",
             f'model = {name}.from_pretrained("{model_name}")',
             *tokenizers,
             "",
-            "# One member alone, which does not need hf_ft:",
+            "# A single member, which does not need hf_ft:",
             f'member = {name}.from_pretrained("{model_name}", subfolder="{member_folder(0)}")',
         ]
     )

@@ -31,8 +31,8 @@ def data_of(stream: Stream, source_dataset: Any) -> Any:
     """
     if stream.name != SOURCE or source_dataset is None:
         raise OptionError(
-            f"a strategy wants the stream {stream.name!r}: pass source_dataset=... for {SOURCE!r}, the only one "
-            "that a Trainer has."
+            f"a strategy requests the stream {stream.name!r}, but a Trainer only provides {SOURCE!r}: pass "
+            "source_dataset=... for that one."
         )
     return source_dataset
 
@@ -132,15 +132,15 @@ class SourceStreams:
         """
         file = _file(folder, self._args.process_index)
         if not file.exists() and _file(folder, 0).exists():
-            logger.warning(f"{folder} was written by fewer processes: source samples will follow in another order.")
+            logger.warning(f"{folder} was written by fewer processes: source samples will come in a different order.")
             file = _file(folder, 0)
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             return {name: (int(passes), int(samples)) for name, (passes, samples) in saved.items()}
         except FileNotFoundError as error:
-            raise CheckpointError(f"{file} is missing: {folder} is incomplete. Take another checkpoint.") from error
+            raise CheckpointError(f"{file} is missing: {folder} is incomplete. Use another checkpoint.") from error
         except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} is damaged ({error}). Restore it, or take another checkpoint.") from error
+            raise CheckpointError(f"{file} is damaged ({error}). Restore it, or use another checkpoint.") from error
 
 
 def _file(folder: Path, rank: int) -> Path:

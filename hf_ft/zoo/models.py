@@ -73,10 +73,10 @@ def load_by_position(model: nn.Module, tensors: Mapping[str, Tensor], skip: str 
     state = model.state_dict()
     names = [name for name in state if skip is None or skip not in name]
     if len(names) != len(tensors):
-        raise CheckpointError(f"{len(tensors)} tensors do not fit the {len(names)} of {type(model).__name__}")
+        raise CheckpointError(f"{len(tensors)} tensors do not match the {len(names)} of {type(model).__name__}")
     for name, (source, tensor) in zip(names, tensors.items(), strict=True):
         if name.rpartition(".")[2] != source.rpartition(".")[2] or state[name].shape != tensor.shape:
-            raise CheckpointError(f"{source} {tuple(tensor.shape)} does not fit {name} {tuple(state[name].shape)}")
+            raise CheckpointError(f"{source} {tuple(tensor.shape)} does not match {name} {tuple(state[name].shape)}")
         state[name] = tensor
     model.load_state_dict(state)
     return len(names)
@@ -148,7 +148,7 @@ def _label_options(num_labels: int | None, id2label: Mapping[int, str] | None) -
     if id2label is None:
         return {} if num_labels is None else {"num_labels": num_labels}
     if num_labels not in (None, len(id2label)):
-        raise OptionError(f"num_labels={num_labels} does not fit the {len(id2label)} classes of id2label")
+        raise OptionError(f"num_labels={num_labels} does not match the {len(id2label)} classes of id2label")
     label2id = {label: index for index, label in id2label.items()}
     return {"num_labels": len(id2label), "id2label": dict(id2label), "label2id": label2id}
 
@@ -161,7 +161,7 @@ def task_of(config: hf.PreTrainedConfig) -> Task:
     text = type(config) in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if image == text:
         what = "both an image and a text" if image else "neither an image nor a text"
-        raise OptionError(f"{type(config).__name__} has {what} classification head: say which with task=...")
+        raise OptionError(f"{type(config).__name__} has {what} classification head: choose one with task=...")
     return "image" if image else "text"
 
 
@@ -174,12 +174,12 @@ def _pretrained(
             setattr(config, key, value)
         return auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
     if isinstance(config, CollaborativeConfig):
-        raise OptionError(f"{source} is an ensemble: it has a head for each member, and no source head can be kept.")
+        raise OptionError(f"{source} is an ensemble: it has a head for each member, so no source head can be kept.")
     model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
     renew_head(model, labels, head)
     if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
         drop_source_head(model)
-        logger.warning(f"{source} holds no pretrained head: there is none to keep.")
+        logger.warning(f"{source} has no pretrained head to keep.")
     return model
 
 
@@ -234,7 +234,7 @@ def _processor(
     except OSError as error:
         what = "image processor" if task == "image" else "tokenizer"
         raise OptionError(
-            f"{name_or_path} has no {what} ({error}): save the one of its base model there, with save_pretrained."
+            f"{name_or_path} has no {what} ({error}): save that of its base model there, with save_pretrained."
         ) from error
 
 
@@ -294,5 +294,5 @@ def from_pretrained(
         OptionError: if no classes are given.
     """
     if num_labels is None and id2label is None:
-        raise OptionError("from_pretrained: num_labels or id2label is needed, the classes of the new head.")
+        raise OptionError("from_pretrained: num_labels or id2label is required, for the classes of the new head.")
     return _load(name_or_path, _label_options(num_labels, id2label), keep=True, **options)

@@ -53,12 +53,12 @@ def load_sources(
     models, processors = [list(part) for part in zip(*loaded, strict=True)]
     tasks = [task or task_of(model.config) for model in models]
     if len(set(tasks)) > 1:
-        found = ", ".join(f"{name} ({kind})" for name, kind in zip(names, tasks, strict=True))
-        raise OptionError(f"source_models: {found}; take sources of one task.")
+        kinds = ", ".join(f"{name} ({kind})" for name, kind in zip(names, tasks, strict=True))
+        raise OptionError(f"source_models: {kinds}; use sources for one task.")
     sources = [base_model_id(model.config.name_or_path) for model in models]
-    made = CollaborativeModel.from_members(models, distinct(processors)[1], prediction, sources)
-    made.config.ancestors = [_ancestor(name) or source for name, source in zip(names, sources, strict=True)]
-    return made, combined(processors)
+    ensemble = CollaborativeModel.from_members(models, distinct(processors)[1], prediction, sources)
+    ensemble.config.ancestors = [_ancestor(name) or source for name, source in zip(names, sources, strict=True)]
+    return ensemble, combined(processors)
 
 
 def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None, **options: Any) -> tuple[Any, Any]:
@@ -74,12 +74,12 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
             f"{', '.join(SHORT_NAMES)}, all of one task."
         ) from error
     if isinstance(model, CollaborativeModel):
-        raise OptionError(f"source_models: {name} is an ensemble itself: name the sources of its members instead.")
+        raise OptionError(f"source_models: {name} is itself an ensemble: name the sources of its members instead.")
     vocabulary = getattr(processor, "get_vocab", None)
     # Transformers creates an empty tokenizer if a folder has none.
     if vocabulary is not None and set(vocabulary()) <= set(processor.all_special_tokens):
         raise OptionError(
-            f"source_models: {name} has no tokenizer: save the one of its base model there, with save_pretrained."
+            f"source_models: {name} has no tokenizer: save that of its base model there, with save_pretrained."
         )
     return drop_source_head(model), processor
 

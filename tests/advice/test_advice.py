@@ -238,7 +238,7 @@ def test_gradients_where_little_trains():
     model.resnet.requires_grad_(False)
     found = look(model)
     assert found.signals.gradients == {} and found.signals.gradient_ratio is None
-    assert ("relative gradient", "-", "nothing of the backbone trains") in explained(found.signals)
+    assert ("relative gradient", "-", "no part of the backbone is trained") in explained(found.signals)
 
 
 def look(model, samples=32, **options):
@@ -290,7 +290,7 @@ def test_source_head():
     found = look(model, 60, source_head=True, source_data=True, members=2)
     assert found.signals.source_skill is not None and {"soft", "lwf", "co_tuning"} <= set(found.usable)
     named = [reason.text for one in found.recommendations for reason in one.reasons if one.strategy == "amcf"]
-    assert named == ["2 source models are at hand [Feng et al., 2024]"]
+    assert named == ["2 source models are available [Feng et al., 2024]"]
     free = look(model, 60, source_head=True)
     assert "soft" in free.usable  # source-free
 
@@ -309,7 +309,7 @@ def test_what_is_refused(monkeypatch):
     model = tiny_resnet()
     data = [tiny_data(model)[i] for i in range(32)]
     cases = [
-        ([{**row, "labels": torch.tensor(0)} for row in data], "one label: two classes"),
+        ([{**row, "labels": torch.tensor(0)} for row in data], "the same label, but at least two classes"),
         ([{**row, "labels": torch.tensor(0.5)} for row in data], r"'labels' are torch.float32 \(32,\)"),
         ([{"pixel_values": row["pixel_values"]} for row in data], "'labels' are NoneType"),
         ([{**row, "pixel_values": row["pixel_values"] / 0} for row in data], "not finite"),
@@ -318,7 +318,7 @@ def test_what_is_refused(monkeypatch):
     for bad, message in cases:
         with pytest.raises(OptionError, match=message):
             advise(model, bad, default_data_collator)
-    with pytest.raises(OptionError, match="members=<how many"):
+    with pytest.raises(OptionError, match="members=<number of members"):
         look(tiny_collaborative())
 
 
@@ -442,7 +442,7 @@ def test_strategies_of_others_stand_at_the_end(monkeypatch):
             return Plan()
 
     last = recommend(signals())[-1]
-    assert last.strategy == "new_one" and last.usable and [r.text for r in last.reasons] == ["no rule knows it"]
+    assert last.strategy == "new_one" and last.usable and [r.text for r in last.reasons] == ["no rule covers it"]
 
 
 def test_strategies_of_others_can_declare_rules_and_a_cost(monkeypatch):
@@ -477,9 +477,9 @@ def test_figures():
     assert Signals.from_dict(json.loads(json.dumps(wide.to_dict()))) == wide
     frozen = signals(trainable_parameters=0)
     assert json.loads(json.dumps(frozen.to_dict(), allow_nan=False))["figures"]["samples_per_parameter"] is None
-    with pytest.raises(ValueError, match="no signals.*batch_norm"):
+    with pytest.raises(ValueError, match="not signals.*batch_norm"):
         Signals.from_dict({"samples": 3})
-    with pytest.raises(ValueError, match="no advice.*recommendations"):
+    with pytest.raises(ValueError, match="not an advice.*recommendations"):
         Advice.from_dict({"signals": {}})
 
 
@@ -510,7 +510,7 @@ def test_how_often_right():
         "0.200, 0.000, 0.000",
         "0.010",
     )
-    assert shown[2][2] == "first 0 %, in the first three 100 %" and {len(cells) for cells in shown} == {len(headers)}
+    assert shown[2][2] == "first 0 %, in the top three 100 %" and {len(cells) for cells in shown} == {len(headers)}
     with pytest.raises(ValueError, match="'t' has scores of z"):
         how_often_right([{"task": "t", "advice": ["a"], "scores": {"z": 1.0}}])
     with pytest.raises(ValueError, match="'t' has no scores"):

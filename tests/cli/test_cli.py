@@ -110,7 +110,7 @@ def test_train_with_source_data(files, tmp_path, capsys):
     source = ["--model", str(tmp_path / "named"), "--source_dataset", str(files / "photos"), "--source_split", "test"]
     soft = ["--strategy", "soft", "--soft.schedule", "cosine", *source]
     assert photos(files, tmp_path / "out", *soft) == 2
-    assert "only a part of them. Set source_label_map='by_name'" in capsys.readouterr().err
+    assert "only some of them. Set source_label_map='by_name'" in capsys.readouterr().err
     for labels in ("by_name", '{"cat": "cat", "dog": 0}'):
         out = tmp_path / labels[:7]
         assert photos(files, out, *soft, "--soft.source_label_map", labels) == 0
@@ -133,7 +133,7 @@ def test_source_texts_are_mapped_by_name(files, tmp_path, capsys):
     source = ["--source_dataset", str(files / "reviews.csv"), "--strategy", "soft", "--max_steps", "2"]
     where = ["--model", str(tmp_path / "named"), "--dataset", str(files / "reviews.csv"), "--use_cpu", "true"]
     assert main(["train", *where, *source, "--output_dir", str(tmp_path / "a")]) == 2
-    assert "classes are ['bad', 'good'], the source head's ['good', 'fair', 'bad']" in capsys.readouterr().err
+    assert "classes are ['bad', 'good'], but the source head's are ['good', 'fair', 'bad']" in capsys.readouterr().err
     more = ["--soft.source_label_map", "by_name", "--output_dir", str(tmp_path / "b")]
     assert main(["train", *where, *source, *more]) == 0
 
@@ -177,7 +177,7 @@ def test_train_searches_for_frozen_layers(files, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     scores = SwarmScores.from_dict(json.loads((out / "swarm.json").read_text()))
     assert scores.members == ("resnet", "mobilenet") and scores.layers == (7, 52) and scores.visits == 4
-    assert scores.verdict() in printed and "layers that stay frozen, accuracy on held-out" in printed
+    assert scores.verdict() in printed and "frozen layers, accuracy on held-out" in printed
     assert scores.verdict() in (out / "README.md").read_text()
     assert all((out / name).is_file() for name in ("swarm.png", "swarm_scores.png", "swarm_search.db", "config.json"))
     # Only the study is left: the search is done already, whatever else its flags say.
@@ -218,13 +218,13 @@ def test_source_models_in_a_file(files, tmp_path):
 @pytest.mark.parametrize(
     ("sources", "flags", "message"),
     [
-        ("resnet", "--amcf.frozen 1,2", "AMCFConfig.frozen=[1, 2] has 2 numbers for 1 members: one each."),
-        ("resnet,mobilenet", "--amcf.frozen 7,0", "member 0 has 7 layers, of which 0 to 6 can stay frozen, not 7."),
+        ("resnet", "--amcf.frozen 1,2", "AMCFConfig.frozen=[1, 2] has 2 values for 1 members: give one per member."),
+        ("resnet,mobilenet", "--amcf.frozen 7,0", "member 0 has 7 layers, so 0 to 6 of them can be frozen, not 7."),
         ("resnet,mobilenet", "--amcf.frozen some", "--amcf.frozen='some' is not"),
         ("resnet,nothing", "", "nothing"),
         ("resnet,mobilenet", "--amcf.metric f2", "metric='f2' is unknown"),
-        ("resnet,mobilenet", "--strategy bss", "bss goes by the layers and the head of one network"),
-        ("resnet,mobilenet", "--strategy soft --soft.source head", "soft goes by the layers and the head"),
+        ("resnet,mobilenet", "--strategy bss", "bss needs the layers and the head of a single network"),
+        ("resnet,mobilenet", "--strategy soft --soft.source head", "soft needs the layers and the head"),
     ],
 )
 def test_several_models_refused(sources, flags, message, files, tmp_path, capsys):
@@ -368,12 +368,12 @@ REFUSED = {
     "--strategy lp_ft --strategy linear_probe": "lp_ft and linear_probe both decide which parameters train when",
     "--strategy linear_probe --linear_probe.head nowhere": "the model has no module 'nowhere'",
     "--strategy amcf --amcf.source_models a,b": "and --amcf.source_models both say what to load: give one.",
-    "--strategy soft": "soft needs the data of the pretraining: pass source_dataset=... to FTTrainer (--source_dataset",
+    "--strategy soft": "soft needs the pretraining data: pass source_dataset=... to FTTrainer (--source_dataset",
     "--source_dataset /no/such": "cannot read the data '/no/such'",
     "--source_dataset PHOTOS --source_split exam": "has no split 'exam', only",
     "--source_dataset CSV": "holds text, --dataset image.",
     "--strategy soft --soft.source_label_map=cat --source_dataset PHOTOS": "soft.source_label_map='cat' is not",
-    "--resume_from_checkpoint true": "no whole checkpoint in",
+    "--resume_from_checkpoint true": "no complete checkpoint in",
     "--eval_strategy sometimes": "invalid choice: 'sometimes'",
 }
 
@@ -530,7 +530,7 @@ def test_blocks_lists_candidates_from_the_output_end(files, monkeypatch, capsys)
     assert [line.split()[0] for line in lines[4:9]] == ["stage3", "stage2", "stage1", "stage0", "stem"]
     assert lines[4].split()[1:3] == ["Q4", "39-51"] and "conv_1x1" in lines[4]
     assert lines[7].endswith("mobilenet_v2.layer.{0, 1}")
-    assert "no search  stage3, the last of the fourth quarter" in printed and "momentum" not in printed
+    assert "without search  stage3, the last of the fourth quarter" in printed and "momentum" not in printed
     total = sum(p.numel() for p in tiny_mobilenet_v2().parameters())
     size = sum(p.numel() for p in tiny_mobilenet_v2().mobilenet_v2.layer[:2].parameters())
     assert f"stage0     Q1       3-8     {size:,}" in printed and f"{size / total:.1%}" in printed
@@ -542,7 +542,7 @@ def test_blocks_lists_windows(files, capsys):
     assert main(["blocks", str(files / "resnet"), "--scheme", "window", "--length", "8"]) == 0
     printed = words(capsys.readouterr().out)
     assert "1 candidate by window" in printed and "window0-7 Q2 0-7" in printed
-    assert "no search window0-7, the last; none has its centre in the fourth" in printed
+    assert "without search window0-7, the last; none is centred in the fourth" in printed
     head = ["--head", "resnet.encoder.stages.1,classifier", "--blocks", r"resnet\.encoder\.stages\.0\.layers\.\d+"]
     assert main(["blocks", str(files / "resnet"), "--scheme", "layer", *head]) == 0
     printed = words(capsys.readouterr().out)
@@ -552,10 +552,13 @@ def test_blocks_lists_windows(files, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--scheme stages", "--scheme stages is unknown. There are: layer, top_layers, segment, window, stage, block."),
-        ("--scheme top_layers", "needs that search's scores"),
-        ("--scheme window --length 9", "length=9 does not fit: the network has 8 layers"),
-        ("--scheme window --length 0", "length=0 does not fit"),
+        (
+            "--scheme stages",
+            "--scheme stages is unknown. There are: layer, top_layers, segment, window, stage, block.",
+        ),
+        ("--scheme top_layers", "needs that search's ranking"),
+        ("--scheme window --length 9", "length=9 must be between 1 and 8, the number of layers"),
+        ("--scheme window --length 0", "length=0 must be between 1 and 8"),
         ("--scheme window --length x", "invalid int value: 'x'"),
         ("--scheme layer --length 2", "--length is the number of layers of a window: add --scheme window"),
         ("--length 2", "add --scheme window"),
@@ -617,7 +620,7 @@ def test_train_with_adapters(files, tmp_path):
     ("flags", "message"),
     [
         (["--scheme", "blocks"], "--blockwise.scheme='blocks' is not"),
-        (["--scheme", "window", "--length", "99"], "length=99 does not fit: the network has 8 layers"),
+        (["--scheme", "window", "--length", "99"], "length=99 must be between 1 and 8, the number of layers"),
         (["--storage", "/no/such/folder/x.db"], "/no/such/folder"),
         (["--metric", "f2"], "metric='f2' is unknown"),
         (["--strategy", "full"], "searches for blocks only"),

@@ -47,7 +47,7 @@ def test_damaged_images_are_told_before_training_or_left_out(files, tmp_path, ca
     assert run(files, tmp_path / "out", "--on_corrupt", "skip") == 0
     found = capsys.readouterr()
     out = " ".join(found.out.split())  # without the wrapping of a terminal
-    assert "They are left out." in found.err and ("15 train, 4 val" in out or "16 train, 3 val" in out)
+    assert "They are skipped." in found.err and ("15 train, 4 val" in out or "16 train, 3 val" in out)
     assert run(files, tmp_path / "no", "--on_corrupt", "drop") == 2
     assert "--on_corrupt drop is unknown: choose one of refuse, skip." in capsys.readouterr().err
 

@@ -116,7 +116,7 @@ class TestReduced:
     ("flags", "message"),
     [
         (["--strategies", "full,foo"], "unknown strategy 'foo'"),
-        (["--seeds", "0"], "seeds=0: 1 or more is needed"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--num_train_epochs", "many"], "invalid float value: 'many'"),
         (["--epochs", "3"], "--epochs is unknown"),
     ],

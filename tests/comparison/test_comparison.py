@@ -301,7 +301,7 @@ def test_without_tuning_all_run_with_their_defaults_at_one_rate(tmp_path):
         assert all(run.params["learning_rate"] == 0.01 for run in contender.runs)
     blockwise = results["blockwise"]
     assert blockwise.configs[0]["search_epochs"] == 2 and blockwise.measure_seconds > 0
-    assert blockwise.found["scores"] and blockwise.learned.startswith("Found by a search with scheme `stage`")
+    assert blockwise.found["scores"] and blockwise.learned.startswith("Chosen by a search with scheme `stage`")
     report, card = ((tmp_path / name).read_text() for name in ("report.md", "best/README.md"))
     assert "## Tuning" not in report and "## Ranking" in report
     assert "Tuned" not in card and "## Comparison" in card
@@ -345,11 +345,11 @@ def test_other_metrics(tmp_path):
         ({"strategies": "lp_ft,lp_ft"}, "lp_ft occurs twice"),
         ({"metric": "mse"}, "metric='mse' does not fit"),
         ({"metric": "auc"}, "metric='auc' is unknown"),
-        ({"trials": -1}, "trials=-1: 0 or more"),
-        ({"hours": -1.0}, "hours=-1.0"),
-        ({"learning_rates": "0.1,0.01"}, "learning_rates='0.1,0.01'"),
-        ({"learning_rate": 0.1}, "learning_rate=0.1: a comparison sets"),
-        ({"report_to": "wandb"}, "report_to='wandb': a comparison sets"),
+        ({"trials": -1}, "trials must be at least 0, got -1"),
+        ({"hours": -1.0}, "hours must be positive, got -1.0"),
+        ({"learning_rates": "0.1,0.01"}, "learning_rates must be two increasing positive numbers, .* got '0.1,0.01'"),
+        ({"learning_rate": 0.1}, "learning_rate=0.1 cannot be set: the comparison itself sets"),
+        ({"report_to": "wandb"}, "report_to='wandb' cannot be set: the comparison itself sets"),
         ({"num_epoch": 3}, "num_epoch=3: TrainingArguments has no such"),
         ({"lr_scheduler_type": "no_such"}, "no_such"),
     ],
@@ -506,7 +506,7 @@ def test_other_data_are_another_comparison(change, compared):
         given = Data(data, columns, source=data["test"], source_columns=columns)
     else:
         given = Data(data, columns, augment="basic")
-    with pytest.raises(OptionError, match="begun with other settings"):
+    with pytest.raises(OptionError, match="created with other settings"):
         run(folder, data=given)
 
 

@@ -257,7 +257,7 @@ def test_kinds_of_labels():
     many = kind([[0, 2], []], datasets.List(classes))
     assert many.problem_type == "multi_label_classification"
     assert many.encode([[0, 2], []]) == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
-    with pytest.raises(ValueError, match="holds List.*set label_column"):
+    with pytest.raises(ValueError, match="of type List.*set label_column"):
         kind([["x"], ["y"]], datasets.List(datasets.Value("string")))
 
 

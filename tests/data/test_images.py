@@ -110,7 +110,7 @@ def test_images_are_turned_as_their_exif_data_say(tmp_path, orientation):
 @pytest.mark.parametrize("pixels", [np.array([[0, 70000]], np.int32), np.array([[0, 1.0]], np.float32)])
 def test_32_bits_of_unknown_range_are_refused_instead_of_white_or_black(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"row 4 \(.*a\.tif\): its 32-bit pixels go from 0 to (70000|1): convert"):
+    with pytest.raises(ValueError, match=r"row 4 \(.*a\.tif\): its 32-bit pixels range from 0 to (70000|1): convert"):
         open_rgb(str(tmp_path / "a.tif"), 4)
 
 
@@ -145,7 +145,7 @@ def test_damaged_files_are_refused_by_number_row_and_path(tmp_path):
         check_images(splits, find_columns(splits))
     message = str(caught.value)
     assert message.startswith("3 of 13 images cannot be read: ") and "on_corrupt='skip'" in message
-    for name, reason in (("truncated", "truncated"), ("empty", "no image, or"), ("text", "no image, or")):
+    for name, reason in (("truncated", "truncated"), ("empty", "not an image, or"), ("text", "not an image, or")):
         assert re.search(rf"(train|validation), row 1\d \(.*dog/{name}\.jpg\): .*{reason}", message)
 
 
@@ -154,7 +154,7 @@ def test_damaged_files_are_skipped_told_and_returned(tmp_path, caplog, monkeypat
     splits = load_splits(str(folder_with_damage(tmp_path / "pets")))
     columns = find_columns(splits)
     kept, skipped = check_images(splits, columns, "skip")
-    assert "3 of 13 images cannot be read: " in caplog.text and "They are left out." in caplog.text
+    assert "3 of 13 images cannot be read: " in caplog.text and "They are skipped." in caplog.text
     assert list(kept) == list(splits) == list(skipped)
     assert {name: len(split) for name, split in kept.items()} == {
         name: len(split) - len(skipped[name]) for name, split in splits.items()
@@ -181,7 +181,7 @@ def test_missing_files_and_cells_of_a_table(tmp_path):
     skipped = flat(check_images(splits, columns, "skip")[1])
     assert sorted((image.row, image.path, image.reason) for image in skipped) == [
         (0, str(tmp_path / "gone.png"), "no such file"),
-        (2, None, "there is none"),
+        (2, None, "there is no image"),
     ]
 
 
@@ -223,7 +223,7 @@ def test_a_class_and_a_split_without_images_are_told(tmp_path, caplog, monkeypat
     check_images(splits, find_columns(splits), "skip")
     assert "too few rows of some classes: train has none of 'b' (1 row)" in caplog.text
     splits["validation"] = good.select([1])
-    with pytest.raises(ValueError, match="2 of 4 images cannot be read.*No image of split 'validation' is left"):
+    with pytest.raises(ValueError, match="2 of 4 images cannot be read.*Split 'validation' has no images left"):
         check_images(splits, find_columns(splits), "skip")
 
 

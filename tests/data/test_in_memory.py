@@ -146,13 +146,13 @@ def test_labels_and_class_names_are_found_as_in_the_data_set():
 def test_wrong_samples_are_named():
     with pytest.raises(ValueError, match="sample 1 is a tuple, not a dictionary"):
         Held([{"x": 1}, (1, 2)])
-    with pytest.raises(ValueError, match=r"sample 1 has the keys \['x', 'y'\], the first \['x'\]"):
+    with pytest.raises(ValueError, match=r"sample 1 has the keys \['x', 'y'\], but the first has \['x'\]"):
         Held([{"x": 1}, {"x": 1, "y": 2}])
     assert len(Held([])) == 0 and len(held.held([])) == 0
 
 
 def test_augmented_samples_are_refused():
-    with pytest.raises(ValueError, match="differ from one reading to the next.*augment='none'"):
+    with pytest.raises(ValueError, match="differ each time they are read.*augment='none'"):
         held.held(ready(processor(), augment="basic"))
 
 

@@ -36,7 +36,7 @@ def test_another_order_is_refused_and_mapped_by_name():
 
 def test_a_part_of_the_classes_is_mapped_by_name():
     part = data([0, 1], ("owl", "cat"))
-    with pytest.raises(OptionError, match="only a part of them.*'by_name'"):
+    with pytest.raises(OptionError, match="only some of them.*'by_name'"):
         SourceLabels(3, PETS)(part)
     assert mapped(SourceLabels(3, PETS, "by_name")(part), [0, 1]) == [2, 0]
 
@@ -58,13 +58,13 @@ def test_dictionaries_of_names_and_numbers():
     [
         (data([0, 3]), None, r"label 3 lies outside \[0, 3\).*source_label_map="),
         (data([-1]), None, "label -1 lies outside"),
-        (data([0, 1], ("a", "b")), {"a": 0}, "says nothing of label 1"),
+        (data([0, 1], ("a", "b")), {"a": 0}, "has no entry for label 1"),
         (data([0], ("a", "b")), {"c": 0}, r"no class 'c'; its classes are \['a', 'b'\]"),
         (data([0]), {"c": 0}, "no class 'c'; it does not name its classes: use numbers"),
-        (data([0]), {"0": 3}, r"'0' -> 3 is no class of the source head: a number in \[0, 3\)"),
-        (data([0]), {"0": "cow"}, "'0' -> 'cow' is no class"),
+        (data([0]), {"0": 3}, r"'0' -> 3 is not a class of the source head: use a number in \[0, 3\)"),
+        (data([0]), {"0": "cow"}, "'0' -> 'cow' is not a class"),
         (data([0], ("0", "1")), "by_name", r"by_name': the source head has no class '0', only \['cat'"),
-        (data([0]), {}, "maps nothing"),
+        (data([0]), {}, "source_label_map={} is empty"),
         (data([0]), "by_name", "source_dataset does not name its classes"),
     ],
 )
@@ -78,7 +78,7 @@ def test_labels_that_cannot_be_read_beforehand_are_checked_in_each_batch():
     with pytest.raises(OptionError, match="label 4 lies outside"):
         mapped(prepare, [0, 4])
     prepare = SourceLabels(3, (), {"1": 2})([{"labels": 1}])
-    with pytest.raises(OptionError, match="says nothing of label 0"):
+    with pytest.raises(OptionError, match="has no entry for label 0"):
         mapped(prepare, [1, 0])
     with pytest.raises(OptionError, match="without 'labels'"):
         prepare({"pixel_values": None})

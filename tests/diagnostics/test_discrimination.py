@@ -215,24 +215,24 @@ def test_bad_input_is_refused():
     def labelled(labels):
         return [{"pixel_values": inputs["pixel_values"], "labels": torch.as_tensor(labels)}]
 
-    refused("holds no sample", [])
-    refused("holds no sample", [{name: values[:0] for name, values in inputs.items()}])
+    refused("yielded no samples", [])
+    refused("yielded no samples", [{name: values[:0] for name, values in inputs.items()}])
     used = iter(fine)
     list(used)
-    refused("an iterator can be passed over once", used)
+    refused("an iterator can only be used once", used)
     refused("a batch is a tuple", [(1, 2)])
     refused(r"no 'labels', only 'pixel_values'", [{"pixel_values": inputs["pixel_values"]}])
     refused(r"labels are torch.float32 of shape \(45,\)", labelled(inputs["labels"].float()))
     refused(r"labels are torch.int64 of shape \(45, 1\)", labelled(inputs["labels"][:, None]))
-    refused(r"head is \(45, 16\), not one vector for each of 44 samples", labelled(inputs["labels"][:44]))
+    refused(r"head's input is \(45, 16\), not one vector for each of 44 samples", labelled(inputs["labels"][:44]))
     refused("all 45 samples are of class 8", labelled([8] * 45))
     refused(r"class 5 has 3 samples, fewer than folds=5: .* or set folds=3", labelled([4] * 42 + [5] * 3))
-    refused(r"class -5 has 1 sample, fewer than folds=2: .* leave it out", labelled([4] * 44 + [-5]), folds=2)
+    refused(r"class -5 has 1 sample, fewer than folds=2: add more or remove it", labelled([4] * 44 + [-5]), folds=2)
     refused("class 40 has 15 samples, fewer than folds=16", folds=16, loader=labelled([40] * 15 + [3] * 30))
     refused("folds=1 leaves nothing", folds=1)
     tokens = [{"x": torch.randn(6, 5, 4), "labels": torch.arange(6) % 2}]
-    refused(r"head is \(6, 5, 4\), not one vector", tokens, Tokens())
-    refused("head is None, not one vector", tokens, Tokens(call=False))
+    refused(r"head's input is \(6, 5, 4\), not one vector", tokens, Tokens())
+    refused("head's input is None, not one vector", tokens, Tokens(call=False))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -280,7 +280,7 @@ def test_plot_has_a_style_per_loader(tmp_path, drawn):
 
 
 def test_plot_of_nothing_is_refused(tmp_path):
-    with pytest.raises(OptionError, match="hold no measurement"):
+    with pytest.raises(OptionError, match="contain no measurements"):
         plot_discrimination({"soft": []}, tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())
 

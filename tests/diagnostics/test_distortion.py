@@ -121,7 +121,7 @@ def test_models_and_random_states_are_left_as_they_were():
 
 def test_bad_input_is_refused():
     model = tiny_resnet()
-    with pytest.raises(OptionError, match="holds no sample"):
+    with pytest.raises(OptionError, match="yielded no samples"):
         feature_distortion(model, tiny_resnet(), [])
     with pytest.raises(OptionError, match="no module 'resnet.encoder.stages.1.layers.1'"):
         feature_distortion(model, tiny_resnet(depths=[1, 1]), loader(model))

@@ -156,11 +156,14 @@ def test_a_batch_of_one_value_gives_a_mean_only():
 
 def test_nothing_to_take_a_variance_of_is_refused():
     model = Around(nn.BatchNorm1d(4))
-    with pytest.raises(OptionError, match="'norm' has no variance.*one value per channel: measure on larger batches"):
+    with pytest.raises(
+        OptionError,
+        match="cannot measure the variance of BatchNorm 'norm'.*one value per channel: measure on larger batches",
+    ):
         estimate_batch_norm(model, batches_of((1, 1)))
     pooled = estimate_batch_norm(model, batches_of((1, 1)), "pooled")["norm"]  # two values have one
     assert_statistics(pooled, *reference([2 * b["x"] + 1 for b in batches_of((1, 1))], "pooled"), rel=1e-6)
-    with pytest.raises(OptionError, match="one value per channel in all the data"):
+    with pytest.raises(OptionError, match="one value per channel in the data"):
         estimate_batch_norm(model, batches_of((1,)), "pooled")
 
 
@@ -198,13 +201,13 @@ def test_the_model_and_the_random_states_are_left_as_they_were():
 
 def test_bad_data_is_refused():
     model = Around(nn.BatchNorm1d(4))
-    with pytest.raises(OptionError, match="no batch to measure"):
+    with pytest.raises(OptionError, match="no batches to measure"):
         estimate_batch_norm(model, [])
     with pytest.raises(OptionError, match="a batch is a list.*keyword arguments"):
         estimate_batch_norm(model, [[torch.zeros(2, 4)]])
     with pytest.raises(OptionError, match="BatchNorm 'norm' is not finite"):
         estimate_batch_norm(model, [{"x": torch.full((2, 4), torch.inf)}])
-    with pytest.raises(OptionError, match="statistics='mean' is not 'batch' or 'pooled'"):
+    with pytest.raises(OptionError, match="statistics='mean' is unknown: choose 'batch' or 'pooled'"):
         estimate_batch_norm(model, batches_of((2,)), "mean")
     with pytest.raises(OptionError, match=r"ViT.* has no BatchNorm.*DAFTConfig\(convert_batch_norm=False\)"):
         estimate_batch_norm(tiny_vit(), [])
@@ -291,12 +294,12 @@ def test_bad_statistics_are_refused_before_anything_changes():
     last, before = list(good)[-1], snapshot(model)
     mean, var = good[last].mean, good[last].var
     for wanted, message in (
-        ({"nowhere": good[last]}, "'nowhere' is no BatchNorm.*it has resnet.embedder"),
-        ({"classifier": good[last]}, "'classifier' is no BatchNorm"),
-        ({last: BatchNormStatistics(mean[:2], var)}, r"a mean of shape \(2,\) does not fit \(16,\)"),
-        ({last: BatchNormStatistics(mean, var[:1])}, r"a var of shape \(1,\) does not fit"),
+        ({"nowhere": good[last]}, "'nowhere' is not a BatchNorm.*it has resnet.embedder"),
+        ({"classifier": good[last]}, "'classifier' is not a BatchNorm"),
+        ({last: BatchNormStatistics(mean[:2], var)}, r"a mean of shape \(2,\) does not match \(16,\)"),
+        ({last: BatchNormStatistics(mean, var[:1])}, r"a var of shape \(1,\) does not match"),
         ({last: BatchNormStatistics(mean * torch.nan, var)}, "must be finite"),
-        ({last: BatchNormStatistics(mean, -var)}, "not negative"),
+        ({last: BatchNormStatistics(mean, -var)}, "non-negative"),
         ({last: BatchNormStatistics(mean, var + 1e300)}, "must be finite.*float32"),
     ):
         with pytest.raises(OptionError, match=message):

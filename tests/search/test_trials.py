@@ -322,7 +322,7 @@ def test_signature(storage):
         run(jobs(2), seed, storage, signature=nested, pruner=Halving())
     run(jobs(2), seed, storage, signature=other, name="another")
     assert len(trials_of(storage)) == 1
-    with pytest.raises(OptionError, match="signature is no JSON dict"):
+    with pytest.raises(OptionError, match="signature is not a JSON dict"):
         run(jobs(1), seed, signature={"model": object()})
 
 
@@ -350,7 +350,7 @@ def test_relative_urls(storage, tmp_path, monkeypatch):
 def test_a_study_that_is_not_ours(database):
     study = optuna.create_study(study_name="study", storage=open_storage(database), direction="maximize")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    with pytest.raises(OptionError, match="holds other trials"):
+    with pytest.raises(OptionError, match="already exists with other trials"):
         run(jobs(1), seed, database)
 
 
@@ -390,16 +390,16 @@ def test_scores_that_are_no_numbers(storage):
     [
         ("{tmp}/none/study.db", "there is no folder .*none.*Create it"),
         ("{tmp}/none/study.log", "there is no folder .*none.*Create it"),
-        ("{tmp}/study.txt", "no known kind"),
+        ("{tmp}/study.txt", "unknown kind"),
         ("{tmp}/damaged.db", "damaged.db.*not a database"),
         ("{tmp}/damaged.log", "damaged.log.*journal"),
         ("{tmp}/folder.db", "unable to open database file"),
         ("{tmp}/folder.log", "folder.log.*Is a directory"),
         ("{tmp}/old.db", "old.db.*no longer compatible"),
-        ("sqlite://", "For a study in memory give None"),
+        ("sqlite://", "For an in-memory study, give None"),
         ("nosuch://host/database", "nosuch.*sqlite:///study.db"),
         ("mysql+pymysql://user:secret@host/database", "driver is missing.*pymysql"),
-        ("://", "is no URL"),
+        ("://", "is not a URL"),
     ],
 )
 def test_storage_that_cannot_be_opened(storage, message, empty, tmp_path):
@@ -420,7 +420,7 @@ def test_storage_that_cannot_be_opened(storage, message, empty, tmp_path):
         ({"listed": [*jobs(2), *jobs(1)]}, "'stage0/seed0'.*twice"),
         ({"heartbeat": 0.0}, "heartbeat=0.0"),
         ({"retries": -1}, "retries=-1"),
-        ({"pruner": Halving(factor=1)}, "factor 2 or more"),
+        ({"pruner": Halving(factor=1)}, "factor at least 2"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -135,6 +135,6 @@ def test_a_head_that_takes_tokens_says_so(tmp_path):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     model.forward = tokens
-    with pytest.raises(OptionError, match=r"goes into the head is \(8, 17, 16\)"):
+    with pytest.raises(OptionError, match=r"the head's input is \(8, 17, 16\)"):
         train(model, "bss", tmp_path)
     assert forward is not None

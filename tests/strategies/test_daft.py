@@ -274,7 +274,9 @@ def test_parallel_heads_are_zero_and_a_square_layer_stands_alone(shared, zero):
 def test_a_head_that_cannot_train_is_refused():
     model = tiny_resnet()
     model.classifier.requires_grad_(False)
-    with pytest.raises(OptionError, match=r"zero_head: no layer of the head \(classifier\) trains.*zero_head=False"):
+    with pytest.raises(
+        OptionError, match=r"zero_head: no layer of the head \(classifier\) is trainable.*zero_head=False"
+    ):
         set_up(model, DAFTConfig(convert_batch_norm=False))
     set_up(model, DAFTConfig(convert_batch_norm=False, zero_head=False))
 
@@ -373,7 +375,9 @@ def test_a_model_without_batch_norm_is_told_the_way_out(tmp_path):
     model = tiny_vit()
     before = snapshot(model)
     trainer = make_trainer(model, "daft", tmp_path)
-    with pytest.raises(OptionError, match=r"no BatchNorm.*DAFTConfig\(convert_batch_norm=False\) keeps the other half"):
+    with pytest.raises(
+        OptionError, match=r"no BatchNorm.*DAFTConfig\(convert_batch_norm=False\) keeps the rest of the method"
+    ):
         trainer.train()
     same_tensors(snapshot(model), before)
     train(model, DAFTConfig(convert_batch_norm=False), tmp_path)
@@ -418,7 +422,7 @@ def test_an_adapter_that_would_lose_the_conversion_is_refused(tmp_path):
 
 def test_an_adapter_on_the_head_is_refused(tmp_path):
     model = get_peft_model(tiny_vit(), LoraConfig(r=2, target_modules=["classifier"]))
-    with pytest.raises(OptionError, match="an adapter sits on the head.*zero_head=False"):
+    with pytest.raises(OptionError, match="the head .* carries an adapter.*zero_head=False"):
         set_up(model, DAFTConfig(convert_batch_norm=False))
 
 
@@ -429,7 +433,7 @@ def test_data_without_length_are_refused_only_where_they_are_measured(tmp_path):
             return iter(tiny_data(tiny_resnet()))
 
     args = tiny_arguments(tmp_path, **SGD)
-    with pytest.raises(OptionError, match="daft looks at the training data first.*map-style"):
+    with pytest.raises(OptionError, match="daft measures the training data first.*map-style"):
         FTTrainer(tiny_resnet(), args, strategy="daft", train_dataset=Stream()).train()
     FTTrainer(
         tiny_resnet(), args, strategy=DAFTConfig(convert_batch_norm=False), train_dataset=Stream(), overwrite=True

@@ -448,7 +448,9 @@ def test_an_optimizer_of_ones_own_leaves_the_source_head(tmp_path, monkeypatch):
     data = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model, 20, seed=2)}
     trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=SOFT, optimizers=(optimizer, None), **data)
     trainer.train()
-    assert any("yours does not hold what source would train" in message for message in told)
+    assert any(
+        "the given one does not contain the extra parameters that source would train" in message for message in told
+    )
     assert torch.equal(trainer._run.plan.terms[0].fn.head.module.weight, before)
 
 
@@ -478,7 +480,7 @@ def test_a_source_loss_that_never_counts_is_told(until, idle, monkeypatch):
     monkeypatch.setattr(hf_ft.engine.run.logger, "warning_once", told.append)
     config = SoftConfig(until=until)
     set_up(equipped(tiny_resnet(), config), [config, LPFTConfig()]).objective()
-    assert [message for message in told if message.startswith("source does nothing")] == told
+    assert [message for message in told if message.startswith("source has no effect")] == told
     assert len(told) == idle
 
 
@@ -514,8 +516,8 @@ def test_head_modules_take_part_as_the_model_has_them():
     ("options", "message"),
     [
         ({"source_ratio": 0.0}, r"source_ratio=0.0 lies outside \(0, inf\)"),
-        ({"until": 1.5}, r"until=1.5 lies outside \(0, 1\].*never ends, set schedule='constant'"),
-        ({"until": 2}, "never ends, set schedule='constant'"),
+        ({"until": 1.5}, r"until=1.5 lies outside \(0, 1\].*To keep the source loss, set schedule='constant'"),
+        ({"until": 2}, "To keep the source loss, set schedule='constant'"),
         ({"until": 0.0}, r"until=0.0 lies outside"),
         ({"schedule": "slow"}, "schedule='slow' is not"),
         ({"source": "teacher"}, "source='teacher' is not"),
@@ -528,7 +530,7 @@ def test_bad_options(options, message):
 
 def test_no_source_data(tmp_path):
     model = equipped(tiny_resnet(), SOFT)
-    with pytest.raises(OptionError, match="source_dataset=.*source-free with source='head'"):
+    with pytest.raises(OptionError, match="source_dataset=.*or set source='head', which needs none"):
         FTTrainer(model, tiny_arguments(tmp_path), strategy=SOFT, train_dataset=tiny_data(model))
 
 
@@ -540,21 +542,24 @@ def test_no_source_head(tmp_path):
 
 
 def test_empty_source(tmp_path):
-    with pytest.raises(OptionError, match="source_dataset holds no sample"):
+    with pytest.raises(OptionError, match="source_dataset contains no samples"):
         soft_trainer(tiny_resnet(), SOFT, tmp_path, tiny_data(tiny_resnet()).select([]))
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (datasets.DatasetDict({"train": 1}), r"source_dataset is a DatasetDict of the splits \['train'\]: pass one"),
-        ("mnist", "source_dataset is a str 'mnist': pass one data set"),
+        (
+            datasets.DatasetDict({"train": 1}),
+            r"source_dataset is a DatasetDict of the splits \['train'\]: pass a single",
+        ),
+        ("mnist", "source_dataset is a str 'mnist': pass a single data set"),
         (
             [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0.5}],
-            r"'labels' are torch.float32 \(1,\), not one class",
+            r"'labels' are torch.float32 \(1,\), but one integer class per sample",
         ),
         ([{"pixel_values": torch.zeros(3, 32, 32), "labels": [0, 1]}], r"'labels' are torch.int64 \(1, 2\)"),
-        ([{"labels": 0}], "train_dataset has a column 'pixel_values' and source_dataset has none"),
+        ([{"labels": 0}], "train_dataset has a column 'pixel_values', but source_dataset does not"),
         ([{"pixel_values": torch.zeros(3, 32, 32), "labels": 0, "size": 3.0}], "source_dataset has a column 'size'"),
     ],
 )
@@ -571,7 +576,7 @@ def test_a_source_that_nobody_uses_is_told(tmp_path, monkeypatch):
     model = tiny_resnet()
     given = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model)}
     FTTrainer(model, tiny_arguments(tmp_path), strategy="l2_sp", **given)
-    assert told == ["source_dataset is not used: l2_sp takes no source data."]
+    assert told == ["source_dataset is ignored: l2_sp does not use source data."]
     for strategy in (SOFT, "co_tuning", SoftConfig(source="head")):
         FTTrainer(equipped(model, SOFT), tiny_arguments(tmp_path), strategy=strategy, **given)
     assert len(told) == 1
@@ -582,9 +587,9 @@ def test_texts_without_masks_are_not_padded():
     objective = set_up(equipped(tiny_bert(), config), config).objective().train()
     batch = {"input_ids": torch.randint(1, 64, (4, 7)), "labels": torch.tensor([0, 1, 0, 1])}
     objective(**batch, stream_source=batch)
-    with pytest.raises(OptionError, match="no 'attention_mask' tells padding"):
+    with pytest.raises(OptionError, match="no 'attention_mask' to mark padding"):
         objective(**batch, stream_source={**batch, "input_ids": batch["input_ids"][:, :5]})
-    with pytest.raises(OptionError, match="source_dataset has a column 'token_type_ids' and train_dataset has none"):
+    with pytest.raises(OptionError, match="source_dataset has a column 'token_type_ids', but train_dataset does not"):
         objective(**batch, stream_source={**batch, "token_type_ids": batch["input_ids"]})
 
 
@@ -595,7 +600,7 @@ def test_layers_that_a_joint_forward_cannot_divide():
     term = dataclasses.replace(run.plan.terms[0], layers=("classifier",))
     run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, terms=(term,)))
     objective = run.objective().train()
-    with pytest.raises(OptionError, match="layer 'classifier' has 8 rows.*16.*source_forward='separate'"):
+    with pytest.raises(OptionError, match="layer 'classifier' outputs 8 rows.*16.*source_forward='separate'"):
         objective(**tiny_batch(objective))
 
 
@@ -617,7 +622,9 @@ def test_another_image_size(tmp_path):
     model = tiny_resnet()
     rows = [{"pixel_values": torch.zeros(3, 16, 16), "labels": 0}] * 20
     trainer = soft_trainer(model, SOFT, tmp_path, rows)
-    with pytest.raises(OptionError, match=r"\(3, 16, 16\), train_dataset \(3, 32, 32\).*source_forward='separate'"):
+    with pytest.raises(
+        OptionError, match=r"\(3, 16, 16\), but train_dataset yields \(3, 32, 32\).*source_forward='separate'"
+    ):
         trainer.train()
     separate = SoftConfig(schedule="constant", source_forward="separate")
     soft_trainer(tiny_resnet(), separate, tmp_path / "separate", rows).train()

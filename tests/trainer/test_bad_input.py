@@ -79,7 +79,7 @@ def test_unknown_option():
 
 def test_more_stages_than_parts(tmp_path):
     refused(
-        "stages=50 is more than this model has",
+        "stages=50 is too many for this model, which has a head and",
         make_trainer,
         tiny_resnet(),
         GradualUnfreezingConfig(stages=50),
@@ -89,7 +89,7 @@ def test_more_stages_than_parts(tmp_path):
 
 def test_nothing_is_written_before_the_checks(tmp_path):
     for strategy in (["lp_ft", "linear_probe"], GradualUnfreezingConfig(stages=50), LinearProbeConfig(head="no")):
-        refused("both|more than|no module", make_trainer, tiny_resnet(), strategy, tmp_path / "out")
+        refused("both|too many|no module", make_trainer, tiny_resnet(), strategy, tmp_path / "out")
     data = tiny_data(tiny_vit(num_labels=5))
     refused("label", FTTrainer, tiny_vit(), tiny_arguments(tmp_path / "out"), train_dataset=data)
     assert not (tmp_path / "out").exists()
@@ -119,7 +119,7 @@ def test_predicates_that_match_nothing(tmp_path):
     model = tiny_resnet()
     names = [name for name, _ in model.named_parameters()]
     refused(
-        "stage 's': 'clasifier' matches no parameter. There are: .*classifier",
+        "stage 's': 'clasifier' matches no parameter. Parameters include .*classifier",
         trained_by,
         Stage("s", ("clasifier",)),
         model,
@@ -128,7 +128,7 @@ def test_predicates_that_match_nothing(tmp_path):
     model.classifier.requires_grad_(False)
     refused("frozen before training", make_trainer, model, "linear_probe", tmp_path)
     model.requires_grad_(False)
-    refused("every parameter of the model is frozen", make_trainer, model, "full", tmp_path)
+    refused("all parameters of the model are frozen", make_trainer, model, "full", tmp_path)
 
 
 def test_stage_durations():
@@ -219,12 +219,12 @@ def test_measuring_needs_a_length(tmp_path):
 
     data = tiny_data(tiny_vit()).to_iterable_dataset()
     trainer = FTTrainer(tiny_vit(), tiny_arguments(tmp_path), strategy=MeasuredConfig(), train_dataset=data)
-    refused("measured looks at the training data first.*map-style", trainer.train)
+    refused("measured measures the training data first.*map-style", trainer.train)
     refused("pass a context", hf_ft.set_up, tiny_vit(), MeasuredConfig())
 
 
 def test_damaged_config(tmp_path):
-    refused("holds no ft_config.json", FTConfig.from_pretrained, tmp_path)
+    refused("contains no ft_config.json", FTConfig.from_pretrained, tmp_path)
     L2SPConfig().save_pretrained(tmp_path)
     file = tmp_path / "ft_config.json"
     whole = file.read_text()
@@ -309,5 +309,5 @@ def test_statistics_that_cannot_follow_are_told(momentum, steps, told, caplog):
     with caplog.at_level("WARNING", logger="hf_ft"):
         warn_slow_statistics(model, names, steps)
         warn_slow_statistics(model, ["classifier.1.weight"], steps)  # those of frozen layers stay as they are
-    assert ("in 8 steps their running statistics go 8 % of the way" in caplog.text) == told
+    assert ("in 8 steps, their running statistics go 8 % of the way" in caplog.text) == told
     assert len(caplog.records) == told

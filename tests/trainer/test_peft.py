@@ -70,5 +70,5 @@ def test_resume_and_best_model(make, config, tmp_path):
 
 def test_no_delta_of_a_delta(tmp_path):
     trainer = train(lora(), "full", tmp_path)
-    with pytest.raises(CheckpointError, match="delta already"):
+    with pytest.raises(CheckpointError, match="already a delta"):
         trainer.save_delta(tmp_path / "delta")

@@ -52,7 +52,7 @@ def test_broken_checkpoints_are_passed_over(damage, tmp_path):
 
 
 def test_nothing_to_resume_from(tmp_path):
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         train(tiny_resnet(), "full", tmp_path, resume=True)
 
 
@@ -76,7 +76,7 @@ def test_another_start_is_refused_where_it_matters(tmp_path):
 @pytest.mark.slow
 def test_an_earlier_run_is_not_overwritten(tmp_path):
     train(tiny_resnet(), "full", tmp_path, **SAVING)
-    with pytest.raises(OptionError, match="holds checkpoint-8 of an earlier run.*overwrite=True"):
+    with pytest.raises(OptionError, match="contains checkpoint-8 of an earlier run.*overwrite=True"):
         train(tiny_resnet(), "full", tmp_path, **SAVING)
     assert len(checkpoints(tmp_path)) == 4
     args = tiny_arguments(tmp_path, **{**SAVING, "save_steps": 8})

@@ -119,9 +119,9 @@ def test_running_dry():
 
     stream = opened(Once(), 4)
     next(stream)
-    with pytest.raises(OptionError, match="ran dry: pass 2 over it gave no sample"):
+    with pytest.raises(OptionError, match="ran out: pass 2 over it yielded no samples"):
         next(stream)
-    with pytest.raises(OptionError, match="source_dataset holds no sample"):
+    with pytest.raises(OptionError, match="source_dataset contains no samples"):
         first_rows([], 1, "source_dataset")
 
 
@@ -139,14 +139,14 @@ def test_a_source_that_runs_dry_stops_training(tmp_path):
     trainer = FTTrainer(
         model, tiny_arguments(tmp_path), strategy=SOFT, train_dataset=tiny_data(model), source_dataset=Dry()
     )
-    with pytest.raises(OptionError, match="source_dataset ran dry"):
+    with pytest.raises(OptionError, match="source_dataset ran out"):
         trainer.train()
 
 
 def test_streams_of_one_name_must_agree():
     plan = Plan(streams=(Stream("source", 2.0),))
     assert compose([plan, plan]).streams == plan.streams
-    with pytest.raises(OptionError, match="two strategies want the stream 'source' in different ways"):
+    with pytest.raises(OptionError, match="two strategies request the stream 'source' with different settings"):
         compose([plan, Plan(streams=(Stream("source", 1.0),))])
 
 
@@ -270,7 +270,7 @@ def test_a_missing_position_is_named(tmp_path):
     train(tiny_resnet(), SOFT, tmp_path, **SAVING)
     (tmp_path / "checkpoint-4" / "ft_streams_0.json").unlink()
     trainer = make_trainer(tiny_resnet(), SOFT, tmp_path / "again", **SAVING)
-    with pytest.raises(CheckpointError, match=r"ft_streams_0.json is missing.*Take another"):
+    with pytest.raises(CheckpointError, match=r"ft_streams_0.json is missing.*Use another"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 

@@ -297,7 +297,7 @@ def test_several_borders_share_the_room(tmp_path):
     [
         ({"use": "sometimes"}, "use='sometimes'"),
         ({"memory_gb": -1.0}, "memory_gb=-1.0"),
-        ({"folder": "/no/such/folder"}, "folder='/no/such/folder' is no folder"),
+        ({"folder": "/no/such/folder"}, "folder='/no/such/folder' is not a folder"),
     ],
 )
 def test_bad_options(options, message):

@@ -483,7 +483,7 @@ def test_users_optimizer(tmp_path):
     lacking = torch.optim.SGD(model.classifier.parameters(), lr=0.05)
     args = tiny_arguments(tmp_path)
     trainer = FTTrainer(model, args, strategy="lp_ft", train_dataset=tiny_data(model), optimizers=(lacking, None))
-    with pytest.raises(OptionError, match="does not hold .* of the parameters"):
+    with pytest.raises(OptionError, match="lacks .* of the parameters"):
         trainer.train()
 
 

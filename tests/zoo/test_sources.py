@@ -125,15 +125,15 @@ def test_sources_that_cannot_work_are_named(tmp_path):
     text = text_source(tmp_path / "text")
     with pytest.raises(OptionError, match="source_models is empty"):
         load_sources([])
-    with pytest.raises(OptionError, match=r"member 0 .* num_labels=3, member 1 .* num_labels=5"):
+    with pytest.raises(OptionError, match=r"member 0 .* num_labels=3, but member 1 .* num_labels=5"):
         load_sources([text, text_source(tmp_path / "five", num_labels=5)])
     tiny_bert().save_pretrained(tmp_path / "bare")
-    with pytest.raises(OptionError, match=r"source_models: .*bare has no tokenizer: save the one of its base model"):
+    with pytest.raises(OptionError, match=r"source_models: .*bare has no tokenizer: save that of its base model"):
         load_sources([text, str(tmp_path / "bare")])
     model, processor = load_sources([text])
     model.save_pretrained(tmp_path / "ensemble")
     processor.save_pretrained(tmp_path / "ensemble")
-    with pytest.raises(OptionError, match="source_models: .*ensemble is an ensemble itself"):
+    with pytest.raises(OptionError, match="source_models: .*ensemble is itself an ensemble"):
         load_sources([str(tmp_path / "ensemble")])
 
 
@@ -157,10 +157,10 @@ def test_images_of_several_sizes(tmp_path):
     assert set(batch) == {"pixel_values", "pixel_values_1"} and model(**batch).logits.shape == (1, 3)
     _, larger = load_sources(names[1:], 3, image_size=64)
     assert larger([picture], return_tensors="pt")["pixel_values_1"].shape[-1] == 64
-    with pytest.raises(OptionError, match=r"source_models: .*vit \(image\), .*text \(text\); take sources of one task"):
+    with pytest.raises(OptionError, match=r"source_models: .*vit \(image\), .*text \(text\); use sources for one task"):
         load_sources([names[0], text_source(tmp_path / "text")])
     tiny_vit().save_pretrained(tmp_path / "bare")
-    with pytest.raises(OptionError, match="source_models: .*bare has no image processor .* save the one of its base"):
+    with pytest.raises(OptionError, match="source_models: .*bare has no image processor .* save that of its base"):
         load_sources([str(tmp_path / "bare")])
 
 

@@ -177,7 +177,7 @@ def test_missing_data_package_says_how_to_install_it(monkeypatch):
 
 
 def test_disagreeing_labels_are_refused():
-    with pytest.raises(ValueError, match="num_labels=3 does not fit the 2 classes"):
+    with pytest.raises(ValueError, match="num_labels=3 does not match the 2 classes"):
         load_model("mobilenet_v2", num_labels=3, id2label={0: "a", 1: "b"})
 
 
@@ -190,7 +190,7 @@ def test_load_by_position_checks_shapes_and_names():
         {"a.bias": bias, "a.weight": weight},
         {"a.weight": weight},
     ):
-        with pytest.raises(ValueError, match=r"do(es)? not fit"):
+        with pytest.raises(ValueError, match=r"do(es)? not match"):
             load_by_position(model, wrong)
 
 

@@ -15,15 +15,15 @@ from hf_ft.documents.text import duration, metric_name
 
 def document(results: Results) -> Document:
     """The whole report; empty sections are omitted."""
-    found = standings(results)
-    optional = (findings(found), distortion(found))
+    entries = standings(results)
+    optional = (findings(entries), distortion(entries))
     sections: list[Section] = [
-        *outcome_sections(results, found),
-        *process_sections(results, found),
+        *outcome_sections(results, entries),
+        *process_sections(results, entries),
         *(section for section in optional if section is not None),
-        *record_sections(results, found),
+        *record_sections(results, entries),
     ]
-    ranked = sum(standing.rank is not None for standing in found)
+    ranked = sum(standing.rank is not None for standing in entries)
     metric, took = metric_name(results.metric), duration(results.seconds)
-    subtitle = f"{ranked} of {len(found)} strategies finished; {metric}; {took} in all"
+    subtitle = f"{ranked} of {len(entries)} strategies finished; {metric}; {took} in total"
     return Document(results.title, subtitle, tuple(sections))

@@ -16,27 +16,28 @@ from hf_ft.documents.text import NONE, metric_name, seconds, signed
 
 def card_section(results: Results) -> str:
     """The ``## Comparison`` section of the winner's model card: results and procedure."""
-    found = standings(results)
-    ranked = [standing for standing in found if standing.rank is not None]
-    best, split, metric = winner(results, found), main_split(found), metric_name(results.metric)
-    parts = ["## Comparison", inline(" ".join(verdict(results, found)))]
+    entries = standings(results)
+    ranked = [standing for standing in entries if standing.rank is not None]
+    best, split, metric = winner(results, entries), main_split(entries), metric_name(results.metric)
+    parts = ["## Comparison", inline(" ".join(verdict(results, entries)))]
     if ranked:
         headers = ("strategy", "validation", *(("test",) if split == "test" else ()))
         headers += (f"difference on {split}", "95 % interval", "seconds")
         rows = tuple(_card_row(standing, split) for standing in ranked)
         about = (
-            f"Mean {metric} ± standard deviation over seeds; differences are to `{BASELINE}`; seconds of one training."
+            f"Mean {metric} ± standard deviation over seeds; differences are to `{BASELINE}`; seconds are for one "
+            "training run."
         )
         parts += [pipe_table(Table(about, headers, rows)), about]
-    others = [standing.name for standing in found if standing.rank is None]
+    others = [standing.name for standing in entries if standing.rank is None]
     if others:
-        parts.append(inline(f"Without a rank: {', '.join(f'`{name}`' for name in others)}."))
+        parts.append(inline(f"Unranked: {', '.join(f'`{name}`' for name in others)}."))
     if best is not None and best.contender.chosen is not None:
         contender = best.contender
         tuned = "; ".join(f"{name} in {text}" for name, text in contender.space.items()) or "nothing"
         chosen = options(contender.trials[best.contender.chosen].params)
         parts.append(escaped(f"Tuned for the winner in {len(contender.trials)} trials: {tuned}. Chosen: {chosen}."))
-    parts += [inline(main_caution(results, found))] if ranked else []
+    parts += [inline(main_caution(results, entries))] if ranked else []
     return "\n\n".join([*parts, listing(Listing(results.command, "bash"))]) + "\n"
 
 

@@ -94,8 +94,8 @@ class RowStore:
         free = shutil.disk_usage(cache.folder or tempfile.gettempdir()).free
         if self.bytes > min(cache.disk_gb * GB, 0.9 * free):
             raise RowsDiffer(
-                f"{self.bytes / GB:.1f} GB are more than memory_gb={cache.memory_gb:g} and "
-                f"disk_gb={cache.disk_gb:g} allow ({free / GB:.1f} GB of disk are free)"
+                f"{self.bytes / GB:.1f} GB are more than memory_gb={cache.memory_gb:g} and disk_gb={cache.disk_gb:g} "
+                f"allow ({free / GB:.1f} GB of disk space are free)"
             )
 
     def _empty(self, name: str, samples: int, like: Tensor) -> Tensor:

@@ -70,9 +70,9 @@ class CollaborativeConfig(PreTrainedConfig):
                 raise OptionError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}.")
         for name in ("inputs", "sources", "ancestors"):
             if len(getattr(self, name)) != count:
-                raise OptionError(f"{name}={getattr(self, name)!r}: one value for each of {count} members is needed.")
+                raise OptionError(f"{name}={getattr(self, name)!r} must have one value for each of {count} members.")
         if set(self.inputs) != set(range(len(set(self.inputs)))):
-            raise OptionError(f"inputs={self.inputs!r}: number the distinct processors 0, 1, ... without a gap.")
+            raise OptionError(f"inputs={self.inputs!r} must number the distinct processors 0, 1, ... without gaps.")
 
     def member(self, index: int) -> Any:
         """The config of one member, with the ensemble's labels."""
@@ -105,21 +105,21 @@ def common_config(models: Sequence[Any]) -> dict[str, Any]:
         OptionError: if the members are incompatible; the message names them.
     """
     if not models:
-        raise OptionError("members: none are given; at least one classifier is needed.")
+        raise OptionError("members is empty: at least one classifier is needed.")
     names = [f"member {index} ({type(model).__name__})" for index, model in enumerate(models)]
     for index, model in enumerate(models):
         if any(model is other for other in models[:index]):
-            raise OptionError(f"{names[index]} was given before: give a copy (copy.deepcopy).")
+            raise OptionError(f"{names[index]} occurs twice: give a copy (copy.deepcopy).")
     tasks = [_task_of(model, name) for model, name in zip(models, names, strict=True)]
     for name, task, model in zip(names, tasks, models, strict=True):
         if task != tasks[0]:
-            raise OptionError(f"{names[0]} is for {tasks[0]}, {name} for {task}: take members of one task.")
+            raise OptionError(f"{names[0]} is for {tasks[0]}, but {name} is for {task}: use members for one task.")
         _same_labels(names[0], models[0].config, name, model.config)
     problems = {model.config.problem_type: name for name, model in zip(names, models, strict=True)}
     problems.pop(None, None)
     if len(problems) > 1:
         values = ", ".join(f"{name} has {problem!r}" for problem, name in problems.items())
-        raise OptionError(f"problem_type: {values}; give all members the same, or none.")
+        raise OptionError(f"problem_type: {values}; give all members the same one, or none.")
     first = models[0].config
     labels = {"id2label": dict(first.id2label), "label2id": dict(first.label2id)}
     return {"task": tasks[0], "problem_type": next(iter(problems), None), **labels}
@@ -128,29 +128,34 @@ def common_config(models: Sequence[Any]) -> dict[str, Any]:
 def _same_labels(first: str, one: Any, name: str, other: Any) -> None:
     fix = "load all members with the same num_labels or id2label."
     if one.num_labels != other.num_labels:
-        raise OptionError(f"{first} has num_labels={one.num_labels}, {name} has num_labels={other.num_labels}: {fix}")
+        raise OptionError(
+            f"{first} has num_labels={one.num_labels}, but {name} has num_labels={other.num_labels}: {fix}"
+        )
     for index, label in one.id2label.items():
         if other.id2label.get(index) != label:
             raise OptionError(
-                f"id2label: {first} calls class {index} {label!r}, {name} calls it {other.id2label.get(index)!r}: {fix}"
+                f"id2label: {first} calls class {index} {label!r}, but {name} calls it {other.id2label.get(index)!r}: "
+                f"{fix}"
             )
 
 
 def _task_of(model: Any, name: str) -> str:
     """The task of a Transformers classifier, by its class."""
     if not isinstance(model, hf.PreTrainedModel):
-        raise OptionError(f"{name} is no model of Transformers with a config: give a PreTrainedModel.")
+        raise OptionError(f"{name} is not a Transformers model with a config: give a PreTrainedModel.")
     if model.config.model_type == COLLABORATIVE:
-        raise OptionError(f"{name} is an ensemble itself: give its members, list(model.members).")
+        raise OptionError(f"{name} is itself an ensemble: give its members, list(model.members).")
     if getattr(type(model), "_auto_class", None) is not None:
-        raise OptionError(f"{name} runs code from the Hub, which is not loaded here: take a model of Transformers.")
+        raise OptionError(
+            f"{name} runs code from the Hub, which is not loaded here: use a model that is part of Transformers."
+        )
     for task, mapping in _MAPPINGS.items():
         classes = getattr(hf, mapping).get(type(model.config), ())
         if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
             return task
     raise OptionError(
-        f"{name} is no classifier that {' or '.join(_AUTO.values())} knows, so it could not "
-        "be loaded again: take one of Transformers, or register the class there and with AutoConfig."
+        f"{name} is not a classifier that {' or '.join(_AUTO.values())} knows, so it could not be loaded again: use "
+        "one from Transformers, or register the class there and with AutoConfig."
     )
 
 

@@ -44,7 +44,7 @@ def check_count(config: Any, name: str, where: Mapping[str, Any]) -> None:
     file_count = len(CollaborativeConfig.get_config_dict(name, **where)[0].get("members") or [])
     if file_count != count:
         raise CheckpointError(
-            f"{name} holds {file_count} members, the config is of {count}: take the config that is there."
+            f"{name} contains {file_count} members, but the config is for {count}: use the config in that folder."
         )
 
 
@@ -74,7 +74,7 @@ def read_member(
     harmless = {"mismatched_keys"} if options.get("ignore_mismatched_sizes") else set()
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names and kind not in harmless}
     if wrong:
-        raise CheckpointError(_message(config, index, name, place, f"its weights are not the model's: {wrong}"))
+        raise CheckpointError(_message(config, index, name, place, f"its weights do not match the model: {wrong}"))
     return member, info
 
 
@@ -84,7 +84,7 @@ def _check_config(wanted: Any, name: str, place: Mapping[str, Any]) -> None:
     except (ValueError, TypeError, AttributeError) as error:  # valid JSON, but not a config
         raise CheckpointError(f"{CONFIG_NAME} is damaged: {error}") from error
     if model_type != wanted.model_type:
-        raise CheckpointError(f"{CONFIG_NAME} is of a {model_type}, that of the ensemble wants a {wanted.model_type}")
+        raise CheckpointError(f"{CONFIG_NAME} is for a {model_type}, but the ensemble needs a {wanted.model_type}")
 
 
 def _message(config: CollaborativeConfig, index: int, name: str, place: Mapping[str, Any], reason: str) -> str:
@@ -92,7 +92,7 @@ def _message(config: CollaborativeConfig, index: int, name: str, place: Mapping[
     others = [other for other in range(len(config.members or [])) if other != index]
     if others:
         there = f"{place['subfolder'].removesuffix(member_folder(index))}{member_folder(others[0])}"
-        fix += f", or use another member alone: {auto_model(config.task).__name__}.from_pretrained({name!r}, "
+        fix += f", or use another member on its own: {auto_model(config.task).__name__}.from_pretrained({name!r}, "
         fix += f"subfolder={there!r})"
     return f"{name}/{place['subfolder']} is missing or damaged: {reason.rstrip('.')}. {fix}."
 

@@ -94,7 +94,7 @@ class CollaborativeModel(hf.PreTrainedModel):
 
     def __init__(self, config: CollaborativeConfig, members: Sequence[Any] | None = None) -> None:
         if not config.members:
-            raise OptionError("members: the config names none. Is it the config of an ensemble?")
+            raise OptionError("members: the config lists none. Is it the config of an ensemble?")
         attention = config._attn_implementation
         super().__init__(config)
         config._attn_implementation_internal = attention  # otherwise it would be chosen for the members, too
@@ -196,8 +196,8 @@ class CollaborativeModel(hf.PreTrainedModel):
         if not any(isinstance(value, Tensor) for value in own.values()):
             required = column(self.members[index].main_input_name, processor)
             raise OptionError(
-                f"member {index} reads {required!r}, and the inputs hold {sorted(given)}: make them with the processor "
-                "of the whole ensemble, and set remove_unused_columns=False where a Trainer drops columns."
+                f"member {index} needs {required!r}, but the inputs are {sorted(given)}: prepare them with the "
+                "processor of the whole ensemble, and set remove_unused_columns=False if a Trainer drops columns."
             )
         return own
 
@@ -209,8 +209,8 @@ class CollaborativeModel(hf.PreTrainedModel):
         """
         if len(set(self._inputs)) > 1:
             raise OptionError(
-                f"soup: the members read what {len(set(self._inputs))} different processors make, and one model "
-                "reads what one makes. Take members of one processor."
+                f"soup: the members use {len(set(self._inputs))} different processors, but a single model uses one. "
+                "Use members with the same processor."
             )
         average = soup(self.members, self.config.ancestors, same_ancestor=same_ancestor)
         self.config.share_with(average.config)

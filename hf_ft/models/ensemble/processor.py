@@ -109,7 +109,7 @@ class CollaborativeImageProcessor(BaseImageProcessor):
             CheckpointError: if it is missing, damaged or incomplete.
         """
         where = f"{pretrained_model_name_or_path}/{IMAGE_PROCESSOR_NAME}"
-        fix = "Restore it, or write it again: combined(processors).save_pretrained(...)."
+        fix = "Restore it, or save it again: combined(processors).save_pretrained(...)."
         try:
             content, rest = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
@@ -117,7 +117,9 @@ class CollaborativeImageProcessor(BaseImageProcessor):
         parts = content.get("processors") if isinstance(content, dict) else content
         for part in parts if parts and isinstance(parts, list) else [parts]:
             if not isinstance(part, dict) or TYPE not in part:
-                raise CheckpointError(f"{where}: 'processors' holds {part!r}, no settings with their {TYPE!r}. {fix}")
+                raise CheckpointError(
+                    f"{where}: 'processors' contains {part!r}, not settings with their {TYPE!r}. {fix}"
+                )
         return content, rest
 
 
@@ -167,7 +169,7 @@ class CollaborativeTokenizer(PushToHubMixin):
             if (name := part.model_input_names[0]) not in (own if isinstance(own, Mapping) else own[0]):
                 raise OptionError(
                     f"the rows have no {column(name, index)!r}: prepare them with this tokenizer, and set "
-                    "remove_unused_columns=False, which would drop it."
+                    "remove_unused_columns=False so that it is not dropped."
                 )
             outputs.append(pad_without_fast_tokenizer_warning(part, own, padding=padding, **options))
         return BatchEncoding(_joined(outputs))
@@ -193,8 +195,8 @@ class CollaborativeTokenizer(PushToHubMixin):
         tokens = [part.pad_token_id for part in self.tokenizers[1:]]
         if len(set(sides)) > 1 or any(token != 0 for token in tokens):
             raise OptionError(
-                f"a pipeline pads all texts on one side and all but the first tokenizer's with 0; these pad on {sides} "
-                f"and with {tokens}. Use batch_size=1, or call tokenizer(texts, padding=True) and the model."
+                "a pipeline pads all texts on one side, and with 0 for all but the first tokenizer; these pad on "
+                f"{sides} and with {tokens}. Use batch_size=1, or call tokenizer(texts, padding=True) and the model."
             )
         return sides[0]
 
@@ -230,17 +232,17 @@ class CollaborativeTokenizer(PushToHubMixin):
                 parts.append(AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options))
             return cls(parts)
         except Exception as error:  # the tokenizers package raises nothing more specific
-            fix = "Restore it, or write all again: combined(tokenizers).save_pretrained(...)."
+            fix = "Restore it, or save all again: combined(tokenizers).save_pretrained(...)."
             raise CheckpointError(f"{where} is missing or damaged ({error}). {fix}") from error
 
 
 def _same_kind(processors: Sequence[Any], *kinds: type) -> None:
     if not processors:
-        raise OptionError("processors=[] is empty: one for each member is needed.")
+        raise OptionError("processors=[] is empty: each member needs one.")
     for index, processor in enumerate(processors):
         if processor is None:
             raise OptionError(
-                f"processors[{index}] is None: member {index} has no image processor or tokenizer. Take one that fits "
+                f"processors[{index}] is None: member {index} has no image processor or tokenizer. Use one that fits "
                 "its model (AutoImageProcessor or AutoTokenizer), or save one to the member's folder."
             )
         if not isinstance(processor, kinds) or isinstance(processor, CollaborativeImageProcessor):
@@ -248,7 +250,7 @@ def _same_kind(processors: Sequence[Any], *kinds: type) -> None:
             raise OptionError(f"processors[{index}] is a {type(processor).__name__}: give a plain {names}.")
     if len({isinstance(processor, PreTrainedTokenizerBase) for processor in processors}) > 1:
         names = ", ".join(type(processor).__name__ for processor in processors)
-        raise OptionError(f"processors={names}: image processors and tokenizers are mixed. Take members of one kind.")
+        raise OptionError(f"processors={names}: image processors and tokenizers are mixed. Use members of one kind.")
 
 
 def _identity(processor: Any) -> tuple[Any, ...]:
@@ -273,8 +275,8 @@ def _built(content: Mapping[str, Any], index: int) -> Any:
         except Exception as error:  # a name that is not an image processor fails in many ways
             why = str(error).strip().partition(".")[0]
             raise OptionError(
-                f"processors[{index}] is a {content.get(TYPE)!r}, which cannot be built here ({why}): "
-                "install the version of Transformers or the package that has it, or take another processor."
+                f"processors[{index}] is a {content.get(TYPE)!r}, which cannot be created here ({why}): install the "
+                "version of Transformers or the package that has it, or use another processor."
             ) from error
 
 

@@ -62,8 +62,8 @@ def _check_ancestors(ancestors: Sequence[str | None], same_ancestor: bool | None
     if common if same_ancestor is None else same_ancestor:
         return
     raise OptionError(
-        f"the members descend from {', '.join(name or 'an unknown model' for name in ancestors)}: the mean of weights "
-        "has a meaning only where all were fine-tuned from the same ones. If they were, pass same_ancestor=True."
+        f"the members descend from {', '.join(name or 'an unknown model' for name in ancestors)}: averaging weights is "
+        "only meaningful if all were fine-tuned from the same ones. If they were, pass same_ancestor=True."
     )
 
 
@@ -73,14 +73,14 @@ def _check_classes(members: list[Any]) -> None:
     for index, member in enumerate(members):
         if type(member) is not type(first):
             raise OptionError(
-                f"member 0 is a {type(first).__name__}, member {index} a {type(member).__name__}: only members of one "
-                "class have a mean."
+                f"member 0 is a {type(first).__name__}, but member {index} is a {type(member).__name__}: only members "
+                "of the same class can be averaged."
             )
         own = {name: tensor.shape for name, tensor in member.state_dict().items()}
         odd = next((name for name in {**shapes, **own} if shapes.get(name) != own.get(name)), None)
         if odd is not None:
             sizes = [None if part is None else tuple(part) for part in (shapes.get(odd), own.get(odd))]
             raise OptionError(
-                f"{odd} is {sizes[0]} in member 0 and {sizes[1]} in member {index}: only members of equal shapes have "
-                "a mean."
+                f"{odd} is {sizes[0]} in member 0, but {sizes[1]} in member {index}: only members of equal shapes can "
+                "be averaged."
             )

@@ -43,8 +43,12 @@ from hf_ft.strategies.amcf.search import STORAGE, SwarmSearch
 Frozen = tuple[int, ...]
 
 
-SEVERAL_SOURCES = advising.Rule((("members", ">=", 2),), "{members:.0f} source models are at hand", "Feng et al., 2024")
-ONE_SOURCE = advising.Rule((("members", "<", 2),), "{members:.0f} source model is at hand: nothing collaborates")
+SEVERAL_SOURCES = advising.Rule(
+    (("members", ">=", 2),), "{members:.0f} source models are available", "Feng et al., 2024"
+)
+ONE_SOURCE = advising.Rule(
+    (("members", "<", 2),), "{members:.0f} source model is available: there is nothing to collaborate with"
+)
 
 
 @register("amcf")
@@ -78,7 +82,7 @@ class AMCFConfig(FTConfig):
         "learning_rate": Recommended(0.01, "code"),
         "weight_decay": Recommended(5e-4, "code"),
         "lr_scheduler_type": Recommended("cosine", "ours"),  # Transformers has no schedule like the authors' steps
-        "max_grad_norm": Recommended(0.0, "ours", "clipping by the common norm couples the members"),
+        "max_grad_norm": Recommended(0.0, "ours", "clipping the global gradient norm couples the members"),
     }
     tuned = {"consistency": LogRange(0.01, 1.0)}
     kept = (STORAGE,)
@@ -87,40 +91,49 @@ class AMCFConfig(FTConfig):
     advice = {SEVERAL_SOURCES: 3, ONE_SOURCE: -3}
 
     source_models: tuple[str, ...] = option(
-        (), "Hub ids, folders or short names of the source models; hf_ft.load_sources and the command line load them."
+        (),
+        "Source models: Hub ids, local folders or short names, loaded by hf_ft.load_sources and on the command line.",
     )
-    consistency: float = option(0.2, "Weight of the members' disagreement.", range="[0, inf)", source="code")
+    consistency: float = option(0.2, "Weight of the consistency term.", range="[0, inf)", source="code")
     frozen: tuple[int, ...] | Literal["search"] = option(
         "search",
-        "How many layers of each member stay frozen, counted from the input: a list such as [12, 30], [0, 0] for none; "
-        "'search' lets a particle swarm find out.",
+        "Number of layers to freeze in each member, counted from the input, such as [12, 30]; 'search' finds it by "
+        "particle swarm optimisation.",
         source="code",
     )
     prediction: Literal["sum", "mean_probability"] = option(
-        "sum", "How the members' logits become one: their sum, or the log of the mean probability.", source="code"
+        "sum", "How to combine the members' logits: their sum, or the log of the mean probability.", source="code"
     )
     freeze_norm_statistics: bool = option(
-        True, "Frozen layers keep their BatchNorm statistics; False lets these move, as in the authors' code."
+        True, "Keep the BatchNorm statistics of frozen layers fixed; False lets them move, as in the authors' code."
     )
-    particles: int = option(10, "Particles of the swarm.", range="[1, inf)", source="code")
-    iterations: int = option(5, "Moves of the swarm.", range="[1, inf)", source="code")
-    search_epochs: int = option(5, "Epochs of each training in the search.", range="[1, inf)", source="code")
+    particles: int = option(10, "Number of particles in the swarm.", range="[1, inf)", source="code")
+    iterations: int = option(5, "Number of swarm iterations.", range="[1, inf)", source="code")
+    search_epochs: int = option(5, "Epochs per training run of the search.", range="[1, inf)", source="code")
     search_budget: int | None = option(
-        None, "Train so many distinct positions at most; None for as many as the swarm visits.", range="[1, inf)"
+        None, "Maximum number of distinct positions to train; None for no limit.", range="[1, inf)"
     )
     patience: int | None = option(
-        None, "Stop the search when the best score did not grow for so many moves; None for never.", range="[1, inf)"
+        None,
+        "Stop the search after this many iterations without a better score; None to run all of them.",
+        range="[1, inf)",
     )
-    halving: bool = option(False, "Give up the worse positions early (successive halving); False trains all.")
-    validation: float = option(0.25, "Share of the training samples that scores the positions.", range="(0, 1)")
+    halving: bool = option(
+        False, "Prune poor positions early (successive halving); False trains all of them to the end."
+    )
+    validation: float = option(
+        0.25, "Fraction of the training samples held out to score the positions.", range="(0, 1)"
+    )
     metric: str = option(
-        "accuracy", f"What scores them, of the ensemble: loss, {', '.join(LOCAL_METRICS)} (errors by the lowest)."
+        "accuracy",
+        f"Metric of the ensemble to score positions by: loss, {', '.join(LOCAL_METRICS)} (losses and errors are "
+        "minimised).",
     )
-    search_seed: int = option(0, "Seed of the swarm, and of the trainings in it.", range="[0, inf)")
+    search_seed: int = option(0, "Seed of the swarm and of its training runs.", range="[0, inf)")
     storage: str | None = option(
         None,
-        "Where the trials are kept: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
-        "swarm_search.db in the output folder. Processes with one storage share one search.",
+        "Where to store the trials: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
+        "swarm_search.db in the output folder. Processes that share a storage share the search.",
     )
 
     def __post_init__(self) -> None:
@@ -141,7 +154,7 @@ class AMCFConfig(FTConfig):
         members = self.members(model)
         if self.source_models and len(self.source_models) != len(members):
             raise OptionError(
-                f"AMCFConfig.source_models names {len(self.source_models)} models and the model has {len(members)} "
+                f"AMCFConfig.source_models names {len(self.source_models)} models, but the model has {len(members)} "
                 "members: load it with hf_ft.load_sources(config.source_models, num_labels=...)."
             )
         layers = self.layers(model)
@@ -150,20 +163,21 @@ class AMCFConfig(FTConfig):
         without = [name or type(member).__name__ for name, member in members if not batch_norms(member)]
         if without and not self.freeze_norm_statistics:
             raise OptionError(
-                f"AMCFConfig.freeze_norm_statistics=False: {without[0]} has no BatchNorm, whose statistics could move. "
-                "Set it to True."
+                f"AMCFConfig.freeze_norm_statistics=False: {without[0]} has no BatchNorm statistics to update. Set it "
+                "to True."
             )
 
     def _check_frozen(self, frozen: Frozen, layers: Sequence[int]) -> None:
         if len(frozen) != len(layers):
             raise OptionError(
-                f"AMCFConfig.frozen={list(frozen)!r} has {len(frozen)} numbers for {len(layers)} members: one each."
+                f"AMCFConfig.frozen={list(frozen)!r} has {len(frozen)} values for {len(layers)} members: give one per "
+                "member."
             )
         for j, (k, count) in enumerate(zip(frozen, layers, strict=True)):
             if not 0 <= k < count:
                 raise OptionError(
-                    f"AMCFConfig.frozen={list(frozen)!r}: member {j} has {count} layers, of which 0 to {count - 1} can "
-                    f"stay frozen, not {k}."
+                    f"AMCFConfig.frozen={list(frozen)!r}: member {j} has {count} layers, so 0 to {count - 1} of them "
+                    f"can be frozen, not {k}."
                 )
 
     def within(self, epochs: float, model: nn.Module) -> AMCFConfig:
@@ -193,7 +207,7 @@ class AMCFConfig(FTConfig):
         if self.frozen != "search":
             return self.frozen
         if "frozen" not in state.info:
-            raise OptionError("AMCFConfig(frozen='search') searches before it plans: pass a context, or states.")
+            raise OptionError("AMCFConfig(frozen='search') has no search result yet: pass a context, or states.")
         return tuple(state.info["frozen"])
 
     def scores(self, state: State) -> SwarmScores:
@@ -232,8 +246,8 @@ class AMCFConfig(FTConfig):
     def members(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Members by module name; a model without members is its own only member."""
         base, prefix = unwrap(model)
-        found = members_of(base)
-        return [(f"{prefix}{name}", member) for name, member in found] if found else [("", model)]
+        members = members_of(base)
+        return [(f"{prefix}{name}", member) for name, member in members] if members else [("", model)]
 
     def layers(self, model: nn.Module) -> tuple[int, ...]:
         """Number of layers of each member, counted along the main path."""
@@ -241,10 +255,10 @@ class AMCFConfig(FTConfig):
 
     def _members(self, model: nn.Module) -> list[_Member]:
         members = self.members(model)
-        said = names_of_members(members, self.head, self.blocks)
+        names_by_member = names_of_members(members, self.head, self.blocks)
         return [
             _Member(prefix, member, main_path_layers(member, *names), anatomy(member, *names).stem.modules)
-            for (prefix, member), names in zip(members, said, strict=True)
+            for (prefix, member), names in zip(members, names_by_member, strict=True)
         ]
 
 

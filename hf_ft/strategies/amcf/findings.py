@@ -19,7 +19,7 @@ SHOWN = 12  # positions in the short table, best first; swarm.json has all of th
 def swarm_findings(swarm: SwarmScores) -> Findings:
     """The best positions, charts, and ``swarm.json``, ``swarm.png`` and ``swarm_scores.png``."""
     headers, rows = swarm.table()
-    about = f"layers that stay frozen, {swarm.metric} on held-out training samples"
+    about = f"frozen layers, {swarm.metric} on held-out training samples"
     plots: dict[str, Callable[[Path], None]] = {}
     if swarm.generations:
         plots["swarm.png"] = partial(plot_swarm, swarm)
@@ -36,21 +36,25 @@ def swarm_findings(swarm: SwarmScores) -> Findings:
 
 def swarm_figure(swarm: SwarmScores) -> Figure:
     """Score against frozen layers, one chart per model."""
-    best = max((found for found in swarm.evaluations if found.ranks), key=lambda f: f.score, default=None)
-    finite = [found for found in swarm.evaluations if math.isfinite(found.score)]
-    y = linear_axis([found.score for found in finite], metric_name(swarm.metric), most=4)
+    best = max(
+        (evaluation for evaluation in swarm.evaluations if evaluation.ranks), key=lambda f: f.score, default=None
+    )
+    finite = [evaluation for evaluation in swarm.evaluations if math.isfinite(evaluation.score)]
+    y = linear_axis([evaluation.score for evaluation in finite], metric_name(swarm.metric), most=4)
     charts = tuple(
-        _swarm_chart(name, layers, [(found.position[member], found) for found in swarm.evaluations], best, y)
+        _swarm_chart(
+            name, layers, [(evaluation.position[member], evaluation) for evaluation in swarm.evaluations], best, y
+        )
         for member, (name, layers) in enumerate(zip(swarm.members, swarm.layers, strict=True))
     )
     headers, rows = swarm.table()
-    table = Table("Positions that were trained, the best first", headers, tuple(rows), folded=True)
+    table = Table("Trained positions, best first", headers, tuple(rows), folded=True)
     key = (
         ("win", "the best, which is used"),
         ("open", "trained to the end"),
-        ("pruned", "given up early, or diverged"),
+        ("pruned", "pruned or diverged"),
     )
-    caption = f"Score ({metric_name(swarm.metric)} on held-out training samples) against how many layers stay frozen."
+    caption = f"Score ({metric_name(swarm.metric)} on held-out training samples) against the number of frozen layers."
     return Figure(caption, charts, table, key)
 
 
@@ -58,12 +62,12 @@ def _swarm_chart(
     name: str, layers: int, visits: Sequence[tuple[int, Evaluation]], best: Evaluation | None, y: Axis
 ) -> Plot:
     points: dict[str, list[tuple[float, float]]] = {"pruned": [], "open": [], "win": []}
-    for frozen, found in visits:
-        kind = "win" if found is best else "open" if found.ranks else "pruned"
-        points[kind].append((frozen, found.score if math.isfinite(found.score) else y.low))
+    for frozen, evaluation in visits:
+        kind = "win" if evaluation is best else "open" if evaluation.ranks else "pruned"
+        points[kind].append((frozen, evaluation.score if math.isfinite(evaluation.score) else y.low))
     series = tuple(Series(kind, tuple(places)) for kind, places in points.items() if places)
-    said = f"{len(visits)} positions"
+    about = f"{len(visits)} positions"
     if best is not None:
-        at = next(frozen for frozen, found in visits if found is best)
-        said += f"; the best freezes {at} of {layers} layers and scores {score(best.score)}"
-    return Plot(name, said, series, linear_axis([0.0, layers - 1.0], "frozen layers", most=4), y, small=True)
+        at = next(frozen for frozen, evaluation in visits if evaluation is best)
+        about += f"; the best freezes {at} of {layers} layers and scores {score(best.score)}"
+    return Plot(name, about, series, linear_axis([0.0, layers - 1.0], "frozen layers", most=4), y, small=True)

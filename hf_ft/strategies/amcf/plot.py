@@ -49,7 +49,7 @@ def plot_swarm(scores: SwarmScores, path: str | Path) -> None:
         ImportError: if matplotlib is not installed; it comes with the extra ``report``.
     """
     if not scores.generations:
-        raise OptionError("scores has no finished generation, so there is nothing to draw: let the search go on.")
+        raise OptionError("scores has no finished generation, so there is nothing to plot: run the search for longer.")
     count = len(scores.members)
     figure = new_figure("plot_swarm", 1 + 4 * count, 4)
     panels = figure.subplots(1, count, squeeze=False)[0]
@@ -85,7 +85,7 @@ def plot_scores(scores: SwarmScores, path: str | Path) -> None:
     """
     if len(scores.members) > 2:
         raise OptionError(
-            f"plot_scores shows one or two models, not the {len(scores.members)} of members={scores.members!r}: take "
+            f"plot_scores supports one or two models, not the {len(scores.members)} of members={scores.members!r}: use "
             "plot_swarm, or the table."
         )
     two = len(scores.members) == 2
@@ -102,15 +102,15 @@ def _draw_heat(figure: Figure, axes: Axes, scores: SwarmScores) -> None:
 
     columns, rows = scores.layers
     cells = np.full((rows, columns), np.nan)
-    for found in scores.evaluations:
-        cells[found.position[::-1]] = found.score if math.isfinite(found.score) else math.nan
-    norm = _norm(found.score for found in scores.evaluations)
+    for evaluation in scores.evaluations:
+        cells[evaluation.position[::-1]] = evaluation.score if math.isfinite(evaluation.score) else math.nan
+    norm = _norm(evaluation.score for evaluation in scores.evaluations)
     _draw_colorbar(figure, [axes], norm, scores.metric)
     axes.imshow(np.ma.masked_invalid(cells), origin="lower", aspect="auto", cmap=_COLORS, norm=norm)
     size = min(9.0, 200 / max(rows, columns))  # keeps markers within their cells
     halo = [withStroke(linewidth=size / 2, foreground="white")]  # legible on all colours
-    diverged = {found.position for found in scores.evaluations if not math.isfinite(found.score)}
-    pruned = {found.position for found in scores.evaluations if found.pruned} - diverged
+    diverged = {evaluation.position for evaluation in scores.evaluations if not math.isfinite(evaluation.score)}
+    pruned = {evaluation.position for evaluation in scores.evaluations if evaluation.pruned} - diverged
     looks: dict[str, Any] = {"markersize": size, "linestyle": "none"}
     if pruned:
         look: dict[str, Any] = {"marker": "x", "color": "black", "path_effects": halo}
@@ -123,7 +123,10 @@ def _draw_heat(figure: Figure, axes: Axes, scores: SwarmScores) -> None:
 
 
 def _draw_curve(figure: Figure, axes: Axes, scores: SwarmScores) -> None:
-    visits = [_Visit(found.position[0], found.score, found.score, found.pruned) for found in scores.evaluations]
+    visits = [
+        _Visit(evaluation.position[0], evaluation.score, evaluation.score, evaluation.pruned)
+        for evaluation in scores.evaluations
+    ]
     norm = _norm(visit.score for visit in visits)
     _draw_colorbar(figure, [axes], norm, scores.metric)
     whole = sorted((visit.x, visit.y) for visit in visits if not visit.pruned and math.isfinite(visit.y))
@@ -142,7 +145,7 @@ def _draw_curve(figure: Figure, axes: Axes, scores: SwarmScores) -> None:
 
 def _draw_best(axes: Axes, scores: SwarmScores) -> None:
     """Mark the best with a ring; a filled marker would hide the colour underneath."""
-    if not any(found.ranks for found in scores.evaluations):
+    if not any(evaluation.ranks for evaluation in scores.evaluations):
         return
     best = scores.best
     place = best.position if len(best.position) == 2 else (best.position[0], best.score)
@@ -153,7 +156,7 @@ def _draw_best(axes: Axes, scores: SwarmScores) -> None:
 
 def _leaders(scores: SwarmScores) -> list[tuple[int, ...] | None]:
     """The best position among complete runs up to each generation; None before the first complete run."""
-    pruned = {found.position for found in scores.evaluations if found.pruned}
+    pruned = {evaluation.position for evaluation in scores.evaluations if evaluation.pruned}
     highest, leader, leaders = -math.inf, None, []
     for generation in scores.generations:
         for position, score in zip(generation.integers(), generation.scores, strict=True):
@@ -164,7 +167,7 @@ def _leaders(scores: SwarmScores) -> list[tuple[int, ...] | None]:
 
 
 def _visits(scores: SwarmScores, member: int) -> list[_Visit]:
-    pruned = {found.position for found in scores.evaluations if found.pruned}
+    pruned = {evaluation.position for evaluation in scores.evaluations if evaluation.pruned}
     visits = []
     for number, generation in enumerate(scores.generations):
         shift = _SPREAD / len(generation.scores)

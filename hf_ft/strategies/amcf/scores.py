@@ -105,7 +105,7 @@ class SwarmScores:
         for position in (evaluation.position for evaluation in self.evaluations):
             _check_position(position, self.layers)
             if position in seen:
-                raise OptionError(f"position {position} has two evaluations: keep the first.")
+                raise OptionError(f"position {position} was evaluated twice: keep the first evaluation.")
             seen.add(position)
 
     @property
@@ -115,13 +115,12 @@ class SwarmScores:
         Raises:
             OptionError: if all are pruned or diverged.
         """
-        found = self._best()
-        if found is None:
+        evaluation = self._best()
+        if evaluation is None:
             raise OptionError(
-                "no position was trained to the end with a finite score, so none is the best: lower the learning "
-                "rate, or prune later."
+                "no position was trained to the end with a finite score: lower the learning rate, or prune later."
             )
-        return found
+        return evaluation
 
     @property
     def visits(self) -> int:
@@ -132,7 +131,7 @@ class SwarmScores:
 
     def evaluation(self, position: Sequence[int]) -> Evaluation | None:
         """The evaluation of a position, if it was trained."""
-        return next((found for found in self.evaluations if found.position == tuple(position)), None)
+        return next((evaluation for evaluation in self.evaluations if evaluation.position == tuple(position)), None)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serializable dictionary, with null for ``-inf``."""
@@ -150,14 +149,14 @@ class SwarmScores:
             ],
             "evaluations": [
                 {
-                    "position": list(found.position),
-                    "score": _numbers([found.score])[0],
-                    "epochs": found.epochs,
-                    "seconds": found.seconds,
-                    "pruned": found.pruned,
-                    "steps": _numbers(found.steps),
+                    "position": list(evaluation.position),
+                    "score": _numbers([evaluation.score])[0],
+                    "epochs": evaluation.epochs,
+                    "seconds": evaluation.seconds,
+                    "pruned": evaluation.pruned,
+                    "steps": _numbers(evaluation.steps),
                 }
-                for found in self.evaluations
+                for evaluation in self.evaluations
             ],
             "stopped": self.stopped,
         }
@@ -179,48 +178,50 @@ class SwarmScores:
                 stopped=content["stopped"],
             )
         except KeyError as error:
-            raise CheckpointError(f"these are no swarm scores: {error} is missing. Take another file.") from error
+            raise CheckpointError(f"these are not swarm scores: {error} is missing. Use another file.") from error
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"these swarm scores are damaged ({error}). Take another file.") from error
+            raise CheckpointError(f"these swarm scores are damaged ({error}). Use another file.") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and one row of text per position, highest score first."""
         best = self._best()
-        ordered = sorted(self.evaluations, key=lambda found: -found.score)
-        return (*self.members, "score", "epochs", "seconds", "note"), [self._row(found, best) for found in ordered]
+        ordered = sorted(self.evaluations, key=lambda evaluation: -evaluation.score)
+        return (*self.members, "score", "epochs", "seconds", "note"), [
+            self._row(evaluation, best) for evaluation in ordered
+        ]
 
     def verdict(self) -> str:
         """The conclusion of the search, for readers who do not know particle swarms."""
         best, trained = self._best(), len(self.evaluations)
-        pruned = sum(found.pruned for found in self.evaluations)
+        pruned = sum(evaluation.pruned for evaluation in self.evaluations)
         parts = ["no position was trained to the end with a finite score" if best is None else self._frozen(best)]
-        parts.append(f"{trained} distinct positions of {self.visits} visits were trained")
+        parts.append(f"{trained} distinct positions were trained in {self.visits} visits")
         parts[-1] += f", {pruned} of them pruned" if pruned else ""
         nothing = self.evaluation([0] * len(self.members))
         if nothing is not None:
-            parts.append(f"with nothing frozen {_shown(nothing.score)}{' (pruned)' if nothing.pruned else ''}")
+            parts.append(f"with nothing frozen: {_shown(nothing.score)}{' (pruned)' if nothing.pruned else ''}")
         return (
             "; ".join(parts) + "." + (f" The search ended early: {self.stopped.rstrip('.')}." if self.stopped else "")
         )
 
     def _best(self) -> Evaluation | None:
-        ranked = (found for found in self.evaluations if found.ranks)
-        return max(ranked, key=lambda found: found.score, default=None)
+        ranked = (evaluation for evaluation in self.evaluations if evaluation.ranks)
+        return max(ranked, key=lambda evaluation: evaluation.score, default=None)
 
-    def _row(self, found: Evaluation, best: Evaluation | None) -> tuple[str, ...]:
-        notes = ["best" if found is best else "", "pruned" if found.pruned else ""]
-        notes.append("" if math.isfinite(found.score) else "diverged")
-        frozen = (f"{count} of {total}" for count, total in zip(found.position, self.layers, strict=True))
-        numbers = f"{found.score:.3f}", str(found.epochs), f"{found.seconds:.0f}"
+    def _row(self, evaluation: Evaluation, best: Evaluation | None) -> tuple[str, ...]:
+        notes = ["best" if evaluation is best else "", "pruned" if evaluation.pruned else ""]
+        notes.append("" if math.isfinite(evaluation.score) else "diverged")
+        frozen = (f"{count} of {total}" for count, total in zip(evaluation.position, self.layers, strict=True))
+        numbers = f"{evaluation.score:.3f}", str(evaluation.epochs), f"{evaluation.seconds:.0f}"
         return *frozen, *numbers, ", ".join(filter(None, notes))
 
-    def _frozen(self, found: Evaluation) -> str:
-        each = list(zip(found.position, self.layers, self.members, strict=True))
+    def _frozen(self, evaluation: Evaluation) -> str:
+        each = list(zip(evaluation.position, self.layers, self.members, strict=True))
         shares = [f"{each[0][0]} of {each[0][1]} layers of {each[0][2]}"]
         shares += [f"{count} of {total} of {name}" for count, total, name in each[1:]]
         listed = " and ".join(filter(None, [", ".join(shares[:-1]), shares[-1]]))
-        what = f"{self.metric.replace('_', ' ')} {found.score:.3f}"
-        return f"{listed} stay frozen ({what} on held-out training samples)"
+        what = f"{self.metric.replace('_', ' ')} {evaluation.score:.3f}"
+        return f"{listed} frozen ({what} on held-out training samples)"
 
 
 def _shown(score: float) -> str:
@@ -229,12 +230,12 @@ def _shown(score: float) -> str:
 
 def _check_scores(whose: str, scores: Iterable[float]) -> None:
     if not all(score < math.inf for score in scores):  # also false for nan
-        raise OptionError(f"a score of {whose} is nan or inf: give -inf for a training that diverged.")
+        raise OptionError(f"a score of {whose} is nan or inf: use -inf for a run that diverged.")
 
 
 def _check_position(position: tuple[int, ...], layers: tuple[int, ...]) -> None:
     if len(position) != len(layers) or not all(0 <= k < total for k, total in zip(position, layers, strict=True)):
-        raise OptionError(f"position {position} does not fit the layers {layers}: give 0 to L - 1 for each model.")
+        raise OptionError(f"position {position} does not match layers {layers}: give 0 to L - 1 for each model.")
 
 
 def _numbers(scores: Iterable[float]) -> list[float | None]:

@@ -91,8 +91,8 @@ class SwarmSearch:
         )
         # The swarm's own options are left out, so that another swarm on the same study reuses its evaluations.
         unused = ["frozen", "storage", "particles", "iterations", "search_budget", "patience", "source_models"]
-        told = {key: value for key, value in options.to_dict().items() if key not in unused}
-        self._signature = self.trainings.describe(told)
+        settings = {key: value for key, value in options.to_dict().items() if key not in unused}
+        self._signature = self.trainings.describe(settings)
         # Shared by all generations: with in-memory storage, each would otherwise start from an empty study.
         self._storage = open_storage(self.trainings.storage(options.storage, STORAGE))
         self._chains = options.anatomy(self.model).chains
@@ -101,18 +101,18 @@ class SwarmSearch:
         """Train and score what no earlier or parallel process has done; return all generations."""
         options = self.options
         swarm = begin(self.layers, options.particles, options.search_seed)
-        found: dict[Position, Outcome] = {}
+        outcomes: dict[Position, Outcome] = {}
         generations: list[Generation] = []
         grew, stopped = 0, ""
         with self._bar() as bar:
             for generation in range(options.iterations + 1):
-                new = [position for position in dict.fromkeys(swarm.integers()) if position not in found]
-                room = len(new) if options.search_budget is None else options.search_budget - len(found)
-                found |= self._evaluate(new[:room], bar)
+                new = [position for position in dict.fromkeys(swarm.integers()) if position not in outcomes]
+                room = len(new) if options.search_budget is None else options.search_budget - len(outcomes)
+                outcomes |= self._evaluate(new[:room], bar)
                 if len(new) > room:
-                    stopped = f"the budget of {options.search_budget} trainings was used up"
+                    stopped = f"the budget of {options.search_budget} training runs is used up"
                     break
-                scores = [_fitness(found[position]) for position in swarm.integers()]
+                scores = [_fitness(outcomes[position]) for position in swarm.integers()]
                 generations.append(Generation.of(swarm, scores))
                 bar.move_to(options.particles * (generation + 1))
                 known = remember(swarm, scores)
@@ -120,7 +120,7 @@ class SwarmSearch:
                 if generation == options.iterations:
                     break
                 if options.patience is not None and generation - grew >= options.patience:
-                    stopped = f"the best score did not grow for {options.patience} moves"
+                    stopped = f"the best score has not improved for {options.patience} iterations"
                     break
                 swarm = move(known, self.layers, options.iterations, options.search_seed)
         return SwarmScores(
@@ -128,7 +128,7 @@ class SwarmSearch:
             members=self._names(),
             layers=self.layers,
             generations=tuple(generations),
-            evaluations=tuple(_evaluation(position, outcome) for position, outcome in found.items()),
+            evaluations=tuple(_evaluation(position, outcome) for position, outcome in outcomes.items()),
             stopped=stopped,
         )
 
@@ -181,7 +181,7 @@ class SwarmSearch:
     def _bar(self) -> Bar:
         shown = self.context.progress if self.progress is None else self.progress
         visits = self.options.particles * (self.options.iterations + 1)
-        return Bar(visits, "Moving the swarm", self.options.metric, not shown, " with {} layers frozen")
+        return Bar(visits, "Searching layers to freeze", self.options.metric, not shown, " with {} layers frozen")
 
 
 def _fitness(outcome: Outcome) -> float:

@@ -110,7 +110,7 @@ def inertia(iteration: int, iterations: int = ITERATIONS) -> float:
     if iterations < 1:
         raise OptionError(f"iterations={iterations!r} is less than 1. Default: {ITERATIONS}.")
     if not 0 <= iteration < iterations:
-        raise OptionError(f"iteration={iteration!r} lies outside [0, {iterations}): raise iterations to go on.")
+        raise OptionError(f"iteration={iteration!r} lies outside [0, {iterations}): raise iterations to continue.")
     return INERTIA - iteration * INERTIA_FALL / iterations
 
 
@@ -154,9 +154,9 @@ def remember(swarm: Swarm, scores: Sequence[float]) -> Swarm:
     """
     values, count = np.asarray(scores, dtype=np.float64), len(swarm.positions)
     if values.shape != (count,):
-        raise OptionError(f"scores has the shape {values.shape}, not ({count},): give one number per particle.")
+        raise OptionError(f"scores has shape {values.shape}, not ({count},): give one number per particle.")
     if np.isnan(values).any():
-        raise OptionError(f"scores[{int(np.isnan(values).argmax())}] is nan: give -inf for a training that diverged.")
+        raise OptionError(f"scores[{int(np.isnan(values).argmax())}] is nan: use -inf for a run that diverged.")
     better, first = values > swarm.best_scores, int(values.argmax())
     leads = values[first] > swarm.leader_score
     return replace(
@@ -183,7 +183,9 @@ def move(swarm: Swarm, layers: Sequence[int], iterations: int = ITERATIONS, seed
     """
     bound, top, here = velocity_bound(layers), _top(layers), swarm.positions
     if here.shape[1] != len(top):
-        raise OptionError(f"layers={list(layers)!r} does not fit: the swarm's positions have {here.shape[1]} numbers.")
+        raise OptionError(
+            f"layers={list(layers)!r} does not match the swarm, whose positions have {here.shape[1]} entries."
+        )
     kept, following = inertia(swarm.generation, iterations), swarm.generation + 1
     own, shared = np.stack([generator(seed, following, i).random(2) for i in range(len(here))]).T[..., None]
     best = np.where((swarm.best_scores > -np.inf)[:, None], swarm.best_positions, here)
@@ -204,7 +206,7 @@ def _checked(layers: Sequence[int]) -> Sequence[int]:
     if not len(layers):
         raise OptionError("layers is empty: give the number of layers of each model.")
     if min(layers) < 1:
-        raise OptionError(f"layers={list(layers)!r} has a number below 1: each model needs a layer.")
+        raise OptionError(f"layers={list(layers)!r} has an entry below 1: each model needs at least one layer.")
     return layers
 
 

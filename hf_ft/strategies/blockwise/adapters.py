@@ -25,13 +25,13 @@ def adapter_targets(model: nn.Module, inside: Names, head: Names, tuner: PeftCon
     Depthwise and grouped convolutions are not supported: they do not allow an arbitrary rank.
     """
     wanted = getattr(tuner, "target_modules", None)
-    found = []
+    targets = []
     for name, module in model.named_modules():
         fits = isinstance(module, (nn.Linear, nn.Embedding)) or (isinstance(module, nn.Conv2d) and module.groups == 1)
         named = wanted is None or wanted == "all-linear" or _is_named(name, wanted)
         if fits and named and _in(name, inside) and not _in(name, head) and module.weight.requires_grad:
-            found.append(name)
-    return tuple(found)
+            targets.append(name)
+    return tuple(targets)
 
 
 def _is_named(name: str, wanted: Any) -> bool:
@@ -61,7 +61,7 @@ class AddAdapters:
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated Transformers names
                 return get_peft_model(model, config)
         except ValueError as error:
-            raise OptionError(f"tuner: PEFT refuses {type(config).__name__} on this block: {error}") from error
+            raise OptionError(f"tuner: PEFT rejects {type(config).__name__} for this block: {error}") from error
 
 
 def add_adapters(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig) -> AddAdapters:
@@ -71,12 +71,15 @@ def add_adapters(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig
         OptionError: if no module inside supports an adapter.
     """
     if not hasattr(tuner, "target_modules"):
-        raise OptionError(f"tuner: {type(tuner).__name__} adapts no modules, so none of a block: LoraConfig(r=8) does.")
+        raise OptionError(
+            f"tuner: {type(tuner).__name__} adapts no modules, so it cannot be limited to a block: use one that does, "
+            "such as LoraConfig(r=8)."
+        )
     targets = adapter_targets(model, inside, head, tuner)
     if not targets:
         raise OptionError(
-            f"tuner: none of {', '.join(inside) or 'no modules'} can take an adapter (linear layers, embeddings and "
-            "convolutions of one group can): choose another block, or other target_modules."
+            f"tuner: none of {', '.join(inside) or 'no modules'} supports an adapter (linear layers, embeddings and "
+            "ungrouped convolutions do): choose another block, or other target_modules."
         )
     norms = [name for name, _ in norm_layers(model) if _in(name, inside) and not _in(name, head)]
     norms = [name for name in norms if _trains(model, name)]

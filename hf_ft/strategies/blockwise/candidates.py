@@ -115,19 +115,17 @@ def candidates(
     Reference: Barakat and Huang, ICMLA 2023, arXiv:2301.06133.
     """
     if scheme not in SCHEMES:
-        raise OptionError(f"scheme={scheme!r} is unknown. There are: {', '.join(SCHEMES)}.")
+        raise OptionError(f"scheme={scheme!r} is unknown. Choose one of {', '.join(SCHEMES)}.")
     if scheme == "top_layers":
         raise OptionError(
-            "scheme='top_layers' joins the best layers of a search with scheme='layer', so it needs that search's "
-            "scores: hf_ft.strategies.blockwise.candidates.top_layers(model, ranked_layers). Without them choose one "
+            "scheme='top_layers' combines the best layers of a search with scheme='layer', so it needs that search's "
+            "ranking: hf_ft.strategies.blockwise.candidates.top_layers(model, ranked_layers). Without one, choose one "
             f"of {', '.join(name for name in SCHEMES if name != scheme)}."
         )
     found = anatomy(model, head=head, blocks=blocks)
     placed = placed_layers(model, found)
     if not placed:
-        raise OptionError(
-            "outside the head no parameter is free to train: all are frozen (requires_grad=False). Let some train."
-        )
+        raise OptionError("all parameters outside the head are frozen (requires_grad=False): unfreeze some of them.")
     if scheme in ("stage", "block"):
         made = _by_parts(model, found, placed, scheme)
     else:
@@ -157,7 +155,7 @@ def top_layers(
     wrong = [index for index in ranked if not 0 <= index < len(layers)]
     if wrong or not ranked or len(set(ranked)) < len(ranked):
         raise OptionError(
-            f"ranked_layers={list(ranked)} must hold layer indices from 0 to {len(layers) - 1}, each once, best first."
+            f"ranked_layers={list(ranked)} must list distinct layer indices from 0 to {len(layers) - 1}, best first."
         )
     return tuple(_candidate(f"top{k}", sorted(ranked[:k]), layers) for k in range(1, len(ranked) + 1))
 
@@ -191,8 +189,8 @@ def find_candidate(candidates: Iterable[Candidate], wanted: str | int) -> Candid
         names = [candidate.name for candidate in ordered]
         shown = ", ".join(names if len(names) <= 24 else [*names[:3], "...", *names[-3:]])
         raise OptionError(
-            f"there is no candidate {wanted!r}. From input to output there are {shown}: give a name, or an index "
-            f"from 0 to {len(names) - 1} (-1 is the one nearest the output)."
+            f"there is no candidate {wanted!r}. From input to output, the candidates are {shown}: give a name, or an "
+            f"index from 0 to {len(names) - 1} (-1 is the one nearest the output)."
         )
     return named[0]
 
@@ -231,13 +229,13 @@ def _runs(
         return [(f"layer{index}", (index,)) for index in range(total)]
     if scheme == "window":
         if not 1 <= length <= total:
-            raise OptionError(f"length={length} does not fit: the network has {total} layers, so from 1 to {total}.")
+            raise OptionError(f"length={length} must be between 1 and {total}, the number of layers.")
         starts = range(total - length + 1)
         return [(f"window{first}-{first + length - 1}", range(first, first + length)) for first in starts]
     if lacks_separators(model, found):
         logger.warning_once(
-            f"{type(model).__name__}: no block has a pooling or activation module, they are functions here. Segments "
-            "are cut at the blocks' ends instead."
+            f"{type(model).__name__}: no block contains a pooling or activation module (they are functions here), so "
+            "segments end where blocks end."
         )
     grouped = itertools.groupby(range(total), key=lambda index: placed[index].segment)
     return [(f"segment{number}", tuple(indices)) for number, (_, indices) in enumerate(grouped)]

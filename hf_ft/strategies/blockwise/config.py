@@ -48,7 +48,7 @@ from hf_ft.strategies.blockwise.search import BASELINES, STORAGE, BlockSearch
 @register("blockwise")
 @dataclass(frozen=True, kw_only=True)
 class BlockwiseConfig(FTConfig):
-    r"""Find the block that matters on the data, and train it and the head alone.
+    r"""Search for the block that matters most for the data, and train only that block and the head.
 
     Every candidate block :math:`b` of a scheme starts from the same weights :math:`w^0` and trains for a few epochs
     on part of the training samples; the candidates are ranked on the remaining ones:
@@ -80,32 +80,41 @@ class BlockwiseConfig(FTConfig):
 
     block: str | int = option(
         "auto",
-        "'auto' searches; 'last_quarter' takes the last block; a candidate's name such as 'stage3', or its index from "
-        "the input (-1: the last), takes that one; 'head' and 'all' are the baselines. `hf-ft blocks MODEL` lists.",
+        "Block to train: 'auto' searches for it; 'last_quarter' is the last block; a name such as 'stage3', or an "
+        "index from the input (-1: the last), selects a candidate; 'head' and 'all' are the baselines. `hf-ft blocks "
+        "MODEL` lists the candidates.",
     )
     scheme: Literal["stage", "block", "layer", "top_layers", "segment", "window"] = option(
-        "stage", "How candidates are formed.", source="ours"
+        "stage", "How to divide the network into candidates.", source="ours"
     )
-    length: int = option(3, "Layers in a window.", range="[1, inf)")
-    top: int = option(5, "For 'top_layers': join up to so many of the best layers.", range="[1, inf)")
-    head_lr: float | None = option(None, "Learning rate of the head; None for that of the block.", range="(0, inf)")
+    length: int = option(3, "Number of layers per window.", range="[1, inf)")
+    top: int = option(5, "For 'top_layers': maximum number of top-ranked layers to combine.", range="[1, inf)")
+    head_lr: float | None = option(None, "Learning rate of the head; None to use that of the block.", range="(0, inf)")
     tuner: PeftConfig | None = option(
         None,
-        "A PEFT config, such as LoraConfig(r=8): adapters train in the block, and its norms, in place of its weights. "
-        'On the command line as JSON: \'{"peft_type": "LORA", "r": 8}\'.',
+        "A PEFT config, such as LoraConfig(r=8), to train adapters and norms in the block instead of its weights. On "
+        'the command line as JSON: \'{"peft_type": "LORA", "r": 8}\'.',
     )
-    search_epochs: int = option(5, "Epochs of each candidate's training.", range="[1, inf)")
-    search_seeds: int = option(1, "Trainings of each candidate; ranked by their mean.", range="[1, inf)")
-    validation: float = option(0.25, "Share of the training samples that ranks the candidates.", range="(0, 1)")
+    search_epochs: int = option(5, "Training epochs per candidate.", range="[1, inf)")
+    search_seeds: int = option(
+        1, "Training runs per candidate; candidates are ranked by the mean score.", range="[1, inf)"
+    )
+    validation: float = option(
+        0.25, "Fraction of the training samples held out to rank the candidates.", range="(0, 1)"
+    )
     metric: str = option(
-        "accuracy", "What ranks them: accuracy, balanced_accuracy, macro_f1, mse, mae or loss (errors by the lowest)."
+        "accuracy",
+        "Metric to rank the candidates by: accuracy, balanced_accuracy, macro_f1, mse, mae or loss (losses and "
+        "errors are minimised).",
     )
-    halving: bool = option(False, "Stop the worse candidates early (successive halving); False trains all to the end.")
-    baselines: bool = option(True, "Score the head alone and all layers, too, to compare with.")
+    halving: bool = option(
+        False, "Prune poor candidates early (successive halving); False trains all of them to the end."
+    )
+    baselines: bool = option(True, "Also score the head alone and all layers as baselines.")
     storage: str | None = option(
         None,
-        "Where the trials are kept: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
-        "block_search.db in the output folder. Processes with one storage share one search.",
+        "Where to store the trials: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
+        "block_search.db in the output folder. Processes that share a storage share the search.",
     )
 
     def within(self, epochs: float, model: nn.Module) -> BlockwiseConfig:
@@ -138,12 +147,12 @@ class BlockwiseConfig(FTConfig):
         place = {"head": self.head, "blocks": self.blocks}
         if self.block == "auto":
             if "block" not in state.info:
-                raise OptionError("BlockwiseConfig(block='auto') searches before it plans: pass a context, or states.")
+                raise OptionError("BlockwiseConfig(block='auto') has no search result yet: pass a context, or states.")
             return _candidate(state.info["block"])
         if self.block in BASELINES:
             return baseline_candidates(model, **place)[str(self.block)]
-        found = candidates(model, self.scheme, length=self.length, **place)
-        return last_quarter(found) if self.block == "last_quarter" else find_candidate(found, self.block)
+        options = candidates(model, self.scheme, length=self.length, **place)
+        return last_quarter(options) if self.block == "last_quarter" else find_candidate(options, self.block)
 
     def scores(self, state: State) -> BlockScores:
         """The scores from the search of ``block="auto"``."""
@@ -152,8 +161,8 @@ class BlockwiseConfig(FTConfig):
     def learned(self, state: State) -> str:
         if "scores" not in state.info:
             return ""
-        said = "; ".join(f"{label}: {what}" for label, what in self.scores(state).verdict())
-        return f"Found by a search with scheme `{self.scheme}`, {self.metric} on held-out training samples. {said}."
+        verdict = "; ".join(f"{label}: {what}" for label, what in self.scores(state).verdict())
+        return f"Chosen by a search with scheme `{self.scheme}`, {self.metric} on held-out training samples. {verdict}."
 
     def findings(self, state: State) -> Findings:
         return block_findings(self.scores(state), self.learned(state)) if "scores" in state.info else Findings()

@@ -25,7 +25,7 @@ def describe_candidates(
         OptionError: as for :func:`~hf_ft.strategies.blockwise.candidates.candidates`.
     """
     where = {"head": head, "blocks": blocks}
-    found = candidates(model, scheme, length=length, **where)
+    choices = candidates(model, scheme, length=length, **where)
     total = sum(parameter.numel() for parameter in model.parameters())
     rows = tuple(
         (
@@ -36,17 +36,19 @@ def describe_candidates(
             f"{candidate.parameters / max(1, total):.1%}",
             _shortened(candidate.modules),
         )
-        for candidate in found
+        for candidate in choices
     )
-    layers, chosen = weight_layers(model, **where), last_quarter(found)
-    remark = "the last of the fourth quarter" if chosen.quarter == 4 else "the last; none has its centre in the fourth"
+    layers, chosen = weight_layers(model, **where), last_quarter(choices)
+    remark = (
+        "the last of the fourth quarter" if chosen.quarter == 4 else "the last; none is centred in the fourth quarter"
+    )
     title = (
-        f"{type(model).__name__}: {total:,} parameters, {len(layers)} layers outside the head; {len(found)} "
-        f"{'candidate' if len(found) == 1 else 'candidates'} by {scheme}, from the output end"
+        f"{type(model).__name__}: {total:,} parameters, {len(layers)} layers outside the head; {len(choices)} "
+        f"{'candidate' if len(choices) == 1 else 'candidates'} by {scheme}, from output to input"
     )
     facts = (
         ("head", "trains with every candidate: " + ", ".join(anatomy(model, **where).head.modules)),
-        ("no search", f"{chosen.name}, {remark}"),
+        ("without search", f"{chosen.name}, {remark}"),
     )
     return Table(title, HEADERS, rows), Table("", (), facts)
 

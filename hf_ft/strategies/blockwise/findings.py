@@ -36,13 +36,16 @@ def block_figure(scores: BlockScores) -> Figure:
     values = [row.value for row in rows if row.value is not None] + [value for value, _ in lines]
     axis = linear_axis(values or [0.0], metric_name(scores.metric), include=[0.0])
     about = "; ".join(f"{row.label} {row.text}" for row in rows)
-    chart = Rows("Score by block, from the input to the output", about, rows, axis, lines, bars=True)
+    chart = Rows("Score by block, from input to output", about, rows, axis, lines, bars=True)
     headers, cells = scores.table()
-    table = Table("Scores of the search over blocks", headers, tuple(cells), folded=True)
-    key = [("win", "the best, which trains"), ("other", "candidates")]
+    table = Table("Scores of the block search", headers, tuple(cells), folded=True)
+    key = [("win", "the best, which is used"), ("other", "candidates")]
     if any(entry.pruned for entry in scores.scores):
-        key.append(("pruned", "given up early, so its score is not of a whole run"))
-    caption = f"Each candidate trained alone with the head: {metric_name(scores.metric)} on held-out training samples."
+        key.append(("pruned", "pruned, so its score is not of a whole run"))
+    caption = (
+        f"Each candidate trained together with the head only: {metric_name(scores.metric)} on held-out training "
+        "samples."
+    )
     return Figure(caption, (chart,), table, tuple(key))
 
 

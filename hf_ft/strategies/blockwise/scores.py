@@ -85,10 +85,12 @@ class BlockScores:
         Raises:
             OptionError: if all are pruned or diverged.
         """
-        found = _best(self.scores)
-        if found is None:
-            raise OptionError("no candidate was trained to the end with a finite score, so none is the best.")
-        return found
+        best = _best(self.scores)
+        if best is None:
+            raise OptionError(
+                "no candidate was trained to the end with a finite score: lower the learning rate, or prune later."
+            )
+        return best
 
     def best_in(self, quarter: int) -> BlockScore | None:
         """The best candidate with its centre in the given quarter of the depth (1 to 4), if any."""
@@ -128,7 +130,7 @@ class BlockScores:
                 baselines={name: _from_dict(score) for name, score in content["baselines"].items()},
             )
         except KeyError as error:
-            raise OptionError(f"these are no block scores: {error} is missing.") from error
+            raise OptionError(f"these are not block scores: {error} is missing.") from error
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and one row of text per candidate, then per baseline."""
@@ -139,11 +141,11 @@ class BlockScores:
     def verdict(self) -> list[tuple[str, str]]:
         """Conclusions of the search, as pairs of a label and a candidate with its score."""
         best, in_last = _best(self.scores), self.best_in(4)
-        found = [("best", best), ("best in the fourth quarter", in_last)]
-        found += [("last of the fourth quarter, no search", self.last_quarter)] if self.scores else []
+        entries = [("best", best), ("best in the fourth quarter", in_last)]
+        entries += [("last of the fourth quarter, without search", self.last_quarter)] if self.scores else []
         names = {"head": "head only", "all": "all layers"}
-        found += [(names.get(name, name), score) for name, score in self.baselines.items()]
-        return [(label, "none" if score is None else _named(score)) for label, score in found]
+        entries += [(names.get(name, name), score) for name, score in self.baselines.items()]
+        return [(label, "none" if score is None else _named(score)) for label, score in entries]
 
     def markdown(self) -> str:
         """The table and the verdict as Markdown."""

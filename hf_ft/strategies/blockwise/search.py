@@ -90,29 +90,29 @@ class BlockSearch:
         )
         scheme = "layer" if options.scheme == "top_layers" else options.scheme
         place = {"head": options.head, "blocks": options.blocks}
-        found = candidates(self.model, scheme, length=options.length, **place)
-        self.candidates = [candidate for candidate in found if options.adaptable(self.model, candidate)]
+        blocks = candidates(self.model, scheme, length=options.length, **place)
+        self.candidates = [candidate for candidate in blocks if options.adaptable(self.model, candidate)]
         self.baselines = baseline_candidates(self.model, **place) if options.baselines else {}
         self.seeds = tuple(range(options.search_seeds))
         unused = ("block", "storage", "search_seeds", "top", "baselines")
-        told = {key: value for key, value in options.to_dict().items() if key not in unused}
-        self._signature = self.trainings.describe(told)
+        settings = {key: value for key, value in options.to_dict().items() if key not in unused}
+        self._signature = self.trainings.describe(settings)
 
     # --- the search ----------------------------------------------------------------------------------------
 
     def run(self) -> BlockScores:
         """Train and score what no earlier or parallel process has done; return all scores."""
-        found = self._score([*self.candidates, *self.baselines.values()])
-        made = [self._collect(candidate, found) for candidate in self.candidates]
+        outcomes = self._score([*self.candidates, *self.baselines.values()])
+        scores = [self._collect(candidate, outcomes) for candidate in self.candidates]
         if self.options.scheme == "top_layers":
-            made = self._join_best(made)
+            scores = self._join_best(scores)
         return BlockScores(
             scheme=self.options.scheme,
             metric=self.options.metric,
             layers=len(weight_layers(self.model, self.options.head, self.options.blocks)),
             seeds=self.seeds,
-            scores=tuple(made),
-            baselines={name: self._collect(candidate, found) for name, candidate in self.baselines.items()},
+            scores=tuple(scores),
+            baselines={name: self._collect(candidate, outcomes) for name, candidate in self.baselines.items()},
         )
 
     def _join_best(self, layers: Sequence[BlockScore]) -> list[BlockScore]:
@@ -120,9 +120,9 @@ class BlockSearch:
         ranked = sorted((s for s in layers if s.ranks), key=lambda s: (s.mean, s.candidate.centre), reverse=True)
         indices = [entry.candidate.layers[0] for entry in ranked[: self.options.top]]
         joined = top_layers(self.model, indices, head=self.options.head, blocks=self.options.blocks)
-        found = self._score(joined[1:])
+        outcomes = self._score(joined[1:])
         first = BlockScore(joined[0], ranked[0].scores, False, ranked[0].epochs, ranked[0].seconds)
-        return [first, *(self._collect(candidate, found) for candidate in joined[1:])]
+        return [first, *(self._collect(candidate, outcomes) for candidate in joined[1:])]
 
     def _score(self, wanted: Sequence[Candidate]) -> dict[str, Outcome]:
         options = self.options

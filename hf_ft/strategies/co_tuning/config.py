@@ -57,7 +57,7 @@ class RelationshipLoss(nn.Module):
 
 FEW_SAMPLES_AND_HEAD = advising.Rule(
     (("class_median", "<", advising.VERY_FEW), ("source_head", ">=", 1)),
-    "{class_median:.0f} samples a class are very few, where the pretrained head adds most",
+    "{class_median:.0f} samples per class are very few, which is where the pretrained head helps most",
     advising.YOU,
 )
 
@@ -90,14 +90,14 @@ class CoTuningConfig(FTConfig):
     weight: float = option(2.3, "Weight of the source head's loss.", range="[0, inf)", source="code")
     relationship: Literal["direct", "reverse"] = option(
         "direct",
-        "'direct' takes the source head's mean prediction on each class; 'reverse' learns the target class from these "
-        "predictions, by a calibrated logistic regression, and turns that round by Bayes' rule: sharper, and noisy "
-        "with few samples.",
+        "'direct' averages the source head's predictions over each class; 'reverse' fits a calibrated logistic "
+        "regression from these predictions to the target class and inverts it by Bayes' rule: sharper, but noisy with "
+        "few samples.",
     )
     temperature: float | Literal["auto"] = option(
         "auto",
-        "Of the source head's predictions. 'auto' calibrates it on source data where there are such, and is 1 where "
-        "there are none.",
+        "Temperature of the source head's predictions. 'auto' calibrates it on source data if there are any, and is 1 "
+        "otherwise.",
         range="(0, inf)",
     )
     source_label_map: LabelMap = option(None, LABEL_MAP_HELP)
@@ -115,7 +115,7 @@ class CoTuningConfig(FTConfig):
             head_input(model, self.head, self.blocks)
             kind = getattr(getattr(model, "config", None), "problem_type", None)
             if kind in ("regression", "multi_label_classification"):
-                raise OptionError(f"co_tuning needs one class per sample, the model's problem_type is {kind!r}.")
+                raise OptionError(f"co_tuning needs one class per sample, but the model's problem_type is {kind!r}.")
 
     def measures(self) -> bool:
         return self.weight > 0
@@ -132,9 +132,9 @@ class CoTuningConfig(FTConfig):
                 labels.append(classes.cpu())
         learn = reverse_relationship if self.relationship == "reverse" else direct_relationship
         config: Any = model.config
-        found = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
+        relationship = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
         names = {str(place): name for place, name in head.names.items()}
-        return State({"relationship": found}, {"temperature": temperature, "names": names})
+        return State({"relationship": relationship}, {"temperature": temperature, "names": names})
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         if not self.weight:
@@ -149,12 +149,12 @@ class CoTuningConfig(FTConfig):
     def learned(self, state: State) -> str:
         if "relationship" not in state.tensors:
             return ""
-        found, names = state.tensors["relationship"], state.info["names"]
+        relationship, names = state.tensors["relationship"], state.info["names"]
         tops = ", ".join(
-            f"{label} is most like `{names.get(str(int(row.argmax())), int(row.argmax()))}` ({float(row.max()):.2f})"
-            for label, row in enumerate(found[:10])
+            f"`{names.get(str(int(row.argmax())), int(row.argmax()))}` for {label} ({float(row.max()):.2f})"
+            for label, row in enumerate(relationship[:10])
         )
-        return f"In source classes (temperature {state.info['temperature']:.2f}), target class {tops}."
+        return f"Most similar source class of each target class (temperature {state.info['temperature']:.2f}): {tops}."
 
     def _calibrate(self, model: nn.Module, head: SourceHead, layer: str, context: Context) -> float:
         if not isinstance(self.temperature, str):

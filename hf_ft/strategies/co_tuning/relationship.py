@@ -119,7 +119,7 @@ def reverse_relationship(
     logits, labels = _checked("reverse_relationship", logits, labels)
     counts = _counts("reverse_relationship", labels, classes)
     if folds < 2:
-        raise OptionError(f"reverse_relationship: folds={folds} leaves nothing to hold out: take 2 or more (5, say).")
+        raise OptionError(f"reverse_relationship: folds={folds} leaves nothing to hold out: use 2 or more, such as 5.")
     if classes == 1:  # a single class: p(y_t | y_s) is 1
         return direct_relationship(logits, labels, classes, temperature)
 
@@ -165,7 +165,7 @@ def relationship_loss(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dim() != 2 or logits.shape != targets.shape:
         raise ValueError(
             f"relationship_loss: logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must both be "
-            "(samples, source classes): take the relationship's row of each label."
+            "(samples, source classes): index the relationship by the labels."
         )
     logits = wide(logits)
     return nn.functional.cross_entropy(logits, targets.to(logits))
@@ -221,16 +221,18 @@ def _checked(name: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
     """Logits in float64 and labels as integers, on the CPU (some devices have no float64)."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
         raise OptionError(
-            f"{name}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} ({labels.dtype}) do not fit: "
-            "logits are (samples, classes), labels one integer per sample."
+            f"{name}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} ({labels.dtype}) do not match: "
+            "expected logits (samples, classes) and one integer label per sample."
         )
     if not logits.numel():
-        raise OptionError(f"{name}: logits {tuple(logits.shape)} are empty: at least one sample and class are needed.")
+        raise OptionError(
+            f"{name}: logits {tuple(logits.shape)} are empty: at least one sample and one class are needed."
+        )
     logits = logits.detach().cpu().double()
     finite = logits.isfinite().all(dim=1)
     if not finite.all():
         raise OptionError(
-            f"{name}: logits of sample {int(finite.int().argmin())} are not finite: check that model's weights and "
+            f"{name}: logits of sample {int(finite.int().argmin())} are not finite: check the model's weights and "
             "inputs, or compute in float32."
         )
     return logits, labels.detach().cpu().long()
@@ -248,13 +250,15 @@ def _counts(name: str, labels: Tensor, classes: int) -> Tensor:
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
         raise OptionError(
-            f"{name}: no sample of target class {', '.join(map(str, empty[:5]))}{', ...' if empty[5:] else ''} (of "
-            f"classes={classes}): give more samples, every class needs at least one training sample."
+            f"{name}: no samples of target class {', '.join(map(str, empty[:5]))}{', ...' if empty[5:] else ''} "
+            f"(classes={classes}): add some, since every class needs at least one training sample."
         )
     return counts
 
 
 def _log_source(name: str, logits: Tensor, temperature: float) -> Tensor:
     if not (math.isfinite(temperature) and temperature > 0):
-        raise OptionError(f"{name}: temperature={temperature!r} must be a positive number; 1 leaves the logits alone.")
+        raise OptionError(
+            f"{name}: temperature={temperature!r} must be a positive number; 1 leaves the logits unchanged."
+        )
     return (logits / temperature).log_softmax(dim=1)

@@ -70,7 +70,10 @@ def channel_weights(
     """
     labels = context.samples.read([0]).get("labels")
     if labels is None or labels.dim() != 1 or labels.is_floating_point():
-        raise OptionError("delta: channels are weighed by a cross-entropy of class labels. Set weights='uniform'.")
+        raise OptionError(
+            "delta: weights='attention' needs class labels, whose cross-entropy weights the channels. Set "
+            "weights='uniform'."
+        )
     probe = _with_trained_head(model, config, context, epochs, lr)
     size = context.recipe.batch_size * context.ranks  # the same batches for any number of processes
     order = torch.randperm(context.samples.count, generator=context.generator).tolist()
@@ -122,7 +125,9 @@ class _Suffix:
         self.model, self.layer = model, layer
         shape = activations(model, [layer], batch)[layer].shape
         if len(shape) not in (3, 4):
-            raise OptionError(f"layer {layer!r} gives {tuple(shape)}: it has no channels to weigh. Name another layer.")
+            raise OptionError(
+                f"layer {layer!r} outputs {tuple(shape)}, which has no channels to weight. Name another layer."
+            )
         self.dim = 1 if len(shape) == 4 else 2
         self.channels = int(shape[self.dim])
         inside = [i for i, part in enumerate(parts) if any(covers(m, layer) or covers(layer, m) for m in part.modules)]

@@ -79,23 +79,26 @@ class DELTAConfig(FTConfig):
     cost = advising.WITH_A_TRAINING_BEFORE
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}
 
-    alpha: float = option(0.01, "Weight of the distance of feature maps.", range="[0, inf)", source="code")
+    alpha: float = option(0.01, "Weight of the distance between feature maps.", range="[0, inf)", source="code")
     beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)", source="code")
     weights: Literal["attention", "uniform"] = option(
         "attention",
-        "'attention' weighs channels by what the loss loses without them; 'uniform' alike (a_c = 1/C): the plain "
-        "feature-map regulariser.",
+        "'attention' weights channels by how much the loss grows without them; 'uniform' weights them equally (a_c = "
+        "1/C), as in plain feature-map regularisation.",
         source="code",
     )
     reduction: Literal["mean", "sum"] = option(
-        "mean", "Over the batch. 'sum' is the authors': with it, alpha grows with the batch size."
+        "mean",
+        "Reduction over the batch. 'sum', as in the authors' code, makes the effective alpha grow with the batch size.",
     )
     layers: tuple[str, ...] | None = option(
-        None, "Names of the modules that are compared; None for the last convolution of each stage.", source="code"
+        None, "Names of the modules to compare; None for the last convolution of each stage.", source="code"
     )
-    batches: int = option(4, "Batches on which channels are weighed.", range="[1, inf)", source="code")
-    head_epochs: int = option(5, "Epochs in which the head alone is trained before that.", range="[1, inf)")
-    head_lr: float = option(1e-2, "Its learning rate then.", range="(0, inf)")
+    batches: int = option(4, "Number of batches used to weight the channels.", range="[1, inf)", source="code")
+    head_epochs: int = option(
+        5, "Epochs of training the head alone before the channels are weighted.", range="[1, inf)"
+    )
+    head_lr: float = option(1e-2, "Learning rate of the head in these epochs.", range="(0, inf)")
 
     def check_model(self, model: nn.Module) -> None:
         self._layers(model)
@@ -105,10 +108,10 @@ class DELTAConfig(FTConfig):
 
     def measure(self, model: nn.Module, context: Context) -> State:
         layers = self._layers(model)
-        found = channel_weights(
+        weights = channel_weights(
             model, layers, self, context, epochs=self.head_epochs, lr=self.head_lr, batches=self.batches
         )
-        return State(tensors=found)
+        return State(tensors=weights)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head, layers = self.anatomy(model).head.modules, self._layers(model)
@@ -128,7 +131,7 @@ class DELTAConfig(FTConfig):
         if not state.tensors:
             return ""
         shares = ", ".join(f"`{name}` {float(a.max()) * len(a):.1f}" for name, a in state.tensors.items())
-        return f"The heaviest channel of each layer weighs, in multiples of the mean: {shares}."
+        return f"Largest channel weight of each layer, relative to the mean: {shares}."
 
     def _layers(self, model: nn.Module) -> Names:
         return layers_of(model, self.layers, lambda: stage_convolutions(model, self.anatomy(model)))

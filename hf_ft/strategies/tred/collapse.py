@@ -21,35 +21,36 @@ def judge(figures: Mapping[str, float]) -> str:
     """Describe the collapse that a disentangler's figures show, and how to fix it; empty if there is none."""
     f = figures
     if not all(math.isfinite(value) for value in f.values()):
-        return "Stage one diverged: figures are not finite. Lower its rate."
+        return "Stage one diverged: its metrics are not finite. Lower the learning rate."
     if f["p_share"] ** 2 + f["n_share"] ** 2 > OFFSET_ENERGY:
         return (
-            f"P and N are F plus and minus an offset: {f['p_share']:.2f} and {f['n_share']:.2f} times F's norm. "
-            "Lower the weight of the MMD, or use the mask."
+            f"P and N are F plus and minus an offset: their norms are {f['p_share']:.2f} and {f['n_share']:.2f} times "
+            "F's. Lower the weight of the MMD, or use the mask."
         )
     if f["reconstruction"] > UNRECONSTRUCTED:
         return (
-            f"P + N is not F: the error has {f['reconstruction']:.0%} of its energy. Raise the weight of the "
-            "reconstruction, or use the mask, which is exact."
+            f"P + N does not reconstruct F: the error has {f['reconstruction']:.0%} of its energy. Raise the weight of "
+            "the reconstruction, or use the mask, which is exact."
         )
     if f["p_share"] < ZERO_SHARE:
         return (
-            f"P is zero, {f['p_share']:.1%} of F's norm: the features tell nothing of the label, or the weights of "
-            "the other terms are too large beside the classifier's. Lower the bottleneck's."
+            f"P is zero ({f['p_share']:.1%} of F's norm): the features carry no information about the label, or the "
+            "other terms outweigh the classifier's loss. Lower the weight of the bottleneck."
         )
     if f["p_varies"] < CONSTANT_VARIANCE:
         return (
-            f"P is constant: it varies {f['p_varies']:.2%} as much as F does, and tells no sample from another. "
-            "Lower the weight of the bottleneck, or look at the labels."
+            f"P is constant: its variance is {f['p_varies']:.2%} of F's, so it does not distinguish samples. Lower the "
+            "weight of the bottleneck, or check the labels."
         )
     if f["n_varies"] < REST_VARIANCE:
         return (
-            f"P is F: N varies {f['n_varies']:.1%} as much. This regularises like plain features. Raise the weight "
-            "of the bottleneck, and lower that of the MMD."
+            f"P equals F: the variance of N is only {f['n_varies']:.1%} of F's, so this regularises like plain "
+            "features. Raise the weight of the bottleneck, and lower that of the MMD."
         )
     if f["accuracy"] <= f["chance"]:
         return (
-            f"P does not tell the label: the classifier is right in {f['accuracy']:.1%}, the largest class has "
-            f"{f['chance']:.1%}. The features tell nothing of it, or training is too short."
+            f"P does not predict the label: the classifier's accuracy is {f['accuracy']:.1%}, and the largest class "
+            f"has {f['chance']:.1%} of the samples. The features carry no information about the label, or training is "
+            "too short."
         )
     return ""

@@ -100,38 +100,38 @@ class TREDConfig(FTConfig):
 
     criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
         "both",
-        "What separates P from N: a large MMD, a small mutual information, or both. 'none': no disentangling, the "
-        "features are held to all of F (the plain feature regulariser).",
+        "What separates P from N: a large MMD, a small mutual information, or both. 'none': no disentangling; the "
+        "features are kept close to all of F (plain feature regularisation).",
         source="paper",
     )
     disentangler: Literal["branches", "mask"] = option(
         "mask",
-        "'mask': a gate per channel, P = m F and N = (1 - m) F. 'branches': P and N by a 1x1 convolution, BatchNorm "
-        "and ReLU each, which can also part what channels mix, and needs more images.",
+        "'mask': one gate per channel, P = m F and N = (1 - m) F. 'branches': P and N by a 1x1 convolution, BatchNorm "
+        "and ReLU each, which can also separate what is mixed within channels, but needs more images.",
     )
     alpha: float = option(
         0.001, "Weight of the distance from P; the paper tries 0.001, 0.01, 0.1.", range="[0, inf)", source="paper"
     )
     beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)")
     reconstruction: float = option(10.0, "lambda_r, weight of the reconstruction of F by P + N.", range="[0, inf)")
-    mmd: float = option(0.1, "lambda_m, weight of the MMD that separates.", range="[0, inf)")
-    information: float = option(0.1, "lambda_i, weight of the mutual information that separates.", range="[0, inf)")
+    mmd: float = option(0.1, "lambda_m, weight of the MMD between P and N.", range="[0, inf)")
+    information: float = option(0.1, "lambda_i, weight of the mutual information of P and N.", range="[0, inf)")
     bottleneck: float = option(
         1.0,
-        "lambda_b, weight of the term that takes out of P what has nothing to do with the label, and the label out of "
+        "lambda_b, weight of the bottleneck, which removes from P what is unrelated to the label, and the label from "
         "N; 0 for the paper's terms alone, which leave P = F as an optimum.",
         range="[0, inf)",
     )
     epochs: int = option(20, "Epochs of disentangling.", range="[1, inf)")
-    lr: float = option(0.3, "Its learning rate (Adam).", range="(0, inf)")
+    lr: float = option(0.3, "Learning rate of the disentangling (Adam).", range="(0, inf)")
     layer: str | None = option(None, "Name of the module whose output is F; None for the last feature map.")
 
     def check_arguments(self, args: TrainingArguments) -> None:
         size = args.per_device_train_batch_size
         if self.criterion != "none" and self.alpha and size < 2:
             raise OptionError(
-                f"per_device_train_batch_size={size}: tred.criterion={self.criterion!r} compares samples with each "
-                "other, and a batch of one has none to compare. Take 2 or more (32, say), or criterion='none'."
+                f"per_device_train_batch_size={size}: tred.criterion={self.criterion!r} compares the samples of a "
+                "batch with each other. Use 2 or more, such as 32, or criterion='none'."
             )
 
     def check_model(self, model: nn.Module) -> None:
@@ -145,7 +145,8 @@ class TREDConfig(FTConfig):
         classes = getattr(getattr(model, "config", None), "num_labels", None)
         if labels is None or labels.dim() != 1 or labels.is_floating_point() or classes is None:
             raise OptionError(
-                "tred: class labels (B,) say what serves the target; this task has none. Use DELTAConfig."
+                "tred: class labels (B,) are needed to find the target-relevant features, and this task has none. Use "
+                "DELTAConfig."
             )
         with random_states_kept(), context.recipe.computing():
             some = context.samples.read(list(range(min(2, context.samples.count))))
@@ -153,22 +154,22 @@ class TREDConfig(FTConfig):
             layer = self._named(model) or last_feature_map(model, self.anatomy(model), some)
         if self.criterion == "none":
             return State(info={"layer": layer})
-        found = self._disentangle(RecordedFeatures(model, layer, context), classes, context)
-        if not all(math.isfinite(value) for value in found.figures.values()):
-            raise OptionError(f"tred.lr={self.lr!r}: {found.verdict}")
-        for epoch, terms in enumerate(found.history):
-            logger.info(f"tred, disentangling, epoch {epoch + 1}: {_in_words(terms)}")
-        logger.info(f"tred, disentangled {layer}: {_in_words(found.figures)}")
-        if found.verdict:
-            logger.warning(f"tred: the disentangling of {layer} went wrong: {found.verdict}")
+        result = self._disentangle(RecordedFeatures(model, layer, context), classes, context)
+        if not all(math.isfinite(value) for value in result.figures.values()):
+            raise OptionError(f"tred.lr={self.lr!r}: {result.verdict}")
+        for epoch, terms in enumerate(result.history):
+            logger.info(f"tred: disentangling, epoch {epoch + 1}: {_in_words(terms)}")
+        logger.info(f"tred: disentangled {layer}: {_in_words(result.figures)}")
+        if result.verdict:
+            logger.warning(f"tred: the disentangling of {layer} went wrong: {result.verdict}")
         info: dict[str, Any] = {
             "layer": layer,
-            "figures": found.figures,
-            "history": found.history,
-            "verdict": found.verdict,
-            "non_negative": found.module.non_negative,
+            "figures": result.figures,
+            "history": result.history,
+            "verdict": result.verdict,
+            "non_negative": result.module.non_negative,
         }
-        return State(tensors={name: t.cpu() for name, t in found.module.state_dict().items()}, info=info)
+        return State(tensors={name: t.cpu() for name, t in result.module.state_dict().items()}, info=info)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules
@@ -176,7 +177,7 @@ class TREDConfig(FTConfig):
         if self.alpha:
             layer = state.info.get("layer")
             if layer is None:
-                raise OptionError("tred looks at the data before it plans: pass a context to set_up, or states.")
+                raise OptionError("tred measures the data before planning: pass a context to set_up, or states.")
             terms.append(
                 Term(
                     "tred",
@@ -194,8 +195,8 @@ class TREDConfig(FTConfig):
         if "figures" not in state.info:
             return ""
         figures, layer = state.info["figures"], state.info["layer"]
-        said = f"Disentangled the output of `{layer}`: {_in_words(figures)}."
-        return f"{said} It went wrong: {state.info['verdict']}" if state.info["verdict"] else said
+        text = f"Disentangled the output of `{layer}`: {_in_words(figures)}."
+        return f"{text} It went wrong: {state.info['verdict']}" if state.info["verdict"] else text
 
     def findings(self, state: State) -> Findings:
         return disentangling_findings(state.info, self.learned(state))

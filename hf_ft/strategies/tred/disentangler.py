@@ -42,8 +42,8 @@ class Disentangler(nn.Module):
             positions = as_positions(wide(features)) / self.scale
             if positions.shape[-1] != self.channels:
                 raise ValueError(
-                    f"the disentangler is for {self.channels} channels, the features {tuple(features.shape)} have "
-                    f"{positions.shape[-1]}: it must be of the same layer of the same architecture."
+                    f"the disentangler is for {self.channels} channels, but the features {tuple(features.shape)} have "
+                    f"{positions.shape[-1]}: use one for the same layer of the same architecture."
                 )
             if mask is not None and self.training:  # BatchNorm must not see padding
                 valid = valid_positions(positions, mask)

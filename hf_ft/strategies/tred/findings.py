@@ -11,8 +11,8 @@ from hf_ft.documents.text import score
 
 # Labels of the figures in hf_ft.strategies.tred.train.Disentangled that are shares.
 SHARES = {
-    "p_share": "P's norm over F's",
-    "n_share": "N's norm over F's",
+    "p_share": "norm of P / norm of F",
+    "n_share": "norm of N / norm of F",
     "f_label": "label's share of F",
     "p_label": "label's share of P",
     "n_label": "label's share of N",
@@ -32,12 +32,12 @@ def disentangling_blocks(info: Mapping[str, Any]) -> list[Block]:
     rows = tuple(Row(name, value, score(value)) for name, value in shares.items())
     axis = linear_axis([*shares.values(), 1.0], "", include=[0.0])
     about = "; ".join(f"{row.label} {row.text}" for row in rows)
-    chart = Rows("What the relevant part P and the rest N hold of the features F", about, rows, axis, bars=True)
+    chart = Rows("Shares of the features F in the relevant part P and the remainder N", about, rows, axis, bars=True)
     numbers = tuple((name.replace("_", " "), score(value)) for name, value in figures.items())
-    table = Table("Figures of the disentangling", ("figure", "value"), numbers, folded=True)
+    table = Table("Metrics of the disentangling", ("figure", "value"), numbers, folded=True)
     caption = (
-        "What the relevant part P and the rest N hold of the features F. The label's share is the part of the variance "
-        "that lies between classes."
+        "Shares of the features F in the relevant part P and the remainder N. The label's share is the fraction of the "
+        "variance that lies between classes."
     )
     blocks: list[Block] = [Figure(caption, (chart,), table)]
     if len(history) > 1:
@@ -54,7 +54,7 @@ def _terms_figure(history: Sequence[Mapping[str, float]]) -> Figure:
         about = f"from {score(values[0])} to {score(values[-1])} in {len(values)} epochs"
         charts.append(Plot(name.replace("_", " "), about, (series,), x, linear_axis(values, name, most=4), small=True))
     rows = tuple((str(i + 1), *(score(value) for value in epoch.values())) for i, epoch in enumerate(history))
-    table = Table("Terms by epoch", ("epoch", *history[0]), rows, folded=True)
+    table = Table("Loss terms by epoch", ("epoch", *history[0]), rows, folded=True)
     return Figure(
-        "Terms of the disentangling over its epochs, unweighted; each chart has its own scale.", tuple(charts), table
+        "Loss terms of the disentangling by epoch, unweighted; each chart has its own scale.", tuple(charts), table
     )

@@ -71,7 +71,7 @@ def disentangle(
         OptionError: if there are too few samples, or features are not finite.
     """
     if samples < 2 or batch_size < 2:
-        raise OptionError(f"disentangling needs batches of two samples, not {min(samples, batch_size)}.")
+        raise OptionError(f"disentangling needs batches of at least two samples, not {min(samples, batch_size)}.")
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)  # all random numbers are drawn on the CPU
@@ -112,7 +112,7 @@ def _measured(
         products = products.to(exact) + (exact.T @ exact if kind == "branches" else exact.square().sum(dim=0).diag())
         pools.append((pooled(features, mask), labels))
     if not bool(products.diagonal().isfinite().all()):
-        raise OptionError("the source's features are not finite: look for NaN or infinite values in the inputs.")
+        raise OptionError("the source model's features are not finite: check the inputs for NaN or infinite values.")
     scale = (products.diagonal().mean() / count).sqrt().clamp_min(MINIMUM)
     mean = total / count / scale
     covariance = products / count / scale.square() - mean[:, None] * mean

@@ -268,7 +268,7 @@ def test_findings_that_cannot_be_shown_are_told_and_spare_the_others(elsewhere, 
     with caplog.at_level("WARNING", "hf_ft"):
         text = markdown(document(Results.from_dict(elsewhere)))
     assert "its findings cannot be shown (KeyError: 'scores')" in caplog.text
-    assert "High." in text and "Scores of the search over blocks" in text
+    assert "High." in text and "Scores of the block search" in text
 
 
 def test_charts_of_findings_hold_their_figures(whole):
@@ -277,7 +277,7 @@ def test_charts_of_findings_hold_their_figures(whole):
     assert [row.label for row in blocks.rows] == ["stem", "stage0", "stage1", "stage2", "stage3", "stage4"]
     assert blocks.rows[4].kind == "win" and blocks.rows[4].value == pytest.approx(0.823)
     assert blocks.rows[1].kind == "pruned" and blocks.lines == ((pytest.approx(0.755), "head only"),)
-    shares = next(chart for chart in charts if chart.title.startswith("What the relevant part"))
+    shares = next(chart for chart in charts if chart.title.startswith("Shares of the features F in the relevant part"))
     assert [row.value for row in shares.rows] == [0.61, 0.74, 0.07, 0.21, 0.01, 0.0]
     swarm = next(chart for chart in charts if chart.title == "mobilenet_v2")
     evaluations = {c.name: c for c in whole.contenders}["amcf"].found["swarm"]["evaluations"]
@@ -322,10 +322,12 @@ def test_hostile_text_is_only_text():
 def test_many_classes_are_listed_by_their_confusions():
     page = made("many classes").page
     captions = [page.text_of(caption) for caption in page.all("caption")]
-    assert "The most frequent errors on test" in captions and "Confusion on test: counts" not in captions
-    assert "taken for class 7" not in " ".join(page.text_of(header) for header in page.all("th"))
+    assert "Most frequent errors on test" in captions and "Confusion matrix on test" not in captions
+    assert "predicted class 7" not in " ".join(page.text_of(header) for header in page.all("th"))
     few = made("whole").page
-    assert "Confusion on test: counts" in [few.text_of(caption) for caption in few.all("caption")]
+    assert "Confusion matrix on test" in [few.text_of(caption) for caption in few.all("caption")]
+    headers = [few.text_of(header) for header in few.all("th")]
+    assert "true class" in headers and "predicted defective" in headers
 
 
 def test_it_is_the_same_each_time(whole):
@@ -347,11 +349,11 @@ def test_verdict_names_the_winner_its_scores_and_the_difference():
     first, caution = said(content)
     winner = content["winner"]
     assert first.startswith(f"`{winner}` has the highest mean validation balanced accuracy of 14 strategies")
-    assert "On test, which chose nothing" in first and "95 % interval [" in first
-    assert "in 25% of cases" in caution and "Of 13 such strategies about 3.2 would" in caution
+    assert "On test, which was not used for selection" in first and "95 % interval [" in first
+    assert "in 25% of cases" in caution and "Of 13 such strategies, this is expected for about 3.2" in caution
     assert "The test set has 600 rows" in caution
     excluded = " ".join(re.findall(r"excludes 0: (.*?)\.", caution))
-    held = re.search(r"holds 0\): (.*?)\.", caution)[1]
+    held = re.search(r"includes 0\): (.*?)\.", caution)[1]
     for standing in standings(Results.from_dict(content)):
         if standing.rank and standing.name != "full":
             better = standing.differences["test"].excludes_zero
@@ -366,7 +368,7 @@ def test_verdict_says_where_validation_was_wrong():
             run["scores"]["test"]["balanced_accuracy"] -= shift
     first, caution = said(content)
     assert "On test, full fine-tuning is better" in first
-    assert f"Worse than full fine-tuning on test, by an interval that excludes 0: `{content['winner']}`" in caution
+    assert f"Worse than full fine-tuning on test, with an interval that excludes 0: `{content['winner']}`" in caution
 
 
 def test_a_small_validation_set_is_told_with_its_largest_error():
@@ -392,20 +394,21 @@ def test_equals_on_validation_are_told():
         run["validation"] = same["validation"]
         run["curve"] = [{**point, "validation": 2.0} for point in run["curve"]]
     content["winner"] = "linear_probe"  # the better in its later epochs
-    assert f"`{best['name']}` has the same mean validation score; the winner was better" in said(content)[1]
+    caution = said(content)[1]
+    assert f"`{best['name']}` has the same mean validation score; the tie was broken by the later half" in caution
 
 
 def test_one_seed_gives_no_interval_and_says_so():
     first, caution = said(made_up_results.comparison(seeds=1))
-    assert "one seed, so no interval" in first and "There is one seed only" in caution
+    assert "one seed, so no interval" in first and "There is only one seed" in caution
     assert "excludes 0" not in caution
 
 
 def test_many_seeds_are_not_called_few():
     _, caution = said(made_up_results.comparison(seeds=7))
-    assert "over 7 seeds" in caution and "too narrow" not in caution
+    assert "over only 7 seeds" in caution and "too narrow" not in caution
     _, caution = said(made_up_results.comparison(seeds=5))
-    assert "in 6% of cases" in caution and "Of 13 such strategies at least 0.8 would" in caution
+    assert "in 6% of cases" in caution and "Of 13 such strategies, this is expected for at least 0.8" in caution
 
 
 def test_verdicts_without_rivals_baseline_or_test():
@@ -416,7 +419,7 @@ def test_verdicts_without_rivals_baseline_or_test():
     assert said(CONTENTS["nothing finished"]())[0].startswith("No strategy finished")
     content = made_up_results.comparison()
     content["contenders"] = [c for c in content["contenders"] if c["name"] != "full"]
-    assert "no difference to it is known" in said(content)[1]
+    assert "differences to it are unknown" in said(content)[1]
     content = made_up_results.comparison()
     for contender in content["contenders"]:
         for run in contender["runs"]:

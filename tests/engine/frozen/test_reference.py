@@ -291,7 +291,7 @@ def test_terms_are_computed_outside_autocast():
 )
 def test_what_is_changed_in_place_cannot_be_compared(make, layer, tmp_path):
     """Residual blocks add the shortcut to it: the live state would hold the sum, the reference's would not."""
-    with pytest.raises(OptionError, match="changed in place.*Name the block"):
+    with pytest.raises(OptionError, match="modified in place.*Name the block"):
         train(make(), DELTAConfig(weights="uniform", layers=(layer,)), tmp_path)
 
 
@@ -378,7 +378,7 @@ def test_terms_of_what_is_frozen_throughout_are_told(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.engine.run.logger.warning_once", said.append)
     trainer = train(tiny_vit(), ["linear_probe", UNIFORM], tmp_path)
-    assert said and all("delta does nothing: in every stage all that it looks at is frozen" in text for text in said)
+    assert said and all("delta has no effect: in every stage, all its inputs are frozen" in text for text in said)
     assert not any("loss/delta" in entry for entry in trainer.state.log_history)
     said.clear()
     train(tiny_vit(), ["lp_ft", UNIFORM], tmp_path)
@@ -387,7 +387,7 @@ def test_terms_of_what_is_frozen_throughout_are_told(tmp_path, monkeypatch):
 
 def test_a_layer_that_is_never_called(tmp_path):
     blocks = BLOCK.rpartition(".")[0]
-    with pytest.raises(OptionError, match=f"'{blocks}' gave nothing"):
+    with pytest.raises(OptionError, match=f"'{blocks}' produced no output"):
         train(tiny_vit(), DELTAConfig(weights="uniform", layers=(blocks,)), tmp_path)
 
 

@@ -169,7 +169,7 @@ def test_problem_type_is_told_from_labels_as_by_any_classifier():
 def test_inputs_and_options_go_where_they_are_known():
     model, batch = ensemble(), images()
     assert model.input_names == ("pixel_values", "pixel_values_1") and model.main_input_name == "pixel_values"
-    with pytest.raises(OptionError, match="member 1 reads 'pixel_values_1', and the inputs hold .'pixel_values'"):
+    with pytest.raises(OptionError, match="member 1 needs 'pixel_values_1', but the inputs are .'pixel_values'"):
         model(pixel_values=batch["pixel_values"])
     larger = torch.randn(2, 3, 48, 48)  # which only the ViT must be told
     outputs = model(pixel_values=batch["pixel_values"][:2], pixel_values_1=larger, interpolate_pos_encoding=True)
@@ -226,23 +226,31 @@ NAMED = {"id2label": {0: "cat", 1: "dog", 2: "cow"}, "label2id": {"cat": 0, "dog
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: [], {}, "members: none are given"),
-        (lambda: [tiny_resnet(), tiny_vit(4)], {}, r"member 0 \(ResNet.*num_labels=3, member 1 \(ViT.*num_labels=4"),
-        (lambda: [tiny_resnet(), tiny_vit(**NAMED)], {}, r"calls class 0 'LABEL_0', member 1 .* calls it 'cat'"),
-        (lambda: [tiny_vit(), tiny_bert()], {}, r"member 0 \(ViT.* is for image, member 1 \(Bert.* for text"),
-        (lambda: [tiny_vit(), ensemble()], {}, r"member 1 \(Collab.* is an ensemble itself: give its members"),
-        (lambda: [nn.Linear(2, 2)], {}, r"member 0 \(Linear\) is no model of Transformers with a config"),
-        (lambda: [tiny_timm()], {}, r"member 0 \(TimmLike.* is no classifier that AutoModelForImageClassification"),
-        (lambda: [tiny_vit()] * 2, {}, r"member 1 \(ViT.* was given before: give a copy"),
+        (lambda: [], {}, "members is empty"),
+        (
+            lambda: [tiny_resnet(), tiny_vit(4)],
+            {},
+            r"member 0 \(ResNet.*num_labels=3, but member 1 \(ViT.*num_labels=4",
+        ),
+        (lambda: [tiny_resnet(), tiny_vit(**NAMED)], {}, r"calls class 0 'LABEL_0', but member 1 .* calls it 'cat'"),
+        (lambda: [tiny_vit(), tiny_bert()], {}, r"member 0 \(ViT.* is for image, but member 1 \(Bert.* for text"),
+        (lambda: [tiny_vit(), ensemble()], {}, r"member 1 \(Collab.* is itself an ensemble: give its members"),
+        (lambda: [nn.Linear(2, 2)], {}, r"member 0 \(Linear\) is not a Transformers model with a config"),
+        (lambda: [tiny_timm()], {}, r"member 0 \(TimmLike.* is not a classifier that AutoModelForImageClassification"),
+        (lambda: [tiny_vit()] * 2, {}, r"member 1 \(ViT.* occurs twice: give a copy"),
         (
             lambda: [tiny_vit(problem_type="regression"), tiny_vit(problem_type="multi_label_classification")],
             {},
             r"member 0 .* has 'regression', member 1 .* has 'multi_label_classification'",
         ),
         (lambda: [tiny_vit()], {"prediction": "vote"}, "prediction='vote': choose one of sum, mean_probability"),
-        (lambda: [tiny_vit()], {"inputs": [0, 1]}, r"inputs=\[0, 1\]: one value for each of 1 members"),
-        (lambda: [tiny_vit(), tiny_resnet()], {"inputs": [0, 2]}, r"inputs=\[0, 2\]: number the distinct processors"),
-        (lambda: [tiny_vit()], {"sources": ["a", "b"]}, r"sources=\['a', 'b'\]: one value"),
+        (lambda: [tiny_vit()], {"inputs": [0, 1]}, r"inputs=\[0, 1\] must have one value for each of 1 members"),
+        (
+            lambda: [tiny_vit(), tiny_resnet()],
+            {"inputs": [0, 2]},
+            r"inputs=\[0, 2\] must number the distinct processors",
+        ),
+        (lambda: [tiny_vit()], {"sources": ["a", "b"]}, r"sources=\['a', 'b'\] must have one value"),
     ],
 )
 def test_what_cannot_work_together_is_named(make, options, message):
@@ -257,7 +265,7 @@ def test_code_from_the_hub_is_refused(monkeypatch):
 
 
 def test_a_config_without_members_is_refused():
-    with pytest.raises(OptionError, match="members: the config names none"):
+    with pytest.raises(OptionError, match="members: the config lists none"):
         CollaborativeModel(CollaborativeConfig())
     with pytest.raises(OptionError, match="task='sound': choose one of image, text"):
         CollaborativeConfig(task="sound")
@@ -464,9 +472,9 @@ def test_weights_are_never_read_from_a_pickle(saved, damaged):
 
 def test_a_plain_model_is_no_ensemble(tmp_path):
     tiny_vit().save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match="the config names none"):
+    with pytest.raises(OptionError, match="the config lists none"):
         CollaborativeModel.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="holds 0 members, the config is of 3"):
+    with pytest.raises(CheckpointError, match="contains 0 members, but the config is for 3"):
         CollaborativeModel.from_pretrained(tmp_path, config=ensemble().config)
 
 
@@ -525,7 +533,7 @@ def test_load_weights(saved, damaged):
     same_tensors(snapshot(other), snapshot(model))
     with pytest.raises(CheckpointError, match="member_1 is missing or damaged"):
         load_weights(CollaborativeModel.from_members([tiny_resnet(), tiny_swin(), tiny_vit()]), folder)
-    with pytest.raises(CheckpointError, match="holds 3 members, the config is of 2"):
+    with pytest.raises(CheckpointError, match="contains 3 members, but the config is for 2"):
         load_weights(CollaborativeModel.from_members([tiny_resnet(), tiny_vit()]), folder)
     truncate(damaged / "member_2" / "model.safetensors")
     with pytest.raises(CheckpointError, match="member_2 is missing or damaged"):

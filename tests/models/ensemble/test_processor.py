@@ -193,7 +193,7 @@ def test_no_code_from_files_is_run(tmp_path):
     assert type(hf.AutoImageProcessor.from_pretrained(tmp_path).processors[1]) is hf.EfficientNetImageProcessorPil
     content["processors"][1]["image_processor_type"] = "EvilImageProcessor"
     file.write_text(json.dumps(content))
-    with pytest.raises(OptionError, match=r"processors\[1\] is a 'EvilImageProcessor', which cannot be built"):
+    with pytest.raises(OptionError, match=r"processors\[1\] is a 'EvilImageProcessor', which cannot be created"):
         hf.AutoImageProcessor.from_pretrained(tmp_path)
 
 
@@ -208,10 +208,13 @@ def test_a_class_that_is_no_image_processor_is_named(name):
     ("text", "message"),
     [
         ('{"processors": [', r"cannot be read \(.*not a valid JSON"),
-        ('{"image_processor_type": "CollaborativeImageProcessor"}', "'processors' holds None"),
-        ('{"processors": []}', r"'processors' holds \[\]"),
-        ('{"processors": [{"size": 3}]}', r"'processors' holds \{'size': 3\}, no settings with .*image_processor_type"),
-        ('{"processors": "ViT"}', "'processors' holds 'ViT'"),
+        ('{"image_processor_type": "CollaborativeImageProcessor"}', "'processors' contains None"),
+        ('{"processors": []}', r"'processors' contains \[\]"),
+        (
+            '{"processors": [{"size": 3}]}',
+            r"'processors' contains \{'size': 3\}, not settings with .*image_processor_type",
+        ),
+        ('{"processors": "ViT"}', "'processors' contains 'ViT'"),
         (None, "cannot be read"),
     ],
 )

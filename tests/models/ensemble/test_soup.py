@@ -102,19 +102,21 @@ def test_other_ancestors_are_refused_unless_said_to_be_one(ancestors, told):
 
 def test_other_classes_and_shapes_are_refused():
     mixed = CollaborativeModel.from_members([tiny_vit(), tiny_resnet()])
-    with pytest.raises(OptionError, match="member 0 is a ViT.*, member 1 a ResNet.*: only members of one class"):
+    with pytest.raises(
+        OptionError, match="member 0 is a ViT.*, but member 1 is a ResNet.*: only members of the same class"
+    ):
         mixed.soup(same_ancestor=True)
     sizes = CollaborativeModel.from_members([tiny_vit(), tiny_vit(intermediate_size=24)])
     with pytest.raises(
-        OptionError, match=r"is \(32, 16\) in member 0 and \(24, 16\) in member 1: only members of equal"
+        OptionError, match=r"is \(32, 16\) in member 0, but \(24, 16\) in member 1: only members of equal"
     ):
         sizes.soup(same_ancestor=True)
     depths = CollaborativeModel.from_members([tiny_vit(), tiny_vit(num_hidden_layers=4)])
-    with pytest.raises(OptionError, match=r"is None in member 0 and \(.*\) in member 1"):
+    with pytest.raises(OptionError, match=r"is None in member 0, but \(.*\) in member 1"):
         depths.soup(same_ancestor=True)
 
 
 def test_members_of_different_processors_are_refused():
     model = CollaborativeModel.from_members([tiny_resnet(), tiny_resnet(seed=1)], inputs=[0, 1])
-    with pytest.raises(OptionError, match="what 2 different processors make"):
+    with pytest.raises(OptionError, match="the members use 2 different processors"):
         model.soup(same_ancestor=True)

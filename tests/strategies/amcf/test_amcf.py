@@ -326,11 +326,11 @@ def test_recorded_members_train_as_computed_ones(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frozen": [7, 0]}, r"frozen=\[7, 0\]: member 0 has 7 layers, of which 0 to 6 can stay frozen, not 7"),
-        ({"frozen": [0, -1]}, r"member 1 has 22 layers, of which 0 to 21 can stay frozen, not -1"),
-        ({"frozen": [1]}, r"has 1 numbers for 2 members"),
-        ({"frozen": [0, 0], "source_models": ["a"]}, "names 1 models and the model has 2 members"),
-        ({"source_models": ["a", "b", "c"]}, "names 3 models and the model has 2 members"),
+        ({"frozen": [7, 0]}, r"frozen=\[7, 0\]: member 0 has 7 layers, so 0 to 6 of them can be frozen, not 7"),
+        ({"frozen": [0, -1]}, r"member 1 has 22 layers, so 0 to 21 of them can be frozen, not -1"),
+        ({"frozen": [1]}, r"has 1 values for 2 members"),
+        ({"frozen": [0, 0], "source_models": ["a"]}, "names 1 models, but the model has 2 members"),
+        ({"source_models": ["a", "b", "c"]}, "names 3 models, but the model has 2 members"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_training(options, message, tmp_path):
@@ -374,7 +374,7 @@ def test_only_what_fits_several_members_takes_them(name, tmp_path):
             moved = [n for n in before if n.startswith(member) and n in after and not torch.equal(before[n], after[n])]
             assert any("classifier" in n for n in moved), f"the head of {member} did not train"
     else:
-        with pytest.raises(OptionError, match=f"{name} goes by the layers and the head of one network"):
+        with pytest.raises(OptionError, match=f"{name} needs the layers and the head of a single network"):
             set_up(tiny_collaborative(), kind(**options), states={})
 
 

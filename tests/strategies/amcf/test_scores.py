@@ -72,27 +72,27 @@ def test_visits_count_each_generation_and_what_a_stopped_one_trained(some):
 
 def test_verdict(some):
     assert some.verdict() == (
-        "12 of 52 layers of mobilenet_v2 and 30 of 49 of efficientnet-lite0 stay frozen (balanced accuracy 0.930 on "
-        "held-out training samples); 5 distinct positions of 6 visits were trained, 1 of them pruned; with nothing "
-        "frozen 0.900."
+        "12 of 52 layers of mobilenet_v2 and 30 of 49 of efficientnet-lite0 frozen (balanced accuracy 0.930 on "
+        "held-out training samples); 5 distinct positions were trained in 6 visits, 1 of them pruned; with nothing "
+        "frozen: 0.900."
     )
     best = some.evaluations[0]
     stopped = record([best], stopped="after 2 hours.").verdict()
-    assert stopped.endswith("1 distinct positions of 1 visits were trained. The search ended early: after 2 hours.")
+    assert stopped.endswith("1 distinct positions were trained in 1 visits. The search ended early: after 2 hours.")
 
 
 def test_verdict_where_trainings_were_pruned_or_diverged():
     pruned = record([Evaluation((0, 0), 0.5, pruned=True)])
     assert pruned.verdict().startswith("no position was trained to the end with a finite score; 1 distinct")
-    assert pruned.verdict().endswith("with nothing frozen 0.500 (pruned).")
-    assert record([Evaluation((0, 0), -math.inf)]).verdict().endswith("with nothing frozen training diverged.")
+    assert pruned.verdict().endswith("with nothing frozen: 0.500 (pruned).")
+    assert record([Evaluation((0, 0), -math.inf)]).verdict().endswith("with nothing frozen: training diverged.")
 
 
 @pytest.mark.parametrize(
     ("layers", "start"),
     [
-        ((5,), "1 of 5 layers of a stay frozen (accuracy 0.500"),
-        ((5, 6, 7), "1 of 5 layers of a, 1 of 6 of b and 1 of 7 of c stay frozen (accuracy 0.500"),
+        ((5,), "1 of 5 layers of a frozen (accuracy 0.500"),
+        ((5, 6, 7), "1 of 5 layers of a, 1 of 6 of b and 1 of 7 of c frozen (accuracy 0.500"),
     ],
 )
 def test_verdict_for_any_number_of_models(layers, start):
@@ -142,14 +142,14 @@ def test_generation_holds_the_very_numbers_of_the_swarm():
 def test_a_file_with_a_gap_is_refused(missing, some):
     content = some.to_dict()
     del content[missing]
-    with pytest.raises(CheckpointError, match=f"no swarm scores: '{missing}' is missing"):
+    with pytest.raises(CheckpointError, match=f"not swarm scores: '{missing}' is missing"):
         SwarmScores.from_dict(content)
 
 
 def test_a_damaged_file_is_refused(some):
     content = some.to_dict()
     content["evaluations"][0]["position"] = [52, 0]
-    with pytest.raises(CheckpointError, match=r"damaged \(position \(52, 0\) does not fit"):
+    with pytest.raises(CheckpointError, match=r"damaged \(position \(52, 0\) does not match"):
         SwarmScores.from_dict(content)
     content["evaluations"] = 3
     with pytest.raises(CheckpointError, match="damaged"):
@@ -164,10 +164,10 @@ def test_a_damaged_file_is_refused(some):
         (lambda: generation([(1.0, 1.0)], [math.nan]), "score of a generation is nan"),
         (lambda: generation([(1.0, 1.0)], [0.1, 0.2]), "1 positions, 2 velocities and 2 scores"),
         (lambda: Generation((), (), ()), "0 positions, 0 velocities and 0 scores"),
-        (lambda: record([Evaluation((1, -1), 0.5)]), r"position \(1, -1\) does not fit"),
-        (lambda: record([Evaluation((1,), 0.5)]), r"position \(1,\) does not fit"),
-        (lambda: record([Evaluation((1, 1), 0.5)] * 2), r"position \(1, 1\) has two evaluations"),
-        (lambda: record([], [generation([(1.0, 49.0)], [0.5])]), r"position \(1, 49\) does not fit"),
+        (lambda: record([Evaluation((1, -1), 0.5)]), r"position \(1, -1\) does not match"),
+        (lambda: record([Evaluation((1,), 0.5)]), r"position \(1,\) does not match"),
+        (lambda: record([Evaluation((1, 1), 0.5)] * 2), r"position \(1, 1\) was evaluated twice"),
+        (lambda: record([], [generation([(1.0, 49.0)], [0.5])]), r"position \(1, 49\) does not match"),
         (lambda: SwarmScores("accuracy", ("a",), (2, 3)), "differ in length"),
         (lambda: SwarmScores("accuracy", (), ()), "members is empty"),
     ],
@@ -289,7 +289,7 @@ def test_plots_of_a_search_that_found_little(layers, score, drawn, tmp_path):
 def test_plots_refuse_what_they_cannot_show(some, tmp_path):
     three = searched(tuple("abc"), (3, 4, 5), sum)
     plot_swarm(three, tmp_path / "swarm.png")
-    with pytest.raises(OptionError, match="one or two models, not the 3 .* take plot_swarm"):
+    with pytest.raises(OptionError, match="one or two models, not the 3 .* use plot_swarm"):
         plot_scores(three, tmp_path / "scores.png")
     with pytest.raises(OptionError, match="no finished generation"):
         plot_swarm(record(some.evaluations), tmp_path / "none.png")

@@ -161,7 +161,7 @@ def test_a_budget_and_patience_end_it(tmp_path, fitted):
     patient = searching(tmp_path, iterations=4, patience=1).run()
     bests = [max(generation.scores) for generation in patient.generations]
     if patient.stopped:
-        assert "did not grow for 1 moves" in patient.stopped and max(bests[:-1]) >= bests[-1]
+        assert "has not improved for 1 iterations" in patient.stopped and max(bests[:-1]) >= bests[-1]
     assert all(b > max(bests[:i]) for i, b in enumerate(bests) if 0 < i < len(bests) - 1), "it went on while it grew"
 
 

@@ -292,7 +292,7 @@ def test_more_of_the_optimum_is_found_than_by_random_search():
     ("call", "message"),
     [
         (lambda: begin([]), "layers is empty"),
-        (lambda: begin([5, 0]), r"layers=\[5, 0\] has a number below 1"),
+        (lambda: begin([5, 0]), r"layers=\[5, 0\] has an entry below 1"),
         (lambda: velocity_bound([-1]), "below 1"),
         (lambda: begin(LAYERS, particles=0), "particles=0 is less than 1"),
         (lambda: begin(LAYERS, seed=-1), "seed=-1 is negative"),
@@ -302,7 +302,7 @@ def test_more_of_the_optimum_is_found_than_by_random_search():
         (lambda: remember(begin(LAYERS, 2), [0.1, math.nan]), r"scores\[1\] is nan"),
         (lambda: step(begin(LAYERS, 1), [0.1], LAYERS, iterations=0), "iterations=0"),
         (lambda: move(run(LAYERS, wave, iterations=2)[-1], LAYERS, iterations=2), "raise iterations"),
-        (lambda: move(begin(LAYERS, 1), (49, 20, 7)), r"layers=\[49, 20, 7\] does not fit"),
+        (lambda: move(begin(LAYERS, 1), (49, 20, 7)), r"layers=\[49, 20, 7\] does not match"),
     ],
 )
 def test_errors_name_the_value(call, message):

@@ -228,7 +228,7 @@ def test_samples_without_augmentation_are_searched_on(tmp_path):
     )
     assert torch.equal(trainer.context().samples.read([3, 1])["pixel_values"], plain[[3, 1]]["pixel_values"])
     trainer.plain_train_dataset = plain.select(range(5))
-    with pytest.raises(OptionError, match="plain_train_dataset has 5 samples, train_dataset 32"):
+    with pytest.raises(OptionError, match="plain_train_dataset has 5 samples, but train_dataset has 32"):
         trainer.train()
 
 
@@ -307,11 +307,11 @@ def test_named_targets_are_kept_to_the_block(tmp_path):
     model = tiny_bert()
     (surgery,) = config.plan(model, None).surgery
     assert surgery.targets == ("bert.encoder.layer.1.attention.self.query",)
-    with pytest.raises(OptionError, match="can take an adapter"):
+    with pytest.raises(OptionError, match="supports an adapter"):
         BlockwiseConfig(block="stage1", tuner=LoraConfig(target_modules=["nowhere"])).plan(model, None)
     with pytest.raises(OptionError, match="PromptTuningConfig adapts no modules"):
         BlockwiseConfig(block="stage1", tuner=PromptTuningConfig(num_virtual_tokens=2)).plan(model, None)
-    with pytest.raises(OptionError, match="PEFT refuses LoraConfig"):
+    with pytest.raises(OptionError, match="PEFT rejects LoraConfig"):
         make_trainer(model, BlockwiseConfig(block="stage1", tuner=LoraConfig(r=0)), tmp_path).train()
 
 
@@ -329,8 +329,8 @@ def test_other_adapters(tmp_path):
     [
         ({"block": "stage9"}, r"no candidate 'stage9'.*stem, stage0, stage1"),
         ({"block": 7}, r"no candidate 7.*stem, stage0, stage1"),
-        ({"block": 0, "scheme": "window", "length": 99}, "length=99 does not fit: the network has 8 layers"),
-        ({"block": "top2", "scheme": "top_layers"}, "needs that search's scores"),
+        ({"block": 0, "scheme": "window", "length": 99}, "length=99 must be between 1 and 8, the number of layers"),
+        ({"block": "top2", "scheme": "top_layers"}, "needs that search's ranking"),
     ],
 )
 def test_a_block_that_does_not_exist(options, message, tmp_path):
@@ -356,8 +356,8 @@ def test_options_that_cannot_be(options, message):
     ("options", "message"),
     [
         ({"metric": "f2"}, "metric='f2' is unknown: choose loss, accuracy"),
-        ({"validation": 0.001}, r"validation=0.001 of 32 training samples leaves 32 to train and 0 to score on"),
-        ({"scheme": "window", "length": 99}, "length=99 does not fit"),
+        ({"validation": 0.001}, r"validation=0.001 of 32 training samples leaves 32 to train on and 0 to score on"),
+        ({"scheme": "window", "length": 99}, "length=99 must be between 1 and 8"),
         ({"storage": "/no/such/folder/x.db"}, "/no/such/folder"),
         ({"storage": "oracle+nothing://x"}, "oracle"),
     ],

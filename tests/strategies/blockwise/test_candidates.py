@@ -289,7 +289,9 @@ def test_functional_activations_cut_at_the_ends_of_blocks(caplog):
     model = Plain(Functional(), Functional())
     with caplog.at_level(logging.WARNING):
         assert segments(model) == [(0,), (1, 2), (3, 4)]
-    assert "Plain: no block has a pooling or activation module" in caplog.text and "blocks' ends" in caplog.text
+    assert (
+        "Plain: no block contains a pooling or activation module" in caplog.text and "where blocks end" in caplog.text
+    )
 
 
 def test_no_warning_where_activations_are_modules(caplog):
@@ -436,7 +438,7 @@ def test_top_layers_are_unions():
 
 @pytest.mark.parametrize("ranked", [[], [0, 0], [8], [-1], [0, 1, 99]])
 def test_top_layers_refuses_what_is_no_ranking(ranked):
-    with pytest.raises(OptionError, match="layer indices from 0 to 7, each once"):
+    with pytest.raises(OptionError, match="distinct layer indices from 0 to 7"):
         top_layers(tiny_resnet(), ranked)
 
 
@@ -464,7 +466,9 @@ def test_find_by_name_and_index():
 
 @pytest.mark.parametrize("wanted", ["stage2", "layer1", "", 3, -4])
 def test_find_lists_what_there_is(wanted):
-    with pytest.raises(OptionError, match=r"no candidate .*there are stem, stage0, stage1: .*from 0 to 2 \(-1"):
+    with pytest.raises(
+        OptionError, match=r"no candidate .*the candidates are stem, stage0, stage1: .*from 0 to 2 \(-1"
+    ):
         find_candidate(candidates(tiny_resnet(), "stage"), wanted)
 
 
@@ -493,11 +497,11 @@ def test_last_quarter():
     [
         (
             {"scheme": "stages"},
-            "scheme='stages' is unknown. There are: layer, top_layers, segment, window, stage, block",
+            "scheme='stages' is unknown. Choose one of layer, top_layers, segment, window, stage, block",
         ),
-        ({"scheme": "top_layers"}, "needs that search's scores: hf_ft.strategies.blockwise.candidates.top_layers"),
-        ({"scheme": "window", "length": 9}, "length=9 does not fit: the network has 8 layers, so from 1 to 8"),
-        ({"scheme": "window", "length": 0}, "length=0 does not fit"),
+        ({"scheme": "top_layers"}, "needs that search's ranking: hf_ft.strategies.blockwise.candidates.top_layers"),
+        ({"scheme": "window", "length": 9}, "length=9 must be between 1 and 8, the number of layers"),
+        ({"scheme": "window", "length": 0}, "length=0 must be between 1 and 8"),
         ({"scheme": "layer", "head": "nowhere"}, "no module 'nowhere'"),
         ({"scheme": "layer", "blocks": "nothing"}, "Found no blocks by blocks='nothing'"),
     ],
@@ -511,7 +515,7 @@ def test_refused(keywords, message):
 def test_refused_where_all_is_frozen():
     model = tiny_resnet()
     model.resnet.requires_grad_(False)
-    with pytest.raises(OptionError, match="outside the head no parameter is free to train"):
+    with pytest.raises(OptionError, match="all parameters outside the head are frozen"):
         candidates(model, "stage")
     assert weight_layers(model) == ()
 

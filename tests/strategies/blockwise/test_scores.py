@@ -99,7 +99,7 @@ def test_round_trip(some):
 def test_a_file_with_a_gap_is_refused(missing, some):
     content = some.to_dict()
     del content[missing]
-    with pytest.raises(ValueError, match=f"no block scores: '{missing}' is missing"):
+    with pytest.raises(ValueError, match=f"not block scores: '{missing}' is missing"):
         BlockScores.from_dict(content)
 
 
@@ -120,10 +120,10 @@ def test_table_and_markdown(some):
     )
     assert "| window6-7 | Q4 | 6-7 | 20 | 0.800 ± 0.071 | 4 | 3 | best |" in text
     assert "- best: window6-7, 0.800 ± 0.071, quarter 4\n" in text
-    assert "- last of the fourth quarter, no search: window6-7, " in text and "- head only: head, 0.550" in text
+    assert "- last of the fourth quarter, without search: window6-7, " in text and "- head only: head, 0.550" in text
     alone = found(some.scores[1], seeds=(0,), baselines=False)
     assert "one seed" in alone.markdown() and "- best: none\n- best in the fourth quarter: none\n" in alone.markdown()
-    assert "no search: window5-6, 0.900, quarter 3, pruned" in alone.markdown()
+    assert "without search: window5-6, 0.900, quarter 3, pruned" in alone.markdown()
 
 
 @pytest.mark.parametrize(

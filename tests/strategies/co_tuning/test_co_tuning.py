@@ -99,7 +99,8 @@ def test_what_comes_out(tmp_path):
     assert not has_source_head(whole.model)
     assert whole.states["co_tuning"].tensors["relationship"].shape == (3, 5)
     card = (tmp_path / "checkpoint-8" / "README.md").read_text()
-    assert "target class 0 is most like" in card and "Co-Tuning for Transfer Learning" in card
+    assert "source class of each target class" in card and " for 0 (" in card
+    assert "Co-Tuning for Transfer Learning" in card
     resumed = make_trainer(tiny_vit(), CoTuningConfig(), tmp_path / "again", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(whole.model))

@@ -311,16 +311,16 @@ def test_bad_samples(call):
     with pytest.raises(OptionError, match=re.escape("logits (0, 3) are empty")):
         call(logits[:0], labels[:0])
     for one, other in ((logits, labels[:-1]), (logits[0], labels[0]), (logits, labels.double()), (logits, logits)):
-        with pytest.raises(OptionError, match="do not fit"):
+        with pytest.raises(OptionError, match="do not match: expected"):
             call(one, other)
 
 
 @pytest.mark.parametrize("relationship", RELATIONSHIPS)
 def test_bad_options(relationship):
     logits, labels = samples()
-    with pytest.raises(OptionError, match=r"no sample of target class 3, 4 \(of classes=5\): give more samples"):
+    with pytest.raises(OptionError, match=r"no samples of target class 3, 4 \(classes=5\): add some"):
         relationship(logits, labels, 5)
-    with pytest.raises(OptionError, match=r"no sample of target class 3, 4, 5, 6, 7, \.\.\. \(of"):
+    with pytest.raises(OptionError, match=r"no samples of target class 3, 4, 5, 6, 7, \.\.\. \(classes="):
         relationship(logits, labels, 50)
     for bad in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(OptionError, match=f"temperature={bad} must be a positive number"):
@@ -332,5 +332,5 @@ def test_bad_folds_and_misfits():
     with pytest.raises(OptionError, match="folds=1 leaves nothing to hold out"):
         reverse_relationship(logits, labels, 3, folds=1)
     for targets in (torch.zeros(30, 4), torch.zeros(30), labels):
-        with pytest.raises(ValueError, match="take the relationship's row of each label"):
+        with pytest.raises(ValueError, match="index the relationship by the labels"):
             relationship_loss(logits, targets)

@@ -138,7 +138,7 @@ def test_measuring_leaves_the_model_and_options_are_kept(tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     assert load_configs(tmp_path / "saved") == (config,)
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "1901.09229" in card and "heaviest channel" in card
+    assert "1901.09229" in card and "Largest channel weight" in card
 
 
 def test_alpha_zero_measures_nothing():
@@ -181,7 +181,7 @@ def test_layers_are_checked_when_the_trainer_is_made(tmp_path):
 
 
 def test_layers_that_cannot_be():
-    with pytest.raises(OptionError, match="no module 'resnet.layer9'.*default would be.*There are: resnet, "):
+    with pytest.raises(OptionError, match="no module 'resnet.layer9'.*default would be.*The modules are resnet, "):
         DELTAConfig(layers=("resnet.layer9",), weights="uniform").plan(tiny_resnet(), State())
     with pytest.raises(OptionError, match="no weights were measured for layer"):
         DELTAConfig().plan(tiny_resnet(), State())
@@ -190,7 +190,7 @@ def test_layers_that_cannot_be():
 @pytest.mark.slow
 def test_a_layer_without_channels(tmp_path):
     config = DELTAConfig(layers=("classifier",), weights="uniform")
-    with pytest.raises(OptionError, match=r"'classifier' gives \(8, 3\).*before the pooling"):
+    with pytest.raises(OptionError, match=r"'classifier' outputs \(8, 3\).*before the pooling"):
         train(tiny_resnet(), config, tmp_path)
     with pytest.raises(OptionError, match="no channels to weigh"):
         train(tiny_resnet(), DELTAConfig(layers=("classifier",)), tmp_path)

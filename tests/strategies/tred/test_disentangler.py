@@ -118,7 +118,7 @@ def test_with_all_three_terms_the_nuisance_is_near_chance(kind):
 def test_the_papers_max_mmd_alone_ends_at_p_equal_to_f(kind, seed):
     figures, found = read_back(seed, kind, dataclasses.replace(MAX_MMD, bottleneck=0))
     assert figures["Pu"] > 0.95 and figures["Py"] > 0.95
-    assert found.figures["n_varies"] < 0.02 and found.verdict.startswith("P is F")
+    assert found.figures["n_varies"] < 0.02 and found.verdict.startswith("P equals F")
 
 
 @pytest.mark.slow
@@ -354,12 +354,12 @@ SOUND = {
     "change, verdict",
     [
         ({}, ""),
-        ({"p_share": 1.0, "n_share": 0.0, "n_varies": 0.0}, "P is F"),
+        ({"p_share": 1.0, "n_share": 0.0, "n_varies": 0.0}, "P equals F"),
         ({"p_share": 1.8, "n_share": 1.5, "n_varies": 0.0}, "P and N are F plus and minus an offset"),
         ({"p_share": 0.01, "p_varies": 0.0, "n_share": 1.0}, "P is zero"),
         ({"p_varies": 0.0}, "P is constant"),
-        ({"reconstruction": 0.5}, "P + N is not F"),
-        ({"accuracy": 0.3}, "P does not tell the label"),
+        ({"reconstruction": 0.5}, "P + N does not reconstruct F"),
+        ({"accuracy": 0.3}, "P does not predict the label"),
         ({"p_share": math.nan}, "Stage one diverged"),
     ],
 )
@@ -368,7 +368,7 @@ def test_every_collapse_has_its_name(change, verdict):
 
 
 @pytest.mark.parametrize(
-    "logit, bias, verdict", [(9.0, 0, "P is F"), (-9.0, 0, "P is zero"), (None, 9.0, "P and N are F plus")]
+    "logit, bias, verdict", [(9.0, 0, "P equals F"), (-9.0, 0, "P is zero"), (None, 9.0, "P and N are F plus")]
 )
 def test_figures_of_constructed_collapses(logit, bias, verdict):
     features, labels, _ = synthetic(0)
@@ -398,13 +398,13 @@ def test_runs_that_collapse_say_so():
     features, labels, _ = synthetic(0)
     options = {"samples": 200, "epochs": 10}
     kept = learn(features, labels, weights=Weights(mmd=1, information=0, bottleneck=0), **options)
-    assert kept.verdict.startswith("P is F")
+    assert kept.verdict.startswith("P equals F")
     apart = learn(features, labels, kind="branches", weights=Weights(reconstruction=0, mmd=3), **options)
-    assert apart.verdict.startswith(("P + N is not F", "P and N are F plus"))
+    assert apart.verdict.startswith(("P + N does not reconstruct F", "P and N are F plus"))
     # Labels at random: nothing of the features is theirs.
     noise = torch.randint(2, (1000,), generator=torch.Generator().manual_seed(99))
     empty = learn(features[:1000], noise, weights=MIN_MI, epochs=10)
-    assert empty.verdict.startswith(("P is zero", "P does not tell")) and empty.figures["p_share"] < 0.2
+    assert empty.verdict.startswith(("P is zero", "P does not predict")) and empty.figures["p_share"] < 0.2
     gone = learn(features[:1000], noise, weights=Weights(bottleneck=10, mmd=0), epochs=10, lr=2.0)
     assert gone.verdict.startswith("P is zero")
 

@@ -194,7 +194,7 @@ def test_a_collapse_is_said(tmp_path, told):
     )  # fmt: skip
     trainer.train()
     verdict = trainer.states["tred"].info["verdict"]
-    assert verdict.startswith(("P is F", "P and N are F", "P does not"))
+    assert verdict.startswith(("P equals F", "P and N are F", "P does not"))
     assert any("went wrong" in record.getMessage() for record in told.records)
     assert any("disentangling, epoch 30: classification" in record.getMessage() for record in told.records)
     assert "It went wrong" in trainer.configs[0].learned(trainer.states["tred"])
@@ -232,11 +232,13 @@ def test_what_can_never_work(tmp_path):
         make_trainer(tiny_resnet(), "tred", tmp_path / "out", per_device_train_batch_size=1)
     assert not (tmp_path / "out").exists()
     make_trainer(tiny_vit(), TREDConfig(criterion="none"), tmp_path / "ok", per_device_train_batch_size=1)
-    with pytest.raises(OptionError, match="no module 'stage9'.*default would be resnet.encoder.stages.1.*There are"):
+    with pytest.raises(
+        OptionError, match="no module 'stage9'.*default would be resnet.encoder.stages.1.*The modules are"
+    ):
         train(tiny_resnet(), TREDConfig(layer="stage9"), tmp_path / "layer")
-    with pytest.raises(OptionError, match="'resnet.encoder.stages' gave nothing"):
+    with pytest.raises(OptionError, match="'resnet.encoder.stages' produced no output"):
         train(tiny_resnet(), TREDConfig(layer="resnet.encoder.stages"), tmp_path / "list")
-    with pytest.raises(OptionError, match="looks at the data before it plans"):
+    with pytest.raises(OptionError, match="measures the data before planning"):
         TREDConfig().plan(tiny_resnet(), State())
     with pytest.raises(OptionError, match="holds no disentangler"):
         TREDConfig().plan(tiny_resnet(), State(info={"layer": "resnet.encoder.stages.1"}))
@@ -280,7 +282,7 @@ def test_a_disentangler_of_other_channels(tmp_path):
     wide = train(tiny_resnet(hidden_sizes=[8, 24]), TREDConfig(**SHORT), tmp_path / "wide", **FEW)
     trainer = make_trainer(tiny_resnet(), TREDConfig(**SHORT), tmp_path / "narrow", **FEW)
     trainer._known_states = dict(wide.states)
-    with pytest.raises(ValueError, match=r"for 24 channels, the features \(8, 16, 4, 4\) have 16"):
+    with pytest.raises(ValueError, match=r"for 24 channels, but the features \(8, 16, 4, 4\) have 16"):
         trainer.train()
 
 
@@ -318,5 +320,5 @@ def test_on_a_real_network(disentangler, tmp_path):
 
 def test_nothing_to_plot(tmp_path):
     trainer = make_trainer(tiny_vit(), TREDConfig(criterion="none"), tmp_path)
-    with pytest.raises(OptionError, match="holds no disentangling"):
+    with pytest.raises(OptionError, match="has no disentangling"):
         plot_disentangling(trainer._states()["tred"].info, tmp_path / "plot.png")

@@ -14,10 +14,10 @@ from hf_ft.documents.text import NONE, code, duration, plain
 FIRST = 20  # number of skipped rows listed
 
 
-def record_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
+def record_sections(results: Results, standings: Sequence[Standing]) -> list[Section]:
     """All non-empty sections of the appendix."""
-    made = (data(results), problems(found), advice(results), about(results, found))
-    return [section for section in made if section is not None]
+    sections = (data(results), problems(standings), advice(results), about(results, standings))
+    return [section for section in sections if section is not None]
 
 
 def data(results: Results) -> Section:
@@ -54,32 +54,32 @@ def _which(rows: int | Sequence[Any]) -> str:
     return ": " + "; ".join(map(plain, rows[:FIRST])) + more
 
 
-def problems(found: Sequence[Standing]) -> Section | None:
+def problems(standings: Sequence[Standing]) -> Section | None:
     """Contenders that could not run, failures and warnings; None if there were none."""
-    stopped = tuple((s.name, s.contender.status, s.contender.reason or NONE) for s in found if s.rank is None)
+    stopped = tuple((s.name, s.contender.status, s.contender.reason or NONE) for s in standings if s.rank is None)
     failed = tuple(
-        (standing.name, f"trial {number}" if kind == "trial" else f"run of seed {training.seed}", training.error)
-        for standing in found
+        (standing.name, f"trial {number}" if kind == "trial" else f"run with seed {training.seed}", training.error)
+        for standing in standings
         for kind, trainings in (("trial", standing.contender.trials), ("final run", standing.contender.runs))
         for number, training in enumerate(trainings, start=1)
         if training.error
     )
-    warned = [f"{standing.name}: {note}." for standing in found for note in _notes(standing)]
+    warned = [f"{standing.name}: {note}." for standing in standings for note in _notes(standing)]
     blocks: list[Block] = []
     if stopped:
-        blocks.append(Table("Strategies without a rank", ("strategy", "status", "why"), stopped))
+        blocks.append(Table("Unranked strategies", ("strategy", "status", "reason"), stopped))
     if failed:
-        blocks.append(Table("Trainings that failed", ("strategy", "training", "error"), failed))
+        blocks.append(Table("Failed runs", ("strategy", "run", "error"), failed))
     if warned:
-        blocks += [Text("What was said in the course of it:"), Bullets(tuple(warned))]
-    title = "What did not run, and warnings" if stopped or failed else "Warnings"
+        blocks += [Text("Warnings during the comparison:"), Bullets(tuple(warned))]
+    title = "Failures and warnings" if stopped or failed else "Warnings"
     return Section("problems", title, tuple(blocks)) if blocks else None
 
 
 def _notes(standing: Standing) -> list[str]:
     contender = standing.contender
-    said = [w for training in (*contender.trials, *contender.runs) for w in training.warnings]
-    return [str(note).rstrip(".") for note in dict.fromkeys((*contender.notes, *said))]
+    warnings = [w for training in (*contender.trials, *contender.runs) for w in training.warnings]
+    return [str(note).rstrip(".") for note in dict.fromkeys((*contender.notes, *warnings))]
 
 
 def advice(results: Results) -> Section | None:
@@ -95,12 +95,12 @@ def advice(results: Results) -> Section | None:
     )
     if not rows:
         return None
-    lead = "Cheap measurements on the training data proposed this order, before anything was trained."
-    table = Table("Advised order", ("strategy", "place", "reasons"), rows)
-    return Section("advice", "What was advised", (Text(lead), table))
+    lead = "Cheap measurements on the training data suggested this order before any training."
+    table = Table("Advised order", ("strategy", "rank", "reasons"), rows)
+    return Section("advice", "Advice", (Text(lead), table))
 
 
-def about(results: Results, found: Sequence[Standing]) -> Section:
+def about(results: Results, standings: Sequence[Standing]) -> Section:
     """Command, settings, versions, machine, and the papers of the strategies."""
     shared = (("settings", results.settings), ("model", results.model), ("machine", results.machine))
     tables = Tables(
@@ -110,25 +110,25 @@ def about(results: Results, found: Sequence[Standing]) -> Section:
             if content
         )
     )
-    lead = f"It took {duration(results.seconds)} in all. This command makes it again:"
+    lead = f"The comparison took {duration(results.seconds)} in total. To run it again:"
     command = Listing(results.command, "bash")
-    return Section("about", "How it was made", (Text(lead), command, tables, strategies_table(found)))
+    return Section("about", "About this comparison", (Text(lead), command, tables, strategies_table(standings)))
 
 
-def strategies_table(found: Sequence[Standing]) -> Table:
+def strategies_table(standings: Sequence[Standing]) -> Table:
     """The description and paper of each strategy."""
     known = strategies()
     rows: list[tuple[str | Link, ...]] = []
     for name in dict.fromkeys(
-        str(config.get("ft_type")) for standing in found for config in standing.contender.configs
+        str(config.get("ft_type")) for standing in standings for config in standing.contender.configs
     ):
         config = known.get(name)
         if config is None:
-            rows.append((name, "a strategy from elsewhere", NONE))
+            rows.append((name, "a custom strategy", NONE))
             continue
         summary = (config.__doc__ or "").strip().splitlines()[0]
         rows.append((name, summary, _cited(config.paper)))
-    return Table("The strategies", ("strategy", "what it does", "paper"), tuple(rows))
+    return Table("Strategies", ("strategy", "summary", "paper"), tuple(rows))
 
 
 def _cited(paper: Paper | None) -> str | Link:

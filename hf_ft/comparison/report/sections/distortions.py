@@ -22,9 +22,9 @@ Measures = Mapping[str, float]
 Blocks = Mapping[str, Measures]
 
 
-def distortion(found: Sequence[Standing]) -> Section | None:
+def distortion(standings: Sequence[Standing]) -> Section | None:
     """Charts and tables; None if no distortion was measured."""
-    measured = {standing.name: mean_distortion(standing.contender.finished_runs) for standing in found}
+    measured = {standing.name: mean_distortion(standing.contender.finished_runs) for standing in standings}
     measured = {name: splits for name, splits in measured.items() if splits}
     if not measured:
         return None
@@ -35,27 +35,27 @@ def distortion(found: Sequence[Standing]) -> Section | None:
     kinds = dict(zip(splits, KINDS, strict=False))
     charts = tuple(_chart(name, of_one, kinds, x, y) for name, of_one in measured.items())
     lead = (
-        "The distance between the features before and after training, relative to those before, as a mean over samples "
-        "and seeds: 0 is unmoved. Of several models that train together each has its own line. Kumar et al. (2022) "
-        "relate large distances to worse scores on other data."
+        "The distance between the features before and after training, relative to those before, averaged over samples "
+        "and seeds: 0 means unchanged. In an ensemble, each model has its own line. Kumar et al. (2022) relate large "
+        "distances to worse scores out of distribution."
     )
-    caption = "Relative L2 distance, from the first block to what goes into the head. All charts have the same axes."
+    caption = "Relative L2 distance, from the first block to the head's input. All charts have the same axes."
     key = tuple((kind, in_words(split) + (", dashed" if kind == "second" else "")) for split, kind in kinds.items())
     figure = Figure(caption, charts, distortion_table(measured), key)
-    return Section("distortion", "How far the features moved", (Text(lead), figure))
+    return Section("distortion", "Feature distortion", (Text(lead), figure))
 
 
 def mean_distortion(runs: Sequence[Training]) -> dict[str, dict[str, dict[str, float]]]:
     """Mean over runs, by split, block and measure."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    values_by_split: dict[str, dict[str, dict[str, list[float]]]] = {}
     for run in runs:
         for split, blocks in run.distortion.items():
             for block, measures in blocks.items():
                 for measure, value in measures.items():
-                    found.setdefault(split, {}).setdefault(block, {}).setdefault(measure, []).append(value)
+                    values_by_split.setdefault(split, {}).setdefault(block, {}).setdefault(measure, []).append(value)
     return {
         split: {block: {name: statistics.fmean(values) for name, values in m.items()} for block, m in blocks.items()}
-        for split, blocks in found.items()
+        for split, blocks in values_by_split.items()
     }
 
 
@@ -65,15 +65,15 @@ def in_words(split: str) -> str:
 
 def by_model(blocks: Blocks) -> dict[str, list[Measures]]:
     """The blocks of each model in order; with several models, blocks are named like ``member0_block3``."""
-    found: dict[str, list[Measures]] = {}
+    models: dict[str, list[Measures]] = {}
     for name, measures in blocks.items():
         if name != INTO_HEAD:
-            found.setdefault(name.rpartition("_")[0], []).append(measures)
-    return found
+            models.setdefault(name.rpartition("_")[0], []).append(measures)
+    return models
 
 
 def _chart(name: str, splits: Mapping[str, Blocks], kinds: Mapping[str, str], x: Axis, y: Axis) -> Plot:
-    series, said = [], []
+    series, about = [], []
     for split, blocks in splits.items():
         head = [blocks[INTO_HEAD]] if INTO_HEAD in blocks else []
         for model, own in by_model(blocks).items():
@@ -81,8 +81,8 @@ def _chart(name: str, splits: Mapping[str, Blocks], kinds: Mapping[str, str], x:
             points = tuple((i / max(1, len(far) - 1), value) for i, value in enumerate(far))
             series.append(Series(kinds[split], points, joined=True, marked=len(points) <= MOST_MARKS))
             whose = f"{in_words(split)}, {model}" if model else in_words(split)
-            said.append(f"{whose}: {score(far[0])} at the first block, {score(far[-1])} at the end")
-    return Plot(name, "; ".join(said), tuple(series), x, y, small=True)
+            about.append(f"{whose}: {score(far[0])} at the first block, {score(far[-1])} at the end")
+    return Plot(name, "; ".join(about), tuple(series), x, y, small=True)
 
 
 def distortion_table(measured: Mapping[str, Mapping[str, Blocks]]) -> Table:
@@ -95,5 +95,5 @@ def distortion_table(measured: Mapping[str, Mapping[str, Blocks]]) -> Table:
                     cells = [score(own[round(depth * (len(own) - 1))].get(key)) for depth in DEPTHS.values()]
                     whose = f"{name}, {model}" if model else name
                     rows.append((whose, in_words(split), measure, *cells, score(blocks.get(INTO_HEAD, {}).get(key))))
-    caption = "Relative L2 distance and cosine similarity at some depths; those of all blocks are in results.json"
-    return Table(caption, ("strategy", "data", "measure", *DEPTHS, "into the head"), tuple(rows), folded=True)
+    caption = "Relative L2 distance and cosine similarity at selected depths; results.json has all blocks"
+    return Table(caption, ("strategy", "data", "measure", *DEPTHS, "head input"), tuple(rows), folded=True)

@@ -15,15 +15,15 @@ from hf_ft.documents.document import Block, Heading, Section, Text
 logger = logging.get_logger(__name__)
 
 
-def findings(found: Sequence[Standing]) -> Section | None:
+def findings(standings: Sequence[Standing]) -> Section | None:
     """A part for each contender with a measurement, based on the ``info`` of its states; None if there are none."""
     blocks: list[Block] = []
-    for standing in found:
+    for standing in standings:
         own = _blocks(standing.contender)
         learned = standing.contender.learned
         if own or learned:
             blocks += [Heading(standing.name), *([Text(learned)] if learned else []), *own]
-    return Section("findings", "What strategies found in the data", tuple(blocks)) if blocks else None
+    return Section("findings", "Findings of the strategies", tuple(blocks)) if blocks else None
 
 
 def _blocks(contender: Contender) -> list[Block]:

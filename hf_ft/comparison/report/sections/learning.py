@@ -18,10 +18,10 @@ RATE = "learning_rate"
 CURVE_COLUMNS = 16  # maximum number of epochs shown in the table
 
 
-def process_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
+def process_sections(results: Results, standings: Sequence[Standing]) -> list[Section]:
     """All non-empty sections of this part."""
-    made = (learning_curves(results, found), tuning(results, found))
-    return [section for section in made if section is not None]
+    sections = (learning_curves(results, standings), tuning(results, standings))
+    return [section for section in sections if section is not None]
 
 
 # --- learning curves -------------------------------------------------------------------------------------
@@ -29,27 +29,27 @@ def process_sections(results: Results, found: Sequence[Standing]) -> list[Sectio
 
 def mean_curve(runs: Sequence[Training]) -> dict[float, float]:
     """Mean validation score by epoch, over the runs evaluated at that epoch."""
-    found: dict[float, list[float]] = {}
+    scores: dict[float, list[float]] = {}
     for run in runs:
         for point in run.curve:
             value = point.get("validation")
             if value is not None and math.isfinite(value):
-                found.setdefault(round(point["epoch"], 2), []).append(value)
-    return {epoch: statistics.fmean(found[epoch]) for epoch in sorted(found)}
+                scores.setdefault(round(point["epoch"], 2), []).append(value)
+    return {epoch: statistics.fmean(scores[epoch]) for epoch in sorted(scores)}
 
 
-def learning_curves(results: Results, found: Sequence[Standing]) -> Section | None:
+def learning_curves(results: Results, standings: Sequence[Standing]) -> Section | None:
     """A small chart for each contender, with the curve of full fine-tuning in the background."""
-    curves = {standing.name: mean_curve(standing.contender.finished_runs) for standing in found}
+    curves = {standing.name: mean_curve(standing.contender.finished_runs) for standing in standings}
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return None
-    best, metric = winner(results, found), metric_name(results.metric)
+    best, metric = winner(results, standings), metric_name(results.metric)
     x = linear_axis([epoch for curve in curves.values() for epoch in curve], "epoch", most=4, include=[0.0])
     y = linear_axis([value for curve in curves.values() for value in curve.values()], metric, most=4)
     behind = (Series("base", tuple(curves.get(BASELINE, {}).items()), joined=True, marked=False),)
     charts = []
-    for standing in found:
+    for standing in standings:
         curve = curves.get(standing.name)
         if not curve:
             continue
@@ -60,12 +60,12 @@ def learning_curves(results: Results, found: Sequence[Standing]) -> Section | No
         about = f"from {score(next(iter(curve.values())))} to {score(top[1])} at epoch {top[0]:g}"
         charts.append(Plot(standing.name, about, series, x, y, small=True, strong=kind == "win"))
     caption = (
-        f"Validation {metric} after each epoch, the mean over seeds, with a mark at its best. The dashed line is full "
-        "fine-tuning. All charts have the same axes."
+        f"Validation {metric} after each epoch, averaged over seeds, with a marker at the best epoch. The dashed line "
+        "is full fine-tuning. All charts have the same axes."
     )
     key = (("win", "the winner"), ("other", "others"), ("base", "full fine-tuning"))
     figure = Figure(caption, tuple(charts), curve_table(curves), key)
-    lead = "The best epoch of each run counts. A curve that still rises at the end asks for more epochs."
+    lead = "The best epoch of each run counts. A curve that is still improving at the end calls for more epochs."
     return Section("curves", "Learning curves", (Text(lead), figure))
 
 
@@ -82,21 +82,21 @@ def curve_table(curves: Mapping[str, Mapping[float, float]]) -> Table:
 # --- tuning ----------------------------------------------------------------------------------------------
 
 
-def tuning(results: Results, found: Sequence[Standing]) -> Section | None:
+def tuning(results: Results, standings: Sequence[Standing]) -> Section | None:
     """Trials, choices, and ranges that were too narrow."""
-    tuned = [standing for standing in found if standing.contender.trials]
+    tuned = [standing for standing in standings if standing.contender.trials]
     if not tuned:
         return None
     lead = (
-        "Each strategy had about the same seconds of computing for its trials, its look at the data included. The "
-        "trial with the best validation score set the options of the final runs."
+        "Each strategy had about the same compute time for its trials, including its measurements on the data. The "
+        "final runs use the options of the trial with the best validation score."
     )
     edges = [standing.name for standing in tuned if standing.contender.on_edge]
     warning = (
-        f"A chosen value lies on the edge of its range for {names(edges)}: a better one may lie beyond, and what is "
-        "shown may not be the best that they can do."
+        f"A chosen value lies on the edge of its range for {names(edges)}: a better one may lie beyond, so the scores "
+        "shown may not be the best these strategies can achieve."
     )
-    figure = trials_figure(results, tuned, winner(results, found))
+    figure = trials_figure(results, tuned, winner(results, standings))
     blocks: list[Block] = [Text(lead), *([Text(warning)] if edges else []), tuning_table(tuned)]
     blocks += [figure] if figure else []
     return Section("tuning", "Tuning", (*blocks, trials_table(tuned)))
@@ -121,12 +121,12 @@ def tuning_table(tuned: Sequence[Standing]) -> Table:
                 edge or NONE,
             )
         )
-    headers = ("strategy", "trials", "seconds of allowed", "validation", "chosen", "warning")
-    return Table("Budget and choice", headers, tuple(rows))
+    headers = ("strategy", "trials", "seconds of budget", "validation", "chosen", "warning")
+    return Table("Budget and chosen options", headers, tuple(rows))
 
 
 def options(params: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {plain(value)}" for name, value in params.items()) or "nothing to choose"
+    return ", ".join(f"{name} {plain(value)}" for name, value in params.items()) or "nothing to tune"
 
 
 def trials_figure(results: Results, tuned: Sequence[Standing], best: Standing | None) -> Figure | None:
@@ -143,8 +143,8 @@ def trials_figure(results: Results, tuned: Sequence[Standing], best: Standing | 
             continue
         chart = _trials_chart(standing, trials[standing.name], x, y, results.greater_is_better)
         charts.append(chart)
-    key = (("win", "chosen"), ("open", "another trial"), ("failed", "failed, at the worst end of the axis"))
-    caption = "Validation score against learning rate. All charts have the same axes; other options differ as well."
+    key = (("win", "chosen"), ("open", "other trials"), ("failed", "failed, drawn at the worst end of the axis"))
+    caption = "Validation score against learning rate. All charts have the same axes; other options vary as well."
     return Figure(caption, tuple(charts), space_table(tuned), key)
 
 
@@ -162,16 +162,16 @@ def _trials_chart(standing: Standing, trials: Sequence[Training], x: Axis, y: Ax
         kind = "failed" if not math.isfinite(value) else "win" if trial is chosen else "open"
         points[kind].append((float(trial.params[RATE]), worst if kind == "failed" else value))
     series = tuple(Series(kind, tuple(places)) for kind, places in points.items() if places)
-    said = f"{len(trials)} trials"
+    about = f"{len(trials)} trials"
     if chosen is not None:
-        said += f"; chosen: learning rate {plain(chosen.params.get(RATE))}, score {score(chosen.validation)}"
-    return Plot(standing.name, said, series, x, y, small=True)
+        about += f"; chosen: learning rate {plain(chosen.params.get(RATE))}, score {score(chosen.validation)}"
+    return Plot(standing.name, about, series, x, y, small=True)
 
 
 def space_table(tuned: Sequence[Standing]) -> Table:
     """The search space of each contender."""
     rows = tuple((standing.name, name, text) for standing in tuned for name, text in standing.contender.space.items())
-    return Table("What was tuned", ("strategy", "option", "range or values"), rows, folded=True)
+    return Table("Search space", ("strategy", "option", "range or values"), rows, folded=True)
 
 
 def trials_table(tuned: Sequence[Standing]) -> Table:

@@ -20,20 +20,20 @@ from hf_ft.documents.usage import pipeline_usage
 BEST_FOLDER = "best"  # the winner's folder, inside the report's folder
 
 
-def outcome_sections(results: Results, found: Sequence[Standing]) -> list[Section]:
+def outcome_sections(results: Results, standings: Sequence[Standing]) -> list[Section]:
     """All non-empty sections of this part."""
     sections = [
-        result(results, found),
-        ranking(results, found),
-        cost(results, found),
-        out_of_distribution(results, found),
+        result(results, standings),
+        ranking(results, standings),
+        cost(results, standings),
+        out_of_distribution(results, standings),
     ]
-    return [section for section in (*sections, mistakes(results, found)) if section is not None]
+    return [section for section in (*sections, mistakes(results, standings)) if section is not None]
 
 
-def main_split(found: Sequence[Standing]) -> str:
+def main_split(standings: Sequence[Standing]) -> str:
     """The split on which contenders are compared: test, otherwise validation."""
-    return "test" if any("test" in standing.spreads for standing in found if standing.rank) else "validation"
+    return "test" if any("test" in standing.spreads for standing in standings if standing.rank) else "validation"
 
 
 def kind_of(standing: Standing, best: Standing | None, open_: bool = False) -> str:
@@ -43,18 +43,18 @@ def kind_of(standing: Standing, best: Standing | None, open_: bool = False) -> s
     return "base" if standing.name == BASELINE else "open" if open_ else "other"
 
 
-def result(results: Results, found: Sequence[Standing]) -> Section:
+def result(results: Results, standings: Sequence[Standing]) -> Section:
     """The result in plain words, and how to load the winner."""
-    best = winner(results, found)
-    blocks: list[Block] = [Text(" ".join(verdict(results, found)))]
-    held_back = cautions(results, found)
+    best = winner(results, standings)
+    blocks: list[Block] = [Text(" ".join(verdict(results, standings)))]
+    held_back = cautions(results, standings)
     if held_back:
-        blocks += [Text("Before you rely on it:"), Bullets(tuple(held_back))]
+        blocks += [Text("Limitations:"), Bullets(tuple(held_back))]
     run = saved_run(results, best) if best is not None else None
     if best is None or run is None:
         return Section("result", "Result", tuple(blocks))
     one = f"Its run with seed {run.seed}" if len(best.contender.finished_runs) > 1 else "It"
-    where = f"{one} is saved in {code(BEST_FOLDER)}, beside this report:"
+    where = f"{one} is saved in {code(BEST_FOLDER)}, next to this report:"
     return Section("result", "Result", (*blocks, Text(where), Listing(usage(results), "python")))
 
 
@@ -66,29 +66,29 @@ def usage(results: Results, folder: str | Path = BEST_FOLDER, example: Path | No
     return pipeline_usage(folder, str(results.data.get("task", "image")), example, ensemble=ensemble)
 
 
-def ranking(results: Results, found: Sequence[Standing]) -> Section:
+def ranking(results: Results, standings: Sequence[Standing]) -> Section:
     """The ranking table, and a chart of the intervals."""
-    split, metric = main_split(found), metric_name(results.metric)
+    split, metric = main_split(standings), metric_name(results.metric)
     better = "higher is better" if results.greater_is_better else "lower is better"
     lead = (
-        f"Ranked by mean validation {metric} ({better}), of equals by the later half of the epochs. Scores are mean ± "
-        "standard deviation over seeds. The difference is to full fine-tuning with the same seeds, and its 95 % "
-        "interval is a bootstrap over the seeds."
+        f"Ranked by mean validation {metric} ({better}); ties are broken by the later half of the epochs. Scores are "
+        "mean ± standard deviation over seeds. Differences are to full fine-tuning with the same seeds, with 95 % "
+        "bootstrap intervals over the seeds."
     )
-    figure = difference_figure(results, found, split)
+    figure = difference_figure(results, standings, split)
     more = (figure,) if figure else ()
-    return Section("ranking", "Ranking", (Text(lead), ranking_table(results, found, split), *more))
+    return Section("ranking", "Ranking", (Text(lead), ranking_table(results, standings, split), *more))
 
 
-def ranking_table(results: Results, found: Sequence[Standing], split: str) -> Table:
+def ranking_table(results: Results, standings: Sequence[Standing], split: str) -> Table:
     """All contenders; those that did not finish come last."""
-    best = winner(results, found)
+    best = winner(results, standings)
     splits = [
-        s for s in ("validation", "test") if s == "validation" or any(s in standing.spreads for standing in found)
+        s for s in ("validation", "test") if s == "validation" or any(s in standing.spreads for standing in standings)
     ]
-    headers = ("strategy", "rank", *splits, f"difference on {split}", "95 % interval", "better / alike / worse")
+    headers = ("strategy", "rank", *splits, f"difference on {split}", "95 % interval", "better / equal / worse")
     rows = []
-    for standing in found:
+    for standing in standings:
         difference = standing.differences.get(split)
         compared = (NONE, NONE, NONE)
         if standing.name == BASELINE:
@@ -100,7 +100,7 @@ def ranking_table(results: Results, found: Sequence[Standing], split: str) -> Ta
         place = str(standing.rank) if standing.rank else "a run failed" if status == "finished" else status
         scores = (spread(standing.spreads.get(name)) for name in splits)
         rows.append((_named(standing, best), place, *scores, *compared))
-    strong = frozenset(i for i, standing in enumerate(found) if best is not None and standing.name == best.name)
+    strong = frozenset(i for i, standing in enumerate(standings) if best is not None and standing.name == best.name)
     return Table(f"Strategies by validation {metric_name(results.metric)}", headers, tuple(rows), strong)
 
 
@@ -108,10 +108,10 @@ def _named(standing: Standing, best: Standing | None) -> str:
     return standing.name + (" (winner)" if best is not None and standing.name == best.name else "")
 
 
-def difference_figure(results: Results, found: Sequence[Standing], split: str) -> Figure | None:
+def difference_figure(results: Results, standings: Sequence[Standing], split: str) -> Figure | None:
     """Differences to full fine-tuning with intervals; scores if there are no differences."""
-    best, metric = winner(results, found), metric_name(results.metric)
-    ranked = [standing for standing in found if standing.rank and split in standing.spreads]
+    best, metric = winner(results, standings), metric_name(results.metric)
+    ranked = [standing for standing in standings if standing.rank and split in standing.spreads]
     compared = any(split in standing.differences for standing in ranked)
     if len(ranked) < 2:
         return None
@@ -136,9 +136,9 @@ def difference_figure(results: Results, found: Sequence[Standing], split: str) -
     about = "; ".join(f"{row.label} {row.text}" for row in rows)
     chart = Rows(f"{what[0].upper()}{what[1:]}, by strategy", about, tuple(rows), axis, lines)
     key = [("win", "the winner"), ("base", "full fine-tuning")]
-    key += [("other", "interval excludes 0"), ("open", "interval holds 0, or none")] if compared else []
+    key += [("other", "interval excludes 0"), ("open", "interval includes 0, or none")] if compared else []
     table = by_seed_table(ranked, split, compared)
-    caption = f"{what[0].upper()}{what[1:]}, {SPLIT_NAMES[split]}, in the order of the ranking."
+    caption = f"{what[0].upper()}{what[1:]}, {SPLIT_NAMES[split]}, in order of rank."
     return Figure(caption, (chart,), table, tuple(key))
 
 
@@ -158,29 +158,30 @@ def by_seed_table(ranked: Sequence[Standing], split: str, compared: bool) -> Tab
     return Table(f"Scores by seed, {SPLIT_NAMES[split]}", tuple(headers), tuple(rows), folded=True)
 
 
-def cost(results: Results, found: Sequence[Standing]) -> Section:
+def cost(results: Results, standings: Sequence[Standing]) -> Section:
     """Score against compute time, and all other costs."""
-    split = main_split(found)
-    front = front_of(results, found, split)
+    split = main_split(standings)
+    front = front_of(results, standings, split)
     lead = (
-        "What it takes to use a strategy once its options are known: one training and, before it, its look at the "
-        "data (a search, statistics), without evaluations. Seconds of computing are processor time on all cores, or on "
-        "a GPU the time on the clock. A strategy is on the front if no other is as good and as fast and better in one."
+        "The cost of a strategy once its options are known: one training run and its measurements on the data before "
+        "it (a search, statistics), without evaluations. Compute seconds are processor time over all cores, or "
+        "wall-clock time on a GPU. A strategy is on the Pareto front if no other is at least as good and as fast, and "
+        "better in one of the two."
     )
-    said = [Text(lead)] + ([Text(f"On the front, the fastest first: {names(front)}.")] if front else [])
-    figure = time_figure(results, found, split, front)
+    texts = [Text(lead)] + ([Text(f"On the Pareto front, fastest first: {names(front)}.")] if front else [])
+    figure = time_figure(results, standings, split, front)
     title = f"{metric_name(results.metric).capitalize()} against time"
-    return Section("cost", title, (*said, *([figure] if figure else []), cost_table(found, front)))
+    return Section("cost", title, (*texts, *([figure] if figure else []), cost_table(standings, front)))
 
 
-def time_figure(results: Results, found: Sequence[Standing], split: str, front: Sequence[str]) -> Figure | None:
+def time_figure(results: Results, standings: Sequence[Standing], split: str, front: Sequence[str]) -> Figure | None:
     """One point for each contender that finished, labelled with its rank."""
-    best, metric = winner(results, found), metric_name(results.metric)
-    shown = [s for s in found if s.rank and s.compute is not None and s.compute > 0 and split in s.spreads]
+    best, metric = winner(results, standings), metric_name(results.metric)
+    shown = [s for s in standings if s.rank and s.compute is not None and s.compute > 0 and split in s.spreads]
     if len(shown) < 2:
         return None
     points = {s.name: (s.compute or 0.0, s.spreads[split].mean) for s in shown}
-    x = log_axis([x for x, _ in points.values()], "seconds of computing")
+    x = log_axis([x for x, _ in points.values()], "compute seconds")
     y = linear_axis([y for _, y in points.values()], f"{split} {metric}")
     series = [Series("front", tuple(points[name] for name in front if name in points), joined=True, marked=False)]
     for standing in reversed(shown):  # draw the best ones on top
@@ -189,26 +190,26 @@ def time_figure(results: Results, found: Sequence[Standing], split: str, front: 
         name = "" if kind == "other" else standing.name  # naming all the others could clutter the chart
         series.append(Series(kind, (points[standing.name],), labels=(f"{standing.rank} {name}".strip(),)))
     about = "; ".join(f"{name}: {score(y)} in {duration(x)}" for name, (x, y) in points.items())
-    chart = Plot(f"{split} {metric} against seconds of computing", about, tuple(series), x, y)
-    key = (("win", "the winner"), ("base", "full fine-tuning"), ("front", "on the front"), ("other", "others"))
+    chart = Plot(f"{split} {metric} against compute seconds", about, tuple(series), x, y)
+    key = (("win", "the winner"), ("base", "full fine-tuning"), ("front", "on the Pareto front"), ("other", "others"))
     rows = tuple(
         (s.name, str(s.rank), seconds(s.compute), score(s.spreads[split].mean), "yes" if s.name in front else "no")
         for s in shown
     )
     table = Table(
-        "Score and seconds of computing", ("strategy", "rank", "seconds", split, "on the front"), rows, folded=True
+        "Score and compute seconds", ("strategy", "rank", "seconds", split, "on the front"), rows, folded=True
     )
     legend = ", ".join(f"{s.rank} {s.name}" for s in shown)
-    return Figure(f"The line joins the front. Numbers are ranks: {legend}.", (chart,), table, key)
+    return Figure(f"The line is the Pareto front. Numbers are ranks: {legend}.", (chart,), table, key)
 
 
-def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
+def cost_table(standings: Sequence[Standing], front: Sequence[str]) -> Table:
     """The cost of each contender."""
-    costs = ("seconds of computing", "of it look at the data", "seconds on the clock", "tuning")
-    sizes = ("weights trained", "peak memory, MB", "checkpoint, MB")
+    costs = ("compute seconds", "of which measuring", "wall-clock seconds", "tuning")
+    sizes = ("trained weights", "peak memory, MB", "checkpoint, MB")
     headers = ("strategy", *costs, *sizes, "on the front")
     rows = []
-    for standing in found:
+    for standing in standings:
         contender = standing.contender
         if not contender.trials and not contender.runs:
             continue
@@ -225,15 +226,15 @@ def cost_table(found: Sequence[Standing], front: Sequence[str]) -> Table:
                 "yes" if standing.name in front else "no",
             )
         )
-    return Table("What each strategy took: one training, all tuning, and sizes", headers, tuple(rows))
+    return Table("Cost of each strategy: one training run, all tuning, and sizes", headers, tuple(rows))
 
 
-def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section | None:
+def out_of_distribution(results: Results, standings: Sequence[Standing]) -> Section | None:
     """Out-of-distribution scores; None if there are none."""
-    shown = [standing for standing in found if "ood" in standing.spreads]
+    shown = [standing for standing in standings if "ood" in standing.spreads]
     if not shown:
         return None
-    best, metric, rows = winner(results, found), metric_name(results.metric), []
+    best, metric, rows = winner(results, standings), metric_name(results.metric), []
     for standing in shown:
         test, other, difference = (
             standing.spreads.get("test"),
@@ -246,7 +247,7 @@ def out_of_distribution(results: Results, found: Sequence[Standing]) -> Section 
             compared = ("baseline", NONE)
         rows.append((_named(standing, best), spread(test), spread(other), drop, *compared))
     headers = ("strategy", "test", "out of distribution", "change", "difference to full", "95 % interval")
-    figure = difference_figure(results, found, "ood")
-    lead = f"The same models on data of another distribution ({metric}). It chose nothing."
-    table = Table("Scores on other data", headers, tuple(rows), frozenset())
+    figure = difference_figure(results, standings, "ood")
+    lead = f"The same models on out-of-distribution data ({metric}), which was not used to select anything."
+    table = Table("Scores out of distribution", headers, tuple(rows), frozenset())
     return Section("ood", "Out of distribution", (Text(lead), table, *([figure] if figure else [])))

@@ -5,74 +5,67 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_ft.comparison.report.text import interval, seeds, spread
+from hf_ft.comparison.report.text import against_full, seeds, spread
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Difference, Standing, winner
 from hf_ft.core.config import BASELINE
-from hf_ft.documents.text import SAME, code, metric_name, names, score_like, signed
+from hf_ft.documents.text import SAME, code, metric_name, names, score_like
 
 FEW_SEEDS = 5  # up to here an interval without 0 mostly means that all seeds agree, which happens by chance
 ALL_OR_NONE = 3  # up to here it means exactly that
 
 
-def verdict(results: Results, found: Sequence[Standing]) -> list[str]:
+def verdict(results: Results, standings: Sequence[Standing]) -> list[str]:
     """The winner, its test score, and its difference to full fine-tuning."""
-    best = winner(results, found)
+    best = winner(results, standings)
     if best is None:
-        return ["No strategy finished, so there is no winner. What stopped them is listed below."]
-    metric, ranked = metric_name(results.metric), _ranked(found)
+        return ["No strategy finished, so there is no winner. The reasons are listed below."]
+    metric, ranked = metric_name(results.metric), _ranked(standings)
     validation = best.spreads["validation"]
     scored = f"{spread(validation)} ({seeds(validation.n)})"
     if len(ranked) == 1:
-        said = [f"Only {code(best.name)} finished: validation {metric} {scored}."]
+        sentences = [f"Only {code(best.name)} finished: validation {metric} {scored}."]
     else:
         kind = "highest" if results.greater_is_better else "lowest"
-        said = [
+        sentences = [
             f"{code(best.name)} has the {kind} mean validation {metric} of {len(ranked)} strategies: {scored}.",
-            "Validation alone chose it.",
+            "It was selected on validation alone.",
         ]
     if "test" in best.spreads:
-        said.append(f"On test, which chose nothing, it scores {spread(best.spreads['test'])}.")
+        sentences.append(f"On test, which was not used for selection, it scores {spread(best.spreads['test'])}.")
     split = "test" if "test" in best.spreads else "validation"
     if split in best.differences:
         difference = best.differences[split]
-        said.append(f"Its difference to full fine-tuning on {split} is {_against_full(difference)}.")
-        said += _judged(difference, split, results.greater_is_better)
+        sentences.append(f"Its difference to full fine-tuning on {split} is {against_full(difference)}.")
+        sentences += _judged(difference, split, results.greater_is_better)
     elif best.name == BASELINE and len(ranked) > 1:
-        said.append("That is the baseline itself: no other strategy did better on validation.")
-    return said
+        sentences.append("It is the baseline itself: no other strategy did better on validation.")
+    return sentences
 
 
-def _ranked(found: Sequence[Standing]) -> list[Standing]:
-    return [standing for standing in found if standing.rank is not None]
+def _ranked(standings: Sequence[Standing]) -> list[Standing]:
+    return [standing for standing in standings if standing.rank is not None]
 
 
-def _against_full(found: Difference) -> str:
-    tally = f"better on {found.wins}, alike on {found.ties}, worse on {found.losses} of {seeds(len(found.by_seed))}"
-    if found.interval is None:
-        return f"{signed(found.mean)} (one seed, so no interval)"
-    return f"{signed(found.mean)}, 95 % interval {interval(found)} ({tally})"
-
-
-def _judged(found: Difference, split: str, greater_is_better: bool) -> list[str]:
-    if found.interval is None:
+def _judged(difference: Difference, split: str, greater_is_better: bool) -> list[str]:
+    if difference.interval is None:
         return []
-    if not found.excludes_zero:
-        return ["The interval holds 0: the two cannot be told apart."]
-    better = (found.mean > 0) is greater_is_better
-    return [] if better else [f"On {split}, full fine-tuning is better: validation did not find what is best there."]
+    if not difference.excludes_zero:
+        return ["The interval includes 0: the two cannot be distinguished."]
+    better = (difference.mean > 0) is greater_is_better
+    return [] if better else [f"On {split}, full fine-tuning is better: validation did not select the best strategy."]
 
 
-def cautions(results: Results, found: Sequence[Standing]) -> list[str]:
+def cautions(results: Results, standings: Sequence[Standing]) -> list[str]:
     """What the figures do not show, and which differences to full fine-tuning they leave open."""
-    ranked = _ranked(found)
+    ranked = _ranked(standings)
     if not ranked:
         return []
     split = "test" if any("test" in standing.spreads for standing in ranked) else "validation"
     compared = [standing for standing in ranked if split in standing.differences]
     alone = len(ranked) > 1 and not compared
     return [
-        *(["Full fine-tuning has no scores to compare with, so no difference to it is known."] if alone else []),
+        *(["Full fine-tuning has no scores, so differences to it are unknown."] if alone else []),
         *_distinguished(compared, split, results.greater_is_better),
         *_about_seeds(compared, split),
         *_about_the_set(results, ranked, split),
@@ -81,30 +74,32 @@ def cautions(results: Results, found: Sequence[Standing]) -> list[str]:
     ]
 
 
-def main_caution(results: Results, found: Sequence[Standing]) -> str:
+def main_caution(results: Results, standings: Sequence[Standing]) -> str:
     """The most important caution, for short summaries."""
-    ranked = _ranked(found)
+    ranked = _ranked(standings)
     split = "test" if any("test" in standing.spreads for standing in ranked) else "validation"
     compared = [standing for standing in ranked if split in standing.differences]
     return next(iter([*_about_seeds(compared, split)[-1:], *_about_validation(results, ranked)]), "")
 
 
 def _distinguished(compared: Sequence[Standing], split: str, greater_is_better: bool) -> list[str]:
-    found = [(s.name, s.differences[split]) for s in compared if s.differences[split].interval is not None]
-    if not found:
+    differences = [(s.name, s.differences[split]) for s in compared if s.differences[split].interval is not None]
+    if not differences:
         return []
     sign = 1 if greater_is_better else -1
-    better = [name for name, d in found if d.excludes_zero and sign * d.mean > 0]
-    worse = [name for name, d in found if d.excludes_zero and sign * d.mean < 0]
-    said = [
-        f"{word} than full fine-tuning on {split}, by an interval that excludes 0: {names(those)}."
+    better = [name for name, d in differences if d.excludes_zero and sign * d.mean > 0]
+    worse = [name for name, d in differences if d.excludes_zero and sign * d.mean < 0]
+    sentences = [
+        f"{word} than full fine-tuning on {split}, with an interval that excludes 0: {names(those)}."
         for word, those in (("Better", better), ("Worse", worse))
         if those
     ]
-    open_ = [name for name, d in found if not d.excludes_zero]
+    open_ = [name for name, d in differences if not d.excludes_zero]
     if open_:
-        said.append(f"Not distinguishable from full fine-tuning on {split} (the interval holds 0): {names(open_)}.")
-    return said
+        sentences.append(
+            f"Not distinguishable from full fine-tuning on {split} (the interval includes 0): {names(open_)}."
+        )
+    return sentences
 
 
 def _about_seeds(compared: Sequence[Standing], split: str) -> list[str]:
@@ -113,18 +108,25 @@ def _about_seeds(compared: Sequence[Standing], split: str) -> list[str]:
         return []
     n = min(counts)
     if n == 1:
-        return ["There is one seed only: how much the scores vary by chance is not known, and no order is certain."]
-    said = [f"The intervals are over {n} seeds only. They cover chance in training, not which rows are in the sets."]
+        return ["There is only one seed: how much the scores vary by chance is unknown, and no ranking is certain."]
+    sentences = [
+        (
+            f"The intervals are over only {n} seeds. They reflect randomness in training, not in which rows are in the "
+            "splits."
+        )
+    ]
     if n <= FEW_SEEDS:
         alike = 2.0 ** (1 - n)
-        said.append(
-            f"With {n} seeds they are too narrow: a strategy that equals full fine-tuning is better on all seeds, or "
-            f"worse on all, in {alike:.0%} of cases, and then its interval excludes 0."
+        sentences.append(
+            f"With {n} seeds they are too narrow: a strategy equivalent to full fine-tuning is better on all seeds, or "
+            f"worse on all, in {alike:.0%} of cases, and its interval then excludes 0."
         )
         if len(compared) > 1:
             least = "about" if n <= ALL_OR_NONE else "at least"
-            said[-1] += f" Of {len(compared)} such strategies {least} {len(compared) * alike:.1f} would."
-    return said
+            sentences[-1] += (
+                f" Of {len(compared)} such strategies, this is expected for {least} {len(compared) * alike:.1f}."
+            )
+    return sentences
 
 
 def _about_the_set(results: Results, ranked: Sequence[Standing], split: str) -> list[str]:
@@ -133,30 +135,30 @@ def _about_the_set(results: Results, ranked: Sequence[Standing], split: str) -> 
     if not errors:
         return []
     return [
-        f"The {split} set has {rows:,} rows: by that alone, one standard error of a score is about "
-        f"{score_like(sum(errors) / len(errors))}. All strategies share the set, so it matters less for differences."
+        f"The {split} set has {rows:,} rows: this alone gives a score a standard error of about "
+        f"{score_like(sum(errors) / len(errors))}. All strategies share the set, so differences are affected less."
     ]
 
 
 def _about_choosing(ranked: Sequence[Standing], split: str) -> list[str]:
     if len(ranked) == 1:
         return []
-    said = []
+    sentences = []
     first, second = ranked[0].spreads["validation"], ranked[1].spreads["validation"]
     gap = abs(first.mean - second.mean)
     if gap < SAME:
-        said.append(
-            f"{code(ranked[1].name)} has the same mean validation score; the winner was better in the later "
-            "half of its epochs, or came first."
+        sentences.append(
+            f"{code(ranked[1].name)} has the same mean validation score; the tie was broken by the later half of the "
+            "epochs, or by order."
         )
     elif first.std is not None and gap < first.std:
-        said.append(
-            f"{code(ranked[1].name)} is second by {score_like(gap)} on validation, less than the winner varies over "
-            f"seeds ({score_like(first.std)}): another draw could swap them."
+        sentences.append(
+            f"{code(ranked[1].name)} is second by {score_like(gap)} on validation, less than the winner's standard "
+            f"deviation over seeds ({score_like(first.std)}): other seeds could swap them."
         )
     if split == "validation":
-        said.append("Without a test split, the winner's score is that of the best of several: it is too good.")
-    return said
+        sentences.append("Without a test split, the winner's score is optimistic, because it is the best of several.")
+    return sentences
 
 
 def _about_validation(results: Results, ranked: Sequence[Standing]) -> list[str]:
@@ -170,7 +172,7 @@ def _about_validation(results: Results, ranked: Sequence[Standing]) -> list[str]
     if not near:
         return []
     return [
-        f"Validation, which chose the winner, has {rows:,} rows: one standard error of a score is up to "
+        f"Validation, which selected the winner, has {rows:,} rows: one standard error of a score is up to "
         f"{score_like(error)} there, and {near} of the other {len(others)} strategies lie within that of the winner."
     ]
 
