@@ -31,6 +31,12 @@ def _frozen() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _short_waits() -> None:
+    """A data loader that is garbage within a cycle, as a Trainer's is, waits so long (5 s) for each of its workers."""
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
