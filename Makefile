@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # A machine without a GPU needs no CUDA build of torch: CONSTRAINTS= (empty) lifts this.
 CONSTRAINTS ?= .ci/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# A worker takes half of the files, in which it makes a fixture once, and then tests from the other's half.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# Three workers, also on two cores: tests that wait for processes of their own leave a core idle.
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist worksteal
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-fast pytest lint bench docs generated clean

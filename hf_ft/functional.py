@@ -151,6 +151,7 @@ def feature_distance(
     channel_weights: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
+    per_position: bool = True,
 ) -> Tensor:
     r"""The squared distance between two feature maps per position, summed over channels.
 
@@ -162,6 +163,7 @@ def feature_distance(
         channel_weights: (C,); None for ones.
         mask: (B, T), 0 for padding tokens; the positions are then each sample's real tokens.
         reduction: mean or sum over the batch.
+        per_position: whether to divide by the number of positions, hw.
 
     Raises:
         ValueError: if the shapes differ, or if the number of weights is not the number of channels.
@@ -181,10 +183,11 @@ def feature_distance(
         squares = squares * channel_weights.to(squares).reshape((-1, 1, 1) if target.dim() == 4 else (-1,))
     if mask is None:
         positions = math.prod(target.shape[2:]) if target.dim() == 4 else target.shape[1]
-        total = squares.sum() / positions
+        total = squares.sum() / (positions if per_position else 1)
     else:
-        per_token = squares.sum(dim=2) * mask.to(squares)
-        total = (per_token.sum(dim=1) / mask.to(squares).sum(dim=1).clamp_min(1)).sum()
+        per_sample = (squares.sum(dim=2) * mask.to(squares)).sum(dim=1)
+        tokens = mask.to(squares).sum(dim=1).clamp_min(1)
+        total = (per_sample / tokens if per_position else per_sample).sum()
     return total if reduction == "sum" else total / len(target)
 
 

@@ -90,7 +90,8 @@ def table_of_strategies(page: Path) -> str:
 def about(page: Path, name: str) -> str:
     """The head of a strategy's page: what the docstring of its config says, and the paper."""
     kind = config_class(name)
-    paper = f"Paper: {kind.paper}".replace(kind.paper.url, f"<{kind.paper.url}>") if kind.paper else NO_PAPER
+    cited = [str(one).replace(one.url, f"<{one.url}>") for one in (kind.paper, *kind.further_papers) if one]
+    paper = " ".join(f"{'See also' if i else 'Paper'}: {one}" for i, one in enumerate(cited)) or NO_PAPER
     return "\n\n".join([*_description(kind), f"Config: `hf_ft.{kind.__name__}`, name `{name}`. {paper}"])
 
 

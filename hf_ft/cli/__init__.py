@@ -16,10 +16,10 @@ COMMANDS = {
     "train": ("train", "fine-tune an image or text classifier with a strategy"),
     "list": ("catalog", "all strategies in a table"),
     "describe": ("catalog", "one strategy: paper, formula, options and their defaults"),
-    "blocks": ("blocks", "what a model is made of: stem, blocks, neck, head, normalisation layers"),
-    "search-blocks": ("search_blocks", "find the block that is worth training, and plot the score over the depth"),
-    "advise": ("advise", "which strategies to try first on your data: cheap signals, an order with reasons"),
-    "compare": ("compare", "which strategy for my data: equal tuning budgets, one report"),
+    "blocks": ("blocks", "the parts of a model: stem, blocks, neck, head, normalisation layers"),
+    "search-blocks": ("search_blocks", "find the block worth training, and plot scores over depth"),
+    "advise": ("advise", "which strategies to try first on your data, from cheap statistics, with reasons"),
+    "compare": ("compare", "which strategy is best on your data: equal tuning budgets, one report"),
     "demo": ("demo", "compare six strategies on real images, in a few minutes and without a GPU"),
 }
 HELP = """hf-ft: fine-tuning strategies for Hugging Face models.
@@ -29,8 +29,8 @@ usage: hf-ft COMMAND [flags]
 
 {commands}
 
-`hf-ft COMMAND --help` tells more. Start with `hf-ft demo`.
---version prints the version. --traceback (or HF_FT_TRACEBACK=1) shows where an error came from.
+`hf-ft COMMAND --help` shows the flags of a command. Start with `hf-ft demo`.
+--version prints the version. --traceback (or HF_FT_TRACEBACK=1) shows where an error was raised.
 """
 
 

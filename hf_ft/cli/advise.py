@@ -32,20 +32,19 @@ from hf_ft.zoo.datasets import DATA_NOTICES
 DEFAULT_FOLDER = "runs/advice"
 FILE = "advice.json"
 TOLD = 3  # number of strategies for which the next command is printed
-HELP = """hf-ft advise: which strategies to try first, before anything is trained.
+HELP = """hf-ft advise: which strategies to try first, without training.
 
 usage: hf-ft advise --model MODEL --dataset DATA [flags]
 
-The training images or texts run through the pretrained model once, and a few batches of them twice. What is measured:
-how well a linear probe on the features tells the classes (cross-validated), LogME, how far BatchNorm statistics are
-from those of the pretraining, which part of the network the gradient pulls at, and how many samples there are. From
-these figures follows an order of all strategies, each with its reasons. It says what to try first, not what will win:
-compare the first ones on validation data.
+The training samples pass through the pretrained model once, and a few batches of them twice. Measured are the
+cross-validated score of a linear probe on the features, LogME, the shift of the BatchNorm statistics since pretraining,
+where in the network the gradient is large, and the number of samples. These figures give an order of all strategies,
+each with its reasons. The order says what to try first, not what will win: compare the top ones on validation data.
 
 example:
   hf-ft advise --model microsoft/resnet-18 --dataset my_photos/
 
-Only the training split is looked at. Of more than 5,000 samples, so many are drawn. Written to --output_dir (default:
+Only the training split is used; from more than 5,000 samples, 5,000 are drawn. Written to --output_dir (default:
 runs/advice): advice.json.
 
 flags of its own
@@ -54,8 +53,8 @@ flags of its own
 model and data
 {data}
 
---seed draws the samples' order and the folds; --use_cpu true stays off the GPU. The meaning of each figure, and every
-rule with its source: docs/advise.md."""
+--seed sets the order of the samples and the folds; --use_cpu true keeps off the GPU. docs/advise.md explains each
+figure, and each rule with its source."""
 
 
 def run_advise(arguments: list[str]) -> None:
@@ -115,10 +114,12 @@ def _check(request: Request) -> None:
         OptionError: as in ``hf-ft train``, except for a folder in use; or for a flag that does not apply here.
     """
     if request.method.strategy:
-        raise OptionError("advise orders all strategies: leave --strategy out.")
+        raise OptionError("advise ranks all strategies; leave --strategy out.")
     check_request(replace(request, method=replace(request.method, overwrite=True)))
     if request.data.augment not in (None, "none"):
-        raise OptionError(f"--augment {request.data.augment}: advise looks at the samples as they are, leave it out.")
+        raise OptionError(
+            f"--augment {request.data.augment}: advise uses the samples without augmentation; leave it out."
+        )
 
 
 def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:

@@ -24,7 +24,7 @@ EPILOG = """--scheme shows what block-wise fine-tuning may adapt beside the head
   stage     the architecture's own stages, in a plain transformer each block; and the stem
   block     each block by itself; the stem, and the neck where it holds layers
 top_layers, the best layers together, needs the scores of a search by layer. The quarter is that of a candidate's
-centre in the depth: the paper finds the best block in the fourth mostly (Barakat and Huang, arXiv:2301.06133).
+centre in the depth: the best block is usually in the fourth (Barakat and Huang, ICMLA 2023).
 
 example:
   hf-ft blocks microsoft/resnet-18
@@ -39,7 +39,7 @@ def run_blocks(arguments: list[str]) -> None:
         raise OptionError("--length is the number of layers of a window: add --scheme window.")
     schemes = _blockwise().schemes
     if flags.scheme is not None and flags.scheme not in schemes:  # check before loading weights
-        raise OptionError(f"--scheme {flags.scheme} is unknown. There are: {', '.join(schemes)}.")
+        raise OptionError(f"--scheme {flags.scheme} is unknown. Choose one of {', '.join(schemes)}.")
     model = skeleton(flags.model)
     if flags.scheme is None:
         say(report(model, anatomy(model, head=flags.head, blocks=flags.blocks)))
@@ -55,11 +55,13 @@ def _parser() -> Parser:
     )
     known = ", ".join(SHORT_NAMES)
     parser.add_argument("model", help=f"a Hub id, a folder, or one of {known}")
-    parser.add_argument("--head", help="the head's module names, separated by commas, instead of what is found")
-    parser.add_argument("--blocks", help="regular expression of whole block names, instead of what is known")
+    parser.add_argument("--head", help="module names of the head, separated by commas (default: found by itself)")
+    parser.add_argument(
+        "--blocks", help="regular expression that matches the full names of the blocks (default: known by architecture)"
+    )
     shown = ", ".join(name for name in _blockwise().schemes if name != "top_layers")
     parser.add_argument("--scheme", help=f"show the candidates for adaptation instead: {shown}")
-    parser.add_argument("--length", type=int, help="layers of a window (default: 3)")
+    parser.add_argument("--length", type=int, help="number of layers in a window (default: 3)")
     return parser
 
 

@@ -28,7 +28,7 @@ class Entry:
     name: str
     summary: str
     cls: str
-    paper: str
+    papers: list[str]
     short_paper: str
     formula: str
     options: list[dict[str, str]]
@@ -69,7 +69,7 @@ def entries() -> dict[str, Entry]:
 def describe(entry: Entry) -> str:
     """A strategy as a page of text: its own options first, then the common ones."""
     head = [("class", entry.cls)]
-    head += [("paper", entry.paper)] if entry.paper else []
+    head += [("paper" if i == 0 else "see also", paper) for i, paper in enumerate(entry.papers)]
     head += [("formula", entry.formula)] if entry.formula else []
     lines = [f"{entry.name}: {entry.summary}", "", table(head), "", "options"]
     for option in entry.options:

@@ -39,14 +39,14 @@ DEFAULT_FOLDER = "runs/compare"
 class CompareFlags:
     """Flags that select the strategies and the data."""
 
-    strategies: str = setting("all", "names from `hf-ft list` joined by commas; a+b composes two; all")
-    labelled: int | None = setting(None, "use so many labelled samples, those for validation included (default: all)")
-    test_fraction: float = setting(0.25, "share of train to set aside for the test where there is no test split")
-    ood_dataset: str | None = setting(None, "a second test set: the same classes, another distribution")
-    ood_split: str | None = setting(None, "its split (default: test, else train)")
-    class_weights: Literal["balanced", "none"] = setting("none", "balanced: weigh classes by their rarity")
-    advise: bool = setting(False, "look at model and data first, and take the strategies in the order that follows")
-    report: str | None = setting(None, "only make the report of this folder anew, from its results.json")
+    strategies: str = setting("all", "names from `hf-ft list`, joined by commas; a+b composes two; all")
+    labelled: int | None = setting(None, "number of labelled samples to use, validation included (default: all)")
+    test_fraction: float = setting(0.25, "fraction of train to hold out for the test if there is no test split")
+    ood_dataset: str | None = setting(None, "second test set: the same classes, another distribution")
+    ood_split: str | None = setting(None, "its split (default: test, otherwise train)")
+    class_weights: Literal["balanced", "none"] = setting("none", "balanced: weight classes by their inverse frequency")
+    advise: bool = setting(False, "run `hf-ft advise` first, and train the strategies in the order that it recommends")
+    report: str | None = setting(None, "only rebuild the report in this folder from its results.json")
 
 
 KINDS = (DataFlags, CompareFlags, Settings, TrainingArguments)
@@ -113,7 +113,7 @@ def _advised(prepared: Prepared) -> Advice | None:
     try:
         advice = prepared.advised()
     except OptionError as error:
-        say(f"note: no advice, the strategies keep their order: {error}", error=True)
+        say(f"note: no advice, so the strategies keep their order: {error}", error=True)
         return None
     say(f"advised order: {', '.join(entrant.name for entrant in prepared.runner.ledger.entrants)}")
     return advice
@@ -142,7 +142,7 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
 def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:
     """The data given by the flags, with the second test set."""
     data = read_data(flags, test_fraction=more.test_fraction, labelled=more.labelled)
-    notes = ["validation and test rows are what the data set has, or were set aside from its training rows"]
+    notes = ["validation and test rows are those of the data set, or were held out from its training rows"]
     if more.ood_dataset is None:
         return replace(data, notes=tuple(notes))
     other = DatasetDict({"ood": other_distribution(more.ood_dataset, more.ood_split, data.columns)})
@@ -173,7 +173,7 @@ def _announce(model: str, prepared: Prepared) -> None:
         ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
         ("chosen by", f"{prepared.runner.common.metric} on validation; test is scored in the final runs only"),
     ]
-    rows += [("skipped", f"{number} images of {name} that cannot be read") for name, number in data.skipped.items()]
+    rows += [("skipped", f"{number} unreadable images of {name}") for name, number in data.skipped.items()]
     rows += [("notice", notice) for notice in data.notices]
     say(f"{table(rows)}\n")
 
@@ -205,7 +205,7 @@ def show(results: Results, folder: Path, example: str | None = None) -> None:
         say(f"\n{table(reasons)}")
     edges = [c for c in results.contenders if c.on_edge]
     for contender in edges:
-        say(f"note: {contender.name}: {', '.join(contender.on_edge)} lies on the edge of its range", error=True)
+        say(f"note: {contender.name}: {', '.join(contender.on_edge)} is at the edge of its range", error=True)
     say(f"\nIn {folder}: report.html, report.md, results.json" + (", best/ (the winner)." if results.winner else "."))
     if results.winner:
         shown = None if example is None else folder / example

@@ -28,7 +28,7 @@ def entry_of(kind: type[FTConfig]) -> Entry:
         name=kind.ft_type,
         summary=(kind.__doc__ or "").strip().splitlines()[0].rstrip("."),
         cls=f"{'hf_ft' if kind.__module__.startswith('hf_ft.') else kind.__module__}.{kind.__name__}",
-        paper=str(kind.paper or ""),
+        papers=[str(paper) for paper in (kind.paper, *kind.further_papers) if paper],
         short_paper=kind.paper.short if kind.paper else "-",
         formula=kind.formula,
         options=[_option(kind, field) for field in options(kind)],

@@ -30,54 +30,62 @@ class DataFlags:
     """Flags of model and data, for HfArgumentParser."""
 
     model: str | None = _flag(
-        f"Hub id, folder of save_pretrained, or one of {', '.join(SHORT_NAMES)}; several: "
+        f"Hub id, folder written by save_pretrained, or one of {', '.join(SHORT_NAMES)}; several: "
         f"{' or '.join(SOURCES_FLAGS.values())} a,b"
     )
     dataset: str | None = _flag(
-        "Hub id; folder of class folders of images, or of split folders of those; csv, tsv, json, jsonl or parquet "
-        f"file, or a folder of them; folder of save_to_disk; or one of {', '.join(DATASETS)}"
+        "Hub id; folder with a subfolder of images per class, or with such a folder per split; csv, tsv, json, jsonl "
+        f"or parquet file, or a folder of them; folder written by save_to_disk; or one of {', '.join(DATASETS)}"
     )
     revision: str | None = _flag("branch, tag or commit of the model on the Hub")
-    config_name: str | None = _flag("which of a Hub data set's configurations")
+    config_name: str | None = _flag("configuration of a Hub data set")
     train_split: str = _flag("name of the training split", "train")
-    validation_split: str | None = _flag("its name (default: the usual names, else a part of train is set aside)")
-    test_split: str | None = _flag("its name (default: the usual names; none is made up)")
-    validation_fraction: float = _flag("share of train to set aside where there is no validation split", 0.2)
-    split_seed: int = _flag("seed of that split, apart from --seed so that runs can be compared", 0)
-    max_train_samples: int | None = _flag("train on so many rows, with the shares of the classes")
-    image_column: str | None = _flag("name of the column of images (default: found by name and type)")
-    text_column: str | None = _flag("name of the column of text, or two joined by a comma for pairs")
-    label_column: str | None = _flag("name of the column of labels (default: found by name and type)")
-    image_size: int | None = _flag("side in pixels (default: what the checkpoint says; 224 for short names)")
-    max_length: int | None = _flag("cut text at so many tokens (default: what the model takes, at most 512)")
+    validation_split: str | None = _flag(
+        "name of the validation split (default: the usual names; if there is none, part of train is held out)"
+    )
+    test_split: str | None = _flag(
+        "name of the test split (default: the usual names; if there is none, no test is run)"
+    )
+    validation_fraction: float = _flag("fraction of train to hold out if there is no validation split", 0.2)
+    split_seed: int = _flag("seed of that split, independent of --seed so that runs can be compared", 0)
+    max_train_samples: int | None = _flag("maximum number of training rows, drawn stratified by class")
+    image_column: str | None = _flag("name of the image column (default: found by name and type)")
+    text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
+    label_column: str | None = _flag("name of the label column (default: found by name and type)")
+    image_size: int | None = _flag("image side in pixels (default: that of the checkpoint; 224 for short names)")
+    max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     augment: str | None = _flag(
         f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, none for text)"
     )
     on_corrupt: str | None = _flag(
-        "images that cannot be opened: refuse or skip (default: refuse; all are opened before training where they are "
-        f"{CHECKED_UNASKED:,} at most, or this flag is given)"
+        "unreadable images: refuse or skip (default: refuse; images are checked before training if there are at most "
+        f"{CHECKED_UNASKED:,}, or if this flag is given)"
     )
-    source_dataset: str | None = _flag("data of the pretraining, for strategies that use them (soft, co_tuning)")
-    source_split: str = _flag("which split of them", "train")
+    source_dataset: str | None = _flag(
+        "source data (of the pretraining), for strategies that use them (soft, co_tuning)"
+    )
+    source_split: str = _flag("split of the source data", "train")
 
 
 @dataclass
 class MethodFlags:
     """Strategy and scores."""
 
-    strategy: list[str] = _list_flag("name from `hf-ft list`; several compose (default: full)")
+    strategy: list[str] = _list_flag("name from `hf-ft list`; repeat the flag to compose several (default: full)")
     metrics: list[str] = _list_flag(
-        f"names; {', '.join(LOCAL_METRICS)} are computed locally, any other by evaluate.load, which runs code from "
-        "the Hub (default: all local ones that fit)"
+        f"metrics to report: {', '.join(LOCAL_METRICS)} are computed locally, any other by evaluate.load, which runs "
+        "code from the Hub (default: all local ones that apply)"
     )
-    class_weights: Literal["balanced", "none"] = _flag("balanced: weigh classes by their rarity", "none")
+    class_weights: Literal["balanced", "none"] = _flag("balanced: weight classes by their inverse frequency", "none")
     frozen_cache: Literal["auto", "always", "never"] = _flag(
-        "whether a stage computes what is frozen once: auto where samples are the same each time (--augment none)",
+        "compute the frozen part of a stage only once; auto: if samples are the same on every read (--augment none)",
         "auto",
     )
-    frozen_cache_memory_gb: float = _flag("keep so much of it in memory; more goes into a temporary file", 2.0)
-    frozen_cache_disk_gb: float = _flag("write so much to that file at most", 20.0)
-    overwrite: bool = _flag("go on though output_dir is not empty; checkpoints in it are deleted", False)
+    frozen_cache_memory_gb: float = _flag(
+        "keep up to this much of it in memory; the rest goes to a temporary file", 2.0
+    )
+    frozen_cache_disk_gb: float = _flag("maximum size of that file", 20.0)
+    overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 
 
 # Used where the defaults of TrainingArguments do not suit a few hundred images.

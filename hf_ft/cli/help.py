@@ -35,32 +35,32 @@ the same as a file:
 # The most important training flags, with simpler descriptions.
 _TRAIN_FIRST = {
     "output_dir": "where checkpoints and, at the end, the best model go",
-    "num_train_epochs": "passes over the training data, all stages of a strategy together",
-    "learning_rate": "the backbone's; by default what the strategy recommends",
-    "weight_decay": "the optimizer's pull towards zero",
+    "num_train_epochs": "passes over the training data, for all stages of a strategy together",
+    "learning_rate": "learning rate of the backbone (default: that recommended by the strategy)",
+    "weight_decay": "weight decay of the optimizer",
     "per_device_train_batch_size": "samples per step and process",
     "gradient_accumulation_steps": "batches per optimizer step",
     "bf16": "mixed precision",
-    "seed": "of the new head, the order of the data and the augmentation",
-    "resume_from_checkpoint": "true for the newest checkpoint in output_dir, or a checkpoint's folder",
+    "seed": "seed of the new head, the data order and the augmentation",
+    "resume_from_checkpoint": "true for the latest checkpoint in output_dir, or the folder of a checkpoint",
     "push_to_hub": "upload the model to the Hub (see also --hub_model_id)",
 }
 
-_TRAIN_TAIL = """What the strategies recommend (`hf-ft describe NAME`) is used for every flag that you do not set.
-Validation runs after each epoch, the best epoch's model (by accuracy, else the first of --metrics, else the loss) is
-loaded at the end and saved, and a test split, where there is one, is scored once with it.
---config CONFIG.yaml names the file too. --help-all shows every flag of TrainingArguments. --traceback shows where an
-error came from."""
+_TRAIN_TAIL = """Flags that you do not set take the values that the strategies recommend (see `hf-ft describe NAME`).
+The model is validated after each epoch. That of the best epoch (by accuracy, else the first of --metrics, else the
+loss) is loaded at the end and saved, and scored once on the test split, if there is one.
+--config CONFIG.yaml also names the file. --help-all shows every flag of TrainingArguments. --traceback shows where an
+error was raised."""
 
 _COMPARE = """hf-ft compare: which strategy for my model and data?
 
 usage: hf-ft compare --model MODEL --dataset DATA [--strategies NAME,NAME] [flags]
-       accelerate launch --multi_gpu --num_processes N -m hf_ft compare ...   (N workers share the trainings)
+       accelerate launch --multi_gpu --num_processes N -m hf_ft compare ...   (N workers share the training runs)
 
-Every strategy gets the same tuning budget: as much computing as so many trainings of full fine-tuning take, the
-strategy's own search included. Learning rates and a few declared options are tuned on validation data; then the best
-setting trains anew with several seeds, and only these runs look at the test data. A comparison that was interrupted
-goes on when the same command is given again.
+Every strategy gets the same tuning budget: the compute of --trials training runs of full fine-tuning, including the
+strategy's own search. Learning rates and a few declared options are tuned on validation data. The best setting is then
+trained again with several seeds, and only these runs are scored on the test data. Run the same command again to
+continue an interrupted comparison.
 
 example:
   hf-ft compare --model microsoft/resnet-18 --dataset my_photos/ --strategies linear_probe,lp_ft,l2_sp,lp_ft+l2_sp \\
@@ -77,14 +77,14 @@ _COMPARE_FIRST = (
     "bf16",
 )
 _COMPARE_WORDS = {
-    "augment": "none or basic: mirror and shift training images (default: none: what is frozen is computed once)",
-    "output_dir": "where results, report and winner go (default: runs/compare)",
+    "augment": "none or basic: mirror and shift training images (default: none: frozen parts are then computed once)",
+    "output_dir": "folder for results, report and winner (default: runs/compare)",
 }
 
 _COMPARE_TAIL = """\
 Written to --output_dir (default: runs/compare): report.html, report.md, results.json (every run), best/ (the winner,
 a plain Transformers checkpoint whose card holds the comparison), compare.db (an Optuna study).
-An option that you set (--NAME.option) is not tuned. What is fair and what is not: docs/compare.md."""
+Options that you set (--NAME.option) are not tuned. What makes the comparison fair, and its limits: docs/compare.md."""
 
 
 def train_help(everything: bool) -> str:

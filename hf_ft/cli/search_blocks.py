@@ -16,14 +16,14 @@ from hf_ft.core.options import options
 from hf_ft.errors import OptionError
 
 DEFAULTS = {"output_dir": "runs/blocks", "augment": "none"}
-HELP = """hf-ft search-blocks: find the block that is worth training (block-wise fine-tuning).
+HELP = """hf-ft search-blocks: find the block worth training (block-wise fine-tuning).
 
 usage: hf-ft search-blocks --model MODEL --dataset DATA [--scheme SCHEME ...] [flags of hf-ft train]
        accelerate launch -m hf_ft search-blocks ...    (several processes share the candidates)
 
-Each candidate block trains with the head for a few epochs, from the same start, on a part of the training samples;
-the rest ranks them. Trials are kept as an Optuna study: the same command goes on where an interrupted search was, and
-several processes or machines that name one --storage work on one search.
+Each candidate block is trained together with the head for a few epochs, from the same start, on part of the training
+samples; the rest ranks the candidates. Trials are stored in an Optuna study: the same command continues an interrupted
+search, and several processes or machines with the same --storage share one.
 
 example:
   hf-ft search-blocks --model microsoft/resnet-18 --dataset my_photos/ --scheme stage --search_seeds 3
@@ -33,8 +33,8 @@ Written to --output_dir (default: runs/blocks): blocks.json, blocks.md, blocks.p
 flags of the search
 {flags}
 
-`hf-ft blocks MODEL --scheme SCHEME` lists the candidates; `hf-ft train --help` the other flags. Images are not
-augmented here (--augment basic changes that), so that what is frozen is computed once."""
+`hf-ft blocks MODEL --scheme SCHEME` lists the candidates, `hf-ft train --help` the other flags. Images are not
+augmented by default (--augment basic does), so that frozen parts are computed once."""
 
 
 def run_search_blocks(arguments: list[str]) -> None:

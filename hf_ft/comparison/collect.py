@@ -71,23 +71,23 @@ def _over(ledger: Ledger, entrant: Entrant, trials: Sequence[Training]) -> list[
     first = ledger.first(entrant)
     spent = sum(trial.compute for trial in trials) + (0.0 if first is None else first.measured_compute)
     times = spent / ledger.allowed_seconds if ledger.allowed_seconds else 0.0
-    return [f"its tuning took {times:.1f} times the budget"] if times > TOLD else []
+    return [f"tuning took {times:.1f} times the budget"] if times > TOLD else []
 
 
 def _status(
     first: Done | None, trials: Sequence[Done | None], runs: Sequence[Training], seeds: int
 ) -> tuple[Status, str]:
     if first is None:
-        return "not reached", "the time was up before its first training"
+        return "not reached", "out of time before its first training run"
     if first.refused:
         return "cannot run", first.training.error
     if trials and all(trial is not None and trial.training.error for trial in trials):
-        return "failed", f"every trial failed; the first: {first.training.error}"
+        return "failed", f"all trials failed; the first: {first.training.error}"
     if len(runs) < seeds:
-        return "unfinished", f"the time was up after {sum(map(bool, trials))} trials and {len(runs)} final runs"
+        return "unfinished", f"out of time after {sum(map(bool, trials))} trials and {len(runs)} final runs"
     failed = [run for run in runs if run.error]
     if len(failed) == len(runs):
-        return "failed", f"every final run failed; the first: {failed[0].error}"
+        return "failed", f"all final runs failed; the first: {failed[0].error}"
     return "finished", f"{len(failed)} of {len(runs)} final runs failed: {failed[0].error}" if failed else ""
 
 

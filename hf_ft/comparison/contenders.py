@@ -190,14 +190,14 @@ def _fitting(config: FTConfig, bench: Bench, model: nn.Module, notes: list[str])
     name, free = config.ft_type, config.source_free()
     if bench.source is None and free is not None and config.needs().source_data == "required":
         config = free
-        notes.append(f"{name} runs in its source-free form, since no source data were given")
+        notes.append(f"{name} runs in its source-free form: there are no source data")
     fitting = config.adapted(model)
     if fitting is None:
-        raise OptionError(f"{name} has no form that fits this model: leave it out.")
+        raise OptionError(f"{name} cannot run on this model: leave it out.")
     before = config.to_dict()
     changed = ", ".join(f"{key}={value}" for key, value in fitting.to_dict().items() if value != before[key])
     if changed:
-        notes.append(f"{name} runs with {changed}, the form that fits this model")
+        notes.append(f"{name} runs with {changed} to fit this model")
     return fitting
 
 

@@ -66,13 +66,13 @@ class Prepared:
         try:
             cost = measure_cost(self.bench, arguments["per_device_train_batch_size"], runner.common.device)
         except (TypeError, AttributeError, ValueError):
-            return "no estimate: the model does not give a loss by itself"
+            return "no estimate: the model computes no loss of its own"
         each = cost.training_seconds(self.bench, arguments["num_train_epochs"])
         one = (settings.trials + settings.seeds) * each + settings.seeds * cost.test_seconds(self.bench)
         count = len(runner.ledger.entrants)
         return (
             f"estimate: {count} strategies x ({settings.trials} trials + {settings.seeds} final runs) x {each:.0f} s "
-            f"= about {_duration(count * one)} for one worker, if nothing is done yet"
+            f"= about {_duration(count * one)} on one worker, less what is already done"
         )
 
     def advised(self) -> Advice:
@@ -151,7 +151,7 @@ def prepare_comparison(
         wanted = values["per_device_train_batch_size"]
         values["per_device_train_batch_size"] = size = batch_size(len(plain.data["train"]), wanted)
         if size != wanted:
-            tell(f"batches of {size} in place of {wanted}: the last one of an epoch would hold one sample")
+            tell(f"batch size {size} instead of {wanted}: the last batch of an epoch would hold a single sample")
     greater = "regression" not in LOCAL_METRICS[metric].kinds
     common = CommonSettings(values, metric, greater, class_weights, settings.distortion_samples, device)
     entrants = _entrants(chosen, benches, settings, common, shown, untuned)
@@ -167,7 +167,7 @@ def _checked_metric(data: Data, settings: Settings) -> str:
     """The metric that ranks, after a check that all splits are there and that it suits the task."""
     missing = {"train", "validation", "test"} - set(data.splits)
     if missing:
-        raise OptionError(f"data: there is no split {min(missing)!r}, only {list(data.splits)}.")
+        raise OptionError(f"data has no split {min(missing)!r}, only {list(data.splits)}.")
     problem = data.columns.problem_type
     metric = settings.metric or METRICS[problem]
     if problem.replace("_classification", "") not in LOCAL_METRICS[metric].kinds:

@@ -32,7 +32,7 @@ from hf_ft.search.trials import Job, Outcome, Report, run_trials
 STORAGE = "compare.db"
 REFUSED = (OptionError, AnatomyError)
 DEATHS = 2  # process deaths within one training before it counts as failed
-DIED = f"its process died {DEATHS} times in it: was there not enough memory?"
+DIED = f"its process died {DEATHS} times: out of memory?"
 logger = logging.get_logger(__name__)
 Tell = Callable[[str], None]
 
@@ -193,8 +193,10 @@ class Runner:
                 work, saved = self.kept.work("winner"), self.kept.model(name, run.seed)
                 again = train(entrant, run.params, run.seed, self.common, work, self._measured(entrant), saved)
                 if again.validation != run.validation:
-                    what = f"{again.validation:.3f} on validation in place of {run.validation:.3f}"
-                    logger.warning(f"the winner had to be trained again, and has {what}: trainings do not repeat here.")
+                    scores = f"{again.validation:.3f} instead of {run.validation:.3f} on validation"
+                    logger.warning(
+                        f"the winner was trained again and scores {scores}: training is not reproducible here."
+                    )
             best = self.kept.crown(name, run.seed)
             if self.ledger.complete:
                 self.kept.clear()

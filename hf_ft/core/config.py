@@ -34,15 +34,17 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from."""
+    """Where a method comes from; ``note`` says what of it."""
 
     authors: str
     title: str
     venue: str
     url: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.authors}. {self.title}. {self.venue}." + (f" {self.url}" if self.url else "")
+        parts = (f"{self.authors}. {self.title}. {self.venue}.", self.url, self.note and f"({self.note})")
+        return " ".join(filter(None, parts))
 
     @property
     def short(self) -> str:
@@ -71,6 +73,7 @@ class FTConfig(PushToHubMixin):
 
     ft_type: ClassVar[str]
     paper: ClassVar[Paper | None] = None
+    further_papers: ClassVar[tuple[Paper, ...]] = ()  # other works that the implementation follows
     formula: ClassVar[str] = ""
     recommended: ClassVar[Mapping[str, Recommended]] = {}
     sources_option: ClassVar[str] = ""  # the option that lists several source models, if any

@@ -53,13 +53,13 @@ def load_splits(
         DataError: if the source cannot be read, a split is missing, or there are too few rows.
     """
     if max_train_samples is not None and max_train_samples < 1:
-        raise DataError(f"max_train_samples={max_train_samples} leaves nothing to train on: ask for 1 at least")
+        raise DataError(f"max_train_samples={max_train_samples} must be at least 1")
     names = {"train": train_split, "validation": validation_split, "test": test_split}
     parts = _given(source, config_name, names)
     whole, label = parts["train"], label_column or usual_label(parts["train"])
     by = _stratify_by(whole, label)
     if test_fraction is not None and "test" in parts and not _has_labels(parts["test"], label):
-        logger.warning("the test split has rows without a label: a part of train is set aside instead")
+        logger.warning("the test split has rows without a label: part of train is held out instead")
         del parts["test"]
     given = set(parts) - {"train"}
     if "test" not in given and test_fraction is not None:
@@ -121,11 +121,11 @@ def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None
     size = round(len(train) * fraction)
     if not 0 < size < len(train):
         raise DataError(
-            f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: set "
-            f"{name}_fraction between 0 and 1, or name a {name}_split",
+            f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: set {name}_fraction between 0 and "
+            f"1, or name a {name}_split",
             arguments=(f"{name}_fraction", f"{name}_split"),
         )
-    logger.info(f"{size} of {len(train)} training rows are set aside for {name}")
+    logger.info(f"{size} of {len(train)} training rows are held out for {name}")
     return _drawn(train, {"train": len(train) - size, name: size}, seed, by)
 
 
@@ -137,7 +137,7 @@ def _limit(parts: dict[str, Dataset], labelled: int, fraction: float, seed: int,
         sizes["train"] -= sizes["validation"]
     if labelled < 2 or min(sizes.values()) < 1 or sizes["train"] > len(parts["train"]):
         rows = ", ".join(f"{len(parts[name])} of {name}" for name in sizes)
-        raise DataError(f"labelled={labelled} cannot be drawn from {rows} rows: ask for fewer, and for 2 at least")
+        raise DataError(f"labelled={labelled} rows cannot be drawn from {rows} rows: request fewer, and at least 2")
     return {
         name: _drawn(parts[name], {name: size}, seed, _stratify_by(parts[name], by))[name]
         for name, size in sizes.items()

@@ -76,7 +76,7 @@ def prepare(
     ready = DatasetDict()
     for name, split in splits.items():
         if name == "test" and unlabelled(split, columns.label):
-            logger.warning("the test split has rows without a label: it is left out")
+            logger.warning("the test split has rows without a label and is left out")
         elif columns.task == "text":
             tokenise = text_transform(processor, columns, max_length)
             ready[name] = _named(split.map(tokenise, batched=True, remove_columns=split.column_names), columns)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
-from hf_ft.core import FTConfig, Needs, Plan, Recommended, Stage, State, advising, register
+from hf_ft.core import Context, FTConfig, Needs, Plan, Rate, Recommended, Stage, State, advising, option, register
+from hf_ft.engine.probe import describe_probe, measure_probe, set_head
 
 
 @register("linear_probe")
@@ -31,8 +33,29 @@ class LinearProbeConfig(FTConfig):
         advising.FEW_SAMPLES_PER_WEIGHT: 1,
     }
 
+    probe_solver: Literal["sgd", "lbfgs"] = option(
+        "sgd",
+        "'sgd': train the head with the optimizer. 'lbfgs': fit it before training by logistic regression (L-BFGS) on "
+        "the features, with the best of 50 penalties on held-out samples; training then changes nothing, and one epoch "
+        "is enough.",
+    )
+
     def needs(self) -> Needs:
-        return Needs(several_members=True)
+        return Needs(several_members=self.probe_solver == "sgd")
+
+    def measures(self) -> bool:
+        return self.probe_solver == "lbfgs"
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        return measure_probe(model, self, context)
+
+    def learned(self, state: State) -> str:
+        return describe_probe(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        return Plan(stages=(Stage("probe", trains=self.anatomy(model).head.modules),))
+        head = self.anatomy(model).head.modules
+        if self.probe_solver == "sgd":
+            return Plan(stages=(Stage("probe", trains=head),))
+        return Plan(
+            surgery=(set_head(model, self, state),), stages=(Stage("probe", trains=head, rates=(Rate(head, lr=0.0),)),)
+        )

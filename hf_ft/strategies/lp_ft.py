@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from hf_ft.core import (
     Choice,
+    Context,
     FTConfig,
     LogRange,
     Needs,
@@ -22,6 +24,7 @@ from hf_ft.core import (
     option,
     register,
 )
+from hf_ft.engine.probe import describe_probe, measure_probe, set_head
 
 
 @register("lp_ft")
@@ -63,29 +66,34 @@ class LPFTConfig(FTConfig):
         "Mode of the normalisation layers while everything trains: 'eval' keeps their statistics fixed.",
         source="code",
     )
+    probe_solver: Literal["sgd", "lbfgs"] = option(
+        "sgd",
+        "'sgd': train the head with the optimizer. 'lbfgs': fit it before training by logistic regression (L-BFGS) on "
+        "the features, with the best of 50 penalties on held-out samples, as the authors do; the run is then "
+        "fine-tuning alone, and `probe` and `head_lr` are ignored.",
+    )
     dropout: bool = option(False, "Whether dropout is active; the authors train in evaluation mode.", source="code")
     fresh_optimizer: bool = option(True, "Start the second stage without the momentum of the first.", source="code")
 
     def needs(self) -> Needs:
-        return Needs(several_members=True)
+        return Needs(several_members=self.probe_solver == "sgd")
+
+    def measures(self) -> bool:
+        return self.probe_solver == "lbfgs"
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        return measure_probe(model, self, context)
+
+    def learned(self, state: State) -> str:
+        return describe_probe(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        head = self.anatomy(model).head.modules
-        return Plan(
-            stages=(
-                Stage(
-                    "probe",
-                    trains=head,
-                    duration=self.probe,
-                    rates=(Rate(head, lr=self.head_lr),),
-                    dropout=self.dropout,
-                ),
-                Stage(
-                    "finetune",
-                    duration=1 - self.probe,
-                    norm_mode=self.norm_mode,
-                    dropout=self.dropout,
-                    fresh_optimizer=self.fresh_optimizer,
-                ),
-            )
+        finetune = Stage(
+            "finetune", norm_mode=self.norm_mode, dropout=self.dropout, fresh_optimizer=self.fresh_optimizer
         )
+        if self.probe_solver == "lbfgs":
+            return Plan(surgery=(set_head(model, self, state),), stages=(finetune,))
+        head = self.anatomy(model).head.modules
+        rates = (Rate(head, lr=self.head_lr),)
+        probe = Stage("probe", trains=head, duration=self.probe, rates=rates, dropout=self.dropout)
+        return Plan(stages=(probe, dataclasses.replace(finetune, duration=1 - self.probe)))

@@ -48,11 +48,15 @@ class SourceLoss(nn.Module):
 
 
 class SourceDistillation(nn.Module):
-    """Divergence of the source head's predictions on the target batch from those before training."""
+    """Divergence of the source head's predictions on the target batch from those before training.
 
-    def __init__(self, head: SourceHead, teacher: SourceHead, layer: str, temperature: float) -> None:
+    Args:
+        trains: whether the source head trains, or stays as pretrained like the teacher.
+    """
+
+    def __init__(self, head: SourceHead, teacher: SourceHead, layer: str, temperature: float, trains: bool) -> None:
         super().__init__()
-        self.head, self.layer, self.temperature = head, layer, temperature
+        self.head, self.layer, self.temperature = head.requires_grad_(trains), layer, temperature
         self.teacher = teacher.requires_grad_(False)
 
     def train(self, mode: bool = True) -> SourceDistillation:
@@ -96,8 +100,8 @@ class SoftConfig(FTConfig):
 
     paper = Paper(
         "Zhao, Zhang, Jiang, Xu, Li, Ma",
-        "Soft Fine-tuning: Towards General Discrimination and Robustness to Data Bias",
-        "2019",
+        "Effective Domain Knowledge Transfer with Soft Fine-tuning",
+        "arXiv 2019",
         "https://arxiv.org/abs/1909.02236",
     )
     formula = (
@@ -133,6 +137,9 @@ class SoftConfig(FTConfig):
     )
     temperature: float = option(
         3.0, "With source='head': temperature of the distillation.", range="(0, inf)", source="code"
+    )
+    train_source_head: bool = option(
+        True, "With source='head': whether the source head trains too; in the authors' toolkit it does not."
     )
 
     def __post_init__(self) -> None:
@@ -175,7 +182,7 @@ class SoftConfig(FTConfig):
         return Term("source", SourceLoss(head, layer), weight=self.weight, layers=(layer,), stream="source")
 
     def _from_head(self, head: SourceHead, layer: str) -> Term:
-        distillation = SourceDistillation(head, copy.deepcopy(head), layer, self.temperature)
+        distillation = SourceDistillation(head, copy.deepcopy(head), layer, self.temperature, self.train_source_head)
         return Term(
             "distillation",
             distillation,
@@ -217,6 +224,9 @@ class LwFConfig(FTConfig):
 
     weight: float = option(4.0, "Weight of the distillation loss.", range="[0, inf)", source="code")
     temperature: float = option(3.0, "Temperature of the distillation.", range="(0, inf)", source="code")
+    train_source_head: bool = option(
+        True, "Whether the source head trains too; False as in the authors' toolkit, where its rate is commented out."
+    )
 
     def needs(self) -> Needs:
         return Needs(source_head=self.weight > 0)
@@ -234,6 +244,7 @@ class LwFConfig(FTConfig):
             weight=self.weight,
             distillation_weight=1.0,
             temperature=self.temperature,
+            train_source_head=self.train_source_head,
             head=self.head,
             blocks=self.blocks,
         )

@@ -129,6 +129,7 @@ def _describe(config: FTConfig, found: Findings, beside: Collection[str]) -> str
     lines += [f"![{Path(name).stem}]({name})" for name in found.plots if name in beside]
     if config.paper:
         lines.append(f"Paper: {config.paper}")
+    lines += [f"See also: {paper}" for paper in config.further_papers]
     return "\n\n".join(lines)
 
 

@@ -554,7 +554,7 @@ def test_blocks_lists_windows(files, capsys):
     [
         (
             "--scheme stages",
-            "--scheme stages is unknown. There are: layer, top_layers, segment, window, stage, block.",
+            "--scheme stages is unknown. Choose one of layer, top_layers, segment, window, stage, block.",
         ),
         ("--scheme top_layers", "needs that search's ranking"),
         ("--scheme window --length 9", "length=9 must be between 1 and 8, the number of layers"),

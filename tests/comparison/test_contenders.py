@@ -20,9 +20,7 @@ def entered(config, model):
 def test_without_batch_norm_daft_converts_none(convert):
     made = entered(DAFTConfig(convert_batch_norm=convert), tiny_vit())
     assert not made.configs[0].convert_batch_norm and not made.refusal
-    assert made.notes == (
-        ("daft runs with convert_batch_norm=False, the form that fits this model",) if convert else ()
-    )
+    assert made.notes == (("daft runs with convert_batch_norm=False to fit this model",) if convert else ())
 
 
 def test_what_fits_runs_as_it_was_asked_for():
@@ -42,4 +40,4 @@ class UnfitConfig(DAFTConfig):
 
 
 def test_what_has_no_form_for_the_model_is_refused():
-    assert entered(UnfitConfig(), tiny_vit()).refusal == "unfit has no form that fits this model: leave it out."
+    assert entered(UnfitConfig(), tiny_vit()).refusal == "unfit cannot run on this model: leave it out."

@@ -176,7 +176,7 @@ def test_labelled_rows_are_those_of_train_and_validation(tmp_path):
     again, other = (load_splits(source, labelled=50, test_fraction=0.2, seed=seed) for seed in (0, 1))
     assert again["train"][ROW][:] == splits["train"][ROW][:] != other["train"][ROW][:]
     for labelled in (101, 1, 0):
-        with pytest.raises(ValueError, match=f"labelled={labelled} cannot be drawn from 100 of train rows"):
+        with pytest.raises(ValueError, match=f"labelled={labelled} rows cannot be drawn from 100 of train rows"):
             load_splits(source, labelled=labelled)
 
 
@@ -187,7 +187,7 @@ def test_labelled_rows_of_a_source_with_a_validation_split(tmp_path):
     assert {name: len(split) for name, split in splits.items()} == {"train": 16, "validation": 4}
     few = load_splits(str(tmp_path), labelled=50, validation_fraction=0.5)
     assert {name: len(split) for name, split in few.items()} == {"train": 25, "validation": 25}
-    with pytest.raises(ValueError, match="labelled=80 cannot be drawn from 40 of train, 40 of validation rows"):
+    with pytest.raises(ValueError, match="labelled=80 rows cannot be drawn from 40 of train, 40 of validation rows"):
         load_splits(str(tmp_path), labelled=80)
     table = datasets.Dataset.from_dict({"text": ["a"] * 20, "label": ["x", "y"] * 10})
     gaps = datasets.Dataset.from_dict({"text": ["a"] * 4, "label": ["x", "y", None, "y"]})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
+from transformers import TrainerCallback
 
 from hf_ft import FTTrainer, LwFConfig, SoftConfig, set_up
 from hf_ft.functional import distillation_loss
@@ -66,6 +67,25 @@ def test_it_is_soft_fine_tuning_from_the_head_at_a_constant_weight(tmp_path):
     assert not torch.equal(full.model.classifier[1].weight, one.model.classifier[1].weight)
     none = train(tiny_resnet(), LwFConfig(weight=0.0), tmp_path / "none")
     same_tensors(snapshot(full.model), snapshot(none.model))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_source_head_trains_or_stays_as_in_the_authors_toolkit(trains, tmp_path):
+    model = equipped(tiny_resnet(), "lwf")
+    before = snapshot(source_head(model))
+    trainer = make_trainer(model, LwFConfig(train_source_head=trains), tmp_path)
+    heads = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            heads.append(snapshot(trainer._attempt.objective.plan.terms[0].fn.head))
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    moved_away = any(not torch.equal(before[name], heads[-1][name]) for name in before)
+    assert moved_away == trains
+    groups = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert groups == len(list(model.parameters())) + (len(before) if trains else 0)
 
 
 def test_no_source_data_are_needed_and_the_term_decays(tmp_path):

@@ -417,7 +417,11 @@ def test_torch_compile(tmp_path):
     results = [
         snapshot(
             train(
-                still(tiny_vit()), LPFTConfig(probe=0.5), tmp_path, torch_compile=on, torch_compile_backend=back
+                still(tiny_vit(num_hidden_layers=1)),
+                LPFTConfig(probe=0.5),
+                tmp_path,
+                torch_compile=on,
+                torch_compile_backend=back,
             ).model
         )
         for on, back in ((False, None), (True, "aot_eager"))

@@ -1,6 +1,6 @@
 """Candidates of block-wise fine-tuning: groups of layers that may be adapted, with their depth in the network.
 
-Reference: Barakat and Huang, "Improving Reliability of Fine-tuning with Block-wise Optimisation", ICMLA 2023,
+Reference: Barakat and Huang, "Improving Reliability of Fine-tuning with Block-wise Optimisation",
 arXiv:2301.06133. The schemes ``stage`` and ``block`` are ours.
 """
 
@@ -112,7 +112,7 @@ def candidates(
         OptionError: if the scheme is unknown or ``top_layers``, a window does not fit, or everything is frozen.
         AnatomyError: if head or blocks cannot be found.
 
-    Reference: Barakat and Huang, ICMLA 2023, arXiv:2301.06133.
+    Reference: Barakat and Huang, arXiv:2301.06133.
     """
     if scheme not in SCHEMES:
         raise OptionError(f"scheme={scheme!r} is unknown. Choose one of {', '.join(SCHEMES)}.")
@@ -148,7 +148,7 @@ def top_layers(
     Raises:
         OptionError: if there is no index, or an index is repeated or out of range.
 
-    Reference: Barakat and Huang, ICMLA 2023, arXiv:2301.06133.
+    Reference: Barakat and Huang, arXiv:2301.06133.
     """
     layers = weight_layers(model, head=head, blocks=blocks)
     ranked = tuple(ranked_layers)

@@ -1,6 +1,6 @@
 """Search for the most salient block: briefly train every candidate from the same start, and score it.
 
-Reference: Barakat and Huang, "Improving Reliability of Fine-tuning with Block-wise Optimisation", ICMLA 2023,
+Reference: Barakat and Huang, "Improving Reliability of Fine-tuning with Block-wise Optimisation",
 arXiv:2301.06133. Candidates, baselines and quarters: :mod:`hf_ft.strategies.blockwise.candidates`.
 """
 

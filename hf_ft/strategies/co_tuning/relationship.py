@@ -91,10 +91,10 @@ def reverse_relationship(
         p(y_t \mid y_s) = \operatorname{softmax}(g(e_s) / T_g)_t, \qquad
         p(y_s) = \frac1N \sum_n \operatorname{softmax}(z_n / T)_s
 
-    g is a multinomial logistic regression from source probabilities to target classes, :math:`e_s` the one-hot
-    distribution on source class s. Cross-validation selects the strength of its L2 penalty by likelihood, and
-    yields the held-out logits on which its temperature :math:`T_g` is fitted. If some class has a single sample,
-    nothing can be held out: the penalty is scikit-learn's C = 1, and :math:`T_g = 1`.
+    g is a multinomial logistic regression without intercept from source probabilities to target classes, and
+    :math:`e_s` the one-hot distribution on source class s. Cross-validation selects the strength of its L2 penalty by
+    likelihood, and yields the held-out logits on which its temperature :math:`T_g` is fitted. If some class has a
+    single sample, nothing can be held out: the penalty is scikit-learn's C = 1, and :math:`T_g = 1`.
 
     No sample's prediction is as confident as :math:`e_s`, so g extrapolates: with a few dozen samples per class, its
     rows vary much more between draws of samples than those of :func:`direct_relationship`.
@@ -184,8 +184,9 @@ def _sklearn_c(strength: float, classes: int) -> float:
 
 
 def _regression() -> LogisticRegression:
-    # The tolerance applies to the mean gradient, which is small from the start for features this small.
-    return LogisticRegression(tol=1e-6, max_iter=10_000, warm_start=True)
+    # Without an intercept, as in the authors' code. The tolerance applies to the mean gradient, which is small from the
+    # start for features this small.
+    return LogisticRegression(fit_intercept=False, tol=1e-6, max_iter=10_000, warm_start=True)
 
 
 def _logits(regression: LogisticRegression, features: np.ndarray) -> Tensor:

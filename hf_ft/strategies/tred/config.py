@@ -84,10 +84,11 @@ class TREDConfig(FTConfig):
     """
 
     paper = Paper(
-        "Li, Hu, Li, Xiong, Ye, Wang, Xu, Dou",
+        "Li, Hu, Li, Xiong, Xu, Dou",
         "Towards Accurate Knowledge Transfer via Target-awareness Representation Disentanglement",
-        "Machine Learning 113, 2024",
-        "https://arxiv.org/abs/2010.08532",
+        "Machine Learning 113(2), 699-723, 2024",
+        "https://doi.org/10.1007/s10994-023-06381-2",
+        note="preprint: https://arxiv.org/abs/2010.08532",
     )
     formula = (
         "first: L1 = CE(c(P), y) + lambda_r (P + N - F)^2 - lambda_m MMD2(P, N) + lambda_i I(P; N) + lambda_b B;  "

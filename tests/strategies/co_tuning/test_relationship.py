@@ -63,23 +63,22 @@ def reference_direct(logits, labels, classes, temperature=1.0):
 
 
 def reference_regression(features, labels, classes, strength):
-    """Softmax regression with a row of weights and an intercept for every class, also for two."""
+    """Softmax regression with a row of weights for every class, also for two, and no intercept, as the authors' is."""
     features, hot = numpy.asarray(features), numpy.eye(classes)[labels]
 
     def objective(flat):
-        rows = flat.reshape(classes, -1)
-        weights, intercepts = rows[:, :-1], rows[:, -1]
-        logits = features @ weights.T + intercepts
+        weights = flat.reshape(classes, -1)
+        logits = features @ weights.T
         shifted = logits - logits.max(axis=1, keepdims=True)
         log_p = shifted - numpy.log(numpy.exp(shifted).sum(axis=1, keepdims=True))
         error = strength * (numpy.exp(log_p) - hot)
-        gradient = numpy.column_stack((error.T @ features + weights, error.sum(axis=0)))
+        gradient = error.T @ features + weights
         return -strength * (hot * log_p).sum() + (weights**2).sum() / 2, gradient.ravel()
 
-    start = numpy.zeros(classes * (features.shape[1] + 1))
+    start = numpy.zeros(classes * features.shape[1])
     limits = {"maxiter": 10_000, "maxfun": 100_000, "ftol": 1e-16, "gtol": 1e-9}
     rows = minimize(objective, start, jac=True, method="L-BFGS-B", options=limits).x.reshape(classes, -1)
-    return lambda x: (numpy.asarray(x) @ rows[:, :-1].T + rows[:, -1]).tolist()
+    return lambda x: (numpy.asarray(x) @ rows.T).tolist()
 
 
 def reference_reverse(logits, labels, classes, temperature=1.0, folds=5, seed=0):
@@ -184,11 +183,12 @@ def test_the_regression_is_a_stationary_point_of_the_penalised_softmax_likelihoo
     features, strength = logits.softmax(1), 3.0
     regression = category_relationship._regression().set_params(C=category_relationship._sklearn_c(strength, classes))
     regression.fit(features.numpy(), labels.numpy())
-    coefficients, intercepts = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
+    assert not regression.intercept_.any()
+    coefficients = torch.from_numpy(regression.coef_)
     if classes == 2:
-        coefficients, intercepts = (torch.cat((-rows / 2, rows / 2)) for rows in (coefficients, intercepts))
+        coefficients = torch.cat((-coefficients / 2, coefficients / 2))
     coefficients.requires_grad_()
-    scores = features @ coefficients.T + intercepts
+    scores = features @ coefficients.T
     torch.testing.assert_close(category_relationship._logits(regression, features.numpy()), scores.detach())
     loss = strength * torch.nn.functional.cross_entropy(scores, labels, reduction="sum")
     (loss + coefficients.square().sum() / 2).backward()

@@ -1,6 +1,7 @@
 """DELTA: the formula, and the weights of channels against networks whose channels are zeroed one at a time."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_terms_are_the_formula(make, reduction):
         for sample in range(batch):
             for c in range(channels):
                 distance = sum(float(d) ** 2 for d in now[sample, c] - before[sample, c])
-                total += channels * float(a[c]) * distance / positions / (batch if reduction == "mean" else 1)
+                total += channels * float(a[c]) * distance / positions / (batch if reduction == "mean" else 64)
     head = sum(float(p.detach().double().square().sum()) for p in model.classifier.parameters())
     assert terms["delta"] == pytest.approx(0.3 * total / 2, rel=1e-5) and total > 0
     assert terms["delta_head"] == pytest.approx(0.7 / 2 * head, rel=1e-5)
@@ -61,6 +62,34 @@ def test_uniform_weights_are_one_over_the_number_of_channels():
     even = {name: torch.full((size,), 1 / size) for name, size in zip(layers, (8, 16), strict=True)}
     weighed, _ = term_values(DELTAConfig(), tiny_resnet(), {"delta": State(even)})
     assert uniform["delta"] == pytest.approx(weighed["delta"], rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
+def test_with_64_samples_both_plain_and_weighted_are_the_authors_terms(make):
+    """Theirs: 0.01 times half the sum over batch, channels and positions, by h w where channels are weighted."""
+    model, start = make(), make()
+    moved(model)
+    layers = DELTAConfig(weights="uniform").plan(make(), State()).terms[0].layers
+    batch = tiny_inputs(model, 64)
+    now, before = (activations(m, layers, batch) for m in (model, start))
+    torch.manual_seed(0)
+    sizes = {layer: now[layer].shape[1 if now[layer].dim() == 4 else 2] for layer in layers}
+    a = {layer: torch.rand(size).softmax(0) for layer, size in sizes.items()}
+    plain = weighted = 0.0
+    for layer in layers:
+        squares = (now[layer] - before[layer]).double().square()
+        maps = squares.flatten(2) if squares.dim() == 4 else squares.transpose(1, 2)  # (B, C, positions)
+        plain += 0.5 * 0.01 * float(maps.sum())
+        per_channel = maps.sum(dim=(0, 2)) * maps.shape[1] * a[layer].double() / maps.shape[2]
+        weighted += 0.5 * 0.01 * float(per_channel.sum())
+    for reduction in ("mean", "sum"):
+        for config, expected in ((DELTAConfig(weights="feature_map"), plain), (DELTAConfig(), weighted)):
+            config = dataclasses.replace(config, reduction=reduction)
+            run = set_up(make(), config, states={"delta": State(a)})
+            objective = run.objective().train()
+            moved(run.model)
+            terms = objective(**batch)["terms"]
+            assert float(terms["delta"]) == pytest.approx(expected, rel=1e-4), (config, reduction)
 
 
 def test_attention_weights_against_float64():
