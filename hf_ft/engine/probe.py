@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,10 +46,10 @@ class SetHead:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> nn.Module:
-        head = model.get_submodule(self.layer)
-        head.weight.copy_(self.weight)  # type: ignore[operator, union-attr]
+        head: Any = model.get_submodule(self.layer)
+        head.weight.copy_(self.weight)
         if head.bias is not None:
-            head.bias.copy_(self.bias)  # type: ignore[operator, union-attr]
+            head.bias.copy_(self.bias)
         return model
 
 
@@ -87,9 +88,9 @@ def measure_probe(model: nn.Module, config: FTConfig, context: Context) -> State
             f"{config.ft_type}: probe_solver='lbfgs' needs one vector of features and one class per sample, not "
             f"{tuple(features.shape[1:])} and {tuple(labels.shape[1:])}. Set probe_solver='sgd'."
         )
-    classes = model.get_submodule(layer).out_features
+    head: Any = model.get_submodule(layer)
     weights = context.recipe.task_loss.class_weights
-    probe = logistic_probe(features, labels, int(classes), class_weights=weights)  # type: ignore[arg-type]
+    probe = logistic_probe(features, labels, head.out_features, class_weights=weights)
     info = {"C": probe.strength, "accuracy": probe.accuracy, "held_out": probe.held_out}
     return State({WEIGHT: probe.weight, BIAS: probe.bias}, info)
 

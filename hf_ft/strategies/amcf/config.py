@@ -110,6 +110,11 @@ class AMCFConfig(FTConfig):
     particles: int = option(10, "Number of particles in the swarm.", range="[1, inf)", source="code")
     iterations: int = option(5, "Number of swarm iterations.", range="[1, inf)", source="code")
     search_epochs: int = option(5, "Epochs per training run of the search.", range="[1, inf)", source="code")
+    search_schedule: Literal["run", "constant"] = option(
+        "run",
+        "Learning-rate schedule within each training run of the search: that of the run itself, or 'constant', as in "
+        "the authors' code.",
+    )
     search_budget: int | None = option(
         None, "Maximum number of distinct positions to train; None for no limit.", range="[1, inf)"
     )

@@ -6,8 +6,9 @@ Reference: Feng et al., PeerJ Computer Science 2107 (2024). The swarm itself: :m
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,9 @@ class SwarmOptions(SearchOptions, Protocol):
 
     @property
     def iterations(self) -> int: ...
+
+    @property
+    def search_schedule(self) -> str: ...
 
     @property
     def search_budget(self) -> int | None: ...
@@ -84,13 +88,15 @@ class SwarmSearch:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        options = self.options
+        options, context = self.options, self.context
         self.layers = options.layers(self.model)
-        self.trainings = ShortTrainings(
-            self.model, self.context, options.metric, options.validation, options.search_epochs
-        )
         # The swarm's own options are left out, so that another swarm on the same study reuses its evaluations.
         unused = ["frozen", "storage", "particles", "iterations", "search_budget", "patience", "source_models"]
+        if options.search_schedule == "constant":
+            context = dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, curve=_constant))
+        else:
+            unused.append("search_schedule")  # unknown to studies made before the option
+        self.trainings = ShortTrainings(self.model, context, options.metric, options.validation, options.search_epochs)
         settings = {key: value for key, value in options.to_dict().items() if key not in unused}
         self._signature = self.trainings.describe(settings)
         # Shared by all generations: with in-memory storage, each would otherwise start from an empty study.
@@ -182,6 +188,10 @@ class SwarmSearch:
         shown = self.context.progress if self.progress is None else self.progress
         visits = self.options.particles * (self.options.iterations + 1)
         return Bar(visits, "Searching layers to freeze", self.options.metric, not shown, " with {} layers frozen")
+
+
+def _constant(steps: int) -> Callable[[int], float]:
+    return lambda step: 1.0
 
 
 def _fitness(outcome: Outcome) -> float:

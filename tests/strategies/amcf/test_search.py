@@ -69,6 +69,24 @@ def test_each_score_is_that_of_its_position_trained_alone(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_searchs_schedule_is_that_of_the_run_or_constant(tmp_path, monkeypatch):
+    """Constant is the authors'; a study made before the option was there is still known."""
+    fit, rates = short_trainings.fit, {}
+    for schedule in ("run", "constant"):
+        search = searching(tmp_path / schedule, search_schedule=schedule, search_epochs=2)
+        factors = rates.setdefault(schedule, [])
+
+        def spy(run, recipe, *rest, factors=factors):
+            factors.append([recipe.curve(10)(step) for step in range(10)])
+            fit(run, recipe, *rest)
+
+        monkeypatch.setattr(short_trainings, "fit", spy)
+        search.trainings.train(search._start((5, 14)), 0)
+        assert ("search_schedule" in json.dumps(search._signature)) == (schedule == "constant")
+    assert set(rates["constant"][0]) == {1.0} and rates["run"][0] != rates["constant"][0]
+
+
+@pytest.mark.slow
 def test_recorded_and_computed_give_the_same_scores(tmp_path):
     found = [searching(tmp_path, cache=use).run() for use in ("always", "never")]
     assert [e.position for e in found[0].evaluations] == [e.position for e in found[1].evaluations]
