@@ -8,10 +8,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import sqlalchemy
 import torch
+from torch.utils.data import _utils
 from transformers.utils import logging
 
 from hf_ft.core import config as registry
+
+# Worker processes of data loaders that are still open when garbage is collected are waited for as long as this, each.
+_utils.MP_STATUS_CHECK_INTERVAL = 0.2
+
+
+@sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "connect")
+def _not_synchronous(connection: object, _: object) -> None:
+    """Trials need not outlive a failure of power: what a killed process has committed stays all the same."""
+    if type(connection).__module__ == "sqlite3":
+        connection.execute("PRAGMA synchronous=OFF")
+
 
 registry.strategies()  # ours register at the first look: before a test puts another table in place of this one
 

@@ -20,6 +20,7 @@ from hf_ft.models.ensemble.processor import combined
 from hf_ft.strategies.l2_sp import L2SPConfig
 from hf_ft.strategies.tred.config import TREDConfig
 from hf_ft.testing.models import tiny_resnet
+from tests.forked import python
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "sklearn")
 pil = pytest.mark.skipif(
@@ -32,6 +33,13 @@ def run(code, *arguments):
     """What a fresh process prints."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def run_forked(code, *arguments):
+    """What a process prints that has imported the libraries before anything of ours, `transformers.Trainer` too."""
+    ran = python("-c", code, *arguments)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -156,14 +164,15 @@ LOOKS = {
 def test_transformers_loads_an_ensemble_after_a_plain_import(imports, first, ensemble):
     names = [first, *(name for name in LOOKS if name != first)]
     shown = ", ".join(LOOKS[name][0] for name in names)
-    printed = run(f"import sys; folder = sys.argv[1]; {imports}; print({shown}, sep='\\n')", ensemble)
+    start = run_forked if imports.startswith("from transformers") else run
+    printed = start(f"import sys; folder = sys.argv[1]; {imports}; print({shown}, sep='\\n')", ensemble)
     assert printed.split() == [LOOKS[name][1] for name in names]
 
 
 @pytest.mark.slow
 def test_the_first_look_finds_every_strategy_in_its_order(tmp_path):
     write_configs(tmp_path, [L2SPConfig(), TREDConfig()])
-    printed = run(
+    printed = run_forked(
         "import json, sys, hf_ft; print(json.dumps([config.ft_type for config in hf_ft.load_configs(sys.argv[1])]));"
         "from hf_ft.core.config import strategies;"
         "print(json.dumps([hf_ft.config_class('soft').ft_type, *strategies()]))",
@@ -191,7 +200,7 @@ def theirs(name):
 
 @pytest.mark.slow
 def test_anothers_strategy_comes_after_ours_and_takes_none_of_their_names():
-    printed = run(
+    printed = run_forked(
         f"{THEIRS}\nkind = theirs('theirs')\n"
         "import hf_ft; from hf_ft.core.config import strategies\n"
         "assert hf_ft.config_class('theirs') is kind and type(hf_ft.FTConfig.from_dict(kind().to_dict())) is kind\n"

@@ -66,13 +66,16 @@ class Runner:
     def run(self) -> None:
         """Run all unfinished trainings, or as many as the time limit allows."""
         # Otherwise garbage collection during each training would traverse the objects of all imported modules.
-        gc.collect()
-        gc.freeze()
+        ours = not gc.get_freeze_count()  # unfreezing would thaw what the caller froze, too
+        if ours:
+            gc.collect()
+            gc.freeze()
         try:
             self._warm_up()
             self._run()
         finally:
-            gc.unfreeze()
+            if ours:
+                gc.unfreeze()
 
     def _run(self) -> None:
         ledger = self.ledger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +28,16 @@ from hf_ft.trainer.trainer import FTTrainer
 def tiny_data(model: nn.Module, samples: int = 32, seed: int = 0) -> datasets.Dataset:
     """Random inputs and labels for a model."""
     rows = {name: value.numpy() for name, value in tiny_inputs(model, samples, seed).items()}
+    columns = tuple((name, str(values.dtype), values.shape, values.tobytes()) for name, values in rows.items())
+    return _built(columns).with_format("torch")  # a copy, whose format may be set
+
+
+@functools.lru_cache(maxsize=64)
+def _built(columns: tuple[tuple[str, str, tuple[int, ...], bytes], ...]) -> datasets.Dataset:
+    """Tests ask for the same few again and again, and building one takes longer than to train on it for a step."""
+    rows = {name: np.frombuffer(values, dtype).reshape(shape) for name, dtype, shape, values in columns}
     features = datasets.Features({name: _feature(values) for name, values in rows.items()})
-    return datasets.Dataset.from_dict(rows, features=features).with_format("torch")
+    return datasets.Dataset.from_dict(rows, features=features)
 
 
 def _feature(values: np.ndarray) -> Any:
