@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_ft.core import config as registry
 
-# Worker processes of data loaders that are still open when garbage is collected are waited for as long as this, each.
+# A data loader that is garbage within a cycle, as a Trainer's is, waits this long for each of its workers: usually 5 s.
 _utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
@@ -41,12 +41,6 @@ def _frozen() -> None:
     """What is imported stays: each training collects garbage, which would look through all of it."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _short_waits() -> None:
-    """A data loader that is garbage within a cycle, as a Trainer's is, waits so long (5 s) for each of its workers."""
-    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 @pytest.fixture(autouse=True, scope="session")
