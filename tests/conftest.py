@@ -2,12 +2,16 @@
 
 import gc
 import os
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import datasets  # noqa: F401  # with what follows, before the freeze below
+import peft  # noqa: F401
 import pytest
+import sklearn.svm  # noqa: F401
 import sqlalchemy
 import torch
 from torch.utils.data import _utils
@@ -20,7 +24,7 @@ _utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 @sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "connect")
-def _not_synchronous(connection: object, _: object) -> None:
+def _not_synchronous(connection: Any, _: Any) -> None:
     """Trials need not outlive a failure of power: what a killed process has committed stays all the same."""
     if type(connection).__module__ == "sqlite3":
         connection.execute("PRAGMA synchronous=OFF")

@@ -123,7 +123,7 @@ def main() -> None:
             for seed in SEEDS:
                 key = {"task": folder.name, "setting": name, "seed": seed, "threads": torch.get_num_threads()}
 
-                def make(name: str = name, seed: int = seed) -> Entry:
+                def make(name: str = name, seed: int = seed, folder: Path = folder) -> Entry:
                     nonlocal task
                     task = task or Task(folder)
                     return task.run(name, seed)
