@@ -142,7 +142,7 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
 def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:
     """The data given by the flags, with the second test set."""
     data = read_data(flags, test_fraction=more.test_fraction, labelled=more.labelled)
-    notes = ["validation and test rows are those of the data set, or were held out from its training rows"]
+    notes = ["validation and test rows are what the data set has, or were set aside from its training rows"]
     if more.ood_dataset is None:
         return replace(data, notes=tuple(notes))
     other = DatasetDict({"ood": other_distribution(more.ood_dataset, more.ood_split, data.columns)})

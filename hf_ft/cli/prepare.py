@@ -66,6 +66,7 @@ def make(request: Request) -> Made:
             processing_class=processor,
             compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
         )
+    trainer.data_info = data.info
     return Made(trainer, data, processed.splits)
 
 

@@ -87,7 +87,7 @@ class Entrant:
 
     def key(self, what: str, values: Mapping[str, Any], seed: int) -> str:
         """The key of a training, unique to the contender's options."""
-        content = [[config.to_dict() for config in self.configs], self.bench.fingerprint, dict(values), seed]
+        content = [[config.identity() for config in self.configs], self.bench.fingerprint, dict(values), seed]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.name} {what} {digest}"
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.in_memory import Held
+from hf_ft.data.info import DataInfo
 from hf_ft.data.rows import read_rows
 from hf_ft.data.task import Data, process
 from hf_ft.engine.checkpoint import digests
@@ -55,6 +56,7 @@ class Benches:
             processor,
             data.source,
             data.plain,
+            self.data.info,
         )
 
     def _load(self, sources: tuple[str, ...], seed: int, keep: bool) -> tuple[nn.Module, Any]:
@@ -98,6 +100,7 @@ class Bench:
         processor: saved with the model.
         source: source data, if any.
         plain: the training samples without augmentation, if ``train`` is augmented.
+        info: what the model card says of the data.
     """
 
     load: Callable[[int, bool], nn.Module]
@@ -107,3 +110,4 @@ class Bench:
     processor: Any = None
     source: Any = None
     plain: Any = None
+    info: DataInfo | None = None

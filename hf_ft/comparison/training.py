@@ -135,6 +135,7 @@ def _trainer(
         processing_class=entrant.bench.processor,
         compute_metrics=finite_metrics,
     )
+    trainer.data_info = entrant.bench.info
     trainer.remove_callback(PrinterCallback)
     return trainer
 

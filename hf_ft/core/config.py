@@ -161,6 +161,14 @@ class FTConfig(PushToHubMixin):
         values = {f.name: to_json(getattr(self, f.name)) for f in options(type(self))}
         return {"ft_type": self.ft_type, **values}
 
+    def identity(self) -> dict[str, Any]:
+        """What a training with these options is known by: an option added later is left out where it changes nothing.
+
+        So trainings made before the option existed are found again.
+        """
+        new = {f.name for f in options(type(self)) if f.metadata["formerly"] == getattr(self, f.name)}
+        return {name: value for name, value in self.to_dict().items() if name not in new}
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FTConfig:
         """Build a config from its dictionary; ``ft_type`` selects the class. Unknown keys are dropped with a warning.

@@ -14,8 +14,10 @@ from peft import PeftConfig
 
 from hf_ft.errors import OptionError
 
+UNKNOWN = object()
 
-def option(default: Any, help: str, *, range: str | None = None, source: str = "ours") -> Any:
+
+def option(default: Any, help: str, *, range: str | None = None, source: str = "ours", formerly: Any = UNKNOWN) -> Any:
     """Declare one option of a config.
 
     Args:
@@ -23,8 +25,11 @@ def option(default: Any, help: str, *, range: str | None = None, source: str = "
         help: one sentence, shown in ``--help``, in ``hf-ft describe`` and in the docs.
         range: an interval such as ``"[0, 1)"`` or ``"(0, inf)"``, for numbers.
         source: origin of the default: ``code`` (the authors' code), ``paper``, or ``ours``.
+        formerly: for an option added later, the value that corresponds to what was done before; see
+            :meth:`FTConfig.identity`.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "range": range, "source": source})
+    metadata = {"help": help, "range": range, "source": source, "formerly": formerly}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def options(config_class: type) -> list[dataclasses.Field]:

@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 
 from hf_ft.data.columns import Columns
 from hf_ft.data.in_memory import held
+from hf_ft.data.info import DataInfo
 from hf_ft.data.prepare import collate, prepare, usual_length
 
 
@@ -40,6 +41,11 @@ class Data:
     skipped: Mapping[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def info(self) -> DataInfo:
+        """What the card of a model trained on it says."""
+        return DataInfo.of(self.name, {name: len(split) for name, split in self.splits.items()}, self.notices)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ class GradualUnfreezingConfig(FTConfig):
 
     stages: int = option(4, "Number of stages, including that of the head; all are equally long.", range="[2, inf)")
     decay: float = option(2.6, "Ratio of the learning rates of neighbouring groups.", range="[1, inf)", source="paper")
-    fresh_optimizer: bool = option(True, "Start each stage without the momentum of the stages before.", source="code")
+    fresh_optimizer: bool = option(
+        True, "Start each stage without the momentum of the stages before.", source="code", formerly=False
+    )
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         anatomy = self.anatomy(model)

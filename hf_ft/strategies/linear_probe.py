@@ -38,6 +38,7 @@ class LinearProbeConfig(FTConfig):
         "'sgd': train the head with the optimizer. 'lbfgs': fit it before training by logistic regression (L-BFGS) on "
         "the features, with the best of 50 penalties on held-out samples; training then changes nothing, and one epoch "
         "is enough.",
+        formerly="sgd",
     )
 
     def needs(self) -> Needs:

@@ -71,9 +71,14 @@ class LPFTConfig(FTConfig):
         "'sgd': train the head with the optimizer. 'lbfgs': fit it before training by logistic regression (L-BFGS) on "
         "the features, with the best of 50 penalties on held-out samples, as the authors do; the run is then "
         "fine-tuning alone, and `probe` and `head_lr` are ignored.",
+        formerly="sgd",
     )
-    dropout: bool = option(False, "Whether dropout is active; the authors train in evaluation mode.", source="code")
-    fresh_optimizer: bool = option(True, "Start the second stage without the momentum of the first.", source="code")
+    dropout: bool = option(
+        False, "Whether dropout is active; the authors train in evaluation mode.", source="code", formerly=True
+    )
+    fresh_optimizer: bool = option(
+        True, "Start the second stage without the momentum of the first.", source="code", formerly=False
+    )
 
     def needs(self) -> Needs:
         return Needs(several_members=self.probe_solver == "sgd")

@@ -139,7 +139,9 @@ class SoftConfig(FTConfig):
         3.0, "With source='head': temperature of the distillation.", range="(0, inf)", source="code"
     )
     train_source_head: bool = option(
-        True, "With source='head': whether the source head trains too; in the authors' toolkit it does not."
+        True,
+        "With source='head': whether the source head trains too; in the authors' toolkit it does not.",
+        formerly=True,
     )
 
     def __post_init__(self) -> None:
@@ -225,7 +227,9 @@ class LwFConfig(FTConfig):
     weight: float = option(4.0, "Weight of the distillation loss.", range="[0, inf)", source="code")
     temperature: float = option(3.0, "Temperature of the distillation.", range="(0, inf)", source="code")
     train_source_head: bool = option(
-        True, "Whether the source head trains too; False as in the authors' toolkit, where its rate is commented out."
+        True,
+        "Whether the source head trains too; False as in the authors' toolkit, where its rate is commented out.",
+        formerly=True,
     )
 
     def needs(self) -> Needs:

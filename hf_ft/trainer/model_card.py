@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerState
 from hf_ft.core.config import FTConfig
 from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
+from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
@@ -45,6 +46,17 @@ _TEMPLATE = """---
 """
 
 
+# Type and name in the Hub's model index, for metrics whose key is another.
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
+    "macro_f1": ("f1", "F1 (macro)"),
+    "mse": ("mse", "MSE"),
+    "mae": ("mae", "MAE"),
+    "loss": ("loss", "Loss"),
+}
+
+
 def model_card(
     configs: Sequence[FTConfig],
     model: Any,
@@ -53,6 +65,7 @@ def model_card(
     base_model: str | None,
     metrics: Mapping[str, float],
     arguments: Mapping[str, Any],
+    data: DataInfo | None = None,
     tags: Sequence[str] = (),
     findings: Mapping[str, Findings] | None = None,
     beside: Collection[str] = (),
@@ -66,6 +79,7 @@ def model_card(
         base_model: name or path of the base model; local paths are not shown. Ensembles know their own members.
         metrics: evaluation results to show.
         arguments: training arguments to show.
+        data: the data set.
         findings: findings of the strategies' measurements, by ``ft_type``.
         beside: names of the files in the card's folder; only plots among them are shown.
         card_fields: further metadata (license, language, datasets, ...).
@@ -73,24 +87,32 @@ def model_card(
     bases = _bases(model, base_model)
     task = _task(model)
     names = [config.ft_type for config in configs]
-    data = ModelCardData(
+    if data is not None and data.hub_id:
+        card_fields.setdefault("datasets", data.hub_id)
+    pages = [base for base in bases if _on_the_hub(model, base)]
+    metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        base_model=bases[0] if len(bases) == 1 else bases or None,
+        base_model=pages[0] if len(pages) == 1 else pages or None,
         tags=list(dict.fromkeys(["hf_ft", *names, *tags])),
         model_name=model_name,
-        eval_results=_results(metrics, task),
+        eval_results=_results(metrics, task, data),
         **card_fields,
     )
     return ModelCard.from_template(
-        data,
+        metadata,
         template_str=_TEMPLATE,
         model_name=model_name,
         base_sentence=_sentence(model, bases),
         strategies="\n\n".join(
             _describe(config, (findings or {}).get(config.ft_type, Findings()), beside) for config in configs
         ),
-        training=_table({k: v for k, v in arguments.items() if v is not None}, "argument"),
+        training="\n\n".join(
+            [
+                *([str(data)] if data is not None else []),
+                _table({k: v for k, v in arguments.items() if v is not None}, "argument"),
+            ]
+        ),
         results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
         usage=_usage(model, model_name),
     )
@@ -102,8 +124,17 @@ def _bases(model: Any, base_model: str | None) -> list[str]:
     return list(dict.fromkeys(filter(None, map(base_model_id, names))))
 
 
+def _on_the_hub(model: Any, base: str) -> bool:
+    """Whether a name is known to be a page on the Hub: it has an owner, or the weights were loaded from there.
+
+    A name without an owner may be a short name of the zoo.
+    """
+    return "/" in base or getattr(getattr(model, "config", None), "_commit_hash", None) is not None
+
+
 def _sentence(model: Any, bases: Sequence[str]) -> str:
-    links = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
+    named = (f"[{b}](https://huggingface.co/{b})" if _on_the_hub(model, b) else f"`{b}`" for b in bases)
+    links = ", ".join(named)
     if _is_ensemble(model):
         return f"An ensemble of {len(model.members)} members{f' from {links},' if links else ','}"
     return links or "A pretrained model"
@@ -150,19 +181,25 @@ def _task(model: Any) -> str | None:
     return None
 
 
-def _results(metrics: Mapping[str, float], task: str | None) -> list[EvalResult] | None:
+def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | None) -> list[EvalResult] | None:
     if not metrics or task is None:
         return None
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type="unknown",
-            dataset_name="unknown",
-            metric_type=key,
-            metric_value=value,
+    results = []
+    for key, value in metrics.items():
+        plain = key.removeprefix("eval_")
+        kind, name = _METRICS.get(plain, (plain, plain))
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type="unknown" if data is None else data.hub_id or data.name,
+                dataset_name="unknown" if data is None else data.name,
+                dataset_split="validation",
+                metric_type=kind,
+                metric_name=name,
+                metric_value=value,
+            )
         )
-        for key, value in metrics.items()
-    ]
+    return results
 
 
 def _usage(model: Any, model_name: str) -> str:
@@ -219,6 +256,7 @@ def card_of(trainer: ForCard, base_model: str | None, folder: Path, name: str = 
         metrics=_last_metrics(trainer.state, args.load_best_model_at_end),
         arguments={key: arguments[key] for key in kept.split() if key in arguments},
         tags=[tags] if isinstance(tags, str) else tags,
+        data=trainer.data_info,
         findings={c.ft_type: c.findings(states[c.ft_type]) for c in configs if c.ft_type in states},
         beside=[file.name for file in folder.iterdir()] if folder.is_dir() else (),
         **fields,

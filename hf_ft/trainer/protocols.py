@@ -14,6 +14,7 @@ from transformers.trainer_callback import CallbackHandler
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import FrozenCache, State
 from hf_ft.core.task_loss import TaskLoss
+from hf_ft.data.info import DataInfo
 from hf_ft.engine.run import Run
 
 Collate = Callable[[list[Any]], Any]
@@ -76,6 +77,7 @@ class ForCard(Protocol):
     configs: tuple[FTConfig, ...]
     model: Any
     state: TrainerState
+    data_info: DataInfo | None
 
     @property
     def states(self) -> Mapping[str, State]: ...

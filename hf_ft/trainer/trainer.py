@@ -71,6 +71,7 @@ class FTTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     train_dataset: Any
+    data_info: Any = None  # a DataInfo, for the model card
     _signature_columns: Any
 
     def __init__(

@@ -178,7 +178,8 @@ def test_train_searches_for_frozen_layers(files, tmp_path, monkeypatch, capsys):
     scores = SwarmScores.from_dict(json.loads((out / "swarm.json").read_text()))
     assert scores.members == ("resnet", "mobilenet") and scores.layers == (7, 52) and scores.visits == 4
     assert scores.verdict() in printed and "frozen layers, accuracy on held-out" in printed
-    assert scores.verdict() in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert scores.verdict() in card and "Data: `photos` (" in card and "name: photos" in card
     assert all((out / name).is_file() for name in ("swarm.png", "swarm_scores.png", "swarm_search.db", "config.json"))
     # Only the study is left: the search is done already, whatever else its flags say.
     monkeypatch.setattr("hf_ft.search.evaluate.fit", lambda *a, **k: pytest.fail("searched again"))

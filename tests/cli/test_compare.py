@@ -75,7 +75,7 @@ def test_from_files_to_a_report(files, tmp_path, capsys):
         assert main(["compare", *flags(files, tmp_path / "out", *more, "--dataset", str(photos))]) == 0
     said = capsys.readouterr()
     out = " ".join(said.out.split())
-    assert "skipped 1 images of" in out and "advised order: full, " in out
+    assert "skipped 1 unreadable images of" in out and "advised order: full, " in out
     assert "estimate: 3 strategies" in out and "report.html" in out
     assert make_pipeline("image-classification", model=str(tmp_path / "out" / "best"))
     results = Results.load(tmp_path / "out" / "results.json")

@@ -135,6 +135,7 @@ def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compar
     assert (
         "# best\n" in card and card.count("## Comparison") == 1 and "linear_probe" in card and "made by a test" in card
     )
+    assert "Data: `data` (24 train, 12 validation, 18 test, 15 ood)." in card
     assert {"report.html", "report.md", "results.json", "best", "compare.db"} <= set(os.listdir(folder))
     assert not (folder / "models").exists() and not (folder / "work").exists()
 

@@ -162,7 +162,7 @@ def test_a_test_split_without_labels_is_replaced(tmp_path, caplog, monkeypatch):
         assert len(load_splits(str(tmp_path / name))["test"]) == 3
         splits = load_splits(str(tmp_path / name), test_fraction=0.2)
         assert {key: len(split) for key, split in splits.items()} == {"train": 13, "validation": 3, "test": 4}
-        assert set(splits["test"]["text"][:]) == {"a"} and "a part of train is set aside" in caplog.text
+        assert set(splits["test"]["text"][:]) == {"a"} and "part of train is held out" in caplog.text
         caplog.clear()
 
 
@@ -231,7 +231,7 @@ def test_unreadable_sources_and_fractions_are_named(tmp_path):
         load_splits(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="set validation_fraction"):
         load_splits(write_csv(tmp_path / "a.csv", REVIEWS), validation_fraction=1.0)
-    with pytest.raises(ValueError, match="max_train_samples=0 leaves nothing"):
+    with pytest.raises(ValueError, match="max_train_samples=0 must be at least 1"):
         load_splits(write_csv(tmp_path / "a.csv", REVIEWS), max_train_samples=0)
 
 

@@ -114,6 +114,7 @@ class AMCFConfig(FTConfig):
         "run",
         "Learning-rate schedule within each training run of the search: that of the run itself, or 'constant', as in "
         "the authors' code.",
+        formerly="run",
     )
     search_budget: int | None = option(
         None, "Maximum number of distinct positions to train; None for no limit.", range="[1, inf)"

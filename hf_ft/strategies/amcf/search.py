@@ -94,10 +94,8 @@ class SwarmSearch:
         unused = ["frozen", "storage", "particles", "iterations", "search_budget", "patience", "source_models"]
         if options.search_schedule == "constant":
             context = dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, curve=_constant))
-        else:
-            unused.append("search_schedule")  # unknown to studies made before the option
         self.trainings = ShortTrainings(self.model, context, options.metric, options.validation, options.search_epochs)
-        settings = {key: value for key, value in options.to_dict().items() if key not in unused}
+        settings = {key: value for key, value in options.identity().items() if key not in unused}
         self._signature = self.trainings.describe(settings)
         # Shared by all generations: with in-memory storage, each would otherwise start from an empty study.
         self._storage = open_storage(self.trainings.storage(options.storage, STORAGE))

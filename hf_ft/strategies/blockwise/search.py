@@ -95,7 +95,7 @@ class BlockSearch:
         self.baselines = baseline_candidates(self.model, **place) if options.baselines else {}
         self.seeds = tuple(range(options.search_seeds))
         unused = ("block", "storage", "search_seeds", "top", "baselines")
-        settings = {key: value for key, value in options.to_dict().items() if key not in unused}
+        settings = {key: value for key, value in options.identity().items() if key not in unused}
         self._signature = self.trainings.describe(settings)
 
     # --- the search ----------------------------------------------------------------------------------------
