@@ -18,7 +18,7 @@ FLAGS = {
     "strategies": "linear_probe,full,lp_ft,l2_sp,daft,blockwise",
     "trials": "0",
     "seeds": "1",
-    "num_train_epochs": "8",
+    "num_train_epochs": "5",
     "output_dir": "runs/demo",
 }
 HELP = """hf-ft demo: which strategy finds defective solar cells best?
