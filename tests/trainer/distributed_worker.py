@@ -45,8 +45,9 @@ for name in strategies():
     couples = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // ranks} if name == "bss" else {}
     for make in (tiny_resnet, tiny_vit):
         # Variances within batches are others where batches are smaller; pooled ones are not.
-        options = {"daft": {"statistics": "pooled"}, "blockwise": {"search_epochs": 1}}
-        options |= {"amcf": {"particles": 2, "iterations": 1, "search_epochs": 1}}
+        options = {"daft": {"statistics": "pooled"}}
+        short = {"search_epochs": 1, "storage": str(folder / f"{name}-{make.__name__}-{ranks}.log")}
+        options |= {"blockwise": short, "amcf": {**short, "particles": 2, "iterations": 1}}
         config = strategies()[name](**options.get(name, {}))
         run(f"{name}-{make.__name__}", still(make()), suited(config, make()), **couples)
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
