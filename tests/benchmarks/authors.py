@@ -1,10 +1,10 @@
 """What the authors' settings change, on small natural-image tasks: `python tests/benchmarks/authors.py FOLDER`.
 
 FOLDER holds image folders with the splits train, validation and test. Each setting trains an ImageNet MobileNetV2 at 96
-px for 12 epochs (SGD with momentum 0.9, cosine, batches of 32, no augmentation), at one rate for all but the probes and LP-FT,
-with three seeds. Printed are the balanced accuracies of the last epoch on validation, which is to be looked at for a
-choice, and on test, mean ± standard deviation. Runs are kept in tests/benchmarks/results/authors.jsonl; a run that is
-there is not made again.
+px for 12 epochs (SGD with momentum 0.9, cosine, batches of 32, no augmentation), at one rate for all but the probes and
+LP-FT, with three seeds. Printed are the balanced accuracies of the last epoch on validation, which is to be looked at
+for a choice, and on test, mean ± standard deviation. Runs are kept in tests/benchmarks/results/authors.jsonl; a run
+that is there is not made again.
 """
 
 from __future__ import annotations

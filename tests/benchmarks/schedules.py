@@ -1,7 +1,7 @@
 """Which schedule of the search ranks positions better: `python tests/benchmarks/schedules.py FOLDER`.
 
 FOLDER holds image folders with the splits train and validation. Twelve positions of AMCF on ImageNet's MobileNetV2 and
-EfficientNet-Lite0 at 64 px are scored as the search does (5 epochs, a quarter of the training images held out), with the
+EfficientNet-Lite0 at 64 px are scored as in the search (5 epochs, a quarter of the training images held out), with the
 run's cosine and with a constant rate; then each is trained on all training images (12 epochs, SGD 0.01 with momentum,
 cosine), and scored on validation. Printed is Spearman's rank correlation of the two. Positions are kept in
 tests/benchmarks/results/schedules.jsonl; one that is there is not trained again.
