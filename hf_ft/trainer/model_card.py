@@ -107,12 +107,7 @@ def model_card(
         strategies="\n\n".join(
             _describe(config, (findings or {}).get(config.ft_type, Findings()), beside) for config in configs
         ),
-        training="\n\n".join(
-            [
-                *([str(data)] if data is not None else []),
-                _table({k: v for k, v in arguments.items() if v is not None}, "argument"),
-            ]
-        ),
+        training=_training(arguments, data),
         results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
         usage=_usage(model, model_name),
     )
@@ -162,6 +157,11 @@ def _describe(config: FTConfig, found: Findings, beside: Collection[str]) -> str
         lines.append(f"Paper: {config.paper}")
     lines += [f"See also: {paper}" for paper in config.further_papers]
     return "\n\n".join(lines)
+
+
+def _training(arguments: Mapping[str, Any], data: DataInfo | None) -> str:
+    table = _table({key: value for key, value in arguments.items() if value is not None}, "argument")
+    return table if data is None else f"{data}\n\n{table}"
 
 
 def _table(rows: Mapping[str, Any], title: str) -> str:
