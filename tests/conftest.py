@@ -2,7 +2,6 @@
 
 import gc
 import os
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,24 +11,13 @@ import datasets  # noqa: F401  # with what follows, before the freeze below
 import peft  # noqa: F401
 import pytest
 import sklearn.svm  # noqa: F401
-import sqlalchemy
 import torch
-from torch.utils.data import _utils
 from transformers.utils import logging
 
 from hf_ft.core import config as registry
+from tests import quick
 
-# A data loader that is garbage within a cycle, as a Trainer's is, waits this long for each of its workers: usually 5 s.
-_utils.MP_STATUS_CHECK_INTERVAL = 0.2
-
-
-@sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "connect")
-def _not_synchronous(connection: Any, _: Any) -> None:
-    """Trials need not outlive a failure of power: what a killed process has committed stays all the same."""
-    if type(connection).__module__ == "sqlite3":
-        connection.execute("PRAGMA synchronous=OFF")
-
-
+quick.set_up()
 registry.strategies()  # ours register at the first look: before a test puts another table in place of this one
 
 

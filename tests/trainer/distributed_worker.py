@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import optuna
-import sqlalchemy
 import torch
 from safetensors.torch import save_file
 
@@ -16,13 +15,13 @@ from hf_ft.core.config import strategies
 from hf_ft.testing import still, suited, tiny_collaborative, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
+from tests import quick
 from tests.trainer.measuring_strategy import MeasuredConfig
 
-FAST = "PRAGMA synchronous=OFF"  # as in conftest.py
+quick.set_up()
 strategies()  # imported before the freeze
 gc.collect()
 gc.freeze()  # each training collects garbage, which would look through all that is imported
-sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", lambda connection, _: connection.execute(FAST))
 folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 logs, weights = {}, {}

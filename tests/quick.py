@@ -1,0 +1,24 @@
+"""What makes tests quick and is no part of what they test: they wait for no disk and no idle worker."""
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import sqlalchemy
+from accelerate.utils import memory
+from torch.utils.data import _utils
+
+
+def set_up() -> None:
+    # A data loader that is garbage within a cycle, as a Trainer's is, waits this long for each worker: usually 5 s.
+    _utils.MP_STATUS_CHECK_INTERVAL = 0.2
+    # Each training ends with a full collection, which takes as long as training a tiny model for some steps. The
+    # automatic ones are enough here.
+    memory.gc = SimpleNamespace(collect=lambda: gc.collect(1))
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", _not_synchronous)
+
+
+def _not_synchronous(connection: Any, _: Any) -> None:
+    """Trials need not outlive a failure of power: what a killed process has committed stays all the same."""
+    if type(connection).__module__ == "sqlite3":
+        connection.execute("PRAGMA synchronous=OFF")
