@@ -140,7 +140,7 @@ class SoftConfig(FTConfig):
     )
     train_source_head: bool = option(
         True,
-        "With source='head': whether the source head trains too; in the authors' toolkit it does not.",
+        "With source='head': whether the source head trains too; in the library TLLib it does not.",
         formerly=True,
     )
 
@@ -209,7 +209,8 @@ class LwFConfig(FTConfig):
             + \lambda \, \mathrm{KL}(\sigma(h_S^0(f^0(x)) / T) \,\|\, \sigma(h_S(f(x)) / T)), \qquad
         \sigma = \operatorname{softmax}
 
-    :math:`\lambda` is ``weight``. This is :class:`SoftConfig` with ``source="head"`` and a constant weight.
+    :math:`\lambda` is ``weight``. This is :class:`SoftConfig` with ``source="head"``, a constant weight
+    and a source head that stays as pretrained.
     """
 
     paper = Paper(
@@ -227,8 +228,9 @@ class LwFConfig(FTConfig):
     weight: float = option(4.0, "Weight of the distillation loss.", range="[0, inf)", source="code")
     temperature: float = option(3.0, "Temperature of the distillation.", range="(0, inf)", source="code")
     train_source_head: bool = option(
-        True,
-        "Whether the source head trains too; False as in the authors' toolkit, where its rate is commented out.",
+        False,
+        "Whether the source head trains too, as in the paper; in the library TLLib it does not.",
+        source="code",
         formerly=True,
     )
 

@@ -36,11 +36,12 @@ def test_the_formula(temperature):
     assert torch.autograd.gradcheck(lambda s: distillation_loss(s, teacher.double(), temperature), student)
 
 
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
-def test_the_term(make):
+def test_the_term(make, trains):
     model = equipped(still(make()), LwFConfig())
     start, first = copy.deepcopy(model).eval(), source_head(model)
-    run = set_up(model, LwFConfig(weight=2.5, temperature=1.7))
+    run = set_up(model, LwFConfig(weight=2.5, temperature=1.7, train_source_head=trains))
     objective = run.objective().train()
     moved(model)
     head = run.plan.terms[0].fn.head
@@ -55,13 +56,14 @@ def test_the_term(make):
     assert expected > 1e-3
     assert outputs["terms"]["distillation"].item() == pytest.approx(expected, rel=1e-4)
     outputs["loss"].backward()
-    assert all(p.grad is not None for p in head.parameters())
+    assert all((p.grad is not None) == trains for p in head.parameters())
     assert all(p.grad is None for p in run.plan.terms[0].fn.teacher.parameters())
 
 
 def test_it_is_soft_fine_tuning_from_the_head_at_a_constant_weight(tmp_path):
     one = train(tiny_resnet(), LwFConfig(), tmp_path / "lwf")
-    other = train(tiny_resnet(), SoftConfig(source="head", schedule="constant"), tmp_path / "soft")
+    soft = SoftConfig(source="head", schedule="constant", train_source_head=False)
+    other = train(tiny_resnet(), soft, tmp_path / "soft")
     same_tensors(snapshot(one.model), snapshot(other.model))
     full = train(tiny_resnet(), "full", tmp_path / "full")
     assert not torch.equal(full.model.classifier[1].weight, one.model.classifier[1].weight)
@@ -180,8 +182,9 @@ def test_text_of_all_lengths_is_recorded(tmp_path, monkeypatch):
 def test_the_teacher_survives_a_resume(tmp_path):
     """It is what the head was at the start, not what it had become."""
     saving = {"save_strategy": "steps", "save_steps": 4}
-    whole = train(tiny_vit(), LwFConfig(), tmp_path, **saving)
-    resumed = make_trainer(tiny_vit(), LwFConfig(), tmp_path / "again", **saving)
+    config = LwFConfig(train_source_head=True)
+    whole = train(tiny_vit(), config, tmp_path, **saving)
+    resumed = make_trainer(tiny_vit(), config, tmp_path / "again", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
     terms = [trainer._run.plan.terms[0].fn for trainer in (whole, resumed)]

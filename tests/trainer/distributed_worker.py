@@ -10,7 +10,7 @@ import optuna
 import torch
 from safetensors.torch import save_file
 
-from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, SoftConfig
+from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, LwFConfig, SoftConfig
 from hf_ft.core.config import strategies
 from hf_ft.testing import still, suited, tiny_collaborative, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
@@ -81,7 +81,7 @@ run(
 )
 
 # A term that trains, and is left out since all that it looks at is frozen.
-run("lwf, linear probe", still(tiny_resnet()), ["lwf", "linear_probe"])
+run("lwf, linear probe", still(tiny_resnet()), [LwFConfig(train_source_head=True), "linear_probe"])
 
 # What is frozen is computed once, each rank its share: as without that (of 37 samples, the shares are unequal).
 for name in ("linear_probe", "gradual_unfreezing"):
