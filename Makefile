@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # A machine without a GPU needs no CUDA build of torch: CONSTRAINTS= (empty) lifts this.
 CONSTRAINTS ?= .ci/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# Three workers, also on two cores: tests that wait for processes of their own leave a core idle.
-PYTEST := $(BIN)/python -m pytest -q -n 3 --dist worksteal
+# Three workers, also on two cores: tests that wait for processes of their own leave a core idle. A file stays with one
+# worker, which makes its fixtures once.
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-fast pytest lint bench docs generated clean

@@ -574,8 +574,8 @@ def test_pinned_gates_stay_frozen(tmp_path):
 
 def test_model_card(saved):
     card = str(model_card([], saved[0], model_name="org/mine", base_model="/a/path", metrics={}, arguments={}))
-    assert "base_model:\n- org/resnet\n- swin\n" in card and "pipeline_tag: image-classification" in card
-    assert "An ensemble of 3 members from [org/resnet](https://huggingface.co/org/resnet), [swin]" in card
+    assert "base_model: org/resnet\n" in card and "pipeline_tag: image-classification" in card
+    assert "An ensemble of 3 members from [org/resnet](https://huggingface.co/org/resnet), `swin`," in card
     usage = card.partition("```python\n")[2].partition("```")[0]
     compile(usage, "usage", "exec")
     assert usage.startswith("import hf_ft") and 'from_pretrained("org/mine", subfolder="member_0")' in usage
