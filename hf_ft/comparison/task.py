@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,10 @@ class Benches:
             self.data.info,
         )
 
+    @cached_property
+    def _has_head(self) -> bool:
+        return isinstance(self.model, str) and has_head(self.model, None, self.revision)
+
     def _load(self, sources: tuple[str, ...], seed: int, keep: bool) -> tuple[nn.Module, Any]:
         """A new model and its processor; see :attr:`Bench.load`."""
         columns, settings = self.data.columns, (self.image_size, self.revision)
@@ -71,7 +76,7 @@ class Benches:
             return model, processor
         # All contenders start from the same new head, including those that also keep the pretrained one: if the
         # checkpoint has a head, it is always kept at first.
-        keeps = keep or has_head(self.model, None, self.revision)
+        keeps = keep or self._has_head
         model, processor = load_classifier(self.model, columns, seed, *settings, keep_source_head=keeps)
         return (model if keep else drop_source_head(model)), processor
 
