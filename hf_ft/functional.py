@@ -23,9 +23,11 @@ __all__ = [
     "feature_distance",
     "gaussian_bandwidths",
     "gaussian_log_likelihood",
+    "head_curvature",
     "l2_sp",
     "mmd2",
     "pooled",
+    "stable_rate",
     "wide",
 ]
 
@@ -396,3 +398,37 @@ def collaborative_loss(logits: Sequence[Tensor], labels: Tensor, consistency: fl
         raise OptionError(f"consistency={consistency!r} lies outside [0, inf). Default: 0.2.")
     loss = torch.stack([nn.functional.cross_entropy(member, labels) for member in logits]).sum()
     return loss + consistency * disagreement(logits) if consistency else loss
+
+
+def head_curvature(features: Tensor) -> Tensor:
+    r"""The largest eigenvalue of the features' second moment, with a constant feature for the bias.
+
+    .. math:: \lambda = \lambda_{\max}\Bigl(\tfrac1N \sum_n z_n z_n^T\Bigr), \qquad z = (f, 1)
+
+    For a linear head, the Hessian of the mean loss is at most :math:`c \lambda`, where c bounds the loss's second
+    derivative in the logits: 1/2 for softmax and cross-entropy (Böhning 1992), 1/4 for the sigmoid, 2 for the squared
+    error, the latter two divided by the number of outputs over which the loss is averaged.
+
+    Args:
+        features: (N, d), inputs of the head.
+
+    Returns:
+        A scalar in float64.
+
+    Reference:
+        Böhning. Multinomial logistic regression algorithm. Annals of the Institute of Statistical Mathematics, 1992.
+    """
+    z = nn.functional.pad(features.double(), (0, 1), value=1.0)
+    return torch.linalg.matrix_norm(z, ord=2).square() / len(z)
+
+
+def stable_rate(curvature: float, momentum: float = 0.0) -> float:
+    r"""The largest learning rate at which gradient descent with momentum is stable on a quadratic.
+
+    .. math:: \eta_{\max} = \frac{2 (1 + m)}{\lambda}
+
+    Args:
+        curvature: largest eigenvalue of the Hessian.
+        momentum: m in [0, 1), of the heavy ball as in ``torch.optim.SGD``, without dampening.
+    """
+    return 2 * (1 + momentum) / curvature

@@ -101,9 +101,8 @@ def read(argv: Sequence[str]) -> Request:
     method = MethodFlags(**taken(values, MethodFlags))
     configs = configured(method.strategy or [BASELINE], values)
     given = taken(values, TrainingArguments)
-    recommended = {k: v for k, v in recommended_arguments(configs).items() if k not in given}
-    if "optim" in given:
-        recommended.pop("optim_args", None)  # these belong to the recommended optimizer
+    wanted = recommended_arguments(configs, given.get("optim"))
+    recommended = {name: value for name, value in wanted.items() if name not in given}
     return Request(DataFlags(**taken(values, DataFlags)), method, configs, given, recommended)
 
 

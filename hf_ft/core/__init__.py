@@ -9,6 +9,7 @@ from hf_ft.core.compose import compose
 from hf_ft.core.config import FTConfig, Paper, Recommended, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
+from hf_ft.core.head_rate import UNSET_RATE, HeadRate, describe_head_rate, head_rates, measure_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, Term
@@ -28,6 +29,7 @@ __all__ = [
     "DistanceFromStart",
     "FTConfig",
     "Findings",
+    "HeadRate",
     "FrozenCache",
     "LogRange",
     "Names",
@@ -48,13 +50,17 @@ __all__ = [
     "Stream",
     "StreamView",
     "TaskLoss",
+    "UNSET_RATE",
     "Term",
     "View",
     "advising",
     "compose",
     "config_class",
     "decay",
+    "describe_head_rate",
     "functional",
+    "head_rates",
+    "measure_head_rate",
     "option",
     "register",
     "strategies",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.core.config import FTConfig, Recommended, config_class, strategies
+from hf_ft.core.config import ADAM, SGD, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
 from hf_ft.core.plan import Plan, Stage, Stream
@@ -63,22 +63,40 @@ def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
     Raises:
         OptionError: if two strategies set different values; both are named.
     """
-    default = next(f.default for f in options(FTConfig) if f.name == name)
-    owners = {getattr(c, name): c.ft_type for c in configs if getattr(c, name) != default}
+    return explicit_option(configs, name, next(f.default for f in options(FTConfig) if f.name == name))
+
+
+def explicit_option(configs: Iterable[FTConfig], name: str, otherwise: Any = None) -> Any:
+    """Value of a shared option where a strategy has another than its own default.
+
+    Raises:
+        OptionError: if two strategies set different values; both are named.
+    """
+    owners = {getattr(c, name): c.ft_type for c in configs if getattr(c, name) != getattr(type(c), name)}
     if len(owners) > 1:
         (a, one), (b, other) = list(owners.items())[:2]
         raise OptionError(f"{one}.{name}={a!r} and {other}.{name}={b!r} conflict: set both to the same value.")
-    return next(iter(owners), default)
+    return next(iter(owners), otherwise)
 
 
 def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:
-    """Compose the plans of all strategies, and the surgery that they share: the BatchNorm momentum."""
+    """Compose the plans of all strategies, with the options that they share."""
     configs = tuple(configs)
     plans = [
         dataclasses.replace(config.plan(model, states.get(config.ft_type, State())), owner=config.ft_type)
         for config in configs
     ]
-    return compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
+    return with_common_options(configs, plans, model)
+
+
+def with_common_options(configs: Iterable[FTConfig], plans: Iterable[Plan], model: nn.Module) -> Plan:
+    """Compose plans, with the momentum of BatchNorm and, where it was chosen, the mode of normalisation layers."""
+    configs = tuple(configs)
+    plan = compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
+    mode = explicit_option(configs, "norm_mode")
+    if mode is None:
+        return plan
+    return dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, norm_mode=mode) for s in plan.stages))
 
 
 def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
@@ -98,13 +116,34 @@ def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
     return Plan(surgery=(SetBatchNormMomentum(names, float(momentum)),)) if names else Plan()
 
 
-def recommended_arguments(configs: Iterable[FTConfig]) -> dict[str, Recommended]:
-    """Merge the recommended training arguments; if two strategies differ, the first takes precedence."""
+# Early in a run the gradient's norm is far above the Trainer's limit of 1: under SGD, unlike under Adam, clipping then
+# shrinks the steps.
+UNDER_SGD = {
+    "optim_args": Recommended("momentum=0.9"),
+    "max_grad_norm": Recommended(0.0, why="under SGD, clipping the norm to 1 shrinks most steps"),
+}
+
+
+def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None) -> dict[str, Recommended]:
+    """Merge the recommended training arguments; if two strategies differ, the first takes precedence.
+
+    Args:
+        optim: the optimizer in use; by default the recommended one, or else AdamW. The recommended learning rate, and
+            what an optimizer needs beside it, are those for this optimizer.
+    """
     merged: dict[str, Recommended] = {}
     for config in configs:
         for name, wanted in config.recommended.items():
             merged.setdefault(name, wanted)
-    return merged
+    own = merged["optim"].value if "optim" in merged else ADAM
+    if optim is not None and optim != own:
+        merged.pop("optim", None)
+        merged.pop("optim_args", None)  # these belong to the recommended optimizer
+        merged.pop("max_grad_norm", None)
+    optim = optim or own
+    if "learning_rate" in merged:
+        merged["learning_rate"] = merged["learning_rate"].under(optim)
+    return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}
 
 
 def compose(plans: Iterable[Plan]) -> Plan:

@@ -18,8 +18,8 @@ from hf_ft.core.config_files import CONFIG_NAME, read_config_file
 from hf_ft.core.context import Context, State
 from hf_ft.core.findings import Findings
 from hf_ft.core.needs import Needs
-from hf_ft.core.options import from_json, option, options, to_json, validate
-from hf_ft.core.plan import Plan
+from hf_ft.core.options import UNKNOWN, from_json, option, options, to_json, validate
+from hf_ft.core.plan import NormMode, Plan
 from hf_ft.core.search_space import Space
 from hf_ft.errors import OptionError, unknown
 from hf_ft.models.anatomy import anatomy
@@ -56,11 +56,25 @@ class Paper:
 
 @dataclass(frozen=True)
 class Recommended:
-    """A recommended training argument, its source (code, paper, ours), and the reason if it is not obvious."""
+    """A recommended training argument, its source (code, paper, ours), and the reason if it is not obvious.
+
+    ``value`` goes with the recommended optimizer, which is AdamW unless the strategy says otherwise; a learning rate
+    also has one under the other family of optimizers, ``sgd`` or ``adam``, if that is known.
+    """
 
     value: Any
     source: str = "ours"
     why: str = field(default="", repr=False)
+    sgd: float | None = None
+    adam: float | None = None
+
+    def under(self, optim: str) -> Recommended:
+        """The recommendation under this optimizer."""
+        other = self.sgd if optim == SGD else self.adam
+        return self if other is None else Recommended(other, "ours", self.why)
+
+
+SGD, ADAM = "sgd", "adamw_torch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +101,12 @@ class FTConfig(PushToHubMixin):
         "PyTorch momentum of BatchNorm layers. 'auto' sets 0.1 for model families that store TensorFlow's decay (0.99, "
         "0.997) instead, with which the statistics would track only the last batch.",
         range="(0, 1]",
+    )
+    norm_mode: NormMode = option(
+        "auto",
+        "Which normalisation layers with running statistics (BatchNorm) use and update batch statistics: those that "
+        "train ('auto'), none ('eval'), or all, frozen ones included ('train').",
+        formerly="auto",
     )
     head: str | None = option(None, "Name of the head module, if it is not detected automatically.")
     blocks: str | None = option(
@@ -137,6 +157,10 @@ class FTConfig(PushToHubMixin):
     def measures(self) -> bool:
         """Whether this strategy measures the data before training."""
         return type(self).measure is not FTConfig.measure
+
+    def must_measure(self) -> bool:
+        """Whether :meth:`plan` needs the measurement; if not, it does without where there is no context."""
+        return self.measures()
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         """Build the plan. Cheap, deterministic, and without side effects on the model."""
@@ -216,7 +240,16 @@ def write_configs(folder: Path, configs: Iterable[FTConfig], **extra: Any) -> No
 def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig, ...]:
     """Load all strategies saved in a folder or a Hub repository."""
     content = read_config_file(name_or_path, **hub_options)
-    return tuple(FTConfig.from_dict(item) for item in content["strategies"])
+    return tuple(FTConfig.from_dict(_completed(item)) for item in content["strategies"])
+
+
+def _completed(data: Any) -> Any:
+    """A saved config with what was done before of each option that was added later."""
+    kind = _registered().get(data.get("ft_type")) if isinstance(data, Mapping) else None
+    if kind is None:
+        return data
+    before = {f.name: to_json(f.metadata["formerly"]) for f in options(kind) if f.metadata["formerly"] is not UNKNOWN}
+    return before | dict(data)
 
 
 # What comparisons are made against, and what runs where no strategy is chosen: the only method known by name.

@@ -222,10 +222,10 @@ def measure(
     for config in configs:
         if known and config.ft_type in known:
             states[config.ft_type] = known[config.ft_type]
-        elif config.measures():
-            if context is None:
-                raise OptionError(f"{config.ft_type} measures the data before training: pass a context, or states.")
+        elif config.measures() and context is not None:
             states[config.ft_type] = config.measure(model, context())
+        elif config.must_measure():
+            raise OptionError(f"{config.ft_type} measures the data before training: pass a context, or states.")
     return states
 
 

@@ -12,22 +12,27 @@ from torch import Tensor, nn
 from hf_ft.core import (
     Context,
     FTConfig,
+    HeadRate,
     LogRange,
     Names,
     Needs,
+    NormMode,
     OptionError,
     Paper,
     Plan,
-    Rate,
     Recommended,
     Stage,
     State,
     advising,
+    describe_head_rate,
+    head_rates,
+    measure_head_rate,
     option,
     register,
 )
 from hf_ft.core.plan import Surgery
 from hf_ft.models import BatchNormStatistics, batch_norms, convert_batch_norm, estimate_batch_norm
+from hf_ft.models.head_layers import adapter_around, logit_layers
 
 
 @dataclass(frozen=True)
@@ -56,33 +61,23 @@ class ZeroHead:
         return model
 
 
-def logit_layers(model: nn.Module, head: Names) -> Names:
-    """The layers of a head that produce the logits: the last one with a trainable weight.
-
-    Two of the same shape (as in distilled models, which average their logits) both count. A square layer counts
-    alone, since the layer before it may happen to have the same shape.
+def zeroed_layers(model: nn.Module, head: Names) -> Names:
+    """The layers of a head to set to zero: those that produce the logits.
 
     Raises:
         OptionError: if no layer of the head is trainable, or it carries an adapter.
     """
-    layers: dict[str, Tensor] = {}
-    for prefix in head:
-        for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.dim() > 1 and weight.requires_grad:
-                layers[name] = weight
+    layers = logit_layers(model, head)
     if not layers:
         raise OptionError(
             f"zero_head: no layer of the head ({', '.join(head)}) is trainable. Unfreeze one, or set zero_head=False."
         )
-    last, weight = list(layers.items())[-1]
-    if any(hasattr(model.get_submodule(last[:i]), "base_layer") for i, letter in enumerate(last) if letter == "."):
+    if adapter_around(model, layers[-1]):
         raise OptionError(
-            f"zero_head: the head ({last}) carries an adapter, and its own weight is frozen. Train the whole head "
-            "(modules_to_save), or set zero_head=False."
+            f"zero_head: the head ({layers[-1]}) carries an adapter, and its own weight is frozen. Train the whole "
+            "head (modules_to_save), or set zero_head=False."
         )
-    square = weight.shape[0] == weight.shape[1]
-    return (last,) if square else tuple(name for name, other in layers.items() if other.shape == weight.shape)
+    return layers
 
 
 NO_BATCH_NORM = advising.Rule(
@@ -125,7 +120,7 @@ class DAFTConfig(FTConfig):
             "the gentle start from a zero head",
         ),
         "optim_args": Recommended("momentum=0.9", "code"),
-        "learning_rate": Recommended(3e-4),
+        "learning_rate": Recommended(2e-3, adam=3e-4),
         "lr_scheduler_type": Recommended("cosine", "code"),
         "weight_decay": Recommended(0.0, "code"),
         "max_grad_norm": Recommended(0.0, "code"),
@@ -152,13 +147,13 @@ class DAFTConfig(FTConfig):
         source="code",
     )
     zero_head: bool = option(True, "Initialise the output layer of the head to zero.", source="code")
-    head_lr: float | None = option(
-        0.1,
-        "Learning rate of the head (the authors try 10, 3, 1, 0.3 and 0.1); None to use that of the backbone.",
+    head_lr: HeadRate = option(
+        "auto",
+        "Learning rate of the head (the authors try 10, 3, 1, 0.3 and 0.1); 'auto' to fit it to the features, None to "
+        "use that of the backbone.",
         range="(0, inf)",
-        source="code",
     )
-    norm_mode: Literal["train", "auto", "eval"] = option(
+    norm_mode: NormMode = option(
         "train",
         "Which BatchNorm layers use and update batch statistics: all ('train'), only those that train ('auto'), or "
         "none ('eval').",
@@ -173,17 +168,25 @@ class DAFTConfig(FTConfig):
         return self if batch_norms(model) else dataclasses.replace(self, convert_batch_norm=False)
 
     def measures(self) -> bool:
+        return self.convert_batch_norm or self.head_lr == "auto"
+
+    def must_measure(self) -> bool:
         return self.convert_batch_norm
 
     def measure(self, model: nn.Module, context: Context) -> State:
+        statistics = self._statistics(model, context) if self.convert_batch_norm else {}
+        return State(statistics, measure_head_rate(self, model, self.anatomy(model).head.modules, context))
+
+    def _statistics(self, model: nn.Module, context: Context) -> dict[str, Tensor]:
         layers = estimate_batch_norm(model, context.batches(), self.statistics, context.reduce)
         _check_saved_by_peft(model, layers)
         tensors = {f"{name}.mean": statistics.mean.cpu() for name, statistics in layers.items()}
-        return State(tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in layers.items()})
+        return tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in layers.items()}
 
     def learned(self, state: State) -> str:
         layers = sum(name.endswith(".mean") for name in state.tensors)
-        return f"{layers} BatchNorm layers were converted to the statistics of the training data." if layers else ""
+        converted = f"{layers} BatchNorm layers were converted to the statistics of the training data."
+        return " ".join(filter(None, (converted if layers else "", describe_head_rate(state))))
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules
@@ -191,8 +194,8 @@ class DAFTConfig(FTConfig):
         if self.convert_batch_norm:
             surgery.append(_conversion(state))
         if self.zero_head:
-            surgery.append(ZeroHead(logit_layers(model, head)))
-        rates = (Rate(head, lr=self.head_lr),) if self.head_lr is not None else ()
+            surgery.append(ZeroHead(zeroed_layers(model, head)))
+        rates = head_rates(self, head, state)
         return Plan(surgery=tuple(surgery), stages=(Stage("train", rates=rates, norm_mode=self.norm_mode),))
 
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-from hf_ft.core import Choice, FTConfig, Needs, Plan, Rate, Recommended, Stage, State, advising, option, register
+from hf_ft.core import (
+    Choice,
+    FTConfig,
+    Needs,
+    NormMode,
+    Plan,
+    Rate,
+    Recommended,
+    Stage,
+    State,
+    advising,
+    option,
+    register,
+)
 
 BASELINE_ALWAYS = advising.Rule((("samples", ">=", 0),), "the baseline of every comparison ({samples:.0f} samples)")
 
@@ -21,7 +33,7 @@ class FullConfig(FTConfig):
     """
 
     formula = "L = CE(h(f(x)), y) over all parameters"
-    recommended = {"learning_rate": Recommended(3e-4)}
+    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
     tuned = {"norm_mode": Choice(("auto", "eval"))}
     cost = advising.EVERYTHING
     advice = {
@@ -41,15 +53,16 @@ class FullConfig(FTConfig):
         "Learning rate of the head; None to use that of the backbone, args.learning_rate.",
         range="(0, inf)",
     )
-    norm_mode: Literal["auto", "eval"] = option(
-        "auto", "'eval' keeps the statistics of normalisation layers at their pretrained values."
+    norm_mode: NormMode = option(
+        "auto",
+        "'eval' keeps the statistics of normalisation layers at their pretrained values; 'auto' and 'train' let those "
+        "that train, or all, move.",
     )
 
     def needs(self) -> Needs:
         return Needs(several_members=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        if self.head_lr is None and self.norm_mode == "auto":
+        if self.head_lr is None:
             return Plan()  # a plan without stages trains everything in one stage
-        rates = (Rate(self.anatomy(model).head.modules, lr=self.head_lr),) if self.head_lr is not None else ()
-        return Plan(stages=(Stage("train", rates=rates, norm_mode=self.norm_mode),))
+        return Plan(stages=(Stage("train", rates=(Rate(self.anatomy(model).head.modules, lr=self.head_lr),)),))

@@ -7,7 +7,23 @@ from typing import Literal
 
 from torch import nn
 
-from hf_ft.core import Context, FTConfig, Needs, Plan, Rate, Recommended, Stage, State, advising, option, register
+from hf_ft.core import (
+    UNSET_RATE,
+    Context,
+    FTConfig,
+    HeadRate,
+    Needs,
+    Plan,
+    Rate,
+    Stage,
+    State,
+    advising,
+    describe_head_rate,
+    head_rates,
+    measure_head_rate,
+    option,
+    register,
+)
 from hf_ft.engine.probe import describe_probe, measure_probe, set_head
 
 
@@ -20,7 +36,6 @@ class LinearProbeConfig(FTConfig):
     """
 
     formula = "L = CE(h(f(x)), y) over the head h; f is frozen, in eval mode"
-    recommended = {"learning_rate": Recommended(1e-2)}
     cost = advising.HEAD_ALONE
     advice = {
         advising.GOOD_FEATURES_FEW_SAMPLES: 3,
@@ -33,6 +48,13 @@ class LinearProbeConfig(FTConfig):
         advising.FEW_SAMPLES_PER_WEIGHT: 1,
     }
 
+    head_lr: HeadRate = option(
+        "auto",
+        "Learning rate: 'auto' for args.learning_rate if it was set, and otherwise one that is fitted to the features; "
+        "None for args.learning_rate.",
+        range="(0, inf)",
+        formerly=None,
+    )
     probe_solver: Literal["sgd", "lbfgs"] = option(
         "sgd",
         "'sgd': train the head with the optimizer. 'lbfgs': fit it before training by logistic regression (L-BFGS) on "
@@ -45,18 +67,25 @@ class LinearProbeConfig(FTConfig):
         return Needs(several_members=self.probe_solver == "sgd")
 
     def measures(self) -> bool:
+        return self.probe_solver == "lbfgs" or self.head_lr == "auto"
+
+    def must_measure(self) -> bool:
         return self.probe_solver == "lbfgs"
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        return measure_probe(model, self, context)
+        if self.probe_solver == "lbfgs":
+            return measure_probe(model, self, context)
+        if context.recipe.learning_rate != UNSET_RATE:  # it has no other meaning here than the head's rate
+            return State()
+        return State(info=measure_head_rate(self, model, self.anatomy(model).head.modules, context))
 
     def learned(self, state: State) -> str:
-        return describe_probe(state)
+        return describe_probe(state) or describe_head_rate(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules
         if self.probe_solver == "sgd":
-            return Plan(stages=(Stage("probe", trains=head),))
+            return Plan(stages=(Stage("probe", trains=head, rates=head_rates(self, head, state)),))
         return Plan(
             surgery=(set_head(model, self, state),), stages=(Stage("probe", trains=head, rates=(Rate(head, lr=0.0),)),)
         )

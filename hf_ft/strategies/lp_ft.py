@@ -12,15 +12,19 @@ from hf_ft.core import (
     Choice,
     Context,
     FTConfig,
+    HeadRate,
     LogRange,
     Needs,
+    NormMode,
     Paper,
     Plan,
-    Rate,
     Recommended,
     Stage,
     State,
     advising,
+    describe_head_rate,
+    head_rates,
+    measure_head_rate,
     option,
     register,
 )
@@ -47,7 +51,7 @@ class LPFTConfig(FTConfig):
     )
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
     # Tried 1e-5 to 3e-4 on the demo's validation data: at 3e-4 the second stage loses the probe's gains.
-    recommended = {"learning_rate": Recommended(3e-5)}
+    recommended = {"learning_rate": Recommended(3e-5, sgd=3e-4)}
     tuned = {"head_lr": LogRange(1e-3, 1.0), "norm_mode": Choice(("auto", "eval"))}
     cost = advising.PART_OF_THE_RUN
     advice = {
@@ -60,10 +64,15 @@ class LPFTConfig(FTConfig):
     }
 
     probe: float = option(0.5, "Fraction of the optimizer steps spent on the probe.", range="(0, 1)")
-    head_lr: float = option(1e-2, "Learning rate of the head during the probe.", range="(0, inf)")
-    norm_mode: Literal["auto", "eval"] = option(
+    head_lr: HeadRate = option(
+        "auto",
+        "Learning rate of the head during the probe: 'auto' to fit it to the features, None for args.learning_rate.",
+        range="(0, inf)",
+    )
+    norm_mode: NormMode = option(
         "eval",
-        "Mode of the normalisation layers while everything trains: 'eval' keeps their statistics fixed.",
+        "Mode of the normalisation layers: 'eval' keeps their statistics fixed, 'auto' lets those that train move, "
+        "'train' all, also during the probe.",
         source="code",
     )
     probe_solver: Literal["sgd", "lbfgs"] = option(
@@ -84,13 +93,18 @@ class LPFTConfig(FTConfig):
         return Needs(several_members=self.probe_solver == "sgd")
 
     def measures(self) -> bool:
+        return self.probe_solver == "lbfgs" or self.head_lr == "auto"
+
+    def must_measure(self) -> bool:
         return self.probe_solver == "lbfgs"
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        return measure_probe(model, self, context)
+        if self.probe_solver == "lbfgs":
+            return measure_probe(model, self, context)
+        return State(info=measure_head_rate(self, model, self.anatomy(model).head.modules, context))
 
     def learned(self, state: State) -> str:
-        return describe_probe(state)
+        return describe_probe(state) or describe_head_rate(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         finetune = Stage(
@@ -99,6 +113,6 @@ class LPFTConfig(FTConfig):
         if self.probe_solver == "lbfgs":
             return Plan(surgery=(set_head(model, self, state),), stages=(finetune,))
         head = self.anatomy(model).head.modules
-        rates = (Rate(head, lr=self.head_lr),)
+        rates = head_rates(self, head, state)
         probe = Stage("probe", trains=head, duration=self.probe, rates=rates, dropout=self.dropout)
         return Plan(stages=(probe, dataclasses.replace(finetune, duration=1 - self.probe)))

@@ -13,6 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_ft.core.compose import recommended_arguments
@@ -80,7 +81,7 @@ def check_model(
     """
     check_labels(train_dataset, model)
     check_members(configs, model)
-    if any(config.measures() for config in configs):  # the plan depends on the measurement
+    if any(config.must_measure() for config in configs):  # the plan depends on the measurement
         for config in configs:
             config.check_model(model)
         return
@@ -259,14 +260,17 @@ def warn_left_out(plan: Plan) -> None:
 
 def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:
     """Warn about training arguments that differ from those recommended for the method."""
-    wanted = recommended_arguments(configs)
-    untouched = TrainingArguments.__dataclass_fields__["learning_rate"].default
+    configs = tuple(configs)
+    present = recommended_arguments(configs, OptimizerNames(args.optim).value)
+    # These are meant to be chosen, and depend on the optimizer: warn only if nobody set them.
+    chosen = {name: present[name] for name in ("learning_rate", "max_grad_norm") if name in present}
+    stated = {name: value for config in reversed(configs) for name, value in config.recommended.items()}
     differing = []
-    for name, value in wanted.items():
+    for name, value in (stated | chosen).items():
         given = getattr(args, name)
         given = getattr(given, "value", given)
-        # The learning rate is meant to be tuned: warn only if it was never set.
-        if given != value.value and (name != "learning_rate" or given == untouched):
+        unset = given == TrainingArguments.__dataclass_fields__[name].default
+        if given != value.value and (unset or name not in chosen):
             why = f": {value.why}" if value.why else ""
             differing.append(f"{name}={given!r} (recommended: {value.value!r}, {value.source}{why})")
     if differing:

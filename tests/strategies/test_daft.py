@@ -149,14 +149,14 @@ def test_an_adaptive_optimizer_is_warned_about_with_the_reason(tmp_path, monkeyp
 def test_the_recommended_arguments_give_the_authors_optimizer(tmp_path):
     request = arguments.read(["--model", "x", "--dataset", "y", "--strategy", "daft", "--output_dir", str(tmp_path)])
     wanted = {key: request.training_arguments()[key] for key in DAFTConfig.recommended}
-    assert wanted.pop("learning_rate") == 3e-4
-    trainer = trainer_on_shifted(tiny_resnet(), tmp_path, max_steps=4, **wanted)
+    rate = wanted["learning_rate"]
+    trainer = trainer_on_shifted(tiny_resnet(), tmp_path, DAFTConfig(head_lr=0.1), max_steps=4, **wanted)
     trainer._start_run()
     trainer.create_optimizer_and_scheduler(4)
     assert type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)) is torch.optim.SGD
     groups = trainer.optimizer.param_groups
     assert {(group["momentum"], group["weight_decay"]) for group in groups} == {(0.9, 0.0)}
-    assert {group["lr"] for group in groups} == {3e-4, 0.1}
+    assert {group["lr"] for group in groups} == {rate, 0.1}
     curve = trainer.lr_scheduler.lr_lambdas[0]
     assert [curve(step) for step in range(5)] == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
 
@@ -209,10 +209,12 @@ def test_each_ablation_is_one_flag(tmp_path):
         trainer = trainer_on_shifted(tiny_resnet(), tmp_path, DAFTConfig(**options))
         return trainer._start_run().plan
 
+    [fitted] = rates(plan())
+    assert fitted[0] == ("classifier",) and 0 < fitted[1] < 1
     head = [(("classifier",), 0.1)]
-    assert (kinds(whole := plan()), rates(whole)) == ([ConvertBatchNorm, ZeroHead], head)
-    assert (kinds(bare := plan(convert_batch_norm=False)), rates(bare)) == ([ZeroHead], head)
-    assert (kinds(warm := plan(zero_head=False)), rates(warm)) == ([ConvertBatchNorm], head)
+    assert (kinds(whole := plan(head_lr=0.1)), rates(whole)) == ([ConvertBatchNorm, ZeroHead], head)
+    assert (kinds(bare := plan(convert_batch_norm=False, head_lr=0.1)), rates(bare)) == ([ZeroHead], head)
+    assert (kinds(warm := plan(zero_head=False, head_lr=0.1)), rates(warm)) == ([ConvertBatchNorm], head)
     assert (kinds(even := plan(head_lr=None)), rates(even)) == ([ConvertBatchNorm, ZeroHead], [])
     assert {p.stages[0].norm_mode for p in (whole, bare, warm, even)} == {"train"}
 

@@ -6,6 +6,7 @@ whole numbers over a power of two and searches start from weights in files: thei
 """
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -22,22 +23,31 @@ from safetensors.torch import save_file
 
 import hf_ft
 from hf_ft.cli import main
+from hf_ft.core.options import UNKNOWN
 from hf_ft.testing import tiny_resnet
 
 HERE = Path(__file__).parent
 CLASSES = 3
 SMALL = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}
 
+
+def as_before(config):
+    """A config of later versions, with what 0.1.0 did in options that were added since."""
+    fields = [field for field in dataclasses.fields(config) if field.metadata.get("formerly", UNKNOWN) is not UNKNOWN]
+    default = [field for field in fields if getattr(config, field.name) == field.default]
+    return dataclasses.replace(config, **{field.name: field.metadata["formerly"] for field in default})
+
+
 TRAINED = (hf_ft.DAFTConfig(head_lr=0.05, statistics="pooled"), hf_ft.L2SPConfig(alpha=0.2, beta=0.05))
 CHANGED = hf_ft.BlockwiseConfig(block="stage1", head_lr=0.02)
 # What is interrupted, and after which of its eight steps.
 INTERRUPTED = {
-    "soft": (hf_ft.SoftConfig(until=0.75, weight=0.5), 4),
-    "lp_ft": ((hf_ft.LPFTConfig(), hf_ft.L2SPConfig()), 6),
-    "adapters": (hf_ft.BlockwiseConfig(block="stage1", tuner=LoraConfig(r=2)), 4),
+    "soft": (as_before(hf_ft.SoftConfig(until=0.75, weight=0.5)), 4),
+    "lp_ft": ((as_before(hf_ft.LPFTConfig(head_lr=1e-2)), hf_ft.L2SPConfig()), 6),
+    "adapters": (as_before(hf_ft.BlockwiseConfig(block="stage1", head_lr=None, tuner=LoraConfig(r=2))), 4),
 }
 SEARCHES = {
-    "blockwise": hf_ft.BlockwiseConfig(metric="loss", search_epochs=1),
+    "blockwise": as_before(hf_ft.BlockwiseConfig(metric="loss", search_epochs=1, head_lr=None)),
     "amcf": hf_ft.AMCFConfig(metric="loss", search_epochs=1, particles=3, iterations=2),
 }
 SEARCHED = {"blockwise": "trained", "amcf": "ensemble"}

@@ -25,12 +25,11 @@ from hf_ft.core import (
     Term,
     View,
     advising,
-    compose,
     functional,
     option,
     register,
 )
-from hf_ft.core.compose import momentum_plan
+from hf_ft.core.compose import with_common_options
 from hf_ft.core.plan import Surgery
 from hf_ft.engine.run import Run, start
 from hf_ft.metrics import LOCAL_METRICS
@@ -79,7 +78,7 @@ class AMCFConfig(FTConfig):
     recommended = {
         "optim": Recommended("sgd", "code"),
         "optim_args": Recommended("momentum=0.9", "code"),
-        "learning_rate": Recommended(0.01, "code"),
+        "learning_rate": Recommended(0.01, "code", adam=3e-4),
         "weight_decay": Recommended(5e-4, "code"),
         "lr_scheduler_type": Recommended("cosine", "ours"),  # Transformers has no schedule like the authors' steps
         "max_grad_norm": Recommended(0.0, "ours", "clipping the global gradient norm couples the members"),
@@ -232,7 +231,7 @@ class AMCFConfig(FTConfig):
 
     def plan_for(self, model: nn.Module, frozen: Frozen) -> Plan:
         """The complete plan for training one position of the search."""
-        return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, frozen)])
+        return with_common_options((self,), [self._plan(model, frozen)], model)
 
     def _plan(self, model: nn.Module, frozen: Frozen) -> Plan:
         members = self._members(model)

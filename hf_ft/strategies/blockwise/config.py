@@ -14,20 +14,22 @@ from hf_ft.core import (
     Context,
     Findings,
     FTConfig,
+    HeadRate,
     LogRange,
     OptionError,
     Paper,
     Plan,
-    Rate,
     Recommended,
     Stage,
     State,
     advising,
-    compose,
+    describe_head_rate,
+    head_rates,
+    measure_head_rate,
     option,
     register,
 )
-from hf_ft.core.compose import momentum_plan
+from hf_ft.core.compose import with_common_options
 from hf_ft.core.plan import Surgery
 from hf_ft.engine.run import Run, start
 from hf_ft.strategies.blockwise.adapters import PREFIX, adapter_targets, add_adapters
@@ -75,7 +77,7 @@ class BlockwiseConfig(FTConfig):
         ),
     )
     formula = "min CE over the weights of the head and of block b* alone; b* = the candidate best on held-out samples"
-    recommended = {"learning_rate": Recommended(3e-4)}
+    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
     tuned = {"head_lr": LogRange(1e-3, 1.0)}
     kept = (STORAGE,)
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
@@ -99,7 +101,11 @@ class BlockwiseConfig(FTConfig):
     )
     length: int = option(3, "Number of layers per window.", range="[1, inf)")
     top: int = option(5, "For 'top_layers': maximum number of top-ranked layers to combine.", range="[1, inf)")
-    head_lr: float | None = option(None, "Learning rate of the head; None to use that of the block.", range="(0, inf)")
+    head_lr: HeadRate = option(
+        "auto",
+        "Learning rate of the head: 'auto' to fit it to the features, None to use that of the block.",
+        range="(0, inf)",
+    )
     tuner: PeftConfig | None = option(
         None,
         "A PEFT config, such as LoraConfig(r=8), to train adapters and norms in the block instead of its weights. On "
@@ -135,18 +141,27 @@ class BlockwiseConfig(FTConfig):
         return dataclasses.replace(self, search_epochs=each, baselines=False)
 
     def measures(self) -> bool:
+        return self.block == "auto" or self.head_lr == "auto"
+
+    def must_measure(self) -> bool:
         return self.block == "auto"
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        scores = self.search(model, context)
-        return State(info={"scores": scores.to_dict(), "block": dataclasses.asdict(scores.best.candidate)})
+        if self.block != "auto":
+            self.chosen(model, State())  # rejects a block that does not exist
+        info: dict[str, Any] = measure_head_rate(self, model, self.anatomy(model).head.modules, context)
+        if self.block != "auto":
+            return State(info=info)
+        # The candidates of the search train with the same rate.
+        scores = dataclasses.replace(self, head_lr=info.get("head_lr", self.head_lr)).search(model, context)
+        return State(info={**info, "scores": scores.to_dict(), "block": dataclasses.asdict(scores.best.candidate)})
 
     def search(self, model: nn.Module, context: Context) -> BlockScores:
         """The search of ``block="auto"``: briefly train and score every candidate."""
         return BlockSearch(model, self, context).run()
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        return self._plan(model, self.chosen(model, state))
+        return self._plan(model, self.chosen(model, state), state)
 
     def chosen(self, model: nn.Module, state: State) -> Candidate:
         """The block to train.
@@ -170,12 +185,17 @@ class BlockwiseConfig(FTConfig):
 
     def learned(self, state: State) -> str:
         if "scores" not in state.info:
-            return ""
+            return describe_head_rate(state)
         verdict = "; ".join(f"{label}: {what}" for label, what in self.scores(state).verdict())
-        return f"Chosen by a search with scheme `{self.scheme}`, {self.metric} on held-out training samples. {verdict}."
+        chosen = (
+            f"Chosen by a search with scheme `{self.scheme}`, {self.metric} on held-out training samples. {verdict}."
+        )
+        return f"{chosen} {describe_head_rate(state)}".strip()
 
     def findings(self, state: State) -> Findings:
-        return block_findings(self.scores(state), self.learned(state)) if "scores" in state.info else Findings()
+        if "scores" not in state.info:
+            return Findings(summary=self.learned(state))
+        return block_findings(self.scores(state), self.learned(state))
 
     def start(self, model: nn.Module, candidate: Candidate) -> Run:
         """Prepare a model for training one candidate of the search."""
@@ -183,7 +203,7 @@ class BlockwiseConfig(FTConfig):
 
     def plan_for(self, model: nn.Module, candidate: Candidate) -> Plan:
         """The complete plan for training one candidate."""
-        return compose([momentum_plan(self.batch_norm_momentum, model), self._plan(model, candidate)])
+        return with_common_options((self,), [self._plan(model, candidate, State())], model)
 
     def adaptable(self, model: nn.Module, candidate: Candidate) -> bool:
         """Whether a candidate can be trained; with a tuner, some module in it must support an adapter."""
@@ -191,7 +211,7 @@ class BlockwiseConfig(FTConfig):
             return True
         return bool(adapter_targets(model, candidate.modules, self.anatomy(model).head.modules, self.tuner))
 
-    def _plan(self, model: nn.Module, candidate: Candidate) -> Plan:
+    def _plan(self, model: nn.Module, candidate: Candidate, state: State) -> Plan:
         head = self.anatomy(model).head.modules
         trains = (*candidate.modules, *head)
         surgery: tuple[Surgery, ...] = ()
@@ -199,7 +219,7 @@ class BlockwiseConfig(FTConfig):
             surgery = (add_adapters(model, candidate.modules, head, self.tuner),)
             # Everything PEFT leaves trainable: adapters, norms and head, under their PEFT names.
             head, trains = tuple(PREFIX + name for name in head), EVERYTHING
-        rates = (Rate(head, lr=self.head_lr),) if self.head_lr is not None else ()
+        rates = head_rates(self, head, state)
         return Plan(surgery=surgery, stages=(Stage(candidate.name, trains=trains, rates=rates),))
 
 

@@ -82,7 +82,7 @@ class CoTuningConfig(FTConfig):
         "https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html",
     )
     formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
-    recommended = {"learning_rate": Recommended(3e-4)}
+    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
     tuned = {"weight": LogRange(0.3, 6.0)}
     cost = advising.WITH_A_PASS_BEFORE + advising.DEARER  # and a second head
     advice = {advising.RELATED_SOURCE: 2, FEW_SAMPLES_AND_HEAD: 1, advising.UNRELATED_SOURCE: -1}

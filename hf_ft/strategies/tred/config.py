@@ -94,7 +94,7 @@ class TREDConfig(FTConfig):
         "first: L1 = CE(c(P), y) + lambda_r (P + N - F)^2 - lambda_m MMD2(P, N) + lambda_i I(P; N) + lambda_b B;  "
         "then: L2 = CE + alpha ||F(x; w) - P(x)||^2 / (h w) + beta/2 ||w_head||^2"
     )
-    recommended = {"learning_rate": Recommended(3e-4)}
+    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
     tuned = {"alpha": LogRange(1e-3, 1e-1)}
     cost = advising.WITH_A_TRAINING_BEFORE + advising.DEARER  # trains a disentangler first
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 1, advising.VERY_FEW_SAMPLES: 1}

@@ -11,6 +11,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig
 from torch import nn
 
 from hf_ft import BlockScores, BlockSearch, BlockwiseConfig, FTConfig, FTTrainer, OptionError
+from hf_ft.core import State
 from hf_ft.engine.checkpoint import read_states
 from hf_ft.search import evaluate as short_trainings
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
@@ -305,12 +306,12 @@ def test_the_tuner_survives_the_round_trip(tmp_path):
 def test_named_targets_are_kept_to_the_block(tmp_path):
     config = BlockwiseConfig(block="stage1", tuner=LoraConfig(r=2, target_modules=["query"]))
     model = tiny_bert()
-    (surgery,) = config.plan(model, None).surgery
+    (surgery,) = config.plan(model, State()).surgery
     assert surgery.targets == ("bert.encoder.layer.1.attention.self.query",)
     with pytest.raises(OptionError, match="supports an adapter"):
-        BlockwiseConfig(block="stage1", tuner=LoraConfig(target_modules=["nowhere"])).plan(model, None)
+        BlockwiseConfig(block="stage1", tuner=LoraConfig(target_modules=["nowhere"])).plan(model, State())
     with pytest.raises(OptionError, match="PromptTuningConfig adapts no modules"):
-        BlockwiseConfig(block="stage1", tuner=PromptTuningConfig(num_virtual_tokens=2)).plan(model, None)
+        BlockwiseConfig(block="stage1", tuner=PromptTuningConfig(num_virtual_tokens=2)).plan(model, State())
     with pytest.raises(OptionError, match="PEFT rejects LoraConfig"):
         make_trainer(model, BlockwiseConfig(block="stage1", tuner=LoraConfig(r=0)), tmp_path).train()
 

@@ -1,0 +1,140 @@
+r"""The learning rate of a head, fitted to the features that it sees: the value ``"auto"`` of an option ``head_lr``.
+
+Under SGD with momentum m, a linear head diverges above :math:`\eta_{\max} = 2 (1 + m) / (c \lambda)`, where
+:math:`\lambda` is the largest eigenvalue of the features' second moment and c depends on the loss (see
+:func:`hf_ft.functional.head_curvature`). Features of different networks and data differ in :math:`\lambda` by more
+than ten, so no single rate suits all of them; a fixed fraction of :math:`\eta_{\max}` does.
+
+Under Adam and its variants, a step changes each weight by about the rate, hence a logit by up to the rate times
+:math:`\lVert f \rVert_1`; the fitted rate makes this a fixed number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_ft.core.context import Context, State
+from hf_ft.core.plan import Rate
+from hf_ft.errors import OptionError
+from hf_ft.functional import head_curvature, stable_rate
+from hf_ft.models.feature_hooks import INPUT, activations
+from hf_ft.models.head_layers import adapter_around, logit_layers
+from hf_ft.models.names import Names
+from hf_ft.models.preserve import random_states_kept
+
+HeadRate = float | Literal["auto"] | None
+LOOKED_AT = 256  # samples
+READ = 64  # of them at a time
+# Both by tests/benchmarks/rates.py; see docs/rates.md.
+FRACTION = 0.5  # of the largest stable rate under SGD
+STEP = 2.0  # by which a logit may change in a step of Adam
+HEAD_LR = "head_lr"
+UNSET_RATE = 5e-5  # learning_rate of TrainingArguments where nobody set it
+logger = logging.get_logger(__name__)
+
+
+class WithHeadRate(Protocol):
+    """A strategy with a learning rate for the head."""
+
+    ft_type: Any
+    head_lr: HeadRate
+
+
+def fit_head_rate(model: nn.Module, head: Names, context: Context) -> dict[str, float]:
+    """The learning rate that suits the head of a model on this data, and what it follows from.
+
+    Args:
+        head: names of the head's modules.
+        context: samples and the optimizer. The model runs in eval mode on up to 256 samples and is left unchanged.
+
+    Returns:
+        ``head_lr``, rounded to two digits so that it is the same on every machine; ``curvature``, the largest
+        eigenvalue of the features' second moment; ``feature_norm``, their mean L1 norm.
+    """
+    layers = logit_layers(model, head) or logit_layers(model, head, trainable=False)
+    features = _features(model, tuple(adapter_around(model, layer) or layer for layer in layers), context)
+    # Of several layers of logits (members of an ensemble), that with the lowest stable rate decides.
+    curvature = max(float(head_curvature(values)) for values in features)
+    norm = max(float(values.double().abs().sum(dim=1).mean()) for values in features)
+    rate = rate_for(
+        context.recipe.optimizer([{"params": [torch.zeros(1, requires_grad=True)]}]), model, curvature, norm
+    )
+    return {HEAD_LR: float(f"{rate:.2g}"), "curvature": curvature, "feature_norm": norm}
+
+
+def rate_for(optimizer: torch.optim.Optimizer, model: nn.Module, curvature: float, norm: float) -> float:
+    """The fitted rate under an optimizer: SGD, or one that scales its steps, as Adam does."""
+    if isinstance(optimizer, torch.optim.SGD):
+        momentum = optimizer.defaults["momentum"]
+        return FRACTION * stable_rate(loss_curvature(model) * curvature, momentum)
+    return STEP / max(norm, torch.finfo(torch.float32).tiny)
+
+
+def loss_curvature(model: Any) -> float:
+    """The largest second derivative of the model's loss in its logits; see :func:`hf_ft.functional.head_curvature`."""
+    config = getattr(model, "config", None)
+    kind, outputs = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
+    if kind == "multi_label_classification":
+        return 1 / (4 * outputs)
+    return 2 / outputs if kind == "regression" or outputs == 1 else 1 / 2
+
+
+def measure_head_rate(strategy: WithHeadRate, model: nn.Module, head: Names, context: Context) -> dict[str, float]:
+    """For ``measure``: the entries of the state's ``info``; empty unless ``head_lr="auto"``."""
+    if strategy.head_lr != "auto":
+        return {}
+    if not context.samples.count:
+        logger.warning(
+            f"{strategy.ft_type}.head_lr='auto' uses learning_rate={context.recipe.learning_rate:g}: a stream of "
+            "samples cannot be looked at before training. Set a number, or pass a map-style train_dataset."
+        )
+        return {}
+    found = fit_head_rate(model, head, context)
+    logger.info(f"{strategy.ft_type}: {describe_head_rate(State(info=found))}")
+    return found
+
+
+def head_rates(strategy: WithHeadRate, head: Names, state: State) -> tuple[Rate, ...]:
+    """For ``plan``: the rate of the head, if it is not that of everything else.
+
+    Without a measurement, "auto" is ``args.learning_rate``.
+    """
+    rate = state.info.get(HEAD_LR) if strategy.head_lr == "auto" else strategy.head_lr
+    return () if rate is None else (Rate(head, lr=rate),)
+
+
+def describe_head_rate(state: State) -> str:
+    """The fitted rate as a sentence; empty if none was fitted."""
+    if HEAD_LR not in state.info:
+        return ""
+    info: Mapping[str, float] = state.info
+    return (
+        f"The learning rate of the head, {info[HEAD_LR]:g}, was fitted to its features (largest eigenvalue of their "
+        f"second moment: {info['curvature']:.3g}; mean L1 norm: {info['feature_norm']:.3g})."
+    )
+
+
+def _features(model: nn.Module, layers: Names, context: Context) -> list[Tensor]:
+    """The inputs of the layers, each (N, d), in eval mode."""
+    parts: list[list[Tensor]] = [[] for _ in layers]
+    taps = [INPUT + layer for layer in layers]
+    count = context.samples.count
+    rows = torch.linspace(0, count - 1, min(LOOKED_AT, count)).round().int().tolist()  # spread over the data
+    with random_states_kept(), context.recipe.computing():
+        for start in range(0, len(rows), READ):
+            found = activations(model, taps, context.samples.read(rows[start : start + READ]))
+            for part, tap in zip(parts, taps, strict=True):
+                part.append(found[tap].flatten(0, -2) if found[tap].dim() < 4 else found[tap].flatten(1))
+    features = [torch.cat(part) for part in parts]
+    for layer, values in zip(layers, features, strict=True):
+        if not bool(values.isfinite().all()):
+            raise OptionError(
+                f"the input of the head's layer {layer!r} is not finite on the training data: check the inputs for NaN "
+                "or infinite values."
+            )
+    return features
