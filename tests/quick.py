@@ -1,11 +1,13 @@
 """What makes tests quick and is no part of what they test: they wait for no disk and no idle worker."""
 
+import functools
 import gc
 from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy
-from accelerate.utils import memory
+import torch
+from accelerate.utils import imports, memory
 from torch.utils.data import _utils
 
 
@@ -15,6 +17,11 @@ def set_up() -> None:
     # Each training ends with a full collection, which takes as long as training a tiny model for some steps. The
     # automatic ones are enough here.
     memory.gc = SimpleNamespace(collect=lambda: gc.collect(1))
+    # accelerate looks for a package at every step, and torch keeps a stack trace of every seed for an absent device.
+    imports._is_package_available = functools.cache(imports._is_package_available)
+    for devices in (torch.cuda, torch.xpu, torch.mtia):
+        if not devices.is_available():
+            devices._lazy_call = lambda *_, **__: None
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", _not_synchronous)
 
 

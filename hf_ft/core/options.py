@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -41,7 +42,12 @@ def options(config_class: type) -> list[dataclasses.Field]:
 
 def annotation(config_class: type, name: str) -> Any:
     """The type of an option, with string annotations resolved."""
-    return typing.get_type_hints(config_class)[name]
+    return _annotations(config_class)[name]
+
+
+@functools.cache
+def _annotations(config_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(config_class)
 
 
 def in_range(value: float, interval: str) -> bool:

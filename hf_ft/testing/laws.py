@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -17,7 +18,7 @@ from hf_ft.core.compose import build_plan
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import State
 from hf_ft.core.options import in_range, options
-from hf_ft.core.plan import Plan, Term
+from hf_ft.core.plan import Plan, Term, stage_borders
 from hf_ft.engine.run import Run, set_up
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
@@ -79,8 +80,7 @@ def plan_is_pure(config: FTConfig, make: Maker, folder: Path) -> None:
 def weightless_terms_change_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
     """With all weights 0, a plan trains bit for bit as it does without terms."""
     results = []
-    for keep in (True, False):
-        run = _run(config, make(), folder)
+    for run, keep in zip(_two_runs(config, make, folder), (True, False), strict=True):
         zero = tuple(dataclasses.replace(term, weight=0.0, replaces_decay=()) for term in run.plan.terms)
         results.append(_train(run, zero if keep else ()))
     same_tensors(results[0], results[1])
@@ -141,6 +141,7 @@ def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) ->
             per_device_train_batch_size=8 // steps,
             gradient_accumulation_steps=steps,
             optim="sgd",
+            max_steps=_fewest_steps(plan, 4),
         )
         # Variances within batches, say, depend on how large these are.
         trainer._states = lambda: states  # type: ignore[method-assign]
@@ -152,10 +153,9 @@ def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) ->
 
 def resume_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
     """Stopping and resuming at any checkpoint, in any stage, gives the weights, optimizer and log of a single run."""
-    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
-    whole = train(make(), config, folder, **arguments)
+    whole = train(make(), config, folder, save_strategy="steps", save_steps=3, optim="adamw_torch")
     for checkpoint in ("checkpoint-3", "checkpoint-6"):
-        resumed = make_trainer(make(), config, folder / "again", **arguments)
+        resumed = make_trainer(make(), config, folder / "again", optim="adamw_torch")
         resumed.train(resume_from_checkpoint=str(folder / checkpoint))
         same_tensors(snapshot(resumed.model), snapshot(whole.model))
         _same_optimizers(resumed.optimizer, whole.optimizer)
@@ -164,7 +164,9 @@ def resume_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
 
 def plain_reload(config: FTConfig, make: Maker, folder: Path) -> None:
     """A saved model loads with plain Transformers and gives the same logits."""
-    trainer = train(make(), config, folder)
+    trainer = make_trainer(make(), config, folder)
+    trainer.args.max_steps = _fewest_steps(trainer._start_run().plan, 2)
+    trainer.train()
     trainer.save_model(str(folder / "saved"))
     loaded = type(trainer.model).from_pretrained(folder / "saved").eval()
     inputs = tiny_inputs(trainer.model)
@@ -176,8 +178,8 @@ def plain_reload(config: FTConfig, make: Maker, folder: Path) -> None:
 
 def term_order_is_irrelevant(config: FTConfig, make: Maker, folder: Path) -> None:
     """The terms of a plan can be summed in any order."""
-    runs = [_run(config, make(), folder) for _ in range(2)]
-    results = [_train(run, run.plan.terms[::step]) for run, step in zip(runs, (1, -1), strict=True)]
+    runs = zip(_two_runs(config, make, folder), (1, -1), strict=True)
+    results = [_train(run, run.plan.terms[::step]) for run, step in runs]
     same_tensors(results[0], results[1], 1e-6)
 
 
@@ -235,6 +237,12 @@ def _run(config: FTConfig, model: nn.Module, folder: Path) -> Run:
     return set_up(model, config, states=_states(config, model, folder))
 
 
+def _two_runs(config: FTConfig, make: Maker, folder: Path) -> tuple[Run, Run]:
+    """Two runs of equal models from the same measured states."""
+    first = _run(config, make(), folder)
+    return first, set_up(equipped(make(), config), config, states=first.states)
+
+
 def _train(run: Run, terms: tuple[Term, ...]) -> dict[str, torch.Tensor]:
     """Two SGD steps in each stage of a run with other terms, in a hand-written loop."""
     run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, terms=terms))
@@ -249,6 +257,15 @@ def _train(run: Run, terms: tuple[Term, ...]) -> dict[str, torch.Tensor]:
             optimizer.step()
             optimizer.zero_grad()
     return snapshot(run.model)
+
+
+def _fewest_steps(plan: Plan, least: int) -> int:
+    """The fewest steps of a training of which every stage gets one."""
+    for steps in range(least, 8):
+        with contextlib.suppress(OptionError):
+            stage_borders(plan.stages, steps)
+            return steps
+    return 8
 
 
 def _comparable(plan: Plan) -> Plan:

@@ -7,10 +7,12 @@ import pytest
 from docs.tools.tables import documented
 from hf_ft.testing import LAWS, suited, tiny_bert, tiny_resnet, tiny_vit, train
 
-# A search as long as the default takes most of the time here, and shows no more.
+# A search or measurement as long as the default takes most of the time here, and shows no more.
 OPTIONS = {
     "blockwise": {"search_epochs": 1, "storage": "memory", "baselines": False},
     "amcf": {"search_epochs": 1, "storage": "memory", "particles": 2, "iterations": 1},
+    "tred": {"epochs": 3},
+    "delta": {"head_epochs": 1, "batches": 2},
 }
 TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload")
 SEARCHING = ("blockwise", "amcf", "tred")
@@ -33,7 +35,7 @@ def test_law(name, make, law, tmp_path):
 @pytest.mark.parametrize("name", documented())
 def test_bfloat16_autocast(name, make, tmp_path):
     config = documented()[name](**OPTIONS.get(name, {}))
-    trainer = train(make(), suited(config, make()), tmp_path, bf16=True, max_steps=6, learning_rate=1e-3)
+    trainer = train(make(), suited(config, make()), tmp_path, bf16=True, max_steps=4, learning_rate=1e-3)
     losses = [value for entry in trainer.state.log_history for key, value in entry.items() if key.startswith("loss")]
     assert losses and all(map(math.isfinite, losses))
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())

@@ -48,7 +48,7 @@ class Conditional(nn.Module):
         super().__init__()
         self.mean = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
         self.log_var = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Tanh())
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
 
     def forward(self, p: Tensor) -> tuple[Tensor, Tensor]:
         return self.mean(p), self.log_var(p)
@@ -69,16 +69,18 @@ class Conditional(nn.Module):
 def class_variances(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Within-class and between-class variance of (B, C), summed over channels.
 
-    Computed from half the squared pairwise distances: unbiased even for few samples per class, so the second may be
-    negative. Both are 0 if no class has two samples, or if there is only one class.
+    The means of half the squared distance over all pairs of a class, and over all pairs less that: unbiased even for
+    few samples per class, so the second may be negative. Both are 0 if no class has two samples, or if there is only
+    one class.
     """
-    alike = labels[:, None] == labels
-    pairs = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    if not bool((alike & pairs).any()) or bool(alike.all()):
+    alike = (labels[:, None] == labels).to(values)
+    sizes = alike.sum(dim=1)
+    if bool((sizes == 1).all()) or bool((sizes == len(sizes)).all()):
         return values.sum() * 0.0, values.sum() * 0.0
-    halves = torch.cdist(values, values).square() / 2
-    within = halves[alike & pairs].mean()
-    return within, halves[pairs].mean() - within
+    # Squared distances to the mean of n samples, times n, have the sum of half those of their pairs.
+    squares = (values - alike @ values / sizes[:, None]).square().sum(dim=1)
+    within = sizes @ squares / (sizes - 1).sum()
+    return within, values.var(dim=0).sum() - within
 
 
 class ClassMoments:
@@ -141,7 +143,8 @@ class DisentanglingLoss:
             {"params": vectors, "lr": lr if isinstance(module, Mask) else lr / 10},
             {"params": list(self.classifier.parameters()), "lr": lr / math.sqrt(channels)},
         ]
-        self.optimizer = torch.optim.Adam([*groups, *([{"params": matrices, "lr": lr / channels}] if matrices else [])])
+        groups += [{"params": matrices, "lr": lr / channels}] if matrices else []
+        self.optimizer = torch.optim.Adam(groups, fused=True)
 
     def logits(self, p: Tensor) -> Tensor:
         """The classifier's logits for P, pooled and divided by ``scale``."""
@@ -166,9 +169,16 @@ class DisentanglingLoss:
             "information": self.conditional.information(given, other),
             "bottleneck": self.bottleneck(given, other, labels, fit),
         }
-        total = terms["classification"] + weights.reconstruction * terms["reconstruction"]
-        total = total - weights.mmd * terms["mmd2"] + weights.information * terms["information"]
-        return {**terms, "total": total + weights.bottleneck * terms["bottleneck"]}
+        total = terms["classification"]
+        for name, weight in {
+            "reconstruction": weights.reconstruction,
+            "mmd2": -weights.mmd,
+            "information": weights.information,
+            "bottleneck": weights.bottleneck,
+        }.items():
+            if weight:  # the gradient of the others is not computed
+                total = total + weight * terms[name]
+        return {**terms, "total": total}
 
     def bottleneck(self, p: Tensor, n: Tensor, labels: Tensor, fit: bool = False) -> Tensor:
         r"""Label-unrelated variance left in P, plus label-related variance left in N.

@@ -51,7 +51,7 @@ def synthetic(seed: int, mixed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 def learn(features: Tensor, labels: Tensor, mask: Tensor | None = None, seed: int = 0, **options) -> Disentangled:
     def read(rows):
-        chosen = list(rows)
+        chosen = torch.tensor(rows)
         return features[chosen], labels[chosen], None if mask is None else mask[chosen]
 
     options.setdefault("samples", len(features))
@@ -59,30 +59,46 @@ def learn(features: Tensor, labels: Tensor, mask: Tensor | None = None, seed: in
     return disentangle(read, classes=int(labels.max()) + 1, generator=generator, **options)
 
 
-def probe(train: np.ndarray, held_out: np.ndarray, labels: Tensor) -> float:
-    found = LogisticRegression(max_iter=2000).fit(train, labels[:TRAIN])
-    return found.score(held_out, labels[TRAIN:])
+def probe(pools: Tensor, unit: Tensor, truth: Tensor) -> float:
+    values = (pools / unit).numpy()
+    found = LogisticRegression(max_iter=2000).fit(values[:TRAIN], truth[:TRAIN])
+    return found.score(values[TRAIN:], truth[TRAIN:])
 
 
 @cache
-def read_back(seed: int, kind: str, weights: Weights, mixed: bool = False) -> tuple[dict[str, float], Disentangled]:
-    """What held-out probes read from F, P and N of label (y) and nuisance (u).
+def read_from_f(seed: int, factor: str, mixed: bool) -> float:
+    features, labels, nuisance = synthetic(seed, mixed)
+    pools = pooled(features)
+    return probe(pools, pools[:TRAIN].std(dim=0), {"y": labels, "u": nuisance}[factor])
+
+
+class Read(dict):
+    """What held-out probes read from F, P and N of label (y) and nuisance (u); each is trained when it is asked for.
 
     In F's deviations, one unit for all three; and rescaled, where each channel has unit deviation of its own, so that
     whatever is let through is read, however small (*).
     """
-    features, labels, nuisance = synthetic(seed, mixed)
+
+    def __init__(self, found: Disentangled, seed: int, mixed: bool) -> None:
+        self.found, self.seed, self.mixed = found, seed, mixed
+
+    def __missing__(self, key: str) -> float:
+        part, factor, *rescaled = key
+        if part == "F":
+            return read_from_f(self.seed, factor, self.mixed)
+        features, labels, nuisance = synthetic(self.seed, self.mixed)
+        pools = pooled(self.found.module(features)["PN".index(part)])
+        own, unit = pools[:TRAIN].std(dim=0), pooled(features[:TRAIN]).std(dim=0)
+        unit = torch.where(own > 0, own, 1.0) if rescaled else unit
+        self[key] = probe(pools, unit, {"y": labels, "u": nuisance}[factor])
+        return self[key]
+
+
+@cache
+def read_back(seed: int, kind: str, weights: Weights, mixed: bool = False) -> tuple[Read, Disentangled]:
+    features, labels, _ = synthetic(seed, mixed)
     found = learn(features, labels, samples=TRAIN, kind=kind, weights=weights, seed=seed)
-    p, n = found.module(features)
-    unit = pooled(features[:TRAIN]).std(dim=0)
-    figures = {}
-    for name, part in {"F": features, "P": p, "N": n}.items():
-        pools = pooled(part)
-        own = pools[:TRAIN].std(dim=0)
-        for mark, values in {"": pools / unit, "*": pools / torch.where(own > 0, own, 1.0)}.items():
-            for factor, truth in {"y": labels, "u": nuisance}.items():
-                figures[name + factor + mark] = probe(values[:TRAIN].numpy(), values[TRAIN:].numpy(), truth)
-    return figures, found
+    return Read(found, seed, mixed), found
 
 
 # --- label and nuisance -----------------------------------------------------------------------------------
