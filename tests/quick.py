@@ -6,6 +6,7 @@ from typing import Any
 
 import sqlalchemy
 from accelerate.utils import memory
+from optuna.storages._rdb.storage import _VersionManager
 from torch.utils.data import _utils
 
 
@@ -15,7 +16,20 @@ def set_up() -> None:
     # Each training ends with a full collection, which takes as long as training a tiny model for some steps. The
     # automatic ones are enough here.
     memory.gc = SimpleNamespace(collect=lambda: gc.collect(1))
+    _read_the_migrations_once()
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", _not_synchronous)
+
+
+def _read_the_migrations_once() -> None:
+    """Optuna compiles all of its scripts for older databases, twice for each database that it opens."""
+    read, kept = _VersionManager._create_alembic_script, []
+
+    def once(manager: _VersionManager) -> Any:
+        if not kept:
+            kept.append(read(manager))
+        return kept[0]
+
+    _VersionManager._create_alembic_script = once
 
 
 def _not_synchronous(connection: Any, _: Any) -> None:
