@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy
 import torch
 from accelerate.utils import imports, memory
+from optuna.storages._rdb.storage import _VersionManager
 from torch.utils.data import _utils
 
 
@@ -22,7 +23,20 @@ def set_up() -> None:
     for devices in (torch.cuda, torch.xpu, torch.mtia):
         if not devices.is_available():
             devices._lazy_call = lambda *_, **__: None
+    _read_the_migrations_once()
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", _not_synchronous)
+
+
+def _read_the_migrations_once() -> None:
+    """Optuna compiles all of its scripts for older databases, twice for each database that it opens."""
+    read, kept = _VersionManager._create_alembic_script, []
+
+    def once(manager: _VersionManager) -> Any:
+        if not kept:
+            kept.append(read(manager))
+        return kept[0]
+
+    _VersionManager._create_alembic_script = once
 
 
 def _not_synchronous(connection: Any, _: Any) -> None:

@@ -27,6 +27,7 @@ from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.training import CommonSettings, Measured, train, versions
 from hf_ft.errors import AnatomyError, OptionError
+from hf_ft.search.storage import open_storage
 from hf_ft.search.trials import Job, Outcome, Report, run_trials
 
 STORAGE = "compare.db"
@@ -61,6 +62,7 @@ class Runner:
         self.ledger = Ledger(entrants, settings, common.arguments["optim"], common.greater_is_better)
         self.settings, self.common, self.folder = settings, common, folder
         self.signature, self.tell, self.kept = signature, tell, Kept(folder)
+        self._storage = open_storage(settings.storage or str(folder / STORAGE))
         self._deadline = math.inf if settings.hours is None else time.monotonic() + 3600 * settings.hours
 
     def run(self) -> None:
@@ -125,7 +127,7 @@ class Runner:
             jobs,
             evaluate,
             deaths=DEATHS,
-            storage=self.settings.storage or str(self.folder / STORAGE),
+            storage=self._storage,
             name=self.settings.study_name,
             signature=self.signature,
             progress=progress,

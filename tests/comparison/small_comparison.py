@@ -1,5 +1,6 @@
 """Small models and images for comparisons, and a process that can be killed in the middle of one."""
 
+import copy
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import ViTImageProcessorPil
 
@@ -19,6 +21,8 @@ from hf_ft.comparison.runner import Runner
 from hf_ft.testing.models import tiny_resnet
 
 NAMES = ("red", "green", "blue")
+# For tests that look neither at several seeds nor at epochs.
+SHORT = {"seeds": 1, "num_train_epochs": 1}
 
 
 def images(counts, seed):
@@ -39,13 +43,14 @@ def splits(train=(8, 8, 8), validation=(4, 4, 4), test=(6, 6, 6), **more):
 
 
 def load(classes=3):
-    """A loader for ``compare``."""
+    """A loader for ``compare``, of a network of two blocks."""
+    pretrained = tiny_resnet(num_labels=classes, seed=0, depths=[1, 1])
 
     def loader(seed, keep):
-        model = tiny_resnet(num_labels=classes, seed=0)
-        head = model.classifier[-1]
-        fresh = tiny_resnet(num_labels=classes, seed=100 + seed).classifier[-1]
-        head.load_state_dict(fresh.state_dict())
+        model = copy.deepcopy(pretrained)
+        random = torch.Generator().manual_seed(100 + seed)
+        with torch.no_grad():
+            model.classifier[-1].weight.normal_(std=0.02, generator=random)
         return model, ViTImageProcessorPil(size={"height": 32, "width": 32})
 
     return loader
@@ -104,7 +109,7 @@ def killed_after(folder, trainings):
         if sum(line.startswith("[") for line in told) == trainings:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run(folder, told=tell)
+    run(folder, told=tell, **SHORT)
 
 
 def meet(runner):

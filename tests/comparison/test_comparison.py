@@ -29,7 +29,7 @@ from hf_ft.data.columns import find_columns
 from hf_ft.search.claims import Claims
 from hf_ft.search.storage import as_json, open_storage, open_study
 from hf_ft.search.trials import Job, run_trials
-from tests.comparison.small_comparison import NAMES, lasting, load, run, splits
+from tests.comparison.small_comparison import NAMES, SHORT, lasting, load, run, splits
 from tests.forked import python
 
 
@@ -176,7 +176,7 @@ def test_killed_and_started_again(tmp_path):
     for trainings in (2, 3):  # the second call kills itself three trainings later
         done = python("-m", "tests.comparison.small_comparison", tmp_path / "killed", trainings)
         assert done.returncode == -9, done.stderr
-    assert lasting(run(tmp_path / "killed")) == lasting(run(tmp_path / "whole"))
+    assert lasting(run(tmp_path / "killed", **SHORT)) == lasting(run(tmp_path / "whole", **SHORT))
 
 
 @pytest.mark.slow
@@ -190,10 +190,10 @@ def test_the_time_is_up_and_then_there_is_more(tmp_path, monkeypatch):
         return evaluate(runner, *what)
 
     monkeypatch.setattr(Runner, "_evaluate", counted)
-    part = run(tmp_path, "linear_probe,l2_sp", hours=1.0)
+    part = run(tmp_path, "linear_probe,l2_sp", hours=1.0, num_train_epochs=1)
     assert [c.status for c in part.contenders] == ["finished", "unfinished", "not reached"]
     assert part.winner == "full"
-    whole = run(tmp_path, "linear_probe,l2_sp", hours=1.0)
+    whole = run(tmp_path, "linear_probe,l2_sp", hours=1.0, num_train_epochs=1)
     assert [c.status for c in whole.contenders] == ["finished"] * 3
     assert lasting(whole)["contenders"][0] == lasting(part)["contenders"][0]
 
@@ -238,7 +238,7 @@ def odd_strategies():
 
 @pytest.mark.slow
 def test_failures_end_nothing_and_are_told(tmp_path, odd_strategies):
-    results = run(tmp_path, "refusing,breaking,soft", trials=4, seeds=1)
+    results = run(tmp_path, "refusing,breaking,soft", trials=4, **SHORT)
     refused, broken = results["refusing"], results["breaking"]
     assert refused.status == "cannot run" and refused.reason == "refusing.x=1: this model has no x."
     assert len(refused.trials) == 1 and not refused.runs
@@ -252,7 +252,7 @@ def test_failures_end_nothing_and_are_told(tmp_path, odd_strategies):
 
 @pytest.mark.slow
 def test_every_trial_failed(tmp_path, odd_strategies):
-    results = run(tmp_path, "breaking", learning_rates="0.01,0.3", seeds=1)
+    results = run(tmp_path, "breaking", learning_rates="0.01,0.3", **SHORT)
     assert results["breaking"].status == "failed" and "broken" in results["breaking"].reason
     assert results.winner == "full"
 
@@ -281,7 +281,7 @@ def test_what_is_measured_is_measured_once_and_counted(tmp_path, monkeypatch):
             return "looked at 24"
 
     try:
-        results = run(tmp_path, "looking", trials=3)
+        results = run(tmp_path, "looking", trials=3, **SHORT)
     finally:
         del _CONFIGS["looking"]
     assert looked == [24]
@@ -321,7 +321,7 @@ def test_a_folder_with_another_comparison_is_refused(compared):
 )
 def test_unequal_classes(counts, classes, tmp_path):
     data = splits(train=counts, validation=(3,) * classes, test=(4,) * classes)
-    results = run(tmp_path, "linear_probe", data=data, model=load(classes), class_weights="balanced", seeds=1)
+    results = run(tmp_path, "linear_probe", data=data, model=load(classes), class_weights="balanced", **SHORT)
     assert results.winner and results.data["class_counts"]["train"] == list(counts)
 
 
@@ -335,7 +335,7 @@ def test_no_last_batch_holds_one_sample(tmp_path):
 
 @pytest.mark.slow
 def test_other_metrics(tmp_path):
-    results = run(tmp_path, metric="accuracy", seeds=1, trials=1)
+    results = run(tmp_path, metric="accuracy", trials=1, **SHORT)
     assert results.metric == "accuracy" and results["full"].runs[0].scores["test"]["accuracy"] >= 0
 
 
@@ -442,7 +442,7 @@ def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
         return train(entrant, values, *more, **keywords)
 
     monkeypatch.setattr("hf_ft.comparison.runner.train", failing)
-    results = run(tmp_path, trials=3, seeds=1)
+    results = run(tmp_path, trials=3, **SHORT)
     assert once and results["full"].trials[0].error and results["full"].status == "finished"
     assert results["linear_probe"].allowed_seconds == 3.0 and len(results["linear_probe"].trials) == 3
 
@@ -464,7 +464,7 @@ def test_a_search_counts_though_its_training_fails(tmp_path):
             return Plan(terms=(Term("breaks", _breaks_once),))
 
     try:
-        results = run(tmp_path, "looking", trials=2, seeds=1)
+        results = run(tmp_path, "looking", trials=2, **SHORT)
     finally:
         del _CONFIGS["looking"]
         _breaks_once.times = 0
@@ -534,7 +534,7 @@ def test_a_process_that_dies_in_a_training_is_given_up():
 
 @pytest.mark.slow
 def test_names_may_hold_anything(tmp_path):
-    results = run(tmp_path, {"../a/b: 1 %": "linear_probe"}, trials=1, seeds=1)
+    results = run(tmp_path, {"../a/b: 1 %": "linear_probe"}, trials=1, **SHORT)
     assert results["../a/b: 1 %"].status == "finished"
     assert not (tmp_path.parent / "a").exists()
 
@@ -548,7 +548,7 @@ def test_chosen_at_the_end_of_what_was_tried():
 
 @pytest.mark.slow
 def test_what_a_user_sets_is_not_tuned(tmp_path):
-    results = run(tmp_path, [L2SPConfig(alpha=0.3)], trials=2, seeds=1)
+    results = run(tmp_path, [L2SPConfig(alpha=0.3)], trials=2, **SHORT)
     assert results["l2_sp"].trials[1].params.keys() == {"learning_rate"} and results["l2_sp"].configs[0]["alpha"] == 0.3
-    own = run(tmp_path, [[LPFTConfig(batch_norm_momentum=0.3), L2SPConfig()]], trials=1, seeds=1)
+    own = run(tmp_path, [[LPFTConfig(batch_norm_momentum=0.3), L2SPConfig()]], trials=1, **SHORT)
     assert own["lp_ft+l2_sp"].status == "finished"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -201,7 +201,7 @@ class AMCFConfig(FTConfig):
     # --- the plan ------------------------------------------------------------------------------------------
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        return self._plan(model, self.chosen(state))
+        return self._plan(model, self._members(model), self.chosen(state))
 
     def chosen(self, state: State) -> Frozen:
         """Number of frozen layers of each member.
@@ -225,16 +225,16 @@ class AMCFConfig(FTConfig):
     def findings(self, state: State) -> Findings:
         return swarm_findings(self.scores(state)) if "swarm" in state.info else Findings()
 
-    def start(self, model: nn.Module, frozen: Frozen) -> Run:
+    def start(self, model: nn.Module, plan: Plan) -> Run:
         """Prepare a model for training one position of the search."""
-        return start((self,), model, self.plan_for(model, frozen), {})
+        return start((self,), model, plan, {})
 
-    def plan_for(self, model: nn.Module, frozen: Frozen) -> Plan:
-        """The complete plan for training one position of the search."""
-        return with_common_options((self,), [self._plan(model, frozen)], model)
-
-    def _plan(self, model: nn.Module, frozen: Frozen) -> Plan:
+    def planner(self, model: nn.Module) -> Callable[[Frozen], Plan]:
+        """The complete plan for training a position of the search; the layers are found once for all positions."""
         members = self._members(model)
+        return lambda frozen: with_common_options((self,), [self._plan(model, members, frozen)], model)
+
+    def _plan(self, model: nn.Module, members: Sequence[_Member], frozen: Frozen) -> Plan:
         self._check_frozen(frozen, [len(member.layers) for member in members])
         trains = tuple(name for member, k in zip(members, frozen, strict=True) for name in member.after(k))
         surgery: tuple[Surgery, ...] = ()

@@ -55,10 +55,10 @@ class SwarmOptions(SearchOptions, Protocol):
     def layers(self, model: nn.Module) -> tuple[int, ...]:
         """Number of layers of each member."""
 
-    def plan_for(self, model: nn.Module, frozen: Position) -> Plan:
-        """The complete plan for training one position."""
+    def planner(self, model: nn.Module) -> Callable[[Position], Plan]:
+        """The complete plan for training each position."""
 
-    def start(self, model: nn.Module, frozen: Position) -> Run:
+    def start(self, model: nn.Module, plan: Plan) -> Run:
         """Prepare a model for training one position."""
 
 
@@ -100,6 +100,7 @@ class SwarmSearch:
         # Shared by all generations: with in-memory storage, each would otherwise start from an empty study.
         self._storage = open_storage(self.trainings.storage(options.storage, STORAGE))
         self._chains = options.anatomy(self.model).chains
+        self._plan_for = options.planner(self.model)
 
     def run(self) -> SwarmScores:
         """Train and score what no earlier or parallel process has done; return all generations."""
@@ -161,7 +162,7 @@ class SwarmSearch:
         recordings = self.trainings.recordings
         trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         for position in new:
-            stage = self.options.plan_for(self.model, position).stages[0]
+            stage = self._plan_for(position).stages[0]
             trained = set(trained_by(stage, self.model, trainable))
             moving = moving_norms(self.model, stage, trained)
             prefix = recordings.prefix_of(self.model, liveness(self.model, self._chains, trained, moving))
@@ -171,7 +172,7 @@ class SwarmSearch:
     def _start(self, position: Position) -> Run:
         """A copy of the model, prepared to train from these layers on."""
         model = copy.deepcopy(self.model)
-        return self.options.start(model, position)
+        return self.options.start(model, self._plan_for(position))
 
     def _names(self) -> tuple[str, ...]:
         """Display names of the members: the source names if known and distinct, otherwise the class names."""

@@ -7,7 +7,7 @@ import optuna
 import pytest
 import torch
 
-from hf_ft import AMCFConfig, FrozenCache, OptionError, SwarmScores, SwarmSearch
+from hf_ft import AMCFConfig, CollaborativeModel, FrozenCache, OptionError, SwarmScores, SwarmSearch
 from hf_ft.search import evaluate as short_trainings
 from hf_ft.strategies.amcf.swarm import begin, step
 from hf_ft.testing import still, tiny_collaborative, tiny_resnet
@@ -16,9 +16,14 @@ from hf_ft.testing.training import make_trainer, same_tensors, snapshot
 SMALL = AMCFConfig(particles=3, iterations=2, search_epochs=1, metric="loss", storage="memory")
 
 
+def pair():
+    """The members of most searches here: few layers, so that what is tested takes most of the time."""
+    return CollaborativeModel.from_members([tiny_resnet(), tiny_resnet(depths=[1, 1], seed=1)])
+
+
 def searching(folder, model=None, cache="always", **options):
     config = dataclasses.replace(SMALL, **options)
-    model = tiny_collaborative() if model is None else model
+    model = pair() if model is None else model
     trainer = make_trainer(
         model, config, folder, frozen_cache=cache, optim="sgd", learning_rate=1e-2, max_grad_norm=0.0
     )
@@ -43,7 +48,7 @@ def fitted(monkeypatch):
 
 @pytest.mark.slow
 def test_the_swarm_moves_by_the_scores(tmp_path, fitted):
-    search = searching(tmp_path)
+    search = searching(tmp_path, tiny_collaborative())
     scores = search.run()
     assert scores.layers == (7, 22) and len(scores.generations) == 3 and not scores.stopped
     swarm = begin(scores.layers, 3, 0)
@@ -73,7 +78,7 @@ def test_the_searchs_schedule_is_that_of_the_run_or_constant(tmp_path, monkeypat
     """Constant is the authors'; a study made before the option was there is still known."""
     fit, rates = short_trainings.fit, {}
     for schedule in ("run", "constant"):
-        search = searching(tmp_path / schedule, search_schedule=schedule, search_epochs=2)
+        search = searching(tmp_path / schedule, tiny_collaborative(), search_schedule=schedule, search_epochs=2)
         factors = rates.setdefault(schedule, [])
 
         def spy(run, recipe, *rest, factors=factors):
@@ -97,7 +102,7 @@ def test_recorded_and_computed_give_the_same_scores(tmp_path):
 @pytest.mark.slow
 def test_nothing_frozen_is_computed_in_a_training(tmp_path, monkeypatch):
     """While a position trains, no layer that is frozen in it runs, of either member."""
-    search = searching(tmp_path)
+    search = searching(tmp_path, tiny_collaborative())
     position = (5, 14)
     fit, ran = short_trainings.fit, set()
 
@@ -170,8 +175,8 @@ def test_an_interrupted_search_goes_on(tmp_path, fitted):
 @pytest.mark.slow
 def test_a_budget_and_patience_end_it(tmp_path, fitted):
     calls, _ = fitted
-    short = searching(tmp_path, search_budget=5).run()
-    assert len(short.evaluations) == len(calls) == 5 and "budget of 5" in short.stopped
+    short = searching(tmp_path, search_budget=4).run()
+    assert len(short.evaluations) == len(calls) == 4 and "budget of 4" in short.stopped
     assert short.best.position in [e.position for e in short.evaluations]
     assert all(score > float("-inf") for g in short.generations for score in g.scores), "whole generations alone"
     whole = searching(tmp_path, iterations=2, patience=2).run()
@@ -251,7 +256,7 @@ def test_positions_that_diverge_do_not_stop_the_swarm(tmp_path, monkeypatch):
 def test_a_trainer_searches_keeps_and_resumes(tmp_path, fitted):
     config = dataclasses.replace(SMALL, storage=None)
     saving = {"save_strategy": "steps", "save_steps": 4, "optim": "sgd"}
-    trainer = make_trainer(tiny_collaborative(), config, tmp_path, **saving)
+    trainer = make_trainer(pair(), config, tmp_path, **saving)
     trainer.train()
     assert (tmp_path / "swarm_search.db").is_file()
     state = trainer.states["amcf"]
@@ -261,12 +266,12 @@ def test_a_trainer_searches_keeps_and_resumes(tmp_path, fitted):
     card = (tmp_path / "checkpoint-8" / "README.md").read_text()
     assert "PeerJ" in card and scores.verdict() in card
     calls = len(fitted[0])
-    resumed = make_trainer(tiny_collaborative(), config, tmp_path, **saving)
+    resumed = make_trainer(pair(), config, tmp_path, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(trainer.model))
     assert len(fitted[0]) == calls and resumed.states["amcf"].info == state.info
     # A new run on the same storage finds all trials there.
-    make_trainer(tiny_collaborative(), config, tmp_path, optim="sgd").train()
+    make_trainer(pair(), config, tmp_path, optim="sgd").train()
     assert len(fitted[0]) == calls
 
 
