@@ -235,14 +235,11 @@ def gaussian_bandwidths(x: Tensor, y: Tensor, eps: float = 1e-6) -> Tensor:
     Returns:
         (5,).
     """
-    return _bandwidths(_squared_distances(torch.cat([x, y])), eps)
-
-
-@torch.no_grad()
-def _bandwidths(distances: Tensor, eps: float = 1e-6) -> Tensor:
-    count = len(distances)
-    mean = distances.sum() / (count * (count - 1))
-    return mean.clamp_min(eps) * 2.0 ** (torch.arange(BANDWIDTHS, device=mean.device).to(mean) - BANDWIDTHS // 2)
+    with torch.no_grad():
+        z = torch.cat([x, y])
+        count = len(z)
+        mean = _squared_distances(z, z).sum() / (count * (count - 1))
+        return mean.clamp_min(eps) * 2.0 ** (torch.arange(BANDWIDTHS, device=x.device).to(mean) - BANDWIDTHS // 2)
 
 
 def mmd2(x: Tensor, y: Tensor, *, unbiased: bool = False, bandwidths: Tensor | None = None) -> Tensor:
@@ -273,22 +270,25 @@ def mmd2(x: Tensor, y: Tensor, *, unbiased: bool = False, bandwidths: Tensor | N
     least = 2 if unbiased else 1
     if min(len(x), len(y)) < least:
         raise ValueError(f"mmd2: at least {least} samples on each side are needed, not {len(x)} and {len(y)}.")
-    distances = _squared_distances(torch.cat([wide(x), wide(y)]))
-    widths = _bandwidths(distances) if bandwidths is None else bandwidths.detach().to(distances)
-    kernel = torch.exp(-distances[..., None] / widths).sum(dim=2)
-    n = len(x)
+    x, y = wide(x), wide(y)
+    widths = gaussian_bandwidths(x, y) if bandwidths is None else bandwidths.detach()
 
-    def mean_within(kernel: Tensor) -> Tensor:
-        if not unbiased:
+    def mean_kernel(a: Tensor, b: Tensor, without_self: bool = False) -> Tensor:
+        kernel = torch.exp(-_squared_distances(a, b)[..., None] / widths.to(a)).sum(dim=2)
+        if not without_self:
             return kernel.mean()
-        return (kernel.sum() - kernel.diagonal().sum()) / (len(kernel) * (len(kernel) - 1))
+        return (kernel.sum() - kernel.diagonal().sum()) / (len(a) * (len(a) - 1))
 
-    return mean_within(kernel[:n, :n]) + mean_within(kernel[n:, n:]) - 2 * kernel[:n, n:].mean()
+    return mean_kernel(x, x, unbiased) + mean_kernel(y, y, unbiased) - 2 * mean_kernel(x, y)
 
 
-def _squared_distances(z: Tensor) -> Tensor:
-    """(n, n), from differences: with a matrix product, equal samples would not be exactly 0 apart."""
-    return torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").square()
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(n1, n2), from differences: with a matrix product, equal samples would not be exactly 0 apart.
+
+    Called for each pair of sets, not once for all: where x equals y, the gradients then cancel exactly. A rest of 1e-8
+    would be a full step of Adam, in a random direction.
+    """
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def gaussian_log_likelihood(mean: Tensor, log_var: Tensor, samples: Tensor) -> Tensor:

@@ -98,6 +98,13 @@ def test_biased_mmd2_of_a_set_with_itself_is_exactly_zero(dtype, shape):
     assert float(mmd2(x, x)) == 0.0 and float(mmd2(x, x.clone())) == 0.0
 
 
+def test_the_gradient_between_equal_sets_is_exactly_zero():
+    """As where a mask begins, at one half: Adam would make full steps of what rounding leaves."""
+    features, gates = torch.rand(8, 16), torch.full((16,), 0.5, requires_grad=True)
+    mmd2(features * gates, features * (1 - gates)).backward()
+    assert torch.equal(gates.grad, torch.zeros(16))
+
+
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("d", [1, 4])
 def test_mmd2_grows_with_a_mean_shift(unbiased, d):
