@@ -53,10 +53,10 @@ def contender(ledger: Ledger, entrant: Entrant) -> Contender:
         configs=tuple(config.to_dict() for config in entrant.configs),
         status=status,
         reason=reason,
-        notes=(*entrant.notes, *_over(ledger, entrant, there)),
+        notes=(*entrant.notes, *_over(_used(ledger, entrant, len(there)))),
         space=entrant.described_space(),
         measure_seconds=0.0 if first is None else first.measured_compute,
-        allowed_seconds=ledger.allowed_seconds,
+        used=_used(ledger, entrant, len(there)),
         trials=tuple(there),
         chosen=chosen,
         on_edge=() if chosen is None else entrant.edges(there[chosen].params, [trial.params for trial in there]),
@@ -66,12 +66,14 @@ def contender(ledger: Ledger, entrant: Entrant) -> Contender:
     )
 
 
-def _over(ledger: Ledger, entrant: Entrant, trials: Sequence[Training]) -> list[str]:
+def _used(ledger: Ledger, entrant: Entrant, trials: int) -> float:
+    """The share of the tuning budget that was used."""
+    return ledger.used(entrant, trials) / ledger.allowed if ledger.allowed else 0.0
+
+
+def _over(used: float) -> list[str]:
     """Warn if the budget was exceeded: at least one trial always runs, and a search can only be shortened so far."""
-    first = ledger.first(entrant)
-    spent = sum(trial.compute for trial in trials) + (0.0 if first is None else first.measured_compute)
-    times = spent / ledger.allowed_seconds if ledger.allowed_seconds else 0.0
-    return [f"tuning took {times:.1f} times the budget"] if times > TOLD else []
+    return [f"tuning took {used:.1f} times the budget"] if used > TOLD else []
 
 
 def _status(

@@ -6,21 +6,23 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.task import Bench
-from hf_ft.core.compose import resolve
-from hf_ft.core.config import BASELINE, FTConfig, strategies
+from hf_ft.core.compose import recommended_arguments, resolve, shared_option
+from hf_ft.core.config import ADAM, BASELINE, FITTED, SGD, FTConfig, config_class, strategies
+from hf_ft.core.head_rate import HeadFit
 from hf_ft.core.options import options
-from hf_ft.core.search_space import Choice, LogRange, Space, edges, spread
+from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space, edges, spread
 from hf_ft.errors import AnatomyError, OptionError
 
-RATE, MOMENTUM = "learning_rate", "batch_norm_momentum"
+RATE, OPTIM, MOMENTUM = "learning_rate", "optim", "batch_norm_momentum"
+UNKNOWN_HEAD = (1e-3, 1e-2)  # the learning rate of a head that cannot be found: under Adam, under SGD
 SEARCH_SHARE = 0.5  # share of the tuning budget for a strategy's own search; the rest is for learning rates
 Strategy = str | FTConfig | Sequence[FTConfig | str]
 Strategies = str | Iterable[Strategy] | Mapping[str, Strategy]
@@ -31,13 +33,19 @@ class Entrant:
     """A contender before its trainings.
 
     Attributes:
+        spaces: the search space under each optimizer; the one that its strategies recommend comes first.
+        first: the settings of its first trial, which are its defaults.
+        head_rates: the fitted learning rate of the head under each optimizer; empty if it is not needed, or if the
+            model's head is unknown.
         refusal: why it cannot run, if known in advance.
     """
 
     name: str
     configs: tuple[FTConfig, ...]
-    space: Space
+    spaces: Mapping[str, Space]
+    first: Mapping[str, Any]
     bench: Bench
+    head_rates: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     refusal: str = ""
 
@@ -51,27 +59,42 @@ class Entrant:
         """Whether it needs the pretrained head in addition to the new one."""
         return any(config.needs().source_head for config in self.configs)
 
-    def settings(self, count: int, first_rate: float, seed: int) -> list[dict[str, Any]]:
-        """The settings of all trials: the defaults at ``first_rate``, then points spread over the space.
+    def settings(self, count: int, seed: int) -> list[dict[str, Any]]:
+        """The settings of all trials: the defaults, then points spread over the spaces, of each optimizer in turn.
 
-        All contenders try the same learning rates, as far as their numbers of trials allow.
+        All contenders try the same shares of their ranges of learning rates, as far as their numbers of trials allow.
         """
-        first = {RATE: first_rate, **{name: self._default(name) for name in self.space if name != RATE}}
-        return [first, *spread(self.space, count - 1, seed)]
+        order = list(self.spaces)
+        points = {optim: spread(space, -(-count // len(order)), seed) for optim, space in self.spaces.items()}
+        found = [dict(self.first)]
+        for number in range(count - 1):
+            optim = order[(number + 1) % len(order)]  # the first trial was of the first
+            found.append(self._named(optim) | points[optim][number // len(order)])
+        return found
+
+    def optim(self, values: Mapping[str, Any]) -> str:
+        """The optimizer of a training."""
+        return str(values.get(OPTIM, next(iter(self.spaces))))
+
+    def _named(self, optim: str) -> dict[str, Any]:
+        return {OPTIM: optim} if len(self.spaces) > 1 else {}
 
     def with_settings(self, values: Mapping[str, Any]) -> tuple[FTConfig, ...]:
-        """The strategies with their tuned options; the learning rate is passed to the trainer."""
+        """The strategies with their tuned options; optimizer and learning rate are passed to the trainer."""
         made = []
+        rate = self.head_rates.get(self.optim(values))
         for config in self.configs:
             own = {name.partition(".")[2]: v for name, v in values.items() if name.startswith(f"{config.ft_type}.")}
-            made.append(dataclasses.replace(config, **own))
+            chosen = dataclasses.replace(config, **own)
+            made.append(chosen if rate is None else chosen.with_head_rate(rate))
         return tuple(made)
 
     def edges(self, values: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         """Chosen values at the edge of their range, or of the values tried: better values may lie beyond."""
-        found = list(edges(self.space, values))
-        for name, part in self.space.items():
-            known = {other[name] for other in tried if other.get(name) is not None}
+        space = self.spaces[self.optim(values)]
+        found = list(edges(space, values))
+        for name, part in space.items():
+            known = {v[name] for v in tried if v.get(name) is not None and self.optim(v) == self.optim(values)}
             extreme = len(known) > 2 and values.get(name) in (min(known), max(known))
             if isinstance(part, LogRange) and extreme and name not in found:
                 found.append(name)
@@ -79,10 +102,12 @@ class Entrant:
 
     def described_space(self) -> dict[str, str]:
         """The search space in readable form."""
-        shown = {}
-        for name, part in self.space.items():
-            lot = isinstance(part, LogRange)
-            shown[name] = f"{part.low:g} to {part.high:g}" if lot else ", ".join(map(str, part.values))  # type: ignore[union-attr]
+        shown: dict[str, str] = {OPTIM: ", ".join(self.spaces)} if len(self.spaces) > 1 else {}
+        for name in next(iter(self.spaces.values())):
+            texts = {optim: _described(space[name]) for optim, space in self.spaces.items()}
+            same = len(set(texts.values())) == 1
+            text = next(iter(texts.values()))
+            shown[name] = text if same else "; ".join(f"{text} ({optim})" for optim, text in texts.items())
         return shown
 
     def key(self, what: str, values: Mapping[str, Any], seed: int) -> str:
@@ -96,9 +121,11 @@ class Entrant:
         plain = re.sub(r"[^\w+.]+", "_", self.name).lstrip(".")
         return f"{plain}-{self.key('', values or {}, 0).rpartition(' ')[2]}"
 
-    def _default(self, name: str) -> Any:
-        ft_type, _, option = name.partition(".")
-        return next(getattr(config, option) for config in self.configs if config.ft_type == ft_type)
+
+def _described(part: LogRange | Choice) -> str:
+    if isinstance(part, LogRange):
+        return f"{part.low:g} to {part.high:g}"
+    return ", ".join(map(str, part.values))
 
 
 def chosen_strategies(wanted: Strategies) -> dict[str, tuple[FTConfig, ...]]:
@@ -132,10 +159,11 @@ def entrant(
     bench: Bench,
     settings: Settings,
     *,
-    optim: str,
+    optims: Sequence[str],
     metric: str,
     epochs: float,
     model: nn.Module,
+    head: Callable[[Bench, str | None], HeadFit | None] = lambda bench, name: None,
     untuned: Collection[str] = (),
 ) -> Entrant:
     """Build a contender: limit its own search to its share of the budget, set up its space and the common options.
@@ -143,18 +171,62 @@ def entrant(
     A contender that cannot run on the model gets a refusal instead of raising, so that the others can continue.
 
     Args:
-        optim: the optimizer; it determines the range of learning rates.
+        optims: the optimizers to try; each has learning rates of its own.
         metric: the metric of the strategy's own search.
         epochs: number of epochs of each training.
         model: a model of the kind to be trained.
+        head: what the learning rate of the head follows from, given the bench and the head's name if it was set; None
+            if the head is unknown.
         untuned: options that are not tuned, as ``strategy.option``; options set to non-default values are never tuned.
     """
+    configs = tuple(configs)
+    made, notes, refusal = _prepared(configs, bench, settings, metric, epochs, model)
+    tuned: dict[str, LogRange | Choice | FittedRate] = {
+        f"{config.ft_type}.{option}": part
+        for config in configs
+        for option, part in type(config).tuned.items()
+        if _at_default(config, option) and f"{config.ft_type}.{option}" not in untuned
+    }
+    recommended = recommended_arguments(configs)
+    own = recommended["optim"].value if "optim" in recommended else ADAM
+    order = sorted(optims, key=lambda optim: optim != own)  # its own first
+    rates = {optim: _recommended_rate(configs, optim) for optim in order}
+    needs_head = any(isinstance(part, FittedRate) for part in tuned.values()) or None in rates.values()
+    needs_head |= any(getattr(config, "head_lr", None) == "auto" for config in configs)
+    fit = head(bench, shared_option(configs, "head")) if needs_head and not refusal else None
+    head_rates = {} if fit is None else {optim: fit.rate(optim) for optim in order}
+    spaces, centres = {}, {}
+    for optim in order:
+        rate = rates[optim]
+        centres[optim] = rate if rate is not None else head_rates.get(optim, UNKNOWN_HEAD[optim == SGD])
+        space: dict[str, LogRange | Choice] = {RATE: settings.rates(centres[optim])}
+        for option, part in tuned.items():
+            if not isinstance(part, FittedRate):
+                space[option] = part
+            elif optim in head_rates:
+                space[option] = part.around(head_rates[optim])
+        spaces[optim] = space
+    least = spaces[order[0]][RATE]
+    assert isinstance(least, LogRange)
+    first = {OPTIM: order[0]} if len(order) > 1 else {}
+    first |= {RATE: min(max(centres[order[0]], least.low), least.high)}
+    for option in (option for option in spaces[order[0]] if option != RATE):
+        fitted = isinstance(tuned[option], FittedRate)
+        first[option] = head_rates[order[0]] if fitted else _default(configs, option)
+    if fit is not None:
+        shown = ", ".join(f"{rate:g} ({optim})" for optim, rate in head_rates.items())
+        notes.append(f"{name}: the learning rate that fits the head's features is {shown}")
+    return Entrant(name, tuple(made), spaces, first, bench, head_rates, tuple(notes), refusal)
+
+
+def _prepared(
+    configs: tuple[FTConfig, ...], bench: Bench, settings: Settings, metric: str, epochs: float, model: nn.Module
+) -> tuple[list[FTConfig], list[str], str]:
+    """The strategies with the common options, notes for the reader, and why they cannot run, if so."""
     made: list[FTConfig] = []
     notes: list[str] = []
     refusal = ""
-    configs = tuple(configs)
     free_momentum = all(_at_default(config, MOMENTUM) for config in configs) and settings.batch_norm_momentum > 0
-    space: dict[str, LogRange | Choice] = {RATE: settings.rates(optim)}
     for config in configs:
         known = {field.name for field in options(type(config))}
         common: dict[str, Any] = {"metric": metric, "storage": "memory"}
@@ -173,12 +245,20 @@ def entrant(
         except (OptionError, AnatomyError) as error:
             refusal = str(error)
         made.append(changed)
-        space |= {
-            f"{config.ft_type}.{option}": part
-            for option, part in type(config).tuned.items()
-            if _at_default(config, option) and f"{config.ft_type}.{option}" not in untuned
-        }
-    return Entrant(name, tuple(made), space, bench, tuple(notes), refusal)
+    return made, notes, refusal
+
+
+def _recommended_rate(configs: Sequence[FTConfig], optim: str) -> float | None:
+    """The recommended learning rate; None for that of the head, and the baseline's where nothing is recommended."""
+    if any(RATE in config.recommended and config.recommended[RATE].value == FITTED for config in configs):
+        return None
+    found = recommended_arguments([*configs, config_class(BASELINE)()], optim)
+    return float(found[RATE].value)
+
+
+def _default(configs: Sequence[FTConfig], name: str) -> Any:
+    ft_type, _, option = name.partition(".")
+    return next(getattr(config, option) for config in configs if config.ft_type == ft_type)
 
 
 def _fitting(config: FTConfig, bench: Bench, model: nn.Module, notes: list[str]) -> FTConfig:

@@ -1,4 +1,4 @@
-"""The cost of a training: wall-clock and compute seconds, without evaluations and saving."""
+"""The cost of a training: seconds, and work in floating-point operations, without evaluations and saving."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from hf_ft.comparison.task import Bench
@@ -36,32 +37,66 @@ def now(device: str = "cpu") -> tuple[float, float]:
     return wall, time.process_time() if device == "cpu" else wall
 
 
+class Work:
+    """Context manager that counts the floating-point operations of matrix products and convolutions.
+
+    Unlike seconds, they are the same on every machine, whatever else it does.
+
+    Attributes:
+        measured: those of the strategies' measurements, before training.
+        trained: those of training, without evaluations.
+    """
+
+    def __init__(self) -> None:
+        self.measured = self.trained = 0.0
+        self._counter = FlopCounterMode(display=False)
+
+    @property
+    def total(self) -> float:
+        """All operations so far."""
+        return float(self._counter.get_total_flops())
+
+    def __enter__(self) -> Work:
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counter.__exit__(*error)
+
+
 @dataclass
 class Clock(TrainerCallback):
     """Measures the time from its creation to the end of training, paused while the Trainer works between epochs.
 
     Attributes:
         device: type of the training device.
+        work: also counts the work of the same time, if given.
         seconds: wall-clock seconds.
         compute: compute seconds.
         paused: wall-clock seconds while paused.
     """
 
     device: str = "cpu"
+    work: Work | None = None
     seconds: float = 0.0
     compute: float = 0.0
     paused: float = 0.0
-    _since: tuple[float, float] = (0.0, 0.0)
+    _since: tuple[float, float, float] = (0.0, 0.0, 0.0)
     _stopped: float | None = None
 
     def __post_init__(self) -> None:
-        self._since = now(self.device)
+        self._since = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        return (*now(self.device), self.work.total if self.work is not None else 0.0)
 
     def _stop(self) -> None:
         if self._stopped is None:
-            wall, compute = now(self.device)
+            wall, compute, work = self._now()
             self.seconds += wall - self._since[0]
             self.compute += compute - self._since[1]
+            if self.work is not None:
+                self.work.trained += work - self._since[2]
             self._stopped = wall
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -69,7 +104,7 @@ class Clock(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._stopped is not None:
-            self._since = now(self.device)
+            self._since = self._now()
             self.paused += self._since[0] - self._stopped
             self._stopped = None
 

@@ -19,12 +19,20 @@ DIGITS = 9  # means that agree to this many digits are equal
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job: a training and its further results."""
+    """A finished job: a training and its further results.
+
+    Attributes:
+        measured_compute: compute seconds of the strategies' measurements.
+        measured_work, work: work of the measurements and of training (:class:`hf_ft.comparison.cost.Work`); counted
+            in the first trial of a contender only.
+    """
 
     training: Training
     seconds: float
     refused: bool = False
     measured_compute: float = 0.0
+    measured_work: float = 0.0
+    work: float = 0.0
     found: Mapping[str, Any] = field(default_factory=dict)
     learned: str = ""
 
@@ -36,6 +44,8 @@ def done_from(outcome: Outcome) -> Done:
         outcome.seconds,
         info["refused"],
         info["measured_compute"],
+        info["measured_work"],
+        info["work"],
         info["found"],
         info["learned"],
     )
@@ -47,35 +57,56 @@ class Ledger:
     Args:
         entrants: the contenders, full fine-tuning first.
         settings: budget and shared settings.
-        optim: the optimizer; it determines the first learning rate.
         greater_is_better: whether higher values of the metric are better.
     """
 
-    def __init__(self, entrants: Sequence[Entrant], settings: Settings, optim: str, greater_is_better: bool) -> None:
+    def __init__(self, entrants: Sequence[Entrant], settings: Settings, greater_is_better: bool) -> None:
         self.entrants, self.settings = tuple(entrants), settings
-        self.optim, self.greater_is_better = optim, greater_is_better
+        self.greater_is_better = greater_is_better
         self.done: dict[str, Done] = {}
 
     @property
-    def allowed_seconds(self) -> float:
-        """The tuning budget of each contender; 0 while it is unknown, or if all trials of full fine-tuning failed."""
-        trials = (self.trial(self.entrants[0], number) for number in range(self.settings.trials))
-        costs = (trial.training.compute for trial in trials if trial is not None and not trial.training.error)
-        return self.settings.trials * next(costs, 0.0)
+    def allowed(self) -> float:
+        """The tuning budget of each contender, as work; 0 while it is unknown, or if full fine-tuning cannot run."""
+        return self.settings.trials * self.work(self.entrants[0])
+
+    def work(self, entrant: Entrant) -> float:
+        """The work of a whole training, from the first trial, which may have been ended early; 0 if it is unknown."""
+        first = self.trial(entrant, 0)
+        return 0.0 if first is None or not first.training.share else first.work / first.training.share
+
+    def used(self, entrant: Entrant, trials: int) -> float:
+        """The work of the measurement and of the first trials; those that are not finished count as whole."""
+        first = self.trial(entrant, 0)
+        found = [self.trial(entrant, number) for number in range(trials)]
+        shares = sum(1.0 if done is None else done.training.share for done in found)
+        return (0.0 if first is None else first.measured_work) + shares * self.work(entrant)
 
     def trials_of(self, entrant: Entrant) -> int:
-        """Number of trials that fit into the budget, at least one; based on the cost of the first trial."""
+        """Number of trials that fit into the budget, at least one.
+
+        What a trial that diverged leaves of its work is used for further ones once all are finished, so the number
+        does not depend on their order.
+        """
         if not self.settings.trials:
             return 0
         first = self.trial(entrant, 0)
         if first is None or first.refused:
             return 1
-        # The cost of a failed first trial is unknown, and other settings may still work.
-        if entrant is self.entrants[0] or first.training.error or not self.allowed_seconds:
+        each, most = self.work(entrant), self.settings.trials * self.settings.most_trials
+        if not each or not self.allowed:  # a failed first trial does not say what others cost
             return self.settings.trials
-        left = self.allowed_seconds - first.measured_compute
-        fitting = int(left / first.training.compute + 1e-9)
-        return max(1, min(fitting, self.settings.trials * self.settings.most_trials))
+        count = min(most, self._fitting(first.measured_work, each, 0))
+        while count < most and all(self.trial(entrant, number) is not None for number in range(count)):
+            more = self._fitting(self.used(entrant, count), each, count)
+            if more <= count:
+                break
+            count = min(most, more)
+        return count
+
+    def _fitting(self, used: float, each: float, done: int) -> int:
+        """Number of trials, when some are done and this work is used."""
+        return max(1, done + math.floor((self.allowed - used) / each + 1e-9))
 
     def chosen(self, entrant: Entrant) -> int | None:
         """The trial with the best score; None while trials are missing, or if all failed. Without tuning: the defaults.
@@ -116,7 +147,7 @@ class Ledger:
 
     def settings_of(self, entrant: Entrant) -> list[dict[str, Any]]:
         most = max(1, self.settings.trials * self.settings.most_trials)
-        return entrant.settings(most, self.settings.first_rate(self.optim), self.settings.sampling_seed)
+        return entrant.settings(most, self.settings.sampling_seed)
 
     def values(self, entrant: Entrant, kind: str, number: int) -> dict[str, Any]:
         chosen = number if kind == "trial" else self.chosen(entrant)

@@ -19,7 +19,7 @@ from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.runner import Runner, Tell
-from hf_ft.comparison.settings import Settings, training_arguments
+from hf_ft.comparison.settings import Settings, optimizers, training_arguments
 from hf_ft.comparison.task import Bench, Benches, Loader
 from hf_ft.comparison.training import CommonSettings
 from hf_ft.core.compose import sources_of
@@ -32,6 +32,7 @@ from hf_ft.models.norms import batch_norms
 from hf_ft.models.source_head import has_source_head
 from hf_ft.trainer.trainer import ClassWeights
 
+TUNER = 2  # of what follows from a seed: trainings of another are not shared
 METRICS = {
     "single_label_classification": "balanced_accuracy",
     "multi_label_classification": "macro_f1",
@@ -141,7 +142,7 @@ def prepare_comparison(
     settings.check()
     given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
     metric = _checked_metric(given, settings)
-    values = training_arguments(arguments, given.columns.task)
+    values = training_arguments(arguments)
     device = TrainingArguments("unused", **values).device.type
     benches = Benches(model, given, image_size, revision)
     chosen = chosen_strategies(strategies)
@@ -154,7 +155,8 @@ def prepare_comparison(
             tell(f"batch size {size} instead of {wanted}: the last batch of an epoch would hold a single sample")
     greater = "regression" not in LOCAL_METRICS[metric].kinds
     common = CommonSettings(values, metric, greater, class_weights, settings.distortion_samples, device)
-    entrants = _entrants(chosen, benches, settings, common, shown, untuned)
+    optims = optimizers(values, given.columns.task)
+    entrants = _entrants(chosen, benches, settings, common, optims, shown, untuned)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     runner = Runner(entrants, settings, common, folder, _signature(plain, given, settings, common), tell)
@@ -180,6 +182,7 @@ def _entrants(
     benches: Benches,
     settings: Settings,
     common: CommonSettings,
+    optims: tuple[str, ...],
     model: Any,
     untuned: Collection[str],
 ) -> list[Entrant]:
@@ -196,10 +199,11 @@ def _entrants(
             configs,
             bench,
             settings,
-            optim=common.arguments["optim"],
+            optims=optims,
             metric=common.metric,
             epochs=float(common.arguments["num_train_epochs"]),
             model=model,
+            head=benches.head_fit,
             untuned=untuned,
         )
         entrants.append(replace(made, refusal=refusal) if refusal else made)
@@ -208,7 +212,7 @@ def _entrants(
 
 def _signature(bench: Bench, data: Data, settings: Settings, common: CommonSettings) -> dict[str, Any]:
     """What scores depend on, apart from the strategies: trainings are only shared if all of it is equal."""
-    weights, rates = common.class_weights, settings.rates(common.arguments["optim"])
+    weights = common.class_weights
     return {
         "model and data": bench.fingerprint,
         "samples": {name: len(split) for name, split in data.splits.items()},
@@ -217,7 +221,8 @@ def _signature(bench: Bench, data: Data, settings: Settings, common: CommonSetti
         "metric": common.metric,
         "class_weights": weights if isinstance(weights, str | None) else list(map(float, weights)),
         "sampling_seed": settings.sampling_seed,
-        "learning_rates": [rates.low, rates.high],
+        "learning_rates": settings.learning_rates,
+        "tuner": TUNER,
     }
 
 

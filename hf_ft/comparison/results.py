@@ -23,15 +23,17 @@ class Training:
 
     Attributes:
         seed: seed of the head initialization, data order and dropout.
-        params: tuned values: ``learning_rate``, and the strategy's own options as ``strategy.option``.
+        params: tuned values: ``optim`` where it is tuned, ``learning_rate``, and the strategy's own options as
+            ``strategy.option``.
         validation: the comparison's metric on validation at the best epoch; None if the training failed.
         best_epoch: the best epoch; may be fractional.
         scores: all metrics by name, by split (``validation``; in final runs also ``test`` and ``ood``).
         curve: after each epoch: ``epoch``, ``loss`` (mean training loss of the epoch), ``validation``.
         seconds: wall-clock time of training, without evaluations.
-        compute: the same in compute seconds (:func:`hf_ft.comparison.cost.now`), which count towards the budget.
+        compute: the same in compute seconds (:func:`hf_ft.comparison.cost.now`).
         evaluation_seconds: time for evaluating and saving.
         passes: number of target samples processed in training.
+        share: share of its steps that it did; below 1 if it diverged and was ended early.
         peak_memory_mb: on a GPU the peak memory of tensors, otherwise the peak growth of the process.
         parameters_trained: number of weights trained in any stage.
         checkpoint_mb: size of the saved model; final runs only.
@@ -53,6 +55,7 @@ class Training:
     compute: float = 0.0
     evaluation_seconds: float = 0.0
     passes: int = 0
+    share: float = 1.0
     peak_memory_mb: float = 0.0
     parameters_trained: int = 0
     checkpoint_mb: float | None = None
@@ -76,8 +79,9 @@ class Contender:
         space: the search space in readable form: ``"1e-05 to 0.3"``, ``"auto, eval"``.
         measure_seconds: cost of the strategy's measurement (a search, statistics), once for all trainings, in compute
             seconds.
-        allowed_seconds: the tuning budget, in compute seconds.
-        trials: all trials in order; the first uses default options and a common learning rate (0.01 for SGD).
+        allowed_seconds: the tuning budget in compute seconds, in results of version 0.1.0.
+        used: share of the tuning budget that was used, as work; see :class:`hf_ft.comparison.cost.Work`.
+        trials: all trials in order; the first uses the strategy's defaults.
         chosen: index of the trial with the best validation score; None if none has a score.
         on_edge: chosen values at the edge of their range, or of the values tried.
         runs: final runs, one per seed.
@@ -93,6 +97,7 @@ class Contender:
     space: Mapping[str, str] = field(default_factory=dict)
     measure_seconds: float = 0.0
     allowed_seconds: float = 0.0
+    used: float = 0.0
     trials: tuple[Training, ...] = ()
     chosen: int | None = None
     on_edge: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """Runs a comparison: equal tuning budgets, then final runs, as jobs that workers share.
 
-Each strategy is first trained once with its defaults, which also measures its cost. The budget is the compute time of
-``trials`` such trainings of full fine-tuning; every strategy gets as many trials as fit into it, after deducting the
-cost of its measurement. The settings of all trials are determined in advance, so the trainings do not depend on the
+Each strategy is first trained once with its defaults, which also counts its work. The budget is the work of ``trials``
+such trainings of full fine-tuning; every strategy gets as many trials as fit into it, after deducting the work of its
+measurement. The settings of all trials are determined in advance, so the trainings do not depend on the
 number of workers or on interruptions. The best trial by validation is retrained with each seed, and only these runs
 are evaluated on the test sets.
 """
@@ -21,6 +21,7 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_ft.comparison.contenders import Entrant
+from hf_ft.comparison.cost import Work
 from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
 from hf_ft.comparison.results import Training
@@ -59,7 +60,7 @@ class Runner:
         signature: Mapping[str, Any],
         tell: Tell = lambda line: None,
     ) -> None:
-        self.ledger = Ledger(entrants, settings, common.arguments["optim"], common.greater_is_better)
+        self.ledger = Ledger(entrants, settings, common.greater_is_better)
         self.settings, self.common, self.folder = settings, common, folder
         self.signature, self.tell, self.kept = signature, tell, Kept(folder)
         self._storage = open_storage(settings.storage or str(folder / STORAGE))
@@ -95,9 +96,12 @@ class Runner:
     def _tune(self, wave: Sequence[Entrant]) -> None:
         ledger = self.ledger
         self._perform([(entrant, "trial", 0) for entrant in wave])
-        if not ledger.allowed_seconds:  # the baseline's first trial failed: measure the cost with the others
-            self._perform([(ledger.entrants[0], "trial", i) for i in range(1, self.settings.trials)])
-        self._perform([(e, "trial", i) for e in wave for i in range(1, ledger.trials_of(e))])
+        while wanted := [
+            (e, "trial", i) for e in wave for i in range(1, ledger.trials_of(e)) if ledger.trial(e, i) is None
+        ]:
+            self._perform(wanted)
+            if time.monotonic() >= self._deadline:
+                break
 
     def _warm_up(self) -> None:
         """Run a few uncounted steps: the first training of a process is slower, which would distort its cost."""
@@ -145,6 +149,9 @@ class Runner:
         name = entrant.file_name(values)
         save_to = None if kind == "trial" else self.kept.model(name, seed)
         info: dict[str, Any] = {"refused": False, "measured_compute": 0.0, "found": {}, "learned": ""}
+        first = kind == "trial" and number == 0
+        # Compiled code is not counted: there, the budget is one of seconds.
+        counted = Work() if first and not self.common.arguments.get("torch_compile") else None
 
         def on_measured(measured: Measured) -> None:
             if entrant.looks:
@@ -154,10 +161,10 @@ class Runner:
         try:
             if entrant.refusal:
                 raise OptionError(entrant.refusal)
-            known = None if kind == "trial" and number == 0 else self._measured(entrant)
+            known = None if first else self._measured(entrant)
             work = self.kept.work(f"{name}-{kind}-{number}")
-            training = train(entrant, values, seed, self.common, work, known, save_to, on_measured)
-            if kind == "run":
+            training = train(entrant, values, seed, self.common, work, known, save_to, on_measured, counted)
+            if kind == "run" and not training.error:
                 self.kept.keep_best(name, seed, self.ledger.score(training))
         except Exception as error:  # a failed training must not stop the comparison
             logger.info(f"{entrant.name}: {error}", exc_info=True)
@@ -166,6 +173,8 @@ class Runner:
                 entrant, kind, number, str(error) if refused else f"{type(error).__name__}: {error}"
             )
             info["refused"] = refused
+        info["measured_work"] = info["measured_compute"] if counted is None else counted.measured
+        info["work"] = training.compute if counted is None else counted.trained
         return self.ledger.score(training), {"training": dataclasses.asdict(training), **info}
 
     def _failed(self, entrant: Entrant, kind: str, number: int, error: str) -> Training:

@@ -11,26 +11,28 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_ft.core.config import ADAM, SGD
 from hf_ft.core.search_space import LogRange
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.search.storage import MISSING
 
-RANGES = {"sgd": (1e-5, 3e-1), "": (1e-6, 1e-2)}  # of learning rates, by optimizer; the last is for Adam variants
-FIRST_RATES = {"sgd": 1e-2, "": 3e-4}  # learning rates of the first trial
+OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,)}  # that each strategy tries, unless the user chooses one
+WIDTH = 30.0  # of the range of learning rates, around the recommended one
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 16,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
-    "optim": "sgd",
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.0,
-    "max_grad_norm": 0.0,
 }
+UNDER = {SGD: {"optim_args": "momentum=0.9", "max_grad_norm": 0.0}}  # what an optimizer needs beside it
 # Set by the comparison for every training, as are learning_rate, seed, metric_for_best_model and greater_is_better.
 FIXED: dict[str, Any] = {
     "eval_strategy": "epoch",
     "logging_strategy": "epoch",
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,
     "save_strategy": "best",  # the best epoch's model is the result
     "save_total_limit": 1,
     "save_only_model": True,
@@ -57,8 +59,8 @@ class Settings:
 
     trials: int = setting(
         8,
-        "tuning budget per strategy, as the cost of this many full fine-tuning runs; 0: no tuning, all run as preset "
-        "at one learning rate",
+        "tuning budget per strategy, as the work of this many full fine-tuning runs; 0: no tuning, each runs with its "
+        "own defaults",
     )
     seeds: int = setting(5, "final runs per strategy with its best settings")
     metric: str | None = setting(
@@ -67,7 +69,9 @@ class Settings:
         "for several labels per row, mse for numbers)",
     )
     learning_rates: str | None = setting(
-        None, "range of learning rates, such as 1e-5,3e-1 (the default for sgd; 1e-6,1e-2 for Adam and its variants)"
+        None,
+        "range of learning rates for all strategies, such as 1e-5,1e-1 (default: a factor of 30 around the one that "
+        "each strategy recommends for the optimizer)",
     )
     most_trials: int = setting(4, "strategies with cheap runs get at most this many times the trials")
     batch_norm_momentum: float = setting(
@@ -97,43 +101,41 @@ class Settings:
             raise OptionError(f"metric={self.metric!r} is unknown: choose one of {', '.join(LOCAL_METRICS)}.")
         if not 0 <= self.batch_norm_momentum <= 1:
             raise OptionError(f"batch_norm_momentum={self.batch_norm_momentum!r} lies outside [0, 1]. Default: 0.1.")
-        self.rates("sgd")
+        self.rates(1.0)
 
-    def rates(self, optim: str) -> LogRange:
-        """The range of learning rates.
+    def rates(self, recommended: float) -> LogRange:
+        """The range of learning rates of a strategy.
 
         Raises:
-            OptionError: if it is not a valid range.
+            OptionError: if the user's is not a valid range.
         """
         if self.learning_rates is None:
-            return LogRange(*RANGES.get(optim, RANGES[""]))
+            low, high = recommended / math.sqrt(WIDTH), recommended * math.sqrt(WIDTH)
+            return LogRange(float(f"{low:.2g}"), float(f"{high:.2g}"))
         try:
             low, high = (float(part) for part in self.learning_rates.split(","))
         except ValueError:
             low = high = 0.0
         if not 0 < low < high < math.inf:
             raise OptionError(
-                "learning_rates must be two increasing positive numbers, such as 1e-5,3e-1, got "
+                "learning_rates must be two increasing positive numbers, such as 1e-5,1e-1, got "
                 f"{self.learning_rates!r}."
             )
         return LogRange(low, high)
-
-    def first_rate(self, optim: str) -> float:
-        """The learning rate of the first trial of each strategy."""
-        rates = self.rates(optim)
-        return min(max(FIRST_RATES.get(optim, FIRST_RATES[""]), rates.low), rates.high)
 
     def described(self) -> dict[str, Any]:
         """All settings except for the location of the storage."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("storage", "study_name")}
 
 
-def training_arguments(given: Mapping[str, Any], task: str = "image") -> dict[str, Any]:
+def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """The training arguments shared by all strategies: the user's, with our defaults for the others.
 
     Args:
         given: arguments set by the user.
-        task: ``image``, or ``text``, which uses AdamW by default.
+
+    Returns:
+        The arguments; without ``optim``, unless the user chose it: then the optimizer is tuned.
 
     Raises:
         OptionError: if an argument is set by the comparison itself, does not exist, or is invalid.
@@ -143,15 +145,26 @@ def training_arguments(given: Mapping[str, Any], task: str = "image") -> dict[st
         raise OptionError(
             f"{reserved[0]}={given[reserved[0]]!r} cannot be set: the comparison itself sets {', '.join(OURS)}."
         )
-    values = DEFAULTS | ({"optim": "adamw_torch"} if task == "text" else {}) | dict(given)
+    values = DEFAULTS | dict(given)
     unknown = sorted(set(values) - {f.name for f in fields(TrainingArguments) if f.init})
     if unknown:
         raise OptionError(f"{unknown[0]}={values[unknown[0]]!r}: TrainingArguments has no such argument.")
     try:
-        values["optim"] = OptimizerNames(values["optim"]).value
+        if "optim" in values:
+            values["optim"] = OptimizerNames(values["optim"]).value
         TrainingArguments("unused", **values | FIXED | {"metric_for_best_model": "loss"})
     except ValueError as error:
         raise OptionError(f"training arguments: {error}") from error
-    if values["optim"] == "sgd":
-        values.setdefault("optim_args", "momentum=0.9")
+    if "optim" not in values and "optim_args" in values:
+        raise OptionError(f"optim_args={values['optim_args']!r} belongs to an optimizer: choose it with optim.")
     return values
+
+
+def optimizers(arguments: Mapping[str, Any], task: str) -> tuple[str, ...]:
+    """The optimizers that each strategy tries."""
+    return (arguments["optim"],) if "optim" in arguments else OPTIMIZERS[task]
+
+
+def under(arguments: Mapping[str, Any], optim: str) -> dict[str, Any]:
+    """The shared training arguments with an optimizer and what it needs beside it, where the user did not set it."""
+    return UNDER.get(optim, {}) | dict(arguments) | {"optim": optim}

@@ -10,16 +10,22 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers.utils import logging
 
+from hf_ft.core.context import Samples
+from hf_ft.core.head_rate import HeadFit, fit_head
 from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.in_memory import Held
 from hf_ft.data.info import DataInfo
 from hf_ft.data.rows import read_rows
 from hf_ft.data.task import Data, process
 from hf_ft.engine.checkpoint import digests
+from hf_ft.errors import AnatomyError, OptionError
+from hf_ft.models.anatomy import anatomy
 from hf_ft.models.source_head import drop_source_head
 from hf_ft.zoo.sources import has_head
 
+logger = logging.get_logger(__name__)
 LOOKED_AT = 64  # number of samples hashed to identify a data set that is not held in memory
 Loader = Callable[[int, bool], tuple[nn.Module, Any]]
 
@@ -36,6 +42,7 @@ class Benches:
     def __init__(self, model: str | Loader, data: Data, image_size: int | None, revision: str | None) -> None:
         self.model, self.data, self.image_size, self.revision = model, data, image_size, revision
         self._made: dict[tuple[str, ...], Bench] = {}
+        self._fits: dict[tuple[str, str | None], HeadFit | None] = {}
 
     def get(self, sources: tuple[str, ...]) -> Bench:
         if sources not in self._made:
@@ -59,6 +66,20 @@ class Benches:
             data.plain,
             self.data.info,
         )
+
+    def head_fit(self, bench: Bench, head: str | None) -> HeadFit | None:
+        """What the learning rate of the head follows from; None if the head is not found, or has no weights."""
+        key = (bench.fingerprint, head)
+        if key not in self._fits:
+            model: Any = bench.load(0, False)
+            data = bench.data["train"] if bench.plain is None else bench.plain
+            samples = Samples(len(data), lambda rows: dict(bench.collate(read_rows(data, rows))))
+            try:
+                self._fits[key] = fit_head(model, anatomy(model, head=head).head.modules, samples)
+            except (AnatomyError, OptionError) as error:
+                logger.info(f"no learning rate can be fitted to the head: {error}")
+                self._fits[key] = None
+        return self._fits[key]
 
     @cached_property
     def _has_head(self) -> bool:

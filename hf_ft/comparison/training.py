@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import EvalPrediction, PrinterCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft.comparison.contenders import RATE, Entrant
-from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
+from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
 from hf_ft.comparison.results import Training
-from hf_ft.comparison.settings import FIXED
+from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
@@ -70,6 +70,7 @@ def train(
     measured: Measured | None = None,
     save_to: Path | None = None,
     on_measured: Callable[[Measured], None] = lambda measured: None,
+    counted: Work | None = None,
 ) -> Training:
     """Train once and return scores and costs.
 
@@ -80,20 +81,24 @@ def train(
         measured: measurements of an earlier training of this contender; by default the strategies measure now.
         save_to: if given, this is a final run: the best epoch's model is saved there and scored on the test sets.
         on_measured: called with new measurements.
+        counted: counts the work.
     """
     with _folder(work), _warnings() as said:
-        with PeakMemory(common.device) as memory:
+        with counted or nullcontext(), PeakMemory(common.device) as memory:
             model = entrant.bench.load(seed, entrant.keeps_head)
             trainer = _trainer(entrant, values, seed, common, work, model, measured)
             if measured is None:
                 began = now(common.device)[1]
                 states = dict(trainer.measure())
                 on_measured(Measured(states, now(common.device)[1] - began if entrant.looks else 0.0))
-            clock = Clock(common.device)
+                if counted is not None:
+                    counted.measured = counted.total
+            clock = Clock(common.device, counted)
             trainer.add_callback(clock)
+            trainer.add_callback(EndDiverged(trainer.model))
             trainer.train()
         training = _result(trainer, values, seed, common, clock, memory.mb)
-        if save_to is not None:
+        if save_to is not None and not training.error:
             training = _finished(training, trainer, entrant, common, save_to)
     return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions())
 
@@ -115,7 +120,7 @@ def _trainer(
     data = entrant.bench.data
     args = TrainingArguments(
         str(work),
-        **{"dataloader_pin_memory": common.device == "cuda"} | dict(common.arguments) | FIXED,
+        **{"dataloader_pin_memory": common.device == "cuda"} | under(common.arguments, entrant.optim(values)) | FIXED,
         learning_rate=values[RATE],
         seed=seed,
         metric_for_best_model=common.metric,
@@ -159,10 +164,9 @@ def _result(
 ) -> Training:
     curve = _curve(trainer, common.metric)
     found = [point for point in curve if math.isfinite(point["validation"])]
-    if not found:
-        raise FloatingPointError(f"no epoch has a finite {common.metric}: the training diverged")
     sign = 1 if common.greater_is_better else -1
-    best = max(found, key=lambda point: sign * point["validation"])  # the first among equals, as in Trainer
+    # The first among equals, as in Trainer.
+    best = max(found, key=lambda point: sign * point["validation"], default={"validation": None, "epoch": 0.0})
     assert trainer.optimizer is not None
     return Training(
         seed=seed,
@@ -173,11 +177,39 @@ def _result(
         seconds=clock.seconds,
         compute=clock.compute,
         evaluation_seconds=clock.paused,
-        passes=round(len(trainer.train_dataset) * trainer.args.num_train_epochs),
+        passes=round(len(trainer.train_dataset) * (trainer.state.epoch or 0.0)),
+        share=trainer.state.global_step / trainer.state.max_steps,
+        error="" if found else f"no epoch has a finite {common.metric}: the training diverged",
         peak_memory_mb=peak,
         # The optimizer holds the parameters trained in any stage.
         parameters_trained=sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"]),
     )
+
+
+class EndDiverged(TrainerCallback):
+    """Ends a training that has diverged: its logits are not finite, or its loss stays far above its start.
+
+    The loss counts as far above if it is more than twice that of the first step, and of a uniform prediction, in two
+    consecutive epochs.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        kind, classes = config.problem_type, max(2, getattr(config, "num_labels", 2))
+        uniform = {"single_label_classification": math.log(classes), "multi_label_classification": math.log(2)}
+        self.level = uniform.get(kind, 0.0)
+        self.above = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss/task", (logs or {}).get("loss"))
+        if loss is None:
+            return
+        if state.global_step == 1:
+            self.level = max(self.level, loss) if math.isfinite(loss) else self.level
+            return
+        self.above = 0 if loss <= 2 * self.level else self.above + 1
+        if not math.isfinite(loss) or self.above == 2:
+            control.should_training_stop = True
 
 
 def _curve(trainer: FTTrainer, metric: str) -> list[dict[str, float]]:

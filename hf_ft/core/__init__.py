@@ -6,7 +6,7 @@
 from hf_ft import functional
 from hf_ft.core import advising
 from hf_ft.core.compose import compose
-from hf_ft.core.config import FTConfig, Paper, Recommended, config_class, register, strategies
+from hf_ft.core.config import FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
 from hf_ft.core.head_rate import UNSET_RATE, HeadRate, describe_head_rate, head_rates, measure_head_rate
@@ -14,7 +14,7 @@ from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
 from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, Term
 from hf_ft.core.schedules import Decay, decay
-from hf_ft.core.search_space import Choice, LogRange, Space
+from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.terms import DistanceFromStart, SquaredNorm
 from hf_ft.core.view import StreamView, View
@@ -23,12 +23,14 @@ from hf_ft.models.names import EVERYTHING, Names
 
 __all__ = [
     "EVERYTHING",
+    "FITTED",
     "Choice",
     "Context",
     "Decay",
     "DistanceFromStart",
     "FTConfig",
     "Findings",
+    "FittedRate",
     "HeadRate",
     "FrozenCache",
     "LogRange",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.core.config import ADAM, SGD, FTConfig, Recommended, config_class, strategies
+from hf_ft.core.config import ADAM, FITTED, SGD, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
 from hf_ft.core.plan import Plan, Stage, Stream
@@ -143,6 +143,8 @@ def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None)
     optim = optim or own
     if "learning_rate" in merged:
         merged["learning_rate"] = merged["learning_rate"].under(optim)
+        if merged["learning_rate"].value == FITTED:  # by the strategy itself, where nobody sets one
+            del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from hf_ft.core.findings import Findings
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import UNKNOWN, from_json, option, options, to_json, validate
 from hf_ft.core.plan import NormMode, Plan
-from hf_ft.core.search_space import Space
+from hf_ft.core.search_space import Declared
 from hf_ft.errors import OptionError, unknown
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.parts import Anatomy
@@ -75,6 +76,7 @@ class Recommended:
 
 
 SGD, ADAM = "sgd", "adamw_torch"
+FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class FTConfig(PushToHubMixin):
     sources_option: ClassVar[str] = ""  # the option that lists several source models, if any
     cost: ClassVar[float | None] = None  # relative cost of a training, on the scale of hf_ft.core.advising
     advice: ClassVar[Mapping[Rule, float | None]] = {}  # points by rule; None: the strategy cannot run
-    tuned: ClassVar[Space] = {}  # options tuned with the learning rate; none affects measure
+    tuned: ClassVar[Declared] = {}  # options tuned with the learning rate; none affects measure
     kept: ClassVar[tuple[str, ...]] = ()  # files in the context's folder from which an interrupted measure resumes
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(
@@ -161,6 +163,10 @@ class FTConfig(PushToHubMixin):
     def must_measure(self) -> bool:
         """Whether :meth:`plan` needs the measurement; if not, it does without where there is no context."""
         return self.measures()
+
+    def with_head_rate(self, rate: float) -> FTConfig:
+        """A copy with this rate in place of "auto", if that is how its head's rate is to be fitted."""
+        return dataclasses.replace(self, head_lr=rate) if getattr(self, "head_lr", None) == "auto" else self
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         """Build the plan. Cheap, deterministic, and without side effects on the model."""

@@ -12,13 +12,15 @@ Under Adam and its variants, a step changes each weight by about the rate, hence
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_ft.core.context import Context, State
+from hf_ft.core.context import Context, Samples, State
 from hf_ft.core.plan import Rate
 from hf_ft.errors import OptionError
 from hf_ft.functional import head_curvature, stable_rate
@@ -33,6 +35,7 @@ READ = 64  # of them at a time
 # Both by tests/benchmarks/rates.py; see docs/rates.md.
 FRACTION = 0.5  # of the largest stable rate under SGD
 STEP = 2.0  # by which a logit may change in a step of Adam
+LEAST, MOST = 1e-6, 1.0  # whatever the features, zeros included
 HEAD_LR = "head_lr"
 UNSET_RATE = 5e-5  # learning_rate of TrainingArguments where nobody set it
 logger = logging.get_logger(__name__)
@@ -45,34 +48,46 @@ class WithHeadRate(Protocol):
     head_lr: HeadRate
 
 
-def fit_head_rate(model: nn.Module, head: Names, context: Context) -> dict[str, float]:
-    """The learning rate that suits the head of a model on this data, and what it follows from.
+@dataclass(frozen=True)
+class HeadFit:
+    """What the learning rate of a head follows from.
+
+    Attributes:
+        curvature: the largest eigenvalue of the features' second moment.
+        feature_norm: their mean L1 norm.
+        loss_curvature: the largest second derivative of the loss in the logits.
+    """
+
+    curvature: float
+    feature_norm: float
+    loss_curvature: float = 0.5
+
+    def rate(self, optim: str, momentum: float = 0.9) -> float:
+        """The fitted rate under ``sgd``, or under an optimizer that scales its steps, as Adam and its variants do.
+
+        It is rounded to two digits, so that it is the same on every machine.
+        """
+        stable = stable_rate(self.loss_curvature * self.curvature, momentum)
+        rate = FRACTION * stable if optim == "sgd" else STEP / self.feature_norm
+        return float(f"{min(max(rate, LEAST), MOST):.2g}")
+
+
+def fit_head(model: nn.Module, head: Names, samples: Samples, computing: Any = nullcontext) -> HeadFit:
+    """Look at the features that the head of a model sees on this data.
 
     Args:
         head: names of the head's modules.
-        context: samples and the optimizer. The model runs in eval mode on up to 256 samples and is left unchanged.
-
-    Returns:
-        ``head_lr``, rounded to two digits so that it is the same on every machine; ``curvature``, the largest
-        eigenvalue of the features' second moment; ``feature_norm``, their mean L1 norm.
+        samples: up to 256 of them, spread over the data, pass through the model in eval mode; it is left unchanged.
+        computing: context manager for the model's computations, such as autocast.
     """
     layers = logit_layers(model, head) or logit_layers(model, head, trainable=False)
-    features = _features(model, tuple(adapter_around(model, layer) or layer for layer in layers), context)
+    features = _features(model, tuple(adapter_around(model, layer) or layer for layer in layers), samples, computing)
     # Of several layers of logits (members of an ensemble), that with the lowest stable rate decides.
-    curvature = max(float(head_curvature(values)) for values in features)
-    norm = max(float(values.double().abs().sum(dim=1).mean()) for values in features)
-    rate = rate_for(
-        context.recipe.optimizer([{"params": [torch.zeros(1, requires_grad=True)]}]), model, curvature, norm
+    return HeadFit(
+        max(float(head_curvature(values)) for values in features),
+        max(float(values.double().abs().sum(dim=1).mean()) for values in features),
+        loss_curvature(model),
     )
-    return {HEAD_LR: float(f"{rate:.2g}"), "curvature": curvature, "feature_norm": norm}
-
-
-def rate_for(optimizer: torch.optim.Optimizer, model: nn.Module, curvature: float, norm: float) -> float:
-    """The fitted rate under an optimizer: SGD, or one that scales its steps, as Adam does."""
-    if isinstance(optimizer, torch.optim.SGD):
-        momentum = optimizer.defaults["momentum"]
-        return FRACTION * stable_rate(loss_curvature(model) * curvature, momentum)
-    return STEP / max(norm, torch.finfo(torch.float32).tiny)
 
 
 def loss_curvature(model: Any) -> float:
@@ -94,7 +109,11 @@ def measure_head_rate(strategy: WithHeadRate, model: nn.Module, head: Names, con
             "samples cannot be looked at before training. Set a number, or pass a map-style train_dataset."
         )
         return {}
-    found = fit_head_rate(model, head, context)
+    fit = fit_head(model, head, context.samples, context.recipe.computing)
+    optimizer = context.recipe.optimizer([{"params": [torch.zeros(1, requires_grad=True)]}])
+    sgd = isinstance(optimizer, torch.optim.SGD)
+    rate = fit.rate("sgd", optimizer.defaults["momentum"]) if sgd else fit.rate("adam")
+    found = {HEAD_LR: rate, "curvature": fit.curvature, "feature_norm": fit.feature_norm}
     logger.info(f"{strategy.ft_type}: {describe_head_rate(State(info=found))}")
     return found
 
@@ -119,15 +138,14 @@ def describe_head_rate(state: State) -> str:
     )
 
 
-def _features(model: nn.Module, layers: Names, context: Context) -> list[Tensor]:
+def _features(model: nn.Module, layers: Names, samples: Samples, computing: Any) -> list[Tensor]:
     """The inputs of the layers, each (N, d), in eval mode."""
     parts: list[list[Tensor]] = [[] for _ in layers]
     taps = [INPUT + layer for layer in layers]
-    count = context.samples.count
-    rows = torch.linspace(0, count - 1, min(LOOKED_AT, count)).round().int().tolist()  # spread over the data
-    with random_states_kept(), context.recipe.computing():
+    rows = torch.linspace(0, samples.count - 1, min(LOOKED_AT, samples.count)).round().int().tolist()
+    with random_states_kept(), computing():
         for start in range(0, len(rows), READ):
-            found = activations(model, taps, context.samples.read(rows[start : start + READ]))
+            found = activations(model, taps, samples.read(rows[start : start + READ]))
             for part, tap in zip(parts, taps, strict=True):
                 part.append(found[tap].flatten(0, -2) if found[tap].dim() < 4 else found[tap].flatten(1))
     features = [torch.cat(part) for part in parts]

@@ -42,7 +42,23 @@ class Choice:
         return False
 
 
-Space = Mapping[str, LogRange | Choice]
+@dataclass(frozen=True)
+class FittedRate:
+    """Learning rates of a head around the one that is fitted to its features (:mod:`hf_ft.core.head_rate`).
+
+    Attributes:
+        below, above: factors by which they may differ from it. Above, training soon diverges.
+    """
+
+    below: float = 10.0
+    above: float = 3.0
+
+    def around(self, rate: float) -> LogRange:
+        return LogRange(float(f"{rate / self.below:.3g}"), float(f"{rate * self.above:.3g}"))
+
+
+Space = Mapping[str, LogRange | Choice]  # of one model and optimizer
+Declared = Mapping[str, LogRange | Choice | FittedRate]
 
 
 def spread(space: Space, count: int, seed: int) -> list[dict[str, Any]]:

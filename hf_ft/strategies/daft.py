@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hf_ft.core import (
     Context,
+    FittedRate,
     FTConfig,
     HeadRate,
-    LogRange,
     Names,
     Needs,
     NormMode,
@@ -125,7 +125,7 @@ class DAFTConfig(FTConfig):
         "weight_decay": Recommended(0.0, "code"),
         "max_grad_norm": Recommended(0.0, "code"),
     }
-    tuned = {"head_lr": LogRange(1e-3, 1.0)}
+    tuned = {"head_lr": FittedRate()}
     cost = advising.WITH_A_PASS_BEFORE
     advice = {
         advising.POOR_FEATURES: 2,

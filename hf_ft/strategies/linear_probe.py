@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from hf_ft.core import (
+    FITTED,
     UNSET_RATE,
     Context,
     FTConfig,
@@ -15,6 +16,7 @@ from hf_ft.core import (
     Needs,
     Plan,
     Rate,
+    Recommended,
     Stage,
     State,
     advising,
@@ -36,6 +38,7 @@ class LinearProbeConfig(FTConfig):
     """
 
     formula = "L = CE(h(f(x)), y) over the head h; f is frozen, in eval mode"
+    recommended = {"learning_rate": Recommended(FITTED)}
     cost = advising.HEAD_ALONE
     advice = {
         advising.GOOD_FEATURES_FEW_SAMPLES: 3,
@@ -68,6 +71,9 @@ class LinearProbeConfig(FTConfig):
 
     def measures(self) -> bool:
         return self.probe_solver == "lbfgs" or self.head_lr == "auto"
+
+    def with_head_rate(self, rate: float) -> LinearProbeConfig:
+        return self  # a rate that is given, is args.learning_rate
 
     def must_measure(self) -> bool:
         return self.probe_solver == "lbfgs"

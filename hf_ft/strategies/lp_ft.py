@@ -11,9 +11,9 @@ from torch import nn
 from hf_ft.core import (
     Choice,
     Context,
+    FittedRate,
     FTConfig,
     HeadRate,
-    LogRange,
     Needs,
     NormMode,
     Paper,
@@ -52,7 +52,7 @@ class LPFTConfig(FTConfig):
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
     # Tried 1e-5 to 3e-4 on the demo's validation data: at 3e-4 the second stage loses the probe's gains.
     recommended = {"learning_rate": Recommended(3e-5, sgd=3e-4)}
-    tuned = {"head_lr": LogRange(1e-3, 1.0), "norm_mode": Choice(("auto", "eval"))}
+    tuned = {"head_lr": FittedRate(), "norm_mode": Choice(("auto", "eval"))}
     cost = advising.PART_OF_THE_RUN
     advice = {
         advising.GOOD_FEATURES_FEW_SAMPLES: 3,

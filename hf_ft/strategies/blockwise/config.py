@@ -13,9 +13,9 @@ from hf_ft.core import (
     EVERYTHING,
     Context,
     Findings,
+    FittedRate,
     FTConfig,
     HeadRate,
-    LogRange,
     OptionError,
     Paper,
     Plan,
@@ -78,7 +78,7 @@ class BlockwiseConfig(FTConfig):
     )
     formula = "min CE over the weights of the head and of block b* alone; b* = the candidate best on held-out samples"
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
-    tuned = {"head_lr": LogRange(1e-3, 1.0)}
+    tuned = {"head_lr": FittedRate()}
     kept = (STORAGE,)
     schemes: ClassVar[tuple[str, ...]] = SCHEMES
     describe = staticmethod(describe_candidates)

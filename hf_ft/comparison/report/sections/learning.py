@@ -88,7 +88,7 @@ def tuning(results: Results, standings: Sequence[Standing]) -> Section | None:
     if not tuned:
         return None
     lead = (
-        "Each strategy had about the same compute time for its trials, including its measurements on the data. The "
+        "Each strategy had the same budget for its trials, including its measurements on the data. The "
         "final runs use the options of the trial with the best validation score."
     )
     edges = [standing.name for standing in tuned if standing.contender.on_edge]
@@ -115,14 +115,21 @@ def tuning_table(tuned: Sequence[Standing]) -> Table:
             (
                 standing.name,
                 f"{len(contender.trials)}" + (f" ({failed} failed)" if failed else ""),
-                f"{seconds(contender.tuning_seconds)} of {seconds(contender.allowed_seconds)}",
+                budget(contender),
                 NONE if chosen is None else score(chosen.validation),
                 NONE if chosen is None else options(chosen.params),
                 edge or NONE,
             )
         )
-    headers = ("strategy", "trials", "seconds of budget", "validation", "chosen", "warning")
+    headers = ("strategy", "trials", "of budget", "validation", "chosen", "warning")
     return Table("Budget and chosen options", headers, tuple(rows))
+
+
+def budget(contender: Contender) -> str:
+    """How much of the budget was used: as work, or in seconds where these were what counted."""
+    if contender.allowed_seconds:
+        return f"{seconds(contender.tuning_seconds)} s of {seconds(contender.allowed_seconds)} s"
+    return f"{contender.used:.0%}, in {seconds(contender.tuning_seconds)} s"
 
 
 def options(params: Mapping[str, object]) -> str:
