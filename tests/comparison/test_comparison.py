@@ -319,7 +319,7 @@ def test_what_is_measured_is_measured_once_and_counted(tmp_path, monkeypatch):
     assert looked == [24]
     found = results["looking"]
     assert found.found == {"seen": 24} and found.learned == "looked at 24"
-    assert found.measure_seconds > 0 and found.used == pytest.approx((2 + 2 / 3) / 3, rel=0.05)
+    assert found.measure_seconds > 0 and found.used == pytest.approx((2 + 2 / 3) / 3, rel=0.1)
     assert len(found.trials) == 2  # of three: the look took its share
 
 

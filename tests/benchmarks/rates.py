@@ -1,0 +1,221 @@
+"""Which learning rates suit which task: `python tests/benchmarks/rates.py FOLDER/caltech40 FOLDER/cifar10`.
+
+Each strategy trains for 12 epochs (batches of 32, cosine, BatchNorm momentum 0.1, no
+augmentation, no weight decay) over a grid of learning
+rates under SGD (momentum 0.9, no clipping) and under AdamW, on tasks near to ImageNet and far from it, with
+MobileNetV2, EfficientNet-Lite0 and DINOv2-small. FOLDERs hold image folders with the splits train, validation and test;
+the far tasks (solar cells, MNIST, UCI digits) are built in. Runs are kept in tests/benchmarks/results/rates.jsonl; a
+run that is there is not made again. `rates_report.py` makes tables of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from common import Entry, Runs, quiet
+from datasets import DatasetDict
+from transformers import EvalPrediction, PrinterCallback, TrainingArguments
+
+from hf_ft import (
+    BlockwiseConfig,
+    BSSConfig,
+    DAFTConfig,
+    DELTAConfig,
+    FTConfig,
+    FTTrainer,
+    FullConfig,
+    GradualUnfreezingConfig,
+    L2SPConfig,
+    LayerDecayConfig,
+    LinearProbeConfig,
+    LPFTConfig,
+    TREDConfig,
+)
+from hf_ft.core.compose import resolve
+from hf_ft.data.classifier import load_classifier
+from hf_ft.data.columns import find_columns
+from hf_ft.data.load import load_splits
+from hf_ft.data.task import Data, process
+from hf_ft.zoo.datasets import elpv, mnist5k, uci_digits
+
+RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
+EPOCHS, BATCH = 12, 32
+SGD, ADAM = "sgd", "adamw_torch"
+Grid = dict[str, tuple[float, ...]]
+PROBE: Grid = {SGD: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ADAM: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+USUAL: Grid = {SGD: (3e-4, 1e-3, 3e-3, 1e-2), ADAM: (3e-5, 1e-4, 3e-4, 1e-3)}
+LOWER: Grid = {SGD: (1e-4, 3e-4, 1e-3, 3e-3), ADAM: (1e-5, 3e-5, 1e-4, 3e-4)}
+LAST = BlockwiseConfig(block="last_quarter")
+STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
+    "linear_probe": (LinearProbeConfig(head_lr=None), PROBE),
+    "full": (FullConfig(), USUAL),
+    "full, eval": (FullConfig(norm_mode="eval"), LOWER),
+    "daft, one rate": (DAFTConfig(head_lr=None), USUAL),
+    "daft": (DAFTConfig(), USUAL),
+    "daft+l2_sp": ([DAFTConfig(), L2SPConfig()], USUAL),
+    "daft+tred": ([DAFTConfig(), TREDConfig()], USUAL),
+    "lp_ft": (LPFTConfig(), LOWER),
+    "lp_ft, lbfgs": (LPFTConfig(probe_solver="lbfgs"), LOWER),
+    "lp_ft, auto": (LPFTConfig(norm_mode="auto"), LOWER),
+    "blockwise, last quarter": (LAST, USUAL),
+    "delta": (DELTAConfig(), USUAL),
+    "l2_sp": (L2SPConfig(), USUAL),
+    "bss": (BSSConfig(), USUAL),
+    "tred": (TREDConfig(), USUAL),
+    "layer_decay": (LayerDecayConfig(), USUAL),
+    "gradual_unfreezing": (GradualUnfreezingConfig(), USUAL),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Image data, and the side of the images in pixels."""
+
+    name: str
+    pixels: int
+    folder: Path | None = None
+
+    @cached_property
+    def data(self) -> Data:
+        splits = load_splits(str(self.folder)) if self.folder else far_task(self.name)
+        return Data(splits, find_columns(splits))
+
+
+FAR = {"elpv": (500, 128), "mnist": (200, 64), "digits": (100, 64)}  # training images, pixels
+NEAR = {"caltech40": 128, "cifar10": 96}
+PATCHES = {128: 112, 96: 112, 64: 70}  # for patches of 14 pixels
+
+
+def far_task(name: str) -> DatasetDict:
+    """Images of a built-in data set: as many for training as said above, 100 for validation, up to 500 for the test."""
+    data = {"elpv": elpv, "mnist": mnist5k, "digits": uci_digits}[name]()
+    size = FAR[name][0]
+    held = data.train_test_split(train_size=size, seed=0, stratify_by_column="label")
+    rest = held["test"].train_test_split(train_size=100, test_size=500, seed=0, stratify_by_column="label")
+    return DatasetDict(train=held["train"], validation=rest["train"], test=rest["test"])
+
+
+def scores(prediction: EvalPrediction) -> dict[str, float]:
+    """Balanced accuracy, and the mean log loss; nan where training diverged."""
+    logits = np.asarray(
+        prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    )
+    labels = np.asarray(prediction.label_ids)
+    right = logits.argmax(-1) == labels
+    accuracy = float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+    chosen = torch.from_numpy(logits).double().log_softmax(-1)[torch.arange(len(labels)), torch.from_numpy(labels)]
+    return {"accuracy": accuracy if np.isfinite(logits).all() else math.nan, "log_loss": -float(chosen.mean())}
+
+
+class Bench:
+    """A task processed for a model, once."""
+
+    def __init__(self, task: Task, model: str) -> None:
+        self.task, self.model = task, model
+        self.pixels = PATCHES[task.pixels] if model.startswith("dinov2") else task.pixels
+        loaded, processor = self.load(0)
+        self.ready = process(task.data, loaded, processor, in_memory=True, channels_last=not model.startswith("dinov2"))
+
+    def load(self, seed: int, keep: bool = False) -> tuple[Any, Any]:
+        return load_classifier(self.model, self.task.data.columns, seed, self.pixels, keep_source_head=keep)
+
+    def run(self, strategy: FTConfig | list[FTConfig], optim: str, rate: float, seed: int) -> Entry:
+        configs = [replace(config, batch_norm_momentum=0.1) for config in resolve(strategy)]
+        keep = any(config.needs().source_head for config in configs)
+        transformers.set_seed(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainingArguments(
+                folder,
+                num_train_epochs=EPOCHS,
+                per_device_train_batch_size=BATCH,
+                per_device_eval_batch_size=64,
+                optim=optim,
+                optim_args="momentum=0.9" if optim == SGD else None,
+                learning_rate=rate,
+                lr_scheduler_type="cosine",
+                weight_decay=0.0,
+                max_grad_norm=0.0 if optim == SGD else 1.0,
+                save_strategy="no",
+                eval_strategy="epoch",
+                logging_strategy="epoch",
+                logging_nan_inf_filter=False,
+                report_to="none",
+                log_level="error",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                remove_unused_columns=False,
+                seed=seed,
+            )
+            trainer = FTTrainer(
+                self.load(seed, keep)[0],
+                args,
+                strategy=configs,
+                train_dataset=self.ready.splits["train"],
+                eval_dataset=self.ready.splits["validation"],
+                data_collator=self.ready.collate,
+                compute_metrics=scores,
+            )
+            trainer.remove_callback(PrinterCallback)
+            started, processor = time.perf_counter(), time.process_time()
+            trainer.train()
+            found: Entry = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - processor}
+            history = trainer.state.log_history
+            found["curve"] = [round(entry["eval_accuracy"], 4) for entry in history if "eval_accuracy" in entry]
+            found["log_losses"] = [round(entry["eval_log_loss"], 4) for entry in history if "eval_log_loss" in entry]
+            found["losses"] = [round(float(entry["loss"]), 4) for entry in history if "loss" in entry]
+            found["validation"] = found["curve"][-1]
+            metrics = trainer.predict(self.ready.splits["test"]).metrics or {}
+            found |= {"test": metrics["test_accuracy"], "test_log_loss": metrics["test_log_loss"]}
+        return found
+
+
+def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
+    """Strategy, optimizer, rate and seed of each run, in an order in which a part is of use."""
+    for seed in options.seeds:
+        for name in options.strategies:
+            for optim in options.optims:
+                for rate in STRATEGIES[name][1][optim]:
+                    yield name, optim, rate, seed
+
+
+def main() -> None:
+    """Make the runs that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="*", help="natural tasks: " + ", ".join(NEAR))
+    parser.add_argument("--far", nargs="*", default=list(FAR), choices=list(FAR), help="built-in tasks")
+    parser.add_argument("--models", nargs="+", default=["mobilenet_v2", "efficientnet-lite0"])
+    parser.add_argument("--strategies", nargs="+", default=["linear_probe", "full", "daft, one rate"])
+    parser.add_argument("--optims", nargs="+", default=[SGD, ADAM])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    options = parser.parse_args()
+    quiet()
+    tasks = [Task(folder.name, NEAR[folder.name], folder) for folder in options.folder]
+    tasks += [Task(name, FAR[name][1]) for name in options.far]
+    runs = Runs(RESULTS, ("task", "model", "strategy", "optim", "rate", "seed"))
+    for model in options.models:
+        for task in tasks:
+            bench: Bench | None = None
+            for name, optim, rate, seed in wanted(options):
+
+                def make(name: str = name, optim: str = optim, rate: float = rate, seed: int = seed) -> Entry:
+                    nonlocal bench
+                    bench = bench or Bench(task, model)  # noqa: B023
+                    return bench.run(STRATEGIES[name][0], optim, rate, seed)
+
+                key = {"task": task.name, "model": model, "strategy": name, "optim": optim, "rate": rate, "seed": seed}
+                runs.get(key, make)
+
+
+if __name__ == "__main__":
+    main()
