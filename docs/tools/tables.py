@@ -36,7 +36,7 @@ from hf_ft.cli.catalog import FILE as CATALOGUE
 from hf_ft.cli.entries import as_file
 from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategies
 from hf_ft.core.options import annotation, describe_type, options
-from hf_ft.core.search_space import Choice, LogRange
+from hf_ft.core.search_space import Choice, FittedRate, LogRange
 from hf_ft.zoo.short_names import SHORT_NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def table_of_options(page: Path, name: str | None = None) -> str:
     if own:
         parts.append(SOURCES)
     if kind.recommended:
-        wanted = ", ".join(f"`{key}={r.value}` ({r.source})" for key, r in kind.recommended.items())
+        wanted = ", ".join(f"`{key}={r}` ({r.source})" for key, r in kind.recommended.items())
         parts.append(f"Recommended training arguments: {wanted}.")
     return "\n\n".join(parts)
 
@@ -144,7 +144,9 @@ def _allowed(kind: type, field: dataclasses.Field) -> str:
     return text + (f" in {field.metadata['range']}" if field.metadata["range"] else "")
 
 
-def _range(part: LogRange | Choice) -> str:
+def _range(part: LogRange | Choice | FittedRate) -> str:
+    if isinstance(part, FittedRate):
+        return f"from 1/{part.below:g} to {part.above:g} times the fitted rate, logarithmic"
     if isinstance(part, LogRange):
         return f"{part.low:g} to {part.high:g}, logarithmic"
     return ", ".join(f"`{value}`" for value in part.values)

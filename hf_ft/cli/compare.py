@@ -23,7 +23,7 @@ from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.prepare import Prepared, prepare_comparison
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.sections.ranking import BEST_FOLDER, usage
-from hf_ft.comparison.settings import setting
+from hf_ft.comparison.settings import optimizers, setting
 from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import BASELINE, FTConfig, strategies
@@ -160,7 +160,8 @@ def _announce(model: str, prepared: Prepared) -> None:
     data, settings = prepared.data, prepared.runner.settings
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
     arguments = prepared.runner.common.arguments
-    optimizer = " ".join(str(arguments[name]) for name in ("optim", "optim_args") if arguments.get(name))
+    chosen = " ".join(str(arguments[name]) for name in ("optim", "optim_args") if arguments.get(name))
+    optimizer = chosen or " or ".join(optimizers(arguments, data.columns.task))
     rows = [
         ("model", f"{model}, {count(prepared.parameters)} parameters"),
         ("data", f"{data.name}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),

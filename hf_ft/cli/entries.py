@@ -33,8 +33,7 @@ def entry_of(kind: type[FTConfig]) -> Entry:
         formula=kind.formula,
         options=[_option(kind, field) for field in options(kind)],
         recommended=[
-            {"name": name, "value": str(wanted.value), "source": wanted.source}
-            for name, wanted in kind.recommended.items()
+            {"name": name, "value": str(wanted), "source": wanted.source} for name, wanted in kind.recommended.items()
         ],
     )
 

@@ -57,10 +57,11 @@ _COMPARE = """hf-ft compare: which strategy for my model and data?
 usage: hf-ft compare --model MODEL --dataset DATA [--strategies NAME,NAME] [flags]
        accelerate launch --multi_gpu --num_processes N -m hf_ft compare ...   (N workers share the training runs)
 
-Every strategy gets the same tuning budget: the compute of --trials training runs of full fine-tuning, including the
-strategy's own search. Learning rates and a few declared options are tuned on validation data. The best setting is then
-trained again with several seeds, and only these runs are scored on the test data. Run the same command again to
-continue an interrupted comparison.
+Every strategy gets the same tuning budget: the work of --trials training runs of full fine-tuning, including the
+strategy's own search. Its first trial is its default; optimizer, learning rate and a few declared options are tuned on
+validation data, around what suits the method, the model and the data. The best setting is then trained again with
+several seeds, and only these runs are scored on the test data. Run the same command again to continue an interrupted
+comparison.
 
 example:
   hf-ft compare --model microsoft/resnet-18 --dataset my_photos/ --strategies linear_probe,lp_ft,l2_sp,lp_ft+l2_sp \\
@@ -77,6 +78,7 @@ _COMPARE_FIRST = (
     "bf16",
 )
 _COMPARE_WORDS = {
+    "optim": "optimizer (default: each strategy tries AdamW and SGD with momentum 0.9; for text AdamW alone)",
     "augment": "none or basic: mirror and shift training images (default: none: frozen parts are then computed once)",
     "output_dir": "folder for results, report and winner (default: runs/compare)",
 }

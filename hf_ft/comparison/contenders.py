@@ -208,7 +208,7 @@ def entrant(
         spaces[optim] = space
     least = spaces[order[0]][RATE]
     assert isinstance(least, LogRange)
-    first = {OPTIM: order[0]} if len(order) > 1 else {}
+    first: dict[str, Any] = {OPTIM: order[0]} if len(order) > 1 else {}
     first |= {RATE: min(max(centres[order[0]], least.low), least.high)}
     for option in (option for option in spaces[order[0]] if option != RATE):
         fitted = isinstance(tuned[option], FittedRate)

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hf_ft.comparison.contenders import Entrant
+from hf_ft.comparison.contenders import OPTIM, RATE, Entrant
 from hf_ft.comparison.cost import Work
 from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
@@ -188,7 +188,10 @@ class Runner:
 
     def _told(self, finished: int, all_jobs: int, entrant: Entrant, kind: str, number: int, done: Done) -> None:
         training = done.training
-        named = ", ".join(f"{k.partition('.')[2] or 'lr'} {_short(v)}" for k, v in training.params.items())
+        names = {RATE: "lr", OPTIM: ""}
+        named = ", ".join(
+            f"{names.get(key, key.rpartition('.')[2])} {_short(value)}".strip() for key, value in training.params.items()
+        )
         what = f"trial {number + 1}" if kind == "trial" else f"seed {number}"
         score = training.error or f"{self.common.metric} {training.validation:.3f}"
         self.tell(f"[{finished}/{all_jobs}] {entrant.name} {what} ({named}): {score}, {done.seconds:.0f} s")

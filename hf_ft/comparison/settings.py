@@ -59,8 +59,8 @@ class Settings:
 
     trials: int = setting(
         8,
-        "tuning budget per strategy, as the work of this many full fine-tuning runs; 0: no tuning, each runs with its "
-        "own defaults",
+        "tuning budget per strategy, as the work of this many full fine-tuning runs; 0: no tuning, each runs once "
+        "per seed as preset",
     )
     seeds: int = setting(5, "final runs per strategy with its best settings")
     metric: str | None = setting(

@@ -166,13 +166,13 @@ def _result(
     found = [point for point in curve if math.isfinite(point["validation"])]
     sign = 1 if common.greater_is_better else -1
     # The first among equals, as in Trainer.
-    best = max(found, key=lambda point: sign * point["validation"], default={"validation": None, "epoch": 0.0})
+    best = max(found, key=lambda point: sign * point["validation"], default=None)
     assert trainer.optimizer is not None
     return Training(
         seed=seed,
         params=dict(values),
-        validation=best["validation"],
-        best_epoch=best["epoch"],
+        validation=best["validation"] if best else None,
+        best_epoch=best["epoch"] if best else 0.0,
         curve=tuple(curve),
         seconds=clock.seconds,
         compute=clock.compute,

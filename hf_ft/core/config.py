@@ -69,6 +69,13 @@ class Recommended:
     sgd: float | None = None
     adam: float | None = None
 
+    def __str__(self) -> str:
+        """As shown to people: the value, and that under the other optimizers."""
+        others = [
+            f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
+        ]
+        return ", ".join([str(self.value), *others])
+
     def under(self, optim: str) -> Recommended:
         """The recommendation under this optimizer."""
         other = self.sgd if optim == SGD else self.adam
@@ -166,7 +173,8 @@ class FTConfig(PushToHubMixin):
 
     def with_head_rate(self, rate: float) -> FTConfig:
         """A copy with this rate in place of "auto", if that is how its head's rate is to be fitted."""
-        return dataclasses.replace(self, head_lr=rate) if getattr(self, "head_lr", None) == "auto" else self
+        fitted: dict[str, Any] = {"head_lr": rate} if getattr(self, "head_lr", None) == "auto" else {}
+        return dataclasses.replace(self, **fitted)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         """Build the plan. Cheap, deterministic, and without side effects on the model."""
@@ -251,7 +259,7 @@ def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig
 
 def _completed(data: Any) -> Any:
     """A saved config with what was done before of each option that was added later."""
-    kind = _registered().get(data.get("ft_type")) if isinstance(data, Mapping) else None
+    kind = _registered().get(str(data.get("ft_type"))) if isinstance(data, Mapping) else None
     if kind is None:
         return data
     before = {f.name: to_json(f.metadata["formerly"]) for f in options(kind) if f.metadata["formerly"] is not UNKNOWN}

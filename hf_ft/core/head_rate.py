@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,10 @@ logger = logging.get_logger(__name__)
 class WithHeadRate(Protocol):
     """A strategy with a learning rate for the head."""
 
-    ft_type: Any
-    head_lr: HeadRate
+    ft_type: ClassVar[str]
+
+    @property
+    def head_lr(self) -> HeadRate: ...
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,7 @@ class LPFTConfig(FTConfig):
         "https://arxiv.org/abs/2202.10054",
     )
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
-    # Tried 1e-5 to 3e-4 on the demo's validation data: at 3e-4 the second stage loses the probe's gains.
-    recommended = {"learning_rate": Recommended(3e-5, sgd=3e-4)}
+    recommended = {"learning_rate": Recommended(1e-4, sgd=3e-4)}
     tuned = {"head_lr": FittedRate(), "norm_mode": Choice(("auto", "eval"))}
     cost = advising.PART_OF_THE_RUN
     advice = {

@@ -92,7 +92,9 @@ def _lite(name: str, path: Path, size: int) -> Any:
 
 def _odd_inputs(config: hf.EfficientNetConfig) -> list[int]:
     """The blocks that halve a map of odd side: TensorFlow pads these on both sides, and all others on one."""
-    side, block, odd = -(-config.image_size // 2), 0, []
+    size = config.image_size
+    side = -(-(size if isinstance(size, int) else size[0]) // 2)
+    block, odd = 0, []
     for stride, repeats in zip(config.strides, config.num_block_repeats, strict=True):
         if stride == 2:
             odd += [block] if side % 2 else []

@@ -5,16 +5,17 @@ augmentation, no weight decay) over a grid of learning
 rates under SGD (momentum 0.9, no clipping) and under AdamW, on tasks near to ImageNet and far from it, with
 MobileNetV2, EfficientNet-Lite0 and DINOv2-small. FOLDERs hold image folders with the splits train, validation and test;
 the far tasks (solar cells, MNIST, UCI digits) are built in. Runs are kept in tests/benchmarks/results/rates.jsonl; a
-run that is there is not made again. `rates_report.py` makes tables of them.
+run that is there is not made again. `--page` writes their tables into docs/rates.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,13 +44,19 @@ from hf_ft import (
     TREDConfig,
 )
 from hf_ft.core.compose import resolve
+from hf_ft.core.context import Samples
+from hf_ft.core.head_rate import HeadFit, fit_head
 from hf_ft.data.classifier import load_classifier
 from hf_ft.data.columns import find_columns
 from hf_ft.data.load import load_splits
+from hf_ft.data.rows import read_rows
 from hf_ft.data.task import Data, process
+from hf_ft.models.anatomy import anatomy
 from hf_ft.zoo.datasets import elpv, mnist5k, uci_digits
 
 RESULTS = Path(__file__).parent / "results" / "rates.jsonl"
+HEADS = RESULTS.with_name("rates_heads.json")
+PAGE = Path(__file__).parents[2] / "docs" / "rates.md"
 EPOCHS, BATCH = 12, 32
 SGD, ADAM = "sgd", "adamw_torch"
 Grid = dict[str, tuple[float, ...]]
@@ -189,6 +196,59 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]
                     yield name, optim, rate, seed
 
 
+def tables() -> dict[str, str]:
+    """The runs as Markdown: of linear probes with the fitted rates beside them, and of everything else."""
+    rows: dict[tuple[str, ...], dict[float, float]] = {}
+    for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
+        key = tuple(entry[name] for name in ("task", "model", "strategy", "optim"))
+        rows.setdefault(key, {})[entry["rate"]] = entry["test"]
+    heads = {tuple(entry["of"]): entry for entry in json.loads(HEADS.read_text(encoding="utf-8"))}
+    probes, others = [], []
+    for (task, model, strategy, optim), scores in rows.items():
+        shown = (task, model, "AdamW" if optim == ADAM else "SGD")
+        best = max(scores.values())
+        grid = ", ".join(f"**{s:.3f}**" if s == best else f"{s:.3f}" for _, s in sorted(scores.items()))
+        rates = f"{min(scores):.0e} to {max(scores):.0e}".replace("e-0", "e-")
+        if strategy == "linear_probe":
+            fit = heads[task, model]
+            fitted = HeadFit(fit["curvature"], fit["feature_norm"]).rate(optim)
+            probes.append((*shown, f"{fit['curvature']:.0f}", f"{fit['feature_norm']:.0f}", f"{fitted:g}", rates, grid))
+        else:
+            others.append((strategy, *shown, rates, grid))
+    head = ("task", "model", "optimizer", "λ", "mean L1 norm", "fitted rate", "rates, in half decades", "test scores")
+    return {
+        "probes": _table(head, sorted(probes)),
+        "grids": _table(("strategy", *head[:3], *head[6:]), sorted(others)),
+    }
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def write_page() -> None:
+    """Put the tables between the marks in docs/rates.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in tables().items():
+        begin, end = f"<!-- begin: {name} -->", "<!-- end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def look_at_heads(tasks: Sequence[Task], models: Sequence[str]) -> None:
+    """What the fitted rates of heads follow from, for each task and model."""
+    found = []
+    for model in models:
+        for task in tasks:
+            bench = Bench(task, model)
+            data, (loaded, _) = bench.ready.splits["train"], bench.load(1)
+            samples = Samples(len(data), lambda rows, b=bench, d=data: dict(b.ready.collate(read_rows(d, rows))))  # type: ignore[misc]
+            fit = fit_head(loaded, anatomy(loaded).head.modules, samples)
+            found.append({"of": [task.name, model], "curvature": fit.curvature, "feature_norm": fit.feature_norm})
+    HEADS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Make the runs that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,10 +258,16 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=["linear_probe", "full", "daft, one rate"])
     parser.add_argument("--optims", nargs="+", default=[SGD, ADAM])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--heads", action="store_true", help="look at the heads only")
+    parser.add_argument("--page", action="store_true", help="only write the tables of docs/rates.md")
     options = parser.parse_args()
+    if options.page:
+        return write_page()
     quiet()
     tasks = [Task(folder.name, NEAR[folder.name], folder) for folder in options.folder]
     tasks += [Task(name, FAR[name][1]) for name in options.far]
+    if options.heads:
+        return look_at_heads(tasks, options.models)
     runs = Runs(RESULTS, ("task", "model", "strategy", "optim", "rate", "seed"))
     for model in options.models:
         for task in tasks:

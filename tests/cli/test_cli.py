@@ -84,7 +84,7 @@ def test_train_images(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "16 train, 4 validation, 8 test; 2 classes; augmentation: basic" in words(printed)
     assert "lp_ft(norm_mode=auto) + l2_sp(alpha=0.5)" in printed and "1 process on cpu" in printed
-    assert "recommended by lp_ft, l2_sp: learning_rate=3e-05 (ours)" in printed and f'model="{out}"' in printed
+    assert "recommended by lp_ft, l2_sp: learning_rate=0.0001 (ours)" in printed and f'model="{out}"' in printed
     lp_ft, l2_sp = load_configs(out)
     assert lp_ft.norm_mode == "auto" and l2_sp.alpha == 0.5
     scores = json.loads((out / "all_results.json").read_text())
@@ -307,9 +307,13 @@ def test_precedence(tmp_path):
         "file": arguments.read([str(file)]),
         "both": arguments.read(["--learning_rate", "0.75", "--config", str(file), "--l2_sp.alpha", "0.75"]),
     }
-    rates = {name: request.training_arguments()["learning_rate"] for name, request in values.items()}
-    assert rates == {"nothing": 3e-4, "strategy": 1e-2, "file": 0.5, "both": 0.75}
-    assert set(values["strategy"].recommended) == {"learning_rate"} and not values["file"].recommended
+    rates = {name: request.training_arguments().get("learning_rate") for name, request in values.items()}
+    # A probe fits its rate to the features where nobody sets one.
+    assert rates == {"nothing": 3e-4, "strategy": None, "file": 0.5, "both": 0.75}
+    assert set(values["nothing"].recommended) == {"learning_rate"} and not values["file"].recommended
+    sgd = arguments.read(["--optim", "sgd"]).training_arguments()
+    assert (sgd["learning_rate"], sgd["optim_args"], sgd["max_grad_norm"]) == (3e-3, "momentum=0.9", 0.0)
+    assert arguments.read(["--optim", "sgd", "--max_grad_norm", "1"]).training_arguments()["max_grad_norm"] == 1.0
     (config,) = values["both"].configs
     assert (config.alpha, config.beta) == (0.75, 0.5) and values["both"].given["weight_decay"] == 0.125
     # A strategy on the command line replaces the file's, options and all.
@@ -329,9 +333,9 @@ def test_defaults_follow_what_is_set():
     assert arguments.read(["--eval_strategy", "steps", "--eval_steps", "5"]).training_arguments()["save_steps"] == 5
     assert arguments.read(["--bf16", "--no_ignore_data_skip"][:1]).given == {"bf16": True}
     assert arguments.read(["--resume_from_checkpoint", "true"]).resume is True
-    daft = ["--strategy", "daft"]
-    assert arguments.read(daft).training_arguments()["optim_args"] == "momentum=0.9"
-    assert "optim_args" not in arguments.read([*daft, "--optim", "adamw_torch"]).training_arguments()
+    amcf = ["--strategy", "amcf"]
+    assert arguments.read(amcf).training_arguments()["optim_args"] == "momentum=0.9"
+    assert "optim_args" not in arguments.read([*amcf, "--optim", "adamw_torch"]).training_arguments()
     assert arguments.read(["--resume_from_checkpoint", "some/folder"]).resume == "some/folder"
 
 
@@ -496,7 +500,7 @@ def test_describe_shows_every_option(name, capsys):
         assert f"--{name}.{option.name}   default {option.default} ({option.metadata['source']});" in printed
         assert words(option.metadata["help"]) in text
     assert words(config.formula) in text and (config.paper is None or config.paper.title in text)
-    assert all(f"{key} = {wanted.value}   ({wanted.source})" in printed for key, wanted in config.recommended.items())
+    assert all(f"{key} = {wanted}   ({wanted.source})" in printed for key, wanted in config.recommended.items())
 
 
 def test_blocks(files, capsys):

@@ -12,7 +12,7 @@ from hf_ft.testing import tiny_resnet, tiny_vit
 
 
 def entered(config, model):
-    told = {"optim": "sgd", "metric": "accuracy", "epochs": 1.0, "model": model}
+    told = {"optims": ["sgd"], "metric": "accuracy", "epochs": 1.0, "model": model}
     return entrant(config.ft_type, [config], SimpleNamespace(source=None), Settings(), **told)
 
 

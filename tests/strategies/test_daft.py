@@ -136,27 +136,31 @@ def test_adam_voids_the_gentle_start(tmp_path):
     assert adam > 10 * sgd > 0
 
 
-def test_an_adaptive_optimizer_is_warned_about_with_the_reason(tmp_path, monkeypatch):
+def test_no_optimizer_is_warned_about_but_a_rate_that_nobody_set(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
-    trainer_on_shifted(tiny_resnet(), tmp_path)
+    for optim in ("adamw_torch", "sgd"):
+        trainer_on_shifted(tiny_resnet(), tmp_path, optim=optim)
     assert not said
-    trainer_on_shifted(tiny_resnet(), tmp_path, optim="adamw_torch")
-    assert len(said) == 1 and "optim='adamw_torch' (recommended: 'sgd', code: " in said[0]
-    assert "full size however small the gradient is" in said[0] and "weight_decay" not in said[0]
+    trainer_on_shifted(tiny_resnet(), tmp_path, optim="sgd", learning_rate=5e-5, max_grad_norm=1.0)
+    assert len(said) == 1 and "learning_rate=5e-05 (recommended: 0.002" in said[0]
+    assert "max_grad_norm=1.0 (recommended: 0.0, ours: under SGD, clipping" in said[0]
 
 
-def test_the_recommended_arguments_give_the_authors_optimizer(tmp_path):
-    request = arguments.read(["--model", "x", "--dataset", "y", "--strategy", "daft", "--output_dir", str(tmp_path)])
-    wanted = {key: request.training_arguments()[key] for key in DAFTConfig.recommended}
-    rate = wanted["learning_rate"]
-    trainer = trainer_on_shifted(tiny_resnet(), tmp_path, DAFTConfig(head_lr=0.1), max_steps=4, **wanted)
+@pytest.mark.parametrize(("optim", "rate"), [("adamw_torch", 2e-4), ("sgd", 2e-3)])
+def test_the_recommended_arguments(optim, rate, tmp_path):
+    words = ["--model", "x", "--dataset", "y", "--strategy", "daft", "--output_dir", str(tmp_path)]
+    request = arguments.read([*words, "--optim", optim])
+    wanted = {key: value.value for key, value in request.recommended.items()}
+    assert wanted.pop("learning_rate") == rate
+    options = {**wanted, "optim": optim, "learning_rate": rate, "max_steps": 4}
+    trainer = trainer_on_shifted(tiny_resnet(), tmp_path, DAFTConfig(head_lr=0.1), **options)
     trainer._start_run()
     trainer.create_optimizer_and_scheduler(4)
-    assert type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)) is torch.optim.SGD
     groups = trainer.optimizer.param_groups
-    assert {(group["momentum"], group["weight_decay"]) for group in groups} == {(0.9, 0.0)}
-    assert {group["lr"] for group in groups} == {rate, 0.1}
+    assert {group["weight_decay"] for group in groups} == {0.0} and {group["lr"] for group in groups} == {rate, 0.1}
+    if optim == "sgd":
+        assert {group["momentum"] for group in groups} == {0.9} and trainer.args.max_grad_norm == 0.0
     curve = trainer.lr_scheduler.lr_lambdas[0]
     assert [curve(step) for step in range(5)] == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
 
