@@ -1,9 +1,8 @@
 """Which learning rates suit which task: `python tests/benchmarks/rates.py FOLDER/caltech40 FOLDER/cifar10`.
 
-Each strategy trains for 12 epochs (batches of 32, cosine, BatchNorm momentum 0.1, no
-augmentation, no weight decay) over a grid of learning
-rates under SGD (momentum 0.9, no clipping) and under AdamW, on tasks near to ImageNet and far from it, with
-MobileNetV2, EfficientNet-Lite0 and DINOv2-small. FOLDERs hold image folders with the splits train, validation and test;
+Each strategy trains for 12 epochs (batches of 32, cosine, BatchNorm momentum 0.1, no augmentation, no weight decay)
+over a grid of learning rates under SGD (momentum 0.9, no clipping) and under AdamW, on tasks near to ImageNet and far
+from it, with MobileNetV2 and EfficientNet-Lite0. FOLDERs hold image folders with the splits train, validation and test;
 the far tasks (solar cells, MNIST, UCI digits) are built in. Runs are kept in tests/benchmarks/results/rates.jsonl; a
 run that is there is not made again. `--page` writes their tables into docs/rates.md.
 """
@@ -101,7 +100,6 @@ class Task:
 
 FAR = {"elpv": (500, 128), "mnist": (200, 64), "digits": (100, 64)}  # training images, pixels
 NEAR = {"caltech40": 128, "cifar10": 96}
-PATCHES = {128: 112, 96: 112, 64: 70}  # for patches of 14 pixels
 
 
 def far_task(name: str) -> DatasetDict:
@@ -130,12 +128,11 @@ class Bench:
 
     def __init__(self, task: Task, model: str) -> None:
         self.task, self.model = task, model
-        self.pixels = PATCHES[task.pixels] if model.startswith("dinov2") else task.pixels
         loaded, processor = self.load(0)
-        self.ready = process(task.data, loaded, processor, in_memory=True, channels_last=not model.startswith("dinov2"))
+        self.ready = process(task.data, loaded, processor, in_memory=True, channels_last=True)
 
     def load(self, seed: int, keep: bool = False) -> tuple[Any, Any]:
-        return load_classifier(self.model, self.task.data.columns, seed, self.pixels, keep_source_head=keep)
+        return load_classifier(self.model, self.task.data.columns, seed, self.task.pixels, keep_source_head=keep)
 
     def run(self, strategy: FTConfig | list[FTConfig], optim: str, rate: float, seed: int) -> Entry:
         configs = [replace(config, batch_norm_momentum=0.1) for config in resolve(strategy)]
@@ -230,7 +227,7 @@ def write_page() -> None:
     """Put the tables between the marks in docs/rates.md."""
     text = PAGE.read_text(encoding="utf-8")
     for name, table in tables().items():
-        begin, end = f"<!-- begin: {name} -->", "<!-- end -->"
+        begin, end = f"<!-- runs: {name} -->", "<!-- runs end -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
     PAGE.write_text(text, encoding="utf-8")
