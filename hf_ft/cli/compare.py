@@ -24,7 +24,7 @@ from hf_ft.comparison.prepare import Prepared, prepare_comparison
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.sections.ranking import BEST_FOLDER, usage
 from hf_ft.comparison.settings import optimizers, setting
-from hf_ft.comparison.statistics import standings
+from hf_ft.comparison.statistics import gain, standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
@@ -201,6 +201,10 @@ def show(results: Results, folder: Path, example: str | None = None) -> None:
     headers = ("strategy", "validation", "test", "to full", "s/run", "trials", "tuning s", "")
     say(f"\n{results.metric}, mean ± std of {results.settings['seeds']} seeds; * is best on validation:\n")
     say(table(rows, headers))
+    gained = gain(results)
+    if gained is not None:
+        error = "" if gained[1] is None else f" (standard error {gained[1]:.3f})"
+        say(f"\n{results.winner} gained {gained[0]:+.3f}{error} in test {results.metric} over full fine-tuning.")
     reasons = [(c.name, f"{c.status}: {c.reason}") for c in results.contenders if c.status != "finished" and c.reason]
     if reasons:
         say(f"\n{table(reasons)}")

@@ -190,7 +190,8 @@ class Runner:
         training = done.training
         names = {RATE: "lr", OPTIM: ""}
         named = ", ".join(
-            f"{names.get(key, key.rpartition('.')[2])} {_short(value)}".strip() for key, value in training.params.items()
+            f"{names.get(key, key.rpartition('.')[2])} {_short(value)}".strip()
+            for key, value in training.params.items()
         )
         what = f"trial {number + 1}" if kind == "trial" else f"seed {number}"
         score = training.error or f"{self.common.metric} {training.validation:.3f}"
