@@ -214,7 +214,9 @@ def gain(results: Results) -> tuple[float, float | None] | None:
         for contender in (results[results.winner], baseline)
     ]
     known = bool(labels) and all(len(one) == len(labels) for runs in predictions for one in runs)
-    return difference.mean, paired_standard_error(results.metric, *predictions, labels) if known else None
+    return difference.mean, paired_standard_error(
+        results.metric, predictions[0], predictions[1], labels
+    ) if known else None
 
 
 def standings(results: Results) -> tuple[Standing, ...]:

@@ -75,7 +75,7 @@ class Benches:
             data = bench.data["train"] if bench.plain is None else bench.plain
             samples = Samples(len(data), lambda rows: dict(bench.collate(read_rows(data, rows))))
             try:
-                self._fits[key] = fit_head(model, anatomy(model, head=head).head.modules, samples)
+                self._fits[key] = fit_head(model, anatomy(model, head=head), samples)
             except (AnatomyError, OptionError) as error:
                 logger.info(f"no learning rate can be fitted to the head: {error}")
                 self._fits[key] = None

@@ -27,6 +27,7 @@ from hf_ft.functional import head_curvature, stable_rate
 from hf_ft.models.feature_hooks import INPUT, activations
 from hf_ft.models.head_layers import adapter_around, logit_layers
 from hf_ft.models.names import Names
+from hf_ft.models.parts import Anatomy
 from hf_ft.models.preserve import random_states_kept
 
 HeadRate = float | Literal["auto"] | None
@@ -48,6 +49,8 @@ class WithHeadRate(Protocol):
 
     @property
     def head_lr(self) -> HeadRate: ...
+
+    def anatomy(self, model: nn.Module) -> Anatomy: ...
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,17 @@ class HeadFit:
         return float(f"{min(max(rate, LEAST), MOST):.2g}")
 
 
-def fit_head(model: nn.Module, head: Names, samples: Samples, computing: Any = nullcontext) -> HeadFit:
+def fit_head(model: nn.Module, parts: Anatomy, samples: Samples, computing: Any = nullcontext) -> HeadFit:
     """Look at the features that the head of a model sees on this data.
 
     Args:
-        head: names of the head's modules.
+        parts: the model's parts. Of the members of an ensemble, that with the lowest stable rate decides.
         samples: up to 256 of them, spread over the data, pass through the model in eval mode; it is left unchanged.
         computing: context manager for the model's computations, such as autocast.
     """
-    layers = logit_layers(model, head) or logit_layers(model, head, trainable=False)
+    heads = [member.head.modules for _, member in parts.members] or [parts.head.modules]
+    layers = [layer for head in heads for layer in logit_layers(model, head) or logit_layers(model, head, False)]
     features = _features(model, tuple(adapter_around(model, layer) or layer for layer in layers), samples, computing)
-    # Of several layers of logits (members of an ensemble), that with the lowest stable rate decides.
     return HeadFit(
         max(float(head_curvature(values)) for values in features),
         max(float(values.double().abs().sum(dim=1).mean()) for values in features),
@@ -101,7 +104,7 @@ def loss_curvature(model: Any) -> float:
     return 2 / outputs if kind == "regression" or outputs == 1 else 1 / 2
 
 
-def measure_head_rate(strategy: WithHeadRate, model: nn.Module, head: Names, context: Context) -> dict[str, float]:
+def measure_head_rate(strategy: WithHeadRate, model: nn.Module, context: Context) -> dict[str, float]:
     """For ``measure``: the entries of the state's ``info``; empty unless ``head_lr="auto"``."""
     if strategy.head_lr != "auto":
         return {}
@@ -111,7 +114,7 @@ def measure_head_rate(strategy: WithHeadRate, model: nn.Module, head: Names, con
             "samples cannot be looked at before training. Set a number, or pass a map-style train_dataset."
         )
         return {}
-    fit = fit_head(model, head, context.samples, context.recipe.computing)
+    fit = fit_head(model, strategy.anatomy(model), context.samples, context.recipe.computing)
     optimizer = context.recipe.optimizer([{"params": [torch.zeros(1, requires_grad=True)]}])
     sgd = isinstance(optimizer, torch.optim.SGD)
     rate = fit.rate("sgd", optimizer.defaults["momentum"]) if sgd else fit.rate("adam")

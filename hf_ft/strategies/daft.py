@@ -168,7 +168,7 @@ class DAFTConfig(FTConfig):
 
     def measure(self, model: nn.Module, context: Context) -> State:
         statistics = self._statistics(model, context) if self.convert_batch_norm else {}
-        return State(statistics, measure_head_rate(self, model, self.anatomy(model).head.modules, context))
+        return State(statistics, measure_head_rate(self, model, context))
 
     def _statistics(self, model: nn.Module, context: Context) -> dict[str, Tensor]:
         layers = estimate_batch_norm(model, context.batches(), self.statistics, context.reduce)

@@ -83,7 +83,7 @@ class LinearProbeConfig(FTConfig):
             return measure_probe(model, self, context)
         if context.recipe.learning_rate != UNSET_RATE:  # it has no other meaning here than the head's rate
             return State()
-        return State(info=measure_head_rate(self, model, self.anatomy(model).head.modules, context))
+        return State(info=measure_head_rate(self, model, context))
 
     def learned(self, state: State) -> str:
         return describe_probe(state) or describe_head_rate(state)

@@ -100,7 +100,7 @@ class LPFTConfig(FTConfig):
     def measure(self, model: nn.Module, context: Context) -> State:
         if self.probe_solver == "lbfgs":
             return measure_probe(model, self, context)
-        return State(info=measure_head_rate(self, model, self.anatomy(model).head.modules, context))
+        return State(info=measure_head_rate(self, model, context))
 
     def learned(self, state: State) -> str:
         return describe_probe(state) or describe_head_rate(state)

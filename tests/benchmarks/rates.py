@@ -241,7 +241,7 @@ def look_at_heads(tasks: Sequence[Task], models: Sequence[str]) -> None:
             bench = Bench(task, model)
             data, (loaded, _) = bench.ready.splits["train"], bench.load(1)
             samples = Samples(len(data), lambda rows, b=bench, d=data: dict(b.ready.collate(read_rows(d, rows))))  # type: ignore[misc]
-            fit = fit_head(loaded, anatomy(loaded).head.modules, samples)
+            fit = fit_head(loaded, anatomy(loaded), samples)
             found.append({"of": [task.name, model], "curvature": fit.curvature, "feature_norm": fit.feature_norm})
     HEADS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

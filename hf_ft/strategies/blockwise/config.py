@@ -149,7 +149,7 @@ class BlockwiseConfig(FTConfig):
     def measure(self, model: nn.Module, context: Context) -> State:
         if self.block != "auto":
             self.chosen(model, State())  # rejects a block that does not exist
-        info: dict[str, Any] = measure_head_rate(self, model, self.anatomy(model).head.modules, context)
+        info: dict[str, Any] = measure_head_rate(self, model, context)
         if self.block != "auto":
             return State(info=info)
         # The candidates of the search train with the same rate.
