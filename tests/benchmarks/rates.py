@@ -204,15 +204,15 @@ def tables() -> dict[str, str]:
     for (task, model, strategy, optim), scores in rows.items():
         shown = (task, model, "AdamW" if optim == ADAM else "SGD")
         best = max(scores.values())
-        grid = ", ".join(f"**{s:.3f}**" if s == best else f"{s:.3f}" for _, s in sorted(scores.items()))
-        rates = f"{min(scores):.0e} to {max(scores):.0e}".replace("e-0", "e-")
+        shown_scores = {rate: f"**{score:.3f}**" if score == best else f"{score:.3f}" for rate, score in scores.items()}
+        grid = ", ".join(f"{rate:.0e}: {text}".replace("e-0", "e-") for rate, text in sorted(shown_scores.items()))
         if strategy == "linear_probe":
             fit = heads[task, model]
             fitted = HeadFit(fit["curvature"], fit["feature_norm"]).rate(optim)
-            probes.append((*shown, f"{fit['curvature']:.0f}", f"{fit['feature_norm']:.0f}", f"{fitted:g}", rates, grid))
+            probes.append((*shown, f"{fit['curvature']:.0f}", f"{fit['feature_norm']:.0f}", f"{fitted:g}", grid))
         else:
-            others.append((strategy, *shown, rates, grid))
-    head = ("task", "model", "optimizer", "λ", "mean L1 norm", "fitted rate", "rates, in half decades", "test scores")
+            others.append((strategy, *shown, grid))
+    head = ("task", "model", "optimizer", "λ", "mean L1 norm", "fitted rate", "test score by rate")
     return {
         "probes": _table(head, sorted(probes)),
         "grids": _table(("strategy", *head[:3], *head[6:]), sorted(others)),

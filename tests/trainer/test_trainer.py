@@ -480,7 +480,11 @@ def test_users_optimizer(tmp_path):
     model = tiny_resnet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     trainer = FTTrainer(
-        model, tiny_arguments(tmp_path), strategy="lp_ft", train_dataset=tiny_data(model), optimizers=(optimizer, None)
+        model,
+        tiny_arguments(tmp_path),
+        strategy=LPFTConfig(head_lr=0.01),
+        train_dataset=tiny_data(model),
+        optimizers=(optimizer, None),
     )
     trainer.train()
     assert {group[STAGE_RATES] for group in optimizer.param_groups} == {(0.0, 0.05), (0.01, 0.05)}
