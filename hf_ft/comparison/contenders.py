@@ -18,7 +18,7 @@ from hf_ft.core.compose import recommended_arguments, resolve, shared_option
 from hf_ft.core.config import ADAM, BASELINE, FITTED, SGD, FTConfig, config_class, strategies
 from hf_ft.core.head_rate import HeadFit
 from hf_ft.core.options import options
-from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space, edges, spread
+from hf_ft.core.search_space import Choice, Declared, FittedRate, LogRange, Space, edges, spread
 from hf_ft.errors import AnatomyError, OptionError
 
 RATE, OPTIM, MOMENTUM = "learning_rate", "optim", "batch_norm_momentum"
@@ -181,7 +181,7 @@ def entrant(
     """
     configs = tuple(configs)
     made, notes, refusal = _prepared(configs, bench, settings, metric, epochs, model)
-    tuned: dict[str, LogRange | Choice | FittedRate] = {
+    tuned: Declared = {
         f"{config.ft_type}.{option}": part
         for config in configs
         for option, part in type(config).tuned.items()
@@ -191,32 +191,43 @@ def entrant(
     own = recommended["optim"].value if "optim" in recommended else ADAM
     order = sorted(optims, key=lambda optim: optim != own)  # its own first
     rates = {optim: _recommended_rate(configs, optim) for optim in order}
-    needs_head = any(isinstance(part, FittedRate) for part in tuned.values()) or None in rates.values()
-    needs_head |= any(getattr(config, "head_lr", None) == "auto" for config in configs)
-    fit = head(bench, shared_option(configs, "head")) if needs_head and not refusal else None
+    fits = any(isinstance(part, FittedRate) for part in tuned.values()) or None in rates.values()
+    fits |= any(getattr(config, "head_lr", None) == "auto" for config in configs)
+    fit = head(bench, shared_option(configs, "head")) if fits and not refusal else None
     head_rates = {} if fit is None else {optim: fit.rate(optim) for optim in order}
-    spaces, centres = {}, {}
-    for optim in order:
-        rate = rates[optim]
-        centres[optim] = rate if rate is not None else head_rates.get(optim, UNKNOWN_HEAD[optim == SGD])
-        space: dict[str, LogRange | Choice] = {RATE: settings.rates(centres[optim])}
-        for option, part in tuned.items():
-            if not isinstance(part, FittedRate):
-                space[option] = part
-            elif optim in head_rates:
-                space[option] = part.around(head_rates[optim])
-        spaces[optim] = space
-    least = spaces[order[0]][RATE]
-    assert isinstance(least, LogRange)
-    first: dict[str, Any] = {OPTIM: order[0]} if len(order) > 1 else {}
-    first |= {RATE: min(max(centres[order[0]], least.low), least.high)}
-    for option in (option for option in spaces[order[0]] if option != RATE):
-        fitted = isinstance(tuned[option], FittedRate)
-        first[option] = head_rates[order[0]] if fitted else _default(configs, option)
-    if fit is not None:
+    if head_rates:
         shown = ", ".join(f"{rate:g} ({optim})" for optim, rate in head_rates.items())
         notes.append(f"{name}: the learning rate that fits the head's features is {shown}")
+    spaces, firsts = {}, []
+    for optim in order:
+        rate = rates[optim] or head_rates.get(optim, UNKNOWN_HEAD[optim == SGD])
+        spaces[optim] = _space(settings.rates(rate), tuned, head_rates.get(optim))
+        firsts.append(_first(spaces[optim], rate, configs, head_rates.get(optim)))
+    first = ({OPTIM: order[0]} if len(order) > 1 else {}) | firsts[0]
     return Entrant(name, tuple(made), spaces, first, bench, head_rates, tuple(notes), refusal)
+
+
+def _space(rates: LogRange, tuned: Declared, head_rate: float | None) -> dict[str, LogRange | Choice]:
+    """The space under one optimizer; without a fitted rate, that of the head is not tuned."""
+    space: dict[str, LogRange | Choice] = {RATE: rates}
+    for name, part in tuned.items():
+        if not isinstance(part, FittedRate):
+            space[name] = part
+        elif head_rate is not None:
+            space[name] = part.around(head_rate)
+    return space
+
+
+def _first(space: Space, rate: float, configs: Sequence[FTConfig], head_rate: float | None) -> dict[str, Any]:
+    """The defaults: the recommended rate as far as the user's range allows, and the options as they are."""
+    rates = space[RATE]
+    assert isinstance(rates, LogRange)
+    values: dict[str, Any] = {RATE: min(max(rate, rates.low), rates.high)}
+    for name in space:
+        if name != RATE:
+            default = _default(configs, name)
+            values[name] = head_rate if default == "auto" and isinstance(space[name], LogRange) else default
+    return values
 
 
 def _prepared(

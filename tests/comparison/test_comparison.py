@@ -124,7 +124,7 @@ def test_the_first_trial_has_the_defaults(compared):
         "optim": "adamw_torch", "learning_rate": 3e-4, "full.norm_mode": "auto"
     }  # fmt: skip
     first = results["lp_ft+l2_sp"].trials[0].params
-    assert first["l2_sp.alpha"] == 0.01 and first["learning_rate"] == 3e-5
+    assert first["l2_sp.alpha"] == 0.01 and first["learning_rate"] == 1e-4
     [note] = [note for note in results["lp_ft+l2_sp"].notes if "fits the head's features" in note]
     assert f" {first['lp_ft.head_lr']:g} (adamw_torch)" in note
 

@@ -1,13 +1,19 @@
 """Who takes part: the form of a strategy that fits model and data."""
 
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
-from hf_ft import DAFTConfig, SoftConfig
+from hf_ft import AMCFConfig, BlockwiseConfig, DAFTConfig, FullConfig, LinearProbeConfig, LPFTConfig, SoftConfig
 from hf_ft.comparison.contenders import entrant
+from hf_ft.comparison.cost import Work
 from hf_ft.comparison.settings import Settings
+from hf_ft.core.head_rate import HeadFit
 from hf_ft.testing import tiny_resnet, tiny_vit
 
 
@@ -41,3 +47,91 @@ class UnfitConfig(DAFTConfig):
 
 def test_what_has_no_form_for_the_model_is_refused():
     assert entered(UnfitConfig(), tiny_vit()).refusal == "unfit cannot run on this model: leave it out."
+
+
+# --- what is tried
+
+
+BOTH = ("adamw_torch", "sgd")
+FIT = HeadFit(curvature=800.0, feature_norm=1000.0)
+
+
+def with_head(*configs, optims=BOTH, fit=FIT, **settings):
+    told = {"metric": "accuracy", "epochs": 1.0, "model": tiny_resnet(), "head": lambda bench, name: fit}
+    return entrant("it", configs, SimpleNamespace(source=None), Settings(**settings), optims=optims, **told)
+
+
+def test_the_first_trial_is_the_default_and_the_others_alternate_between_optimizers():
+    found = with_head(DAFTConfig()).settings(8, seed=0)
+    assert found[0] == {"optim": "adamw_torch", "learning_rate": 2e-4, "daft.head_lr": FIT.rate("adamw_torch")}
+    assert [values["optim"] for values in found] == ["adamw_torch", "sgd"] * 4
+    for values in found[1:]:
+        centre = {"adamw_torch": 2e-4, "sgd": 2e-3}[values["optim"]]
+        assert 1 / 5.6 < values["learning_rate"] / centre < 5.6
+        assert 0.099 < values["daft.head_lr"] / FIT.rate(values["optim"]) < 3.01
+    assert len({values["learning_rate"] for values in found}) == 8
+
+
+@pytest.mark.parametrize("optims", [BOTH, ("sgd",)])
+def test_fewer_trials_are_the_first_of_more(optims):
+    """So the number of trials may grow, and workers may share them."""
+    made = with_head(DAFTConfig(), optims=optims)
+    assert made.settings(5, seed=3) == made.settings(16, seed=3)[:5]
+    assert made.settings(5, seed=3) != made.settings(5, seed=4)
+
+
+def test_all_contenders_try_the_same_shares_of_their_ranges():
+    def shares(made):
+        found = []
+        for values in made.settings(6, seed=0)[1:]:
+            rates = made.spaces[values["optim"]]["learning_rate"]
+            found.append(math.log(values["learning_rate"] / rates.low) / math.log(rates.high / rates.low))
+        return found
+
+    assert shares(with_head(FullConfig())) == pytest.approx(shares(with_head(LPFTConfig())), abs=1e-3)
+
+
+def test_the_recommended_optimizer_is_tried_first():
+    assert with_head(AMCFConfig()).first["optim"] == "sgd"
+    assert with_head(FullConfig()).first["optim"] == "adamw_torch"
+    assert "optim" not in with_head(AMCFConfig(), optims=("adamw_torch",)).first
+
+
+def test_a_probe_is_tried_around_the_rate_that_fits_its_head():
+    made = with_head(LinearProbeConfig())
+    assert made.first == {"optim": "adamw_torch", "learning_rate": FIT.rate("adamw_torch")}
+    assert made.with_settings(made.first)[0].head_lr == "auto"  # which takes the learning rate that is given
+    unknown = with_head(LinearProbeConfig(), fit=None)
+    assert unknown.first["learning_rate"] == 1e-3 and not unknown.notes
+
+
+def test_a_head_that_is_not_tuned_gets_the_rate_of_each_optimizer():
+    made = with_head(BlockwiseConfig(block="stage1"), optims=BOTH)
+    for optim in BOTH:
+        chosen = made.with_settings({"optim": optim, "learning_rate": 1e-3})
+        assert chosen[0].head_lr == FIT.rate(optim)
+    fixed = with_head(DAFTConfig(head_lr=0.5))
+    assert fixed.with_settings(fixed.settings(2, seed=0)[1])[0].head_lr == 0.5
+
+
+def test_rates_of_the_user_hold_for_all():
+    made = with_head(DAFTConfig(), learning_rates="1e-3,1e-2")
+    assert made.first["learning_rate"] == 1e-3
+    assert all(1e-3 <= values["learning_rate"] <= 1e-2 for values in made.settings(8, seed=0))
+
+
+# --- work
+
+
+def test_work_is_counted_and_changes_nothing():
+    def trained(work):
+        torch.manual_seed(0)
+        model, data = nn.Linear(6, 3), torch.rand(5, 6)
+        with work or nullcontext():
+            model(data).sum().backward()
+        return model.weight.grad
+
+    first, again = Work(), Work()
+    gradients = [trained(work) for work in (first, again, None)]
+    assert first.total == again.total == 2 * 5 * 6 * 3 * 2  # forward, and backward to the weights alone
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
