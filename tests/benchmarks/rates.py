@@ -14,7 +14,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -223,10 +223,36 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 
+def regrets() -> str:
+    """What choosing a run of each grid by validation loses on test to the best run of it, by rule, as Markdown."""
+
+    def late(values: Sequence[float]) -> float:
+        return float(np.mean(values[len(values) // 2 :]))
+
+    rules: dict[str, Callable[[Entry], tuple[float, ...]]] = {
+        "accuracy of the best epoch, ties by that of the later half": lambda r: (max(r["curve"]), late(r["curve"])),
+        "accuracy of the best epoch": lambda r: (max(r["curve"]),),
+        "accuracy of the best epoch, ties by log loss": lambda r: (max(r["curve"]), -np.nanmin(r["log_losses"])),
+        "accuracy of the later half": lambda r: (late(r["curve"]),),
+        "accuracy of the last epoch": lambda r: (r["curve"][-1],),
+        "log loss of the best epoch": lambda r: (-np.nanmin(r["log_losses"]),),
+        "log loss of the later half": lambda r: (-late(r["log_losses"]),),
+    }
+    grids: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
+        grids.setdefault(tuple(entry[name] for name in ("task", "model", "strategy")), []).append(entry)
+    whole = [runs for runs in grids.values() if len(runs) > 3]
+    rows = []
+    for name, rule in rules.items():
+        lost = [max(r["test"] for r in runs) - max(runs, key=rule)["test"] for runs in whole]
+        rows.append((name, f"{np.mean(lost):.4f}", f"{max(lost):.3f}"))
+    return _table((f"chosen by, of {len(whole)} grids", "mean loss on test", "largest"), rows)
+
+
 def write_page() -> None:
     """Put the tables between the marks in docs/rates.md."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in tables().items():
+    for name, table in (tables() | {"regrets": regrets()}).items():
         begin, end = f"<!-- runs: {name} -->", "<!-- runs end -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
