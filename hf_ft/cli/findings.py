@@ -10,6 +10,8 @@ from hf_ft.core.findings import Findings, Text
 
 def show_findings(found: Findings, folder: Path) -> None:
     """Print the findings, save their files and, if matplotlib is installed, their plots."""
+    if found.summary and not found.short:
+        say(f"\n{found.summary}")
     for part in found.short:
         if isinstance(part, Text):
             say(f"\n{part.text}")

@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_ft.core.compose import recommended_arguments
-from hf_ft.core.config import FTConfig
+from hf_ft.core.config import FITTED, FTConfig
 from hf_ft.core.plan import Plan
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style
@@ -267,6 +267,8 @@ def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> No
     stated = {name: value for config in reversed(configs) for name, value in config.recommended.items()}
     differing = []
     for name, value in (stated | chosen).items():
+        if value.value == FITTED:
+            continue
         given = getattr(args, name)
         given = getattr(given, "value", given)
         unset = given == TrainingArguments.__dataclass_fields__[name].default

@@ -170,6 +170,13 @@ def test_a_probe_takes_the_learning_rate_that_was_set(tmp_path):
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.125}
 
 
+def test_that_nobody_set_a_rate_which_is_fitted_is_no_reason_to_warn(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
+    make_trainer(tiny_resnet(), LinearProbeConfig(), tmp_path, learning_rate=5e-5)
+    assert not said
+
+
 def test_a_stream_cannot_be_looked_at(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.core.head_rate.logger.warning", said.append)
