@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, State
+from hf_ft.core.head_rate import describe_head_rate, measure_head_rate
 from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.engine.frozen.record import batches_of
 from hf_ft.errors import OptionError
@@ -93,6 +94,18 @@ def measure_probe(model: nn.Module, config: FTConfig, context: Context) -> State
     probe = logistic_probe(features, labels, head.out_features, class_weights=weights)
     info = {"C": probe.strength, "accuracy": probe.accuracy, "held_out": probe.held_out}
     return State({WEIGHT: probe.weight, BIAS: probe.bias}, info)
+
+
+def measure_head(model: nn.Module, config: Any, context: Context) -> State:
+    """What a strategy with a probe measures: the fitted head, or the rate at which the optimizer is to train it."""
+    if config.probe_solver == "lbfgs":
+        return measure_probe(model, config, context)
+    return State(info=measure_head_rate(config, model, context))
+
+
+def describe_head(state: State) -> str:
+    """The result of :func:`measure_head` as a sentence."""
+    return describe_probe(state) or describe_head_rate(state)
 
 
 def describe_probe(state: State) -> str:

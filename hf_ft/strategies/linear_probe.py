@@ -20,13 +20,11 @@ from hf_ft.core import (
     Stage,
     State,
     advising,
-    describe_head_rate,
     head_rates,
-    measure_head_rate,
     option,
     register,
 )
-from hf_ft.engine.probe import describe_probe, measure_probe, set_head
+from hf_ft.engine.probe import describe_head, measure_head, set_head
 
 
 @register("linear_probe")
@@ -79,14 +77,12 @@ class LinearProbeConfig(FTConfig):
         return self.probe_solver == "lbfgs"
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        if self.probe_solver == "lbfgs":
-            return measure_probe(model, self, context)
-        if context.recipe.learning_rate != UNSET_RATE:  # it has no other meaning here than the head's rate
-            return State()
-        return State(info=measure_head_rate(self, model, context))
+        if self.probe_solver == "sgd" and context.recipe.learning_rate != UNSET_RATE:
+            return State()  # the rate that was set can only be meant for the head
+        return measure_head(model, self, context)
 
     def learned(self, state: State) -> str:
-        return describe_probe(state) or describe_head_rate(state)
+        return describe_head(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules

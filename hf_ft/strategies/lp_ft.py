@@ -22,13 +22,11 @@ from hf_ft.core import (
     Stage,
     State,
     advising,
-    describe_head_rate,
     head_rates,
-    measure_head_rate,
     option,
     register,
 )
-from hf_ft.engine.probe import describe_probe, measure_probe, set_head
+from hf_ft.engine.probe import describe_head, measure_head, set_head
 
 
 @register("lp_ft")
@@ -98,12 +96,10 @@ class LPFTConfig(FTConfig):
         return self.probe_solver == "lbfgs"
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        if self.probe_solver == "lbfgs":
-            return measure_probe(model, self, context)
-        return State(info=measure_head_rate(self, model, context))
+        return measure_head(model, self, context)
 
     def learned(self, state: State) -> str:
-        return describe_probe(state) or describe_head_rate(state)
+        return describe_head(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         finetune = Stage(
