@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_ft.core.compose import UNDER_SGD
 from hf_ft.core.config import ADAM, SGD
 from hf_ft.core.search_space import LogRange
 from hf_ft.errors import OptionError
@@ -26,7 +27,6 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.0,
 }
-UNDER = {SGD: {"optim_args": "momentum=0.9", "max_grad_norm": 0.0}}  # what an optimizer needs beside it
 # Set by the comparison for every training, as are learning_rate, seed, metric_for_best_model and greater_is_better.
 FIXED: dict[str, Any] = {
     "eval_strategy": "epoch",
@@ -167,4 +167,5 @@ def optimizers(arguments: Mapping[str, Any], task: str) -> tuple[str, ...]:
 
 def under(arguments: Mapping[str, Any], optim: str) -> dict[str, Any]:
     """The shared training arguments with an optimizer and what it needs beside it, where the user did not set it."""
-    return UNDER.get(optim, {}) | dict(arguments) | {"optim": optim}
+    beside = {name: wanted.value for name, wanted in UNDER_SGD.items()} if optim == SGD else {}
+    return beside | dict(arguments) | {"optim": optim}
