@@ -28,7 +28,8 @@ class Training:
         validation: the comparison's metric on validation at the best epoch; None if the training failed.
         best_epoch: the best epoch; may be fractional.
         scores: all metrics by name, by split (``validation``; in final runs also ``test`` and ``ood``).
-        curve: after each epoch: ``epoch``, ``loss`` (mean training loss of the epoch, of the first without its first step), ``validation``.
+        curve: after each epoch: ``epoch``, ``loss`` (mean training loss of the epoch, of the first without its first
+            step), ``validation``.
         seconds: wall-clock time of training, without evaluations.
         compute: the same in compute seconds (:func:`hf_ft.comparison.cost.now`).
         evaluation_seconds: time for evaluating and saving.
