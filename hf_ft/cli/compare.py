@@ -20,11 +20,12 @@ from hf_ft.cli.logs import quieten
 from hf_ft.cli.prepare import notices, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
+from hf_ft.comparison.gain import gain
 from hf_ft.comparison.prepare import Prepared, prepare_comparison
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.sections.ranking import BEST_FOLDER, usage
 from hf_ft.comparison.settings import optimizers, setting
-from hf_ft.comparison.statistics import gain, standings
+from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
@@ -204,7 +205,7 @@ def show(results: Results, folder: Path, example: str | None = None) -> None:
     gained = gain(results)
     if gained is not None:
         error = "" if gained[1] is None else f" (standard error {gained[1]:.3f})"
-        say(f"\n{results.winner} gained {gained[0]:+.3f}{error} in test {results.metric} over full fine-tuning.")
+        say(f"\nTest {results.metric} of {results.winner}, less that of full fine-tuning: {gained[0]:+.3f}{error}.")
     reasons = [(c.name, f"{c.status}: {c.reason}") for c in results.contenders if c.status != "finished" and c.reason]
     if reasons:
         say(f"\n{table(reasons)}")

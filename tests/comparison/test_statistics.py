@@ -14,7 +14,6 @@ from hf_ft.comparison.statistics import (
     Spread,
     front_of,
     paired_difference,
-    paired_standard_error,
     pareto_front,
     spread,
     standard_error,
@@ -248,40 +247,3 @@ def test_the_made_up_comparison_has_its_scores():
         assert found[name].standard_errors["ood"] == pytest.approx(np.mean(errors))
     assert found["soft"].rank is None and found["soft"].spreads == {}
     assert sum(s.rank is not None for s in found.values()) == len(made_up_results.FINISHED)
-
-
-# --- what the winner gained
-
-
-def test_paired_standard_error_of_a_single_seed():
-    """By the definition, in loops."""
-    labels = [0, 0, 0, 1, 1, 1, 1]
-    ours, theirs = [0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0, 0]
-    gaps = [(a == c) - (b == c) for a, b, c in zip(ours, theirs, labels, strict=True)]
-    variance = 0.0
-    for label in (0, 1):
-        own = [gap for gap, c in zip(gaps, labels, strict=True) if c == label]
-        mean = sum(own) / len(own)
-        variance += sum((gap - mean) ** 2 for gap in own) / (len(own) - 1) / len(own) / 4
-    assert paired_standard_error("balanced_accuracy", [ours], [theirs], labels) == pytest.approx(variance**0.5)
-
-
-def test_paired_standard_error_covers_seeds_and_images():
-    """The spread of the difference over many test sets and seeds is what it says of each of them, or a bit less."""
-    random = np.random.default_rng(0)
-    labels = np.repeat([0, 1], [40, 80])
-    found, said = [], []
-    for _ in range(400):
-        hard = random.random(120)
-        skills = random.normal([[0.7], [0.6]], 0.05, (2, 5))
-        right = (hard + random.normal(0, 0.2, (2, 5, 120))) < skills[..., None]
-        ours, theirs = np.where(right, labels, 1 - labels)
-        gaps = right[0].astype(float) - right[1]
-        found.append(np.mean([gaps[:, labels == c].mean() for c in (0, 1)]))
-        said.append(paired_standard_error("balanced_accuracy", ours, theirs, labels))
-    assert 0.95 < np.mean(said) / np.std(found) < 1.25
-
-
-def test_no_paired_standard_error():
-    assert paired_standard_error("macro_f1", [[0, 1]], [[0, 1]], [0, 1]) is None
-    assert paired_standard_error("balanced_accuracy", [[0, 1, 1]], [[0, 1, 1]], [0, 1, 1]) is None  # a class of one
