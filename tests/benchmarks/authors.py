@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from common import Entry, Runs, quiet
-from transformers import PrinterCallback, TrainingArguments
+from common import Entry, Runs, arguments, quiet
+from transformers import PrinterCallback
 
 from hf_ft import DELTAConfig, FTTrainer, FullConfig, LinearProbeConfig, LPFTConfig, LwFConfig
 from hf_ft.data.classifier import load_classifier
@@ -69,26 +69,7 @@ class Task:
         config, rate, decay = SETTINGS[name]
         transformers.set_seed(seed)
         with tempfile.TemporaryDirectory() as folder:
-            args = TrainingArguments(
-                folder,
-                num_train_epochs=EPOCHS,
-                per_device_train_batch_size=32,
-                per_device_eval_batch_size=64,
-                optim="sgd",
-                optim_args="momentum=0.9",
-                learning_rate=rate,
-                lr_scheduler_type="cosine",
-                weight_decay=decay,
-                max_grad_norm=0.0,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                log_level="error",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-                remove_unused_columns=False,
-                seed=seed,
-            )
+            args = arguments(folder, num_train_epochs=EPOCHS, learning_rate=rate, weight_decay=decay, seed=seed)
             trainer = FTTrainer(
                 self.load(seed, config.needs().source_head)[0],
                 args,

@@ -54,6 +54,27 @@ def quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def arguments(folder: str, **changes: Any) -> TrainingArguments:
+    """Quiet arguments of a run with SGD (momentum 0.9, cosine, no clipping, no decay); any of them can be changed."""
+    usual: dict[str, Any] = {
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "log_level": "error",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+    return TrainingArguments(folder, **usual | changes)
+
+
 def train(
     model: Any,
     config: FTConfig | list[FTConfig],
@@ -80,27 +101,16 @@ def train(
         when = {f"{what}_strategy": "steps" for what in ("eval", "save", "logging")}
         when |= {f"{what}_steps": every for what in ("eval", "save", "logging")}
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
+        args = arguments(
             folder,
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=64,
-            optim="sgd",
-            optim_args="momentum=0.9",
             learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            weight_decay=0.0,
-            max_grad_norm=0.0,
             **when,
             save_total_limit=1,
             save_only_model=True,
             load_best_model_at_end=True,
             metric_for_best_model="balanced_accuracy",
-            report_to="none",
-            log_level="error",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
             seed=seed,
         )
         trainer = FTTrainer(

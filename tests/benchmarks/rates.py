@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from common import Entry, Runs, quiet
+from common import Entry, Runs, arguments, quiet
 from datasets import DatasetDict
-from transformers import EvalPrediction, PrinterCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback
 
 from hf_ft import (
     BlockwiseConfig,
@@ -139,27 +139,16 @@ class Bench:
         keep = any(config.needs().source_head for config in configs)
         transformers.set_seed(seed)
         with tempfile.TemporaryDirectory() as folder:
-            args = TrainingArguments(
+            args = arguments(
                 folder,
                 num_train_epochs=EPOCHS,
                 per_device_train_batch_size=BATCH,
-                per_device_eval_batch_size=64,
-                optim=optim,
-                optim_args="momentum=0.9" if optim == SGD else None,
                 learning_rate=rate,
-                lr_scheduler_type="cosine",
-                weight_decay=0.0,
-                max_grad_norm=0.0 if optim == SGD else 1.0,
-                save_strategy="no",
                 eval_strategy="epoch",
                 logging_strategy="epoch",
                 logging_nan_inf_filter=False,
-                report_to="none",
-                log_level="error",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-                remove_unused_columns=False,
                 seed=seed,
+                **({} if optim == SGD else {"optim": optim, "optim_args": None, "max_grad_norm": 1.0}),
             )
             trainer = FTTrainer(
                 self.load(seed, keep)[0],

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Entry, Runs, quiet
+from common import Entry, Runs, arguments, quiet
 from scipy.stats import spearmanr
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback
 
 from hf_ft import AMCFConfig, FTTrainer, SwarmSearch
 from hf_ft.data.classifier import load_ensemble
@@ -47,25 +47,7 @@ class Task:
         return [tuple(int(random.integers(count)) for count in self.layers) for _ in range(POSITIONS)]
 
     def trainer(self, config: AMCFConfig) -> FTTrainer:
-        args = TrainingArguments(
-            tempfile.mkdtemp(),
-            num_train_epochs=EPOCHS,
-            per_device_train_batch_size=32,
-            per_device_eval_batch_size=64,
-            optim="sgd",
-            optim_args="momentum=0.9",
-            learning_rate=0.01,
-            weight_decay=5e-4,
-            lr_scheduler_type="cosine",
-            max_grad_norm=0.0,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            log_level="error",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-        )
+        args = arguments(tempfile.mkdtemp(), num_train_epochs=EPOCHS, learning_rate=0.01, weight_decay=5e-4)
         trainer = FTTrainer(
             load_ensemble(SOURCES, self.columns, 0, PIXELS)[0],
             args,
