@@ -180,6 +180,17 @@ def _announce(model: str, prepared: Prepared) -> None:
     say(f"{table(rows)}\n")
 
 
+def _gained(results: Results) -> str:
+    """What the winner gained, in a sentence."""
+    if results.winner in ("", results.contenders[0].name):
+        return "Nothing is gained over full fine-tuning: no strategy scores higher on validation."
+    gained = gain(results)
+    if gained is None:
+        return f"{results.winner} and full fine-tuning have no test scores in common."
+    error = "" if gained[1] is None else f" (standard error {gained[1]:.3f})"
+    return f"Test {results.metric} of {results.winner}, less that of full fine-tuning: {gained[0]:+.3f}{error}."
+
+
 def show(results: Results, folder: Path, example: str | None = None) -> None:
     """Print the ranking, the locations of all files, and how to classify an example in the folder."""
     rows = []
@@ -202,10 +213,7 @@ def show(results: Results, folder: Path, example: str | None = None) -> None:
     headers = ("strategy", "validation", "test", "to full", "s/run", "trials", "tuning s", "")
     say(f"\n{results.metric}, mean ± std of {results.settings['seeds']} seeds; * is best on validation:\n")
     say(table(rows, headers))
-    gained = gain(results)
-    if gained is not None:
-        error = "" if gained[1] is None else f" (standard error {gained[1]:.3f})"
-        say(f"\nTest {results.metric} of {results.winner}, less that of full fine-tuning: {gained[0]:+.3f}{error}.")
+    say(f"\n{_gained(results)}")
     reasons = [(c.name, f"{c.status}: {c.reason}") for c in results.contenders if c.status != "finished" and c.reason]
     if reasons:
         say(f"\n{table(reasons)}")

@@ -64,6 +64,7 @@ class Runner:
         self.settings, self.common, self.folder = settings, common, folder
         self.signature, self.tell, self.kept = signature, tell, Kept(folder)
         self._storage = open_storage(settings.storage or str(folder / STORAGE))
+        self._warm = False
         self._deadline = math.inf if settings.hours is None else time.monotonic() + 3600 * settings.hours
 
     def run(self) -> None:
@@ -74,7 +75,6 @@ class Runner:
             gc.collect()
             gc.freeze()
         try:
-            self._warm_up()
             self._run()
         finally:
             if ours:
@@ -104,7 +104,7 @@ class Runner:
                 break
 
     def _warm_up(self) -> None:
-        """Run a few uncounted steps: the first training of a process is slower, which would distort its cost."""
+        """Run a few uncounted steps: the first training of a process is slower, which would distort its seconds."""
         short = dataclasses.replace(self.common, arguments={**self.common.arguments, "max_steps": 3})
         first = self.ledger.entrants[0]
         with suppress(Exception):  # errors are reported by the trainings
@@ -121,6 +121,9 @@ class Runner:
             jobs.append(Job(key, {"strategy": entrant.name, "kind": kind, **shown}))
 
         def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
+            if not self._warm:  # not before it is known that there is something to train
+                self._warm_up()
+                self._warm = True
             return self._evaluate(*what[job.key])
 
         def progress(finished: int, all_jobs: int, outcome: Outcome | None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
 from transformers.training_args import OptimizerNames
 
@@ -471,6 +472,22 @@ def test_the_winner_saved_is_the_one_that_the_results_name(tmp_path):
         pixels = AutoImageProcessor.from_pretrained(tmp_path / "best")(images=images, return_tensors="pt")
         with torch.no_grad():
             assert model(**pixels).logits.argmax(-1).tolist() == list(saved.predictions["test"])
+
+
+@pytest.mark.slow
+def test_a_finished_comparison_trains_nothing_again(tmp_path):
+    """Not a step; and results, report and winner are the same."""
+    first = run(tmp_path, "linear_probe,daft", trials=2, **SHORT)
+    files = ("results.json", "report.md", "report.html", "best/model.safetensors")
+    before = {name: (tmp_path / name).read_bytes() for name in files}
+    steps = []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        again = run(tmp_path, "linear_probe,daft", trials=2, **SHORT)
+    finally:
+        handle.remove()
+    assert not steps and lasting(again) == lasting(first)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == before
 
 
 @pytest.mark.slow
