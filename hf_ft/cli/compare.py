@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
+from hf_ft.documents.public import shareable_command, shareable_name
 from hf_ft.errors import OptionError
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
@@ -76,7 +76,10 @@ def run_compare(arguments: list[str], example: str | None = None) -> None:
         say(prepared.estimate() + "\n")
     prepared.runner.run()
     if is_main():  # results are identical on all workers
-        results, folder = prepared.finish(f"hf-ft compare {shlex.join(arguments)}", advice), prepared.runner.folder
+        results, folder = (
+            prepared.finish(shareable_command(["hf-ft", "compare", *arguments]), advice),
+            prepared.runner.folder,
+        )
         if example is not None:
             first = prepared.data.splits["test"].with_format(None)[0]
             first[prepared.data.columns.inputs[0]].save(folder / example)
@@ -153,7 +156,7 @@ def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:
         splits=DatasetDict({**data.splits, **other}),
         skipped={**data.skipped, **skipped},
         notices=notices(flags.dataset, flags.source_dataset, more.ood_dataset),
-        notes=(f"out of distribution: {more.ood_dataset}, {len(other['ood']):,} samples", *notes),
+        notes=(f"out of distribution: {shareable_name(more.ood_dataset)}, {len(other['ood']):,} samples", *notes),
     )
 
 

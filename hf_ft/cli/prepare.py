@@ -22,6 +22,7 @@ from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.data.task import Data, process
+from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 from hf_ft.trainer.trainer import FTTrainer
@@ -101,7 +102,7 @@ def read_data(
     return Data(
         rows,
         columns,
-        name=str(flags.dataset),
+        name=shareable_name(str(flags.dataset)),
         augment=_augmentation(flags.augment, columns, augment_images),
         max_length=flags.max_length,
         source=source,

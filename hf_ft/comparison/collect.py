@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from hf_ft.comparison.ledger import Done, Ledger
 from hf_ft.comparison.results import Contender, Results, Status, Training
 from hf_ft.comparison.runner import Runner
 from hf_ft.comparison.training import versions
+from hf_ft.documents.public import shareable, shareable_text
 
 TOLD = 1.2  # warn when the budget is exceeded by this factor
 
@@ -30,7 +32,7 @@ def collect(runner: Runner, **about: Any) -> Results:
     return Results(
         metric=common.metric,
         greater_is_better=common.greater_is_better,
-        settings={**runner.settings.described(), **common.arguments},
+        settings=shareable({**runner.settings.described(), **common.arguments}),
         versions={"python": platform.python_version(), **versions()},
         machine=machine(),
         seconds=sum(done.seconds for done in ledger.done.values()),
@@ -50,20 +52,25 @@ def contender(ledger: Ledger, entrant: Entrant) -> Contender:
     status, reason = _status(first, trials, runs, ledger.settings.seeds)
     return Contender(
         name=entrant.name,
-        configs=tuple(config.to_dict() for config in entrant.configs),
+        configs=tuple(config.shareable() for config in entrant.configs),
         status=status,
-        reason=reason,
-        notes=(*entrant.notes, *_over(_used(ledger, entrant, len(there)))),
+        reason=shareable_text(reason),
+        notes=shareable((*entrant.notes, *_over(_used(ledger, entrant, len(there))))),
         space=entrant.described_space(),
         measure_seconds=0.0 if first is None else first.measured_compute,
         used=_used(ledger, entrant, len(there)),
-        trials=tuple(there),
+        trials=tuple(map(_shareable, there)),
         chosen=chosen,
         on_edge=() if chosen is None else entrant.edges(there[chosen].params, [trial.params for trial in there]),
-        runs=tuple(runs),
+        runs=tuple(map(_shareable, runs)),
         found={} if first is None else first.found,
         learned="" if first is None else first.learned,
     )
+
+
+def _shareable(training: Training) -> Training:
+    """A training whose messages hold no local paths: results are made to be passed on."""
+    return dataclasses.replace(training, error=shareable_text(training.error), warnings=shareable(training.warnings))
 
 
 def _used(ledger: Ledger, entrant: Entrant, trials: int) -> float:

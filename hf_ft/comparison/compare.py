@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hf_ft.comparison.runner import Tell
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.task import Loader
 from hf_ft.data.task import Data
+from hf_ft.documents.public import shareable_command, shareable_text
 from hf_ft.trainer.trainer import ClassWeights
 
 
@@ -67,4 +67,4 @@ def compare(
     advice = prepared.advised() if advised else None
     tell(prepared.estimate())
     prepared.runner.run()
-    return prepared.finish(command or shlex.join(sys.argv), advice)
+    return prepared.finish(shareable_text(command) if command else shareable_command(sys.argv), advice)

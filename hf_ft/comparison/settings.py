@@ -145,6 +145,11 @@ def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         raise OptionError(
             f"{reserved[0]}={given[reserved[0]]!r} cannot be set: the comparison itself sets {', '.join(OURS)}."
         )
+    pushing = sorted(name for name in given if name == "push_to_hub" or name.startswith("hub_"))
+    if pushing:
+        raise OptionError(
+            f"{pushing[0]} cannot be set: a comparison pushes nothing to the Hub. Push best/, the winner, afterwards."
+        )
     values = DEFAULTS | dict(given)
     unknown = sorted(set(values) - {f.name for f in fields(TrainingArguments) if f.init})
     if unknown:

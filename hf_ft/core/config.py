@@ -19,9 +19,10 @@ from hf_ft.core.config_files import CONFIG_NAME, read_config_file
 from hf_ft.core.context import Context, State
 from hf_ft.core.findings import Findings
 from hf_ft.core.needs import Needs
-from hf_ft.core.options import UNKNOWN, from_json, option, options, to_json, validate
+from hf_ft.core.options import UNKNOWN, from_json, local_options, option, options, to_json, validate
 from hf_ft.core.plan import NormMode, Plan
 from hf_ft.core.search_space import Declared
+from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError, unknown
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.parts import Anatomy
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T", bound="FTConfig")
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,13 @@ class FTConfig(PushToHubMixin):
         new = {f.name for f in options(type(self)) if f.metadata["formerly"] == getattr(self, f.name)}
         return {name: value for name, value in self.to_dict().items() if name not in new}
 
+    def shareable(self) -> dict[str, Any]:
+        """What a file that others may read says of this config: no local options, and names instead of local paths."""
+        values = {name: v for name, v in self.to_dict().items() if name not in local_options(type(self))}
+        if self.sources_option:
+            values[self.sources_option] = [shareable_name(name) for name in values[self.sources_option]]
+        return values
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> FTConfig:
         """Build a config from its dictionary; ``ft_type`` selects the class. Unknown keys are dropped with a warning.
@@ -246,22 +255,30 @@ class FTConfig(PushToHubMixin):
 
 
 def write_configs(folder: Path, configs: Iterable[FTConfig], **extra: Any) -> None:
-    """Write ``ft_config.json`` for one or more strategies, with any extra entries."""
-    content = {"hf_ft_version": __version__, "strategies": [c.to_dict() for c in configs], **extra}
+    """Write ``ft_config.json`` for one or more strategies, as it may be shared, with any extra entries."""
+    content = {"hf_ft_version": __version__, "strategies": [c.shareable() for c in configs], **extra}
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig, ...]:
-    """Load all strategies saved in a folder or a Hub repository."""
+    """Load all strategies saved in a folder or a Hub repository, without options that are local to a machine."""
     content = read_config_file(name_or_path, **hub_options)
     return tuple(FTConfig.from_dict(_completed(item)) for item in content["strategies"])
 
 
+def as_saved(config: T) -> T:
+    """The config as :func:`load_configs` would read it again."""
+    values = {name: from_json(value) for name, value in config.shareable().items() if name != "ft_type"}
+    return type(config)(**values)
+
+
 def _completed(data: Any) -> Any:
-    """A saved config with what was done before of each option that was added later."""
+    """A saved config as it is read: with what was done before of options added later, and without local options."""
     kind = _registered().get(str(data.get("ft_type"))) if isinstance(data, Mapping) else None
     if kind is None:
         return data
+    # A file from elsewhere must not choose what is opened here.
+    data = {name: value for name, value in data.items() if name not in local_options(kind)}
     before = {f.name: to_json(f.metadata["formerly"]) for f in options(kind) if f.metadata["formerly"] is not UNKNOWN}
     return before | dict(data)
 

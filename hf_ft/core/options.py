@@ -18,7 +18,15 @@ from hf_ft.errors import OptionError
 UNKNOWN = object()
 
 
-def option(default: Any, help: str, *, range: str | None = None, source: str = "ours", formerly: Any = UNKNOWN) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    range: str | None = None,
+    source: str = "ours",
+    formerly: Any = UNKNOWN,
+    local: bool = False,
+) -> Any:
     """Declare one option of a config.
 
     Args:
@@ -28,8 +36,9 @@ def option(default: Any, help: str, *, range: str | None = None, source: str = "
         source: origin of the default: ``code`` (the authors' code), ``paper``, or ``ours``.
         formerly: for an option added later, the value that corresponds to what was done before; see
             :meth:`FTConfig.identity`.
+        local: whether it only says where something lies on this machine; it is not saved, and not read from a file.
     """
-    metadata = {"help": help, "range": range, "source": source, "formerly": formerly}
+    metadata = {"help": help, "range": range, "source": source, "formerly": formerly, "local": local}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -38,6 +47,11 @@ def options(config_class: type) -> list[dataclasses.Field]:
     fields = [f for f in dataclasses.fields(config_class) if "help" in f.metadata]
     own = getattr(config_class, "__annotations__", {})
     return sorted(fields, key=lambda f: f.name not in own)
+
+
+def local_options(config_class: type) -> frozenset[str]:
+    """Names of the options that only say where something lies on this machine."""
+    return frozenset(f.name for f in options(config_class) if f.metadata["local"])
 
 
 def annotation(config_class: type, name: str) -> Any:

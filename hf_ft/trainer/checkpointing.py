@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
-from hf_ft.core.config import load_configs, write_configs
+from hf_ft.core.config import as_saved, load_configs, write_configs
 from hf_ft.core.config_files import read_config_file
 from hf_ft.core.context import State
+from hf_ft.documents.public import shareable_name, shareable_text
 from hf_ft.engine import checkpoint as files
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.weight_files import member_folder
@@ -112,6 +116,7 @@ class Checkpoints:
     def save_beside_weights(self, folder: Path) -> None:
         """Save what belongs with the weights: strategies, their measurements, and modules used only in training."""
         trainer = self._trainer
+        self.save_arguments(folder)
         write_configs(folder, trainer.configs, base_model=self._description())
         files.write_states(folder, {c.ft_type: trainer.states.get(c.ft_type, State()) for c in trainer.configs})
         modules = self._term_modules()
@@ -121,12 +126,21 @@ class Checkpoints:
         if isinstance(trainer.model, PeftModel):
             files.save_buffers(trainer.model, folder)
 
+    def save_arguments(self, folder: Path) -> None:
+        """Write ``training_args.bin`` again, as it may be shared: the Trainer's holds the token and local paths."""
+        args = copy.copy(self._trainer.args)
+        args.hub_token = None
+        for name, value in vars(args).items():
+            if isinstance(value, str):
+                setattr(args, name, shareable_text(value))
+        torch.save(args, folder / TRAINING_ARGS_NAME)
+
     def save_delta(self, path: str | Path) -> None:
         """Save only what training changed."""
         if not self.base:
             raise CheckpointError("save_delta: nothing has been trained yet; call train() first.")
         if self._trainer.args.should_save:
-            files.save_delta(self._trainer.model, path, self.base, self._trainer.configs, self.base_name)
+            files.save_delta(self._trainer.model, path, self.base, self._trainer.configs, self._shared_name())
 
     # --- loading -------------------------------------------------------------------------------------------
 
@@ -148,12 +162,11 @@ class Checkpoints:
             return None
         chosen = files.last_checkpoint(folder) if resume is True else Path(resume)
         content, configs = read_config_file(chosen), self._trainer.configs
-        saved = load_configs(chosen)
-        if saved != configs:
+        if tuple(map(as_saved, load_configs(chosen))) != tuple(map(as_saved, configs)):
             raise OptionError(
                 f"{chosen} was trained with {[c['ft_type'] for c in content['strategies']]} ({content['strategies']}), "
-                f"but this trainer has {[c.to_dict() for c in configs]}: resume with the same strategy and options, or "
-                "start over in another output_dir."
+                f"but this trainer has {[c.shareable() for c in configs]}: resume with the same strategy and "
+                "options, or start over in another output_dir."
             )
         files.read_states(chosen)
         return chosen
@@ -191,7 +204,10 @@ class Checkpoints:
     def _description(self) -> dict[str, Any]:
         run = self._trainer._run
         head = tuple(name for chain in (run.chains if run else ()) for name in chain.parts[-1].modules)
-        return {"name": self.base_name, "sha256": files.base_digest(self.base, head) if self.base else None}
+        return {"name": self._shared_name(), "sha256": files.base_digest(self.base, head) if self.base else None}
+
+    def _shared_name(self) -> str | None:
+        return None if self.base_name is None else shareable_name(self.base_name)
 
     def _term_modules(self) -> nn.ModuleDict:
         run = self._trainer._run

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, TrainerState
 
-from hf_ft.core.config import FTConfig
+from hf_ft.core.config import FTConfig, as_saved
 from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
@@ -140,6 +140,7 @@ def _is_ensemble(model: Any) -> bool:
 
 
 def _describe(config: FTConfig, found: Findings, beside: Collection[str]) -> str:
+    config = as_saved(config)
     changed = {
         field.name: describe_value(getattr(config, field.name))
         for field in options(type(config))

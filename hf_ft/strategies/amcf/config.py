@@ -139,6 +139,7 @@ class AMCFConfig(FTConfig):
         None,
         "Where to store the trials: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
         "swarm_search.db in the output folder. Processes that share a storage share the search.",
+        local=True,
     )
 
     def __post_init__(self) -> None:

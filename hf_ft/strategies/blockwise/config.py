@@ -131,6 +131,7 @@ class BlockwiseConfig(FTConfig):
         None,
         "Where to store the trials: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for "
         "block_search.db in the output folder. Processes that share a storage share the search.",
+        local=True,
     )
 
     def within(self, epochs: float, model: nn.Module) -> BlockwiseConfig:
