@@ -19,6 +19,7 @@ from hf_ft.cli.logs import quieten
 from hf_ft.cli.prepare import notices, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
+from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.gain import gain
 from hf_ft.comparison.prepare import Prepared, prepare_comparison
 from hf_ft.comparison.report import write_report
@@ -141,6 +142,7 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     settings.check()
+    Kept(folder).check()  # before anything is read
 
 
 def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:

@@ -1,4 +1,4 @@
-"""Files of a running comparison: measurements of strategies and models of potential winners."""
+"""The output folder of a comparison: whose it is, and the files of a running one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from filelock import FileLock
 
 from hf_ft.core.context import State
 from hf_ft.engine.checkpoint import read_states, write_states
-from hf_ft.errors import CheckpointError
+from hf_ft.errors import CheckpointError, OptionError
 
+STORAGE = "compare.db"
+OWN = ".comparison"  # files of a running comparison; marks the output folder as one of ours
 SCORE, ORIGIN = "score.json", "comparison.json"
+SHOWN = 3  # foreign files named in a message
 
 
 @dataclass(frozen=True)
 class Kept:
     """Files in the output folder, shared by all workers; each file is written atomically.
+
+    Only what a comparison wrote is ever replaced or deleted: everything in :data:`OWN`, and the winner's folder, which
+    says which contender it came from.
 
     Args:
         folder: the output folder.
@@ -28,13 +34,43 @@ class Kept:
 
     folder: Path
 
+    @property
+    def own(self) -> Path:
+        """The folder of files for this comparison alone."""
+        return self.folder / OWN
+
+    def check(self) -> None:
+        """Make sure that nobody else's files are in the way.
+
+        Raises:
+            OptionError: if the output folder holds other files.
+        """
+        # Listed once: another worker may be claiming the folder, and creates its mark before anything else.
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if names and not names & {OWN, STORAGE}:
+            shown = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            raise OptionError(
+                f"output_dir={str(self.folder)!r} holds files that no comparison wrote ({shown}): choose a new or an "
+                "empty folder."
+            )
+        self._check_best()
+
+    def claim(self) -> None:
+        """Check the output folder, and make it one of ours."""
+        self.check()
+        self.own.mkdir(parents=True, exist_ok=True)
+
+    def _check_best(self) -> None:
+        if self.best.exists() and not (self.best / ORIGIN).is_file():
+            raise OptionError(f"{self.best} was not written by a comparison: move it, or choose another output_dir.")
+
     def work(self, name: str) -> Path:
         """The working folder of one training in this process."""
-        return self.folder / "work" / f"{name}-{os.getpid()}"
+        return self.own / "work" / f"{name}-{os.getpid()}"
 
     def model(self, name: str, seed: int) -> Path:
         """The folder of a contender's final run, named like the winner's, since model cards show the name."""
-        return self.folder / "models" / name / f"seed-{seed}" / self.best.name
+        return self.own / "models" / name / f"seed-{seed}" / self.best.name
 
     @property
     def best(self) -> Path:
@@ -44,13 +80,13 @@ class Kept:
     def states(self, name: str) -> dict[str, State] | None:
         """The measurements of a contender; None if missing or damaged."""
         try:
-            return read_states(self.folder / "states" / name)
+            return read_states(self.own / "states" / name)
         except (CheckpointError, OSError):
             return None
 
     def keep_states(self, name: str, states: Mapping[str, State]) -> None:
         """Save the measurements atomically."""
-        folder = self.folder / "states" / name
+        folder = self.own / "states" / name
         partial = self.work(f"{name}-states")
         partial.mkdir(parents=True, exist_ok=True)
         write_states(partial, states)
@@ -83,18 +119,20 @@ class Kept:
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(self.model(name, seed), copy)
             (copy / ORIGIN).write_text(json.dumps({"contender": name, "seed": seed}), encoding="utf-8")
-            shutil.rmtree(self.best, ignore_errors=True)
+            self._check_best()
+            if self.best.exists():
+                shutil.rmtree(self.best)
             copy.rename(self.best)
         return self.best
 
     def clear(self) -> None:
         """Delete all models except the winner, and the files of killed processes; no training may be running."""
         for folder in ("models", "work"):
-            shutil.rmtree(self.folder / folder, ignore_errors=True)
+            shutil.rmtree(self.own / folder, ignore_errors=True)
 
     def locked(self) -> FileLock:
         """A lock for comparing or replacing files of several workers."""
-        return FileLock(self.folder / ".lock")
+        return FileLock(self.own / "lock")
 
     def _is_best(self, name: str, seed: int) -> bool:
         try:

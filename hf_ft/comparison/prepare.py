@@ -15,6 +15,7 @@ from hf_ft.advice import Advice, advise
 from hf_ft.comparison.collect import collect
 from hf_ft.comparison.contenders import Entrant, Strategies, chosen_strategies, entrant
 from hf_ft.comparison.cost import measure_cost
+from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import Results
@@ -140,6 +141,8 @@ def prepare_comparison(
     """
     settings = settings or Settings()
     settings.check()
+    folder = Path(output_dir)
+    Kept(folder).check()
     given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
     metric = _checked_metric(given, settings)
     values = training_arguments(arguments)
@@ -157,8 +160,7 @@ def prepare_comparison(
     common = CommonSettings(values, metric, greater, class_weights, settings.distortion_samples, device)
     optims = optimizers(values, given.columns.task)
     entrants = _entrants(chosen, benches, settings, common, optims, shown, untuned)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    Kept(folder).claim()
     runner = Runner(entrants, settings, common, folder, _signature(plain, given, settings, common), tell)
     parameters = sum(p.numel() for p in shown.parameters())
     named = (Path(model).name if Path(model).is_dir() else model) if isinstance(model, str) else type(shown).__name__

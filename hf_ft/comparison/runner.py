@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hf_ft.comparison.contenders import OPTIM, RATE, Entrant
 from hf_ft.comparison.cost import Work
-from hf_ft.comparison.folder import Kept
+from hf_ft.comparison.folder import STORAGE, Kept
 from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
@@ -31,7 +31,6 @@ from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.search.storage import open_storage
 from hf_ft.search.trials import Job, Outcome, Report, run_trials
 
-STORAGE = "compare.db"
 REFUSED = (OptionError, AnatomyError)
 DEATHS = 2  # process deaths within one training before it counts as failed
 DIED = f"its process died {DEATHS} times: out of memory?"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -171,7 +172,7 @@ def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compar
     )
     assert "Data: `data` (24 train, 12 validation, 18 test, 15 ood)." in card
     assert {"report.html", "report.md", "results.json", "best", "compare.db"} <= set(os.listdir(folder))
-    assert not (folder / "models").exists() and not (folder / "work").exists()
+    assert not {"models", "work"} & set(os.listdir(folder / ".comparison"))
 
 
 @pytest.mark.slow
@@ -449,16 +450,41 @@ def test_peak_memory_sees_what_was_given_back():
 
 def test_only_the_best_model_of_a_contender_is_kept(tmp_path):
     kept = Kept(tmp_path)
+    kept.claim()
     for seed, score in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6)):
         kept.model("a", seed).mkdir(parents=True)
         kept.keep_best("a", seed, score)
-    assert [path.name for path in (tmp_path / "models" / "a").iterdir()] == ["seed-2"]
+    assert [path.name for path in (kept.own / "models" / "a").iterdir()] == ["seed-2"]
     assert kept.has_model("a", 2) and not kept.has_model("a", 3)
     best = kept.crown("a", 2)
     assert best == tmp_path / "best" and kept.model("a", 2).is_dir()  # others may still choose
     kept.clear()
-    assert kept.has_model("a", 2) and not (tmp_path / "models").exists()
+    assert kept.has_model("a", 2) and not (kept.own / "models").exists()
     assert json.loads((best / "comparison.json").read_text()) == {"contender": "a", "seed": 2}
+
+
+@pytest.mark.parametrize("name", ["models", "work", "best", "results.json", ".git"])
+def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path, name):
+    file = tmp_path / name / "mine" if "." not in name else tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
+    with pytest.raises(OptionError, match=f"output_dir=.* holds files that no comparison wrote \\({name}\\)"):
+        run(tmp_path, "linear_probe")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and file.read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_what_others_put_into_its_folder_is_left_as_it_is(tmp_path):
+    run(tmp_path, "linear_probe", trials=0, **SHORT)
+    for name in ("models", "work", "states"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("precious")
+    run(tmp_path, "linear_probe", trials=0, **{**SHORT, "seeds": 2})
+    assert all((tmp_path / name / "mine").read_text() == "precious" for name in ("models", "work", "states"))
+    shutil.rmtree(tmp_path / "best")
+    (tmp_path / "best").mkdir()
+    with pytest.raises(OptionError, match="best was not written by a comparison"):
+        run(tmp_path, "linear_probe", trials=0, **{**SHORT, "seeds": 2})
 
 
 @pytest.mark.slow
