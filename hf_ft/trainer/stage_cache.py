@@ -139,7 +139,7 @@ class StageCache:
         if getattr(self._args, "torch_compile", False):
             return False
         per_step = self._args.train_batch_size * self._args.gradient_accumulation_steps * self._args.world_size
-        return self._settings.use == "always" or steps * per_step > len(rows)
+        return steps * per_step > (0 if self._settings.use == "always" else len(rows))
 
     def _differs(self, read: Callable[[list[int]], dict[str, Any]], rows: list[int]) -> bool:
         """Whether samples change between reads, e.g. by augmentation, so that nothing can be recorded."""

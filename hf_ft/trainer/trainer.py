@@ -129,7 +129,8 @@ class FTTrainer(Trainer):
     ) -> Any:
         """Train through all stages; see ``Trainer.train``.
 
-        ``resume_from_checkpoint=True`` resumes from the latest complete checkpoint, within its stage. A second call
+        ``resume_from_checkpoint=True`` resumes from the latest complete checkpoint, within its stage. If that is the
+        checkpoint of the last step, nothing is trained: the best model is loaded and the plan finalised. A second call
         continues from the current weights as a new run, whose checkpoints replace those of the previous run.
 
         Raises:
@@ -159,6 +160,16 @@ class FTTrainer(Trainer):
         self._attempt.streams.begin(batch_size or self._train_batch_size, self._resuming)
         checks.check_last_batch(self, self._attempt.objective)
         return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Like ``Trainer``, but train nothing if the checkpoint is that of the last step.
+
+        The Trainer counts after a step, so it would take one more if the run ends within an epoch.
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _start_run(self) -> Run:
         """Measure, plan and apply surgery, once per model."""
