@@ -18,6 +18,7 @@ from hf_ft.core.config import load_configs, write_configs
 from hf_ft.core.config_files import read_config_file
 from hf_ft.core.context import State
 from hf_ft.engine import checkpoint as files
+from hf_ft.engine import checkpoint_folders as folders
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.weight_files import member_folder
 from hf_ft.trainer.protocols import ForCheckpoints
@@ -33,7 +34,7 @@ def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterat
         writes: whether this process creates and renames the folder; exactly one process does.
         wait: waits for all processes.
     """
-    written = final.with_name(f"{files.INCOMPLETE}{final.name}")
+    written = final.with_name(f"{folders.INCOMPLETE}{final.name}")
     if writes:
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir(parents=True)
@@ -41,7 +42,7 @@ def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterat
     yield written
     wait()
     if writes:
-        files.move_into_place(written, final)
+        folders.move_into_place(written, final)
     wait()
 
 
@@ -81,7 +82,7 @@ class Checkpoints:
                 state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
             if args.should_save:
                 self._store_callback_states()
-                state.save_to_json(str(folder / files.TRAINER_STATE))
+                state.save_to_json(str(folder / folders.TRAINER_STATE))
         self._written.add(final.name)
         if args.push_to_hub and args.hub_strategy != HubStrategy.END:
             self._push(final)
@@ -146,7 +147,7 @@ class Checkpoints:
         """
         if not resume:
             return None
-        chosen = files.last_checkpoint(folder) if resume is True else Path(resume)
+        chosen = folders.last_checkpoint(folder) if resume is True else Path(resume)
         content, configs = read_config_file(chosen), self._trainer.configs
         saved = load_configs(chosen)
         if saved != configs:
@@ -160,7 +161,7 @@ class Checkpoints:
 
     def clear(self, folder: Path) -> None:
         """Refuse to mix with the checkpoints of an earlier run, or delete them if that is allowed."""
-        earlier = [path for path in files.checkpoints(folder) if path.name not in self._written]
+        earlier = [path for path in folders.checkpoints(folder) if path.name not in self._written]
         if earlier and not self._trainer.overwrite:
             raise OptionError(
                 f"output_dir={str(folder)!r} contains {earlier[-1].name} of an earlier run. Continue with "
@@ -168,9 +169,9 @@ class Checkpoints:
             )
         self._trainer.accelerator.wait_for_everyone()
         if self._trainer.args.should_save:
-            for path in files.checkpoints(folder):
+            for path in folders.checkpoints(folder):
                 shutil.rmtree(path)
-            files.remove_incomplete(folder)
+            folders.remove_incomplete(folder)
 
     # --- the start -----------------------------------------------------------------------------------------
 

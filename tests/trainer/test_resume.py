@@ -20,7 +20,7 @@ from hf_ft import (
     Plan,
     register,
 )
-from hf_ft.engine.checkpoint import checkpoints, last_checkpoint
+from hf_ft.engine.checkpoint_folders import checkpoints, last_checkpoint
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.laws import _losses, _same_optimizers
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
