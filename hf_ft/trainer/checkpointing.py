@@ -42,6 +42,7 @@ def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterat
     yield written
     wait()
     if writes:
+        folders.seal(written)
         folders.move_into_place(written, final)
     wait()
 
@@ -143,11 +144,13 @@ class Checkpoints:
 
         Raises:
             OptionError: if the checkpoint belongs to another strategy.
-            CheckpointError: if there is no complete checkpoint.
+            CheckpointError: if it is incomplete or damaged, or there is no complete one.
         """
         if not resume:
             return None
         chosen = folders.last_checkpoint(folder) if resume is True else Path(resume)
+        if resume is not True:
+            folders.check_complete(chosen)
         content, configs = read_config_file(chosen), self._trainer.configs
         saved = load_configs(chosen)
         if saved != configs:
@@ -156,7 +159,6 @@ class Checkpoints:
                 f"but this trainer has {[c.to_dict() for c in configs]}: resume with the same strategy and options, or "
                 "start over in another output_dir."
             )
-        files.read_states(chosen)
         return chosen
 
     def clear(self, folder: Path) -> None:

@@ -121,6 +121,13 @@ def test_nothing_to_resume_from(tmp_path):
         train(tiny_resnet(), "full", tmp_path, resume=True)
 
 
+def test_without_its_optimizer_a_run_is_not_resumed(tmp_path):
+    train(tiny_resnet(), "full", tmp_path, **SAVING, max_steps=2, save_only_model=True)
+    for resume in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(CheckpointError, match="checkpoint-2 was saved with save_only_model=True"):
+            train(tiny_resnet(), "full", tmp_path, resume=resume, **SAVING)
+
+
 @pytest.mark.slow
 def test_another_strategy_is_refused(tmp_path):
     train(tiny_resnet(), L2SPConfig(alpha=0.5), tmp_path, **SAVING)
