@@ -67,7 +67,9 @@ def read_states(folder: str | Path) -> dict[str, State]:
     tensors, metadata = checked(file)
     try:
         infos = json.loads(metadata["info"])
-    except (KeyError, ValueError) as error:
+        if not isinstance(infos, dict) or not all(isinstance(info, dict) for info in infos.values()):
+            raise TypeError("not a dictionary for each strategy")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: no readable header. Restore it, or use another one.") from error
     return {
         name: State({key.partition("/")[2]: t for key, t in tensors.items() if key.partition("/")[0] == name}, info)

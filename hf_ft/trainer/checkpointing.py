@@ -14,6 +14,7 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
+from hf_ft.core.compose import check_states
 from hf_ft.core.config import load_configs, write_configs
 from hf_ft.core.config_files import read_config_file
 from hf_ft.core.context import State
@@ -138,6 +139,19 @@ class Checkpoints:
         modules = self._term_modules()
         if modules:
             modules.load_state_dict(files.checked(Path(folder) / files.MODULES_NAME)[0])
+
+    def states(self, folder: Path) -> dict[str, State]:
+        """The measured states saved in a checkpoint, checked against the model before its surgery.
+
+        Raises:
+            CheckpointError: if one is missing, damaged, or of another model.
+        """
+        states = files.read_states(folder)
+        try:
+            check_states(self._trainer.configs, self._trainer.model, states)
+        except OptionError as error:
+            raise CheckpointError(f"{folder / files.STATE_NAME}: {error}") from error
+        return states
 
     def resume_folder(self, resume: str | bool | None, folder: Path) -> Path | None:
         """The checkpoint to resume from; None for a fresh start.

@@ -22,7 +22,6 @@ from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.prepare import collate
-from hf_ft.engine import checkpoint as files
 from hf_ft.engine.batch import starts_at_borders
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import STAGE_RATES, regroup, stage_scheduler, term_groups, undecayed_names
@@ -188,7 +187,7 @@ class FTTrainer(Trainer):
     def _states(self) -> dict[str, State]:
         """Load the measurements from the checkpoint, or measure and broadcast from rank 0."""
         if self._resuming is not None:
-            return files.read_states(self._resuming)
+            return self._checkpoints.states(self._resuming)
         states = measure(self.configs, self.model, self.context, self._known_states)
         return broadcast_object_list([states])[0] if self.args.world_size > 1 else states
 
