@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.utils import logging
@@ -26,6 +27,7 @@ FILE_LIST = "ft_files.json"
 INCOMPLETE = "incomplete-"
 _ARCHIVES = (".pt", ".pth")  # as written by torch.save
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_WRITER = re.compile(rf"^{INCOMPLETE}(\d+)-")
 
 
 def seal(folder: Path) -> None:
@@ -140,15 +142,22 @@ def last_checkpoint(output_dir: str | Path) -> Path:
 
 
 def remove_incomplete(output_dir: str | Path) -> None:
-    """Delete partially written checkpoints of a killed process."""
+    """Delete partially written checkpoints, except those of other living processes."""
     for folder in Path(output_dir).glob(f"{INCOMPLETE}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        writer = int(match[1]) if (match := _WRITER.match(folder.name)) else os.getpid()
+        if writer == os.getpid() or not psutil.pid_exists(writer):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def incomplete(final: Path, process: int) -> Path:
+    """The folder in which a process writes what becomes ``final``."""
+    return final.with_name(f"{INCOMPLETE}{process}-{final.name}")
 
 
 def move_into_place(written: Path, final: Path) -> None:
     """Rename a completely written folder to its final name; an existing one is only removed once replaced."""
     if final.exists():
-        old = final.with_name(f"{INCOMPLETE}old-{final.name}")
+        old = incomplete(final.with_name(f"old-{final.name}"), os.getpid())
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         written.rename(final)

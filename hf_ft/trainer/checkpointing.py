@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,16 +27,17 @@ from hf_ft.trainer.protocols import ForCheckpoints
 
 
 @contextmanager
-def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
+def written_whole(final: Path, writer: int, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
     """A temporary folder that is renamed to ``final`` once every process has written its part.
 
     If a process is killed before that, nothing is left that a resume could mistake for a checkpoint.
 
     Args:
+        writer: process id in the temporary name; the same for all processes of the run.
         writes: whether this process creates and renames the folder; exactly one process does.
         wait: waits for all processes.
     """
-    written = final.with_name(f"{folders.INCOMPLETE}{final.name}")
+    written = folders.incomplete(final, writer)
     if writes:
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir(parents=True)
@@ -56,6 +58,7 @@ class Checkpoints:
     Attributes:
         base_name: Hub id or folder of the base model.
         base: hash of each tensor at the start of training; empty before.
+        writer: process id of the run's first rank.
     """
 
     def __init__(self, trainer: ForCheckpoints) -> None:
@@ -63,6 +66,7 @@ class Checkpoints:
         self._written: set[str] = set()
         self.base_name = _base_name(trainer.model)
         self.base: dict[str, str] = {}
+        self.writer = os.getpid()
 
     # --- saving --------------------------------------------------------------------------------------------
 
@@ -73,7 +77,7 @@ class Checkpoints:
             trainer.store_flos()
         run_dir = Path(trainer._get_output_dir(trial))
         final = run_dir / f"checkpoint-{state.global_step}"
-        with written_whole(final, args.should_save, trainer.accelerator.wait_for_everyone) as folder:
+        with written_whole(final, self.writer, args.should_save, trainer.accelerator.wait_for_everyone) as folder:
             trainer.save_model(str(folder), _internal_call=True)
             if not args.save_only_model:
                 trainer._save_optimizer_and_scheduler(str(folder))
@@ -187,7 +191,6 @@ class Checkpoints:
         if self._trainer.args.should_save:
             for path in folders.checkpoints(folder):
                 shutil.rmtree(path)
-            folders.remove_incomplete(folder)
 
     # --- the start -----------------------------------------------------------------------------------------
 

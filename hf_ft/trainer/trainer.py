@@ -33,6 +33,7 @@ from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints
 from hf_ft.trainer.context import curve, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
+from hf_ft.trainer.run_lock import alone_in
 
 logger = logging.get_logger(__name__)
 ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
@@ -133,22 +134,24 @@ class FTTrainer(Trainer):
         continues from the current weights as a new run, whose checkpoints replace those of the previous run.
 
         Raises:
-            OptionError: if checkpoints of an earlier run exist, or the checkpoint belongs to another strategy.
+            OptionError: if checkpoints of an earlier run exist, the checkpoint belongs to another strategy, or another
+                process trains in the same folder.
             CheckpointError: if there is no complete checkpoint, or it started from other weights.
         """
-        folder = Path(self._get_output_dir(trial))
-        resume = self._checkpoints.resume_folder(resume_from_checkpoint, folder)
-        if resume is None and self.args.save_strategy != "no":
-            self._checkpoints.clear(folder)
-        self._resuming = resume
-        try:
-            return super().train(str(resume) if resume else None, trial, ignore_keys_for_eval, **kwargs)
-        finally:
-            self._resuming = None
-            if self._attempt is not None:
-                self._attempt.end()
-            if self._run is not None:
-                self._run.thaw()
+        folder, saves = Path(self._get_output_dir(trial)), self.args.save_strategy != "no"
+        with alone_in(folder, saves and self.args.should_save, self.accelerator) as self._checkpoints.writer:
+            resume = self._checkpoints.resume_folder(resume_from_checkpoint, folder)
+            if resume is None and saves:
+                self._checkpoints.clear(folder)
+            self._resuming = resume
+            try:
+                return super().train(str(resume) if resume else None, trial, ignore_keys_for_eval, **kwargs)
+            finally:
+                self._resuming = None
+                if self._attempt is not None:
+                    self._attempt.end()
+                if self._run is not None:
+                    self._run.thaw()
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         run = self._start_run()
