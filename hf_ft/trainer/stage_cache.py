@@ -225,7 +225,7 @@ class StageCache:
         rows = record_shared(batches, self._recorded(record, dataset, batches), self._trainer.accelerator)
         hidden = self._args.disable_tqdm or self._args.process_index > 0
         with tqdm(total=len(dataset), desc=title, leave=False, disable=hidden) as bar:
-            return fill(len(dataset), rows, self._settings, bar.update)
+            return fill(len(dataset), rows, self._settings, bar.update, self._trainer.accelerator)
 
     def _recorded(
         self, record: Callable[[dict[str, Any]], Columns], dataset: Any, batches: list[list[int]]

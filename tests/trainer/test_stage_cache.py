@@ -1,5 +1,7 @@
 """Trained from recorded activations, a model is the same as trained on the inputs, whatever else is asked for."""
 
+import errno
+import os
 import random
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast, DataCollatorWithPadding
 
-from hf_ft import FrozenCache, FTTrainer, GradualUnfreezingConfig, OptionError, Plan, Stage, Term, set_up
+from hf_ft import DELTAConfig, FrozenCache, FTTrainer, GradualUnfreezingConfig, OptionError, Plan, Stage, Term, set_up
 from hf_ft.core.config import FTConfig, register
 from hf_ft.core.context import Samples
 from hf_ft.data.rows import GB, same_each_time
@@ -232,6 +234,21 @@ def test_more_than_the_disk_may_take_is_not_kept(tmp_path, caplog):
         patch.setattr(cached_stages.logger, "warning", warnings.append)
         _, used = run(tiny_resnet(), "linear_probe", tmp_path, cache)
     assert used == [False] and "memory_gb=0 and disk_gb=0" in warnings[0]
+
+
+@pytest.mark.parametrize("strategy", ["linear_probe", DELTAConfig(weights="uniform")])
+def test_where_the_disk_is_full_every_step_computes_it(strategy, tmp_path, monkeypatch):
+    def full(number, start, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    warnings = []
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr("hf_ft.trainer.stage_cache.logger.warning", warnings.append)
+    cached, used = run(tiny_resnet(), strategy, tmp_path, FrozenCache("always", memory_gb=0.0, folder=str(tmp_path)))
+    assert used == [False] and "in every step" in warnings[0] and "No space left" in warnings[0]
+    monkeypatch.undo()
+    plain, _ = run(tiny_resnet(), strategy, tmp_path, "never")
+    same_tensors(snapshot(cached.model), snapshot(plain.model))
 
 
 def test_stores():

@@ -131,8 +131,12 @@ class Recordings:
         stores: dict[str, RowStore] = {}
         for key in [*missing, *more]:
             total = self._used() + sum(store.bytes for store in stores.values())
-            if key in missing or total + size[key] <= room:
-                stores[key] = self._empty(first[key], [*self._stores.values(), *stores.values()])
+            try:
+                if key in missing or total + size[key] <= room:
+                    stores[key] = self._empty(first[key], [*self._stores.values(), *stores.values()])
+            except RowsDiffer:  # the disk is fuller than the limit allows
+                if key in missing:
+                    raise
         batches = batches_of(self.samples.count, equal=True)
         for rows, columns in record(batches, lambda rows: self._compute(list(stores), rows)):
             for key, values in columns.items():
