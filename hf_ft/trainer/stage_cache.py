@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_ft.data.rows import read_rows, same_each_time, spread_rows
+from hf_ft.data.rows import drawn_rows, read_rows, same_each_time
 from hf_ft.engine.batch import REFERENCE, ROW, as_columns, recorded_states, starts_at_borders
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
@@ -152,11 +152,11 @@ class StageCache:
         """Record the reference states of all rows; logs a message and returns None if they cannot be stored."""
         assert self.objective.reference is not None
         reference, layers = self.objective.reference, self.objective.reference_layers
-        read, spread = self._reader(dataset), spread_rows(len(dataset), CHECKED)
-        if self._differs(read, spread):
+        read, some = self._reader(dataset), drawn_rows(len(dataset), CHECKED)
+        if self._differs(read, some):
             return None
-        alone = [{name: _row_shape(column) for name, column in read([row]).items()} for row in spread]
-        if any(shapes != alone[0] for shapes in alone) and not self._pooled(read(spread[:1])):
+        alone = [{name: _row_shape(column) for name, column in read([row]).items()} for row in some]
+        if any(shapes != alone[0] for shapes in alone) and not self._pooled(read(some[:1])):
             logger.warning("The reference model runs in every step: samples differ in shape (padded per batch).")
             return None
 
@@ -179,10 +179,10 @@ class StageCache:
     def _record(self, dataset: Any) -> tuple[FrozenPrefix, RowStore] | None:
         """Longest prefix of the current stage and its activations for all rows; None, with a log message, if none."""
         read, samples = self._reader(dataset), len(dataset)
-        spread = spread_rows(samples, CHECKED)
-        if samples < 4 or self._differs(read, spread):
+        some = drawn_rows(samples, CHECKED)
+        if samples < 4 or self._differs(read, some):
             return None
-        small = read(list(range(2))), read(spread[:1] + spread[-2:])
+        small = read(list(range(2))), read(some[:1] + some[-2:])
         varying = {name for name in small[0] if _row_shape(small[0][name]) != _row_shape(small[1].get(name))}
         for _ in range(len(small[0]) + 1):
             with self._computing():

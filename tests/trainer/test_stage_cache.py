@@ -12,7 +12,7 @@ from transformers import BertTokenizerFast, DataCollatorWithPadding
 from hf_ft import DELTAConfig, FrozenCache, FTTrainer, GradualUnfreezingConfig, OptionError, Plan, Stage, Term, set_up
 from hf_ft.core.config import FTConfig, register
 from hf_ft.core.context import Samples
-from hf_ft.data.rows import GB, same_each_time
+from hf_ft.data.rows import GB, drawn_rows, same_each_time
 from hf_ft.engine.batch import ACTIVATION
 from hf_ft.engine.frozen.recorder import Recordings
 from hf_ft.engine.frozen.row_store import RowsDiffer, RowStore
@@ -137,6 +137,26 @@ def test_samples_that_differ_each_time_are_never_recorded(tmp_path):
     assert min(train.reads) == 1, "the option overrides"
     train, _ = counted_run(tmp_path, "never")
     assert min(train.reads) >= 2
+
+
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_samples_of_which_some_differ_at_intervals_are_never_recorded(every, tmp_path):
+    class Periodic(Counted):
+        def __getitem__(self, row):
+            self.jitter = 0.0 if row % every == 0 else 0.1
+            return super().__getitem__(row)
+
+    model = tiny_vit()
+    train = Periodic(model, 48)
+    trainer = FTTrainer(model, tiny_arguments(tmp_path, max_steps=12), strategy="linear_probe", train_dataset=train)
+    assert starts_noted(trainer) == [False]
+
+
+def test_rows_are_drawn_without_order_or_repetition():
+    assert drawn_rows(3, 8) == [0, 1, 2] and drawn_rows(0, 8) == []
+    drawn = drawn_rows(10_000, 8)
+    assert drawn == drawn_rows(10_000, 8) == sorted(set(drawn)) and len(drawn) == 8
+    assert len({row % 2 for row in drawn}) == 2 and len(set(np.diff(drawn))) == 7
 
 
 def test_a_stage_of_one_epoch_records_nothing(tmp_path):
