@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ def set_up() -> None:
     for devices in (torch.cuda, torch.xpu, torch.mtia):
         if not devices.is_available():
             devices._lazy_call = lambda *_, **__: None
+    os.fsync = lambda _: None  # as below: a killed process has written what it has written
     _read_the_migrations_once()
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", _not_synchronous)
 

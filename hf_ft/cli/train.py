@@ -20,9 +20,11 @@ from hf_ft.core.config import strategies
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
 from hf_ft.documents.usage import pipeline_usage
+from hf_ft.engine.checkpoint_folders import INCOMPLETE
 from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.trainer.run_lock import LOCK
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
 
@@ -60,8 +62,8 @@ def check_request(request: Request) -> None:
     folder = request.output_dir
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
-    # An interrupted search resumes from these files.
-    kept = tuple(name for config in strategies().values() for name in config.kept)
+    # A killed process leaves its lock and what it was writing; an interrupted search resumes from its files.
+    kept = (LOCK, INCOMPLETE, *(name for config in strategies().values() for name in config.kept))
     if (
         folder.is_dir()
         and any(not file.name.startswith(kept) for file in folder.iterdir())

@@ -15,6 +15,7 @@ from hf_ft.core.options import option
 from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, Term
 from hf_ft.core.schedules import Decay, decay
 from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
+from hf_ft.core.state_checks import LARGEST, check_tensor
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.terms import DistanceFromStart, SquaredNorm
 from hf_ft.core.view import StreamView, View
@@ -24,6 +25,7 @@ from hf_ft.models.names import EVERYTHING, Names
 __all__ = [
     "EVERYTHING",
     "FITTED",
+    "LARGEST",
     "Choice",
     "Context",
     "Decay",
@@ -56,6 +58,7 @@ __all__ = [
     "Term",
     "View",
     "advising",
+    "check_tensor",
     "compose",
     "config_class",
     "decay",

@@ -82,11 +82,28 @@ def explicit_option(configs: Iterable[FTConfig], name: str, otherwise: Any = Non
 def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:
     """Compose the plans of all strategies, with the options that they share."""
     configs = tuple(configs)
+    check_states(configs, model, states)
     plans = [
         dataclasses.replace(config.plan(model, states.get(config.ft_type, State())), owner=config.ft_type)
         for config in configs
     ]
     return with_common_options(configs, plans, model)
+
+
+def check_states(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> None:
+    """Reject states that their strategies cannot use.
+
+    Raises:
+        OptionError: naming the strategy, the entry and the fix.
+    """
+    for config in configs:
+        try:
+            config.check_state(model, states.get(config.ft_type, State()))
+        except OptionError as error:
+            raise OptionError(
+                f"the measured state of {config.ft_type} is damaged, or not of this model: {error} Measure again: "
+                "train without states=..., or resume from another checkpoint."
+            ) from error
 
 
 def with_common_options(configs: Iterable[FTConfig], plans: Iterable[Plan], model: nn.Module) -> Plan:

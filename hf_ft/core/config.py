@@ -18,10 +18,12 @@ from hf_ft.core.advising import Rule
 from hf_ft.core.config_files import CONFIG_NAME, read_config_file
 from hf_ft.core.context import Context, State
 from hf_ft.core.findings import Findings
+from hf_ft.core.head_rate import check_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import UNKNOWN, from_json, local_options, option, options, to_json, validate
 from hf_ft.core.plan import NormMode, Plan
 from hf_ft.core.search_space import Declared
+from hf_ft.core.state_checks import check_tensor
 from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError, unknown
 from hf_ft.models.anatomy import anatomy
@@ -172,6 +174,20 @@ class FTConfig(PushToHubMixin):
     def must_measure(self) -> bool:
         """Whether :meth:`plan` needs the measurement; if not, it does without where there is no context."""
         return self.measures()
+
+    def check_state(self, model: nn.Module, state: State) -> None:
+        """Reject a state that was not measured on such a model, or has been damaged since.
+
+        Called before :meth:`plan`, whether the state was measured, read from a file, or passed in. Empty states, of a
+        strategy that has not measured, are up to :meth:`plan`.
+
+        Raises:
+            OptionError: naming the entry.
+        """
+        for name, tensor in state.tensors.items():
+            check_tensor(name, tensor)
+        if getattr(self, "head_lr", None) == "auto":
+            check_head_rate(state)
 
     def with_head_rate(self, rate: float) -> FTConfig:
         """A copy with this rate in place of "auto", if that is how its head's rate is to be fitted."""

@@ -30,7 +30,7 @@ def read_config_file(name_or_path: str | Path, **hub_options: Any) -> dict[str, 
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise OptionError(f"{folder} contains no {CONFIG_NAME}: it was not written by hf_ft.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{file} is damaged ({error}). Restore it, or use another checkpoint.") from error
     if not isinstance(content, dict) or not isinstance(content.get("strategies"), list) or not content["strategies"]:
         raise OptionError(f"{file} is damaged: it lists no strategies. Restore it, or use another checkpoint.")

@@ -132,6 +132,17 @@ def head_rates(strategy: WithHeadRate, head: Names, state: State) -> tuple[Rate,
     return () if rate is None else (Rate(head, lr=rate),)
 
 
+def check_head_rate(state: State) -> None:
+    """For ``check_state``: reject a rate that :meth:`HeadFit.rate` never gives.
+
+    Raises:
+        OptionError: if the state has one.
+    """
+    rate = state.info.get(HEAD_LR, LEAST)
+    if not isinstance(rate, int | float) or not LEAST <= rate <= MOST:
+        raise OptionError(f"{HEAD_LR!r} is {rate!r}, outside [{LEAST:g}, {MOST:g}].")
+
+
 def describe_head_rate(state: State) -> str:
     """The fitted rate as a sentence; empty if none was fitted."""
     if HEAD_LR not in state.info:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_ft.data.labels import LABEL_COLUMNS
-from hf_ft.data.rows import GB, read_rows, same_each_time, spread_rows
+from hf_ft.data.rows import GB, drawn_rows, read_rows, same_each_time, spread_rows
 from hf_ft.errors import DataError
 
 logger = logging.get_logger(__name__)
@@ -40,8 +40,8 @@ def held(dataset: Any, limit_gb: float = 2.0) -> Any:
     """
     if not limit_gb >= 0:
         raise DataError(f"held: limit_gb={limit_gb} must be 0 or more.")
-    spread = spread_rows(len(dataset), LOOKED_AT)
-    if spread and not same_each_time(lambda: _flat(read_rows(dataset, spread)), times=2):
+    some = drawn_rows(len(dataset), LOOKED_AT)
+    if some and not same_each_time(lambda: _flat(read_rows(dataset, some)), times=2):
         raise DataError(
             "held: samples differ each time they are read, so keeping one version would change the training: prepare "
             "the data with augment='none'."

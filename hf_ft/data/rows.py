@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,14 @@ def read_rows(dataset: Any, rows: Sequence[int]) -> list[Any]:
 def spread_rows(samples: int, count: int) -> list[int]:
     """Indices of ``count`` rows, or all if there are fewer, spread evenly over a data set."""
     return list(range(0, samples, max(1, samples // count)))[:count]
+
+
+def drawn_rows(samples: int, count: int) -> list[int]:
+    """Indices of ``count`` rows, or all if there are fewer, drawn at random, but the same at each call.
+
+    Unlike evenly spread rows, they also meet what recurs at intervals, such as every second row being augmented.
+    """
+    return sorted(random.Random(0).sample(range(samples), min(count, samples)))
 
 
 def same_each_time(read: Callable[[], Mapping[str, Any]], times: int = 3) -> bool:

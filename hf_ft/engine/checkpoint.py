@@ -1,4 +1,4 @@
-"""Saving and loading: weights (strictly), strategy states, deltas, and checkpoint integrity."""
+"""Saving and loading: weights (strictly), strategy states, and deltas."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,20 +22,16 @@ from transformers.utils import logging
 
 from hf_ft.core.compose import shared_option
 from hf_ft.core.config import FTConfig, write_configs
-from hf_ft.core.config_files import read_config_file
 from hf_ft.core.context import State
 from hf_ft.errors import CheckpointError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
-from hf_ft.models.weight_files import COLLABORATIVE, WEIGHTS_NAME, has_whole_weights
+from hf_ft.models.weight_files import COLLABORATIVE, WEIGHTS_NAME
 
 STATE_NAME = "ft_state.safetensors"
 DELTA_NAME = "ft_delta.safetensors"
 MODULES_NAME = "ft_modules.safetensors"
 BUFFERS_NAME = "ft_buffers.safetensors"
-TRAINER_STATE = "trainer_state.json"
-INCOMPLETE = "incomplete-"
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
 def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -73,7 +67,9 @@ def read_states(folder: str | Path) -> dict[str, State]:
     tensors, metadata = checked(file)
     try:
         infos = json.loads(metadata["info"])
-    except (KeyError, ValueError) as error:
+        if not isinstance(infos, dict) or not all(isinstance(info, dict) for info in infos.values()):
+            raise TypeError("not a dictionary for each strategy")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: no readable header. Restore it, or use another one.") from error
     return {
         name: State({key.partition("/")[2]: t for key, t in tensors.items() if key.partition("/")[0] == name}, info)
@@ -149,57 +145,6 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-# --- checkpoints of a run ---------------------------------------------------------------------------------
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint can be resumed from: all its files exist and are intact."""
-    try:
-        json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        read_config_file(folder)
-        read_states(folder)
-        return has_whole_weights(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
-    folders = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := _CHECKPOINT.match(p.name))]
-    return [path for _, path in sorted(folders)]
-
-
-def last_checkpoint(output_dir: str | Path) -> Path:
-    """The newest complete checkpoint of a run; incomplete ones are skipped.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    for folder in reversed(checkpoints(output_dir)):
-        if is_complete(folder):
-            return folder
-        logging.get_logger(__name__).warning(f"{folder} is incomplete or damaged; skipping it.")
-    raise CheckpointError(f"no complete checkpoint in {output_dir}: start without resume_from_checkpoint.")
-
-
-def remove_incomplete(output_dir: str | Path) -> None:
-    """Delete partially written checkpoints of a killed process."""
-    for folder in Path(output_dir).glob(f"{INCOMPLETE}*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def move_into_place(written: Path, final: Path) -> None:
-    """Rename a completely written folder to its final name; an existing one is only removed once replaced."""
-    if final.exists():
-        old = final.with_name(f"{INCOMPLETE}old-{final.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        written.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        written.rename(final)
 
 
 # --- deltas -----------------------------------------------------------------------------------------------

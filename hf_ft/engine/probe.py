@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, State
 from hf_ft.core.head_rate import describe_head_rate, measure_head_rate
+from hf_ft.core.state_checks import LARGEST, check_tensor
 from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.engine.frozen.record import batches_of
 from hf_ft.errors import OptionError
@@ -94,6 +95,18 @@ def measure_probe(model: nn.Module, config: FTConfig, context: Context) -> State
     probe = logistic_probe(features, labels, head.out_features, class_weights=weights)
     info = {"C": probe.strength, "accuracy": probe.accuracy, "held_out": probe.held_out}
     return State({WEIGHT: probe.weight, BIAS: probe.bias}, info)
+
+
+def check_probe(model: nn.Module, config: FTConfig, state: State) -> None:
+    """Reject a fitted probe that is not one of this model's head.
+
+    Raises:
+        OptionError: naming the tensor.
+    """
+    head: Any = model.get_submodule(linear_head(model, config))
+    shapes = {WEIGHT: (head.out_features, head.in_features), BIAS: (head.out_features,)}
+    for name in set(shapes) & set(state.tensors):
+        check_tensor(name, state.tensors[name], shapes[name], least=-LARGEST, most=LARGEST)
 
 
 def measure_head(model: nn.Module, config: Any, context: Context) -> State:

@@ -24,7 +24,14 @@ def has_whole_weights(folder: Path) -> bool:
     try:
         members = _members(folder)
         return all(map(_readable, (folder, *members))) and all(map(_has_all, members or [folder]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged JSON, or JSON of another kind
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # damaged JSON, or JSON of another kind
         return False
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    LARGEST,
     Context,
     FittedRate,
     FTConfig,
@@ -24,6 +25,7 @@ from hf_ft.core import (
     Stage,
     State,
     advising,
+    check_tensor,
     describe_head_rate,
     head_rates,
     measure_head_rate,
@@ -175,6 +177,11 @@ class DAFTConfig(FTConfig):
         _check_saved_by_peft(model, layers)
         tensors = {f"{name}.mean": statistics.mean.cpu() for name, statistics in layers.items()}
         return tensors | {f"{name}.var": statistics.var.cpu() for name, statistics in layers.items()}
+
+    def check_state(self, model: nn.Module, state: State) -> None:
+        super().check_state(model, state)
+        for name, tensor in state.tensors.items():
+            check_tensor(name, tensor, least=0 if name.endswith(".var") else -LARGEST, most=LARGEST)
 
     def learned(self, state: State) -> str:
         layers = sum(name.endswith(".mean") for name in state.tensors)

@@ -24,7 +24,7 @@ from hf_ft.core import (
     option,
     register,
 )
-from hf_ft.engine.probe import describe_head, measure_head, set_head
+from hf_ft.engine.probe import check_probe, describe_head, measure_head, set_head
 
 
 @register("linear_probe")
@@ -80,6 +80,11 @@ class LinearProbeConfig(FTConfig):
         if self.probe_solver == "sgd" and context.recipe.learning_rate != UNSET_RATE:
             return State()  # the rate that was set can only be meant for the head
         return measure_head(model, self, context)
+
+    def check_state(self, model: nn.Module, state: State) -> None:
+        super().check_state(model, state)
+        if self.probe_solver == "lbfgs":
+            check_probe(model, self, state)
 
     def learned(self, state: State) -> str:
         return describe_head(state)

@@ -26,7 +26,7 @@ from hf_ft.core import (
     option,
     register,
 )
-from hf_ft.engine.probe import describe_head, measure_head, set_head
+from hf_ft.engine.probe import check_probe, describe_head, measure_head, set_head
 
 
 @register("lp_ft")
@@ -97,6 +97,11 @@ class LPFTConfig(FTConfig):
 
     def measure(self, model: nn.Module, context: Context) -> State:
         return measure_head(model, self, context)
+
+    def check_state(self, model: nn.Module, state: State) -> None:
+        super().check_state(model, state)
+        if self.probe_solver == "lbfgs":
+            check_probe(model, self, state)
 
     def learned(self, state: State) -> str:
         return describe_head(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,27 +18,30 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
+from hf_ft.core.compose import check_states
 from hf_ft.core.config import as_saved, load_configs, write_configs
 from hf_ft.core.config_files import read_config_file
 from hf_ft.core.context import State
 from hf_ft.documents.public import shareable_name, shareable_text
 from hf_ft.engine import checkpoint as files
+from hf_ft.engine import checkpoint_folders as folders
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.weight_files import member_folder
 from hf_ft.trainer.protocols import ForCheckpoints
 
 
 @contextmanager
-def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
+def written_whole(final: Path, writer: int, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
     """A temporary folder that is renamed to ``final`` once every process has written its part.
 
     If a process is killed before that, nothing is left that a resume could mistake for a checkpoint.
 
     Args:
+        writer: process id in the temporary name; the same for all processes of the run.
         writes: whether this process creates and renames the folder; exactly one process does.
         wait: waits for all processes.
     """
-    written = final.with_name(f"{files.INCOMPLETE}{final.name}")
+    written = folders.incomplete(final, writer)
     if writes:
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir(parents=True)
@@ -45,7 +49,8 @@ def written_whole(final: Path, writes: bool, wait: Callable[[], None]) -> Iterat
     yield written
     wait()
     if writes:
-        files.move_into_place(written, final)
+        folders.seal(written)
+        folders.move_into_place(written, final)
     wait()
 
 
@@ -57,6 +62,7 @@ class Checkpoints:
     Attributes:
         base_name: Hub id or folder of the base model.
         base: hash of each tensor at the start of training; empty before.
+        writer: process id of the run's first rank.
     """
 
     def __init__(self, trainer: ForCheckpoints) -> None:
@@ -64,6 +70,7 @@ class Checkpoints:
         self._written: set[str] = set()
         self.base_name = _base_name(trainer.model)
         self.base: dict[str, str] = {}
+        self.writer = os.getpid()
 
     # --- saving --------------------------------------------------------------------------------------------
 
@@ -74,7 +81,7 @@ class Checkpoints:
             trainer.store_flos()
         run_dir = Path(trainer._get_output_dir(trial))
         final = run_dir / f"checkpoint-{state.global_step}"
-        with written_whole(final, args.should_save, trainer.accelerator.wait_for_everyone) as folder:
+        with written_whole(final, self.writer, args.should_save, trainer.accelerator.wait_for_everyone) as folder:
             trainer.save_model(str(folder), _internal_call=True)
             if not args.save_only_model:
                 trainer._save_optimizer_and_scheduler(str(folder))
@@ -85,7 +92,7 @@ class Checkpoints:
                 state.best_model_checkpoint = str(run_dir / f"checkpoint-{best}")
             if args.should_save:
                 self._store_callback_states()
-                state.save_to_json(str(folder / files.TRAINER_STATE))
+                state.save_to_json(str(folder / folders.TRAINER_STATE))
         self._written.add(final.name)
         if args.push_to_hub and args.hub_strategy != HubStrategy.END:
             self._push(final)
@@ -151,16 +158,31 @@ class Checkpoints:
         if modules:
             modules.load_state_dict(files.checked(Path(folder) / files.MODULES_NAME)[0])
 
+    def states(self, folder: Path) -> dict[str, State]:
+        """The measured states saved in a checkpoint, checked against the model before its surgery.
+
+        Raises:
+            CheckpointError: if one is missing, damaged, or of another model.
+        """
+        states = files.read_states(folder)
+        try:
+            check_states(self._trainer.configs, self._trainer.model, states)
+        except OptionError as error:
+            raise CheckpointError(f"{folder / files.STATE_NAME}: {error}") from error
+        return states
+
     def resume_folder(self, resume: str | bool | None, folder: Path) -> Path | None:
         """The checkpoint to resume from; None for a fresh start.
 
         Raises:
             OptionError: if the checkpoint belongs to another strategy.
-            CheckpointError: if there is no complete checkpoint.
+            CheckpointError: if it is incomplete or damaged, or there is no complete one.
         """
         if not resume:
             return None
-        chosen = files.last_checkpoint(folder) if resume is True else Path(resume)
+        chosen = folders.last_checkpoint(folder) if resume is True else Path(resume)
+        if resume is not True:
+            folders.check_complete(chosen)
         content, configs = read_config_file(chosen), self._trainer.configs
         if tuple(map(as_saved, load_configs(chosen))) != tuple(map(as_saved, configs)):
             raise OptionError(
@@ -168,12 +190,11 @@ class Checkpoints:
                 f"but this trainer has {[c.shareable() for c in configs]}: resume with the same strategy and "
                 "options, or start over in another output_dir."
             )
-        files.read_states(chosen)
         return chosen
 
     def clear(self, folder: Path) -> None:
         """Refuse to mix with the checkpoints of an earlier run, or delete them if that is allowed."""
-        earlier = [path for path in files.checkpoints(folder) if path.name not in self._written]
+        earlier = [path for path in folders.checkpoints(folder) if path.name not in self._written]
         if earlier and not self._trainer.overwrite:
             raise OptionError(
                 f"output_dir={str(folder)!r} contains {earlier[-1].name} of an earlier run. Continue with "
@@ -181,9 +202,8 @@ class Checkpoints:
             )
         self._trainer.accelerator.wait_for_everyone()
         if self._trainer.args.should_save:
-            for path in files.checkpoints(folder):
+            for path in folders.checkpoints(folder):
                 shutil.rmtree(path)
-            files.remove_incomplete(folder)
 
     # --- the start -----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_ft.data.rows import read_rows, same_each_time, spread_rows
+from hf_ft.data.rows import drawn_rows, read_rows, same_each_time
 from hf_ft.engine.batch import REFERENCE, ROW, as_columns, recorded_states, starts_at_borders
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
@@ -139,7 +139,7 @@ class StageCache:
         if getattr(self._args, "torch_compile", False):
             return False
         per_step = self._args.train_batch_size * self._args.gradient_accumulation_steps * self._args.world_size
-        return self._settings.use == "always" or steps * per_step > len(rows)
+        return steps * per_step > (0 if self._settings.use == "always" else len(rows))
 
     def _differs(self, read: Callable[[list[int]], dict[str, Any]], rows: list[int]) -> bool:
         """Whether samples change between reads, e.g. by augmentation, so that nothing can be recorded."""
@@ -152,11 +152,11 @@ class StageCache:
         """Record the reference states of all rows; logs a message and returns None if they cannot be stored."""
         assert self.objective.reference is not None
         reference, layers = self.objective.reference, self.objective.reference_layers
-        read, spread = self._reader(dataset), spread_rows(len(dataset), CHECKED)
-        if self._differs(read, spread):
+        read, some = self._reader(dataset), drawn_rows(len(dataset), CHECKED)
+        if self._differs(read, some):
             return None
-        alone = [{name: _row_shape(column) for name, column in read([row]).items()} for row in spread]
-        if any(shapes != alone[0] for shapes in alone) and not self._pooled(read(spread[:1])):
+        alone = [{name: _row_shape(column) for name, column in read([row]).items()} for row in some]
+        if any(shapes != alone[0] for shapes in alone) and not self._pooled(read(some[:1])):
             logger.warning("The reference model runs in every step: samples differ in shape (padded per batch).")
             return None
 
@@ -179,10 +179,10 @@ class StageCache:
     def _record(self, dataset: Any) -> tuple[FrozenPrefix, RowStore] | None:
         """Longest prefix of the current stage and its activations for all rows; None, with a log message, if none."""
         read, samples = self._reader(dataset), len(dataset)
-        spread = spread_rows(samples, CHECKED)
-        if samples < 4 or self._differs(read, spread):
+        some = drawn_rows(samples, CHECKED)
+        if samples < 4 or self._differs(read, some):
             return None
-        small = read(list(range(2))), read(spread[:1] + spread[-2:])
+        small = read(list(range(2))), read(some[:1] + some[-2:])
         varying = {name for name in small[0] if _row_shape(small[0][name]) != _row_shape(small[1].get(name))}
         for _ in range(len(small[0]) + 1):
             with self._computing():
@@ -225,7 +225,7 @@ class StageCache:
         rows = record_shared(batches, self._recorded(record, dataset, batches), self._trainer.accelerator)
         hidden = self._args.disable_tqdm or self._args.process_index > 0
         with tqdm(total=len(dataset), desc=title, leave=False, disable=hidden) as bar:
-            return fill(len(dataset), rows, self._settings, bar.update)
+            return fill(len(dataset), rows, self._settings, bar.update, self._trainer.accelerator)
 
     def _recorded(
         self, record: Callable[[dict[str, Any]], Columns], dataset: Any, batches: list[list[int]]

@@ -22,7 +22,6 @@ from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.prepare import collate
-from hf_ft.engine import checkpoint as files
 from hf_ft.engine.batch import starts_at_borders
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import STAGE_RATES, regroup, stage_scheduler, term_groups, undecayed_names
@@ -34,6 +33,7 @@ from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints
 from hf_ft.trainer.context import curve, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
+from hf_ft.trainer.run_lock import alone_in
 
 logger = logging.get_logger(__name__)
 ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
@@ -129,26 +129,29 @@ class FTTrainer(Trainer):
     ) -> Any:
         """Train through all stages; see ``Trainer.train``.
 
-        ``resume_from_checkpoint=True`` resumes from the latest complete checkpoint, within its stage. A second call
+        ``resume_from_checkpoint=True`` resumes from the latest complete checkpoint, within its stage. If that is the
+        checkpoint of the last step, nothing is trained: the best model is loaded and the plan finalised. A second call
         continues from the current weights as a new run, whose checkpoints replace those of the previous run.
 
         Raises:
-            OptionError: if checkpoints of an earlier run exist, or the checkpoint belongs to another strategy.
+            OptionError: if checkpoints of an earlier run exist, the checkpoint belongs to another strategy, or another
+                process trains in the same folder.
             CheckpointError: if there is no complete checkpoint, or it started from other weights.
         """
-        folder = Path(self._get_output_dir(trial))
-        resume = self._checkpoints.resume_folder(resume_from_checkpoint, folder)
-        if resume is None and self.args.save_strategy != "no":
-            self._checkpoints.clear(folder)
-        self._resuming = resume
-        try:
-            return super().train(str(resume) if resume else None, trial, ignore_keys_for_eval, **kwargs)
-        finally:
-            self._resuming = None
-            if self._attempt is not None:
-                self._attempt.end()
-            if self._run is not None:
-                self._run.thaw()
+        folder, saves = Path(self._get_output_dir(trial)), self.args.save_strategy != "no"
+        with alone_in(folder, saves and self.args.should_save, self.accelerator) as self._checkpoints.writer:
+            resume = self._checkpoints.resume_folder(resume_from_checkpoint, folder)
+            if resume is None and saves:
+                self._checkpoints.clear(folder)
+            self._resuming = resume
+            try:
+                return super().train(str(resume) if resume else None, trial, ignore_keys_for_eval, **kwargs)
+            finally:
+                self._resuming = None
+                if self._attempt is not None:
+                    self._attempt.end()
+                if self._run is not None:
+                    self._run.thaw()
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         run = self._start_run()
@@ -159,6 +162,16 @@ class FTTrainer(Trainer):
         self._attempt.streams.begin(batch_size or self._train_batch_size, self._resuming)
         checks.check_last_batch(self, self._attempt.objective)
         return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Like ``Trainer``, but train nothing if the checkpoint is that of the last step.
+
+        The Trainer counts after a step, so it would take one more if the run ends within an epoch.
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def _start_run(self) -> Run:
         """Measure, plan and apply surgery, once per model."""
@@ -177,7 +190,7 @@ class FTTrainer(Trainer):
     def _states(self) -> dict[str, State]:
         """Load the measurements from the checkpoint, or measure and broadcast from rank 0."""
         if self._resuming is not None:
-            return files.read_states(self._resuming)
+            return self._checkpoints.states(self._resuming)
         states = measure(self.configs, self.model, self.context, self._known_states)
         return broadcast_object_list([states])[0] if self.args.world_size > 1 else states
 

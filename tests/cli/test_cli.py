@@ -418,6 +418,14 @@ def test_refused_before_anything_is_read(files, tmp_path, monkeypatch, capsys):
     assert photos(files, tmp_path) == 2 and "is not empty" in capsys.readouterr().err
 
 
+def test_what_a_killed_process_was_writing_is_no_content(files, tmp_path, monkeypatch):
+    (tmp_path / "_training.lock").touch()
+    (tmp_path / "incomplete-7-checkpoint-1").mkdir()
+    monkeypatch.setattr("hf_ft.cli.train.make", lambda _: exit("goes on"))
+    with pytest.raises(SystemExit, match="goes on"):
+        photos(files, tmp_path)
+
+
 def test_a_missing_package_is_named_with_its_line(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hf_ft.zoo.datasets.importlib.util.find_spec", lambda name: None)
     assert photos(files, tmp_path, "--dataset", "elpv") == 2

@@ -10,7 +10,7 @@ import optuna
 import torch
 from safetensors.torch import save_file
 
-from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, LwFConfig, SoftConfig
+from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, FrozenCache, LwFConfig, SoftConfig
 from hf_ft.core.config import strategies
 from hf_ft.testing import still, suited, tiny_collaborative, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
@@ -50,6 +50,8 @@ for name in strategies():
         config = strategies()[name](**options.get(name, {}))
         run(f"{name}-{make.__name__}", still(make()), suited(config, make()), **couples)
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
+run("from a file", still(tiny_resnet()), "lp_ft", frozen_cache=FrozenCache("always", memory_gb=0.0, folder=str(folder)))
+assert not list(folder.glob("hf_ft_frozen_*")), "the file was left behind"
 run("several members", still(tiny_collaborative()), AMCFConfig(frozen=(2, 10)))
 run("several members, one still", still(tiny_collaborative()), AMCFConfig(frozen=(0, 21)), frozen_cache="never")
 

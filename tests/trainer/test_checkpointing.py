@@ -1,5 +1,7 @@
 """A checkpoint has its name when it is whole, and no sooner."""
 
+import os
+
 import pytest
 from transformers import Trainer
 
@@ -13,7 +15,7 @@ def waits():
 
 
 def write(final, text, waits, writes=True):
-    with written_whole(final, writes, lambda: waits.append(final.exists())) as folder:
+    with written_whole(final, os.getpid(), writes, lambda: waits.append(final.exists())) as folder:
         (folder / "file").write_text(text)
 
 
@@ -34,7 +36,7 @@ def test_what_fails_leaves_no_checkpoint_and_the_old_one(tmp_path, waits):
     write(tmp_path / "checkpoint-1", "one", waits)
     with (
         pytest.raises(RuntimeError),
-        written_whole(tmp_path / "checkpoint-1", True, lambda: None) as folder,
+        written_whole(tmp_path / "checkpoint-1", os.getpid(), True, lambda: None) as folder,
     ):
         (folder / "file").write_text("two")
         raise RuntimeError("no space left")
@@ -44,7 +46,7 @@ def test_what_fails_leaves_no_checkpoint_and_the_old_one(tmp_path, waits):
 
 
 def test_other_processes_write_into_the_same_folder(tmp_path, waits):
-    with written_whole(tmp_path / "checkpoint-1", True, lambda: None) as folder:
+    with written_whole(tmp_path / "checkpoint-1", os.getpid(), True, lambda: None) as folder:
         write(tmp_path / "checkpoint-1", "two", waits, writes=False)
         assert (folder / "file").read_text() == "two"
 

@@ -2,16 +2,29 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from transformers import TrainerCallback
 
-from hf_ft import CheckpointError, FTTrainer, L2SPConfig, LPFTConfig, OptionError
-from hf_ft.engine.checkpoint import checkpoints, last_checkpoint
+from hf_ft import (
+    CheckpointError,
+    FTConfig,
+    FTTrainer,
+    L2SPConfig,
+    LPFTConfig,
+    OptionError,
+    Plan,
+    register,
+)
+from hf_ft.engine.checkpoint_folders import checkpoints, last_checkpoint
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.laws import _losses, _same_optimizers
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from hf_ft.trainer.stage_cache import StageCache
 from tests.forked import python
 from tests.trainer.measuring_strategy import MeasuredConfig
 
@@ -51,9 +64,68 @@ def test_broken_checkpoints_are_passed_over(damage, tmp_path):
     assert resumed.state.global_step == 8
 
 
+@register("doubling")
+@dataclass(frozen=True, kw_only=True)
+class DoublingConfig(FTConfig):
+    """Doubles the head's bias once training has ended."""
+
+    def plan(self, model, state):
+        def doubled(trained: nn.Module) -> nn.Module:
+            with torch.no_grad():
+                trained.classifier[1].bias.mul_(2)
+            return trained
+
+        return Plan(finalise=(doubled,))
+
+
+class Steps(TrainerCallback):
+    """Counts the steps that are trained."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.taken += 1
+
+
+# An epoch has 4 steps: a run of 10 ends within its third.
+@pytest.mark.parametrize("cache", ["auto", "always"])
+def test_a_finished_run_is_resumed_without_a_step(cache, tmp_path, monkeypatch):
+    strategy = [LPFTConfig(), L2SPConfig(), DoublingConfig()]
+    best = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "load_best_model_at_end": True}
+    arguments = {**SAVING, **best, "max_steps": 10, "learning_rate": 0.1, "frozen_cache": cache}
+    whole = train(tiny_resnet(), strategy, tmp_path, **arguments)
+    assert whole.state.best_global_step == 5
+    resumed, steps = make_trainer(tiny_resnet(), strategy, tmp_path, **arguments), Steps()
+    resumed.add_callback(steps)
+    monkeypatch.setattr(StageCache, "_fill", lambda *_: pytest.fail("recorded for no step"))
+    resumed.train(resume_from_checkpoint=True)
+    assert steps.taken == 0
+    same_tensors(snapshot(resumed.model), snapshot(whole.model))
+    _same_optimizers(resumed.optimizer, whole.optimizer)
+    assert _losses(resumed) == _losses(whole)
+    for name in ("global_step", "epoch", "best_global_step", "best_metric", "best_model_checkpoint"):
+        assert getattr(resumed.state, name) == getattr(whole.state, name)
+
+
+def test_a_finished_run_is_continued_with_more_steps(tmp_path):
+    arguments = {**SAVING, "lr_scheduler_type": "constant"}
+    train(tiny_resnet(), "full", tmp_path, max_steps=6, **arguments)
+    longer = train(tiny_resnet(), "full", tmp_path, resume=True, max_steps=9, **arguments)
+    whole = train(tiny_resnet(), "full", tmp_path / "whole", max_steps=9, **arguments)
+    same_tensors(snapshot(longer.model), snapshot(whole.model))
+
+
 def test_nothing_to_resume_from(tmp_path):
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         train(tiny_resnet(), "full", tmp_path, resume=True)
+
+
+def test_without_its_optimizer_a_run_is_not_resumed(tmp_path):
+    train(tiny_resnet(), "full", tmp_path, **SAVING, max_steps=2, save_only_model=True)
+    for resume in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(CheckpointError, match="checkpoint-2 was saved with save_only_model=True"):
+            train(tiny_resnet(), "full", tmp_path, resume=resume, **SAVING)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Trained from recorded activations, a model is the same as trained on the inputs, whatever else is asked for."""
 
+import errno
+import os
 import random
 
 import numpy as np
@@ -7,10 +9,10 @@ import pytest
 import torch
 from transformers import BertTokenizerFast, DataCollatorWithPadding
 
-from hf_ft import FrozenCache, FTTrainer, GradualUnfreezingConfig, OptionError, Plan, Stage, Term, set_up
+from hf_ft import DELTAConfig, FrozenCache, FTTrainer, GradualUnfreezingConfig, OptionError, Plan, Stage, Term, set_up
 from hf_ft.core.config import FTConfig, register
 from hf_ft.core.context import Samples
-from hf_ft.data.rows import GB, same_each_time
+from hf_ft.data.rows import GB, drawn_rows, same_each_time
 from hf_ft.engine.batch import ACTIVATION
 from hf_ft.engine.frozen.recorder import Recordings
 from hf_ft.engine.frozen.row_store import RowsDiffer, RowStore
@@ -137,6 +139,26 @@ def test_samples_that_differ_each_time_are_never_recorded(tmp_path):
     assert min(train.reads) >= 2
 
 
+@pytest.mark.parametrize("every", [2, 3, 4])
+def test_samples_of_which_some_differ_at_intervals_are_never_recorded(every, tmp_path):
+    class Periodic(Counted):
+        def __getitem__(self, row):
+            self.jitter = 0.0 if row % every == 0 else 0.1
+            return super().__getitem__(row)
+
+    model = tiny_vit()
+    train = Periodic(model, 48)
+    trainer = FTTrainer(model, tiny_arguments(tmp_path, max_steps=12), strategy="linear_probe", train_dataset=train)
+    assert starts_noted(trainer) == [False]
+
+
+def test_rows_are_drawn_without_order_or_repetition():
+    assert drawn_rows(3, 8) == [0, 1, 2] and drawn_rows(0, 8) == []
+    drawn = drawn_rows(10_000, 8)
+    assert drawn == drawn_rows(10_000, 8) == sorted(set(drawn)) and len(drawn) == 8
+    assert len({row % 2 for row in drawn}) == 2 and len(set(np.diff(drawn))) == 7
+
+
 def test_a_stage_of_one_epoch_records_nothing(tmp_path):
     train, _ = counted_run(tmp_path, max_steps=5)
     assert train.reads == [1] * 40
@@ -232,6 +254,21 @@ def test_more_than_the_disk_may_take_is_not_kept(tmp_path, caplog):
         patch.setattr(cached_stages.logger, "warning", warnings.append)
         _, used = run(tiny_resnet(), "linear_probe", tmp_path, cache)
     assert used == [False] and "memory_gb=0 and disk_gb=0" in warnings[0]
+
+
+@pytest.mark.parametrize("strategy", ["linear_probe", DELTAConfig(weights="uniform")])
+def test_where_the_disk_is_full_every_step_computes_it(strategy, tmp_path, monkeypatch):
+    def full(number, start, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    warnings = []
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr("hf_ft.trainer.stage_cache.logger.warning", warnings.append)
+    cached, used = run(tiny_resnet(), strategy, tmp_path, FrozenCache("always", memory_gb=0.0, folder=str(tmp_path)))
+    assert used == [False] and "in every step" in warnings[0] and "No space left" in warnings[0]
+    monkeypatch.undo()
+    plain, _ = run(tiny_resnet(), strategy, tmp_path, "never")
+    same_tensors(snapshot(cached.model), snapshot(plain.model))
 
 
 def test_stores():

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from hf_ft.core.context import FrozenCache
+from hf_ft.engine.frozen.row_files import Shared
 from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
 
 PASS = 64  # batch size of a recording pass; larger batches are slower on a CPU
@@ -85,22 +87,48 @@ def _exchange(accelerator: Accelerator, columns: Columns, size: int) -> list[Col
 
 
 def fill(
-    samples: int, batches: Iterable[tuple[Tensor, Columns]], cache: FrozenCache, advance: Callable[[int], object]
+    samples: int,
+    batches: Iterable[tuple[Tensor, Columns]],
+    cache: FrozenCache,
+    advance: Callable[[int], object],
+    accelerator: Accelerator | None = None,
 ) -> RowStore:
     """Build a store of all rows.
 
     Args:
         batches: row indices and their columns; together they cover each row.
         advance: called with the number of rows of each batch.
+        accelerator: given if all ranks store the same rows in step: those of a machine share files.
 
     Raises:
-        RowsDiffer: if the rows cannot be stored.
+        RowsDiffer: if the rows cannot be stored; raised on all of these ranks.
     """
     store: RowStore | None = None
     for rows, columns in batches:
-        store = store or RowStore(samples, columns, cache)
+        if store is None:
+            given = samples, columns, cache
+            store = _shared_store(*given, accelerator) if accelerator else RowStore(*given)
         store.put(rows, columns)
         advance(len(rows))
     if store is None:
         raise RowsDiffer("there are no rows")
     return store
+
+
+def _shared_store(samples: int, first: Columns, cache: FrozenCache, accelerator: Accelerator) -> RowStore:
+    """A store on every rank, whose files the ranks of a machine share: the first of them creates these.
+
+    Raises:
+        RowsDiffer: if there is no room on some machine; raised on all ranks.
+    """
+    shared = Shared(broadcast_object_list([Shared().name])[0], creates=accelerator.is_local_main_process)
+    store, problem = None, None
+    if shared.creates:
+        try:
+            store = RowStore(samples, first, cache, shared)
+        except RowsDiffer as error:
+            problem = error
+    found = accelerator.gather(torch.tensor([problem is None], device=accelerator.device).int())  # waits for all
+    if not bool(found.all()):
+        raise problem or RowsDiffer("the first process of a machine has no room for them")
+    return store or RowStore(samples, first, cache, shared)

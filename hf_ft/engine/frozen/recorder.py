@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_ft.core.context import FrozenCache, Samples
-from hf_ft.data.rows import GB, same_each_time, spread_rows
+from hf_ft.data.rows import GB, drawn_rows, same_each_time
 from hf_ft.engine.batch import ACTIVATION
 from hf_ft.engine.frozen.find_prefix import PrefixFinder
 from hf_ft.engine.frozen.freezing import Liveness
@@ -66,7 +66,7 @@ class Recordings:
         self._planned: dict[str, None] = {}
         self._finder: PrefixFinder | None = None
         self.passes = 0
-        some = spread_rows(samples.count, 8)
+        some = drawn_rows(samples.count, 8)
         usable = samples.count >= 4 and cache.use != "never"
         self.usable = usable and (cache.use == "always" or same_each_time(lambda: samples.read(some)))
 
@@ -131,8 +131,12 @@ class Recordings:
         stores: dict[str, RowStore] = {}
         for key in [*missing, *more]:
             total = self._used() + sum(store.bytes for store in stores.values())
-            if key in missing or total + size[key] <= room:
-                stores[key] = self._empty(first[key], [*self._stores.values(), *stores.values()])
+            try:
+                if key in missing or total + size[key] <= room:
+                    stores[key] = self._empty(first[key], [*self._stores.values(), *stores.values()])
+            except RowsDiffer:  # the disk is fuller than the limit allows
+                if key in missing:
+                    raise
         batches = batches_of(self.samples.count, equal=True)
         for rows, columns in record(batches, lambda rows: self._compute(list(stores), rows)):
             for key, values in columns.items():

@@ -12,7 +12,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from hf_ft.core.context import FrozenCache
 from hf_ft.data.rows import GB
 from hf_ft.engine.batch import ROW
+from hf_ft.engine.frozen.row_files import RowFiles, Shared
 
 Columns = dict[str, Tensor]
 CHANNELS_LAST = torch.channels_last
@@ -40,6 +40,7 @@ class RowStore:
         samples: number of rows.
         first: a few rows, for names, shapes and dtypes.
         cache: where to store the rows, and limits.
+        shared: the files, if other processes of the machine map them too and store the same rows.
 
     Raises:
         RowsDiffer: if it would exceed the limit or the free disk space.
@@ -47,22 +48,29 @@ class RowStore:
 
     _made = 0
 
-    def __init__(self, samples: int, first: Mapping[str, Tensor], cache: FrozenCache) -> None:
+    def __init__(
+        self, samples: int, first: Mapping[str, Tensor], cache: FrozenCache, shared: Shared | None = None
+    ) -> None:
         RowStore._made += 1
         self.number = RowStore._made  # identifies the batches of this store
         self.samples = samples
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files: RowFiles | None = None
         self.bytes = sum(samples * math.prod(c.shape[1:]) * c.element_size() for c in first.values())
         if self.bytes > cache.memory_gb * GB:
-            self._check_disk(cache)
-            self._folder = tempfile.TemporaryDirectory(prefix="hf_ft_frozen_", dir=cache.folder)
+            shared = shared or Shared()
+            if shared.creates:
+                self._check_disk(cache)
+            self._files = RowFiles(cache.folder, shared)
         # Convolutions on a CPU are up to 1.5 times faster with channels last, so that order is kept.
         self._innermost = {
             name
             for name, column in first.items()
             if column.dim() == 4 and not column.is_contiguous() and column.is_contiguous(memory_format=CHANNELS_LAST)
         }
-        self.columns = {name: self._empty(name, samples, self._stored(name, c)) for name, c in first.items()}
+        try:
+            self.columns = {name: self._empty(name, samples, self._stored(name, c)) for name, c in first.items()}
+        except OSError as error:
+            raise RowsDiffer(f"a file of {self.bytes / GB:.1f} GB cannot be written: {error.strerror}") from error
 
     def put(self, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Write rows by index.
@@ -79,7 +87,7 @@ class RowStore:
 
     @property
     def in_memory(self) -> bool:
-        return self._folder is None
+        return self._files is None
 
     def take(self, rows: Tensor) -> Columns:
         """Rows by index, with the indices under a key that identifies the store."""
@@ -100,8 +108,6 @@ class RowStore:
 
     def _empty(self, name: str, samples: int, like: Tensor) -> Tensor:
         shape = (samples, *like.shape[1:])
-        size = math.prod(shape)
-        if self._folder is None or size == 0:
+        if self._files is None or math.prod(shape) == 0:
             return torch.empty(shape, dtype=like.dtype)
-        file = str(Path(self._folder.name) / name)
-        return torch.from_file(file, shared=True, size=size, dtype=like.dtype).reshape(shape)
+        return self._files.map(name, shape, like.dtype)

@@ -21,6 +21,7 @@ from hf_ft.core import (
     Term,
     View,
     advising,
+    check_tensor,
     option,
     register,
 )
@@ -37,6 +38,7 @@ from hf_ft.strategies.co_tuning.relationship import (
     reverse_relationship,
 )
 
+RELATIONSHIP = "relationship"
 CALIBRATED_ON = 2000  # maximum number of source samples
 
 
@@ -134,22 +136,29 @@ class CoTuningConfig(FTConfig):
         config: Any = model.config
         relationship = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
         names = {str(place): name for place, name in head.names.items()}
-        return State({"relationship": relationship}, {"temperature": temperature, "names": names})
+        return State({RELATIONSHIP: relationship}, {"temperature": temperature, "names": names})
+
+    def check_state(self, model: nn.Module, state: State) -> None:
+        super().check_state(model, state)
+        if self.weight and RELATIONSHIP in state.tensors:
+            classes: Any = model.config
+            shape = classes.num_labels, source_head(model).classes
+            check_tensor(RELATIONSHIP, state.tensors[RELATIONSHIP], shape, least=0, most=1)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         if not self.weight:
             return Plan()
-        if "relationship" not in state.tensors:
+        if RELATIONSHIP not in state.tensors:
             raise OptionError("co_tuning: no relationship was measured: pass a context to set_up, or use FTTrainer.")
         head, layer = source_head(model), head_input(model, self.head, self.blocks)
-        loss = RelationshipLoss(head, layer, state.tensors["relationship"])
+        loss = RelationshipLoss(head, layer, state.tensors[RELATIONSHIP])
         term = Term("co_tuning", loss, weight=self.weight, needs=frozenset({"inputs"}), layers=(layer,))
         return Plan(terms=(term,))
 
     def learned(self, state: State) -> str:
-        if "relationship" not in state.tensors:
+        if RELATIONSHIP not in state.tensors:
             return ""
-        relationship, names = state.tensors["relationship"], state.info["names"]
+        relationship, names = state.tensors[RELATIONSHIP], state.info["names"]
         tops = ", ".join(
             f"`{names.get(str(int(row.argmax())), int(row.argmax()))}` for {label} ({float(row.max()):.2f})"
             for label, row in enumerate(relationship[:10])

@@ -22,6 +22,7 @@ from hf_ft.core import (
     Term,
     View,
     advising,
+    check_tensor,
     functional,
     option,
     register,
@@ -130,6 +131,13 @@ class DELTAConfig(FTConfig):
             model, layers, self, context, epochs=self.head_epochs, lr=self.head_lr, batches=self.batches
         )
         return State(tensors=weights)
+
+    def check_state(self, model: nn.Module, state: State) -> None:
+        super().check_state(model, state)
+        for layer in self._layers(model) if self.measures() else ():
+            if layer in state.tensors:
+                channels = getattr(model.get_submodule(layer), "out_channels", len(state.tensors[layer]))
+                check_tensor(layer, state.tensors[layer], (channels,), least=0, most=1)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head, layers = self.anatomy(model).head.modules, self._layers(model)

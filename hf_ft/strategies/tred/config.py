@@ -35,7 +35,7 @@ from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.engine.frozen.record import batches_of
 from hf_ft.models import last_feature_map, layers_of, stage_outputs
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.strategies.tred.disentangler import Disentangler, make_disentangler
+from hf_ft.strategies.tred.disentangler import Disentangler, channels_of, check_disentangler, make_disentangler
 from hf_ft.strategies.tred.findings import disentangling_findings
 from hf_ft.strategies.tred.loss import Weights
 from hf_ft.strategies.tred.train import Disentangled, disentangle
@@ -172,6 +172,13 @@ class TREDConfig(FTConfig):
         }
         return State(tensors={name: t.cpu() for name, t in result.module.state_dict().items()}, info=info)
 
+    def check_state(self, model: nn.Module, state: State) -> None:
+        """Like any state's, but gates may be closed, by a logit of minus infinity."""
+        if self.alpha and "layer" in state.info:
+            layers_of(model, (state.info["layer"],), lambda: stage_outputs(self.anatomy(model))[-1:])
+        if self.alpha and self.criterion != "none" and state.tensors:
+            check_disentangler(self.disentangler, state.tensors)
+
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules
         terms = [Term("tred_head", SquaredNorm(head), weight=self.beta, replaces_decay=head)] if self.beta else []
@@ -239,10 +246,10 @@ class TREDConfig(FTConfig):
         """The frozen disentangler stored in a state."""
         if self.criterion == "none":
             return None
-        weights = [t for t in state.tensors.values() if t.dim()]
-        if not weights:
+        channels = channels_of(state.tensors)
+        if not channels:
             raise OptionError("tred: the state holds no disentangler. Measure first (pass a context to set_up).")
-        module = make_disentangler(self.disentangler, weights[0].shape[-1], state.info["non_negative"])
+        module = make_disentangler(self.disentangler, channels, state.info["non_negative"])
         module.load_state_dict(dict(state.tensors))
         return module.eval().requires_grad_(False)
 

@@ -5,16 +5,19 @@ For its training see :mod:`hf_ft.strategies.tred.train`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from hf_ft.core import LARGEST, OptionError, check_tensor
 from hf_ft.functional import as_positions, wide
 
 Kind = Literal["branches", "mask"]
 # A gate below this passes at most 1/400 of a channel's energy, but a probe that rescales channels could still read it.
 CLOSED = 0.05
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Disentangler(nn.Module):
@@ -138,6 +141,27 @@ class _Branch(nn.Module):
 def make_disentangler(kind: Kind, channels: int, non_negative: bool) -> Disentangler:
     """An untrained disentangler, into which a trained state can be loaded."""
     return (Branches if kind == "branches" else Mask)(channels, non_negative)
+
+
+def check_disentangler(kind: Kind, tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors are the state of a trained disentangler of this kind.
+
+    Raises:
+        OptionError: naming the first that is not.
+    """
+    wanted = make_disentangler(kind, channels_of(tensors), non_negative=True).state_dict()
+    if set(wanted) != set(tensors):
+        raise OptionError(f"a disentangler {kind!r} consists of {', '.join(wanted)}, not of {', '.join(tensors)}.")
+    for name, tensor in tensors.items():
+        if name == "logits":  # of gates, which are closed at minus infinity
+            tensor = tensor.clamp_min(-LARGEST)
+        least = SMALLEST if name == "scale" else 0.0 if name.endswith("running_var") else -LARGEST
+        check_tensor(name, tensor, wanted[name].shape, least, LARGEST)
+
+
+def channels_of(tensors: Mapping[str, Tensor]) -> int:
+    """The number of channels of the disentangler whose state this is; 0 if it is none's."""
+    return next((tensor.shape[-1] for tensor in tensors.values() if tensor.dim()), 0)
 
 
 def valid_positions(positions: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from hf_ft import CheckpointError, FTTrainer, OptionError, load_delta, load_weights, zoo
 from hf_ft.core.compose import resolve
-from hf_ft.engine.checkpoint import digests, is_complete, save_delta
+from hf_ft.engine.checkpoint import digests, save_delta
+from hf_ft.engine.checkpoint_folders import is_complete, seal
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.model import CollaborativeModel, joint_logits
 from hf_ft.testing import same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit
@@ -636,6 +637,7 @@ def test_a_missing_shard_makes_a_checkpoint_incomplete(saved, tmp_path):
     run.model.save_pretrained(tmp_path / "checkpoint-1", max_shard_size="10KB")
     for member in (tmp_path / "checkpoint-1").glob("member_*"):
         (member / "model.safetensors").unlink()
+    seal(tmp_path / "checkpoint-1")
     assert is_complete(tmp_path / "checkpoint-1")
     next((tmp_path / "checkpoint-1" / "member_1").glob("model-00002*")).unlink()
     assert not is_complete(tmp_path / "checkpoint-1")
