@@ -17,7 +17,8 @@ class TaskLoss:
 
     Args:
         label_smoother: label smoother that the Trainer creates from ``label_smoothing_factor``.
-        class_weights: (C,), class weights of a cross-entropy.
+        class_weights: (C,), class weights of a cross-entropy. The mean is over rows, not over weights: otherwise a row
+            would count more or less, depending on which others share its micro-batch.
         compute_loss_func: ``f(outputs, labels, num_items_in_batch=...)``; the number is that of this micro-batch, so
             that a sum divided by it equals the mean.
     """
@@ -49,7 +50,8 @@ class TaskLoss:
             return self.compute_loss_func(outputs, labels, num_items_in_batch=labels.ne(-100).sum())
         if self.class_weights is not None:
             weights = self.class_weights.to(outputs["logits"].device)
-            return nn.functional.cross_entropy(outputs["logits"].float(), labels, weight=weights)
+            total = nn.functional.cross_entropy(outputs["logits"].float(), labels, weight=weights, reduction="sum")
+            return total / labels.ne(-100).sum()
         assert self.label_smoother is not None
         return self.label_smoother(outputs, labels)
 

@@ -5,7 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import find_batch_size
 from torch import Tensor
+
+
+def rows_of(batch: Mapping[str, Any]) -> int:
+    """The number of samples of a batch; 0 if it holds no tensor."""
+    return len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else find_batch_size(batch) or 0
+
+
+def own_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> int:
+    """The number of samples of a rank's batch that belong to the data; the others repeat some, so that all are full."""
+    rows, state = rows_of(batch), accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return min(rows, max(0, state.remainder - rows * accelerator.process_index))
+
+
+def leading(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The first samples of a batch."""
+
+    def of_samples(value: Any) -> bool:
+        return isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
+
+    return {name: value[:count] if of_samples(value) else value for name, value in batch.items()}
+
+
+def row_shares(batches: Sequence[Mapping[str, Any]]) -> list[float]:
+    """For each micro-batch of an update, its rows over the mean number of rows of all: 1 if all are of one size."""
+    rows = [rows_of(batch) for batch in batches]
+    return [len(rows) * count / sum(rows) for count in rows] if all(rows) else [1.0] * len(rows)
+
 
 # Prefix, followed by the stream's name, of a batch entry that holds the batch of a stream (a dictionary).
 STREAM = "stream_"

@@ -47,6 +47,7 @@ class Objective(nn.Module):
         prefix: if set, batches with activations at its borders skip everything before; other batches run normally.
         alive: what trains, and which norms update their statistics, in the current stage.
         trained: parameters trained in the current stage, including those of terms.
+        share: factor of the loss in training: the number of rows of this micro-batch over its mean in the update.
     """
 
     # Tells transformers.Trainer that losses are micro-batch means: otherwise, losses and gradients of many models are
@@ -68,7 +69,7 @@ class Objective(nn.Module):
         self.plan = plan
         self.task_loss = task_loss or TaskLoss()
         self.term_modules = plan.term_modules
-        self.progress = 0.0
+        self.progress, self.share = 0.0, 1.0
         self.chains = tuple(chains)
         self._trainable = list(trainable if trainable is not None else dict(model.named_parameters()))
         self.reference = reference
@@ -117,11 +118,12 @@ class Objective(nn.Module):
         view.outputs, view.features, view.progress = outputs, result.features, self.progress
         view.streams = result.streams
         self._look_at_states(active, result.states, recorded, batch, loss.device)
-        total, terms = loss, {"task": loss.detach()}
+        total = self.share * loss
+        terms = {"task": total.detach()}
         # Weight differences and kernels of features need float32, whatever the model's dtype.
         with torch.autocast(loss.device.type, enabled=False):
             for term, factor in active:
-                value = factor * term.fn(view).to(loss.device)
+                value = (factor * self.share) * term.fn(view).to(loss.device)
                 total = total + value
                 terms[term.name] = value.detach()
         view.release()

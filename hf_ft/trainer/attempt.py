@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_ft.engine.batch import users_columns
+from hf_ft.engine.batch import row_shares, users_columns
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.run import Stepper
 from hf_ft.errors import DataError
@@ -31,6 +33,8 @@ class Attempt:
         log: the loss terms since the last log.
         cache: the recorded outputs of frozen parts.
         streams: the source data used in addition to the target data.
+        accumulation: number of micro-batches of an update, except for the last one of an epoch.
+        shares: of each micro-batch that is still to come in this update; see :class:`Objective`.
     """
 
     objective: Objective
@@ -38,6 +42,8 @@ class Attempt:
     log: TermLog
     cache: StageCache
     streams: SourceStreams
+    accumulation: int = 1
+    shares: deque[float] = field(default_factory=deque)
 
     @classmethod
     def begin(cls, trainer: ForAttempt, objective: Objective, last: Attempt | None) -> Attempt:
@@ -47,12 +53,19 @@ class Attempt:
         cache = StageCache(trainer, objective)
         stepper = Stepper(objective, borders=(), then=lambda _: cache.start(stepper.left))
         log = TermLog(objective.plan.terms, set() if last is None else last.log.told)
-        return cls(objective, stepper, log, cache, SourceStreams(trainer, objective))
+        streams = SourceStreams(trainer, objective)
+        return cls(objective, stepper, log, cache, streams, trainer.args.gradient_accumulation_steps)
 
     def enter(self, step: int) -> None:
         """Enter the stage that this optimizer step (from 0) belongs to."""
         self.stepper(step)
         self.cache.leave_out_unused()
+
+    def begin_update(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Note how the rows of an update are distributed over its micro-batches."""
+        self.shares.clear()
+        self.shares.extend(row_shares(batches))
+        self.log.update_size = len(batches)
 
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         """The outputs of the objective, as wrapped by the Trainer, for a batch of the Trainer's loader.
@@ -60,7 +73,8 @@ class Attempt:
         Raises:
             DataError: if the outputs contain no loss.
         """
-        outputs = model(**self.streams.add(self.cache.present_form(batch)))
+        self.objective.share = self.shares.popleft() if self.objective.training and self.shares else 1.0
+        outputs = model(**self.streams.add(self.cache.present_form(batch), self._missing()))
         if outputs.get("loss") is None:
             raise DataError(
                 f"the model returned no loss, only {sorted(outputs)}, for the inputs {sorted(users_columns(batch))}. "
@@ -69,6 +83,10 @@ class Attempt:
             )
         self.log.add(outputs.pop("terms", None))
         return outputs
+
+    def _missing(self) -> int:
+        """The number of micro-batches that this update lacks, told with its last one."""
+        return 0 if self.shares else self.accumulation - self.log.update_size
 
     def end(self) -> None:
         """Drop all recordings and stop reading data."""

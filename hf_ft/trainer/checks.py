@@ -176,7 +176,7 @@ def check_labels(dataset: Any, model: nn.Module) -> None:
 
 
 def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any, label_smoother: Any) -> Tensor | None:
-    """The weight of each class, (C,).
+    """The weight of each class, (C,), scaled to a mean of 1 over the training rows where their labels are known.
 
     Raises:
         OptionError: if the number of weights differs from the number of classes, or with another loss.
@@ -191,10 +191,10 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
             f"class_weights need single-label classification, but the model's problem_type is {config.problem_type}."
         )
     classes = config.num_labels
+    labels = class_labels(dataset)
     if isinstance(wanted, str):
         if wanted != "balanced":
             raise OptionError(f"class_weights={wanted!r} must be 'balanced' or one number per class.")
-        labels = class_labels(dataset)
         if labels is None:
             raise OptionError("class_weights='balanced' needs a label column in train_dataset; pass numbers instead.")
         present = np.unique(labels)
@@ -203,7 +203,12 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
     weights = torch.as_tensor(wanted, dtype=torch.float32)
     if weights.shape != (classes,) or not bool((weights >= 0).all()):
         raise OptionError(f"class_weights={wanted!r} must be {classes} non-negative numbers, one per class.")
-    return weights
+    if labels is None or not len(labels):
+        return weights
+    mean = float(weights[torch.as_tensor(labels[labels >= 0])].double().mean())
+    if mean == 0:
+        raise OptionError(f"class_weights={wanted!r} are 0 for all classes that occur in train_dataset.")
+    return weights / mean
 
 
 def check_last_batch(trainer: ForProbe, objective: Objective) -> None:

@@ -22,29 +22,32 @@ class TermLog:
     Attributes:
         terms: the terms of the plan.
         told: names of the terms for which a warning about a value of 0 was already issued.
+        update_size: number of micro-batches of the current update.
     """
 
     terms: Sequence[Term]
     told: set[str] = field(default_factory=set)
+    update_size: int = 1
     _sums: dict[str, Tensor] = field(default_factory=dict)
-    _count: int = 0
+    _updates: float = 0.0
 
     def add(self, terms: Mapping[str, Tensor] | None) -> None:
         """Add the loss terms of one micro-batch."""
         if terms is None:
             return
         for name, value in terms.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
+            value = value / self.update_size
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._updates += 1 / self.update_size
 
     def drain(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the means over all processes as ``loss/<name>`` and reset the sums."""
         if not self._sums:
             return {}
-        means = torch.stack([value.float() for value in self._sums.values()]) / self._count
+        means = torch.stack([value.float() for value in self._sums.values()]) / self._updates
         values = accelerator.reduce(means, reduction="mean").tolist()
         logged = {f"loss/{name}": value for name, value in zip(self._sums, values, strict=True)}
-        self._sums, self._count = {}, 0
+        self._sums, self._updates = {}, 0.0
         self._warn_of_zeros(logged)
         return logged
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from hf_ft.core.plan import Stream
 from hf_ft.data.streams import Position, Share, first_rows, is_map_style, open_stream
-from hf_ft.engine.batch import STREAM
+from hf_ft.engine.batch import STREAM, leading, rows_of
 from hf_ft.engine.forward import check_columns, concatenate
 from hf_ft.engine.objective import Objective
 from hf_ft.errors import CheckpointError, OptionError
@@ -79,19 +79,30 @@ class SourceStreams:
 
     # --- in training ---------------------------------------------------------------------------------------
 
-    def add(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Add one batch of every stream that the current step uses."""
+    def add(self, inputs: dict[str, Any], missing: int = 0) -> dict[str, Any]:
+        """Add one batch of every stream that the current step uses, with ``ratio`` samples for each of the target's.
+
+        Args:
+            missing: number of micro-batches that the last update of an epoch lacks, after this one. Their samples are
+                skipped, so that the streams do not depend on the number of micro-batches in an update.
+        """
         if not self._objective.training:
             return inputs
         live = self._objective.live_streams
         for name in set(self._opened) - set(live):
             del self._opened[name]  # this ends its worker processes
-        return {**inputs, **{f"{STREAM}{name}": self._next_of(name) for name in live}} if live else inputs
+        rows = rows_of(inputs)
+        return {**inputs, **{f"{STREAM}{name}": self._next_of(name, rows, missing) for name in live}}
 
-    def _next_of(self, name: str) -> dict[str, Any]:
+    def _next_of(self, name: str, rows: int, missing: int) -> dict[str, Any]:
+        stream = self._streams[name]
         if name not in self._opened:
-            self._opened[name] = self._open(self._streams[name])
+            self._opened[name] = self._open(stream)
         self._positions[name], batch = next(self._opened[name])
+        for _ in range(missing):
+            self._positions[name], _ = next(self._opened[name])
+        if rows < self._trainer._train_batch_size:
+            batch = leading(batch, max(1, round(stream.ratio * rows)))
         return self._trainer._prepare_inputs(self._prepared[name](batch))
 
     def _open(self, stream: Stream) -> Iterator[tuple[Position, dict[str, Any]]]:

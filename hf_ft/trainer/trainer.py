@@ -22,7 +22,7 @@ from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.prepare import collate
-from hf_ft.engine.batch import starts_at_borders
+from hf_ft.engine.batch import leading, own_rows, rows_of, starts_at_borders
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import STAGE_RATES, regroup, stage_scheduler, term_groups, undecayed_names
 from hf_ft.engine.run import Run, measure, set_up
@@ -44,7 +44,7 @@ class FTTrainer(Trainer):
 
     All stages of a strategy run in one ``train()`` call, with one step count, one log, one set of checkpoints and one
     best model. ``eval_loss`` is the task loss alone; each term of the training loss is logged as ``loss/<name>``.
-    Losses are micro-batch means, so they do not depend on gradient accumulation or the number of ranks.
+    Losses are means over the rows of an update, so they do not depend on gradient accumulation or the number of ranks.
 
     Args:
         model: as in ``Trainer``.
@@ -295,6 +295,13 @@ class FTTrainer(Trainer):
         more = getattr(unwrap(self.model)[0], "input_names", ())
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *more]))
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Like ``Trainer``; each micro-batch will count by its number of rows."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self._attempt is not None:
+            self._attempt.begin_update(batches)
+        return batches, items
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -302,6 +309,16 @@ class FTTrainer(Trainer):
         assert self._attempt is not None
         outputs = self._attempt.outputs(model, inputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Like ``Trainer``, but samples that only fill up the last batch of a rank do not count in the loss."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        own = own_rows(inputs, self.accelerator)
+        if loss is not None and 0 < own < rows_of(inputs):
+            loss = super().prediction_step(model, leading(inputs, own), True, ignore_keys)[0]
+        return loss, logits, labels
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Like ``Trainer``, but 0 for recorded activations."""

@@ -330,7 +330,7 @@ def test_nothing_is_loaded_or_computed_once_the_weight_is_0(forward, tmp_path, m
     trainer.model.resnet.embedder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     add = SourceStreams.add
     monkeypatch.setattr(
-        SourceStreams, "add", lambda streams, inputs: (reads.append(len(source.read)), add(streams, inputs))[1]
+        SourceStreams, "add", lambda streams, *args: (reads.append(len(source.read)), add(streams, *args))[1]
     )
     trainer.train()
     first = [12] * 4 if forward == "joint" else [8, 4] * 4
@@ -418,11 +418,11 @@ def test_smaller_batches_after_running_out_of_memory(tmp_path, monkeypatch):
     trainer = soft_trainer(tiny_resnet(), SOFT, tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
     draw, failed = SourceStreams._next_of, []
 
-    def first_fails(streams, name):
+    def first_fails(streams, name, *more):
         if not failed:
             failed.append(name)
             raise RuntimeError("CUDA out of memory.")
-        return draw(streams, name)
+        return draw(streams, name, *more)
 
     monkeypatch.setattr(SourceStreams, "_next_of", first_fails)
     trainer.train()

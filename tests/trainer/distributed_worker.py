@@ -112,6 +112,12 @@ trainer = make_trainer(still(tiny_resnet()), "linear_probe", folder / "one", "al
 trainer.train()
 assert bool(torch.isfinite(torch.tensor(trainer.state.log_history[-2]["eval_loss"])))
 
+# The last batch of 37 samples is filled up on the first rank, that of 45 on the second: each sample counts once.
+trainer = make_trainer(tiny_vit(), "full", folder / "evaluated", per_device_eval_batch_size=8)
+for samples in (37, 45):
+    loss = trainer.evaluate(tiny_data(tiny_vit(), samples, seed=3))["eval_loss"]
+    weights[f"evaluation/{samples}"] = torch.tensor(loss)
+
 # Each of 37 samples is looked at once, and all ranks hold the same state, bit for bit.
 trainer = make_trainer(tiny_vit(), MeasuredConfig(), folder / "measured")
 trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])

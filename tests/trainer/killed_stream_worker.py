@@ -43,8 +43,8 @@ trainer.add_callback(KillAtStep())
 draw = SourceStreams._next_of
 
 
-def written(streams, name):
-    batch = draw(streams, name)
+def written(streams, name, *more):
+    batch = draw(streams, name, *more)
     with (folder / "read.jsonl").open("a") as file:
         file.write(json.dumps(batch["pixel_values"].double().sum(dim=(1, 2, 3)).tolist()) + "\n")
     return batch

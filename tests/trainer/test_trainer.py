@@ -300,6 +300,37 @@ def test_class_weights(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(-(w * log_p).sum() / w.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("strategy", ["full", "l2_sp"])
+def test_class_weights_with_accumulation_of_uneven_batches(strategy, tmp_path):
+    """30 samples in batches of 8, or in two micro-batches of 4: the last update has 6, as 4 and 2."""
+    ends = []
+    for steps in (1, 2):
+        arguments = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+        args = tiny_arguments(tmp_path, optim="sgd", max_grad_norm=0.0, **arguments)
+        data = tiny_data(tiny_vit(), 30)
+        trainer = FTTrainer(
+            still(tiny_vit()), args, strategy=strategy, class_weights=[0.2, 1.0, 9.0], train_dataset=data
+        )
+        trainer.train()
+        losses = [{k: v for k, v in e.items() if "loss" in k} for e in trainer.state.log_history if "loss" in e]
+        ends.append((snapshot(trainer.model), losses))
+    same_tensors(ends[0][0], ends[1][0], 1e-6)
+    for one, other in zip(ends[0][1], ends[1][1], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_class_weights_are_relative(tmp_path):
+    """Twice the weights are the same weights; their mean over the samples is 1."""
+    data = tiny_data(tiny_vit())
+    given = [FTTrainer(tiny_vit(), tiny_arguments(tmp_path), class_weights=[w, 2 * w, 5 * w], train_dataset=data)
+             for w in (1.0, 2.0)]  # fmt: skip
+    one, other = (trainer.task_loss.class_weights for trainer in given)
+    assert one.tolist() == pytest.approx(other.tolist()) and float(one[data["labels"][:]].mean()) == pytest.approx(1.0)
+    with pytest.raises(OptionError, match="are 0 for all classes that occur"):
+        absent = [0.0, 0.0, 0.0]
+        FTTrainer(tiny_vit(), tiny_arguments(tmp_path), class_weights=absent, train_dataset=data)
+
+
 def test_balanced_class_weights_and_their_refusals(tmp_path):
     data = tiny_data(tiny_vit())
     counts = torch.bincount(data["labels"][:], minlength=3)
