@@ -37,6 +37,10 @@ class OptionError(Error):
     """A value that cannot work. The message names the field, the value and the fix."""
 
 
+class MachineError(Error):
+    """The disk or the memory of this machine gave out. Nothing is decided by it: the same call goes on later."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Message for an unknown name, with the closest match and all known names."""
     known = list(known)

@@ -27,7 +27,8 @@ from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.training import CommonSettings, Measured, train, versions
-from hf_ft.errors import AnatomyError, OptionError
+from hf_ft.errors import AnatomyError, MachineError, OptionError
+from hf_ft.search.environment import environment_error
 from hf_ft.search.storage import open_storage
 from hf_ft.search.trials import Job, Outcome, Report, run_trials
 
@@ -169,6 +170,13 @@ class Runner:
             if kind == "run" and not training.error:
                 self.kept.keep_best(name, seed, self.ledger.score(training))
         except Exception as error:  # a failed training must not stop the comparison
+            cause = environment_error(error)
+            if cause is not None:
+                what = f"{entrant.name}, {kind} {number + (kind == 'trial')}"
+                raise MachineError(
+                    f"{what}: {type(cause).__name__}: {cause}. Make room and run the same again: what is finished is "
+                    "kept."
+                ) from error
             logger.info(f"{entrant.name}: {error}", exc_info=True)
             refused = isinstance(error, REFUSED)
             training = self._failed(

@@ -1,5 +1,6 @@
 """``hf_ft.compare``: equal budgets, what looks at which data, interruptions, failures."""
 
+import errno
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from hf_ft.comparison.training import finite_metrics, train
 from hf_ft.core.config import _CONFIGS, register
 from hf_ft.core.search_space import LogRange
 from hf_ft.data.columns import find_columns
+from hf_ft.errors import MachineError
 from hf_ft.search.claims import Claims
 from hf_ft.search.storage import as_json, open_storage, open_study
 from hf_ft.search.trials import Job, run_trials
@@ -531,6 +533,24 @@ def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
     results = run(tmp_path, trials=3, **SHORT)
     assert once and results["full"].trials[0].error and results["full"].status == "finished"
     assert [len(contender.trials) for contender in results.contenders] == [3, 3]
+
+
+@pytest.mark.slow
+def test_a_full_disk_decides_nothing(tmp_path, monkeypatch):
+    """It stops the comparison; the same call goes on, and gives what an uninterrupted one gives."""
+    calls = []
+
+    def full(entrant, values, *more, **keywords):
+        calls.append(entrant.name)
+        if len(calls) == 4:
+            raise RuntimeError("cannot save") from OSError(errno.ENOSPC, "No space left on device")
+        return train(entrant, values, *more, **keywords)
+
+    monkeypatch.setattr("hf_ft.comparison.runner.train", full)
+    with pytest.raises(MachineError, match=r"\w+, trial \d: OSError: .*No space left on device.*run the same again"):
+        run(tmp_path / "full", trials=2, **SHORT)
+    monkeypatch.undo()
+    assert lasting(run(tmp_path / "full", trials=2, **SHORT)) == lasting(run(tmp_path / "whole", trials=2, **SHORT))
 
 
 @pytest.mark.slow
