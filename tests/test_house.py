@@ -24,7 +24,7 @@ FLOORS = (
     "zoo",
     "models",
     "functional documents",
-    "splits metrics",
+    "splits metrics records",
     "errors lazy version",
 )
 FLOOR = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
