@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from hf_ft.search.storage import check_signature
+from hf_ft.search.storage import LockedError, check_signature
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -125,6 +125,8 @@ class Claims:
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
         try:
             return self.storage.create_new_trial(study_id, template)
+        except LockedError:
+            raise
         except ValueError:  # a concurrent job list has just registered other choices for a parameter
             if not params:
                 raise

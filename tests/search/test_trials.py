@@ -17,6 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hf_ft.errors import OptionError
+from hf_ft.search import storage as storage_module
 from hf_ft.search.claims import Claims
 from hf_ft.search.storage import open_storage, open_study
 from hf_ft.search.trials import Halving, Job, JobError, run_trials
@@ -448,3 +449,25 @@ def test_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-ft\[search\]'"):
         run(jobs(1), seed)
+
+
+def test_a_study_that_another_process_holds(database, monkeypatch):
+    """One patience, at opening and in the middle of a search, and the words of neither SQLAlchemy nor Optuna."""
+    monkeypatch.setattr(storage_module, "LOCK_TIMEOUT", 0.2)
+    other = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    seen = []
+
+    def evaluate(job, report):
+        seen.append(job.key)
+        if len(seen) == 2:
+            other.execute("BEGIN EXCLUSIVE")
+            report(1, 0.5)
+        return seed(job, report)
+
+    with pytest.raises(OptionError, match=r"study\.db' is held by another process, which has locked it for more than"):
+        run(jobs(3), evaluate, database)
+    assert len(seen) == 2
+    with pytest.raises(OptionError, match="held by another process"):
+        run(jobs(3), evaluate, database)
+    other.execute("ROLLBACK")
+    assert len(run(jobs(3), seed, database, heartbeat=0.05)) == 3
