@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
 from hf_ft.data.columns import IMAGE_SUFFIXES, is_text, some_text
+from hf_ft.data.image_folders import files, is_image, read_image_folder
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import DATASETS
 
+SCANNED = 20_000  # files that are looked at before a folder is searched
+FEW = 1_000  # files that are searched in any case
+LEAST_SHARE = 0.3  # of images and tables among the files of a data set
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+DATA_SUFFIXES = (*READERS, ".arrow", ".tar", ".zip")  # also those that only `datasets` itself recognises
 
 
 def read_files(source: str, config_name: str | None = None, train_split: str = "train") -> DatasetDict:
@@ -23,6 +29,8 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
     try:
         if source in DATASETS:
             return DatasetDict({train_split: DATASETS[source]()})
+        if "::" in source and path.exists() and not path.is_dir():
+            raise ValueError("`datasets` takes '::' in the name of a table for a chain of URLs: rename it")
         if path.is_dir():
             return _read_folder(path, config_name, train_split)
         if path.is_file():
@@ -48,24 +56,22 @@ def _read_folder(path: Path, config_name: str | None, train_split: str) -> Datas
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         data = load_from_disk(str(path))
         return data if isinstance(data, DatasetDict) else DatasetDict({train_split: data})
-    if (patterns := _image_patterns(path, train_split)) is None:
+    _check_is_data(path)
+    images = read_image_folder(path, train_split)
+    if images is None:
         return _absolute_image_paths(load_dataset(str(path), name=config_name), path)
-    return load_dataset("imagefolder", data_dir=str(path), data_files=patterns, drop_labels=False, drop_metadata=True)
+    return images
 
 
-def _image_patterns(folder: Path, train_split: str) -> dict[str, str] | None:
-    # Explicit, because `datasets` infers splits from any part of the path: a file called test_1.png in a class
-    # folder, or a class called "train" next to "bus", would end up in another split.
-    def holds_classes(parent: Path) -> bool:
-        classes = (child for child in parent.iterdir() if child.is_dir())
-        return any(file.suffix.lower() in IMAGE_SUFFIXES for child in classes for file in child.iterdir())
-
-    if any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
-        return None
-    splits = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and holds_classes(child)]
-    if train_split in splits:
-        return {name: f"{name}/**" for name in splits}
-    return {train_split: "**"} if holds_classes(folder) else None
+def _check_is_data(folder: Path) -> None:
+    """Reject a folder such as the home folder: to look through all of it would take minutes."""
+    seen = list(islice(files(folder), SCANNED))
+    known = sum(is_image(file) or file.lower().endswith(DATA_SUFFIXES) for file in seen)
+    if len(seen) > FEW and known < LEAST_SHARE * len(seen):
+        raise ValueError(
+            f"this is no folder of data: of the first {len(seen):,} files in it and its subfolders, {known:,} are "
+            "images or tables. Name the folder of the data set itself"
+        )
 
 
 def _absolute_image_paths(data: DatasetDict, folder: Path) -> DatasetDict:
