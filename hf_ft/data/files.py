@@ -26,11 +26,12 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
         DataError: if it cannot be read.
     """
     path = Path(source).expanduser()
+    _check_config_name(config_name, source, path)
     try:
         if source in DATASETS:
             return DatasetDict({train_split: DATASETS[source]()})
         if "::" in source and path.exists() and not path.is_dir():
-            raise ValueError("`datasets` takes '::' in the name of a table for a chain of URLs: rename it")
+            raise DataError(f"`datasets` takes the '::' in {source!r} for a chain of URLs: rename the file.")
         if path.is_dir():
             return _read_folder(path, config_name, train_split)
         if path.is_file():
@@ -41,7 +42,7 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
         if source.startswith((".", "/", "~")):
             raise FileNotFoundError("no such file or folder")
         return load_dataset(source, name=config_name)
-    except ImportError:
+    except (DataError, ImportError):
         raise  # a short name's package is missing: the message says how to install it
     except Exception as error:  # `datasets` raises many types, some with no hint of what was asked for
         raise DataError(
@@ -52,14 +53,33 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
         ) from error
 
 
+def _check_config_name(config_name: str | None, source: str, path: Path) -> None:
+    """Reject a configuration where there can be none."""
+    if config_name is not None and (source in DATASETS or path.is_file() or _is_saved(path)):
+        raise DataError(
+            f"config_name={config_name!r} has no effect, since {source!r} has no configurations: leave it out.",
+            arguments=("config_name",),
+        )
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether it is a folder written by ``save_to_disk``."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
 def _read_folder(path: Path, config_name: str | None, train_split: str) -> DatasetDict:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if _is_saved(path):
         data = load_from_disk(str(path))
         return data if isinstance(data, DatasetDict) else DatasetDict({train_split: data})
     _check_is_data(path)
     images = read_image_folder(path, train_split)
     if images is None:
         return _absolute_image_paths(load_dataset(str(path), name=config_name), path)
+    if config_name is not None:
+        raise DataError(
+            f"config_name={config_name!r} has no effect on a folder of images: leave it out.",
+            arguments=("config_name",),
+        )
     return images
 
 
@@ -68,9 +88,9 @@ def _check_is_data(folder: Path) -> None:
     seen = list(islice(files(folder), SCANNED))
     known = sum(is_image(file) or file.lower().endswith(DATA_SUFFIXES) for file in seen)
     if len(seen) > FEW and known < LEAST_SHARE * len(seen):
-        raise ValueError(
-            f"this is no folder of data: of the first {len(seen):,} files in it and its subfolders, {known:,} are "
-            "images or tables. Name the folder of the data set itself"
+        raise DataError(
+            f"{str(folder)!r} is no folder of data: of the first {len(seen):,} files in it and its subfolders, "
+            f"{known:,} are images or tables. Name the folder of the data set itself."
         )
 
 

@@ -118,10 +118,19 @@ def test_a_folder_that_is_no_data_set_is_refused_at_once(tmp_path, monkeypatch):
 
 def test_a_table_with_a_chain_of_urls_in_its_name(tmp_path):
     (tmp_path / "a::b.csv").write_text("text,label\n" + "x,0\ny,1\n" * 5)
-    with pytest.raises(DataError, match="takes '::' in the name of a table .* rename it"):
+    with pytest.raises(DataError, match=r"takes the '::' in '.*a::b\.csv' for a chain of URLs: rename"):
         load_splits(str(tmp_path / "a::b.csv"))
     write(tmp_path / "images", *(f"x::{number}.png" for number in range(6)))
     rows = [f"images/x::{number}.png,{number % 2}" for number in range(6)]
     (tmp_path / "table.csv").write_text("\n".join(["file_name,label", *rows]) + "\n")
     splits = load_splits(str(tmp_path / "table.csv"), validation_fraction=0.34)
     assert not any(check_images(splits, find_columns(splits))[1].values())
+
+
+def test_a_configuration_where_there_is_none(tmp_path):
+    write(tmp_path / "photos" / "cat"), write(tmp_path / "photos" / "dog")
+    (tmp_path / "a.csv").write_text("text,label\n" + "x,0\ny,1\n" * 5)
+    for source in ("uci_digits", "photos", "a.csv"):
+        source = source if source == "uci_digits" else str(tmp_path / source)
+        with pytest.raises(DataError, match="config_name='plain' has no effect"):
+            load_splits(source, config_name="plain")
