@@ -25,7 +25,7 @@ FLOORS = (
     "models",
     "functional documents",
     "splits metrics records",
-    "errors lazy version",
+    "errors lazy processes version",
 )
 FLOOR = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 # Downwards, but forbidden all the same.

@@ -105,7 +105,8 @@ def run_trials(
         name: name of the study.
         signature: a JSON dict of everything the scores depend on; the pruner is added. All callers must agree on it.
         pruner: None runs every job to completion.
-        heartbeat: seconds between heartbeats. A worker that misses six of them is presumed dead.
+        heartbeat: seconds between heartbeats. A worker that misses six of them is presumed dead; one on the same
+            machine whose process is gone is known to be.
         retries: how often this call retries a job that raised in other workers. The death of a worker does not count,
             since each death costs a worker.
         progress: called with (finished, total, None) first, then with each newly finished job, whoever ran it.

@@ -203,6 +203,16 @@ def test_a_restart_after_all_were_killed(database, tmp_path):
     assert not set(before) & {key for key, _ in started(tmp_path)[len(log) :]}
 
 
+def test_the_job_of_a_killed_worker_of_this_machine_is_free_at_once(storage, tmp_path):
+    """Its mark would have to stay the same for ten minutes."""
+    killed = start(tmp_path, storage, 3, 0.0, 100.0, signals=[None, signal.SIGKILL])
+    killed.join()
+    assert len(run(jobs(3), seed, storage, heartbeat=100.0)) == 3
+    assert Counter(t.state.name for t in trials_of(storage)) == {"COMPLETE": 3, "FAIL": 1}
+    [failed] = [t for t in trials_of(storage) if t.state == TrialState.FAIL]
+    assert failed.user_attrs["failure"] == "worker died"
+
+
 def test_a_paused_worker_that_comes_back_does_not_complete_again(storage, tmp_path):
     paused = start(tmp_path, storage, 2, 0.5, 0.2, signals=[signal.SIGSTOP])
     wait(lambda: started(tmp_path))
