@@ -51,6 +51,17 @@ def restored(kind: type[T], content: Any, what: str, *, null: float | None = Non
         raise CheckpointError(f"these are not {what}: {str(error).rstrip('.')}. Use another file.") from error
 
 
+def stored(record: Any) -> Any:
+    """A dataclass as content for JSON: as :func:`dataclasses.asdict`, but without copies of what cannot change."""
+    if dataclasses.is_dataclass(record):
+        return {field.name: stored(getattr(record, field.name)) for field in dataclasses.fields(record)}
+    if isinstance(record, Mapping):
+        return {key: stored(value) for key, value in record.items()}
+    if isinstance(record, tuple) and set(map(type, record)) <= {int, float, str}:  # thousands of predictions
+        return record
+    return type(record)(map(stored, record)) if isinstance(record, list | tuple) else record
+
+
 class _OtherShape(Exception):
     """A value that does not fit its type hint."""
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import pytest
@@ -18,7 +18,7 @@ from hf_ft.core.config import FTConfig, load_configs, write_configs
 from hf_ft.documents.html import html
 from hf_ft.engine.checkpoint import load_delta
 from hf_ft.errors import CheckpointError, OptionError
-from hf_ft.records import read_json, restored
+from hf_ft.records import read_json, restored, stored
 from hf_ft.strategies.amcf.scores import Evaluation, Generation, SwarmScores
 from hf_ft.strategies.blockwise.candidates import Candidate
 from hf_ft.strategies.blockwise.scores import BlockScore, BlockScores
@@ -68,6 +68,13 @@ def test_types_are_restored():
     assert restored(Outer, content, "outers") == Outer("x", "a", Inner(1), (Inner(0.5),), {"k": (1, 2)})
     assert restored(Outer, {"name": "x", "kind": "b", "later": 3, "anything": [1]}, "outers").anything == [1]
     assert restored(Inner, {"number": None}, "inners", null=-1.0) == Inner(-1.0)
+
+
+def test_what_is_stored_is_what_dataclasses_make_of_it():
+    record = Outer("x", "a", Inner(1.0), (Inner(0.5),), {"k": (1, 2)}, {"y": [(1, None), {"z": 2}]})
+    content = stored(record)
+    assert content == asdict(record) and content["table"]["k"] is record.table["k"]
+    assert content["anything"] is not record.anything and restored(Outer, content, "outers") == record
 
 
 @pytest.mark.parametrize(

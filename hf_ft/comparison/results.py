@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import reprlib
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from hf_ft.errors import CheckpointError
-from hf_ft.records import read_json, restored
+from hf_ft.records import read_json, restored, stored
 
 FORMAT = 1
 Status = Literal["finished", "cannot run", "failed", "not reached", "unfinished"]
@@ -188,7 +187,7 @@ class Results:
         return next(contender for contender in self.contenders if contender.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        return {"format": FORMAT, **stored(self)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Results:
