@@ -1,6 +1,7 @@
 """Killed at any moment and resumed, a run ends as if nothing had happened."""
 
 import json
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,3 +190,33 @@ def test_resume_does_not_depend_on_where_the_folder_lies(tmp_path):
     state = json.loads((tmp_path / "there" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"].startswith(str(tmp_path / "here"))
     assert train(tiny_resnet(), "full", tmp_path / "there", resume=True, **arguments).state.global_step == 8
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows that draw from the global random states whenever they are read, as augmentation does."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {**row, "pixel_values": torch.as_tensor(row["pixel_values"]) + torch.randn(()) + random.random()}
+
+
+# An epoch has 4 steps: checkpoint-2 lies within it, when the batch of step 3 has been read.
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_goes_on_within_an_epoch(workers, tmp_path):
+    def trained(folder, resume=None):
+        args = tiny_arguments(folder, **SAVING, max_steps=6, dataloader_num_workers=workers)
+        trainer = FTTrainer(tiny_resnet(), args, train_dataset=Noisy(tiny_data(tiny_resnet())))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    same_tensors(snapshot(resumed.model), snapshot(whole.model))
+    assert _losses(resumed) == _losses(whole)
