@@ -25,13 +25,21 @@ from hf_ft.data.prepare import collate
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.batch import leading, own_rows, rows_of, starts_at_borders
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.param_groups import STAGE_RATES, regroup, stage_scheduler, term_groups, undecayed_names
+from hf_ft.engine.param_groups import (
+    STAGE_RATES,
+    check_settings,
+    regroup,
+    settings,
+    stage_scheduler,
+    term_groups,
+    undecayed_names,
+)
 from hf_ft.engine.run import Run, measure, set_up
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.trainer import checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
-from hf_ft.trainer.checkpointing import Checkpoints
+from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.run_lock import alone_in
@@ -387,6 +395,18 @@ class FTTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_run()  # terms refer to the initial weights, not to those of the checkpoint
         self._checkpoints.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Like ``Trainer``; files that do not fit are named."""
+        with read_from(str(checkpoint), "optimizer.pt and scheduler.pt"):
+            own = settings(self.optimizer)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            check_settings(own, settings(self.optimizer))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Like ``Trainer``; files that do not fit are named."""
+        with read_from(str(checkpoint), "the random states (rng_state*.pth)"):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")

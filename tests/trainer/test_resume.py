@@ -1,5 +1,6 @@
 """Killed at any moment and resumed, a run ends as if nothing had happened."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -220,3 +221,57 @@ def test_augmentation_goes_on_within_an_epoch(workers, tmp_path):
     resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
     assert _losses(resumed) == _losses(whole)
+
+
+class Planted:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def _without_lambdas(state):
+    return {name: value for name, value in state.items() if name != "lr_lambdas"}
+
+
+def _with_group(**changes):
+    def changed(state):
+        state["param_groups"][0] |= changes
+        return state
+
+    return changed
+
+
+# Whole files whose content is that of no run: the checksums say nothing against them.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scheduler.pt", _without_lambdas),
+        ("scheduler.pt", lambda state: True),
+        ("optimizer.pt", lambda state: {}),
+        ("optimizer.pt", _with_group(stage_rates=(1.0,))),
+        ("optimizer.pt", _with_group(lr="x")),
+        ("rng_state.pth", lambda state: []),
+    ],
+)
+def test_files_of_no_run_are_named(name, change, tmp_path):
+    train(tiny_resnet(), STRATEGY, tmp_path, **SAVING)
+    file = tmp_path / "checkpoint-6" / name
+    torch.save(change(torch.load(file, weights_only=False)), file)
+    with pytest.raises(CheckpointError, match=rf"{name[:3]}.*checkpoint-6 cannot be loaded \(.*\)\. Restore"):
+        train(tiny_resnet(), STRATEGY, tmp_path, resume=str(file.parent), **SAVING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_no_code_in_a_checkpoint_is_executed(name, tmp_path):
+    train(tiny_resnet(), STRATEGY, tmp_path, **SAVING)
+    for checkpoint in checkpoints(tmp_path):
+        torch.save(Planted(tmp_path / "executed"), checkpoint / name)
+    with contextlib.suppress(CheckpointError):
+        train(tiny_resnet(), STRATEGY, tmp_path, resume=True, **SAVING)
+    assert not (tmp_path / "executed").exists()
