@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
 from hf_ft.data.columns import Columns
-from hf_ft.errors import DataError
+from hf_ft.errors import DataError, OptionError
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 from hf_ft.zoo.reading import read_config
 from hf_ft.zoo.sources import load_sources
@@ -51,6 +52,7 @@ def load_classifier(
         head=head,
     )
     model.config.problem_type = columns.problem_type
+    _check_processor(name, processor, columns)
     return model, processor
 
 
@@ -62,7 +64,27 @@ def load_ensemble(
         names, **_labels(columns), task=columns.task, seed=seed, image_size=image_size, revision=revision
     )
     model.config.problem_type = columns.problem_type
+    _check_processor(", ".join(names), processor, columns)
     return model, processor
+
+
+def _check_processor(name: str, processor: Any, columns: Columns) -> None:
+    """Process one sample: configs are read without a look at their values, which would fail in training.
+
+    Raises:
+        OptionError: if that fails.
+    """
+    try:
+        if columns.task == "image":
+            processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+        else:
+            processor(*("a" for _ in columns.inputs))
+    except Exception as error:  # values of any type may be wrong anywhere
+        what = "preprocessor_config.json" if columns.task == "image" else "tokenizer"
+        raise OptionError(
+            f"{name}: its {what} cannot process a sample ({type(error).__name__}: {error}). Restore the file, or use "
+            "another model."
+        ) from error
 
 
 def _labels(columns: Columns) -> dict[str, Any]:
