@@ -11,7 +11,8 @@ Whatever a file contains, its reader raises one type:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -48,6 +49,21 @@ class OptionError(Error):
 
 class MachineError(Error):
     """The disk or the memory of this machine gave out. Nothing is decided by it: the same call goes on later."""
+
+
+@contextmanager
+def accepted(what: str) -> Iterator[None]:
+    """Name what a library refuses to make from the user's values.
+
+    Raises:
+        OptionError: in place of the library's ``TypeError`` or ``ValueError``.
+    """
+    try:
+        yield
+    except Error:
+        raise
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{what} cannot be made from the training arguments: {error}. Correct them.") from error
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from hf_ft.data.rows import read_rows
 from hf_ft.data.sampling import share_of_batches
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.run import schedule_curve
-from hf_ft.errors import OptionError
+from hf_ft.errors import OptionError, accepted
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.trainer.protocols import Collate, ForContext, ForStreams
 
@@ -83,8 +83,13 @@ def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a Trainer and a description of its settings."""
     args = trainer.args
     kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+
+    def optimizer(groups: Any) -> Any:
+        with accepted("the optimizer"):
+            return kind(groups, **options)
+
     recipe = Recipe(
-        optimizer=lambda groups: kind(groups, **options),
+        optimizer=optimizer,
         curve=partial(curve, args),
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,

@@ -35,6 +35,7 @@ from hf_ft.engine.param_groups import (
     undecayed_names,
 )
 from hf_ft.engine.run import Run, measure, set_up
+from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.trainer import checks
@@ -242,7 +243,8 @@ class FTTrainer(Trainer):
         """The Trainer's optimizer over all parameters ever trained, with groups split by stage and learning rate."""
         run = self._start_run()
         run.unfreeze()
-        super().create_optimizer(run.model)
+        with accepted("the optimizer"):
+            super().create_optimizer(run.model)
         regroup(self.optimizer, run.model, run.plan, run.trainable)
         extra = term_groups(run.plan, self.args.learning_rate, self.args.weight_decay)
         for group in extra if self._users_optimizer is None else ():
@@ -263,11 +265,12 @@ class FTTrainer(Trainer):
         if self._attempt is not None:
             self._attempt.stepper.borders, self._attempt.stepper.optimizer = borders, optimizer or self.optimizer
         checks.warn_slow_statistics(self.model, run.trained, num_training_steps)
-        if len(borders) == 1:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, borders, partial(curve, self.args))
-            self._created_lr_scheduler = True
+        with accepted("the learning rate schedule"):
+            if len(borders) == 1:
+                return super().create_scheduler(num_training_steps, optimizer)
+            if self.lr_scheduler is None:
+                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, borders, partial(curve, self.args))
+                self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

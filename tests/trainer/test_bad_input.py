@@ -318,3 +318,18 @@ def test_statistics_that_cannot_follow_are_told(momentum, steps, told, caplog):
         warn_slow_statistics(model, ["classifier.1.weight"], steps)  # those of frozen layers stay as they are
     assert ("in 8 steps, their running statistics go 8 % of the way" in caplog.text) == told
     assert len(caplog.records) == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adam_beta1": 1e308}, "the optimizer cannot be made .*: Invalid beta parameter"),
+        ({"lr_scheduler_kwargs": "x"}, "the learning rate schedule cannot be made .*must be a mapping"),
+    ],
+)
+def test_what_torch_refuses_is_an_option(arguments, message, tmp_path):
+    args = tiny_arguments(tmp_path)
+    for name, value in arguments.items():  # as from a file
+        setattr(args, name, value)
+    trainer = FTTrainer(tiny_resnet(), args, train_dataset=tiny_data(tiny_resnet()))
+    refused(message, trainer.train)
