@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -223,6 +223,15 @@ class Results:
             raise CheckpointError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
 
 
+def _no_classes(results: Results, run: Training) -> Iterator[str]:
+    """Predictions and labels that are no number of a class, where the classes are known."""
+    classes = len(results.data.get("classes") or ())
+    for split, predicted in run.predictions.items() if classes else ():
+        numbers = (*predicted, *results.labels.get(split, ()))
+        if numbers and not 0 <= min(numbers) <= max(numbers) < classes:
+            yield f"predictions or labels of {split!r} lie outside of the {classes} classes"
+
+
 def _check(results: Results) -> None:
     """Check that what refers to something else in the results finds it there.
 
@@ -239,6 +248,7 @@ def _check(results: Results) -> None:
             wrong.append(f"{contender.name}: there is no trial {contender.chosen}, which is chosen")
         if not all(isinstance(config.get("ft_type"), str) for config in contender.configs):
             wrong.append(f"{contender.name}: a strategy has no 'ft_type'")
+        wrong += [f"{contender.name}: {problem}" for run in contender.runs for problem in _no_classes(results, run)]
     if "seeds" not in results.settings:
         wrong.append("settings.seeds is missing")
     if wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -47,10 +48,12 @@ def _text_batch(
 ) -> dict[str, Any]:
     texts = [batch[column] for column in columns.inputs]
     for column, values in zip(columns.inputs, texts, strict=True):
-        if None in values:
-            row = batch.get(ROW, range(len(values)))[values.index(None)]
+        other = next((index for index, value in enumerate(values) if not isinstance(value, str)), None)
+        if other is not None:
+            row, value = batch.get(ROW, range(len(values)))[other], values[other]
+            found = "has no text" if value is None else f"has {reprlib.repr(value)}, which is no text,"
             raise DataError(
-                f"row {row} has no text in column {column!r}: drop it, or set text_column", arguments=("text_column",)
+                f"row {row} {found} in column {column!r}: drop it, or set text_column", arguments=("text_column",)
             )
     encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
     return encoded | {"labels": columns.encode(batch[columns.label])}

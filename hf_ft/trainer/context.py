@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ def _samples(trainer: ForContext) -> Samples:
 def curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
     """The learning rate schedule from the training arguments, over one stage."""
     kwargs: Any = args.lr_scheduler_kwargs or {}
+    if not isinstance(kwargs, Mapping):
+        raise OptionError(
+            f"lr_scheduler_kwargs={kwargs!r} is no mapping: give names and values, such as {{'power': 2}}."
+        )
     return schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs)
 
 

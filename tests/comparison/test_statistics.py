@@ -11,6 +11,7 @@ from scipy.stats import bootstrap
 from sklearn.metrics import confusion_matrix, recall_score
 
 from hf_ft.comparison import statistics as statistics_module
+from hf_ft.comparison.report.build import document
 from hf_ft.comparison.report.sections.confusion import confusion, saved_run
 from hf_ft.comparison.results import Contender, Results, Training
 from hf_ft.comparison.statistics import (
@@ -23,6 +24,8 @@ from hf_ft.comparison.statistics import (
     standings,
     winner,
 )
+from hf_ft.documents.markdown import markdown
+from hf_ft.errors import CheckpointError
 from tests.comparison.report import made_up_results
 
 
@@ -287,3 +290,17 @@ def by_hand(metric, runs, labels):
         shares = [(float((predicted == truth)[group].mean()), int(group.sum())) for group in groups]
         errors.append(math.sqrt(sum(share * (1 - share) / n for share, n in shares)) / len(groups))
     return sum(errors) / len(errors)
+
+
+def test_predictions_of_no_class_are_refused():
+    """A chart of 10**30 classes would never be finished."""
+    content = made_up_results.comparison()
+    content["contenders"][0]["runs"][0]["predictions"]["test"][3] = 10**30
+    with pytest.raises(CheckpointError, match="predictions or labels of 'test' lie outside of the"):
+        Results.from_dict(content)
+
+
+def test_a_report_without_a_winner_says_nothing_about_a_saved_model():
+    content = made_up_results.comparison() | {"winner": "", "winner_seed": None}
+    assert "is saved in" in markdown(document(Results.from_dict(made_up_results.comparison())))
+    assert "is saved in" not in markdown(document(Results.from_dict(content)))

@@ -15,6 +15,7 @@ from hf_ft.data.columns import ROW, find_columns
 from hf_ft.data.images import flip_and_shift
 from hf_ft.data.load import load_splits
 from hf_ft.data.prepare import collate, image_transform, prepare
+from hf_ft.errors import DataError
 from hf_ft.models.ensemble.processor import combined
 
 
@@ -413,6 +414,9 @@ def test_text_pairs_and_missing_text(tokenizer):
     assert columns.inputs == ("premise", "hypothesis") == find_columns(splits, text_column="premise, hypothesis").inputs
     with pytest.raises(ValueError, match="row 1 has no text in column 'hypothesis'"):
         prepare(splits, tokenizer, columns)
+    lists = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": [["good"], ["bad"]], "label": [0, 1]}))
+    with pytest.raises(DataError, match=r"row 0 has \['good'\], which is no text, in column 'text'"):
+        prepare(lists, tokenizer, find_columns(lists, text_column="text"))
 
 
 def test_hidden_test_labels_leave_the_test_split_out(tokenizer):
