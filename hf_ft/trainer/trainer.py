@@ -100,7 +100,8 @@ class FTTrainer(Trainer):
         super().__init__(model, args, *positional, **keywords)
         checks.check_accelerator(self.accelerator)
         if model is None:
-            checks.check_model(self.configs, args, self.model, self.train_dataset, self.lr_scheduler, source_dataset)
+            data = self.train_dataset, self.eval_dataset
+            checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset)
         # Both belong to the task loss: if set here, the Trainer would count items and scale the loss again.
         function, self.compute_loss_func = self.compute_loss_func, None
         self.model_accepts_loss_kwargs = False

@@ -164,7 +164,7 @@ def test_no_head_and_the_way_out(tmp_path):
 def test_labels_outside_the_head(tmp_path):
     data = tiny_data(tiny_vit(num_labels=5))
     refused(
-        r"label [34] lies outside \[0, 3\).*num_labels",
+        r"labels [34] of row \d+ lies outside \[0, 3\).*num_labels",
         FTTrainer,
         tiny_vit(),
         tiny_arguments(tmp_path),
