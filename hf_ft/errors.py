@@ -1,4 +1,13 @@
-"""Errors that a user can mend: the message names the field, its value and the fix."""
+"""Errors that a user can mend: the message names the field, its value and the fix.
+
+Whatever a file contains, its reader raises one type:
+
+- CheckpointError: what a training, a search or a comparison saved: weights, states, deltas, positions in streams,
+  ``results.json``, ``advice.json``, ``blocks.json``, ``swarm.json``; and the weights of a pretrained model.
+- OptionError: what sets options: ``ft_config.json``, a YAML file, the config and processor of a pretrained model, the
+  storage of a search.
+- DataError: data sets and images.
+"""
 
 from __future__ import annotations
 

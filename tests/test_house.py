@@ -24,8 +24,8 @@ FLOORS = (
     "zoo",
     "models",
     "functional documents",
-    "splits metrics",
-    "errors lazy version",
+    "splits metrics records",
+    "errors lazy processes version",
 )
 FLOOR = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 # Downwards, but forbidden all the same.

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from hf_ft.advice.measure import Collate, measure_signals
-from hf_ft.advice.rules import Reason, Recommendation, recommend
+from hf_ft.advice.rules import Recommendation, recommend
 from hf_ft.advice.signals import Signals
-from hf_ft.errors import OptionError
+from hf_ft.records import restored
 
 __all__ = ["Advice", "advise"]
 
@@ -48,16 +48,9 @@ class Advice:
         """Read the output of :meth:`to_dict`.
 
         Raises:
-            OptionError: if a field is missing; the message names it.
+            CheckpointError: if a field is missing or of another type; the message names it.
         """
-        try:
-            found = tuple(
-                Recommendation(**{**one, "reasons": tuple(Reason(**reason) for reason in one["reasons"])})
-                for one in content["recommendations"]
-            )
-            return cls(Signals.from_dict(content["signals"]), found)
-        except (KeyError, TypeError) as error:
-            raise OptionError(f"this is not an advice ({error}): pass the result of Advice.to_dict.") from error
+        return restored(cls, content, "the signals and recommendations of an advice")
 
 
 def advise(

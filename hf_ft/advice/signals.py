@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_ft.errors import OptionError
+from hf_ft.records import restored
 
 __all__ = ["Shift", "Signals", "explained"]
 
@@ -178,14 +178,9 @@ class Signals:
         """Read the output of :meth:`to_dict`.
 
         Raises:
-            OptionError: if a field is missing; the message names it.
+            CheckpointError: if a field is missing or of another type; the message names it.
         """
-        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        try:
-            shifts = {name: Shift(**shift) for name, shift in known["batch_norm"].items()}
-            return cls(**{**known, "class_counts": tuple(known["class_counts"]), "batch_norm": shifts})
-        except (KeyError, TypeError) as error:
-            raise OptionError(f"these are not signals ({error}): pass the result of Signals.to_dict.") from error
+        return restored(cls, content, "signals")
 
     def _skill(self, balanced_accuracy: float | None) -> float | None:
         if balanced_accuracy is None or self.chance == 1:

@@ -15,8 +15,9 @@ from transformers import TrainingArguments
 from hf_ft.advice import Advice, Reason, advise
 from hf_ft.advice.rules import config_at_hand
 from hf_ft.advice.signals import explained
+from hf_ft.cli.checks import refuse
 from hf_ft.cli.console import Parser, is_main, refusals, say, table, with_flags
-from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags
+from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags, MethodFlags
 from hf_ft.cli.logs import quieten
 from hf_ft.cli.prepare import read_data
 from hf_ft.cli.request import Request, read
@@ -31,6 +32,7 @@ from hf_ft.zoo.datasets import DATA_NOTICES
 
 DEFAULT_FOLDER = "runs/advice"
 FILE = "advice.json"
+TAKEN = ("output_dir", "seed", "use_cpu", "disable_tqdm", "ddp_backend", "ddp_timeout")  # training arguments
 TOLD = 3  # number of strategies for which the next command is printed
 HELP = """hf-ft advise: which strategies to try first, without training.
 
@@ -115,6 +117,9 @@ def _check(request: Request) -> None:
     """
     if request.method.strategy:
         raise OptionError("advise ranks all strategies; leave --strategy out.")
+    arguments = {name: value for name, value in request.given.items() if name not in TAKEN}
+    refuse(arguments, arguments, "advise trains nothing")
+    refuse(request.flags, [flag.name for flag in fields(MethodFlags)], "advise trains nothing")
     check_request(replace(request, method=replace(request.method, overwrite=True)))
     if request.data.augment not in (None, "none"):
         raise OptionError(

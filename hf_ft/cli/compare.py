@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from datasets import DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.advice import Advice
+from hf_ft.cli.checks import check_source_data, refuse
 from hf_ft.cli.console import count, is_main, refusals, say, table
 from hf_ft.cli.flags import DataFlags
 from hf_ft.cli.help import compare_help
@@ -66,6 +68,8 @@ def run_compare(arguments: list[str], example: str | None = None) -> None:
     values = read_values(arguments, KINDS, "compare")
     flags = CompareFlags(**taken(values, CompareFlags))
     if flags.report is not None:
+        others = [name for name in values if name != "report"]
+        refuse(values, others, "--report only makes the report of a finished comparison again")
         _report_anew(Path(flags.report))
         return
     become_worker()
@@ -96,6 +100,7 @@ def _prepare(values: Mapping[str, Any], flags: CompareFlags) -> Prepared:
     given = taken(values, TrainingArguments)
     folder = Path(str(given.pop("output_dir", None) or DEFAULT_FOLDER))
     chosen = _chosen(flags.strategies, values)
+    check_source_data(data_flags, itertools.chain(*chosen.values()))
     _check(data_flags, folder, settings)
     data = comparison_data(data_flags, flags)
     with refusals():

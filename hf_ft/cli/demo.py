@@ -46,6 +46,8 @@ def run_demo(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         say(HELP.format(flags=table([(f"  --{name}", value) for name, value in FLAGS.items()])))
         return
+    if any(word.partition("=")[0] == "--report" for word in arguments):  # trains nothing: no other flag has an effect
+        return run_compare(arguments)
     words = with_defaults(arguments, FLAGS)
     say(
         f"hf-ft demo: which fine-tuning strategy finds defective solar cells best? The same as\n\n  {_command(words)}\n"

@@ -13,9 +13,9 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from hf_ft.data.classifier import read_config
 from hf_ft.errors import OptionError
 from hf_ft.zoo.models import SHORT_NAMES, load_model
+from hf_ft.zoo.reading import read_config
 
 
 def skeleton(name: str) -> nn.Module:

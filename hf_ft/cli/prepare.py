@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
+from hf_ft.cli.checks import check_task
 from hf_ft.cli.console import refusals
 from hf_ft.cli.flags import CHECKED_UNASKED, DataFlags
 from hf_ft.cli.logs import quieten
@@ -95,6 +96,7 @@ def read_data(
         rows = _read_splits(flags, **more)
         source = None if flags.source_dataset is None else load_split(flags.source_dataset, flags.source_split)
     columns = find_columns(rows, flags.image_column, flags.text_column, flags.label_column)
+    check_task(flags, columns.task)
     if splits is not None:
         rows = DatasetDict({name: rows[name] for name in splits})
     rows, skipped = readable(rows, columns, flags.on_corrupt)

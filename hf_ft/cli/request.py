@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_ft.cli.checks import check_flags
 from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.core.compose import recommended_arguments, sources_of
 from hf_ft.core.config import BASELINE, FTConfig, Recommended, config_class, strategies
@@ -28,6 +29,7 @@ class Request:
         configs: the strategies.
         given: training arguments set by the user.
         recommended: recommended arguments of the strategies that the user did not set.
+        flags: all flags set by the user.
     """
 
     data: DataFlags
@@ -35,6 +37,7 @@ class Request:
     configs: tuple[FTConfig, ...]
     given: Mapping[str, Any]
     recommended: Mapping[str, Recommended]
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def output_dir(self) -> Path:
@@ -103,14 +106,14 @@ def read(argv: Sequence[str]) -> Request:
     given = taken(values, TrainingArguments)
     wanted = recommended_arguments(configs, given.get("optim"))
     recommended = {name: value for name, value in wanted.items() if name not in given}
-    return Request(DataFlags(**taken(values, DataFlags)), method, configs, given, recommended)
+    return Request(DataFlags(**taken(values, DataFlags)), method, configs, given, recommended, values)
 
 
 def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train") -> dict[str, Any]:
     """Parse the command line and its YAML file, if any; flags take precedence. Returns only values that were given.
 
     Raises:
-        OptionError: naming the unknown flag or key, or the invalid value.
+        OptionError: naming the unknown flag or key, the invalid value, or the flag without effect.
     """
     parser = make_parser(kinds)
     values, files = _parse(parser, argv, kinds, command)
@@ -120,6 +123,7 @@ def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train
         raise OptionError(f"one YAML file at most can be read, not {', '.join(files)}")
     if files:
         values = _from_yaml(parser, Path(files[0]), values.get("strategy"), kinds, command) | values
+    check_flags(values)
     return values
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_ft.cli.checks import refuse
 from hf_ft.cli.console import say, table
 from hf_ft.cli.findings import show_findings
 from hf_ft.cli.prepare import make
@@ -15,6 +16,7 @@ from hf_ft.core.context import State
 from hf_ft.core.options import options
 from hf_ft.errors import OptionError
 
+NO_EFFECT = ("metrics", "overwrite", "num_train_epochs", "max_steps", "resume_from_checkpoint")
 DEFAULTS = {"output_dir": "runs/blocks", "augment": "none"}
 HELP = """hf-ft search-blocks: find the block worth training (block-wise fine-tuning).
 
@@ -53,6 +55,7 @@ def run_search_blocks(arguments: list[str]) -> None:
             raise OptionError(f"--{name} is missing: a Hub id, a folder or file, or a short name.")
     if len(request.configs) > 1:
         raise OptionError("search-blocks searches for blocks only: leave --strategy out.")
+    refuse(request.flags, NO_EFFECT, "each candidate trains for --search_epochs, and trials continue by themselves")
     made = make(request)
     config: Any = request.configs[0]
     scores = config.search(made.trainer.model, made.trainer.context())

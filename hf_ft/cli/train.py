@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from textwrap import indent
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from peft import PeftModel
 
+from hf_ft.cli.checks import check_source_data
 from hf_ft.cli.console import count, say, table
 from hf_ft.cli.findings import show_findings
 from hf_ft.cli.flags import SOURCES_FLAGS
@@ -18,7 +19,6 @@ from hf_ft.cli.prepare import Made, make
 from hf_ft.cli.request import Request, read
 from hf_ft.core.config import strategies
 from hf_ft.core.options import describe_value, options
-from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
 from hf_ft.documents.usage import pipeline_usage
 from hf_ft.engine.checkpoint_folders import INCOMPLETE
 from hf_ft.errors import OptionError
@@ -54,11 +54,8 @@ def check_request(request: Request) -> None:
     if request.data.model and request.sources:
         flag = next(SOURCES_FLAGS[config.ft_type] for config in request.configs if config.sources())
         raise OptionError(f"--model {request.data.model} and {flag} both say what to load: give one.")
-    if request.data.augment not in (None, *AUGMENTATIONS):
-        raise OptionError(f"--augment {request.data.augment} is unknown: choose one of {', '.join(AUGMENTATIONS)}.")
-    if request.data.on_corrupt not in (None, *get_args(OnCorrupt)):
-        known = ", ".join(get_args(OnCorrupt))
-        raise OptionError(f"--on_corrupt {request.data.on_corrupt} is unknown: choose one of {known}.")
+    if request.method.strategy:
+        check_source_data(request.data, request.configs)
     folder = request.output_dir
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from filelock import FileLock
 from hf_ft.core.context import State
 from hf_ft.engine.checkpoint import read_states, write_states
 from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.records import read_json
 
 STORAGE = "compare.db"
 OWN = ".comparison"  # files of a running comparison; marks the output folder as one of ours
@@ -101,8 +103,7 @@ class Kept:
         with self.locked():
             (own / SCORE).write_text(json.dumps(score), encoding="utf-8")
             ranks = {
-                file.parent: (json.loads(file.read_text(encoding="utf-8")), -int(file.parent.name[5:]))
-                for file in own.parent.glob(f"seed-*/{SCORE}")
+                file.parent: (_score(file), -int(file.parent.name[5:])) for file in own.parent.glob(f"seed-*/{SCORE}")
             }
             for folder, rank in ranks.items():
                 if rank < max(ranks.values()):
@@ -136,7 +137,15 @@ class Kept:
 
     def _is_best(self, name: str, seed: int) -> bool:
         try:
-            origin = json.loads((self.best / ORIGIN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            origin = read_json(self.best / ORIGIN)
+        except (OSError, CheckpointError):
             return False
         return origin == {"contender": name, "seed": seed}
+
+
+def _score(file: Path) -> float:
+    """The score of a saved model; the worst if it cannot be read, as after a worker was killed."""
+    try:
+        return float(read_json(file))
+    except (CheckpointError, TypeError, ValueError):
+        return -math.inf

@@ -240,21 +240,21 @@ def _labels(split: Dataset, columns: Columns) -> tuple[int, ...]:
 
 
 def _described(data: Data, columns: Columns) -> dict[str, Any]:
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, tuple[int, ...]] = {}
     if columns.problem_type == "single_label_classification":
         counts = {
-            name: np.bincount(_labels(split, columns), minlength=columns.num_labels).tolist()
+            name: tuple(np.bincount(_labels(split, columns), minlength=columns.num_labels).tolist())
             for name, split in data.splits.items()
         }
     return {
         "name": data.name,
         "task": columns.task,
-        "classes": list(columns.names),
+        "classes": tuple(columns.names),
         "sizes": {name: len(split) for name, split in data.splits.items()},
         "class_counts": counts,
         "skipped": dict(data.skipped),
-        "notices": list(data.notices),
-        "notes": list(data.notes),
+        "notices": tuple(data.notices),
+        "notes": tuple(data.notes),
     }
 
 

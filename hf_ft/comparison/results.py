@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from hf_ft.errors import CheckpointError
+from hf_ft.records import read_json, restored, stored
 
 FORMAT = 1
 Status = Literal["finished", "cannot run", "failed", "not reached", "unfinished"]
 "``cannot run``: rejected for this model or data; ``failed``: no trial, or no final run, succeeded;\n``not reached``, "
 "``unfinished``: out of time."
+
+
+class _Scored(TypedDict):
+    epoch: float
+    validation: float
+
+
+class Point(_Scored, total=False):
+    """The scores after an epoch, and its mean training loss (of the first epoch without its first step), if finite."""
+
+    loss: float
+
+
+class Distance(TypedDict):
+    """How far a block's features moved in training: cosine similarity and relative L2 distance."""
+
+    cosine: float
+    relative_l2: float
+
+
+class DataSummary(TypedDict, total=False):
+    """The data of a comparison; see :class:`Results`."""
+
+    name: str
+    classes: tuple[str, ...]
+    sizes: Mapping[str, int]
+    class_counts: Mapping[str, tuple[int, ...]]
+    skipped: Mapping[str, int | tuple[Any, ...]]
+    notices: tuple[str, ...]
+    notes: tuple[str, ...]
+    task: str
 
 
 @dataclass(frozen=True)
@@ -28,8 +60,7 @@ class Training:
         validation: the comparison's metric on validation at the best epoch; None if the training failed.
         best_epoch: the best epoch; may be fractional.
         scores: all metrics by name, by split (``validation``; in final runs also ``test`` and ``ood``).
-        curve: after each epoch: ``epoch``, ``loss`` (mean training loss of the epoch, of the first without its first
-            step), ``validation``.
+        curve: after each epoch.
         seconds: wall-clock time of training, without evaluations.
         compute: the same in compute seconds (:func:`hf_ft.comparison.cost.now`).
         evaluation_seconds: time for evaluating and saving.
@@ -39,8 +70,8 @@ class Training:
         parameters_trained: number of weights trained in any stage.
         checkpoint_mb: size of the saved model; final runs only.
         predictions: predicted classes by split, in the order of the split; final runs only.
-        distortion: by split and block: cosine similarity and relative L2 distance to the features before training;
-            final runs only, empty if the models' parts differ.
+        distortion: by split and block, from the features before training; final runs only, empty if the models' parts
+            differ.
         warnings: warnings during the training.
         error: why it failed; empty otherwise.
         versions: versions of Python packages.
@@ -51,7 +82,7 @@ class Training:
     validation: float | None
     best_epoch: float = 0.0
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    curve: tuple[Mapping[str, float], ...] = ()
+    curve: tuple[Point, ...] = ()
     seconds: float = 0.0
     compute: float = 0.0
     evaluation_seconds: float = 0.0
@@ -61,7 +92,7 @@ class Training:
     parameters_trained: int = 0
     checkpoint_mb: float | None = None
     predictions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    distortion: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    distortion: Mapping[str, Mapping[str, Distance]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     error: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -144,7 +175,7 @@ class Results:
     metric: str
     greater_is_better: bool
     model: Mapping[str, Any]
-    data: Mapping[str, Any]
+    data: DataSummary
     labels: Mapping[str, tuple[int, ...]]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -159,24 +190,24 @@ class Results:
         return next(contender for contender in self.contenders if contender.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        return {"format": FORMAT, **stored(self)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Results:
         """Restore results from :meth:`to_dict`, also after a round trip through JSON.
 
         Raises:
-            CheckpointError: if the format is not supported.
+            CheckpointError: if the format is not supported, or the content is not that of a comparison.
         """
-        if content.get("format") != FORMAT:
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, Mapping) else content
             raise CheckpointError(
-                f"results have format {content.get('format')!r}, not {FORMAT}: were they written by another version of "
+                f"results have format {reprlib.repr(found)}, not {FORMAT}: were they written by another version of "
                 "hf_ft?"
             )
-        values = {key: value for key, value in content.items() if key != "format"}
-        values["contenders"] = tuple(_contender(item) for item in content["contenders"])
-        values["labels"] = _tuples(content["labels"])
-        return cls(**values)
+        results = restored(cls, content, "results of a comparison")
+        _check(results)
+        return results
 
     def save(self, file: str | Path) -> None:
         """Write compact JSON: there are thousands of predictions."""
@@ -184,27 +215,39 @@ class Results:
 
     @classmethod
     def load(cls, file: str | Path) -> Results:
-        """Read results written by :meth:`save`."""
-        return cls.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
+        """Read results written by :meth:`save`.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, or of another kind; the message names it.
+        """
+        try:
+            return cls.from_dict(read_json(Path(file)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
 
 
 def training_from_dict(content: Mapping[str, Any]) -> Training:
     """Restore a training from its JSON dict."""
-    values = dict(content)
-    values["curve"] = tuple(content.get("curve", ()))
-    values["warnings"] = tuple(content.get("warnings", ()))
-    values["predictions"] = _tuples(content.get("predictions", {}))
-    return Training(**values)
+    return restored(Training, content, "results of a training")
 
 
-def _contender(content: Mapping[str, Any]) -> Contender:
-    values = dict(content)
-    for name in ("configs", "notes", "on_edge"):
-        values[name] = tuple(content[name])
-    for name in ("trials", "runs"):
-        values[name] = tuple(training_from_dict(item) for item in content[name])
-    return Contender(**values)
+def _check(results: Results) -> None:
+    """Check that what refers to something else in the results finds it there.
 
-
-def _tuples(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(values) for name, values in content.items()}
+    Raises:
+        CheckpointError: if it does not.
+    """
+    wrong = []
+    if not results.contenders:
+        wrong.append("there are no contenders")
+    if results.winner and results.winner not in {contender.name for contender in results.contenders}:
+        wrong.append(f"the winner {results.winner!r} is none of the contenders")
+    for contender in results.contenders:
+        if contender.chosen is not None and not 0 <= contender.chosen < len(contender.trials):
+            wrong.append(f"{contender.name}: there is no trial {contender.chosen}, which is chosen")
+        if not all(isinstance(config.get("ft_type"), str) for config in contender.configs):
+            wrong.append(f"{contender.name}: a strategy has no 'ft_type'")
+    if "seeds" not in results.settings:
+        wrong.append("settings.seeds is missing")
+    if wrong:
+        raise CheckpointError(f"these are not results of a comparison: {wrong[0]}. Use another file.")

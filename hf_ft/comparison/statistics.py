@@ -5,6 +5,7 @@ Everything is computed from :class:`~hf_ft.comparison.results.Results` alone.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -129,10 +130,11 @@ def paired_difference(ours: Spread, baseline: Spread, greater_is_better: bool = 
     values = [0.0 if abs(value) < SAME else value for value in differences.values()]
     gains = values if greater_is_better else [-value for value in values]
     signs = [sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains), sum(gain < 0 for gain in gains)]
-    return Difference(dict(zip(seeds, values, strict=True)), _interval(values), *signs)
+    return Difference(dict(zip(seeds, values, strict=True)), _interval(tuple(values)), *signs)
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+@functools.lru_cache(maxsize=10_000)  # the report, the card and the command each ask for all of them
+def _interval(values: tuple[float, ...]) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
     if max(values) - min(values) < SAME:  # all differences are equal: nothing to resample
@@ -159,12 +161,22 @@ def standard_error(metric: str, predictions: Sequence[int], labels: Sequence[int
         predictions: (n,) classes.
         labels: (n,) classes.
     """
-    if metric not in ("accuracy", "balanced_accuracy") or not labels or len(predictions) != len(labels):
+    if not labels or len(predictions) != len(labels):
         return None
-    truth, right = np.asarray(labels), np.asarray(predictions) == np.asarray(labels)
-    groups = [np.ones_like(right)] if metric == "accuracy" else [truth == c for c in np.unique(truth)]
-    variances = [right[group].mean() * (1 - right[group].mean()) / group.sum() for group in groups]
-    return float(np.sqrt(np.sum(variances)) / len(groups))
+    errors = _errors_of_runs(metric, [predictions], labels)
+    return None if errors is None else float(errors[0])
+
+
+def _errors_of_runs(metric: str, predictions: Sequence[Sequence[int]], labels: Sequence[int]) -> np.ndarray | None:
+    """:func:`standard_error` of several runs at once, (R,): all their predictions are compared with the labels."""
+    if metric not in ("accuracy", "balanced_accuracy"):
+        return None
+    truth = np.asarray(labels) if metric == "balanced_accuracy" else np.zeros(len(labels), dtype=int)
+    order = np.argsort(truth, kind="stable")
+    _, starts, sizes = np.unique(truth[order], return_index=True, return_counts=True)
+    right = np.asarray(predictions)[:, order] == np.asarray(labels)[order]
+    means = np.add.reduceat(right, starts, axis=1, dtype=int) / sizes  # (R, C)
+    return np.sqrt((means * (1 - means) / sizes).sum(axis=1)) / len(sizes)
 
 
 def standings(results: Results) -> tuple[Standing, ...]:
@@ -281,8 +293,8 @@ def _standard_errors(results: Results, runs: Sequence[Training]) -> dict[str, fl
     by_split = {}
     for split in SPLITS:
         labels = results.labels.get(split, ())
-        errors = [standard_error(results.metric, run.predictions.get(split, ()), labels) for run in runs]
-        known = [error for error in errors if error is not None]
-        if known:
-            by_split[split] = statistics.fmean(known)
+        known = [found for run in runs if len(found := run.predictions.get(split, ())) == len(labels)]
+        errors = _errors_of_runs(results.metric, known, labels) if labels and known else None
+        if errors is not None:
+            by_split[split] = statistics.fmean(errors.tolist())
     return by_split

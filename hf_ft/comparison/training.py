@@ -19,7 +19,7 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback, Train
 
 from hf_ft.comparison.contenders import RATE, Entrant
 from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
-from hf_ft.comparison.results import Training
+from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
 from hf_ft.data.rows import read_rows
@@ -212,15 +212,17 @@ class EndDiverged(TrainerCallback):
             control.should_training_stop = True
 
 
-def _curve(trainer: FTTrainer, metric: str) -> list[dict[str, float]]:
+def _curve(trainer: FTTrainer, metric: str) -> list[Point]:
     """The scores after each epoch."""
     losses = {entry["epoch"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     evaluated = [entry for entry in trainer.state.log_history if f"eval_{metric}" in entry]
     curve = []
     for entry in evaluated:
-        point = {"epoch": entry["epoch"], "validation": entry[f"eval_{metric}"]}
+        point = Point(epoch=entry["epoch"], validation=entry[f"eval_{metric}"])
         loss = losses.get(entry["epoch"])
-        curve.append(point | ({"loss": loss} if loss is not None and math.isfinite(loss) else {}))
+        if loss is not None and math.isfinite(loss):
+            point["loss"] = loss
+        curve.append(point)
     return curve
 
 
@@ -250,11 +252,9 @@ def _finished(
     )
 
 
-def _distortion(
-    trainer: FTTrainer, entrant: Entrant, seed: int, samples: int
-) -> dict[str, dict[str, dict[str, float]]]:
+def _distortion(trainer: FTTrainer, entrant: Entrant, seed: int, samples: int) -> dict[str, dict[str, Distance]]:
     """Distance of the features from the pretrained ones; empty if the parts of the models cannot be determined."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, Distance]] = {}
     if not samples:
         return found
     before = entrant.bench.load(seed, False).to(trainer.args.device)
@@ -268,7 +268,7 @@ def _distortion(
             except (OptionError, AnatomyError):
                 return {}
             found[split] = {
-                block: {"cosine": value.cosine, "relative_l2": value.relative_l2} for block, value in measured.items()
+                block: Distance(cosine=value.cosine, relative_l2=value.relative_l2) for block, value in measured.items()
             }
     return found
 

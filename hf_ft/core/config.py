@@ -239,7 +239,7 @@ class FTConfig(PushToHubMixin):
         Raises:
             OptionError: if ``ft_type`` is missing or unknown, or a value is invalid.
         """
-        if not isinstance(data, Mapping) or "ft_type" not in data:
+        if not isinstance(data, Mapping) or not isinstance(data.get("ft_type"), str):
             raise OptionError(f"no 'ft_type' in {data!r}: set it to one of {', '.join(strategies())}.")
         kind = config_class(data["ft_type"])
         known = {f.name for f in options(kind)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from hf_ft.errors import OptionError
+from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.records import read_json
 
 CONFIG_NAME = "ft_config.json"
 
@@ -26,12 +26,12 @@ def read_config_file(name_or_path: str | Path, **hub_options: Any) -> dict[str, 
             file = Path(str(cached_file(str(name_or_path), CONFIG_NAME, **hub_options)))
         except OSError as error:
             raise OptionError(f"{name_or_path}: no such folder, and no {CONFIG_NAME} on the Hub: {error}") from error
+    if not file.is_file():
+        raise OptionError(f"{folder} contains no {CONFIG_NAME}: it was not written by hf_ft.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise OptionError(f"{folder} contains no {CONFIG_NAME}: it was not written by hf_ft.") from error
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"{file} is damaged ({error}). Restore it, or use another checkpoint.") from error
+        content = read_json(file)
+    except CheckpointError as error:  # what it holds are options
+        raise OptionError(str(error)) from error
     if not isinstance(content, dict) or not isinstance(content.get("strategies"), list) or not content["strategies"]:
         raise OptionError(f"{file} is damaged: it lists no strategies. Restore it, or use another checkpoint.")
     return content

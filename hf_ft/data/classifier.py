@@ -8,28 +8,13 @@ from typing import Any
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
 )
 
 from hf_ft.data.columns import Columns
-from hf_ft.errors import DataError, OptionError
+from hf_ft.errors import DataError
 from hf_ft.zoo.models import SHORT_NAMES, load_model
+from hf_ft.zoo.reading import read_config
 from hf_ft.zoo.sources import load_sources
-
-
-def read_config(name: str, revision: str | None = None) -> Any:
-    """The config of a Hub id or a folder.
-
-    Raises:
-        OptionError: if there is no config, or Transformers does not know its model type.
-    """
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"cannot read the model {name!r}: {str(error).strip().splitlines()[0]} It may be a Hub id, a folder "
-            f"written by save_pretrained, or one of {', '.join(SHORT_NAMES)}."
-        ) from error
 
 
 def load_classifier(
@@ -50,7 +35,8 @@ def load_classifier(
         head: name of the head module, if it cannot be determined.
 
     Raises:
-        OptionError: if the model cannot be read.
+        OptionError: if the model's config or processor cannot be read.
+        CheckpointError: if its weights cannot be loaded.
         DataError: if the model is for another kind of data.
     """
     _check_task(name, columns, revision)
@@ -88,7 +74,7 @@ def _check_task(name: str, columns: Columns, revision: str | None) -> None:
         fits, kind = SHORT_NAMES[name].task == columns.task, "a short name"
     else:
         image = columns.task == "image"
-        config = read_config(name, revision)
+        config = read_config(name, revision=revision or "main")
         mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if image else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         fits, kind = type(config) in mapping, type(config).__name__
     if not fits:

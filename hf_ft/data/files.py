@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
 from hf_ft.data.columns import IMAGE_SUFFIXES, is_text, some_text
+from hf_ft.data.image_folders import files, is_image, read_image_folder
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import DATASETS
 
+SCANNED = 20_000  # files that are looked at before a folder is searched
+FEW = 1_000  # files that are searched in any case
+LEAST_SHARE = 0.3  # of images and tables among the files of a data set
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+DATA_SUFFIXES = (*READERS, ".arrow", ".tar", ".zip")  # also those that only `datasets` itself recognises
 
 
 def read_files(source: str, config_name: str | None = None, train_split: str = "train") -> DatasetDict:
@@ -20,9 +26,12 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
         DataError: if it cannot be read.
     """
     path = Path(source).expanduser()
+    _check_config_name(config_name, source, path)
     try:
         if source in DATASETS:
             return DatasetDict({train_split: DATASETS[source]()})
+        if "::" in source and path.exists() and not path.is_dir():
+            raise DataError(f"`datasets` takes the '::' in {source!r} for a chain of URLs: rename the file.")
         if path.is_dir():
             return _read_folder(path, config_name, train_split)
         if path.is_file():
@@ -33,7 +42,7 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
         if source.startswith((".", "/", "~")):
             raise FileNotFoundError("no such file or folder")
         return load_dataset(source, name=config_name)
-    except ImportError:
+    except (DataError, ImportError):
         raise  # a short name's package is missing: the message says how to install it
     except Exception as error:  # `datasets` raises many types, some with no hint of what was asked for
         raise DataError(
@@ -44,28 +53,45 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
         ) from error
 
 
+def _check_config_name(config_name: str | None, source: str, path: Path) -> None:
+    """Reject a configuration where there can be none."""
+    if config_name is not None and (source in DATASETS or path.is_file() or _is_saved(path)):
+        raise DataError(
+            f"config_name={config_name!r} has no effect, since {source!r} has no configurations: leave it out.",
+            arguments=("config_name",),
+        )
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether it is a folder written by ``save_to_disk``."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
 def _read_folder(path: Path, config_name: str | None, train_split: str) -> DatasetDict:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if _is_saved(path):
         data = load_from_disk(str(path))
         return data if isinstance(data, DatasetDict) else DatasetDict({train_split: data})
-    if (patterns := _image_patterns(path, train_split)) is None:
+    _check_is_data(path)
+    images = read_image_folder(path, train_split)
+    if images is None:
         return _absolute_image_paths(load_dataset(str(path), name=config_name), path)
-    return load_dataset("imagefolder", data_dir=str(path), data_files=patterns, drop_labels=False, drop_metadata=True)
+    if config_name is not None:
+        raise DataError(
+            f"config_name={config_name!r} has no effect on a folder of images: leave it out.",
+            arguments=("config_name",),
+        )
+    return images
 
 
-def _image_patterns(folder: Path, train_split: str) -> dict[str, str] | None:
-    # Explicit, because `datasets` infers splits from any part of the path: a file called test_1.png in a class
-    # folder, or a class called "train" next to "bus", would end up in another split.
-    def holds_classes(parent: Path) -> bool:
-        classes = (child for child in parent.iterdir() if child.is_dir())
-        return any(file.suffix.lower() in IMAGE_SUFFIXES for child in classes for file in child.iterdir())
-
-    if any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
-        return None
-    splits = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and holds_classes(child)]
-    if train_split in splits:
-        return {name: f"{name}/**" for name in splits}
-    return {train_split: "**"} if holds_classes(folder) else None
+def _check_is_data(folder: Path) -> None:
+    """Reject a folder such as the home folder: to look through all of it would take minutes."""
+    seen = list(islice(files(folder), SCANNED))
+    known = sum(is_image(file) or file.lower().endswith(DATA_SUFFIXES) for file in seen)
+    if len(seen) > FEW and known < LEAST_SHARE * len(seen):
+        raise DataError(
+            f"{str(folder)!r} is no folder of data: of the first {len(seen):,} files in it and its subfolders, "
+            f"{known:,} are images or tables. Name the folder of the data set itself."
+        )
 
 
 def _absolute_image_paths(data: DatasetDict, folder: Path) -> DatasetDict:

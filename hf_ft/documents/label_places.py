@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 LETTER = 6.6  # approximate width of a letter in a label, in pixels
 PAGES = NARROW, WIDE = 240, 600  # width of a drawing on a phone and on a wide page, in pixels
@@ -54,40 +56,62 @@ def placed(
     drawing = _Drawing(points, list(labels), line)
     places = drawing.place_all()
     for number, place in enumerate(places):
-        others = {i: other for i, other in enumerate(places) if i != number}
-        if drawing.hidden(place, number, others, WIDE):
+        others = [i for i in range(len(places)) if i != number]
+        if drawing.hidden([place], number, others, WIDE)[0]:
             drawing.labels[number] = labels[number].partition(" ")[0]
+            drawing.put(place, number)
     return list(zip(drawing.place_all(), drawing.labels, strict=True))
 
 
-@dataclass(frozen=True)
 class _Drawing:
-    points: Sequence[tuple[float, float]]
-    labels: list[str]
-    line: Sequence[tuple[float, float]]
+    """The boxes of a drawing, for each page: of marks and the line, which stay, and of labels, as they are placed."""
+
+    def __init__(
+        self, points: Sequence[tuple[float, float]], labels: list[str], line: Sequence[tuple[float, float]]
+    ) -> None:
+        self.points, self.labels = points, labels
+        self.marks = {page: _squares(points, page, MARK) for page in PAGES}
+        self.line = {page: _squares(_along(line), page, 2) for page in PAGES}
+        self.boxes = {page: np.zeros((len(points), 4)) for page in PAGES}
 
     def place_all(self) -> list[Place]:
         places: dict[int, Place] = {}
         for _ in range(ROUNDS):
             for number in range(len(self.points)):
                 places.pop(number, None)
-                hidden = {place: sum(self.hidden(place, number, places, page) for page in PAGES) for place in PLACES}
-                places[number] = min(PLACES, key=hidden.__getitem__)
+                hidden = [self.hidden(PLACES, number, list(places), page) for page in PAGES]
+                by_place = dict(zip(PLACES, map(sum, zip(*hidden, strict=True)), strict=True))
+                places[number] = min(PLACES, key=by_place.__getitem__)
+                self.put(places[number], number)
         return [places[number] for number in range(len(self.points))]
 
-    def hidden(self, place: Place, number: int, chosen: Mapping[int, Place], page: int) -> float:
-        """The area that a label would cover, in square pixels, plus its area outside the drawing."""
-        box = self._box(place, number, page)
-        others = [(x * page - MARK, y - MARK, x * page + MARK, y + MARK) for x, y in self.points]
-        others += [self._box(other, i, page) for i, other in chosen.items()]
-        others += [(x * page - 2, y - 2, x * page + 2, y + 2) for x, y in _along(self.line)]
-        outside = max(0.0, -box[0]) + max(0.0, box[2] - page - 10)
-        return sum(_overlap(box, other) for other in others) + 20 * outside
+    def put(self, place: Place, number: int) -> None:
+        """Place a label."""
+        for page in PAGES:
+            self.boxes[page][number] = self._box(place, number, page)
+
+    def hidden(self, places: Sequence[Place], number: int, others: Sequence[int], page: int) -> list[float]:
+        """The area that a label would cover at each place, in square pixels, plus its area outside the drawing.
+
+        Args:
+            others: the labels that are placed.
+        """
+        boxes = np.array([self._box(place, number, page) for place in places])
+        covered = _overlaps(boxes, np.concatenate([self.marks[page], self.boxes[page][others], self.line[page]]))
+        outside = np.maximum(0.0, -boxes[:, 0]) + np.maximum(0.0, boxes[:, 2] - page - 10)
+        # Added one after the other, so that equal sets of areas give equal sums, of which the first place wins.
+        return [sum(areas[areas > 0].tolist()) + 20 * out for areas, out in zip(covered, outside.tolist(), strict=True)]
 
     def _box(self, place: Place, number: int, page: int) -> Box:
         x, y = self.points[number]
         label = self.labels[number] if page == WIDE else self.labels[number].partition(" ")[0]
         return place.box(x * page, y, LETTER * len(label))
+
+
+def _squares(points: Sequence[tuple[float, float]], page: int, half: int) -> np.ndarray:
+    """The boxes (n, 4) around points."""
+    boxes = [(x * page - half, y - half, x * page + half, y + half) for x, y in points]
+    return np.array(boxes, dtype=float).reshape(-1, 4)
 
 
 def _along(line: Sequence[tuple[float, float]], steps: int = 24) -> list[tuple[float, float]]:
@@ -99,6 +123,9 @@ def _along(line: Sequence[tuple[float, float]], steps: int = 24) -> list[tuple[f
     ]
 
 
-def _overlap(a: Box, b: Box) -> float:
-    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, across) * max(0.0, down)
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The area (B, O) in which each box (B, 4) overlaps with each of the others (O, 4)."""
+    one, other = boxes[:, None], others[None]
+    across = np.minimum(one[..., 2], other[..., 2]) - np.maximum(one[..., 0], other[..., 0])
+    down = np.minimum(one[..., 3], other[..., 3]) - np.maximum(one[..., 1], other[..., 1])
+    return np.maximum(0.0, across) * np.maximum(0.0, down)

@@ -218,13 +218,17 @@ def load_delta(base: nn.Module | str, path: str | Path) -> nn.Module:
     """
     folder = Path(path)
     tensors, metadata = checked(folder / DELTA_NAME)
-    base_info = json.loads(metadata["base"])
+    try:
+        base_info = json.loads(metadata["base"])
+        wanted, head, base_name = str(base_info["sha256"]), tuple(base_info["head"]), base_info["name"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / DELTA_NAME} is damaged: no readable header. Restore it.") from error
     model = _load_base(base, folder) if isinstance(base, str) else base
-    digest = base_digest(digests(model), tuple(base_info["head"]))
-    if digest != base_info["sha256"]:
+    digest = base_digest(digests(model), head)
+    if digest != wanted:
         raise CheckpointError(
             f"{base if isinstance(base, str) else 'this model'} is not the base of {folder}: its hash without the head "
-            f"is {digest[:12]}, but {base_info['sha256'][:12]} ({base_info['name'] or 'unnamed'}) is needed."
+            f"is {digest[:12]}, but {wanted[:12]} ({base_name or 'unnamed'}) is needed."
         )
     try:
         result = model.load_state_dict(tensors, strict=False)

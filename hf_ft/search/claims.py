@@ -5,8 +5,8 @@ so all workers agree on the owner: the first of the job's trials that have not f
 job; a worker that comes second fails its own trial. FAIL is final, so a job never has two owners.
 
 Crash recovery: a thread renews a mark on the trial. A worker that sees the mark unchanged for six intervals by its own
-clock (clocks of machines differ) fails the trial, and the job is free again. If its worker was only paused, the storage
-rejects the late result.
+clock (clocks of machines differ), or that the process is gone on its own machine, fails the trial, and the job is free
+again. If its worker was only paused, the storage rejects the late result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from hf_ft.search.storage import check_signature
+from hf_ft.processes import is_gone, process_name
+from hf_ft.search.storage import LockedError, check_signature
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 PATIENCE = 6  # heartbeats that a worker may miss: the interpreter or the disk may be busy for a while
-BEAT, INTERVAL, SIGNATURE = "hf_ft:heartbeat", "hf_ft:heartbeat_interval", "hf_ft:signature"  # system attributes
+# System attributes of trials.
+BEAT, INTERVAL, SIGNATURE = "hf_ft:heartbeat", "hf_ft:heartbeat_interval", "hf_ft:signature"
+PROCESS = "hf_ft:process"
 
 
 def owners(trials: Sequence[FrozenTrial]) -> dict[str, FrozenTrial]:
@@ -70,7 +73,7 @@ class Claims:
     marks: dict[int, tuple[Any, float]] = field(default_factory=dict)
 
     def read(self) -> list[FrozenTrial]:
-        """Read all trials, lowest number first, and fail those of silent workers.
+        """Read all trials, lowest number first, and fail those of dead workers.
 
         Raises:
             OptionError: if the study has another signature.
@@ -79,9 +82,12 @@ class Claims:
         if trials:  # The signature is on the first trial, so it can be neither missing nor set twice.
             check_signature(trials[0].system_attrs.get(SIGNATURE), self.signature, self.study.study_name)
         for trial in trials:
-            if trial.state.name == "RUNNING" and job_of(trial) is not None and self._silent(trial):
+            if trial.state.name == "RUNNING" and job_of(trial) is not None and self._dead(trial):
                 self.finish(trial._trial_id, "FAIL", failure="worker died")
         return trials
+
+    def _dead(self, trial: FrozenTrial) -> bool:
+        return is_gone(trial.system_attrs.get(PROCESS) or "") or self._silent(trial)
 
     def _silent(self, trial: FrozenTrial) -> bool:
         mark, now = trial.system_attrs.get(BEAT), time.monotonic()
@@ -112,7 +118,12 @@ class Claims:
         """Add a RUNNING trial with everything that other workers need to know, in a single step."""
         from optuna.trial import TrialState, create_trial
 
-        system = {BEAT: _now(), INTERVAL: self.heartbeat, **({} if trials else {SIGNATURE: self.signature})}
+        system = {
+            BEAT: _now(),
+            INTERVAL: self.heartbeat,
+            PROCESS: process_name(),
+            **({} if trials else {SIGNATURE: self.signature}),
+        }
         distributions = _distributions(params, self.all_params, trials)
         user = {name: value for name, value in params.items() if name not in distributions}
         template = create_trial(
@@ -125,6 +136,8 @@ class Claims:
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
         try:
             return self.storage.create_new_trial(study_id, template)
+        except LockedError:
+            raise
         except ValueError:  # a concurrent job list has just registered other choices for a parameter
             if not params:
                 raise

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 MISSING = "Trials need Optuna: pip install 'hf-ft[search]'"
 JOURNAL = "journal:///"
 ATTEMPTS = 8  # to open a database while other processes create its tables
+LOCK_TIMEOUT = 60.0  # seconds to wait for another process that has locked an SQLite file
 KINDS = "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, mysql+pymysql://user@host/database"
+
+
+class LockedError(OptionError):
+    """An SQLite file stays locked by another process."""
+
+    def __init__(self, storage: str) -> None:
+        super().__init__(
+            f"storage={storage!r} is held by another process, which has locked it for more than {LOCK_TIMEOUT:g} s. "
+            "Wait until that process is done, end it if it hangs, or give another storage; finished trials are kept."
+        )
 
 
 def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
@@ -80,18 +91,22 @@ def _open_database(url: str, given: str) -> BaseStorage:
     if sqlite:
         _check_folder(address.database or "", given)
     # No pool: a connection would go stale during an evaluation and be inherited by data loader workers.
-    options = {"poolclass": NullPool, "connect_args": {"timeout": 60} if sqlite else {}}
+    options = {"poolclass": NullPool, "connect_args": {"timeout": LOCK_TIMEOUT} if sqlite else {}}
+    began = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
             # Optuna passes the URL through str.format.
             database = RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=dict(options))
             break
         except (exc.DBAPIError, exc.ArgumentError, StorageInternalError, ImportError, RuntimeError) as error:
+            if _is_locked(error) and time.monotonic() - began >= LOCK_TIMEOUT:
+                raise LockedError(given) from error
             if attempt + 1 == ATTEMPTS or not _is_race(error):
                 raise OptionError(f"storage={given!r} cannot be opened: {_reason(error)}") from error
             time.sleep(min(0.05 * 2**attempt, 1.0) + os.getpid() % 16 / 100)
     if sqlite:
         _lock_before_reading(database.engine)
+        _tell_if_locked(database.engine, given)
     return database
 
 
@@ -107,7 +122,12 @@ def _is_race(error: Exception) -> bool:
     from sqlalchemy import exc
 
     text = f"{error} {error.__cause__}"
-    return isinstance(error, exc.IntegrityError) or "already exists" in text or "locked" in text
+    return isinstance(error, exc.IntegrityError) or "already exists" in text or _is_locked(error)
+
+
+def _is_locked(error: BaseException) -> bool:
+    """Whether another process held the SQLite file."""
+    return any("database is locked" in str(reason) for reason in (error, error.__cause__))
 
 
 def _reason(error: Exception) -> str:
@@ -136,6 +156,16 @@ def _lock_before_reading(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _tell_if_locked(engine: Engine, storage: str) -> None:
+    """Raise a LockedError in place of SQLAlchemy's, from which Optuna makes one about invalid data."""
+    from sqlalchemy import event
+
+    @event.listens_for(engine, "handle_error")
+    def tell(context: Any) -> None:
+        if _is_locked(context.original_exception):
+            raise LockedError(storage) from context.original_exception
 
 
 def open_study(storage: BaseStorage, name: str, halving: tuple[int, int] | None) -> Study:

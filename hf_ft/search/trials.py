@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_ft.errors import OptionError
 from hf_ft.search.claims import Claims, job_of, owners
-from hf_ft.search.storage import MISSING, as_json, open_storage, open_study
+from hf_ft.search.storage import MISSING, LockedError, as_json, open_storage, open_study
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -105,7 +105,8 @@ def run_trials(
         name: name of the study.
         signature: a JSON dict of everything the scores depend on; the pruner is added. All callers must agree on it.
         pruner: None runs every job to completion.
-        heartbeat: seconds between heartbeats. A worker that misses six of them is presumed dead.
+        heartbeat: seconds between heartbeats. A worker that misses six of them is presumed dead; one on the same
+            machine whose process is gone is known to be.
         retries: how often this call retries a job that raised in other workers. The death of a worker does not count,
             since each death costs a worker.
         progress: called with (finished, total, None) first, then with each newly finished job, whoever ran it.
@@ -117,7 +118,8 @@ def run_trials(
 
     Raises:
         ImportError: if Optuna is not installed.
-        OptionError: if the storage cannot be opened, the study has another signature, or an argument is invalid.
+        OptionError: if the storage cannot be opened or stays locked, the study has another signature, or an argument
+            is invalid.
         JobError: if a job raised in other workers more than ``retries`` times; all other jobs are finished.
     """
     try:
@@ -216,6 +218,8 @@ class _Search:
                 state, value, info = self.perform(job, trial_id)
                 seconds = round(time.perf_counter() - began, 3)
                 self.claims.finish(trial_id, state, value, seconds=seconds, info=info)
+            except LockedError:  # nor can the failure be stored; the mark will tell others that nobody works on the job
+                raise
             except BaseException as error:
                 failure = "error" if isinstance(error, Exception) else "interrupted"
                 message = f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_ft.core.compose import recommended_arguments
+from hf_ft.core.compose import recommended_arguments, shared_option
 from hf_ft.core.config import FITTED, FTConfig
 from hf_ft.core.plan import Plan
 from hf_ft.data.label_checks import check_labels
@@ -25,6 +25,7 @@ from hf_ft.data.streams import is_map_style
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.run import check, check_members
 from hf_ft.errors import OptionError
+from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms
 from hf_ft.trainer.context import curve
@@ -84,6 +85,7 @@ def check_model(
     """
     check_datasets(model, train_dataset, eval_dataset)
     check_members(configs, model)
+    check_parts(configs, model)
     if any(config.must_measure() for config in configs):  # the plan depends on the measurement
         for config in configs:
             config.check_model(model)
@@ -102,6 +104,17 @@ def check_model(
             "(optimizer, None) and choose args.lr_scheduler_type."
         )
     curve(args, 10)  # raises if the schedule cannot run once per stage
+
+
+def check_parts(configs: Iterable[FTConfig], model: nn.Module) -> None:
+    """Check the head and blocks that the user named, whether or not the strategies need them.
+
+    Raises:
+        OptionError: if the model has no such modules.
+    """
+    head, blocks = (shared_option(configs, name) for name in ("head", "blocks"))
+    if head is not None or blocks is not None:
+        anatomy(model, head=head, blocks=blocks)
 
 
 def check_source(configs: Iterable[FTConfig], dataset: Any) -> None:

@@ -150,7 +150,7 @@ class SourceStreams:
             return {name: (int(passes), int(samples)) for name, (passes, samples) in saved.items()}
         except FileNotFoundError as error:
             raise CheckpointError(f"{file} is missing: {folder} is incomplete. Use another checkpoint.") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{file} is damaged ({error}). Restore it, or use another checkpoint.") from error
 
 

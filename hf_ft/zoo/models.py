@@ -20,6 +20,7 @@ from hf_ft.models.names import covers
 from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
 from hf_ft.zoo.datasets import Task, _package_path
 from hf_ft.zoo.image_networks import GATES, freeze_pinned_gates, image_network, image_processor, load_by_position
+from hf_ft.zoo.reading import processor_of, read_config, weights_of
 from hf_ft.zoo.short_names import SHORT_NAMES, ShortName
 
 __all__ = [
@@ -74,14 +75,16 @@ def task_of(config: hf.PreTrainedConfig) -> Task:
 def _pretrained(
     source: str, labels: dict[str, Any], auto: Any, keep: bool, head: str | None, hub: dict[str, Any]
 ) -> Any:
-    config = hf.AutoConfig.from_pretrained(source, **hub)
+    config = read_config(source, **hub)
     if not (keep and labels):
         for key, value in labels.items():  # as arguments above, they would warn if the checkpoint has other classes
             setattr(config, key, value)
-        return auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
+        with weights_of(source, hub.get("revision")):
+            return auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)
     if isinstance(config, CollaborativeConfig):
         raise OptionError(f"{source} is an ensemble: it has a head for each member, so no source head can be kept.")
-    model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
+    with weights_of(source, hub.get("revision")):
+        model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
     renew_head(model, labels, head)
     if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
         drop_source_head(model)
@@ -107,7 +110,7 @@ def _load(
             model = _short_image_model(name_or_path, labels, image_size, keep)
         else:
             source, hub = _source(name_or_path, hub)
-            task = task or task_of(hf.AutoConfig.from_pretrained(source, **hub))
+            task = task or task_of(read_config(source, **hub))
             auto = hf.AutoModelForImageClassification if task == "image" else hf.AutoModelForSequenceClassification
             model = _pretrained(source, labels, auto, keep, head, hub)
             freeze_pinned_gates(model)
@@ -131,17 +134,12 @@ def _processor(
         return image_processor(name_or_path, image_size)
     source, hub = _source(name_or_path, {"revision": revision})
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
-    try:
+    with processor_of(name_or_path, "image processor" if task == "image" else "tokenizer"):
         if task == "image":
             return hf.AutoImageProcessor.from_pretrained(source, **size, **hub)
         if isinstance(config, CollaborativeConfig) and len(set(config.inputs or [])) > 1:
             return CollaborativeTokenizer.from_pretrained(source, revision=revision)
         return hf.AutoTokenizer.from_pretrained(source, **hub)
-    except OSError as error:
-        what = "image processor" if task == "image" else "tokenizer"
-        raise OptionError(
-            f"{name_or_path} has no {what} ({error}): save that of its base model there, with save_pretrained."
-        ) from error
 
 
 def load_model(
@@ -171,7 +169,9 @@ def load_model(
         head: name of the head to keep, if it cannot be found automatically (as the strategy's option of that name).
 
     Raises:
-        OptionError: if a head cannot be kept, or if there is no image processor or tokenizer.
+        OptionError: if the model's config, or its image processor or tokenizer, is missing or cannot be read.
+        CheckpointError: if the weights cannot be loaded; the message names the damaged file.
+        OptionError: if a head cannot be kept.
         ImportError: if a short name's package is missing; the message contains the pip command.
         OptionError: if ``num_labels`` and ``id2label`` disagree, or if the task cannot be determined.
     """

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers as hf
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from hf_ft.errors import OptionError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import combined, distinct
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.source_head import drop_source_head
 from hf_ft.zoo.datasets import Task
 from hf_ft.zoo.models import SHORT_NAMES, load_model, task_of
+from hf_ft.zoo.reading import read_config
 
 
 def load_sources(
@@ -43,6 +43,7 @@ def load_sources(
         revision: revision of all Hub ids.
 
     Raises:
+        CheckpointError: if the weights of one cannot be loaded.
         OptionError: if there are no sources, if they are incompatible, or if one has no processor.
     """
     names = [source_models] if isinstance(source_models, str) else list(source_models)
@@ -67,6 +68,8 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
         classes = num_labels if id2label is None else len(id2label)
         fits = classes is not None and has_head(name, classes, options["revision"])
         model, processor = load_model(name, num_labels, id2label, keep_source_head=fits, **options)
+    except CheckpointError:  # names the damaged file
+        raise
     except (OSError, ValueError) as error:  # Transformers' messages may be long and may not name the source
         reason = str(error).strip().splitlines()[0]
         raise OptionError(
@@ -88,7 +91,7 @@ def has_head(name: str, classes: int | None, revision: str | None) -> bool:
     """Whether a source's checkpoint has a head, for this number of classes or (None) any."""
     if name in SHORT_NAMES:
         return False
-    config = hf.AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    config = read_config(name, revision=revision or "main")
     fits = classes is None or config.num_labels == classes
     return fits and any("Classification" in kind for kind in config.architectures or [])
 

@@ -477,9 +477,9 @@ def test_figures():
     assert Signals.from_dict(json.loads(json.dumps(wide.to_dict()))) == wide
     frozen = signals(trainable_parameters=0)
     assert json.loads(json.dumps(frozen.to_dict(), allow_nan=False))["figures"]["samples_per_parameter"] is None
-    with pytest.raises(ValueError, match="not signals.*batch_norm"):
+    with pytest.raises(ValueError, match="not signals: 'class_counts' is missing"):
         Signals.from_dict({"samples": 3})
-    with pytest.raises(ValueError, match="not an advice.*recommendations"):
+    with pytest.raises(ValueError, match="recommendations of an advice: 'recommendations' is missing"):
         Advice.from_dict({"signals": {}})
 
 

@@ -116,7 +116,6 @@ def test_two_workers_share_the_trainings(files, tmp_path):
         (["--hours", "0"], "hours must be positive, got 0.0"),
         (["--trails", "3"], "Did you mean 'trials'?"),
         (["--labelled", "1"], "labelled=1"),
-        (["--report", "nowhere"], "there is no results.json"),
     ],
 )
 def test_refused(more, message, files, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """``hf-ft train`` on a data set with damaged images: told before training, or left out by a flag."""
 
 import logging
+import shutil
 
 import datasets
 import pytest
@@ -72,3 +73,13 @@ def test_many_images_are_checked_only_if_asked(files, tmp_path, capsys, monkeypa
     monkeypatch.setattr(prepare, "CHECKED_UNASKED", 20)
     run(files, tmp_path / "out", "--overwrite")
     assert opened == ["refuse", "refuse"]
+
+
+@pytest.mark.parametrize("command", ["train", "advise", "compare", "search-blocks"])
+def test_cut_off_weights_end_in_one_line(files, tmp_path, capsys, command):
+    model = shutil.copytree(files / "resnet", tmp_path / "model")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    where = ["--model", str(model), "--dataset", str(files / "whole"), "--output_dir", str(tmp_path / "out")]
+    assert main([command, *where, "--use_cpu", "true"]) == 2
+    assert f"error: {model / 'model.safetensors'} is damaged (" in capsys.readouterr().err.splitlines()[-1]

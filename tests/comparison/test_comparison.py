@@ -181,7 +181,7 @@ def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compar
 def test_results_come_back_from_json(compared):
     results, folder = compared[:2]
     assert Results.load(folder / "results.json") == results
-    assert results.data["class_counts"]["train"] == [8, 8, 8] and results.data["classes"] == list(NAMES)
+    assert results.data["class_counts"]["train"] == (8, 8, 8) and results.data["classes"] == tuple(NAMES)
 
 
 @pytest.mark.slow
@@ -453,6 +453,9 @@ def test_peak_memory_sees_what_was_given_back():
 def test_only_the_best_model_of_a_contender_is_kept(tmp_path):
     kept = Kept(tmp_path)
     kept.claim()
+    cut_off = kept.model("a", 5).parent / "score.json"  # by a worker that was killed
+    cut_off.parent.mkdir(parents=True)
+    cut_off.write_text("")
     for seed, score in ((1, 0.5), (2, 0.7), (3, 0.7), (4, 0.6)):
         kept.model("a", seed).mkdir(parents=True)
         kept.keep_best("a", seed, score)

@@ -3,11 +3,14 @@
 import dataclasses
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 from sklearn.metrics import confusion_matrix, recall_score
 
+from hf_ft.comparison import statistics as statistics_module
 from hf_ft.comparison.report.sections.confusion import confusion, saved_run
 from hf_ft.comparison.results import Contender, Results, Training
 from hf_ft.comparison.statistics import (
@@ -247,3 +250,40 @@ def test_the_made_up_comparison_has_its_scores():
         assert found[name].standard_errors["ood"] == pytest.approx(np.mean(errors))
     assert found["soft"].rank is None and found["soft"].spreads == {}
     assert sum(s.rank is not None for s in found.values()) == len(made_up_results.FINISHED)
+
+
+def test_each_interval_is_resampled_once(monkeypatch):
+    """The report, the card, the command and the gain each ask for all of them."""
+    resampled = []
+
+    def counted(data, *arguments, **options):
+        resampled.append(data)
+        return bootstrap(data, *arguments, **options)
+
+    monkeypatch.setattr(statistics_module, "bootstrap", counted)
+    statistics_module._interval.cache_clear()
+    results = Results.from_dict(made_up_results.comparison(seeds=6))
+    first = standings(results)
+    again = [standings(results) for _ in range(3)]
+    assert all([s.differences for s in one] == [s.differences for s in first] for one in again)
+    several = [d for standing in first for d in standing.differences.values() if len(d.by_seed) > 1]
+    assert len(resampled) == len({tuple(d.by_seed.values()) for d in several})
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
+def test_standard_errors_of_all_runs_at_once_are_those_of_each(metric):
+    results = Results.from_dict(made_up_results.many_classes(40) | {"metric": metric})
+    for standing in standings(results):
+        for split, error in standing.standard_errors.items():
+            runs = [run.predictions[split] for run in standing.contender.finished_runs]
+            each = [standard_error(metric, predicted, results.labels[split]) for predicted in runs]
+            assert error == statistics.fmean(each) == pytest.approx(by_hand(metric, runs, results.labels[split]))
+
+
+def by_hand(metric, runs, labels):
+    truth, errors = np.asarray(labels), []
+    for predicted in map(np.asarray, runs):
+        groups = [truth == c for c in set(labels)] if metric == "balanced_accuracy" else [truth == truth]
+        shares = [(float((predicted == truth)[group].mean()), int(group.sum())) for group in groups]
+        errors.append(math.sqrt(sum(share * (1 - share) / n for share, n in shares)) / len(groups))
+    return sum(errors) / len(errors)

@@ -17,6 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hf_ft.errors import OptionError
+from hf_ft.search import storage as storage_module
 from hf_ft.search.claims import Claims
 from hf_ft.search.storage import open_storage, open_study
 from hf_ft.search.trials import Halving, Job, JobError, run_trials
@@ -200,6 +201,16 @@ def test_a_restart_after_all_were_killed(database, tmp_path):
     assert completed(database) == {job.key: 1 for job in jobs(6)}
     assert TrialState.RUNNING not in {t.state for t in trials_of(database)}
     assert not set(before) & {key for key, _ in started(tmp_path)[len(log) :]}
+
+
+def test_the_job_of_a_killed_worker_of_this_machine_is_free_at_once(storage, tmp_path):
+    """Its mark would have to stay the same for ten minutes."""
+    killed = start(tmp_path, storage, 3, 0.0, 100.0, signals=[None, signal.SIGKILL])
+    killed.join()
+    assert len(run(jobs(3), seed, storage, heartbeat=100.0)) == 3
+    assert Counter(t.state.name for t in trials_of(storage)) == {"COMPLETE": 3, "FAIL": 1}
+    [failed] = [t for t in trials_of(storage) if t.state == TrialState.FAIL]
+    assert failed.user_attrs["failure"] == "worker died"
 
 
 def test_a_paused_worker_that_comes_back_does_not_complete_again(storage, tmp_path):
@@ -448,3 +459,25 @@ def test_without_optuna(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match=r"pip install 'hf-ft\[search\]'"):
         run(jobs(1), seed)
+
+
+def test_a_study_that_another_process_holds(database, monkeypatch):
+    """One patience, at opening and in the middle of a search, and the words of neither SQLAlchemy nor Optuna."""
+    monkeypatch.setattr(storage_module, "LOCK_TIMEOUT", 0.2)
+    other = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    seen = []
+
+    def evaluate(job, report):
+        seen.append(job.key)
+        if len(seen) == 2:
+            other.execute("BEGIN EXCLUSIVE")
+            report(1, 0.5)
+        return seed(job, report)
+
+    with pytest.raises(OptionError, match=r"study\.db' is held by another process, which has locked it for more than"):
+        run(jobs(3), evaluate, database)
+    assert len(seen) == 2
+    with pytest.raises(OptionError, match="held by another process"):
+        run(jobs(3), evaluate, database)
+    other.execute("ROLLBACK")
+    assert len(run(jobs(3), seed, database, heartbeat=0.05)) == 3

@@ -161,6 +161,13 @@ def test_no_head_and_the_way_out(tmp_path):
     refused("no module 'lats'", FTTrainer, Unknown(), strategy=LinearProbeConfig(head="lats"), **arguments)
 
 
+def test_a_head_and_blocks_that_the_model_lacks(tmp_path):
+    """Also where the strategy needs neither."""
+    refused("head='NaN': the model has no module 'NaN'", make_trainer, tiny_resnet(), FullConfig(head="NaN"), tmp_path)
+    refused("Found no blocks by blocks='NaN'", make_trainer, tiny_resnet(), FullConfig(blocks="NaN"), tmp_path)
+    make_trainer(tiny_resnet(), FullConfig(head="classifier"), tmp_path)
+
+
 def test_labels_outside_the_head(tmp_path):
     data = tiny_data(tiny_vit(num_labels=5))
     refused(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.errors import OptionError
+from hf_ft.records import restored
 from hf_ft.strategies.amcf.swarm import Swarm, truncated
 
 
@@ -61,6 +63,8 @@ class Generation:
                 f"a generation has {counts[0]} positions, {counts[1]} velocities and {counts[2]} scores: give one of "
                 "each per particle."
             )
+        if not all(map(math.isfinite, itertools.chain(*self.positions, *self.velocities))):
+            raise OptionError("a position or velocity of a generation is nan or inf: give finite numbers.")
         _check_scores("a generation", self.scores)
 
     @classmethod
@@ -168,19 +172,7 @@ class SwarmScores:
         Raises:
             CheckpointError: if a field is missing or invalid; the message names it.
         """
-        try:
-            return cls(
-                metric=content["metric"],
-                members=tuple(content["members"]),
-                layers=tuple(content["layers"]),
-                generations=tuple(map(_generation, content["generations"])),
-                evaluations=tuple(map(_evaluation, content["evaluations"])),
-                stopped=content["stopped"],
-            )
-        except KeyError as error:
-            raise CheckpointError(f"these are not swarm scores: {error} is missing. Use another file.") from error
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"these swarm scores are damaged ({error}). Use another file.") from error
+        return restored(cls, content, "swarm scores", null=-math.inf, complete=True)
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and one row of text per position, highest score first."""
@@ -240,23 +232,3 @@ def _check_position(position: tuple[int, ...], layers: tuple[int, ...]) -> None:
 
 def _numbers(scores: Iterable[float]) -> list[float | None]:
     return [score if math.isfinite(score) else None for score in scores]
-
-
-def _scores(numbers: Iterable[float | None]) -> tuple[float, ...]:
-    return tuple(-math.inf if number is None else number for number in numbers)
-
-
-def _generation(raw: Mapping[str, Any]) -> Generation:
-    positions, velocities = (tuple(map(tuple, raw[name])) for name in ("positions", "velocities"))
-    return Generation(positions, velocities, _scores(raw["scores"]))
-
-
-def _evaluation(raw: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(
-        position=tuple(raw["position"]),
-        score=_scores([raw["score"]])[0],
-        epochs=raw["epochs"],
-        seconds=raw["seconds"],
-        pruned=raw["pruned"],
-        steps=_scores(raw["steps"]),
-    )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_ft.errors import OptionError
+from hf_ft.records import restored
 from hf_ft.strategies.blockwise.candidates import Candidate, last_quarter
 
 HEADERS = ("candidate", "quarter", "layers", "parameters", "score", "epochs", "seconds", "note")
@@ -118,19 +119,9 @@ class BlockScores:
         """Read the output of :meth:`to_dict`.
 
         Raises:
-            OptionError: if a field is missing; the message names it.
+            CheckpointError: if a field is missing or of another type; the message names it.
         """
-        try:
-            return cls(
-                scheme=content["scheme"],
-                metric=content["metric"],
-                layers=content["layers"],
-                seeds=tuple(content["seeds"]),
-                scores=tuple(map(_from_dict, content["scores"])),
-                baselines={name: _from_dict(score) for name, score in content["baselines"].items()},
-            )
-        except KeyError as error:
-            raise OptionError(f"these are not block scores: {error} is missing.") from error
+        return restored(cls, content, "block scores", null=math.nan, complete=True)
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Headers and one row of text per candidate, then per baseline."""
@@ -203,16 +194,3 @@ def _to_dict(score: BlockScore) -> dict[str, Any]:
 
 def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _from_dict(content: Mapping[str, Any]) -> BlockScore:
-    raw = content["candidate"]
-    candidate = Candidate(
-        name=raw["name"],
-        modules=tuple(raw["modules"]),
-        layers=tuple(raw["layers"]),
-        quarter=raw["quarter"],
-        parameters=raw["parameters"],
-    )
-    scores = tuple(math.nan if value is None else value for value in content["scores"])
-    return BlockScore(candidate, scores, content["pruned"], content["epochs"], content["seconds"])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+import os
 import re
 from configparser import ConfigParser
 from html.parser import HTMLParser
@@ -30,6 +31,7 @@ from hf_ft.documents.label_places import NARROW, WIDE, placed
 from hf_ft.documents.markdown import escaped, markdown
 from hf_ft.documents.svg import key_mark, svg
 from hf_ft.documents.text import duration, plain, score, seconds, signed
+from hf_ft.processes import process_name
 from tests.comparison.report import made_up_results
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -488,6 +490,18 @@ def test_files(whole, tmp_path):
     assert json.dumps(again.to_dict()) == json.dumps(whole.to_dict())
     assert (folder / "report.html").read_text(encoding="utf-8") == made("whole").html
     assert (folder / "report.md").read_text(encoding="utf-8") == made("whole").markdown
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(whole, tmp_path):
+    place, number, started = process_name().split("-")
+    gone = f".results.json.{place}-{number}-{int(started) + 1}"
+    old, others = ".report.md.4711", [f".results.json.{'0' * 12}-1-2", ".report.html.4711", ".results.json.bak"]
+    for name in (gone, old, *others):
+        (tmp_path / name).write_text("{")
+    os.utime(tmp_path / old, (0, 0))
+    os.utime(tmp_path / others[2], (0, 0))
+    write_report(whole, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.md", "results.json", *others}
 
 
 def test_a_report_that_cannot_be_made_leaves_the_old_one(whole, tmp_path, monkeypatch):

@@ -149,10 +149,10 @@ def test_a_file_with_a_gap_is_refused(missing, some):
 def test_a_damaged_file_is_refused(some):
     content = some.to_dict()
     content["evaluations"][0]["position"] = [52, 0]
-    with pytest.raises(CheckpointError, match=r"damaged \(position \(52, 0\) does not match"):
+    with pytest.raises(CheckpointError, match=r"not swarm scores: position \(52, 0\) does not match"):
         SwarmScores.from_dict(content)
     content["evaluations"] = 3
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="evaluations is 3, not a list"):
         SwarmScores.from_dict(content)
 
 

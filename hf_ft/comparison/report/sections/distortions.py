@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from hf_ft.comparison.report.text import SPLIT_NAMES
 from hf_ft.comparison.results import Training
@@ -51,7 +52,7 @@ def mean_distortion(runs: Sequence[Training]) -> dict[str, dict[str, dict[str, f
     for run in runs:
         for split, blocks in run.distortion.items():
             for block, measures in blocks.items():
-                for measure, value in measures.items():
+                for measure, value in cast(Measures, measures).items():
                     values_by_split.setdefault(split, {}).setdefault(block, {}).setdefault(measure, []).append(value)
     return {
         split: {block: {name: statistics.fmean(values) for name, values in m.items()} for block, m in blocks.items()}

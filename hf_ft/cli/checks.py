@@ -1,0 +1,80 @@
+"""Refuses flags that would have no effect: whoever sets one expects it to have one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from hf_ft.cli.flags import DataFlags
+from hf_ft.core.config import FTConfig
+from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
+from hf_ft.errors import OptionError
+from hf_ft.zoo.datasets import Task
+from hf_ft.zoo.models import SHORT_NAMES
+
+CHOICES = {"augment": tuple(AUGMENTATIONS), "on_corrupt": get_args(OnCorrupt)}
+# Flags that say something about what another one names.
+ABOUT = {"source_split": "source_dataset", "ood_split": "ood_dataset"}
+# Flags that another one with this value switches off.
+OFF = {
+    ("frozen_cache", "never"): ("frozen_cache_memory_gb", "frozen_cache_disk_gb"),
+    ("trials", 0): ("learning_rates", "most_trials", "sampling_seed"),
+}
+NOT_OF: dict[Task, tuple[str, ...]] = {
+    "image": ("max_length", "text_column"),
+    "text": ("image_size", "image_column", "on_corrupt"),
+}
+
+
+def check_flags(values: Mapping[str, Any]) -> None:
+    """Check the flags that were given against each other.
+
+    Raises:
+        OptionError: if one has an unknown value or no effect; the message names it and the fix.
+    """
+    for name, choices in CHOICES.items():
+        if values.get(name) not in (None, *choices):
+            raise OptionError(f"--{name} {values[name]} is unknown: choose one of {', '.join(choices)}.")
+    for name, other in ABOUT.items():
+        if values.get(name) is not None and values.get(other) is None:
+            raise OptionError(f"--{name} {values[name]} has no effect without --{other}: add that, or leave it out.")
+    for (name, value), others in OFF.items():
+        if name in values and values[name] == value:
+            refuse(values, others, f"--{name} is {value}")
+    model = values.get("model")
+    if model in SHORT_NAMES or (model is not None and Path(model).is_dir()):
+        what = "a folder" if Path(model).is_dir() else "a short name"
+        refuse(values, ["revision"], f"it is of a model on the Hub, and --model {model} is {what}")
+
+
+def check_task(flags: DataFlags, task: Task) -> None:
+    """Check the flags of the data against the kind of data.
+
+    Raises:
+        OptionError: if one is for the other kind.
+    """
+    given = {field.name: getattr(flags, field.name) for field in fields(flags)}
+    refuse(given, NOT_OF[task], f"--dataset {flags.dataset} is read as {task}")
+
+
+def check_source_data(flags: DataFlags, configs: Iterable[FTConfig]) -> None:
+    """Check that a strategy uses the source data, if there are any.
+
+    Raises:
+        OptionError: if none does.
+    """
+    if all(config.needs().source_data == "no" for config in configs):
+        refuse({"source_dataset": flags.source_dataset}, ["source_dataset"], "no strategy chosen uses source data")
+
+
+def refuse(values: Mapping[str, Any], useless: Collection[str], why: str) -> None:
+    """Refuse flags that have no effect; None counts as not given.
+
+    Raises:
+        OptionError: if one of them is given.
+    """
+    for name in useless:
+        if values.get(name) is not None:
+            raise OptionError(f"--{name} {values[name]} has no effect: {why}. Leave it out.")

@@ -1,0 +1,56 @@
+"""Names of processes, by which others on the same machine can tell that one is gone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from pathlib import Path
+
+_NAME = re.compile(r"([0-9a-f]{12})-(\d+)-(\d+)")
+
+
+def process_name() -> str | None:
+    """A name of this process that no other has or will have: where it runs, its number, and when it started.
+
+    None where that cannot be determined, as on systems other than Linux.
+    """
+    place, started = _place(), _start(os.getpid())
+    return f"{place}-{os.getpid()}-{started}" if place and started else None
+
+
+def is_gone(name: str) -> bool:
+    """Whether a process certainly ended; False if it runs, or ran elsewhere, where its number says nothing here."""
+    match = _NAME.fullmatch(name)
+    if match is None or match[1] != _place():
+        return False
+    number = int(match[2])
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it exists, but belongs to another user
+        pass
+    started = _start(number)
+    return started is not None and started != match[3]  # its number may have been given to another process
+
+
+@functools.cache
+def _place() -> str | None:
+    """The machine since it was last started, and the namespace of process numbers: a container has its own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+    return hashlib.sha256(f"{boot}{namespace}".encode()).hexdigest()[:12]
+
+
+def _start(number: int) -> str | None:
+    """When a process started, in ticks since the machine did; ``0`` if it ended and only its parent does not know."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return "0" if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,86 @@
+"""Reading a pretrained model's files: one line says which of them is wrong, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers as hf
+from huggingface_hub import try_to_load_from_cache
+from transformers.utils import CONFIG_NAME
+
+from hf_ft.errors import CheckpointError, Error, OptionError
+from hf_ft.models.weight_files import damaged_file
+from hf_ft.zoo.short_names import SHORT_NAMES
+
+
+def read_config(name: str, **hub: Any) -> Any:
+    """The config of a Hub id or a folder.
+
+    Raises:
+        OptionError: if there is no config, it is damaged, or Transformers does not know its model type.
+    """
+    try:
+        return hf.AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **hub})
+    except Exception as error:  # a config of another shape makes Transformers raise almost anything
+        raise OptionError(
+            f"cannot read the model {name!r}: {_reason(error)} It may be a Hub id, a folder written by "
+            f"save_pretrained, or one of {', '.join(SHORT_NAMES)}."
+        ) from error
+
+
+@contextmanager
+def weights_of(name: str, revision: str | None = None) -> Iterator[None]:
+    """While the weights of a Hub id or folder are loaded: tell which file is damaged.
+
+    Raises:
+        CheckpointError: if they cannot be loaded.
+    """
+    try:
+        yield
+    except (Error, ImportError, MemoryError):
+        raise
+    except Exception as error:  # likewise
+        folder = _folder(name, revision)
+        damaged = None if folder is None else damaged_file(folder)
+        if damaged is None:
+            raise CheckpointError(f"the weights of {name} cannot be loaded: {_reason(error)}") from error
+        raise CheckpointError(
+            f"{damaged.file} is damaged ({damaged.reason}), perhaps only part of it was downloaded. Delete it, and "
+            "download or copy it again."
+        ) from error
+
+
+@contextmanager
+def processor_of(name: str, what: str) -> Iterator[None]:
+    """While the image processor or tokenizer of a Hub id or folder is loaded.
+
+    Raises:
+        OptionError: if there is none, or it is damaged.
+    """
+    try:
+        yield
+    except (Error, ImportError, MemoryError):
+        raise
+    except Exception as error:  # likewise
+        raise OptionError(
+            f"{name} has no {what} that can be read ({_reason(error)}): save that of its base model there, with "
+            "save_pretrained."
+        ) from error
+
+
+def _folder(name: str, revision: str | None) -> Path | None:
+    """The folder with a model's files, in the cache if it is a Hub id."""
+    if Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _reason(error: Exception) -> str:
+    """The beginning of the message, as a sentence; Transformers' may be many lines long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = ": ".join(line.rstrip(":") for line in lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{text or type(error).__name__}{'' if text.endswith('.') else '.'}"
