@@ -129,6 +129,7 @@ def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
         validation_fraction=flags.validation_fraction,
         max_train_samples=flags.max_train_samples,
         label_column=flags.label_column,
+        unknown_classes=flags.unknown_classes,
         seed=flags.split_seed,
         **more,
     )

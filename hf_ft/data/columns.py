@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 
+from hf_ft.data.unknown_classes import check_known, hides_labels, is_missing
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import Task
 
 ROW = "__row__"  # row number in the source: splits are shuffled, and error messages must name the row
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+# What Pillow reads besides images: documents, vector graphics, video, and measurements.
+NO_IMAGES = {".bufr", ".emf", ".eps", ".fit", ".fits", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".pdf", ".ps", ".wmf"}
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
 IMAGE_NAMES = ("image", "img", "image_path", "file_name", "filename", "file", "path")
 TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
@@ -81,7 +84,7 @@ def find_columns(
                 wrong = "label_column" if column == label else given
                 there = f"only {_shown(split)}"
                 raise DataError(f"split {name!r} has no column {column!r}, {there}: set {wrong}", arguments=(wrong,))
-        if name != "test" and (rows := unlabelled(split, label)):
+        if name != "test" and (rows := unlabelled(split, label, splits.get("train"))):
             raise DataError(
                 f"split {name!r}: {len(rows)} rows have no {label!r} (the first is row {rows[0]}): drop them, "
                 "or set label_column",
@@ -103,7 +106,11 @@ def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tu
     if isinstance(feature, Value) and "float" in feature.dtype:
         return "regression", (), None
     if isinstance(feature, Value):
-        values = sorted({value for split in splits.values() for value in values_of(split, label)} - {None})
+        train = values_of(splits.get("train", next(iter(splits.values()))), label)
+        hidden = hides_labels(feature, train)
+        for name, split in splits.items():
+            check_known(name, values_of(split, label), train, hidden)
+        values = sorted({value for value in train if not is_missing(value, hidden)})
         index = {value: number for number, value in enumerate(values)}
         return "single_label_classification", tuple(map(str, values)), index
     raise DataError(
@@ -111,15 +118,23 @@ def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tu
     )
 
 
-def unlabelled(split: Dataset, label: str) -> list[int]:
-    """Source row numbers without a label: None, NaN, or the -1 that hides a benchmark's test classes."""
-    classes = isinstance(split.features[label], ClassLabel)
+def unlabelled(split: Dataset, label: str, train: Dataset | None = None) -> list[int]:
+    """Source row numbers without a label: None, NaN, or the -1 that hides a benchmark's test classes.
 
-    def missing(value: Any) -> bool:
-        return value is None or (isinstance(value, float) and math.isnan(value)) or (classes and value < 0)
-
+    Args:
+        train: the training split, where -1 might be a class.
+    """
+    hidden = hides_labels(split.features[label], values_of(split if train is None else train, label))
     rows = values_of(split, ROW) if ROW in split.column_names else range(len(split))
-    return [row for row, value in zip(rows, values_of(split, label), strict=True) if missing(value)]
+    return [row for row, value in zip(rows, values_of(split, label), strict=True) if is_missing(value, hidden)]
+
+
+@functools.cache
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes of the image files that Pillow reads here, with its plugins."""
+    PIL.Image.init()
+    known = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
+    return tuple(sorted(known - NO_IMAGES))
 
 
 def values_of(split: Dataset, column: str) -> list[Any]:
@@ -148,7 +163,7 @@ def _is_image(split: Dataset, column: str) -> bool:
     if column not in IMAGE_NAMES or not is_text(split, column):
         return False
     values = some_text(split, column)
-    return bool(values) and values[0].lower().endswith(IMAGE_SUFFIXES)
+    return bool(values) and values[0].lower().endswith(image_suffixes())
 
 
 def usual_label(split: Dataset) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
-from hf_ft.data.columns import IMAGE_SUFFIXES, is_text, some_text
+from hf_ft.data.columns import image_suffixes, is_text, some_text
 from hf_ft.data.image_folders import files, is_image, read_image_folder
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import DATASETS
@@ -102,7 +102,7 @@ def _absolute_image_paths(data: DatasetDict, folder: Path) -> DatasetDict:
 
     first = next(iter(data.values()))
     for column in [name for name in first.column_names if is_text(first, name)]:
-        values = [value for value in some_text(first, column) if value.lower().endswith(IMAGE_SUFFIXES)]
+        values = [value for value in some_text(first, column) if value.lower().endswith(image_suffixes())]
         if any((folder / value).is_file() for value in values):
             data = data.map(absolute, batched=True, input_columns=column, fn_kwargs={"column": column})
     return data

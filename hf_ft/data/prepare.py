@@ -75,7 +75,7 @@ def prepare(
     """
     ready = DatasetDict()
     for name, split in splits.items():
-        if name == "test" and unlabelled(split, columns.label):
+        if name == "test" and unlabelled(split, columns.label, splits.get("train")):
             logger.warning("the test split has rows without a label and is left out")
         elif columns.task == "text":
             tokenise = text_transform(processor, columns, max_length)

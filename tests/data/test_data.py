@@ -239,7 +239,7 @@ def test_unreadable_sources_and_fractions_are_named(tmp_path):
 
 
 def test_string_and_integer_labels_are_numbered_alike_in_all_splits():
-    train = datasets.Dataset.from_dict({"text": ["a"] * 3, "label": [7, 3, 7]})
+    train = datasets.Dataset.from_dict({"text": ["a"] * 4, "label": [7, 3, 7, 5]})
     test = datasets.Dataset.from_dict({"text": ["a"] * 2, "label": [5, 3]})
     columns = find_columns(datasets.DatasetDict(train=train, test=test))
     assert columns.id2label == {0: "3", 1: "5", 2: "7"} and columns.num_labels == 3
