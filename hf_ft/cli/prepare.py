@@ -130,6 +130,7 @@ def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
         max_train_samples=flags.max_train_samples,
         label_column=flags.label_column,
         unknown_classes=flags.unknown_classes,
+        encoding=flags.encoding,
         seed=flags.split_seed,
         **more,
     )

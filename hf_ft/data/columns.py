@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class Columns:
     problem_type: ProblemType
     names: tuple[str, ...] = ()  # class names, in order
     index: Mapping[Any, int] | None = None  # class number by label value, unless labels are class numbers already
+    multi_hot: bool = False  # whether labels are rows of zeros and ones, one for each class
 
     @property
     def num_labels(self) -> int:
@@ -49,8 +50,18 @@ class Columns:
         if self.problem_type == "regression":
             return [float(value) for value in values]
         if self.problem_type == "multi_label_classification":
-            return [[float(index in value) for index in range(len(self.names))] for value in values]
-        return [value if self.index is None else self.index[value] for value in values]
+            return [self._multi_hot(value) for value in values]
+        return [_number_or_self(self.index, value) for value in values]
+
+    def _multi_hot(self, labels: Sequence[Any]) -> list[float]:
+        if self.multi_hot:
+            return [float(value) for value in labels]
+        present = {_number_or_self(self.index, label) for label in labels}
+        return [float(number in present) for number in range(len(self.names))]
+
+
+def _number_or_self(index: Mapping[Any, int] | None, value: Any) -> Any:
+    return value if index is None else index[value]
 
 
 def find_columns(
@@ -61,8 +72,8 @@ def find_columns(
 ) -> Columns:
     """Find input and label columns by name and type, and number the classes consistently across splits.
 
-    Strings, booleans and integers become classes in sorted order; floats are regression targets; lists of classes are
-    multi-label.
+    Strings, booleans and integers become classes in sorted order; floats are regression targets; lists of classes, or
+    rows of equal length of zeros and ones, are multi-label. Classes are those of the training split.
 
     Args:
         text_column: one name, or two separated by a comma for text pairs.
@@ -94,28 +105,51 @@ def find_columns(
     return Columns("image" if image else "text", inputs, label, *_classes(splits, label))
 
 
-def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tuple[str, ...], dict[Any, int] | None]:
+def _classes(
+    splits: Mapping[str, Dataset], label: str
+) -> tuple[ProblemType, tuple[str, ...], dict[Any, int] | None, bool]:
     features = {name: split.features[label] for name, split in splits.items()}
     feature = next(iter(features.values()))
     if any(other != feature for other in features.values()):
         raise DataError(f"the splits disagree on the type of column {label!r}: {features}")
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
-        return "multi_label_classification", tuple(feature.feature.names), None
+        return "multi_label_classification", tuple(feature.feature.names), None, False
     if isinstance(feature, ClassLabel):
-        return "single_label_classification", tuple(feature.names), None
+        return "single_label_classification", tuple(feature.names), None, False
     if isinstance(feature, Value) and "float" in feature.dtype:
-        return "regression", (), None
+        return "regression", (), None, False
     if isinstance(feature, Value):
         train = values_of(splits.get("train", next(iter(splits.values()))), label)
         hidden = hides_labels(feature, train)
         for name, split in splits.items():
             check_known(name, values_of(split, label), train, hidden)
-        values = sorted({value for value in train if not is_missing(value, hidden)})
-        index = {value: number for number, value in enumerate(values)}
-        return "single_label_classification", tuple(map(str, values)), index
+        return "single_label_classification", *_numbered({v for v in train if not is_missing(v, hidden)}), False
+    if isinstance(feature, List) and isinstance(feature.feature, Value):
+        return "multi_label_classification", *_several(
+            {name: values_of(split, label) for name, split in splits.items()}
+        )
     raise DataError(
         f"column {label!r} is of type {feature}, not a class or a number: set label_column", arguments=("label_column",)
     )
+
+
+def _numbered(values: Collection[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Class names, and class numbers by value, in sorted order."""
+    ordered = sorted(values)
+    return tuple(map(str, ordered)), {value: number for number, value in enumerate(ordered)}
+
+
+def _several(labels: Mapping[str, Sequence[Any]]) -> tuple[tuple[str, ...], dict[Any, int] | None, bool]:
+    """Class names, class numbers by value, and whether labels are rows of zeros and ones."""
+    rows = [row for split in labels.values() for row in split if row is not None]
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1 and lengths != {1} and all(value in (0, 1) for row in rows for value in row):
+        return tuple(map(str, range(lengths.pop()))), None, True
+    flat = {name: [value for row in split for value in row or ()] for name, split in labels.items()}
+    train = flat.get("train", next(iter(flat.values())))
+    for name, values in flat.items():
+        check_known(name, values, train, hidden=False)
+    return *_numbered(set(train)), False
 
 
 def unlabelled(split: Dataset, label: str, train: Dataset | None = None) -> list[int]:

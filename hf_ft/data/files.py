@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
 from hf_ft.data.columns import image_suffixes, is_text, some_text
 from hf_ft.data.image_folders import files, is_image, read_image_folder
+from hf_ft.data.tables import TABLES, table_options
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import DATASETS
 
@@ -19,7 +21,9 @@ READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".pa
 DATA_SUFFIXES = (*READERS, ".arrow", ".tar", ".zip")  # also those that only `datasets` itself recognises
 
 
-def read_files(source: str, config_name: str | None = None, train_split: str = "train") -> DatasetDict:
+def read_files(
+    source: str, config_name: str | None = None, train_split: str = "train", encoding: str | None = None
+) -> DatasetDict:
     """Read all splits of a source; data without splits become ``train_split``.
 
     Raises:
@@ -27,15 +31,21 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
     """
     path = Path(source).expanduser()
     _check_config_name(config_name, source, path)
+    table = path if path.suffix.lower() in TABLES and path.is_file() else _first_table(path)
+    if encoding is not None and table is None:
+        raise DataError(
+            f"encoding={encoding!r} has no effect, since {source!r} is no csv or tsv file: leave it out.",
+            arguments=("encoding",),
+        )
     try:
         if source in DATASETS:
             return DatasetDict({train_split: DATASETS[source]()})
         if "::" in source and path.exists() and not path.is_dir():
             raise DataError(f"`datasets` takes the '::' in {source!r} for a chain of URLs: rename the file.")
         if path.is_dir():
-            return _read_folder(path, config_name, train_split)
+            return _read_folder(path, config_name, train_split, {} if table is None else table_options(table, encoding))
         if path.is_file():
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+            options = {} if table is None else table_options(table, encoding)
             reader = READERS[path.suffix.lower()]
             data = load_dataset(reader, data_files={train_split: str(path)}, **options)
             return _absolute_image_paths(data, path.parent)
@@ -67,14 +77,22 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _read_folder(path: Path, config_name: str | None, train_split: str) -> DatasetDict:
+def _first_table(folder: Path) -> Path | None:
+    """A table of a folder that holds no other data files."""
+    if not folder.is_dir() or _is_saved(folder):
+        return None
+    data = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in DATA_SUFFIXES]
+    return data[0] if data and all(file.suffix.lower() in TABLES for file in data) else None
+
+
+def _read_folder(path: Path, config_name: str | None, train_split: str, options: dict[str, Any]) -> DatasetDict:
     if _is_saved(path):
         data = load_from_disk(str(path))
         return data if isinstance(data, DatasetDict) else DatasetDict({train_split: data})
     _check_is_data(path)
     images = read_image_folder(path, train_split)
     if images is None:
-        return _absolute_image_paths(load_dataset(str(path), name=config_name), path)
+        return _absolute_image_paths(load_dataset(str(path), name=config_name, **options), path)
     if config_name is not None:
         raise DataError(
             f"config_name={config_name!r} has no effect on a folder of images: leave it out.",

@@ -36,6 +36,7 @@ def load_splits(
     max_train_samples: int | None = None,
     label_column: str | None = None,
     unknown_classes: OnUnknown = "refuse",
+    encoding: str | None = None,
     seed: int = 0,
 ) -> DatasetDict:
     """Read a data set and determine its splits: ``train``, ``validation`` and, if available, ``test``.
@@ -52,6 +53,7 @@ def load_splits(
             labelled data as well. A validation split of the source provides ``validation_fraction`` of them.
         max_train_samples: maximum number of training rows, not counting validation rows.
         unknown_classes: whether to refuse or to drop rows of a class that no training row has.
+        encoding: of csv and tsv files (default: UTF-8).
         label_column: column to stratify by (default: the one found by :func:`find_columns`).
 
     Raises:
@@ -60,7 +62,7 @@ def load_splits(
     if max_train_samples is not None and max_train_samples < 1:
         raise DataError(f"max_train_samples={max_train_samples} must be at least 1")
     names: dict[Role, str | None] = {"train": train_split, "validation": validation_split, "test": test_split}
-    parts = _given(source, config_name, names)
+    parts = _given(source, config_name, names, encoding)
     label = label_column or usual_label(parts["train"])
     parts = known_rows(parts, label, unknown_classes)
     whole = parts["train"]
@@ -96,9 +98,11 @@ def load_split(source: str, split: str = "train") -> Dataset:
     return _numbered(found[split])
 
 
-def _given(source: str, config_name: str | None, names: Mapping[Role, str | None]) -> dict[str, Dataset]:
+def _given(
+    source: str, config_name: str | None, names: Mapping[Role, str | None], encoding: str | None
+) -> dict[str, Dataset]:
     """The splits of the source by role, under the given names or else the usual ones."""
-    found = read_files(source, config_name, names["train"] or "train")
+    found = read_files(source, config_name, names["train"] or "train", encoding)
     parts: dict[str, Dataset] = {}
     for key, wanted in names.items():
         name = wanted if wanted in found else _usual(found, key, wanted, names.values())

@@ -52,6 +52,7 @@ def _text_batch(
             raise DataError(
                 f"row {row} has no text in column {column!r}: drop it, or set text_column", arguments=("text_column",)
             )
+    texts = [[value if isinstance(value, str) else str(value) for value in values] for values in texts]
     encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
     return encoded | {"labels": columns.encode(batch[columns.label])}
 
@@ -133,4 +134,5 @@ def usual_length(model: Any, processor: Any) -> int:
     models = [model, *getattr(model, "members", ())]
     known = [getattr(one.config, "max_position_embeddings", None) for one in models]
     known.append(getattr(processor, "model_max_length", None))
-    return min([512, *(length for length in known if length)])
+    # Some configs and tokenizers say "unlimited" by -1 or a huge number.
+    return min([512, *(length for length in known if isinstance(length, int) and length > 0)])

@@ -258,7 +258,7 @@ def test_kinds_of_labels():
     assert many.problem_type == "multi_label_classification"
     assert many.encode([[0, 2], []]) == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
     with pytest.raises(ValueError, match="of type List.*set label_column"):
-        kind([["x"], ["y"]], datasets.List(datasets.Value("string")))
+        kind([[["x"]], [["y"]]], datasets.List(datasets.List(datasets.Value("string"))))
 
 
 def test_row_without_label_is_named_by_its_place_in_the_file(tmp_path):
