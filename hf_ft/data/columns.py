@@ -21,6 +21,7 @@ LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
 IMAGE_NAMES = ("image", "img", "image_path", "file_name", "filename", "file", "path")
 TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 TEXT_NAMES = (("text",), *TEXT_PAIRS, ("question", "sentence"), ("sentence",), ("content",), ("review",))
+MANY = 1000  # rows inspected to find columns of few values
 LOOKED_AT = 100  # rows inspected to determine the content of a text column
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -86,7 +87,9 @@ def find_columns(
     texts = tuple(text.strip() for text in text_column.split(",")) if text_column else ()
     label = label_column or usual_label(first)
     if label is None:
-        raise DataError(f"no label column among {_shown(first)}: set label_column", arguments=("label_column",))
+        likely = _few_values(first)
+        hint = f", such as {' or '.join(map(repr, likely))}" if likely else ""
+        raise DataError(f"no label column among {_shown(first)}: set label_column{hint}", arguments=("label_column",))
     inputs = (image_column,) if image_column else texts or _usual_inputs(first)
     given = "image_column" if image_column else "text_column"
     for name, split in splits.items():
@@ -204,6 +207,19 @@ def usual_label(split: Dataset) -> str | None:
     """The label column, by name or else by type."""
     typed = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
     return next((name for name in (*LABEL_NAMES, *typed) if name in split.features), None)
+
+
+def _few_values(split: Dataset) -> list[str]:
+    """Columns that may be labels: of several rows each value, and of at least two values."""
+    some = split.select(range(min(MANY, len(split))))
+    found = []
+    for name in _shown(split):
+        feature = split.features[name]
+        if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool", "int64", "int32"):
+            count = len(set(values_of(some, name)) - {None})
+            if 2 <= count <= len(some) / 2:
+                found.append(name)
+    return found
 
 
 def _usual_inputs(split: Dataset) -> tuple[str, ...]:

@@ -57,8 +57,9 @@ def _split_folders(folder: Path, train_split: str) -> dict[str, Path]:
     if train_split == WHOLE:
         return {train_split: folder}
     holding = {child.name: child for child in _subfolders(folder) if _holds_classes(child)}
-    if train_split in holding or (train_split == "train" and candidates(holding, "train")):
-        return {name: child for name, child in holding.items() if train_split != "train" or role_of(name)}
+    if train_split in holding or candidates(holding, "train"):
+        named = train_split in holding and train_split != "train"
+        return {name: child for name, child in holding.items() if named or role_of(name)}
     _refuse_ambiguous(folder, holding)
     return {"train": folder}
 
@@ -78,8 +79,8 @@ def _refuse_ambiguous(folder: Path, holding: Mapping[str, Path]) -> None:
         shared = ", ".join(sorted(set.union(*(inside[name] for name in named or alike)))[:SHOWN])
         raise DataError(
             f"{str(folder)!r}: the subfolders {', '.join((named or alike)[:SHOWN])} contain folders of images "
-            f"({shared}) themselves. If they are splits, name them with train_split, validation_split and test_split; "
-            f"if they are classes, set train_split to {WHOLE!r}.",
+            f"({shared}) themselves. If they are splits, name them with validation_split, test_split and train_split, "
+            f"which is {WHOLE!r} if they are classes.",
             arguments=("train_split", "validation_split", "test_split"),
         )
 

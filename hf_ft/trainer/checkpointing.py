@@ -46,7 +46,12 @@ def written_whole(final: Path, writer: int, writes: bool, wait: Callable[[], Non
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir(parents=True)
     wait()
-    yield written
+    try:
+        yield written
+    except BaseException:  # such as a full disk
+        if writes:
+            shutil.rmtree(written, ignore_errors=True)
+        raise
     wait()
     if writes:
         folders.seal(written)
@@ -147,7 +152,8 @@ class Checkpoints:
         if not self.base:
             raise CheckpointError("save_delta: nothing has been trained yet; call train() first.")
         if self._trainer.args.should_save:
-            files.save_delta(self._trainer.model, path, self.base, self._trainer.configs, self._shared_name())
+            with folders.files_written_whole(Path(path)) as written:
+                files.save_delta(self._trainer.model, written, self.base, self._trainer.configs, self._shared_name())
 
     # --- loading -------------------------------------------------------------------------------------------
 

@@ -85,6 +85,17 @@ def test_several_labels(kind, suffix, tmp_path):
     assert columns.encode(labels) == rows and all(isinstance(x, float) for row in columns.encode(labels) for x in row)
 
 
+def test_columns_that_may_be_labels_are_named():
+    table = {
+        "text": [f"film {i}" for i in range(8)],
+        "genre": ["a", "b"] * 4,
+        "id": list(range(8)),
+        "stars": [1, 2, 3, 4] * 2,
+    }
+    with pytest.raises(DataError, match=r"no label column among .*: set label_column, such as 'genre' or 'stars'"):
+        find_columns(datasets.Dataset.from_dict(table))
+
+
 def test_several_labels_of_which_training_lacks_one():
     splits = datasets.DatasetDict(
         train=datasets.Dataset.from_dict({"text": ["t"] * 4, "label": [["a"], ["b"], ["a", "b"], ["a"]]}),
