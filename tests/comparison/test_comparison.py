@@ -178,7 +178,7 @@ def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compar
 def test_results_come_back_from_json(compared):
     results, folder = compared[:2]
     assert Results.load(folder / "results.json") == results
-    assert results.data["class_counts"]["train"] == [8, 8, 8] and results.data["classes"] == list(NAMES)
+    assert results.data["class_counts"]["train"] == (8, 8, 8) and results.data["classes"] == tuple(NAMES)
 
 
 @pytest.mark.slow
@@ -356,7 +356,7 @@ def test_a_folder_with_another_comparison_is_refused(compared):
 def test_unequal_classes(counts, classes, tmp_path):
     data = splits(train=counts, validation=(3,) * classes, test=(4,) * classes)
     results = run(tmp_path, "linear_probe", data=data, model=load(classes), class_weights="balanced", **SHORT)
-    assert results.winner and results.data["class_counts"]["train"] == list(counts)
+    assert results.winner and results.data["class_counts"]["train"] == tuple(counts)
 
 
 @pytest.mark.slow
@@ -598,7 +598,8 @@ def test_a_process_that_dies_in_a_training_is_given_up():
     storage = open_storage(None)
     for _ in range(2):  # two workers that died in it
         claims = Claims(storage, open_study(storage, "s", None), as_json({"pruner": None}, ""), 10.0, [{}])
-        trial = claims.claim("a", {}, claims.read())
+        claims.read()
+        trial = claims.claim("a", {})
         claims.finish(trial, "FAIL", failure="worker died")
     done = run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={}, deaths=2)
     assert list(done) == ["b"]
