@@ -18,13 +18,13 @@ Status = Literal["finished", "cannot run", "failed", "not reached", "unfinished"
 "``unfinished``: out of time."
 
 
-class _Scored(TypedDict):
+class _Scores(TypedDict):
     epoch: float
     validation: float
 
 
-class Point(_Scored, total=False):
-    """The scores after an epoch, and its mean training loss (of the first epoch without its first step), if finite."""
+class Point(_Scores, total=False):
+    """The scores after an epoch, and its mean training loss, if finite (of the first epoch without its first step)."""
 
     loss: float
 

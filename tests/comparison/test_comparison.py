@@ -359,7 +359,7 @@ def test_a_folder_with_another_comparison_is_refused(compared):
 def test_unequal_classes(counts, classes, tmp_path):
     data = splits(train=counts, validation=(3,) * classes, test=(4,) * classes)
     results = run(tmp_path, "linear_probe", data=data, model=load(classes), class_weights="balanced", **SHORT)
-    assert results.winner and results.data["class_counts"]["train"] == list(counts)
+    assert results.winner and results.data["class_counts"]["train"] == tuple(counts)
 
 
 @pytest.mark.slow
@@ -644,7 +644,8 @@ def test_a_process_that_dies_in_a_training_is_given_up():
     storage = open_storage(None)
     for _ in range(2):  # two workers that died in it
         claims = Claims(storage, open_study(storage, "s", None), as_json({"pruner": None}, ""), 10.0, [{}])
-        trial = claims.claim("a", {}, claims.read())
+        claims.read()
+        trial = claims.claim("a", {})
         claims.finish(trial, "FAIL", failure="worker died")
     done = run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={}, deaths=2)
     assert list(done) == ["b"]
