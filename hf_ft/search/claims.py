@@ -26,7 +26,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_ft.processes import is_gone, process_name
-from hf_ft.search.record import Record
+from hf_ft.search.record import INSTEAD, Record
 from hf_ft.search.storage import LockedError, check_signature, one_transaction
 
 if TYPE_CHECKING:
@@ -90,13 +90,16 @@ class Claims:
             self.marks[trial._trial_id] = (mark, now)
         return now - self.marks[trial._trial_id][1] > PATIENCE * trial.system_attrs[INTERVAL]
 
-    def claim(self, job: str, params: Mapping[str, Any]) -> int | None:
-        """Claim a job that had no owner when the trials were last read.
+    def claim(self, job: str, params: Mapping[str, Any], instead: int | None = None) -> int | None:
+        """Claim a job that had no owner when the trials were last read, or whose owner is to be repeated.
+
+        Args:
+            instead: number of the trial that this one repeats.
 
         Returns:
             The trial to evaluate, or None if another worker was faster.
         """
-        trial_id, is_owner = self._add_trial(job, params), False
+        trial_id, is_owner = self._add_trial(job, params, instead), False
         try:
             record = self.read()
             owner = record.owner(job)
@@ -109,7 +112,7 @@ class Claims:
                 self.finish(trial_id, "FAIL", failure="withdrawn")
         return trial_id if is_owner else None
 
-    def _add_trial(self, job: str, params: Mapping[str, Any]) -> int:
+    def _add_trial(self, job: str, params: Mapping[str, Any], instead: int | None = None) -> int:
         """Add a RUNNING trial with everything that other workers need to know, in a single step."""
         from optuna.trial import TrialState, create_trial
 
@@ -117,6 +120,7 @@ class Claims:
         system |= {} if self.record.trials else {SIGNATURE: self.signature}
         distributions = self._distributions(params)
         user = {name: value for name, value in params.items() if name not in distributions}
+        user |= {} if instead is None else {INSTEAD: instead}
         template = create_trial(
             state=TrialState.RUNNING,
             params={name: params[name] for name in distributions},
@@ -131,7 +135,7 @@ class Claims:
         except ValueError:  # a concurrent job list has just registered other choices for a parameter
             if not params:
                 raise
-            return self._add_trial(job, {})
+            return self._add_trial(job, {}, instead)
 
     @cached_property
     def study_id(self) -> int:

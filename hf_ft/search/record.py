@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+INSTEAD = "instead_of"  # user attribute: number of the trial that a trial repeats
+
 
 def job_of(trial: FrozenTrial) -> str | None:
     """The key of a trial's job."""
@@ -67,9 +69,14 @@ class Record:
             self._failures[job, trial.user_attrs["failure"]].append(number)
 
     def owner(self, job: str) -> FrozenTrial | None:
-        """The owner of a job: the trial with the lowest number among those that have not failed."""
-        trials = (self.trials[number] for number in self._numbers.get(job, ()))
-        return next((trial for trial in trials if trial.state.name != "FAIL"), None)
+        """The owner of a job: the trial with the lowest number among those that have not failed.
+
+        A trial that another one repeats counts no longer, unless that one failed.
+        """
+        trials = [self.trials[number] for number in self._numbers.get(job, ())]
+        valid = [trial for trial in trials if trial.state.name != "FAIL"]
+        repeated = {trial.user_attrs.get(INSTEAD) for trial in valid}
+        return next((trial for trial in valid if trial.number not in repeated), None)
 
     def failures(self, job: str, reason: str, since: int = 0) -> int:
         """How many trials of a job failed for a reason, from a trial's number on."""

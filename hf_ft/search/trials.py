@@ -91,6 +91,7 @@ def run_trials(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     deaths: int | None = None,
+    again: Callable[[Outcome], bool] | None = None,
 ) -> dict[str, Outcome]:
     """Evaluate each job once, together with all processes that use the same storage and study name.
 
@@ -114,6 +115,7 @@ def run_trials(
         progress: called with (finished, total, None) first, then with each newly finished job, whoever ran it.
         stop: called before each job; True leaves the remaining jobs to another call.
         deaths: give up on a job after this many workers died in it; None for never.
+        again: whether to evaluate a job anew that was finished, or given up, before this call.
 
     Returns:
         Outcomes by key, in job order, without jobs that were left or given up.
@@ -136,7 +138,9 @@ def run_trials(
         backend = open_storage(storage)
         study = open_study(backend, name, (pruner.min_steps, pruner.factor) if pruner else None)
         claims = Claims(backend, study, signature, heartbeat, [job.params for job in jobs])
-        search = _Search({job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False), deaths)
+        search = _Search(
+            {job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False), deaths, again
+        )
         return search.run(progress or (lambda *_: None))
     finally:
         optuna.logging.set_verbosity(level)
@@ -152,6 +156,7 @@ class _Search:
     retries: int
     stop: Callable[[], bool]
     deaths: int | None
+    again: Callable[[Outcome], bool] | None
     before: int = 0  # number of trials at the start of this call: only later errors count
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     waiting: dict[str, Job] = field(default_factory=dict)  # jobs without an outcome
@@ -193,10 +198,18 @@ class _Search:
         record = self.claims.record
         for key in record.take_finished():
             owner = record.owner(key)
-            if key in self.waiting and owner is not None and owner.state.is_finished():
+            if key in self.waiting and owner is not None and self.counts(owner):
                 del self.waiting[key]
                 self.outcomes[key] = _outcome(key, owner)
                 tell(len(self.outcomes), len(self.jobs), self.outcomes[key])
+
+    def counts(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is finished, and not to be repeated by this call."""
+        return trial.state.is_finished() and not self.to_repeat(trial)
+
+    def to_repeat(self, trial: FrozenTrial) -> bool:
+        finished_before = trial.state.is_finished() and trial.number < self.before
+        return finished_before and self.again is not None and self.again(_outcome(str(job_of(trial)), trial))
 
     def next_free(self, contested: bool) -> Job | None:
         """The next job that nobody works on; any of them if workers compete for the same."""
@@ -208,10 +221,11 @@ class _Search:
 
     def is_free(self, key: str) -> bool:
         record, most = self.claims.record, math.inf if self.deaths is None else self.deaths
+        owner = record.owner(key)
         return (
-            record.owner(key) is None
+            (owner is None or self.to_repeat(owner))
             and record.failures(key, "error", self.before) <= self.retries
-            and record.failures(key, "worker died") < most
+            and record.failures(key, "worker died", 0 if self.again is None else self.before) < most
         )
 
     def raise_failed(self) -> None:
@@ -227,7 +241,8 @@ class _Search:
         """Claim a job and evaluate it; return False if another worker owns it."""
         import optuna
 
-        trial_id = self.claims.claim(job.key, job.params)
+        owner = self.claims.record.owner(job.key)
+        trial_id = self.claims.claim(job.key, job.params, None if owner is None else owner.number)
         if trial_id is None:
             return False
         began = time.perf_counter()

@@ -539,6 +539,33 @@ def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_failed_is_tried_again_on_request(tmp_path, monkeypatch):
+    """And only that; the results are those of a comparison in which nothing failed."""
+
+    def failing(entrant, values, *more, **keywords):
+        if entrant.name == "l2_sp":
+            raise RuntimeError("out of memory of the GPU")
+        return train(entrant, values, *more, **keywords)
+
+    monkeypatch.setattr("hf_ft.comparison.runner.train", failing)
+    failed = run(tmp_path / "again", "l2_sp", trials=2, **SHORT)
+    assert failed["l2_sp"].status == "failed"
+    monkeypatch.undo()
+    assert lasting(run(tmp_path / "again", "l2_sp", trials=2, **SHORT)) == lasting(failed)
+    calls = []
+    monkeypatch.setattr(
+        "hf_ft.comparison.runner.train",
+        lambda entrant, *more, **k: (calls.append(entrant.name), train(entrant, *more, **k))[1],
+    )
+    whole = lasting(run(tmp_path / "whole", "l2_sp", trials=2, **SHORT))
+    calls.clear()
+    assert lasting(run(tmp_path / "again", "l2_sp", trials=2, retry_failed=True, **SHORT)) == whole
+    assert calls.count("l2_sp") == 3 and set(calls) <= {"l2_sp", "full"}  # two trials, one run; full to warm up
+    calls.clear()
+    assert lasting(run(tmp_path / "again", "l2_sp", trials=2, retry_failed=True, **SHORT)) == whole and not calls
+
+
+@pytest.mark.slow
 def test_a_full_disk_decides_nothing(tmp_path, monkeypatch):
     """It stops the comparison; the same call goes on, and gives what an uninterrupted one gives."""
     calls = []
