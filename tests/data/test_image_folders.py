@@ -109,6 +109,18 @@ def test_folders_that_may_be_splits_are_refused(names, tmp_path):
     assert whole["train"].features["label"].names == sorted(names)
 
 
+def test_splits_without_classes_are_refused(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / split)
+    with pytest.raises(DataError, match="test, train look like splits, but contain no folders of classes"):
+        load_splits(str(tmp_path))
+    assert classes_of_whole(tmp_path) == ["test", "train"]
+
+
+def classes_of_whole(folder):
+    return load_splits(str(folder), train_split=".")["train"].features["label"].names
+
+
 def test_a_training_split_that_is_not_there_is_refused(tmp_path):
     for name in ("cat", "dog"):
         write(tmp_path / name)
