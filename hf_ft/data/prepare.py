@@ -14,7 +14,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, defau
 from transformers.utils import logging
 
 from hf_ft.data.columns import ROW, Columns, unlabelled, values_of
-from hf_ft.data.images import AUGMENTATIONS, open_rgb
+from hf_ft.data.images import AUGMENTATIONS, open_batch, resized_side
 from hf_ft.errors import DataError
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 
@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, augment: str) -> dict[str, Any]:
     values = batch[columns.inputs[0]]
     rows = batch.get(ROW, range(len(values)))
-    images = [open_rgb(value, row) for value, row in zip(values, rows, strict=True)]
+    images = open_batch(values, rows, resized_side(processor))
     if change := AUGMENTATIONS[augment]:
         images = [change(image) for image in images]
     ready = {name: list(tensor) for name, tensor in processor(images=images, return_tensors="pt").items()}
