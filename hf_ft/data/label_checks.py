@@ -61,7 +61,7 @@ def _labels(dataset: Any) -> Iterable[tuple[str, int, Any]]:
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
         column = next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
         if column is not None:
-            yield from ((column, row, label) for row, label in enumerate(dataset.with_format(None)[column]))
+            yield from ((column, row, label) for row, label in enumerate(dataset.with_format(None)[column][:]))
         return
     known = getattr(dataset, "class_labels", None)
     if known is not None:
