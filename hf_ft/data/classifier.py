@@ -63,7 +63,7 @@ def settle_padding(name: str, model: Any, tokenizer: Any) -> None:
     """Pad with the end-of-sequence token if a tokenizer has no padding token, as those of GPT-2 and Llama.
 
     Raises:
-        DataError: if there is no such token either.
+        DataError: if there is no such token either, or the model does not know all tokens.
     """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -73,8 +73,14 @@ def settle_padding(name: str, model: Any, tokenizer: Any) -> None:
             )
         tokenizer.pad_token = tokenizer.eos_token
         logger.warning(f"the tokenizer of {name} has no padding token: texts are padded with {tokenizer.eos_token!r}.")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise DataError(
+            f"the tokenizer of {name} has {len(tokenizer):,} tokens, but its model only {known:,}: save the tokenizer "
+            "that belongs to it, or enlarge the model with model.resize_token_embeddings(len(tokenizer))."
+        )
+    # Decoders find the last token by this number; configs without padding have None or -1.
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_ensemble(

@@ -2,12 +2,15 @@
 
 import datasets
 import pytest
+import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hf_ft.cli import main
+from hf_ft.data.classifier import load_classifier
 from hf_ft.data.columns import find_columns
-from hf_ft.data.prepare import prepare, usual_length
+from hf_ft.data.prepare import collate, prepare, usual_length
+from hf_ft.errors import DataError
 from hf_ft.testing.models import tiny_bert
 
 WORDS = ["[UNK]", "<end>", "good", "bad", "film", "7", "8"]
@@ -48,6 +51,33 @@ def test_a_tokenizer_without_either_is_refused_before_training(reviews, tmp_path
     model, out = gpt2(tmp_path / "gpt2"), tmp_path / "out"
     assert main(["train", "--model", model, "--dataset", reviews, "--output_dir", str(out)]) == 2
     assert "neither a padding nor an end-of-sequence token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [None, -1, 5])
+def test_a_decoder_reads_the_last_token_before_the_padding(wrong, tmp_path):
+    """Whatever number its config gives the padding: Llama's says -1."""
+    folder = gpt2(tmp_path / "gpt2", eos_token="<end>")
+    config = hf.AutoConfig.from_pretrained(folder)
+    config.pad_token_id = wrong
+    config.save_pretrained(folder)
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["good", "bad film"], "label": ["a", "b"]}))
+    columns = find_columns(splits)
+    model, words = load_classifier(folder, columns, seed=0)
+    model.eval()
+    rows = prepare(splits, words, columns)["train"]
+    batch = collate(words)([rows[0], rows[1]])
+    alone = collate(words)([rows[0]])
+    torch.testing.assert_close(model(**batch).logits[0], model(**alone).logits[0])
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model_is_refused(tmp_path):
+    folder = gpt2(tmp_path / "gpt2", eos_token="<end>")
+    more = hf.AutoTokenizer.from_pretrained(folder)
+    more.add_special_tokens({"pad_token": "<pad>"})
+    more.save_pretrained(folder)
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["good", "bad"], "label": ["a", "b"]}))
+    with pytest.raises(DataError, match="has 8 tokens, but its model only 7: .*resize_token_embeddings"):
+        load_classifier(folder, find_columns(splits), seed=0)
 
 
 @pytest.mark.parametrize(("positions", "longest", "expected"), [(-1, 10**30, 512), (0, 64, 64), (40, -1, 40)])
