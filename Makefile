@@ -10,7 +10,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS
 PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast pytest lint bench docs generated clean
+.PHONY: demo test test-fast pytest lint bench faults docs generated clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,11 @@ test-fast: $(VENV)/.base
 
 bench: $(VENV)/.base
 	$(BIN)/python tests/benchmarks/steps.py $(ARGS)
+
+# Kills, damaged files and wrong flags by the hundred: half an hour on one core. Results are kept in runs/faults: stopped,
+# it goes on. `make faults ARGS=--page` writes the table of docs/reliability.md.
+faults: $(VENV)/.base
+	$(BIN)/python -m tests.faults $(ARGS)
 
 # The tables, help texts and lists in README.md and docs/, and the catalogue that `hf-ft list` reads.
 generated: $(VENV)/.base

@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from hf_ft.comparison.contenders import Entrant
-from hf_ft.comparison.results import Training, training_from_dict
+from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
+from hf_ft.records import restored
 from hf_ft.search.trials import Outcome
 
 TUNING_SEED = 0  # seeds of final runs start at 1, so that none of them is used for tuning
@@ -38,17 +39,12 @@ class Done:
 
 
 def done_from(outcome: Outcome) -> Done:
-    info = outcome.info
-    return Done(
-        training_from_dict(info["training"]),
-        outcome.seconds,
-        info["refused"],
-        info["measured_compute"],
-        info["measured_work"],
-        info["work"],
-        info["found"],
-        info["learned"],
-    )
+    """A finished job, from the storage.
+
+    Raises:
+        CheckpointError: if something in it is missing or of another type.
+    """
+    return restored(Done, {**outcome.info, "seconds": outcome.seconds}, "results of a training")
 
 
 class Ledger:

@@ -226,11 +226,6 @@ class Results:
             raise CheckpointError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
 
 
-def training_from_dict(content: Mapping[str, Any]) -> Training:
-    """Restore a training from its JSON dict."""
-    return restored(Training, content, "results of a training")
-
-
 def _check(results: Results) -> None:
     """Check that what refers to something else in the results finds it there.
 

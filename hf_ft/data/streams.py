@@ -66,14 +66,14 @@ class Shuffled(Dataset):
         first = number * everyone + share.rank * share.size
         rows = [self._row(sample) for sample in range(first, first + share.size)]
         # A separate RNG state: draws in here do not affect others, and others do not affect them.
-        with random_states_kept(seed=_mixed(share.seed, number, share.rank)):
+        with random_states_kept(seed=mixed(share.seed, number, share.rank)):
             batch = self.collate(read_rows(self.dataset, rows))
         return divmod((number + 1) * everyone, count), batch
 
     def _row(self, sample: int) -> int:
         passes, place = divmod(sample, len(self.dataset))
         if self._order[0] != passes:
-            generator = torch.Generator().manual_seed(_mixed(self.share.seed, passes))
+            generator = torch.Generator().manual_seed(mixed(self.share.seed, passes))
             self._order = passes, torch.randperm(len(self.dataset), generator=generator)
         return int(self._order[1][place])
 
@@ -106,7 +106,7 @@ class Passes(IterableDataset):
             for _ in range(self.start[1]):  # already consumed
                 next(samples, None)
         while True:
-            with random_states_kept(seed=_mixed(self.share.seed, *position, self.share.rank)):
+            with random_states_kept(seed=mixed(self.share.seed, *position, self.share.rank)):
                 read = list(itertools.islice(samples, self.share.size))
                 batch = self.collate([row for _, row in read])
             position = read[-1][0]
@@ -188,7 +188,7 @@ def _dry(passes: int) -> str:
     )
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
     """Derive a seed that depends on each of the numbers."""
     seed = 0
     for number in numbers:

@@ -86,6 +86,30 @@ def regroup(optimizer: Optimizer, model: nn.Module, plan: Plan, trainable: Colle
     optimizer.param_groups[:] = groups
 
 
+def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of each parameter group."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def check_settings(own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the settings of parameter groups from a checkpoint are of the same kinds as an optimizer's own.
+
+    Raises:
+        ValueError: if one is missing or of another type; the message names it.
+    """
+    for index, (group, other) in enumerate(zip(own, loaded, strict=True)):
+        for name, value in group.items():
+            if name not in other or not _same_kind(value, other[name]):
+                raise ValueError(f"parameter group {index} has {name}={other.get(name)!r}")
+
+
+def _same_kind(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same_kind, one, other))
+    numbers = isinstance(one, int | float) and isinstance(other, int | float)
+    return type(one) is type(other) or (numbers and bool not in (type(one), type(other)))
+
+
 def undecayed_names(module: nn.Module) -> set[str]:
     """Names of the parameters without weight decay: biases, and those of normalisation layers."""
     norms = [name for name, _ in norm_layers(module)]

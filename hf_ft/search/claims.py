@@ -26,8 +26,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_ft.processes import is_gone, process_name
-from hf_ft.search.record import INSTEAD, Record
-from hf_ft.search.storage import LockedError, check_signature, one_transaction
+from hf_ft.search.record import INSTEAD, Record, job_of
+from hf_ft.search.storage import LockedError, check_signature, one_transaction, readable_study
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -69,9 +69,12 @@ class Claims:
         """Read the trials into ``record``, and fail those of dead workers.
 
         Raises:
-            OptionError: if the study has another signature.
+            OptionError: if the study has another signature, or is damaged.
         """
-        trials = self.study.get_trials(deepcopy=False)
+        with readable_study(self.study.study_name):
+            trials = self.study.get_trials(deepcopy=False)
+            for trial in self.record.news(trials):
+                _check(trial)
         if trials:  # The signature is on the first trial, so it can be neither missing nor set twice.
             check_signature(trials[0].system_attrs.get(SIGNATURE), self.signature, self.study.study_name)
         self.record.update(trials)
@@ -99,7 +102,8 @@ class Claims:
         Returns:
             The trial to evaluate, or None if another worker was faster.
         """
-        trial_id, is_owner = self._add_trial(job, params, instead), False
+        with readable_study(self.study.study_name):
+            trial_id, is_owner = self._add_trial(job, params, instead), False
         try:
             record = self.read()
             owner = record.owner(job)
@@ -205,6 +209,27 @@ class Claims:
         finally:
             stop.set()
             thread.join()
+
+
+def _check(trial: FrozenTrial) -> None:
+    """Check that a trial holds what workers write into it.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if job_of(trial) is None:
+        return
+    finished = trial.state.name in ("COMPLETE", "PRUNED")
+    kinds: list[tuple[Mapping[str, Any], str, Any]] = [
+        (trial.user_attrs, "job", str),
+        (trial.system_attrs, INTERVAL, int | float),
+    ]
+    kinds += [(trial.user_attrs, "seconds", int | float), (trial.user_attrs, "info", dict)] if finished else []
+    if not trial.number:
+        kinds.append((trial.system_attrs, SIGNATURE, dict | None))
+    wrong = [key for attributes, key, kind in kinds if not isinstance(attributes.get(key), kind)]
+    if wrong or (trial.state.name == "COMPLETE" and not trial.values):
+        raise ValueError(f"trial {trial.number} lacks {wrong[0] if wrong else 'its value'}")
 
 
 def _now() -> str:

@@ -45,6 +45,10 @@ class Record:
             if trials[number].state.is_finished():
                 self._finish(number)
 
+    def news(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Of all trials, those that are new, and those that were unfinished."""
+        return [*(trials[number] for number in sorted(self.unfinished)), *trials[len(self.trials) :]]
+
     def take_finished(self) -> list[str]:
         """The jobs of trials that have finished since the last call."""
         taken, self._finished = self._finished, []

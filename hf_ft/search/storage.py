@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ft.errors import OptionError
+from hf_ft.errors import Error, OptionError
+from hf_ft.search.environment import environment_error
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -72,7 +73,7 @@ def _open_journal(path: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(os.path.abspath(path)))
     except OSError as error:
         raise OptionError(f"storage={path!r} cannot be opened: {error}. Give a writable file.") from error
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AssertionError) as error:
         raise OptionError(f"storage={path!r} is not an Optuna journal, or a damaged one. Give another file.") from error
 
 
@@ -188,6 +189,29 @@ def one_transaction(storage: BaseStorage) -> Iterator[None]:
             sessions.remove()
 
 
+@contextmanager
+def readable_study(name: str) -> Iterator[None]:
+    """Name the study in place of what Optuna or SQLAlchemy raise about damaged content.
+
+    Raises:
+        OptionError: in place of their errors; errors of the machine, such as a full disk, pass.
+    """
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except Error:
+        raise
+    except (LookupError, TypeError, ValueError, AssertionError, StorageInternalError, SQLAlchemyError) as error:
+        if environment_error(error) is not None:
+            raise
+        reason = str(error.__cause__ or error).partition("\n")[0] or type(error).__name__
+        raise OptionError(
+            f"the study {name!r} in this storage is damaged ({reason}). Restore its file, or give another storage."
+        ) from error
+
+
 def open_study(storage: BaseStorage, name: str, halving: tuple[int, int] | None) -> Study:
     """Create or join a study.
 
@@ -198,14 +222,15 @@ def open_study(storage: BaseStorage, name: str, halving: tuple[int, int] | None)
     """
     import optuna
 
-    return optuna.create_study(
-        storage=storage,
-        study_name=name,
-        direction="maximize",
-        load_if_exists=True,
-        sampler=optuna.samplers.RandomSampler(),  # never used
-        pruner=optuna.pruners.SuccessiveHalvingPruner(*halving) if halving else optuna.pruners.NopPruner(),
-    )
+    with readable_study(name):
+        return optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction="maximize",
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(),  # never used
+            pruner=optuna.pruners.SuccessiveHalvingPruner(*halving) if halving else optuna.pruners.NopPruner(),
+        )
 
 
 def check_signature(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], name: str) -> None:

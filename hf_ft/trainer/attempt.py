@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_ft.engine.batch import row_shares, users_columns
@@ -35,6 +36,7 @@ class Attempt:
         streams: the source data used in addition to the target data.
         accumulation: number of micro-batches of an update, except for the last one of an epoch.
         shares: of each micro-batch that is still to come in this update; see :class:`Objective`.
+        epoch: number of the present epoch, from 0, in memory that worker processes of a data loader share.
     """
 
     objective: Objective
@@ -44,6 +46,7 @@ class Attempt:
     streams: SourceStreams
     accumulation: int = 1
     shares: deque[float] = field(default_factory=deque)
+    epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
 
     @classmethod
     def begin(cls, trainer: ForAttempt, objective: Objective, last: Attempt | None) -> Attempt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from hf_ft.core.context import State
 from hf_ft.documents.public import shareable_name, shareable_text
 from hf_ft.engine import checkpoint as files
 from hf_ft.engine import checkpoint_folders as folders
-from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.errors import CheckpointError, Error, OptionError
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.weight_files import member_folder
 from hf_ft.trainer.protocols import ForCheckpoints
@@ -61,6 +62,25 @@ def written_whole(final: Path, writer: int, writes: bool, wait: Callable[[], Non
         folders.seal(written)
         folders.move_into_place(written, final)
     wait()
+
+
+@contextmanager
+def read_from(folder: str | Path, names: str) -> Iterator[None]:
+    """Name files of a checkpoint in place of what the Trainer and torch raise about their content.
+
+    Raises:
+        CheckpointError: in place of their errors.
+    """
+    try:
+        yield
+    except (Error, torch.OutOfMemoryError):
+        raise
+    except (pickle.UnpicklingError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{names} in {folder} cannot be loaded ({type(error).__name__}: {reason}). Restore them, or use another "
+            "checkpoint."
+        ) from error
 
 
 class Checkpoints:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import datasets
@@ -62,16 +62,11 @@ class StageCache:
             self._eval_rows[id(dataset)] = dataset, self._recorded_evaluation(dataset, description)
         return self._eval_rows[id(dataset)][1]
 
-    @contextmanager
-    def collating(self, rows: StagedRows, description: str) -> Iterator[None]:
-        """Context manager: the Trainer's collator builds batches of these rows."""
+    def collator_for(self, rows: Any, description: str) -> Callable[[list[Any]], Any]:
+        """The collator that builds batches of these rows."""
         collate = self._trainer.data_collator
         cleaned = self._trainer._get_collator_with_removed_columns(collate, description=description)
-        self._trainer.data_collator = StagedCollator(cleaned, rows)
-        try:
-            yield
-        finally:
-            self._trainer.data_collator = collate
+        return StagedCollator(cleaned, rows) if isinstance(rows, StagedRows) else cleaned
 
     def _used_columns(self, dataset: Any, description: str) -> Any:
         if isinstance(dataset, datasets.Dataset):

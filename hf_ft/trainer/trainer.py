@@ -22,19 +22,29 @@ from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.prepare import collate
+from hf_ft.data.streams import is_map_style
 from hf_ft.engine.batch import leading, own_rows, rows_of, starts_at_borders
 from hf_ft.engine.checkpoint_folders import files_written_whole
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.param_groups import STAGE_RATES, regroup, stage_scheduler, term_groups, undecayed_names
+from hf_ft.engine.param_groups import (
+    STAGE_RATES,
+    check_settings,
+    regroup,
+    settings,
+    stage_scheduler,
+    term_groups,
+    undecayed_names,
+)
 from hf_ft.engine.run import Run, measure, set_up
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.trainer import checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
-from hf_ft.trainer.checkpointing import Checkpoints
+from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.run_lock import alone_in
+from hf_ft.trainer.training_batches import TrainingBatches
 
 logger = logging.get_logger(__name__)
 ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
@@ -165,13 +175,15 @@ class FTTrainer(Trainer):
         checks.check_last_batch(self, self._attempt.objective)
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
         """Like ``Trainer``, but train nothing if the checkpoint is that of the last step.
 
         The Trainer counts after a step, so it would take one more if the run ends within an epoch.
         """
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+            assert self._attempt is not None
+            self._attempt.epoch.fill_(epoch)
+            super()._run_epoch(model, epoch, *args, **kwargs)
         else:
             self.control.should_training_stop = True
 
@@ -282,14 +294,23 @@ class FTTrainer(Trainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader:
-        """Like ``Trainer``, but read recorded activations where available."""
-        cache = None if self._attempt is None else self._attempt.cache
-        rows = None if cache is None else cache.rows_for(dataset, description, is_training)
-        if cache is None or rows is None:
+        """Like ``Trainer``, but read recorded activations where available, and augment as in an uninterrupted run."""
+        attempt = self._attempt
+        rows = None if attempt is None else attempt.cache.rows_for(dataset, description, is_training)
+        seeded = is_training and is_map_style(dataset)
+        if attempt is None or (rows is None and not seeded):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        with cache.collating(rows, description):
-            return super()._get_dataloader(rows, description, batch_size, sampler, is_training, dataloader_key)
+        read: Any = dataset if rows is None else rows
+        batched: Any = attempt.cache.collator_for(read, description)
+        if seeded:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            batched, read = TrainingBatches(read, batched, seed, attempt.epoch), range(len(dataset))
+        users, self.data_collator = self.data_collator, batched
+        try:
+            return super()._get_dataloader(read, description, batch_size, sampler, is_training, dataloader_key)
+        finally:
+            self.data_collator = users
 
     def _set_signature_columns_if_needed(self) -> None:
         """Like ``Trainer``, plus the numbered inputs of models with several members."""
@@ -376,6 +397,18 @@ class FTTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_run()  # terms refer to the initial weights, not to those of the checkpoint
         self._checkpoints.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Like ``Trainer``; files that do not fit are named."""
+        with read_from(str(checkpoint), "optimizer.pt and scheduler.pt"):
+            own = settings(self.optimizer)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            check_settings(own, settings(self.optimizer))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Like ``Trainer``; files that do not fit are named."""
+        with read_from(str(checkpoint), "the random states (rng_state*.pth)"):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")

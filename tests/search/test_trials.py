@@ -1,5 +1,6 @@
 """Every job once: in one process, in several, after interruptions, kills and pauses."""
 
+import contextlib
 import logging
 import math
 import os
@@ -491,3 +492,24 @@ def test_a_study_that_another_process_holds(database, monkeypatch):
         run(jobs(3), evaluate, database)
     other.execute("ROLLBACK")
     assert len(run(jobs(3), seed, database, heartbeat=0.05)) == 3
+
+
+# What each of them damages in the trials of a study that is fine otherwise.
+DAMAGE = {
+    "seconds": "DELETE FROM trial_user_attributes WHERE key = 'seconds'",
+    "info": "UPDATE trial_user_attributes SET value_json = '3' WHERE key = 'info'",
+    "signature": "UPDATE trial_system_attributes SET value_json = '3' WHERE key = 'hf_ft:signature'",
+    "value": "DELETE FROM trial_values",
+    "state": "UPDATE trials SET state = 'x'",
+    "json": "UPDATE trial_user_attributes SET value_json = '{'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_study_is_named(damage, tmp_path):
+    storage = str(tmp_path / "study.db")
+    run(jobs(2), seed, storage)
+    with contextlib.closing(sqlite3.connect(storage)) as database, database:
+        database.execute(DAMAGE[damage])
+    with pytest.raises(OptionError, match=r"study 'study' .* is damaged \(.*\)\. Restore its file"):
+        run(jobs(3), seed, storage)

@@ -1,6 +1,8 @@
 """Killed at any moment and resumed, a run ends as if nothing had happened."""
 
+import contextlib
 import json
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,3 +191,87 @@ def test_resume_does_not_depend_on_where_the_folder_lies(tmp_path):
     state = json.loads((tmp_path / "there" / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"].startswith(str(tmp_path / "here"))
     assert train(tiny_resnet(), "full", tmp_path / "there", resume=True, **arguments).state.global_step == 8
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows that draw from the global random states whenever they are read, as augmentation does."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return {**row, "pixel_values": torch.as_tensor(row["pixel_values"]) + torch.randn(()) + random.random()}
+
+
+# An epoch has 4 steps: checkpoint-2 lies within it, when the batch of step 3 has been read.
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_goes_on_within_an_epoch(workers, tmp_path):
+    def trained(folder, resume=None):
+        args = tiny_arguments(folder, **SAVING, max_steps=6, dataloader_num_workers=workers)
+        trainer = FTTrainer(tiny_resnet(), args, train_dataset=Noisy(tiny_data(tiny_resnet())))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    same_tensors(snapshot(resumed.model), snapshot(whole.model))
+    assert _losses(resumed) == _losses(whole)
+
+
+class Planted:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def _without_lambdas(state):
+    return {name: value for name, value in state.items() if name != "lr_lambdas"}
+
+
+def _with_group(**changes):
+    def changed(state):
+        state["param_groups"][0] |= changes
+        return state
+
+    return changed
+
+
+# Whole files whose content is that of no run: the checksums say nothing against them.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scheduler.pt", _without_lambdas),
+        ("scheduler.pt", lambda state: True),
+        ("optimizer.pt", lambda state: {}),
+        ("optimizer.pt", _with_group(stage_rates=(1.0,))),
+        ("optimizer.pt", _with_group(lr="x")),
+        ("rng_state.pth", lambda state: []),
+    ],
+)
+def test_files_of_no_run_are_named(name, change, tmp_path):
+    train(tiny_resnet(), STRATEGY, tmp_path, **SAVING)
+    file = tmp_path / "checkpoint-6" / name
+    torch.save(change(torch.load(file, weights_only=False)), file)
+    with pytest.raises(CheckpointError, match=rf"{name[:3]}.*checkpoint-6 cannot be loaded \(.*\)\. Restore"):
+        train(tiny_resnet(), STRATEGY, tmp_path, resume=str(file.parent), **SAVING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_no_code_in_a_checkpoint_is_executed(name, tmp_path):
+    train(tiny_resnet(), STRATEGY, tmp_path, **SAVING)
+    for checkpoint in checkpoints(tmp_path):
+        torch.save(Planted(tmp_path / "executed"), checkpoint / name)
+    with contextlib.suppress(CheckpointError):
+        train(tiny_resnet(), STRATEGY, tmp_path, resume=True, **SAVING)
+    assert not (tmp_path / "executed").exists()

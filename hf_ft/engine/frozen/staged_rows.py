@@ -51,6 +51,11 @@ class StagedRows(torch.utils.data.Dataset):
         return self.stored and self._beside
 
     @property
+    def recorded(self) -> bool:
+        """Whether there are store indices alone, and the user's rows are not read."""
+        return self.stored and not self._beside
+
+    @property
     def stored(self) -> bool:
         return self.store is not None and self.store.number == int(self._active)
 
@@ -58,7 +63,7 @@ class StagedRows(torch.utils.data.Dataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Any]:
-        if self.stored and not self._beside:
+        if self.recorded:
             return [StoredRow(row) for row in rows]
         user_rows = read_rows(self.dataset, rows)
         return [BothRows(row, place) for row, place in zip(user_rows, rows, strict=True)] if self.stored else user_rows

@@ -50,7 +50,7 @@ def result(results: Results, standings: Sequence[Standing]) -> Section:
     held_back = cautions(results, standings)
     if held_back:
         blocks += [Text("Limitations:"), Bullets(tuple(held_back))]
-    run = saved_run(results, best) if best is not None else None
+    run = saved_run(results, best) if best is not None and results.winner else None  # without one, no model is saved
     if best is None or run is None:
         return Section("result", "Result", tuple(blocks))
     one = f"Its run with seed {run.seed}" if len(best.contender.finished_runs) > 1 else "It"
