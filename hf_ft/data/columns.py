@@ -114,7 +114,10 @@ def _classes(
     features = {name: split.features[label] for name, split in splits.items()}
     feature = next(iter(features.values()))
     if any(other != feature for other in features.values()):
-        raise DataError(f"the splits disagree on the type of column {label!r}: {features}")
+        types = ", ".join(
+            f"{name} {kind.dtype if isinstance(kind, Value) else kind}" for name, kind in features.items()
+        )
+        raise DataError(f"the splits disagree on the type of column {label!r} ({types}): write labels alike in all")
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
         return "multi_label_classification", tuple(feature.feature.names), None, False
     if isinstance(feature, ClassLabel):
