@@ -105,6 +105,12 @@ def find_columns(
                 arguments=("label_column",),
             )
     image = bool(image_column) or (not texts and _is_image(first, inputs[0]))
+    structured = [column for column in inputs if not image and not isinstance(first.features[column], Value)]
+    if structured:
+        raise DataError(
+            f"column {structured[0]!r} is of type {first.features[structured[0]]}, not a text: set text_column",
+            arguments=("text_column",),
+        )
     return Columns("image" if image else "text", inputs, label, *_classes(splits, label))
 
 

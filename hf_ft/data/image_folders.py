@@ -87,7 +87,14 @@ def _refuse_ambiguous(folder: Path, holding: Mapping[str, Path]) -> None:
         name for name in holding if any(len(inside[name] & inside[other]) > 1 for other in holding if other != name)
     ]
     if named or alike:
-        shared = ", ".join(sorted(set.union(*(inside[name] for name in named or alike)))[:SHOWN])
+        names = sorted(set.union(*(inside[name] for name in named or alike)))
+        shared = ", ".join(names[:SHOWN])
+        if not named and all(map(role_of, names)):
+            raise DataError(
+                f"{str(folder)!r}: the splits ({shared}) are inside of the classes ({', '.join(alike[:SHOWN])}). Move "
+                f"the splits to the top, as in {names[0]}/{alike[0]}.",
+                arguments=("train_split",),
+            )
         raise DataError(
             f"{str(folder)!r}: the subfolders {', '.join((named or alike)[:SHOWN])} contain folders of images "
             f"({shared}) themselves. If they are splits, name them with validation_split, test_split and train_split, "

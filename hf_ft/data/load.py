@@ -152,7 +152,7 @@ def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None
     if not 0 < size < len(train):
         raise DataError(
             f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: set {name}_fraction between 0 and "
-            f"1, or name a {name}_split",
+            f"1, or name a {name}_split (columns: {', '.join(sorted({*train.column_names} - {ROW}))})",
             arguments=(f"{name}_fraction", f"{name}_split"),
         )
     if by is not None and max(Counter(values_of(train, by)).values()) == 1:

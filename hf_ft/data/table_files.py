@@ -82,6 +82,11 @@ def read_table_folder(
         rows = read_tables(splits[None], folder, encoding)
         _warn_of_split_column(rows)
         return DatasetDict({train_split: rows})
+    if None in splits and "train" not in splits:
+        raise DataError(
+            f"no table of {str(folder)!r} is of the training split by its name: rename {str(splits[None][0])!r}, if it "
+            "is, so that 'train' is a word in its name"
+        )
     if left_out := [str(file) for file in splits.pop(None, ())]:
         more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
         logger.warning(f"left out: {', '.join(left_out[:SHOWN])}{more}, by name of no split.")
@@ -108,6 +113,8 @@ def _how(file: Path, encoding: str | None) -> tuple[str, Mapping[str, Any]]:
         raise ValueError(f"files that end in {suffix!r} are not read: unpack or convert it")  # read_files names those
     if "::" in str(file):
         raise DataError(f"`datasets` takes the '::' in {str(file)!r} for a chain of URLs: rename the file.")
+    if not file.stat().st_size:
+        raise DataError(f"{str(file)!r} is empty")
     if suffix in TABLES:
         return READERS[suffix], table_options(file, encoding)
     return READERS[suffix], _json_options(file) if suffix == ".json" else {}

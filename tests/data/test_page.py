@@ -220,6 +220,7 @@ CASES = {
     "train.csv and test.jsonl": lambda at: jsonl(tables(at, train=NAMES) / "test.jsonl").parent,
     "integers in train.csv, words in test.csv": lambda at: tables(at, train=(0, 1), test=NAMES),
     "data.csv and notes.json": lambda at: written(tables(at, data=NAMES) / "notes.json", json.dumps([{"a": 1}])).parent,
+    "labels.csv and test.csv": lambda at: tables(at, labels=NAMES, test=NAMES),
     "test_train.csv": lambda at: tables(at, test_train=NAMES),
     "parquet shards train-00000-of-00002": shards,
     "json: a list of records": lambda at: written(at / "a.json", json.dumps(records())),
@@ -229,6 +230,10 @@ CASES = {
     "json: an object of columns": lambda at: written(
         at / "a.json", json.dumps({"text": ["film"] * 10, "label": labels()})
     ),
+    "json: texts that are objects": lambda at: written(
+        at / "a.json", json.dumps([{**record, "text": {"body": "film"}} for record in records()])
+    ),
+    "an empty json file": lambda at: written(at / "a.json", ""),
     "a folder of text files per class": texts_per_class,
     "data.csv.gz": lambda at: zipped(at / "data.csv.gz"),
     "a path that does not exist": lambda at: at / "a.csv",
