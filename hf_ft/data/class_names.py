@@ -30,7 +30,7 @@ def with_plain_labels(split: Dataset, label: str | None) -> Dataset:
     if label is None or label not in split.column_names or not _holds_names(split, label):
         return split
     values = values_of(split, label)
-    if all(_plain(value) == value for value in values):
+    if all(_plain(value) == value for value in (set(values) if is_text(split, label) else values)):
         return split
     return split.map(lambda some: {label: [_plain(value) for value in some]}, batched=True, input_columns=label)
 

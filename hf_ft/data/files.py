@@ -100,6 +100,7 @@ def _read_folder(path: Path, config_name: str | None, train_split: str, encoding
             return read_table_folder(path, tables, train_split, encoding)
         all_csv = all(file.suffix.lower() in TABLES for file in tables) and not holds_metadata(path)
         options = table_options(tables[0], encoding) if tables and all_csv else {}
+        options.pop("features", None)  # those of one file
         return load_dataset(str(path), name=config_name, **options)
     if config_name is not None:
         raise DataError(

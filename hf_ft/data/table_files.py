@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 from transformers.utils import logging
 
 from hf_ft.data.columns import image_suffixes, is_text, some_text
@@ -60,7 +60,7 @@ def read_tables(files: Iterable[Path], folder: Path, encoding: str | None = None
     parts = []
     for (reader, parent, described), group in groups.items():
         names = [glob.escape(str(file)) for file in group]  # `datasets` takes them for patterns
-        part = load_dataset(reader, data_files=names, split="train", **json.loads(described))
+        part = load_dataset(reader, data_files=names, split="train", **_with_features(json.loads(described)))
         parts.append(_absolute_image_paths(part, (parent, folder)))
     return concatenate_datasets([parts[0], *(_aligned(part, parts[0]) for part in parts[1:])])
 
@@ -118,6 +118,11 @@ def _how(file: Path, encoding: str | None) -> tuple[str, Mapping[str, Any]]:
     if suffix in TABLES:
         return READERS[suffix], table_options(file, encoding)
     return READERS[suffix], _json_options(file) if suffix == ".json" else {}
+
+
+def _with_features(options: dict[str, Any]) -> dict[str, Any]:
+    types = options.get("features")
+    return options | ({"features": Features({name: Value(kind) for name, kind in types.items()})} if types else {})
 
 
 def _json_options(file: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hf_ft.data.field_types import FieldTypes
 from hf_ft.errors import DataError
 
 TABLES = (".csv", ".tsv")
@@ -19,7 +20,9 @@ READ = 2**20  # bytes decoded at a time
 
 
 def table_options(file: Path, encoding: str | None = None) -> dict[str, Any]:
-    """Options of pandas' reader. Only an empty field is missing: words such as "None" or "NA" are classes or texts.
+    """Options of pandas' reader, and the types of columns as ``features``.
+
+    Only an empty field is missing: words such as "None" or "NA" are classes or texts.
 
     Args:
         encoding: by default UTF-8.
@@ -30,8 +33,9 @@ def table_options(file: Path, encoding: str | None = None) -> dict[str, Any]:
     _check_encoding(file, encoding or "utf-8")
     known = encoding or "utf-8-sig"  # without the mark that some programs write at the beginning
     separator = "\t" if file.suffix.lower() == ".tsv" else _separator(file, known)
-    _check_records(file, separator, known)
+    types = _checked_types(file, separator, known)
     return {
+        "features": types,
         "sep": separator,
         "keep_default_na": False,
         "na_values": [""],
@@ -71,8 +75,10 @@ def _separator(file: Path, encoding: str) -> str:
     return next((separator for separator in SEPARATORS if separator in header), ",")
 
 
-def _check_records(file: Path, separator: str, encoding: str) -> None:
-    """Refuse what pandas would read as something else: fields without a column, quotes that enclose whole rows.
+def _checked_types(file: Path, separator: str, encoding: str) -> dict[str, str]:
+    """The types of the columns by name.
+
+    What pandas would read as something else is refused: fields without a column, quotes that enclose whole rows.
 
     Raises:
         DataError: naming the line.
@@ -84,16 +90,17 @@ def _check_records(file: Path, separator: str, encoding: str) -> None:
     twice = [name for name, count in Counter(header).items() if name and count > 1]
     if twice:
         raise DataError(f"{str(file)!r} has several columns {twice[0]!r}: rename or remove all but one")
-    rows = 0
+    types, line = FieldTypes(len(header)), 0
     for line, record in records:
-        rows += 1
+        types.see(record)
         if any(record[len(header) :]):
             raise DataError(
                 f"{str(file)!r}: line {line} has {len(record)} fields, but the first line names {len(header)} columns: "
                 f"enclose fields that contain {separator!r} in quotes"
             )
-    if not rows:
+    if not line:
         raise DataError(f"{str(file)!r} has no rows, only column names")
+    return types.named(header)
 
 
 def _records(file: Path, separator: str, encoding: str) -> Iterator[tuple[int, list[str]]]:

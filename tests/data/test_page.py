@@ -209,6 +209,7 @@ CASES = {
     "csv with paths of images that are elsewhere": lambda at: csv(
         at / "a.csv", inputs=[f"x/{number}.png" for number in range(10)], header="image,label"
     ),
+    "labels 001 and 01": lambda at: csv(at / "a.csv", ("001", "01")),
     "labels True and False": lambda at: csv(at / "a.csv", ("True", "False")),
     "labels 0.0 and 1.0": lambda at: csv(at / "a.csv", ("0.0", "1.0")),
     "labels a, b and a,b": lambda at: csv(at / "a.csv", ("a", "b", '"a,b"')),
