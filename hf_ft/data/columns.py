@@ -105,6 +105,12 @@ def find_columns(
                 arguments=("label_column",),
             )
     image = bool(image_column) or (not texts and _is_image(first, inputs[0]))
+    structured = [column for column in inputs if not image and not isinstance(first.features[column], Value)]
+    if structured:
+        raise DataError(
+            f"column {structured[0]!r} is of type {first.features[structured[0]]}, not a text: set text_column",
+            arguments=("text_column",),
+        )
     return Columns("image" if image else "text", inputs, label, *_classes(splits, label))
 
 
@@ -114,7 +120,10 @@ def _classes(
     features = {name: split.features[label] for name, split in splits.items()}
     feature = next(iter(features.values()))
     if any(other != feature for other in features.values()):
-        raise DataError(f"the splits disagree on the type of column {label!r}: {features}")
+        types = ", ".join(
+            f"{name} {kind.dtype if isinstance(kind, Value) else kind}" for name, kind in features.items()
+        )
+        raise DataError(f"the splits disagree on the type of column {label!r} ({types}): write labels alike in all")
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
         return "multi_label_classification", tuple(feature.feature.names), None, False
     if isinstance(feature, ClassLabel):

@@ -16,6 +16,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers.utils import logging
 
+from hf_ft.data.class_names import plain
 from hf_ft.data.columns import image_suffixes
 from hf_ft.data.progress import bar
 from hf_ft.data.split_names import candidates, role_of
@@ -33,18 +34,28 @@ SHOWN = 5  # folders named in a message
 logger = logging.get_logger(__name__)
 
 
-def read_image_folder(folder: Path, train_split: str) -> DatasetDict | None:
+def holds_metadata(folder: Path) -> bool:
+    """Whether a table that `datasets` looks for describes the images."""
+    return any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*"))
+
+
+def read_image_folder(folder: Path, train_split: str, tables: Sequence[Path] = ()) -> DatasetDict | None:
     """All splits of a folder of images, labelled by the first folder below the split; None if it is none.
 
+    Args:
+        tables: those in the folder itself: they hold the labels if the folders cannot be classes.
+
     Raises:
-        DataError: if it cannot be told which folders are splits.
+        DataError: if it cannot be told which folders are splits, or which are classes.
     """
     folder = Path(os.path.abspath(folder))
-    if any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
-        return None
     splits = _split_folders(folder, train_split)
     if not any(map(_holds_classes, splits.values())):
         return None
+    if train_split != WHOLE and (reason := _no_classes(folder, splits)):
+        if tables:
+            return None
+        raise DataError(reason, arguments=("train_split",))
     with bar("listing files", unit=" files") as shown:
         listed = {name: sorted(_counted(files(child), shown)) for name, child in splits.items()}
     _tell_left_out(folder, splits, listed)
@@ -83,13 +94,41 @@ def _refuse_ambiguous(folder: Path, holding: Mapping[str, Path]) -> None:
         name for name in holding if any(len(inside[name] & inside[other]) > 1 for other in holding if other != name)
     ]
     if named or alike:
-        shared = ", ".join(sorted(set.union(*(inside[name] for name in named or alike)))[:SHOWN])
+        names = sorted(set.union(*(inside[name] for name in named or alike)))
+        shared = ", ".join(names[:SHOWN])
+        if not named and all(map(role_of, names)):
+            raise DataError(
+                f"{str(folder)!r}: the splits ({shared}) are inside of the classes ({', '.join(alike[:SHOWN])}). Move "
+                f"the splits to the top, as in {names[0]}/{alike[0]}.",
+                arguments=("train_split",),
+            )
         raise DataError(
             f"{str(folder)!r}: the subfolders {', '.join((named or alike)[:SHOWN])} contain folders of images "
             f"({shared}) themselves. If they are splits, name them with validation_split, test_split and train_split, "
             f"which is {WHOLE!r} if they are classes.",
             arguments=("train_split", "validation_split", "test_split"),
         )
+
+
+def _no_classes(folder: Path, splits: Mapping[str, Path]) -> str:
+    """Why the folders of images cannot be classes, and what to do; empty if they can."""
+    if folder not in splits.values():
+        return ""
+    holding = [child for child in _subfolders(folder) if any(map(is_image, files(child)))]
+    if all(role_of(child.name) for child in holding):
+        names = ", ".join(child.name for child in holding)
+        return (
+            f"{str(folder)!r}: the subfolders {names} are splits by name, but contain images in no class folders. Add "
+            f"a folder for each class, or a table of image paths and labels; or set train_split to {WHOLE!r} if these "
+            "are the classes."
+        )
+    if len(holding) == 1:
+        deeper = f": the classes seem to be in {str(holding[0])!r}, so name this folder" * _holds_classes(holding[0])
+        return (
+            f"{str(folder)!r} has images in one subfolder only{deeper}. A classifier needs a folder for each class, or "
+            "a table of image paths and labels."
+        )
+    return ""
 
 
 def files(folder: Path) -> Iterator[str]:
@@ -137,7 +176,7 @@ def is_image(file: str) -> bool:
 def _class_of(file: str, split: Path) -> str | None:
     """The first folder below the split that an image is in; None for other files, and images beside the folders."""
     folder, *inside = os.path.relpath(file, split).split(os.sep)
-    return folder if inside and is_image(file) else None
+    return plain(folder) if inside and is_image(file) else None
 
 
 def _labelled(images: Mapping[str, Sequence[str]], splits: Mapping[str, Path]) -> DatasetDict:

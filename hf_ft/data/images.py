@@ -246,5 +246,6 @@ def _reason_of(error: Exception) -> str:
     if isinstance(error, PIL.UnidentifiedImageError):
         return "not an image, or not in a format that Pillow supports"
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        beside = ", neither in the folder of the table nor in the working directory"
+        return "no such file" + beside * (not os.path.isabs(error.filename or os.sep))
     return str(error) or type(error).__name__

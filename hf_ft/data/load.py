@@ -6,12 +6,14 @@ images, and :func:`prepare` with :func:`collate` turn rows into batches.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 from transformers.utils import logging
 
+from hf_ft.data.class_names import check_names, with_plain_labels
 from hf_ft.data.columns import ROW, unlabelled, usual_label, values_of
 from hf_ft.data.files import read_files
 from hf_ft.data.split_names import USUAL, Role, candidates
@@ -64,6 +66,8 @@ def load_splits(
     names: dict[Role, str | None] = {"train": train_split, "validation": validation_split, "test": test_split}
     parts = _given(source, config_name, names, encoding)
     label = label_column or usual_label(parts["train"])
+    parts = {name: with_plain_labels(part, label) for name, part in parts.items()}
+    check_names(parts["train"], label)
     parts = known_rows(parts, label, unknown_classes)
     whole = parts["train"]
     by = _stratify_by(whole, label)
@@ -148,8 +152,14 @@ def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None
     if not 0 < size < len(train):
         raise DataError(
             f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: set {name}_fraction between 0 and "
-            f"1, or name a {name}_split",
+            f"1, or name a {name}_split (columns: {', '.join(sorted({*train.column_names} - {ROW}))})",
             arguments=(f"{name}_fraction", f"{name}_split"),
+        )
+    if by is not None and max(Counter(values_of(train, by)).values()) == 1:
+        raise DataError(
+            f"each of the {len(train):,} rows has another class in column {by!r}, so that none can be held out for "
+            f"{name}: name a {name}_split, or the column of the classes with label_column",
+            arguments=(f"{name}_split", "label_column"),
         )
     logger.info(f"{size} of {len(train)} training rows are held out for {name}")
     return _drawn(train, {"train": len(train) - size, name: size}, seed, by)
