@@ -13,7 +13,7 @@ from hf_ft.advice import Advice, Reason, Recommendation, Shift, Signals
 from hf_ft.cli import main
 from hf_ft.comparison.report.build import document
 from hf_ft.comparison.report.card import card_section
-from hf_ft.comparison.results import Results
+from hf_ft.comparison.results import Results, Training
 from hf_ft.core.config import FTConfig, load_configs, write_configs
 from hf_ft.documents.html import html
 from hf_ft.engine.checkpoint import load_delta
@@ -45,6 +45,7 @@ BLOCKS = BlockScores("block", "accuracy", 3, (0,), (BlockScore(Candidate("block1
 SWARM = SwarmScores(
     "accuracy", ("a",), (3,), (Generation(((1.0,),), ((0.0,),), (0.5,)),), (Evaluation((1,), 0.5, steps=(0.5,)),)
 )
+POINT = {"epoch": 1.0, "validation": 0.5}  # an epoch whose loss is not finite
 SAVED = {"advice": ADVICE, "signals": ADVICE.signals, "blocks": BLOCKS, "swarm": SWARM}
 
 
@@ -64,6 +65,7 @@ class Outer:
 
 
 def test_types_are_restored():
+    assert restored(Training, {"seed": 1, "params": {}, "validation": None, "curve": [POINT]}, "x").curve == (POINT,)
     content = {"name": "x", "kind": "a", "inner": {"number": 1}, "many": [{"number": 0.5}], "table": {"k": [1, 2]}}
     assert restored(Outer, content, "outers") == Outer("x", "a", Inner(1), (Inner(0.5),), {"k": (1, 2)})
     assert restored(Outer, {"name": "x", "kind": "b", "later": 3, "anything": [1]}, "outers").anything == [1]

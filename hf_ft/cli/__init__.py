@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from hf_ft.cli.console import is_main, one_line, rank, say
 from hf_ft.errors import Error, OptionError, unknown
+from hf_ft.search.environment import environment_error
 from hf_ft.version import __version__
 
 COMMANDS = {
@@ -57,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(_message(arguments[0], error), file=sys.stderr)
         return 2
+    except Exception as error:
+        # Libraries tell of a full disk or lack of memory by errors of many types.
+        cause = environment_error(error)
+        if cause is None or traceback_wanted:
+            raise
+        print(_message(arguments[0], cause), file=sys.stderr)
+        return 2
     return 0
 
 
@@ -67,7 +75,7 @@ def _call(command: str, arguments: list[str]) -> None:
     getattr(module, f"run_{command.replace('-', '_')}")(arguments)
 
 
-def _message(command: str, error: Exception) -> str:
+def _message(command: str, error: BaseException) -> str:
     # Every process reports its errors; otherwise an error on a single process would be lost.
     where = "" if is_main() else f" [process {rank()}]"
     return f"hf-ft {command}{where}: error: {one_line(error)}"

@@ -25,6 +25,7 @@ from hf_ft.cli.train import check_request
 from hf_ft.core.compose import shared_option
 from hf_ft.data.classifier import load_classifier
 from hf_ft.data.columns import Columns
+from hf_ft.data.progress import hide_bars
 from hf_ft.data.task import process
 from hf_ft.errors import OptionError
 from hf_ft.models.source_head import has_source_head
@@ -73,6 +74,7 @@ def run_advise(arguments: list[str]) -> None:
     folder = request.output_dir
     with refusals():
         args = TrainingArguments(**request.training_arguments())
+    hide_bars(args.disable_tqdm or not is_main())
     others = [name.strip() for name in (flags.source_models or "").split(",") if name.strip()]
     found = _advise(request, args, members=1 + len(others))
     if is_main():

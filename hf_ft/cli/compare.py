@@ -31,6 +31,7 @@ from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
+from hf_ft.data.progress import hide_bars
 from hf_ft.documents.public import shareable_command, shareable_name
 from hf_ft.errors import OptionError
 from hf_ft.zoo.datasets import DATASETS
@@ -74,6 +75,7 @@ def run_compare(arguments: list[str], example: str | None = None) -> None:
         return
     become_worker()
     quieten()
+    hide_bars(not is_main())
     prepared = _prepare(values, flags)
     _announce(str(values["model"]), prepared)
     advice = _advised(prepared) if flags.advise else None

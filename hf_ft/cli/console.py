@@ -52,7 +52,7 @@ def with_flags(text: str, arguments: Iterable[str]) -> str:
     return text
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The error message in one line; errors from outside hf_ft include their location for context."""
     text = " ".join(str(error).split()) or type(error).__name__
     frames = list(traceback.walk_tb(error.__traceback__))

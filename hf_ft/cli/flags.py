@@ -61,6 +61,10 @@ class DataFlags:
         "unreadable images: refuse or skip (default: refuse; images are checked before training if there are at most "
         f"{CHECKED_UNASKED:,}, or if this flag is given)"
     )
+    encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
+    unknown_classes: Literal["refuse", "drop"] = _flag(
+        "rows of validation and test with a class that no training row has", "refuse"
+    )
     source_dataset: str | None = _flag(
         "source data (of the pretraining), for strategies that use them (soft, co_tuning)"
     )

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.cli.checks import check_task
-from hf_ft.cli.console import refusals
+from hf_ft.cli.console import is_main, refusals
 from hf_ft.cli.flags import CHECKED_UNASKED, DataFlags
 from hf_ft.cli.logs import quieten
 from hf_ft.cli.request import Request
@@ -22,6 +22,7 @@ from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
 from hf_ft.data.load import load_split, load_splits
+from hf_ft.data.progress import hide_bars
 from hf_ft.data.task import Data, process
 from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError
@@ -44,6 +45,7 @@ def make(request: Request) -> Made:
     quieten()
     with refusals():
         args = TrainingArguments(**request.training_arguments())
+    hide_bars(args.disable_tqdm or not is_main())
     data = read_data(request.data, reading=args.main_process_first(desc="reading the data"), augment_images=True)
     with refusals():
         model, processor = _load(request, data.columns, args.seed)
@@ -129,6 +131,8 @@ def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
         validation_fraction=flags.validation_fraction,
         max_train_samples=flags.max_train_samples,
         label_column=flags.label_column,
+        unknown_classes=flags.unknown_classes,
+        encoding=flags.encoding,
         seed=flags.split_seed,
         **more,
     )

@@ -20,7 +20,7 @@ from hf_ft.cli.request import Request, read
 from hf_ft.core.config import strategies
 from hf_ft.core.options import describe_value, options
 from hf_ft.documents.usage import pipeline_usage
-from hf_ft.engine.checkpoint_folders import INCOMPLETE
+from hf_ft.engine.checkpoint_folders import INCOMPLETE, checkpoints, is_complete
 from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
@@ -66,10 +66,9 @@ def check_request(request: Request) -> None:
         and any(not file.name.startswith(kept) for file in folder.iterdir())
         and not (request.method.overwrite or request.resume)
     ):
-        raise OptionError(
-            f"--output_dir {folder} is not empty: add --overwrite, or --resume_from_checkpoint true to go on with "
-            "the run in it, or name another folder."
-        )
+        goes_on = any(map(is_complete, checkpoints(folder)))
+        resume = ", or --resume_from_checkpoint true to go on with the run in it" if goes_on else ""
+        raise OptionError(f"--output_dir {folder} is not empty: add --overwrite{resume}, or name another folder.")
 
 
 def _announce(request: Request, made: Made) -> None:

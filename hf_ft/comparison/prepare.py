@@ -18,7 +18,7 @@ from hf_ft.comparison.cost import measure_cost
 from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
-from hf_ft.comparison.results import Results
+from hf_ft.comparison.results import DataSummary, Results
 from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, optimizers, training_arguments
 from hf_ft.comparison.task import Bench, Benches, Loader
@@ -239,22 +239,22 @@ def _labels(split: Dataset, columns: Columns) -> tuple[int, ...]:
     return tuple(int(value) for value in columns.encode(split.with_format(None)[columns.label][:]))
 
 
-def _described(data: Data, columns: Columns) -> dict[str, Any]:
-    counts: dict[str, list[int]] = {}
+def _described(data: Data, columns: Columns) -> DataSummary:
+    counts: dict[str, tuple[int, ...]] = {}
     if columns.problem_type == "single_label_classification":
         counts = {
-            name: np.bincount(_labels(split, columns), minlength=columns.num_labels).tolist()
+            name: tuple(np.bincount(_labels(split, columns), minlength=columns.num_labels).tolist())
             for name, split in data.splits.items()
         }
     return {
         "name": data.name,
         "task": columns.task,
-        "classes": list(columns.names),
+        "classes": tuple(columns.names),
         "sizes": {name: len(split) for name, split in data.splits.items()},
         "class_counts": counts,
         "skipped": dict(data.skipped),
-        "notices": list(data.notices),
-        "notes": list(data.notes),
+        "notices": tuple(data.notices),
+        "notes": tuple(data.notes),
     }
 
 

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 
 from hf_ft.errors import CheckpointError
 from hf_ft.records import read_json, restored, stored
@@ -18,12 +18,15 @@ Status = Literal["finished", "cannot run", "failed", "not reached", "unfinished"
 "``unfinished``: out of time."
 
 
-class Point(TypedDict):
-    """The scores after an epoch, and its mean training loss (of the first epoch without its first step)."""
-
+class _Scores(TypedDict):
     epoch: float
     validation: float
-    loss: NotRequired[float]
+
+
+class Point(_Scores, total=False):
+    """The scores after an epoch, and its mean training loss, if finite (of the first epoch without its first step)."""
+
+    loss: float
 
 
 class Distance(TypedDict):

@@ -139,6 +139,7 @@ class Runner:
             signature=self.signature,
             progress=progress,
             stop=lambda: time.monotonic() >= self._deadline,
+            again=(lambda outcome: bool(outcome.info["training"]["error"])) if self.settings.retry_failed else None,
         )
         self.ledger.done |= {key: done_from(outcome) for key, outcome in outcomes.items()}
         if time.monotonic() < self._deadline:

@@ -19,6 +19,7 @@ from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.search.storage import MISSING
 
 OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,)}  # that each strategy tries, unless the user chooses one
+LOCAL = ("storage", "study_name", "retry_failed")  # settings of a call, not of the comparison
 WIDTH = 30.0  # of the range of learning rates, around the recommended one
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 16,
@@ -81,6 +82,7 @@ class Settings:
     )
     distortion_samples: int = setting(256, "samples per test set on which to measure feature distortion; 0 to skip it")
     hours: float | None = setting(None, "time limit in hours; strategies run in order, and starting again continues")
+    retry_failed: bool = setting(False, "repeat trainings that failed in an earlier call")
     storage: str | None = setting(
         None,
         "where to store trials: a file *.db or *.log, or an Optuna URL; processes that share a storage and an "
@@ -124,8 +126,8 @@ class Settings:
         return LogRange(low, high)
 
     def described(self) -> dict[str, Any]:
-        """All settings except for the location of the storage."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("storage", "study_name")}
+        """All settings that say what is compared."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LOCAL}
 
 
 def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class TaskLoss:
         self.compute_loss_func = compute_loss_func
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        if isinstance(batch.get("labels"), Tensor):
+            batch = {**batch, "labels": fitting_labels(batch["labels"], getattr(model, "config", None))}
         own_loss = not (self.label_smoother or self.compute_loss_func or self.class_weights is not None)
         if own_loss or batch.get("labels") is None:
             outputs = as_dict(model(**batch))
@@ -54,6 +56,14 @@ class TaskLoss:
             return total / labels.ne(-100).sum()
         assert self.label_smoother is not None
         return self.label_smoother(outputs, labels)
+
+
+def fitting_labels(labels: Tensor, config: Any) -> Tensor:
+    """Labels in the type that the losses of Transformers need: classes as integers, anything else as floats."""
+    kind = getattr(config, "problem_type", None)
+    if kind in ("multi_label_classification", "regression"):
+        return labels if labels.is_floating_point() else labels.float()
+    return labels.long() if labels.dtype == torch.bool and labels.dim() == 1 else labels
 
 
 def as_dict(outputs: Any) -> dict[str, Any]:

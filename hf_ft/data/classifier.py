@@ -10,12 +10,15 @@ from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
+from transformers.utils import logging
 
 from hf_ft.data.columns import Columns
 from hf_ft.errors import DataError, OptionError
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 from hf_ft.zoo.reading import read_config
 from hf_ft.zoo.sources import load_sources
+
+logger = logging.get_logger(__name__)
 
 
 def load_classifier(
@@ -52,8 +55,34 @@ def load_classifier(
         head=head,
     )
     model.config.problem_type = columns.problem_type
+    if columns.task == "text":
+        settle_padding(name, model, processor)
     _check_processor(name, processor, columns)
     return model, processor
+
+
+def settle_padding(name: str, model: Any, tokenizer: Any) -> None:
+    """Pad with the end-of-sequence token if a tokenizer has no padding token, as those of GPT-2 and Llama.
+
+    Raises:
+        DataError: if there is no such token either, or the model does not know all tokens.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise DataError(
+                f"the tokenizer of {name} has neither a padding nor an end-of-sequence token, so texts cannot be "
+                "batched: add one with tokenizer.add_special_tokens({'pad_token': ...}) and save it with the model."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.warning(f"the tokenizer of {name} has no padding token: texts are padded with {tokenizer.eos_token!r}.")
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise DataError(
+            f"the tokenizer of {name} has {len(tokenizer):,} tokens, but its model only {known:,}: save the tokenizer "
+            "that belongs to it, or enlarge the model with model.resize_token_embeddings(len(tokenizer))."
+        )
+    # Decoders find the last token by this number; configs without padding have None or -1.
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_ensemble(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 
+from hf_ft.data.unknown_classes import check_known, hides_labels, is_missing
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import Task
 
 ROW = "__row__"  # row number in the source: splits are shuffled, and error messages must name the row
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+# What Pillow reads besides images: documents, vector graphics, video, and measurements.
+NO_IMAGES = {".bufr", ".emf", ".eps", ".fit", ".fits", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".pdf", ".ps", ".wmf"}
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
 IMAGE_NAMES = ("image", "img", "image_path", "file_name", "filename", "file", "path")
 TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 TEXT_NAMES = (("text",), *TEXT_PAIRS, ("question", "sentence"), ("sentence",), ("content",), ("review",))
+MANY = 1000  # rows inspected to find columns of few values
 LOOKED_AT = 100  # rows inspected to determine the content of a text column
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -32,6 +36,7 @@ class Columns:
     problem_type: ProblemType
     names: tuple[str, ...] = ()  # class names, in order
     index: Mapping[Any, int] | None = None  # class number by label value, unless labels are class numbers already
+    multi_hot: bool = False  # whether labels are rows of zeros and ones, one for each class
 
     @property
     def num_labels(self) -> int:
@@ -46,8 +51,18 @@ class Columns:
         if self.problem_type == "regression":
             return [float(value) for value in values]
         if self.problem_type == "multi_label_classification":
-            return [[float(index in value) for index in range(len(self.names))] for value in values]
-        return [value if self.index is None else self.index[value] for value in values]
+            return [self._multi_hot(value) for value in values]
+        return [_number_or_self(self.index, value) for value in values]
+
+    def _multi_hot(self, labels: Sequence[Any]) -> list[float]:
+        if self.multi_hot:
+            return [float(value) for value in labels]
+        present = {_number_or_self(self.index, label) for label in labels}
+        return [float(number in present) for number in range(len(self.names))]
+
+
+def _number_or_self(index: Mapping[Any, int] | None, value: Any) -> Any:
+    return value if index is None else index[value]
 
 
 def find_columns(
@@ -58,8 +73,8 @@ def find_columns(
 ) -> Columns:
     """Find input and label columns by name and type, and number the classes consistently across splits.
 
-    Strings, booleans and integers become classes in sorted order; floats are regression targets; lists of classes are
-    multi-label.
+    Strings, booleans and integers become classes in sorted order; floats are regression targets; lists of classes, or
+    rows of equal length of zeros and ones, are multi-label. Classes are those of the training split.
 
     Args:
         text_column: one name, or two separated by a comma for text pairs.
@@ -72,7 +87,9 @@ def find_columns(
     texts = tuple(text.strip() for text in text_column.split(",")) if text_column else ()
     label = label_column or usual_label(first)
     if label is None:
-        raise DataError(f"no label column among {_shown(first)}: set label_column", arguments=("label_column",))
+        likely = _few_values(first)
+        hint = f", such as {' or '.join(map(repr, likely))}" if likely else ""
+        raise DataError(f"no label column among {_shown(first)}: set label_column{hint}", arguments=("label_column",))
     inputs = (image_column,) if image_column else texts or _usual_inputs(first)
     given = "image_column" if image_column else "text_column"
     for name, split in splits.items():
@@ -81,45 +98,89 @@ def find_columns(
                 wrong = "label_column" if column == label else given
                 there = f"only {_shown(split)}"
                 raise DataError(f"split {name!r} has no column {column!r}, {there}: set {wrong}", arguments=(wrong,))
-        if name != "test" and (rows := unlabelled(split, label)):
+        if name != "test" and (rows := unlabelled(split, label, splits.get("train"))):
             raise DataError(
                 f"split {name!r}: {len(rows)} rows have no {label!r} (the first is row {rows[0]}): drop them, "
                 "or set label_column",
                 arguments=("label_column",),
             )
     image = bool(image_column) or (not texts and _is_image(first, inputs[0]))
+    structured = [column for column in inputs if not image and not isinstance(first.features[column], Value)]
+    if structured:
+        raise DataError(
+            f"column {structured[0]!r} is of type {first.features[structured[0]]}, not a text: set text_column",
+            arguments=("text_column",),
+        )
     return Columns("image" if image else "text", inputs, label, *_classes(splits, label))
 
 
-def _classes(splits: Mapping[str, Dataset], label: str) -> tuple[ProblemType, tuple[str, ...], dict[Any, int] | None]:
+def _classes(
+    splits: Mapping[str, Dataset], label: str
+) -> tuple[ProblemType, tuple[str, ...], dict[Any, int] | None, bool]:
     features = {name: split.features[label] for name, split in splits.items()}
     feature = next(iter(features.values()))
     if any(other != feature for other in features.values()):
-        raise DataError(f"the splits disagree on the type of column {label!r}: {features}")
+        types = ", ".join(
+            f"{name} {kind.dtype if isinstance(kind, Value) else kind}" for name, kind in features.items()
+        )
+        raise DataError(f"the splits disagree on the type of column {label!r} ({types}): write labels alike in all")
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
-        return "multi_label_classification", tuple(feature.feature.names), None
+        return "multi_label_classification", tuple(feature.feature.names), None, False
     if isinstance(feature, ClassLabel):
-        return "single_label_classification", tuple(feature.names), None
+        return "single_label_classification", tuple(feature.names), None, False
     if isinstance(feature, Value) and "float" in feature.dtype:
-        return "regression", (), None
+        return "regression", (), None, False
     if isinstance(feature, Value):
-        values = sorted({value for split in splits.values() for value in values_of(split, label)} - {None})
-        index = {value: number for number, value in enumerate(values)}
-        return "single_label_classification", tuple(map(str, values)), index
+        train = values_of(splits.get("train", next(iter(splits.values()))), label)
+        hidden = hides_labels(feature, train)
+        for name, split in splits.items():
+            check_known(name, values_of(split, label), train, hidden)
+        return "single_label_classification", *_numbered({v for v in train if not is_missing(v, hidden)}), False
+    if isinstance(feature, List) and isinstance(feature.feature, Value):
+        return "multi_label_classification", *_several(
+            {name: values_of(split, label) for name, split in splits.items()}
+        )
     raise DataError(
         f"column {label!r} is of type {feature}, not a class or a number: set label_column", arguments=("label_column",)
     )
 
 
-def unlabelled(split: Dataset, label: str) -> list[int]:
-    """Source row numbers without a label: None, NaN, or the -1 that hides a benchmark's test classes."""
-    classes = isinstance(split.features[label], ClassLabel)
+def _numbered(values: Collection[Any]) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Class names, and class numbers by value, in sorted order."""
+    ordered = sorted(values)
+    return tuple(map(str, ordered)), {value: number for number, value in enumerate(ordered)}
 
-    def missing(value: Any) -> bool:
-        return value is None or (isinstance(value, float) and math.isnan(value)) or (classes and value < 0)
 
+def _several(labels: Mapping[str, Sequence[Any]]) -> tuple[tuple[str, ...], dict[Any, int] | None, bool]:
+    """Class names, class numbers by value, and whether labels are rows of zeros and ones."""
+    rows = [row for split in labels.values() for row in split if row is not None]
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1 and lengths != {1} and all(value in (0, 1) for row in rows for value in row):
+        return tuple(map(str, range(lengths.pop()))), None, True
+    flat = {name: [value for row in split for value in row or ()] for name, split in labels.items()}
+    train = flat.get("train", next(iter(flat.values())))
+    for name, values in flat.items():
+        check_known(name, values, train, hidden=False)
+    return *_numbered(set(train)), False
+
+
+def unlabelled(split: Dataset, label: str, train: Dataset | None = None) -> list[int]:
+    """Source row numbers without a label: None, NaN, or the -1 that hides a benchmark's test classes.
+
+    Args:
+        train: the training split, where -1 might be a class.
+    """
+    hidden = hides_labels(split.features[label], values_of(split if train is None else train, label))
     rows = values_of(split, ROW) if ROW in split.column_names else range(len(split))
-    return [row for row, value in zip(rows, values_of(split, label), strict=True) if missing(value)]
+    return [row for row, value in zip(rows, values_of(split, label), strict=True) if is_missing(value, hidden)]
+
+
+@functools.cache
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes of the image files that Pillow reads here, with its plugins."""
+    PIL.Image.init()
+    known = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
+    return tuple(sorted(known - NO_IMAGES))
 
 
 def values_of(split: Dataset, column: str) -> list[Any]:
@@ -148,13 +209,26 @@ def _is_image(split: Dataset, column: str) -> bool:
     if column not in IMAGE_NAMES or not is_text(split, column):
         return False
     values = some_text(split, column)
-    return bool(values) and values[0].lower().endswith(IMAGE_SUFFIXES)
+    return bool(values) and values[0].lower().endswith(image_suffixes())
 
 
 def usual_label(split: Dataset) -> str | None:
     """The label column, by name or else by type."""
     typed = [name for name, feature in split.features.items() if isinstance(feature, ClassLabel)]
     return next((name for name in (*LABEL_NAMES, *typed) if name in split.features), None)
+
+
+def _few_values(split: Dataset) -> list[str]:
+    """Columns that may be labels: of several rows each value, and of at least two values."""
+    some = split.select(range(min(MANY, len(split))))
+    found = []
+    for name in _shown(split):
+        feature = split.features[name]
+        if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool", "int64", "int32"):
+            count = len(set(values_of(some, name)) - {None})
+            if 2 <= count <= len(some) / 2:
+                found.append(name)
+    return found
 
 
 def _usual_inputs(split: Dataset) -> tuple[str, ...]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
-from hf_ft.data.columns import IMAGE_SUFFIXES, is_text, some_text
-from hf_ft.data.image_folders import files, is_image, read_image_folder
+from hf_ft.data.image_folders import files, holds_metadata, is_image, read_image_folder
+from hf_ft.data.table_files import READERS, is_table, read_table, read_table_folder
+from hf_ft.data.tables import TABLES, table_options
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import DATASETS
 
 SCANNED = 20_000  # files that are looked at before a folder is searched
 FEW = 1_000  # files that are searched in any case
 LEAST_SHARE = 0.3  # of images and tables among the files of a data set
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-DATA_SUFFIXES = (*READERS, ".arrow", ".tar", ".zip")  # also those that only `datasets` itself recognises
+ARCHIVES = (".arrow", ".tar", ".zip")  # those that only `datasets` itself recognises
+DATA_SUFFIXES = (*READERS, *ARCHIVES)
 
 
-def read_files(source: str, config_name: str | None = None, train_split: str = "train") -> DatasetDict:
+def read_files(
+    source: str, config_name: str | None = None, train_split: str = "train", encoding: str | None = None
+) -> DatasetDict:
     """Read all splits of a source; data without splits become ``train_split``.
 
     Raises:
@@ -28,29 +33,32 @@ def read_files(source: str, config_name: str | None = None, train_split: str = "
     path = Path(source).expanduser()
     _check_config_name(config_name, source, path)
     try:
+        if path.is_dir():
+            return _read_folder(path, config_name, train_split, encoding)
+        _check_encoding(encoding, source, [path])
         if source in DATASETS:
             return DatasetDict({train_split: DATASETS[source]()})
-        if "::" in source and path.exists() and not path.is_dir():
-            raise DataError(f"`datasets` takes the '::' in {source!r} for a chain of URLs: rename the file.")
-        if path.is_dir():
-            return _read_folder(path, config_name, train_split)
         if path.is_file():
-            options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-            reader = READERS[path.suffix.lower()]
-            data = load_dataset(reader, data_files={train_split: str(path)}, **options)
-            return _absolute_image_paths(data, path.parent)
+            return DatasetDict({train_split: read_table(path, encoding)})
         if source.startswith((".", "/", "~")):
             raise FileNotFoundError("no such file or folder")
         return load_dataset(source, name=config_name)
     except (DataError, ImportError):
         raise  # a short name's package is missing: the message says how to install it
     except Exception as error:  # `datasets` raises many types, some with no hint of what was asked for
+        cause = _cause(error)
+        absent = "" if path.exists() else ", which is no file or folder here,"
         raise DataError(
-            f"cannot read the data {source!r} ({type(error).__name__}: {error}); expected one of "
+            f"cannot read the data {source!r}{absent} ({type(cause).__name__}: {cause}); expected one of "
             f"{', '.join(DATASETS)}, a folder of images, a file or folder of {', '.join(READERS)}, a folder written by "
             "save_to_disk, or a Hub id (with config_name if it has several)",
             arguments=("config_name",),
         ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What is wrong with a file, which `datasets` wraps in "An error occurred while generating the dataset"."""
+    return error.__cause__ if "generating the dataset" in str(error) and error.__cause__ else error
 
 
 def _check_config_name(config_name: str | None, source: str, path: Path) -> None:
@@ -67,20 +75,53 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _read_folder(path: Path, config_name: str | None, train_split: str) -> DatasetDict:
+def _check_encoding(encoding: str | None, source: str, tables: Iterable[Path]) -> None:
+    """Reject an encoding where there is nothing to decode."""
+    if encoding is not None and not any(file.suffix.lower() in TABLES for file in tables):
+        raise DataError(
+            f"encoding={encoding!r} has no effect, since {source!r} is no csv or tsv file: leave it out.",
+            arguments=("encoding",),
+        )
+
+
+def _read_folder(path: Path, config_name: str | None, train_split: str, encoding: str | None) -> DatasetDict:
     if _is_saved(path):
+        _check_encoding(encoding, str(path), ())
         data = load_from_disk(str(path))
         return data if isinstance(data, DatasetDict) else DatasetDict({train_split: data})
     _check_is_data(path)
-    images = read_image_folder(path, train_split)
+    images = None
+    if not holds_metadata(path):
+        images = read_image_folder(path, train_split, [file for file in path.iterdir() if is_table(file)])
+    tables = [] if images is not None else _tables(path)
+    _check_encoding(encoding, str(path), tables)
     if images is None:
-        return _absolute_image_paths(load_dataset(str(path), name=config_name), path)
+        if tables and config_name is None and not holds_metadata(path) and not _is_described(path):
+            return read_table_folder(path, tables, train_split, encoding)
+        all_csv = all(file.suffix.lower() in TABLES for file in tables) and not holds_metadata(path)
+        options = table_options(tables[0], encoding) if tables and all_csv else {}
+        options.pop("features", None)  # those of one file
+        return load_dataset(str(path), name=config_name, **options)
     if config_name is not None:
         raise DataError(
             f"config_name={config_name!r} has no effect on a folder of images: leave it out.",
             arguments=("config_name",),
         )
     return images
+
+
+def _tables(folder: Path) -> list[Path]:
+    """The tables of a folder in order, without hidden ones."""
+    found = (Path(file) for file in files(folder) if is_table(file))
+    return sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts))
+
+
+def _is_described(folder: Path) -> bool:
+    """Whether a data card says which files belong to which split, or archives hold the data."""
+    card = folder / "README.md"
+    _, _, front = (card.read_text(errors="replace") if card.is_file() else "").partition("---")
+    described = re.search(r"^(configs|dataset_info):", front.partition("\n---")[0], re.MULTILINE)
+    return bool(described) or any(file.suffix.lower() in ARCHIVES for file in folder.iterdir())
 
 
 def _check_is_data(folder: Path) -> None:
@@ -92,17 +133,3 @@ def _check_is_data(folder: Path) -> None:
             f"{str(folder)!r} is no folder of data: of the first {len(seen):,} files in it and its subfolders, "
             f"{known:,} are images or tables. Name the folder of the data set itself."
         )
-
-
-def _absolute_image_paths(data: DatasetDict, folder: Path) -> DatasetDict:
-    """Resolve the image paths of a table relative to the table, not to the working directory."""
-
-    def absolute(values: list[str | None], column: str) -> dict[str, list[str | None]]:
-        return {column: [value if value is None else str(folder / value) for value in values]}
-
-    first = next(iter(data.values()))
-    for column in [name for name in first.column_names if is_text(first, name)]:
-        values = [value for value in some_text(first, column) if value.lower().endswith(IMAGE_SUFFIXES)]
-        if any((folder / value).is_file() for value in values):
-            data = data.map(absolute, batched=True, input_columns=column, fn_kwargs={"column": column})
-    return data

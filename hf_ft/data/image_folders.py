@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
 
-from hf_ft.data.columns import IMAGE_SUFFIXES
+from hf_ft.data.class_names import plain
+from hf_ft.data.columns import image_suffixes
 from hf_ft.data.progress import bar
+from hf_ft.data.split_names import candidates, role_of
+from hf_ft.errors import DataError
 
 # Made by tools, so that they are no classes, whatever images they contain.
 TOOL_FOLDERS = {
@@ -26,32 +28,110 @@ TOOL_FOLDERS = {
     *(".thumbnails", ".Trash", ".Trashes", "@eaDir"),
 }
 NOT_IMAGES = "._"  # the beginning of files in which macOS keeps attributes of others, under the same suffix
+UNTOLD = {"Thumbs.db", "desktop.ini"}  # made by file managers
+WHOLE = "."  # as train_split: the folder itself
+SHOWN = 5  # folders named in a message
 logger = logging.get_logger(__name__)
 
 
-def read_image_folder(folder: Path, train_split: str) -> DatasetDict | None:
-    """All splits of a folder of images, labelled by the folder that each image is in; None if it is none.
+def holds_metadata(folder: Path) -> bool:
+    """Whether a table that `datasets` looks for describes the images."""
+    return any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*"))
 
-    Without a split folder called ``train_split``, the folder itself is that split.
+
+def read_image_folder(folder: Path, train_split: str, tables: Sequence[Path] = ()) -> DatasetDict | None:
+    """All splits of a folder of images, labelled by the first folder below the split; None if it is none.
+
+    Args:
+        tables: those in the folder itself: they hold the labels if the folders cannot be classes.
+
+    Raises:
+        DataError: if it cannot be told which folders are splits, or which are classes.
     """
     folder = Path(os.path.abspath(folder))
-    if any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
+    splits = _split_folders(folder, train_split)
+    if not any(map(_holds_classes, splits.values())):
         return None
-    splits = {child.name: child for child in _subfolders(folder) if _holds_classes(child)}
-    if train_split not in splits:
-        splits = {train_split: folder}
-        if not _holds_classes(folder):
+    if train_split != WHOLE and (reason := _no_classes(folder, splits)):
+        if tables:
             return None
+        raise DataError(reason, arguments=("train_split",))
     with bar("listing files", unit=" files") as shown:
-        images = {name: sorted(_counted(filter(is_image, files(child)), shown)) for name, child in splits.items()}
-    _tell_left_out(splits.values())
-    return _labelled(images)
+        listed = {name: sorted(_counted(files(child), shown)) for name, child in splits.items()}
+    _tell_left_out(folder, splits, listed)
+    images = {name: [file for file in listed[name] if _class_of(file, child)] for name, child in splits.items()}
+    return _labelled(images, splits)
+
+
+def _split_folders(folder: Path, train_split: str) -> dict[str, Path]:
+    """The folders of the splits by name: those with the names of splits, or else the folder itself."""
+    if train_split == WHOLE:
+        return {train_split: folder}
+    holding = {child.name: child for child in _subfolders(folder) if _holds_classes(child)}
+    if train_split in holding or candidates(holding, "train"):
+        named = train_split in holding and train_split != "train"
+        return {name: child for name, child in holding.items() if named or role_of(name)}
+    _refuse_ambiguous(folder, holding)
+    return {"train": folder}
+
+
+def _refuse_ambiguous(folder: Path, holding: Mapping[str, Path]) -> None:
+    """Refuse subfolders that look like splits, although none is the training split.
+
+    Raises:
+        DataError: naming them, and the arguments that settle it.
+    """
+    inside = {name: {sub.name for sub in _subfolders(child)} for name, child in holding.items()}
+    named = [name for name in holding if role_of(name)]
+    alike = [
+        name for name in holding if any(len(inside[name] & inside[other]) > 1 for other in holding if other != name)
+    ]
+    if named or alike:
+        names = sorted(set.union(*(inside[name] for name in named or alike)))
+        shared = ", ".join(names[:SHOWN])
+        if not named and all(map(role_of, names)):
+            raise DataError(
+                f"{str(folder)!r}: the splits ({shared}) are inside of the classes ({', '.join(alike[:SHOWN])}). Move "
+                f"the splits to the top, as in {names[0]}/{alike[0]}.",
+                arguments=("train_split",),
+            )
+        raise DataError(
+            f"{str(folder)!r}: the subfolders {', '.join((named or alike)[:SHOWN])} contain folders of images "
+            f"({shared}) themselves. If they are splits, name them with validation_split, test_split and train_split, "
+            f"which is {WHOLE!r} if they are classes.",
+            arguments=("train_split", "validation_split", "test_split"),
+        )
+
+
+def _no_classes(folder: Path, splits: Mapping[str, Path]) -> str:
+    """Why the folders of images cannot be classes, and what to do; empty if they can."""
+    if folder not in splits.values():
+        return ""
+    holding = [child for child in _subfolders(folder) if any(map(is_image, files(child)))]
+    if all(role_of(child.name) for child in holding):
+        names = ", ".join(child.name for child in holding)
+        return (
+            f"{str(folder)!r}: the subfolders {names} are splits by name, but contain images in no class folders. Add "
+            f"a folder for each class, or a table of image paths and labels; or set train_split to {WHOLE!r} if these "
+            "are the classes."
+        )
+    if len(holding) == 1:
+        deeper = f": the classes seem to be in {str(holding[0])!r}, so name this folder" * _holds_classes(holding[0])
+        return (
+            f"{str(folder)!r} has images in one subfolder only{deeper}. A classifier needs a folder for each class, or "
+            "a table of image paths and labels."
+        )
+    return ""
 
 
 def files(folder: Path) -> Iterator[str]:
     """The paths of all files in a folder and its subfolders, without those that tools made."""
     for parent, _, names in _walk(folder):
-        yield from (os.path.join(parent, name) for name in names if not name.startswith(NOT_IMAGES))
+        yield from (os.path.join(parent, name) for name in _plain(names))
+
+
+def _plain(names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if not name.startswith(NOT_IMAGES))
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -71,8 +151,8 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _holds_classes(folder: Path) -> bool:
-    """Whether a subfolder contains images."""
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for child in _subfolders(folder) for file in child.iterdir())
+    """Whether subfolders contain images, at any depth."""
+    return any(is_image(file) for child in _subfolders(folder) for file in files(child))
 
 
 def _counted(files: Iterable[str], shown: Any) -> Iterator[str]:
@@ -82,13 +162,19 @@ def _counted(files: Iterable[str], shown: Any) -> Iterator[str]:
 
 
 def is_image(file: str) -> bool:
-    """Whether a file is an image, by its suffix."""
-    return os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS
+    """Whether a file is an image that can be read, by its suffix."""
+    return os.path.splitext(file)[1].lower() in image_suffixes()
 
 
-def _labelled(images: Mapping[str, Sequence[str]]) -> DatasetDict:
+def _class_of(file: str, split: Path) -> str | None:
+    """The first folder below the split that an image is in; None for other files, and images beside the folders."""
+    folder, *inside = os.path.relpath(file, split).split(os.sep)
+    return plain(folder) if inside and is_image(file) else None
+
+
+def _labelled(images: Mapping[str, Sequence[str]], splits: Mapping[str, Path]) -> DatasetDict:
     """A data set per split; the classes are those of all splits."""
-    classes = {name: [os.path.basename(os.path.dirname(file)) for file in files] for name, files in images.items()}
+    classes = {name: [str(_class_of(file, splits[name])) for file in files] for name, files in images.items()}
     label = ClassLabel(names=sorted({name for names in classes.values() for name in names}))
     features = Features(image=Image(), label=label)
     return DatasetDict(
@@ -99,14 +185,32 @@ def _labelled(images: Mapping[str, Sequence[str]]) -> DatasetDict:
     )
 
 
-def _tell_left_out(folders: Iterable[Path]) -> None:
-    """Warn of the folders of tools that contain images."""
+def _tell_left_out(folder: Path, splits: Mapping[str, Path], listed: Mapping[str, Sequence[str]]) -> None:
+    """Warn of what is not read: images beside the class folders, files that are no images, other folders."""
     left_out: Counter[str] = Counter()
+    for name, child in splits.items():
+        for file in listed[name]:
+            if _class_of(file, child) is None:
+                suffix = os.path.splitext(file)[1].lower()
+                what = f"{suffix or 'other'} files" if not is_image(file) else f"images in no class folder of {child}"
+                left_out[what] += os.path.basename(file) not in UNTOLD and not os.path.basename(file).startswith(".")
+    if folder not in splits.values():
+        for other in _subfolders(folder):
+            if other not in splits.values():
+                left_out[f"images in {other}, which is no split with class folders"] += sum(map(is_image, files(other)))
+    for path, number in _made_by_tools(splits.values()).items():
+        left_out[f"images in {path}, which a tool made"] += number
+    told = [f"{number:,} {what}" for what, number in sorted(left_out.items()) if number]
+    if told:
+        logger.warning(f"left out: {'; '.join(told)}.")
+
+
+def _made_by_tools(folders: Iterable[Path]) -> Counter[str]:
+    """The number of images in each folder of a tool."""
+    found: Counter[str] = Counter()
     for folder in folders:
         for parent, children, _ in _walk(folder):
             for child in TOOL_FOLDERS.intersection(children):
                 path = os.path.join(parent, child)
-                left_out[path] += sum(map(is_image, (file for _, _, names in os.walk(path) for file in names)))
-    for path, number in left_out.items():
-        if number:
-            logger.warning(f"{path} was made by a tool and is no class: its {number:,} images are left out.")
+                found[path] += sum(map(is_image, (file for _, _, names in os.walk(path) for file in _plain(names))))
+    return found

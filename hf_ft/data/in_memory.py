@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_ft.data.labels import LABEL_COLUMNS
+from hf_ft.data.progress import bar
 from hf_ft.data.rows import GB, drawn_rows, read_rows, same_each_time, spread_rows
 from hf_ft.errors import DataError
 
@@ -87,9 +88,11 @@ class Held(torch.utils.data.Dataset[dict[str, Any]]):
         self.features = getattr(dataset, "features", None)
         self._count = len(dataset)
         self.columns: dict[str, Tensor | list[Any]] = {}
-        for start in range(0, self._count, READ):
-            rows = read_rows(dataset, range(start, min(start + READ, self._count)))
-            self._put(start, rows)
+        with bar("reading samples", self._count, unit=" samples") as shown:
+            for start in range(0, self._count, READ):
+                rows = read_rows(dataset, range(start, min(start + READ, self._count)))
+                self._put(start, rows)
+                shown.update(len(rows))
 
     def __len__(self) -> int:
         return self._count

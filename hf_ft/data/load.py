@@ -6,17 +6,22 @@ images, and :func:`prepare` with :func:`collate` turn rows into batches.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 from transformers.utils import logging
 
+from hf_ft.data.class_names import check_names, with_plain_labels
 from hf_ft.data.columns import ROW, unlabelled, usual_label, values_of
 from hf_ft.data.files import read_files
+from hf_ft.data.split_names import USUAL, Role, candidates
+from hf_ft.data.unknown_classes import OnUnknown, known_rows
 from hf_ft.errors import DataError
 from hf_ft.splits import absent_classes, stratified_rows
 
-VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-TEST_NAMES = ("test", "testing", "eval", "evaluation")
+VALIDATION_NAMES, TEST_NAMES = USUAL["validation"], USUAL["test"]
 logger = logging.get_logger(__name__)
 
 
@@ -32,6 +37,8 @@ def load_splits(
     labelled: int | None = None,
     max_train_samples: int | None = None,
     label_column: str | None = None,
+    unknown_classes: OnUnknown = "refuse",
+    encoding: str | None = None,
     seed: int = 0,
 ) -> DatasetDict:
     """Read a data set and determine its splits: ``train``, ``validation`` and, if available, ``test``.
@@ -47,6 +54,8 @@ def load_splits(
         labelled: total number of rows for training and validation, drawn stratified by class: validation rows are
             labelled data as well. A validation split of the source provides ``validation_fraction`` of them.
         max_train_samples: maximum number of training rows, not counting validation rows.
+        unknown_classes: whether to refuse or to drop rows of a class that no training row has.
+        encoding: of csv and tsv files (default: UTF-8).
         label_column: column to stratify by (default: the one found by :func:`find_columns`).
 
     Raises:
@@ -54,11 +63,15 @@ def load_splits(
     """
     if max_train_samples is not None and max_train_samples < 1:
         raise DataError(f"max_train_samples={max_train_samples} must be at least 1")
-    names = {"train": train_split, "validation": validation_split, "test": test_split}
-    parts = _given(source, config_name, names)
-    whole, label = parts["train"], label_column or usual_label(parts["train"])
+    names: dict[Role, str | None] = {"train": train_split, "validation": validation_split, "test": test_split}
+    parts = _given(source, config_name, names, encoding)
+    label = label_column or usual_label(parts["train"])
+    parts = {name: with_plain_labels(part, label) for name, part in parts.items()}
+    check_names(parts["train"], label)
+    parts = known_rows(parts, label, unknown_classes)
+    whole = parts["train"]
     by = _stratify_by(whole, label)
-    if test_fraction is not None and "test" in parts and not _has_labels(parts["test"], label):
+    if test_fraction is not None and "test" in parts and not _has_labels(parts["test"], label, whole):
         logger.warning("the test split has rows without a label: part of train is held out instead")
         del parts["test"]
     given = set(parts) - {"train"}
@@ -82,19 +95,21 @@ def load_split(source: str, split: str = "train") -> Dataset:
         DataError: if the source cannot be read or has no such split.
     """
     found = read_files(source, None, split)
+    role: Role = "test" if split == "test" else "train"
+    split = str(_usual(found, role, split, ())) if split not in found else split
     if split not in found:
         raise DataError(f"{source!r} has no split {split!r}, only {list(found)}: name one of these")
     return _numbered(found[split])
 
 
-def _given(source: str, config_name: str | None, names: dict[str, str | None]) -> dict[str, Dataset]:
+def _given(
+    source: str, config_name: str | None, names: Mapping[Role, str | None], encoding: str | None
+) -> dict[str, Dataset]:
     """The splits of the source by role, under the given names or else the usual ones."""
-    found = read_files(source, config_name, names["train"] or "train")
-    usual = {"train": (), "validation": VALIDATION_NAMES, "test": TEST_NAMES}
-    parts = {}
+    found = read_files(source, config_name, names["train"] or "train", encoding)
+    parts: dict[str, Dataset] = {}
     for key, wanted in names.items():
-        free = (other for other in usual[key] if other in found and other not in names.values())
-        name = wanted or next(free, None)
+        name = wanted if wanted in found else _usual(found, key, wanted, names.values())
         if name is not None and name not in found:
             wrong = f"{key}_split"
             raise DataError(f"{source!r} has no split {name!r}, only {list(found)}: set {wrong}", arguments=(wrong,))
@@ -103,12 +118,27 @@ def _given(source: str, config_name: str | None, names: dict[str, str | None]) -
     return parts
 
 
+def _usual(found: Collection[str], role: Role, wanted: str | None, others: Iterable[str | None]) -> str | None:
+    """The split of this role by its usual names, if no other name was asked for.
+
+    Raises:
+        DataError: if there are several.
+    """
+    if wanted not in (None, role):
+        return wanted
+    names = candidates([name for name in found if name not in others], role)
+    if len(names) > 1:
+        argument = f"{role}_split"
+        raise DataError(f"{' and '.join(names)} may each be the {role} split: set {argument}", arguments=(argument,))
+    return names[0] if names else wanted
+
+
 def _numbered(part: Dataset) -> Dataset:
     return part if ROW in part.column_names else part.add_column(ROW, np.arange(len(part)))
 
 
-def _has_labels(split: Dataset, label: str | None) -> bool:
-    return label in split.column_names and not unlabelled(split, str(label))
+def _has_labels(split: Dataset, label: str | None, train: Dataset) -> bool:
+    return label in split.column_names and not unlabelled(split, str(label), train)
 
 
 def _apart(seed: int, draw: int) -> int:
@@ -122,8 +152,14 @@ def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None
     if not 0 < size < len(train):
         raise DataError(
             f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: set {name}_fraction between 0 and "
-            f"1, or name a {name}_split",
+            f"1, or name a {name}_split (columns: {', '.join(sorted({*train.column_names} - {ROW}))})",
             arguments=(f"{name}_fraction", f"{name}_split"),
+        )
+    if by is not None and max(Counter(values_of(train, by)).values()) == 1:
+        raise DataError(
+            f"each of the {len(train):,} rows has another class in column {by!r}, so that none can be held out for "
+            f"{name}: name a {name}_split, or the column of the classes with label_column",
+            arguments=(f"{name}_split", "label_column"),
         )
     logger.info(f"{size} of {len(train)} training rows are held out for {name}")
     return _drawn(train, {"train": len(train) - size, name: size}, seed, by)

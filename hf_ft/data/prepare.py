@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, defau
 from transformers.utils import logging
 
 from hf_ft.data.columns import ROW, Columns, unlabelled, values_of
-from hf_ft.data.images import AUGMENTATIONS, open_rgb
+from hf_ft.data.images import AUGMENTATIONS, open_batch, resized_side
 from hf_ft.errors import DataError
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 
@@ -25,7 +24,7 @@ logger = logging.get_logger(__name__)
 def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, augment: str) -> dict[str, Any]:
     values = batch[columns.inputs[0]]
     rows = batch.get(ROW, range(len(values)))
-    images = [open_rgb(value, row) for value, row in zip(values, rows, strict=True)]
+    images = open_batch(values, rows, resized_side(processor))
     if change := AUGMENTATIONS[augment]:
         images = [change(image) for image in images]
     ready = {name: list(tensor) for name, tensor in processor(images=images, return_tensors="pt").items()}
@@ -48,13 +47,12 @@ def _text_batch(
 ) -> dict[str, Any]:
     texts = [batch[column] for column in columns.inputs]
     for column, values in zip(columns.inputs, texts, strict=True):
-        other = next((index for index, value in enumerate(values) if not isinstance(value, str)), None)
-        if other is not None:
-            row, value = batch.get(ROW, range(len(values)))[other], values[other]
-            found = "has no text" if value is None else f"has {reprlib.repr(value)}, which is no text,"
+        if None in values:
+            row = batch.get(ROW, range(len(values)))[values.index(None)]
             raise DataError(
-                f"row {row} {found} in column {column!r}: drop it, or set text_column", arguments=("text_column",)
+                f"row {row} has no text in column {column!r}: drop it, or set text_column", arguments=("text_column",)
             )
+    texts = [[value if isinstance(value, str) else str(value) for value in values] for values in texts]
     encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
     return encoded | {"labels": columns.encode(batch[columns.label])}
 
@@ -78,7 +76,7 @@ def prepare(
     """
     ready = DatasetDict()
     for name, split in splits.items():
-        if name == "test" and unlabelled(split, columns.label):
+        if name == "test" and unlabelled(split, columns.label, splits.get("train")):
             logger.warning("the test split has rows without a label and is left out")
         elif columns.task == "text":
             tokenise = text_transform(processor, columns, max_length)
@@ -136,4 +134,5 @@ def usual_length(model: Any, processor: Any) -> int:
     models = [model, *getattr(model, "members", ())]
     known = [getattr(one.config, "max_position_embeddings", None) for one in models]
     known.append(getattr(processor, "model_max_length", None))
-    return min([512, *(length for length in known if length)])
+    # Some configs and tokenizers say "unlimited" by -1 or a huge number.
+    return min([512, *(length for length in known if isinstance(length, int) and length > 0)])

@@ -8,6 +8,8 @@ import re
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -152,6 +154,25 @@ def remove_incomplete(output_dir: str | Path) -> None:
 def incomplete(final: Path, process: int) -> Path:
     """The folder in which a process writes what becomes ``final``."""
     return final.with_name(f"{INCOMPLETE}{process}-{final.name}")
+
+
+@contextmanager
+def files_written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files are moved to ``folder`` once all are written; if that fails, nothing is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = incomplete(folder / "files", os.getpid())
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir()
+    try:
+        yield written
+        for path in sorted(written.iterdir()):
+            final = folder / path.name
+            if path.is_dir():  # a member of an ensemble
+                move_into_place(path, final)
+            else:
+                os.replace(path, final)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def move_into_place(written: Path, final: Path) -> None:

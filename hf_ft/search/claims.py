@@ -12,18 +12,22 @@ again. If its worker was only paused, the storage rejects the late result.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_ft.processes import is_gone, process_name
-from hf_ft.search.storage import LockedError, check_signature, readable_study
+from hf_ft.search.record import INSTEAD, Record, job_of
+from hf_ft.search.storage import LockedError, check_signature, one_transaction, readable_study
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -37,21 +41,6 @@ BEAT, INTERVAL, SIGNATURE = "hf_ft:heartbeat", "hf_ft:heartbeat_interval", "hf_f
 PROCESS = "hf_ft:process"
 
 
-def owners(trials: Sequence[FrozenTrial]) -> dict[str, FrozenTrial]:
-    """The owner of each job: the trial with the lowest number among those that have not failed."""
-    owner_by_job: dict[str, FrozenTrial] = {}
-    for trial in trials:
-        job = job_of(trial)
-        if job is not None and trial.state.name != "FAIL":
-            owner_by_job.setdefault(job, trial)
-    return owner_by_job
-
-
-def job_of(trial: FrozenTrial) -> str | None:
-    """The key of a trial's job."""
-    return trial.user_attrs.get("job")
-
-
 @dataclass
 class Claims:
     """The claims of one worker on a study.
@@ -63,6 +52,8 @@ class Claims:
         heartbeat: seconds between renewals of a trial's mark.
         all_params: parameters of all jobs, which determine the ranges in Optuna's plots.
         marks: by trial, the last mark of its worker and the time since when it has been seen.
+        record: the trials as last read.
+        read_at: when that was.
     """
 
     storage: BaseStorage
@@ -71,23 +62,27 @@ class Claims:
     heartbeat: float
     all_params: Sequence[Mapping[str, Any]]
     marks: dict[int, tuple[Any, float]] = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
+    read_at: float = -math.inf
 
-    def read(self) -> list[FrozenTrial]:
-        """Read all trials, lowest number first, and fail those of dead workers.
+    def read(self) -> Record:
+        """Read the trials into ``record``, and fail those of dead workers.
 
         Raises:
             OptionError: if the study has another signature, or is damaged.
         """
         with readable_study(self.study.study_name):
             trials = self.study.get_trials(deepcopy=False)
-            for trial in trials:
+            for trial in self.record.news(trials):
                 _check(trial)
         if trials:  # The signature is on the first trial, so it can be neither missing nor set twice.
             check_signature(trials[0].system_attrs.get(SIGNATURE), self.signature, self.study.study_name)
-        for trial in trials:
-            if trial.state.name == "RUNNING" and job_of(trial) is not None and self._dead(trial):
+        self.record.update(trials)
+        self.read_at = time.monotonic()
+        for trial in self.record.running():
+            if self._dead(trial):
                 self.finish(trial._trial_id, "FAIL", failure="worker died")
-        return trials
+        return self.record
 
     def _dead(self, trial: FrozenTrial) -> bool:
         return is_gone(trial.system_attrs.get(PROCESS) or "") or self._silent(trial)
@@ -98,19 +93,22 @@ class Claims:
             self.marks[trial._trial_id] = (mark, now)
         return now - self.marks[trial._trial_id][1] > PATIENCE * trial.system_attrs[INTERVAL]
 
-    def claim(self, job: str, params: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> int | None:
-        """Claim a job that had no owner when ``trials`` were read.
+    def claim(self, job: str, params: Mapping[str, Any], instead: int | None = None) -> int | None:
+        """Claim a job that had no owner when the trials were last read, or whose owner is to be repeated.
+
+        Args:
+            instead: number of the trial that this one repeats.
 
         Returns:
             The trial to evaluate, or None if another worker was faster.
         """
         with readable_study(self.study.study_name):
-            trial_id, is_owner = self._add_trial(job, params, trials), False
+            trial_id, is_owner = self._add_trial(job, params, instead), False
         try:
-            trials = self.read()
-            owner = owners(trials).get(job)
+            record = self.read()
+            owner = record.owner(job)
             if owner is not None and owner._trial_id == trial_id:
-                if trials[0]._trial_id == trial_id:
+                if record.trials[0]._trial_id == trial_id:
                     self.study.set_user_attr("signature", self.signature)  # for people to read
                 is_owner = True
         finally:
@@ -118,18 +116,15 @@ class Claims:
                 self.finish(trial_id, "FAIL", failure="withdrawn")
         return trial_id if is_owner else None
 
-    def _add_trial(self, job: str, params: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> int:
+    def _add_trial(self, job: str, params: Mapping[str, Any], instead: int | None = None) -> int:
         """Add a RUNNING trial with everything that other workers need to know, in a single step."""
         from optuna.trial import TrialState, create_trial
 
-        system = {
-            BEAT: _now(),
-            INTERVAL: self.heartbeat,
-            PROCESS: process_name(),
-            **({} if trials else {SIGNATURE: self.signature}),
-        }
-        distributions = _distributions(params, self.all_params, trials)
+        system = {BEAT: _now(), INTERVAL: self.heartbeat, PROCESS: process_name()}
+        system |= {} if self.record.trials else {SIGNATURE: self.signature}
+        distributions = self._distributions(params)
         user = {name: value for name, value in params.items() if name not in distributions}
+        user |= {} if instead is None else {INSTEAD: instead}
         template = create_trial(
             state=TrialState.RUNNING,
             params={name: params[name] for name in distributions},
@@ -137,25 +132,57 @@ class Claims:
             user_attrs={**user, "job": job, "worker": f"{socket.gethostname()}:{os.getpid()}"},
             system_attrs=system,
         )
-        study_id = self.storage.get_study_id_from_name(self.study.study_name)
         try:
-            return self.storage.create_new_trial(study_id, template)
+            return self.storage.create_new_trial(self.study_id, template)
         except LockedError:
             raise
         except ValueError:  # a concurrent job list has just registered other choices for a parameter
             if not params:
                 raise
-            return self._add_trial(job, {}, trials)
+            return self._add_trial(job, {}, instead)
+
+    @cached_property
+    def study_id(self) -> int:
+        return self.storage.get_study_id_from_name(self.study.study_name)
+
+    def _distributions(self, params: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+        """The range of each parameter, for Optuna's plots.
+
+        Optuna requires the kind and choices of a parameter to stay the same throughout a study. A value that does not
+        fit (a new block in a later job list) is omitted.
+        """
+        from optuna.distributions import CategoricalDistribution
+
+        distributions: dict[str, BaseDistribution] = {}
+        for name, value in params.items():
+            own = self._ranges[name]
+            previous = self.record.distributions.get(name, own)
+            if isinstance(previous, CategoricalDistribution):
+                if value in previous.choices:
+                    distributions[name] = previous
+            elif type(previous) is type(own):
+                distributions[name] = own
+        return distributions
+
+    @cached_property
+    def _ranges(self) -> dict[str, BaseDistribution]:
+        """The range of each parameter over all jobs."""
+        values = defaultdict(list)
+        for params in self.all_params:
+            for name, value in params.items():
+                values[name].append(value)
+        return {name: _distribution(of_one) for name, of_one in values.items()}
 
     def finish(self, trial_id: int, state: str, value: float | None = None, **attributes: Any) -> bool:
         """Set the final state of a trial; return False if another worker has already done so."""
         import optuna
 
+        values = None if value is None else [value]
         try:
-            for key, attribute in attributes.items():
-                self.storage.set_trial_user_attr(trial_id, key, attribute)
-            values = None if value is None else [value]
-            return self.storage.set_trial_state_values(trial_id, optuna.trial.TrialState[state], values)
+            with one_transaction(self.storage):
+                for key, attribute in attributes.items():
+                    self.storage.set_trial_user_attr(trial_id, key, attribute)
+                return self.storage.set_trial_state_values(trial_id, optuna.trial.TrialState[state], values)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
 
@@ -207,29 +234,6 @@ def _check(trial: FrozenTrial) -> None:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="milliseconds")
-
-
-def _distributions(
-    params: Mapping[str, Any], all_params: Sequence[Mapping[str, Any]], trials: Sequence[FrozenTrial]
-) -> dict[str, BaseDistribution]:
-    """The range of each parameter, for Optuna's plots.
-
-    Optuna requires the kind and choices of a parameter to stay the same throughout a study. A value that does not fit
-    (a new block in a later job list) is omitted.
-    """
-    from optuna.distributions import CategoricalDistribution
-
-    first = {name: previous for trial in reversed(trials) for name, previous in trial.distributions.items()}
-    distributions: dict[str, BaseDistribution] = {}
-    for name, value in params.items():
-        own = _distribution([others[name] for others in all_params if name in others])
-        previous = first.get(name, own)
-        if isinstance(previous, CategoricalDistribution):
-            if value in previous.choices:
-                distributions[name] = previous
-        elif type(previous) is type(own):
-            distributions[name] = own
-    return distributions
 
 
 def _distribution(values: Sequence[Any]) -> BaseDistribution:

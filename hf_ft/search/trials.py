@@ -7,17 +7,19 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_ft.errors import OptionError
-from hf_ft.search.claims import Claims, job_of, owners
+from hf_ft.search.claims import Claims
+from hf_ft.search.record import job_of
 from hf_ft.search.storage import MISSING, LockedError, as_json, open_storage, open_study
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
+FRESH = 0.5  # seconds for which trials, once read, may be used to choose a job: claiming it reads them again
 _random = random.SystemRandom()  # evaluate may seed the global RNG, and forked workers share its state
 
 
@@ -89,6 +91,7 @@ def run_trials(
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
     deaths: int | None = None,
+    again: Callable[[Outcome], bool] | None = None,
 ) -> dict[str, Outcome]:
     """Evaluate each job once, together with all processes that use the same storage and study name.
 
@@ -112,6 +115,7 @@ def run_trials(
         progress: called with (finished, total, None) first, then with each newly finished job, whoever ran it.
         stop: called before each job; True leaves the remaining jobs to another call.
         deaths: give up on a job after this many workers died in it; None for never.
+        again: whether to evaluate a job anew that was finished, or given up, before this call.
 
     Returns:
         Outcomes by key, in job order, without jobs that were left or given up.
@@ -134,7 +138,9 @@ def run_trials(
         backend = open_storage(storage)
         study = open_study(backend, name, (pruner.min_steps, pruner.factor) if pruner else None)
         claims = Claims(backend, study, signature, heartbeat, [job.params for job in jobs])
-        search = _Search({job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False), deaths)
+        search = _Search(
+            {job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False), deaths, again
+        )
         return search.run(progress or (lambda *_: None))
     finally:
         optuna.logging.set_verbosity(level)
@@ -150,66 +156,93 @@ class _Search:
     retries: int
     stop: Callable[[], bool]
     deaths: int | None
+    again: Callable[[Outcome], bool] | None
     before: int = 0  # number of trials at the start of this call: only later errors count
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    waiting: dict[str, Job] = field(default_factory=dict)  # jobs without an outcome
 
     def run(self, tell: Progress) -> dict[str, Outcome]:
-        trials = self.claims.read()
-        self.before, outcomes = len(trials), self.outcomes(trials)
-        tell(len(outcomes), len(self.jobs), None)
-        pause, contested = 0.05, False
+        self.waiting = dict(self.jobs)
+        self.before = len(self.claims.read().trials)
+        self.collect(lambda *_: None)
+        tell(len(self.outcomes), len(self.jobs), None)
+        pause, contested, fresh = 0.05, False, False
         while True:
-            trials = self.claims.read()
-            for key, outcome in self.outcomes(trials).items():
-                if key not in outcomes:
-                    outcomes[key] = outcome
-                    tell(len(outcomes), len(self.jobs), outcome)
-            free = self.free(trials)
+            if not fresh:
+                self.claims.read()
+            self.collect(tell)
             if self.stop():
-                return {key: outcomes[key] for key in self.jobs if key in outcomes}
-            if free:
+                self.claims.read()
+                self.collect(tell)
+                return self.in_order()
+            job = self.next_free(contested)
+            if job is not None:
                 # Workers that start together would collide again at every next job.
-                contested = not self.work(_random.choice(free) if contested else free[0], trials)
-                pause = 0.05
-            elif any(trial.state.name == "RUNNING" and job_of(trial) in self.jobs for trial in trials):
+                contested = not self.work(job)
+                pause, fresh = 0.05, not contested and time.monotonic() - self.claims.read_at < FRESH
+            elif fresh:
+                fresh = False
+            elif any(job_of(trial) in self.jobs for trial in self.claims.record.running()):
                 time.sleep(pause)
                 pause = min(2 * pause, 2.0, self.claims.heartbeat)
             else:
                 break
-        self.raise_failed(outcomes, trials)
-        return {key: outcomes[key] for key in self.jobs if key in outcomes}
+        self.raise_failed()
+        return self.in_order()
 
-    def outcomes(self, trials: Sequence[FrozenTrial]) -> dict[str, Outcome]:
-        return {
-            key: _outcome(key, trial)
-            for key, trial in owners(trials).items()
-            if key in self.jobs and trial.state.is_finished()
-        }
+    def in_order(self) -> dict[str, Outcome]:
+        return {key: self.outcomes[key] for key in self.jobs if key in self.outcomes}
 
-    def free(self, trials: Sequence[FrozenTrial]) -> list[Job]:
-        owner_by_job, recent = owners(trials), trials[self.before :]
-        errors = Counter(job_of(trial) for trial in recent if trial.user_attrs.get("failure") == "error")
-        deaths = Counter(job_of(trial) for trial in trials if trial.user_attrs.get("failure") == "worker died")
-        most = math.inf if self.deaths is None else self.deaths
-        return [
-            job
-            for key, job in self.jobs.items()
-            if key not in owner_by_job and errors[key] <= self.retries and deaths[key] < most
-        ]
+    def collect(self, tell: Progress) -> None:
+        """Take over the outcomes of jobs whose trials have finished."""
+        record = self.claims.record
+        for key in record.take_finished():
+            owner = record.owner(key)
+            if key in self.waiting and owner is not None and self.counts(owner):
+                del self.waiting[key]
+                self.outcomes[key] = _outcome(key, owner)
+                tell(len(self.outcomes), len(self.jobs), self.outcomes[key])
 
-    def raise_failed(self, done: Mapping[str, Outcome], trials: Sequence[FrozenTrial]) -> None:
-        for trial in reversed(trials):
+    def counts(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is finished, and not to be repeated by this call."""
+        return trial.state.is_finished() and not self.to_repeat(trial)
+
+    def to_repeat(self, trial: FrozenTrial) -> bool:
+        finished_before = trial.state.is_finished() and trial.number < self.before
+        return finished_before and self.again is not None and self.again(_outcome(str(job_of(trial)), trial))
+
+    def next_free(self, contested: bool) -> Job | None:
+        """The next job that nobody works on; any of them if workers compete for the same."""
+        free = (job for key, job in self.waiting.items() if self.is_free(key))
+        if not contested:
+            return next(free, None)
+        jobs = list(free)
+        return _random.choice(jobs) if jobs else None
+
+    def is_free(self, key: str) -> bool:
+        record, most = self.claims.record, math.inf if self.deaths is None else self.deaths
+        owner = record.owner(key)
+        return (
+            (owner is None or self.to_repeat(owner))
+            and record.failures(key, "error", self.before) <= self.retries
+            and record.failures(key, "worker died", 0 if self.again is None else self.before) < most
+        )
+
+    def raise_failed(self) -> None:
+        for trial in reversed(self.claims.record.trials):
             key = job_of(trial)
-            if key in self.jobs and key not in done and trial.user_attrs.get("failure") == "error":
+            if key in self.waiting and trial.user_attrs.get("failure") == "error":
                 raise JobError(
                     f"job {key!r} failed in other workers, most recently with {trial.user_attrs['message']!r}. Fix the "
                     "cause and start again: finished trials are kept."
                 )
 
-    def work(self, job: Job, trials: Sequence[FrozenTrial]) -> bool:
+    def work(self, job: Job) -> bool:
         """Claim a job and evaluate it; return False if another worker owns it."""
         import optuna
 
-        trial_id = self.claims.claim(job.key, job.params, trials)
+        owner = self.claims.record.owner(job.key)
+        trial_id = self.claims.claim(job.key, job.params, None if owner is None else owner.number)
         if trial_id is None:
             return False
         began = time.perf_counter()
@@ -232,11 +265,12 @@ class _Search:
     def perform(self, job: Job, trial_id: int) -> tuple[str, float | None, dict[str, Any]]:
         import optuna
 
-        trial = optuna.trial.Trial(self.claims.study, trial_id)
+        trial: optuna.trial.Trial | None = None
         last: float | None = None
 
         def report(step: int, value: float) -> None:
-            nonlocal last
+            nonlocal last, trial
+            trial = trial or optuna.trial.Trial(self.claims.study, trial_id)  # reads it again
             trial.report(float(value), int(step))
             last = None if math.isnan(value) else float(value)
             if trial.should_prune():

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils import logging
 
 from hf_ft.core.compose import check_states
 from hf_ft.core.config import as_saved, load_configs, write_configs
@@ -27,8 +28,11 @@ from hf_ft.documents.public import shareable_name, shareable_text
 from hf_ft.engine import checkpoint as files
 from hf_ft.engine import checkpoint_folders as folders
 from hf_ft.errors import CheckpointError, Error, OptionError
+from hf_ft.models.hub import base_model_id
 from hf_ft.models.weight_files import member_folder
 from hf_ft.trainer.protocols import ForCheckpoints
+
+logger = logging.get_logger(__name__)
 
 
 @contextmanager
@@ -47,7 +51,12 @@ def written_whole(final: Path, writer: int, writes: bool, wait: Callable[[], Non
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir(parents=True)
     wait()
-    yield written
+    try:
+        yield written
+    except BaseException:  # such as a full disk
+        if writes:
+            shutil.rmtree(written, ignore_errors=True)
+        raise
     wait()
     if writes:
         folders.seal(written)
@@ -152,6 +161,11 @@ class Checkpoints:
             save_file(tensors, folder / files.MODULES_NAME)
         if isinstance(trainer.model, PeftModel):
             files.save_buffers(trainer.model, folder)
+            if trainer.args.push_to_hub and self.base_name and base_model_id(self.base_name) is None:
+                logger.warning_once(
+                    f"adapter_config.json names the base model by its local path, {self.base_name!r}, since PEFT loads "
+                    "it from there. Push the base model too, and write its id there before you share the adapter."
+                )
 
     def save_arguments(self, folder: Path) -> None:
         """Write ``training_args.bin`` again, as it may be shared: the Trainer's holds the token and local paths."""
@@ -167,7 +181,8 @@ class Checkpoints:
         if not self.base:
             raise CheckpointError("save_delta: nothing has been trained yet; call train() first.")
         if self._trainer.args.should_save:
-            files.save_delta(self._trainer.model, path, self.base, self._trainer.configs, self._shared_name())
+            with folders.files_written_whole(Path(path)) as written:
+                files.save_delta(self._trainer.model, written, self.base, self._trainer.configs, self._shared_name())
 
     # --- loading -------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from hf_ft.core.compose import recommended_arguments, shared_option
 from hf_ft.core.config import FITTED, FTConfig
 from hf_ft.core.plan import Plan
+from hf_ft.data.label_checks import check_labels
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.objective import Objective
@@ -61,7 +62,8 @@ def preflight(
     if model is not None:
         given = inspect.signature(Trainer.__init__).bind_partial(None, model, args, *positional, **keywords).arguments
         scheduler = given.get("optimizers", (None, None))[1]
-        check_model(configs, args, model, given.get("train_dataset"), scheduler, source_dataset)
+        data = given.get("train_dataset"), given.get("eval_dataset")
+        check_model(configs, args, model, *data, scheduler, source_dataset)
 
 
 def check_model(
@@ -69,6 +71,7 @@ def check_model(
     args: TrainingArguments,
     model: nn.Module,
     train_dataset: Any,
+    eval_dataset: Any,
     scheduler: Any,
     source_dataset: Any,
 ) -> None:
@@ -80,7 +83,7 @@ def check_model(
     Raises:
         OptionError: naming what does not fit.
     """
-    check_labels(train_dataset, model)
+    check_datasets(model, train_dataset, eval_dataset)
     check_members(configs, model)
     check_parts(configs, model)
     if any(config.must_measure() for config in configs):  # the plan depends on the measurement
@@ -171,21 +174,26 @@ def check_accelerator(accelerator: Accelerator) -> None:
         raise OptionError(f"the accelerator is set up for {kind}: {UNSHARDED}")
 
 
-def check_labels(dataset: Any, model: nn.Module) -> None:
-    """Check the class labels against the model's head, if they can be read without decoding the inputs.
+def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> None:
+    """Check the labels of all data sets against the model's head, and note in its config what kind of task they are.
+
+    Transformers sets ``config.problem_type`` when the first batch arrives, but losses, head rates and class weights
+    depend on it before.
 
     Raises:
-        OptionError: if a label lies outside [0, num_labels).
+        OptionError: if a label does not fit.
     """
-    labels, classes = class_labels(dataset), getattr(getattr(model, "config", None), "num_labels", None)
-    if labels is None or classes is None or len(labels) == 0 or classes == 1:
+    config = getattr(model, "config", None)
+    classes = getattr(config, "num_labels", None)
+    if config is None or classes is None:
         return
-    bad = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
-    if bad.size:
-        raise OptionError(
-            f"train_dataset: label {bad[0]} lies outside [0, {classes}), the model's num_labels={classes}. "
-            "Load the model with num_labels=<number of classes>, or map the labels to 0..num_labels-1."
-        )
+    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    named = {"train_dataset": train_dataset}
+    named |= {f"eval_dataset[{name!r}]" if name else "eval_dataset": data for name, data in evaluated.items()}
+    for where, dataset in named.items():
+        kind = check_labels(dataset, where, classes, getattr(config, "problem_type", None))
+        if kind is not None:
+            config.problem_type = kind
 
 
 def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any, label_smoother: Any) -> Tensor | None:

@@ -24,6 +24,7 @@ from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.prepare import collate
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.batch import leading, own_rows, rows_of, starts_at_borders
+from hf_ft.engine.checkpoint_folders import files_written_whole
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import (
     STAGE_RATES,
@@ -111,7 +112,8 @@ class FTTrainer(Trainer):
         super().__init__(model, args, *positional, **keywords)
         checks.check_accelerator(self.accelerator)
         if model is None:
-            checks.check_model(self.configs, args, self.model, self.train_dataset, self.lr_scheduler, source_dataset)
+            data = self.train_dataset, self.eval_dataset
+            checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset)
         # Both belong to the task loss: if set here, the Trainer would count items and scale the loss again.
         function, self.compute_loss_func = self.compute_loss_func, None
         self.model_accepts_loss_kwargs = False
@@ -369,11 +371,11 @@ class FTTrainer(Trainer):
         self._checkpoints.save(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            self._checkpoints.save_beside_weights(folder)
-            write_card(card_of(self, self._checkpoints.base_name, folder), folder)
+        folder = Path(output_dir or str(self.args.output_dir))
+        with files_written_whole(folder) as written:
+            super()._save(str(written), state_dict)
+            self._checkpoints.save_beside_weights(written)
+            write_card(card_of(self, self._checkpoints.base_name, folder), written)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Like ``Trainer``, plus the stream positions of each rank."""

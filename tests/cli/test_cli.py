@@ -212,7 +212,7 @@ def test_source_models_in_a_file(files, tmp_path):
     )
     assert main(["train", str(tmp_path / "run.yaml")]) == 0
     (config,) = load_configs(tmp_path / "out")
-    assert config.source_models == (str(files / "resnet"),) * 2 and config.frozen == (0, 3)
+    assert config.source_models == ("resnet", "resnet") and config.frozen == (0, 3)
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.inputs == [0, 0]
 
 
@@ -489,7 +489,7 @@ def test_train_help_teaches_and_hides(capsys, monkeypatch):
     assert main(["train", "--help-all"]) == 0
     long = capsys.readouterr().out
     assert "--strategy lp_ft" in short and "--NAME.option" in short and "(default: 16)" in words(short)
-    assert "--adam_beta1" in long and "--adam_beta1" not in short and len(short.splitlines()) < 90
+    assert "--adam_beta1" in long and "--adam_beta1" not in short and len(short.splitlines()) < 95
 
 
 def test_list_shows_every_strategy(capsys):

@@ -181,7 +181,7 @@ def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compar
 def test_results_come_back_from_json(compared):
     results, folder = compared[:2]
     assert Results.load(folder / "results.json") == results
-    assert results.data["class_counts"]["train"] == [8, 8, 8] and results.data["classes"] == list(NAMES)
+    assert results.data["class_counts"]["train"] == (8, 8, 8) and results.data["classes"] == tuple(NAMES)
 
 
 @pytest.mark.slow
@@ -359,7 +359,7 @@ def test_a_folder_with_another_comparison_is_refused(compared):
 def test_unequal_classes(counts, classes, tmp_path):
     data = splits(train=counts, validation=(3,) * classes, test=(4,) * classes)
     results = run(tmp_path, "linear_probe", data=data, model=load(classes), class_weights="balanced", **SHORT)
-    assert results.winner and results.data["class_counts"]["train"] == list(counts)
+    assert results.winner and results.data["class_counts"]["train"] == tuple(counts)
 
 
 @pytest.mark.slow
@@ -539,6 +539,33 @@ def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_failed_is_tried_again_on_request(tmp_path, monkeypatch):
+    """And only that; the results are those of a comparison in which nothing failed."""
+
+    def failing(entrant, values, *more, **keywords):
+        if entrant.name == "l2_sp":
+            raise RuntimeError("out of memory of the GPU")
+        return train(entrant, values, *more, **keywords)
+
+    monkeypatch.setattr("hf_ft.comparison.runner.train", failing)
+    failed = run(tmp_path / "again", "l2_sp", trials=2, **SHORT)
+    assert failed["l2_sp"].status == "failed"
+    monkeypatch.undo()
+    assert lasting(run(tmp_path / "again", "l2_sp", trials=2, **SHORT)) == lasting(failed)
+    calls = []
+    monkeypatch.setattr(
+        "hf_ft.comparison.runner.train",
+        lambda entrant, *more, **k: (calls.append(entrant.name), train(entrant, *more, **k))[1],
+    )
+    whole = lasting(run(tmp_path / "whole", "l2_sp", trials=2, **SHORT))
+    calls.clear()
+    assert lasting(run(tmp_path / "again", "l2_sp", trials=2, retry_failed=True, **SHORT)) == whole
+    assert calls.count("l2_sp") == 3 and set(calls) <= {"l2_sp", "full"}  # two trials, one run; full to warm up
+    calls.clear()
+    assert lasting(run(tmp_path / "again", "l2_sp", trials=2, retry_failed=True, **SHORT)) == whole and not calls
+
+
+@pytest.mark.slow
 def test_a_full_disk_decides_nothing(tmp_path, monkeypatch):
     """It stops the comparison; the same call goes on, and gives what an uninterrupted one gives."""
     calls = []
@@ -644,7 +671,8 @@ def test_a_process_that_dies_in_a_training_is_given_up():
     storage = open_storage(None)
     for _ in range(2):  # two workers that died in it
         claims = Claims(storage, open_study(storage, "s", None), as_json({"pruner": None}, ""), 10.0, [{}])
-        trial = claims.claim("a", {}, claims.read())
+        claims.read()
+        trial = claims.claim("a", {})
         claims.finish(trial, "FAIL", failure="worker died")
     done = run_trials(jobs, lambda job, report: 1.0, storage=storage, name="s", signature={}, deaths=2)
     assert list(done) == ["b"]

@@ -68,16 +68,98 @@ def test_what_tools_made_is_no_class_and_told_if_it_contains_images(tmp_path, ca
     (tmp_path / "cat" / "._0.png").write_bytes(b"")
     (tmp_path / ".DS_Store").write_bytes(b"x")
     assert classes(tmp_path)[1] == ["cat", "dog"]
-    assert f"{tmp_path}/cat/.ipynb_checkpoints was made by a tool and is no class: its 2 images" in caplog.text
-    assert f"{tmp_path}/__MACOSX was made" in caplog.text and ".git" not in caplog.text
+    assert f"2 images in {tmp_path}/cat/.ipynb_checkpoints, which a tool made" in caplog.text
+    assert f"1 images in {tmp_path}/__MACOSX, which" in caplog.text and ".git" not in caplog.text
+    assert "other files" not in caplog.text  # .DS_Store, and attributes of macOS
 
 
-def test_classes_of_split_folders_are_those_of_all_splits(tmp_path):
-    for split, name in (("train", "__a__"), ("train", "b"), ("val", "b"), ("test", "c")):
-        write(tmp_path / split / name)
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [
+        ("Training", None, "Testing"),
+        ("Train", "Valid", "Test"),
+        ("TRAIN", None, "TEST"),
+        ("train_set", "val_set", "test_set"),
+        ("training-images", "validation-images", "test-images"),
+        ("train2017", "val2017", None),
+        ("Training Data", "dev", "Test Data"),
+    ],
+)
+def test_split_folders_of_any_spelling(train, validation, test, tmp_path):
+    for split in filter(None, (train, validation, test)):
+        for name in ("cat", "dog"):
+            write(tmp_path / split / name, *(f"{split}-{number}.png" for number in range(5)))
     splits = load_splits(str(tmp_path))
-    assert {name: len(split) for name, split in splits.items()} == {"train": 8, "validation": 4, "test": 4}
-    assert splits["test"].features["label"].names == ["__a__", "b", "c"] and set(splits["test"]["label"][:]) == {2}
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+    for role, name in (("train", train), ("validation", validation or train), ("test", test)):
+        assert (role in splits) == bool(name)
+        assert not name or all(f"/{name}/" in path for path in paths({role: splits[role]}))
+
+
+@pytest.mark.parametrize("names", [("one", "two"), ("cat", "test"), ("photos", "Testing"), ("site0", "site1", "site2")])
+def test_folders_that_may_be_splits_are_refused(names, tmp_path):
+    for split in names:
+        for name in ("a", "b"):
+            write(tmp_path / split / name)
+    with pytest.raises(DataError, match=r"contain folders of images.*and train_split, which is '\.' if they are"):
+        load_splits(str(tmp_path))
+    one = load_splits(str(tmp_path), train_split=names[0], test_split=names[1])
+    assert len(paths({"": one["test"]})) == 8 and one["train"].features["label"].names == ["a", "b"]
+    whole = load_splits(str(tmp_path), train_split=".")
+    assert whole["train"].features["label"].names == sorted(names)
+
+
+def test_splits_without_classes_are_refused(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / split)
+    with pytest.raises(DataError, match="test, train are splits by name, but contain images in no class folders"):
+        load_splits(str(tmp_path))
+    assert classes_of_whole(tmp_path) == ["test", "train"]
+
+
+def classes_of_whole(folder):
+    return load_splits(str(folder), train_split=".")["train"].features["label"].names
+
+
+def test_a_training_split_that_is_not_there_is_refused(tmp_path):
+    for name in ("cat", "dog"):
+        write(tmp_path / name)
+    with pytest.raises(DataError, match="no split 'trian', only.*train"):
+        load_splits(str(tmp_path), train_split="trian")
+
+
+def test_two_training_splits_are_refused(tmp_path):
+    for split in ("Training", "TRAINING_data"):
+        for name in ("cat", "dog"):
+            write(tmp_path / split / name)
+    with pytest.raises(DataError, match="may each be the train split: set train_split"):
+        load_splits(str(tmp_path))
+
+
+def test_what_is_left_out_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_ft"), "propagate", True)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            write(tmp_path / split / name)
+    write(tmp_path / "train", "loose.png")
+    write(tmp_path / "extra", "0.png", "1.png")
+    for file in ("train/cat/0.heic", "train/dog/1.heic", "train/README.txt", "test/Thumbs.db"):
+        (tmp_path / file).write_bytes(b"x")
+    load_splits(str(tmp_path))
+    (told,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert (
+        "2 .heic files" in told
+        and "1 .txt files" in told
+        and f"1 images in no class folder of {tmp_path}/train" in told
+    )
+    assert f"2 images in {tmp_path}/extra, which is no split with class folders" in told and ".db" not in told
+
+
+@pytest.mark.parametrize("suffix", [".ppm", ".jfif", ".JPG", ".tga"])
+def test_images_of_other_suffixes_are_read(suffix, tmp_path):
+    for name in ("cat", "train", "test_1"):
+        write(tmp_path / name, *(f"{number}{suffix}" for number in range(3)))
+    assert classes(tmp_path) == ({"cat", "train", "test_1"}, ["cat", "test_1", "train"])
 
 
 def test_images_in_deeper_folders_and_behind_links(tmp_path, monkeypatch):
@@ -88,13 +170,13 @@ def test_images_in_deeper_folders_and_behind_links(tmp_path, monkeypatch):
     (tmp_path / "photos" / "cat" / "back").symlink_to(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     splits = load_splits("photos")
-    assert splits["train"].features["label"].names == ["black", "cat", "dog"]
+    assert splits["train"].features["label"].names == ["cat", "dog"]
     assert len(paths(splits)) == 12 and all(path.startswith(f"{tmp_path}/photos/") for path in paths(splits))
 
 
 def test_same_rows_as_those_of_datasets(tmp_path):
     for split in ("train", "test"):
-        for name in ("cat", "dog-a", "dog", "a/b"):
+        for name in ("cat", "dog-a", "dog", "a"):
             write(tmp_path / split / name, "x1.png", "x10.png", "x2.PNG", "x.bmp")
     patterns = {name: f"{name}/**" for name in ("test", "train")}
     theirs = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), data_files=patterns, drop_labels=False)

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from hf_ft.errors import OptionError
 from hf_ft.search import storage as storage_module
+from hf_ft.search import trials as trials_module
 from hf_ft.search.claims import Claims
 from hf_ft.search.storage import open_storage, open_study
 from hf_ft.search.trials import Halving, Job, JobError, run_trials
@@ -65,11 +66,18 @@ def finish(*processes):
         assert process.exitcode == 0
 
 
+def claim(claims, key, params):
+    """The trial of a worker that has just read the others', if it owns the job."""
+    claims.read()
+    return claims.claim(key, params)
+
+
 def add_by_hand(storage, job, number=1):
     """Trials of a worker that was killed as soon as it had claimed."""
     opened = open_storage(storage)
     claims = Claims(opened, open_study(opened, "study", None), WORKERS, 0.2, [job.params])
-    return [claims._add_trial(job.key, job.params, claims.read()) for _ in range(number)]
+    claims.read()
+    return [claims._add_trial(job.key, job.params) for _ in range(number)]
 
 
 @pytest.fixture(scope="session")
@@ -134,9 +142,9 @@ def test_lists_with_other_values_at_once(storage):
     opened = open_storage(storage)
     lists = [{"block": "a", "seed": 0}], [{"block": "b", "seed": 0}]
     one, two = (Claims(opened, open_study(opened, "study", None), WORKERS, 9.0, params) for params in lists)
-    seen = two.read()
-    assert one.claim("a", lists[0][0], one.read()) is not None
-    assert two.claim("b", lists[1][0], seen) is not None
+    two.read()
+    assert claim(one, "a", lists[0][0]) is not None
+    assert two.claim("b", lists[1][0]) is not None
     assert [t.user_attrs["job"] for t in trials_of(storage)] == ["a", "b"]
 
 
@@ -259,12 +267,12 @@ def test_the_lowest_trial_owns_the_job(storage):
     opened = open_storage(storage)
     job = jobs(1)[0]
     one, two = (Claims(opened, open_study(opened, "study", None), WORKERS, 9.0, [job.params]) for _ in range(2))
-    seen = two.read()
-    owned = one.claim(job.key, job.params, one.read())
+    two.read()
+    owned = claim(one, job.key, job.params)
     assert owned is not None
-    assert two.claim(job.key, job.params, seen) is None  # it read before the other claimed
+    assert two.claim(job.key, job.params) is None  # it read before the other claimed
     one.finish(owned, "FAIL")
-    again = two.claim(job.key, job.params, two.read())
+    again = claim(two, job.key, job.params)
     assert again is not None and not one.finish(owned, "COMPLETE", 1.0)
     assert two.finish(again, "COMPLETE", 2.0, seconds=0.0, info={})
 
@@ -305,7 +313,9 @@ def test_of_two_that_finish_a_trial_at_once_one_is_told_no(database):
     assert sorted(answers) == [False, True]
 
 
-def test_a_job_that_raises_in_other_workers_is_given_up_last(storage):
+def test_a_job_that_raises_in_other_workers_is_given_up_last(storage, monkeypatch):
+    monkeypatch.setattr(trials_module, "FRESH", 0.0)  # the job after which they are read again takes no time
+
     def others_raise(job, report):
         """While we do the other job, two workers fail at the first."""
         opened = open_storage(storage)
@@ -344,10 +354,10 @@ def test_of_two_signatures_at_once_the_first_claim_decides(storage):
     one, two = (
         Claims(opened, open_study(opened, "study", None), {"model": model}, 9.0, [job.params]) for model in "ab"
     )
-    seen = two.read()  # before there is any trial
-    assert one.claim(job.key, job.params, one.read()) is not None
+    two.read()  # before there is any trial
+    assert claim(one, job.key, job.params) is not None
     with pytest.raises(OptionError, match="model .'a' there, 'b' here"):
-        two.claim(job.key, job.params, seen)
+        two.claim(job.key, job.params)
     assert [t.state.name for t in trials_of(storage)] == ["RUNNING", "FAIL"]
 
 

@@ -171,7 +171,7 @@ def test_a_head_and_blocks_that_the_model_lacks(tmp_path):
 def test_labels_outside_the_head(tmp_path):
     data = tiny_data(tiny_vit(num_labels=5))
     refused(
-        r"label [34] lies outside \[0, 3\).*num_labels",
+        r"labels [34] of row \d+ lies outside \[0, 3\).*num_labels",
         FTTrainer,
         tiny_vit(),
         tiny_arguments(tmp_path),

@@ -1,5 +1,7 @@
 """A PEFT model is a valid model: strategies act on what it trains, and it is saved as PEFT saves it."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -45,6 +47,17 @@ def test_saved_adapter_is_peft_s_own(make, config, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
     assert (tmp_path / "saved" / "ft_config.json").is_file()
+
+
+def test_the_local_path_of_a_base_is_told_before_an_adapter_is_pushed(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_ft"), "propagate", True)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: type("Repo", (), {"repo_id": "me/x"})())
+    monkeypatch.setattr("transformers.trainer.create_repo", lambda *_, **__: None, raising=False)
+    tiny_vit().save_pretrained(tmp_path / "base")
+    model = get_peft_model(type(tiny_vit()).from_pretrained(tmp_path / "base"), VIT)
+    trainer = make_trainer(model, "full", tmp_path / "run", push_to_hub=True, hub_model_id="me/x", hub_token="x")
+    trainer.save_model(_internal_call=True)
+    assert f"by its local path, '{tmp_path / 'base'}'" in caplog.text
 
 
 @pytest.mark.parametrize(("make", "config"), [(tiny_vit, VIT), (tiny_resnet, RESNET)])

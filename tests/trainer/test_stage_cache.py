@@ -123,16 +123,16 @@ def counted_run(folder, use="auto", jitter=0.0, model=None, **arguments):
 @pytest.mark.slow
 def test_inputs_are_read_once(tmp_path):
     train, evaluate = counted_run(tmp_path)
-    # Once for the record; up to three times more for what is read to see whether it stays the same, and to probe.
-    assert sorted(train.reads)[20] == 1 and max(train.reads) <= 6
-    assert evaluate.reads == [1] * 12
+    # Once for the record; a few are read more often: to check labels, to see whether they stay the same, and to probe.
+    assert sorted(train.reads)[20] == 1 and max(train.reads) <= 7
+    assert sorted(evaluate.reads) == [1] * 8 + [2] * 4
 
 
 @pytest.mark.slow
 def test_samples_that_differ_each_time_are_never_recorded(tmp_path):
     train, evaluate = counted_run(tmp_path, jitter=0.1)
     assert min(train.reads) >= 2, "read from a record"
-    assert evaluate.reads == [6] * 12
+    assert sorted(evaluate.reads) == [6] * 8 + [7] * 4
     train, _ = counted_run(tmp_path, "always", jitter=0.1)
     assert min(train.reads) == 1, "the option overrides"
     train, _ = counted_run(tmp_path, "never")
@@ -161,7 +161,7 @@ def test_rows_are_drawn_without_order_or_repetition():
 
 def test_a_stage_of_one_epoch_records_nothing(tmp_path):
     train, _ = counted_run(tmp_path, max_steps=5)
-    assert train.reads == [1] * 40
+    assert sorted(train.reads) == [1] * 36 + [2] * 4
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5])

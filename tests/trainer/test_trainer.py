@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -256,15 +257,17 @@ def test_push_to_hub_uploads_a_plain_checkpoint(tmp_path, monkeypatch):
     uploads = {}
 
     def upload(self, *, repo_id, folder_path, **kwargs):
-        uploads[repo_id] = sorted(p.name for p in __import__("pathlib").Path(folder_path).iterdir() if p.is_file())
+        uploads[repo_id] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
 
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     made = type("Made", (), {"repo_id": "me/tiny"})()
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *a, **k: made)
     monkeypatch.setattr("transformers.trainer.upload_folder", lambda **k: upload(None, **k), raising=False)
     monkeypatch.setattr("transformers.trainer.create_repo", lambda *a, **k: made, raising=False)
-    trainer = train(tiny_resnet(), "l2_sp", tmp_path, hub_model_id="me/tiny", hub_token="x")
+    trainer = train(tiny_resnet(), "l2_sp", tmp_path, hub_model_id="me/tiny", hub_token="hf_planted1234")
     trainer.push_to_hub()
+    secrets = b"hf_planted1234", str(tmp_path).encode()
+    assert not [name for name, content in uploads["me/tiny"].items() if any(secret in content for secret in secrets)]
     assert {"README.md", "config.json", "ft_config.json", "ft_state.safetensors", "model.safetensors"} <= set(
         uploads["me/tiny"]
     )

