@@ -72,13 +72,6 @@ def _split_folders(folder: Path, train_split: str) -> dict[str, Path]:
         named = train_split in holding and train_split != "train"
         return {name: child for name, child in holding.items() if named or role_of(name)}
     _refuse_ambiguous(folder, holding)
-    classes = [child.name for child in _subfolders(folder) if any(map(is_image, files(child)))]
-    if classes and all(map(role_of, classes)):
-        raise DataError(
-            f"{str(folder)!r}: {', '.join(classes)} look like splits, but contain no folders of classes. Sort their "
-            f"images into a folder per class; or, if these are the classes, set train_split to {WHOLE!r}.",
-            arguments=("train_split",),
-        )
     return {"train": folder}
 
 

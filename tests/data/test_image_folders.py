@@ -112,7 +112,7 @@ def test_folders_that_may_be_splits_are_refused(names, tmp_path):
 def test_splits_without_classes_are_refused(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / split)
-    with pytest.raises(DataError, match="test, train look like splits, but contain no folders of classes"):
+    with pytest.raises(DataError, match="test, train are splits by name, but contain images in no class folders"):
         load_splits(str(tmp_path))
     assert classes_of_whole(tmp_path) == ["test", "train"]
 
