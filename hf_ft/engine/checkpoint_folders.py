@@ -29,7 +29,8 @@ FILE_LIST = "ft_files.json"
 INCOMPLETE = "incomplete-"
 _ARCHIVES = (".pt", ".pth")  # as written by torch.save
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-_WRITER = re.compile(rf"^{INCOMPLETE}(\d+)-")
+# As named by `incomplete`; earlier versions left out the process.
+_WRITER = re.compile(rf"^{INCOMPLETE}(?:(\d+)-)?(?:old-)?(?:checkpoint-\d+|files)$")
 
 
 def seal(folder: Path) -> None:
@@ -144,11 +145,12 @@ def last_checkpoint(output_dir: str | Path) -> Path:
 
 
 def remove_incomplete(output_dir: str | Path) -> None:
-    """Delete partially written checkpoints, except those of other living processes."""
+    """Delete partially written checkpoints, except those of other living processes, and nothing of other names."""
     for folder in Path(output_dir).glob(f"{INCOMPLETE}*"):
-        writer = int(match[1]) if (match := _WRITER.match(folder.name)) else os.getpid()
-        if writer == os.getpid() or not psutil.pid_exists(writer):
-            shutil.rmtree(folder, ignore_errors=True)
+        if match := _WRITER.match(folder.name):
+            writer = os.getpid() if match[1] is None else int(match[1])
+            if writer == os.getpid() or not psutil.pid_exists(writer):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def incomplete(final: Path, process: int) -> Path:

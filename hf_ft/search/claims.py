@@ -73,6 +73,8 @@ class Claims:
         """
         with readable_study(self.study.study_name):
             trials = self.study.get_trials(deepcopy=False)
+            if trials and trials[-1].number + 1 != len(trials):
+                raise ValueError("a trial is missing")
             for trial in self.record.news(trials):
                 _check(trial)
         if trials:  # The signature is on the first trial, so it can be neither missing nor set twice.

@@ -125,11 +125,17 @@ class Checkpoints:
         self._written.add(final.name)
         if args.push_to_hub and args.hub_strategy != HubStrategy.END:
             self._push(final)
-        if args.should_save:
+        self.rotate(run_dir)
+
+    def rotate(self, run_dir: Path) -> None:
+        """Delete the oldest checkpoints beyond ``save_total_limit``."""
+        args, best = self._trainer.args, self._trainer.state.best_global_step
+        if args.should_save and args.save_strategy != "no":
+            best_folder = run_dir / f"checkpoint-{best}"
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=args.save_total_limit,
-                best_model_checkpoint=state.best_model_checkpoint,
+                best_model_checkpoint=str(best_folder) if best and best_folder.exists() else None,
             )
 
     def _store_callback_states(self) -> None:

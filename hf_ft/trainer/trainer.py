@@ -174,7 +174,9 @@ class FTTrainer(Trainer):
         self._attempt = Attempt.begin(self, run.objective(self.task_loss), self._attempt)
         self._attempt.streams.begin(batch_size or self._train_batch_size, self._resuming)
         checks.check_last_batch(self, self._attempt.objective)
-        return super()._inner_training_loop(batch_size, *args, **kwargs)
+        output = super()._inner_training_loop(batch_size, *args, **kwargs)
+        self._checkpoints.rotate(Path(self._get_output_dir(kwargs.get("trial"))))  # an earlier process may not have
+        return output
 
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
         """Like ``Trainer``, but train nothing if the checkpoint is that of the last step.

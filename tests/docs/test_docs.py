@@ -223,3 +223,9 @@ def test_navigation_has_every_page():
 def test_pages_speak_of_the_package_only(page):
     found = FOREIGN.search((ROOT / page).read_text())
     assert not found, found and found[0]
+
+
+def test_the_tests_of_promises_are_there():
+    found = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(found) > 20
+    assert not [(file, name) for file, name in found if f"def {name}(" not in (ROOT / file).read_text()]

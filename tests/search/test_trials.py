@@ -500,6 +500,7 @@ DAMAGE = {
     "info": "UPDATE trial_user_attributes SET value_json = '3' WHERE key = 'info'",
     "signature": "UPDATE trial_system_attributes SET value_json = '3' WHERE key = 'hf_ft:signature'",
     "value": "DELETE FROM trial_values",
+    "trial": "DELETE FROM trials WHERE number = 0",
     "state": "UPDATE trials SET state = 'x'",
     "json": "UPDATE trial_user_attributes SET value_json = '{'",
 }

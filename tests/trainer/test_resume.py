@@ -275,3 +275,12 @@ def test_no_code_in_a_checkpoint_is_executed(name, tmp_path):
     with contextlib.suppress(CheckpointError):
         train(tiny_resnet(), STRATEGY, tmp_path, resume=True, **SAVING)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_had_to_rotate_is_deleted(tmp_path):
+    """Killed between the last checkpoint and the deletion of the oldest."""
+    train(tiny_resnet(), "full", tmp_path, **SAVING)
+    assert len(checkpoints(tmp_path)) == 4
+    train(tiny_resnet(), "full", tmp_path, resume=True, save_total_limit=2, **SAVING)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-8"]

@@ -85,8 +85,11 @@ def test_only_what_no_living_process_writes_is_deleted(tmp_path):
     names = [f"incomplete-{pid}-checkpoint-1" for pid in (dead.pid, os.getpid(), os.getppid())]
     for name in [*names, "incomplete-checkpoint-1"]:  # the last by an earlier version
         (tmp_path / name).mkdir()
+    for name in ("incomplete-drawings", f"incomplete-{dead.pid}-notes"):  # of a user
+        (tmp_path / name).mkdir()
     with held(tmp_path):
-        assert [path.name for path in tmp_path.glob("incomplete-*")] == names[-1:]
+        left = {path.name for path in tmp_path.glob("incomplete-*")}
+        assert left == {names[-1], "incomplete-drawings", f"incomplete-{dead.pid}-notes"}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Damaged files of a pretrained model: one type of error for each kind of file, which names it."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -100,3 +101,15 @@ def test_a_damaged_config_is_refused_or_read(model, name):
 def test_a_model_that_is_nowhere():
     with pytest.raises(OptionError, match="cannot read the model './nowhere'.*It may be a Hub id"):
         load_model("./nowhere")
+
+
+def test_no_code_of_a_model_is_executed(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (model / "code.py").write_text("open('executed', 'w')\n")
+    content = json.loads((model / "config.json").read_text())
+    maps = {"AutoConfig": "code.Config", "AutoModelForImageClassification": "code.Model"}
+    for changed in ({"auto_map": maps}, {"auto_map": maps, "model_type": "of nobody"}):
+        (model / "config.json").write_text(json.dumps(content | changed))
+        with contextlib.suppress(OptionError):
+            load_model(str(model))
+    assert not (tmp_path / "executed").exists()
