@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from hf_ft.core.context import State
 from hf_ft.engine.checkpoint import read_states, write_states
+from hf_ft.engine.checkpoint_folders import files_written_whole
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.records import read_json
 
@@ -88,14 +89,8 @@ class Kept:
 
     def keep_states(self, name: str, states: Mapping[str, State]) -> None:
         """Save the measurements atomically."""
-        folder = self.own / "states" / name
-        partial = self.work(f"{name}-states")
-        partial.mkdir(parents=True, exist_ok=True)
-        write_states(partial, states)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in partial.iterdir():
-            os.replace(file, folder / file.name)
-        partial.rmdir()
+        with files_written_whole(self.own / "states" / name) as written:
+            write_states(written, states)
 
     def keep_best(self, name: str, seed: int, score: float) -> None:
         """Keep only the best saved model of a contender; the lowest seed wins ties."""
