@@ -18,12 +18,6 @@ from hf_ft.data.prepare import collate, image_transform, prepare
 from hf_ft.models.ensemble.processor import combined
 
 
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(scope="module")
 def processor():
     return MobileNetV2ImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)

@@ -1,16 +1,9 @@
 """Types of columns come from all fields of a file, whatever their order."""
 
-import datasets
 import pytest
 
 from hf_ft.data.field_types import FieldTypes
 from hf_ft.data.files import read_files
-
-
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,6 @@ from hf_ft.data.load import load_splits
 from hf_ft.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
 def write(folder, *names):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names or ("0.png", "1.png", "2.png", "3.png"):

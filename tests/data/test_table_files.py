@@ -11,12 +11,6 @@ from hf_ft.data.images import check_images
 from hf_ft.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
 def write(file, text="film", header="text,label", separator=",", labels=("a", "b"), encoding="utf-8"):
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [header, *(f"{text} {number},{labels[number % len(labels)]}" for number in range(10))]

@@ -8,12 +8,6 @@ from hf_ft.data.columns import find_columns
 from hf_ft.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(params=["file", "folder"])
 def written(request, tmp_path):
     """Write a table, alone or as the training split in a folder of tables."""

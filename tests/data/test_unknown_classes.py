@@ -10,12 +10,6 @@ from hf_ft.data.columns import find_columns
 from hf_ft.errors import DataError
 
 
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def photos(tmp_path):
     for split, names in (("train", ("cat", "dog")), ("val", ("cat", "dog", "eel")), ("test", ("ant", "cat", "dog"))):
