@@ -11,13 +11,13 @@ from pathlib import Path
 _NAME = re.compile(r"([0-9a-f]{12})-(\d+)-(\d+)")
 
 
-def process_name() -> str | None:
+def process_name() -> str:
     """A name of this process that no other has or will have: where it runs, its number, and when it started.
 
-    None where that cannot be determined, as on systems other than Linux.
+    Its number alone where the rest cannot be determined, as on systems other than Linux.
     """
     place, started = _place(), _start(os.getpid())
-    return f"{place}-{os.getpid()}-{started}" if place and started else None
+    return f"{place}-{os.getpid()}-{started}" if place and started else str(os.getpid())
 
 
 def is_gone(name: str) -> bool:

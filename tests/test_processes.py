@@ -40,4 +40,4 @@ def test_what_says_nothing_here(monkeypatch):
     for name in ("", "None", str(2**22 + 1), elsewhere, f"{number}-{started}", "x-1-2"):
         assert not is_gone(name)
     monkeypatch.setattr(processes, "_start", lambda number: None)  # of another user, where /proc hides it
-    assert not is_gone(f"{processes._place()}-1-5") and process_name() is None
+    assert not is_gone(f"{processes._place()}-1-5") and process_name() == number

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from hf_ft.core.context import State
 from hf_ft.engine.checkpoint import read_states, write_states
 from hf_ft.engine.checkpoint_folders import files_written_whole
 from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.processes import process_name
 from hf_ft.records import read_json
 
 STORAGE = "compare.db"
@@ -69,7 +69,7 @@ class Kept:
 
     def work(self, name: str) -> Path:
         """The working folder of one training in this process."""
-        return self.own / "work" / f"{name}-{os.getpid()}"
+        return self.own / "work" / f"{name}-{process_name()}"
 
     def model(self, name: str, seed: int) -> Path:
         """The folder of a contender's final run, named like the winner's, since model cards show the name."""

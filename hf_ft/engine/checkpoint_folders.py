@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.utils import logging
@@ -21,6 +20,7 @@ from hf_ft.core.config_files import read_config_file
 from hf_ft.engine.checkpoint import read_states
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.weight_files import has_whole_weights
+from hf_ft.processes import is_gone, process_name
 
 logger = logging.get_logger(__name__)
 TRAINER_STATE = "trainer_state.json"
@@ -29,8 +29,8 @@ FILE_LIST = "ft_files.json"
 INCOMPLETE = "incomplete-"
 _ARCHIVES = (".pt", ".pth")  # as written by torch.save
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-# As named by `incomplete`; earlier versions left out the process.
-_WRITER = re.compile(rf"^{INCOMPLETE}(?:(\d+)-)?(?:old-)?(?:checkpoint-\d+|files)$")
+# As named by `incomplete`.
+_WRITER = re.compile(rf"^{INCOMPLETE}((?:[0-9a-f]{{12}}-\d+-)?\d+)-(?:old-.+|checkpoint-\d+|files)$")
 
 
 def seal(folder: Path) -> None:
@@ -145,25 +145,23 @@ def last_checkpoint(output_dir: str | Path) -> Path:
 
 
 def remove_incomplete(output_dir: str | Path) -> None:
-    """Delete partially written checkpoints, except those of other living processes, and nothing of other names."""
+    """Delete what this process or one that is gone wrote only in part, and nothing of other names."""
     for folder in Path(output_dir).glob(f"{INCOMPLETE}*"):
-        if match := _WRITER.match(folder.name):
-            writer = os.getpid() if match[1] is None else int(match[1])
-            if writer == os.getpid() or not psutil.pid_exists(writer):
-                shutil.rmtree(folder, ignore_errors=True)
+        if (match := _WRITER.match(folder.name)) and (match[1] == process_name() or is_gone(match[1])):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def incomplete(final: Path, process: int) -> Path:
-    """The folder in which a process writes what becomes ``final``."""
-    return final.with_name(f"{INCOMPLETE}{process}-{final.name}")
+def incomplete(final: Path, process: str | None = None) -> Path:
+    """The folder in which a process, by default this one, writes what becomes ``final``."""
+    return final.with_name(f"{INCOMPLETE}{process or process_name()}-{final.name}")
 
 
 @contextmanager
 def files_written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files are moved to ``folder`` once all are written; if that fails, nothing is left."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = incomplete(folder / "files", os.getpid())
-    shutil.rmtree(written, ignore_errors=True)
+    remove_incomplete(folder)
+    written = incomplete(folder / "files")
     written.mkdir()
     try:
         yield written
@@ -180,7 +178,7 @@ def files_written_whole(folder: Path) -> Iterator[Path]:
 def move_into_place(written: Path, final: Path) -> None:
     """Rename a completely written folder to its final name; an existing one is only removed once replaced."""
     if final.exists():
-        old = incomplete(final.with_name(f"old-{final.name}"), os.getpid())
+        old = incomplete(final.with_name(f"old-{final.name}"))
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         written.rename(final)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,19 +29,20 @@ from hf_ft.engine import checkpoint_folders as folders
 from hf_ft.errors import CheckpointError, Error, OptionError
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.weight_files import member_folder
+from hf_ft.processes import process_name
 from hf_ft.trainer.protocols import ForCheckpoints
 
 logger = logging.get_logger(__name__)
 
 
 @contextmanager
-def written_whole(final: Path, writer: int, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
+def written_whole(final: Path, writer: str, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
     """A temporary folder that is renamed to ``final`` once every process has written its part.
 
     If a process is killed before that, nothing is left that a resume could mistake for a checkpoint.
 
     Args:
-        writer: process id in the temporary name; the same for all processes of the run.
+        writer: the process in the temporary name; the same for all processes of the run.
         writes: whether this process creates and renames the folder; exactly one process does.
         wait: waits for all processes.
     """
@@ -91,7 +91,7 @@ class Checkpoints:
     Attributes:
         base_name: Hub id or folder of the base model.
         base: hash of each tensor at the start of training; empty before.
-        writer: process id of the run's first rank.
+        writer: name of the process of the run's first rank.
     """
 
     def __init__(self, trainer: ForCheckpoints) -> None:
@@ -99,7 +99,7 @@ class Checkpoints:
         self._written: set[str] = set()
         self.base_name = _base_name(trainer.model)
         self.base: dict[str, str] = {}
-        self.writer = os.getpid()
+        self.writer = process_name()
 
     # --- saving --------------------------------------------------------------------------------------------
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from hf_ft.engine.checkpoint_folders import remove_incomplete
 from hf_ft.errors import OptionError
+from hf_ft.processes import process_name
 
 LOCK = "_training.lock"  # the Trainer pushes no file whose name starts with an underscore
 
 
 @contextmanager
-def alone_in(folder: Path, saves: bool, accelerator: Accelerator) -> Iterator[int]:
+def alone_in(folder: Path, saves: bool, accelerator: Accelerator) -> Iterator[str]:
     """Hold a folder for one training, on all its ranks, and delete what killed processes left incomplete there.
 
     The lock ends with the process, however that ends.
@@ -27,22 +28,21 @@ def alone_in(folder: Path, saves: bool, accelerator: Accelerator) -> Iterator[in
         saves: whether this rank writes checkpoints; only such ranks take the lock.
 
     Yields:
-        The process id of the first rank.
+        The name of the first rank's process.
 
     Raises:
         OptionError: on every rank, if another training holds the folder.
     """
     lock = FileLock(folder / LOCK)
-    process = os.getpid() if not saves or _taken(lock, folder) else 0
+    free = not saves or _taken(lock, folder)
     try:
-        processes = accelerator.gather(torch.tensor([process], device=accelerator.device)).tolist()
-        if 0 in processes:
+        if not accelerator.gather(torch.tensor([free], device=accelerator.device)).all():
             raise OptionError(
                 f"output_dir={str(folder)!r} is in use by another training: wait until it ends, or choose another one."
             )
         if saves:
             remove_incomplete(folder)
-        yield processes[0]
+        yield broadcast_object_list([process_name()])[0]
     finally:
         if lock.is_locked:
             with suppress(PermissionError):  # on Windows, where releasing deletes it

@@ -8,7 +8,15 @@ import zipfile
 import pytest
 
 from hf_ft import CheckpointError
-from hf_ft.engine.checkpoint_folders import check_complete, is_complete, last_checkpoint, move_into_place, seal
+from hf_ft.engine.checkpoint_folders import (
+    check_complete,
+    files_written_whole,
+    is_complete,
+    last_checkpoint,
+    move_into_place,
+    seal,
+)
+from hf_ft.processes import process_name
 from hf_ft.testing import tiny_resnet, train
 
 
@@ -99,6 +107,14 @@ def test_the_random_state_of_each_rank_is_needed(checkpoint):
     (checkpoint / "rng_state_1.pth").unlink()
     with pytest.raises(CheckpointError, match="rng_state_1.pth is missing"):
         check_complete(checkpoint)
+
+
+def test_what_a_killed_process_was_writing_is_deleted_by_the_next(tmp_path):
+    place, _, started = process_name().split("-")
+    (tmp_path / f"incomplete-{place}-{2**22 + 1}-{started}-files").mkdir()
+    with files_written_whole(tmp_path) as written:
+        (written / "model.safetensors").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_all_is_on_the_disk_before_the_name(tmp_path, monkeypatch):

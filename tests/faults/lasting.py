@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 PASSING = re.compile(r"seconds|runtime|per_second|compute|memory|warnings|worker|started|finished|total_flos")
 FOREIGN = ("notes.txt", "checkpoint-notes/keep.txt")  # what a user put into the folder
@@ -19,7 +20,7 @@ def lasting(folder: Path) -> dict[str, Any]:
     """The content of all files in a folder, by name; of files that hold times, only that they are there."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     names = {file.relative_to(folder).as_posix(): file for file in files}
-    return {name: _content(file) for name, file in names.items() if name not in FOREIGN}
+    return {name: _content_or_reason(file) for name, file in names.items() if name not in FOREIGN}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -41,6 +42,13 @@ def _where(one: Any, other: Any) -> str:
         index = next(index for index, item in enumerate(one) if item != other[index])
         return f"[{index}]" + _where(one[index], other[index])
     return f": {str(one)[:60]} became {str(other)[:60]}"
+
+
+def _content_or_reason(file: Path) -> Any:
+    try:
+        return _content(file)
+    except (SafetensorError, ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        return f"unreadable: {error}"
 
 
 def _content(file: Path) -> Any:

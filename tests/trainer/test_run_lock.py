@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from hf_ft import OptionError
 from hf_ft.engine.checkpoint_folders import checkpoints
+from hf_ft.processes import process_name
 from hf_ft.testing import tiny_resnet, train
 from hf_ft.testing.training import make_trainer
 from hf_ft.trainer.run_lock import LOCK, alone_in
@@ -82,14 +83,17 @@ def test_a_killed_process_holds_nothing(tmp_path):
 def test_only_what_no_living_process_writes_is_deleted(tmp_path):
     with subprocess.Popen(["true"]) as dead:
         dead.wait()
-    names = [f"incomplete-{pid}-checkpoint-1" for pid in (dead.pid, os.getpid(), os.getppid())]
-    for name in [*names, "incomplete-checkpoint-1"]:  # the last by an earlier version
-        (tmp_path / name).mkdir()
-    for name in ("incomplete-drawings", f"incomplete-{dead.pid}-notes"):  # of a user
+    machine, number, started = process_name().split("-")
+    gone, earlier = f"{machine}-{dead.pid}-{started}", f"{machine}-{number}-1"
+    started_at = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    names = [f"incomplete-{process}-checkpoint-1" for process in (gone, process_name(), earlier)]
+    living = f"incomplete-{machine}-{os.getppid()}-{started_at}-checkpoint-1"
+    elsewhere = f"incomplete-{'0' * 12}-{dead.pid}-{started}-checkpoint-1"
+    of_a_user = {"incomplete-drawings", f"incomplete-{gone}-notes", f"incomplete-{dead.pid}"}
+    for name in [*names, f"incomplete-{gone}-files", f"incomplete-{gone}-old-member_0", living, elsewhere, *of_a_user]:
         (tmp_path / name).mkdir()
     with held(tmp_path):
-        left = {path.name for path in tmp_path.glob("incomplete-*")}
-        assert left == {names[-1], "incomplete-drawings", f"incomplete-{dead.pid}-notes"}
+        assert {path.name for path in tmp_path.glob("incomplete-*")} == {living, elsewhere, *of_a_user}
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def _write(file: Path, text: str) -> None:
 def _replace(file: Path, write: Callable[[Path], None]) -> None:
     """Write to a temporary file, then move it into place."""
     _remove_stale(file)
-    temporary = file.with_name(f".{file.name}.{process_name() or os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{process_name()}")
     try:
         write(temporary)
         os.replace(temporary, file)
