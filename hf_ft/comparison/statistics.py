@@ -5,21 +5,19 @@ Everything is computed from :class:`~hf_ft.comparison.results.Results` alone.
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from hf_ft.comparison.results import Contender, Results, Training
+from hf_ft.comparison.uncertainty import Uncertainty, from_predictions, from_seeds
 from hf_ft.core.config import BASELINE
 from hf_ft.documents.text import SAME
 
 SPLITS = ("validation", "test", "ood")
-RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,14 @@ class Difference:
 
     Attributes:
         by_seed: score minus that of full fine-tuning, for at least one seed. For errors, negative is better.
-        interval: percentile bootstrap interval of the mean, 95 %; None with one seed.
+        uncertainty: of the mean; None if unknown.
         wins: number of seeds with a better score.
         ties: number of seeds with an equal score.
         losses: number of seeds with a worse score.
     """
 
     by_seed: Mapping[int, float]
-    interval: tuple[float, float] | None
+    uncertainty: Uncertainty | None
     wins: int
     ties: int
     losses: int
@@ -67,6 +65,12 @@ class Difference:
     @property
     def mean(self) -> float:
         return statistics.fmean(self.by_seed.values())
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Interval of the mean, 95 %; None with one seed, which does not show the part of chance in training."""
+        several = self.uncertainty is not None and len(self.by_seed) > 1
+        return self.uncertainty.interval(self.mean) if self.uncertainty is not None and several else None
 
     @property
     def excludes_zero(self) -> bool:
@@ -117,11 +121,13 @@ def spread(scores: Mapping[int, float | None]) -> Spread | None:
     return Spread(finite) if finite else None
 
 
-def paired_difference(ours: Spread, baseline: Spread, greater_is_better: bool = True) -> Difference | None:
+def paired_difference(
+    ours: Spread, baseline: Spread, greater_is_better: bool = True, uncertainty: Uncertainty | None = None
+) -> Difference | None:
     """Differences over common seeds; None if there are none.
 
-    The interval comes from :func:`scipy.stats.bootstrap` with a fixed seed, so equal scores give equal intervals.
-    With three seeds or fewer it extends from the smallest to the largest difference.
+    Args:
+        uncertainty: of the mean, if it is known from predictions; otherwise it is that of the seeds alone.
     """
     seeds = [seed for seed in ours.by_seed if seed in baseline.by_seed]
     if not seeds:
@@ -130,24 +136,7 @@ def paired_difference(ours: Spread, baseline: Spread, greater_is_better: bool = 
     values = [0.0 if abs(value) < SAME else value for value in differences.values()]
     gains = values if greater_is_better else [-value for value in values]
     signs = [sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains), sum(gain < 0 for gain in gains)]
-    return Difference(dict(zip(seeds, values, strict=True)), _interval(tuple(values)), *signs)
-
-
-@functools.lru_cache(maxsize=10_000)  # the report, the card and the command each ask for all of them
-def _interval(values: tuple[float, ...]) -> tuple[float, float] | None:
-    if len(values) < 2:
-        return None
-    if max(values) - min(values) < SAME:  # all differences are equal: nothing to resample
-        return values[0], values[0]
-    result = bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=0.95,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return Difference(dict(zip(seeds, values, strict=True)), uncertainty or from_seeds(values), *signs)
 
 
 def standard_error(metric: str, predictions: Sequence[int], labels: Sequence[int]) -> float | None:
@@ -185,7 +174,7 @@ def standings(results: Results) -> tuple[Standing, ...]:
     The ranking uses validation scores because they chose the winner; test scores are only reported. Ties are broken by
     the score over the later half of the epochs, then by order.
     """
-    baseline = next((_spreads(results, c) for c in results.contenders if c.name == BASELINE), {})
+    baseline = next((contender for contender in results.contenders if contender.name == BASELINE), None)
     everyone = [_standing(results, contender, baseline) for contender in results.contenders]
     sign = -1 if results.greater_is_better else 1
     finished = sorted(
@@ -260,9 +249,9 @@ def _score(run: Training, split: str, metric: str) -> float | None:
     return run.validation if split == "validation" else run.scores.get(split, {}).get(metric)
 
 
-def _standing(results: Results, contender: Contender, baseline: Mapping[str, Spread]) -> Standing:
+def _standing(results: Results, contender: Contender, baseline: Contender | None) -> Standing:
     spreads, runs = _spreads(results, contender), contender.finished_runs
-    differences = {} if contender.name == BASELINE else _differences(spreads, baseline, results.greater_is_better)
+    differences = {} if baseline in (contender, None) else _differences(results, contender, baseline)
     sizes = [run.checkpoint_mb for run in runs if run.checkpoint_mb is not None]
     return Standing(
         contender=contender,
@@ -278,15 +267,28 @@ def _standing(results: Results, contender: Contender, baseline: Mapping[str, Spr
     )
 
 
-def _differences(
-    spreads: Mapping[str, Spread], baseline: Mapping[str, Spread], greater_is_better: bool
-) -> dict[str, Difference]:
+def _differences(results: Results, ours: Contender, baseline: Contender) -> dict[str, Difference]:
+    spreads, theirs = _spreads(results, ours), _spreads(results, baseline)
     pairs = {
-        split: paired_difference(ours, baseline[split], greater_is_better)
-        for split, ours in spreads.items()
-        if split in baseline
+        split: paired_difference(
+            spreads[split], theirs[split], results.greater_is_better, _uncertainty(results, ours, baseline, split)
+        )
+        for split in spreads
+        if split in theirs
     }
     return {split: difference for split, difference in pairs.items() if difference is not None}
+
+
+def _uncertainty(results: Results, ours: Contender, baseline: Contender, split: str) -> Uncertainty | None:
+    """The uncertainty of the mean difference over common seeds, if the predictions were kept."""
+    labels = results.labels.get(split, ())
+    predicted, others = (
+        {run.seed: run.predictions.get(split, ()) for run in one.finished_runs} for one in (ours, baseline)
+    )
+    seeds = [seed for seed in predicted if seed in others]
+    if not labels or not seeds:
+        return None
+    return from_predictions(results.metric, [predicted[s] for s in seeds], [others[s] for s in seeds], labels)
 
 
 def _standard_errors(results: Results, runs: Sequence[Training]) -> dict[str, float]:

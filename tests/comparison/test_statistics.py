@@ -1,16 +1,13 @@
 """The figures of a comparison: against hand-worked numbers, enumeration, brute force and scikit-learn."""
 
 import dataclasses
-import itertools
 import math
 import statistics
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
 from sklearn.metrics import confusion_matrix, recall_score
 
-from hf_ft.comparison import statistics as statistics_module
 from hf_ft.comparison.report.build import document
 from hf_ft.comparison.report.sections.confusion import confusion, saved_run
 from hf_ft.comparison.results import Contender, Results, Training
@@ -24,6 +21,7 @@ from hf_ft.comparison.statistics import (
     standings,
     winner,
 )
+from hf_ft.comparison.uncertainty import from_predictions, from_seeds
 from hf_ft.documents.markdown import markdown
 from hf_ft.errors import CheckpointError
 from tests.comparison.report import made_up_results
@@ -80,27 +78,6 @@ def test_scores_that_differ_by_rounding_tie():
     found = paired_difference(Spread({0: 0.1 + 0.2, 1: 0.5}), Spread({0: 0.3, 1: 0.5}))
     assert (found.wins, found.ties, found.losses) == (0, 2, 0)
     assert found.interval == (0.0, 0.0) and not found.excludes_zero
-
-
-@pytest.mark.parametrize("differences", [(0.01, 0.05, -0.02, 0.03), (0.02, 0.01, 0.04, 0.03, 0.05), (0.1, 0.2, -0.1)])
-def test_interval_is_that_of_all_resamples(differences):
-    """The bootstrap's distribution is known exactly: all n^n ways to draw n of n."""
-    n = len(differences)
-    means = np.sort([np.mean(draw) for draw in itertools.product(differences, repeat=n)])
-    expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
-    full = Spread(dict.fromkeys(range(n), 0.5))
-    found = paired_difference(Spread({seed: 0.5 + d for seed, d in enumerate(differences)}), full)
-    width = max(differences) - min(differences)
-    assert found.interval == pytest.approx(tuple(expected), abs=0.03 * width)  # of 9,999 draws instead
-    again = paired_difference(Spread({seed: 0.5 + d for seed, d in enumerate(differences)}), full)
-    assert again.interval == found.interval
-
-
-def test_interval_of_three_seeds_is_their_range():
-    found = paired_difference(Spread({0: 0.6, 1: 0.55, 2: 0.7}), Spread(dict.fromkeys(range(3), 0.5)))
-    assert found.interval == pytest.approx((0.05, 0.2)) and found.excludes_zero
-    both = paired_difference(Spread({0: 0.6, 1: 0.45, 2: 0.7}), Spread(dict.fromkeys(range(3), 0.5)))
-    assert both.interval == pytest.approx((-0.05, 0.2)) and not both.excludes_zero
 
 
 def test_interval_of_one_seed_and_of_equal_differences():
@@ -255,22 +232,18 @@ def test_the_made_up_comparison_has_its_scores():
     assert sum(s.rank is not None for s in found.values()) == len(made_up_results.FINISHED)
 
 
-def test_each_interval_is_resampled_once(monkeypatch):
-    """The report, the card, the command and the gain each ask for all of them."""
-    resampled = []
-
-    def counted(data, *arguments, **options):
-        resampled.append(data)
-        return bootstrap(data, *arguments, **options)
-
-    monkeypatch.setattr(statistics_module, "bootstrap", counted)
-    statistics_module._interval.cache_clear()
-    results = Results.from_dict(made_up_results.comparison(seeds=6))
-    first = standings(results)
-    again = [standings(results) for _ in range(3)]
-    assert all([s.differences for s in one] == [s.differences for s in first] for one in again)
-    several = [d for standing in first for d in standing.differences.values() if len(d.by_seed) > 1]
-    assert len(resampled) == len({tuple(d.by_seed.values()) for d in several})
+def test_differences_are_as_certain_as_seeds_and_samples_make_them():
+    """On test, where predictions are kept, both; on validation, chance in training alone."""
+    content = made_up_results.comparison()
+    content["labels"].pop("validation")
+    results = Results.from_dict(content)
+    raw = {c["name"]: c for c in content["contenders"]}
+    found = next(s for s in standings(results) if s.name == "daft").differences
+    predicted = [[run["predictions"]["test"] for run in raw[name]["runs"]] for name in ("daft", "full")]
+    assert found["test"].uncertainty == from_predictions("balanced_accuracy", *predicted, content["labels"]["test"])
+    assert found["test"].interval == found["test"].uncertainty.interval(found["test"].mean)
+    assert found["validation"].uncertainty == from_seeds(list(found["validation"].by_seed.values()))
+    assert found["test"].uncertainty.covers_samples and not found["validation"].uncertainty.covers_samples
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])

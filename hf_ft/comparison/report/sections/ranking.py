@@ -73,7 +73,7 @@ def ranking(results: Results, standings: Sequence[Standing]) -> Section:
     lead = (
         f"Ranked by mean validation {metric} ({better}); ties are broken by the later half of the epochs. Scores are "
         "mean ± standard deviation over seeds. Differences are to full fine-tuning with the same seeds, with 95 % "
-        "bootstrap intervals over the seeds."
+        "intervals (Student's t)."
     )
     figure = difference_figure(results, standings, split)
     more = (figure,) if figure else ()

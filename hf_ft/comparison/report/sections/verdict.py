@@ -11,9 +11,6 @@ from hf_ft.comparison.statistics import Difference, Standing, winner
 from hf_ft.core.config import BASELINE
 from hf_ft.documents.text import SAME, code, metric_name, names, score_like
 
-FEW_SEEDS = 5  # up to here an interval without 0 mostly means that all seeds agree, which happens by chance
-ALL_OR_NONE = 3  # up to here it means exactly that
-
 
 def verdict(results: Results, standings: Sequence[Standing]) -> list[str]:
     """The winner, its test score, and its difference to full fine-tuning."""
@@ -109,23 +106,15 @@ def _about_seeds(compared: Sequence[Standing], split: str) -> list[str]:
     n = min(counts)
     if n == 1:
         return ["There is only one seed: how much the scores vary by chance is unknown, and no ranking is certain."]
-    sentences = [
-        (
-            f"The intervals are over only {n} seeds. They reflect randomness in training, not in which rows are in the "
-            "splits."
-        )
-    ]
-    if n <= FEW_SEEDS:
-        alike = 2.0 ** (1 - n)
+    known = [standing.differences[split].uncertainty for standing in compared]
+    covered = all(uncertainty is not None and uncertainty.covers_samples for uncertainty in known)
+    also = f" and which rows are in the {split} set" if covered else f", not which rows are in the {split} set"
+    sentences = [f"The intervals cover chance in training ({n} seeds){also}; other training data may change more."]
+    if len(compared) > 1:
         sentences.append(
-            f"With {n} seeds they are too narrow: a strategy equivalent to full fine-tuning is better on all seeds, or "
-            f"worse on all, in {alike:.0%} of cases, and its interval then excludes 0."
+            f"Of {len(compared)} strategies equivalent to full fine-tuning, about {0.05 * len(compared):.1g} would be "
+            "told apart from it by chance."
         )
-        if len(compared) > 1:
-            least = "about" if n <= ALL_OR_NONE else "at least"
-            sentences[-1] += (
-                f" Of {len(compared)} such strategies, this is expected for {least} {len(compared) * alike:.1f}."
-            )
     return sentences
 
 
