@@ -30,6 +30,7 @@ from docs.tools.measured import (
     table_of_steps,
 )
 from docs.tools.measured import table_of_strategies as table_of_measured
+from docs.tools.natural import table_of_natural
 from docs.tools.results import table_of_advice, table_of_all, table_of_choice, table_of_five, table_of_task
 from docs.tools.roles import markdown
 from hf_ft.cli.catalog import FILE as CATALOGUE
@@ -216,6 +217,8 @@ PLACES: dict[str, Callable[..., str]] = {
     "soft": lambda page: table_of_soft(_table),
     "disentangling": lambda page: table_of_disentangling(_table),
     "measured": lambda page, name: table_of_measured(_table, name),
+    "natural": lambda page, kind: table_of_natural(_table, kind),
+    "natural_few": lambda page, kind: table_of_natural(_table, kind, few=True),
     "results": lambda page: table_of_all(_table),
     "results_of": lambda page, task: table_of_task(_table, task),
     "results_five": lambda page: table_of_five(_table),

@@ -1,0 +1,67 @@
+"""The tables of natural images say what the kept trainings say."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from docs.tools import natural
+from hf_ft.comparison.results import Results
+from tests.comparison.report.made_up_results import comparison
+from tests.docs.test_results import table
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(natural, "KEPT", tmp_path)
+    monkeypatch.setattr(natural, "RESAMPLES", 200)
+    (tmp_path / "defaults").mkdir()
+    splits = []
+    for split in range(2):
+        content = comparison()
+        for contender in content["contenders"]:
+            for run in contender["runs"]:
+                run["scores"]["test"]["balanced_accuracy"] += 0.01 * split
+        content["model"]["image_size"] = 96
+        splits.append(Results.from_dict(content))
+        splits[-1].save(tmp_path / "defaults" / f"cifar10_{split}.json")
+    return splits
+
+
+def test_scores_and_differences_over_all_splits(kept):
+    head, *lines = natural.table_of_natural(table, "defaults").split("\n\n")[0].splitlines()
+    assert head == "strategy|CIFAR-10|to full"
+    cells = {line.split("|")[0].strip("*"): line.split("|")[1:] for line in lines}
+    runs = {name: [run for results in kept for run in results[name].finished_runs] for name in ("full", "daft")}
+    scores = {name: [run.scores["test"]["balanced_accuracy"] for run in own] for name, own in runs.items()}
+    for name, own in scores.items():
+        assert cells[name][0].startswith(f"{np.mean(own):.3f}") and cells[name][0].endswith(
+            f"{np.std(own, ddof=1):.3f}"
+        )
+    labels = np.asarray(kept[0].labels["test"])
+    right = {name: [np.asarray(run.predictions["test"]) == labels for run in own] for name, own in runs.items()}
+    recalls = {name: np.mean([[one[labels == c].mean() for c in (0, 1)] for one in own]) for name, own in right.items()}
+    assert f"{abs(recalls['daft'] - recalls['full']):.3f} [" in cells["daft"][1] and cells["full"][1] == ""
+    few = natural.table_of_natural(table, "defaults", few=True)
+    assert "**daft**" in few and "l2_sp" not in few and "2 splits and 3 seeds of each" in few
+    assert natural.table_of_natural(table, "tuned") == natural.NOT_YET
+
+
+def test_an_interval_covers_splits_seeds_and_images():
+    """Each of the three, alone, widens it from nothing."""
+    labels = np.repeat([0, 1], 50)
+    sure = np.ones((2, 100))
+    assert natural.interval_over_splits([(sure, labels)] * 3) == (1.0, 1.0)
+    seeds = sure * [[0.0], [1.0]]
+    images = np.tile(np.arange(100) % 2, (2, 1)).astype(float)
+    for gaps in ([sure, sure, 0 * sure], [seeds] * 3, [images] * 3):
+        low, high = natural.interval_over_splits([(one, labels) for one in gaps])
+        assert low < np.mean(gaps) - 0.05 and high > np.mean(gaps) + 0.05
+
+
+def test_the_gap_is_of_the_seeds_in_common(kept):
+    full = next(c for c in kept[0].contenders if c.name == "full")
+    others = [c for c in kept[0].contenders if c.name != "full"]
+    one_seed = dataclasses.replace(kept[0], contenders=(dataclasses.replace(full, runs=full.runs[:1]), *others))
+    gaps, labels = natural.gaps_of(one_seed, "daft")
+    assert gaps.shape == (1, len(labels)) and set(np.unique(gaps)) <= {-1.0, 0.0, 1.0}
