@@ -59,6 +59,11 @@ class Entrant:
         """Whether it needs the pretrained head in addition to the new one."""
         return any(config.needs().source_head for config in self.configs)
 
+    def on_fold(self, number: int) -> Entrant:
+        """The same with the data of a fold; after the last follows the first."""
+        folds = self.bench.folds
+        return self if len(folds) == 1 else dataclasses.replace(self, bench=folds[number % len(folds)])
+
     def settings(self, count: int, seed: int) -> list[dict[str, Any]]:
         """The settings of all trials: the defaults, then points spread over the spaces, of each optimizer in turn.
 

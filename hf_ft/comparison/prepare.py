@@ -16,6 +16,7 @@ from hf_ft.comparison.collect import collect
 from hf_ft.comparison.contenders import Entrant, Strategies, chosen_strategies, entrant
 from hf_ft.comparison.cost import measure_cost
 from hf_ft.comparison.folder import Kept
+from hf_ft.comparison.folds import class_of_rows, folds_of
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import DataSummary, Results
@@ -70,10 +71,12 @@ class Prepared:
         except (TypeError, AttributeError, ValueError):
             return "no estimate: the model computes no loss of its own"
         each = cost.training_seconds(self.bench, arguments["num_train_epochs"])
-        one = (settings.trials + settings.seeds) * each + settings.seeds * cost.test_seconds(self.bench)
+        trials, folds = settings.trials, len(self.bench.folds)
+        one = (trials * folds + settings.seeds) * each + settings.seeds * cost.test_seconds(self.bench)
         count = len(runner.ledger.entrants)
+        tried = f"{trials} trials" + (f" x {folds} folds" if folds > 1 and trials else "")
         return (
-            f"estimate: {count} strategies x ({settings.trials} trials + {settings.seeds} final runs) x {each:.0f} s "
+            f"estimate: {count} strategies x ({tried} + {settings.seeds} final runs) x {each:.0f} s "
             f"= about {_duration(count * one)} on one worker, less what is already done"
         )
 
@@ -147,7 +150,10 @@ def prepare_comparison(
     metric = _checked_metric(given, settings)
     values = training_arguments(arguments)
     device = TrainingArguments("unused", **values).device.type
-    benches = Benches(model, given, image_size, revision)
+    folds = folds_of(given, settings.folds)
+    settings = replace(settings, folds=1 if folds is None else len(folds.parts))
+    given = given if folds is None else folds.first(given)
+    benches = Benches(model, given, image_size, revision, folds)
     chosen = chosen_strategies(strategies)
     plain = benches.get(())
     shown = plain.load(0, False)
@@ -225,6 +231,7 @@ def _signature(bench: Bench, data: Data, settings: Settings, common: CommonSetti
         "sampling_seed": settings.sampling_seed,
         "learning_rates": settings.learning_rates,
         "tuner": TUNER,
+        **({"folds": settings.folds} if settings.folds != 1 else {}),
     }
 
 
@@ -234,9 +241,8 @@ def batch_size(samples: int, wanted: int) -> int:
 
 
 def _labels(split: Dataset, columns: Columns) -> tuple[int, ...]:
-    if columns.problem_type != "single_label_classification":
-        return ()
-    return tuple(int(value) for value in columns.encode(split.with_format(None)[columns.label][:]))
+    has_classes = columns.problem_type == "single_label_classification"
+    return tuple(class_of_rows(split, columns).tolist()) if has_classes else ()
 
 
 def _described(data: Data, columns: Columns) -> DataSummary:

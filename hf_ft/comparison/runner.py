@@ -5,6 +5,9 @@ such trainings of full fine-tuning; every strategy gets as many trials as fit in
 measurement. The settings of all trials are determined in advance, so the trainings do not depend on the
 number of workers or on interruptions. The best trial by validation is retrained with each seed, and only these runs
 are evaluated on the test sets.
+
+If parts of a few labelled samples take turns as validation (:mod:`hf_ft.comparison.folds`), a trial is trained once
+for each of them, and the final runs take one after the other.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from hf_ft.comparison.folder import STORAGE, Kept
 from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
-from hf_ft.comparison.training import CommonSettings, Measured, train, versions
+from hf_ft.comparison.training import CommonSettings, Measured, averaged, train, versions
 from hf_ft.errors import AnatomyError, MachineError, OptionError
 from hf_ft.search.environment import environment_error
 from hf_ft.search.storage import open_storage
@@ -148,28 +151,20 @@ class Runner:
                 self.ledger.done[key] = Done(self._failed(entrant, kind, number, DIED), 0.0)
 
     def _evaluate(self, entrant: Entrant, kind: str, number: int) -> tuple[float, dict[str, Any]]:
-        values = self.ledger.values(entrant, kind, number)
-        seed = TUNING_SEED if kind == "trial" else number
-        name = entrant.file_name(values)
-        save_to = None if kind == "trial" else self.kept.model(name, seed)
+        name = entrant.file_name(self.ledger.values(entrant, kind, number))
         info: dict[str, Any] = {"refused": False, "measured_compute": 0.0, "found": {}, "learned": ""}
-        first = kind == "trial" and number == 0
         # Compiled code is not counted: there, the budget is one of seconds.
-        counted = Work() if first and not self.common.arguments.get("torch_compile") else None
-
-        def on_measured(measured: Measured) -> None:
-            if entrant.looks:
-                self.kept.keep_states(entrant.file_name(), measured.states)
-                info.update(measured_compute=measured.compute, **_findings(entrant, measured))
-
+        counts = kind == "trial" and number == 0 and not self.common.arguments.get("torch_compile")
+        counted = Work() if counts else None
         try:
             if entrant.refusal:
                 raise OptionError(entrant.refusal)
-            known = None if first else self._measured(entrant)
-            work = self.kept.work(f"{name}-{kind}-{number}")
-            training = train(entrant, values, seed, self.common, work, known, save_to, on_measured, counted)
+            if kind == "trial":
+                training = self._trial(entrant, number, info, counted)
+            else:
+                training = self._train(entrant, kind, number, number - 1, info)
             if kind == "run" and not training.error:
-                self.kept.keep_best(name, seed, self.ledger.score(training))
+                self.kept.keep_best(name, number, self.ledger.score(training))
         except Exception as error:  # a failed training must not stop the comparison
             cause = environment_error(error)
             if cause is not None:
@@ -188,14 +183,51 @@ class Runner:
         info["work"] = training.compute if counted is None else counted.trained
         return self.ledger.score(training), {"training": dataclasses.asdict(training), **info}
 
+    def _trial(self, entrant: Entrant, number: int, info: dict[str, Any], counted: Work | None) -> Training:
+        """Train once on each fold; the work is counted on the first, and the others do as much."""
+        trainings: list[Training] = []
+        for fold in range(len(entrant.bench.folds)):
+            trainings.append(self._train(entrant, "trial", number, fold, info, counted if fold == 0 else None))
+            if trainings[-1].error:
+                break
+        return averaged(trainings)
+
+    def _train(
+        self,
+        entrant: Entrant,
+        kind: str,
+        number: int,
+        fold: int,
+        info: dict[str, Any],
+        counted: Work | None = None,
+    ) -> Training:
+        """Train on a fold; what the first training measures there is kept for the others."""
+        values = self.ledger.values(entrant, kind, number)
+        seed, name = TUNING_SEED if kind == "trial" else number, entrant.file_name(values)
+
+        def on_measured(measured: Measured) -> None:
+            if entrant.looks:
+                self.kept.keep_states(self._name_of_states(entrant, fold), measured.states)
+                if not info["measured_compute"]:
+                    info.update(measured_compute=measured.compute, **_findings(entrant, measured))
+
+        known = None if kind == "trial" and number == 0 else self._measured(entrant, fold)
+        save_to = None if kind == "trial" else self.kept.model(name, seed)
+        work = self.kept.work(f"{name}-{kind}-{number}")
+        return train(entrant.on_fold(fold), values, seed, self.common, work, known, save_to, on_measured, counted)
+
     def _failed(self, entrant: Entrant, kind: str, number: int, error: str) -> Training:
         seed = TUNING_SEED if kind == "trial" else number
         return Training(seed, self.ledger.values(entrant, kind, number), None, error=error, versions=versions())
 
-    def _measured(self, entrant: Entrant) -> Measured | None:
-        """The measurement of the contender's first trial, reused by all its trainings; None if it is lost."""
-        states = self.kept.states(entrant.file_name()) if entrant.looks else {}
+    def _measured(self, entrant: Entrant, fold: int) -> Measured | None:
+        """The measurement of the contender's first training on a fold, reused by all others; None if there is none."""
+        states = self.kept.states(self._name_of_states(entrant, fold)) if entrant.looks else {}
         return None if states is None else Measured(states, 0.0)
+
+    def _name_of_states(self, entrant: Entrant, fold: int) -> str:
+        number = fold % len(entrant.bench.folds)
+        return entrant.file_name() + (f"-fold-{number}" if number else "")
 
     def _told(self, finished: int, all_jobs: int, entrant: Entrant, kind: str, number: int, done: Done) -> None:
         training = done.training
@@ -220,7 +252,9 @@ class Runner:
         with self.kept.locked():
             if not self.kept.has_model(name, run.seed):
                 work, saved = self.kept.work("winner"), self.kept.model(name, run.seed)
-                again = train(entrant, run.params, run.seed, self.common, work, self._measured(entrant), saved)
+                fold = run.seed - 1
+                known = self._measured(entrant, fold)
+                again = train(entrant.on_fold(fold), run.params, run.seed, self.common, work, known, saved)
                 if again.validation != run.validation:
                     scores = f"{again.validation:.3f} instead of {run.validation:.3f} on validation"
                     logger.warning(

@@ -74,6 +74,12 @@ class Settings:
         "range of learning rates for all strategies, such as 1e-5,1e-1 (default: a factor of 30 around the one that "
         "each strategy recommends for the optimizer)",
     )
+    folds: int | None = setting(
+        None,
+        "parts of the training and validation samples that take turns as validation: a trial is trained once for each, "
+        "and each final run uses the next (default: 5 if there are fewer than 200 such samples; otherwise 1, the "
+        "validation split as it is)",
+    )
     most_trials: int = setting(4, "strategies with cheap runs get at most this many times the trials")
     batch_norm_momentum: float = setting(
         0.1,
@@ -97,6 +103,8 @@ class Settings:
         for name, least in (("trials", 0), ("seeds", 1), ("most_trials", 1), ("distortion_samples", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
+        if self.folds is not None and self.folds < 1:
+            raise OptionError(f"folds must be at least 1, got {self.folds!r}.")
         if self.hours is not None and not (math.isfinite(self.hours) and self.hours > 0):
             raise OptionError(f"hours must be positive, got {self.hours!r}.")
         if self.metric is not None and self.metric not in LOCAL_METRICS:

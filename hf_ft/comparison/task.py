@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 from transformers.utils import logging
 
+from hf_ft.comparison.folds import Folds
 from hf_ft.core.context import Samples
 from hf_ft.core.head_rate import HeadFit, fit_head
 from hf_ft.data.classifier import load_classifier, load_ensemble
@@ -37,10 +38,19 @@ class Benches:
         model: as in :func:`compare`.
         data: the data.
         image_size, revision: settings of the model.
+        folds: how the labelled samples are divided, if parts of them take turns as validation.
     """
 
-    def __init__(self, model: str | Loader, data: Data, image_size: int | None, revision: str | None) -> None:
+    def __init__(
+        self,
+        model: str | Loader,
+        data: Data,
+        image_size: int | None,
+        revision: str | None,
+        folds: Folds | None = None,
+    ) -> None:
         self.model, self.data, self.image_size, self.revision = model, data, image_size, revision
+        self.folds = folds
         self._made: dict[tuple[str, ...], Bench] = {}
         self._fits: dict[tuple[str, str | None], HeadFit | None] = {}
 
@@ -51,21 +61,27 @@ class Benches:
 
     def _make(self, sources: tuple[str, ...]) -> Bench:
         model, processor = self._load(sources, 0, False)
-        data = process(self.data, model, processor, in_memory=True, channels_last=True)
-        same_each_time = dict(data.splits) if data.plain is None else {**data.splits, "train": data.plain}
+        whole = self.data if self.folds is None else self.folds.pooled(self.data)
+        data = process(whole, model, processor, in_memory=True, channels_last=True)
+        folds = [(data.splits, data.plain)]
+        if self.folds is not None:
+            folds = [self.folds.select(data, fold) for fold in range(len(self.folds.parts))]
+        splits, plain = folds[0]
+        same_each_time = dict(splits) if plain is None else {**splits, "train": plain}
         seen = [(name, digest(split)) for name, split in same_each_time.items()]
-        seen.append(("source", "" if data.source is None or data.plain is not None else digest(data.source)))
+        seen.append(("source", "" if data.source is None or plain is not None else digest(data.source)))
         weights = sorted(digests(model).items())
-        return Bench(
+        first = Bench(
             lambda seed, keep: self._load(sources, seed, keep)[0],
-            data.splits,
+            splits,
             data.collate,
             hashlib.sha256(repr([seen, weights, self.data.augment]).encode()).hexdigest()[:16],
             processor,
             data.source,
-            data.plain,
+            plain,
             self.data.info,
         )
+        return replace(first, others=tuple(replace(first, data=data, plain=plain) for data, plain in folds[1:]))
 
     def head_fit(self, bench: Bench, head: str | None) -> HeadFit | None:
         """What the learning rate of the head follows from; None if the head is not found, or has no weights."""
@@ -127,6 +143,7 @@ class Bench:
         source: source data, if any.
         plain: the training samples without augmentation, if ``train`` is augmented.
         info: what the model card says of the data.
+        others: the same with other parts of the labelled samples as validation.
     """
 
     load: Callable[[int, bool], nn.Module]
@@ -137,3 +154,9 @@ class Bench:
     source: Any = None
     plain: Any = None
     info: DataInfo | None = None
+    others: tuple[Bench, ...] = ()
+
+    @property
+    def folds(self) -> tuple[Bench, ...]:
+        """This one, followed by the others."""
+        return (self, *self.others)

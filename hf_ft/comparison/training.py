@@ -6,11 +6,12 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,29 @@ def train(
         if save_to is not None and not training.error:
             training = _finished(training, trainer, entrant, common, save_to)
     return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions())
+
+
+def averaged(trainings: Sequence[Training]) -> Training:
+    """The means of trainings with the same settings on several folds, as one training; failed if one of them is."""
+    first, *others = trainings
+    if not others:
+        return first
+    scores = [training.validation for training in trainings if training.validation is not None]
+    points = zip(*(training.curve for training in trainings), strict=False)
+    return dataclasses.replace(
+        first,
+        validation=fmean(scores) if len(scores) == len(trainings) else None,
+        curve=tuple(Point(epoch=p[0]["epoch"], validation=fmean(point["validation"] for point in p)) for p in points),
+        passes=round(fmean(training.passes for training in trainings)),
+        peak_memory_mb=max(training.peak_memory_mb for training in trainings),
+        warnings=tuple(dict.fromkeys(warning for training in trainings for warning in training.warnings)),
+        error=next((training.error for training in trainings if training.error), ""),
+        best_epoch=fmean(training.best_epoch for training in trainings),
+        seconds=fmean(training.seconds for training in trainings),
+        compute=fmean(training.compute for training in trainings),
+        evaluation_seconds=fmean(training.evaluation_seconds for training in trainings),
+        share=fmean(training.share for training in trainings),
+    )
 
 
 def versions() -> dict[str, str]:

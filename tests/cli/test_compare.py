@@ -51,7 +51,7 @@ def flags(files, output, *more):
     return [
         *("--model", str(files / "resnet"), "--dataset", str(files / "photos"), "--output_dir", str(output)),
         *("--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--use_cpu", "true"),
-        *("--trials", "2", "--seeds", "1", "--most_trials", "1", "--strategies", "linear_probe,l2_sp"),
+        *("--trials", "2", "--seeds", "1", "--most_trials", "1", "--folds", "1", "--strategies", "linear_probe,l2_sp"),
         *more,
     ]
 

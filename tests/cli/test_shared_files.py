@@ -59,7 +59,18 @@ def test_commands(home, monkeypatch):
     model, other = ["--model", str(home / "resnet")], str(home / "other")
 
     out = home / "compare"
-    studies = ["--storage", str(home / "studies.db"), "--trials", "1", "--seeds", "1", "--advise", "true"]
+    studies = [
+        "--storage",
+        str(home / "studies.db"),
+        "--trials",
+        "1",
+        "--seeds",
+        "1",
+        "--folds",
+        "1",
+        "--advise",
+        "true",
+    ]
     amcf = ["--amcf.source_models", f"{home / 'resnet'},{other}", "--amcf.frozen", "0,0"]
     chosen = ["--strategies", "linear_probe,blockwise,amcf,tred", "--blockwise.block", "last_quarter"]
     chosen += ["--run_name", str(home / "run")]

@@ -23,7 +23,7 @@ from hf_ft.testing.models import tiny_resnet
 NAMES = ("red", "green", "blue")
 # For tests that look neither at several seeds nor at epochs.
 SHORT = {"seeds": 1, "num_train_epochs": 1}
-SETTINGS = ("hours", "metric", "learning_rates", "storage", "retry_failed")
+SETTINGS = ("hours", "metric", "learning_rates", "storage", "retry_failed", "folds")
 
 
 def images(counts, seed):
@@ -73,7 +73,7 @@ def even():
 def run(folder, strategies="linear_probe", *, trials=2, seeds=2, data=None, told=None, model=None, **more):
     """A comparison in a second or two. A strategy never gets more trials than full fine-tuning."""
     arguments = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "use_cpu": True}
-    settings = {"most_trials": 1, "distortion_samples": 8}
+    settings = {"most_trials": 1, "distortion_samples": 8, "folds": 1}
     settings |= {name: more.pop(name) for name in SETTINGS if name in more}
     with even():
         return compare(

@@ -97,7 +97,7 @@ def test_compare_with_two_workers(tmp_path):
     tiny_resnet().save_pretrained(tmp_path / "base")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")
     arguments = ["--model", "base", "--data", "photos", "--strategies", "linear_probe", "--output_dir", "out"]
-    budget = ["--trials", "1", "--seeds", "2", "--num_train_epochs", "1", "--use_cpu", "True"]
+    budget = ["--trials", "1", "--seeds", "2", "--folds", "1", "--num_train_epochs", "1", "--use_cpu", "True"]
     out = run(tmp_path, "compare.py", *arguments, *budget, "--storage", "out.log", ranks=2)
     assert out.count("linear_probe: validation") == 1 and out.count("2 worker(s), winner: ") == 1
     assert {"report.html", "report.md", "results.json"} <= {file.name for file in (tmp_path / "out").iterdir()}
@@ -153,7 +153,7 @@ def test_own_search_shows_its_table_and_plot(tmp_path):
     assert "![backbone_rate](backbone_rate.png)" in card and "times the head's learning rate." in card
     assert (tmp_path / "out" / "backbone_rate.png").read_bytes().startswith(b"\x89PNG")
 
-    given = ["compare", "--strategies", name, "--trials", "1", "--seeds", "1"]
+    given = ["compare", "--strategies", name, "--trials", "1", "--seeds", "1", "--folds", "1"]
     run(tmp_path, "own_search.py", *given, *common, "--output_dir", "compared")
     folder = tmp_path / "compared"
     found = Results.load(folder / "results.json")[name].found["scores"]

@@ -90,7 +90,18 @@ class Materials:
     def compare(self, *more: str) -> list[str]:
         """A command that compares, with one trial and one seed."""
         where = ["--model", str(self.resnet), "--dataset", str(self.photos), "--output_dir", "out"]
-        few = ["--trials", "1", "--seeds", "1", "--num_train_epochs", "1", "--strategies", "linear_probe"]
+        few = [
+            "--trials",
+            "1",
+            "--seeds",
+            "1",
+            "--num_train_epochs",
+            "1",
+            "--strategies",
+            "linear_probe",
+            "--folds",
+            "1",
+        ]
         return ["compare", *where, "--use_cpu", "true", *few, "--per_device_train_batch_size", "8", *more]
 
     def search(self, *more: str) -> list[str]:

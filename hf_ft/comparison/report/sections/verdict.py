@@ -157,7 +157,7 @@ def _about_validation(results: Results, ranked: Sequence[Standing]) -> list[str]
         return []
     first, *others = (standing.spreads["validation"].mean for standing in ranked)
     near = sum(abs(mean - first) <= error for mean in others)
-    rows = (results.data.get("sizes") or {}).get("validation", 0)
+    rows = (results.data.get("sizes") or {}).get("validation", 0) * _turns(results)
     if not near:
         return []
     return [
@@ -168,10 +168,16 @@ def _about_validation(results: Results, ranked: Sequence[Standing]) -> list[str]
 
 def largest_standard_error(results: Results, split: str) -> float | None:
     """The maximum of :func:`hf_ft.comparison.statistics.standard_error` on a split; None if undefined."""
-    rows = (results.data.get("sizes") or {}).get(split)
-    counts = [n for n in (results.data.get("class_counts") or {}).get(split, ()) if n]
+    turns = _turns(results) if split == "validation" else 1
+    rows = (results.data.get("sizes") or {}).get(split, 0) * turns
+    counts = [n * turns for n in (results.data.get("class_counts") or {}).get(split, ()) if n]
     if results.metric == "accuracy" and rows:
         return 0.5 / math.sqrt(rows)
     if results.metric == "balanced_accuracy" and counts:
         return 0.5 * math.sqrt(sum(1 / n for n in counts)) / len(counts)
     return None
+
+
+def _turns(results: Results) -> int:
+    """How many parts of the labelled samples the final runs had as validation in turn."""
+    return max(1, min(results.settings.get("folds") or 1, results.settings.get("seeds") or 1))

@@ -1,0 +1,109 @@
+"""A few labelled samples, parts of which take turns as validation.
+
+On a validation split of 30 images one image is three points, and the best of several settings is mostly the luckiest.
+In cross-validation, every labelled sample validates once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from torch.utils.data import Subset
+
+from hf_ft.data.columns import Columns
+from hf_ft.data.task import Data, Processed
+from hf_ft.errors import OptionError
+from hf_ft.splits import stratified_rows
+
+FEW = 200  # labelled samples; with fewer, parts of them take turns
+PARTS = 5
+
+
+@dataclass(frozen=True)
+class Folds:
+    """How the training and validation samples are divided.
+
+    Attributes:
+        pool: the training samples, followed by those of validation.
+        parts: rows of the pool that validate in each fold; the others train.
+    """
+
+    pool: Dataset
+    parts: tuple[np.ndarray, ...]
+
+    def rows(self, fold: int) -> tuple[list[int], list[int]]:
+        """The rows that train and those that validate."""
+        own = self.parts[fold]
+        return np.setdiff1d(np.arange(len(self.pool)), own).tolist(), own.tolist()
+
+    def first(self, data: Data) -> Data:
+        """The data divided as in the first fold."""
+        train, validation = self.rows(0)
+        splits = {**data.splits, "train": self.pool.select(train), "validation": self.pool.select(validation)}
+        note = (
+            f"validation: {len(self.parts)} parts of the {len(self.pool)} labelled samples (train and validation) take "
+            "turns, while the others train"
+        )
+        return replace(data, splits=DatasetDict(splits), notes=(*data.notes, note))
+
+    def pooled(self, data: Data) -> Data:
+        """All labelled samples as validation, and as training data too if these are augmented."""
+        splits = {**data.splits, "train": self.pool, "validation": self.pool}
+        if data.augment == "none":
+            splits.pop("train")
+        return replace(data, splits=DatasetDict(splits))
+
+    def select(self, pooled: Processed, fold: int) -> tuple[dict[str, Any], Any]:
+        """The splits of a fold, and the training samples without augmentation if there is any."""
+        train, validation = self.rows(fold)
+        augmented = pooled.splits.get("train")
+        as_is = Subset(pooled.splits["validation"], train)
+        splits = {
+            **pooled.splits,
+            "train": as_is if augmented is None else augmented.select(train),
+            "validation": Subset(pooled.splits["validation"], validation),
+        }
+        return splits, None if augmented is None else as_is
+
+
+def folds_of(data: Data, count: int | None) -> Folds | None:
+    """Divide the training and validation samples, with the same class proportions everywhere.
+
+    A class with a single sample always trains.
+
+    Args:
+        count: number of folds; None for :data:`PARTS` if there are fewer than :data:`FEW` such samples. Validation
+            stays as it is with one fold.
+
+    Raises:
+        OptionError: if there are fewer samples than folds, or the splits have different columns.
+    """
+    train, validation = data.splits["train"], data.splits["validation"]
+    total = len(train) + len(validation)
+    if count == 1 or (count is None and total >= FEW):
+        return None
+    try:
+        pool = concatenate_datasets([split.with_format(None) for split in (train, validation)])
+    except (ValueError, TypeError) as error:
+        if count is None:
+            return None
+        raise OptionError(f"folds={count}: train and validation have different columns; give folds=1.") from error
+    labels = class_of_rows(pool, data.columns)
+    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    dealt = np.flatnonzero(counts[places] > 1)
+    count = count or PARTS
+    if len(dealt) < count:
+        raise OptionError(f"folds={count} exceeds the {len(dealt)} samples that can validate: give folds=1.")
+    sizes = {str(fold): len(part) for fold, part in enumerate(np.array_split(dealt, count))}
+    drawn = stratified_rows(labels[dealt], sizes, seed=0)
+    return Folds(pool, tuple(np.sort(dealt[rows]) for rows in drawn.values()))
+
+
+def class_of_rows(split: Dataset, columns: Columns) -> np.ndarray:
+    """The class of each row; zeros if rows have no single class."""
+    if columns.problem_type != "single_label_classification":
+        return np.zeros(len(split), dtype=int)
+    return np.asarray([int(value) for value in columns.encode(split.with_format(None)[columns.label][:])])
