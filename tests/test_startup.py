@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,27 +93,6 @@ def test_no_public_name_is_hidden_by_a_module():
 )
 def test_a_module_is_an_attribute(name):
     assert getattr(hf_ft, name) is importlib.import_module(f"hf_ft.{name}")
-
-
-@pytest.mark.slow
-def test_type_checkers_see_the_names(tmp_path):
-    mypy = pytest.importorskip("mypy.api")
-    user = tmp_path / "user.py"
-    user.write_text(
-        "from hf_ft import FTTrainer, L2SPConfig, advise, diagnostics\n"
-        "import hf_ft\n"
-        "reveal_type(FTTrainer)\nreveal_type(L2SPConfig)\nreveal_type(hf_ft.OptionError)\n"
-        "reveal_type(diagnostics.feature_distortion)\nhf_ft.FTTrainr\n"
-    )
-    libraries = "torch.*,transformers.*,datasets.*,peft.*,accelerate.*,numpy.*,sklearn.*,PIL.*,huggingface_hub.*"
-    settings = tmp_path / "mypy.ini"
-    settings.write_text(f"[mypy]\nstrict = True\nfollow_imports = silent\n[mypy-{libraries}]\nfollow_imports = skip\n")
-    printed, failure, _ = mypy.run([f"--config-file={settings}", f"--cache-dir={tmp_path}", str(user)])
-    shown = re.findall(r'(?:type is|error:) "?(.*)', printed)
-    assert not failure, failure
-    assert "hf_ft.trainer" in shown[0] and "FTTrainer" in shown[0], printed
-    assert "L2SPConfig" in shown[1] and "OptionError" in shown[2] and "def (" in shown[3], printed
-    assert 'Module has no attribute "FTTrainr"' in printed and len(shown) == 5, printed
 
 
 # Registered by name

@@ -42,7 +42,7 @@ def knowing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("broken", "quarter"), [(2, 1), (6, 3), (12, 4)])
+@pytest.mark.parametrize(("broken", "quarter"), [(2, 1), (12, 4)])
 def test_the_broken_block_is_found(knowing, broken, quarter, tmp_path):
     model = break_block(copy.deepcopy(knowing), broken)
     assert accuracy(model) < 0.5
