@@ -36,7 +36,7 @@ def clean(tmp_path, monkeypatch):
 def small(tmp_path_factory):
     """Two strategies beside the baseline, two seeds, two epochs: where it wrote and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    flags = [*SMALL, "--image_size", "32", "--strategies", "linear_probe,lp_ft", "--seeds", "2"]
+    flags = [*SMALL, "--image_size", "32", "--strategies", "linear_probe,lp_ft", "--seeds", "2", "--folds", "1"]
     done = python("-m", "hf_ft", "demo", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done

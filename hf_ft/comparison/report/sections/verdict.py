@@ -180,4 +180,6 @@ def largest_standard_error(results: Results, split: str) -> float | None:
 
 def _turns(results: Results) -> int:
     """How many parts of the labelled samples the final runs had as validation in turn."""
-    return max(1, min(results.settings.get("folds") or 1, results.settings.get("seeds") or 1))
+    folds = results.settings.get("folds")
+    runs = max((len(contender.runs) for contender in results.contenders), default=1)
+    return max(1, min(folds, runs)) if isinstance(folds, int) else 1
