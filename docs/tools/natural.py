@@ -46,7 +46,8 @@ def table_of_natural(table: Table, kind: str, few: bool = False) -> str:
         return NOT_YET
     names = {contender.name for splits in tasks.values() for results in splits for contender in results.contenders}
     names &= set(FEW) if few else names
-    best = sorted(names, key=lambda name: -statistics.fmean(_mean(splits, name) for splits in tasks.values()))
+    mean = {name: statistics.fmean(_mean(splits, name) for splits in tasks.values()) for name in names}
+    best = sorted(names, key=lambda name: (-round(mean[name], 9), name))
     rows = []
     for name in best:
         cells = []
