@@ -108,22 +108,6 @@ def table_of_choice(table: Table) -> str:
     return table(headers, rows) if rows else NOT_YET
 
 
-def table_of_advice(table: Table) -> str:
-    """How often the advice was right."""
-    from hf_ft.advice import how_often_right
-    from hf_ft.advice.regret import judged_table
-
-    judged = []
-    for task, results in read().items():
-        if results.advice is None:
-            continue
-        by_name = _by_name(results)
-        scores = {name: s.spreads["test"].mean for name, s in by_name.items() if name in results.advice["order"]}
-        full = by_name[BASELINE].spreads["test"].std
-        judged.append({"task": task, "advice": results.advice["order"], "scores": scores, "full_std": full})
-    return table(*judged_table(how_often_right(judged))) if judged else NOT_YET
-
-
 def _by_name(results: Results) -> dict[str, Standing]:
     return {s.name: s for s in standings(results) if s.rank is not None and "test" in s.spreads}
 

@@ -1,5 +1,6 @@
 """The generated places of README.md and docs/: tables of strategies and options, help texts, the API reference; and
-hf_ft/cli/catalogue.json, what ``hf-ft list`` and ``hf-ft describe`` show.
+hf_ft/cli/catalogue.json, what ``hf-ft list`` and ``hf-ft describe`` show; and hf_ft/advice/evidence.json, what
+``hf-ft advise`` knows of earlier comparisons.
 
     python -m docs.tools.tables             rewrite them all
     python -m docs.tools.tables --check     exit with 1 and name the files that are out of date
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from docs.tools.evidence import FILE as EVIDENCE
+from docs.tools.evidence import fitted, table_of_advice, table_of_orders
 from docs.tools.measured import (
     table_of_disentangling,
     table_of_frozen,
@@ -31,7 +34,7 @@ from docs.tools.measured import (
 )
 from docs.tools.measured import table_of_strategies as table_of_measured
 from docs.tools.natural import table_of_natural
-from docs.tools.results import table_of_advice, table_of_all, table_of_choice, table_of_five, table_of_task
+from docs.tools.results import table_of_all, table_of_choice, table_of_five, table_of_task
 from docs.tools.roles import markdown
 from hf_ft.cli.catalog import FILE as CATALOGUE
 from hf_ft.cli.entries import as_file
@@ -61,13 +64,15 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 def generated() -> list[Path]:
     """All files that are generated or have generated places."""
-    return [CATALOGUE, *pages()]
+    return [CATALOGUE, EVIDENCE, *pages()]
 
 
 def rendered(page: Path) -> str:
     """A file's text with its generated places made anew."""
     if page == CATALOGUE:
         return as_file(documented())
+    if page == EVIDENCE:
+        return fitted()
 
     def fill(match: re.Match[str]) -> str:
         content = PLACES[match[2]](page, *match[3].split())
@@ -224,6 +229,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "results_five": lambda page: table_of_five(_table),
     "results_choice": lambda page: table_of_choice(_table),
     "results_advice": lambda page: table_of_advice(_table),
+    "results_orders": lambda page: table_of_orders(_table),
 }
 
 

@@ -1,7 +1,8 @@
-"""Rank the strategies from the signals, by the rules they declare (:mod:`hf_ft.core.advising`).
+"""Rank the strategies by what they gained in earlier comparisons and by the rules that hold for the signals.
 
-A rule gives a strategy points if the rule's figures lie in a given range. Strategies are ranked by total points; ties
-go to the cheaper one.
+A rule (:mod:`hf_ft.core.advising`) gives a strategy points if the rule's figures lie in a given range. What a point is
+worth, and what each strategy gains without any, is fitted to earlier comparisons (:mod:`hf_ft.advice.evidence`). Ties
+go to the cheaper strategy.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hf_ft.advice.evidence import Evidence, shipped
 from hf_ft.advice.signals import FIGURES, Signals
 from hf_ft.core.advising import Rule
-from hf_ft.core.config import FTConfig, config_class, strategies
+from hf_ft.core.config import BASELINE, FTConfig, config_class, strategies
 
-__all__ = ["Reason", "Recommendation", "declared_rules", "neutral_order", "recommend", "rules_table"]
+__all__ = ["Reason", "Recommendation", "declared_rules", "neutral_order", "recommend", "rule_points", "rules_table"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Reason:
 
     Attributes:
         text: a sentence that states the figure and the source.
-        figure_name: a key of :meth:`Signals.figures`, or ``cost_rank``, the rank in :func:`neutral_order`; may be
-            empty.
+        figure_name: a key of :meth:`Signals.figures`, or ``mean_gain``, the gain over full fine-tuning in earlier
+            comparisons, or ``cost_rank``, the rank in :func:`neutral_order`; may be empty.
         value: value of the figure.
         points: contribution to the score.
     """
@@ -40,6 +42,7 @@ class Recommendation:
     """A strategy with its score and the reasons for it.
 
     Attributes:
+        score: expected gain in balanced accuracy over full fine-tuning, as a fraction.
         usable: whether it can run with its default options and what is available.
     """
 
@@ -67,14 +70,19 @@ def declared_rules() -> dict[Rule, dict[str, float]]:
     return dict(sorted(rules.items(), key=lambda item: [places.index(name) for name, _, _ in item[0].when]))
 
 
-def recommend(signals: Signals) -> tuple[Recommendation, ...]:
+def recommend(signals: Signals, evidence: Evidence | None = None) -> tuple[Recommendation, ...]:
     """Rank every registered strategy, most promising first.
 
     Strategies that can run with what is available come first, by score, then those that cannot; strategies that
     declare neither cost nor rules come last.
+
+    Args:
+        signals: the figures of model and data.
+        evidence: what earlier comparisons say; None for those behind docs/results.md.
     """
     figures, order = signals.figures(), neutral_order()
-    recommendations = [_recommendation(name, signals, figures, order) for name in strategies()]
+    evidence = shipped() if evidence is None else evidence
+    recommendations = [_recommendation(name, signals, figures, order, evidence) for name in strategies()]
 
     def place(one: Recommendation) -> tuple[bool, bool, float, int]:
         known = one.strategy in order
@@ -83,13 +91,24 @@ def recommend(signals: Signals) -> tuple[Recommendation, ...]:
     return tuple(sorted(recommendations, key=place))  # stable: undeclared strategies keep their registration order
 
 
+def rule_points(signals: Signals) -> dict[str, float]:
+    """The points that the rules give to each strategy."""
+    figures = signals.figures()
+    return {name: sum(points or 0.0 for _, points in _holding(name, figures)) for name in neutral_order()}
+
+
+def _holding(name: str, figures: Mapping[str, float | None]) -> list[tuple[Rule, float | None]]:
+    return [(rule, points) for rule, points in config_class(name).advice.items() if rule.holds(figures)]
+
+
 def _recommendation(
-    name: str, signals: Signals, figures: Mapping[str, float | None], order: tuple[str, ...]
+    name: str, signals: Signals, figures: Mapping[str, float | None], order: tuple[str, ...], evidence: Evidence
 ) -> Recommendation:
-    holding = {rule: points for rule, points in config_class(name).advice.items() if rule.holds(figures)}
-    reasons = [_reason(rule, points, figures) for rule, points in holding.items() if points is not None]
+    holding, worth = _holding(name, figures), evidence.worth
+    reasons = _experience(name, evidence) if name in order else []
+    reasons += [_reason(rule, worth * points, figures) for rule, points in holding if points is not None]
     missing = _missing(config_at_hand(name, signals.source_data), signals)
-    missing += [_reason(rule, 0.0, figures) for rule, points in holding.items() if points is None]
+    missing += [_reason(rule, 0.0, figures) for rule, points in holding if points is None]
     if name not in order:
         reasons = [Reason("no rule covers it")]
     elif not reasons and not missing:
@@ -98,6 +117,19 @@ def _recommendation(
         reasons = [Reason(text, "cost_rank", rank)]
     score = sum(reason.points for reason in reasons)
     return Recommendation(name, score, (*missing, *reasons), usable=not missing)
+
+
+def _experience(name: str, evidence: Evidence) -> list[Reason]:
+    """What earlier comparisons say about a strategy; nothing about the baseline that all are compared with."""
+    if name == BASELINE or not evidence.gains:
+        return []
+    expected = evidence.expected(name)
+    if name not in evidence.gains:
+        return [Reason("not compared yet: it counts as an average strategy", "mean_gain", 0.0, expected)]
+    gain = evidence.gains[name]
+    tasks = f"{gain.tasks} task{'s' * (gain.tasks > 1)}"
+    text = f"over full fine-tuning it gained {100 * gain.mean:+.1f} points on average in our comparisons on {tasks}"
+    return [Reason(text, "mean_gain", gain.mean, expected)]
 
 
 def config_at_hand(name: str, source_data: bool) -> FTConfig | None:

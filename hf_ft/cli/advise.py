@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_ft.advice import Advice, Reason, advise
+from hf_ft.advice.evidence import shipped
 from hf_ft.advice.rules import config_at_hand
 from hf_ft.advice.signals import explained
 from hf_ft.cli.checks import refuse
@@ -35,14 +36,23 @@ DEFAULT_FOLDER = "runs/advice"
 FILE = "advice.json"
 TAKEN = ("output_dir", "seed", "use_cpu", "disable_tqdm", "ddp_backend", "ddp_timeout")  # training arguments
 TOLD = 3  # number of strategies for which the next command is printed
+GAIN = (
+    "gain: expected difference to full fine-tuning, in points of balanced accuracy. It says what to try first, not "
+    "what will win (docs/advise.md)."
+)
+SAME_ORDER = (
+    "In our comparisons the reasons without a number did not improve on the order of the mean gains, so they do not "
+    "change it; they are there for you to weigh."
+)
 HELP = """hf-ft advise: which strategies to try first, without training.
 
 usage: hf-ft advise --model MODEL --dataset DATA [flags]
 
 The training samples pass through the pretrained model once, and a few batches of them twice. Measured are the
 cross-validated score of a linear probe on the features, LogME, the shift of the BatchNorm statistics since pretraining,
-where in the network the gradient is large, and the number of samples. These figures give an order of all strategies,
-each with its reasons. The order says what to try first, not what will win: compare the top ones on validation data.
+where in the network the gradient is large, and the number of samples. These figures, and what each strategy gained in
+our own comparisons, give an order of all strategies, each with its reasons. The order says what to try first, not what
+will win: compare the top ones on validation data.
 
 example:
   hf-ft advise --model microsoft/resnet-18 --dataset my_photos/
@@ -178,17 +188,17 @@ def _report(found: Advice, request: Request, others: Sequence[str], folder: Path
     lines.append(
         f"\n{s.forward_samples:,} samples forward, {s.backward_samples:,} forward and backward, {s.seconds:.0f} s.\n"
     )
-    lines.append(table(order_rows(found), ("", "strategy", "points", "why")))
-    lines.append("\nPoints say what to try first, not what will win (docs/advise.md). Next:\n")
+    lines.append(table(order_rows(found), ("", "strategy", "gain", "why")))
+    lines.append(f"\n{GAIN}{'' if shipped().worth else ' ' + SAME_ORDER} Next:\n")
     lines += [f"  {command}" for command in _next(found, request.data, others)]
     return "\n".join([*lines, f"\nIn {folder}: {FILE}."])
 
 
 def order_rows(found: Advice) -> list[tuple[str, str, str, str]]:
-    """One row per reason; only the first row of a strategy shows rank, name and points."""
+    """One row per reason; only the first row of a strategy shows rank, name and gain."""
     rows = []
     for place, one in enumerate(found.recommendations, 1):
-        score = (f"{one.score:+g}" if one.score else "0") if one.usable else "-"
+        score = _points(one.score) if one.usable else "-"
         for index, reason in enumerate(one.reasons):
             first = (str(place), one.strategy, score) if index == 0 else ("", "", "")
             rows.append((*first, _reason(reason)))
@@ -196,7 +206,11 @@ def order_rows(found: Advice) -> list[tuple[str, str, str, str]]:
 
 
 def _reason(reason: Reason) -> str:
-    return f"{reason.points:+g}  {reason.text}" if reason.points else reason.text
+    return f"{_points(reason.points)}  {reason.text}" if reason.points else reason.text
+
+
+def _points(gain: float) -> str:
+    return f"{100 * gain:+.1f}" if gain else "0"
 
 
 def _next(found: Advice, flags: DataFlags, others: Sequence[str]) -> list[str]:

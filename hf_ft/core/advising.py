@@ -1,7 +1,7 @@
 """What a strategy declares for :func:`hf_ft.advise`: rules with their points, and what a training costs.
 
-The thresholds and points are judgement, made from the papers named here and not fitted to results: they say what to
-try first, not what will win. The rules here are those that several strategies share.
+The thresholds and points are judgement, made from the papers named here and not fitted to results; what a point is
+worth is fitted (:mod:`hf_ft.advice.fit`). The rules here are those that several strategies share.
 """
 
 from __future__ import annotations

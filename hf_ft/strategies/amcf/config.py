@@ -46,7 +46,7 @@ SEVERAL_SOURCES = advising.Rule(
     (("members", ">=", 2),), "{members:.0f} source models are available", "Feng et al., 2024"
 )
 ONE_SOURCE = advising.Rule(
-    (("members", "<", 2),), "{members:.0f} source model is available: there is nothing to collaborate with"
+    (("members", "<", 2),), "{members:.0f} source model is available: there is nothing to collaborate with", source=""
 )
 
 
@@ -87,7 +87,7 @@ class AMCFConfig(FTConfig):
     kept = (STORAGE,)
     sources_option = "source_models"
     cost = advising.SEVERAL_MODELS
-    advice = {SEVERAL_SOURCES: 3, ONE_SOURCE: -3}
+    advice = {SEVERAL_SOURCES: 3, ONE_SOURCE: None}
 
     source_models: tuple[str, ...] = option(
         (),

@@ -95,7 +95,7 @@ def advice(results: Results) -> Section | None:
     )
     if not rows:
         return None
-    lead = "Cheap measurements on the training data suggested this order before any training."
+    lead = "Earlier comparisons and cheap measurements on the training data suggested this order before any training."
     table = Table("Advised order", ("strategy", "rank", "reasons"), rows)
     return Section("advice", "Advice", (Text(lead), table))
 
