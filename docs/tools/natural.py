@@ -20,6 +20,7 @@ NOT_YET = "Not measured yet."
 TITLES = {
     "caltech40": "Caltech-101, 40 classes",
     "caltech40_lite": "the same, EfficientNet-Lite0",
+    "caltech40_dinov2": "the same, DINOv2-small",
     "cifar10": "CIFAR-10",
 }
 FIVE = ("blockwise", "daft", "soft", "tred", "amcf")

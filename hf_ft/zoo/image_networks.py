@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from hf_ft.errors import CheckpointError
 from hf_ft.zoo.datasets import _package_path
+from hf_ft.zoo.dinov2 import dinov2_small
 from hf_ft.zoo.short_names import SHORT_NAMES
 
+DINOV2 = "dinov2-small"
 GATES = ".squeeze_excite."
 # EfficientNet's repeats times 1.0 / 1.1 / 1.2 and channels times 1.0 / 1.0 / 1.1, rounded as there. They are listed, as
 # Lite scales neither the repeats of the first and the last stage nor the channels of the stem and the last convolution.
@@ -113,6 +115,8 @@ def image_processor(name: str, size: int | None) -> Any:
         options |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "include_top": False, "resample": 3}
         return hf.EfficientNetImageProcessorPil(**options)
     options |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    if name == DINOV2:
+        return hf.BitImageProcessorPil(**options, resample=3, do_center_crop=False)
     return hf.MobileNetV2ImageProcessorPil(**options, do_center_crop=False)
 
 
@@ -124,4 +128,6 @@ def image_network(name: str, size: int | None) -> Any:
     """
     entry = SHORT_NAMES[name]
     path, side = _package_path(entry.requirement, entry.path), size or entry.image_size
+    if name == DINOV2:
+        return dinov2_small(path)
     return _lite(name, path, side) if name in LITE else _mobilenet_v2(path, side)

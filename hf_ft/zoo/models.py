@@ -34,14 +34,17 @@ __all__ = [
     "task_of",
 ]
 
+NO_HEAD = "has no pretrained head to keep."
 logger = hf.utils.logging.get_logger(__name__)
 
 
 def _short_image_model(name: str, labels: dict[str, Any], size: int | None, keep: bool) -> Any:
     model = image_network(name, size)
     if labels:
-        if keep:
+        if keep and SHORT_NAMES[name].pretrained_head:
             attach_source_head(model, SourceHead(model.classifier))
+        elif keep:
+            logger.warning(f"{name} {NO_HEAD}")
         head = nn.Linear(model.classifier.in_features, labels["num_labels"])
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
@@ -88,7 +91,7 @@ def _pretrained(
     renew_head(model, labels, head)
     if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
         drop_source_head(model)
-        logger.warning(f"{source} has no pretrained head to keep.")
+        logger.warning(f"{source} {NO_HEAD}")
     return model
 
 

