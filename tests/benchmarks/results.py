@@ -4,8 +4,8 @@ FOLDER holds the image folders `caltech40` and `cifar10`, each with the splits t
 `imagenet1k_one_each`, the source data of soft fine-tuning: a folder per ImageNet class, in the order of their indices.
 The tasks:
 
-- `caltech40` (128 px, MobileNetV2), `caltech40_lite` (EfficientNet-Lite0), `caltech40_dinov2` (112 px, DINOv2-small): 40
-  classes of Caltech-101, 10 images of each.
+- `caltech40` (128 px, MobileNetV2), `caltech40_lite` (EfficientNet-Lite0), `caltech40_dinov2` (112 px, DINOv2-small):
+  40 classes of Caltech-101, 10 images of each.
 - `cifar10` (96 px, MobileNetV2): 20 images of each class.
 - `elpv_500`: 500 monocrystalline solar cells, defective or not; `mnist_200`: digits (64 px, MobileNetV2); far from
   ImageNet, and without source data. Out of distribution: polycrystalline cells; UCI's digits.
