@@ -46,6 +46,7 @@ OPTIONAL = {
     "elpv_dataset",
     "matplotlib",
     "mlxtend",
+    "onnx",
     "optuna",
     "pandas",  # with mlxtend
     "sqlalchemy",  # with optuna

@@ -2,6 +2,7 @@
 
 from hf_ft.strategies.amcf.config import AMCFConfig as AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig as AttentionTransferConfig
+from hf_ft.strategies.bitfit import BitFitConfig as BitFitConfig
 from hf_ft.strategies.blockwise.config import BlockwiseConfig as BlockwiseConfig
 from hf_ft.strategies.bss import BSSConfig as BSSConfig
 from hf_ft.strategies.co_tuning.config import CoTuningConfig as CoTuningConfig
@@ -13,6 +14,7 @@ from hf_ft.strategies.l2_sp import L2SPConfig as L2SPConfig
 from hf_ft.strategies.layer_decay import LayerDecayConfig as LayerDecayConfig
 from hf_ft.strategies.linear_probe import LinearProbeConfig as LinearProbeConfig
 from hf_ft.strategies.lp_ft import LPFTConfig as LPFTConfig
+from hf_ft.strategies.norms_only import NormsOnlyConfig as NormsOnlyConfig
 from hf_ft.strategies.soft import LwFConfig as LwFConfig
 from hf_ft.strategies.soft import SoftConfig as SoftConfig
 from hf_ft.strategies.tred.config import TREDConfig as TREDConfig

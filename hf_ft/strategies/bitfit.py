@@ -1,0 +1,73 @@
+"""BitFit: train only the biases and the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_ft.core import (
+    Context,
+    FTConfig,
+    HeadRate,
+    Needs,
+    OptionError,
+    Paper,
+    Plan,
+    Recommended,
+    Stage,
+    State,
+    advising,
+    describe_head_rate,
+    head_rates,
+    measure_head_rate,
+    option,
+    register,
+)
+from hf_ft.models.names import covered
+
+
+@register("bitfit")
+@dataclass(frozen=True, kw_only=True)
+class BitFitConfig(FTConfig):
+    r"""Train the bias of every layer, of norms too, and the head; all other weights stay as pretrained.
+
+    .. math:: L = \mathrm{CE}(h(f(x; W^0, b)), y) \quad \text{over } b \text{ and } h
+    """
+
+    paper = Paper(
+        "Ben Zaken, Goldberg, Ravfogel",
+        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+        "ACL 2022",
+        "https://arxiv.org/abs/2106.10199",
+    )
+    formula = "L = CE over the biases b and the head h; all other weights stay at W0"
+    recommended = {"learning_rate": Recommended(1e-2, sgd=1e-1)}
+    cost = advising.EVERYTHING - advising.DEARER  # gradients of activations, but of few weights
+    advice = {advising.FEW_SAMPLES_PER_WEIGHT: 1, advising.POOR_FEATURES: -1}
+
+    head_lr: HeadRate = option(
+        "auto",
+        "Learning rate of the head: 'auto' to fit it to the features, None to use that of the biases.",
+        range="(0, inf)",
+    )
+
+    def needs(self) -> Needs:
+        return Needs(several_members=True)
+
+    def measure(self, model: nn.Module, context: Context) -> State:
+        return State(info=measure_head_rate(self, model, context))
+
+    def must_measure(self) -> bool:
+        return False
+
+    def learned(self, state: State) -> str:
+        return describe_head_rate(state)
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        head = self.anatomy(model).head.modules
+        biases = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+        biases = [name for name in biases if not covered(name, set(head))]
+        if not biases:
+            raise OptionError("bitfit: the model has no biases outside the head: use NormsOnlyConfig, or LoRA (PEFT).")
+        return Plan(stages=(Stage("biases", trains=(*biases, *head), rates=head_rates(self, head, state)),))
