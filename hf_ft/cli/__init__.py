@@ -21,7 +21,7 @@ COMMANDS = {
     "search-blocks": ("search_blocks", "find the block worth training, and plot scores over depth"),
     "advise": ("advise", "which strategies to try first on your data, from cheap statistics, with reasons"),
     "compare": ("compare", "which strategy is best on your data: equal tuning budgets, one report"),
-    "demo": ("demo", "compare six strategies on real images, in a few minutes and without a GPU"),
+    "demo": ("demo", "compare seven strategies on real images, in a few minutes and without a GPU"),
 }
 HELP = """hf-ft: fine-tuning strategies for Hugging Face models.
 

@@ -57,11 +57,12 @@ class CompareFlags:
 KINDS = (DataFlags, CompareFlags, Settings, TrainingArguments)
 
 
-def run_compare(arguments: list[str], example: str | None = None) -> None:
+def run_compare(arguments: list[str], example: str | None = None, over: str = BASELINE) -> None:
     """Run the comparison, print the ranking, and show how to load the winner.
 
     Args:
         example: save the first test image under this name in the output folder, and show how to classify it.
+        over: say what the winner gained over this contender, if it takes part.
     """
     if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
         say(compare_help(CompareFlags, everything="--help-all" in arguments))
@@ -90,7 +91,7 @@ def run_compare(arguments: list[str], example: str | None = None) -> None:
         if example is not None:
             first = prepared.data.splits["test"].with_format(None)[0]
             first[prepared.data.columns.inputs[0]].save(folder / example)
-        show(results, folder, example)
+        show(results, folder, example, over)
         if not results.winner and prepared.runner.settings.hours is None:
             raise OptionError(f"no strategy finished; {folder}/report.md says why.")
 
@@ -192,18 +193,20 @@ def _announce(model: str, prepared: Prepared) -> None:
     say(f"{table(rows)}\n")
 
 
-def _gained(results: Results) -> str:
+def _gained(results: Results, over: str) -> str:
     """What the winner gained, in a sentence."""
-    if results.winner in ("", results.contenders[0].name):
-        return "Nothing is gained over full fine-tuning: no strategy scores higher on validation."
-    gained = gain(results)
+    over = over if any(one.name == over and one.finished_runs for one in results.contenders) else BASELINE
+    other = "full fine-tuning" if over == BASELINE else over
+    if results.winner in ("", over):
+        return f"Nothing is gained over {other}: no strategy scores higher on validation."
+    gained = gain(results, over)
     if gained is None:
-        return f"{results.winner} and full fine-tuning have no test scores in common."
+        return f"{results.winner} and {other} have no test scores in common."
     error = "" if gained[1] is None else f" (standard error {gained[1]:.3f})"
-    return f"Test {results.metric} of {results.winner}, less that of full fine-tuning: {gained[0]:+.3f}{error}."
+    return f"Test {results.metric} of {results.winner}, less that of {other}: {gained[0]:+.3f}{error}."
 
 
-def show(results: Results, folder: Path, example: str | None = None) -> None:
+def show(results: Results, folder: Path, example: str | None = None, over: str = BASELINE) -> None:
     """Print the ranking, the locations of all files, and how to classify an example in the folder."""
     rows = []
     for standing in standings(results):
@@ -225,7 +228,7 @@ def show(results: Results, folder: Path, example: str | None = None) -> None:
     headers = ("strategy", "validation", "test", "to full", "s/run", "trials", "tuning s", "")
     say(f"\n{results.metric}, mean ± std of {results.settings['seeds']} seeds; * is best on validation:\n")
     say(table(rows, headers))
-    say(f"\n{_gained(results)}")
+    say(f"\n{_gained(results, over)}")
     reasons = [(c.name, f"{c.status}: {c.reason}") for c in results.contenders if c.status != "finished" and c.reason]
     if reasons:
         say(f"\n{table(reasons)}")

@@ -251,7 +251,7 @@ def _score(run: Training, split: str, metric: str) -> float | None:
 
 def _standing(results: Results, contender: Contender, baseline: Contender | None) -> Standing:
     spreads, runs = _spreads(results, contender), contender.finished_runs
-    differences = {} if baseline in (contender, None) else _differences(results, contender, baseline)
+    differences = {} if baseline in (contender, None) else paired_differences(results, contender, baseline)
     sizes = [run.checkpoint_mb for run in runs if run.checkpoint_mb is not None]
     return Standing(
         contender=contender,
@@ -267,7 +267,8 @@ def _standing(results: Results, contender: Contender, baseline: Contender | None
     )
 
 
-def _differences(results: Results, ours: Contender, baseline: Contender) -> dict[str, Difference]:
+def paired_differences(results: Results, ours: Contender, baseline: Contender) -> dict[str, Difference]:
+    """The paired differences of a contender to another, by split."""
     spreads, theirs = _spreads(results, ours), _spreads(results, baseline)
     pairs = {
         split: paired_difference(

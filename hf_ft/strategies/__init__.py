@@ -17,4 +17,5 @@ from hf_ft.strategies.lp_ft import LPFTConfig as LPFTConfig
 from hf_ft.strategies.norms_only import NormsOnlyConfig as NormsOnlyConfig
 from hf_ft.strategies.soft import LwFConfig as LwFConfig
 from hf_ft.strategies.soft import SoftConfig as SoftConfig
+from hf_ft.strategies.stock import StockConfig as StockConfig
 from hf_ft.strategies.tred.config import TREDConfig as TREDConfig

@@ -128,7 +128,7 @@ def test_refused(flags, message, capsys):
 
 def test_flags_of_the_user_replace_those_of_the_demo(monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(demo, "run_compare", lambda words, example: given.extend(words))
+    monkeypatch.setattr(demo, "run_compare", lambda words, **others: given.extend(words))
     assert main(["demo", "--seeds", "3", "--image-size=64"]) == 0
     assert "--model=mobilenet_v2" in given and given[-3:] == ["--seeds", "3", "--image-size=64"]
     assert not any(word.startswith(("--seeds=", "--image_size")) for word in given)
