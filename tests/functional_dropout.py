@@ -9,7 +9,12 @@ from torch import Tensor
 from hf_ft.testing import tiny_inputs
 
 _TEXT: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 1}
-_LAYERS: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "initializer_range": 0.2}
+_LAYERS: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+}
 _BOTH: dict[str, Any] = {"d_model": 16, "init_std": 0.2}
 for _side in ("encoder", "decoder"):
     _BOTH |= {f"{_side}_layers": 2, f"{_side}_attention_heads": 2, f"{_side}_ffn_dim": 32, f"{_side}_layerdrop": 0.3}
@@ -53,5 +58,3 @@ def inputs(model: Any, batch: int = 4, seed: int = 0) -> dict[str, Tensor]:
     text = tiny_inputs(model, batch, seed)
     text["input_ids"][:, -3] = 2  # the end of the text, from which BART classifies
     return text
-
-

@@ -45,11 +45,16 @@ class _Reached(Exception):
     """Raised once all requested layers are computed, to skip the rest of the forward pass."""
 
 
-def run_to(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def run_to(
+    model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any], *, may_skip: bool = False
+) -> dict[str, Tensor]:
     """Compute several layers in one forward pass that stops at the last of them.
 
+    Args:
+        may_skip: leave out layers that are not called. In train mode, a model may skip layers at random (LayerDrop).
+
     Raises:
-        OptionError: if one of them is not called.
+        OptionError: if one of them is not called, unless ``may_skip``.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -71,7 +76,7 @@ def run_to(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any]) ->
         for handle in handles:
             handle.remove()
     silent = [name for name in layers if name not in tensors]
-    if silent:
+    if silent and not may_skip:
         raise OptionError(f"layer {silent[0]!r} produced no output: {NOT_CALLED}")
     return tensors
 

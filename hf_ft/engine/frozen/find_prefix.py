@@ -153,9 +153,10 @@ class PrefixFinder:
             for name in names:
                 self.model.get_submodule(name).training = True
             with random_states_kept(0):
-                outputs = run_to(self.model, prefix.borders, self.second)
+                outputs = run_to(self.model, prefix.borders, self.second, may_skip=True)
                 same_draws = random_states() == drawn
-        return same_draws and _equal((outputs[border] for border in prefix.borders), still)
+        called = all(border in outputs for border in prefix.borders)
+        return same_draws and called and _equal((outputs[border] for border in prefix.borders), still)
 
     def prefix(self, cuts: Sequence[_Cut], needed: frozenset[str]) -> FrozenPrefix:
         """Combine cuts, one per chain, into a prefix that keeps these pixel columns."""

@@ -24,7 +24,9 @@ def test_a_probe_sees_the_features_of_evaluation(kind):
     model = tiny(kind)
     batch = inputs(model)
     still = head_inputs(model, batch)
-    assert any(not torch.equal(head_inputs(model.train(), batch, seed), still) for seed in range(4)), "nothing is tested"
+    assert any(not torch.equal(head_inputs(model.train(), batch, seed), still) for seed in range(4)), (
+        "nothing is tested"
+    )
     objective = set_up(model, "linear_probe").objective()
     for seed in range(4):
         assert torch.equal(head_inputs(objective.train().model, batch, seed), still)
@@ -58,8 +60,17 @@ def prefix_before_last_layer(model):
 
 
 def test_nothing_is_recorded_behind_a_layer_that_may_be_dropped():
-    """However rarely: the container that drops it is in train mode, since its last layer trains."""
+    """However rarely, or always: the container that drops it is in train mode, since its last layer trains."""
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0}
-    steady, drops = (prefix_before_last_layer(tiny("biogpt", **quiet, layerdrop=rate)) for rate in (0.0, 1e-6))
-    assert steady.borders == ("biogpt.layers.1",)
-    assert drops is None or not any("layers" in border for border in drops.borders)
+    found = [prefix_before_last_layer(tiny("biogpt", **quiet, layerdrop=rate)) for rate in (0.0, 1e-6, 1.0)]
+    assert found[0].borders == ("biogpt.layers.1",)
+    assert not any("layers" in border for prefix in found[1:] if prefix for border in prefix.borders)
+
+
+def test_gradients_pass_through_what_is_frozen_behind_a_trained_part():
+    """Reformer's reversible layers refuse to do so in eval mode."""
+    model = tiny("reformer")
+    model.reformer.encoder.layers[0].requires_grad_(False)
+    objective = set_up(model, "full").objective().train()
+    objective(**inputs(model))["loss"].backward()
+    assert all(parameter.grad is not None for parameter in model.reformer.embeddings.parameters())
