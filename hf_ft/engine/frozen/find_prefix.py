@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from hf_ft.engine.frozen.prefix import FrozenPrefix, Placeholder
-from hf_ft.models.feature_hooks import Batch, run_to
+from hf_ft.models.feature_hooks import Batch, run, run_to
 from hf_ft.models.names import covers
 from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import evaluating, random_states, random_states_kept
@@ -70,7 +70,7 @@ class PrefixFinder:
         self.pixels = frozenset(pixels) - varying
         names = [call.name for call in calls]
         self.once = {name for name, times in Counter(names).items() if times == 1}
-        self.full, self.inputs = _observed(model, lambda: model(**second))
+        self.full, self.inputs = _observed(model, lambda: run(model, second))
         self._known: dict[tuple[Chain, bool], _Cut | None] = {}
 
     @classmethod
