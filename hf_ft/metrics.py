@@ -134,12 +134,14 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
     is single-label.
 
     Args:
-        eval_prediction: logits (B, C), or a tuple that starts with them; labels (B,) or (B, C).
+        eval_prediction: logits (B, C) or (B, 1, C), or a tuple that starts with them; labels (B,) or (B, C).
 
     Raises:
         OptionError: if the shapes fit none of these kinds.
     """
     logits, labels = _first(eval_prediction.predictions), _first(eval_prediction.label_ids)
+    if logits.ndim == 3 and logits.shape[1] == 1:
+        logits = logits[:, 0]
     if logits.ndim == 1 or (logits.shape[-1] == 1 and labels.size == logits.size):
         return "regression", logits.reshape(-1), labels.reshape(-1)
     if logits.shape == labels.shape:

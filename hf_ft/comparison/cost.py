@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import TrainerCallback
 
 from hf_ft.comparison.task import Bench
+from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.rows import read_rows
 from hf_ft.models.feature_hooks import model_inputs
 
@@ -141,7 +142,9 @@ def measure_cost(bench: Bench, batch_size: int, device: str = "cpu") -> Cost:
             return model(**inputs)
 
     def both() -> None:
-        model(**inputs, labels=labels).loss.backward()
+        loss, _ = TaskLoss()(model, {**inputs, "labels": labels})
+        assert loss is not None
+        loss.backward()
 
     model.train()
     training = _seconds(both, device) / size

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+from hf_ft.errors import OptionError
+from hf_ft.models.feature_hooks import run
 
 
 class TaskLoss:
     """The task loss alone, a mean over the micro-batch.
 
-    Without arguments it is the model's own loss (which follows ``config.problem_type``). For an ensemble it is the sum
-    over its members.
+    Without arguments it is the model's own loss (which follows ``config.problem_type``); if the model returns none, the
+    loss that Transformers' classifiers compute on their logits. For an ensemble it is the sum over its members.
 
     Args:
         label_smoother: label smoother that the Trainer creates from ``label_smoothing_factor``.
@@ -34,17 +39,19 @@ class TaskLoss:
         self.compute_loss_func = compute_loss_func
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
-        if isinstance(batch.get("labels"), Tensor):
-            batch = {**batch, "labels": fitting_labels(batch["labels"], getattr(model, "config", None))}
+        config, labels = getattr(model, "config", None), batch.get("labels")
+        if isinstance(labels, Tensor):
+            labels = fitting_labels(labels, config)
+            batch = {**batch, "labels": labels}
         own_loss = not (self.label_smoother or self.compute_loss_func or self.class_weights is not None)
-        if own_loss or batch.get("labels") is None:
-            outputs = as_dict(model(**batch))
-            return outputs.pop("loss", None), outputs
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        outputs = as_dict(model(**inputs))
+        inputs = batch if own_loss else {key: value for key, value in batch.items() if key != "labels"}
+        outputs = classifier_outputs(run(model, inputs), config)
+        if own_loss or labels is None:
+            loss = outputs.pop("loss", None)
+            return (loss_on_logits(model, outputs, labels) if loss is None and labels is not None else loss), outputs
         members = outputs.get("member_logits")
         whose = [outputs] if members is None else [{**outputs, "logits": logits} for logits in members]
-        losses = [self._loss(one, batch["labels"]) for one in whose]
+        losses = [self._loss(one, labels) for one in whose]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outputs
 
     def _loss(self, outputs: dict[str, Any], labels: Tensor) -> Tensor:
@@ -56,6 +63,42 @@ class TaskLoss:
             return total / labels.ne(-100).sum()
         assert self.label_smoother is not None
         return self.label_smoother(outputs, labels)
+
+
+def loss_on_logits(model: nn.Module, outputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """The loss for a model that returns none: cross-entropy, or what ``config.problem_type`` says.
+
+    Raises:
+        OptionError: if the model returns no logits either, or these do not fit the labels.
+    """
+    name, logits = type(model).__name__, outputs.get("logits")
+    way_out = "Return a loss or logits (B, C) from its forward, or pass compute_loss_func=..."
+    if not isinstance(logits, Tensor):
+        raise OptionError(f"{name} returns neither a loss nor logits, only {sorted(outputs)}. {way_out}")
+    by_class = logits.dim() == 2 and labels.shape == logits.shape[:1]
+    if not by_class and labels.numel() != logits.numel():
+        shapes = f"{tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}"
+        raise OptionError(f"{name} returns no loss, and its logits of shape {shapes}. {way_out}")
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    like = SimpleNamespace(num_labels=logits.shape[-1], problem_type=kind)  # the model's own config stays as it is
+    return ForSequenceClassificationLoss(labels, logits.float(), like)
+
+
+def classifier_outputs(outputs: Any, config: Any = None) -> dict[str, Any]:
+    """A classifier's outputs with one row of logits per sample, (B, C), whatever it calls them.
+
+    Logits (B, 1, C) lose their second dimension. Where no output is called ``logits``, it is the first of shape
+    (B, ``config.num_labels``).
+    """
+    named = as_dict(outputs)
+    if "logits" not in named:
+        last = getattr(config, "num_labels", None)
+        rows = [n for n, v in named.items() if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == last]
+        named = {"logits" if name in rows[:1] else name: value for name, value in named.items()}
+    logits = named.get("logits")
+    if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[1] == 1:
+        named["logits"] = logits.squeeze(1)
+    return named
 
 
 def fitting_labels(labels: Tensor, config: Any) -> Tensor:

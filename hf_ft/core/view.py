@@ -8,7 +8,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_ft.errors import OptionError
 from hf_ft.models.names import Names, covers
+
+
+class LayerStates(dict[str, Tensor]):
+    """The states of the layers that ran in this step, by name.
+
+    With LayerDrop, a model skips some of its layers at random in each training step.
+    """
+
+    def called(self, layers: Names) -> Names:
+        """Those of the layers that ran, in the same order: at least one, since a term without any is left out."""
+        return tuple(layer for layer in layers if layer in self)
+
+    def __missing__(self, layer: str) -> Tensor:
+        raise OptionError(
+            f"layer {layer!r} did not run in this step: the model skips layers at random in training (LayerDrop), or "
+            "the term does not name it in Term.layers. Look only at the layers in view.states.called(layers), or set "
+            "the model's layerdrop to 0."
+        )
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,7 @@ class StreamView:
     """
 
     batch: Mapping[str, Any]
-    states: Mapping[str, Tensor]
+    states: LayerStates
 
 
 class View:
@@ -34,7 +53,7 @@ class View:
         outputs: outputs of the model.
         features: input of the head, (B, d), for terms that need ``"features"``.
         states: states of the terms' layers by name, in float32 or wider: feature maps (B, C, H, W) or token states
-            (B, T, C).
+            (B, T, C). Layers that the model skipped in this step (LayerDrop) are missing.
         reference: the same states in the initial model, for terms that need ``"reference"``.
         streams: batches of other data by stream name, for terms that name a stream.
         token_mask: (B, T), 0 for padding tokens; None if there are none.
@@ -48,7 +67,7 @@ class View:
         self.batch: Mapping[str, Any] = {}
         self.outputs: Any = None
         self.features: Tensor | None = None
-        self.states: Mapping[str, Tensor] = {}
+        self.states = LayerStates()
         self.reference: Mapping[str, Tensor] = {}
         self.streams: Mapping[str, StreamView] = {}
         self.token_mask: Tensor | None = None
@@ -69,7 +88,7 @@ class View:
     def release(self) -> None:
         """Release the micro-batch and the autograd graph attached to it."""
         self.batch, self.outputs, self.features, self.token_mask = {}, None, None, None
-        self.states, self.reference, self.streams = {}, {}, {}
+        self.states, self.reference, self.streams = LayerStates(), {}, {}
 
     def _pair(self, names: Names) -> tuple[list[Tensor], list[Tensor]]:
         if names not in self._pairs:  # once per stage: walking the module tree every step is slow

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core.plan import Stream
-from hf_ft.core.view import StreamView
+from hf_ft.core.view import LayerStates, StreamView
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
 from hf_ft.models.feature_hooks import Taps, run_to
@@ -36,7 +36,7 @@ class Forward:
     Attributes:
         loss: task loss on the target batch; None without labels.
         outputs: outputs of the model.
-        states: recorded layers of the target batch.
+        states: recorded layers of the target batch; without those that the model skipped (LayerDrop).
         features: input of the head for the target batch, if requested.
         streams: batches and recorded layers of the streams, by name.
     """
@@ -82,11 +82,13 @@ def forward(
     views, start = {}, rows or 0
     for other in together:
         end = start + rows_of(other.batch)
-        views[other.stream.name] = _view(other, {layer: taps.states[layer][start:end] for layer in other.layers})
+        called = [layer for layer in other.layers if layer in taps.states]
+        views[other.stream.name] = _view(other, {layer: taps.states[layer][start:end] for layer in called})
         start = end
     for other in streams:
         if other.stream.forward == "separate":
-            views[other.stream.name] = _view(other, run_to(model, other.layers, inputs_of(other.batch)))
+            states = run_to(model, other.layers, inputs_of(other.batch), may_skip=True)
+            views[other.stream.name] = _view(other, states)
     states = {layer: taps.states[layer][:rows] for layer in layers if layer in taps.states}
     return Forward(loss, outputs, states, None if taps.features is None else taps.features[:rows], views)
 
@@ -102,7 +104,7 @@ def _check_rows(states: Mapping[str, Tensor], rows: int, of_streams: Sequence[st
 
 
 def _view(other: StreamBatch, states: Mapping[str, Tensor]) -> StreamView:
-    return StreamView(other.batch, {layer: wide(state) for layer, state in states.items()})
+    return StreamView(other.batch, LayerStates({layer: wide(state) for layer, state in states.items()}))
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:

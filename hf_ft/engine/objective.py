@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from hf_ft.core.plan import Plan, Stage, Term, trained_by
 from hf_ft.core.task_loss import TaskLoss
-from hf_ft.core.view import View
+from hf_ft.core.view import LayerStates, View
 from hf_ft.engine.batch import STREAM, recorded_states, take_activations, take_streams
-from hf_ft.engine.forward import StreamBatch, forward
+from hf_ft.engine.forward import StreamBatch, forward, inputs_of
 from hf_ft.engine.frozen.freezing import liveness, moving_norms
 from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
-from hf_ft.models.feature_hooks import NOT_CALLED, token_mask
+from hf_ft.models.feature_hooks import run_to, token_mask
 from hf_ft.models.names import Names, covers
-from hf_ft.models.norms import batch_norms
+from hf_ft.models.norms import batch_norms, drops_layers
 from hf_ft.models.parts import Chain
+from hf_ft.models.preserve import observing
 
 
 class Objective(nn.Module):
@@ -79,6 +80,7 @@ class Objective(nn.Module):
         self._settled = False
         self._dropout = True
         self._live_layers: set[str] = set()  # those after a trained parameter
+        self._skippable: set[str] = set()  # layers that did not run in some step, but do in evaluation
         self.prefix: FrozenPrefix | None = None
         self.trained: list[nn.Parameter] = list(self.parameters())
         everything = [name for name, _ in model.named_parameters()]
@@ -101,6 +103,7 @@ class Objective(nn.Module):
             loss, outputs = self.task_loss(self.model, batch)
             return outputs if loss is None else {"loss": loss, **outputs}
         active = self._active_terms()
+        others = self._stream_batches(active, streams)
         result = forward(
             self.model,
             self.task_loss,
@@ -108,11 +111,13 @@ class Objective(nn.Module):
             layers=_layers(term for term, _ in active if term.stream is None),
             head=tuple(name for chain in self.chains for name in chain.parts[-1].modules),
             wants_features=any("features" in term.needs for term, _ in active),
-            streams=self._stream_batches(active, streams),
+            streams=others,
         )
         loss, outputs = result.loss, result.outputs
         if loss is None:
             return outputs
+        for other in others:
+            self._check_skipped(other.layers, result.streams[other.stream.name].states, other.batch)
         view = self._view
         view.batch = batch if any("inputs" in term.needs for term, _ in active) else {}
         view.outputs, view.features, view.progress = outputs, result.features, self.progress
@@ -123,6 +128,9 @@ class Objective(nn.Module):
         # Weight differences and kernels of features need float32, whatever the model's dtype.
         with torch.autocast(loss.device.type, enabled=False):
             for term, factor in active:
+                if not _has_layers(term, view):  # all were skipped
+                    terms[term.name] = torch.zeros_like(terms["task"])
+                    continue
                 value = (factor * self.share) * term.fn(view).to(loss.device)
                 total = total + value
                 terms[term.name] = value.detach()
@@ -140,10 +148,10 @@ class Objective(nn.Module):
 
     @property
     def sometimes_unused(self) -> bool:
-        """Whether a trained parameter gets no gradient in some step, because its stage or term is inactive."""
+        """Whether a trained parameter gets no gradient in some step: its stage or term is inactive, or LayerDrop."""
         trainable_terms = [term for term in self.plan.terms if isinstance(term.fn, nn.Module)]
         idle = any(term.schedule is not None or term not in self.terms for term in trainable_terms)
-        return len(self.plan.stages) > 1 or idle
+        return len(self.plan.stages) > 1 or idle or drops_layers(self.model)
 
     @property
     def uses_reference(self) -> bool:
@@ -179,16 +187,15 @@ class Objective(nn.Module):
     ) -> None:
         """Fill the view with the states of its terms' layers, and with reference states, recorded or computed."""
         mine = [term for term, _ in active if term.stream is None]
-        absent = [layer for term in mine for layer in term.layers if layer not in states]
-        if absent:
-            raise OptionError(f"layer {absent[0]!r} produced no output: {NOT_CALLED}")
+        self._check_skipped(_layers(mine), states, batch)
         hidden = [name for name in states if name in self._live_layers and not states[name].requires_grad]
         if hidden and torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
             raise OptionError(
                 f"no gradient flows from layer {hidden[0]!r}, which a loss term needs. With gradient checkpointing, "
                 "set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        layers = [layer for term in mine if "reference" in term.needs for layer in term.layers]
+        wanted = [layer for term in mine if "reference" in term.needs for layer in term.layers]
+        layers = [layer for layer in wanted if layer in states]
         # Text recorded in another batch may be padded to another length.
         reference = {n: state for n, state in recorded.items() if n in states and state.shape == states[n].shape}
         missing = [layer for layer in dict.fromkeys(layers) if layer not in reference]
@@ -196,9 +203,21 @@ class Objective(nn.Module):
             assert self.reference is not None
             reference |= self.reference.states(missing, batch, device)
         view = self._view
-        view.states = {name: wide(state) for name, state in states.items()}
+        view.states = LayerStates({name: wide(state) for name, state in states.items()})
         view.reference = {name: wide(reference[name]) for name in layers}
         view.token_mask = token_mask(batch, states.values())
+
+    def _check_skipped(self, layers: Names, states: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Accept layers that did not run in this step if they run in evaluation: LayerDrop skips some at random.
+
+        Raises:
+            OptionError: if one of them does not run in evaluation either.
+        """
+        unknown = [layer for layer in layers if layer not in states and layer not in self._skippable]
+        if unknown:
+            with observing(self.model):
+                run_to(self.model, unknown, inputs_of(batch))
+            self._skippable.update(unknown)
 
     def enter(self, stage: Stage) -> None:
         """Train the parameters of this stage and no others; select the modules that run in eval mode."""
@@ -268,6 +287,12 @@ class Objective(nn.Module):
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.zero_()
+
+
+def _has_layers(term: Term, view: View) -> bool:
+    """Whether a term looks at no layers, or at one that ran in this step."""
+    states = view.states if term.stream is None else view.streams[term.stream].states
+    return not term.layers or bool(states.called(term.layers))
 
 
 def _layers(terms: Iterable[Term]) -> Names:

@@ -85,6 +85,8 @@ def measure_probe(model: nn.Module, config: FTConfig, context: Context) -> State
     recorded = RecordedFeatures(model, INPUT + layer, context)
     read = [recorded(rows)[:2] for rows in batches_of(recorded.count)]
     features, labels = (torch.cat([part[i].cpu() for part in read]) for i in range(2))
+    if features.dim() == 3 and features.shape[1] == 1:
+        features = features.squeeze(1)
     if features.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
         raise OptionError(
             f"{config.ft_type}: probe_solver='lbfgs' needs one vector of features and one class per sample, not "

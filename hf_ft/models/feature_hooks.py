@@ -6,6 +6,8 @@ A *layer* is a module name, for the module's output, or ``input:`` and a module 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,15 +43,33 @@ def first_tensor(value: Any) -> Tensor:
     return next(leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
 
 
+@functools.cache
+def takes_labels(kind: type[nn.Module]) -> bool:
+    """Whether the forward of this class accepts labels: some classifiers of Transformers compute no loss."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    return any(parameter.name == "labels" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """The outputs of a model for a batch, whose labels are left out if the model takes none."""
+    without = "labels" in batch and not takes_labels(type(model))
+    return model(**{name: value for name, value in batch.items() if not (without and name == "labels")})
+
+
 class _Reached(Exception):
     """Raised once all requested layers are computed, to skip the rest of the forward pass."""
 
 
-def run_to(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def run_to(
+    model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any], *, may_skip: bool = False
+) -> dict[str, Tensor]:
     """Compute several layers in one forward pass that stops at the last of them.
 
+    Args:
+        may_skip: leave out layers that are not called. In train mode, a model may skip layers at random (LayerDrop).
+
     Raises:
-        OptionError: if one of them is not called.
+        OptionError: if one of them is not called, unless ``may_skip``.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -66,12 +86,12 @@ def run_to(model: nn.Module, layers: Sequence[str], batch: Mapping[str, Any]) ->
     handles = [tap(model, name, keeper(name)) for name in layers]
     try:
         with contextlib.suppress(_Reached):
-            model(**batch)
+            run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     silent = [name for name in layers if name not in tensors]
-    if silent:
+    if silent and not may_skip:
         raise OptionError(f"layer {silent[0]!r} produced no output: {NOT_CALLED}")
     return tensors
 
@@ -85,7 +105,8 @@ class Taps:
         head: names of the head's modules, to record the head's input as well.
 
     Attributes:
-        states: first tensor of each layer, by layer name.
+        states: first tensor of each layer, by layer name, as the layer left it: a copy, since what runs next may change
+            it in place (a ReLU after a convolution, a shortcut added to the output).
         features: input of the first module inside the head, (B, d).
     """
 
@@ -94,7 +115,6 @@ class Taps:
         self.states: dict[str, Tensor] = {}
         self.features: Tensor | None = None
         self._handles: list[RemovableHandle] = []
-        self._versions: dict[str, int] = {}
 
     def __enter__(self) -> Taps:
         for name in self.layers:
@@ -109,12 +129,6 @@ class Taps:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for name, state in self.states.items():
-            if state._version != self._versions[name] and error[0] is None:
-                raise OptionError(
-                    f"layer {name!r}: its output is modified in place afterwards (for example by adding a shortcut), "
-                    "so it cannot be compared. Name the block that contains it."
-                )
 
     def _keeper(self, name: str) -> Callable[[Tensor], None]:
         def keep(state: Tensor) -> None:
@@ -123,13 +137,14 @@ class Taps:
                     f"layer {name!r} is called several times in a forward pass (shared weights), so there is no single "
                     "output to compare. Name another layer, or use L2SPConfig, which compares weights."
                 )
-            self.states[name], self._versions[name] = state, state._version
+            self.states[name] = state.clone()
 
         return keep
 
     def _keep_features(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.features is None:
-            self.features = inputs[0].flatten(1) if inputs[0].dim() == 4 else inputs[0]
+            single = inputs[0].dim() == 3 and inputs[0].shape[1] == 1  # one vector per sample, (B, 1, d)
+            self.features = inputs[0].flatten(1) if inputs[0].dim() == 4 or single else inputs[0]
 
 
 def token_mask(batch: Mapping[str, Any], states: Iterable[Tensor]) -> Tensor | None:

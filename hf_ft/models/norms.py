@@ -1,4 +1,4 @@
-"""Normalisation and dropout layers of a model."""
+"""Normalisation and dropout of a model."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
 def is_dropout(module: nn.Module) -> bool:
     """Whether a module randomly drops values or whole paths in training."""
     return _DROPOUT.search(type(module).__name__) is not None
+
+
+def drops_layers(model: nn.Module) -> bool:
+    """Whether a model skips whole layers at random in training (LayerDrop), according to its config."""
+    config = getattr(model, "config", None)
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    nested = [value for value in fields.values() if isinstance(value, dict)]
+    return any(
+        isinstance(value, float) and value > 0
+        for each in (fields, *nested)
+        for name, value in each.items()
+        if "layerdrop" in str(name)
+    )
 
 
 def tensorflow_momentum(model: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,14 @@ def random_states_kept(seed: int | None = None) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def random_states() -> tuple[Any, ...]:
+    """The RNG states of Python, NumPy and torch: equal before and after code that draws no random numbers."""
+    _, numbers, position, *rest = np.random.get_state()
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    generators = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_cuda)]
+    return random.getstate(), np.asarray(numbers).tobytes(), position, *rest, *generators
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ class SourceHead(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         logits = self.module(state.to(next(self.module.parameters()).dtype))
+        if logits.dim() == 3 and logits.shape[1] == 1:
+            logits = logits.squeeze(1)
         if logits.dim() != 2:
             raise OptionError(
                 f"the pretrained head outputs {tuple(logits.shape)}, not one row of logits per sample: this model "

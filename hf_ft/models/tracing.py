@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ft.models.feature_hooks import Batch
+from hf_ft.models.feature_hooks import Batch, run
 from hf_ft.models.preserve import evaluating
 
 
@@ -52,7 +52,7 @@ def _trace(model: nn.Module, batch: Batch) -> list[_Call]:
             hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     try:
         with evaluating(model), torch.no_grad():
-            model(**batch)
+            run(model, batch)
     finally:
         for handle in hooks:
             handle.remove()

@@ -34,7 +34,7 @@ class AttentionDistance:
     layers: Names
 
     def __call__(self, view: View) -> Tensor:
-        pairs = [compared(view, layer) for layer in self.layers]
+        pairs = [compared(view, layer) for layer in view.states.called(self.layers)]
         if all(positions(now.shape) == 1 for now, _ in pairs):
             raise OptionError(
                 f"attention_transfer: {', '.join(self.layers)} have a single position, so all attention maps are "

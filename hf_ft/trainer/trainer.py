@@ -114,6 +114,8 @@ class FTTrainer(Trainer):
         if model is None:
             data = self.train_dataset, self.eval_dataset
             checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset)
+        if args.label_names is None and not self.label_names:
+            self.label_names = ["labels"]  # the model's forward names none: the task loss takes them
         # Both belong to the task loss: if set here, the Trainer would count items and scale the loss again.
         function, self.compute_loss_func = self.compute_loss_func, None
         self.model_accepts_loss_kwargs = False

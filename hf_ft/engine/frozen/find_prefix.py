@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from hf_ft.engine.frozen.prefix import FrozenPrefix, Placeholder
-from hf_ft.models.feature_hooks import Batch, run_to
+from hf_ft.models.feature_hooks import Batch, run, run_to
 from hf_ft.models.names import covers
 from hf_ft.models.parts import Chain
-from hf_ft.models.preserve import evaluating, random_states_kept
+from hf_ft.models.preserve import evaluating, random_states, random_states_kept
 from hf_ft.models.tracing import _Call, _trace
 
 SAMPLED = 4096  # values of a layer's input that are compared
@@ -70,7 +70,7 @@ class PrefixFinder:
         self.pixels = frozenset(pixels) - varying
         names = [call.name for call in calls]
         self.once = {name for name, times in Counter(names).items() if times == 1}
-        self.full, self.inputs = _observed(model, lambda: model(**second))
+        self.full, self.inputs = _observed(model, lambda: run(model, second))
         self._known: dict[tuple[Chain, bool], _Cut | None] = {}
 
     @classmethod
@@ -141,17 +141,22 @@ class PrefixFinder:
     def _steady(self, cut: _Cut) -> bool:
         """Whether the modules around the skipped ones behave the same in training mode.
 
-        Skipped modules run in eval mode. An enclosing module may not, if something in it trains, and it may apply a
-        functional dropout, which activations recorded in evaluation mode would lack.
+        Skipped modules run in eval mode. An enclosing module may not, if something in it trains, and it may apply
+        dropout or skip layers by itself, which activations recorded in evaluation mode would lack. A rare event may
+        not show in the outputs of one pass, so they must also draw no more random numbers than in eval mode.
         """
         prefix = self.prefix([cut], self.pixels)
         names = {parent for name in prefix.left_out for parent in _parents(name)}
-        with random_states_kept(0), evaluating(self.model), torch.no_grad():
-            still = prefix.record(self.second)
+        with evaluating(self.model), torch.no_grad():
+            with random_states_kept(0):
+                still, drawn = prefix.record(self.second), random_states()
             for name in names:
                 self.model.get_submodule(name).training = True
-            outputs = run_to(self.model, prefix.borders, self.second)
-        return _equal((outputs[border] for border in prefix.borders), still)
+            with random_states_kept(0):
+                outputs = run_to(self.model, prefix.borders, self.second, may_skip=True)
+                same_draws = random_states() == drawn
+        called = all(border in outputs for border in prefix.borders)
+        return same_draws and called and _equal((outputs[border] for border in prefix.borders), still)
 
     def prefix(self, cuts: Sequence[_Cut], needed: frozenset[str]) -> FrozenPrefix:
         """Combine cuts, one per chain, into a prefix that keeps these pixel columns."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -21,7 +21,8 @@ class Liveness:
         trained_from: for each chain, the index of the first part with a trained parameter.
         live_from: for each chain, the index of the first part that trains or whose running statistics change.
         chains: each chain from that part on; its first part keeps only the modules that are live.
-        resting: modules before everything that trains; they run in evaluation mode, dropout and norms included.
+        resting: modules before everything that trains, and those that contain nothing else; they run in evaluation
+            mode, dropout and norms included.
         has_prefix: whether anything before the live part neither trains nor changes.
     """
 
@@ -43,26 +44,27 @@ def moving_norms(model: nn.Module, stage: Stage, trained: Collection[str]) -> li
 
 def liveness(model: nn.Module, chains: Sequence[Chain], trained: Collection[str], moving: Collection[str]) -> Liveness:
     """Determine the live part, given the trained parameters and the norms that update their statistics."""
-    trained_from, live_from, live, resting, has_prefix = [], [], [], [], False
+    trained_from, live_from, live, has_prefix = [], [], [], False
+    before: list[str] = []  # modules and bare parameters before everything that trains
     for chain in chains:
         first = _first(chain.parts, trained)
         begin = min(first, _first(chain.parts, moving))
         parts = list(chain.parts[begin:])
         if first < len(chain.parts):
-            for part in chain.parts[:first]:
-                resting += [module for name in part.modules for module in _modules(model, name)]
+            before += [name for part in chain.parts[:first] for name in part.modules]
             inside = _Inside(model, trained, moving).look(chain.parts[first])
-            resting += [module for name in inside.resting for module in _modules(model, name)]
+            before += inside.resting
             if begin == first:
                 parts[0] = Part(parts[0].name, tuple(inside.alive))
                 has_prefix |= bool(inside.resting)
         elif trained:  # another chain trains; this one only contributes its outputs
-            resting += [module for part in chain.parts for name in part.modules for module in _modules(model, name)]
+            before += [name for part in chain.parts for name in part.modules]
         has_prefix |= begin > 0
         trained_from.append(first)
         live_from.append(begin)
         live.append(Chain(chain.name, tuple(parts)))
-    return Liveness(tuple(trained_from), tuple(live_from), tuple(live), tuple(resting), has_prefix)
+    resting = tuple(_resting(model, before))
+    return Liveness(tuple(trained_from), tuple(live_from), tuple(live), resting, has_prefix)
 
 
 def _first(parts: Sequence[Part], names: Collection[str]) -> int:
@@ -71,11 +73,28 @@ def _first(parts: Sequence[Part], names: Collection[str]) -> int:
     return next((index for index, match in enumerate(holds) if match), len(parts))
 
 
-def _modules(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    try:
-        yield from model.get_submodule(name).modules()
-    except AttributeError:  # a bare parameter
-        return
+def _resting(model: nn.Module, before: Sequence[str]) -> list[nn.Module]:
+    """The modules that run in evaluation mode: those before everything that trains, and containers of only such.
+
+    A container may apply dropout, LayerDrop or SpecAugment of its own (BART's decoder, BioGPT, wav2vec2), so it rests
+    as soon as all its parameters do. A container that also holds a trained module, or one behind it, stays in train
+    mode, because:
+
+    - what it applies also acts on what trains: SpecAugment lies between wav2vec2's frozen convolutions and its layers.
+      Where it acts on frozen modules as well, nothing is recorded after it (see `PrefixFinder._steady`).
+    - gradients pass through what lies behind a trained module. Gradient checkpointing and Reformer's reversible layers
+      need train mode there, and dropout there regularises what trains, e.g. adapters in frozen layers.
+    """
+    modules = dict(model.named_modules())
+    resting = {inner: None for name in before if name in modules for inner in modules[name].modules()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    still = {parameter for module in resting for parameter in module.parameters(recurse=False)}
+    still |= {parameters[name] for name in before if name in parameters}
+    for module in modules.values():
+        own = list(module.parameters())
+        if own and still.issuperset(own):
+            resting |= dict.fromkeys(module.modules())
+    return list(resting)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from hf_ft.models.feature_hooks import Batch, activations
+from hf_ft.models.feature_hooks import Batch, activations, run
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FrozenPrefix:
     def __call__(self, at_borders: Sequence[Tensor], rows: Mapping[str, Tensor]) -> Any:
         """Compute the model's outputs from recorded activations and the kept columns."""
         with self.replaying(at_borders):
-            return self.model(**self.batch(rows, len(at_borders[0])))
+            return run(self.model, self.batch(rows, len(at_borders[0])))
 
 
 class _Returns:

@@ -23,7 +23,7 @@ from hf_ft.core.compose import compose
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context
 from hf_ft.core.plan import Plan, Stage
-from hf_ft.core.task_loss import as_dict
+from hf_ft.core.task_loss import classifier_outputs
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.recorder import Recordings
@@ -158,12 +158,12 @@ class _Suffix:
         handle = self.model.get_submodule(self.layer).register_forward_hook(leave_out)
         try:
             if self.prefix is None:
-                outputs = as_dict(self.model(**repeated))
+                outputs = self.model(**repeated)
             else:
-                outputs = as_dict(self.prefix([_repeat(activation, copies) for activation in at_border], repeated))
+                outputs = self.prefix([_repeat(activation, copies) for activation in at_border], repeated)
         finally:
             handle.remove()
-        logits = outputs["logits"].float()
+        logits = classifier_outputs(outputs, getattr(self.model, "config", None))["logits"].float()
         return nn.functional.cross_entropy(logits, labels, reduction="none").reshape(copies, rows).mean(dim=1)
 
 

@@ -49,7 +49,7 @@ class FeatureDistance:
 
     def __call__(self, view: View) -> Tensor:
         distances = []
-        for layer in self.layers:
+        for layer in view.states.called(self.layers):
             now, before = compared(view, layer)
             if layer in self.weights and self.weights[layer].device != now.device:
                 self.weights[layer] = self.weights[layer].to(now.device)

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import itertools
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from hf_ft.core.config import FTConfig, register
 from hf_ft.engine.batch import REFERENCE
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.functional import feature_distance
+from hf_ft.models.feature_hooks import activations
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.trainer.stage_cache import StageCache
@@ -282,17 +285,49 @@ def test_terms_are_computed_outside_autocast():
     assert seen == [torch.float32]
 
 
+class Plain(nn.Module):
+    """Convolutions whose outputs a ReLU overwrites, as in VGG."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=3, problem_type="single_label_classification")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            sizes = [3, 8, 8, 8]
+            pairs = itertools.pairwise(sizes)
+            self.body = nn.ModuleList(nn.Sequential(nn.Conv2d(*pair, 3), nn.ReLU(inplace=True)) for pair in pairs)
+            self.classifier = nn.Linear(8, 3)
+
+    def forward(self, pixel_values, labels=None):
+        for layer in self.body:
+            pixel_values = layer(pixel_values)
+        logits = self.classifier(pixel_values.mean(dim=(2, 3)))
+        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
 @pytest.mark.parametrize(
-    ("make", "layer"),
+    ("make", "options"),
     [
-        (tiny_resnet, "resnet.encoder.stages.1.layers.1.layer"),
-        (TINY_MODELS["regnet"], "regnet.encoder.stages.1.layers.1.layer"),
+        (Plain, {"blocks": r"body\.\d+"}),
+        (tiny_resnet, {"layers": ("resnet.encoder.stages.1.layers.1.layer",)}),
+        (TINY_MODELS["regnet"], {"layers": ("regnet.encoder.stages.1.layers.1.layer",)}),
     ],
 )
-def test_what_is_changed_in_place_cannot_be_compared(make, layer, tmp_path):
-    """Residual blocks add the shortcut to it: the live state would hold the sum, the reference's would not."""
-    with pytest.raises(OptionError, match="modified in place.*Name the block"):
-        train(make(), DELTAConfig(weights="uniform", layers=(layer,)), tmp_path)
+def test_a_layer_is_compared_as_it_was_before_the_next_overwrites_it(make, options):
+    """A ReLU, or the shortcut that a residual block adds."""
+    model, batch = make(), tiny_inputs(tiny_resnet())
+    strategy = DELTAConfig(weights="uniform", beta=0.0, norm_mode="eval", **options)
+    run = set_up(model, strategy)
+    objective = run.objective().train()
+    assert objective(**batch)["terms"]["delta"] == 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    (term,) = run.plan.terms
+    pairs = [[activations(each, [x], batch)[x] for each in (model, run.reference.model)] for x in term.layers]
+    assert make is not Plain or all(now.min() < 0 for now, _ in pairs), "these are not the convolutions' outputs"
+    expected = term.weight * sum(feature_distance(*pair) for pair in pairs) / 2
+    torch.testing.assert_close(objective(**batch)["terms"]["delta"], expected)
 
 
 def test_shared_layers_have_no_one_output(tmp_path):
