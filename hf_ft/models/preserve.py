@@ -53,3 +53,24 @@ def observing(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; RNG states are restored on exit."""
     with random_states_kept(), evaluating(*models), torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def untouched(*models: nn.Module) -> Iterator[None]:
+    """As :func:`observing`; whatever modules set on themselves meanwhile is undone as well.
+
+    Some change for good with the inputs that they see: BigBird replaces its attention after a short text.
+    """
+    modules = [module for model in models for module in model.modules()]
+    attributes = [{n: dict(v) if type(v) is dict else v for n, v in vars(module).items()} for module in modules]
+    buffers = [(buffer, buffer._version, buffer.clone()) for model in models for buffer in model.buffers()]
+    try:
+        with observing(*models):
+            yield
+    finally:
+        for module, kept in zip(modules, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(kept)
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                buffer.copy_(value)
