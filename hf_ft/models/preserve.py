@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,16 +62,18 @@ def untouched(*models: nn.Module) -> Iterator[None]:
 
     Some change for good with the inputs that they see: BigBird replaces its attention after a short text.
     """
-    modules = [module for model in models for module in model.modules()]
-    attributes = [{n: dict(v) if type(v) is dict else v for n, v in vars(module).items()} for module in modules]
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in (module for model in models for module in model.modules()):
+        own = vars(module)
+        kept += [(held, dict(held)) for held in (*(value for value in own.values() if type(value) is dict), own)]
     buffers = [(buffer, buffer._version, buffer.clone()) for model in models for buffer in model.buffers()]
     try:
         with observing(*models):
             yield
     finally:
-        for module, kept in zip(modules, attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(kept)
+        for held, before in kept:
+            held.clear()
+            held.update(before)
         for buffer, version, value in buffers:
             if buffer._version != version:
                 buffer.copy_(value)

@@ -31,6 +31,23 @@ def special_tokens(model: nn.Module) -> set[int]:
     return {value for value in flat if isinstance(value, int)}
 
 
+def of_samples(batch: Batch, count: int) -> dict[str, Any]:
+    """Inputs of this many samples, some of them several times if there are fewer."""
+    given = samples_in(batch)
+    rows = [row % given for row in range(count)]
+    return {n: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == given else v for n, v in batch.items()}
+
+
+def leading(batch: Batch, count: int = 2) -> dict[str, Any]:
+    """The first few samples of a batch."""
+    return of_samples(batch, min(count, samples_in(batch)))
+
+
+def half_size(batch: Batch) -> dict[str, Any]:
+    """Inputs with every second row and column of the images."""
+    return {n: v[..., ::2, ::2] if isinstance(v, Tensor) and v.dim() > 3 else v for n, v in batch.items()}
+
+
 def other_content(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Inputs of the same shapes and masks with other contents: numbers get noise, plain tokens are exchanged.
 
@@ -82,7 +99,7 @@ class TokenRow:
         others: further inputs of the sample.
         mask: whether the model gets an attention mask.
         spare: places of plain tokens, which can be left out or repeated.
-        length: length of the padded sample.
+        lengths: numbers of tokens to try, the first that the model accepts is right.
         filler: two plain tokens, for padded places; None for sequences of numbers.
     """
 
@@ -90,7 +107,7 @@ class TokenRow:
     others: Mapping[str, Any]
     mask: Tensor | None
     spare: tuple[int, ...]
-    length: int
+    lengths: tuple[int, ...]
     filler: tuple[int, int] | None
 
     def inputs(self, copies: int, length: int, padding: int = 0) -> dict[str, Any]:
@@ -154,8 +171,9 @@ def token_row(model: nn.Module, batch: Batch) -> TokenRow | None:
         pair = plain[:2] if len(plain) > 1 else list(itertools.islice(_plain_ids(model, special), 2))
         filler = (pair[0], pair[1]) if len(pair) == 2 else None
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    length = max(width, min(SHORTEST, limit - 2) if isinstance(limit, int) else SHORTEST)
-    return TokenRow(tokens, others, mask, spare, length, filler) if tokens and spare else None
+    longest = min(SHORTEST, limit - 2) if isinstance(limit, int) else SHORTEST
+    lengths = (max(width, longest), width)  # never beyond the last position: on a GPU, that ends the process
+    return TokenRow(tokens, others, mask, spare, lengths, filler) if tokens and spare else None
 
 
 def _plain_ids(model: nn.Module, special: set[int]) -> Iterator[int]:
@@ -169,8 +187,8 @@ def _width(batch: Batch) -> int | None:
         column = batch.get(name)
         if isinstance(column, Tensor) and column.dim() == 2:
             return int(column.shape[1])
-    flat = (v for n, v in batch.items() if isinstance(v, Tensor) and v.dim() == 2 and n != "labels")
-    return next((int(value.shape[1]) for value in flat), None)
+    flat = (value for value in batch.values() if isinstance(value, Tensor) and value.dim() == 2)
+    return next((int(value.shape[1]) for value in flat if value.is_floating_point()), None)  # sound
 
 
 def _of_tokens(column: Tensor, width: int) -> bool:
