@@ -72,8 +72,11 @@ def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
             and any(matches(name, part.modules) for part in parts)
             and next(base_layers.get(name, module).parameters(recurse=False), None) is not None
         ]
-        name, module = weights[-1] if weights else ("", None)
-        layers.append(name if isinstance(module, _ConvNd) else found.blocks[stage[-1]].modules[-1])
+        block = found.blocks[stage[-1]].modules
+        # A neck that is no convolution, such as a pooler, does not take its place.
+        runs = weights, [(name, module) for name, module in weights if matches(name, block)]
+        last = (run[-1][0] for run in runs if run and isinstance(run[-1][1], _ConvNd))
+        layers.append(next(last, block[-1]))
     return tuple(layers)
 
 
