@@ -26,7 +26,9 @@ from hf_ft.data.rows import read_rows
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, members_of
 from hf_ft.models.batch_norm import BatchNormStatistics, estimate_batch_norm
-from hf_ft.models.feature_hooks import Taps, model_inputs, token_mask
+from hf_ft.models.feature_hooks import Taps, model_inputs
+from hf_ft.models.find_layouts import head_layout
+from hf_ft.models.layouts import PLAIN, Layout
 from hf_ft.models.names import matches
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.parts import Part
@@ -86,7 +88,8 @@ def measure_signals(
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:LIMIT]
     parts = anatomy(model, head=head, blocks=blocks)
     with random_states_kept(seed):
-        recorded = record(model, dataset, collate, rows, parts.head.modules, head, blocks)
+        layout = _head_layout(model, dataset, collate, rows, parts.head.modules)
+        recorded = record(model, dataset, collate, rows, parts.head.modules, head, blocks, layout)
         if len(np.unique(recorded.labels)) < 2:
             raise OptionError(
                 f"advise: all {len(rows)} samples have the same label, but at least two classes are needed. Check the "
@@ -95,7 +98,8 @@ def measure_signals(
         few = rows[: BATCH * GRADIENT_BATCHES]
         backbone = [part for part in parts.parts if part is not parts.head]
         probe = fit_probe(recorded.features, recorded.labels)
-        gradients = relative_gradients(model, probe, _batches(dataset, collate, few), backbone, parts.head.modules)
+        batches = _batches(dataset, collate, few)
+        gradients = relative_gradients(model, probe, batches, backbone, parts.head.modules, layout)
     score = cross_validated_probe(recorded.features, recorded.labels, seed)
     related = None if recorded.source is None else cross_validated_relationship(recorded.source, recorded.labels, seed)
     return Signals(
@@ -129,11 +133,13 @@ def record(
     modules: Sequence[str],
     head: str | None = None,
     blocks: str | None = None,
+    layout: Layout = PLAIN,
 ) -> Recorded:
     """Record features, labels, the pretrained head's probabilities and BatchNorm statistics in a single pass.
 
     Args:
         modules: module names of the head.
+        layout: how its input is laid out.
 
     Raises:
         OptionError: if labels are not one class per sample, or features are not finite.
@@ -147,7 +153,7 @@ def record(
             labels.append(_labels(batch))
             with Taps(model, layers, modules) as taps:
                 yield batch  # the caller runs the model here, inside the hooks
-            features.append(pooled_features(taps, batch).detach().cpu().double().numpy())
+            features.append(pooled_features(taps, batch, layout).detach().cpu().double().numpy())
             if kept:
                 probabilities.append(_probabilities(kept, taps.states[layers[0]]))
 
@@ -166,13 +172,23 @@ def record(
     return Recorded(inputs, np.concatenate(labels), source, statistics)
 
 
-def pooled_features(taps: Taps, batch: Mapping[str, Any]) -> Tensor:
+def _head_layout(
+    model: nn.Module, dataset: Any, collate: Collate, rows: Sequence[int], modules: Sequence[str]
+) -> Layout:
+    """How the input of the head is laid out."""
+    with random_states_kept():
+        batch = model_inputs(collate(read_rows(dataset, rows[:2])), next(model.parameters()).device)
+        return head_layout(model, tuple(modules), batch)
+
+
+def pooled_features(taps: Taps, batch: Mapping[str, Any], layout: Layout = PLAIN) -> Tensor:
     """The head's input, one vector per sample (B, D); sequences are averaged over their valid tokens."""
     features = taps.features
     if features is None:
         raise OptionError("advise: the head is not called in the forward pass: name its module with head=...")
     if features.dim() == 3:
-        mask = token_mask(batch, [features])
+        features = layout.arranged(features)
+        mask = layout.mask(batch, features)
         weight = torch.ones_like(features[..., :1]) if mask is None else mask.to(features)[..., None]
         features = (features * weight).sum(1) / weight.sum(1).clamp_min(1)
     return features.float()
@@ -197,6 +213,7 @@ def relative_gradients(
     batches: Iterator[Mapping[str, Any]],
     parts: Sequence[Part],
     head: Sequence[str],
+    layout: Layout = PLAIN,
 ) -> dict[str, float]:
     r"""Each part's share of the sum of :math:`\|g_b\| / \|w_b\|`, averaged over the batches, in eval mode.
 
@@ -213,7 +230,9 @@ def relative_gradients(
         return {}
     ratios = dict.fromkeys(groups, 0.0)
     for batch in batches:
-        gradients = _gradients(model, probe, batch, [n for names in groups.values() for n in names], trained, head)
+        gradients = _gradients(
+            model, probe, batch, [n for names in groups.values() for n in names], trained, head, layout
+        )
         for name, names in groups.items():
             weights = _norm([trained[n].detach() for n in names])
             ratios[name] += _norm([gradients[n] for n in names]) / weights if weights else 0.0
@@ -228,12 +247,13 @@ def _gradients(
     names: Sequence[str],
     trained: Mapping[str, nn.Parameter],
     head: Sequence[str],
+    layout: Layout,
 ) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     with evaluating(model), torch.enable_grad():
         with Taps(model, head=head) as taps:
             model(**model_inputs(batch, device))
-        features = pooled_features(taps, batch)
+        features = pooled_features(taps, batch, layout)
         weight, bias = (torch.as_tensor(a, dtype=features.dtype, device=device) for a in (probe.weight, probe.bias))
         target = torch.as_tensor(np.searchsorted(probe.classes, _labels(batch)), device=device)
         loss = nn.functional.cross_entropy(features @ weight.T + bias, target)

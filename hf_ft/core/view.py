@@ -53,10 +53,11 @@ class View:
         outputs: outputs of the model.
         features: input of the head, (B, d), for terms that need ``"features"``.
         states: states of the terms' layers by name, in float32 or wider: feature maps (B, C, H, W) or token states
-            (B, T, C). Layers that the model skipped in this step (LayerDrop) are missing.
+            (B, T, C), whatever the order of axes in the model; inputs of modules as these take them. Layers that the
+            model skipped in this step (LayerDrop) are missing.
         reference: the same states in the initial model, for terms that need ``"reference"``.
         streams: batches of other data by stream name, for terms that name a stream.
-        token_mask: (B, T), 0 for padding tokens; None if there are none.
+        token_masks: by layer, (B, T), 0 for padding; without an entry, all positions are valid.
         progress: completed share of the run, in [0, 1).
     """
 
@@ -70,7 +71,7 @@ class View:
         self.states = LayerStates()
         self.reference: Mapping[str, Tensor] = {}
         self.streams: Mapping[str, StreamView] = {}
-        self.token_mask: Tensor | None = None
+        self.token_masks: Mapping[str, Tensor] = {}
         self.progress = 0.0
 
     def weights(self, names: Names) -> list[Tensor]:
@@ -87,8 +88,8 @@ class View:
 
     def release(self) -> None:
         """Release the micro-batch and the autograd graph attached to it."""
-        self.batch, self.outputs, self.features, self.token_mask = {}, None, None, None
-        self.states, self.reference, self.streams = LayerStates(), {}, {}
+        self.batch, self.outputs, self.features, self.streams = {}, None, None, {}
+        self.states, self.reference, self.token_masks = LayerStates(), {}, {}
 
     def _pair(self, names: Names) -> tuple[list[Tensor], list[Tensor]]:
         if names not in self._pairs:  # once per stage: walking the module tree every step is slow

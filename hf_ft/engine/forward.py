@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from hf_ft.core.view import LayerStates, StreamView
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
 from hf_ft.models.feature_hooks import Taps, run_to
+from hf_ft.models.layouts import Layouts
 from hf_ft.models.names import Names
 
 PADDING = {"attention_mask": 0, "token_type_ids": 0}
@@ -39,6 +40,7 @@ class Forward:
         states: recorded layers of the target batch; without those that the model skipped (LayerDrop).
         features: input of the head for the target batch, if requested.
         streams: batches and recorded layers of the streams, by name.
+        masks: of recorded layers with padding, (B, T), by layer.
     """
 
     loss: Tensor | None
@@ -46,6 +48,7 @@ class Forward:
     states: dict[str, Tensor]
     features: Tensor | None
     streams: dict[str, StreamView]
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
 
 def forward(
@@ -57,6 +60,7 @@ def forward(
     head: Names = (),
     wants_features: bool = False,
     streams: Sequence[StreamBatch] = (),
+    layouts: Layouts | None = None,
 ) -> Forward:
     """Run the target batch and the stream batches, jointly or separately as each stream specifies.
 
@@ -65,6 +69,7 @@ def forward(
         layers: layers to record on the target batch.
         head: names of the head's modules.
         wants_features: whether to record the head's input.
+        layouts: how layers lay out their outputs, for those that do not as (B, T, C) or (B, C, H, W).
     """
     together = [other for other in streams if other.stream.forward == "joint"]
     rows, joint_batch = None, batch
@@ -76,21 +81,24 @@ def forward(
     # Taps are registered first, so that they see all rows where the head receives fewer.
     with Taps(model, tap_layers, head if wants_features else ()) as taps, head_sees(model, head, rows):
         loss, outputs = task_loss(model, joint_batch)
+    layouts = layouts or Layouts()
+    recorded = layouts.arranged(taps.states)
     if together:
         everything = sum(rows_of(one) for one in (batch, *(other.batch for other in together)))
-        _check_rows(taps.states, everything, [layer for other in together for layer in other.layers])
+        _check_rows(recorded, everything, [layer for other in together for layer in other.layers])
     views, start = {}, rows or 0
     for other in together:
         end = start + rows_of(other.batch)
-        called = [layer for layer in other.layers if layer in taps.states]
-        views[other.stream.name] = _view(other, {layer: taps.states[layer][start:end] for layer in called})
+        called = [layer for layer in other.layers if layer in recorded]
+        views[other.stream.name] = _view(other, {layer: recorded[layer][start:end] for layer in called})
         start = end
     for other in streams:
         if other.stream.forward == "separate":
             states = run_to(model, other.layers, inputs_of(other.batch), may_skip=True)
-            views[other.stream.name] = _view(other, states)
-    states = {layer: taps.states[layer][:rows] for layer in layers if layer in taps.states}
-    return Forward(loss, outputs, states, None if taps.features is None else taps.features[:rows], views)
+            views[other.stream.name] = _view(other, layouts.arranged(states))
+    states = {layer: recorded[layer][:rows] for layer in layers if layer in recorded}
+    masks = {layer: mask[:rows] for layer, mask in layouts.masks(joint_batch, states).items()}
+    return Forward(loss, outputs, states, None if taps.features is None else taps.features[:rows], views, masks)
 
 
 def _check_rows(states: Mapping[str, Tensor], rows: int, of_streams: Sequence[str]) -> None:

@@ -18,7 +18,9 @@ from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
-from hf_ft.models.feature_hooks import run_to, token_mask
+from hf_ft.models.feature_hooks import run_to
+from hf_ft.models.find_layouts import look_at
+from hf_ft.models.layouts import Layouts
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import batch_norms, drops_layers
 from hf_ft.models.parts import Chain
@@ -41,6 +43,7 @@ class Objective(nn.Module):
         anchors: initial values by parameter name.
         task_loss: the task loss.
         reference: the initial model, for terms that compare with it.
+        layouts: how the terms' layers lay out their outputs; found on the first batch where that is not known yet.
 
     Attributes:
         terms: terms of the plan that are active in the current stage.
@@ -64,6 +67,7 @@ class Objective(nn.Module):
         anchors: Mapping[str, Tensor] | None = None,
         task_loss: TaskLoss | None = None,
         reference: Reference | None = None,
+        layouts: Layouts | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,11 +78,13 @@ class Objective(nn.Module):
         self.chains = tuple(chains)
         self._trainable = list(trainable if trainable is not None else dict(model.named_parameters()))
         self.reference = reference
+        self.layouts = layouts or Layouts()
         self._view = View(model, anchors or {})
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []
         self._settled = False
         self._dropout = True
+        self._layers = _layers(plan.terms)
         self._live_layers: set[str] = set()  # those after a trained parameter
         self._skippable: set[str] = set()  # layers that did not run in some step, but do in evaluation
         self.prefix: FrozenPrefix | None = None
@@ -104,6 +110,7 @@ class Objective(nn.Module):
             return outputs if loss is None else {"loss": loss, **outputs}
         active = self._active_terms()
         others = self._stream_batches(active, streams)
+        look_at(self.layouts, self.model, self._layers, batch)
         result = forward(
             self.model,
             self.task_loss,
@@ -112,6 +119,7 @@ class Objective(nn.Module):
             head=tuple(name for chain in self.chains for name in chain.parts[-1].modules),
             wants_features=any("features" in term.needs for term, _ in active),
             streams=others,
+            layouts=self.layouts,
         )
         loss, outputs = result.loss, result.outputs
         if loss is None:
@@ -123,6 +131,7 @@ class Objective(nn.Module):
         view.outputs, view.features, view.progress = outputs, result.features, self.progress
         view.streams = result.streams
         self._look_at_states(active, result.states, recorded, batch, loss.device)
+        view.token_masks = result.masks
         total = self.share * loss
         terms = {"task": total.detach()}
         # Weight differences and kernels of features need float32, whatever the model's dtype.
@@ -205,7 +214,6 @@ class Objective(nn.Module):
         view = self._view
         view.states = LayerStates({name: wide(state) for name, state in states.items()})
         view.reference = {name: wide(reference[name]) for name in layers}
-        view.token_mask = token_mask(batch, states.values())
 
     def _check_skipped(self, layers: Names, states: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
         """Accept layers that did not run in this step if they run in evaluation: LayerDrop skips some at random.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +23,12 @@ from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, members_of, unwrap
+from hf_ft.models.feature_hooks import INPUT
+from hf_ft.models.find_layouts import look_at
+from hf_ft.models.layouts import Layouts
 from hf_ft.models.names import covers
 from hf_ft.models.parts import Chain
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.source_head import drop_source_head
 
 logger = logging.get_logger(__name__)
@@ -43,6 +47,7 @@ class Run:
         trainable: names of the parameters that were not frozen before.
         anchors: initial values of the parameters that terms anchor.
         reference: the initial model, if a term compares with it.
+        layouts: how the terms' layers lay out their outputs, once known.
     """
 
     configs: tuple[FTConfig, ...]
@@ -53,11 +58,20 @@ class Run:
     trainable: tuple[str, ...]
     anchors: Mapping[str, Tensor]
     reference: Reference | None = None
+    layouts: Layouts = field(default_factory=Layouts)
 
     @property
     def trained(self) -> list[str]:
         """Names of the parameters that any stage trains."""
         return ever_trained(self.plan, self.model, self.trainable)
+
+    def find_layouts(self, context: Context) -> None:
+        """Find how the terms' layers lay out their outputs, on two samples; otherwise, the first batch tells."""
+        layers = tuple(dict.fromkeys(layer for term in self.plan.terms for layer in term.layers))
+        if any(not layer.startswith(INPUT) for layer in layers) and context.samples.count:
+            with random_states_kept(), context.recipe.computing():
+                some = context.samples.read(list(range(min(2, context.samples.count))))
+                look_at(self.layouts, self.model, layers, some)
 
     def objective(self, task_loss: TaskLoss | None = None) -> Objective:
         """The loss as a module, ready to be wrapped: in its first stage, except for ``requires_grad``.
@@ -66,7 +80,7 @@ class Run:
         call of :meth:`stepper` freezes those that the first stage does not train.
         """
         objective = Objective(
-            self.model, self.plan, self.chains, self.trainable, self.anchors, task_loss, self.reference
+            self.model, self.plan, self.chains, self.trainable, self.anchors, task_loss, self.reference, self.layouts
         )
         active: set[str] = set()
         end = 1.0
@@ -192,7 +206,10 @@ def set_up(
     if states is None:
         states = measure(configs, model, None if context is None else lambda: context)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return start(configs, model, check(configs, model, states, trainable), states)
+    run = start(configs, model, check(configs, model, states, trainable), states)
+    if context is not None:
+        run.find_layouts(context)
+    return run
 
 
 def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: Mapping[str, State]) -> Run:
@@ -207,8 +224,9 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
         if name in trainable and any(covers(prefix, name) for prefix in anchor_names)
     }
     compares = any("reference" in term.needs for term in plan.terms)
-    chains, reference = _chains(configs, model, plan, trainable), Reference(model) if compares else None
-    return Run(configs, states, plan, model, chains, trainable, anchors, reference)
+    chains, layouts = _chains(configs, model, plan, trainable), Layouts()
+    reference = Reference(model, layouts) if compares else None
+    return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts)
 
 
 def measure(

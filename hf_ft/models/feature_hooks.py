@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,18 +145,6 @@ class Taps:
         if self.features is None:
             single = inputs[0].dim() == 3 and inputs[0].shape[1] == 1  # one vector per sample, (B, 1, d)
             self.features = inputs[0].flatten(1) if inputs[0].dim() == 4 or single else inputs[0]
-
-
-def token_mask(batch: Mapping[str, Any], states: Iterable[Tensor]) -> Tensor | None:
-    """Mask of the non-padding tokens of states (B, T, C), as (B, T); None without attention mask, and for feature maps.
-
-    Tokens that a prompt prepends to the text are not padding.
-    """
-    mask = batch.get("attention_mask")
-    tokens = next((state.shape[1] for state in states if state.dim() == 3), None)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or tokens < mask.shape[1]:
-        return None
-    return nn.functional.pad(mask, (tokens - mask.shape[1], 0), value=1)
 
 
 Batch = Mapping[str, Any]

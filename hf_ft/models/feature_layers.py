@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import unwrap
+from hf_ft.models.information_flow import last_on_the_way
 from hf_ft.models.names import Names, matches
 from hf_ft.models.norms import norm_layers
 from hf_ft.models.parts import Anatomy
-from hf_ft.models.tracing import module_outputs
 from hf_ft.models.weight_layers import is_pooling
 
 _SHORTCUT = re.compile(r".*\.(?:downsample|shortcut)(?:\..*)?")  # sometimes defined after the main path
@@ -72,31 +72,39 @@ def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
             and any(matches(name, part.modules) for part in parts)
             and next(base_layers.get(name, module).parameters(recurse=False), None) is not None
         ]
-        name, module = weights[-1] if weights else ("", None)
-        layers.append(name if isinstance(module, _ConvNd) else found.blocks[stage[-1]].modules[-1])
+        block = found.blocks[stage[-1]].modules
+        # A neck that is no convolution, such as a pooler, does not take its place.
+        runs = weights, [(name, module) for name, module in weights if matches(name, block)]
+        last = (run[-1][0] for run in runs if run and isinstance(run[-1][1], _ConvNd))
+        layers.append(next(last, block[-1]))
     return tuple(layers)
 
 
 def last_feature_map(model: nn.Module, found: Anatomy, batch: Mapping[str, Any]) -> str:
-    """The module that outputs the last feature map (B, C, H, W) or token states (B, T, C) before pooling.
+    """The last module outside the head that outputs a feature map or token states, and that decides the logits.
+
+    All that the logits tell of the inputs passes through its output (:mod:`hf_ft.models.information_flow`): neither a
+    branch beside a shortcut nor a layer that is computed in vain is taken.
 
     Args:
-        batch: a few samples, to trace the shapes of module outputs.
+        batch: a few samples.
 
     Raises:
         OptionError: if no module outside the head outputs one.
     """
-    maps = [
-        name
-        for name, shape in module_outputs(model, batch)
-        if len(shape) in (3, 4) and not matches(name, found.head.modules) and not is_pooling(model.get_submodule(name))
-    ]
-    if not maps:
+
+    def eligible(name: str, output: Tensor) -> bool:
+        pools = is_pooling(model.get_submodule(name))
+        return output.dim() in (3, 4) and output.is_floating_point() and not pools and not matches(name, heads)
+
+    heads = found.head.modules
+    layer = last_on_the_way(model, batch, heads, eligible)
+    if layer is None:
         raise OptionError(
             f"{type(model).__name__} has no layer that outputs feature maps (B, C, H, W) or token states (B, T, C), "
             "which this strategy compares. Use L2SPConfig, which compares weights."
         )
-    return maps[-1]
+    return layer
 
 
 def positions(shape: Sequence[int]) -> int:

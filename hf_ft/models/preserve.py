@@ -62,3 +62,26 @@ def observing(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; RNG states are restored on exit."""
     with random_states_kept(), evaluating(*models), torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def untouched(*models: nn.Module) -> Iterator[None]:
+    """As :func:`observing`; whatever modules set on themselves meanwhile is undone as well.
+
+    Some change for good with the inputs that they see: BigBird replaces its attention after a short text.
+    """
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in (module for model in models for module in model.modules()):
+        own = vars(module)
+        kept += [(held, dict(held)) for held in (*(value for value in own.values() if type(value) is dict), own)]
+    buffers = [(buffer, buffer._version, buffer.clone()) for model in models for buffer in model.buffers()]
+    try:
+        with observing(*models):
+            yield
+    finally:
+        for held, before in kept:
+            held.clear()
+            held.update(before)
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                buffer.copy_(value)

@@ -7,25 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from hf_ft.models.feature_hooks import Batch, run
 from hf_ft.models.preserve import evaluating
 
 
-def module_outputs(model: nn.Module, batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
-    """Modules whose output is a single tensor, with its shape, in the order in which their calls end."""
-    calls = sorted(_trace(model, batch), key=lambda call: call.end)
-    return [(c.name, tuple(c.output.shape)) for c in calls if isinstance(c.output, Tensor)]
-
-
 @dataclass
 class _Call:
-    """One call of a module: when it began and ended, and its output."""
+    """One call of a module: when it began and ended, its output, and the version of the output's first tensor then."""
 
     name: str
     begin: int
     end: int = 0
     output: Any = None
+    version: int = 0
+
+    @property
+    def first(self) -> Tensor | None:
+        """The first tensor of the output."""
+        return next((leaf for leaf in tree_flatten(self.output)[0] if isinstance(leaf, Tensor)), None)
 
 
 def _trace(model: nn.Module, batch: Batch) -> list[_Call]:
@@ -45,6 +46,7 @@ def _trace(model: nn.Module, batch: Batch) -> list[_Call]:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         call = open_calls.pop()
         call.end, call.output = next(clock), output
+        call.version = 0 if call.first is None else call.first._version
 
     hooks = []
     for name, module in model.named_modules():

@@ -34,13 +34,14 @@ class AttentionDistance:
     layers: Names
 
     def __call__(self, view: View) -> Tensor:
-        pairs = [compared(view, layer) for layer in view.states.called(self.layers)]
-        if all(positions(now.shape) == 1 for now, _ in pairs):
+        called = view.states.called(self.layers)
+        pairs = [(*compared(view, layer), view.token_masks.get(layer)) for layer in called]
+        if all(positions(now.shape) == 1 for now, _, _ in pairs):
             raise OptionError(
                 f"attention_transfer: {', '.join(self.layers)} have a single position, so all attention maps are "
                 "identical. Use larger images, earlier layers (layers=...), or DELTAConfig, which compares channels."
             )
-        return torch.stack([functional.attention_distance(now, before, view.token_mask) for now, before in pairs]).sum()
+        return torch.stack([functional.attention_distance(*pair) for pair in pairs]).sum()
 
 
 @register("attention_transfer")

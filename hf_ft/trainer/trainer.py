@@ -204,6 +204,8 @@ class FTTrainer(Trainer):
             self.model = self.model_wrapped = self._run.model
         if self._resuming is not None and (self._run.anchors or self._run.reference):
             self._checkpoints.check_base(self._resuming)
+        if is_map_style(self.train_dataset):
+            self._run.find_layouts(self.context())
         return self._run
 
     def _states(self) -> dict[str, State]:

@@ -13,7 +13,8 @@ from transformers.utils import logging
 from hf_ft.core.context import Context
 from hf_ft.engine.frozen.record import batches_of, fill, record
 from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
-from hf_ft.models.feature_hooks import activations, token_mask
+from hf_ft.models.feature_hooks import activations
+from hf_ft.models.layouts import PLAIN, Layout
 from hf_ft.models.preserve import random_states_kept
 
 logger = logging.get_logger(__name__)
@@ -29,10 +30,11 @@ class RecordedFeatures:
         model: frozen model; runs in evaluation mode.
         layer: name of the module whose output is recorded.
         context: samples, and cache limits.
+        layout: how the module lays out its output.
     """
 
-    def __init__(self, model: nn.Module, layer: str, context: Context) -> None:
-        self.model, self.layer, self.context = model, layer, context
+    def __init__(self, model: nn.Module, layer: str, context: Context, layout: Layout = PLAIN) -> None:
+        self.model, self.layer, self.layout, self.context = model, layer, layout, context
         self.count = context.samples.count
         self._store: RowStore | None = None
         if not self.count:
@@ -58,11 +60,9 @@ class RecordedFeatures:
     def _compute(self, rows: Sequence[int]) -> Columns:
         with random_states_kept(), self.context.recipe.computing():
             batch: dict[str, Any] = self.context.samples.read(rows)
-            columns = {
-                "features": activations(self.model, [self.layer], batch)[self.layer].cpu(),
-                "labels": batch["labels"].cpu(),
-            }
-        mask = token_mask(batch, [columns["features"]])
+            features = self.layout.arranged(activations(self.model, [self.layer], batch)[self.layer])
+        columns = {"features": features.cpu(), "labels": batch["labels"].cpu()}
+        mask = self.layout.mask(batch, features)
         if mask is not None:
             columns["mask"] = mask.cpu()
         return columns

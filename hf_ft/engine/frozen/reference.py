@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.models.feature_hooks import activations
+from hf_ft.models.layouts import Layouts
 
 
 class Reference:
@@ -20,15 +21,17 @@ class Reference:
 
     Args:
         model: copied in its current state and dtype.
+        layouts: how its layers lay out their outputs.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layouts: Layouts) -> None:
+        self.layouts = layouts
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.grad = None
 
     def states(self, layers: Sequence[str], batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-        """The outputs of these modules by name; the forward pass stops at the last of them."""
+        """The outputs of these layers, (B, T, C) or (B, C, H, W), by name; the forward pass stops at the last one."""
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        return activations(self.model, layers, batch)
+        return self.layouts.arranged(activations(self.model, layers, batch))

@@ -31,9 +31,11 @@ from hf_ft.engine.run import start
 from hf_ft.engine.short_training import Batches, fit
 from hf_ft.errors import OptionError
 from hf_ft.models.feature_hooks import activations
+from hf_ft.models.find_layouts import find_layouts
 from hf_ft.models.names import Names, covers
 from hf_ft.models.parts import Chain, Part
 from hf_ft.models.preserve import observing
+from hf_ft.models.probing import leading
 
 TEMPERATURE = 5.0
 ROWS = 256  # samples per forward pass, which evaluates several left-out channels in parallel
@@ -123,7 +125,8 @@ class _Suffix:
 
     def __init__(self, model: nn.Module, layer: str, parts: Sequence[Part], batch: Batch) -> None:
         self.model, self.layer = model, layer
-        shape = activations(model, [layer], batch)[layer].shape
+        self.layout = find_layouts(model, [layer], leading(batch))[layer]
+        shape = self.layout.arranged(activations(model, [layer], batch)[layer]).shape
         if len(shape) not in (3, 4):
             raise OptionError(
                 f"layer {layer!r} outputs {tuple(shape)}, which has no channels to weight. Name another layer."
@@ -150,9 +153,10 @@ class _Suffix:
             leaves, structure = tree_flatten(output)
             first = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
             leaves[first] = leaves[first].clone()
+            arranged = self.layout.arranged(leaves[first])
             for number, channel in enumerate(left_out):
                 if channel >= 0:
-                    leaves[first][number * rows : (number + 1) * rows].select(self.dim, channel).zero_()
+                    arranged[number * rows : (number + 1) * rows].select(self.dim, channel).zero_()
             return tree_unflatten(leaves, structure)
 
         handle = self.model.get_submodule(self.layer).register_forward_hook(leave_out)

@@ -53,11 +53,9 @@ class FeatureDistance:
             now, before = compared(view, layer)
             if layer in self.weights and self.weights[layer].device != now.device:
                 self.weights[layer] = self.weights[layer].to(now.device)
-            weights = self.weights.get(layer)
+            weights, mask = self.weights.get(layer), view.token_masks.get(layer)
             distances.append(
-                functional.feature_distance(
-                    now, before, weights, view.token_mask, self.reduction, per_position=self.per_position
-                )
+                functional.feature_distance(now, before, weights, mask, self.reduction, per_position=self.per_position)
             )
         return torch.stack(distances).sum() / (2 * AUTHORS_BATCH if self.reduction == "sum" else 2)
 

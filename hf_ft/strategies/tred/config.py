@@ -34,6 +34,7 @@ from hf_ft.core.terms import compared
 from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.engine.frozen.record import batches_of
 from hf_ft.models import last_feature_map, layers_of, stage_outputs
+from hf_ft.models.find_layouts import find_layouts
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.strategies.tred.disentangler import Disentangler, channels_of, check_disentangler, make_disentangler
 from hf_ft.strategies.tred.findings import disentangling_findings
@@ -53,11 +54,12 @@ class DistanceFromRelevant:
 
     def __call__(self, view: View) -> Tensor:
         now, before = compared(view, self.layer)
+        mask = view.token_masks.get(self.layer)
         if self.disentangler is not None:
             self._follow(before)
             with torch.no_grad():
-                before = self.disentangler(before, view.token_mask)[0]
-        return functional.feature_distance(now, before, mask=view.token_mask)
+                before = self.disentangler(before, mask)[0]
+        return functional.feature_distance(now, before, mask=mask)
 
     def _follow(self, features: Tensor) -> None:
         assert self.disentangler is not None
@@ -153,9 +155,10 @@ class TREDConfig(FTConfig):
             some = context.samples.read(list(range(min(2, context.samples.count))))
             del some["labels"]  # may be -100, no label
             layer = self._named(model) or last_feature_map(model, self.anatomy(model), some)
+            layout = find_layouts(model, [layer], some)[layer]
         if self.criterion == "none":
             return State(info={"layer": layer})
-        result = self._disentangle(RecordedFeatures(model, layer, context), classes, context)
+        result = self._disentangle(RecordedFeatures(model, layer, context, layout), classes, context)
         if not all(math.isfinite(value) for value in result.figures.values()):
             raise OptionError(f"tred.lr={self.lr!r}: {result.verdict}")
         for epoch, terms in enumerate(result.history):
