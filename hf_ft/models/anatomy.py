@@ -135,16 +135,18 @@ def _units(model: nn.Module, ends: set[str], order: Order | None) -> list[str]:
         if not name or name in ancestors or matches(name, units[-1:]):
             continue
         # A ModuleList is never called, so it is not a step of the forward pass; its children are.
-        if name in ends or (_is_unit(module) and type(module) is not nn.ModuleList and not _opened(name, order)):
+        if name in ends or (
+            _is_unit(module) and type(module) is not nn.ModuleList and not _opened(name, module, order)
+        ):
             units.append(name)
     return units
 
 
-def _opened(name: str, order: Order | None) -> bool:
-    """Whether a module is never called, but something in it is: its children may run at different times."""
-    if order is None or name in order.ends:
+def _opened(name: str, module: nn.Module, order: Order | None) -> bool:
+    """Whether a module with weights is never called, but something in it is: its children may run at any time."""
+    if order is None or name in order.called or not has_parameters(module):
         return False
-    return any(inner.startswith(f"{name}.") for inner in order.ends)
+    return any(inner.startswith(f"{name}.") for inner in order.called)
 
 
 Places = tuple[list[str], list[list[str]], list[str]]  # stem, blocks, neck
@@ -174,7 +176,7 @@ def _by_order(groups: list[list[str]], units: list[str], loose: list[str], order
     """Assign every unit and loose tensor to the stem, a block or the neck by when it is first used.
 
     What is first used inside the first block (a mask, relative positions) is made for all of them and belongs to the
-    stem; inside another block, to that block. What is never used goes by definition.
+    stem; inside another block, to that block. What is never used lies in the stem, unless it is defined last.
     """
     begins, ends = order.begins, order.ends
     owned = set(itertools.chain(*groups))
@@ -182,16 +184,19 @@ def _by_order(groups: list[list[str]], units: list[str], loose: list[str], order
     stops = [max((ends[name] for name in group if name in ends), default=-1) for group in groups]
     places: tuple[list[str], list[list[str]], list[str]] = ([], [[] for _ in groups], [])
     stem, parts, neck = places
-    first = min((position for position, name in enumerate(units) if name in owned), default=len(units))
-    unused = [name for name in units if name not in begins and name not in owned]
-    late = {name for name in unused if units.index(name) > first or _FOLLOWS_BLOCKS.fullmatch(name)}
-    for name in [*sorted(units, key=lambda name: begins.get(name, -1)), *loose]:
+    last = max((position for position, name in enumerate(units) if name in owned), default=len(units))
+    times, before = {}, -1
+    for position, name in enumerate(units):
+        late = position > last or _FOLLOWS_BLOCKS.fullmatch(name) is not None
+        before = begins.get(name, max(stops) + 1 if late else min(before, starts[0]))
+        times[name] = before
+    for name in [*sorted(times, key=times.__getitem__), *loose]:
         if name in owned:
             continue
-        time = begins.get(name, -1)
+        time = times.get(name, begins.get(name, -1))
         # The last block that has begun, and whether it is still running; blocks are in the order in which they begin.
         number = max((i for i, start in enumerate(starts) if start < time), default=-1)
-        if name in late or time > max(stops):
+        if time > max(stops):
             neck.append(name)
         elif number < 0 or (number == 0 and time < stops[0]):
             stem.append(name)

@@ -57,7 +57,7 @@ class _Sizes:
     @property
     def images(self) -> list[tuple[int, int]]:
         """Heights and widths to try."""
-        given = self.timm.get("input_size", [None])[1:] or self("image_size", "crop_size")
+        given = self.timm.get("input_size", [None])[1:] or self("image_size", "crop_size", "input_size")
         if isinstance(given, dict):
             given = list(given.values())
         known = [] if given is None else [tuple(given) if isinstance(given, (tuple, list)) else (given, given)]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from hf_ft.errors import AnatomyError
 from hf_ft.models.architectures import _BLOCKS, _MODULES_PER_BLOCK, _UNSURE
-from hf_ft.models.find_head import backbone_of, children_of, has_parameters, size_of
+from hf_ft.models.find_head import children_of, has_parameters, size_of
 from hf_ft.models.names import matches
 from hf_ft.models.norms import _is_norm
 from hf_ft.models.tracing import Order, Untraceable, forward_order
@@ -35,7 +36,8 @@ def find_blocks(model: nn.Module, head: Sequence[str], pattern: str | None = Non
        feed-forward layers);
     3. the members of a list of several classes (Jamba's attention and Mamba layers, MobileViT's stages);
     4. the modules that one module calls, without a list (Inception's);
-    5. the layers themselves, where each continues the one before (VGG's).
+    5. the members of all lists (SelecSLS);
+    6. the layers themselves, where each continues the one before (VGG's).
 
     Raises:
         AnatomyError: if none of these is found, or the blocks overlap the head.
@@ -113,12 +115,6 @@ class _Search:
         self.modules = dict(model.named_modules())
         self.order: Order | None = None
         self.reason = ""
-        heads = {model.get_submodule(name) for name in head}
-        backbone = backbone_of(model)
-        # Without embeddings, of tokens or patches, which dwarf a small encoder.
-        first = next((module for module in backbone.modules() if isinstance(module, _ConvNd)), None)
-        apart = {m for m in backbone.modules() if isinstance(m, nn.Embedding) or m in heads or m is first}
-        self.half = (size_of(backbone) - sum(map(size_of, apart))) / 2
 
     def trace(self) -> None:
         """Find the order in which the model runs, or the reason why that is unknown."""
@@ -127,15 +123,31 @@ class _Search:
         except Untraceable as error:
             self.reason = str(error)
 
-    def size(self, run: Run) -> int:
+    def size(self, run: Iterable[str]) -> int:
         return sum(size_of(self.modules[name]) for name in run)
 
     def holds_half(self, run: Run) -> bool:
-        """Whether a run holds most of the backbone's weights: else it is a detail, whatever its name."""
-        return self.size(run) > self.half
+        """Whether a run holds most of the backbone's weights that run: else it is a detail, whatever its name.
 
-    def called(self, name: str) -> bool:
-        return self.order is None or name in self.order.ends
+        Embeddings do not count, nor does the largest other layer: the embedding of patches of a small encoder, or the
+        last convolution of a small network, may hold more than all of its blocks.
+        """
+        rest = [size for name, size in self.layers.items() if not matches(name, [*self.apart, *self.head, *run])]
+        return bool(run) and self.size(run) > sum(rest) - max(rest, default=0)
+
+    @cached_property
+    def layers(self) -> dict[str, int]:
+        """The size of what each module that runs holds itself, in the order in which they run."""
+        own = {n: sum(p.numel() for p in m.parameters(recurse=False)) for n, m in self.modules.items() if n}
+        return {name: own[name] for name in self.in_order([name for name in own if own[name] and self.runs_in(name)])}
+
+    @cached_property
+    def apart(self) -> Run:
+        return [name for name, module in self.modules.items() if isinstance(module, nn.Embedding)]
+
+    def runs_in(self, name: str) -> bool:
+        """Whether the logits depend on a module."""
+        return self.order is None or name in self.order.fruitful
 
     def in_order(self, run: Run) -> Run:
         """The run in the order of the first calls; what is not called keeps its place at the end."""
@@ -150,9 +162,10 @@ class _Search:
 
     def _ways(self) -> Iterator[Blocks]:
         runs = self.runs(several_classes=False)
-        best = max(runs, key=self.size, default=[])  # the outermost among equals
+        deep = [run for run in runs if layers_in(self.modules[run[0]]) > 1] or runs
+        best = max(deep, key=self.size, default=[])  # the outermost among equals
         # XLM keeps attentions and feed-forward layers in two lists and calls them alternately: neither is a block.
-        twins = [run for run in runs if len(run) == len(best) and _holder(run) == _holder(best)]
+        twins = [run for run in deep if len(run) == len(best) and _holder(run) == _holder(best)]
         if len(twins) == 1:
             yield [[name] for name in self.in_order([*best, *self._kin(best)])]
         if self.order is None:
@@ -162,7 +175,16 @@ class _Search:
         best = max(mixed, key=self.size, default=[])
         yield [[name] for name in self.in_order([*best, *self._kin(best)])]
         yield [[name] for name in self._steps()]
-        yield self._layers()
+        yield [[name] for name in self.in_order(self._outermost([*runs, *mixed]))]
+        yield self._chain()
+
+    def _outermost(self, runs: list[Run]) -> Run:
+        """All members of some lists that lie in no other member."""
+        names: Run = []
+        for name in self.modules:
+            if any(name in run for run in runs) and not matches(name, names):
+                names.append(name)
+        return names
 
     # --- lists --------------------------------------------------------------------------------------------
 
@@ -183,26 +205,31 @@ class _Search:
             nested = any(next(child.children(), None) is not None for child in children.values())
             if nested and (several_classes or len(kinds) == 1) and not kinds & {nn.ModuleList, nn.ModuleDict}:
                 members = [f"{name}.{child}" for child in children]
-                if any(map(self.called, members)):
+                if any(map(self.runs_in, members)):
                     runs.setdefault((parent_of(name), kinds), []).extend(members)
         long = [run for run in runs.values() if len(run) > 1]
         alone = [run for run in runs.values() if len(run) == 1 and self.holds_half(run)] if several_classes else []
         return long or alone
 
     def _kin(self, best: Run) -> Run:
-        """Members of other lists, apart from the best, that are blocks too: of the same class, or with like layers."""
+        """Members of other lists that are blocks too: of the same class, with like layers, or as large.
+
+        There are none if they would outweigh the best by far: then all are details of larger blocks.
+        """
         kinds = {kind for name in best if (kind := type(self.modules[name])) is not nn.Sequential}
         parts = set().union(*(_own_classes(self.modules[name]) for name in best)) if best else set()
         found: Run = []
         for name, module in self.modules.items():
-            parent = parent_of(name)
-            if not name or matches(name, [*self.head, *best, *found]) or any(matches(b, [name]) for b in best):
+            holder = self.modules[parent_of(name)] if name else module
+            if not isinstance(holder, (nn.ModuleList, nn.Sequential)) or any(matches(b, [name]) for b in best):
                 continue
-            listed = isinstance(self.modules[parent], (nn.ModuleList, nn.Sequential))
-            alike = type(module) in kinds or (parts & _own_classes(module) and layers_in(module) > 1)
-            if listed and alike and self.called(name) and _repeats(self.modules[parent], module):
+            if matches(name, [*self.head, *best, *found]) or layers_in(module) < 2 or not self.runs_in(name):
+                continue
+            alike = parts & _own_classes(module) or 2 * _usual_size(holder) * len(best) > self.size(best)
+            uniform = all(type(child) is type(module) for child in holder.children())
+            if type(module) in kinds or (alike and uniform and len(holder) > 1):
                 found.append(name)
-        return found
+        return found if self.size(found) <= 2 * self.size(best) else []
 
     def _in_turn(self, twins: list[Run]) -> Blocks:
         """Lists of one length and one holder, if their members with one index run before those with the next."""
@@ -234,38 +261,37 @@ class _Search:
         return []
 
     def _calls_of(self, name: str) -> Iterator[str]:
-        """The outermost modules below one that are called; its lists are not."""
+        """The outermost modules below one that are called, lists apart."""
         for child, _ in self.modules[name].named_children():
             inner = f"{name}.{child}" if name else child
             if inner in self.head:
                 continue
-            if self.order is not None and inner in self.order.ends:
+            called = self.order is not None and inner in self.order.called and self.runs_in(inner)
+            if called and not isinstance(self.modules[inner], _LISTS):
                 yield inner
             else:
                 yield from self._calls_of(inner)
 
-    def _layers(self) -> Blocks:
-        """Convolutions and linear layers, each with the norm that follows, if each takes what the last one gives."""
-        leaves = [
-            name
-            for name, module in self.modules.items()
-            if self.order is not None
-            and name in self.order.ends
-            and not matches(name, self.head)
-            and (_width(module) is not None or _is_norm(module))
-        ]
+    def _chain(self) -> Blocks:
+        """Convolutions and then linear layers, each with the norm that follows, if each takes what the last one gives.
+
+        Attention is no such chain: its layers read the same input.
+        """
         blocks: Blocks = []
-        width: int | None = None
-        for name in self.in_order(leaves):
-            sizes = _width(self.modules[name])
-            if sizes is None:
-                blocks[-1:] = [[*blocks[-1], name]] if blocks else []
-            elif width is not None and sizes[0] % width:
+        width, kind = 0, nn.Conv2d
+        for name in self.layers:
+            module = self.modules[name]
+            sizes = _width(module)
+            if matches(name, self.head):
+                continue
+            if sizes is None and blocks:
+                blocks[-1].append(name)
+            elif sizes is None or not isinstance(module, (kind, nn.Linear)) or (width and sizes[0] % width):
                 return []
             else:
                 blocks.append([name])
-                width = sizes[1]
-        return blocks if len(blocks) > 1 else []
+                width, kind = sizes[1], nn.Linear if isinstance(module, nn.Linear) else kind
+        return blocks if sum(isinstance(self.modules[block[0]], nn.Conv2d) for block in blocks) > 1 else []
 
 
 def _holder(run: Run) -> str:
@@ -291,9 +317,9 @@ def _own_classes(module: nn.Module) -> set[type]:
     }
 
 
-def _repeats(holder: nn.Module, member: nn.Module) -> bool:
-    """Whether a list holds nothing but modules of one class."""
-    return all(type(child) is type(member) for child in holder.children())
+def _usual_size(holder: nn.Sequential | nn.ModuleList) -> float:
+    """The mean size of the members of a list."""
+    return sum(map(size_of, holder)) / len(holder)
 
 
 def _width(layer: nn.Module) -> tuple[int, int] | None:

@@ -80,11 +80,15 @@ class Order:
 
     Attributes:
         begins: when each module, anything in it, or a tensor is first used.
-        ends: when the last call of each module ends; modules that are never called (lists) have none.
+        ends: when the last use of each module or anything in it ends; tensors have none.
+        called: names of the modules that are called; lists are not.
+        fruitful: names of the parameters on which the logits depend, and of all modules that hold one, as far as known.
     """
 
     begins: Mapping[str, int]
     ends: Mapping[str, int]
+    called: frozenset[str]
+    fruitful: frozenset[str]
 
 
 class Untraceable(Exception):
@@ -114,7 +118,7 @@ def _first_that_runs(model: nn.Module) -> Order | str:
     """The order on the first inputs that the model accepts, or why there are none."""
     reason = "no inputs are known for it"
     try:
-        with random_states_kept(0), evaluating(model), torch.no_grad():
+        with random_states_kept(0), evaluating(model), _differentiable(model):
             for number, batch in enumerate(example_inputs(model)):
                 try:
                     return _order(model, batch)
@@ -134,16 +138,56 @@ def _order(model: nn.Module, batch: Batch) -> Order:
     clock = itertools.count()
     reads = _Reads(model, clock)
     with _recording(model, calls, clock), reads:
-        model(**batch)
+        output = model(**batch)
     begins: dict[str, int] = {}
     ends: dict[str, int] = {}
     for call in calls:
-        ends[call.name] = max(call.end, ends.get(call.name, 0))
+        for holder in _with_holders(call.name):
+            ends[holder] = max(call.end, ends.get(holder, 0))
     for name, time in [*((call.name, call.begin) for call in calls), *reads.first.items()]:
-        while name:
-            begins[name] = min(time, begins.get(name, time))
-            name = name.rpartition(".")[0]
-    return Order(begins, ends)
+        for holder in _with_holders(name):
+            begins[holder] = min(time, begins.get(holder, time))
+    roots = {reads.names.get(id(tensor), "") for tensor in _roots(output)}
+    if 2 * len(roots) < len(reads.first):  # a function with a backward of its own hides what it reads (Reformer)
+        roots = set(begins)
+    fruitful = frozenset(holder for name in roots for holder in _with_holders(name))
+    return Order(begins, ends, frozenset(call.name for call in calls), fruitful)
+
+
+def _with_holders(name: str) -> Iterator[str]:
+    """A name, and those of the modules that contain it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+@contextlib.contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Follow all parameters in the graph of the output, frozen ones too."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _roots(output: Any) -> Iterator[Tensor]:
+    """The parameters on which the logits depend (any output, if none is called that)."""
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    tensors = [leaf for leaf in tree_iter(output if logits is None else logits) if isinstance(leaf, Tensor)]
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node: Any = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        following = [child for child, _ in node.next_functions if child is not None and child not in seen]
+        seen.update(following)
+        waiting += following
 
 
 class _Reads(TorchFunctionMode):
