@@ -93,7 +93,7 @@ def measure_signals(
                 "labels."
             )
         few = rows[: BATCH * GRADIENT_BATCHES]
-        backbone = [part for part in parts.parts if part is not parts.head]
+        backbone = parts.backbone
         probe = fit_probe(recorded.features, recorded.labels)
         gradients = relative_gradients(model, probe, _batches(dataset, collate, few), backbone, parts.head.modules)
     score = cross_validated_probe(recorded.features, recorded.labels, seed)

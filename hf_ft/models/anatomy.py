@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_ft.errors import AnatomyError
 from hf_ft.models.architectures import _FEEDS_BLOCKS, _FOLLOWS_BLOCKS
-from hf_ft.models.find_blocks import find_blocks, parent_of
+from hf_ft.models.find_blocks import find_blocks, is_known, parent_of
 from hf_ft.models.find_head import find_head, has_parameters
 from hf_ft.models.names import matches
 from hf_ft.models.norms import is_dropout
@@ -49,7 +49,10 @@ def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None
         arguments = names_of_members(members, head, blocks)
         return joined([(f"{prefix}{n}", anatomy(m, *names)) for (n, m), names in zip(members, arguments, strict=True)])
     names = find_head(base, head)
-    found = Anatomy(_part("head", names, prefix), partial(_body, model, base, prefix, names, blocks))
+    units = [unit for unit in _units(base, set(names), None) if unit not in names]
+    rest = (*(prefix + unit for unit in units), *_loose(model, [prefix + name for name in [*units, *names]]))
+    find_body = partial(_body, model, base, prefix, names, blocks)
+    found = Anatomy(_part("head", names, prefix), Part("backbone", rest), find_body)
     if blocks is not None:
         _ = found.body  # which raises if they match nothing
     return found
@@ -64,10 +67,7 @@ def _body(model: nn.Module, base: nn.Module, prefix: str, head: list[str], patte
     groups, order = find_blocks(base, head, pattern)
     ends = {*itertools.chain(*groups), *head}
     units = [name for name in _units(base, ends, order) if name not in head]
-    inside = [prefix + name for name in [*units, *head]]
-    # Tensors that belong to a mere container (timm's class token) or lie outside the base model (a PEFT prompt).
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    loose = [name for name, _ in tensors if not matches(name, inside)]
+    loose = _loose(model, [prefix + name for name in [*units, *head]])
     if order is None:
         stem, parts, neck = _by_definition(groups, units)
         stem_modules = (*_part("stem", stem, prefix).modules, *loose)
@@ -84,11 +84,24 @@ def _body(model: nn.Module, base: nn.Module, prefix: str, head: list[str], patte
     )
 
 
+def _loose(model: nn.Module, units: Sequence[str]) -> list[str]:
+    """Tensors that belong to a mere container (timm's class token) or lie outside the base model (a PEFT prompt)."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return [name for name, _ in tensors if not matches(name, units)]
+
+
 def members_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The members of an ensemble with their module names; empty for any other model."""
     if getattr(getattr(model, "config", None), "model_type", None) != COLLABORATIVE:
         return []
     return [(f"members.{index}", member) for index, member in enumerate(cast(Any, model).members)]
+
+
+def is_traced(model: nn.Module) -> bool:
+    """Whether finding the blocks takes a forward pass, since the order of a model's modules is not known."""
+    base, _ = unwrap(model)
+    parts = [member for _, member in members_of(base)] or [base]
+    return not all(is_known(part) for part in parts)
 
 
 def names_of_members(

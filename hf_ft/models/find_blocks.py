@@ -42,13 +42,13 @@ def find_blocks(model: nn.Module, head: Sequence[str], pattern: str | None = Non
     Raises:
         AnatomyError: if none of these is found, or the blocks overlap the head.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None) or ""
+    model_type = _type_of(model)
     known = _match(model, _BLOCKS[model_type]) if pattern is None and model_type in _BLOCKS else []
     search = _Search(model, head)
-    if known and model_type not in _UNSURE:
+    if known and is_known(model):
         step = _MODULES_PER_BLOCK.get(model_type, 1)
         return _apart([known[i : i + step] for i in range(0, len(known), step)], model, head), None
-    if pattern is not None and model_type in _BLOCKS and model_type not in _UNSURE:
+    if pattern is not None and is_known(model):
         search.order = None  # these are defined in the order in which they run
     else:
         search.trace()
@@ -60,6 +60,15 @@ def find_blocks(model: nn.Module, head: Sequence[str], pattern: str | None = Non
     if not blocks:
         raise AnatomyError(_nothing(model, search, model_type, pattern))
     return _apart(blocks, model, head), search.order
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether the architecture is one whose modules are defined in the order in which they run."""
+    return _type_of(model) in _BLOCKS and _type_of(model) not in _UNSURE
+
+
+def _type_of(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", None) or ""
 
 
 def _nothing(model: nn.Module, search: _Search, model_type: str, pattern: str | None) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from hf_ft.errors import AnatomyError
+
 
 @dataclass(frozen=True)
 class Part:
@@ -41,11 +43,13 @@ class Anatomy:
     Every parameter and buffer lies in the modules of exactly one part; stem and neck may be empty. The anatomy of an
     ensemble concatenates those of its members and keeps them in `members`, by module name.
 
-    Everything but the head is found when it is first asked for, so that what concerns the head alone works on models
-    whose blocks are unknown. Reading it raises :class:`~hf_ft.errors.AnatomyError` then.
+    `rest` is everything but the head as one part. It is divided when its parts are first asked for, so that what
+    concerns the head alone works on models whose blocks are unknown. Reading stem, blocks, neck, stages or parts raises
+    :class:`~hf_ft.errors.AnatomyError` then; backbone and chains have the rest as one part instead.
     """
 
     head: Part
+    rest: Part
     find_body: Callable[[], Body]
     members: tuple[tuple[str, Anatomy], ...] = ()
 
@@ -75,11 +79,25 @@ class Anatomy:
         return tuple(part for part in (self.stem, *self.blocks, self.neck, self.head) if part.modules)
 
     @property
+    def backbone(self) -> tuple[Part, ...]:
+        """All parts but the head."""
+        try:
+            return self.parts[:-1]
+        except AnatomyError:
+            return (self.rest,) if self.rest.modules else ()
+
+    @property
     def chains(self) -> tuple[Chain, ...]:
         """The chains of parts: one, or one per member."""
         if not self.members:
-            return (Chain("", self.parts),)
-        return tuple(Chain(name, member.parts) for name, member in self.members)
+            return (Chain("", (*self.backbone, self.head)),)
+        return tuple(Chain(name, (*member.backbone, member.head)) for name, member in self.members)
+
+    @property
+    def coarse_chains(self) -> tuple[Chain, ...]:
+        """Chains of two parts, the rest and the head, which need no search for blocks."""
+        members = self.members or (("", self),)
+        return tuple(Chain(name, tuple(p for p in (one.rest, one.head) if p.modules)) for name, one in members)
 
     def _values(self) -> tuple[Part, Body, tuple[tuple[str, Anatomy], ...]]:
         return self.head, self.body, self.members
@@ -118,7 +136,8 @@ def joined(members: Sequence[tuple[str, Anatomy]]) -> Anatomy:
         )
 
     head = Part("head", tuple(name for member in alone for name in member.head.modules))
-    return Anatomy(head, find_body, tuple(pairs))
+    rest = Part("backbone", tuple(name for member in alone for name in member.rest.modules))
+    return Anatomy(head, rest, find_body, tuple(pairs))
 
 
 def _renamed(found: Anatomy, prefix: str) -> Anatomy:
@@ -131,4 +150,4 @@ def _renamed(found: Anatomy, prefix: str) -> Anatomy:
         body = found.body
         return Body(part(body.stem), tuple(part(block) for block in body.blocks), part(body.neck), body.stages)
 
-    return Anatomy(part(found.head), find_body)
+    return Anatomy(part(found.head), part(found.rest), find_body)
