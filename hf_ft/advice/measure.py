@@ -96,7 +96,7 @@ def measure_signals(
                 "labels."
             )
         few = rows[: BATCH * GRADIENT_BATCHES]
-        backbone = [part for part in parts.parts if part is not parts.head]
+        backbone = parts.backbone
         probe = fit_probe(recorded.features, recorded.labels)
         batches = _batches(dataset, collate, few)
         gradients = relative_gradients(model, probe, batches, backbone, parts.head.modules, layout)

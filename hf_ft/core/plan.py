@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,10 +164,12 @@ def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> li
         trainable: names of the parameters that were not frozen before training; the others stay frozen.
 
     Raises:
-        OptionError: if an entry of ``stage.trains`` matches no module or parameter, or if none of them is trainable.
+        OptionError: if an entry of ``stage.trains`` matches no module, parameter or buffer, or if none of them is
+            trainable.
     """
     names = [name for name, _ in model.named_parameters()]
-    valid = {"", *names, *(name for name, _ in model.named_modules())}
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())  # a part may hold a lone buffer
+    valid = {"", *(name for name, _ in tensors), *(name for name, _ in model.named_modules())}
     for prefix in stage.trains:
         if prefix not in valid:
             tops = list(dict.fromkeys(name.rpartition(".")[0] for name in names))

@@ -16,18 +16,18 @@ from transformers.utils import logging
 from hf_ft.core.compose import build_plan, resolve, shared_option
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, State
-from hf_ft.core.plan import Plan, Term, stage_borders, stage_index
+from hf_ft.core.plan import Plan, Term, stage_borders, stage_index, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.errors import OptionError
-from hf_ft.models.anatomy import anatomy, members_of, unwrap
+from hf_ft.models.anatomy import anatomy, is_traced, members_of, unwrap
 from hf_ft.models.feature_hooks import INPUT
 from hf_ft.models.find_layouts import look_at
 from hf_ft.models.layouts import Layouts
-from hf_ft.models.names import covers
-from hf_ft.models.parts import Chain
+from hf_ft.models.names import covered, covers
+from hf_ft.models.parts import Anatomy, Chain
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.source_head import drop_source_head
 
@@ -315,4 +315,15 @@ def _chains(
     if not needs_chains:  # so that plain fine-tuning works on models of unknown anatomy
         return ()
     head, blocks = shared_option(configs, "head"), shared_option(configs, "blocks")
-    return anatomy(model, head=head, blocks=blocks).chains
+    found = anatomy(model, head=head, blocks=blocks)
+    if is_traced(model) and _head_or_all(found, model, plan, trainable):
+        return found.coarse_chains
+    return found.chains
+
+
+def _head_or_all(found: Anatomy, model: nn.Module, plan: Plan, trainable: tuple[str, ...]) -> bool:
+    """Whether each stage trains all of the backbone or nothing of it, so that its parts do not matter."""
+    heads = set(found.head.modules)
+    backbone = {name for name in trainable if not covered(name, heads)}
+    inside = [backbone.intersection(trained_by(stage, model, trainable)) for stage in plan.stages]
+    return all(trained in (set(), backbone) for trained in inside) and not any(term.layers for term in plan.terms)

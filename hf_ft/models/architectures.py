@@ -1,4 +1,4 @@
-"""Names of blocks and heads in known architectures."""
+"""Names of blocks and heads in known architectures, which spare a forward pass to find them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ _BLOCKS: dict[str, str] = {
     "timm_wrapper": r"timm_model\.(?:blocks\.\d+(?:\.\d+)?|(?:stages|layers)\.\d+\.(?:blocks\.)?\d+"
     r"|layer\d\.\d+|s\d\.b\d+)",
 }
+# Types whose names cover many architectures: what they match must hold most weights, and is put in forward order.
+_UNSURE = frozenset({"timm_wrapper"})
 # MobileNetV1 lists the depthwise and the pointwise convolution of each block separately.
 _MODULES_PER_BLOCK = {"mobilenet_v1": 2}
 
-# Modules are defined in the order in which they run, except these: defined after the blocks that read their output,
+# In these architectures, modules are defined in the order in which they run, so that no forward pass is needed to find
+# it, except these: defined after the blocks that read their output,
 _FEEDS_BLOCKS = re.compile(
     r"(?:.*[._])?(?:rotary|position|rel(?:ative)?)_\w*|.*\.(?:layernorm_embedding|embed_dropout)"
     r"|deberta\.encoder\.(?:LayerNorm|conv)"

@@ -152,8 +152,11 @@ def _drafts(model: nn.Module, found: Anatomy) -> list[_Draft]:
     followers |= {name for name, module in model.named_modules() if _is_activation(module)}
     drafts: list[_Draft] = []
     waiting: list[str] = []  # norms before the first layer of their part
+    modules = {name for name, _ in model.named_modules()}
     for part in backbone_parts(found):
-        first, loose = len(drafts), []
+        first = len(drafts)
+        # Bare parameters between two blocks (a class token that joins late) belong to the part's last layer.
+        loose = [(name.rpartition(".")[0], [name]) for name in part.modules if name not in modules]
         for name, module in _walk(model, part):
             own = [f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False)]
             if not own or (len(drafts) > first and matches(name, drafts[-1].modules)):

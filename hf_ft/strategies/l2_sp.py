@@ -61,7 +61,7 @@ class L2SPConfig(FTConfig):
     def plan(self, model: nn.Module, state: State) -> Plan:
         anatomy = self.anatomy(model)
         head = anatomy.head.modules
-        body = tuple(name for part in anatomy.parts if part.name != "head" for name in part.modules)
+        body = anatomy.rest.modules
         terms = (
             Term(
                 "l2_sp",

@@ -68,6 +68,7 @@ class PrefixFinder:
         # Inputs that a prefix is meant to replace. All others are small, and masks may be needed later on.
         pixels = (name for name, column in self.columns.items() if column.is_floating_point() and column.dim() > 2)
         self.pixels = frozenset(pixels) - varying
+        self.modules = {name for name, _ in model.named_modules()}
         names = [call.name for call in calls]
         self.once = {name for name, times in Counter(names).items() if times == 1}
         self.full, self.inputs = _observed(model, lambda: run(model, second))
@@ -114,6 +115,11 @@ class PrefixFinder:
         live = [call for call in mine if any(covers(unit, call.name) for unit in units)]
         if not live:
             return None
+        # A bare parameter may be read at any time while the module that holds it runs.
+        bare = {unit.rpartition(".")[0] for unit in chain.parts[0].modules if unit not in self.modules}
+        if "" in bare:
+            return None
+        live += [call for call in self.calls if call.name in bare]
         start = min(call.begin for call in live)
         around = [call for call in mine if call.begin < start < call.end]
         earlier = sorted((call for call in mine if call.end < start), key=lambda call: -call.end)
