@@ -38,20 +38,22 @@ def _build(
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             built = model(config(**fields))
-            _set_running_statistics(built)
+            if getattr(built, "main_input_name", "") == "pixel_values":
+                size = (16, getattr(built.config, "num_channels", 3), 32, 32)
+                set_running_statistics(built, lambda: {"pixel_values": torch.randn(size)})
         _BUILT[key] = built
     return copy.deepcopy(_BUILT[key]).eval()
 
 
 @torch.no_grad()
-def _set_running_statistics(model: Any) -> None:
+def set_running_statistics(model: Any, batch: Callable[[], Mapping[str, Tensor]]) -> None:
     """Set batch-norm statistics from a random batch: a test could not detect changes of a new model's 0 and 1."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
     if norms:
-        model.train()(pixel_values=torch.randn(16, model.config.num_channels, 32, 32))
+        model.train()(**batch())
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
