@@ -11,7 +11,7 @@ from hf_ft.cli.flags import DataFlags
 from hf_ft.core.config import FTConfig
 from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
 from hf_ft.errors import OptionError
-from hf_ft.zoo.datasets import Task
+from hf_ft.models.tasks import Task
 from hf_ft.zoo.models import SHORT_NAMES
 
 CHOICES = {"augment": tuple(AUGMENTATIONS), "on_corrupt": get_args(OnCorrupt)}

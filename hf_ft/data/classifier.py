@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
 from transformers.utils import logging
 
 from hf_ft.data.columns import Columns
 from hf_ft.errors import DataError, OptionError
+from hf_ft.models.tasks import classes_of
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 from hf_ft.zoo.reading import read_config
 from hf_ft.zoo.sources import load_sources
@@ -124,10 +121,8 @@ def _check_task(name: str, columns: Columns, revision: str | None) -> None:
     if name in SHORT_NAMES:
         fits, kind = SHORT_NAMES[name].task == columns.task, "a short name"
     else:
-        image = columns.task == "image"
         config = read_config(name, revision=revision or "main")
-        mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if image else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        fits, kind = type(config) in mapping, type(config).__name__
+        fits, kind = bool(classes_of(config, columns.task)), type(config).__name__
     if not fits:
         raise DataError(
             f"{name} ({kind}) is not a classifier of {columns.task} data, but column {columns.inputs[0]!r} is read as "

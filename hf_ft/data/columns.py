@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
 
 from hf_ft.data.unknown_classes import check_known, hides_labels, is_missing
 from hf_ft.errors import DataError
-from hf_ft.zoo.datasets import Task
+from hf_ft.models.tasks import Task
 
 ROW = "__row__"  # row number in the source: splits are shuffled, and error messages must name the row
 # What Pillow reads besides images: documents, vector graphics, video, and measurements.
