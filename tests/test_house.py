@@ -48,6 +48,7 @@ OPTIONAL = {
     "mlxtend",
     "optuna",
     "pandas",  # with mlxtend
+    "soundfile",
     "sqlalchemy",  # with optuna
 }
 

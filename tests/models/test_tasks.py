@@ -10,7 +10,7 @@ from hf_ft.models.tasks import tasks_of
 from hf_ft.testing.families import families, samples, tiny
 from hf_ft.zoo import from_pretrained, task_of
 
-LOADED = ("ASTForAudioClassification", "VivitForVideoClassification", "VideoMAEForVideoClassification")
+LOADED = ("ASTForAudioClassification", "TimesformerForVideoClassification", "VideoMAEForVideoClassification")
 
 
 @pytest.mark.parametrize("name", LOADED)
