@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers.utils import logging
 
 from hf_ft.data.class_names import plain
@@ -175,10 +175,12 @@ def _labelled(found: Mapping[str, Sequence[str]], splits: Mapping[str, Path], me
     """A data set per split; the classes are those of all splits."""
     classes = {name: [str(_class_of(file, splits[name], media)) for file in files] for name, files in found.items()}
     label = ClassLabel(names=sorted({name for names in classes.values() for name in names}))
-    features = Features({media.task: media.feature, "label": label})
+    features = Features({media.task: Value("string"), "label": label})
     return DatasetDict(
         {
-            name: Dataset.from_dict({media.task: list(files), "label": label.str2int(classes[name])}, features=features)
+            name: Dataset.from_dict(
+                {media.task: list(files), "label": label.str2int(classes[name])}, features=features
+            ).cast_column(media.task, media.feature)  # from_dict would encode sounds, which needs torchcodec
             for name, files in found.items()
         }
     )
