@@ -304,7 +304,10 @@ def tiny_config(name: str, **fields: Any) -> hf.PreTrainedConfig:
     kind = getattr(hf, name).config_class
     task = families()[name]
     small = _shrunk(kind(), task == "text")
-    return kind(**_merged(small, EXCEPTIONS.get(name, {}), {"num_labels": CLASSES, **fields}))
+    classes = fields.pop("num_labels", CLASSES)
+    config = kind(**_merged(small, EXCEPTIONS.get(name, {}), {"num_labels": classes, **fields}))
+    config.num_labels = classes  # with their names, which some configs do not set when they are made
+    return config
 
 
 def tiny(name: str, seed: int = 0, **fields: Any) -> hf.PreTrainedModel:
