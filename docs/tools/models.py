@@ -31,6 +31,7 @@ from hf_ft.core.config import strategies
 from hf_ft.testing.families import families
 
 KEPT = Path(__file__).parents[1] / "results" / "models.jsonl"
+SAMPLED = {"image": 6, "text": 8, "audio": 4, "video": 2}  # classes in the sample
 Row = Mapping[str, Any]
 
 
@@ -56,11 +57,14 @@ def write(rows: Iterable[Row], file: Path = KEPT) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in known), encoding="utf-8")
 
 
-def sample(classes: int = 20, each: int = 2) -> list[tuple[str, str]]:
-    """A fixed sample of cells, with every strategy in it at least twice."""
-    models = sorted(families(), key=lambda name: zlib.crc32(name.encode()))[:classes]
-    order = itertools.cycle(names_of_strategies())
-    return [(model, next(order)) for model in models for _ in range(each)]
+def sample() -> list[tuple[str, str]]:
+    """A fixed sample of 40 cells: two of each of 20 classes, with every strategy in it at least twice."""
+    tasks, order = families(), itertools.cycle(names_of_strategies())
+    models = []
+    for task, count in SAMPLED.items():
+        found = sorted((zlib.crc32(name.encode()), name) for name in tasks if tasks[name] == task)
+        models += [name for _, name in found[:count]]
+    return [(model, next(order)) for model in models for _ in range(2)]
 
 
 # --- the run ----------------------------------------------------------------------------------------------
