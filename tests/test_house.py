@@ -49,6 +49,7 @@ OPTIONAL = {
     "onnx",
     "optuna",
     "pandas",  # with mlxtend
+    "soundfile",
     "sqlalchemy",  # with optuna
 }
 

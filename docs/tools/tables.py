@@ -24,6 +24,8 @@ from unittest import mock
 
 from docs.tools.evidence import FILE as EVIDENCE
 from docs.tools.evidence import fitted, table_of_advice, table_of_orders
+from docs.tools.matrix import summary as summary_of_models
+from docs.tools.matrix import table_of_models, table_of_reasons
 from docs.tools.measured import (
     table_of_disentangling,
     table_of_frozen,
@@ -224,6 +226,9 @@ PLACES: dict[str, Callable[..., str]] = {
     "measured": lambda page, name: table_of_measured(_table, name),
     "natural": lambda page, kind: table_of_natural(_table, kind),
     "natural_few": lambda page, kind: table_of_natural(_table, kind, few=True),
+    "models": lambda page, task: table_of_models(_table, task),
+    "models_summary": lambda page: summary_of_models(_table),
+    "models_reasons": lambda page: table_of_reasons(_table),
     "results": lambda page: table_of_all(_table),
     "results_of": lambda page, task: table_of_task(_table, task),
     "results_five": lambda page: table_of_five(_table),

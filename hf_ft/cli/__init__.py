@@ -14,7 +14,7 @@ from hf_ft.search.environment import environment_error
 from hf_ft.version import __version__
 
 COMMANDS = {
-    "train": ("train", "fine-tune an image or text classifier with a strategy"),
+    "train": ("train", "fine-tune an image, text or audio classifier with a strategy"),
     "list": ("catalog", "all strategies in a table"),
     "describe": ("catalog", "one strategy: paper, formula, options and their defaults"),
     "blocks": ("blocks", "the parts of a model: stem, blocks, neck, head, normalisation layers"),

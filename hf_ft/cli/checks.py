@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from hf_ft.cli.flags import DataFlags
 from hf_ft.core.config import FTConfig
 from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
 from hf_ft.errors import OptionError
-from hf_ft.zoo.datasets import Task
+from hf_ft.models.tasks import Task
 from hf_ft.zoo.models import SHORT_NAMES
 
 CHOICES = {"augment": tuple(AUGMENTATIONS), "on_corrupt": get_args(OnCorrupt)}
@@ -23,8 +24,9 @@ OFF = {
     ("trials", 0): ("learning_rates", "most_trials", "sampling_seed"),
 }
 NOT_OF: dict[Task, tuple[str, ...]] = {
-    "image": ("max_length", "text_column"),
-    "text": ("image_size", "image_column", "on_corrupt"),
+    "image": ("max_length", "max_seconds", "text_column", "audio_column"),
+    "text": ("image_size", "max_seconds", "image_column", "audio_column", "on_corrupt"),
+    "audio": ("image_size", "max_length", "image_column", "text_column"),
 }
 
 
@@ -55,6 +57,8 @@ def check_task(flags: DataFlags, task: Task) -> None:
     Raises:
         OptionError: if one is for the other kind.
     """
+    if flags.max_seconds is not None and not 0 < flags.max_seconds < math.inf:
+        raise OptionError(f"--max_seconds {flags.max_seconds:g} is no length in seconds: set it above 0, such as 20.")
     given = {field.name: getattr(flags, field.name) for field in fields(flags)}
     refuse(given, NOT_OF[task], f"--dataset {flags.dataset} is read as {task}")
 

@@ -188,7 +188,8 @@ def _announce(model: str, prepared: Prepared) -> None:
         ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
         ("chosen by", f"{prepared.runner.common.metric} on validation; test is scored in the final runs only"),
     ]
-    rows += [("skipped", f"{number} unreadable images of {name}") for name, number in data.skipped.items()]
+    kind = "sounds" if data.columns.task == "audio" else "images"
+    rows += [("skipped", f"{number} unreadable {kind} of {name}") for name, number in data.skipped.items()]
     rows += [("notice", notice) for notice in data.notices]
     say(f"{table(rows)}\n")
 

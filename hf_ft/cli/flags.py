@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from hf_ft.core.config import strategies
 from hf_ft.data.images import AUGMENTATIONS
+from hf_ft.data.sounds import SECONDS
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
@@ -34,8 +35,9 @@ class DataFlags:
         f"{' or '.join(SOURCES_FLAGS.values())} a,b"
     )
     dataset: str | None = _flag(
-        "Hub id; folder with a subfolder of images per class, or with such a folder per split; csv, tsv, json, jsonl "
-        f"or parquet file, or a folder of them; folder written by save_to_disk; or one of {', '.join(DATASETS)}"
+        "Hub id; folder with a subfolder of images or sounds per class, or with such a folder per split; csv, tsv, "
+        "json, jsonl or parquet file, or a folder of them; folder written by save_to_disk; or one of "
+        f"{', '.join(DATASETS)}"
     )
     revision: str | None = _flag("branch, tag or commit of the model on the Hub")
     config_name: str | None = _flag("configuration of a Hub data set")
@@ -50,15 +52,17 @@ class DataFlags:
     split_seed: int = _flag("seed of that split, independent of --seed so that runs can be compared", 0)
     max_train_samples: int | None = _flag("maximum number of training rows, drawn stratified by class")
     image_column: str | None = _flag("name of the image column (default: found by name and type)")
+    audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
     text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
     image_size: int | None = _flag("image side in pixels (default: that of the checkpoint or the short name)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
+    max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
     augment: str | None = _flag(
-        f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, none for text)"
+        f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, else none)"
     )
     on_corrupt: str | None = _flag(
-        "unreadable images: refuse or skip (default: refuse; images are checked before training if there are at most "
+        "unreadable images or sounds: refuse or skip (default: refuse; they are checked before training if at most "
         f"{CHECKED_UNASKED:,}, or if this flag is given)"
     )
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")

@@ -14,7 +14,7 @@ from hf_ft.comparison.settings import DEFAULTS as COMPARE_DEFAULTS
 from hf_ft.comparison.settings import Settings
 from hf_ft.core.config import strategies
 
-_TRAIN = """hf-ft train: fine-tune an image or text classifier with a strategy.
+_TRAIN = """hf-ft train: fine-tune an image, text or audio classifier with a strategy.
 
 usage: hf-ft train --model MODEL --dataset DATA [--strategy NAME ...] [flags]
        hf-ft train CONFIG.yaml [flags]                 (flags win over the file)

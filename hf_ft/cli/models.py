@@ -6,14 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-)
 
 from hf_ft.errors import OptionError
+from hf_ft.models.tasks import auto_model, tasks_of
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 from hf_ft.zoo.reading import read_config
 
@@ -23,12 +18,11 @@ def skeleton(name: str) -> nn.Module:
     if name in SHORT_NAMES:
         return load_model(name)[0]
     config = read_config(name)
-    image = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    if not image and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise OptionError(f"{name} ({type(config).__name__}) is neither an image nor a text classifier.")
-    auto = AutoModelForImageClassification if image else AutoModelForSequenceClassification
+    tasks = tasks_of(config)
+    if not tasks:
+        raise OptionError(f"{name} ({type(config).__name__}) is no image, text, audio or video classifier.")
     with torch.device("meta"):
-        return auto.from_config(config)
+        return auto_model(tasks[0]).from_config(config)
 
 
 def adapter_usage(folder: str | Path) -> str:

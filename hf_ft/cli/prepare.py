@@ -23,6 +23,7 @@ from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.data.progress import hide_bars
+from hf_ft.data.sounds import SECONDS
 from hf_ft.data.task import Data, process
 from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError
@@ -97,7 +98,7 @@ def read_data(
     with reading or nullcontext():
         rows = _read_splits(flags, **more)
         source = None if flags.source_dataset is None else load_split(flags.source_dataset, flags.source_split)
-    columns = find_columns(rows, flags.image_column, flags.text_column, flags.label_column)
+    columns = find_columns(rows, flags.image_column, flags.text_column, flags.label_column, flags.audio_column)
     check_task(flags, columns.task)
     if splits is not None:
         rows = DatasetDict({name: rows[name] for name in splits})
@@ -109,6 +110,7 @@ def read_data(
         name=shareable_name(str(flags.dataset)),
         augment=_augmentation(flags.augment, columns, augment_images),
         max_length=flags.max_length,
+        seconds=flags.max_seconds or SECONDS,
         source=source,
         source_columns=source_columns,
         skipped=skipped,
@@ -139,7 +141,7 @@ def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
 
 
 def readable(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> tuple[DatasetDict, dict[str, int]]:
-    """The splits without unreadable images, and how many were skipped by split; large data are checked only if asked.
+    """The splits without unreadable files, and how many were skipped by split; large data are checked only if asked.
 
     Raises:
         DataError: if there are unreadable images that may not be skipped.
@@ -164,8 +166,8 @@ def _source(rows: Dataset, flags: DataFlags, target: Columns) -> tuple[Dataset, 
 
 
 def _augmentation(wanted: str | None, columns: Columns, augment_images: bool) -> str:
-    if columns.task == "text" and wanted not in (None, "none"):
-        raise OptionError(f"--augment {wanted} changes images, and these data are text: use none.")
+    if columns.task != "image" and wanted not in (None, "none"):
+        raise OptionError(f"--augment {wanted} changes images, and these data are {columns.task}: use none.")
     return wanted or ("basic" if columns.task == "image" and augment_images else "none")
 
 
@@ -186,8 +188,8 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
 
 def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None:
     """Set what depends on the data: the metric of the best model, and whether columns are dropped."""
-    if columns.task == "image":
-        args.remove_unused_columns = False  # images are opened on access
+    if columns.task != "text":
+        args.remove_unused_columns = False  # images and sounds are opened on access
     if not torch.accelerator.is_available() and "dataloader_pin_memory" not in request.given:
         args.dataloader_pin_memory = False
     if not args.load_best_model_at_end or "metric_for_best_model" in request.given:

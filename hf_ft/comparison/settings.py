@@ -18,7 +18,8 @@ from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.search.storage import MISSING
 
-OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,)}  # that each strategy tries, unless the user chooses one
+# That each strategy tries, unless the user chooses one.
+OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,), "audio": (ADAM,)}
 LOCAL = ("storage", "study_name", "retry_failed")  # settings of a call, not of the comparison
 WIDTH = 30.0  # of the range of learning rates, around the recommended one
 DEFAULTS: dict[str, Any] = {

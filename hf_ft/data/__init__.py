@@ -4,6 +4,7 @@ from hf_ft.data.columns import ROW, Columns, find_columns, unlabelled
 from hf_ft.data.images import AUGMENTATIONS, Unreadable, check_images, flip_and_shift, open_rgb
 from hf_ft.data.load import TEST_NAMES, VALIDATION_NAMES, load_split, load_splits
 from hf_ft.data.prepare import collate, image_transform, prepare, text_transform
+from hf_ft.data.sounds import open_sound, sound_transform
 
 __all__ = [
     "AUGMENTATIONS",
@@ -20,7 +21,9 @@ __all__ = [
     "load_split",
     "load_splits",
     "open_rgb",
+    "open_sound",
     "prepare",
+    "sound_transform",
     "text_transform",
     "unlabelled",
 ]

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
 from transformers.utils import logging
 
 from hf_ft.data.columns import Columns
 from hf_ft.errors import DataError, OptionError
+from hf_ft.models.tasks import classes_of
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 from hf_ft.zoo.reading import read_config
 from hf_ft.zoo.sources import load_sources
@@ -30,7 +28,7 @@ def load_classifier(
     keep_source_head: bool = False,
     head: str | None = None,
 ) -> tuple[Any, Any]:
-    """The model with a new head for these classes, and its image processor or tokenizer.
+    """The model with a new head for these classes, and its image processor, feature extractor or tokenizer.
 
     Args:
         name: a short name, a Hub id or a folder.
@@ -104,12 +102,14 @@ def _check_processor(name: str, processor: Any, columns: Columns) -> None:
         OptionError: if that fails.
     """
     try:
-        if columns.task == "image":
+        if columns.task == "audio":
+            processor(np.zeros(processor.sampling_rate, np.float32), sampling_rate=processor.sampling_rate)
+        elif columns.task == "image":
             processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
         else:
             processor(*("a" for _ in columns.inputs))
     except Exception as error:  # values of any type may be wrong anywhere
-        what = "preprocessor_config.json" if columns.task == "image" else "tokenizer"
+        what = "tokenizer" if columns.task == "text" else "preprocessor_config.json"
         raise OptionError(
             f"{name}: its {what} cannot process a sample ({type(error).__name__}: {error}). Restore the file, or use "
             "another model."
@@ -124,13 +124,11 @@ def _check_task(name: str, columns: Columns, revision: str | None) -> None:
     if name in SHORT_NAMES:
         fits, kind = SHORT_NAMES[name].task == columns.task, "a short name"
     else:
-        image = columns.task == "image"
         config = read_config(name, revision=revision or "main")
-        mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if image else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        fits, kind = type(config) in mapping, type(config).__name__
+        fits, kind = bool(classes_of(config, columns.task)), type(config).__name__
     if not fits:
         raise DataError(
             f"{name} ({kind}) is not a classifier of {columns.task} data, but column {columns.inputs[0]!r} is read as "
-            f"{columns.task}: choose another model, or set image_column or text_column.",
-            arguments=("image_column", "text_column"),
+            f"{columns.task}: choose another model, or set image_column, audio_column or text_column.",
+            arguments=("image_column", "audio_column", "text_column"),
         )

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, List, Value
 
+from hf_ft.data.media import MEDIA, Media
 from hf_ft.data.unknown_classes import check_known, hides_labels, is_missing
 from hf_ft.errors import DataError
-from hf_ft.zoo.datasets import Task
+from hf_ft.models.tasks import Task
 
 ROW = "__row__"  # row number in the source: splits are shuffled, and error messages must name the row
-# What Pillow reads besides images: documents, vector graphics, video, and measurements.
-NO_IMAGES = {".bufr", ".emf", ".eps", ".fit", ".fits", ".grib", ".h5", ".hdf", ".mpeg", ".mpg", ".pdf", ".ps", ".wmf"}
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
-IMAGE_NAMES = ("image", "img", "image_path", "file_name", "filename", "file", "path")
 TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 TEXT_NAMES = (("text",), *TEXT_PAIRS, ("question", "sentence"), ("sentence",), ("content",), ("review",))
 MANY = 1000  # rows inspected to find columns of few values
@@ -31,7 +27,7 @@ class Columns:
     """Columns to read from a row, and the encoding of labels as numbers: the same for all splits."""
 
     task: Task
-    inputs: tuple[str, ...]  # one image column, or one or two text columns
+    inputs: tuple[str, ...]  # one image or audio column, or one or two text columns
     label: str
     problem_type: ProblemType
     names: tuple[str, ...] = ()  # class names, in order
@@ -70,6 +66,7 @@ def find_columns(
     image_column: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
+    audio_column: str | None = None,
 ) -> Columns:
     """Find input and label columns by name and type, and number the classes consistently across splits.
 
@@ -90,8 +87,9 @@ def find_columns(
         likely = _few_values(first)
         hint = f", such as {' or '.join(map(repr, likely))}" if likely else ""
         raise DataError(f"no label column among {_shown(first)}: set label_column{hint}", arguments=("label_column",))
-    inputs = (image_column,) if image_column else texts or _usual_inputs(first)
-    given = "image_column" if image_column else "text_column"
+    file_column = image_column or audio_column
+    inputs = (file_column,) if file_column else texts or _usual_inputs(first)
+    given = "image_column" if image_column else "audio_column" if audio_column else "text_column"
     for name, split in splits.items():
         for column in (*inputs, label):
             if column not in split.column_names:
@@ -104,14 +102,16 @@ def find_columns(
                 "or set label_column",
                 arguments=("label_column",),
             )
-    image = bool(image_column) or (not texts and _is_image(first, inputs[0]))
-    structured = [column for column in inputs if not image and not isinstance(first.features[column], Value)]
+    task: Task = "image" if image_column else "audio" if audio_column else "text"
+    if not (file_column or texts) and (media := _media(first, inputs[0])) is not None:
+        task = media.task
+    structured = [column for column in inputs if task == "text" and not isinstance(first.features[column], Value)]
     if structured:
         raise DataError(
             f"column {structured[0]!r} is of type {first.features[structured[0]]}, not a text: set text_column",
             arguments=("text_column",),
         )
-    return Columns("image" if image else "text", inputs, label, *_classes(splits, label))
+    return Columns(task, inputs, label, *_classes(splits, label))
 
 
 def _classes(
@@ -175,14 +175,6 @@ def unlabelled(split: Dataset, label: str, train: Dataset | None = None) -> list
     return [row for row, value in zip(rows, values_of(split, label), strict=True) if is_missing(value, hidden)]
 
 
-@functools.cache
-def image_suffixes() -> tuple[str, ...]:
-    """The suffixes of the image files that Pillow reads here, with its plugins."""
-    PIL.Image.init()
-    known = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
-    return tuple(sorted(known - NO_IMAGES))
-
-
 def values_of(split: Dataset, column: str) -> list[Any]:
     """The stored values of a column, ignoring any transform."""
     return split.with_format(None)[column][:]
@@ -203,13 +195,16 @@ def is_text(split: Dataset, column: str) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def _is_image(split: Dataset, column: str) -> bool:
-    if isinstance(split.features.get(column), Image):
-        return True
-    if column not in IMAGE_NAMES or not is_text(split, column):
-        return False
-    values = some_text(split, column)
-    return bool(values) and values[0].lower().endswith(image_suffixes())
+def _media(split: Dataset, column: str) -> Media | None:
+    """The kind of the files in a column, by its type, or by its name and the suffix of its first path."""
+    for media in MEDIA:
+        if media.is_type(split.features.get(column)):
+            return media
+        if column in media.columns and is_text(split, column):
+            values = some_text(split, column)
+            if values and media.holds(values[0]):
+                return media
+    return None
 
 
 def usual_label(split: Dataset) -> str | None:
@@ -232,13 +227,14 @@ def _few_values(split: Dataset) -> list[str]:
 
 
 def _usual_inputs(split: Dataset) -> tuple[str, ...]:
-    for column in sorted(split.column_names, key=lambda name: name not in IMAGE_NAMES):
-        if _is_image(split, column):
+    usual = {name for media in MEDIA for name in media.columns}
+    for column in sorted(split.column_names, key=lambda name: name not in usual):
+        if _media(split, column) is not None:
             return (column,)
     for columns in TEXT_NAMES:
         if all(column in split.column_names for column in columns):
             return columns
     raise DataError(
-        f"no image or text column among {_shown(split)}: set image_column or text_column",
-        arguments=("image_column", "text_column"),
+        f"no image, audio or text column among {_shown(split)}: set image_column, audio_column or text_column",
+        arguments=("image_column", "audio_column", "text_column"),
     )

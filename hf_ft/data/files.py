@@ -9,7 +9,8 @@ from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 
-from hf_ft.data.image_folders import files, holds_metadata, is_image, read_image_folder
+from hf_ft.data.image_folders import files, holds_metadata, read_image_folder
+from hf_ft.data.media import MEDIA
 from hf_ft.data.table_files import READERS, is_table, read_table, read_table_folder
 from hf_ft.data.tables import TABLES, table_options
 from hf_ft.errors import DataError
@@ -17,7 +18,7 @@ from hf_ft.zoo.datasets import DATASETS
 
 SCANNED = 20_000  # files that are looked at before a folder is searched
 FEW = 1_000  # files that are searched in any case
-LEAST_SHARE = 0.3  # of images and tables among the files of a data set
+LEAST_SHARE = 0.3  # of images, sounds and tables among the files of a data set
 ARCHIVES = (".arrow", ".tar", ".zip")  # those that only `datasets` itself recognises
 DATA_SUFFIXES = (*READERS, *ARCHIVES)
 
@@ -50,8 +51,8 @@ def read_files(
         absent = "" if path.exists() else ", which is no file or folder here,"
         raise DataError(
             f"cannot read the data {source!r}{absent} ({type(cause).__name__}: {cause}); expected one of "
-            f"{', '.join(DATASETS)}, a folder of images, a file or folder of {', '.join(READERS)}, a folder written by "
-            "save_to_disk, or a Hub id (with config_name if it has several)",
+            f"{', '.join(DATASETS)}, a folder of images or sounds, a file or folder of {', '.join(READERS)}, a folder "
+            "written by save_to_disk, or a Hub id (with config_name if it has several)",
             arguments=("config_name",),
         ) from error
 
@@ -90,12 +91,14 @@ def _read_folder(path: Path, config_name: str | None, train_split: str, encoding
         data = load_from_disk(str(path))
         return data if isinstance(data, DatasetDict) else DatasetDict({train_split: data})
     _check_is_data(path)
-    images = None
-    if not holds_metadata(path):
-        images = read_image_folder(path, train_split, [file for file in path.iterdir() if is_table(file)])
-    tables = [] if images is not None else _tables(path)
+    found = None
+    for media in () if holds_metadata(path) else MEDIA:
+        found = read_image_folder(path, train_split, [file for file in path.iterdir() if is_table(file)], media)
+        if found is not None:
+            break
+    tables = [] if found is not None else _tables(path)
     _check_encoding(encoding, str(path), tables)
-    if images is None:
+    if found is None:
         if tables and config_name is None and not holds_metadata(path) and not _is_described(path):
             return read_table_folder(path, tables, train_split, encoding)
         all_csv = all(file.suffix.lower() in TABLES for file in tables) and not holds_metadata(path)
@@ -104,10 +107,10 @@ def _read_folder(path: Path, config_name: str | None, train_split: str, encoding
         return load_dataset(str(path), name=config_name, **options)
     if config_name is not None:
         raise DataError(
-            f"config_name={config_name!r} has no effect on a folder of images: leave it out.",
+            f"config_name={config_name!r} has no effect on a folder of images or sounds: leave it out.",
             arguments=("config_name",),
         )
-    return images
+    return found
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -127,9 +130,9 @@ def _is_described(folder: Path) -> bool:
 def _check_is_data(folder: Path) -> None:
     """Reject a folder such as the home folder: to look through all of it would take minutes."""
     seen = list(islice(files(folder), SCANNED))
-    known = sum(is_image(file) or file.lower().endswith(DATA_SUFFIXES) for file in seen)
+    known = sum(any(m.holds(file) for m in MEDIA) or file.lower().endswith(DATA_SUFFIXES) for file in seen)
     if len(seen) > FEW and known < LEAST_SHARE * len(seen):
         raise DataError(
             f"{str(folder)!r} is no folder of data: of the first {len(seen):,} files in it and its subfolders, "
-            f"{known:,} are images or tables. Name the folder of the data set itself."
+            f"{known:,} are images, sounds or tables. Name the folder of the data set itself."
         )

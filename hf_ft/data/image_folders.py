@@ -1,4 +1,4 @@
-"""Folders with a subfolder of images per class, or with such a folder per split.
+"""Folders with a subfolder of images, or of sounds, per class, or with such a folder per split.
 
 ``datasets`` would leave out folders that begin with ``__`` or a dot, cannot read names with ``::``, and infers splits
 from any part of a path: a file called test_1.png in a class folder, or a class called "train" next to "bus", would end
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers.utils import logging
 
 from hf_ft.data.class_names import plain
-from hf_ft.data.columns import image_suffixes
+from hf_ft.data.media import IMAGES, Media
 from hf_ft.data.progress import bar
 from hf_ft.data.split_names import candidates, role_of
 from hf_ft.errors import DataError
@@ -39,43 +39,46 @@ def holds_metadata(folder: Path) -> bool:
     return any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*"))
 
 
-def read_image_folder(folder: Path, train_split: str, tables: Sequence[Path] = ()) -> DatasetDict | None:
-    """All splits of a folder of images, labelled by the first folder below the split; None if it is none.
+def read_image_folder(
+    folder: Path, train_split: str, tables: Sequence[Path] = (), media: Media = IMAGES
+) -> DatasetDict | None:
+    """All splits of a folder of images or sounds, labelled by the first folder below the split; None if it is none.
 
     Args:
+        media: what to look for.
         tables: those in the folder itself: they hold the labels if the folders cannot be classes.
 
     Raises:
         DataError: if it cannot be told which folders are splits, or which are classes.
     """
     folder = Path(os.path.abspath(folder))
-    splits = _split_folders(folder, train_split)
-    if not any(map(_holds_classes, splits.values())):
+    splits = _split_folders(folder, train_split, media)
+    if not any(_holds_classes(child, media) for child in splits.values()):
         return None
-    if train_split != WHOLE and (reason := _no_classes(folder, splits)):
+    if train_split != WHOLE and (reason := _no_classes(folder, splits, media)):
         if tables:
             return None
         raise DataError(reason, arguments=("train_split",))
     with bar("listing files", unit=" files") as shown:
         listed = {name: sorted(_counted(files(child), shown)) for name, child in splits.items()}
-    _tell_left_out(folder, splits, listed)
-    images = {name: [file for file in listed[name] if _class_of(file, child)] for name, child in splits.items()}
-    return _labelled(images, splits)
+    _tell_left_out(folder, splits, listed, media)
+    found = {name: [file for file in listed[name] if _class_of(file, child, media)] for name, child in splits.items()}
+    return _labelled(found, splits, media)
 
 
-def _split_folders(folder: Path, train_split: str) -> dict[str, Path]:
+def _split_folders(folder: Path, train_split: str, media: Media) -> dict[str, Path]:
     """The folders of the splits by name: those with the names of splits, or else the folder itself."""
     if train_split == WHOLE:
         return {train_split: folder}
-    holding = {child.name: child for child in _subfolders(folder) if _holds_classes(child)}
+    holding = {child.name: child for child in _subfolders(folder) if _holds_classes(child, media)}
     if train_split in holding or candidates(holding, "train"):
         named = train_split in holding and train_split != "train"
         return {name: child for name, child in holding.items() if named or role_of(name)}
-    _refuse_ambiguous(folder, holding)
+    _refuse_ambiguous(folder, holding, media)
     return {"train": folder}
 
 
-def _refuse_ambiguous(folder: Path, holding: Mapping[str, Path]) -> None:
+def _refuse_ambiguous(folder: Path, holding: Mapping[str, Path], media: Media) -> None:
     """Refuse subfolders that look like splits, although none is the training split.
 
     Raises:
@@ -96,30 +99,31 @@ def _refuse_ambiguous(folder: Path, holding: Mapping[str, Path]) -> None:
                 arguments=("train_split",),
             )
         raise DataError(
-            f"{str(folder)!r}: the subfolders {', '.join((named or alike)[:SHOWN])} contain folders of images "
+            f"{str(folder)!r}: the subfolders {', '.join((named or alike)[:SHOWN])} contain folders of {media.name}s "
             f"({shared}) themselves. If they are splits, name them with validation_split, test_split and train_split, "
             f"which is {WHOLE!r} if they are classes.",
             arguments=("train_split", "validation_split", "test_split"),
         )
 
 
-def _no_classes(folder: Path, splits: Mapping[str, Path]) -> str:
-    """Why the folders of images cannot be classes, and what to do; empty if they can."""
+def _no_classes(folder: Path, splits: Mapping[str, Path], media: Media) -> str:
+    """Why the folders of images or sounds cannot be classes, and what to do; empty if they can."""
     if folder not in splits.values():
         return ""
-    holding = [child for child in _subfolders(folder) if any(map(is_image, files(child)))]
+    holding = [child for child in _subfolders(folder) if any(map(media.holds, files(child)))]
     if all(role_of(child.name) for child in holding):
         names = ", ".join(child.name for child in holding)
         return (
-            f"{str(folder)!r}: the subfolders {names} are splits by name, but contain images in no class folders. Add "
-            f"a folder for each class, or a table of image paths and labels; or set train_split to {WHOLE!r} if these "
-            "are the classes."
+            f"{str(folder)!r}: the subfolders {names} are splits by name, but contain {media.name}s in no class "
+            f"folders. Add a folder for each class, or a table of {media.name} paths and labels; or set train_split to "
+            f"{WHOLE!r} if these are the classes."
         )
     if len(holding) == 1:
-        deeper = f": the classes seem to be in {str(holding[0])!r}, so name this folder" * _holds_classes(holding[0])
+        nested = _holds_classes(holding[0], media)
+        deeper = f": the classes seem to be in {str(holding[0])!r}, so name this folder" * nested
         return (
-            f"{str(folder)!r} has images in one subfolder only{deeper}. A classifier needs a folder for each class, or "
-            "a table of image paths and labels."
+            f"{str(folder)!r} has {media.name}s in one subfolder only{deeper}. A classifier needs a folder for each "
+            f"class, or a table of {media.name} paths and labels."
         )
     return ""
 
@@ -150,9 +154,9 @@ def _subfolders(folder: Path) -> list[Path]:
     return [child for child in sorted(folder.iterdir()) if child.is_dir() and child.name not in TOOL_FOLDERS]
 
 
-def _holds_classes(folder: Path) -> bool:
-    """Whether subfolders contain images, at any depth."""
-    return any(is_image(file) for child in _subfolders(folder) for file in files(child))
+def _holds_classes(folder: Path, media: Media) -> bool:
+    """Whether subfolders contain images or sounds, at any depth."""
+    return any(media.holds(file) for child in _subfolders(folder) for file in files(child))
 
 
 def _counted(files: Iterable[str], shown: Any) -> Iterator[str]:
@@ -161,56 +165,55 @@ def _counted(files: Iterable[str], shown: Any) -> Iterator[str]:
         yield file
 
 
-def is_image(file: str) -> bool:
-    """Whether a file is an image that can be read, by its suffix."""
-    return os.path.splitext(file)[1].lower() in image_suffixes()
-
-
-def _class_of(file: str, split: Path) -> str | None:
-    """The first folder below the split that an image is in; None for other files, and images beside the folders."""
+def _class_of(file: str, split: Path, media: Media) -> str | None:
+    """The first folder below the split that a file is in; None for files of other kinds, and beside the folders."""
     folder, *inside = os.path.relpath(file, split).split(os.sep)
-    return plain(folder) if inside and is_image(file) else None
+    return plain(folder) if inside and media.holds(file) else None
 
 
-def _labelled(images: Mapping[str, Sequence[str]], splits: Mapping[str, Path]) -> DatasetDict:
+def _labelled(found: Mapping[str, Sequence[str]], splits: Mapping[str, Path], media: Media) -> DatasetDict:
     """A data set per split; the classes are those of all splits."""
-    classes = {name: [str(_class_of(file, splits[name])) for file in files] for name, files in images.items()}
+    classes = {name: [str(_class_of(file, splits[name], media)) for file in files] for name, files in found.items()}
     label = ClassLabel(names=sorted({name for names in classes.values() for name in names}))
-    features = Features(image=Image(), label=label)
+    features = Features({media.task: Value("string"), "label": label})
     return DatasetDict(
         {
-            name: Dataset.from_dict({"image": list(files), "label": label.str2int(classes[name])}, features=features)
-            for name, files in images.items()
+            name: Dataset.from_dict(
+                {media.task: list(files), "label": label.str2int(classes[name])}, features=features
+            ).cast_column(media.task, media.feature)  # from_dict would encode sounds, which needs torchcodec
+            for name, files in found.items()
         }
     )
 
 
-def _tell_left_out(folder: Path, splits: Mapping[str, Path], listed: Mapping[str, Sequence[str]]) -> None:
-    """Warn of what is not read: images beside the class folders, files that are no images, other folders."""
+def _tell_left_out(folder: Path, splits: Mapping[str, Path], listed: Mapping[str, Sequence[str]], media: Media) -> None:
+    """Warn of what is not read: files beside the class folders, files of other kinds, other folders."""
     left_out: Counter[str] = Counter()
     for name, child in splits.items():
         for file in listed[name]:
-            if _class_of(file, child) is None:
+            if _class_of(file, child, media) is None:
                 suffix = os.path.splitext(file)[1].lower()
-                what = f"{suffix or 'other'} files" if not is_image(file) else f"images in no class folder of {child}"
+                beside = f"{media.name}s in no class folder of {child}"
+                what = beside if media.holds(file) else f"{suffix or 'other'} files"
                 left_out[what] += os.path.basename(file) not in UNTOLD and not os.path.basename(file).startswith(".")
     if folder not in splits.values():
         for other in _subfolders(folder):
             if other not in splits.values():
-                left_out[f"images in {other}, which is no split with class folders"] += sum(map(is_image, files(other)))
-    for path, number in _made_by_tools(splits.values()).items():
-        left_out[f"images in {path}, which a tool made"] += number
+                what = f"{media.name}s in {other}, which is no split with class folders"
+                left_out[what] += sum(map(media.holds, files(other)))
+    for path, number in _made_by_tools(splits.values(), media).items():
+        left_out[f"{media.name}s in {path}, which a tool made"] += number
     told = [f"{number:,} {what}" for what, number in sorted(left_out.items()) if number]
     if told:
         logger.warning(f"left out: {'; '.join(told)}.")
 
 
-def _made_by_tools(folders: Iterable[Path]) -> Counter[str]:
-    """The number of images in each folder of a tool."""
+def _made_by_tools(folders: Iterable[Path], media: Media) -> Counter[str]:
+    """The number of images or sounds in each folder of a tool."""
     found: Counter[str] = Counter()
     for folder in folders:
         for parent, children, _ in _walk(folder):
             for child in TOOL_FOLDERS.intersection(children):
                 path = os.path.join(parent, child)
-                found[path] += sum(map(is_image, (file for _, _, names in os.walk(path) for file in _plain(names))))
+                found[path] += sum(map(media.holds, (file for _, _, names in os.walk(path) for file in _plain(names))))
     return found

@@ -15,13 +15,15 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict
 from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from hf_ft.data.columns import ROW, Columns, values_of
+from hf_ft.data.media import IMAGES, MEDIA, Media
 from hf_ft.data.progress import bar
+from hf_ft.data.sounds import sound_fault
 from hf_ft.errors import DataError
 from hf_ft.splits import absent_classes
 
@@ -113,7 +115,7 @@ def _opened(value: Any, side: int | None) -> PIL.Image.Image:
         raise DataError("there is no image")
     value = {"path": value, "bytes": None} if isinstance(value, str) else value
     image = _reduced(value, side) if side is not None and _file_size(value) >= LARGE else None
-    return _eight_bits(Image().decode_example(value) if image is None else image)
+    return _eight_bits(IMAGES.feature.decode_example(value) if image is None else image)
 
 
 def _reduced(value: Mapping[str, Any], side: int) -> PIL.Image.Image | None:
@@ -145,7 +147,7 @@ def _path(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that cannot be opened.
+    """An image or a sound that cannot be opened.
 
     Attributes:
         row: row number in the source.
@@ -164,43 +166,44 @@ class Unreadable:
 def check_images(
     splits: DatasetDict, columns: Columns, on_corrupt: OnCorrupt = "refuse"
 ) -> tuple[DatasetDict, dict[str, list[Unreadable]]]:
-    """Open every image once to find unreadable ones: truncated, empty, not an image, missing.
+    """Open every image or sound once to find unreadable ones: truncated, empty, of another kind, missing.
 
     Args:
         on_corrupt: ``"skip"`` removes them, with a warning.
 
     Returns:
-        The splits without them, and the images removed from each split; text is returned unchanged.
+        The splits without them, and the files removed from each split; text is returned unchanged.
 
     Raises:
-        DataError: for an unknown ``on_corrupt``; for unreadable images with ``"refuse"``; if a split becomes empty.
+        DataError: for an unknown ``on_corrupt``; for unreadable files with ``"refuse"``; if a split becomes empty.
     """
     if on_corrupt not in ("refuse", "skip"):
         raise DataError(f"on_corrupt={on_corrupt!r} is unknown: choose refuse or skip")
-    if columns.task != "image":
+    media = next((one for one in MEDIA if one.task == columns.task), None)
+    if media is None:
         return splits, {name: [] for name in splits}
     kept, skipped = DatasetDict(), {}
     total = sum(len(split) for split in splits.values())
-    with bar("opening images", total, unit=" images") as shown:
+    with bar(f"opening {media.name}s", total, unit=f" {media.name}s") as shown:
         for name, split in splits.items():
-            kept[name], skipped[name] = _without_unreadable(split, columns.inputs[0], shown.update)
-    unreadable = [f"{name}, {image}" for name, images in skipped.items() for image in images]
+            kept[name], skipped[name] = _without_unreadable(split, columns.inputs[0], media, shown.update)
+    unreadable = [f"{name}, {file}" for name, files in skipped.items() for file in files]
     if not unreadable:
         return splits, skipped
     more = f"; and {len(unreadable) - SHOWN} more" if len(unreadable) > SHOWN else ""
-    message = f"{len(unreadable)} of {total} images cannot be read: {'; '.join(unreadable[:SHOWN])}{more}"
+    message = f"{len(unreadable)} of {total} {media.name}s cannot be read: {'; '.join(unreadable[:SHOWN])}{more}"
     if on_corrupt == "refuse":
         raise DataError(
             f"{message}. Repair or remove them, or skip them with on_corrupt='skip'.", arguments=("on_corrupt",)
         )
     if empty := [name for name, split in kept.items() if not len(split) and len(splits[name])]:
-        raise DataError(f"{message}. Split {empty[0]!r} has no images left.")
+        raise DataError(f"{message}. Split {empty[0]!r} has no {media.name}s left.")
     logger.warning(" ".join([f"{message}. They are skipped.", *_lost_classes(splits, kept, columns)]))
     return kept, skipped
 
 
 def _lost_classes(splits: DatasetDict, kept: DatasetDict, columns: Columns) -> list[str]:
-    """Sentences about classes that lost their last image."""
+    """Sentences about classes that lost their last file."""
     if columns.problem_type != "single_label_classification":
         return []
     names = None if columns.index else columns.names
@@ -212,10 +215,12 @@ def _lost_classes(splits: DatasetDict, kept: DatasetDict, columns: Columns) -> l
     return [sentence for sentence in sentences if sentence]
 
 
-def _without_unreadable(split: Dataset, column: str, advance: Callable[[int], Any]) -> tuple[Dataset, list[Unreadable]]:
+def _without_unreadable(
+    split: Dataset, column: str, media: Media, advance: Callable[[int], Any]
+) -> tuple[Dataset, list[Unreadable]]:
     rows = values_of(split, ROW) if ROW in split.column_names else list(range(len(split)))
     wrong, kept = [], []
-    for place, (value, reason) in enumerate(_reasons(split, column)):
+    for place, (value, reason) in enumerate(_reasons(split, column, media)):
         advance(1)
         if reason is None:
             kept.append(place)
@@ -224,13 +229,13 @@ def _without_unreadable(split: Dataset, column: str, advance: Callable[[int], An
     return (split.select(kept) if wrong else split), wrong
 
 
-def _reasons(split: Dataset, column: str) -> Iterator[tuple[Any, str | None]]:
-    """Yield each undecoded image with the reason why it cannot be opened, or None."""
-    undecoded = split.with_format(None).select_columns(column).cast_column(column, Image(decode=False))
+def _reasons(split: Dataset, column: str, media: Media) -> Iterator[tuple[Any, str | None]]:
+    """Yield each unopened file with the reason why it cannot be opened, or None."""
+    undecoded = split.with_format(None).select_columns(column).cast_column(column, media.unopened)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding runs in parallel: decoders release the GIL
         for start in range(0, len(undecoded), CHUNK):
             values = undecoded[start : start + CHUNK][column]
-            yield from zip(values, pool.map(_reason, values), strict=True)
+            yield from zip(values, pool.map(_reason if media is IMAGES else sound_fault, values), strict=True)
 
 
 def _reason(value: Any) -> str | None:

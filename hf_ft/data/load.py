@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Value
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Value
 from transformers.utils import logging
 
 from hf_ft.data.class_names import check_names, with_plain_labels
 from hf_ft.data.columns import ROW, unlabelled, usual_label, values_of
 from hf_ft.data.files import read_files
+from hf_ft.data.media import SOUNDS
 from hf_ft.data.split_names import USUAL, Role, candidates
 from hf_ft.data.unknown_classes import OnUnknown, known_rows
 from hf_ft.errors import DataError
@@ -44,8 +45,8 @@ def load_splits(
     """Read a data set and determine its splits: ``train``, ``validation`` and, if available, ``test``.
 
     Args:
-        source: a short name of :mod:`hf_ft.zoo`; a folder of class folders with images, or of split folders with
-            these; a csv, tsv, json, jsonl or parquet file, or a folder of such files; a folder written by
+        source: a short name of :mod:`hf_ft.zoo`; a folder of class folders with images or sounds, or of split folders
+            with these; a csv, tsv, json, jsonl or parquet file, or a folder of such files; a folder written by
             ``save_to_disk``; or a Hub id.
         validation_split: by default the usual names are tried; if there is none, ``validation_fraction`` of the
             training rows are held out, stratified. The test split is never used for it.
@@ -134,6 +135,9 @@ def _usual(found: Collection[str], role: Role, wanted: str | None, others: Itera
 
 
 def _numbered(part: Dataset) -> Dataset:
+    for name, feature in part.features.items():
+        if isinstance(feature, Audio):
+            part = part.cast_column(name, SOUNDS.unopened)
     return part if ROW in part.column_names else part.add_column(ROW, np.arange(len(part)))
 
 

@@ -8,13 +8,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    SequenceFeatureExtractor,
+    default_data_collator,
+)
 from transformers.utils import logging
 
 from hf_ft.data.columns import ROW, Columns, unlabelled, values_of
 from hf_ft.data.images import AUGMENTATIONS, open_batch, resized_side
+from hf_ft.data.media import IMAGES, SOUNDS, Media
+from hf_ft.data.sounds import SECONDS, SoundCollator, sound_transform
 from hf_ft.errors import DataError
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 
@@ -68,11 +75,18 @@ def prepare(
     columns: Columns,
     augment: str = "none",
     max_length: int | None = None,
+    seconds: float = SECONDS,
 ) -> DatasetDict:
     """Prepare the splits for the Trainer; only ``train`` is augmented.
 
-    Images are read on access, so the Trainer needs ``remove_unused_columns=False``: the image column is not an
+    Images and sounds are read on access, so the Trainer needs ``remove_unused_columns=False``: their column is not an
     argument of the model. A test split without labels is dropped, with a warning.
+
+    Args:
+        processor: the image processor, feature extractor or tokenizer of the model.
+        augment: augmentation of training images, from ``AUGMENTATIONS``.
+        max_length: maximum length of a text in tokens.
+        seconds: length to which sounds are cut.
     """
     ready = DatasetDict()
     for name, split in splits.items():
@@ -81,8 +95,13 @@ def prepare(
         elif columns.task == "text":
             tokenise = text_transform(processor, columns, max_length)
             ready[name] = _named(split.map(tokenise, batched=True, remove_columns=split.column_names), columns)
+        elif columns.task == "audio":
+            named, renamed = _undecoded(split, columns, SOUNDS)
+            ready[name] = named.with_transform(sound_transform(processor, renamed, seconds))
         else:
-            ready[name] = _images(split, processor, columns, augment if name == "train" else "none")
+            named, renamed = _undecoded(split, columns, IMAGES)
+            change = augment if name == "train" else "none"
+            ready[name] = named.with_transform(image_transform(processor, renamed, change))
     return ready
 
 
@@ -93,9 +112,10 @@ def _named(ready: Dataset, columns: Columns) -> Dataset:
     return ready.cast_column("labels", ClassLabel(names=list(columns.names)))
 
 
-def _images(split: Dataset, processor: Any, columns: Columns, augment: str) -> Dataset:
-    image, label = columns.inputs[0], columns.label
-    split = split.select_columns([name for name in (image, label, ROW) if name in split.column_names])
+def _undecoded(split: Dataset, columns: Columns, media: Media) -> tuple[Dataset, Columns]:
+    """The columns that a transform reads: the files, which it opens, and the labels as class numbers."""
+    file, label = columns.inputs[0], columns.label
+    split = split.select_columns([name for name in (file, label, ROW) if name in split.column_names])
     if columns.problem_type == "single_label_classification":
         # Encoded in the data set itself, not in the transform: label checks and class weights read this column.
         if columns.index is None:
@@ -105,16 +125,17 @@ def _images(split: Dataset, processor: Any, columns: Columns, augment: str) -> D
             split = split.remove_columns(label).add_column("labels", numbers, feature=feature)
         columns = replace(columns, label="labels", index=None)
     # Undecoded: since the transform opens the file, an error can name the row.
-    split = split.cast_column(image, Image(decode=False))
-    return split.with_transform(image_transform(processor, columns, augment))
+    return split.cast_column(file, media.unopened), columns
 
 
 def collate(processor: Any, channels_last: bool = False) -> Callable[[list[Any]], Any]:
-    """The collator for prepared rows: padding for a tokenizer, plain stacking for images.
+    """The collator for prepared rows: padding for a tokenizer or a feature extractor, plain stacking for images.
 
     Args:
         channels_last: on a CPU, stack images with channels last in memory: convolutions run up to 1.5 times faster.
     """
+    if isinstance(processor, SequenceFeatureExtractor):
+        return SoundCollator(processor)
     text = isinstance(processor, PreTrainedTokenizerBase | CollaborativeTokenizer)
     plain = DataCollatorWithPadding(processor) if text else default_data_collator
     return plain if text or not channels_last or torch.cuda.is_available() else _channels_last

@@ -18,7 +18,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset
 from transformers.utils import logging
 
-from hf_ft.data.columns import image_suffixes, is_text, some_text
+from hf_ft.data.columns import is_text, some_text
+from hf_ft.data.media import MEDIA
 from hf_ft.data.split_names import Role, role_of
 from hf_ft.data.tables import TABLES, table_options
 from hf_ft.errors import DataError
@@ -183,7 +184,7 @@ def _absolute_image_paths(rows: Dataset, folders: Sequence[Path]) -> Dataset:
         return {column: [value if value is None else _joined(folder, value) for value in values]}
 
     for column in [name for name in rows.column_names if is_text(rows, name)]:
-        paths = [value for value in some_text(rows, column) if value.lower().endswith(image_suffixes())]
+        paths = [value for value in some_text(rows, column) if any(media.holds(value) for media in MEDIA)]
         for folder in folders:
             if any(os.path.isfile(_joined(folder, path)) for path in paths):
                 keywords = {"column": column, "folder": folder}

@@ -12,6 +12,7 @@ from hf_ft.data.columns import Columns
 from hf_ft.data.in_memory import held
 from hf_ft.data.info import DataInfo
 from hf_ft.data.prepare import collate, prepare, usual_length
+from hf_ft.data.sounds import SECONDS
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Data:
         name: display name.
         augment: augmentation of training images, from ``hf_ft.data.AUGMENTATIONS``.
         max_length: maximum text length in tokens; by default that of the model, at most 512.
+        seconds: length to which sounds are cut.
         source: source data, for strategies that use them.
         source_columns: the columns to read from the source data.
         skipped: number of unreadable rows by split.
@@ -36,6 +38,7 @@ class Data:
     name: str = "data"
     augment: str = "none"
     max_length: int | None = None
+    seconds: float = SECONDS
     source: Dataset | None = None
     source_columns: Columns | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -71,7 +74,7 @@ def process(
     """Process all splits, and the source data, for a model.
 
     Args:
-        processor: the image processor or tokenizer of the model.
+        processor: the image processor, feature extractor or tokenizer of the model.
         in_memory: read samples that do not change between reads once, and keep them.
         channels_last: on a CPU, collate images with channels last in memory.
     """
@@ -79,7 +82,7 @@ def process(
 
     def ready(splits: DatasetDict, columns: Columns, augment: str) -> dict[str, Any]:
         augmented = {"train"} if columns.task == "image" and augment != "none" else set()
-        prepared = prepare(splits, processor, columns, augment, length)
+        prepared = prepare(splits, processor, columns, augment, length, data.seconds)
         return {name: held(split) if in_memory and name not in augmented else split for name, split in prepared.items()}
 
     plain = source = None

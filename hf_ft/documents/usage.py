@@ -16,12 +16,12 @@ def pipeline_usage(
     """How to classify with Transformers alone.
 
     Args:
-        task: ``image`` or ``text``.
+        task: ``image``, ``text`` or ``audio``.
         example: what to classify.
         ensemble: whether it is an ensemble, which importing ``hf_ft`` registers with Transformers.
         tokenizers: whether its members have several tokenizers, which ``AutoTokenizer`` cannot load.
     """
-    given = example or ("photo.png" if task == "image" else "some text")
+    given = example or {"image": "photo.png", "audio": "sound.wav"}.get(task, "some text")
     tokenizer = f', tokenizer=hf_ft.CollaborativeTokenizer.from_pretrained("{folder}")' if tokenizers else ""
     return "\n".join(
         [

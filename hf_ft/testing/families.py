@@ -136,6 +136,9 @@ _UNSET = {"head_dim": _WIDTH // _HEADS, "num_key_value_heads": _HEADS}
 _SPREADS, _SPREAD = ("initializer_range", "init_std"), 0.2
 """Ten times the usual one, which is made for hundreds of channels, and here lets the signal die out."""
 
+_LAYERDROP = 0.5
+"""The usual 0.1 would leave the two layers alone in most of a test's few steps."""
+
 _TEXT = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -161,6 +164,8 @@ def _field(name: str, value: Any) -> Any:
         return value
     if name in _SPREADS and value:
         return _SPREAD
+    if name.endswith("layerdrop") and value:
+        return _LAYERDROP
     if isinstance(value, (int, float)) and name in _PATCHES:
         return min(int(value), 8)
     if isinstance(value, int) and name in SIZES and not isinstance(SIZES[name], tuple):
@@ -299,7 +304,10 @@ def tiny_config(name: str, **fields: Any) -> hf.PreTrainedConfig:
     kind = getattr(hf, name).config_class
     task = families()[name]
     small = _shrunk(kind(), task == "text")
-    return kind(**_merged(small, EXCEPTIONS.get(name, {}), {"num_labels": CLASSES, **fields}))
+    classes = fields.pop("num_labels", CLASSES)
+    config = kind(**_merged(small, EXCEPTIONS.get(name, {}), {"num_labels": classes, **fields}))
+    config.num_labels = classes  # with their names, which some configs do not set when they are made
+    return config
 
 
 def tiny(name: str, seed: int = 0, **fields: Any) -> hf.PreTrainedModel:

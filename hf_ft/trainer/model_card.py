@@ -15,6 +15,7 @@ from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
 from hf_ft.models.hub import base_model_id
+from hf_ft.models.tasks import auto_name
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
 from hf_ft.trainer.protocols import ForCard
 
@@ -213,8 +214,7 @@ def _usage(model: Any, model_name: str) -> str:
 
 
 def _ensemble_usage(model: Any, model_name: str) -> str:
-    auto = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
-    name = auto[model.config.task]
+    name = auto_name(model.config.task)
     tokenizers = []
     if model.config.task == "text" and len(set(model.config.inputs)) > 1:  # AutoTokenizer does not support this
         tokenizers = [f'tokenizer = hf_ft.CollaborativeTokenizer.from_pretrained("{model_name}")']

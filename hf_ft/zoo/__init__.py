@@ -1,7 +1,8 @@
 """Models and data sets by short name, in addition to any Hub id or local folder."""
 
+from hf_ft.models.tasks import Task
 from hf_ft.splits import stratified_split
-from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS, Task, elpv, mnist5k, uci_digits
+from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS, elpv, mnist5k, uci_digits
 from hf_ft.zoo.models import (
     GATES,
     SHORT_NAMES,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from sklearn.datasets import load_digits
-
-Task = Literal["image", "text"]
 
 DATA_NOTICES = {
     "elpv": "ELPV solar cells (Deitsch et al., Solar Energy 185, 2019, doi:10.1016/j.solener.2019.02.067). Data under "

@@ -18,7 +18,8 @@ from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
 from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
-from hf_ft.zoo.datasets import Task, _package_path
+from hf_ft.models.tasks import Task, auto_model, tasks_of
+from hf_ft.zoo.datasets import _package_path
 from hf_ft.zoo.image_networks import GATES, freeze_pinned_gates, image_network, image_processor, load_by_position
 from hf_ft.zoo.reading import processor_of, read_config, weights_of
 from hf_ft.zoo.short_names import SHORT_NAMES, ShortName
@@ -36,6 +37,14 @@ __all__ = [
 
 NO_HEAD = "has no pretrained head to keep."
 logger = hf.utils.logging.get_logger(__name__)
+
+
+PROCESSORS: dict[Task, str] = {
+    "image": "image processor",
+    "text": "tokenizer",
+    "audio": "feature extractor",
+    "video": "video processor",
+}
 
 
 def _short_image_model(name: str, labels: dict[str, Any], size: int | None, keep: bool) -> Any:
@@ -64,15 +73,14 @@ def _label_options(num_labels: int | None, id2label: Mapping[int, str] | None) -
 
 
 def task_of(config: hf.PreTrainedConfig) -> Task:
-    """The task of a classifier by its config class; ``OptionError`` if it is neither image nor text, or both."""
+    """The task of a classifier by its config; ``OptionError`` if it has none of a known task, or of several."""
     if isinstance(config, CollaborativeConfig):
         return "image" if config.task == "image" else "text"
-    image = type(config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-    text = type(config) in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if image == text:
-        what = "both an image and a text" if image else "neither an image nor a text"
-        raise OptionError(f"{type(config).__name__} has {what} classification head: choose one with task=...")
-    return "image" if image else "text"
+    found = tasks_of(config)
+    if len(found) != 1:
+        what = " and ".join(found) or "no image, text, audio or video"
+        raise OptionError(f"{type(config).__name__} has {what} classification heads: choose one with task=...")
+    return found[0]
 
 
 def _pretrained(
@@ -114,8 +122,7 @@ def _load(
         else:
             source, hub = _source(name_or_path, hub)
             task = task or task_of(read_config(source, **hub))
-            auto = hf.AutoModelForImageClassification if task == "image" else hf.AutoModelForSequenceClassification
-            model = _pretrained(source, labels, auto, keep, head, hub)
+            model = _pretrained(source, labels, auto_model(task), keep, head, hub)
             freeze_pinned_gates(model)
     if entry:
         model.config.name_or_path = model.name_or_path = entry.public_name
@@ -137,9 +144,13 @@ def _processor(
         return image_processor(name_or_path, image_size)
     source, hub = _source(name_or_path, {"revision": revision})
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
-    with processor_of(name_or_path, "image processor" if task == "image" else "tokenizer"):
+    with processor_of(name_or_path, PROCESSORS[task]):
         if task == "image":
             return hf.AutoImageProcessor.from_pretrained(source, **size, **hub)
+        if task == "audio":
+            return hf.AutoFeatureExtractor.from_pretrained(source, **hub)
+        if task == "video":
+            return hf.AutoVideoProcessor.from_pretrained(source, **size, **hub)
         if isinstance(config, CollaborativeConfig) and len(set(config.inputs or [])) > 1:
             return CollaborativeTokenizer.from_pretrained(source, revision=revision)
         return hf.AutoTokenizer.from_pretrained(source, **hub)
@@ -157,13 +168,13 @@ def load_model(
     keep_source_head: bool = False,
     head: str | None = None,
 ) -> tuple[hf.PreTrainedModel, Any]:
-    """Load a classifier and its image processor or tokenizer; never runs code from the Hub.
+    """Load a classifier and its image or video processor, feature extractor or tokenizer, without code from the Hub.
 
     Args:
         name_or_path: a name of ``SHORT_NAMES``, a Hub id, or a folder written by ``save_pretrained``.
         num_labels: number of classes of the new head. Without it and ``id2label`` the checkpoint keeps its own head; a
             Hub id or folder also keeps a head that already has this size.
-        task: required only if the config does not distinguish an image from a text classifier.
+        task: required only if the config fits classifiers of several tasks, and does not name one.
         image_size: side in pixels of a plain square resize without a crop (default: the checkpoint's setting, or
             that of the short name).
         seed: seed of a new head's weights; the global RNG state is restored.
@@ -172,7 +183,7 @@ def load_model(
         head: name of the head to keep, if it cannot be found automatically (as the strategy's option of that name).
 
     Raises:
-        OptionError: if the model's config, or its image processor or tokenizer, is missing or cannot be read.
+        OptionError: if the model's config, or its processor or tokenizer, is missing or cannot be read.
         CheckpointError: if the weights cannot be loaded; the message names the damaged file.
         OptionError: if a head cannot be kept.
         ImportError: if a short name's package is missing; the message contains the pip command.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_ft.zoo.datasets import Task
+from hf_ft.models.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import combined, distinct
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.source_head import drop_source_head
-from hf_ft.zoo.datasets import Task
+from hf_ft.models.tasks import Task
 from hf_ft.zoo.models import SHORT_NAMES, load_model, task_of
 from hf_ft.zoo.reading import read_config
 

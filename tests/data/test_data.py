@@ -266,7 +266,7 @@ def test_row_without_label_is_named_by_its_place_in_the_file(tmp_path):
     [
         ({"text": ["a"], "grade": [1]}, {}, r"no label column among \['text', 'grade'\].*set label_column"),
         ({"text": ["a"], "label": [1]}, {"label_column": "x"}, "no column 'x'.*set label_column"),
-        ({"body": ["a"], "label": [1]}, {}, r"no image or text column.*\['body', 'label'\].*set image_column"),
+        ({"body": ["a"], "label": [1]}, {}, r"no image, audio or text column.*\['body', 'label'\].*set image_column"),
         ({"body": ["a"], "label": [1]}, {"text_column": "text"}, "no column 'text'.*set text_column"),
         ({"body": ["a"], "label": [1]}, {"image_column": "image"}, "no column 'image'.*set image_column"),
         ({"text": ["a", "b"], "label": ["x", None]}, {}, "1 rows have no 'label'.*row 1"),

@@ -188,7 +188,9 @@ def test_a_folder_that_is_no_data_set_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SCANNED", 30)
     monkeypatch.setattr(files, "FEW", 20)
     monkeypatch.setattr(files, "load_dataset", lambda *_, **__: pytest.fail("searched"))
-    with pytest.raises(DataError, match=r"of the first 30 files in it and its subfolders, [01] are images or tables"):
+    with pytest.raises(
+        DataError, match=r"of the first 30 files in it and its subfolders, [01] are images, sounds or tables"
+    ):
         load_splits(str(tmp_path))
 
 

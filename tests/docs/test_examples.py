@@ -8,15 +8,18 @@ import optuna
 import pytest
 from PIL import Image
 from transformers import (
+    AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertTokenizer,
     ViTImageProcessor,
+    Wav2Vec2FeatureExtractor,
 )
 
 from hf_ft.comparison.results import Results
 from hf_ft.search.storage import open_storage
 from hf_ft.testing import tiny_bert, tiny_resnet, tiny_vit
+from hf_ft.testing.families import tiny
 from tests.forked import python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -161,3 +164,14 @@ def test_own_search_shows_its_table_and_plot(tmp_path):
     report, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
     assert "| backbone's rate | accuracy |" in report and f"| 0.01 | {accuracy} |" in report
     assert caption in page and "Accuracy by rate" in page and "<svg" in page
+
+
+@pytest.mark.slow
+def test_audio_on_tones(tmp_path):
+    pytest.importorskip("soundfile")
+    tiny("Wav2Vec2ForSequenceClassification", num_hidden_layers=4).base_model.save_pretrained(tmp_path / "base")
+    Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(tmp_path / "base")
+    out = run(tmp_path, "train_audio.py", "--model", "base", "--output_dir", "out", *TRAINING)
+    assert "accuracy 1.000" in out
+    loaded = AutoModelForAudioClassification.from_pretrained(tmp_path / "out")
+    assert loaded.config.id2label == {0: "high", 1: "low"}

@@ -193,7 +193,7 @@ def test_text_short_name_reads_the_package_and_hides_its_path(tmp_path, monkeypa
 def test_task_is_told_from_the_config():
     assert zoo.task_of(ViTConfig()) == "image" and zoo.task_of(BertConfig()) == "text"
     assert zoo.task_of(GPT2Config()) == "text" and zoo.task_of(T5Config()) == "text"
-    with pytest.raises(ValueError, match="both.*task="):
+    with pytest.raises(ValueError, match="image and text.*task="):
         zoo.task_of(PerceiverConfig())
 
 

@@ -12,24 +12,15 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from hf_ft.errors import OptionError
+from hf_ft.models.tasks import auto_name, classes_of
 from hf_ft.models.weight_files import COLLABORATIVE
 
 # By name: this module is imported before Transformers' models can be imported (see `auto`).
 _MODEL = "hf_ft.models.ensemble.model"
-_AUTO = {"image": "AutoModelForImageClassification", "text": "AutoModelForSequenceClassification"}
-_MAPPINGS = {
-    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-    "text": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-}
-TASKS = tuple(_AUTO)
+TASKS = ("image", "text")
 PREDICTIONS = ("sum", "mean_probability")
 # Settings that the ensemble's config holds for all members.
 _SHARED = ("id2label", "label2id", "problem_type")
-
-
-def auto_model(task: str) -> Any:
-    """The Transformers Auto class that creates and loads the classifiers of a task."""
-    return getattr(hf, _AUTO[task])
 
 
 class CollaborativeConfig(PreTrainedConfig):
@@ -149,13 +140,12 @@ def _task_of(model: Any, name: str) -> str:
         raise OptionError(
             f"{name} runs code from the Hub, which is not loaded here: use a model that is part of Transformers."
         )
-    for task, mapping in _MAPPINGS.items():
-        classes = getattr(hf, mapping).get(type(model.config), ())
-        if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
+    for task in TASKS:
+        if type(model) in classes_of(model.config, task):
             return task
     raise OptionError(
-        f"{name} is not a classifier that {' or '.join(_AUTO.values())} knows, so it could not be loaded again: use "
-        "one from Transformers, or register the class there and with AutoConfig."
+        f"{name} is not a classifier that {' or '.join(map(auto_name, TASKS))} knows, so it could not be loaded again: "
+        "use one from Transformers, or register the class there and with AutoConfig."
     )
 
 

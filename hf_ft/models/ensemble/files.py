@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from transformers.utils import CONFIG_NAME
 
 from hf_ft.errors import CheckpointError
-from hf_ft.models.ensemble.config import CollaborativeConfig, auto_model
+from hf_ft.models.ensemble.config import CollaborativeConfig
+from hf_ft.models.tasks import auto_model
 from hf_ft.models.weight_files import member_folder
 
 UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")

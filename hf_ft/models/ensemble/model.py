@@ -18,10 +18,11 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from hf_ft.errors import OptionError
-from hf_ft.models.ensemble.config import TASKS, CollaborativeConfig, auto_model, common_config, described
+from hf_ft.models.ensemble.config import TASKS, CollaborativeConfig, common_config, described
 from hf_ft.models.ensemble.files import UPLOAD, check_count, merged, read_member, upload, write_member
 from hf_ft.models.ensemble.processor import column
 from hf_ft.models.ensemble.soup import soup
+from hf_ft.models.tasks import auto_model
 
 __all__ = ["CollaborativeConfig", "CollaborativeModel", "CollaborativeOutput", "joint_logits"]
 

@@ -1,0 +1,49 @@
+"""The task of a classifier: which of Transformers' Auto classes creates and loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import transformers as hf
+
+Task = Literal["image", "text", "audio", "video"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+# By name: this module is imported before Transformers' models can be imported.
+_NAMES: dict[str, str] = {
+    "image": "ImageClassification",
+    "text": "SequenceClassification",
+    "audio": "AudioClassification",
+    "video": "VideoClassification",
+}
+
+
+def auto_name(task: str) -> str:
+    return f"AutoModelFor{_NAMES[task]}"
+
+
+def auto_model(task: str) -> Any:
+    """The Transformers Auto class that creates and loads the classifiers of a task."""
+    return getattr(hf, auto_name(task))
+
+
+def classes_of(config: Any, task: str) -> tuple[type, ...]:
+    """The model classes of a task for a config; empty if it has none."""
+    mapping = getattr(hf, f"MODEL_FOR_{_mapping(task)}_MAPPING")
+    if type(config) not in mapping:
+        return ()
+    found = mapping[type(config)]
+    return found if isinstance(found, tuple) else (found,)
+
+
+def tasks_of(config: Any) -> Sequence[Task]:
+    """The tasks that a config has a classifier for: of several, the one whose class it names, if it names one."""
+    classes = {task: {one.__name__ for one in classes_of(config, task)} for task in TASKS}
+    fitting = [task for task in TASKS if classes[task]]
+    named = [task for task in fitting if classes[task].intersection(getattr(config, "architectures", None) or ())]
+    return named if len(fitting) > 1 and named else fitting
+
+
+def _mapping(task: str) -> str:
+    return "".join(f"_{letter}" if letter.isupper() else letter for letter in _NAMES[task]).upper().lstrip("_")
