@@ -23,7 +23,7 @@ INPUT = "input:"
 NOT_CALLED = "it is not called in the forward pass, as is the case for lists of modules. Name a module in it."
 
 
-def tap(model: nn.Module, layer: str, keep: Callable[[Tensor], None]) -> RemovableHandle:
+def tap(model: nn.Module, layer: str, keep: Callable[[Tensor], object]) -> RemovableHandle:
     """Call ``keep`` with the first tensor of a layer whenever it is computed, until the handle is removed."""
     module = model.get_submodule(layer.removeprefix(INPUT))
 

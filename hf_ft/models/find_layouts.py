@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -18,11 +19,11 @@ from hf_ft.models.probing import TokenRow, half_size, leading, of_samples, token
 logger = logging.get_logger(__name__)
 PADDED = 12  # padded tokens that are changed, each in a sample of its own
 STRIDES = range(1, PADDED // 3 + 1)  # each needs a few positions to be told from others
-NOISE = 1e-5  # relative to a state; equal rows of a batch differ by rounding
+NOISE = 16  # times the precision of a state; equal rows of a batch differ by rounding
 HEAD = "head"
 _UNKNOWN = (
-    "layer {layer!r}: which of its positions are padding could not be found, so that padding counts like the rest of "
-    "the text. Name another layer, or pad all texts to one length."
+    "layers {layers}: which of their positions are padding could not be found, so that padding counts like the rest "
+    "of a sample. Name other layers, or use samples of one length."
 )
 States = Mapping[str, Tensor]
 Run = Callable[[Mapping[str, Any]], States]
@@ -71,17 +72,13 @@ def head_layout(model: nn.Module, head: Names, batch: Batch) -> Layout:
 
 def _found(model: nn.Module, batch: Batch, states: Run) -> dict[str, Layout]:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    finder = _Finder(states)
     with untouched(model):
-        given = _run(states, inputs)
-        if not any(state.dim() in (3, 4) for state in given.values()):
+        given = finder.try_on(dict, inputs)
+        if not any(state.dim() in (3, 4) and state.is_floating_point() for state in given.values()):
             return dict.fromkeys(given, PLAIN)
-        row, finder = token_row(model, inputs), _Finder(states)
+        row = token_row(model, inputs)
         return finder.of_images(inputs, given) if row is None else finder.of_texts(row, given)
-
-
-def _run(states: Run, inputs: Mapping[str, Any]) -> States:
-    with random_states_kept(0):
-        return states(inputs)
 
 
 class _Finder:
@@ -90,24 +87,25 @@ class _Finder:
     def __init__(self, states: Run) -> None:
         self.states = states
 
-    def try_on(self, make: Callable[[], Mapping[str, Any]]) -> States:
+    def try_on(self, make: Callable[..., Mapping[str, Any]], *sizes: Any) -> States:
         """The states for inputs that the model may refuse; empty if it does, or if they cannot be made."""
         try:
-            return _run(self.states, make())
+            with random_states_kept(0):  # the same random numbers each time
+                return self.states(make(*sizes))
         except Exception:  # whatever a model raises for a size that it is not made for
             return {}
 
     def of_images(self, inputs: Batch, given: States) -> dict[str, Layout]:
-        two, three = (self.try_on(lambda n=n: of_samples(inputs, n)) for n in (2, 3))
-        smaller = self.try_on(lambda: half_size(inputs))
+        two, three = (self.try_on(of_samples, inputs, count) for count in (2, 3))
+        smaller = self.try_on(half_size, inputs)
         return {layer: Layout(_order(layer, two, three, [smaller]), None) for layer in given}
 
     def of_texts(self, row: TokenRow, given: States) -> dict[str, Layout]:
-        length = next((n for n in row.lengths if self.try_on(lambda n=n: row.inputs(2, n))), None)
+        length = next((n for n in row.lengths if self.try_on(row.inputs, 2, n)), None)
         if length is None:
             return dict.fromkeys(given, PLAIN)
-        two, three = (self.try_on(lambda n=n: row.inputs(n, length)) for n in (2, 3))
-        shorter, half = (self.try_on(lambda n=n: row.inputs(2, n)) for n in (length - 1, length // 2))
+        two, three = (self.try_on(row.inputs, count, length) for count in (2, 3))
+        shorter, half = (self.try_on(row.inputs, 2, n) for n in (length - 1, length // 2))
         layouts = {layer: Layout(_order(layer, two, three, [shorter, half])) for layer in given}
         if row.mask is None:
             return layouts
@@ -125,9 +123,10 @@ class _Finder:
                 layouts[layer] = Layout(layouts[layer].order, tokens)
                 if tokens is not None:
                     other.remove(layer)
-        for layer in other:
-            if len(set(seen[layer])) > 1:  # else latents, which have nothing to do with the length of the text
-                logger.warning_once(_UNKNOWN.format(layer=layer))
+        # Latents have nothing to do with the length of the text.
+        unknown = [layer for layer in other if len({*seen[layer]} - {None}) > 1]
+        if unknown:
+            logger.warning_once(_UNKNOWN.format(layers=", ".join(map(repr, unknown))))
         return layouts
 
     def _marks(
@@ -138,9 +137,10 @@ class _Finder:
         marks = {}
         for layer, layout in layouts.items():
             if layer in states:
-                state = layout.arranged(states[layer]).double()
+                precision = torch.finfo(states[layer].dtype).eps
+                state = layout.arranged(states[layer]).float().cpu()
                 change = (state[1:] - state[:1]).norm(dim=2)
-                least = NOISE * float(state[0].norm(dim=1).mean())
+                least = NOISE * precision * float(state[0].norm(dim=1).mean())
                 largest, where = (values.tolist() for values in change.max(dim=1))
                 marks[layer] = {p: at for p, size, at in zip(places, largest, where, strict=True) if size > least}
         return marks

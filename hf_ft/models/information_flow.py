@@ -91,7 +91,7 @@ def _seen(
         for handle in handles:
             handle.remove()
     logits = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else first_tensor(outputs)
-    return tuple(tensor.double() for tensor in (logits, taps.features) if tensor is not None)
+    return tuple(tensor.cpu().double() for tensor in (logits, taps.features) if tensor is not None)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

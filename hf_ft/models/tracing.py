@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
@@ -116,18 +117,33 @@ def forward_order(model: nn.Module) -> Order:
 
 
 def _first_that_runs(model: nn.Module) -> Order | str:
-    """The order on the first inputs that the model accepts, or why there are none."""
+    """The order on the first inputs that a copy of the model, with the same tensors, accepts, or why there are none."""
     reason = "no inputs are known for it"
     try:
-        with random_states_kept(0), evaluating(model), _differentiable(model):
-            for number, batch in enumerate(example_inputs(model)):
+        copied = _double(model)
+        with random_states_kept(0), evaluating(copied), _differentiable(copied):
+            for number, batch in enumerate(example_inputs(copied)):
                 try:
-                    return _order(model, batch)
+                    return _order(copied, batch)
                 except Exception as error:  # a forward on unsuitable inputs may fail in any way
                     reason = reason if number else _said(error)
-    except Exception as error:  # so may reading sizes from a config of unknown contents
+    except Exception as error:  # so may reading sizes from a config of unknown contents, or a copy
         reason = _said(error)
     return reason
+
+
+def _double(model: nn.Module) -> nn.Module:
+    """A copy that shares the tensors: a forward pass may leave something behind, as LeViT does its attention biases.
+
+    A model on the meta device gets zeros, which take up no memory as long as nothing is written to them.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): _zeros(tensor) if tensor.is_meta else tensor for tensor in tensors})
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
 
 
 def _said(error: Exception) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 
-from hf_ft import DELTAConfig, anatomy
+from hf_ft import DELTAConfig, FTTrainer, anatomy
 from hf_ft.core.plan import Plan, Term
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.engine.objective import Objective
@@ -15,7 +15,8 @@ from hf_ft.models.find_layouts import find_layouts, logger, look_at
 from hf_ft.models.layouts import PLAIN, Layouts, Tokens
 from hf_ft.strategies.delta.config import FeatureDistance
 from hf_ft.testing import tiny_bert, tiny_resnet, tiny_vit
-from hf_ft.testing.training import make_trainer
+from hf_ft.testing.training import make_trainer, tiny_arguments
+from hf_ft.trainer.stage_cache import StageCache
 from tests.models.small_models import small, small_inputs
 from tests.strategies.perturbed_model import moved
 
@@ -184,6 +185,23 @@ def test_layers_are_looked_at_once_before_training(make, tmp_path, monkeypatch):
     trainer.train()
     assert len(looks) == 1
     assert all(trainer._run.layouts[layer].order is None for layer in looks[0][0])
+
+
+def test_recorded_reference_states_are_arranged_as_well(tmp_path, monkeypatch):
+    """Rows of states are of samples, which are XLNet's second axis."""
+    losses, stores, record = [], [], StageCache._record_reference
+    monkeypatch.setattr(StageCache, "_record_reference", lambda *a: stores.append(record(*a)) or stores[-1])
+    for use in ("always", "never"):
+        model = small("XLNet")
+        batch = {**small_inputs(model, 8), "labels": torch.arange(8) % 3}
+        data = [{name: value[row] for name, value in batch.items()} for row in range(8)]
+        args = tiny_arguments(tmp_path / use, max_steps=3, logging_steps=1)
+        delta = DELTAConfig(weights="uniform")
+        trainer = FTTrainer(model, args, strategy=delta, train_dataset=data, frozen_cache=use)
+        trainer.train()
+        losses.append([entry["loss/delta"] for entry in trainer.state.log_history if "loss/delta" in entry])
+    assert len(stores) == 1 and stores[0] is not None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] > 0
 
 
 def test_convolutions_of_channels_before_tokens_are_the_default():
