@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from hf_ft.models import last_feature_map
-from hf_ft.models.anatomy import _backbone, _find_head
+from hf_ft.models.find_head import find_head
 from hf_ft.models.parts import Anatomy, Part
 from tests.models.small_models import small, small_inputs
 
@@ -28,9 +28,8 @@ LAYERS = {
 
 
 def found_in(model, batch):
-    head = Part("head", tuple(_find_head(model, _backbone(model), None)))
-    empty = Part("", ())
-    return last_feature_map(model, Anatomy(empty, (), empty, head, ()), batch)
+    head = Part("head", tuple(find_head(model)))
+    return last_feature_map(model, Anatomy(head, Part("rest", ()), lambda: pytest.fail("the head is enough")), batch)
 
 
 @pytest.mark.parametrize("name", LAYERS)

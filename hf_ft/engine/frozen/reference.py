@@ -21,11 +21,11 @@ class Reference:
 
     Args:
         model: copied in its current state and dtype.
-        layouts: how its layers lay out their outputs.
+        layouts: how its layers lay out their outputs; None for as (B, T, C) or (B, C, H, W).
     """
 
-    def __init__(self, model: nn.Module, layouts: Layouts) -> None:
-        self.layouts = layouts
+    def __init__(self, model: nn.Module, layouts: Layouts | None = None) -> None:
+        self.layouts = layouts or Layouts()
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.grad = None
