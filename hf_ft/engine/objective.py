@@ -22,7 +22,7 @@ from hf_ft.models.feature_hooks import run_to, token_mask
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import batch_norms, drops_layers
 from hf_ft.models.parts import Chain
-from hf_ft.models.preserve import observing
+from hf_ft.models.preserve import acts_on_train, observing
 
 
 class Objective(nn.Module):
@@ -233,6 +233,8 @@ class Objective(nn.Module):
         self._asleep = [*self.alive.resting, *(norm for name, norm in norms.items() if name not in moving)]
         self._dropout = stage.dropout
         self._awake = [norms[name] for name in moving] if stage.norm_mode == "train" or not stage.dropout else []
+        # What they keep between passes in eval mode would be outdated after each step.
+        self._awake += [module for module in self.model.modules() if acts_on_train(module) and _trains_itself(module)]
         self.prefix = None
         self._settled = False
         self._choose_terms()
@@ -287,6 +289,10 @@ class Objective(nn.Module):
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.zero_()
+
+
+def _trains_itself(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def _has_layers(term: Term, view: View) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -34,8 +35,8 @@ def is_dropout(module: nn.Module) -> bool:
 
 def drops_layers(model: nn.Module) -> bool:
     """Whether a model skips whole layers at random in training (LayerDrop), according to its config."""
-    config = getattr(model, "config", None)
-    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    fields: dict[str, Any] = to_dict()
     nested = [value for value in fields.values() if isinstance(value, dict)]
     return any(
         isinstance(value, float) and value > 0
