@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 _DROPOUT = re.compile(r"Drop(?:out|Path|Connect)|Stoch(?:astic)?Depth")
+_LAYERDROP = re.compile(r"layer_?drop(?!out)")
 _NORM_CLASS = re.compile(r"(?!.*(?:Weight|Spectral)Norm).*Norm(?:Act)?(?:[123][dD])?")
 _NORM_TYPES = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -39,10 +40,10 @@ def drops_layers(model: nn.Module) -> bool:
     fields: dict[str, Any] = to_dict()
     nested = [value for value in fields.values() if isinstance(value, dict)]
     return any(
-        isinstance(value, float) and value > 0
+        isinstance(value, int | float) and value > 0
         for each in (fields, *nested)
         for name, value in each.items()
-        if "layerdrop" in str(name)
+        if _LAYERDROP.search(str(name))
     )
 
 
