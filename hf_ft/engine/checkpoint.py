@@ -26,6 +26,7 @@ from hf_ft.core.context import State
 from hf_ft.errors import CheckpointError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
+from hf_ft.models.preserve import forget_evaluation
 from hf_ft.models.weight_files import COLLABORATIVE, WEIGHTS_NAME
 
 STATE_NAME = "ft_state.safetensors"
@@ -96,6 +97,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             model.load_state_dict(checked(folder / WEIGHTS_NAME)[0], strict=True)
     except (RuntimeError, SafetensorError, OSError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
+    forget_evaluation(model)
 
 
 def _read_pretrained(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:

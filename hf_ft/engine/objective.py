@@ -24,7 +24,7 @@ from hf_ft.models.layouts import Layouts
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import batch_norms, drops_layers
 from hf_ft.models.parts import Chain
-from hf_ft.models.preserve import observing
+from hf_ft.models.preserve import acts_on_train, observing
 
 
 class Objective(nn.Module):
@@ -137,10 +137,8 @@ class Objective(nn.Module):
         # Weight differences and kernels of features need float32, whatever the model's dtype.
         with torch.autocast(loss.device.type, enabled=False):
             for term, factor in active:
-                if not _has_layers(term, view):  # all were skipped
-                    terms[term.name] = torch.zeros_like(terms["task"])
-                    continue
-                value = (factor * self.share) * term.fn(view).to(loss.device)
+                ran = _has_layers(term, view)  # else LayerDrop skipped all of its layers
+                value = (factor * self.share) * term.fn(view).to(loss.device) if ran else torch.zeros_like(loss)
                 total = total + value
                 terms[term.name] = value.detach()
         view.release()
@@ -241,6 +239,9 @@ class Objective(nn.Module):
         self._asleep = [*self.alive.resting, *(norm for name, norm in norms.items() if name not in moving)]
         self._dropout = stage.dropout
         self._awake = [norms[name] for name in moving] if stage.norm_mode == "train" or not stage.dropout else []
+        # What these keep between passes in eval mode would be outdated after each step.
+        trains = {module for module in self.model.modules() if any(p.requires_grad for p in module.parameters(False))}
+        self._awake += filter(acts_on_train, trains)
         self.prefix = None
         self._settled = False
         self._choose_terms()

@@ -44,7 +44,7 @@ def first_tensor(value: Any) -> Tensor:
 
 
 @functools.cache
-def takes_labels(kind: type[nn.Module]) -> bool:
+def takes_labels(kind: Any) -> bool:
     """Whether the forward of this class accepts labels: some classifiers of Transformers compute no loss."""
     parameters = inspect.signature(kind.forward).parameters.values()
     return any(parameter.name == "labels" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -52,7 +52,8 @@ def takes_labels(kind: type[nn.Module]) -> bool:
 
 def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """The outputs of a model for a batch, whose labels are left out if the model takes none."""
-    without = "labels" in batch and not takes_labels(type(model))
+    kind: Any = type(model)
+    without = "labels" in batch and not takes_labels(kind)
     return model(**{name: value for name, value in batch.items() if not (without and name == "labels")})
 
 

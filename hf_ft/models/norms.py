@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 _DROPOUT = re.compile(r"Drop(?:out|Path|Connect)|Stoch(?:astic)?Depth")
+_LAYERDROP = re.compile(r"layer_?drop(?!out)")
 _NORM_CLASS = re.compile(r"(?!.*(?:Weight|Spectral)Norm).*Norm(?:Act)?(?:[123][dD])?")
 _NORM_TYPES = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -34,14 +36,14 @@ def is_dropout(module: nn.Module) -> bool:
 
 def drops_layers(model: nn.Module) -> bool:
     """Whether a model skips whole layers at random in training (LayerDrop), according to its config."""
-    config = getattr(model, "config", None)
-    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    fields: dict[str, Any] = to_dict()
     nested = [value for value in fields.values() if isinstance(value, dict)]
     return any(
-        isinstance(value, float) and value > 0
+        isinstance(value, int | float) and value > 0
         for each in (fields, *nested)
         for name, value in each.items()
-        if "layerdrop" in str(name)
+        if _LAYERDROP.search(str(name))
     )
 
 

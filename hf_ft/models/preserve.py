@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
@@ -21,8 +22,28 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for model in models:
+            forget_evaluation(model)
         for module, mode in modes:
             module.training = mode
+
+
+def acts_on_train(module: nn.Module) -> bool:
+    """Whether a module does something of its own when it is put in train mode.
+
+    Levit's attention, for one, keeps its biases between evaluation passes, and drops them then.
+    """
+    return type(module).train not in (nn.Module.train, PreTrainedModel.train)
+
+
+def forget_evaluation(model: nn.Module) -> None:
+    """Drop what modules keep between evaluation passes: it is outdated as soon as parameters change."""
+    acting = [module for module in model.modules() if acts_on_train(module)]
+    modes = [(inner, inner.training) for module in acting for inner in module.modules()]
+    for module in acting:
+        module.train()
+    for inner, mode in modes:
+        inner.training = mode
 
 
 @contextlib.contextmanager
