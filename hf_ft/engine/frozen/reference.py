@@ -24,8 +24,8 @@ class Reference:
         layouts: how its layers lay out their outputs.
     """
 
-    def __init__(self, model: nn.Module, layouts: Layouts) -> None:
-        self.layouts = layouts
+    def __init__(self, model: nn.Module, layouts: Layouts | None = None) -> None:
+        self.layouts = layouts or Layouts()
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.grad = None
