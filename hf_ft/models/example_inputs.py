@@ -69,7 +69,8 @@ class _Sizes:
         longest = self("max_position_embeddings", "n_positions", "max_seq_len")
         given = [self("segment_means_seq_len", "seq_length"), longest]
         known = [length for length in given if isinstance(length, int) and 0 < length <= _LONGEST]
-        fitting = [length for length in _LENGTHS if not isinstance(longest, int) or 0 < length <= longest]
+        limited = isinstance(longest, int) and longest > 0  # XLNet's is -1
+        fitting = [length for length in _LENGTHS if not limited or length <= longest]
         return list(dict.fromkeys([*fitting, *known]))
 
 
