@@ -205,9 +205,9 @@ NETWORKS = {
     "selecsls": (
         lambda: [
             ("features", nn.Sequential(Cell(3, 8), Cell(8, 8))),
-            ("end", nn.Sequential(conv(8, 40), conv(40, 80))),
+            ("end", nn.Sequential(conv(8, 20, 3), conv(20, 40), conv(40, 20, 3))),
         ],
-        ["features.0", "features.1", "end.0", "end.1"],
+        ["features.0", "features.1", "end.0", "end.1", "end.2"],
     ),
     "pvt": (lambda: [("late", Late())], ["late.block.0", "late.between.1 late.token late.block.1"]),
 }
@@ -260,7 +260,7 @@ def test_a_bare_parameter_lies_where_it_is_read():
 
 def test_names_that_match_a_detail_are_not_believed():
     """As with timm's HRNet, whose `layer1` holds 1 % of the weights."""
-    small, large = nn.Sequential(Double(4, 4), Double(4, 4)), nn.Sequential(Cell(4, 64), Cell(64, 64))
+    small, large = nn.Sequential(conv(4, 4), conv(4, 4)), nn.Sequential(Cell(4, 64), Cell(64, 64))
     found = anatomy(Network([("stem", conv(3, 4)), ("layer1", small), ("stage2", large)]))
     assert [block.modules for block in found.blocks] == [("timm_model.stage2.0",), ("timm_model.stage2.1",)]
 
@@ -355,5 +355,7 @@ def test_half_of_the_weights_that_run():
         ["model.language_model.layers.0"],
         ["model.language_model.layers.1"],
     ]
-    wide = Network([("stem", conv(3, 4)), ("blocks", nn.Sequential(Double(4, 4), Double(4, 4))), ("end", conv(4, 400))])
+    wide = Network(
+        [("stem", conv(3, 4)), ("blocks", nn.Sequential(Cell(4, 4), Cell(4, 4))), ("end", nn.Conv2d(4, 400, 1))]
+    )
     assert [block.modules for block in anatomy(wide).blocks] == [("timm_model.blocks.0",), ("timm_model.blocks.1",)]
