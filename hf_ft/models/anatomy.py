@@ -18,11 +18,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_ft.errors import AnatomyError
 from hf_ft.models.architectures import _FEEDS_BLOCKS, _FOLLOWS_BLOCKS
-from hf_ft.models.find_blocks import find_blocks, is_known, parent_of
+from hf_ft.models.find_blocks import find_blocks, is_known
 from hf_ft.models.find_head import find_head, has_parameters
 from hf_ft.models.names import matches
 from hf_ft.models.norms import is_dropout
 from hf_ft.models.parts import Anatomy, Body, Part, joined
+from hf_ft.models.repeated_modules import parent_of
 from hf_ft.models.tracing import Order
 from hf_ft.models.weight_files import COLLABORATIVE
 
