@@ -170,7 +170,9 @@ def _by_definition(groups: list[list[str]], units: list[str]) -> Places:
     """Assign every unit to the stem, a block or the neck, where modules are defined in the order in which they run."""
     owner = {name: index for index, group in enumerate(groups) for name in group}
     positions = [position for position, name in enumerate(units) if name in owner]
-    stem, neck, between = [], [], []
+    stem: list[str] = []
+    neck: list[str] = []
+    between: list[str] = []
     parts: list[list[str]] = [[] for _ in groups]
     for position, name in enumerate(units):
         before, after = position < positions[0], position > positions[-1]

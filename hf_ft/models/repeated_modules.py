@@ -209,7 +209,8 @@ class Search:
         Attention is no such chain: its layers read the same input.
         """
         blocks: Blocks = []
-        width, kind = 0, nn.Conv2d
+        width = 0
+        kind: type[nn.Module] = nn.Conv2d
         for name in self.layers:
             module = self.modules[name]
             sizes = _width(module)
@@ -221,7 +222,8 @@ class Search:
                 return []
             else:
                 blocks.append([name])
-                width, kind = sizes[1], nn.Linear if isinstance(module, nn.Linear) else kind
+                width = sizes[1]
+                kind = nn.Linear if isinstance(module, nn.Linear) else kind
         return blocks if sum(isinstance(self.modules[block[0]], nn.Conv2d) for block in blocks) > 1 else []
 
 
