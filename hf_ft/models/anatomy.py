@@ -18,11 +18,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_ft.errors import AnatomyError
 from hf_ft.models.architectures import _FEEDS_BLOCKS, _FOLLOWS_BLOCKS
-from hf_ft.models.find_blocks import find_blocks, is_known, parent_of
+from hf_ft.models.find_blocks import find_blocks, is_known
 from hf_ft.models.find_head import find_head, has_parameters
 from hf_ft.models.names import matches
 from hf_ft.models.norms import is_dropout
 from hf_ft.models.parts import Anatomy, Body, Part, joined
+from hf_ft.models.repeated_modules import parent_of
 from hf_ft.models.tracing import Order
 from hf_ft.models.weight_files import COLLABORATIVE
 
@@ -169,7 +170,9 @@ def _by_definition(groups: list[list[str]], units: list[str]) -> Places:
     """Assign every unit to the stem, a block or the neck, where modules are defined in the order in which they run."""
     owner = {name: index for index, group in enumerate(groups) for name in group}
     positions = [position for position, name in enumerate(units) if name in owner]
-    stem, neck, between = [], [], []
+    stem: list[str] = []
+    neck: list[str] = []
+    between: list[str] = []
     parts: list[list[str]] = [[] for _ in groups]
     for position, name in enumerate(units):
         before, after = position < positions[0], position > positions[-1]

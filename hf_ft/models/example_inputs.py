@@ -69,7 +69,8 @@ class _Sizes:
         longest = self("max_position_embeddings", "n_positions", "max_seq_len")
         given = [self("segment_means_seq_len", "seq_length"), longest]
         known = [length for length in given if isinstance(length, int) and 0 < length <= _LONGEST]
-        fitting = [length for length in _LENGTHS if not isinstance(longest, int) or 0 < length <= longest]
+        limited = isinstance(longest, int) and longest > 0  # XLNet's is -1
+        fitting = [length for length in _LENGTHS if not limited or length <= longest]
         return list(dict.fromkeys([*fitting, *known]))
 
 
@@ -145,8 +146,8 @@ def _sounds(sizes: _Sizes, accepted: Any) -> Iterator[dict[str, Tensor]]:
 def _plain(model: nn.Module, accepted: list[str]) -> Iterator[dict[str, Tensor]]:
     """An image or a vector for a module without a config, by its first layer."""
     first = next((module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))), None)
-    if len(accepted) and isinstance(first, nn.Conv2d):
+    if accepted and isinstance(first, nn.Conv2d):
         for size in _IMAGE_SIZES:
             yield {accepted[0]: torch.randn(1, first.in_channels, size, size)}
-    elif len(accepted) and first is not None:
+    elif accepted and isinstance(first, nn.Linear):
         yield {accepted[0]: torch.randn(1, first.in_features)}
