@@ -17,7 +17,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
-from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
+from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_modules, renew_head
 from hf_ft.zoo.datasets import Task, _package_path
 from hf_ft.zoo.image_networks import GATES, freeze_pinned_gates, image_network, image_processor, load_by_position
 from hf_ft.zoo.reading import processor_of, read_config, weights_of
@@ -41,7 +41,7 @@ def _short_image_model(name: str, labels: dict[str, Any], size: int | None, keep
     model = image_network(name, size)
     if labels:
         if keep:
-            attach_source_head(model, SourceHead(model.classifier))
+            attach_source_head(model, SourceHead({"classifier": model.classifier}))
         head = nn.Linear(model.classifier.in_features, labels["num_labels"])
         nn.init.normal_(head.weight, std=model.config.initializer_range)
         nn.init.zeros_(head.bias)
@@ -86,7 +86,7 @@ def _pretrained(
     with weights_of(source, hub.get("revision")):
         model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
     renew_head(model, labels, head)
-    if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
+    if any(covers(module, name) for module in head_modules(model, head) for name in info["missing_keys"]):
         drop_source_head(model)
         logger.warning(f"{source} has no pretrained head to keep.")
     return model

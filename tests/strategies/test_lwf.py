@@ -10,12 +10,12 @@ from transformers import TrainerCallback
 
 from hf_ft import FTTrainer, LwFConfig, SoftConfig, set_up
 from hf_ft.functional import distillation_loss
-from hf_ft.models.feature_hooks import run_to
-from hf_ft.models.source_head import head_input, source_head
+from hf_ft.models.source_head import source_head
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments
 from hf_ft.trainer.stage_cache import StageCache
 from tests.strategies.perturbed_model import moved
+from tests.strategies.pretrained_head import logits_with
 
 
 def reference(student, teacher, temperature):
@@ -46,18 +46,14 @@ def test_the_term(make, trains):
     moved(model)
     head = run.plan.terms[0].fn.head
     moved(head)
-    inputs, layer = tiny_inputs(model), head_input(model)
+    inputs = tiny_inputs(model)
     outputs = objective(**inputs)
-    plain = {name: value for name, value in inputs.items() if name != "labels"}
-    with torch.no_grad():
-        student = head(run_to(model, [layer], plain)[layer])
-        teacher = first(run_to(start, [layer], plain)[layer])
+    student, teacher = logits_with(model, head, inputs), logits_with(start, first, inputs)
     expected = 2.5 * reference(student, teacher, 1.7)
     assert expected > 1e-3
     assert outputs["terms"]["distillation"].item() == pytest.approx(expected, rel=1e-4)
     outputs["loss"].backward()
     assert all((p.grad is not None) == trains for p in head.parameters())
-    assert all(p.grad is None for p in run.plan.terms[0].fn.teacher.parameters())
 
 
 def test_it_is_soft_fine_tuning_from_the_head_at_a_constant_weight(tmp_path):

@@ -13,8 +13,10 @@ from transformers.utils import logging
 from hf_ft.core.context import Context
 from hf_ft.engine.frozen.record import batches_of, fill, record
 from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
+from hf_ft.models.border import SOURCE_LOGITS
 from hf_ft.models.feature_hooks import activations, token_mask
 from hf_ft.models.preserve import random_states_kept
+from hf_ft.models.source_head import pretrained_logits
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +29,7 @@ class RecordedFeatures:
 
     Args:
         model: frozen model; runs in evaluation mode.
-        layer: name of the module whose output is recorded.
+        layer: name of the module whose output is recorded, or ``SOURCE_LOGITS``.
         context: samples, and cache limits.
     """
 
@@ -58,11 +60,13 @@ class RecordedFeatures:
     def _compute(self, rows: Sequence[int]) -> Columns:
         with random_states_kept(), self.context.recipe.computing():
             batch: dict[str, Any] = self.context.samples.read(rows)
-            columns = {
-                "features": activations(self.model, [self.layer], batch)[self.layer].cpu(),
-                "labels": batch["labels"].cpu(),
-            }
+            columns = {"features": self._states(batch).cpu(), "labels": batch["labels"].cpu()}
         mask = token_mask(batch, [columns["features"]])
         if mask is not None:
             columns["mask"] = mask.cpu()
         return columns
+
+    def _states(self, batch: dict[str, Any]) -> Tensor:
+        if self.layer == SOURCE_LOGITS:
+            return pretrained_logits(self.model, batch)
+        return activations(self.model, [self.layer], batch)[self.layer]

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ft.models.feature_hooks import activations
+from hf_ft.models.border import SOURCE_LOGITS, run_to_head
+from hf_ft.models.feature_hooks import Taps, activations
+from hf_ft.models.preserve import evaluating
+from hf_ft.models.source_head import attached_source_head, border_head
 
 
 class Reference:
@@ -28,7 +31,15 @@ class Reference:
             parameter.grad = None
 
     def states(self, layers: Sequence[str], batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-        """The outputs of these modules by name; the forward pass stops at the last of them."""
+        """The outputs of these modules by name, and source logits; the forward pass stops at the last of them."""
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        return activations(self.model, layers, batch)
+        if SOURCE_LOGITS not in layers:
+            return activations(self.model, layers, batch)
+        others = [layer for layer in layers if layer != SOURCE_LOGITS]
+        with evaluating(self.model), torch.no_grad():
+            with Taps(self.model, others) as taps:
+                border = run_to_head(self.model, border_head(self.model), batch)
+            logits = attached_source_head(self.model).to(device)(border)
+        inside = [layer for layer in others if layer not in taps.states]  # in the head
+        return {**taps.states, SOURCE_LOGITS: logits, **(activations(self.model, inside, batch) if inside else {})}
