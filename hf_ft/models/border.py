@@ -39,7 +39,8 @@ class Border:
         self.inputs: dict[str, Any] = {}
         self.outputs: dict[str, list[Any]] = {}
         self.reached = False
-        self._versions: dict[str, list[int]] = {}
+        self._versions: dict[str, int] = {}
+        self._modified = ""
 
     @contextlib.contextmanager
     def recording(self, stops: bool = False) -> Iterator[Border]:
@@ -50,9 +51,13 @@ class Border:
         """
         handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name in _outside(self.model, self.head):
-            handles.append(self.model.get_submodule(name).register_forward_hook(self._keeper(name)))
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._look))
+            handles.append(module.register_forward_hook(self._keeper(name)))
 
         def reach(module: nn.Module, inputs: Any) -> None:
+            if not self.reached:
+                self._look()
             self.reached = True
             if stops:
                 raise _Reached
@@ -73,9 +78,17 @@ class Border:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if not self.reached:  # what follows the head, or a part of it, depends on it
                 self.outputs.setdefault(name, []).append(output)
-                self._versions.setdefault(name, []).append(_version(output))
+                # What a module modifies in place (dropout, activations) is not modified again in a replay.
+                self._versions = _versions(self.outputs)
 
         return keep
+
+    def _look(self, *call: Any) -> None:
+        """Note whether code between two modules modifies a result in place: a replay would do so again."""
+        if not self.reached:
+            self._modified = self._modified or next(
+                (name for name, version in _versions(self.outputs).items() if version != self._versions[name]), ""
+            )
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -96,7 +109,8 @@ class Border:
         part.reached, part.args = self.reached, tree_map(cut, self.args)
         part.inputs = {name: cut(value) for name, value in self.inputs.items()}
         part.outputs = {name: [tree_map(cut, output) for output in calls] for name, calls in self.outputs.items()}
-        part._versions = {name: [_version(output) for output in calls] for name, calls in part.outputs.items()}
+        part._modified = self._modified
+        part._versions = _versions(part.outputs)
         return part
 
     @contextlib.contextmanager
@@ -151,12 +165,13 @@ class Border:
                 f"the head's modules ({', '.join(self.head) or 'none has parameters'}) are not called in the forward "
                 "pass, so what enters them is unknown. Name the modules that map features to logits with head=\"...\"."
             )
-        for name, calls in self.outputs.items():
-            if self._versions[name] != [_version(output) for output in calls]:
-                raise OptionError(
-                    f"the output of {name!r} is modified in place by the head, so that another head cannot be run on "
-                    "it. Use a strategy that compares weights, such as L2SPConfig."
-                )
+        changed = (name for name, version in _versions(self.outputs).items() if version != self._versions[name])
+        name = self._modified or next(changed, "")
+        if name:
+            raise OptionError(
+                f"the output of {name!r} is modified in place on its way to the logits, so that no other head can be "
+                "run on it. Use a strategy that compares weights, such as L2SPConfig."
+            )
 
 
 def run_to_head(model: nn.Module, head: Sequence[str], batch: Mapping[str, Any]) -> Border:
@@ -246,6 +261,9 @@ def has_parameters(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _version(output: Any) -> int:
-    """A number that grows whenever one of the tensors is modified in place."""
-    return sum(leaf._version for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+def _versions(outputs: Mapping[str, Any]) -> dict[str, int]:
+    """A number for each module that grows whenever one of its results is modified in place."""
+    return {
+        name: sum(leaf._version for leaf in tree_leaves(calls) if isinstance(leaf, Tensor))
+        for name, calls in outputs.items()
+    }

@@ -19,6 +19,7 @@ from hf_ft.models.preserve import evaluating
 __all__ = [
     "SourceHead",
     "attach_source_head",
+    "attached_source_head",
     "border_head",
     "has_source_head",
     "head_input",
@@ -173,12 +174,12 @@ def has_source_head(model: nn.Module) -> bool:
 
 
 def source_head(model: nn.Module) -> SourceHead:
-    """A copy of the pretrained head attached to a model.
+    """A copy of the pretrained head attached to a model, to be trained.
 
     Raises:
         OptionError: if there is none.
     """
-    return copy.deepcopy(attached_source_head(model))
+    return copy.deepcopy(attached_source_head(model)).requires_grad_()
 
 
 def attached_source_head(model: nn.Module) -> SourceHead:

@@ -30,7 +30,7 @@ from hf_ft.core import (
 from hf_ft.core.schedules import Schedule
 from hf_ft.data.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.models import SOURCE_LOGITS, SourceHead, require_source_head
-from hf_ft.models.source_head import source_head
+from hf_ft.models.source_head import attached_source_head, source_head
 
 
 class SourceLoss(nn.Module):
@@ -49,12 +49,14 @@ class SourceDistillation(nn.Module):
     """Divergence of the source head's predictions on the target batch from those before training.
 
     Args:
+        teacher: the head that the reference model has. It is part of the term so that checkpoints contain it.
         trains: whether the source head trains, or stays as pretrained like the teacher.
     """
 
-    def __init__(self, head: SourceHead, temperature: float, trains: bool) -> None:
+    def __init__(self, head: SourceHead, teacher: SourceHead, temperature: float, trains: bool) -> None:
         super().__init__()
         self.head, self.temperature = head.requires_grad_(trains), temperature
+        self.teacher = teacher.requires_grad_(False)
 
     def forward(self, view: View) -> Tensor:
         wanted = view.reference[SOURCE_LOGITS]
@@ -163,7 +165,7 @@ class SoftConfig(FTConfig):
         if not self.weight:
             return Plan()
         head = source_head(model)
-        term = self._from_data(head) if self.source == "data" else self._from_head(head)
+        term = self._from_data(head) if self.source == "data" else self._from_head(head, attached_source_head(model))
         schedule = None if self.schedule == "constant" else Decay(self.schedule, self.until)
         return Plan(
             terms=(dataclasses.replace(term, schedule=schedule),),
@@ -173,10 +175,10 @@ class SoftConfig(FTConfig):
     def _from_data(self, head: SourceHead) -> Term:
         return Term("source", SourceLoss(head), weight=self.weight, layers=(SOURCE_LOGITS,), stream="source")
 
-    def _from_head(self, head: SourceHead) -> Term:
+    def _from_head(self, head: SourceHead, teacher: SourceHead) -> Term:
         return Term(
             "distillation",
-            SourceDistillation(head, self.temperature, self.train_source_head),
+            SourceDistillation(head, teacher, self.temperature, self.train_source_head),
             weight=self.weight * self.distillation_weight,
             needs=frozenset({"reference"}),
             layers=(SOURCE_LOGITS,),

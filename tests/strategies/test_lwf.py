@@ -180,7 +180,7 @@ def test_the_teacher_survives_a_resume(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     config = LwFConfig(train_source_head=True)
     whole = train(tiny_vit(), config, tmp_path, **saving)
-    resumed = make_trainer(tiny_vit(), config, tmp_path / "again", **saving)
+    resumed = make_trainer(equipped(tiny_vit(), config, seed=8), config, tmp_path / "again", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
     terms = [trainer._run.plan.terms[0].fn for trainer in (whole, resumed)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_ft.models.border import SOURCE_LOGITS, run_to_head
 from hf_ft.models.feature_hooks import Taps, activations
 from hf_ft.models.preserve import evaluating
-from hf_ft.models.source_head import attached_source_head, border_head
+from hf_ft.models.source_head import attach_source_head, attached_source_head, border_head, has_source_head
 
 
 class Reference:
@@ -29,6 +29,8 @@ class Reference:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.grad = None
+        if has_source_head(model):  # the same one: a resumed run compares with that of its checkpoint
+            attach_source_head(self.model, attached_source_head(model))
 
     def states(self, layers: Sequence[str], batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
         """The outputs of these modules by name, and source logits; the forward pass stops at the last of them."""
