@@ -243,4 +243,3 @@ def concatenate(
                 )
         result[name] = torch.cat([other.to(column.dtype) for other in columns])
     return result
-

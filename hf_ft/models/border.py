@@ -37,10 +37,10 @@ class Border:
         self.head = tuple(name for name in head if has_parameters(model, name))
         self.args: tuple[Any, ...] = ()
         self.inputs: dict[str, Any] = {}
-        self.outputs: dict[str, list[Any]] = {}
+        self.outputs: dict[nn.Module, list[Any]] = {}
         self.reached = False
-        self._versions: dict[str, int] = {}
-        self._modified = ""
+        self._versions: dict[nn.Module, int] = {}
+        self._modified: nn.Module | None = None
 
     @contextlib.contextmanager
     def recording(self, stops: bool = False) -> Iterator[Border]:
@@ -50,10 +50,9 @@ class Border:
             stops: end the pass where the head begins; its call then returns nothing.
         """
         handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for name in _outside(self.model, self.head):
-            module = self.model.get_submodule(name)
+        for module in _outside(self.model, self.head):
             handles.append(module.register_forward_pre_hook(self._look))
-            handles.append(module.register_forward_hook(self._keeper(name)))
+            handles.append(module.register_forward_hook(self._keep))
 
         def reach(module: nn.Module, inputs: Any) -> None:
             if not self.reached:
@@ -74,26 +73,25 @@ class Border:
         if not self.inputs and not self.args:
             self.args, self.inputs = args, {name: value for name, value in kwargs.items() if name != "labels"}
 
-    def _keeper(self, name: str) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not self.reached:  # what follows the head, or a part of it, depends on it
-                self.outputs.setdefault(name, []).append(output)
-                # What a module modifies in place (dropout, activations) is not modified again in a replay.
-                self._versions = _versions(self.outputs)
-
-        return keep
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self.reached:  # what follows the head, or a part of it, depends on it
+            self.outputs.setdefault(module, []).append(output)
+            # What a module modifies in place (dropout, activations) is not modified again in a replay.
+            self._versions = _versions(self.outputs)
 
     def _look(self, *call: Any) -> None:
         """Note whether code between two modules modifies a result in place: a replay would do so again."""
         if not self.reached:
-            self._modified = self._modified or next(
-                (name for name, version in _versions(self.outputs).items() if version != self._versions[name]), ""
-            )
+            self._modified = self._modified or self._changed()
+
+    def _changed(self) -> nn.Module | None:
+        changed = (one for one, version in _versions(self.outputs).items() if version != self._versions[one])
+        return next(changed, None)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that cross the border."""
-        return [leaf for leaf in tree_leaves(self.outputs) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in tree_leaves(list(self.outputs.values())) if isinstance(leaf, Tensor)]
 
     def rows(self, start: int, end: int, of: int) -> Border:
         """The border of some samples of the batch.
@@ -108,7 +106,7 @@ class Border:
         part = Border(self.model, self.head)
         part.reached, part.args = self.reached, tree_map(cut, self.args)
         part.inputs = {name: cut(value) for name, value in self.inputs.items()}
-        part.outputs = {name: [tree_map(cut, output) for output in calls] for name, calls in self.outputs.items()}
+        part.outputs = {one: [tree_map(cut, output) for output in calls] for one, calls in self.outputs.items()}
         part._modified = self._modified
         part._versions = _versions(part.outputs)
         return part
@@ -126,8 +124,7 @@ class Border:
         self._check()
         originals: list[tuple[nn.Module, Any]] = []
         try:
-            for name, calls in self.outputs.items():
-                module = self.model.get_submodule(name)
+            for module, calls in self.outputs.items():
                 originals.append((module, module.__dict__.get("forward")))
                 module.forward = _Again(module.forward, calls, dtype)
             yield
@@ -163,11 +160,11 @@ class Border:
         if not self.reached:
             raise OptionError(
                 f"the head's modules ({', '.join(self.head) or 'none has parameters'}) are not called in the forward "
-                "pass, so what enters them is unknown. Name the modules that map features to logits with head=\"...\"."
+                'pass, so what enters them is unknown. Name the modules that map features to logits with head="...".'
             )
-        changed = (name for name, version in _versions(self.outputs).items() if version != self._versions[name])
-        name = self._modified or next(changed, "")
-        if name:
+        modified = self._modified or self._changed()
+        if modified is not None:
+            name = next(name for name, module in self.model.named_modules() if module is modified)
             raise OptionError(
                 f"the output of {name!r} is modified in place on its way to the logits, so that no other head can be "
                 "run on it. Use a strategy that compares weights, such as L2SPConfig."
@@ -215,20 +212,24 @@ class _Constant(nn.Module):
 
 @contextlib.contextmanager
 def _replaced(model: nn.Module, replacing: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put modules in place of others while the context is open."""
-    originals = {name: model.get_submodule(name) for name in replacing}
+    """Put modules in place of others, wherever these are registered, while the context is open."""
+    others = {model.get_submodule(name): module for name, module in replacing.items()}
+    places = [(parent, child, module) for parent, child, module in _around(model, tuple(replacing)) if module in others]
     try:
-        for name, module in replacing.items():
-            _put(model, name, module)
+        for parent, child, module in places:
+            parent._modules[child] = others[module]
         yield
     finally:
-        for name, module in originals.items():
-            _put(model, name, module)
+        for parent, child, module in places:
+            parent._modules[child] = module
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace a module of the head for good, under all the names that it has."""
+    old = model.get_submodule(name)
+    for parent, child, other in list(_around(model, (name,))):
+        if other is old:
+            parent._modules[child] = module
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -240,17 +241,23 @@ def _logits(outputs: Any) -> Tensor:
     return logits[:, 0] if logits.dim() == 3 and logits.shape[1] == 1 else logits
 
 
-def _outside(model: nn.Module, head: Names, prefix: str = "") -> Iterator[str]:
-    """The outermost modules that are called and neither lie in the head nor contain a part of it."""
-    for child, module in model.named_children():
+def _around(model: nn.Module, head: Names, prefix: str = "") -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The modules of the head and those beside it, outermost only: parent, name in the parent, module."""
+    for child, module in model._modules.items():
         name = f"{prefix}{child}"
-        if name in head:
+        if module is None:
             continue
         uncalled = type(module).forward is nn.Module.forward  # lists of modules
-        if uncalled or any(covers(name, part) for part in head):
-            yield from _outside(module, head, f"{name}.")
+        if name not in head and (uncalled or any(covers(name, part) for part in head)):
+            yield from _around(module, head, f"{name}.")
         else:
-            yield name
+            yield model, child, module
+
+
+def _outside(model: nn.Module, head: Names) -> list[nn.Module]:
+    """The outermost modules that are called and neither lie in the head nor contain a part of it."""
+    inside = {model.get_submodule(name) for name in head}
+    return list(dict.fromkeys(module for _, _, module in _around(model, head) if module not in inside))
 
 
 def has_parameters(model: nn.Module, name: str) -> bool:
@@ -261,9 +268,9 @@ def has_parameters(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _versions(outputs: Mapping[str, Any]) -> dict[str, int]:
+def _versions(outputs: Mapping[nn.Module, Any]) -> dict[nn.Module, int]:
     """A number for each module that grows whenever one of its results is modified in place."""
     return {
-        name: sum(leaf._version for leaf in tree_leaves(calls) if isinstance(leaf, Tensor))
-        for name, calls in outputs.items()
+        module: sum(leaf._version for leaf in tree_leaves(calls) if isinstance(leaf, Tensor))
+        for module, calls in outputs.items()
     }

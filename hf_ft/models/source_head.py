@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.errors import OptionError
+from hf_ft.functional import wide
 from hf_ft.models.anatomy import anatomy, unwrap
-from hf_ft.models.border import Border, has_parameters, run_to_head
+from hf_ft.models.border import Border, has_parameters, put, run_to_head
 from hf_ft.models.feature_hooks import INPUT
 from hf_ft.models.names import Names
 from hf_ft.models.preserve import evaluating
@@ -69,7 +70,7 @@ class SourceHead(nn.Module):
         return next(self.module.parameters()).dtype
 
     def forward(self, border: Border) -> Tensor:
-        """Source logits (B, C_s), in float32: the model's own forward from the border, with this head in place.
+        """Source logits (B, C_s), in float32 or wider: the model's own forward from the border, with this head in place.
 
         Each module runs in the mode, training or evaluation, of the one in whose place it stands. Autocast is off.
 
@@ -89,7 +90,7 @@ class SourceHead(nn.Module):
                 f"{tuple(logits.shape)}, not one row per sample. Strategies that keep the source head cannot be used "
                 "with it."
             )
-        return logits.float()
+        return wide(logits)
 
 
 def head_modules(model: nn.Module, head: str | None = None, blocks: str | None = None) -> Names:
@@ -239,10 +240,9 @@ def renew_head(model: Any, labels: Mapping[str, Any], head: str | None = None) -
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
             fresh._init_weights(part)
-        model.set_submodule(name, new.to(example.dtype).train(module.training))
+        put(model, name, new.to(example.dtype).train(module.training))
     for key, value in labels.items():
         setattr(model.config, key, value)
     if hasattr(model, "num_labels"):
         model.num_labels = model.config.num_labels
     attach_source_head(model, SourceHead(old, class_names))
-

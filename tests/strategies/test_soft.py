@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
     default_data_collator,
 )
 
