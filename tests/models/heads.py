@@ -11,6 +11,7 @@ _TEXT = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id":
 _BERT = {**_TEXT, **_SIZES, "max_position_embeddings": 40}
 _SOUND = {"conv_dim": (8, 8), "conv_kernel": (10, 4), "conv_stride": (5, 4), "num_feat_extract_layers": 2}
 _SOUND |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 12}
+_SOUND |= {"feat_extract_norm": "layer"}  # the other norms a sound over all of its time, padding included
 
 TEXTS = {
     "distilbert": (
