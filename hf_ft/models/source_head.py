@@ -70,7 +70,7 @@ class SourceHead(nn.Module):
         return next(self.module.parameters()).dtype
 
     def forward(self, border: Border) -> Tensor:
-        """Source logits (B, C_s), in float32 or wider: the model's own forward from the border, with this head in place.
+        """Source logits (B, C_s), in float32 or wider: the model's forward from the border, with this head in place.
 
         Each module runs in the mode, training or evaluation, of the one in whose place it stands. Autocast is off.
 
@@ -79,6 +79,12 @@ class SourceHead(nn.Module):
         """
         prefix = unwrap(border.model)[1]
         modules = {f"{prefix}{path}": module for path, module in self.modules_by_path.items()}
+        before = [name for name in modules if name not in border.head]
+        if before:
+            raise OptionError(
+                f"the source head replaces {before[0]}, but the head begins at {', '.join(border.head)}: set head=... "
+                f"to {', '.join(self.paths)}."
+            )
         for name, module in modules.items():
             module.train(border.model.get_submodule(name).training)
         device = next(self.module.parameters()).device
