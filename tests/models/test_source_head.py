@@ -14,6 +14,7 @@ from hf_ft.testing import TINY_MODELS, same_tensors, tiny_inputs, tiny_resnet, t
 from hf_ft.testing.models import tiny_deit, tiny_distilbert
 from hf_ft.testing.training import equipped, make_trainer, snapshot
 from hf_ft.zoo.models import load_model
+from tests.models.heads import headed, padded, without_labels
 
 
 @pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS)
@@ -79,6 +80,23 @@ def test_a_single_layer_is_the_input_of_a_head_of_one_module_only():
         head_module(tiny_distilbert())
     assert head_module(tiny_distilbert(), head="classifier") == "classifier"
     assert head_module(tiny_deit()) == "classifier"
+
+
+@pytest.mark.parametrize("name", ["distilbert", "gpt2"])
+def test_heads_of_other_kinds_from_a_folder(name, tmp_path):
+    old = headed(name, 7)
+    old.save_pretrained(tmp_path / "whole")
+    model = hf_ft.from_pretrained(str(tmp_path / "whole"), num_labels=3)
+    inputs = without_labels(padded(name))
+    assert source_head(model).classes == 7
+    assert torch.allclose(pretrained_logits(model, inputs), old(**inputs).logits, atol=1e-6)
+    same = hf_ft.from_pretrained(str(tmp_path / "whole"), num_labels=3)
+    same_tensors(snapshot(model), snapshot(same))
+    model.save_pretrained(tmp_path / "new")
+    assert torch.equal(type(old).from_pretrained(tmp_path / "new")(**inputs).logits, model(**inputs).logits)
+    old.base_model.save_pretrained(tmp_path / "base")
+    with pytest.raises(OptionError, match="checkpoint had none"):
+        source_head(hf_ft.from_pretrained(str(tmp_path / "base"), num_labels=3, task="text"))
 
 
 def test_a_head_by_name(tmp_path):
