@@ -26,6 +26,7 @@ from hf_ft.data.rows import read_rows
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, members_of
 from hf_ft.models.batch_norm import BatchNormStatistics, estimate_batch_norm
+from hf_ft.models.border import Border
 from hf_ft.models.feature_hooks import Taps, model_inputs
 from hf_ft.models.find_layouts import head_layout
 from hf_ft.models.layouts import PLAIN, Layout
@@ -33,7 +34,7 @@ from hf_ft.models.names import matches
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.parts import Part
 from hf_ft.models.preserve import evaluating, observing, random_states_kept
-from hf_ft.models.source_head import SourceHead, has_source_head, head_input, source_head
+from hf_ft.models.source_head import SourceHead, border_head, has_source_head, source_head
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 LIMIT = 5000  # samples used; more would change the figures too little to affect the advice
@@ -89,7 +90,7 @@ def measure_signals(
     parts = anatomy(model, head=head, blocks=blocks)
     with random_states_kept(seed):
         layout = _head_layout(model, dataset, collate, rows, parts.head.modules)
-        recorded = record(model, dataset, collate, rows, parts.head.modules, head, blocks, layout)
+        recorded = record(model, dataset, collate, rows, parts.head.modules, layout)
         if len(np.unique(recorded.labels)) < 2:
             raise OptionError(
                 f"advise: all {len(rows)} samples have the same label, but at least two classes are needed. Check the "
@@ -131,8 +132,6 @@ def record(
     collate: Collate,
     rows: Sequence[int],
     modules: Sequence[str],
-    head: str | None = None,
-    blocks: str | None = None,
     layout: Layout = PLAIN,
 ) -> Recorded:
     """Record features, labels, the pretrained head's probabilities and BatchNorm statistics in a single pass.
@@ -145,17 +144,17 @@ def record(
         OptionError: if labels are not one class per sample, or features are not finite.
     """
     features, labels, probabilities = [], [], []
-    kept = source_head(model).eval() if has_source_head(model) else None
-    layers = [head_input(model, head, blocks)] if kept else []
+    kept = source_head(model).to(next(model.parameters()).device) if has_source_head(model) else None
 
     def batches() -> Iterator[Mapping[str, Any]]:
         for batch in _batches(dataset, collate, rows):
             labels.append(_labels(batch))
-            with Taps(model, layers, modules) as taps:
+            border = Border(model, border_head(model, tuple(modules)))
+            with Taps(model, head=modules) as taps, border.recording():
                 yield batch  # the caller runs the model here, inside the hooks
             features.append(pooled_features(taps, batch, layout).detach().cpu().double().numpy())
             if kept:
-                probabilities.append(_probabilities(kept, taps.states[layers[0]]))
+                probabilities.append(_probabilities(kept, border))
 
     statistics: Mapping[str, BatchNormStatistics] = {}
     if batch_norms(model):
@@ -278,8 +277,9 @@ def _labels(batch: Mapping[str, Any]) -> NDArray[Any]:
     return labels.cpu().numpy()
 
 
-def _probabilities(head: SourceHead, state: Tensor) -> Array:
-    return nn.functional.softmax(head(state.detach()), dim=-1).cpu().double().numpy()
+@torch.no_grad()
+def _probabilities(head: SourceHead, border: Border) -> Array:
+    return nn.functional.softmax(head(border), dim=-1).cpu().double().numpy()
 
 
 def _class_counts(dataset: Any, seen: NDArray[Any]) -> tuple[int, ...]:

@@ -105,8 +105,9 @@ class Term:
         anchors: names of parameters whose initial values are kept for ``view.starts``.
         needs: further contents of the view: ``"features"`` is the input of the head, ``"inputs"`` the batch (no
             frozen prefix can be skipped then), ``"reference"`` the states of ``layers`` in the initial model.
-        layers: keys of ``view.states``: module names, for their outputs, or ``"input:<module>"``. In a stage in which
-            none of them can change, the term is constant and is omitted.
+        layers: keys of ``view.states``: module names, for their outputs, or ``"input:<module>"``; and ``SOURCE_LOGITS``
+            for ``view.source_logits``. In a stage in which none of them can change, the term is constant and is
+            omitted.
         stream: name of the stream whose batch and ``layers`` are in ``view.streams``.
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
         couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.

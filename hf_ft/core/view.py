@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_ft.errors import OptionError
+from hf_ft.models.border import Border
 from hf_ft.models.names import Names, covers
 
 
@@ -37,10 +38,16 @@ class StreamView:
     Attributes:
         batch: keyword arguments of the model, including labels.
         states: layer states for the terms that use the stream, as in :class:`View`.
+        border: where the head begins, as in :class:`View`.
     """
 
     batch: Mapping[str, Any]
     states: LayerStates
+    border: Border | None = None
+
+    def source_logits(self, head: Callable[[Border], Tensor]) -> Tensor:
+        """As :meth:`View.source_logits`, for the batch of the stream."""
+        return _source_logits(self.border, head)
 
 
 class View:
@@ -57,6 +64,7 @@ class View:
             model skipped in this step (LayerDrop) are missing.
         reference: the same states in the initial model, for terms that need ``"reference"``.
         streams: batches of other data by stream name, for terms that name a stream.
+        border: what enters the head, for terms with the layer ``SOURCE_LOGITS``.
         token_masks: by layer, (B, T), 0 for padding; without an entry, all positions are valid.
         progress: completed share of the run, in [0, 1).
     """
@@ -71,6 +79,7 @@ class View:
         self.states = LayerStates()
         self.reference: Mapping[str, Tensor] = {}
         self.streams: Mapping[str, StreamView] = {}
+        self.border: Border | None = None
         self.token_masks: Mapping[str, Tensor] = {}
         self.progress = 0.0
 
@@ -88,8 +97,12 @@ class View:
 
     def release(self) -> None:
         """Release the micro-batch and the autograd graph attached to it."""
-        self.batch, self.outputs, self.features, self.streams = {}, None, None, {}
-        self.states, self.reference, self.token_masks = LayerStates(), {}, {}
+        self.batch, self.outputs, self.features, self.border = {}, None, None, None
+        self.states, self.reference, self.streams, self.token_masks = LayerStates(), {}, {}, {}
+
+    def source_logits(self, head: Callable[[Border], Tensor]) -> Tensor:
+        """Logits (B, C_s) of a source head on the target's batch, for terms with the layer ``SOURCE_LOGITS``."""
+        return _source_logits(self.border, head)
 
     def _pair(self, names: Names) -> tuple[list[Tensor], list[Tensor]]:
         if names not in self._pairs:  # once per stage: walking the module tree every step is slow
@@ -102,3 +115,9 @@ class View:
             starts = [start.to(parameter.device) for parameter, start in pairs if start is not None]
             self._pairs[names] = (weights, starts)
         return self._pairs[names]
+
+
+def _source_logits(border: Border | None, head: Callable[[Border], Tensor]) -> Tensor:
+    if border is None:
+        raise OptionError("a term asks for source logits: its layers must include SOURCE_LOGITS.")
+    return head(border)

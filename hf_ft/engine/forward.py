@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,11 @@ from hf_ft.core.plan import Stream
 from hf_ft.core.view import LayerStates, StreamView
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
-from hf_ft.models.feature_hooks import Taps, run_to
+from hf_ft.models.border import SOURCE_LOGITS, Border, run_to_head
+from hf_ft.models.feature_hooks import INPUT, Taps, run_to
+from hf_ft.models.head_features import HeadFeatures
 from hf_ft.models.layouts import Layouts
-from hf_ft.models.names import Names
+from hf_ft.models.names import Names, covered
 
 PADDING = {"attention_mask": 0, "token_type_ids": 0}
 
@@ -38,7 +40,8 @@ class Forward:
         loss: task loss on the target batch; None without labels.
         outputs: outputs of the model.
         states: recorded layers of the target batch; without those that the model skipped (LayerDrop).
-        features: input of the head for the target batch, if requested.
+        features: input of the head for the target batch, (B, d), if requested.
+        border: where the head begins, for the target batch, if ``SOURCE_LOGITS`` or features are requested.
         streams: batches and recorded layers of the streams, by name.
         masks: of recorded layers with padding, (B, T), by layer.
     """
@@ -47,17 +50,37 @@ class Forward:
     outputs: dict[str, Any]
     states: dict[str, Tensor]
     features: Tensor | None
+    border: Border | None
     streams: dict[str, StreamView]
     masks: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Head:
+    """Names of a model's head.
+
+    Attributes:
+        modules: its modules.
+        begins: the modules where it begins, as in :class:`~hf_ft.models.border.Border`.
+        logits: its layers that give the logits.
+    """
+
+    modules: Names = ()
+    begins: Names = ()
+    logits: Names = ()
+
+
+NO_HEAD = Head()
+TaskLossOf = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor | None, dict[str, Any]]]
+
+
 def forward(
     model: nn.Module,
-    task_loss: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor | None, dict[str, Any]]],
+    task_loss: TaskLossOf,
     batch: Mapping[str, Any],
     *,
     layers: Names = (),
-    head: Names = (),
+    head: Head = NO_HEAD,
     wants_features: bool = False,
     streams: Sequence[StreamBatch] = (),
     layouts: Layouts | None = None,
@@ -67,42 +90,101 @@ def forward(
     Args:
         task_loss: model and batch -> loss and outputs.
         layers: layers to record on the target batch.
-        head: names of the head's modules.
         wants_features: whether to record the head's input.
         layouts: how layers lay out their outputs, for those that do not as (B, T, C) or (B, C, H, W).
     """
-    together = [other for other in streams if other.stream.forward == "joint"]
-    rows, joint_batch = None, batch
-    if together:
-        pad_token = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-        joint_batch = concatenate(batch, {other.stream.name: other.batch for other in together}, pad_token)
-        rows = rows_of(batch)
-    tap_layers = tuple(dict.fromkeys([*layers, *(layer for other in together for layer in other.layers)]))
-    # Taps are registered first, so that they see all rows where the head receives fewer.
-    with Taps(model, tap_layers, head if wants_features else ()) as taps, head_sees(model, head, rows):
-        loss, outputs = task_loss(model, joint_batch)
     layouts = layouts or Layouts()
-    recorded = layouts.arranged(taps.states)
+    together = [other for other in streams if other.stream.forward == "joint"]
     if together:
-        everything = sum(rows_of(one) for one in (batch, *(other.batch for other in together)))
-        _check_rows(recorded, everything, [layer for other in together for layer in other.layers])
-    views, start = {}, rows or 0
+        return _joint(model, task_loss, batch, together, streams, layers, head, wants_features, layouts)
+    features = HeadFeatures(model, head.modules, head.logits) if wants_features else None
+    border = Border(model, head.begins) if wants_features or SOURCE_LOGITS in layers else None
+    recording = border.recording() if border else contextlib.nullcontext()
+    with Taps(model, _modules(layers)) as taps, recording, features or contextlib.nullcontext():
+        loss, outputs = task_loss(model, batch)
+    pooled = features.pooled(border) if features and border else None
+    states = layouts.arranged(taps.states)
+    others = _separate(model, head, streams, layouts)
+    return Forward(loss, outputs, states, pooled, border, others, layouts.masks(batch, states))
+
+
+def _joint(
+    model: nn.Module,
+    task_loss: TaskLossOf,
+    batch: Mapping[str, Any],
+    together: Sequence[StreamBatch],
+    streams: Sequence[StreamBatch],
+    layers: Names,
+    head: Head,
+    wants_features: bool,
+    layouts: Layouts,
+) -> Forward:
+    """One pass over all samples up to the head, from which the head then sees the target's alone."""
+    pad_token = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+    joint = concatenate(batch, {other.stream.name: other.batch for other in together}, pad_token)
+    everything, rows = sum(rows_of(one) for one in (batch, *(other.batch for other in together))), rows_of(batch)
+    of_streams = [layer for other in together for layer in _modules(other.layers)]
+    _check_before_head(of_streams, head)
+    with Taps(model, tuple(dict.fromkeys([*_modules(layers), *of_streams]))) as taps:
+        whole = run_to_head(model, head.begins, inputs_of(joint))
+        taps.detach()
+        recorded = layouts.arranged(taps.states)
+        _check_rows(recorded, everything, of_streams)
+        border = whole.rows(0, rows, everything)
+        features = HeadFeatures(model, head.modules, head.logits) if wants_features else None
+        late = [layer for layer in _modules(layers) if layer not in recorded]  # in the head
+        with border.replaying(), Taps(model, late) as of_head, features or contextlib.nullcontext():
+            loss, outputs = task_loss(model, {**joint, **border.inputs})
+    views, start = {}, rows
     for other in together:
         end = start + rows_of(other.batch)
-        called = [layer for layer in other.layers if layer in recorded]
-        views[other.stream.name] = _view(other, {layer: recorded[layer][start:end] for layer in called})
+        states = {layer: recorded[layer][start:end] for layer in other.layers if layer in recorded}
+        views[other.stream.name] = _view(other, states, whole.rows(start, end, everything))
         start = end
+    before = {layer: recorded[layer][:rows] for layer in layers if layer in recorded}
+    states = before | layouts.arranged(of_head.states)
+    masks = {layer: mask[:rows] for layer, mask in layouts.masks(joint, states).items()}
+    pooled = features.pooled(border) if features else None
+    return Forward(loss, outputs, states, pooled, border, views | _separate(model, head, streams, layouts), masks)
+
+
+def _separate(model: nn.Module, head: Head, streams: Sequence[StreamBatch], layouts: Layouts) -> dict[str, StreamView]:
+    """The streams that run on their own."""
+    views = {}
     for other in streams:
-        if other.stream.forward == "separate":
-            states = run_to(model, other.layers, inputs_of(other.batch), may_skip=True)
-            views[other.stream.name] = _view(other, layouts.arranged(states))
-    states = {layer: recorded[layer][:rows] for layer in layers if layer in recorded}
-    masks = {layer: mask[:rows] for layer, mask in layouts.masks(joint_batch, states).items()}
-    return Forward(loss, outputs, states, None if taps.features is None else taps.features[:rows], views, masks)
+        if other.stream.forward != "separate":
+            continue
+        inputs, modules = inputs_of(other.batch), _modules(other.layers)
+        border = None
+        if SOURCE_LOGITS in other.layers:
+            with Taps(model, modules) as taps:
+                border = run_to_head(model, head.begins, inputs)
+            states = taps.states
+            modules = tuple(layer for layer in modules if layer not in states)  # in the head, or skipped
+        else:
+            states = {}
+        more = run_to(model, modules, inputs, may_skip=True) if modules else {}
+        views[other.stream.name] = _view(other, layouts.arranged(states | more), border)
+    return views
+
+
+def _modules(layers: Sequence[str]) -> Names:
+    """The layers that are inputs or outputs of modules."""
+    return tuple(layer for layer in layers if layer != SOURCE_LOGITS)
+
+
+def _check_before_head(of_streams: Sequence[str], head: Head) -> None:
+    """Reject layers of the head, which sees the target's samples alone."""
+    for layer in of_streams:
+        if not layer.startswith(INPUT) and covered(layer, set(head.begins)):
+            raise OptionError(
+                f"layer {layer!r} lies in the head, which sees the target's samples alone. Set "
+                "source_forward='separate', or name another layer."
+            )
 
 
 def _check_rows(states: Mapping[str, Tensor], rows: int, of_streams: Sequence[str]) -> None:
-    """Reject a layer whose rows do not correspond to samples, such as one after the head or one of image windows."""
+    """Reject a layer whose rows do not correspond to samples, such as one of image windows."""
     for layer, state in states.items():
         if len(state) != rows and (layer in of_streams or len(state) > rows):
             raise OptionError(
@@ -111,8 +193,8 @@ def _check_rows(states: Mapping[str, Tensor], rows: int, of_streams: Sequence[st
             )
 
 
-def _view(other: StreamBatch, states: Mapping[str, Tensor]) -> StreamView:
-    return StreamView(other.batch, LayerStates({layer: wide(state) for layer, state in states.items()}))
+def _view(other: StreamBatch, states: Mapping[str, Tensor], border: Border | None = None) -> StreamView:
+    return StreamView(other.batch, LayerStates({layer: wide(state) for layer, state in states.items()}), border)
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,35 +262,3 @@ def concatenate(
                 )
         result[name] = torch.cat([other.to(column.dtype) for other in columns])
     return result
-
-
-@contextlib.contextmanager
-def head_sees(model: nn.Module, head: Sequence[str], rows: int | None) -> Iterator[None]:
-    """Within this context, the head receives only the first rows of its input; all rows for None.
-
-    Args:
-        head: names of its modules. Modules without parameters (a dropout before the last layer) receive all rows.
-    """
-    if rows is None:
-        yield
-        return
-
-    def cut(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if isinstance(module, nn.Linear) and args and args[0].dim() > 2:
-            raise OptionError(
-                "this model picks a token after its head, so its head cannot be given a part of the batch: set "
-                "source_forward='separate'. Strategies that keep the source head cannot be used with it at all."
-            )
-        return tuple(map(first, args)), {name: first(value) for name, value in kwargs.items()}
-
-    def first(value: Any) -> Any:
-        return value[:rows] if isinstance(value, Tensor) and value.dim() else value
-
-    modules = [model.get_submodule(name) for name in head]
-    layers = [module for module in modules if next(module.parameters(), None) is not None]
-    handles = [module.register_forward_pre_hook(cut, with_kwargs=True) for module in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

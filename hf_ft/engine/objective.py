@@ -12,19 +12,22 @@ from hf_ft.core.plan import Plan, Stage, Term, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.view import LayerStates, View
 from hf_ft.engine.batch import STREAM, recorded_states, take_activations, take_streams
-from hf_ft.engine.forward import StreamBatch, forward, inputs_of
+from hf_ft.engine.forward import Head, StreamBatch, forward, inputs_of
 from hf_ft.engine.frozen.freezing import liveness, moving_norms
 from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
+from hf_ft.models.border import SOURCE_LOGITS, has_parameters
 from hf_ft.models.feature_hooks import run_to
 from hf_ft.models.find_layouts import look_at
+from hf_ft.models.head_layers import logit_layers
 from hf_ft.models.layouts import Layouts
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import batch_norms, drops_layers
 from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import acts_on_train, observing
+from hf_ft.models.source_head import border_head
 
 
 class Objective(nn.Module):
@@ -91,6 +94,9 @@ class Objective(nn.Module):
         self.trained: list[nn.Parameter] = list(self.parameters())
         everything = [name for name, _ in model.named_parameters()]
         self.alive = liveness(model, self.chains, everything, ())
+        modules = tuple(name for chain in self.chains for name in chain.parts[-1].modules)
+        weighted = tuple(name for name in modules if has_parameters(model, name))
+        self._head = Head(modules, border_head(model, modules), logit_layers(model, weighted, trainable=False))
         self._choose_terms()
 
     def forward(self, **batch: Any) -> dict[str, Any]:
@@ -116,7 +122,7 @@ class Objective(nn.Module):
             self.task_loss,
             batch,
             layers=_layers(term for term, _ in active if term.stream is None),
-            head=tuple(name for chain in self.chains for name in chain.parts[-1].modules),
+            head=self._head,
             wants_features=any("features" in term.needs for term, _ in active),
             streams=others,
             layouts=self.layouts,
@@ -129,7 +135,7 @@ class Objective(nn.Module):
         view = self._view
         view.batch = batch if any("inputs" in term.needs for term, _ in active) else {}
         view.outputs, view.features, view.progress = outputs, result.features, self.progress
-        view.streams = result.streams
+        view.streams, view.border = result.streams, result.border
         self._look_at_states(active, result.states, recorded, batch, loss.device)
         view.token_masks = result.masks
         total = self.share * loss
@@ -196,15 +202,22 @@ class Objective(nn.Module):
         mine = [term for term, _ in active if term.stream is None]
         self._check_skipped(_layers(mine), states, batch)
         hidden = [name for name in states if name in self._live_layers and not states[name].requires_grad]
+        border = self._view.border if any(SOURCE_LOGITS in term.layers for term in mine) else None
+        if border and SOURCE_LOGITS in self._live_layers and not any(state.requires_grad for state in border.tensors):
+            hidden.append(SOURCE_LOGITS)
         if hidden and torch.is_grad_enabled() and getattr(self.model, "is_gradient_checkpointing", False):
             raise OptionError(
                 f"no gradient flows from layer {hidden[0]!r}, which a loss term needs. With gradient checkpointing, "
                 "set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         wanted = [layer for term in mine if "reference" in term.needs for layer in term.layers]
-        layers = [layer for layer in wanted if layer in states]
+        layers = [layer for layer in wanted if layer in states or layer == SOURCE_LOGITS]
         # Text recorded in another batch may be padded to another length.
-        reference = {n: state for n, state in recorded.items() if n in states and state.shape == states[n].shape}
+        reference = {
+            name: state
+            for name, state in recorded.items()
+            if name == SOURCE_LOGITS or (name in states and state.shape == states[name].shape)
+        }
         missing = [layer for layer in dict.fromkeys(layers) if layer not in reference]
         if missing:
             assert self.reference is not None
@@ -219,7 +232,8 @@ class Objective(nn.Module):
         Raises:
             OptionError: if one of them does not run in evaluation either.
         """
-        unknown = [layer for layer in layers if layer not in states and layer not in self._skippable]
+        known = {*states, *self._skippable, SOURCE_LOGITS}
+        unknown = [layer for layer in layers if layer not in known]
         if unknown:
             with observing(self.model):
                 run_to(self.model, unknown, inputs_of(batch))
@@ -301,7 +315,7 @@ class Objective(nn.Module):
 def _has_layers(term: Term, view: View) -> bool:
     """Whether a term looks at no layers, or at one that ran in this step."""
     states = view.states if term.stream is None else view.streams[term.stream].states
-    return not term.layers or bool(states.called(term.layers))
+    return not term.layers or SOURCE_LOGITS in term.layers or bool(states.called(term.layers))
 
 
 def _layers(terms: Iterable[Term]) -> Names:

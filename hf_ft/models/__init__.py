@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hf_ft.models.batch_norm import BatchNormStatistics as BatchNormStatistics
     from hf_ft.models.batch_norm import convert_batch_norm as convert_batch_norm
     from hf_ft.models.batch_norm import estimate_batch_norm as estimate_batch_norm
+    from hf_ft.models.border import SOURCE_LOGITS as SOURCE_LOGITS
     from hf_ft.models.feature_layers import last_feature_map as last_feature_map
     from hf_ft.models.feature_layers import layers_of as layers_of
     from hf_ft.models.feature_layers import positions as positions

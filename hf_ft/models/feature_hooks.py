@@ -127,9 +127,14 @@ class Taps:
                     self._handles.append(module.register_forward_pre_hook(self._keep_features))
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def detach(self) -> None:
+        """Record nothing more."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
 
     def _keeper(self, name: str) -> Callable[[Tensor], None]:
         def keep(state: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_ft.models.border import SOURCE_LOGITS
 from hf_ft.models.feature_hooks import INPUT, Batch, Taps, tap
 from hf_ft.models.layouts import PLAIN, Layout, Layouts, Tokens
 from hf_ft.models.names import Names
@@ -54,7 +55,7 @@ def find_layouts(model: nn.Module, layers: Sequence[str], batch: Batch) -> dict[
 
 def look_at(layouts: Layouts, model: nn.Module, layers: Sequence[str], batch: Batch) -> None:
     """Add the layouts of these layers to those known, unless they are. What enters a module stays as that takes it."""
-    outputs = [layer for layer in layers if not layer.startswith(INPUT)]
+    outputs = [layer for layer in layers if not layer.startswith(INPUT) and layer != SOURCE_LOGITS]
     if layouts.lacks(outputs):
         layouts.add(find_layouts(model, outputs, leading(batch)))
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
@@ -31,43 +29,38 @@ from hf_ft.core import (
 )
 from hf_ft.core.schedules import Schedule
 from hf_ft.data.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
-from hf_ft.models import SourceHead, head_input, require_source_head
-from hf_ft.models.source_head import source_head
+from hf_ft.models import SOURCE_LOGITS, SourceHead, require_source_head
+from hf_ft.models.source_head import attached_source_head, source_head
 
 
 class SourceLoss(nn.Module):
     """The cross-entropy of the source head on a batch of source data."""
 
-    def __init__(self, head: SourceHead, layer: str) -> None:
+    def __init__(self, head: SourceHead) -> None:
         super().__init__()
-        self.head, self.layer = head, layer
+        self.head = head
 
     def forward(self, view: View) -> Tensor:
         source = view.streams["source"]
-        return nn.functional.cross_entropy(self.head(source.states[self.layer]), source.batch["labels"])
+        return nn.functional.cross_entropy(source.source_logits(self.head), source.batch["labels"])
 
 
 class SourceDistillation(nn.Module):
     """Divergence of the source head's predictions on the target batch from those before training.
 
     Args:
+        teacher: the head that the reference model has. It is part of the term so that checkpoints contain it.
         trains: whether the source head trains, or stays as pretrained like the teacher.
     """
 
-    def __init__(self, head: SourceHead, teacher: SourceHead, layer: str, temperature: float, trains: bool) -> None:
+    def __init__(self, head: SourceHead, teacher: SourceHead, temperature: float, trains: bool) -> None:
         super().__init__()
-        self.head, self.layer, self.temperature = head.requires_grad_(trains), layer, temperature
+        self.head, self.temperature = head.requires_grad_(trains), temperature
         self.teacher = teacher.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> SourceDistillation:
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
     def forward(self, view: View) -> Tensor:
-        with torch.no_grad():
-            wanted = self.teacher(view.reference[self.layer])
-        return functional.distillation_loss(self.head(view.states[self.layer]), wanted, self.temperature)
+        wanted = view.reference[SOURCE_LOGITS]
+        return functional.distillation_loss(view.source_logits(self.head), wanted, self.temperature)
 
 
 SOURCE_DATA = advising.Rule(
@@ -167,30 +160,28 @@ class SoftConfig(FTConfig):
     def check_model(self, model: nn.Module) -> None:
         if self.weight:
             require_source_head(model)
-            head_input(model, self.head, self.blocks)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         if not self.weight:
             return Plan()
-        head, layer = source_head(model), head_input(model, self.head, self.blocks)
-        term = self._from_data(head, layer) if self.source == "data" else self._from_head(head, layer)
+        head = source_head(model)
+        term = self._from_data(head) if self.source == "data" else self._from_head(head, attached_source_head(model))
         schedule = None if self.schedule == "constant" else Decay(self.schedule, self.until)
         return Plan(
             terms=(dataclasses.replace(term, schedule=schedule),),
             streams=(self._stream(head),) if self.source == "data" else (),
         )
 
-    def _from_data(self, head: SourceHead, layer: str) -> Term:
-        return Term("source", SourceLoss(head, layer), weight=self.weight, layers=(layer,), stream="source")
+    def _from_data(self, head: SourceHead) -> Term:
+        return Term("source", SourceLoss(head), weight=self.weight, layers=(SOURCE_LOGITS,), stream="source")
 
-    def _from_head(self, head: SourceHead, layer: str) -> Term:
-        distillation = SourceDistillation(head, copy.deepcopy(head), layer, self.temperature, self.train_source_head)
+    def _from_head(self, head: SourceHead, teacher: SourceHead) -> Term:
         return Term(
             "distillation",
-            distillation,
+            SourceDistillation(head, teacher, self.temperature, self.train_source_head),
             weight=self.weight * self.distillation_weight,
             needs=frozenset({"reference"}),
-            layers=(layer,),
+            layers=(SOURCE_LOGITS,),
             starts_at_zero=True,
         )
 

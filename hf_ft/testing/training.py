@@ -20,7 +20,7 @@ from hf_ft.engine.batch import STREAM
 from hf_ft.engine.objective import Objective
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.norms import batch_norms
-from hf_ft.models.source_head import SourceHead, attach_source_head, has_source_head, head_module, renew_head
+from hf_ft.models.source_head import SourceHead, attach_source_head, has_source_head, head_modules, renew_head
 from hf_ft.testing.models import tiny_inputs
 from hf_ft.trainer.trainer import FTTrainer
 
@@ -83,7 +83,7 @@ def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:
             base = unwrap(model)[0]
             other = type(base)(copy.deepcopy(base.config))
             renew_head(other, {"num_labels": classes})
-        attach_source_head(model, SourceHead(other.get_submodule(head_module(other))))
+        attach_source_head(model, SourceHead({name: other.get_submodule(name) for name in head_modules(other)}))
     return model
 
 

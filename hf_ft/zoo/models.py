@@ -17,7 +17,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.names import covers
-from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_module, renew_head
+from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_modules, renew_head
 from hf_ft.models.tasks import Task, auto_model, tasks_of
 from hf_ft.zoo.datasets import _package_path
 from hf_ft.zoo.image_networks import GATES, freeze_pinned_gates, image_network, image_processor, load_by_position
@@ -51,7 +51,7 @@ def _short_image_model(name: str, labels: dict[str, Any], size: int | None, keep
     model = image_network(name, size)
     if labels:
         if keep and SHORT_NAMES[name].pretrained_head:
-            attach_source_head(model, SourceHead(model.classifier))
+            attach_source_head(model, SourceHead({"classifier": model.classifier}))
         elif keep:
             logger.warning(f"{name} {NO_HEAD}")
         head = nn.Linear(model.classifier.in_features, labels["num_labels"])
@@ -97,7 +97,7 @@ def _pretrained(
     with weights_of(source, hub.get("revision")):
         model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **hub)
     renew_head(model, labels, head)
-    if any(covers(head_module(model, head), name) for name in info["missing_keys"]):
+    if any(covers(module, name) for module in head_modules(model, head) for name in info["missing_keys"]):
         drop_source_head(model)
         logger.warning(f"{source} {NO_HEAD}")
     return model

@@ -9,28 +9,24 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 import hf_ft
 from hf_ft import OptionError, SoftConfig
-from hf_ft.models.feature_hooks import run_to
-from hf_ft.models.source_head import head_input, head_module, source_head
+from hf_ft.models.source_head import head_module, head_modules, pretrained_logits, source_head
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.models import tiny_deit, tiny_distilbert
 from hf_ft.testing.training import equipped, make_trainer, snapshot
 from hf_ft.zoo.models import load_model
+from tests.models.heads import headed, padded, without_labels
 
-ONE_HEAD = {name: make for name, make in TINY_MODELS.items() if make is not tiny_distilbert}
 
-
-@pytest.mark.parametrize("make", ONE_HEAD.values(), ids=ONE_HEAD)
+@pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS)
 def test_the_old_head_gives_what_the_checkpoint_gave(make, tmp_path):
     old = make(num_labels=7)
     hf_ft.models.source_head.renew_head(new := copy.deepcopy(old), {"num_labels": 4})
     inputs = {name: value for name, value in tiny_inputs(old).items() if name != "labels"}
-    layer = head_input(new)
+    assert torch.allclose(pretrained_logits(new, inputs), old(**inputs).logits, atol=1e-6)
     with torch.no_grad():
-        found = run_to(new, [layer], inputs)[layer]
-        assert torch.allclose(source_head(new)(found), old(**inputs).logits, atol=1e-6)
         assert new(**inputs).logits.shape == (4, 4)
     body, before = snapshot(new), snapshot(old)
-    head = head_module(new)
+    head = head_modules(new)
     same_tensors(*({n: v for n, v in s.items() if not n.startswith(head)} for s in (body, before)))
 
 
@@ -79,18 +75,33 @@ def test_classes_are_needed():
         hf_ft.from_pretrained("mobilenet_v2")
 
 
-def test_heads_of_several_modules_are_refused():
+def test_a_single_layer_is_the_input_of_a_head_of_one_module_only():
     with pytest.raises(OptionError, match="2 modules with parameters.*head='...'"):
         head_module(tiny_distilbert())
     assert head_module(tiny_distilbert(), head="classifier") == "classifier"
     assert head_module(tiny_deit()) == "classifier"
 
 
+@pytest.mark.parametrize("name", ["distilbert", "gpt2"])
+def test_heads_of_other_kinds_from_a_folder(name, tmp_path):
+    old = headed(name, 7)
+    old.save_pretrained(tmp_path / "whole")
+    model = hf_ft.from_pretrained(str(tmp_path / "whole"), num_labels=3)
+    inputs = without_labels(padded(name))
+    assert source_head(model).classes == 7
+    assert torch.allclose(pretrained_logits(model, inputs), old(**inputs).logits, atol=1e-6)
+    same = hf_ft.from_pretrained(str(tmp_path / "whole"), num_labels=3)
+    same_tensors(snapshot(model), snapshot(same))
+    model.save_pretrained(tmp_path / "new")
+    assert torch.equal(type(old).from_pretrained(tmp_path / "new")(**inputs).logits, model(**inputs).logits)
+    old.base_model.save_pretrained(tmp_path / "base")
+    with pytest.raises(OptionError, match="checkpoint had none"):
+        source_head(hf_ft.from_pretrained(str(tmp_path / "base"), num_labels=3, task="text"))
+
+
 def test_a_head_by_name(tmp_path):
     old = tiny_distilbert(num_labels=7)
     old.save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match="head='...'"):
-        hf_ft.from_pretrained(str(tmp_path), num_labels=3)
     model = hf_ft.from_pretrained(str(tmp_path), num_labels=3, head="classifier")
     assert torch.equal(source_head(model).module.weight, old.classifier.weight)
     assert torch.equal(model.pre_classifier.weight, old.pre_classifier.weight)
@@ -120,8 +131,7 @@ def test_real_weights_give_imagenet_logits():
     plain, _ = load_model("mobilenet_v2", image_size=64)
     model = hf_ft.from_pretrained("mobilenet_v2", num_labels=2, image_size=64)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    layer = head_input(model)
     with torch.no_grad():
-        found = run_to(model.eval(), [layer], {"pixel_values": images})[layer]
-        assert torch.allclose(source_head(model)(found), plain.eval()(pixel_values=images).logits, atol=1e-4)
+        found = pretrained_logits(model, {"pixel_values": images})
+        assert torch.allclose(found, plain.eval()(pixel_values=images).logits, atol=1e-4)
     assert source_head(model).classes == 1000

@@ -1,5 +1,6 @@
 """BSS: the formula on every architecture, in half precision, and where there is nothing to shrink."""
 
+import copy
 import logging
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 from hf_ft import BSSConfig, OptionError, State, set_up
 from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot
+from tests.models.heads import headed, padded, without_labels
 
 
 def features_of(model, batch):
@@ -124,6 +126,49 @@ def test_settings_that_can_never_work(tmp_path):
     assert BSSConfig(eta=0.0).plan(tiny_resnet(), State()).terms == ()
 
 
+def pooled_by_hand(model, name, batch):
+    """What the model pools of the states before the layer that gives the logits, from its hidden states."""
+    inputs = without_labels(batch, torch.float64)
+    if name == "timesformer":
+        return model.timesformer(**inputs)[0][:, 0]
+    states = model.base_model(**inputs)[0]
+    if name == "wav2vec2":
+        frames = [((length - 10) // 5 + 1 - 4) // 4 + 1 for length in inputs["attention_mask"].sum(1).tolist()]
+        return torch.stack([model.projector(row[:count]).mean(0) for row, count in zip(states, frames, strict=True)])
+    return states[torch.arange(4), inputs["attention_mask"].sum(1) - 1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "wav2vec2", "timesformer"])
+def test_heads_per_token(name):
+    """Tokens are pooled as the model does: the value is that of float64, however much padding the batch has."""
+    model = still(headed(name))
+    batch = padded(name)
+    with torch.no_grad():
+        features = pooled_by_hand(copy.deepcopy(model).double(), name, batch).numpy()
+    values = np.linalg.svd(features, compute_uv=False)
+    expected = 0.5 * float((values[-2:] ** 2).sum())
+    assert expected > 1e-4
+    objective = set_up(model, BSSConfig(eta=0.5, k=2)).objective().train()
+    model.eval()
+    for more in (0, 3) if name != "timesformer" else (0,):
+        outputs = objective(**padded(name, more))
+        assert outputs["terms"]["bss"].item() == pytest.approx(expected, rel=1e-3)
+    outputs["loss"].backward()
+    assert all(parameter.grad is not None for parameter in list(model.parameters())[-8:])
+
+
+def test_heads_per_token_on_recorded_features(tmp_path):
+    """A probe's stage runs from recorded states, with the same weights as without."""
+    found = []
+    for cache in ("never", "always"):
+        config = BSSConfig(eta=0.5)
+        trainer = make_trainer(still(headed("gpt2")), ["linear_probe", config], tmp_path / cache, frozen_cache=cache)
+        trainer.train()
+        assert trainer.state.log_history[0]["loss/bss"] > 0
+        found.append(snapshot(trainer.model))
+    same_tensors(*found, 1e-6)
+
+
 def test_a_head_that_takes_tokens_says_so(tmp_path):
     model = tiny_vit()
     model.classifier = nn.Sequential(nn.Identity(), nn.Linear(16, 3))
@@ -131,10 +176,11 @@ def test_a_head_that_takes_tokens_says_so(tmp_path):
 
     def tokens(pixel_values, labels=None, **kwargs):
         states = model.vit(pixel_values).last_hidden_state
-        logits = model.classifier(states).mean(dim=1)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+        logits = model.classifier(states)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.mean(dim=1), labels)
+        return {"loss": loss, "logits": logits}
 
     model.forward = tokens
-    with pytest.raises(OptionError, match=r"the head's input is \(8, 17, 16\)"):
+    with pytest.raises(OptionError, match=r"bss: the head's input is \(8, 17, 16\).*head="):
         train(model, "bss", tmp_path)
     assert forward is not None

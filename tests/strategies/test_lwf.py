@@ -5,17 +5,19 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.special import log_softmax
 from transformers import TrainerCallback
 
-from hf_ft import FTTrainer, LwFConfig, SoftConfig, set_up
+from hf_ft import CoTuningConfig, FTTrainer, LwFConfig, SoftConfig, set_up
 from hf_ft.functional import distillation_loss
-from hf_ft.models.feature_hooks import run_to
-from hf_ft.models.source_head import head_input, source_head
+from hf_ft.models.source_head import has_source_head, source_head
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments
 from hf_ft.trainer.stage_cache import StageCache
+from tests.models.heads import headed, padded
 from tests.strategies.perturbed_model import moved
+from tests.strategies.pretrained_head import logits_with
 
 
 def reference(student, teacher, temperature):
@@ -46,18 +48,14 @@ def test_the_term(make, trains):
     moved(model)
     head = run.plan.terms[0].fn.head
     moved(head)
-    inputs, layer = tiny_inputs(model), head_input(model)
+    inputs = tiny_inputs(model)
     outputs = objective(**inputs)
-    plain = {name: value for name, value in inputs.items() if name != "labels"}
-    with torch.no_grad():
-        student = head(run_to(model, [layer], plain)[layer])
-        teacher = first(run_to(start, [layer], plain)[layer])
+    student, teacher = logits_with(model, head, inputs), logits_with(start, first, inputs)
     expected = 2.5 * reference(student, teacher, 1.7)
     assert expected > 1e-3
     assert outputs["terms"]["distillation"].item() == pytest.approx(expected, rel=1e-4)
     outputs["loss"].backward()
     assert all((p.grad is not None) == trains for p in head.parameters())
-    assert all(p.grad is None for p in run.plan.terms[0].fn.teacher.parameters())
 
 
 def test_it_is_soft_fine_tuning_from_the_head_at_a_constant_weight(tmp_path):
@@ -184,9 +182,50 @@ def test_the_teacher_survives_a_resume(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     config = LwFConfig(train_source_head=True)
     whole = train(tiny_vit(), config, tmp_path, **saving)
-    resumed = make_trainer(tiny_vit(), config, tmp_path / "again", **saving)
+    resumed = make_trainer(equipped(tiny_vit(), config, seed=8), config, tmp_path / "again", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
     terms = [trainer._run.plan.terms[0].fn for trainer in (whole, resumed)]
     same_tensors(snapshot(terms[0]), snapshot(terms[1]))
     assert not torch.equal(terms[0].head.module.weight, terms[0].teacher.module.weight)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilbert"])
+@pytest.mark.parametrize("config", [LwFConfig(train_source_head=True), CoTuningConfig(), SoftConfig()])
+def test_heads_per_token_and_of_several_modules(name, config, tmp_path):
+    """The same weights with and without recorded predictions, and where a run is resumed; nothing of the head stays."""
+    found = []
+    for kind in ("never", "auto", "resumed"):
+        model = equipped(headed(name, 3), config)
+        more = {"save_strategy": "steps", "save_steps": 4, "frozen_cache": "never" if kind == "never" else "auto"}
+        trainer = make_trainer(model, config, tmp_path / kind, **more)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "auto" / "checkpoint-4") if kind == "resumed" else None)
+        found.append(snapshot(trainer.model))
+        assert not has_source_head(trainer.model) and not any("source" in key for key in found[-1])
+    same_tensors(found[0], found[1], 1e-5)
+    same_tensors(found[1], found[2])
+
+
+def test_half_precision_compares_like_with_like():
+    """Under autocast the loss is exactly 0 at the start: pretrained predictions are computed as the head's own are."""
+    model = equipped(headed("gpt2"), LwFConfig())
+    objective = set_up(model, LwFConfig()).objective().train()
+    for module in model.modules():
+        module.training = False
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = objective(**padded("gpt2"))
+    assert outputs["terms"]["distillation"].item() == 0.0 and outputs["logits"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilbert"])
+def test_with_adapters(name, tmp_path):
+    model = equipped(headed(name), LwFConfig(train_source_head=True))
+    targets = ["c_attn"] if name == "gpt2" else ["q_lin"]
+    kept = ["score"] if name == "gpt2" else ["pre_classifier", "classifier"]
+    lora = get_peft_model(model, LoraConfig(target_modules=targets, r=2, modules_to_save=kept))
+    before = snapshot(lora)
+    trainer = make_trainer(lora, LwFConfig(train_source_head=True), tmp_path)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/distillation"] != trainer.state.log_history[4]["loss/distillation"]
+    moved = [name for name, value in snapshot(trainer.model).items() if not torch.equal(value, before[name])]
+    assert moved and all("lora_" in name or "modules_to_save" in name for name in moved)

@@ -16,6 +16,7 @@ from hf_ft.testing import still, suited, tiny_collaborative, tiny_data, tiny_res
 from hf_ft.testing.laws import _losses
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
 from tests import quick
+from tests.models.heads import headed
 from tests.trainer.measuring_strategy import MeasuredConfig
 
 quick.set_up()
@@ -52,6 +53,7 @@ for name in strategies():
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
 run("from a file", still(tiny_resnet()), "lp_ft", frozen_cache=FrozenCache("always", memory_gb=0.0, folder=str(folder)))
 assert not list(folder.glob("hf_ft_frozen_*")), "the file was left behind"
+run("a head per token", still(headed("gpt2")), LwFConfig(train_source_head=True))
 run("several members", still(tiny_collaborative()), AMCFConfig(frozen=(2, 10)))
 run("several members, one still", still(tiny_collaborative()), AMCFConfig(frozen=(0, 21)), frozen_cache="never")
 

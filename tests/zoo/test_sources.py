@@ -58,8 +58,11 @@ def test_a_head_that_fits_is_replaced_too(tmp_path):
     assert torch.equal(head(kept.members[0]), head(tiny_bert())) and "_source_head" not in vars(model.members[0])
     two_parts = text_source(tmp_path / "two", make=tiny_distilbert)
     assert load_sources([two_parts], 5)[0].config.num_labels == 5
-    with pytest.raises(OptionError, match="two: the head consists of 2 modules"):
-        load_sources([two_parts], 3)
+    model, _ = load_sources([two_parts, two_parts], 3)
+    old = tiny_distilbert()
+    for part in ("pre_classifier", "classifier"):
+        weights = [member.get_parameter(f"{part}.weight") for member in (*model.members, old)]
+        assert not any(torch.equal(weights[i], weights[i - 1]) for i in range(3))
 
 
 def test_names_of_the_classes(tmp_path):

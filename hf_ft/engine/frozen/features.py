@@ -13,9 +13,11 @@ from transformers.utils import logging
 from hf_ft.core.context import Context
 from hf_ft.engine.frozen.record import batches_of, fill, record
 from hf_ft.engine.frozen.row_store import Columns, RowsDiffer, RowStore
+from hf_ft.models.border import SOURCE_LOGITS
 from hf_ft.models.feature_hooks import activations
 from hf_ft.models.layouts import PLAIN, Layout
 from hf_ft.models.preserve import random_states_kept
+from hf_ft.models.source_head import pretrained_logits
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +30,7 @@ class RecordedFeatures:
 
     Args:
         model: frozen model; runs in evaluation mode.
-        layer: name of the module whose output is recorded.
+        layer: name of the module whose output is recorded, or ``SOURCE_LOGITS``.
         context: samples, and cache limits.
         layout: how the module lays out its output.
     """
@@ -60,9 +62,14 @@ class RecordedFeatures:
     def _compute(self, rows: Sequence[int]) -> Columns:
         with random_states_kept(), self.context.recipe.computing():
             batch: dict[str, Any] = self.context.samples.read(rows)
-            features = self.layout.arranged(activations(self.model, [self.layer], batch)[self.layer])
+            features = self._states(batch)
         columns = {"features": features.cpu(), "labels": batch["labels"].cpu()}
         mask = self.layout.mask(batch, features)
         if mask is not None:
             columns["mask"] = mask.cpu()
         return columns
+
+    def _states(self, batch: dict[str, Any]) -> Tensor:
+        if self.layer == SOURCE_LOGITS:
+            return pretrained_logits(self.model, batch)
+        return self.layout.arranged(activations(self.model, [self.layer], batch)[self.layer])

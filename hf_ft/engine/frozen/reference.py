@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ft.models.feature_hooks import activations
+from hf_ft.models.border import SOURCE_LOGITS, run_to_head
+from hf_ft.models.feature_hooks import Taps, activations
 from hf_ft.models.layouts import Layouts
+from hf_ft.models.preserve import evaluating
+from hf_ft.models.source_head import attach_source_head, attached_source_head, border_head, has_source_head
 
 
 class Reference:
@@ -29,9 +32,23 @@ class Reference:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.grad = None
+        if has_source_head(model):  # the same one: a resumed run compares with that of its checkpoint
+            attach_source_head(self.model, attached_source_head(model))
 
     def states(self, layers: Sequence[str], batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-        """The outputs of these layers, (B, T, C) or (B, C, H, W), by name; the forward pass stops at the last one."""
+        """The outputs of these layers, (B, T, C) or (B, C, H, W), by name, and source logits.
+
+        The forward pass stops at the last of them.
+        """
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        return self.layouts.arranged(activations(self.model, layers, batch))
+        if SOURCE_LOGITS not in layers:
+            return self.layouts.arranged(activations(self.model, layers, batch))
+        others = [layer for layer in layers if layer != SOURCE_LOGITS]
+        with evaluating(self.model), torch.no_grad():
+            with Taps(self.model, others) as taps:
+                border = run_to_head(self.model, border_head(self.model), batch)
+            logits = attached_source_head(self.model).to(device)(border)
+        inside = [layer for layer in others if layer not in taps.states]  # in the head
+        states = taps.states | (activations(self.model, inside, batch) if inside else {})
+        return {**self.layouts.arranged(states), SOURCE_LOGITS: logits}

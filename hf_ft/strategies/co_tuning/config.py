@@ -28,9 +28,8 @@ from hf_ft.core import (
 from hf_ft.data.source_labels import LABEL_MAP_HELP, LabelMap, SourceLabels, as_json, head_names
 from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.engine.frozen.record import batches_of
-from hf_ft.models import SourceHead, head_input, require_source_head
-from hf_ft.models.feature_hooks import activations
-from hf_ft.models.source_head import source_head
+from hf_ft.models import SOURCE_LOGITS, SourceHead, require_source_head
+from hf_ft.models.source_head import pretrained_logits, source_head
 from hf_ft.strategies.co_tuning.relationship import (
     direct_relationship,
     fit_temperature,
@@ -47,14 +46,14 @@ class RelationshipLoss(nn.Module):
 
     relationship: Tensor
 
-    def __init__(self, head: SourceHead, layer: str, relationship: Tensor) -> None:
+    def __init__(self, head: SourceHead, relationship: Tensor) -> None:
         super().__init__()
-        self.head, self.layer = head, layer
+        self.head = head
         self.register_buffer("relationship", relationship.clone())
 
     def forward(self, view: View) -> Tensor:
         labels = view.batch["labels"]
-        return relationship_loss(self.head(view.states[self.layer]), self.relationship[labels])
+        return relationship_loss(view.source_logits(self.head), self.relationship[labels])
 
 
 FEW_SAMPLES_AND_HEAD = advising.Rule(
@@ -114,7 +113,6 @@ class CoTuningConfig(FTConfig):
     def check_model(self, model: nn.Module) -> None:
         if self.weight:
             require_source_head(model)
-            head_input(model, self.head, self.blocks)
             kind = getattr(getattr(model, "config", None), "problem_type", None)
             if kind in ("regression", "multi_label_classification"):
                 raise OptionError(f"co_tuning needs one class per sample, but the model's problem_type is {kind!r}.")
@@ -123,15 +121,11 @@ class CoTuningConfig(FTConfig):
         return self.weight > 0
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        head, layer = source_head(model).eval().to(context.device), head_input(model, self.head, self.blocks)
-        temperature = self._calibrate(model, head, layer, context)  # first: it may reject the source labels
-        features = RecordedFeatures(model, layer, context)
-        logits, labels = [], []
-        with torch.no_grad():
-            for rows in batches_of(features.count):
-                states, classes, _ = features(rows)
-                logits.append(head(states).cpu())
-                labels.append(classes.cpu())
+        head = source_head(model)
+        temperature = self._calibrate(model, head, context)  # first: it may reject the source labels
+        recorded = RecordedFeatures(model, SOURCE_LOGITS, context)
+        read = [recorded(rows)[:2] for rows in batches_of(recorded.count)]
+        logits, labels = ([part[i].cpu() for part in read] for i in range(2))
         learn = reverse_relationship if self.relationship == "reverse" else direct_relationship
         config: Any = model.config
         relationship = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
@@ -150,9 +144,8 @@ class CoTuningConfig(FTConfig):
             return Plan()
         if RELATIONSHIP not in state.tensors:
             raise OptionError("co_tuning: no relationship was measured: pass a context to set_up, or use FTTrainer.")
-        head, layer = source_head(model), head_input(model, self.head, self.blocks)
-        loss = RelationshipLoss(head, layer, state.tensors[RELATIONSHIP])
-        term = Term("co_tuning", loss, weight=self.weight, needs=frozenset({"inputs"}), layers=(layer,))
+        loss = RelationshipLoss(source_head(model), state.tensors[RELATIONSHIP])
+        term = Term("co_tuning", loss, weight=self.weight, needs=frozenset({"inputs"}), layers=(SOURCE_LOGITS,))
         return Plan(terms=(term,))
 
     def learned(self, state: State) -> str:
@@ -165,15 +158,15 @@ class CoTuningConfig(FTConfig):
         )
         return f"Most similar source class of each target class (temperature {state.info['temperature']:.2f}): {tops}."
 
-    def _calibrate(self, model: nn.Module, head: SourceHead, layer: str, context: Context) -> float:
+    def _calibrate(self, model: nn.Module, head: SourceHead, context: Context) -> float:
         if not isinstance(self.temperature, str):
             return float(self.temperature)
         if context.source is None:
             return 1.0
         prepare = SourceLabels(head.classes, head_names(head.names), self.source_label_map)(context.source.dataset)
         logits, labels = [], []
-        with torch.no_grad(), context.recipe.computing():
+        with context.recipe.computing():
             for batch in context.source.batches(CALIBRATED_ON):
-                logits.append(head(activations(model, [layer], batch)[layer]).float().cpu())
+                logits.append(pretrained_logits(model, batch).cpu())
                 labels.append(prepare(batch)["labels"].cpu())
         return fit_temperature(torch.cat(logits), torch.cat(labels))

@@ -8,18 +8,12 @@ import torch
 from scipy.special import log_softmax, softmax
 
 from hf_ft import CoTuningConfig, FTTrainer, OptionError, State, set_up
-from hf_ft.models.feature_hooks import run_to
-from hf_ft.models.source_head import SourceHead, attach_source_head, has_source_head, head_input, source_head
+from hf_ft.models.source_head import SourceHead, attach_source_head, has_source_head, source_head
 from hf_ft.strategies.co_tuning.relationship import direct_relationship, fit_temperature, reverse_relationship
 from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import equipped, make_trainer, snapshot, tiny_arguments
 from tests.strategies.perturbed_model import moved
-
-
-def source_logits(model, head, inputs):
-    layer = head_input(model)
-    with torch.no_grad():
-        return head(run_to(model.eval(), [layer], {k: v for k, v in inputs.items() if k != "labels"})[layer])
+from tests.strategies.pretrained_head import logits_with
 
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
@@ -33,7 +27,7 @@ def test_the_term(make):
     moved(model)
     inputs = tiny_inputs(model, 8)
     outputs = objective(**inputs)
-    logs = log_softmax(source_logits(model, head, inputs).double().numpy(), axis=1)
+    logs = log_softmax(logits_with(model, head, inputs).double().numpy(), axis=1)
     rows = relationship.double().numpy()[inputs["labels"].numpy()]
     expected = -1.7 * np.mean([sum(q * p for q, p in zip(*pair, strict=True)) for pair in zip(rows, logs, strict=True)])
     assert outputs["terms"]["co_tuning"].item() == pytest.approx(expected, rel=1e-4)
@@ -53,7 +47,7 @@ def test_the_relationship_is_learned_on_the_training_samples(relationship, tmp_p
     found = trainer._states()["co_tuning"]
     same_tensors(before, snapshot(model))
     rows = {name: data[:][name] for name in ("pixel_values", "labels")}
-    logits = source_logits(start, source_head(start), rows)
+    logits = logits_with(start, source_head(start), rows)
     learn = {"reverse": reverse_relationship, "direct": direct_relationship}[relationship]
     assert torch.allclose(found.tensors["relationship"], learn(logits, rows["labels"], 3), atol=1e-5)
     assert found.info["temperature"] == 1.0
@@ -75,7 +69,7 @@ def test_source_data_calibrate_the_source_head(tmp_path):
                 parameter.mul_(scale)
         attach_source_head(model, head)
         source = tiny_data(model, 60, seed=5)
-        logits = source_logits(model, head, {"pixel_values": source[:]["pixel_values"]})
+        logits = logits_with(model, head, {"pixel_values": source[:]["pixel_values"]})
         generator = torch.Generator().manual_seed(0)
         labels = torch.multinomial((logits / scale / 2).softmax(1), 1, generator=generator)[:, 0]
         source = source.remove_columns("labels").add_column("labels", labels.tolist())
