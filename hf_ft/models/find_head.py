@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from hf_ft.errors import AnatomyError
 from hf_ft.models.architectures import _HEAD_NAMES
 from hf_ft.models.names import matches
 from hf_ft.models.norms import _is_norm, is_dropout
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.tracing import Untraceable, forward_order
 
 
@@ -73,12 +75,13 @@ def _lacking(model: nn.Module) -> list[str]:
     Whisper's classifier has an encoder, which is pretrained, and a projector and a classifier, which are not.
     Perceiver's lacks in its base a preprocessor, which runs first and is no head, and a decoder.
     """
-    base = _base_of(model)
-    if base is None:
-        return []
+    if model not in _BASES:
+        _BASES[model] = _names_of_base(model)
     backbone = backbone_of(model)
     prefix = "" if backbone is model else next(n for n, m in model.named_modules() if m is backbone) + "."
-    known = {f"{prefix}{name}" for name, _ in base.named_parameters()}
+    known = {f"{prefix}{name}" for name in _BASES[model]}
+    if not known:
+        return []
     lacking: list[str] = []
     for name, module in model.named_modules():
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
@@ -91,17 +94,20 @@ def _lacking(model: nn.Module) -> list[str]:
     return _last_to_run(model, known, lacking)
 
 
-def _base_of(model: nn.Module) -> nn.Module | None:
-    """The base model of a Transformers classifier, without weights; None if it has none of its own."""
+_BASES: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def _names_of_base(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of a Transformers classifier's base model; empty if it has none of its own."""
     config: Any = getattr(model, "config", None)
     base_class = MODEL_MAPPING.get(type(config), None) if type(config) in MODEL_MAPPING else None
     if not isinstance(base_class, type) or isinstance(model, base_class):
-        return None
+        return frozenset()
     try:
-        with torch.device("meta"):
-            return cast(nn.Module, base_class(config))
+        with torch.device("meta"), random_states_kept():
+            return frozenset(name for name, _ in cast(nn.Module, base_class(config)).named_parameters())
     except Exception:  # a base that this config does not describe
-        return None
+        return frozenset()
 
 
 def _last_to_run(model: nn.Module, known: set[str], lacking: list[str]) -> list[str]:
