@@ -67,7 +67,7 @@ def samples(model: hf.PreTrainedModel, count: int = 4, seed: int = 0) -> dict[st
     random = torch.Generator().manual_seed(seed)
     task = families()[type(model).__name__]
     rows = {"image": _images, "text": _texts, "audio": _sounds, "video": _videos}[task](model, count, random)
-    return rows | {"labels": torch.arange(count) % model.config.num_labels}
+    return rows | {"labels": torch.arange(count) % (model.config.num_labels or 1)}
 
 
 def _images(model: Any, count: int, random: torch.Generator) -> dict[str, Tensor]:
