@@ -179,6 +179,9 @@ _GROUPS = {"n_group": 2, "topk_group": 2}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ASTForAudioClassification": {"patch_size": 8, "frequency_stride": 4, "time_stride": 4},
     "AXK1ForSequenceClassification": _GROUPS,
+    # They would change to it at the first text that is this short, and draw the weights of new layers for it.
+    "BigBirdForSequenceClassification": {"attention_type": "original_full"},
+    "BigBirdPegasusForSequenceClassification": {"attention_type": "original_full"},
     "BitForImageClassification": {"num_groups": 4, "embedding_size": 8},
     "CanineForSequenceClassification": {"num_hash_buckets": 32, "local_transformer_stride": 4},
     "CLIPForImageClassification": {"text_config": {"vocab_size": 99, **_TEXT}},
