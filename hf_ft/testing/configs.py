@@ -265,9 +265,9 @@ def tiny_config(name: str, text: bool, **fields: Any) -> hf.PreTrainedConfig:
     kind = getattr(hf, name).config_class
     small = _shrunk(kind(), text)
     classes = fields.pop("num_labels", CLASSES)
-    config = kind(**_merged(small, EXCEPTIONS.get(name, {}), {"num_labels": classes, **fields}))
-    config.num_labels = classes  # with their names, which some configs do not set when they are made
-    return config
+    # Both: Pvt's config reads the number alone, and then has no names.
+    labels = {"num_labels": classes, "id2label": {index: f"LABEL_{index}" for index in range(classes)}}
+    return kind(**_merged(small, EXCEPTIONS.get(name, {}), labels, fields))
 
 
 def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
