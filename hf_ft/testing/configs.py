@@ -265,8 +265,9 @@ def tiny_config(name: str, text: bool, **fields: Any) -> hf.PreTrainedConfig:
     kind = getattr(hf, name).config_class
     small = _shrunk(kind(), text)
     classes = fields.pop("num_labels", CLASSES)
-    # Both: Pvt's config reads the number alone, and then has no names.
-    labels = {"num_labels": classes, "id2label": {index: f"LABEL_{index}" for index in range(classes)}}
+    # All three: of the number alone, Pvt's config makes no names.
+    names = {index: f"LABEL_{index}" for index in range(classes)}
+    labels = {"num_labels": classes, "id2label": names, "label2id": {name: index for index, name in names.items()}}
     return kind(**_merged(small, EXCEPTIONS.get(name, {}), labels, fields))
 
 
