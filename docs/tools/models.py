@@ -26,7 +26,8 @@ import torch
 import transformers as hf
 from filelock import FileLock, Timeout
 
-from docs.tools.cells import Subject, cell
+from docs.tools.cells import cell
+from docs.tools.subjects import Subject
 from hf_ft.core.config import strategies
 from hf_ft.testing.families import families
 

@@ -23,8 +23,7 @@ from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, is_traced, members_of, unwrap
-from hf_ft.models.feature_hooks import INPUT
-from hf_ft.models.find_layouts import look_at
+from hf_ft.models.find_layouts import laid_out, look_at
 from hf_ft.models.layouts import Layouts
 from hf_ft.models.names import covered, covers
 from hf_ft.models.parts import Anatomy, Chain
@@ -67,8 +66,8 @@ class Run:
 
     def find_layouts(self, context: Context) -> None:
         """Find how the terms' layers lay out their outputs, on two samples; otherwise, the first batch tells."""
-        layers = tuple(dict.fromkeys(layer for term in self.plan.terms for layer in term.layers))
-        if any(not layer.startswith(INPUT) for layer in layers) and context.samples.count:
+        layers = laid_out(layer for term in self.plan.terms for layer in term.layers)
+        if layers and context.samples.count:
             with random_states_kept(), context.recipe.computing():
                 some = context.samples.read(list(range(min(2, context.samples.count))))
                 look_at(self.layouts, self.model, layers, some)

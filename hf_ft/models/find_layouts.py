@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,9 +53,14 @@ def find_layouts(model: nn.Module, layers: Sequence[str], batch: Batch) -> dict[
     return {**dict.fromkeys(layers, PLAIN), **_found(model, batch, run)}
 
 
+def laid_out(layers: Iterable[str]) -> Names:
+    """The layers that have a layout: outputs of modules. What enters a module stays as that takes it."""
+    return tuple(dict.fromkeys(one for one in layers if not one.startswith(INPUT) and one != SOURCE_LOGITS))
+
+
 def look_at(layouts: Layouts, model: nn.Module, layers: Sequence[str], batch: Batch) -> None:
-    """Add the layouts of these layers to those known, unless they are. What enters a module stays as that takes it."""
-    outputs = [layer for layer in layers if not layer.startswith(INPUT) and layer != SOURCE_LOGITS]
+    """Add the layouts of these layers to those known, unless they are."""
+    outputs = laid_out(layers)
     if layouts.lacks(outputs):
         layouts.add(find_layouts(model, outputs, leading(batch)))
 

@@ -28,9 +28,15 @@ def auto_model(task: str) -> Any:
     return getattr(hf, auto_name(task))
 
 
+def mapping_name(task: str) -> str:
+    """The name of the mapping from configs to the model classes of a task."""
+    words = "".join(f"_{letter}" if letter.isupper() else letter for letter in _NAMES[task])
+    return f"MODEL_FOR{words.upper()}_MAPPING"
+
+
 def classes_of(config: Any, task: str) -> tuple[type, ...]:
     """The model classes of a task for a config; empty if it has none."""
-    mapping = getattr(hf, f"MODEL_FOR_{_mapping(task)}_MAPPING")
+    mapping = getattr(hf, mapping_name(task))
     if type(config) not in mapping:
         return ()
     found = mapping[type(config)]
@@ -43,7 +49,3 @@ def tasks_of(config: Any) -> Sequence[Task]:
     fitting = [task for task in TASKS if classes[task]]
     named = [task for task in fitting if classes[task].intersection(getattr(config, "architectures", None) or ())]
     return named if len(fitting) > 1 and named else fitting
-
-
-def _mapping(task: str) -> str:
-    return "".join(f"_{letter}" if letter.isupper() else letter for letter in _NAMES[task]).upper().lstrip("_")
