@@ -93,19 +93,22 @@ class Search:
 
     def _ways(self) -> Iterator[Blocks]:
         runs = self.runs(several_classes=False)
-        deep = [run for run in runs if layers_in(self.modules[run[0]]) > 1] or runs
-        best = max(deep, key=self.size, default=[])  # the outermost among equals
+        deep = [run for run in runs if layers_in(self.modules[run[0]]) > 1]
+        best = max(deep or runs, key=self.size, default=[])  # the outermost among equals
         # XLM keeps attentions and feed-forward layers in two lists and calls them alternately: neither is a block.
-        twins = [run for run in deep if len(run) == len(best) and _holder(run) == _holder(best)]
-        if len(twins) == 1:
-            yield [[name] for name in self.in_order([*best, *self._kin(best)])]
+        twins = [run for run in deep or runs if len(run) == len(best) and _holder(run) == _holder(best)]
+        whole = [[name] for name in self.in_order([*best, *self._kin(best)])] if len(twins) == 1 else []
         if self.order is None:
+            yield whole
             return
+        if deep:
+            yield whole
         yield self._in_turn(twins)
         mixed = self.runs(several_classes=True)
         best = max(mixed, key=self.size, default=[])
         yield [[name] for name in self.in_order([*best, *self._kin(best)])]
         yield [[name] for name in self._steps()]
+        yield whole  # single layers may be branches of a block (Inception), so they come late
         yield [[name] for name in self.in_order(self._outermost([*runs, *mixed]))]
         yield self._chain()
 

@@ -10,10 +10,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_ft import GradualUnfreezingConfig, L2SPConfig, LinearProbeConfig, LPFTConfig, set_up
 from hf_ft.core.plan import Stage, trained_by
+from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.errors import AnatomyError
 from hf_ft.models import find_blocks, find_head, tracing
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import matches
+from hf_ft.models.parts import Chain
+from hf_ft.models.weight_layers import weight_layers
 from hf_ft.testing.families import samples, tiny
 
 # class, fields of its config -> stem, first block, last block, neck, head: written by hand from the architectures.
@@ -213,7 +216,7 @@ NETWORKS = {
 }
 
 
-class Chain(nn.Module):
+class InTurn(nn.Module):
     """Its children, one after another, in no list."""
 
     def __init__(self, children: list[tuple[str, nn.Module]]) -> None:
@@ -236,7 +239,7 @@ class Network(hf.PreTrainedModel):
     def __init__(self, children: list[tuple[str, nn.Module]]) -> None:
         super().__init__(hf.PreTrainedConfig(num_labels=3))
         self.config.model_type = "timm_wrapper"
-        self.timm_model = Chain(children)
+        self.timm_model = InTurn(children)
         self.classifier = nn.LazyLinear(3)
         self.classifier(self.timm_model.eval()(torch.zeros(1, 3, 64, 64)).mean((2, 3)))
 
@@ -256,6 +259,28 @@ def test_a_bare_parameter_lies_where_it_is_read():
     found = anatomy(Network([("late", Late())]))
     assert found.stem.modules == ("timm_model.late.stem", "timm_model.late.between.0", "timm_model.late.unread")
     assert found.neck.modules == ("timm_model.late.final",)
+    layers = weight_layers(Network([("late", Late())]))
+    assert [layer.modules for layer in layers if "timm_model.late.token" in layer.modules] == [layers[-1].modules]
+
+
+class Joined(nn.Module):
+    """A class token joins between two blocks, and a module without weights runs after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.token = nn.Conv2d(3, 8, 1), Cell(8, 8), nn.Parameter(torch.zeros(8, 1, 1))
+        self.same, self.second = nn.Identity(), Cell(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.same(self.first(self.stem(x)) + self.token))
+
+
+def test_a_bare_parameter_that_trains_is_not_skipped():
+    model = Network([("joined", Joined())])
+    parts = anatomy(model).parts
+    assert parts[2].modules == ("timm_model.joined.token", "timm_model.joined.second")
+    batches = ({"pixel_values": torch.randn(rows, 3, 64, 64)} for rows in (3, 2))
+    assert find_prefix(model, [Chain("", parts[2:])], *batches) is None
 
 
 def test_names_that_match_a_detail_are_not_believed():
