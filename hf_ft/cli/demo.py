@@ -8,7 +8,6 @@ from hf_ft.cli.compare import run_compare
 from hf_ft.cli.console import say, table
 from hf_ft.cli.request import with_defaults
 
-STOCK = "stock"  # full fine-tuning at the default arguments of the Trainer
 FLAGS = {
     "model": "mobilenet_v2",
     "dataset": "elpv",
@@ -16,7 +15,7 @@ FLAGS = {
     "labelled": "750",
     "validation_fraction": "0.3333",
     "test_fraction": "0.7142",
-    "strategies": f"{STOCK},linear_probe,full,lp_ft,l2_sp,daft,blockwise",
+    "strategies": "stock,linear_probe,full,lp_ft,l2_sp,daft,blockwise",
     "trials": "0",
     "seeds": "1",
     "num_train_epochs": "5",
@@ -55,7 +54,7 @@ def run_demo(arguments: list[str]) -> None:
     say(
         f"hf-ft demo: which fine-tuning strategy finds defective solar cells best? The same as\n\n  {_command(words)}\n"
     )
-    run_compare(words, example="example.png", over=STOCK)
+    run_compare(words, example="example.png", over=FLAGS["strategies"].partition(",")[0])
 
 
 def _command(words: list[str]) -> str:
