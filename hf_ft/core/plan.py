@@ -46,6 +46,8 @@ class Stage:
         dropout: whether dropout is active. If not, the model runs in eval mode, except for its moving norms, and for
             modules that checkpoint gradients, which Transformers does only in train mode.
         fresh_optimizer: whether the stage starts without the optimizer's state (momentum, moments) of earlier stages.
+        redraws: names of modules whose weights are drawn anew when the stage begins, as Transformers initialises them;
+            the first stage of a run draws nothing.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Stage:
     norm_mode: NormMode = "auto"
     dropout: bool = True
     fresh_optimizer: bool = False
+    redraws: Names = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from hf_ft.models.layouts import Layouts
 from hf_ft.models.names import covered, covers
 from hf_ft.models.parts import Anatomy, Chain
 from hf_ft.models.preserve import random_states_kept
+from hf_ft.models.redraw import redraw
 from hf_ft.models.source_head import drop_source_head
 
 logger = logging.get_logger(__name__)
@@ -177,9 +178,10 @@ class Stepper:
             self.stage = index
             stage = self.objective.plan.stages[index]
             self.objective.enter(stage)
-            # Not where a run is resumed within the stage: the state is that of the stage.
-            if stage.fresh_optimizer and self.optimizer is not None and index and step == self.borders[index - 1]:
-                self.optimizer.state.clear()
+            if index and step == self.borders[index - 1]:  # not where a run is resumed within the stage
+                if stage.fresh_optimizer and self.optimizer is not None:
+                    self.optimizer.state.clear()
+                redraw(self.objective.model, unwrap(self.objective.model)[0], stage.redraws, index)
             if self.then is not None:
                 self.then(self.objective)
 

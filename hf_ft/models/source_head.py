@@ -16,6 +16,7 @@ from hf_ft.models.border import Border, has_parameters, put, run_to_head
 from hf_ft.models.feature_hooks import INPUT
 from hf_ft.models.names import Names
 from hf_ft.models.preserve import evaluating
+from hf_ft.models.redraw import draw
 
 __all__ = [
     "SourceHead",
@@ -242,10 +243,7 @@ def renew_head(model: Any, labels: Mapping[str, Any], head: str | None = None) -
     for name, module in old.items():
         example = next(module.parameters())
         new = fresh.get_submodule(name).to_empty(device=example.device)
-        for part in new.modules():
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
-            fresh._init_weights(part)
+        draw(fresh, new)
         put(model, name, new.to(example.dtype).train(module.training))
     for key, value in labels.items():
         setattr(model.config, key, value)

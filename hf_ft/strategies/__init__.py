@@ -15,7 +15,9 @@ from hf_ft.strategies.layer_decay import LayerDecayConfig as LayerDecayConfig
 from hf_ft.strategies.linear_probe import LinearProbeConfig as LinearProbeConfig
 from hf_ft.strategies.lp_ft import LPFTConfig as LPFTConfig
 from hf_ft.strategies.norms_only import NormsOnlyConfig as NormsOnlyConfig
+from hf_ft.strategies.rifle import RIFLEConfig as RIFLEConfig
 from hf_ft.strategies.soft import LwFConfig as LwFConfig
 from hf_ft.strategies.soft import SoftConfig as SoftConfig
+from hf_ft.strategies.stoch_norm import StochNormConfig as StochNormConfig
 from hf_ft.strategies.stock import StockConfig as StockConfig
 from hf_ft.strategies.tred.config import TREDConfig as TREDConfig

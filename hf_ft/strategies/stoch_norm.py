@@ -1,0 +1,82 @@
+"""Stochastic normalisation: BatchNorm that mixes batch and moving statistics, channel by channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_ft.core import (
+    FTConfig,
+    LogRange,
+    Needs,
+    OptionError,
+    Paper,
+    Plan,
+    Rate,
+    Recommended,
+    Stage,
+    State,
+    advising,
+    option,
+    register,
+)
+from hf_ft.models.stoch_norm import AddStochNorm, convertible, remove_stoch_norm
+
+NO_BATCH_NORM = advising.Rule(
+    (("batch_norm_layers", "<", 1),),
+    "it changes BatchNorm, of which there is none ({batch_norm_layers:.0f} layers)",
+    "",
+)
+
+
+@register("stoch_norm")
+@dataclass(frozen=True, kw_only=True)
+class StochNormConfig(FTConfig):
+    r"""Normalise each channel by its batch's statistics or by the moving ones, at random in every step.
+
+    For channel :math:`c` of a BatchNorm layer in training,
+
+    .. math::
+        \hat x_c = s_c \frac{x_c - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}}
+        + (1 - s_c) \frac{x_c - \tilde\mu_c}{\sqrt{\tilde\sigma_c^2 + \epsilon}}, \qquad s_c \sim \mathrm{Bernoulli}(p)
+
+    with the batch's mean and variance :math:`\mu, \sigma^2` and the moving ones :math:`\tilde\mu, \tilde\sigma^2`,
+    which start at the pretrained values and are updated as usual. In evaluation it is plain BatchNorm, as is the saved
+    model.
+    """
+
+    paper = Paper(
+        "Kou, You, Long, Wang",
+        "Stochastic Normalization",
+        "NeurIPS 2020",
+        "https://papers.nips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html",
+    )
+    formula = "x_c is normalised by its batch with probability p, else by the moving statistics"
+    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    tuned = {"p": LogRange(0.1, 1.0)}
+    cost = advising.EVERYTHING + advising.DEARER
+    advice = {advising.VERY_FEW_SAMPLES: 1, NO_BATCH_NORM: None}
+
+    p: float = option(
+        0.5, "Probability that a channel is normalised by its batch's statistics.", range="[0, 1]", source="code"
+    )
+    head_lr: float | None = option(
+        None, "Learning rate of the head; None to use that of the backbone, args.learning_rate.", range="(0, inf)"
+    )
+
+    def needs(self) -> Needs:
+        return Needs(several_members=True)
+
+    def adapted(self, model: nn.Module) -> FTConfig | None:
+        return self if convertible(model) else None
+
+    def plan(self, model: nn.Module, state: State) -> Plan:
+        if not convertible(model):
+            raise OptionError(
+                "stoch_norm: the model has no BatchNorm layers of torch's own kinds, which is what it changes. Use "
+                "FullConfig, or BSSConfig by the same authors."
+            )
+        head = self.anatomy(model).head.modules
+        stages = () if self.head_lr is None else (Stage("train", rates=(Rate(head, lr=self.head_lr),)),)
+        return Plan(surgery=(AddStochNorm(self.p),), stages=stages, finalise=(remove_stoch_norm,))
