@@ -147,8 +147,9 @@ class Taps:
 
         return keep
 
-    def _keep_features(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.features is None:
+    def _keep_features(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Perceiver's queries are made from a number of samples.
+        if self.features is None and inputs and isinstance(inputs[0], Tensor):
             single = inputs[0].dim() == 3 and inputs[0].shape[1] == 1  # one vector per sample, (B, 1, d)
             self.features = inputs[0].flatten(1) if inputs[0].dim() == 4 or single else inputs[0]
 
