@@ -15,6 +15,7 @@ from hf_ft.strategies.layer_decay import LayerDecayConfig as LayerDecayConfig
 from hf_ft.strategies.linear_probe import LinearProbeConfig as LinearProbeConfig
 from hf_ft.strategies.lp_ft import LPFTConfig as LPFTConfig
 from hf_ft.strategies.norms_only import NormsOnlyConfig as NormsOnlyConfig
+from hf_ft.strategies.peft import PEFTConfig as PEFTConfig
 from hf_ft.strategies.rifle import RIFLEConfig as RIFLEConfig
 from hf_ft.strategies.soft import LwFConfig as LwFConfig
 from hf_ft.strategies.soft import SoftConfig as SoftConfig

@@ -1,4 +1,4 @@
-"""Plan surgery that adds PEFT adapters inside selected modules only."""
+"""Plan surgery that adds PEFT adapters inside selected modules, and merges them into the weights again."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftConfig, get_peft_model
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from hf_ft.core.options import tuner_from_json, tuner_to_json
 from hf_ft.errors import OptionError
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
+from hf_ft.models.preserve import random_states_kept
 
+NORMS = "LN_TUNING"  # kinds of tuners by what they adapt
+EMBEDDINGS = ("LORA", "ADALORA", "RANDLORA")
+LINEAR = ("VERA", "FOURIERFT", "RANDLORA", "VBLORA", "BONE", "MISS", "SHIRA", "WAVEFT", "C3A", "ADALORA")
 PREFIX = "base_model.model."  # prefix of the base model's modules in a PeftModel
 
 
@@ -24,10 +30,13 @@ def adapter_targets(model: nn.Module, inside: Names, head: Names, tuner: PeftCon
 
     Depthwise and grouped convolutions are not supported: they do not allow an arbitrary rank.
     """
-    wanted = getattr(tuner, "target_modules", None)
+    wanted, kind = getattr(tuner, "target_modules", None), str(getattr(tuner.peft_type, "value", tuner.peft_type))
+    norms = {name for name, _ in norm_layers(model)} if kind == NORMS else set()
     targets = []
     for name, module in model.named_modules():
-        fits = isinstance(module, (nn.Linear, nn.Embedding)) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        fits = isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and kind in EMBEDDINGS)
+        fits |= isinstance(module, nn.Conv2d) and module.groups == 1 and kind not in LINEAR
+        fits = name in norms if kind == NORMS else fits
         named = wanted is None or wanted == "all-linear" or _is_named(name, wanted)
         if fits and named and _in(name, inside) and not _in(name, head) and module.weight.requires_grad:
             targets.append(name)
@@ -57,15 +66,18 @@ class AddAdapters:
         config.target_modules = list(self.targets)  # type: ignore[attr-defined]
         config.modules_to_save = list(self.saved)  # type: ignore[attr-defined]
         try:
-            with warnings.catch_warnings():
+            # The same on every process, and where the model is set up again.
+            with random_states_kept(torch.initial_seed() % 2**32), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated Transformers names
                 return get_peft_model(model, config)
         except ValueError as error:
             raise OptionError(f"tuner: PEFT rejects {type(config).__name__} for this block: {error}") from error
 
 
-def add_adapters(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig) -> AddAdapters:
-    """Adapters in the modules ``inside``; the head and the norms inside train fully.
+def add_adapters(
+    model: nn.Module, inside: Names, head: Names, tuner: PeftConfig, with_norms: bool = True
+) -> AddAdapters:
+    """Adapters in the modules ``inside``; the head and, unless ``with_norms`` is False, the norms inside train fully.
 
     Raises:
         OptionError: if no module inside supports an adapter.
@@ -81,10 +93,31 @@ def add_adapters(model: nn.Module, inside: Names, head: Names, tuner: PeftConfig
             f"tuner: none of {', '.join(inside) or 'no modules'} supports an adapter (linear layers, embeddings and "
             "ungrouped convolutions do): choose another block, or other target_modules."
         )
-    norms = [name for name, _ in norm_layers(model) if _in(name, inside) and not _in(name, head)]
-    norms = [name for name in norms if _trains(model, name)]
-    heads = [name for name in head if _trains(model, name)]
+    norms = [name for name, _ in norm_layers(model) if with_norms and _in(name, inside) and not _in(name, head)]
+    norms = [name for name in norms if _trains(model, name) and name not in targets]
+    # The modules that hold the weights: some tuners of PEFT cannot take a container back.
+    inner = [(name, module) for name, module in model.named_modules() if name and _in(name, head)]
+    heads = [name for name, module in inner if any(p.requires_grad for p in module.parameters(recurse=False))]
     return AddAdapters(targets, (*norms, *heads), json.dumps(tuner_to_json(tuner), sort_keys=True))
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """The model without PEFT's wrapper, with its adapters merged into the weights.
+
+    Raises:
+        OptionError: if adapters of this kind cannot be merged.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    kind = type(next(iter(model.peft_config.values()))).__name__
+    try:
+        merged: nn.Module = model.merge_and_unload()
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise OptionError(f"merge: adapters of {kind} cannot be merged ({error}): set merge=False.") from error
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # some kinds leave these
+            merged.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
+    return merged
 
 
 def _in(name: str, modules: Names) -> bool:
