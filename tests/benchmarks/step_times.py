@@ -119,6 +119,7 @@ ROWS = (
                        "activations"),
     Row("l2_sp", "l2_sp"),
     Row("bss", "bss"),
+    Row("stoch_norm", "stoch_norm"),
     Row("daft", "daft"),
     *referred("delta", DELTAConfig(head_epochs=1, batches=1)),
     *referred("attention_transfer", "attention_transfer"),
@@ -133,7 +134,14 @@ ROWS = (
     Row("amcf: two members, all layers train", AMCFConfig(frozen=(0, 0)), Floor(members=2), members=2),
 )  # fmt: skip
 # Strategies without a row, each with the reason.
-LEFT_OUT: dict[str, str] = {}
+_PARTS = "trains parts of layers all over the network, for which there is no floor in whole layers"
+LEFT_OUT: dict[str, str] = {
+    "stock": "full fine-tuning with other arguments",
+    "rifle": "full fine-tuning but for the few steps before which the head is drawn anew",
+    "bitfit": _PARTS,
+    "norms_only": _PARTS,
+    "peft": _PARTS,
+}
 
 
 def rows_of(names: Iterable[str]) -> list[Row]:
