@@ -22,8 +22,11 @@ from hf_ft.documents.figure import new_figure
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.feature_hooks import model_inputs
+from hf_ft.models.find_layouts import find_layouts, head_layout
+from hf_ft.models.layouts import Layout
 from hf_ft.models.parts import Anatomy
 from hf_ft.models.preserve import observing
+from hf_ft.models.probing import leading
 
 logger = logging.get_logger(__name__)
 FEATURES = "features"
@@ -77,12 +80,14 @@ def feature_distortion(
     with ExitStack() as stack:
         taps = [stack.enter_context(_tapped(model, parts)) for model in (before, after)]
         stack.enter_context(observing(before, after))
+        layouts: dict[str, Layout] = {}
         for batch in loader:
             features = []
             for model, outputs in zip((before, after), taps, strict=True):
                 inputs = model_inputs(batch, next(model.parameters()).device)
+                layouts = layouts or _layouts(model, parts, inputs)
                 model(**inputs)
-                features.append({name: _pool(values, inputs) for name, values in outputs.items()})
+                features.append({name: _pool(layouts[name], values, inputs) for name, values in outputs.items()})
             samples += len(next(iter(features[0].values())))
             for name, vectors in features[0].items():
                 sums[name] = sums.get(name, torch.zeros(3, dtype=torch.float64)) + _differences(
@@ -183,11 +188,19 @@ def _differences(before: Tensor, after: Tensor) -> Tensor:
     return torch.stack([cosine.sum(), distance.sum(), (distance / length.clamp_min(1e-12)).sum()])
 
 
-def _pool(values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+def _layouts(model: nn.Module, parts: Anatomy, inputs: Mapping[str, Any]) -> dict[str, Layout]:
+    """How the outputs of the blocks and the input of the head are laid out."""
+    layers = {part.name: part.modules[-1] for part in parts.blocks}
+    found = find_layouts(model, list(layers.values()), leading(inputs))
+    by_part = {name: found[layer] for name, layer in layers.items()}
+    return {**by_part, FEATURES: head_layout(model, parts.head.modules, leading(inputs))}
+
+
+def _pool(layout: Layout, values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """One vector per sample, (N, C), in float64 on the CPU."""
-    values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
-    mask = inputs.get("attention_mask")
-    if values.dim() == 3 and isinstance(mask, Tensor) and mask.shape == values.shape[:2]:
+    values = layout.arranged(values.detach().to(torch.promote_types(values.dtype, torch.float32)))
+    mask = layout.mask(inputs, values)
+    if values.dim() == 3 and mask is not None:
         weights = mask.to(values).unsqueeze(2)
         values = (values * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
     elif values.dim() == 3:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_ft import DAFTConfig, FTTrainer, OptionError
+from hf_ft import DAFTConfig, FTTrainer, OptionError, anatomy
 from hf_ft.diagnostics.distortion import (
     Distortion,
     FeatureDistortionCallback,
@@ -18,6 +18,7 @@ from hf_ft.diagnostics.distortion import (
     plot_distortion,
 )
 from hf_ft.testing import same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
+from hf_ft.testing.families import tiny
 from hf_ft.testing.models import tiny_swin
 from hf_ft.testing.training import snapshot, tiny_arguments
 
@@ -51,6 +52,25 @@ def mean_over(vectors):
 def assert_distortion(found, vectors):
     assert found.samples == len(vectors)
     assert [found.cosine, found.l2, found.relative_l2] == pytest.approx(mean_over(vectors), rel=1e-5)
+
+
+def test_other_layouts_are_pooled_over_their_own_valid_tokens():
+    """XLNet's blocks return (T, B, C); with padding, a text's vector is that of the text alone."""
+    torch.manual_seed(0)
+    before, after = (tiny("XLNetForSequenceClassification", seed).eval() for seed in (0, 1))
+    ids, mask = torch.randint(5, 20, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    mask[1, :2] = mask[2, :3] = 0  # it pads on the left
+    found = feature_distortion(before, after, [{"input_ids": ids, "attention_mask": mask}])
+    whole, kept = {}, {}
+    for name, model in (("before", before), ("after", after)):
+        layer = model.get_submodule(anatomy(model).blocks[0].modules[-1])
+        hook = layer.register_forward_hook(lambda module, args, output, name=name: whole.update({name: output[0]}))
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask)
+        hook.remove()
+        assert whole[name].shape[:2] == (6, 3)
+        kept[name] = [whole[name][mask[row].bool(), row].double().mean(0).tolist() for row in range(3)]
+    assert_distortion(found["block0"], list(zip(kept["before"], kept["after"], strict=True)))
 
 
 def hidden(model, batch, state):
