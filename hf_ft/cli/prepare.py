@@ -28,6 +28,7 @@ from hf_ft.data.task import Data, process
 from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
+from hf_ft.trainer.patience import patience_callback
 from hf_ft.trainer.trainer import FTTrainer
 from hf_ft.zoo.datasets import DATA_NOTICES
 
@@ -71,6 +72,9 @@ def make(request: Request) -> Made:
             processing_class=processor,
             compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
         )
+        if method.patience is not None:
+            trainer.add_callback(patience_callback(method.patience, args))
+            args.restore_callback_states_from_checkpoint = True  # so that a resumed run ends where it would have
     trainer.data_info = data.info
     return Made(trainer, data, processed.splits)
 

@@ -163,7 +163,9 @@ def prepare_comparison(
         if size != wanted:
             tell(f"batch size {size} instead of {wanted}: the last batch of an epoch would hold a single sample")
     greater = "regression" not in LOCAL_METRICS[metric].kinds
-    common = CommonSettings(values, metric, greater, class_weights, settings.distortion_samples, device)
+    common = CommonSettings(
+        values, metric, greater, class_weights, settings.distortion_samples, device, settings.patience
+    )
     optims = optimizers(values, given.columns.task)
     entrants = _entrants(chosen, benches, settings, common, optims, shown, untuned)
     Kept(folder).claim()

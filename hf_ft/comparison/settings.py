@@ -81,6 +81,9 @@ class Settings:
         "and each final run uses the next (default: 5 if there are fewer than 200 such samples; otherwise 1, the "
         "validation split as it is)",
     )
+    patience: int | None = setting(
+        None, "end a training after so many epochs without a better validation score (default: never)"
+    )
     most_trials: int = setting(4, "strategies with cheap runs get at most this many times the trials")
     batch_norm_momentum: float = setting(
         0.1,
@@ -106,6 +109,8 @@ class Settings:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
         if self.folds is not None and self.folds < 1:
             raise OptionError(f"folds must be at least 1, got {self.folds!r}.")
+        if self.patience is not None and self.patience < 1:
+            raise OptionError(f"patience must be at least 1 epoch, got {self.patience!r}.")
         if self.hours is not None and not (math.isfinite(self.hours) and self.hours > 0):
             raise OptionError(f"hours must be positive, got {self.hours!r}.")
         if self.metric is not None and self.metric not in LOCAL_METRICS:

@@ -27,6 +27,7 @@ from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
+from hf_ft.trainer.patience import patience_callback
 from hf_ft.trainer.trainer import ClassWeights, FTTrainer
 
 PACKAGES = ("hf-ft", "torch", "transformers", "accelerate", "datasets")
@@ -44,6 +45,7 @@ class CommonSettings:
         class_weights: class weights of the task loss.
         distortion_samples: number of samples of each test set used to measure feature distortion.
         device: type of the device whose time is measured.
+        patience: epochs without a better validation score after which a training ends; None for never.
     """
 
     arguments: Mapping[str, Any]
@@ -52,6 +54,7 @@ class CommonSettings:
     class_weights: ClassWeights | None = None
     distortion_samples: int = 0
     device: str = "cpu"
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def train(
             clock = Clock(common.device, counted)
             trainer.add_callback(clock)
             trainer.add_callback(EndDiverged(trainer.model))
+            if common.patience is not None:
+                trainer.add_callback(patience_callback(common.patience, trainer.args))
             trainer.train()
         training = _result(trainer, values, seed, common, clock, memory.mb)
         if save_to is not None and not training.error:

@@ -44,6 +44,7 @@ from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
+from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
 from hf_ft.trainer.training_batches import TrainingBatches
 
@@ -181,11 +182,12 @@ class FTTrainer(Trainer):
         return output
 
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
-        """Like ``Trainer``, but train nothing if the checkpoint is that of the last step.
+        """Like ``Trainer``, but train nothing if the checkpoint is that of the last step, or of an early stop.
 
         The Trainer counts after a step, so it would take one more if the run ends within an epoch.
         """
-        if self.state.global_step < self.state.max_steps:
+        stopped = self._resuming is not None and stopped_early(self.callback_handler.callbacks)
+        if self.state.global_step < self.state.max_steps and not stopped:
             assert self._attempt is not None
             self._attempt.epoch.fill_(epoch)
             super()._run_epoch(model, epoch, *args, **kwargs)
