@@ -27,8 +27,8 @@ from hf_ft.core import (
     option,
     register,
 )
+from hf_ft.engine.adapters import PREFIX, add_adapters, merge_adapters
 from hf_ft.errors import AnatomyError
-from hf_ft.models.adapters import PREFIX, add_adapters, merge_adapters
 
 
 @register("peft")
