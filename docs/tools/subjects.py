@@ -79,12 +79,20 @@ class Subject:
     @cached_property
     def stock(self) -> tuple[dict[str, Tensor], list[float]]:
         """The weights and losses of the stock Trainer."""
-        trainer = Trainer(
-            self.model(), arguments(self.folder / "stock", 4, optim="adamw_torch"), train_dataset=self.data
-        )
+        return self._trained_by_stock("stock")
+
+    def _trained_by_stock(self, folder: str) -> tuple[dict[str, Tensor], list[float]]:
+        args = arguments(self.folder / folder, 4, optim="adamw_torch")
+        trainer = Trainer(self.model(), args, train_dataset=self.data)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return snapshot(trainer.model), losses(trainer)
+
+    @cached_property
+    def reproducible(self) -> bool:
+        """Whether two runs of the stock Trainer end with the same weights: Reformer seeds itself by the clock."""
+        again, _ = self._trained_by_stock("again")
+        return all(torch.equal(value, again[name]) for name, value in self.stock[0].items())
 
     @cached_property
     def fault(self) -> str:

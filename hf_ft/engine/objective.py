@@ -13,7 +13,7 @@ from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.view import LayerStates, View
 from hf_ft.engine.batch import STREAM, recorded_states, take_activations, take_streams
 from hf_ft.engine.forward import Head, StreamBatch, forward, inputs_of
-from hf_ft.engine.frozen.freezing import liveness, moving_norms
+from hf_ft.engine.frozen.freezing import liveness, moving_norms, with_dropout
 from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.errors import OptionError
@@ -251,7 +251,7 @@ class Objective(nn.Module):
         self.alive = liveness(self.model, self.chains, trained, moving)
         norms = dict(batch_norms(self.model))
         self._asleep = [*self.alive.resting, *(norm for name, norm in norms.items() if name not in moving)]
-        self._dropout = stage.dropout
+        self._dropout = with_dropout(self.model, stage, trained, self._head.modules)
         self._awake = [norms[name] for name in moving] if stage.norm_mode == "train" or not stage.dropout else []
         # What these keep between passes in eval mode would be outdated after each step.
         trains = {module for module in self.model.modules() if any(p.requires_grad for p in module.parameters(False))}

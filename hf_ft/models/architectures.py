@@ -24,6 +24,8 @@ _BLOCKS: dict[str, str] = {
 }
 # Types whose names cover many architectures: what they match must hold most weights, and is put in forward order.
 _UNSURE = frozenset({"timm_wrapper"})
+# Types whose layers are differentiated in train mode only: they compute their input from their output (reversible).
+TRAIN_MODE_ALONE = frozenset({"reformer"})
 # MobileNetV1 lists the depthwise and the pointwise convolution of each block separately.
 _MODULES_PER_BLOCK = {"mobilenet_v1": 2}
 

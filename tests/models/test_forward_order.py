@@ -15,7 +15,7 @@ from hf_ft.errors import AnatomyError
 from hf_ft.models import find_blocks, find_head, tracing
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import matches
-from hf_ft.models.parts import Chain
+from hf_ft.models.parts import Chain, Part
 from hf_ft.models.weight_layers import weight_layers
 from hf_ft.testing.families import samples, tiny
 
@@ -281,6 +281,30 @@ def test_a_bare_parameter_that_trains_is_not_skipped():
     assert parts[2].modules == ("timm_model.joined.token", "timm_model.joined.second")
     batches = ({"pixel_values": torch.randn(rows, 3, 64, 64)} for rows in (3, 2))
     assert find_prefix(model, [Chain("", parts[2:])], *batches) is None
+
+
+class Borrowed(nn.Module):
+    """Mamba reads the weights of its convolution without calling it, before a layer that it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.read, self.act = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU()
+        self.called = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.conv2d(self.stem(x), self.read.weight, self.read.bias)
+        return self.called(self.act(x))
+
+
+def test_a_module_that_trains_and_is_not_called_is_not_skipped():
+    model = Network([("borrowed", Borrowed())])
+    batches = [{"pixel_values": torch.randn(rows, 3, 64, 64)} for rows in (3, 2)]
+    read, called = (f"timm_model.borrowed.{name}" for name in ("read", "called"))
+    head = Part("head", ("classifier",))
+    later = find_prefix(model, [Chain("", (Part("block", (called,)), head))], *batches)
+    assert later is not None and later.borders == ("timm_model.borrowed.act",)
+    sooner = find_prefix(model, [Chain("", (Part("block", (read, called)), head))], *batches)
+    assert sooner is None or sooner.borders == ("timm_model.borrowed.stem",)
 
 
 def test_names_that_match_a_detail_are_not_believed():

@@ -68,8 +68,8 @@ class PrefixFinder:
         # Inputs that a prefix is meant to replace. All others are small, and masks may be needed later on.
         pixels = (name for name, column in self.columns.items() if column.is_floating_point() and column.dim() > 2)
         self.pixels = frozenset(pixels) - varying
-        self.modules = {name for name, _ in model.named_modules()}
         names = [call.name for call in calls]
+        self.called = set(names)
         self.once = {name for name, times in Counter(names).items() if times == 1}
         self.full, self.inputs = _observed(model, lambda: run(model, second))
         self._known: dict[tuple[Chain, bool], _Cut | None] = {}
@@ -115,11 +115,12 @@ class PrefixFinder:
         live = [call for call in mine if any(covers(unit, call.name) for unit in units)]
         if not live:
             return None
-        # A bare parameter may be read at any time while the module that holds it runs.
-        bare = {unit.rpartition(".")[0] for unit in chain.parts[0].modules if unit not in self.modules}
-        if "" in bare:
+        # What is read without a call (a bare parameter, Mamba's convolution) may be read at any time while the module
+        # that holds it runs.
+        holders = {self._holder(unit) for unit in chain.parts[0].modules}
+        if "" in holders:
             return None
-        live += [call for call in self.calls if call.name in bare]
+        live += [call for call in self.calls if call.name in holders]
         start = min(call.begin for call in live)
         around = [call for call in mine if call.begin < start < call.end]
         earlier = sorted((call for call in mine if call.end < start), key=lambda call: -call.end)
@@ -131,6 +132,12 @@ class PrefixFinder:
                 if cut is not None and self.works([cut], pixels) and self._steady(cut):
                     return cut
         return None
+
+    def _holder(self, unit: str) -> str:
+        """The nearest module around a unit that is called, or the unit if it or anything in it is; "" for the model."""
+        if any(covers(unit, name) for name in self.called):
+            return unit
+        return next((parent for parent in _parents(unit) if parent in self.called), "")
 
     def _cut(self, borders: tuple[_Call, ...], mine: Sequence[_Call]) -> _Cut | None:
         """Skip everything up to the last border; None if one of the skipped modules is called again later."""

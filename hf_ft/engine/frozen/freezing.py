@@ -6,11 +6,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers.utils import logging
 
 from hf_ft.core.plan import Stage
-from hf_ft.models.names import covers
+from hf_ft.models.anatomy import unwrap
+from hf_ft.models.architectures import TRAIN_MODE_ALONE
+from hf_ft.models.names import Names, covered, covers
 from hf_ft.models.norms import batch_norms, is_dropout
 from hf_ft.models.parts import Chain, Part
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,3 +144,22 @@ class _Inside:
         if any(f"{name}.{parameter}" in self.trained for parameter, _ in module.named_parameters()):
             return True
         return any(covers(name, norm) for norm in self.moving)
+
+
+def with_dropout(model: nn.Module, stage: Stage, trained: Collection[str], head: Names) -> bool:
+    """Whether dropout is active in a stage: if it wants it, or if gradients must pass through layers that need it.
+
+    Args:
+        trained: names of the parameters that the stage trains.
+        head: names of the head's modules.
+    """
+    base = unwrap(model)[0]
+    if stage.dropout or getattr(getattr(base, "config", None), "model_type", None) not in TRAIN_MODE_ALONE:
+        return stage.dropout
+    if all(covered(name, set(head)) for name in trained):
+        return False
+    logger.warning_once(
+        f"Stage {stage.name!r} trains with dropout, though it is to train without: the layers of {type(base).__name__} "
+        "have gradients in train mode only. Set the dropout of the model's config to 0 instead."
+    )
+    return True
