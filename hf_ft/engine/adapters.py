@@ -12,14 +12,18 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_ft.core.options import tuner_from_json, tuner_to_json
 from hf_ft.errors import OptionError
+from hf_ft.models.anatomy import unwrap
+from hf_ft.models.example_inputs import example_inputs
 from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
-from hf_ft.models.preserve import random_states_kept
+from hf_ft.models.preserve import observing, random_states_kept
 
 NORMS = "LN_TUNING"  # kinds of tuners by what they adapt
+CONV1D = ("LORA", "IA3")  # GPT-2's linear layers
 EMBEDDINGS = ("LORA", "ADALORA", "RANDLORA")
 LINEAR = ("VERA", "FOURIERFT", "RANDLORA", "VBLORA", "BONE", "MISS", "SHIRA", "WAVEFT", "C3A", "ADALORA")
 PREFIX = "base_model.model."  # prefix of the base model's modules in a PeftModel
@@ -34,13 +38,20 @@ def adapter_targets(model: nn.Module, inside: Names, head: Names, tuner: PeftCon
     norms = {name for name, _ in norm_layers(model)} if kind == NORMS else set()
     targets = []
     for name, module in model.named_modules():
-        fits = isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and kind in EMBEDDINGS)
-        fits |= isinstance(module, nn.Conv2d) and module.groups == 1 and kind not in LINEAR
-        fits = name in norms if kind == NORMS else fits
+        fits = name in norms if kind == NORMS else _fits(module, kind)
         named = wanted is None or wanted == "all-linear" or _is_named(name, wanted)
         if fits and named and _in(name, inside) and not _in(name, head) and module.weight.requires_grad:
             targets.append(name)
     return tuple(targets)
+
+
+def _fits(module: nn.Module, kind: str) -> bool:
+    """Whether a tuner can adapt a module. Those whose class has a forward of its own compute something else."""
+    if type(module).forward is nn.Conv2d.forward:
+        return bool(module.groups == 1) and kind not in LINEAR  # type: ignore[operator]
+    if type(module).forward is nn.Embedding.forward:
+        return kind in EMBEDDINGS
+    return type(module).forward is nn.Linear.forward or (type(module) is Conv1D and kind in CONV1D)
 
 
 def _is_named(name: str, wanted: Any) -> bool:
@@ -69,9 +80,31 @@ class AddAdapters:
             # The same on every process, and where the model is set up again.
             with random_states_kept(torch.initial_seed() % 2**32), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated Transformers names
-                return get_peft_model(model, config)
+                adapted: nn.Module = get_peft_model(model, config)
         except ValueError as error:
             raise OptionError(f"tuner: PEFT rejects {type(config).__name__} for this block: {error}") from error
+        _check_attributes(adapted)
+        return adapted
+
+
+def _check_attributes(model: nn.Module) -> None:
+    """Reject a model whose code reads attributes that adapted layers no longer have, such as MobileNet's strides.
+
+    Raises:
+        OptionError: naming the attribute.
+    """
+    for batch in example_inputs(unwrap(model)[0]):
+        try:
+            with observing(model):
+                model(**batch)
+            return
+        except AttributeError as error:
+            raise OptionError(
+                f"tuner: the model reads what an adapter hides ({error}). Name other target_modules, or use "
+                "BitFitConfig."
+            ) from error
+        except Exception:  # inputs that do not suit the model
+            continue
 
 
 def add_adapters(
