@@ -15,7 +15,8 @@ _INITIALISED = "_is_hf_initialized"  # Transformers passes over what has this ma
 
 def draw(model: Any, module: nn.Module) -> None:
     """Draw the weights of a module as a Transformers model initialises those of its own modules."""
-    for part in module.modules():
+    parts: list[Any] = list(module.modules())
+    for part in parts:
         if not any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
             continue  # what does not train keeps its weights, such as PEFT's copies of the originals
         for marked in (part, *part.parameters(recurse=False)):

@@ -41,7 +41,7 @@ class StochNorm3d(StochNorm, nn.BatchNorm3d): ...
 
 
 # Other classes may compute more than the normalisation, such as an activation.
-KINDS = {nn.BatchNorm1d: StochNorm1d, nn.BatchNorm2d: StochNorm2d, nn.BatchNorm3d: StochNorm3d}
+KINDS: dict[type, type] = {nn.BatchNorm1d: StochNorm1d, nn.BatchNorm2d: StochNorm2d, nn.BatchNorm3d: StochNorm3d}
 
 
 @dataclass(frozen=True)
