@@ -93,9 +93,7 @@ class MethodFlags:
         "keep up to this much of it in memory; the rest goes to a temporary file", 2.0
     )
     frozen_cache_disk_gb: float = _flag("maximum size of that file", 20.0)
-    patience: int | None = _flag(
-        "end the training after so many evaluations (epochs, by default) without a better score (default: never)"
-    )
+    patience: int | None = _flag("end training after so many evaluations without a better score (default: never)")
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 
 

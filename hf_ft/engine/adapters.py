@@ -128,9 +128,7 @@ def add_adapters(
         )
     norms = [name for name, _ in norm_layers(model) if with_norms and _in(name, inside) and not _in(name, head)]
     norms = [name for name in norms if _trains(model, name) and name not in targets]
-    # The modules that hold the weights: some tuners of PEFT cannot take a container back.
-    inner = [(name, module) for name, module in model.named_modules() if name and _in(name, head)]
-    heads = [name for name, module in inner if any(p.requires_grad for p in module.parameters(recurse=False))]
+    heads = [name for name in head if _trains(model, name)]
     return AddAdapters(targets, (*norms, *heads), json.dumps(tuner_to_json(tuner), sort_keys=True))
 
 

@@ -29,6 +29,13 @@ from hf_ft.core import (
 )
 from hf_ft.engine.adapters import PREFIX, add_adapters, merge_adapters
 from hf_ft.errors import AnatomyError
+from hf_ft.models.names import covered
+
+
+def _holders(model: nn.Module, head: Names) -> Names:
+    """The modules of the head that hold its weights: some tuners of PEFT cannot take a container back."""
+    inner = [(name, module) for name, module in model.named_modules() if covered(name, set(head))]
+    return tuple(name for name, module in inner if next(module.parameters(recurse=False), None) is not None)
 
 
 @register("peft")
@@ -85,7 +92,7 @@ class PEFTConfig(FTConfig):
         return describe_head_rate(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        head = self.anatomy(model).head.modules
+        head = _holders(model, self.anatomy(model).head.modules)
         tuner = self.tuner or LoraConfig(r=self.rank, lora_alpha=2 * self.rank)
         surgery = add_adapters(model, self._inside(model, tuner), head, tuner, with_norms=self.norms)
         rates = head_rates(self, tuple(PREFIX + name for name in head), state)

@@ -18,21 +18,30 @@ TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_rel
 SEARCHING = ("blockwise", "amcf", "tred")
 
 
+def pairs(slow=()):
+    """Strategies with the models that they have a form for."""
+    models = {make: make() for make in (tiny_resnet, tiny_vit, tiny_bert)}
+    return [
+        pytest.param(name, make, marks=pytest.mark.slow if name in slow else (), id=f"{name}-{make.__name__}")
+        for name, kind in documented().items()
+        for make, model in models.items()
+        if kind().adapted(model) is not None
+    ]
+
+
 def slow_if(slow, value):
     return pytest.param(value, marks=pytest.mark.slow if slow else ())
 
 
 @pytest.mark.parametrize("law", [slow_if(law in TRAINING, law) for law in LAWS])
-@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
-@pytest.mark.parametrize("name", [slow_if(name in SEARCHING, name) for name in documented()])
+@pytest.mark.parametrize(("name", "make"), pairs(SEARCHING))
 def test_law(name, make, law, tmp_path):
     config = documented()[name](**OPTIONS.get(name, {}))
     LAWS[law](suited(config, make()), make, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
-@pytest.mark.parametrize("name", documented())
+@pytest.mark.parametrize(("name", "make"), pairs())
 def test_bfloat16_autocast(name, make, tmp_path):
     config = documented()[name](**OPTIONS.get(name, {}))
     trainer = train(make(), suited(config, make()), tmp_path, bf16=True, max_steps=4, learning_rate=1e-3)
