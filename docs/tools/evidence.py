@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,9 +31,10 @@ def kept() -> dict[str, list[Results]]:
     return {name: splits for name, splits in with_signals.items() if splits}
 
 
-def kept_tasks() -> list[Task]:
+@functools.cache
+def kept_tasks() -> tuple[Task, ...]:
     """What the advice is fitted to."""
-    return [_task(name, splits) for name, splits in kept().items()]
+    return tuple(_task(name, splits) for name, splits in kept().items())
 
 
 def _task(name: str, splits: Sequence[Results]) -> Task:

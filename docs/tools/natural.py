@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from docs.tools.results import load
 from hf_ft.comparison.results import Results, Training
 from hf_ft.core.config import BASELINE
 from hf_ft.documents.text import PLUS_MINUS, score, score_like, signed
@@ -36,7 +37,7 @@ def read(kind: str) -> dict[str, list[Results]]:
     for task in TITLES:
         files = sorted((KEPT / kind).glob(f"{task}_[0-9]*.json"))
         if files:
-            tasks[task] = [Results.load(file) for file in files]
+            tasks[task] = [load(file) for file in files]
     return tasks
 
 

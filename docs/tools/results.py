@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,10 +19,16 @@ FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 
 
+@functools.cache
+def load(file: Path) -> Results:
+    """Results from a file, read once."""
+    return Results.load(file)
+
+
 def read(folder: Path = KEPT, tasks: Sequence[str] = TASKS) -> dict[str, Results]:
     """The tasks that were measured."""
     files = {name: folder / f"{name}.json" for name in tasks}
-    return {name: Results.load(file) for name, file in files.items() if file.is_file()}
+    return {name: load(file) for name, file in files.items() if file.is_file()}
 
 
 def table_of_all(table: Table) -> str:
