@@ -67,7 +67,7 @@ class DataFlags:
     )
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
     unknown_classes: Literal["refuse", "drop"] = _flag(
-        "rows of validation and test with a class that no training row has", "refuse"
+        "rows of other splits with a class that no training row has", "refuse"
     )
     source_dataset: str | None = _flag(
         "source data (of the pretraining), for strategies that use them (soft, co_tuning)"
@@ -89,11 +89,9 @@ class MethodFlags:
         "compute the frozen part of a stage only once; auto: if samples are the same on every read (--augment none)",
         "auto",
     )
-    frozen_cache_memory_gb: float = _flag(
-        "keep up to this much of it in memory; the rest goes to a temporary file", 2.0
-    )
+    frozen_cache_memory_gb: float = _flag("keep up to this much in memory, and the rest in a temporary file", 2.0)
     frozen_cache_disk_gb: float = _flag("maximum size of that file", 20.0)
-    patience: int | None = _flag("end training after so many evaluations without a better score (default: never)")
+    patience: int | None = _flag("stop after so many evaluations without a better score (default: never)")
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 
 
