@@ -24,7 +24,7 @@ class Done:
 
     Attributes:
         measured_compute: compute seconds of the strategies' measurements.
-        measured_work, work: work of the measurements and of training (:class:`hf_ft.comparison.cost.Work`); counted
+        measured_work, work: work of the measurements and of training (:class:`hf_ft.engine.work.Work`); counted
             in the first trial of a contender only.
     """
 

@@ -19,12 +19,13 @@ from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft.comparison.contenders import RATE, Entrant
-from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
+from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
+from hf_ft.engine.work import Work
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.trainer.patience import patience_callback

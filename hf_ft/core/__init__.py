@@ -6,7 +6,7 @@
 from hf_ft import functional
 from hf_ft.core import advising
 from hf_ft.core.compose import compose
-from hf_ft.core.config import FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
+from hf_ft.core.config import CHOSEN, FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
 from hf_ft.core.head_rate import UNSET_RATE, HeadRate, describe_head_rate, head_rates, measure_head_rate
@@ -26,6 +26,7 @@ __all__ = [
     "EVERYTHING",
     "FITTED",
     "LARGEST",
+    "CHOSEN",
     "Choice",
     "Context",
     "Decay",

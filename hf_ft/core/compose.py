@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.core.config import ADAM, FITTED, SGD, FTConfig, Recommended, config_class, strategies
+from hf_ft.core.config import ADAM, CHOSEN, FITTED, SGD, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
 from hf_ft.core.plan import Plan, Stage, Stream
@@ -77,6 +77,17 @@ def explicit_option(configs: Iterable[FTConfig], name: str, otherwise: Any = Non
         (a, one), (b, other) = list(owners.items())[:2]
         raise OptionError(f"{one}.{name}={a!r} and {other}.{name}={b!r} conflict: set both to the same value.")
     return next(iter(owners), otherwise)
+
+
+def check_composed(configs: Iterable[FTConfig]) -> None:
+    """Reject strategies that one of them cannot be composed with.
+
+    Raises:
+        OptionError: naming both.
+    """
+    configs = tuple(configs)
+    for config in configs:
+        config.check_beside(tuple(other for other in configs if other is not config))
 
 
 def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:
@@ -160,7 +171,7 @@ def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None)
     optim = optim or own
     if "learning_rate" in merged:
         merged["learning_rate"] = merged["learning_rate"].under(optim)
-        if merged["learning_rate"].value == FITTED:  # by the strategy itself, where nobody sets one
+        if merged["learning_rate"].value in (FITTED, CHOSEN):  # by the strategy itself, where nobody sets one
             del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}
 
@@ -170,7 +181,7 @@ def compose(plans: Iterable[Plan]) -> Plan:
 
     Raises:
         OptionError: if two plans own stages (both are named), two terms share a name, two streams of the same name
-            differ, or stage durations do not sum to 1.
+            differ, two plans set different learning rates, or stage durations do not sum to 1.
     """
     plans = tuple(plans)
     owners = [plan for plan in plans if plan.stages]
@@ -192,6 +203,10 @@ def compose(plans: Iterable[Plan]) -> Plan:
             )
         streams.append(stream)
     stages = owners[0].stages if owners else (Stage("train"),)
+    rates = {plan.learning_rate: plan.owner for plan in plans if plan.learning_rate is not None}
+    if len(rates) > 1:
+        names = " and ".join(f"{owner} ({rate:g})" for rate, owner in rates.items())
+        raise OptionError(f"{names} each choose a learning rate: use one of them, or set learning_rate.")
     total = sum(stage.duration for stage in stages)
     if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
         shares = [stage.duration for stage in stages]
@@ -203,5 +218,6 @@ def compose(plans: Iterable[Plan]) -> Plan:
         stages=stages,
         streams=tuple(streams),
         finalise=tuple(s for plan in plans for s in plan.finalise),
+        learning_rate=next(iter(rates), None),
         owner=owners[0].owner if owners else None,
     )

@@ -88,6 +88,7 @@ class Recommended:
 
 SGD, ADAM = "sgd", "adamw_torch"
 FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
+CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,13 @@ class FTConfig(PushToHubMixin):
 
         Raises:
             OptionError: naming the option, its value and the fix.
+        """
+
+    def check_beside(self, others: tuple[FTConfig, ...]) -> None:
+        """Reject strategies that this one cannot be composed with, as far as this is known without model and data.
+
+        Raises:
+            OptionError: naming them and the fix.
         """
 
     def measure(self, model: nn.Module, context: Context) -> State:
@@ -280,6 +288,11 @@ def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig
     """Load all strategies saved in a folder or a Hub repository, without options that are local to a machine."""
     content = read_config_file(name_or_path, **hub_options)
     return tuple(FTConfig.from_dict(_completed(item)) for item in content["strategies"])
+
+
+def configured_from(data: Mapping[str, Any]) -> FTConfig:
+    """The config that another one saved within its state; as from a file, without local options."""
+    return FTConfig.from_dict(_completed(data))
 
 
 def as_saved(config: T) -> T:

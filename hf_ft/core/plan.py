@@ -145,6 +145,8 @@ class Plan:
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
         finalise: functions applied in order after training, once the best model is loaded.
+        learning_rate: the base rate in place of ``args.learning_rate``, of a strategy that chose it itself, because
+            nobody set one.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -153,6 +155,7 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
     finalise: tuple[Surgery, ...] = ()
+    learning_rate: float | None = None
     owner: str | None = field(default=None, compare=False)
 
     @property

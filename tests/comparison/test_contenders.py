@@ -11,9 +11,9 @@ from torch import nn
 
 from hf_ft import AMCFConfig, BlockwiseConfig, DAFTConfig, FullConfig, LinearProbeConfig, LPFTConfig, SoftConfig
 from hf_ft.comparison.contenders import entrant
-from hf_ft.comparison.cost import Work
 from hf_ft.comparison.settings import Settings
 from hf_ft.core.head_rate import HeadFit
+from hf_ft.engine.work import Work
 from hf_ft.testing import tiny_resnet, tiny_vit
 
 
