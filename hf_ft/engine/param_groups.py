@@ -46,7 +46,8 @@ def split_groups(
     """Split an optimizer's groups so that each has a single rate in every stage.
 
     The base rate is the plan's, if it has one, and otherwise the group's ``lr``. Where a term replaces the optimizer's
-    weight decay, the latter is set to 0. Each new group holds its rates under ``"stage_rates"``, 0 in stages that freeze it.
+    weight decay, the latter is set to 0. Each new group holds its rates under ``"stage_rates"``, 0 in stages that
+    freeze it.
 
     Returns:
         The groups, ordered by their first parameter.
