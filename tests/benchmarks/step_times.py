@@ -137,6 +137,7 @@ ROWS = (
 _PARTS = "trains parts of layers all over the network, for which there is no floor in whole layers"
 LEFT_OUT: dict[str, str] = {
     "stock": "full fine-tuning with other arguments",
+    "auto": "the strategy that it chooses",
     "rifle": "full fine-tuning but for the few steps before which the head is drawn anew",
     "bitfit": _PARTS,
     "norms_only": _PARTS,

@@ -71,7 +71,7 @@ class AutoStrategyConfig(FTConfig):
     most: int = option(6, "Maximum number of strategies to train briefly.", range="[2, inf)")
     share: float = option(1 / 3, "Length of a brief training, as a fraction of the run.", range="(0, 1]")
     folds: int = option(
-        5,
+        4,
         "Parts of the training samples that take turns as held-out samples, while the budget lasts.",
         range="[2, inf)",
     )
