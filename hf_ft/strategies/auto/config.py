@@ -114,7 +114,7 @@ class AutoStrategyConfig(FTConfig):
 
     def measure(self, model: nn.Module, context: Context) -> State:
         recipe, state, choice = Chooser(model, self, self.trainings(), context).run()
-        found = {"choice": choice.to_dict(), "config": recipe.config.shareable(), "state": dict(state.info)}
+        found = {"search": choice.to_dict(), "config": recipe.config.shareable(), "state": dict(state.info)}
         return State(state.tensors, found)
 
     def chosen(self, state: State) -> tuple[FTConfig, State]:
@@ -136,7 +136,7 @@ class AutoStrategyConfig(FTConfig):
         Raises:
             CheckpointError: if the state is damaged.
         """
-        return Choice.from_dict(state.info["choice"])
+        return Choice.from_dict(state.info["search"])
 
     def check_state(self, model: nn.Module, state: State) -> None:
         super().check_state(model, state)
