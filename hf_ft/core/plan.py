@@ -132,6 +132,23 @@ class Term:
     zero_means: str = ""
 
 
+@dataclass(frozen=True)
+class Average:
+    r"""A running average of the weights, in whose place the model is evaluated, saved and finished.
+
+    .. math:: \bar w \leftarrow d(t) \, \bar w + (1 - d(t)) \, w
+
+    after every optimizer step, where :math:`t` counts the steps before and :math:`\bar w` begins at the initial
+    weights. It covers the parameters that train and all floating-point buffers, such as BatchNorm's running statistics.
+    A stage that redraws weights begins it anew: what was before belongs to another model.
+
+    Attributes:
+        decay: :math:`d`, a function of the number of steps, with values in [0, 1].
+    """
+
+    decay: Callable[[int], float]
+
+
 Surgery = Callable[[nn.Module], nn.Module]
 
 
@@ -145,6 +162,7 @@ class Plan:
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
         finalise: functions applied in order after training, once the best model is loaded.
+        average: how the weights are averaged over the steps; None to use the weights themselves.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -153,6 +171,7 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
     finalise: tuple[Surgery, ...] = ()
+    average: Average | None = None
     owner: str | None = field(default=None, compare=False)
 
     @property

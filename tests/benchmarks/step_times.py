@@ -120,6 +120,7 @@ ROWS = (
     Row("l2_sp", "l2_sp"),
     Row("bss", "bss"),
     Row("stoch_norm", "stoch_norm"),
+    Row("ema", "ema"),
     Row("daft", "daft"),
     *referred("delta", DELTAConfig(head_epochs=1, batches=1)),
     *referred("attention_transfer", "attention_transfer"),
