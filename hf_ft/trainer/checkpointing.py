@@ -163,8 +163,7 @@ class Checkpoints:
         files.write_states(folder, {c.ft_type: trainer.states.get(c.ft_type, State()) for c in trainer.configs})
         modules = self._term_modules()
         if modules and trainer.is_in_train:  # modules used only in training are not part of the final model
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in modules.state_dict().items()}
-            save_file(tensors, folder / files.MODULES_NAME)
+            save_file(files.unshared(modules.state_dict()), folder / files.MODULES_NAME)
         if isinstance(trainer.model, PeftModel):
             files.save_buffers(trainer.model, folder)
             if trainer.args.push_to_hub and self.base_name and base_model_id(self.base_name) is None:
