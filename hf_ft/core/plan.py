@@ -115,7 +115,7 @@ class Term:
             the states of ``layers`` in the initial model.
         layers: keys of ``view.states``: module names, for their outputs, or ``"input:<module>"``; and ``SOURCE_LOGITS``
             for ``view.source_logits``. In a stage in which none of them can change, the term is constant and is
-            omitted.
+            omitted; as is one without layers that needs ``"logit_inputs"``, if these cannot.
         stream: name of the stream whose batch and ``layers`` are in ``view.streams``.
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
         couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.

@@ -23,7 +23,7 @@ from hf_ft.models.feature_hooks import run_to
 from hf_ft.models.find_layouts import look_at
 from hf_ft.models.head_layers import logit_layers
 from hf_ft.models.layouts import Layouts
-from hf_ft.models.names import Names, covers
+from hf_ft.models.names import Names, covered, covers
 from hf_ft.models.norms import batch_norms, drops_layers
 from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import acts_on_train, observing
@@ -273,14 +273,23 @@ class Objective(nn.Module):
         self.train(self.training)
 
     def _choose_terms(self) -> None:
-        """Select the terms active in this stage: all except those on layers before everything that changes."""
-        begins = self.alive.live_from
-        self.terms = [
-            term for term in self.plan.terms if not term.layers or any(self._follows(x, begins) for x in term.layers)
-        ]
+        """Select the terms active in this stage: all except those that look only at what cannot change in it."""
+        self.terms = [term for term in self.plan.terms if self._can_change(term)]
         reference = (layer for term in self.terms if "reference" in term.needs for layer in term.layers)
         self.reference_layers = tuple(dict.fromkeys(reference))
         self.wants_inputs = any(term.layers or term.stream or "inputs" in term.needs for term in self.terms)
+
+    def _can_change(self, term: Term) -> bool:
+        """Whether layers of a term, or the input of the logits that it needs, follow something that changes."""
+        begins = self.alive.live_from
+        if term.layers:
+            return any(self._follows(layer, begins) for layer in term.layers)
+        if "logit_inputs" not in term.needs or not self.chains:
+            return True
+        begins_before = any(begin < len(chain.parts) - 1 for chain, begin in zip(self.chains, begins, strict=True))
+        head, logits = set(self._head.begins), set(self._head.logits)
+        inside = [name for name, _ in self.model.named_parameters() if covered(name, head)]
+        return begins_before or not all(covered(name, logits) for name in inside)
 
     def _follows(self, layer: str, begins: Sequence[int]) -> bool:
         """Whether a layer lies in, or contains, one of its chain's parts from this index on."""

@@ -216,6 +216,30 @@ def test_the_copy_runs_in_the_modes_of_the_model():
     assert [m.training for m in term.network.modules()] == [m.training for m in model.modules()]
 
 
+def test_it_acts_where_what_enters_the_logits_changes(monkeypatch):
+    for make, active in ((tiny_resnet, [False, True]), (tiny_roberta, [True, True])):  # whose head has another layer
+        objective = set_up(make(), ["lp_ft", "bi_tuning"]).objective()
+        acts = []
+        for stage in objective.plan.stages:
+            objective.enter(stage)
+            acts.append(bool(objective.terms) and objective.wants_inputs)
+        assert acts == active
+    said = []
+    monkeypatch.setattr("hf_ft.engine.run.logger.warning_once", said.append)
+    set_up(tiny_resnet(), ["linear_probe", "bi_tuning"]).objective()
+    assert [message.partition(":")[0] for message in said] == ["bi_tuning has no effect"]
+
+
+def test_with_adapters_it_compares_with_the_head_that_trains():
+    run = set_up(tiny_bert(), ["peft", "bi_tuning"])
+    objective, term = run.objective().train(), run.plan.terms[0].fn
+    for stage in run.plan.stages:
+        objective.enter(stage)
+    objective(**tiny_inputs(tiny_bert(), 4))["loss"].backward()
+    layer = run.model.get_submodule(term._classifier)
+    assert type(layer) is nn.Linear and layer.weight.requires_grad and term.projector.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("labels", [torch.rand(4, 3), torch.rand(4)])
 def test_mixed_labels_are_refused(labels):
     model = tiny_resnet()

@@ -23,6 +23,8 @@ def classifier_of(model: nn.Module, head: Names) -> str:
     """
     modules = tuple(name for name in head if has_parameters(model, name))
     layers = logit_layers(model, modules) or logit_layers(model, modules, trainable=False)
+    # A wrapper, as PEFT puts around a head that trains, has the weight of the layer in it.
+    layers = tuple({model.get_submodule(name).weight: name for name in layers}.values())
     one = len(layers) == 1 and isinstance(model.get_submodule(layers[0]), nn.Linear)
     if not one or adapter_around(model, layers[0]) is not None:
         raise OptionError(
