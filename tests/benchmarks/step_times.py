@@ -119,6 +119,7 @@ ROWS = (
                        "activations"),
     Row("l2_sp", "l2_sp"),
     Row("bss", "bss"),
+    Row("bi_tuning", "bi_tuning", Floor(references=1)),
     Row("stoch_norm", "stoch_norm"),
     Row("daft", "daft"),
     *referred("delta", DELTAConfig(head_epochs=1, batches=1)),
