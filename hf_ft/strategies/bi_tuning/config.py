@@ -33,11 +33,12 @@ class BiTuningConfig(FTConfig):
         L = \mathrm{CE} + \lambda \, (L_\mathrm{CCE} + L_\mathrm{CCL}), \qquad
         L_\bullet = \frac1B \sum_i \mathrm{KL}(u_i \,\|\, \operatorname{softmax}(s_i / T))
 
-    :math:`s_i` holds a sample's similarity to its own key and to ``queue_size`` keys :math:`K` of each class;
-    :math:`u_i` is :math:`1 / (K + 1)` for the former and for the keys of its class, 0 for those of others. Keys come
-    from an average of the network over the steps, which sees a second view of the sample. With the input :math:`h` of
-    the classifier, the weights :math:`w_c` and bias :math:`b_c` of class :math:`c`, a linear projector :math:`P` and
-    :math:`\bar v = v / \lVert v \rVert`, keys with a prime,
+    :math:`s_i` holds a similarity :math:`s_{i0}` for the sample itself, and one, :math:`s_{ick}`, for each of the last
+    :math:`K` keys (``queue_size``) of each class; :math:`u_i` is :math:`1 / (K + 1)` for the sample itself and the keys
+    of its class, 0 for those of others. Keys come from an average of the network over the steps, which sees a second
+    view of each sample. With the input :math:`h` of the classifier, the weights :math:`w_c` and bias :math:`b_c` of
+    class :math:`c`, a linear projector :math:`P`, :math:`\bar v = v / \lVert v \rVert`, and a prime for keys,
+    :math:`(s_{i0}, s_{ick})` are
 
     .. math::
         \text{CCE:} \quad \overline{(w_{y_i}, b_{y_i})} \cdot \overline{(h_i, 1)}, \quad
