@@ -14,8 +14,8 @@ from torch import nn
 
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.task import Bench
-from hf_ft.core.compose import recommended_arguments, resolve, shared_option
-from hf_ft.core.config import ADAM, BASELINE, CHOSEN, FITTED, SGD, FTConfig, config_class, strategies
+from hf_ft.core.compose import chooses_rate, recommended_arguments, resolve, shared_option
+from hf_ft.core.config import ADAM, BASELINE, FITTED, SGD, FTConfig, config_class, strategies
 from hf_ft.core.head_rate import HeadFit
 from hf_ft.core.options import options
 from hf_ft.core.search_space import Choice, Declared, FittedRate, LogRange, Space, edges, spread
@@ -197,7 +197,7 @@ def entrant(
     recommended = recommended_arguments(configs)
     own = recommended["optim"].value if "optim" in recommended else ADAM
     order = sorted(optims, key=lambda optim: optim != own)  # its own first
-    if _chooses_rate(configs):
+    if any(map(chooses_rate, configs)):
         return _untuned(name, made, bench, order[0], tuned, notes, refusal)
     rates = {optim: _recommended_rate(configs, optim) for optim in order}
     fits = any(isinstance(part, FittedRate) for part in tuned.values()) or None in rates.values()
@@ -223,10 +223,6 @@ def _untuned(
     space = {option: part for option, part in tuned.items() if not isinstance(part, FittedRate)}
     first = {option: _default(made, option) for option in space}
     return Entrant(name, tuple(made), {optim: space}, first, bench, {}, tuple(notes), refusal)
-
-
-def _chooses_rate(configs: Iterable[FTConfig]) -> bool:
-    return any(RATE in config.recommended and config.recommended[RATE].value == CHOSEN for config in configs)
 
 
 def _space(rates: LogRange, tuned: Declared, head_rate: float | None) -> dict[str, LogRange | Choice]:

@@ -152,6 +152,11 @@ UNDER_SGD = {
 }
 
 
+def chooses_rate(config: FTConfig) -> bool:
+    """Whether a strategy chooses its learning rate itself, where nobody sets one; no recommended rate is used then."""
+    return "learning_rate" in config.recommended and config.recommended["learning_rate"].value == CHOSEN
+
+
 def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None) -> dict[str, Recommended]:
     """Merge the recommended training arguments; if two strategies differ, the first takes precedence.
 
@@ -160,7 +165,7 @@ def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None)
             what an optimizer needs beside it, are those for this optimizer.
     """
     merged: dict[str, Recommended] = {}
-    for config in configs:
+    for config in sorted(configs, key=lambda config: not chooses_rate(config)):
         for name, wanted in config.recommended.items():
             merged.setdefault(name, wanted)
     own = merged["optim"].value if "optim" in merged else ADAM
@@ -177,17 +182,21 @@ def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None)
 
 
 def compose(plans: Iterable[Plan]) -> Plan:
-    """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages.
+    """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages, one averages.
 
     Raises:
-        OptionError: if two plans own stages (both are named), two terms share a name, two streams of the same name
-            differ, two plans set different learning rates, or stage durations do not sum to 1.
+        OptionError: if two plans own stages or average the weights (both are named), two terms share a name, two
+            streams of the same name differ, two plans set different learning rates, or stage durations do not sum to 1.
     """
     plans = tuple(plans)
     owners = [plan for plan in plans if plan.stages]
     if len(owners) > 1:
         names = " and ".join(str(plan.owner) for plan in owners)
         raise OptionError(f"{names} both decide which parameters train when; use one of them.")
+    averaging = [plan for plan in plans if plan.average is not None]
+    if len(averaging) > 1:
+        names = " and ".join(str(plan.owner) for plan in averaging)
+        raise OptionError(f"{names} both average the weights; use one of them.")
     terms = tuple(term for plan in plans for term in plan.terms)
     names_seen = [term.name for term in terms]
     twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
@@ -219,5 +228,6 @@ def compose(plans: Iterable[Plan]) -> Plan:
         streams=tuple(streams),
         finalise=tuple(s for plan in plans for s in plan.finalise),
         learning_rate=next(iter(rates), None),
+        average=averaging[0].average if averaging else None,
         owner=owners[0].owner if owners else None,
     )

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_ft.core.compose import check_composed, recommended_arguments, shared_option
+from hf_ft.core.compose import check_composed, chooses_rate, recommended_arguments, shared_option
 from hf_ft.core.config import CHOSEN, FITTED, FTConfig
 from hf_ft.core.plan import Plan
 from hf_ft.data.label_checks import check_labels
@@ -287,7 +287,7 @@ def warn_left_out(plan: Plan) -> None:
 
 def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:
     """Warn about training arguments that differ from those recommended for the method."""
-    configs = tuple(configs)
+    configs = tuple(sorted(configs, key=lambda config: not chooses_rate(config)))
     present = recommended_arguments(configs, OptimizerNames(args.optim).value)
     # These are meant to be chosen, and depend on the optimizer: warn only if nobody set them.
     chosen = {name: present[name] for name in ("learning_rate", "max_grad_norm") if name in present}

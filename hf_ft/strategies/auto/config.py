@@ -101,8 +101,8 @@ class AutoStrategyConfig(FTConfig):
         return value
 
     def check_beside(self, others: tuple[FTConfig, ...]) -> None:
-        if others:
-            names = ", ".join(other.ft_type for other in others)
+        names = ", ".join(other.ft_type for other in others if not other.averages)
+        if names:
             raise OptionError(
                 f"{self.ft_type} chooses the strategy itself, so it cannot be composed with {names}: use one or the "
                 f"other, or {self.ft_type}.choose_from to say what to choose from."

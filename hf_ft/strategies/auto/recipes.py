@@ -108,6 +108,8 @@ def _fitting(name: str, chooser: FTConfig, model: nn.Module) -> FTConfig:
         raise OptionError("it has options without a default")
     if config.sources_option:
         raise OptionError("it trains several models")
+    if config.averages:
+        raise OptionError("it averages what another strategy trains: compose it")
     if config.cost is not None and config.cost >= advising.WITH_A_SEARCH:
         raise OptionError("it searches itself")
     if config.needs().source_data == "required":
