@@ -139,8 +139,9 @@ class Average:
     .. math:: \bar w \leftarrow d(t) \, \bar w + (1 - d(t)) \, w
 
     after every optimizer step, where :math:`t` counts the steps before and :math:`\bar w` begins at the initial
-    weights. It covers the parameters that train and all floating-point buffers, such as BatchNorm's running statistics.
-    A stage that redraws weights begins it anew: what was before belongs to another model.
+    weights. It covers the parameters that train. Buffers stay those of the last step: BatchNorm's running statistics
+    are averages already, and another would make them lag. A stage that redraws weights begins it anew, since what was
+    before belongs to another model.
 
     Attributes:
         decay: :math:`d`, a function of the number of steps, with values in [0, 1].
