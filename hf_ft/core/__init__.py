@@ -9,6 +9,7 @@ from hf_ft.core.compose import compose
 from hf_ft.core.config import FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
+from hf_ft.core.fitted_head import FittedHead
 from hf_ft.core.head_rate import UNSET_RATE, HeadRate, describe_head_rate, head_rates, measure_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
@@ -33,6 +34,7 @@ __all__ = [
     "DistanceFromStart",
     "FTConfig",
     "Findings",
+    "FittedHead",
     "FittedRate",
     "HeadRate",
     "FrozenCache",

@@ -52,6 +52,19 @@ def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{tensors_file} is damaged ({error}). Restore it, or use another one.") from error
 
 
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, as safetensors saves them: each contiguous, with memory of its own.
+
+    Modules that share weights have them under two names.
+    """
+    kept = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in kept.items():
+        kept[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return kept
+
+
 def write_states(folder: Path, states: Mapping[str, State]) -> None:
     """Write ``ft_state.safetensors``: every strategy's tensors under its name, and JSON values in the header."""
     tensors = {f"{name}/{key}": t.contiguous().cpu() for name, s in states.items() for key, t in s.tensors.items()}

@@ -248,6 +248,9 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
         if name in trainable and any(covers(prefix, name) for prefix in anchor_names)
     }
     compares = any("reference" in term.needs for term in plan.terms)
+    for module in plan.term_modules.values():
+        if hasattr(module, "begin"):
+            module.begin(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     reference = Reference(model, layouts) if compares else None
     average = plan.average and RunningAverage(model, ever_trained(plan, model, trainable), plan.average)
@@ -335,7 +338,7 @@ def _chains(
     configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]
 ) -> tuple[Chain, ...]:
     everything = sum(1 for _ in model.parameters())
-    needs_chains = any(term.layers or "features" in term.needs for term in plan.terms)
+    needs_chains = any(term.layers or {"features", "logit_inputs"} & term.needs for term in plan.terms)
     needs_chains |= any(len(ever_trained(Plan(stages=(s,)), model, trainable)) < everything for s in plan.stages)
     if not needs_chains:  # so that plain fine-tuning works on models of unknown anatomy
         return ()

@@ -2,6 +2,7 @@
 
 from hf_ft.strategies.amcf.config import AMCFConfig as AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig as AttentionTransferConfig
+from hf_ft.strategies.bi_tuning.config import BiTuningConfig as BiTuningConfig
 from hf_ft.strategies.bitfit import BitFitConfig as BitFitConfig
 from hf_ft.strategies.blockwise.config import BlockwiseConfig as BlockwiseConfig
 from hf_ft.strategies.bss import BSSConfig as BSSConfig

@@ -164,8 +164,7 @@ class Checkpoints:
         files.write_states(folder, {c.ft_type: trainer.states.get(c.ft_type, State()) for c in trainer.configs})
         modules = self._term_modules()
         if modules and trainer.is_in_train:  # modules used only in training are not part of the final model
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in modules.state_dict().items()}
-            save_file(tensors, folder / files.MODULES_NAME)
+            save_file(files.unshared(modules.state_dict()), folder / files.MODULES_NAME)
         average = self._average()
         if average is not None and average.begun and not trainer.args.save_only_model:
             tensors = {name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}

@@ -245,6 +245,8 @@ class FTTrainer(Trainer):
             assert self._attempt is not None
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
                 self.accelerator.ddp_handler.find_unused_parameters |= self._attempt.objective.sometimes_unused
+            if self.accelerator.num_processes > 1:
+                self._attempt.objective.gather = self.accelerator.gather
             return self.accelerator.prepare_model(self._attempt.objective)
         if self._attempt is None or self._attempt.objective.model is not self.model:
             self._attempt = Attempt.begin(self, Objective(self.model, Plan(), task_loss=self.task_loss), self._attempt)
@@ -318,7 +320,8 @@ class FTTrainer(Trainer):
         batched: Any = attempt.cache.collator_for(read, description)
         if seeded:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            batched, read = TrainingBatches(read, batched, seed, attempt.epoch), range(len(dataset))
+            twice = attempt.objective.plan.second_view
+            batched, read = TrainingBatches(read, batched, seed, attempt.epoch, twice), range(len(dataset))
         users, self.data_collator = self.data_collator, batched
         try:
             return super()._get_dataloader(read, description, batch_size, sampler, is_training, dataloader_key)

@@ -119,6 +119,7 @@ ROWS = (
                        "activations"),
     Row("l2_sp", "l2_sp"),
     Row("bss", "bss"),
+    Row("bi_tuning", "bi_tuning", Floor(references=1)),
     Row("stoch_norm", "stoch_norm"),
     Row("ema", "ema"),
     Row("daft", "daft"),
