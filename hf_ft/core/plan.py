@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -95,6 +95,13 @@ class Stream:
         return size
 
 
+@runtime_checkable
+class CopiesModel(Protocol):
+    """A term's module that copies what it needs of the model, once, after all surgery and before training."""
+
+    def begin(self, model: nn.Module) -> None: ...
+
+
 @dataclass(frozen=True)
 class Term:
     r"""A summand of the training loss: :math:`\text{weight} \cdot \text{schedule}(t) \cdot \text{fn}(\text{view})`.
@@ -104,8 +111,7 @@ class Term:
         fn: :class:`~hf_ft.core.view.View` -> scalar; a micro-batch mean if it depends on the batch. It runs in
             float32, outside autocast. If it is an ``nn.Module``, its parameters train in every stage at
             ``args.learning_rate``, unless they require no gradient, and are saved with each checkpoint, as are its
-            buffers; and its method ``begin(model)``, if it has one, is called once, after all surgery and before
-            training, to copy what it needs of the model.
+            buffers; it may be a :class:`CopiesModel`.
         weight: a constant factor.
         schedule: a further factor, as a function of the progress of the whole run in [0, 1].
         anchors: names of parameters whose initial values are kept for ``view.starts``.

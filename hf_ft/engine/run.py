@@ -17,7 +17,7 @@ from transformers.utils import logging
 from hf_ft.core.compose import build_plan, resolve, shared_option
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, State
-from hf_ft.core.plan import Plan, Term, stage_borders, stage_index, trained_by
+from hf_ft.core.plan import CopiesModel, Plan, Term, stage_borders, stage_index, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.engine.frozen.reference import Reference
@@ -249,7 +249,7 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
     }
     compares = any("reference" in term.needs for term in plan.terms)
     for module in plan.term_modules.values():
-        if hasattr(module, "begin"):
+        if isinstance(module, CopiesModel):
             module.begin(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     reference = Reference(model, layouts) if compares else None
