@@ -202,6 +202,7 @@ def compose(plans: Iterable[Plan]) -> Plan:
         terms=terms,
         stages=stages,
         streams=tuple(streams),
+        select=tuple(s for plan in plans for s in plan.select),
         finalise=tuple(s for plan in plans for s in plan.finalise),
         owner=owners[0].owner if owners else None,
     )
