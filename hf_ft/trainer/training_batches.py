@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from hf_ft.data.rows import read_rows
+from hf_ft.data.rows import drawn_rows, read_rows, same_each_time
 from hf_ft.data.streams import mixed
+from hf_ft.engine.batch import second_view_columns
 from hf_ft.engine.frozen.staged_rows import StagedRows
 from hf_ft.models.preserve import random_states_kept
+
+CHECKED = 8  # rows that are read several times to see whether they differ
 
 
 class TrainingBatches:
@@ -26,12 +28,24 @@ class TrainingBatches:
         collate: turns rows into a batch.
         seed: seed of the augmentation.
         epoch: number of the epoch, in memory that worker processes share.
+        twice: whether a batch also holds its rows as read with other random numbers, if these make a difference.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: Tensor) -> None:
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: Tensor, twice: bool = False
+    ) -> None:
         self.dataset, self.collate, self.seed, self.epoch = dataset, collate, seed, epoch
+        self.twice = twice and not same_each_time(lambda: self._read(drawn_rows(len(dataset), CHECKED)))
 
     def __call__(self, rows: Sequence[int]) -> Any:
-        drawn = not (isinstance(self.dataset, StagedRows) and self.dataset.recorded)  # setting states takes 0.1 ms
-        with random_states_kept(mixed(self.seed, int(self.epoch), *rows)) if drawn else nullcontext():
-            return self.collate(read_rows(self.dataset, rows))
+        if isinstance(self.dataset, StagedRows) and self.dataset.recorded:  # setting states takes 0.1 ms
+            return self._read(rows)
+        batch = self._drawn(rows)
+        return {**batch, **second_view_columns(self._drawn(rows, 1))} if self.twice else batch
+
+    def _drawn(self, rows: Sequence[int], *again: int) -> Any:
+        with random_states_kept(mixed(self.seed, int(self.epoch), *again, *rows)):
+            return self._read(rows)
+
+    def _read(self, rows: Sequence[int]) -> Any:
+        return self.collate(read_rows(self.dataset, rows))

@@ -236,3 +236,12 @@ def test_a_hand_written_loop_hands_in_the_evaluation():
     run = run.select(evaluate, batches)
     assert run.states["wise_ft"].info["choice"]["value"] == 0.5
     same_tensors(snapshot(run.finish()), seen[1])
+
+
+def test_a_running_average_is_what_is_averaged(tmp_path):
+    key = "bert.encoder.layer.0.output.dense.weight"
+    before, after, _ = trained_alone(TINY_MODELS["bert"], tmp_path / "ema", "ema")
+    trainer = make_trainer(TINY_MODELS["bert"](), ["ema", WiSEFTConfig(alpha=0.5)], tmp_path / "wise")
+    trainer.train()
+    wanted = 0.5 * before[key] + 0.5 * after[key]
+    torch.testing.assert_close(trainer.model.state_dict()[key], wanted, rtol=1e-6, atol=1e-8)
