@@ -206,6 +206,7 @@ def compose(plans: Iterable[Plan]) -> Plan:
         terms=terms,
         stages=stages,
         streams=tuple(streams),
+        select=tuple(s for plan in plans for s in plan.select),
         finalise=tuple(s for plan in plans for s in plan.finalise),
         average=averaging[0].average if averaging else None,
         owner=owners[0].owner if owners else None,

@@ -144,6 +144,27 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """A choice among final models, made on evaluation data after training, before ``finalise``.
+
+    The model as trained is the best of the run if the Trainer loads that. Where a candidate's weights differ from it,
+    BatchNorm layers whose running statistics moved in training get those of the training data under these weights.
+
+    Attributes:
+        name: the ``ft_type`` of the strategy that chooses: its state holds the choice and all scores.
+        candidates: the values to choose from; ties go to the first. A single one needs no evaluation data.
+        weights: a pure function of the initial values, the trained ones (both in float32 or wider, on the CPU) and a
+            candidate, that returns the candidate's weights.
+        anchors: names of the parameters that it sets: those among them that any stage trains.
+    """
+
+    name: str
+    candidates: tuple[float, ...]
+    weights: Callable[[Sequence[Tensor], Sequence[Tensor], float], Sequence[Tensor]]
+    anchors: Names = EVERYTHING
+
+
+@dataclass(frozen=True)
 class Average:
     r"""A running average of the weights, in whose place the model is evaluated, saved and finished.
 
@@ -173,7 +194,8 @@ class Plan:
         terms: summands added to the task loss.
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
-        finalise: functions applied in order after training, once the best model is loaded.
+        select: choices among final models, made in order after training, once the best model is loaded.
+        finalise: functions applied in order after that.
         average: how the weights are averaged over the steps; None to use the weights themselves.
         owner: the strategy that set the stages, for the error message if two do.
     """
@@ -182,6 +204,7 @@ class Plan:
     terms: tuple[Term, ...] = ()
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
+    select: tuple[Selection, ...] = ()
     finalise: tuple[Surgery, ...] = ()
     average: Average | None = None
     owner: str | None = field(default=None, compare=False)

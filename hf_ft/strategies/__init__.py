@@ -24,3 +24,4 @@ from hf_ft.strategies.soft import SoftConfig as SoftConfig
 from hf_ft.strategies.stoch_norm import StochNormConfig as StochNormConfig
 from hf_ft.strategies.stock import StockConfig as StockConfig
 from hf_ft.strategies.tred.config import TREDConfig as TREDConfig
+from hf_ft.strategies.wise_ft import WiSEFTConfig as WiSEFTConfig

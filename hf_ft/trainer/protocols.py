@@ -70,6 +70,20 @@ class ForContext(ForCache, ForStreams, Protocol):
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]: ...
 
 
+class ForSelection(ForCache, Protocol):
+    """To choose among final models."""
+
+    configs: tuple[FTConfig, ...]
+    callback_handler: CallbackHandler
+    control: TrainerControl
+    eval_dataset: Any
+    optimizer: Any
+    quiet: bool
+
+    def evaluate(self) -> dict[str, float]: ...
+    def log(self, logs: dict[str, float]) -> None: ...
+
+
 class ForCard(Protocol):
     """To write the model card."""
 

@@ -48,6 +48,7 @@ from hf_ft.trainer.context import curve, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
+from hf_ft.trainer.selection import select
 from hf_ft.trainer.training_batches import TrainingBatches
 
 logger = logging.get_logger(__name__)
@@ -87,6 +88,7 @@ class FTTrainer(Trainer):
     lr_scheduler: Any
     train_dataset: Any
     data_info: Any = None  # a DataInfo, for the model card
+    quiet: bool = False  # whether nothing is logged
     _signature_columns: Any
 
     def __init__(
@@ -206,7 +208,7 @@ class FTTrainer(Trainer):
         self._run = set_up(self.model, self.configs, states=self._states())
         if self._run.model is not self.model:
             self.model = self.model_wrapped = self._run.model
-        if self._resuming is not None and (self._run.anchors or self._run.reference):
+        if self._resuming is not None and (self._run.anchors or self._run.reference or self._run.origin):
             self._checkpoints.check_base(self._resuming)
         if is_map_style(self.train_dataset):
             self._run.find_layouts(self.context())
@@ -234,6 +236,9 @@ class FTTrainer(Trainer):
 
     def _finish_run(self) -> None:
         assert self._run is not None
+        if self._run.plan.select and self._attempt is not None:
+            self._attempt.cache.forget()  # recorded with the weights of the last stage
+        self._run = select(self, self._run)
         self.model = self.callback_handler.model = self._run.finish()
         self._finished = bool(self._run.plan.finalise)  # the model was replaced: the next train() starts anew
 
@@ -364,6 +369,8 @@ class FTTrainer(Trainer):
         return 0 if starts_at_borders(inputs) else super().floating_point_ops(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.quiet:
+            return
         if "loss" in logs and self._attempt is not None:
             logs.update(self._attempt.log.drain(self.accelerator))
             if len(self._attempt.stepper.borders) > 1:
