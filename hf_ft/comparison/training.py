@@ -23,6 +23,7 @@ from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
+from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
 from hf_ft.errors import AnatomyError, OptionError
@@ -46,6 +47,7 @@ class CommonSettings:
         distortion_samples: number of samples of each test set used to measure feature distortion.
         device: type of the device whose time is measured.
         patience: epochs without a better validation score after which a training ends; None for never.
+        mixing: how the images of a training batch are mixed.
     """
 
     arguments: Mapping[str, Any]
@@ -55,6 +57,7 @@ class CommonSettings:
     distortion_samples: int = 0
     device: str = "cpu"
     patience: int | None = None
+    mixing: Mixing = Mixing()
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ def _trainer(
         data_collator=entrant.bench.collate,
         processing_class=entrant.bench.processor,
         compute_metrics=finite_metrics,
+        **common.mixing.given,
     )
     trainer.data_info = entrant.bench.info
     trainer.remove_callback(PrinterCallback)
