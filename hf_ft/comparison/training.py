@@ -171,7 +171,8 @@ def _trainer(
         data_collator=entrant.bench.collate,
         processing_class=entrant.bench.processor,
         compute_metrics=finite_metrics,
-        **common.mixing.given,
+        mixup=common.mixing.mixup,
+        cutmix=common.mixing.cutmix,
     )
     trainer.data_info = entrant.bench.info
     trainer.remove_callback(PrinterCallback)

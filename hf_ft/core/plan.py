@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_ft.core.view import View
 
 NormMode = Literal["auto", "eval", "train"]
+Need = Literal["features", "logit_inputs", "inputs", "second_view", "reference"]
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,19 @@ class Term:
         name: logged under ``loss/<name>``.
         fn: :class:`~hf_ft.core.view.View` -> scalar; a micro-batch mean if it depends on the batch. It runs in
             float32, outside autocast. If it is an ``nn.Module``, its parameters train in every stage at
-            ``args.learning_rate`` and are saved with each checkpoint.
+            ``args.learning_rate``, unless they require no gradient, and are saved with each checkpoint, as are its
+            buffers; and its method ``begin(model)``, if it has one, is called once, after all surgery and before
+            training, to copy what it needs of the model.
         weight: a constant factor.
         schedule: a further factor, as a function of the progress of the whole run in [0, 1].
         anchors: names of parameters whose initial values are kept for ``view.starts``.
-        needs: further contents of the view: ``"features"`` is the input of the head, ``"inputs"`` the batch (no
-            frozen prefix can be skipped then), ``"reference"`` the states of ``layers`` in the initial model.
+        needs: further contents of the view: ``"features"`` is the input of the head, ``"logit_inputs"`` that of its
+            last layer, ``"inputs"`` the batch (no frozen prefix can be skipped then), ``"second_view"`` the same
+            samples read a second time, so that augmentation draws other numbers (with ``"inputs"``), ``"reference"``
+            the states of ``layers`` in the initial model.
         layers: keys of ``view.states``: module names, for their outputs, or ``"input:<module>"``; and ``SOURCE_LOGITS``
             for ``view.source_logits``. In a stage in which none of them can change, the term is constant and is
-            omitted.
+            omitted; as is one without layers that needs ``"logit_inputs"``, if these cannot.
         stream: name of the stream whose batch and ``layers`` are in ``view.streams``.
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
         couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.
@@ -123,13 +128,30 @@ class Term:
     weight: float = 1.0
     schedule: Callable[[float], float] | None = None
     anchors: Names = ()
-    needs: frozenset[Literal["features", "inputs", "reference"]] = frozenset()
+    needs: frozenset[Need] = frozenset()
     layers: Names = ()
     stream: str | None = None
     replaces_decay: Names = ()
     couples_batch: bool = False
     starts_at_zero: bool = False
     zero_means: str = ""
+
+
+@dataclass(frozen=True)
+class Average:
+    r"""A running average of the weights, in whose place the model is evaluated, saved and finished.
+
+    .. math:: \bar w \leftarrow d(t) \, \bar w + (1 - d(t)) \, w
+
+    after every optimizer step, where :math:`t` counts the steps before and :math:`\bar w` begins at the initial
+    weights. It covers the parameters that train and all floating-point buffers, such as BatchNorm's running statistics.
+    A stage that redraws weights begins it anew: what was before belongs to another model.
+
+    Attributes:
+        decay: :math:`d`, a function of the number of steps, with values in [0, 1].
+    """
+
+    decay: Callable[[int], float]
 
 
 Surgery = Callable[[nn.Module], nn.Module]
@@ -145,6 +167,7 @@ class Plan:
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
         finalise: functions applied in order after training, once the best model is loaded.
+        average: how the weights are averaged over the steps; None to use the weights themselves.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -153,12 +176,18 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
     finalise: tuple[Surgery, ...] = ()
+    average: Average | None = None
     owner: str | None = field(default=None, compare=False)
 
     @property
     def term_modules(self) -> nn.ModuleDict:
         """The trainable modules of terms, by term name."""
         return nn.ModuleDict({term.name: term.fn for term in self.terms if isinstance(term.fn, nn.Module)})
+
+    @property
+    def second_view(self) -> bool:
+        """Whether a term needs each sample twice."""
+        return any("second_view" in term.needs for term in self.terms)
 
 
 def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> list[str]:

@@ -116,7 +116,9 @@ class StageCache:
             if recorded is not None:
                 objective.prefix, store = recorded
                 rows.activate(store)
-                self._eval_rows = {}
+                average = objective.average
+                if average is None or not average.moved(objective.alive.resting):
+                    self._eval_rows = {}  # else evaluation runs the average of what is recorded here
 
     def leave_out_unused(self) -> None:
         """Stop reading reference states once no term of weight > 0 uses them."""

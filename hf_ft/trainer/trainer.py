@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.mixing import Mixing
 from hf_ft.data.prepare import collate
 from hf_ft.data.streams import is_map_style
+from hf_ft.engine.averaging import averaged
 from hf_ft.engine.batch import leading, own_rows, rows_of, starts_at_borders
 from hf_ft.engine.checkpoint_folders import files_written_whole
 from hf_ft.engine.objective import Objective
@@ -253,6 +255,8 @@ class FTTrainer(Trainer):
             assert self._attempt is not None
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
                 self.accelerator.ddp_handler.find_unused_parameters |= self._attempt.objective.sometimes_unused
+            if self.accelerator.num_processes > 1:
+                self._attempt.objective.gather = self.accelerator.gather
             return self.accelerator.prepare_model(self._attempt.objective)
         if self._attempt is None or self._attempt.objective.model is not self.model:
             self._attempt = Attempt.begin(self, Objective(self.model, Plan(), task_loss=self.task_loss), self._attempt)
@@ -326,8 +330,8 @@ class FTTrainer(Trainer):
         batched: Any = attempt.cache.collator_for(read, description)
         if seeded:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            mixed = self.mixing, mixing_checks.classes_of(self.model)
-            batched, read = TrainingBatches(read, batched, seed, attempt.epoch, *mixed), range(len(dataset))
+            how = attempt.objective.plan.second_view, self.mixing, mixing_checks.classes_of(self.model)
+            batched, read = TrainingBatches(read, batched, seed, attempt.epoch, *how), range(len(dataset))
         users, self.data_collator = self.data_collator, batched
         try:
             return super()._get_dataloader(read, description, batch_size, sampler, is_training, dataloader_key)
@@ -383,6 +387,20 @@ class FTTrainer(Trainer):
         present = [group for group in groups if STAGE_RATES in group and group[STAGE_RATES][stage]]
         return float(present[0]["lr"]) if present and len(groups) > 1 else super()._get_learning_rate()
 
+    # --- evaluating ----------------------------------------------------------------------------------------
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """In training, the average in the place of the weights, if the plan has one; afterwards the model is that."""
+        return averaged(None if self._run is None else self._run.average)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._averaged():
+            return super().predict(*args, **kwargs)
+
     # --- saving and loading --------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -391,7 +409,7 @@ class FTTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        with files_written_whole(folder) as written:
+        with files_written_whole(folder) as written, self._averaged():
             super()._save(str(written), state_dict)
             self._checkpoints.save_beside_weights(written)
             write_card(card_of(self, self._checkpoints.base_name, folder), written)
@@ -418,7 +436,7 @@ class FTTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_run()  # terms refer to the initial weights, not to those of the checkpoint
-        self._checkpoints.load(resume_from_checkpoint)
+        self._checkpoints.load(resume_from_checkpoint, to_resume=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Like ``Trainer``; files that do not fit are named."""

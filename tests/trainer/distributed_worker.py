@@ -154,6 +154,16 @@ trainer = make_trainer(still(tiny_resnet()), "lp_ft", folder / f"saved-{ranks}",
 trainer.train(resume_from_checkpoint=str(folder / f"saved-{ranks}" / "checkpoint-3"))
 same_tensors(snapshot(trainer.model), snapshot(whole.model))
 
+# So with an average of the weights, which is what is saved, loaded and left; the live weights go on.
+averaged = ["lp_ft", "l2_sp", "ema"]
+whole = run("averaged", still(tiny_resnet()), averaged, load_best_model_at_end=True, **saving)
+trainer = make_trainer(still(tiny_resnet()), averaged, folder / f"averaged-{ranks}", optim="sgd",
+                       per_device_train_batch_size=8 // ranks, load_best_model_at_end=True, **saving)  # fmt: skip
+trainer.train(resume_from_checkpoint=str(folder / f"averaged-{ranks}" / "checkpoint-3"))
+same_tensors(snapshot(trainer.model), snapshot(whole.model))
+for tensor in snapshot(trainer.model).values():
+    assert bool((trainer.accelerator.gather(tensor[None].float()) == tensor).all()), "the ranks differ"
+
 # A stream goes on where each rank left it.
 for source in ("rows", "streaming"):
     ends = []

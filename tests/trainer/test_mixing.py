@@ -213,7 +213,7 @@ def test_both_take_turns_and_members_of_an_ensemble_get_the_same_box():
 
 def collator(epoch=0, seed=3):
     data = tiny_data(tiny_resnet(), 24)
-    return TrainingBatches(data, default_data_collator, seed, torch.tensor(epoch), Mixing(**MIXED), 3)
+    return TrainingBatches(data, default_data_collator, seed, torch.tensor(epoch), False, Mixing(**MIXED), 3)
 
 
 def batches(rows, workers=0, **more):
