@@ -23,6 +23,7 @@ from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
+from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
 from hf_ft.engine.selection import choices
@@ -48,6 +49,7 @@ class CommonSettings:
         distortion_samples: number of samples of each test set used to measure feature distortion.
         device: type of the device whose time is measured.
         patience: epochs without a better validation score after which a training ends; None for never.
+        mixing: how the images of a training batch are mixed.
     """
 
     arguments: Mapping[str, Any]
@@ -57,6 +59,7 @@ class CommonSettings:
     distortion_samples: int = 0
     device: str = "cpu"
     patience: int | None = None
+    mixing: Mixing = Mixing()
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,8 @@ def _trainer(
         data_collator=entrant.bench.collate,
         processing_class=entrant.bench.processor,
         compute_metrics=finite_metrics,
+        mixup=common.mixing.mixup,
+        cutmix=common.mixing.cutmix,
     )
     trainer.data_info = entrant.bench.info
     trainer.remove_callback(PrinterCallback)
