@@ -203,5 +203,6 @@ def compose(plans: Iterable[Plan]) -> Plan:
         stages=stages,
         streams=tuple(streams),
         finalise=tuple(s for plan in plans for s in plan.finalise),
+        draws=any(plan.draws for plan in plans),
         owner=owners[0].owner if owners else None,
     )

@@ -145,6 +145,7 @@ class Plan:
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
         finalise: functions applied in order after training, once the best model is loaded.
+        draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -153,6 +154,7 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
     finalise: tuple[Surgery, ...] = ()
+    draws: bool = False
     owner: str | None = field(default=None, compare=False)
 
     @property
