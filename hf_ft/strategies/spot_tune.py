@@ -63,7 +63,7 @@ class SpotTuneConfig(FTConfig):
     policy_width: int = option(128, "Number of hidden units of the policy network.", range="[1, inf)")
     noise: bool = option(
         True,
-        "Whether decisions are drawn in training, by Gumbel noise. If not, the likelier one is taken, as in evaluation.",
+        "Whether decisions are drawn in training, by Gumbel noise; if not, the likelier is taken, as in evaluation.",
         source="code",
     )
     head_lr: float | None = option(
@@ -73,7 +73,8 @@ class SpotTuneConfig(FTConfig):
     def check_arguments(self, args: TrainingArguments) -> None:
         if args.gradient_checkpointing:
             raise OptionError(
-                "spot_tune: gradient_checkpointing=True would decide anew when it computes blocks again: set it to False."
+                "spot_tune: gradient_checkpointing=True computes blocks again when the decisions on them are gone: set "
+                "it to False."
             )
 
     def check_model(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""A classifier with two paths: built from a plain one, saved to one folder, and loaded by Transformers' Auto classes."""
+"""A classifier with two paths: built from a plain one, saved to a folder, loaded by Transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -189,7 +189,9 @@ def _built(saved: GatedConfig, dtype: Any) -> Any:
         model = class_of(config, saved.task)(config)
         if dtype is not None:
             model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        gate = gate_class(settings_class(**{name: _tuples(value) for name, value in content.items()}), wide_dtype(model))
+        gate = gate_class(
+            settings_class(**{name: _tuples(value) for name, value in content.items()}), wide_dtype(model)
+        )
     return _with_paths(model.eval(), gate.eval())
 
 

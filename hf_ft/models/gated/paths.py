@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import Cache
 
 from hf_ft.errors import OptionError
 from hf_ft.models.feature_hooks import first_tensor
@@ -57,12 +57,10 @@ class TwoPaths(nn.Module):
         self.pretrained.eval()
         return self
 
-    def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A hook before the model's forward."""
-        options = {**kwargs, **({"use_cache": False} if "use_cache" in _accepted(model) else {})}
-        inputs = {name: value for name, value in options.items() if name not in _NOT_INPUTS}
+        inputs = {name: value for name, value in kwargs.items() if name not in _NOT_INPUTS}
         self.gate.begin(self.pretrained, args, inputs)
-        return args, options
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """A hook after the model's forward."""
@@ -77,6 +75,8 @@ class _Both:
         self.forward, self.frozen = module.forward, paths.pretrained.get_submodule(unit)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(map(_not_kept, args))  # both paths would write to one cache
+        kwargs = {name: _not_kept(value) for name, value in kwargs.items()}
         tuned, frozen = self.forward(*args, **kwargs), self.frozen(*args, **kwargs)
         leaves, structure = tree_flatten(tuned)
         place = next(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
@@ -125,8 +125,8 @@ def install(model: nn.Module, gate: nn.Module) -> TwoPaths:
     return paths
 
 
-def _accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(model).forward).parameters
+def _not_kept(value: Any) -> Any:
+    return None if isinstance(value, Cache) else value
 
 
 def wide_dtype(model: nn.Module) -> torch.dtype:

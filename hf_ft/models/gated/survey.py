@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +37,11 @@ class Seen:
     output: tuple[int, ...] = ()
     changes: bool = False
     versions: list[int] = field(default_factory=list)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it gives a row for each sample."""
+        return self.output[:1] == (SAMPLES,)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = _tensors((args, kwargs))
@@ -128,35 +132,34 @@ def _state(module: nn.Module) -> Iterator[Tensor]:
 
 
 def called_units(blocks: Sequence[Names], found: Survey) -> tuple[Names, ...]:
-    """The modules of each block that are called, for a decision per sample.
+    """The modules of each block that give a row for each sample, of which a sample can choose one.
+
+    The last module of a block must; others, such as embeddings of positions that it needs, are not chosen.
 
     Raises:
-        OptionError: if a block has none, or one that gives no row for each sample, or changes its input in place.
+        OptionError: if a block has none, or one that changes its input in place.
     """
-    called = tuple(tuple(unit for unit in block if found.seen[unit].calls) for block in blocks)
-    empty = [", ".join(names) or "a block" for names, units in zip(blocks, called, strict=True) if not units]
-    if empty:
-        raise OptionError(
-            f"{empty[0]} is never called in a forward pass, so there is no output to choose. Name other blocks with "
-            "blocks=..."
-        )
-    for unit in (unit for block in called for unit in block):
-        seen = found.seen[unit]
-        if not seen.output or seen.output[0] != SAMPLES:
+    chosen = []
+    for block in blocks:
+        last = found.seen[block[-1]] if block else Seen()
+        if not last.calls:
             raise OptionError(
-                f"{unit!r} gives {seen.output or 'no tensor'} for {SAMPLES} samples, not one row for each, so no "
+                f"{block[-1] if block else 'a block without tensors'!r} is never called in a forward pass, so there is "
+                "no output to choose. Name other blocks with blocks=..."
+            )
+        if not last.has_rows:
+            raise OptionError(
+                f"{block[-1]!r} gives {last.output or 'no tensor'} for {SAMPLES} samples, not one row for each, so no "
                 "sample can choose its path. Name other blocks with blocks=..."
             )
-        if seen.changes:
+        chosen.append(tuple(unit for unit in block if found.seen[unit].has_rows))
+        changing = [unit for unit in chosen[-1] if found.seen[unit].changes]
+        if changing:
             raise OptionError(
-                f"{unit!r} changes its input in place, so that a second path would see another one. Name other blocks "
-                "with blocks=..."
+                f"{changing[0]!r} changes its input in place, so that a second path would see another one. Name other "
+                "blocks with blocks=..."
             )
-    counts = Counter(unit for block in called for unit in block)
-    twice = [unit for unit, count in counts.items() if count > 1]
-    if twice:
-        raise OptionError(f"{twice[0]!r} lies in two blocks. Name other blocks with blocks=...")
-    return called
+    return tuple(chosen)
 
 
 def _tensors(value: Any) -> list[Tensor]:
