@@ -209,5 +209,6 @@ def compose(plans: Iterable[Plan]) -> Plan:
         select=tuple(s for plan in plans for s in plan.select),
         finalise=tuple(s for plan in plans for s in plan.finalise),
         average=averaging[0].average if averaging else None,
+        draws=any(plan.draws for plan in plans),
         owner=owners[0].owner if owners else None,
     )

@@ -197,6 +197,7 @@ class Plan:
         select: choices among final models, made in order after training, once the best model is loaded.
         finalise: functions applied in order after that.
         average: how the weights are averaged over the steps; None to use the weights themselves.
+        draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -207,6 +208,7 @@ class Plan:
     select: tuple[Selection, ...] = ()
     finalise: tuple[Surgery, ...] = ()
     average: Average | None = None
+    draws: bool = False
     owner: str | None = field(default=None, compare=False)
 
     @property

@@ -14,6 +14,7 @@ from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
+from hf_ft.models.gated.model import GatedModel
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.tasks import auto_name
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
@@ -208,6 +209,12 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
 def _usage(model: Any, model_name: str) -> str:
     if isinstance(model, PreTrainedModel) and _is_ensemble(model):
         return _ensemble_usage(model, model_name)
+    if isinstance(model, GatedModel):
+        name = auto_name(model.task)
+        return (
+            f"import hf_ft  # registers the model with Transformers\nfrom transformers import {name}\n\n"
+            f'model = {name}.from_pretrained("{model_name}")'
+        )
     name = type(model).__name__
     if isinstance(model, PreTrainedModel):
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'

@@ -55,6 +55,7 @@ for name in strategies():
         options |= {"blockwise": short, "amcf": {**short, "particles": 2, "iterations": 1}}
         # Its layers compute batch statistics whatever their mode, unless all stay as pretrained.
         options |= {"stoch_norm": {"norm_mode": "eval"}}
+        options |= {"spot_tune": {"noise": False}}  # which is drawn for each sample of a rank
         config = strategies()[name](**options.get(name, {}))
         if config.adapted(make()) is None:
             continue
