@@ -199,7 +199,7 @@ class Run:
         batches: Iterable[Mapping[str, Any]] | None = None,
         greater_is_better: bool = True,
     ) -> nn.Module:
-        """The final model: averaged, chosen (:meth:`select`), unfrozen, without a source head, and after ``finalise``."""
+        """The final model: averaged, chosen (:meth:`select`), without a source head, and after ``finalise``."""
         if self.average is not None:
             self.average.finish()
         if self.plan.select and not self.selected:
