@@ -109,6 +109,7 @@ class FTConfig(PushToHubMixin):
     advice: ClassVar[Mapping[Rule, float | None]] = {}  # points by rule; None: the strategy cannot run
     tuned: ClassVar[Declared] = {}  # options tuned with the learning rate; none affects measure
     averages: ClassVar[bool] = False  # whether it only averages weights that another strategy may train
+    plain: ClassVar[bool] = True  # whether Transformers loads the trained model without this package
     kept: ClassVar[tuple[str, ...]] = ()  # files in the context's folder from which an interrupted measure resumes
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(

@@ -14,10 +14,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_ft.core import UNSET_RATE, Context, OptionError, State
 from hf_ft.core.config import ADAM, BASELINE, SGD
@@ -29,10 +31,13 @@ from hf_ft.search.evaluate import Bar, ShortTrainings
 from hf_ft.search.folds import context_on, folds_of
 from hf_ft.search.trials import Job, Outcome, Report, run_trials
 from hf_ft.strategies.auto.budget import Budget, Costs
+from hf_ft.strategies.auto.findings import reasons
 from hf_ft.strategies.auto.recipes import REFUSED, Recipe, measured_advice, recipes
 from hf_ft.strategies.auto.result import Choice, Tried, ranked
 
+logger = logging.get_logger(__name__)
 STORAGE = "auto.db"
+AVERAGES = 2  # with the initial weights, that are tried after training
 LEAST = 2  # recipes: with fewer there is nothing to compare
 LOOKING = 0.05  # share of the budget for what `hf-ft advise` measures
 NO_ROOM = "the budget has no room for it"
@@ -69,7 +74,7 @@ class Chooser:
     Args:
         model: the pretrained model with a new head; left unchanged.
         config: the strategy that chooses.
-        passes: budget of the whole run, in full fine-tunings.
+        budget: of the whole run, in full fine-tunings.
         context: samples and recipe.
 
     Raises:
@@ -118,6 +123,7 @@ class Chooser:
             finishing=finishing / self.whole,
             signals=signals,
         )
+        logger.info(f"{self.config.ft_type}: {reasons(choice)}")
         return best, state, choice
 
     # --- who takes part ------------------------------------------------------------------------------------
@@ -183,7 +189,10 @@ class Chooser:
         """The passes of the training that follows, if it is of this recipe, with its measurement."""
         # Recorded activations may be of no use then, if samples are augmented.
         ratio = max(self.costs.guessed(recipe.config), ratio or 0.0)
-        return ratio * self.whole + self.costs.measuring(recipe.config, self.context.samples.count)
+        count = self.context.samples.count
+        # Normalisation layers are measured anew for each average; evaluations do not count, here as during training.
+        averaging = AVERAGES * self.costs.forward * count if self.config.average else 0.0
+        return ratio * self.whole + self.costs.measuring(recipe.config, count) + averaging
 
     # --- brief trainings -----------------------------------------------------------------------------------
 
@@ -207,7 +216,7 @@ class Chooser:
     def _train(self, running: Sequence[Candidate], fold: int, bar: Bar) -> None:
         jobs = [self._job(candidate.recipe, fold) for candidate in running]
         by_key = dict(zip([job.key for job in jobs], running, strict=True))
-        signature = self.trainings.describe({"folds": len(self.folds), "epochs": self.epochs})
+        signature = self._signature
         digest = hashlib.sha256(json.dumps(signature, sort_keys=True, default=str).encode()).hexdigest()
         storage = self.trainings.storage(self.config.storage, STORAGE)
         for candidate in running:  # all processes in step: what is measured may need all of them
@@ -217,6 +226,7 @@ class Chooser:
         def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
             return self._score(by_key[job.key], fold)
 
+        bar.bar.total = bar.before + len(jobs)
         outcomes = run_trials(
             jobs,
             evaluate,
@@ -228,6 +238,11 @@ class Chooser:
         bar.move_to(bar.before + len(jobs))
         for key, candidate in by_key.items():
             candidate.outcomes.append(outcomes[key])
+
+    @cached_property
+    def _signature(self) -> dict[str, Any]:
+        """All that the score of a recipe on a fold depends on."""
+        return self.trainings.describe({"folds": len(self.folds), "epochs": self.epochs})
 
     def _job(self, recipe: Recipe, fold: int) -> Job:
         content = [recipe.config.identity(), recipe.rate]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 
@@ -18,6 +19,8 @@ from hf_ft.core import (
     Paper,
     Plan,
     Recommended,
+    Selection,
+    Stage,
     State,
     advising,
     config_class,
@@ -25,11 +28,17 @@ from hf_ft.core import (
     register,
 )
 from hf_ft.core.config import configured_from
+from hf_ft.core.plan import trained_by
+from hf_ft.engine.adapters import AddAdapters
+from hf_ft.errors import AnatomyError
+from hf_ft.functional import interpolated
+from hf_ft.models.names import covered
 from hf_ft.strategies.auto.choose import STORAGE, Chooser
-from hf_ft.strategies.auto.findings import choice_findings, reasons
+from hf_ft.strategies.auto.findings import choice_findings, describe_average, reasons
 from hf_ft.strategies.auto.result import Choice
 
 RANGE = "[1, inf)"
+SHARES = (1.0, 0.8, 0.6)  # of the trained weights; ties go to the first
 
 
 @register("auto")
@@ -74,6 +83,11 @@ class AutoStrategyConfig(FTConfig):
         4,
         "Parts of the training samples that take turns as held-out samples, while the budget lasts.",
         range="[2, inf)",
+    )
+    average: bool = option(
+        True,
+        "Average the final weights with the pretrained ones, but for the head, if that scores higher on the validation "
+        "data; without these, they stay as trained. Shares of the final weights: 1, 0.8, 0.6.",
     )
     storage: str | None = option(
         None,
@@ -150,16 +164,36 @@ class AutoStrategyConfig(FTConfig):
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         config, inner = self.chosen(state)
-        return dataclasses.replace(config.plan(model, inner), learning_rate=self.choice(state).rate)
+        plan = dataclasses.replace(config.plan(model, inner), learning_rate=self.choice(state).rate)
+        selection = self._averaging(model, plan) if self.average and not plan.select else None
+        return plan if selection is None else dataclasses.replace(plan, select=(selection,))
+
+    def _averaging(self, model: nn.Module, plan: Plan) -> Selection | None:
+        """The choice of a share of the pretrained weights; None if there is nothing to average, or it is unknown."""
+        if isinstance(model, PeftModel) or any(isinstance(step, AddAdapters) for step in plan.surgery):
+            return None  # an adapter's weights are factors of a product
+        try:
+            rest = self.anatomy(model).rest.modules
+        except AnatomyError:
+            return None
+        trained = {name for stage in plan.stages or (Stage("train"),) for name in _trained(stage, model)}
+        if not any(covered(name, set(rest)) for name in trained):
+            return None
+        return Selection(self.ft_type, SHARES, interpolated, rest, optional=True)
 
     def learned(self, state: State) -> str:
         if not state.info:
             return ""
         config, inner = self.chosen(state)
-        return f"{reasons(self.choice(state))} {config.learned(inner)}".strip()
+        averaged = describe_average(state.info.get("choice"))
+        return " ".join(filter(None, (reasons(self.choice(state)), config.learned(inner), averaged)))
 
     def findings(self, state: State) -> Findings:
         if not state.info:
             return Findings()
         config, inner = self.chosen(state)
         return choice_findings(self.choice(state), self.learned(state), config.findings(inner))
+
+
+def _trained(stage: Stage, model: nn.Module) -> list[str]:
+    return trained_by(stage, model, [name for name, p in model.named_parameters() if p.requires_grad])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
+from typing import Any
 
 from hf_ft.core.findings import Figure, Findings, Table
 from hf_ft.documents.chart import Row, Rows, linear_axis
@@ -35,6 +37,16 @@ def reasons(choice: Choice) -> str:
     text += f", before {', '.join(said)}" if said else ""
     text += f"; dropped earlier: {', '.join(dropped)}" if dropped else ""
     return f"{text}. {cost}"
+
+
+def describe_average(record: Mapping[str, Any] | None) -> str:
+    """What the choice of averaged weights after training gave; empty before, and if there was none."""
+    if record is None or len(record["scores"]) < 2:
+        return ""
+    scores = ", ".join(f"{value:g}: {'not finite' if s is None else f'{s:.3f}'}" for value, s in record["scores"])
+    share = record["value"]
+    kept = "are those of training" if share == 1 else f"are {share:g} of the trained and {1 - share:.2g} of the first"
+    return f"The final weights {kept}, by {record['metric']} on validation data ({scores})."
 
 
 def choice_findings(choice: Choice, summary: str, chosen: Findings) -> Findings:

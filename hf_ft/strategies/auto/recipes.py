@@ -108,6 +108,8 @@ def _fitting(name: str, chooser: FTConfig, model: nn.Module) -> FTConfig:
         raise OptionError("it has options without a default")
     if config.sources_option:
         raise OptionError("it trains several models")
+    if not config.plain:
+        raise OptionError("the model that it leaves needs this package")
     if config.averages:
         raise OptionError("it averages what another strategy trains: compose it")
     if config.cost is not None and config.cost >= advising.WITH_A_SEARCH:

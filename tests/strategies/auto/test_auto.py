@@ -187,6 +187,31 @@ def test_a_rate_that_was_set_wins(tmp_path):
     assert base_rates(trainer) == {0.02}
 
 
+# --- averaging --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("validated", "choose_from"), [(True, "full"), (False, "full"), (True, "linear_probe")])
+def test_weights_are_averaged_where_that_scores_higher(validated, choose_from, tmp_path):
+    model = tiny_resnet()
+    config = AutoStrategyConfig(budget=1 if choose_from == "full" else "3x", choose_from=(choose_from,))
+    args = tiny_arguments(tmp_path, **UNSET, max_steps=6, metric_for_best_model="loss", save_strategy="no")
+    more = {"eval_dataset": tiny_data(model, 16, seed=1)} if validated else {}
+    trainer = FTTrainer(model, args, strategy=config, train_dataset=tiny_data(model), **more)
+    trainer.train()
+    state = trainer.states["auto"]
+    if config.chosen(state)[0].ft_type == "linear_probe":
+        assert not trainer._run.plan.select, "the head alone trained, which is not averaged"
+        return
+    record = state.info["choice"]
+    if not validated:
+        assert record["value"] == 1.0 and not record["metric"]
+        return
+    scores = dict(record["scores"])
+    assert list(scores) == [1.0, 0.8, 0.6] and record["value"] == min(scores, key=scores.get)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[record["value"]])
+    assert "by eval_loss on validation data" in config.learned(state)
+
+
 # --- interruptions ----------------------------------------------------------------------------------------
 
 
@@ -292,5 +317,7 @@ def test_the_options_that_it_shares_are_handed_on():
     assert (
         by_name["linear_probe"].rate is None and by_name["lp_ft"].rate == LPFTConfig.recommended["learning_rate"].value
     )
+    assert declined["ema"] == declined["wise_ft"] == "it averages what another strategy trains: compose it"
+    assert "spot_tune" in declined
     assert declined["amcf"] == "it trains several models" and "co_tuning" in declined
     assert type(by_name["linear_probe"].config) is LinearProbeConfig
