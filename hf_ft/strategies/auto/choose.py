@@ -260,7 +260,8 @@ class Chooser:
                 found["held out"] = predict(objective, recipe, self.trainings.batches, part.held_out)
 
         fit(run, recipe, self.trainings.batches, part.train, self.epochs, fold, after_epoch)
-        loss, accuracy = held_out_loss(*found["held out"], recipe.task_loss)
+        logits, labels, task = found["held out"]
+        loss, accuracy = held_out_loss(logits, labels, task, recipe.task_loss)
         return (-loss if math.isfinite(loss) else -math.inf), {"accuracy": accuracy}
 
     def _start(self, recipe: Recipe, state: State) -> Run:
