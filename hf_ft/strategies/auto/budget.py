@@ -91,7 +91,8 @@ class Costs:
             return 0.0
         if cost >= advising.WITH_A_TRAINING_BEFORE:
             return 3 * self.forward * samples
-        return self.forward * (samples if cost >= advising.WITH_A_PASS_BEFORE else min(samples, LOOKED_AT))
+        passed = samples if cost >= advising.WITH_A_PASS_BEFORE else 0
+        return self.forward * (passed + min(samples, LOOKED_AT))  # and a look at the head's features
 
     def advising(self, samples: int) -> float:
         """The passes of ``hf-ft advise``."""
