@@ -296,7 +296,8 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
             module.begin(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     reference = Reference(model, layouts) if compares else None
-    average = plan.average and RunningAverage(model, ever_trained(plan, model, trainable), plan.average)
+    trained = ever_trained(plan, model, trainable)
+    average = None if plan.average is None else RunningAverage(model, trained, plan.average)
     origin = origin_of(plan, model, trainable)
     return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts, average, origin)
 
