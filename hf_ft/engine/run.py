@@ -253,7 +253,9 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
             module.begin(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     reference = Reference(model, layouts) if compares else None
-    average = plan.average and RunningAverage(model, ever_trained(plan, model, trainable), plan.average)
+    average = None
+    if plan.average is not None:
+        average = RunningAverage(model, ever_trained(plan, model, trainable), plan.average)
     return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts, average)
 
 
