@@ -206,7 +206,9 @@ def compose(plans: Iterable[Plan]) -> Plan:
         terms=terms,
         stages=stages,
         streams=tuple(streams),
+        select=tuple(s for plan in plans for s in plan.select),
         finalise=tuple(s for plan in plans for s in plan.finalise),
         average=averaging[0].average if averaging else None,
+        draws=any(plan.draws for plan in plans),
         owner=owners[0].owner if owners else None,
     )

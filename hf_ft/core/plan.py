@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -95,6 +95,13 @@ class Stream:
         return size
 
 
+@runtime_checkable
+class CopiesModel(Protocol):
+    """A term's module that copies what it needs of the model, once, after all surgery and before training."""
+
+    def begin(self, model: nn.Module) -> None: ...
+
+
 @dataclass(frozen=True)
 class Term:
     r"""A summand of the training loss: :math:`\text{weight} \cdot \text{schedule}(t) \cdot \text{fn}(\text{view})`.
@@ -104,8 +111,7 @@ class Term:
         fn: :class:`~hf_ft.core.view.View` -> scalar; a micro-batch mean if it depends on the batch. It runs in
             float32, outside autocast. If it is an ``nn.Module``, its parameters train in every stage at
             ``args.learning_rate``, unless they require no gradient, and are saved with each checkpoint, as are its
-            buffers; and its method ``begin(model)``, if it has one, is called once, after all surgery and before
-            training, to copy what it needs of the model.
+            buffers; it may be a :class:`CopiesModel`.
         weight: a constant factor.
         schedule: a further factor, as a function of the progress of the whole run in [0, 1].
         anchors: names of parameters whose initial values are kept for ``view.starts``.
@@ -138,6 +144,27 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """A choice among final models, made on evaluation data after training, before ``finalise``.
+
+    The model as trained is the best of the run if the Trainer loads that. Where a candidate's weights differ from it,
+    BatchNorm layers whose running statistics moved in training get those of the training data under these weights.
+
+    Attributes:
+        name: the ``ft_type`` of the strategy that chooses: its state holds the choice and all scores.
+        candidates: the values to choose from; ties go to the first. A single one needs no evaluation data.
+        weights: a pure function of the initial values, the trained ones (both in float32 or wider, on the CPU) and a
+            candidate, that returns the candidate's weights.
+        anchors: names of the parameters that it sets: those among them that any stage trains.
+    """
+
+    name: str
+    candidates: tuple[float, ...]
+    weights: Callable[[Sequence[Tensor], Sequence[Tensor], float], Sequence[Tensor]]
+    anchors: Names = EVERYTHING
+
+
+@dataclass(frozen=True)
 class Average:
     r"""A running average of the weights, in whose place the model is evaluated, saved and finished.
 
@@ -167,8 +194,10 @@ class Plan:
         terms: summands added to the task loss.
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
-        finalise: functions applied in order after training, once the best model is loaded.
+        select: choices among final models, made in order after training, once the best model is loaded.
+        finalise: functions applied in order after that.
         average: how the weights are averaged over the steps; None to use the weights themselves.
+        draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -176,8 +205,10 @@ class Plan:
     terms: tuple[Term, ...] = ()
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
+    select: tuple[Selection, ...] = ()
     finalise: tuple[Surgery, ...] = ()
     average: Average | None = None
+    draws: bool = False
     owner: str | None = field(default=None, compare=False)
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +19,13 @@ from transformers.utils import logging
 from hf_ft.core.compose import build_plan, resolve, shared_option
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, State
-from hf_ft.core.plan import Plan, Term, stage_borders, stage_index, trained_by
+from hf_ft.core.plan import CopiesModel, Plan, Term, stage_borders, stage_index, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
+from hf_ft.engine.selection import Judge, Origin, check_selections, origin_of, over_processes, select
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, is_traced, members_of, unwrap
 from hf_ft.models.find_layouts import laid_out, look_at
@@ -51,6 +54,8 @@ class Run:
         reference: the initial model, if a term compares with it.
         layouts: how the terms' layers lay out their outputs, once known.
         average: the running average of the weights, if the plan has one.
+        origin: initial values that the plan's selections refer to.
+        selected: whether these have been made.
     """
 
     configs: tuple[FTConfig, ...]
@@ -63,6 +68,8 @@ class Run:
     reference: Reference | None = None
     layouts: Layouts = field(default_factory=Layouts)
     average: RunningAverage | None = None
+    origin: Origin | None = None
+    selected: bool = False
 
     @property
     def trained(self) -> list[str]:
@@ -157,10 +164,46 @@ class Run:
         """A context to evaluate or save in: the average is in the place of the weights, if the plan has one."""
         return averaged(self.average)
 
-    def finish(self) -> nn.Module:
-        """The final model: averaged, unfrozen, without a source head, and after the plan's ``finalise``."""
+    def select(
+        self,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        batches: Iterable[Mapping[str, Any]] | None = None,
+        greater_is_better: bool = True,
+    ) -> Run:
+        """Make the plan's choices among final models; the run's states hold what was chosen.
+
+        Args:
+            evaluate: scores the model on evaluation data; the same on every process.
+            batches: the training data, where BatchNorm statistics are to be measured: this process's share, which can
+                be iterated repeatedly.
+            greater_is_better: whether higher scores are better.
+
+        Raises:
+            OptionError: if a choice needs one of them.
+        """
+        score = None if evaluate is None else partial(evaluate, self.model)
+        given = None if batches is None else lambda: batches
+        judge = Judge(score=score, greater_is_better=greater_is_better, batches=given, reduce=over_processes)
+        return self.select_by(judge)
+
+    def select_by(self, judge: Judge) -> Run:
+        """Make the plan's choices; the run's states hold what was chosen."""
         if self.average is not None:
             self.average.finish()
+        states = select(self.plan, self.model, self.origin, self.states, judge)
+        return dataclasses.replace(self, states=states, selected=True)
+
+    def finish(
+        self,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        batches: Iterable[Mapping[str, Any]] | None = None,
+        greater_is_better: bool = True,
+    ) -> nn.Module:
+        """The final model: averaged, chosen (:meth:`select`), without a source head, and after ``finalise``."""
+        if self.average is not None:
+            self.average.finish()
+        if self.plan.select and not self.selected:
+            self.select(evaluate, batches, greater_is_better)
         self.thaw()
         model = drop_source_head(self.model)
         for operation in self.plan.finalise:
@@ -249,14 +292,14 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
     }
     compares = any("reference" in term.needs for term in plan.terms)
     for module in plan.term_modules.values():
-        if hasattr(module, "begin"):
+        if isinstance(module, CopiesModel):
             module.begin(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     reference = Reference(model, layouts) if compares else None
-    average = None
-    if plan.average is not None:
-        average = RunningAverage(model, ever_trained(plan, model, trainable), plan.average)
-    return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts, average)
+    trained = ever_trained(plan, model, trainable)
+    average = None if plan.average is None else RunningAverage(model, trained, plan.average)
+    origin = origin_of(plan, model, trainable)
+    return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts, average, origin)
 
 
 def measure(
@@ -290,6 +333,7 @@ def check(
         config.check_model(model)
     plan = build_plan(configs, model, states)
     ever_trained(plan, model, trainable)  # raises if names of a stage match nothing
+    check_selections(plan, model, trainable)
     _chains(configs, model, plan, trainable)
     return plan
 

@@ -21,6 +21,8 @@ from hf_ft.strategies.peft import PEFTConfig as PEFTConfig
 from hf_ft.strategies.rifle import RIFLEConfig as RIFLEConfig
 from hf_ft.strategies.soft import LwFConfig as LwFConfig
 from hf_ft.strategies.soft import SoftConfig as SoftConfig
+from hf_ft.strategies.spot_tune import SpotTuneConfig as SpotTuneConfig
 from hf_ft.strategies.stoch_norm import StochNormConfig as StochNormConfig
 from hf_ft.strategies.stock import StockConfig as StockConfig
 from hf_ft.strategies.tred.config import TREDConfig as TREDConfig
+from hf_ft.strategies.wise_ft import WiSEFTConfig as WiSEFTConfig
