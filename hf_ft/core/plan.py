@@ -143,6 +143,45 @@ class Term:
     zero_means: str = ""
 
 
+@dataclass(frozen=True)
+class Selection:
+    """A choice among final models, made on evaluation data after training, before ``finalise``.
+
+    The model as trained is the best of the run if the Trainer loads that. Where a candidate's weights differ from it,
+    BatchNorm layers whose running statistics moved in training get those of the training data under these weights.
+
+    Attributes:
+        name: the ``ft_type`` of the strategy that chooses: its state holds the choice and all scores.
+        candidates: the values to choose from; ties go to the first. A single one needs no evaluation data.
+        weights: a pure function of the initial values, the trained ones (both in float32 or wider, on the CPU) and a
+            candidate, that returns the candidate's weights.
+        anchors: names of the parameters that it sets: those among them that any stage trains.
+    """
+
+    name: str
+    candidates: tuple[float, ...]
+    weights: Callable[[Sequence[Tensor], Sequence[Tensor], float], Sequence[Tensor]]
+    anchors: Names = EVERYTHING
+
+
+@dataclass(frozen=True)
+class Average:
+    r"""A running average of the weights, in whose place the model is evaluated, saved and finished.
+
+    .. math:: \bar w \leftarrow d(t) \, \bar w + (1 - d(t)) \, w
+
+    after every optimizer step, where :math:`t` counts the steps before and :math:`\bar w` begins at the initial
+    weights. It covers the parameters that train. Buffers stay those of the last step: BatchNorm's running statistics
+    are averages already, and another would make them lag. A stage that redraws weights begins it anew, since what was
+    before belongs to another model.
+
+    Attributes:
+        decay: :math:`d`, a function of the number of steps, with values in [0, 1].
+    """
+
+    decay: Callable[[int], float]
+
+
 Surgery = Callable[[nn.Module], nn.Module]
 
 
@@ -155,7 +194,10 @@ class Plan:
         terms: summands added to the task loss.
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
-        finalise: functions applied in order after training, once the best model is loaded.
+        select: choices among final models, made in order after training, once the best model is loaded.
+        finalise: functions applied in order after that.
+        average: how the weights are averaged over the steps; None to use the weights themselves.
+        draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -163,7 +205,10 @@ class Plan:
     terms: tuple[Term, ...] = ()
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
+    select: tuple[Selection, ...] = ()
     finalise: tuple[Surgery, ...] = ()
+    average: Average | None = None
+    draws: bool = False
     owner: str | None = field(default=None, compare=False)
 
     @property

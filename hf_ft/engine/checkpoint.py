@@ -33,6 +33,7 @@ STATE_NAME = "ft_state.safetensors"
 DELTA_NAME = "ft_delta.safetensors"
 MODULES_NAME = "ft_modules.safetensors"
 BUFFERS_NAME = "ft_buffers.safetensors"
+LIVE_NAME = "ft_live.safetensors"
 
 
 def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_ft.core.plan import Need, Plan, Stage, Term, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.view import LayerStates, View
+from hf_ft.engine.averaging import RunningAverage
 from hf_ft.engine.batch import STREAM, recorded_states, take_activations, take_second_view, take_streams
 from hf_ft.engine.forward import Head, StreamBatch, Wanted, forward, inputs_of, logit_inputs_of_copies
 from hf_ft.engine.frozen.freezing import liveness, moving_norms, with_dropout
@@ -47,6 +48,7 @@ class Objective(nn.Module):
         task_loss: the task loss.
         reference: the initial model, for terms that compare with it.
         layouts: how the terms' layers lay out their outputs; found on the first batch where that is not known yet.
+        average: the running average of the model's weights, if the plan has one.
 
     Attributes:
         terms: terms of the plan that are active in the current stage.
@@ -72,6 +74,7 @@ class Objective(nn.Module):
         task_loss: TaskLoss | None = None,
         reference: Reference | None = None,
         layouts: Layouts | None = None,
+        average: RunningAverage | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -84,6 +87,7 @@ class Objective(nn.Module):
         self._trainable = list(trainable if trainable is not None else dict(model.named_parameters()))
         self.reference = reference
         self.layouts = layouts or Layouts()
+        self.average = average
         self._view = View(model, anchors or {})
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []

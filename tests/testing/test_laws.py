@@ -14,7 +14,7 @@ OPTIONS = {
     "tred": {"epochs": 3},
     "delta": {"head_epochs": 1, "batches": 2},
 }
-TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload")
+TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload", "mixed_images_train")
 SEARCHING = ("blockwise", "amcf", "tred")
 
 

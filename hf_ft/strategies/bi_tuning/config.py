@@ -11,6 +11,7 @@ from hf_ft.core import (
     FTConfig,
     LogRange,
     Names,
+    Needs,
     OptionError,
     Paper,
     Plan,
@@ -67,6 +68,9 @@ class BiTuningConfig(FTConfig):
     )
     temperature: float = option(0.07, "Temperature of both softmaxes.", range="(0, inf)", source="code")
     projection_dim: int = option(128, "Dimension of the projector's output.", range="[1, inf)", source="code")
+
+    def needs(self) -> Needs:
+        return Needs(hard_labels=self.weight > 0)
 
     def check_arguments(self, args: TrainingArguments) -> None:
         if self.weight and args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
