@@ -28,7 +28,7 @@ class Reference:
         self.config, self.classifier, self.model = config, classifier, model
         self.projector = copy.deepcopy(term.projector)
         self.key_model, self.key_projector = copy.deepcopy(model), copy.deepcopy(term.projector)
-        drawn = zip(term.queued_inputs.clone(), term.queued_projections.clone(), strict=True)
+        drawn = zip(term.queued_inputs[:-1].clone(), term.queued_projections[:-1].clone(), strict=True)
         self.queues = [list(zip(inputs.detach(), projections.detach(), strict=True)) for inputs, projections in drawn]
 
     def follow(self):
@@ -129,7 +129,7 @@ def test_losses_queues_and_average_are_the_methods(name):
     same_tensors(snapshot(model), snapshot(other), 1e-9)
     same_tensors(snapshot(term.network), snapshot(reference.key_model), 1e-9)
     same_tensors(snapshot(term.key_projector), snapshot(reference.key_projector), 1e-9)
-    for keys, queue in zip(term.queued_projections, reference.queues, strict=True):
+    for keys, queue in zip(term.queued_projections[:-1], reference.queues, strict=True):
         wanted = torch.stack([z for _, z in queue])
         torch.testing.assert_close(keys[keys[:, 0].argsort()], wanted[wanted[:, 0].argsort()], atol=1e-9, rtol=0)
 
@@ -287,3 +287,16 @@ def test_what_cannot_work_is_refused_before_training(tmp_path):
     with pytest.raises(OptionError, match="even_batches=False with bi_tuning"):
         BiTuningConfig().check_arguments(args)
     assert not BiTuningConfig(weight=0.0).plan(model, None).terms
+
+
+def test_samples_without_a_label_are_left_out():
+    values, queued = [], []
+    for rows in (slice(0, 4), slice(0, 6)):
+        model = still(tiny_bert())
+        objective = set_up(model, CONFIG).objective().train()
+        batch = {name: column[rows] for name, column in tiny_inputs(model, 6).items()}
+        batch["labels"][4:] = -100
+        values.append(objective(**batch)["terms"]["bi_tuning"])
+        queued.append(objective.plan.terms[0].fn.queued_inputs[:-1])
+    torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*queued)
