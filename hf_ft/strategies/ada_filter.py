@@ -73,10 +73,7 @@ class AdaFilterConfig(FTConfig):
     def plan(self, model: nn.Module, state: State) -> Plan:
         wanted = ((self.gate_lr, (GATE,)), (self.head_lr, self.anatomy(model).head.modules))
         rates = tuple(Rate(names, lr=lr) for lr, names in wanted if lr is not None)
-        return Plan(
-            surgery=(AddPaths(self._gate(model)),),
-            stages=(Stage("train", rates=rates),) if rates else (),
-        )
+        return Plan(surgery=(AddPaths(self._gate(model)),), stages=(Stage("train", rates=rates),))
 
     def _gate(self, model: nn.Module) -> PerFilter:
         return PerFilter(tuple(block.modules for block in self.anatomy(model).blocks), self.gate_width)

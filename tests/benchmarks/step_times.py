@@ -138,6 +138,7 @@ _PARTS = "trains parts of layers all over the network, for which there is no flo
 LEFT_OUT: dict[str, str] = {
     "stock": "full fine-tuning with other arguments",
     "rifle": "full fine-tuning but for the few steps before which the head is drawn anew",
+    "ada_filter": "computes every layer twice, for which there is no floor",
     "spot_tune": "computes every block twice and the pretrained network besides, for which there is no floor",
     "bitfit": _PARTS,
     "norms_only": _PARTS,
