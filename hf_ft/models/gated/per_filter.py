@@ -65,15 +65,18 @@ class PerFilter:
 def _layers(name: str, modules: Mapping[str, nn.Module], seen: Mapping[str, Seen]) -> Iterator[Unit]:
     """The gated layers in a module."""
     module, one = modules[name], seen[name]
-    weights = [inner for inner in module.modules() if isinstance(inner, (_ConvNd, nn.Linear, Conv1D))]
-    if len(weights) == 1 and one.has_rows and one.inputs[:1] == (SAMPLES,) and not one.changes:
-        convolves = isinstance(weights[0], _ConvNd)
-        axis, filters = (1 if convolves else -1), _filters(weights[0])
-        if one.output[axis] == filters and len(one.inputs) > 1:
+    found = [(n, m) for n, m in module.named_modules(prefix=name) if isinstance(m, (_ConvNd, nn.Linear, Conv1D))]
+    if len(found) == 1 and one.has_rows and one.inputs[:1] == (SAMPLES,) and not one.changes:
+        weight = found[0][1]
+        convolves, filters, own = isinstance(weight, _ConvNd), _filters(weight), seen[found[0][0]]
+        axis = 1 if convolves else -1
+        # The axes of the module must be those of its weight: some rearrange feature maps to tokens.
+        same = len(own.inputs) == len(one.inputs) > 1 and len(own.output) == len(one.output)
+        if same and one.output[axis] == filters:
             yield name, one.inputs[axis], filters, convolves
             return
     for child in module._modules:
-        if f"{name}.{child}" in modules and weights:
+        if f"{name}.{child}" in modules and found:
             yield from _layers(f"{name}.{child}", modules, seen)
 
 
