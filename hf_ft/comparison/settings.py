@@ -85,16 +85,13 @@ class Settings:
     patience: int | None = setting(
         None, "end a training after so many epochs without a better validation score (default: never)"
     )
-<<<<<<< HEAD
     mixup: float = setting(0.0, "mix the images of a training batch: alpha, such as 0.2")
     cutmix: float = setting(0.0, "paste parts of other images of the batch: alpha, such as 1")
-=======
     soup: Literal["none", "uniform", "greedy"] = setting(
         "none",
         "average the final runs of all strategies to one model, in soup/: all of them (uniform), or one after the "
         "other from the best, each if the validation score does not fall (greedy)",
     )
->>>>>>> wise
     most_trials: int = setting(4, "strategies with cheap runs get at most this many times the trials")
     batch_norm_momentum: float = setting(
         0.1,
