@@ -70,8 +70,8 @@ class RunningAverage:
         inner = getattr(optimizer, "optimizer", optimizer)
         if callable(getattr(inner, "eval", None)):  # it would put its average into the place of ours
             raise OptionError(
-                f"optim: {type(inner).__name__} averages the weights itself (schedule-free): choose another, or leave out "
-                "the strategy that averages them."
+                f"optim: {type(inner).__name__} averages the weights itself (schedule-free): choose another, or leave "
+                "out the strategy that averages them."
             )
         if step == 0 or not self.begun:
             self.begin()
