@@ -1,5 +1,6 @@
 """All strategies: importing this package registers them, and ``hf_ft`` exports their classes."""
 
+from hf_ft.strategies.ada_filter import AdaFilterConfig as AdaFilterConfig
 from hf_ft.strategies.amcf.config import AMCFConfig as AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig as AttentionTransferConfig
 from hf_ft.strategies.bi_tuning.config import BiTuningConfig as BiTuningConfig
