@@ -48,6 +48,10 @@ class Stage:
         fresh_optimizer: whether the stage starts without the optimizer's state (momentum, moments) of earlier stages.
         redraws: names of modules whose weights are drawn anew when the stage begins, as Transformers initialises them;
             the first stage of a run draws nothing.
+        schedule: the factor of the stage's learning rates as a function of the progress within the stage, from 0 at
+            its first step towards 1. It replaces the schedule and the warm-up of the training arguments.
+        momentum: the optimizer's momentum (SGD's, or Adam's first beta) as a function of the same progress. In stages
+            without one, the optimizer's own applies.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Stage:
     dropout: bool = True
     fresh_optimizer: bool = False
     redraws: Names = ()
+    schedule: Callable[[float], float] | None = None
+    momentum: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True)

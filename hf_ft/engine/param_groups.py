@@ -136,22 +136,33 @@ def term_groups(plan: Plan, lr: float, weight_decay: float) -> list[dict[str, An
     return [{**group, STAGE_RATES: rates} for group in groups if group["params"]]
 
 
+def _by_progress(schedule: Callable[[float], float], length: int) -> Callable[[int], float]:
+    return lambda step: schedule(min(step / length, 1.0))
+
+
 def _first_rate(rates: Sequence[float]) -> float:
     return next((rate for rate in rates if rate), 0.0)
 
 
 def stage_scheduler(
-    optimizer: Optimizer, borders: Sequence[int], schedule: Callable[[int], Callable[[int], float]]
+    optimizer: Optimizer,
+    stages: Sequence[Stage],
+    borders: Sequence[int],
+    schedule: Callable[[int], Callable[[int], float]],
 ) -> LambdaLR:
     """A scheduler for all stages: each stage runs its own schedule from its first step to its last.
 
     Args:
         optimizer: optimizer with groups from :func:`split_groups`.
         borders: the step at which each stage ends.
-        schedule: number of steps -> (step -> factor), the schedule of one stage.
+        schedule: number of steps -> (step -> factor), for stages that have no schedule of their own.
     """
     begins = [0, *borders[:-1]]
-    curves = [schedule(end - begin) for begin, end in zip(begins, borders, strict=True)]
+    lengths = [end - begin for begin, end in zip(begins, borders, strict=True)]
+    curves = [
+        schedule(length) if stage.schedule is None else _by_progress(stage.schedule, length)
+        for stage, length in zip(stages, lengths, strict=True)
+    ]
 
     def factor(rates: Sequence[float], first: float) -> Callable[[int], float]:
         def at(step: int) -> float:

@@ -19,6 +19,7 @@ from hf_ft.core.context import Context, State
 from hf_ft.core.plan import Plan, Term, stage_borders, stage_index, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.engine.frozen.reference import Reference
+from hf_ft.engine.momentum import schedules_momentum, set_momentum
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.errors import OptionError
@@ -105,9 +106,17 @@ class Run:
         ]
 
     def scheduler(self, optimizer: Optimizer, total_steps: int, name: str = "linear", warmup: float = 0.0) -> LambdaLR:
-        """The Transformers schedule ``name``, once per stage; ``warmup`` is a fraction of each stage."""
-        borders = stage_borders(self.plan.stages, total_steps)
-        return stage_scheduler(optimizer, borders, lambda steps: schedule_curve(name, steps, round(warmup * steps)))
+        """The Transformers schedule ``name``, once per stage; ``warmup`` is a fraction of each stage.
+
+        Neither applies in stages that have a schedule of their own.
+        """
+        stages = self.plan.stages
+        return stage_scheduler(
+            optimizer,
+            stages,
+            stage_borders(stages, total_steps),
+            lambda steps: schedule_curve(name, steps, round(warmup * steps)),
+        )
 
     def stepper(
         self,
@@ -120,12 +129,17 @@ class Run:
 
         Args:
             then: called with the objective at the start of each stage.
-            optimizer: its state is dropped at the start of a stage that wants a fresh optimizer.
+            optimizer: for stages that want a fresh one, or schedule its momentum.
         """
         if optimizer is None and any(stage.fresh_optimizer for stage in self.plan.stages[1:]):
             logger.warning_once(
                 f"{self.plan.owner}: a stage wants a fresh optimizer: pass optimizer=... to stepper(), or the state of "
                 "earlier stages is kept."
+            )
+        if optimizer is None and schedules_momentum(self.plan.stages):
+            logger.warning_once(
+                f"{self.plan.owner}: a stage schedules the momentum: pass optimizer=... to stepper(), or the optimizer "
+                "keeps its own."
             )
         return Stepper(objective, stage_borders(self.plan.stages, total_steps), then, optimizer)
 
@@ -158,7 +172,8 @@ class Stepper:
     Attributes:
         borders: the step at which each stage ends.
         then: called with the objective at the start of each stage.
-        optimizer: its state is dropped at the first step of a later stage that wants a fresh optimizer.
+        optimizer: its state is dropped at the first step of a later stage that wants a fresh optimizer, and its
+            momentum follows the stage's schedule.
         stage: index of the current stage; -1 before the first.
         left: number of its steps that remained at the last call.
     """
@@ -174,6 +189,9 @@ class Stepper:
         self.objective.progress = step / self.borders[-1]
         index = stage_index(self.borders, step)
         self.left = self.borders[index] - step
+        if self.optimizer is not None:
+            begin = self.borders[index - 1] if index else 0
+            set_momentum(self.optimizer, self.objective.plan.stages, index, (step - begin) / (step - begin + self.left))
         if index != self.stage:
             self.stage = index
             stage = self.objective.plan.stages[index]

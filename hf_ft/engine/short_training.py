@@ -44,7 +44,7 @@ def fit(
     order = [_epoch(rows, size, seed, epoch, model) for epoch in range(epochs)]
     total = sum(map(len, order))
     borders = stage_borders(run.plan.stages, total)
-    scheduler = stage_scheduler(optimizer, borders, recipe.curve)
+    scheduler = stage_scheduler(optimizer, run.plan.stages, borders, recipe.curve)
     at = run.stepper(objective, total, then=batches.follow, optimizer=optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step = 0

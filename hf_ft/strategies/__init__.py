@@ -8,6 +8,7 @@ from hf_ft.strategies.bss import BSSConfig as BSSConfig
 from hf_ft.strategies.co_tuning.config import CoTuningConfig as CoTuningConfig
 from hf_ft.strategies.daft import DAFTConfig as DAFTConfig
 from hf_ft.strategies.delta.config import DELTAConfig as DELTAConfig
+from hf_ft.strategies.fine_tune import FineTuneConfig as FineTuneConfig
 from hf_ft.strategies.full import FullConfig as FullConfig
 from hf_ft.strategies.gradual_unfreezing import GradualUnfreezingConfig as GradualUnfreezingConfig
 from hf_ft.strategies.l2_sp import L2SPConfig as L2SPConfig

@@ -269,17 +269,23 @@ class FTTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in bare]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage."""
+        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage.
+
+        Stages with a schedule of their own follow that instead.
+        """
         run = self._start_run()
-        borders = stage_borders(run.plan.stages, num_training_steps)
+        stages = run.plan.stages
+        borders = stage_borders(stages, num_training_steps)
         if self._attempt is not None:
             self._attempt.stepper.borders, self._attempt.stepper.optimizer = borders, optimizer or self.optimizer
         checks.warn_slow_statistics(self.model, run.trained, num_training_steps)
         with accepted("the learning rate schedule"):
-            if len(borders) == 1:
+            if len(stages) == 1 and stages[0].schedule is None:
                 return super().create_scheduler(num_training_steps, optimizer)
             if self.lr_scheduler is None:
-                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, borders, partial(curve, self.args))
+                checks.warn_own_schedule(run.plan, self.args)
+                by_arguments = partial(curve, self.args)
+                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, stages, borders, by_arguments)
                 self._created_lr_scheduler = True
         return self.lr_scheduler
 
