@@ -12,7 +12,7 @@ from hf_ft.core.findings import Findings
 from hf_ft.core.head_rate import UNSET_RATE, HeadRate, describe_head_rate, head_rates, measure_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
-from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, Term
+from hf_ft.core.plan import GradientChange, NormMode, Plan, Rate, Stage, Stream, TensorRates, Term
 from hf_ft.core.schedules import Decay, decay
 from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
 from hf_ft.core.state_checks import LARGEST, check_tensor
@@ -33,6 +33,7 @@ __all__ = [
     "FTConfig",
     "Findings",
     "FittedRate",
+    "GradientChange",
     "HeadRate",
     "FrozenCache",
     "LogRange",
@@ -54,6 +55,7 @@ __all__ = [
     "Stream",
     "StreamView",
     "TaskLoss",
+    "TensorRates",
     "UNSET_RATE",
     "Term",
     "View",

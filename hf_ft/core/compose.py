@@ -169,8 +169,8 @@ def compose(plans: Iterable[Plan]) -> Plan:
     """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages.
 
     Raises:
-        OptionError: if two plans own stages (both are named), two terms share a name, two streams of the same name
-            differ, or stage durations do not sum to 1.
+        OptionError: if two plans own stages (both are named), or the rates of tensors, two terms share a name, two
+            streams of the same name differ, or stage durations do not sum to 1.
     """
     plans = tuple(plans)
     owners = [plan for plan in plans if plan.stages]
@@ -191,6 +191,10 @@ def compose(plans: Iterable[Plan]) -> Plan:
                 f"two strategies request the stream {stream.name!r} with different settings: {streams}, {stream}."
             )
         streams.append(stream)
+    rated = [plan for plan in plans if plan.tensor_rates is not None]
+    if len(rated) > 1:
+        names = " and ".join(str(plan.owner) for plan in rated)
+        raise OptionError(f"{names} both set the learning rate of each tensor; use one of them.")
     stages = owners[0].stages if owners else (Stage("train"),)
     total = sum(stage.duration for stage in stages)
     if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
@@ -203,5 +207,7 @@ def compose(plans: Iterable[Plan]) -> Plan:
         stages=stages,
         streams=tuple(streams),
         finalise=tuple(s for plan in plans for s in plan.finalise),
+        gradients=tuple(change for plan in plans for change in plan.gradients),
+        tensor_rates=rated[0].tensor_rates if rated else None,
         owner=owners[0].owner if owners else None,
     )

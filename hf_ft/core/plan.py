@@ -138,6 +138,48 @@ class Term:
     zero_means: str = ""
 
 
+@dataclass(frozen=True)
+class GradientChange:
+    """A change of gradients, once per optimizer step: after unscaling and clipping, just before the update.
+
+    Attributes:
+        name: name in messages.
+        fn: (names of the parameters, their gradients, seed) -> None; changes the gradients in place. The seed is the
+            same on every process and after a resume, and another in each step. A parameter without a gradient in this
+            step is left out.
+        on: names of the modules or parameters whose gradients it changes.
+    """
+
+    name: str
+    fn: Callable[[Sequence[str], Sequence[Tensor], int], None]
+    on: Names = EVERYTHING
+
+
+@dataclass(frozen=True)
+class TensorRates:
+    """A factor of the learning rate of each tensor, found anew at the beginning of each epoch on a few batches.
+
+    Each batch has as many samples as an update. Its gradients are those of the task loss, with the model in train mode;
+    data order, random states and running statistics stay as they were.
+
+    Attributes:
+        name: name in messages.
+        measure: (names, parameters, gradients of one batch) -> a number per parameter, (n,).
+        factors: (names, means of these numbers over the batches) -> their factors, (n,).
+        on: names of the modules or parameters; where they are trained, the rate is that of the stage times the factor.
+            All others keep the rate of the stage.
+        batches: number of batches.
+        fresh_optimizer: whether each epoch starts without the optimizer's state (momentum, moments).
+    """
+
+    name: str
+    measure: Callable[[Sequence[str], Sequence[Tensor], Sequence[Tensor]], Tensor]
+    factors: Callable[[Sequence[str], Tensor], Tensor]
+    on: Names = EVERYTHING
+    batches: int = 5
+    fresh_optimizer: bool = False
+
+
 Surgery = Callable[[nn.Module], nn.Module]
 
 
@@ -151,6 +193,8 @@ class Plan:
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
         finalise: functions applied in order after training, once the best model is loaded.
+        gradients: changes of the gradients before each update, in order.
+        tensor_rates: factors of the learning rates of single tensors.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -159,6 +203,8 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
     finalise: tuple[Surgery, ...] = ()
+    gradients: tuple[GradientChange, ...] = ()
+    tensor_rates: TensorRates | None = None
     owner: str | None = field(default=None, compare=False)
 
     @property

@@ -15,6 +15,8 @@ from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
 
 STAGE_RATES = "stage_rates"
+FACTOR = "rate_factor"  # of a tensor whose rate is found anew in each epoch
+EPOCH = "rate_epoch"  # for which it was found
 
 
 def rate_of(name: str, stage: Stage, base: float) -> float:
@@ -46,7 +48,8 @@ def split_groups(
     """Split an optimizer's groups so that each has a single rate in every stage.
 
     A group's ``lr`` is the base rate. Where a term replaces the optimizer's weight decay, the latter is set to 0.
-    Each new group holds its rates under ``"stage_rates"``, 0 in stages that freeze it.
+    Each new group holds its rates under ``"stage_rates"``, 0 in stages that freeze it. Tensors that have rates of their
+    own are in groups of their own, with the factor under ``"rate_factor"``.
 
     Returns:
         The groups, ordered by their first parameter.
@@ -54,6 +57,7 @@ def split_groups(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     names_by_stage = [set(trained_by(stage, model, trainable)) for stage in plan.stages]
     undecayed: Names = tuple(prefix for term in plan.terms for prefix in term.replaces_decay)
+    alone = plan.tensor_rates.on if plan.tensor_rates is not None else ()
     new_groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for index, group in enumerate(groups):
         for parameter in group["params"]:
@@ -64,7 +68,9 @@ def split_groups(
             )
             decay = 0.0 if any(covers(prefix, name) for prefix in undecayed) else group.get("weight_decay", 0.0)
             new = {**group, "params": [], "weight_decay": decay, "lr": _first_rate(rates), STAGE_RATES: rates}
-            new_groups.setdefault((index, rates, decay), new)["params"].append(parameter)
+            single = bool(name) and any(covers(prefix, name) for prefix in alone)
+            new |= {FACTOR: 1.0, EPOCH: -1} if single else {}
+            new_groups.setdefault((index, rates, decay, name if single else ""), new)["params"].append(parameter)
     return list(new_groups.values())
 
 

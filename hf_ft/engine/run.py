@@ -15,13 +15,15 @@ from transformers.utils import logging
 
 from hf_ft.core.compose import build_plan, resolve, shared_option
 from hf_ft.core.config import FTConfig
-from hf_ft.core.context import Context, State
+from hf_ft.core.context import Context, Recipe, Samples, State
 from hf_ft.core.plan import Plan, Term, stage_borders, stage_index, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.engine.momentum import schedules_momentum, set_momentum
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
+from hf_ft.engine.step_hooks import attach, check_not_needed
+from hf_ft.engine.tensor_rates import find_rates
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, is_traced, members_of, unwrap
 from hf_ft.models.find_layouts import laid_out, look_at
@@ -124,18 +126,25 @@ class Run:
         total_steps: int,
         then: Callable[[Objective], None] | None = None,
         optimizer: Optimizer | None = None,
-    ) -> Callable[[int], None]:
+    ) -> Stepper:
         """Return a function that switches stages; call it before each optimizer step with the step's index (from 0).
+
+        Where the plan has rates of tensors, call its ``begin_epoch`` before the first step of each epoch.
 
         Args:
             then: called with the objective at the start of each stage.
-            optimizer: for stages that want a fresh one, or schedule its momentum.
+            optimizer: for stages that want a fresh one or schedule its momentum, and for changes of the gradients.
+
+        Raises:
+            OptionError: if the plan changes gradients or rates, and the optimizer is missing.
         """
         if optimizer is None and any(stage.fresh_optimizer for stage in self.plan.stages[1:]):
             logger.warning_once(
                 f"{self.plan.owner}: a stage wants a fresh optimizer: pass optimizer=... to stepper(), or the state of "
                 "earlier stages is kept."
             )
+        if optimizer is None:
+            check_not_needed(self.plan)
         if optimizer is None and schedules_momentum(self.plan.stages):
             logger.warning_once(
                 f"{self.plan.owner}: a stage schedules the momentum: pass optimizer=... to stepper(), or the optimizer "
@@ -176,6 +185,7 @@ class Stepper:
             momentum follows the stage's schedule.
         stage: index of the current stage; -1 before the first.
         left: number of its steps that remained at the last call.
+        step: the step of the last call.
     """
 
     objective: Objective
@@ -184,11 +194,33 @@ class Stepper:
     optimizer: Optimizer | None = None
     stage: int = -1
     left: int = 0
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None:
+            self.attach(self.optimizer)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let the plan change each step of this optimizer."""
+        self.optimizer = optimizer
+        attach(optimizer, self.objective.model, self.objective.plan, lambda: self.step)
+
+    def begin_epoch(self, epoch: int, samples: Samples, recipe: Recipe, **shared: Any) -> None:
+        """Find the rates of the tensors for an epoch, unless they have been found; call it before its first step.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            samples: training samples.
+            recipe: sizes of batches, task loss and autocast.
+            **shared: see :func:`hf_ft.engine.tensor_rates.find_rates`.
+        """
+        if self.optimizer is not None:
+            find_rates(self.objective, self.optimizer, epoch, samples, recipe, **shared)
 
     def __call__(self, step: int) -> None:
         self.objective.progress = step / self.borders[-1]
         index = stage_index(self.borders, step)
-        self.left = self.borders[index] - step
+        self.step, self.left = step, self.borders[index] - step
         if self.optimizer is not None:
             begin = self.borders[index - 1] if index else 0
             set_momentum(self.optimizer, self.objective.plan.stages, index, (step - begin) / (step - begin + self.left))

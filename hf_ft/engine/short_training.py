@@ -50,6 +50,11 @@ def fit(
     step = 0
     with random_states_kept(seed):
         for epoch, chunks in enumerate(order):
+            if run.plan.tensor_rates is not None:
+                at(step)  # the stage of the epoch's first step
+                at.begin_epoch(
+                    epoch, Samples(len(rows), lambda some: batches.samples.read([rows[i] for i in some])), recipe
+                )
             objective.train()
             for chunk in chunks:
                 at(step)

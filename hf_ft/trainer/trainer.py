@@ -42,7 +42,7 @@ from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.trainer import checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
-from hf_ft.trainer.context import curve, measuring_context
+from hf_ft.trainer.context import curve, looking, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
@@ -190,6 +190,7 @@ class FTTrainer(Trainer):
         if self.state.global_step < self.state.max_steps and not stopped:
             assert self._attempt is not None
             self._attempt.epoch.fill_(epoch)
+            self._attempt.begin_epoch(epoch, self.state.global_step, partial(looking, self))
             super()._run_epoch(model, epoch, *args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -277,7 +278,8 @@ class FTTrainer(Trainer):
         stages = run.plan.stages
         borders = stage_borders(stages, num_training_steps)
         if self._attempt is not None:
-            self._attempt.stepper.borders, self._attempt.stepper.optimizer = borders, optimizer or self.optimizer
+            self._attempt.stepper.borders = borders
+            self._attempt.stepper.attach(optimizer or self.optimizer)
         checks.warn_slow_statistics(self.model, run.trained, num_training_steps)
         with accepted("the learning rate schedule"):
             if len(stages) == 1 and stages[0].schedule is None:
