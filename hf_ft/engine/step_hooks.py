@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_ft.core.plan import GradientChange, Plan
 from hf_ft.engine.param_groups import FACTOR
 from hf_ft.errors import OptionError
-from hf_ft.models.names import covers
+from hf_ft.models.names import Names, covers
 
 SPREAD = 1_000_003  # a prime, so that neighbouring seeds and steps have different products
 
@@ -31,6 +31,8 @@ def attach(optimizer: Optimizer, model: nn.Module, plan: Plan, step: Callable[[]
     inner = unwrapped(optimizer)
     for handle in _attached.pop(inner, ()):
         handle.remove()
+    for name, on in [(c.name, c.on) for c in plan.gradients] + [(r.name, r.on) for r in (plan.tensor_rates,) if r]:
+        _check_names(name, on, model)
     handles = []
     for number, change in enumerate(plan.gradients):
         handles.append(inner.register_step_pre_hook(_gradient_hook(model, change, number, step)))
@@ -66,16 +68,24 @@ def step_seed(step: int, number: int) -> int:
     return ((torch.initial_seed() * SPREAD + step) * SPREAD + number) % 2**63
 
 
+def _check_names(name: str, on: Names, model: nn.Module) -> None:
+    """Reject names that another strategy's surgery has changed.
+
+    Raises:
+        OptionError: naming one.
+    """
+    present = {"", *(n for n, _ in model.named_parameters()), *(n for n, _ in model.named_modules())}
+    missing = [prefix for prefix in on if prefix not in present]
+    if missing:
+        raise OptionError(
+            f"{name} changes the training of {missing[0]!r}, which the model no longer has: another strategy replaced "
+            "it, so the two cannot be combined."
+        )
+
+
 def _gradient_hook(
     model: nn.Module, change: GradientChange, number: int, step: Callable[[], int]
 ) -> Callable[..., None]:
-    names = [name for name, _ in model.named_parameters()]
-    missing = [prefix for prefix in change.on if not any(covers(prefix, name) for name in names)]
-    if missing:
-        raise OptionError(
-            f"{change.name} changes the gradient of {missing[0]!r}, which the model no longer has: another strategy "
-            "replaced it, so the two cannot be combined."
-        )
     selected = [(n, p) for n, p in model.named_parameters() if any(covers(prefix, n) for prefix in change.on)]
 
     def hook(*_: Any) -> None:

@@ -25,10 +25,9 @@ from hf_ft.core import (
     option,
     register,
 )
-from hf_ft.engine.batch import rows_of
+from hf_ft.engine.gradients import looking, mean_gradients, update_batches
 from hf_ft.models.names import covered
-from hf_ft.models.norms import batch_norms
-from hf_ft.models.preserve import buffers_kept, random_states_kept
+from hf_ft.models.preserve import evaluating
 
 DRAWN_AT_ONCE = 2**24  # entries; bounds the memory for masks
 
@@ -100,31 +99,22 @@ def fisher_masks(fisher: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
 def fisher_information(model: nn.Module, names: Sequence[str], context: Context) -> dict[str, Tensor]:
     """Mean over the training batches of the squared gradient of their mean loss, each gradient clipped by its norm.
 
-    Batches of a single row are left out if BatchNorm cannot train on them.
+    Batches have as many samples as an update, so that they are the same for any number of processes, which share them.
     """
-    parameters = dict(model.named_parameters())
+    found, recipe, parameters = context.samples, context.recipe, dict(model.named_parameters())
     chosen = [parameters[name] for name in names]
-    fisher, count = [torch.zeros_like(p, dtype=torch.float32) for p in chosen], 0
-    norms, modes = bool(batch_norms(model)), [(module, module.training) for module in model.modules()]
-    model.train()
-    with buffers_kept(model), random_states_kept():
-        for batch in context.batches():
-            if norms and rows_of(batch) == 1:
-                continue
-            with context.recipe.computing():
-                loss, _ = context.recipe.task_loss(model, batch)
-            loss.backward()
-            gradients = [
-                torch.zeros_like(f) if p.grad is None else p.grad.float() for p, f in zip(chosen, fisher, strict=True)
-            ]
-            clip_each(gradients, context.recipe.max_grad_norm)
-            torch._foreach_addcmul_(fisher, gradients, gradients)
-            count += 1
-            for parameter in parameters.values():
-                parameter.grad = None
-    for module, mode in modes:
-        module.training = mode
-    total = context.reduce(torch.tensor(float(count), device=context.device))
+    fisher, count = [torch.zeros_like(p, dtype=torch.float32) for p in chosen], torch.zeros(1, device=context.device)
+    rows = update_batches(found, recipe, context.ranks, context.generator)
+    with evaluating(model), looking(model):  # which restores the modes on exit
+        model.train()
+        for some in rows[context.rank :: context.ranks]:
+            gradients = mean_gradients(model, chosen, found, recipe, some)
+            if gradients is not None:
+                gradients = [gradient.float() for gradient in gradients]
+                clip_each(gradients, recipe.max_grad_norm)
+                torch._foreach_addcmul_(fisher, gradients, gradients)
+                count += 1
+    total = context.reduce(count)
     return {name: context.reduce(values) / total for name, values in zip(names, fisher, strict=True)}
 
 

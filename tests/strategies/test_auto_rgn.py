@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from hf_ft import AutoRGNConfig, DAFTConfig, FTTrainer, L2SPConfig, OptionError, State, set_up
+from hf_ft import AutoRGNConfig, DAFTConfig, FTTrainer, GradualUnfreezingConfig, L2SPConfig, OptionError, State, set_up
 from hf_ft.core import Plan, TensorRates
-from hf_ft.core.context import Samples
+from hf_ft.core.context import Recipe, Samples
 from hf_ft.engine.param_groups import FACTOR
 from hf_ft.engine.short_training import Batches, fit
 from hf_ft.engine.tensor_rates import SPREAD, batches
@@ -18,6 +18,8 @@ from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 
 RATE, BATCH = 0.02, 8  # 32 samples: 4 steps an epoch
 PLAIN = {"max_steps": 8, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": RATE, "max_grad_norm": 0.0}
+
+RECIPE = Recipe(torch.optim.SGD, lambda _: lambda _: 1.0, RATE, batch_size=BATCH)
 
 
 class Watched(FTTrainer):
@@ -29,7 +31,7 @@ class Watched(FTTrainer):
         self.factors = [*getattr(self, "factors", ()), {names[id(g["params"][0])]: g[FACTOR] for g in groups}]
         self.before = [*getattr(self, "before", ()), snapshot(self.model)]
         loss = super().training_step(model, *args, **kwargs)
-        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.gradients = [*getattr(self, "gradients", ()), gradients]
         return loss
 
@@ -48,7 +50,7 @@ def relative_norms(model, weights, data, seed, epoch):
     model.load_state_dict(weights)
     model.double().train()
     found = {}
-    for rows in batches(len(data), BATCH, 5, seed * SPREAD + epoch):
+    for rows in batches(Samples(len(data), data), RECIPE, 5, 1, seed * SPREAD + epoch):
         batch = {key: torch.stack([data[row][key] for row in rows]) for key in data.column_names}
         model.zero_grad()
         model(**{k: v.double() if v.is_floating_point() else v for k, v in batch.items()}).loss.backward()
@@ -86,6 +88,21 @@ class SameRates(AutoRGNConfig):
 
 def _ones(names, parameters, gradients):
     return torch.ones(len(names))
+
+
+def test_what_is_frozen_stays_in_eval_mode_after_the_look(tmp_path):
+    model = tiny_resnet().train()
+    trainer = watched(model, [AutoRGNConfig(), GradualUnfreezingConfig(stages=2)], tmp_path)
+    for step in range(4):  # the head alone trains
+        moved = [n for n, v in trainer.before[step + 1].items() if not torch.equal(v, trainer.before[step][n])]
+        assert moved and all(name.startswith("classifier") for name in moved)
+
+
+def test_a_data_set_without_an_index_is_refused(tmp_path):
+    trainer = make_trainer(tiny_bert(), AutoRGNConfig(), tmp_path)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(OptionError, match="must be map-style"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_bert])
@@ -141,4 +158,6 @@ def test_it_composes_with_stages_and_terms_but_not_with_itself(tmp_path):
     assert max(factors) == 1.0 and min(factors) == 0.0
     with pytest.raises(OptionError, match="both set the learning rate of each tensor"):
         set_up(tiny_bert(), [AutoRGNConfig(), AutoRGNConfig()])
+    with pytest.raises(OptionError, match="which the model no longer has"):
+        make_trainer(tiny_bert(), [AutoRGNConfig(), "peft"], tmp_path).train()
     assert AutoRGNConfig(head_lr=0.1).plan(tiny_resnet(), State()).stages[0].rates[0].lr == 0.1

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_ft import ChildTuningConfig, FTTrainer, L2SPConfig, OptionError, PEFTConfig, State, set_up
+from hf_ft.engine.gradients import update_batches
 from hf_ft.strategies.child_tuning import clip_each, fisher_masks, packed, unpacked
 from hf_ft.testing import LAWS, still, tiny_bert, tiny_data, tiny_resnet
 from hf_ft.testing.training import make_trainer, tiny_arguments
@@ -76,7 +77,9 @@ def test_d_trains_the_weights_of_the_blocks_with_most_information(tmp_path):
     config = ChildTuningConfig(mode="D", p=P)
     args = tiny_arguments(tmp_path, **PLAIN, max_grad_norm=0.02)
     context = FTTrainer(model, args, strategy=config, train_dataset=tiny_data(model)).context()
-    batches = [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in context.batches()]
+    rows = update_batches(context.samples, context.recipe, 1, torch.Generator().manual_seed(args.seed))
+    batches = [context.samples.read(some) for some in rows]
+    batches = [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in batches]
     fisher = fisher_of(copy.deepcopy(model).double(), batches, clip=0.02)
     ranked = np.sort(np.concatenate([values.reshape(-1) for values in fisher.values()]))
     place = (1 - P) * (len(ranked) - 1)
