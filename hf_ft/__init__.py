@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from hf_ft.core.context import FrozenCache as FrozenCache
     from hf_ft.core.context import State as State
     from hf_ft.core.options import option as option
+    from hf_ft.core.plan import Average as Average
     from hf_ft.core.plan import Plan as Plan
     from hf_ft.core.plan import Rate as Rate
+    from hf_ft.core.plan import Selection as Selection
     from hf_ft.core.plan import Stage as Stage
     from hf_ft.core.plan import Stream as Stream
     from hf_ft.core.plan import Term as Term

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,9 +24,12 @@ __all__ = [
     "gaussian_bandwidths",
     "gaussian_log_likelihood",
     "head_curvature",
+    "interpolated",
     "l2_sp",
+    "mirrored_probabilities",
     "mmd2",
     "pooled",
+    "soft_cross_entropy",
     "stable_rate",
     "wide",
 ]
@@ -80,6 +83,19 @@ def l2_sp(weights: Sequence[Tensor], starts: Sequence[Tensor] | None = None) -> 
 def wide(values: Tensor) -> Tensor:
     """Convert values to float32, or keep them in float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def interpolated(starts: Sequence[Tensor], ends: Sequence[Tensor], alpha: float) -> list[Tensor]:
+    r"""Weights on the line between two models; exactly the one at 0, and the other at 1.
+
+    .. math:: (1 - \alpha) w^0_i + \alpha w_i
+
+    Args:
+        starts, ends: parameters of equal shapes and dtypes.
+
+    Reference: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022.
+    """
+    return list(torch._foreach_lerp(list(starts), list(ends), alpha)) if starts else []
 
 
 # --- feature maps -----------------------------------------------------------------------------------------
@@ -349,6 +365,53 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0
     """
     s, t = (nn.functional.log_softmax(wide(logits) / temperature, dim=1) for logits in (student, teacher))
     return nn.functional.kl_div(s, t, reduction="batchmean", log_target=True)
+
+
+def soft_cross_entropy(
+    logits: Tensor, shares: Tensor, class_weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    r"""Cross-entropy with several classes per sample, as of mixed images.
+
+    .. math:: -\frac{\sum_b \sum_c w_c \, q_{bc} \log \operatorname{softmax}(z_b)_c}{\sum_b m_b}, \qquad
+        q_b = (1 - \epsilon) \, y_b + \epsilon \, m_b / C, \qquad m_b = \sum_c y_{bc}
+
+    It is linear in the shares: for :math:`y = \lambda y_1 + (1 - \lambda) y_2`, it is :math:`\lambda L(y_1) +
+    (1 - \lambda) L(y_2)`. A sample without label has shares of 0 and does not count.
+
+    Args:
+        logits: (B, C).
+        shares: (B, C), y; those of a sample sum to 1.
+        class_weights: (C,), w; by default 1.
+        smoothing: :math:`\epsilon`, as of ``label_smoothing_factor``.
+
+    Returns:
+        A scalar, in float32 or wider.
+
+    Reference: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+    """
+    log_p = nn.functional.log_softmax(wide(logits), dim=1)
+    y = shares.to(log_p)
+    mass = y.sum(dim=1, keepdim=True)
+    q = (1 - smoothing) * y + smoothing * mass / y.shape[1] if smoothing else y
+    q = q if class_weights is None else q * class_weights.to(q)
+    return -(q * log_p).sum() / mass.sum()
+
+
+def mirrored_probabilities(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    r"""Mean of the predictions for images and for their mirror images: :math:`(p(x) + p(x_{\leftrightarrow})) / 2`.
+
+    Args:
+        predict: images -> logits (B, C).
+        images: (B, ..., H, W).
+
+    Returns:
+        (B, C), probabilities, in float32 or wider.
+
+    Reference: Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks",
+        NeurIPS 2012.
+    """
+    both = [wide(predict(view)).softmax(dim=1) for view in (images, images.flip(-1))]
+    return torch.stack(both).mean(dim=0)
 
 
 def _same_shape(name: str, one: Tensor, other: Tensor) -> None:

@@ -12,13 +12,15 @@ from accelerate.utils import imports, memory
 from optuna.storages._rdb.storage import _VersionManager
 from torch.utils.data import _utils
 
+from hf_ft.comparison import cost
+
 
 def set_up() -> None:
     # A data loader that is garbage within a cycle, as a Trainer's is, waits this long for each worker: usually 5 s.
     _utils.MP_STATUS_CHECK_INTERVAL = 0.2
     # Each training ends with a full collection, which takes as long as training a tiny model for some steps. The
     # automatic ones are enough here.
-    memory.gc = SimpleNamespace(collect=lambda: gc.collect(1))
+    memory.gc = cost.gc = SimpleNamespace(collect=lambda: gc.collect(1))
     # accelerate looks for a package at every step, and torch keeps a stack trace of every seed for an absent device.
     imports._is_package_available = functools.cache(imports._is_package_available)
     for devices in (torch.cuda, torch.xpu, torch.mtia):

@@ -18,6 +18,7 @@ from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.core.compose import recommended_arguments, sources_of
 from hf_ft.core.config import BASELINE, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
+from hf_ft.data.mixing import Mixing
 from hf_ft.errors import OptionError
 
 
@@ -42,6 +43,11 @@ class Request:
     @property
     def output_dir(self) -> Path:
         return Path(str(self.given.get("output_dir") or DEFAULTS["output_dir"]))
+
+    @property
+    def mixing(self) -> Mixing:
+        """How the images of a batch are mixed."""
+        return Mixing(self.method.mixup, self.method.cutmix)
 
     @property
     def sources(self) -> tuple[str, ...]:

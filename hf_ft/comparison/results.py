@@ -61,6 +61,7 @@ class Training:
         best_epoch: the best epoch; may be fractional.
         scores: all metrics by name, by split (``validation``; in final runs also ``test`` and ``ood``).
         curve: after each epoch.
+        chosen: what was chosen after training, by strategy; ``validation`` is then the score of that model.
         seconds: wall-clock time of training, without evaluations.
         compute: the same in compute seconds (:func:`hf_ft.comparison.cost.now`).
         evaluation_seconds: time for evaluating and saving.
@@ -83,6 +84,7 @@ class Training:
     best_epoch: float = 0.0
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     curve: tuple[Point, ...] = ()
+    chosen: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     compute: float = 0.0
     evaluation_seconds: float = 0.0

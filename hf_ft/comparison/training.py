@@ -23,11 +23,14 @@ from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
+from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
+from hf_ft.engine.selection import choices
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.trainer.patience import patience_callback
+from hf_ft.trainer.selection import is_choice
 from hf_ft.trainer.trainer import ClassWeights, FTTrainer
 
 PACKAGES = ("hf-ft", "torch", "transformers", "accelerate", "datasets")
@@ -46,6 +49,7 @@ class CommonSettings:
         distortion_samples: number of samples of each test set used to measure feature distortion.
         device: type of the device whose time is measured.
         patience: epochs without a better validation score after which a training ends; None for never.
+        mixing: how the images of a training batch are mixed.
     """
 
     arguments: Mapping[str, Any]
@@ -55,6 +59,7 @@ class CommonSettings:
     distortion_samples: int = 0
     device: str = "cpu"
     patience: int | None = None
+    mixing: Mixing = Mixing()
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ def averaged(trainings: Sequence[Training]) -> Training:
         first,
         validation=fmean(scores) if len(scores) == len(trainings) else None,
         curve=tuple(Point(epoch=p[0]["epoch"], validation=fmean(point["validation"] for point in p)) for p in points),
+        chosen={name: fmean(training.chosen[name] for training in trainings) for name in first.chosen},
         passes=round(fmean(training.passes for training in trainings)),
         peak_memory_mb=max(training.peak_memory_mb for training in trainings),
         warnings=tuple(dict.fromkeys(warning for training in trainings for warning in training.warnings)),
@@ -168,6 +174,8 @@ def _trainer(
         data_collator=entrant.bench.collate,
         processing_class=entrant.bench.processor,
         compute_metrics=finite_metrics,
+        mixup=common.mixing.mixup,
+        cutmix=common.mixing.cutmix,
     )
     trainer.data_info = entrant.bench.info
     trainer.remove_callback(PrinterCallback)
@@ -196,13 +204,18 @@ def _result(
     sign = 1 if common.greater_is_better else -1
     # The first among equals, as in Trainer.
     best = max(found, key=lambda point: sign * point["validation"], default=None)
+    validation = best["validation"] if best else None
+    chosen = next((entry[f"eval_{common.metric}"] for entry in trainer.state.log_history if is_choice(entry)), None)
+    if best and chosen is not None and math.isfinite(chosen):
+        validation = chosen
     assert trainer.optimizer is not None
     return Training(
         seed=seed,
         params=dict(values),
-        validation=best["validation"] if best else None,
+        validation=validation,
         best_epoch=best["epoch"] if best else 0.0,
         curve=tuple(curve),
+        chosen={name: float(choice["value"]) for name, choice in choices(trainer.states).items()},
         seconds=clock.seconds,
         compute=clock.compute,
         evaluation_seconds=clock.paused,
@@ -244,7 +257,7 @@ class EndDiverged(TrainerCallback):
 def _curve(trainer: FTTrainer, metric: str) -> list[Point]:
     """The scores after each epoch."""
     losses = {entry["epoch"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    evaluated = [entry for entry in trainer.state.log_history if f"eval_{metric}" in entry]
+    evaluated = [e for e in trainer.state.log_history if f"eval_{metric}" in e and not is_choice(e)]
     curve = []
     for entry in evaluated:
         point = Point(epoch=entry["epoch"], validation=entry[f"eval_{metric}"])

@@ -9,10 +9,22 @@ from hf_ft.core.compose import compose
 from hf_ft.core.config import FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
+from hf_ft.core.fitted_head import FittedHead
 from hf_ft.core.head_rate import UNSET_RATE, HeadRate, describe_head_rate, head_rates, measure_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
-from hf_ft.core.plan import GradientChange, NormMode, Plan, Rate, Stage, Stream, TensorRates, Term
+from hf_ft.core.plan import (
+    Average,
+    GradientChange,
+    NormMode,
+    Plan,
+    Rate,
+    Selection,
+    Stage,
+    Stream,
+    TensorRates,
+    Term,
+)
 from hf_ft.core.schedules import Decay, decay
 from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
 from hf_ft.core.state_checks import LARGEST, check_tensor
@@ -26,12 +38,14 @@ __all__ = [
     "EVERYTHING",
     "FITTED",
     "LARGEST",
+    "Average",
     "Choice",
     "Context",
     "Decay",
     "DistanceFromStart",
     "FTConfig",
     "Findings",
+    "FittedHead",
     "FittedRate",
     "GradientChange",
     "HeadRate",
@@ -47,6 +61,7 @@ __all__ = [
     "Recipe",
     "Recommended",
     "Samples",
+    "Selection",
     "Source",
     "Space",
     "SquaredNorm",

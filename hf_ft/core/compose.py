@@ -166,17 +166,21 @@ def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None)
 
 
 def compose(plans: Iterable[Plan]) -> Plan:
-    """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages.
+    """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages, one averages.
 
     Raises:
-        OptionError: if two plans own stages (both are named), or the rates of tensors, two terms share a name, two
-            streams of the same name differ, or stage durations do not sum to 1.
+        OptionError: if two plans own stages, average the weights, or set the rates of tensors (both are named), two
+            terms share a name, two streams of the same name differ, or stage durations do not sum to 1.
     """
     plans = tuple(plans)
     owners = [plan for plan in plans if plan.stages]
     if len(owners) > 1:
         names = " and ".join(str(plan.owner) for plan in owners)
         raise OptionError(f"{names} both decide which parameters train when; use one of them.")
+    averaging = [plan for plan in plans if plan.average is not None]
+    if len(averaging) > 1:
+        names = " and ".join(str(plan.owner) for plan in averaging)
+        raise OptionError(f"{names} both average the weights; use one of them.")
     terms = tuple(term for plan in plans for term in plan.terms)
     names_seen = [term.name for term in terms]
     twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
@@ -206,8 +210,11 @@ def compose(plans: Iterable[Plan]) -> Plan:
         terms=terms,
         stages=stages,
         streams=tuple(streams),
+        select=tuple(s for plan in plans for s in plan.select),
         finalise=tuple(s for plan in plans for s in plan.finalise),
         gradients=tuple(change for plan in plans for change in plan.gradients),
         tensor_rates=rated[0].tensor_rates if rated else None,
+        average=averaging[0].average if averaging else None,
+        draws=any(plan.draws for plan in plans),
         owner=owners[0].owner if owners else None,
     )

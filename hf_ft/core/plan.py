@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_ft.core.view import View
 
 NormMode = Literal["auto", "eval", "train"]
+Need = Literal["features", "logit_inputs", "inputs", "second_view", "reference"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,13 @@ class Stream:
         return size
 
 
+@runtime_checkable
+class CopiesModel(Protocol):
+    """A term's module that copies what it needs of the model, once, after all surgery and before training."""
+
+    def begin(self, model: nn.Module) -> None: ...
+
+
 @dataclass(frozen=True)
 class Term:
     r"""A summand of the training loss: :math:`\text{weight} \cdot \text{schedule}(t) \cdot \text{fn}(\text{view})`.
@@ -108,15 +116,18 @@ class Term:
         name: logged under ``loss/<name>``.
         fn: :class:`~hf_ft.core.view.View` -> scalar; a micro-batch mean if it depends on the batch. It runs in
             float32, outside autocast. If it is an ``nn.Module``, its parameters train in every stage at
-            ``args.learning_rate`` and are saved with each checkpoint.
+            ``args.learning_rate``, unless they require no gradient, and are saved with each checkpoint, as are its
+            buffers; it may be a :class:`CopiesModel`.
         weight: a constant factor.
         schedule: a further factor, as a function of the progress of the whole run in [0, 1].
         anchors: names of parameters whose initial values are kept for ``view.starts``.
-        needs: further contents of the view: ``"features"`` is the input of the head, ``"inputs"`` the batch (no
-            frozen prefix can be skipped then), ``"reference"`` the states of ``layers`` in the initial model.
+        needs: further contents of the view: ``"features"`` is the input of the head, ``"logit_inputs"`` that of its
+            last layer, ``"inputs"`` the batch (no frozen prefix can be skipped then), ``"second_view"`` the same
+            samples read a second time, so that augmentation draws other numbers (with ``"inputs"``), ``"reference"``
+            the states of ``layers`` in the initial model.
         layers: keys of ``view.states``: module names, for their outputs, or ``"input:<module>"``; and ``SOURCE_LOGITS``
             for ``view.source_logits``. In a stage in which none of them can change, the term is constant and is
-            omitted.
+            omitted; as is one without layers that needs ``"logit_inputs"``, if these cannot.
         stream: name of the stream whose batch and ``layers`` are in ``view.streams``.
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
         couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.
@@ -129,7 +140,7 @@ class Term:
     weight: float = 1.0
     schedule: Callable[[float], float] | None = None
     anchors: Names = ()
-    needs: frozenset[Literal["features", "inputs", "reference"]] = frozenset()
+    needs: frozenset[Need] = frozenset()
     layers: Names = ()
     stream: str | None = None
     replaces_decay: Names = ()
@@ -180,6 +191,45 @@ class TensorRates:
     fresh_optimizer: bool = False
 
 
+@dataclass(frozen=True)
+class Selection:
+    """A choice among final models, made on evaluation data after training, before ``finalise``.
+
+    The model as trained is the best of the run if the Trainer loads that. Where a candidate's weights differ from it,
+    BatchNorm layers whose running statistics moved in training get those of the training data under these weights.
+
+    Attributes:
+        name: the ``ft_type`` of the strategy that chooses: its state holds the choice and all scores.
+        candidates: the values to choose from; ties go to the first. A single one needs no evaluation data.
+        weights: a pure function of the initial values, the trained ones (both in float32 or wider, on the CPU) and a
+            candidate, that returns the candidate's weights.
+        anchors: names of the parameters that it sets: those among them that any stage trains.
+    """
+
+    name: str
+    candidates: tuple[float, ...]
+    weights: Callable[[Sequence[Tensor], Sequence[Tensor], float], Sequence[Tensor]]
+    anchors: Names = EVERYTHING
+
+
+@dataclass(frozen=True)
+class Average:
+    r"""A running average of the weights, in whose place the model is evaluated, saved and finished.
+
+    .. math:: \bar w \leftarrow d(t) \, \bar w + (1 - d(t)) \, w
+
+    after every optimizer step, where :math:`t` counts the steps before and :math:`\bar w` begins at the initial
+    weights. It covers the parameters that train. Buffers stay those of the last step: BatchNorm's running statistics
+    are averages already, and another would make them lag. A stage that redraws weights begins it anew, since what was
+    before belongs to another model.
+
+    Attributes:
+        decay: :math:`d`, a function of the number of steps, with values in [0, 1].
+    """
+
+    decay: Callable[[int], float]
+
+
 Surgery = Callable[[nn.Module], nn.Module]
 
 
@@ -192,9 +242,12 @@ class Plan:
         terms: summands added to the task loss.
         stages: consecutive stages; empty means a single stage that trains everything.
         streams: additional data for terms that name them.
-        finalise: functions applied in order after training, once the best model is loaded.
+        select: choices among final models, made in order after training, once the best model is loaded.
+        finalise: functions applied in order after that.
         gradients: changes of the gradients before each update, in order.
         tensor_rates: factors of the learning rates of single tensors.
+        average: how the weights are averaged over the steps; None to use the weights themselves.
+        draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
     """
 
@@ -202,15 +255,23 @@ class Plan:
     terms: tuple[Term, ...] = ()
     stages: tuple[Stage, ...] = ()
     streams: tuple[Stream, ...] = ()
+    select: tuple[Selection, ...] = ()
     finalise: tuple[Surgery, ...] = ()
     gradients: tuple[GradientChange, ...] = ()
     tensor_rates: TensorRates | None = None
+    average: Average | None = None
+    draws: bool = False
     owner: str | None = field(default=None, compare=False)
 
     @property
     def term_modules(self) -> nn.ModuleDict:
         """The trainable modules of terms, by term name."""
         return nn.ModuleDict({term.name: term.fn for term in self.terms if isinstance(term.fn, nn.Module)})
+
+    @property
+    def second_view(self) -> bool:
+        """Whether a term needs each sample twice."""
+        return any("second_view" in term.needs for term in self.terms)
 
 
 def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> list[str]:

@@ -59,6 +59,10 @@ class View:
             start from recorded activations.
         outputs: outputs of the model.
         features: input of the head, (B, d), for terms that need ``"features"``.
+        logit_inputs: input of the layer that gives the logits, (B, d), for terms that need ``"logit_inputs"``; of
+            logits for each token, pooled as these are.
+        second_view: the batch, read a second time, without labels, for terms that need ``"second_view"``; the batch
+            itself where samples are the same each time they are read, or nobody read them twice.
         states: states of the terms' layers by name, in float32 or wider: feature maps (B, C, H, W) or token states
             (B, T, C), whatever the order of axes in the model; inputs of modules as these take them. Layers that the
             model skipped in this step (LayerDrop) are missing.
@@ -76,12 +80,26 @@ class View:
         self.batch: Mapping[str, Any] = {}
         self.outputs: Any = None
         self.features: Tensor | None = None
+        self.logit_inputs: Tensor | None = None
+        self.second_view: Mapping[str, Any] = {}
         self.states = LayerStates()
         self.reference: Mapping[str, Tensor] = {}
         self.streams: Mapping[str, StreamView] = {}
         self.border: Border | None = None
         self.token_masks: Mapping[str, Tensor] = {}
         self.progress = 0.0
+        self._run: Callable[[nn.Module, Mapping[str, Any]], Tensor | None] | None = None
+        self._gather: Callable[[Tensor], Tensor] | None = None
+
+    def logit_inputs_of(self, network: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+        """:attr:`logit_inputs` of a copy of the model, which runs in the mode that it is in, under autocast if the
+        model does."""
+        assert self._run is not None
+        return self._run(network, batch)
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in their order; as many of each, and without gradients."""
+        return rows if self._gather is None else self._gather(rows.detach())
 
     def weights(self, names: Names) -> list[Tensor]:
         """The parameters under these names that train in the current stage."""
@@ -98,6 +116,7 @@ class View:
     def release(self) -> None:
         """Release the micro-batch and the autograd graph attached to it."""
         self.batch, self.outputs, self.features, self.border = {}, None, None, None
+        self.logit_inputs, self.second_view, self._run = None, {}, None
         self.states, self.reference, self.streams, self.token_masks = LayerStates(), {}, {}, {}
 
     def source_logits(self, head: Callable[[Border], Tensor]) -> Tensor:

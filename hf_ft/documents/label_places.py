@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 LETTER = 6.6  # approximate width of a letter in a label, in pixels
-PAGES = NARROW, WIDE = 240, 600  # width of a drawing on a phone and on a wide page, in pixels
+SPARE = 3  # by which a short label, such as a number, may be wider
+PAGES = NARROW, WIDE = 224, 600  # width of a drawing on a phone and on a wide page, in pixels
 MARK = 6  # half the size of a mark, in pixels
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -105,7 +106,7 @@ class _Drawing:
     def _box(self, place: Place, number: int, page: int) -> Box:
         x, y = self.points[number]
         label = self.labels[number] if page == WIDE else self.labels[number].partition(" ")[0]
-        return place.box(x * page, y, LETTER * len(label))
+        return place.box(x * page, y, LETTER * len(label) + SPARE)
 
 
 def _squares(points: Sequence[tuple[float, float]], page: int, half: int) -> np.ndarray:

@@ -24,6 +24,7 @@ SHAPES = {
     "cross": "M-4-4 4 4M4-4-4 4",
 }
 ROW = 24  # height of a row, in pixels
+FEW, CROWD = 20, 8  # a plot with more labelled points than these few is higher by so many pixels for each
 LONGEST = 20  # letters in a line of a label
 
 
@@ -153,7 +154,8 @@ def _draw_x_axis(canvas: _Canvas, axis: Axis, top: float, bottom: float, label: 
 
 
 def _draw_plot(chart: Plot, name: str) -> str:
-    top, bottom = (6.0, 106.0) if chart.small else (22.0, 322.0)
+    labelled = sum(len(series.points) for series in chart.series if series.labels)
+    top, bottom = (6.0, 106.0) if chart.small else (22.0, 322.0 + CROWD * max(0, labelled - FEW))
     canvas = _Canvas(chart, name, bottom + (20 if chart.small else 38))
     _draw_x_axis(canvas, chart.x, top, bottom, label=not chart.small)
     for value, text in chart.y.ticks:

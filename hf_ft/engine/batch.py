@@ -48,6 +48,22 @@ def take_streams(batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name.removeprefix(STREAM): batch.pop(name) for name in names}
 
 
+# Prefix, followed by the column's name, of a column of the samples as they were when read a second time.
+SECOND_VIEW = "second_view_"
+
+
+def second_view_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a batch as columns of another one of the same samples."""
+    own = (REFERENCE, ACTIVATION, ROW)
+    return {f"{SECOND_VIEW}{n}": value for n, value in batch.items() if n != "labels" and not n.startswith(own)}
+
+
+def take_second_view(batch: dict[str, Any]) -> dict[str, Any]:
+    """Remove the columns of the second view from a batch; return them under the names of the model's inputs."""
+    names = [name for name in batch if name.startswith(SECOND_VIEW)]
+    return {name.removeprefix(SECOND_VIEW): batch.pop(name) for name in names}
+
+
 def starts_at_borders(inputs: dict[str, Any]) -> bool:
     """Whether activations replace the inputs."""
     return any(name.startswith(ACTIVATION) for name in inputs)
@@ -83,4 +99,4 @@ ROW = "frozen_prefix_row_"  # prefix, followed by the store's number, of the col
 
 def users_columns(inputs: Mapping[str, Any]) -> list[str]:
     """The batch columns that come from the user's data."""
-    return [name for name in inputs if not name.startswith((REFERENCE, ACTIVATION))]
+    return [name for name in inputs if not name.startswith((REFERENCE, ACTIVATION, SECOND_VIEW))]

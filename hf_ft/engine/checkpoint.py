@@ -33,6 +33,7 @@ STATE_NAME = "ft_state.safetensors"
 DELTA_NAME = "ft_delta.safetensors"
 MODULES_NAME = "ft_modules.safetensors"
 BUFFERS_NAME = "ft_buffers.safetensors"
+LIVE_NAME = "ft_live.safetensors"
 
 
 def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -49,6 +50,19 @@ def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{tensors_file} is missing: the folder is incomplete. Use another one.") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{tensors_file} is damaged ({error}). Restore it, or use another one.") from error
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, as safetensors saves them: each contiguous, with memory of its own.
+
+    Modules that share weights have them under two names.
+    """
+    kept = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in kept.items():
+        kept[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return kept
 
 
 def write_states(folder: Path, states: Mapping[str, State]) -> None:

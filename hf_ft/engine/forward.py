@@ -15,7 +15,7 @@ from hf_ft.core.view import LayerStates, StreamView
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
 from hf_ft.models.border import SOURCE_LOGITS, Border, run_to_head
-from hf_ft.models.feature_hooks import INPUT, Taps, run_to
+from hf_ft.models.feature_hooks import INPUT, Taps, run, run_to
 from hf_ft.models.head_features import HeadFeatures
 from hf_ft.models.layouts import Layouts
 from hf_ft.models.names import Names, covered
@@ -41,6 +41,7 @@ class Forward:
         outputs: outputs of the model.
         states: recorded layers of the target batch; without those that the model skipped (LayerDrop).
         features: input of the head for the target batch, (B, d), if requested.
+        logit_inputs: input of the layer that gives the logits, for the target batch, (B, d), if requested.
         border: where the head begins, for the target batch, if ``SOURCE_LOGITS`` or features are requested.
         streams: batches and recorded layers of the streams, by name.
         masks: of recorded layers with padding, (B, T), by layer.
@@ -50,6 +51,7 @@ class Forward:
     outputs: dict[str, Any]
     states: dict[str, Tensor]
     features: Tensor | None
+    logit_inputs: Tensor | None
     border: Border | None
     streams: dict[str, StreamView]
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -70,7 +72,24 @@ class Head:
     logits: Names = ()
 
 
-NO_HEAD = Head()
+@dataclass(frozen=True)
+class Wanted:
+    """Which features of the head to record: its input, and that of the layer that gives the logits."""
+
+    features: bool = False
+    logit_inputs: bool = False
+
+    @property
+    def any(self) -> bool:
+        return self.features or self.logit_inputs
+
+    def of(self, recorded: HeadFeatures, border: Border) -> tuple[Tensor | None, Tensor | None]:
+        """Those of a pass, None for what is not wanted."""
+        last = recorded.logit_inputs(border) if self.logit_inputs else None
+        return recorded.pooled(border) if self.features else None, last
+
+
+NO_HEAD, NO_FEATURES = Head(), Wanted()
 TaskLossOf = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor | None, dict[str, Any]]]
 
 
@@ -81,7 +100,7 @@ def forward(
     *,
     layers: Names = (),
     head: Head = NO_HEAD,
-    wants_features: bool = False,
+    wants: Wanted = NO_FEATURES,
     streams: Sequence[StreamBatch] = (),
     layouts: Layouts | None = None,
 ) -> Forward:
@@ -90,22 +109,37 @@ def forward(
     Args:
         task_loss: model and batch -> loss and outputs.
         layers: layers to record on the target batch.
-        wants_features: whether to record the head's input.
+        wants: the inputs of the head and of its last layer, if they are to be recorded.
         layouts: how layers lay out their outputs, for those that do not as (B, T, C) or (B, C, H, W).
     """
     layouts = layouts or Layouts()
     together = [other for other in streams if other.stream.forward == "joint"]
     if together:
-        return _joint(model, task_loss, batch, together, streams, layers, head, wants_features, layouts)
-    features = HeadFeatures(model, head.modules, head.logits) if wants_features else None
-    border = Border(model, head.begins) if wants_features or SOURCE_LOGITS in layers else None
+        return _joint(model, task_loss, batch, together, streams, layers, head, wants, layouts)
+    features = HeadFeatures(model, head.modules, head.logits) if wants.any else None
+    border = Border(model, head.begins) if wants.any or SOURCE_LOGITS in layers else None
     recording = border.recording() if border else contextlib.nullcontext()
     with Taps(model, _modules(layers)) as taps, recording, features or contextlib.nullcontext():
         loss, outputs = task_loss(model, batch)
-    pooled = features.pooled(border) if features and border else None
+    found = wants.of(features, border) if features and border else (None, None)
     states = layouts.arranged(taps.states)
     others = _separate(model, head, streams, layouts)
-    return Forward(loss, outputs, states, pooled, border, others, layouts.masks(batch, states))
+    return Forward(loss, outputs, states, *found, border, others, layouts.masks(batch, states))
+
+
+def logit_inputs_of_copies(head: Head, device: str) -> Callable[[nn.Module, Mapping[str, Any]], Tensor | None]:
+    """A function of copies of a model with this head: their logit inputs in a pass, under the autocast active now."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def logit_inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+        features, border = HeadFeatures(model, head.modules, head.logits), Border(model, head.begins)
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            with border.recording(), features:
+                run(model, inputs_of(batch))
+            found = features.logit_inputs(border)
+        return None if found is None else wide(found)
+
+    return logit_inputs_of
 
 
 def _joint(
@@ -116,7 +150,7 @@ def _joint(
     streams: Sequence[StreamBatch],
     layers: Names,
     head: Head,
-    wants_features: bool,
+    wants: Wanted,
     layouts: Layouts,
 ) -> Forward:
     """One pass over all samples up to the head, from which the head then sees the target's alone."""
@@ -131,7 +165,7 @@ def _joint(
         recorded = layouts.arranged(taps.states)
         _check_rows(recorded, everything, of_streams)
         border = whole.rows(0, rows, everything)
-        features = HeadFeatures(model, head.modules, head.logits) if wants_features else None
+        features = HeadFeatures(model, head.modules, head.logits) if wants.any else None
         late = [layer for layer in _modules(layers) if layer not in recorded]  # in the head
         with border.replaying(), Taps(model, late) as of_head, features or contextlib.nullcontext():
             loss, outputs = task_loss(model, {**joint, **border.inputs})
@@ -144,8 +178,8 @@ def _joint(
     before = {layer: recorded[layer][:rows] for layer in layers if layer in recorded}
     states = before | layouts.arranged(of_head.states)
     masks = {layer: mask[:rows] for layer, mask in layouts.masks(joint, states).items()}
-    pooled = features.pooled(border) if features else None
-    return Forward(loss, outputs, states, pooled, border, views | _separate(model, head, streams, layouts), masks)
+    found = wants.of(features, border) if features else (None, None)
+    return Forward(loss, outputs, states, *found, border, views | _separate(model, head, streams, layouts), masks)
 
 
 def _separate(model: nn.Module, head: Head, streams: Sequence[StreamBatch], layouts: Layouts) -> dict[str, StreamView]:

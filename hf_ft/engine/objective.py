@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_ft.core.plan import Plan, Stage, Term, trained_by
+from hf_ft.core.plan import Need, Plan, Stage, Term, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.view import LayerStates, View
-from hf_ft.engine.batch import STREAM, recorded_states, take_activations, take_streams
-from hf_ft.engine.forward import Head, StreamBatch, forward, inputs_of
+from hf_ft.engine.averaging import RunningAverage
+from hf_ft.engine.batch import STREAM, recorded_states, take_activations, take_second_view, take_streams
+from hf_ft.engine.forward import Head, StreamBatch, Wanted, forward, inputs_of, logit_inputs_of_copies
 from hf_ft.engine.frozen.freezing import liveness, moving_norms, with_dropout
 from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.reference import Reference
@@ -23,7 +24,7 @@ from hf_ft.models.feature_hooks import run_to
 from hf_ft.models.find_layouts import look_at
 from hf_ft.models.head_layers import logit_layers
 from hf_ft.models.layouts import Layouts
-from hf_ft.models.names import Names, covers
+from hf_ft.models.names import Names, covered, covers
 from hf_ft.models.norms import batch_norms, drops_layers
 from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import acts_on_train, observing
@@ -47,6 +48,7 @@ class Objective(nn.Module):
         task_loss: the task loss.
         reference: the initial model, for terms that compare with it.
         layouts: how the terms' layers lay out their outputs; found on the first batch where that is not known yet.
+        average: the running average of the model's weights, if the plan has one.
 
     Attributes:
         terms: terms of the plan that are active in the current stage.
@@ -55,6 +57,7 @@ class Objective(nn.Module):
         alive: what trains, and which norms update their statistics, in the current stage.
         trained: parameters trained in the current stage, including those of terms.
         share: factor of the loss in training: the number of rows of this micro-batch over its mean in the update.
+        gather: returns the rows of all processes; None where there is one process, or each trains by itself.
     """
 
     # Tells transformers.Trainer that losses are micro-batch means: otherwise, losses and gradients of many models are
@@ -71,6 +74,7 @@ class Objective(nn.Module):
         task_loss: TaskLoss | None = None,
         reference: Reference | None = None,
         layouts: Layouts | None = None,
+        average: RunningAverage | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,10 +82,12 @@ class Objective(nn.Module):
         self.task_loss = task_loss or TaskLoss()
         self.term_modules = plan.term_modules
         self.progress, self.share = 0.0, 1.0
+        self.gather: Callable[[Tensor], Tensor] | None = None
         self.chains = tuple(chains)
         self._trainable = list(trainable if trainable is not None else dict(model.named_parameters()))
         self.reference = reference
         self.layouts = layouts or Layouts()
+        self.average = average
         self._view = View(model, anchors or {})
         self._asleep: list[nn.Module] = []
         self._awake: list[nn.Module] = []
@@ -101,15 +107,19 @@ class Objective(nn.Module):
 
     def forward(self, **batch: Any) -> dict[str, Any]:
         recorded, streams = recorded_states(batch), take_streams(batch)
-        at_borders = take_activations(batch)
+        at_borders, second = take_activations(batch), take_second_view(batch)
         if at_borders:
             assert self.prefix is not None
             with self.prefix.replaying(at_borders):
-                return self._forward(self.prefix.batch(batch, len(at_borders[0])), recorded, streams)
-        return self._forward(batch, recorded, streams)
+                return self._forward(self.prefix.batch(batch, len(at_borders[0])), recorded, streams, second)
+        return self._forward(batch, recorded, streams, second)
 
     def _forward(
-        self, batch: dict[str, Any], recorded: Mapping[str, Tensor], streams: dict[str, dict[str, Any]]
+        self,
+        batch: dict[str, Any],
+        recorded: Mapping[str, Tensor],
+        streams: dict[str, dict[str, Any]],
+        second: dict[str, Any],
     ) -> dict[str, Any]:
         if not self.training:
             loss, outputs = self.task_loss(self.model, batch)
@@ -123,7 +133,7 @@ class Objective(nn.Module):
             batch,
             layers=_layers(term for term, _ in active if term.stream is None),
             head=self._head,
-            wants_features=any("features" in term.needs for term, _ in active),
+            wants=Wanted(_needed("features", active), _needed("logit_inputs", active)),
             streams=others,
             layouts=self.layouts,
         )
@@ -133,9 +143,12 @@ class Objective(nn.Module):
         for other in others:
             self._check_skipped(other.layers, result.streams[other.stream.name].states, other.batch)
         view = self._view
-        view.batch = batch if any("inputs" in term.needs for term, _ in active) else {}
+        view.batch = batch if _needed("inputs", active) else {}
+        view.second_view = (second or inputs_of(batch)) if _needed("second_view", active) else {}
         view.outputs, view.features, view.progress = outputs, result.features, self.progress
+        view.logit_inputs = None if result.logit_inputs is None else wide(result.logit_inputs)
         view.streams, view.border = result.streams, result.border
+        view._gather, view._run = self.gather, logit_inputs_of_copies(self._head, loss.device.type)
         self._look_at_states(active, result.states, recorded, batch, loss.device)
         view.token_masks = result.masks
         total = self.share * loss
@@ -264,14 +277,23 @@ class Objective(nn.Module):
         self.train(self.training)
 
     def _choose_terms(self) -> None:
-        """Select the terms active in this stage: all except those on layers before everything that changes."""
-        begins = self.alive.live_from
-        self.terms = [
-            term for term in self.plan.terms if not term.layers or any(self._follows(x, begins) for x in term.layers)
-        ]
+        """Select the terms active in this stage: all except those that look only at what cannot change in it."""
+        self.terms = [term for term in self.plan.terms if self._can_change(term)]
         reference = (layer for term in self.terms if "reference" in term.needs for layer in term.layers)
         self.reference_layers = tuple(dict.fromkeys(reference))
         self.wants_inputs = any(term.layers or term.stream or "inputs" in term.needs for term in self.terms)
+
+    def _can_change(self, term: Term) -> bool:
+        """Whether layers of a term, or the input of the logits that it needs, follow something that changes."""
+        begins = self.alive.live_from
+        if term.layers:
+            return any(self._follows(layer, begins) for layer in term.layers)
+        if "logit_inputs" not in term.needs or not self.chains:
+            return True
+        begins_before = any(begin < len(chain.parts) - 1 for chain, begin in zip(self.chains, begins, strict=True))
+        head, logits = set(self._head.begins), set(self._head.logits)
+        inside = [name for name, _ in self.model.named_parameters() if covered(name, head)]
+        return begins_before or not all(covered(name, logits) for name in inside)
 
     def _follows(self, layer: str, begins: Sequence[int]) -> bool:
         """Whether a layer lies in, or contains, one of its chain's parts from this index on."""
@@ -316,6 +338,11 @@ def _has_layers(term: Term, view: View) -> bool:
     """Whether a term looks at no layers, or at one that ran in this step."""
     states = view.states if term.stream is None else view.streams[term.stream].states
     return not term.layers or SOURCE_LOGITS in term.layers or bool(states.called(term.layers))
+
+
+def _needed(what: Need, active: Sequence[tuple[Term, float]]) -> bool:
+    """Whether one of these terms needs it in its view."""
+    return any(what in term.needs for term, _ in active)
 
 
 def _layers(terms: Iterable[Term]) -> Names:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +19,14 @@ from transformers.utils import logging
 from hf_ft.core.compose import build_plan, resolve, shared_option
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, Recipe, Samples, State
-from hf_ft.core.plan import Plan, Term, stage_borders, stage_index, trained_by
+from hf_ft.core.plan import CopiesModel, Plan, Term, stage_borders, stage_index, trained_by
 from hf_ft.core.task_loss import TaskLoss
+from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.engine.frozen.reference import Reference
 from hf_ft.engine.momentum import schedules_momentum, set_momentum
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
+from hf_ft.engine.selection import Judge, Origin, check_selections, origin_of, over_processes, select
 from hf_ft.engine.step_hooks import attach, check_not_needed
 from hf_ft.engine.tensor_rates import find_rates
 from hf_ft.errors import OptionError
@@ -51,6 +56,9 @@ class Run:
         anchors: initial values of the parameters that terms anchor.
         reference: the initial model, if a term compares with it.
         layouts: how the terms' layers lay out their outputs, once known.
+        average: the running average of the weights, if the plan has one.
+        origin: initial values that the plan's selections refer to.
+        selected: whether these have been made.
     """
 
     configs: tuple[FTConfig, ...]
@@ -62,6 +70,9 @@ class Run:
     anchors: Mapping[str, Tensor]
     reference: Reference | None = None
     layouts: Layouts = field(default_factory=Layouts)
+    average: RunningAverage | None = None
+    origin: Origin | None = None
+    selected: bool = False
 
     @property
     def trained(self) -> list[str]:
@@ -82,9 +93,8 @@ class Run:
         Every parameter that is ever trained requires a gradient, since DDP registers these when it wraps; the first
         call of :meth:`stepper` freezes those that the first stage does not train.
         """
-        objective = Objective(
-            self.model, self.plan, self.chains, self.trainable, self.anchors, task_loss, self.reference, self.layouts
-        )
+        start = self.anchors, task_loss, self.reference, self.layouts, self.average
+        objective = Objective(self.model, self.plan, self.chains, self.trainable, *start)
         active: set[str] = set()
         end = 1.0
         for stage in reversed(self.plan.stages):  # so that the first one is entered last
@@ -133,11 +143,16 @@ class Run:
 
         Args:
             then: called with the objective at the start of each stage.
-            optimizer: for stages that want a fresh one or schedule its momentum, and for changes of the gradients.
+            optimizer: for stages that want a fresh one or schedule its momentum, for changes of gradients and rates,
+                and for a running average of the weights, which is updated after each of its steps.
 
         Raises:
-            OptionError: if the plan changes gradients or rates, and the optimizer is missing.
+            OptionError: if the plan changes gradients or rates, or averages the weights, and no optimizer is given.
         """
+        if optimizer is None and self.average is not None:
+            raise OptionError(
+                "a strategy averages the weights over the optimizer's steps: pass optimizer=... to stepper()."
+            )
         if optimizer is None and any(stage.fresh_optimizer for stage in self.plan.stages[1:]):
             logger.warning_once(
                 f"{self.plan.owner}: a stage wants a fresh optimizer: pass optimizer=... to stepper(), or the state of "
@@ -165,8 +180,50 @@ class Run:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in selection)
 
-    def finish(self) -> nn.Module:
-        """The final model: unfrozen, without a source head, and after the plan's ``finalise``."""
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context to evaluate or save in: the average is in the place of the weights, if the plan has one."""
+        return averaged(self.average)
+
+    def select(
+        self,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        batches: Iterable[Mapping[str, Any]] | None = None,
+        greater_is_better: bool = True,
+    ) -> Run:
+        """Make the plan's choices among final models; the run's states hold what was chosen.
+
+        Args:
+            evaluate: scores the model on evaluation data; the same on every process.
+            batches: the training data, where BatchNorm statistics are to be measured: this process's share, which can
+                be iterated repeatedly.
+            greater_is_better: whether higher scores are better.
+
+        Raises:
+            OptionError: if a choice needs one of them.
+        """
+        score = None if evaluate is None else partial(evaluate, self.model)
+        given = None if batches is None else lambda: batches
+        judge = Judge(score=score, greater_is_better=greater_is_better, batches=given, reduce=over_processes)
+        return self.select_by(judge)
+
+    def select_by(self, judge: Judge) -> Run:
+        """Make the plan's choices; the run's states hold what was chosen."""
+        if self.average is not None:
+            self.average.finish()
+        states = select(self.plan, self.model, self.origin, self.states, judge)
+        return dataclasses.replace(self, states=states, selected=True)
+
+    def finish(
+        self,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        batches: Iterable[Mapping[str, Any]] | None = None,
+        greater_is_better: bool = True,
+    ) -> nn.Module:
+        """The final model: averaged, chosen (:meth:`select`), without a source head, and after ``finalise``."""
+        if self.average is not None:
+            self.average.finish()
+        if self.plan.select and not self.selected:
+            self.select(evaluate, batches, greater_is_better)
         self.thaw()
         model = drop_source_head(self.model)
         for operation in self.plan.finalise:
@@ -182,7 +239,7 @@ class Stepper:
         borders: the step at which each stage ends.
         then: called with the objective at the start of each stage.
         optimizer: its state is dropped at the first step of a later stage that wants a fresh optimizer, and its
-            momentum follows the stage's schedule.
+            momentum follows the stage's schedule; a running average of the weights follows it.
         stage: index of the current stage; -1 before the first.
         left: number of its steps that remained at the last call.
         step: the step of the last call.
@@ -221,6 +278,9 @@ class Stepper:
         self.objective.progress = step / self.borders[-1]
         index = stage_index(self.borders, step)
         self.step, self.left = step, self.borders[index] - step
+        average = self.objective.average
+        if average is not None and self.stage < 0:
+            average.start(step, self.optimizer)
         if self.optimizer is not None:
             begin = self.borders[index - 1] if index else 0
             set_momentum(self.optimizer, self.objective.plan.stages, index, (step - begin) / (step - begin + self.left))
@@ -232,6 +292,8 @@ class Stepper:
                 if stage.fresh_optimizer and self.optimizer is not None:
                     self.optimizer.state.clear()
                 redraw(self.objective.model, unwrap(self.objective.model)[0], stage.redraws, index)
+                if average is not None and stage.redraws:
+                    average.begin()
             if self.then is not None:
                 self.then(self.objective)
 
@@ -275,9 +337,15 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
         if name in trainable and any(covers(prefix, name) for prefix in anchor_names)
     }
     compares = any("reference" in term.needs for term in plan.terms)
+    for module in plan.term_modules.values():
+        if isinstance(module, CopiesModel):
+            module.begin(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     reference = Reference(model, layouts) if compares else None
-    return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts)
+    trained = ever_trained(plan, model, trainable)
+    average = None if plan.average is None else RunningAverage(model, trained, plan.average)
+    origin = origin_of(plan, model, trainable)
+    return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts, average, origin)
 
 
 def measure(
@@ -311,6 +379,7 @@ def check(
         config.check_model(model)
     plan = build_plan(configs, model, states)
     ever_trained(plan, model, trainable)  # raises if names of a stage match nothing
+    check_selections(plan, model, trainable)
     _chains(configs, model, plan, trainable)
     return plan
 
@@ -361,7 +430,7 @@ def _chains(
     configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]
 ) -> tuple[Chain, ...]:
     everything = sum(1 for _ in model.parameters())
-    needs_chains = any(term.layers or "features" in term.needs for term in plan.terms)
+    needs_chains = any(term.layers or {"features", "logit_inputs"} & term.needs for term in plan.terms)
     needs_chains |= any(len(ever_trained(Plan(stages=(s,)), model, trainable)) < everything for s in plan.stages)
     if not needs_chains:  # so that plain fine-tuning works on models of unknown anatomy
         return ()

@@ -70,7 +70,8 @@ def fit(
                 optimizer.zero_grad()
                 step += 1
             objective.eval()
-            after_epoch(epoch + 1, objective)
+            with run.averaged():
+                after_epoch(epoch + 1, objective)
 
 
 def _epoch(rows: Sequence[int], size: int, seed: int, epoch: int, model: nn.Module) -> list[list[int]]:

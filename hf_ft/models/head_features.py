@@ -57,6 +57,16 @@ class HeadFeatures:
         first, into = self._first.features, self._into
         if first is None or first.dim() == 2 or set(into) != set(self.logits) or not into:
             return first
-        if all(state.dim() == 2 for state in into.values()):
-            return next(iter(into.values()))
-        return border.pooled(into)
+        return self._pooled(border)
+
+    def logit_inputs(self, border: Border) -> Tensor | None:
+        """The input of the layer that gives the logits, (B, d); of logits per token, pooled as these are.
+
+        None if no such layer was called.
+        """
+        return self._pooled(border) if self._into else None
+
+    def _pooled(self, border: Border) -> Tensor:
+        if all(state.dim() == 2 for state in self._into.values()):
+            return next(iter(self._into.values()))
+        return border.pooled(self._into)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
-    Context,
-    FTConfig,
+    FittedHead,
     HeadRate,
     Needs,
     OptionError,
@@ -18,9 +17,7 @@ from hf_ft.core import (
     Stage,
     State,
     advising,
-    describe_head_rate,
     head_rates,
-    measure_head_rate,
     option,
     register,
 )
@@ -29,7 +26,7 @@ from hf_ft.models.names import covered
 
 @register("bitfit")
 @dataclass(frozen=True, kw_only=True)
-class BitFitConfig(FTConfig):
+class BitFitConfig(FittedHead):
     r"""Train the bias of every layer, of norms too, and the head; all other weights stay as pretrained.
 
     .. math:: L = \mathrm{CE}(h(f(x; W^0, b)), y) \quad \text{over } b \text{ and } h
@@ -54,15 +51,6 @@ class BitFitConfig(FTConfig):
 
     def needs(self) -> Needs:
         return Needs(several_members=True)
-
-    def measure(self, model: nn.Module, context: Context) -> State:
-        return State(info=measure_head_rate(self, model, context))
-
-    def must_measure(self) -> bool:
-        return False
-
-    def learned(self, state: State) -> str:
-        return describe_head_rate(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules

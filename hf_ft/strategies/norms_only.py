@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
-    Context,
-    FTConfig,
+    FittedHead,
     HeadRate,
     Needs,
     OptionError,
@@ -18,9 +17,7 @@ from hf_ft.core import (
     Stage,
     State,
     advising,
-    describe_head_rate,
     head_rates,
-    measure_head_rate,
     option,
     register,
 )
@@ -30,7 +27,7 @@ from hf_ft.models.norms import norm_layers
 
 @register("norms_only")
 @dataclass(frozen=True, kw_only=True)
-class NormsOnlyConfig(FTConfig):
+class NormsOnlyConfig(FittedHead):
     r"""Train scale and shift of every normalisation layer, and the head; all other weights stay as pretrained.
 
     .. math:: L = \mathrm{CE}(h(f(x; W^0, \gamma, \beta)), y) \quad \text{over } \gamma, \beta \text{ and } h
@@ -45,7 +42,7 @@ class NormsOnlyConfig(FTConfig):
         "https://arxiv.org/abs/2003.00152",
     )
     formula = "L = CE over the norms' gamma and beta, and the head h; all other weights stay at W0"
-    recommended = {"learning_rate": Recommended(1e-2, sgd=1e-1)}
+    recommended = {"learning_rate": Recommended(3e-3, sgd=1e-1)}
     cost = advising.EVERYTHING - advising.DEARER  # gradients of activations, but of few weights
     advice = {advising.FEW_SAMPLES_PER_WEIGHT: 1, advising.POOR_FEATURES: -1, advising.SHIFTED_MEANS: 1}
 
@@ -57,15 +54,6 @@ class NormsOnlyConfig(FTConfig):
 
     def needs(self) -> Needs:
         return Needs(several_members=True)
-
-    def measure(self, model: nn.Module, context: Context) -> State:
-        return State(info=measure_head_rate(self, model, context))
-
-    def must_measure(self) -> bool:
-        return False
-
-    def learned(self, state: State) -> str:
-        return describe_head_rate(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = self.anatomy(model).head.modules

@@ -10,8 +10,7 @@ from torch import nn
 from hf_ft.core import (
     EVERYTHING,
     Choice,
-    Context,
-    FTConfig,
+    FittedHead,
     HeadRate,
     Names,
     OptionError,
@@ -21,9 +20,7 @@ from hf_ft.core import (
     Stage,
     State,
     advising,
-    describe_head_rate,
     head_rates,
-    measure_head_rate,
     option,
     register,
 )
@@ -40,7 +37,7 @@ def _holders(model: nn.Module, head: Names) -> Names:
 
 @register("peft")
 @dataclass(frozen=True, kw_only=True)
-class PEFTConfig(FTConfig):
+class PEFTConfig(FittedHead):
     r"""Train adapters in the blocks and the head; all other weights stay as pretrained.
 
     With the default tuner, LoRA, every linear layer and ungrouped convolution :math:`W` of the blocks becomes
@@ -81,15 +78,6 @@ class PEFTConfig(FTConfig):
         "Learning rate of the head: 'auto' to fit it to the features, None to use that of the adapters.",
         range="(0, inf)",
     )
-
-    def measure(self, model: nn.Module, context: Context) -> State:
-        return State(info=measure_head_rate(self, model, context))
-
-    def must_measure(self) -> bool:
-        return False
-
-    def learned(self, state: State) -> str:
-        return describe_head_rate(state)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = _holders(model, self.anatomy(model).head.modules)

@@ -26,6 +26,7 @@ from hf_ft.core.context import State
 from hf_ft.documents.public import shareable_name, shareable_text
 from hf_ft.engine import checkpoint as files
 from hf_ft.engine import checkpoint_folders as folders
+from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.errors import CheckpointError, Error, OptionError
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.weight_files import member_folder
@@ -163,8 +164,11 @@ class Checkpoints:
         files.write_states(folder, {c.ft_type: trainer.states.get(c.ft_type, State()) for c in trainer.configs})
         modules = self._term_modules()
         if modules and trainer.is_in_train:  # modules used only in training are not part of the final model
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in modules.state_dict().items()}
-            save_file(tensors, folder / files.MODULES_NAME)
+            save_file(files.unshared(modules.state_dict()), folder / files.MODULES_NAME)
+        average = self._average()
+        if average is not None and average.begun and not trainer.args.save_only_model:
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}
+            save_file(tensors, folder / files.LIVE_NAME)
         if isinstance(trainer.model, PeftModel):
             files.save_buffers(trainer.model, folder)
             if trainer.args.push_to_hub and self.base_name and base_model_id(self.base_name) is None:
@@ -187,17 +191,26 @@ class Checkpoints:
         if not self.base:
             raise CheckpointError("save_delta: nothing has been trained yet; call train() first.")
         if self._trainer.args.should_save:
-            with folders.files_written_whole(Path(path)) as written:
+            with folders.files_written_whole(Path(path)) as written, averaged(self._average()):
                 files.save_delta(self._trainer.model, written, self.base, self._trainer.configs, self._shared_name())
 
     # --- loading -------------------------------------------------------------------------------------------
 
-    def load(self, folder: str | Path) -> None:
-        """Load the weights of the model and of the terms' modules."""
+    def load(self, folder: str | Path, to_resume: bool = False) -> None:
+        """Load the weights of the model and of the terms' modules; those of the model may be an average.
+
+        Args:
+            to_resume: whether training goes on, from the live weights and their average.
+        """
         files.load_weights(self._trainer.model, folder)
-        modules = self._term_modules()
+        modules, average = self._term_modules(), self._average()
         if modules:
             modules.load_state_dict(files.checked(Path(folder) / files.MODULES_NAME)[0])
+        if average is not None and to_resume:
+            average.begin()
+            average.load_state_dict(files.checked(Path(folder) / files.LIVE_NAME)[0])
+        elif average is not None:
+            average.forget()
 
     def states(self, folder: Path) -> dict[str, State]:
         """The measured states saved in a checkpoint, checked against the model before its surgery.
@@ -273,6 +286,9 @@ class Checkpoints:
     def _term_modules(self) -> nn.ModuleDict:
         run = self._trainer._run
         return run.plan.term_modules if run is not None else nn.ModuleDict()
+
+    def _average(self) -> RunningAverage | None:
+        return None if self._trainer._run is None else self._trainer._run.average
 
 
 def _base_name(model: nn.Module) -> str | None:

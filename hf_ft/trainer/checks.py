@@ -30,6 +30,7 @@ from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms
 from hf_ft.trainer.context import curve
 from hf_ft.trainer.protocols import ForProbe
+from hf_ft.trainer.selection import metric_of
 from hf_ft.trainer.source_streams import data_of
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,7 @@ def check_model(
         OptionError: naming what does not fit.
     """
     check_datasets(model, train_dataset, eval_dataset)
+    check_evaluation(configs, args, eval_dataset)
     check_members(configs, model)
     check_parts(configs, model)
     if any(config.must_measure() for config in configs):  # the plan depends on the measurement
@@ -92,6 +94,11 @@ def check_model(
         return
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     plan = check(configs, model, {}, trainable)
+    if plan.select and batch_norms(model) and train_dataset is not None and not hasattr(train_dataset, "__len__"):
+        raise OptionError(
+            f"{plan.select[0].name} measures BatchNorm statistics on the training data: train_dataset must be "
+            "map-style, not iterable."
+        )
     for stream in plan.streams:
         stream.batch_size(args.per_device_train_batch_size)
         if stream.prepare is not None:
@@ -107,6 +114,28 @@ def check_model(
         )
     if len(own) < len(plan.stages):
         curve(args, 10)  # raises if the schedule cannot run once per stage
+
+
+def check_evaluation(configs: Iterable[FTConfig], args: TrainingArguments, eval_dataset: Any) -> None:
+    """Check whether there are data to choose a final model on, for strategies that do.
+
+    Raises:
+        OptionError: if there are none, or several and no metric of one of them.
+    """
+    for config in configs:
+        needs = config.needs()
+        if needs.evaluation_data and eval_dataset is None:
+            raise OptionError(
+                f"{config.ft_type} chooses on evaluation data after training: pass eval_dataset=... to FTTrainer "
+                f"(--validation_fraction on the command line){needs.without_evaluation_data}."
+            )
+        if needs.evaluation_data and isinstance(eval_dataset, Mapping):
+            metric, _ = metric_of(args)
+            if not any(metric.startswith(f"eval_{name}_") for name in eval_dataset):
+                raise OptionError(
+                    f"{config.ft_type} chooses by {metric}, but eval_dataset has the parts {', '.join(eval_dataset)}: "
+                    f"set metric_for_best_model to a metric of one of them, such as {next(iter(eval_dataset))}_loss."
+                )
 
 
 def check_parts(configs: Iterable[FTConfig], model: nn.Module) -> None:

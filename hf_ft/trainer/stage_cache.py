@@ -54,6 +54,9 @@ class StageCache:
             return None
         if is_training:
             chained = bool(self.objective.chains)
+            if self._trainer.mixing:
+                logger.info(f"Batches are mixed ({self._trainer.mixing}): what is frozen is computed in every step.")
+                chained = False
             self.rows = StagedRows(self._used_columns(dataset, description)) if chained else None
             return self.rows
         if self._eval_rows is None or "inputs" in self._args.include_for_metrics:
@@ -113,7 +116,9 @@ class StageCache:
             if recorded is not None:
                 objective.prefix, store = recorded
                 rows.activate(store)
-                self._eval_rows = {}
+                average = objective.average
+                if average is None or not average.moved(objective.alive.resting):
+                    self._eval_rows = {}  # else evaluation runs the average of what is recorded here
 
     def leave_out_unused(self) -> None:
         """Stop reading reference states once no term of weight > 0 uses them."""

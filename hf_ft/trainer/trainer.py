@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ from hf_ft.core.config import BASELINE, FTConfig
 from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders
 from hf_ft.core.task_loss import TaskLoss
+from hf_ft.data.mixing import Mixing
 from hf_ft.data.prepare import collate
 from hf_ft.data.streams import is_map_style
+from hf_ft.engine.averaging import averaged
 from hf_ft.engine.batch import leading, own_rows, rows_of, starts_at_borders
 from hf_ft.engine.checkpoint_folders import files_written_whole
 from hf_ft.engine.objective import Objective
@@ -39,13 +42,14 @@ from hf_ft.engine.run import Run, measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
-from hf_ft.trainer import checks
+from hf_ft.trainer import checks, mixing_checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, looking, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
+from hf_ft.trainer.selection import select
 from hf_ft.trainer.training_batches import TrainingBatches
 
 logger = logging.get_logger(__name__)
@@ -73,6 +77,9 @@ class FTTrainer(Trainer):
             processed, map-style or iterable, with labels of the source head's classes.
         source_data_collator: the collator for source data; default: ``data_collator``.
         states: measurements to reuse: ``trainer.states`` of another run with the same model, data and options.
+        mixup: alpha with which the images and labels of each training batch are mixed; 0 for none. See
+            :class:`~hf_ft.data.Mixing`.
+        cutmix: the same for replacing rectangles; with both, each batch is mixed in either way.
         **keywords: further arguments of ``Trainer``.
 
     Raises:
@@ -85,6 +92,7 @@ class FTTrainer(Trainer):
     lr_scheduler: Any
     train_dataset: Any
     data_info: Any = None  # a DataInfo, for the model card
+    quiet: bool = False  # whether nothing is logged
     _signature_columns: Any
 
     def __init__(
@@ -100,18 +108,23 @@ class FTTrainer(Trainer):
         source_dataset: Any = None,
         source_data_collator: Callable[[list[Any]], Any] | None = None,
         states: Mapping[str, State] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         **keywords: Any,
     ) -> None:
         self.configs = resolve(strategy)
         self.overwrite, self.plain_train_dataset = overwrite, plain_train_dataset
         self.frozen_cache = frozen_cache if isinstance(frozen_cache, FrozenCache) else FrozenCache(use=frozen_cache)
         self.source_dataset, self.source_data_collator = source_dataset, source_data_collator
+        self.mixing = Mixing(mixup, cutmix)
         args = args or TrainingArguments("tmp_trainer")
         if isinstance(keywords.get("processing_class"), CollaborativeTokenizer) and not positional:
             keywords.setdefault("data_collator", collate(keywords["processing_class"]))  # padding as in Trainer
+        mixing_checks.check_settings(self.mixing, self.configs, self.frozen_cache)
         checks.preflight(self.configs, args, model, positional, keywords, source_dataset)
         super().__init__(model, args, *positional, **keywords)
         checks.check_accelerator(self.accelerator)
+        mixing_checks.check_mixable(self.mixing, self.model, self.train_dataset)
         if model is None:
             data = self.train_dataset, self.eval_dataset
             checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset)
@@ -177,6 +190,7 @@ class FTTrainer(Trainer):
         self._attempt = Attempt.begin(self, run.objective(self.task_loss), self._attempt)
         self._attempt.streams.begin(batch_size or self._train_batch_size, self._resuming)
         checks.check_last_batch(self, self._attempt.objective)
+        mixing_checks.check_loss(self)
         output = super()._inner_training_loop(batch_size, *args, **kwargs)
         self._checkpoints.rotate(Path(self._get_output_dir(kwargs.get("trial"))))  # an earlier process may not have
         return output
@@ -205,7 +219,7 @@ class FTTrainer(Trainer):
         self._run = set_up(self.model, self.configs, states=self._states())
         if self._run.model is not self.model:
             self.model = self.model_wrapped = self._run.model
-        if self._resuming is not None and (self._run.anchors or self._run.reference):
+        if self._resuming is not None and (self._run.anchors or self._run.reference or self._run.origin):
             self._checkpoints.check_base(self._resuming)
         if is_map_style(self.train_dataset):
             self._run.find_layouts(self.context())
@@ -233,6 +247,9 @@ class FTTrainer(Trainer):
 
     def _finish_run(self) -> None:
         assert self._run is not None
+        if self._run.plan.select and self._attempt is not None:
+            self._attempt.cache.forget()  # recorded with the weights of the last stage
+        self._run = select(self, self._run)
         self.model = self.callback_handler.model = self._run.finish()
         self._finished = bool(self._run.plan.finalise)  # the model was replaced: the next train() starts anew
 
@@ -244,6 +261,8 @@ class FTTrainer(Trainer):
             assert self._attempt is not None
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
                 self.accelerator.ddp_handler.find_unused_parameters |= self._attempt.objective.sometimes_unused
+            if self.accelerator.num_processes > 1:
+                self._attempt.objective.gather = self.accelerator.gather
             return self.accelerator.prepare_model(self._attempt.objective)
         if self._attempt is None or self._attempt.objective.model is not self.model:
             self._attempt = Attempt.begin(self, Objective(self.model, Plan(), task_loss=self.task_loss), self._attempt)
@@ -324,7 +343,8 @@ class FTTrainer(Trainer):
         batched: Any = attempt.cache.collator_for(read, description)
         if seeded:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            batched, read = TrainingBatches(read, batched, seed, attempt.epoch), range(len(dataset))
+            how = attempt.objective.plan.second_view, self.mixing, mixing_checks.classes_of(self.model)
+            batched, read = TrainingBatches(read, batched, seed, attempt.epoch, *how), range(len(dataset))
         users, self.data_collator = self.data_collator, batched
         try:
             return super()._get_dataloader(read, description, batch_size, sampler, is_training, dataloader_key)
@@ -367,6 +387,8 @@ class FTTrainer(Trainer):
         return 0 if starts_at_borders(inputs) else super().floating_point_ops(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.quiet:
+            return
         if "loss" in logs and self._attempt is not None:
             logs.update(self._attempt.log.drain(self.accelerator))
             if len(self._attempt.stepper.borders) > 1:
@@ -380,6 +402,20 @@ class FTTrainer(Trainer):
         present = [group for group in groups if STAGE_RATES in group and group[STAGE_RATES][stage]]
         return float(present[0]["lr"]) if present and len(groups) > 1 else super()._get_learning_rate()
 
+    # --- evaluating ----------------------------------------------------------------------------------------
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """In training, the average in the place of the weights, if the plan has one; afterwards the model is that."""
+        return averaged(None if self._run is None else self._run.average)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._averaged():
+            return super().predict(*args, **kwargs)
+
     # --- saving and loading --------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -388,7 +424,7 @@ class FTTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        with files_written_whole(folder) as written:
+        with files_written_whole(folder) as written, self._averaged():
             super()._save(str(written), state_dict)
             self._checkpoints.save_beside_weights(written)
             write_card(card_of(self, self._checkpoints.base_name, folder), written)
@@ -415,7 +451,7 @@ class FTTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_run()  # terms refer to the initial weights, not to those of the checkpoint
-        self._checkpoints.load(resume_from_checkpoint)
+        self._checkpoints.load(resume_from_checkpoint, to_resume=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Like ``Trainer``; files that do not fit are named."""

@@ -28,6 +28,7 @@ from datasets import DatasetDict
 from transformers import EvalPrediction, PrinterCallback
 
 from hf_ft import (
+    BitFitConfig,
     BlockwiseConfig,
     BSSConfig,
     DAFTConfig,
@@ -40,6 +41,10 @@ from hf_ft import (
     LayerDecayConfig,
     LinearProbeConfig,
     LPFTConfig,
+    NormsOnlyConfig,
+    PEFTConfig,
+    RIFLEConfig,
+    StochNormConfig,
     TREDConfig,
 )
 from hf_ft.core.compose import resolve
@@ -62,6 +67,7 @@ Grid = dict[str, tuple[float, ...]]
 PROBE: Grid = {SGD: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ADAM: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 USUAL: Grid = {SGD: (3e-4, 1e-3, 3e-3, 1e-2), ADAM: (3e-5, 1e-4, 3e-4, 1e-3)}
 LOWER: Grid = {SGD: (1e-4, 3e-4, 1e-3, 3e-3), ADAM: (1e-5, 3e-5, 1e-4, 3e-4)}
+HIGHER: Grid = {SGD: (1e-2, 3e-2, 1e-1, 3e-1), ADAM: (3e-4, 1e-3, 3e-3, 1e-2)}
 LAST = BlockwiseConfig(block="last_quarter")
 STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "linear_probe": (LinearProbeConfig(head_lr=None), PROBE),
@@ -81,6 +87,11 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "tred": (TREDConfig(), USUAL),
     "layer_decay": (LayerDecayConfig(), USUAL),
     "gradual_unfreezing": (GradualUnfreezingConfig(), USUAL),
+    "bitfit": (BitFitConfig(), HIGHER),
+    "norms_only": (NormsOnlyConfig(), HIGHER),
+    "peft": (PEFTConfig(), HIGHER),
+    "rifle": (RIFLEConfig(), USUAL),
+    "stoch_norm": (StochNormConfig(), USUAL),
 }
 
 

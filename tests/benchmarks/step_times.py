@@ -123,7 +123,9 @@ ROWS = (
                        "activations"),
     Row("l2_sp", "l2_sp"),
     Row("bss", "bss"),
+    Row("bi_tuning", "bi_tuning", Floor(references=1)),
     Row("stoch_norm", "stoch_norm"),
+    Row("ema", "ema"),
     Row("daft", "daft"),
     *referred("delta", DELTAConfig(head_epochs=1, batches=1)),
     *referred("attention_transfer", "attention_transfer"),
@@ -142,6 +144,8 @@ _PARTS = "trains parts of layers all over the network, for which there is no flo
 LEFT_OUT: dict[str, str] = {
     "stock": "full fine-tuning with other arguments",
     "rifle": "full fine-tuning but for the few steps before which the head is drawn anew",
+    "wise_ft": "full fine-tuning; what it adds follows the last step",
+    "spot_tune": "computes every block twice and the pretrained network besides, for which there is no floor",
     "bitfit": _PARTS,
     "norms_only": _PARTS,
     "peft": _PARTS,

@@ -45,9 +45,9 @@ FOREIGN = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|usr)/|\b(?:TODO|FIXME)\b
 # What pages speak of
 
 
-def image_checkpoint(folder, make=tiny_resnet):
-    """A small random model of 1,000 classes where the page names one of the Hub."""
-    make(num_labels=1000).save_pretrained(folder)
+def image_checkpoint(folder, make=tiny_resnet, classes=20):
+    """A small random model with classes of its own where the page names one of the Hub."""
+    make(num_labels=classes).save_pretrained(folder)
     ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder)
 
 

@@ -14,7 +14,7 @@ OPTIONS = {
     "tred": {"epochs": 3},
     "delta": {"head_epochs": 1, "batches": 2},
 }
-TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload")
+TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload", "mixed_images_train")
 SEARCHING = ("blockwise", "amcf", "tred")
 
 
@@ -29,23 +29,31 @@ def pairs(slow=()):
     ]
 
 
-def in_turn():
-    """Every strategy with one of its models, each model as often."""
+def in_turn(first=0):
+    """Every strategy with one of its models, each model as often; with another one for another ``first``."""
     by_name = {}
     for pair in pairs():
-        by_name.setdefault(pair.values[0], []).append(pair)
-    return [options[place % len(options)] for place, options in enumerate(by_name.values())]
+        by_name.setdefault(pair.values[0], []).append(pair.values)
+    return [options[(first + place) % len(options)] for place, options in enumerate(by_name.values())]
 
 
-def slow_if(slow, value):
-    return pytest.param(value, marks=pytest.mark.slow if slow else ())
+def check(name, make, law, folder):
+    config = documented()[name](**OPTIONS.get(name, {}))
+    LAWS[law](suited(config, make()), make, folder)
 
 
-@pytest.mark.parametrize("law", [slow_if(law in TRAINING, law) for law in LAWS])
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in TRAINING])
 @pytest.mark.parametrize(("name", "make"), pairs(SEARCHING))
 def test_law(name, make, law, tmp_path):
-    config = documented()[name](**OPTIONS.get(name, {}))
-    LAWS[law](suited(config, make()), make, tmp_path)
+    check(name, make, law, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "make", "law"), [(*pair, law) for turn, law in enumerate(TRAINING) for pair in in_turn(turn)]
+)
+def test_law_of_training(name, make, law, tmp_path):
+    check(name, make, law, tmp_path)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import sys
 
 from transformers import TrainerCallback
 
-from hf_ft import L2SPConfig, LPFTConfig
+from hf_ft import EMAConfig, L2SPConfig, LPFTConfig
 from hf_ft.testing import tiny_resnet
 from hf_ft.testing.training import make_trainer
 
@@ -18,7 +18,8 @@ class KillAtStep(TrainerCallback):
 
 
 folder, where, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-trainer = make_trainer(tiny_resnet(), [LPFTConfig(), L2SPConfig()], folder, save_strategy="steps", save_steps=2)
+strategy = [LPFTConfig(), L2SPConfig(), EMAConfig()]
+trainer = make_trainer(tiny_resnet(), strategy, folder, save_strategy="steps", save_steps=2)
 if where == "step":
     trainer.add_callback(KillAtStep())
 else:

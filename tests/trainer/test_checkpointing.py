@@ -3,9 +3,13 @@
 import os
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Trainer
 
 from hf_ft import FTTrainer
+from hf_ft.engine.checkpoint import unshared
+from hf_ft.testing import same_tensors
 from hf_ft.trainer.checkpointing import written_whole
 
 
@@ -53,3 +57,10 @@ def test_other_processes_write_into_the_same_folder(tmp_path, waits):
 
 def test_the_trainer_is_one_class():
     assert FTTrainer.__bases__ == (Trainer,)
+
+
+def test_modules_that_share_weights_are_saved_under_both_names(tmp_path):
+    shared = nn.Linear(3, 2)
+    modules = nn.ModuleDict({"one": shared, "other": shared, "third": nn.Linear(3, 2)})
+    save_file(unshared(modules.state_dict()), tmp_path / "modules.safetensors")
+    same_tensors(load_file(tmp_path / "modules.safetensors"), modules.state_dict())

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from hf_ft import (
     CheckpointError,
+    EMAConfig,
     FTConfig,
     FTTrainer,
     L2SPConfig,
@@ -30,7 +31,7 @@ from hf_ft.trainer.stage_cache import StageCache
 from tests.forked import python
 from tests.trainer.measuring_strategy import MeasuredConfig
 
-STRATEGY = [LPFTConfig(), L2SPConfig()]
+STRATEGY = [LPFTConfig(), L2SPConfig(), EMAConfig()]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -53,7 +54,8 @@ def test_killed_and_resumed(where, at, last, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "damage", ["model.safetensors", "ft_state.safetensors", "ft_config.json", "trainer_state.json"]
+    "damage",
+    ["model.safetensors", "ft_live.safetensors", "ft_state.safetensors", "ft_config.json", "trainer_state.json"],
 )
 def test_broken_checkpoints_are_passed_over(damage, tmp_path):
     train(tiny_resnet(), STRATEGY, tmp_path, **SAVING)

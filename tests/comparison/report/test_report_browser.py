@@ -108,14 +108,15 @@ def pages(tmp_path_factory):
         "whole": made_up_results.comparison(),
         "hostile": made_up_results.comparison(hostile=True),
         "smallest": made_up_results.smallest(),
-        "many": made_up_results.many_classes(),
+        "classes": made_up_results.many_classes(),
+        "strategies": made_up_results.many_strategies(),
     }
     for name, content in contents.items():
         write_report(Results.from_dict(json.loads(json.dumps(content))), folder / name)
     return {name: (folder / name / "report.html").as_uri() for name in contents}
 
 
-@pytest.mark.parametrize("name", ["whole", "hostile", "smallest", "many"])
+@pytest.mark.parametrize("name", ["whole", "hostile", "smallest", "classes", "strategies"])
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_fits_its_screen(screen, pages, name, width):
     show(screen, pages[name], width)
