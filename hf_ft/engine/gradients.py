@@ -58,5 +58,8 @@ def mean_gradients(
         batch = samples.read(some)
         with recipe.computing():
             loss, _ = recipe.task_loss(model, batch)
-        (loss * (len(some) / count)).backward()
+        if loss is None:
+            raise OptionError("gradients are measured with the task loss, which needs labels: train_dataset has none.")
+        part: Tensor = loss * (len(some) / count)
+        part.backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters] if chunks else None

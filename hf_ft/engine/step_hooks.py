@@ -47,7 +47,8 @@ def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer inside of a wrapper, whose steps call it."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
-    return optimizer  # type: ignore[no-any-return]
+    found: Optimizer = optimizer
+    return found
 
 
 def check_not_needed(plan: Plan) -> None:

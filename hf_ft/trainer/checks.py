@@ -112,8 +112,7 @@ def check_model(
             f"optimizers: a custom scheduler cannot follow the {kind} of {plan.owner!r}; pass (optimizer, None)"
             + ("." if own else " and choose args.lr_scheduler_type.")
         )
-    if len(own) < len(plan.stages):
-        curve(args, 10)  # raises if the schedule cannot run once per stage
+    curve(args, 10)  # raises if the schedule cannot run once per stage
 
 
 def check_evaluation(configs: Iterable[FTConfig], args: TrainingArguments, eval_dataset: Any) -> None:
