@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from hf_ft.models.ensemble.processor import CollaborativeTokenizer as CollaborativeTokenizer
     from hf_ft.models.parts import Anatomy as Anatomy
     from hf_ft.models.parts import Part as Part
+    from hf_ft.models.soup import Soup as Soup
+    from hf_ft.models.soup import soup as soup
     from hf_ft.strategies import *  # noqa: F403, one line there makes a strategy known here too
     from hf_ft.strategies.amcf.scores import SwarmScores as SwarmScores
     from hf_ft.strategies.amcf.search import SwarmSearch as SwarmSearch

@@ -185,8 +185,9 @@ def compose(plans: Iterable[Plan]) -> Plan:
     """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages, one averages.
 
     Raises:
-        OptionError: if two plans own stages or average the weights (both are named), two terms share a name, two
-            streams of the same name differ, two plans set different learning rates, or stage durations do not sum to 1.
+        OptionError: if two plans own stages, average the weights, set the rates of tensors (both are named), or choose
+            different learning rates, two terms share a name, two streams of the same name differ, or stage durations do
+            not sum to 1.
     """
     plans = tuple(plans)
     owners = [plan for plan in plans if plan.stages]
@@ -211,6 +212,10 @@ def compose(plans: Iterable[Plan]) -> Plan:
                 f"two strategies request the stream {stream.name!r} with different settings: {streams}, {stream}."
             )
         streams.append(stream)
+    rated = [plan for plan in plans if plan.tensor_rates is not None]
+    if len(rated) > 1:
+        names = " and ".join(str(plan.owner) for plan in rated)
+        raise OptionError(f"{names} both set the learning rate of each tensor; use one of them.")
     stages = owners[0].stages if owners else (Stage("train"),)
     rates = {plan.learning_rate: plan.owner for plan in plans if plan.learning_rate is not None}
     if len(rates) > 1:
@@ -229,6 +234,8 @@ def compose(plans: Iterable[Plan]) -> Plan:
         select=tuple(s for plan in plans for s in plan.select),
         finalise=tuple(s for plan in plans for s in plan.finalise),
         learning_rate=next(iter(rates), None),
+        gradients=tuple(change for plan in plans for change in plan.gradients),
+        tensor_rates=rated[0].tensor_rates if rated else None,
         average=averaging[0].average if averaging else None,
         draws=any(plan.draws for plan in plans),
         owner=owners[0].owner if owners else None,

@@ -104,12 +104,14 @@ def check_model(
         stream.batch_size(args.per_device_train_batch_size)
         if stream.prepare is not None:
             stream.prepare(data_of(stream, source_dataset))
-    if len(plan.stages) == 1:
+    own = [stage for stage in plan.stages if stage.schedule is not None]
+    if len(plan.stages) == 1 and not own:
         return
     if scheduler is not None:
+        kind = "schedule" if own else f"{len(plan.stages)} stages"
         raise OptionError(
-            f"optimizers: a custom scheduler cannot follow the {len(plan.stages)} stages of {plan.owner!r}; pass "
-            "(optimizer, None) and choose args.lr_scheduler_type."
+            f"optimizers: a custom scheduler cannot follow the {kind} of {plan.owner!r}; pass (optimizer, None)"
+            + ("." if own else " and choose args.lr_scheduler_type.")
         )
     curve(args, 10)  # raises if the schedule cannot run once per stage
 
@@ -303,6 +305,20 @@ def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int)
             f"BatchNorm momentum {max(slow):g} of {len(slow)} layers: in {steps} steps, their running statistics go "
             f"{100 * moved:.0f} % of the way to those of the training data, and evaluation uses the statistics reached "
             "by then. Set batch_norm_momentum=0.1, or train longer."
+        )
+
+
+def warn_own_schedule(plan: Plan, args: TrainingArguments) -> None:
+    """Warn about arguments of the learning rate schedule where stages have one of their own."""
+    own = [stage.name for stage in plan.stages if stage.schedule is not None]
+    names = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+    defaults = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
+    given = {name: getattr(args, name, None) for name in names}
+    changed = [f"{n}={getattr(v, 'value', v)!r}" for n, v in given.items() if v and v != defaults.get(n)]
+    if own and changed:
+        logger.warning_once(
+            f"{plan.owner}: {', '.join(changed)} has no effect in the stages {', '.join(own)}, which have a schedule "
+            "of their own."
         )
 
 

@@ -81,10 +81,9 @@ class ForContext(ForCache, ForStreams, Protocol):
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]: ...
 
 
-class ForSelection(ForCache, Protocol):
+class ForSelection(ForContext, Protocol):
     """To choose among final models."""
 
-    configs: tuple[FTConfig, ...]
     callback_handler: CallbackHandler
     control: TrainerControl
     eval_dataset: Any

@@ -60,7 +60,7 @@ def select(trainer: ForSelection, run: Run) -> Run:
         score=score if _can_judge(trainer.eval_dataset, metric, run) else None,
         greater_is_better=greater_is_better,
         metric=metric,
-        batches=partial(_batches, trainer),
+        batches=partial(training_batches, trainer),
         computing=trainer.accelerator.autocast,
         reduce=partial(trainer.accelerator.reduce, reduction="sum"),
     )
@@ -99,7 +99,7 @@ def _several(trainer: ForSelection) -> bool:
     return trainer.args.world_size > 1
 
 
-def _batches(trainer: ForSelection) -> Iterator[dict[str, Any]]:
+def training_batches(trainer: ForSelection) -> Iterator[dict[str, Any]]:
     """The training data, augmented as in training but the same in each pass."""
     batches, number = batches_of(trainer), 0
     while True:
