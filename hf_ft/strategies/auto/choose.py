@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from hf_ft.core import UNSET_RATE, Context, OptionError, State
 from hf_ft.core.config import ADAM, BASELINE, SGD
+from hf_ft.core.plan import stage_borders
 from hf_ft.engine.run import Run, set_up
 from hf_ft.engine.short_training import fit, predict
 from hf_ft.functional import calibrated_log_loss
@@ -156,6 +157,7 @@ class Chooser:
         state = self._measured(recipe, self.folds[0].train)
         self.budget.spent += self._measuring(recipe, 0)
         run = self._start(recipe, state)
+        stage_borders(run.plan.stages, self._steps(min(len(part.train) for part in self.folds), self.epochs))
         if run.plan.streams:
             raise OptionError("it trains on further data as well, which brief trainings do not read")
         passes = self.trainings.recordings.passes
@@ -167,6 +169,12 @@ class Chooser:
         recorded = self.trainings.recordings.passes - passes
         self.budget.spent += recorded * self.costs.forward * self.context.samples.count
         return Candidate(recipe, ratio, [state])
+
+    def _steps(self, samples: int, epochs: float) -> int:
+        """The optimizer steps of a training, at least; a last batch of one sample may be dropped."""
+        recipe = self.trainings.recipe
+        whole, rest = divmod(samples, recipe.batch_size * recipe.accumulation)
+        return max(1, int(epochs * (whole + (rest > 1 or not whole))))
 
     def _check_room(self, recipe: Recipe, ratio: float, planned: float) -> None:
         """Reject a recipe whose brief training does not fit beside what is planned.
@@ -301,7 +309,8 @@ class Chooser:
         for recipe in order:
             try:
                 state = self._measured(recipe, None)
-                self._start(recipe, state)
+                stages = self._start(recipe, state).plan.stages
+                stage_borders(stages, self._steps(self.context.samples.count, self.context.recipe.epochs))
                 return recipe, state
             except REFUSED as error:
                 problem = error
