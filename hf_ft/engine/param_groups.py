@@ -47,9 +47,9 @@ def split_groups(
 ) -> list[dict[str, Any]]:
     """Split an optimizer's groups so that each has a single rate in every stage.
 
-    A group's ``lr`` is the base rate. Where a term replaces the optimizer's weight decay, the latter is set to 0.
-    Each new group holds its rates under ``"stage_rates"``, 0 in stages that freeze it. Tensors that have rates of their
-    own are in groups of their own, with the factor under ``"rate_factor"``.
+    The base rate is the plan's, if it has one, and otherwise the group's ``lr``. Where a term replaces the optimizer's
+    weight decay, the latter is set to 0. Each new group holds its rates under ``"stage_rates"``, 0 in stages that
+    freeze it. Tensors that have rates of their own are in groups of their own, with the factor under ``"rate_factor"``.
 
     Returns:
         The groups, ordered by their first parameter.
@@ -60,10 +60,11 @@ def split_groups(
     alone = plan.tensor_rates.on if plan.tensor_rates is not None else ()
     new_groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for index, group in enumerate(groups):
+        base = group["lr"] if plan.learning_rate is None else plan.learning_rate
         for parameter in group["params"]:
             name = names.get(id(parameter), "")
             rates = tuple(
-                rate_of(name, stage, group["lr"]) if name in stage_names or not name else 0.0
+                rate_of(name, stage, base) if name in stage_names or not name else 0.0
                 for stage, stage_names in zip(plan.stages, names_by_stage, strict=True)
             )
             decay = 0.0 if any(covers(prefix, name) for prefix in undecayed) else group.get("weight_decay", 0.0)
@@ -137,6 +138,7 @@ def term_groups(plan: Plan, lr: float, weight_decay: float) -> list[dict[str, An
     """Parameter groups of trainable terms: the same rate in every stage, no decay for biases and norms."""
     modules = plan.term_modules
     names = [name for name, parameter in modules.named_parameters() if parameter.requires_grad]
+    lr = lr if plan.learning_rate is None else plan.learning_rate
     rates = (lr,) * len(plan.stages)
     groups = decay_groups(modules, names, lr, weight_decay)
     return [{**group, STAGE_RATES: rates} for group in groups if group["params"]]

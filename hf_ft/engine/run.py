@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.utils import logging
 
-from hf_ft.core.compose import build_plan, resolve, shared_option
+from hf_ft.core.compose import build_plan, check_composed, resolve, shared_option
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, Recipe, Samples, State
 from hf_ft.core.plan import CopiesModel, Plan, Term, stage_borders, stage_index, trained_by
@@ -316,6 +316,7 @@ def set_up(
         OptionError: for any invalid combination, before the model is changed.
     """
     configs = resolve(strategy)
+    check_composed(configs)
     if states is None:
         states = measure(configs, model, None if context is None else lambda: context)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
