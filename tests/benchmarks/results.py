@@ -16,7 +16,8 @@ fine-tuning runs. AMCF trains MobileNetV2 beside EfficientNet-Lite0; "plain ense
 term and search.
 
 Prints an estimate, and may be stopped and started again, or started in several terminals, which then share the work.
-What every training gave is in docs/results/; strategies that a kept comparison lacks are added to it. `python -m docs.tools.tables` makes docs/results.md from that.
+What every training gave is in docs/results/; strategies that a kept comparison lacks are added to it.
+`python -m docs.tools.tables` makes docs/results.md from that.
 """
 
 from __future__ import annotations
