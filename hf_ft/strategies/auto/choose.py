@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 from hf_ft.core import UNSET_RATE, Context, OptionError, State
 from hf_ft.core.config import ADAM, BASELINE, SGD
-from hf_ft.engine.run import Run, set_up
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import set_up
 from hf_ft.engine.short_training import fit, predict
 from hf_ft.functional import calibrated_log_loss
 from hf_ft.models.preserve import random_states_kept
