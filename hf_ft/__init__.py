@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_ft.core.plan import Average as Average
     from hf_ft.core.plan import Plan as Plan
     from hf_ft.core.plan import Rate as Rate
+    from hf_ft.core.plan import Selection as Selection
     from hf_ft.core.plan import Stage as Stage
     from hf_ft.core.plan import Stream as Stream
     from hf_ft.core.plan import Term as Term
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from hf_ft.models.ensemble.processor import CollaborativeTokenizer as CollaborativeTokenizer
     from hf_ft.models.parts import Anatomy as Anatomy
     from hf_ft.models.parts import Part as Part
+    from hf_ft.models.soup import Soup as Soup
+    from hf_ft.models.soup import soup as soup
     from hf_ft.strategies import *  # noqa: F403, one line there makes a strategy known here too
     from hf_ft.strategies.amcf.scores import SwarmScores as SwarmScores
     from hf_ft.strategies.amcf.search import SwarmSearch as SwarmSearch

@@ -24,6 +24,7 @@ __all__ = [
     "gaussian_bandwidths",
     "gaussian_log_likelihood",
     "head_curvature",
+    "interpolated",
     "l2_sp",
     "mirrored_probabilities",
     "mmd2",
@@ -82,6 +83,19 @@ def l2_sp(weights: Sequence[Tensor], starts: Sequence[Tensor] | None = None) -> 
 def wide(values: Tensor) -> Tensor:
     """Convert values to float32, or keep them in float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def interpolated(starts: Sequence[Tensor], ends: Sequence[Tensor], alpha: float) -> list[Tensor]:
+    r"""Weights on the line between two models; exactly the one at 0, and the other at 1.
+
+    .. math:: (1 - \alpha) w^0_i + \alpha w_i
+
+    Args:
+        starts, ends: parameters of equal shapes and dtypes.
+
+    Reference: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022.
+    """
+    return list(torch._foreach_lerp(list(starts), list(ends), alpha)) if starts else []
 
 
 # --- feature maps -----------------------------------------------------------------------------------------

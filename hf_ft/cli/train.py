@@ -25,6 +25,7 @@ from hf_ft.engine.checkpoint_folders import INCOMPLETE, checkpoints, is_complete
 from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.models.gated.model import GatedModel
 from hf_ft.trainer.mixing_checks import check_settings
 from hf_ft.trainer.run_lock import LOCK
 from hf_ft.zoo.datasets import DATASETS
@@ -120,10 +121,13 @@ def _finish(made: Made) -> None:
     say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
     adapter = isinstance(trainer.model, PeftModel)
     ensemble = isinstance(trainer.model, CollaborativeModel)
+    gated = isinstance(trainer.model, GatedModel)
     what = "an ensemble, each member_* a plain checkpoint" if ensemble else "a plain Transformers checkpoint"
+    what = "a model with two paths, which needs hf_ft" if gated else what
+    registers = "the ensemble" if ensemble else "the model" if gated else ""
     say(f"saved       {folder}, {'a PEFT adapter' if adapter else what}:\n")
     several = isinstance(trainer.processing_class, CollaborativeTokenizer)
-    usage = pipeline_usage(folder, columns.task, ensemble=ensemble, tokenizers=several)
+    usage = pipeline_usage(folder, columns.task, registers=registers, tokenizers=several)
     say(indent(adapter_usage(folder) if adapter else usage, "  "))
     found = [c.findings(trainer.states[c.ft_type]) for c in trainer.configs if c.ft_type in trainer.states]
     for findings in found:

@@ -61,6 +61,7 @@ class Training:
         best_epoch: the best epoch; may be fractional.
         scores: all metrics by name, by split (``validation``; in final runs also ``test`` and ``ood``).
         curve: after each epoch.
+        chosen: what was chosen after training, by strategy; ``validation`` is then the score of that model.
         seconds: wall-clock time of training, without evaluations.
         compute: the same in compute seconds (:func:`hf_ft.comparison.cost.now`).
         evaluation_seconds: time for evaluating and saving.
@@ -83,6 +84,7 @@ class Training:
     best_epoch: float = 0.0
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     curve: tuple[Point, ...] = ()
+    chosen: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     compute: float = 0.0
     evaluation_seconds: float = 0.0
@@ -148,6 +150,47 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Ingredient:
+    """A final run that might go into the soup.
+
+    Attributes:
+        validation: its own score.
+        member: whether it is in the soup.
+        with_it: score of the average with it, if it was tried.
+        reason: why it was not considered; empty if it was.
+    """
+
+    contender: str
+    seed: int
+    validation: float | None
+    member: bool
+    with_it: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SoupSummary:
+    """The average of final runs, one plain model.
+
+    Attributes:
+        kind: ``uniform`` or ``greedy``.
+        validation: the comparison's metric on validation, which chose the members of a greedy soup.
+        scores: all metrics by name, by split.
+        ingredients: all finished final runs.
+    """
+
+    kind: str
+    validation: float
+    scores: Mapping[str, Mapping[str, float]]
+    ingredients: tuple[Ingredient, ...]
+
+    @property
+    def members(self) -> tuple[Ingredient, ...]:
+        """Those that are in it."""
+        return tuple(one for one in self.ingredients if one.member)
+
+
+@dataclass(frozen=True)
 class Results:
     """The results of a comparison.
 
@@ -168,6 +211,7 @@ class Results:
         advice: the result of :func:`hf_ft.advice.advise`, if requested.
         winner: the contender with the best mean validation score over the final runs; empty if there is none.
         winner_seed: the seed of its saved run, the best by validation.
+        soup: the average of final runs, if it was requested.
     """
 
     title: str
@@ -185,6 +229,7 @@ class Results:
     advice: Mapping[str, Any] | None = None
     winner: str = ""
     winner_seed: int | None = None
+    soup: SoupSummary | None = None
 
     def __getitem__(self, name: str) -> Contender:
         return next(contender for contender in self.contenders if contender.name == name)

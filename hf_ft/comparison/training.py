@@ -26,9 +26,11 @@ from hf_ft.core.context import State
 from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
+from hf_ft.engine.selection import choices
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.trainer.patience import patience_callback
+from hf_ft.trainer.selection import is_choice
 from hf_ft.trainer.trainer import ClassWeights, FTTrainer
 
 PACKAGES = ("hf-ft", "torch", "transformers", "accelerate", "datasets")
@@ -90,10 +92,10 @@ def train(
         on_measured: called with new measurements.
         counted: counts the work.
     """
-    with _folder(work), _warnings() as said:
+    with temporary(work), collected_warnings() as said:
         with counted or nullcontext(), PeakMemory(common.device) as memory:
             model = entrant.bench.load(seed, entrant.keeps_head)
-            trainer = _trainer(entrant, values, seed, common, work, model, measured)
+            trainer = trainer_for(entrant, values, seed, common, work, model, measured)
             if measured is None:
                 began = now(common.device)[1]
                 states = dict(trainer.measure())
@@ -123,6 +125,7 @@ def averaged(trainings: Sequence[Training]) -> Training:
         first,
         validation=fmean(scores) if len(scores) == len(trainings) else None,
         curve=tuple(Point(epoch=p[0]["epoch"], validation=fmean(point["validation"] for point in p)) for p in points),
+        chosen={name: fmean(training.chosen[name] for training in trainings) for name in first.chosen},
         passes=round(fmean(training.passes for training in trainings)),
         peak_memory_mb=max(training.peak_memory_mb for training in trainings),
         warnings=tuple(dict.fromkeys(warning for training in trainings for warning in training.warnings)),
@@ -140,7 +143,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def _trainer(
+def trainer_for(
     entrant: Entrant,
     values: Mapping[str, Any],
     seed: int,
@@ -149,6 +152,7 @@ def _trainer(
     model: nn.Module,
     measured: Measured | None,
 ) -> FTTrainer:
+    """A trainer with the settings of the comparison."""
     data = entrant.bench.data
     args = TrainingArguments(
         str(work),
@@ -201,13 +205,18 @@ def _result(
     sign = 1 if common.greater_is_better else -1
     # The first among equals, as in Trainer.
     best = max(found, key=lambda point: sign * point["validation"], default=None)
+    validation = best["validation"] if best else None
+    chosen = next((entry[f"eval_{common.metric}"] for entry in trainer.state.log_history if is_choice(entry)), None)
+    if best and chosen is not None and math.isfinite(chosen):
+        validation = chosen
     assert trainer.optimizer is not None
     return Training(
         seed=seed,
         params=dict(values),
-        validation=best["validation"] if best else None,
+        validation=validation,
         best_epoch=best["epoch"] if best else 0.0,
         curve=tuple(curve),
+        chosen={name: float(choice["value"]) for name, choice in choices(trainer.states).items()},
         seconds=clock.seconds,
         compute=clock.compute,
         evaluation_seconds=clock.paused,
@@ -249,7 +258,7 @@ class EndDiverged(TrainerCallback):
 def _curve(trainer: FTTrainer, metric: str) -> list[Point]:
     """The scores after each epoch."""
     losses = {entry["epoch"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    evaluated = [entry for entry in trainer.state.log_history if f"eval_{metric}" in entry]
+    evaluated = [e for e in trainer.state.log_history if f"eval_{metric}" in e and not is_choice(e)]
     curve = []
     for entry in evaluated:
         point = Point(epoch=entry["epoch"], validation=entry[f"eval_{metric}"])
@@ -266,9 +275,20 @@ def _finished(
     """Save the model and evaluate it on the test sets, once for each final run."""
     shutil.rmtree(folder, ignore_errors=True)
     trainer.save_model(str(folder))
+    scores, predictions = scored(trainer, entrant.bench.data)
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / MB
+    distortion = _distortion(trainer, entrant, training.seed, common.distortion_samples)
+    return dataclasses.replace(
+        training, scores=scores, predictions=predictions, checkpoint_mb=size, distortion=distortion
+    )
+
+
+def scored(
+    trainer: FTTrainer, data: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, float]], dict[str, tuple[int, ...]]]:
+    """All metrics of a trainer's model on validation and test sets, and the predicted classes, by split."""
     scores: dict[str, dict[str, float]] = {}
     predictions: dict[str, tuple[int, ...]] = {}
-    data = entrant.bench.data
     for split in ("validation", *(name for name in TESTS if name in data)):
         output = trainer.predict(data[split])
         scores[split] = {
@@ -279,11 +299,7 @@ def _finished(
         logits = np.asarray(output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions)
         if logits.ndim == 2 and logits.shape[1] > 1 and np.asarray(output.label_ids).ndim == 1:
             predictions[split] = tuple(logits.argmax(-1).tolist())
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / MB
-    distortion = _distortion(trainer, entrant, training.seed, common.distortion_samples)
-    return dataclasses.replace(
-        training, scores=scores, predictions=predictions, checkpoint_mb=size, distortion=distortion
-    )
+    return scores, predictions
 
 
 def _distortion(trainer: FTTrainer, entrant: Entrant, seed: int, samples: int) -> dict[str, dict[str, Distance]]:
@@ -308,7 +324,8 @@ def _distortion(trainer: FTTrainer, entrant: Entrant, seed: int, samples: int) -
 
 
 @contextmanager
-def _folder(work: Path) -> Iterator[None]:
+def temporary(work: Path) -> Iterator[None]:
+    """Delete a folder on exit."""
     try:
         yield
     finally:
@@ -316,7 +333,7 @@ def _folder(work: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
+def collected_warnings() -> Iterator[list[str]]:
     """Collect the warnings of hf_ft instead of printing them for every training."""
     said: list[str] = []
 

@@ -13,7 +13,18 @@ from hf_ft.core.fitted_head import FittedHead
 from hf_ft.core.head_rate import UNSET_RATE, HeadRate, describe_head_rate, head_rates, measure_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
-from hf_ft.core.plan import Average, NormMode, Plan, Rate, Stage, Stream, Term
+from hf_ft.core.plan import (
+    Average,
+    GradientChange,
+    NormMode,
+    Plan,
+    Rate,
+    Selection,
+    Stage,
+    Stream,
+    TensorRates,
+    Term,
+)
 from hf_ft.core.schedules import Decay, decay
 from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
 from hf_ft.core.state_checks import LARGEST, check_tensor
@@ -36,6 +47,7 @@ __all__ = [
     "Findings",
     "FittedHead",
     "FittedRate",
+    "GradientChange",
     "HeadRate",
     "FrozenCache",
     "LogRange",
@@ -49,6 +61,7 @@ __all__ = [
     "Recipe",
     "Recommended",
     "Samples",
+    "Selection",
     "Source",
     "Space",
     "SquaredNorm",
@@ -57,6 +70,7 @@ __all__ = [
     "Stream",
     "StreamView",
     "TaskLoss",
+    "TensorRates",
     "UNSET_RATE",
     "Term",
     "View",

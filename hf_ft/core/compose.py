@@ -169,8 +169,8 @@ def compose(plans: Iterable[Plan]) -> Plan:
     """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages, one averages.
 
     Raises:
-        OptionError: if two plans own stages or average the weights (both are named), two terms share a name, two
-            streams of the same name differ, or stage durations do not sum to 1.
+        OptionError: if two plans own stages, average the weights, or set the rates of tensors (both are named), two
+            terms share a name, two streams of the same name differ, or stage durations do not sum to 1.
     """
     plans = tuple(plans)
     owners = [plan for plan in plans if plan.stages]
@@ -195,6 +195,10 @@ def compose(plans: Iterable[Plan]) -> Plan:
                 f"two strategies request the stream {stream.name!r} with different settings: {streams}, {stream}."
             )
         streams.append(stream)
+    rated = [plan for plan in plans if plan.tensor_rates is not None]
+    if len(rated) > 1:
+        names = " and ".join(str(plan.owner) for plan in rated)
+        raise OptionError(f"{names} both set the learning rate of each tensor; use one of them.")
     stages = owners[0].stages if owners else (Stage("train"),)
     total = sum(stage.duration for stage in stages)
     if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
@@ -206,7 +210,11 @@ def compose(plans: Iterable[Plan]) -> Plan:
         terms=terms,
         stages=stages,
         streams=tuple(streams),
+        select=tuple(s for plan in plans for s in plan.select),
         finalise=tuple(s for plan in plans for s in plan.finalise),
+        gradients=tuple(change for plan in plans for change in plan.gradients),
+        tensor_rates=rated[0].tensor_rates if rated else None,
         average=averaging[0].average if averaging else None,
+        draws=any(plan.draws for plan in plans),
         owner=owners[0].owner if owners else None,
     )

@@ -107,6 +107,7 @@ class FTConfig(PushToHubMixin):
     cost: ClassVar[float | None] = None  # relative cost of a training, on the scale of hf_ft.core.advising
     advice: ClassVar[Mapping[Rule, float | None]] = {}  # points by rule; None: the strategy cannot run
     tuned: ClassVar[Declared] = {}  # options tuned with the learning rate; none affects measure
+    plain: ClassVar[bool] = True  # whether Transformers loads the trained model without this package
     kept: ClassVar[tuple[str, ...]] = ()  # files in the context's folder from which an interrupted measure resumes
 
     batch_norm_momentum: float | Literal["auto", "keep"] = option(

@@ -15,6 +15,8 @@ class Needs:
         source_data: whether it can use, or requires, a data set of the pretraining.
         without_source_data: the alternative, as the end of a sentence that asks for such a data set.
         several_members: whether it supports ensembles.
+        evaluation_data: whether it chooses on evaluation data after training.
+        without_evaluation_data: the alternative, as the end of a sentence that asks for them.
         hard_labels: whether one of its terms needs the class of each training sample. It is then refused together
             with mixup and CutMix, whose labels ``view.batch["labels"]`` are shares of two classes, (B, C).
     """
@@ -23,4 +25,6 @@ class Needs:
     source_data: Literal["no", "optional", "required"] = "no"
     without_source_data: str = ""
     several_members: bool = False
+    evaluation_data: bool = False
+    without_evaluation_data: str = ""
     hard_labels: bool = False

@@ -44,12 +44,17 @@ def fit(
     order = [_epoch(rows, size, seed, epoch, model) for epoch in range(epochs)]
     total = sum(map(len, order))
     borders = stage_borders(run.plan.stages, total)
-    scheduler = stage_scheduler(optimizer, borders, recipe.curve)
+    scheduler = stage_scheduler(optimizer, run.plan.stages, borders, recipe.curve)
     at = run.stepper(objective, total, then=batches.follow, optimizer=optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step = 0
     with random_states_kept(seed):
         for epoch, chunks in enumerate(order):
+            if run.plan.tensor_rates is not None:
+                at(step)  # the stage of the epoch's first step
+                at.begin_epoch(
+                    epoch, Samples(len(rows), lambda some: batches.samples.read([rows[i] for i in some])), recipe
+                )
             objective.train()
             for chunk in chunks:
                 at(step)

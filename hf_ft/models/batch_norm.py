@@ -13,7 +13,8 @@ Reference: Ha, Jeong, Lee. Domain-Aware Fine-Tuning: Enhancing Neural Network Ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -171,19 +172,25 @@ def _some(names: Iterable[str]) -> str:
 def _pass_over(model: nn.Module, loader: Iterable[Mapping[str, Any]], sums: Mapping[str, Any]) -> int:
     """Run the model on every batch, accumulating each layer's input moments; return the number of batches."""
     device, batches = next(model.parameters()).device, 0
+    with recorded(model, sums), observing(model):
+        for batch in loader:
+            model(**model_inputs(batch, device))
+            batches += 1
+    return batches
+
+
+@contextmanager
+def recorded(model: nn.Module, sums: Mapping[str, Any]) -> Iterator[None]:
+    """Accumulate the moments of the inputs of layers, by name, whenever the model runs."""
     handles = [
         model.get_submodule(name).register_forward_pre_hook(partial(_record, moments), with_kwargs=True)
         for name, moments in sums.items()
     ]
     try:
-        with observing(model):
-            for batch in loader:
-                model(**model_inputs(batch, device))
-                batches += 1
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return batches
 
 
 def _record(moments: Any, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -214,7 +221,7 @@ class _Sums:
         return float(reduce(torch.tensor(float(count), dtype=torch.float64, device=self.device)))
 
 
-class _Batch(_Sums):
+class BatchMoments(_Sums):
     """Sums of batch means and of unbiased batch variances."""
 
     def __init__(self, norm: _BatchNorm) -> None:
@@ -263,7 +270,7 @@ class _Pooled(_Sums):
         return BatchNormStatistics(mean, squares / count)
 
 
-_MOMENTS: dict[str, type[_Batch] | type[_Pooled]] = {"batch": _Batch, "pooled": _Pooled}
+_MOMENTS: dict[str, type[BatchMoments] | type[_Pooled]] = {"batch": BatchMoments, "pooled": _Pooled}
 
 
 def _alone(tensor: Tensor) -> Tensor:

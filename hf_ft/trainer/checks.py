@@ -30,6 +30,7 @@ from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms
 from hf_ft.trainer.context import curve
 from hf_ft.trainer.protocols import ForProbe
+from hf_ft.trainer.selection import metric_of
 from hf_ft.trainer.source_streams import data_of
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,7 @@ def check_model(
         OptionError: naming what does not fit.
     """
     check_datasets(model, train_dataset, eval_dataset)
+    check_evaluation(configs, args, eval_dataset)
     check_members(configs, model)
     check_parts(configs, model)
     if any(config.must_measure() for config in configs):  # the plan depends on the measurement
@@ -92,18 +94,47 @@ def check_model(
         return
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     plan = check(configs, model, {}, trainable)
+    if plan.select and batch_norms(model) and train_dataset is not None and not hasattr(train_dataset, "__len__"):
+        raise OptionError(
+            f"{plan.select[0].name} measures BatchNorm statistics on the training data: train_dataset must be "
+            "map-style, not iterable."
+        )
     for stream in plan.streams:
         stream.batch_size(args.per_device_train_batch_size)
         if stream.prepare is not None:
             stream.prepare(data_of(stream, source_dataset))
-    if len(plan.stages) == 1:
+    own = [stage for stage in plan.stages if stage.schedule is not None]
+    if len(plan.stages) == 1 and not own:
         return
     if scheduler is not None:
+        kind = "schedule" if own else f"{len(plan.stages)} stages"
         raise OptionError(
-            f"optimizers: a custom scheduler cannot follow the {len(plan.stages)} stages of {plan.owner!r}; pass "
-            "(optimizer, None) and choose args.lr_scheduler_type."
+            f"optimizers: a custom scheduler cannot follow the {kind} of {plan.owner!r}; pass (optimizer, None)"
+            + ("." if own else " and choose args.lr_scheduler_type.")
         )
     curve(args, 10)  # raises if the schedule cannot run once per stage
+
+
+def check_evaluation(configs: Iterable[FTConfig], args: TrainingArguments, eval_dataset: Any) -> None:
+    """Check whether there are data to choose a final model on, for strategies that do.
+
+    Raises:
+        OptionError: if there are none, or several and no metric of one of them.
+    """
+    for config in configs:
+        needs = config.needs()
+        if needs.evaluation_data and eval_dataset is None:
+            raise OptionError(
+                f"{config.ft_type} chooses on evaluation data after training: pass eval_dataset=... to FTTrainer "
+                f"(--validation_fraction on the command line){needs.without_evaluation_data}."
+            )
+        if needs.evaluation_data and isinstance(eval_dataset, Mapping):
+            metric, _ = metric_of(args)
+            if not any(metric.startswith(f"eval_{name}_") for name in eval_dataset):
+                raise OptionError(
+                    f"{config.ft_type} chooses by {metric}, but eval_dataset has the parts {', '.join(eval_dataset)}: "
+                    f"set metric_for_best_model to a metric of one of them, such as {next(iter(eval_dataset))}_loss."
+                )
 
 
 def check_parts(configs: Iterable[FTConfig], model: nn.Module) -> None:
@@ -273,6 +304,20 @@ def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int)
             f"BatchNorm momentum {max(slow):g} of {len(slow)} layers: in {steps} steps, their running statistics go "
             f"{100 * moved:.0f} % of the way to those of the training data, and evaluation uses the statistics reached "
             "by then. Set batch_norm_momentum=0.1, or train longer."
+        )
+
+
+def warn_own_schedule(plan: Plan, args: TrainingArguments) -> None:
+    """Warn about arguments of the learning rate schedule where stages have one of their own."""
+    own = [stage.name for stage in plan.stages if stage.schedule is not None]
+    names = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+    defaults = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
+    given = {name: getattr(args, name, None) for name in names}
+    changed = [f"{n}={getattr(v, 'value', v)!r}" for n, v in given.items() if v and v != defaults.get(n)]
+    if own and changed:
+        logger.warning_once(
+            f"{plan.owner}: {', '.join(changed)} has no effect in the stages {', '.join(own)}, which have a schedule "
+            "of their own."
         )
 
 

@@ -48,6 +48,19 @@ def measuring_context(trainer: ForContext) -> Context:
     )
 
 
+def looking(trainer: ForContext) -> dict[str, Any]:
+    """What it takes to look at training samples at the beginning of an epoch."""
+    args = trainer.args
+    return {
+        "samples": _samples(trainer),
+        "recipe": recipe_of(trainer)[0],
+        "seed": args.seed,
+        "reduce": partial(trainer.accelerator.reduce, reduction="sum"),
+        "rank": args.process_index,
+        "ranks": args.world_size,
+    }
+
+
 def _samples(trainer: ForContext) -> Samples:
     """Indexed access to the training samples, without augmentation if the user provided such a data set.
 

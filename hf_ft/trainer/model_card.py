@@ -14,10 +14,12 @@ from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
+from hf_ft.models.gated.model import GatedModel
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.tasks import auto_name
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
 from hf_ft.trainer.protocols import ForCard
+from hf_ft.trainer.selection import is_choice
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -207,6 +209,12 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
 def _usage(model: Any, model_name: str) -> str:
     if isinstance(model, PreTrainedModel) and _is_ensemble(model):
         return _ensemble_usage(model, model_name)
+    if isinstance(model, GatedModel):
+        name = auto_name(model.task)
+        return (
+            f"import hf_ft  # registers the model with Transformers\nfrom transformers import {name}\n\n"
+            f'model = {name}.from_pretrained("{model_name}")'
+        )
     name = type(model).__name__
     if isinstance(model, PreTrainedModel):
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
@@ -269,9 +277,14 @@ def write_card(card: ModelCard, folder: Path) -> None:
 
 
 def _last_metrics(state: TrainerState, of_best: bool) -> dict[str, float]:
-    """Metrics of the last evaluation, or of the best step if the best model is loaded at the end."""
+    """Metrics of the model that was chosen after training, or of the best step if it was loaded, or the last ones."""
     logs = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
+    if any(map(is_choice, logs)):
+        return _without_speed(next(entry for entry in reversed(logs) if is_choice(entry)))
     best = [entry for entry in logs if entry["step"] == state.best_global_step]
+    return {name: v for entry in ((best if of_best else []) or logs)[-1:] for name, v in _without_speed(entry).items()}
+
+
+def _without_speed(entry: Mapping[str, float]) -> dict[str, float]:
     speed = ("runtime", "per_second", "preparation_time")
-    chosen = ((best if of_best else []) or logs)[-1:]
-    return {k: v for e in chosen for k, v in e.items() if k.startswith("eval_") and not k.endswith(speed)}
+    return {k: v for k, v in entry.items() if k.startswith("eval_") and not k.endswith(speed)}

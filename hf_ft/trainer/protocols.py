@@ -81,6 +81,19 @@ class ForContext(ForCache, ForStreams, Protocol):
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]: ...
 
 
+class ForSelection(ForContext, Protocol):
+    """To choose among final models."""
+
+    callback_handler: CallbackHandler
+    control: TrainerControl
+    eval_dataset: Any
+    optimizer: Any
+    quiet: bool
+
+    def evaluate(self) -> dict[str, float]: ...
+    def log(self, logs: dict[str, float]) -> None: ...
+
+
 class ForCard(Protocol):
     """To write the model card."""
 

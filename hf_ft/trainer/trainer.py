@@ -45,10 +45,11 @@ from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.trainer import checks, mixing_checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
-from hf_ft.trainer.context import curve, measuring_context
+from hf_ft.trainer.context import curve, looking, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
+from hf_ft.trainer.selection import select
 from hf_ft.trainer.training_batches import TrainingBatches
 
 logger = logging.get_logger(__name__)
@@ -91,6 +92,7 @@ class FTTrainer(Trainer):
     lr_scheduler: Any
     train_dataset: Any
     data_info: Any = None  # a DataInfo, for the model card
+    quiet: bool = False  # whether nothing is logged
     _signature_columns: Any
 
     def __init__(
@@ -202,6 +204,7 @@ class FTTrainer(Trainer):
         if self.state.global_step < self.state.max_steps and not stopped:
             assert self._attempt is not None
             self._attempt.epoch.fill_(epoch)
+            self._attempt.begin_epoch(epoch, self.state.global_step, partial(looking, self))
             super()._run_epoch(model, epoch, *args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -216,7 +219,7 @@ class FTTrainer(Trainer):
         self._run = set_up(self.model, self.configs, states=self._states())
         if self._run.model is not self.model:
             self.model = self.model_wrapped = self._run.model
-        if self._resuming is not None and (self._run.anchors or self._run.reference):
+        if self._resuming is not None and (self._run.anchors or self._run.reference or self._run.origin):
             self._checkpoints.check_base(self._resuming)
         if is_map_style(self.train_dataset):
             self._run.find_layouts(self.context())
@@ -244,6 +247,9 @@ class FTTrainer(Trainer):
 
     def _finish_run(self) -> None:
         assert self._run is not None
+        if self._run.plan.select and self._attempt is not None:
+            self._attempt.cache.forget()  # recorded with the weights of the last stage
+        self._run = select(self, self._run)
         self.model = self.callback_handler.model = self._run.finish()
         self._finished = bool(self._run.plan.finalise)  # the model was replaced: the next train() starts anew
 
@@ -283,17 +289,24 @@ class FTTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in bare]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage."""
+        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage.
+
+        Stages with a schedule of their own follow that instead.
+        """
         run = self._start_run()
-        borders = stage_borders(run.plan.stages, num_training_steps)
+        stages = run.plan.stages
+        borders = stage_borders(stages, num_training_steps)
         if self._attempt is not None:
-            self._attempt.stepper.borders, self._attempt.stepper.optimizer = borders, optimizer or self.optimizer
+            self._attempt.stepper.borders = borders
+            self._attempt.stepper.attach(optimizer or self.optimizer)
         checks.warn_slow_statistics(self.model, run.trained, num_training_steps)
         with accepted("the learning rate schedule"):
-            if len(borders) == 1:
+            if len(stages) == 1 and stages[0].schedule is None:
                 return super().create_scheduler(num_training_steps, optimizer)
             if self.lr_scheduler is None:
-                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, borders, partial(curve, self.args))
+                checks.warn_own_schedule(run.plan, self.args)
+                by_arguments = partial(curve, self.args)
+                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, stages, borders, by_arguments)
                 self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -374,6 +387,8 @@ class FTTrainer(Trainer):
         return 0 if starts_at_borders(inputs) else super().floating_point_ops(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.quiet:
+            return
         if "loss" in logs and self._attempt is not None:
             logs.update(self._attempt.log.drain(self.accelerator))
             if len(self._attempt.stepper.borders) > 1:

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import optuna
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 
-from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, FrozenCache, LwFConfig, SoftConfig
+from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, FrozenCache, LwFConfig, SoftConfig, WiSEFTConfig
 from hf_ft.core.config import strategies
+from hf_ft.data.sampling import share_of_batches
+from hf_ft.engine.checkpoint import digests
+from hf_ft.models.norm_statistics import renew_statistics
+from hf_ft.models.norms import batch_norms
 from hf_ft.testing import still, suited, tiny_collaborative, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.laws import _losses
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot
@@ -50,10 +55,24 @@ for name in strategies():
         options |= {"blockwise": short, "amcf": {**short, "particles": 2, "iterations": 1}}
         # Its layers compute batch statistics whatever their mode, unless all stay as pretrained.
         options |= {"stoch_norm": {"norm_mode": "eval"}}
+        options |= {"spot_tune": {"noise": False}}  # which is drawn for each sample of a rank
         config = strategies()[name](**options.get(name, {}))
         if config.adapted(make()) is None:
             continue
         run(f"{name}-{make.__name__}", still(make()), suited(config, make()), **couples)
+# BatchNorm sees smaller batches on two ranks, so only what the ranks agree on, and what they measured, can be checked.
+averaged = make_trainer(
+    tiny_resnet(), WiSEFTConfig(alpha=0.5), folder / f"averaged-{ranks}", per_device_train_batch_size=8 // ranks
+)
+averaged.train()
+found = snapshot(averaged.model)
+for other in gather_object([digests(averaged.model)]):
+    assert other == digests(averaged.model), "the ranks have different weights or statistics"
+moving = [name for name, _ in batch_norms(averaged.model)]
+order = share_of_batches(len(averaged.train_dataset), 8 // ranks, averaged.args.seed, 0, 1)
+renew_statistics(averaged.model, moving, [averaged.train_dataset[rows] for rows in order])
+same_tensors(found, snapshot(averaged.model), 1e-6)
+
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
 run("from a file", still(tiny_resnet()), "lp_ft", frozen_cache=FrozenCache("always", memory_gb=0.0, folder=str(folder)))
 assert not list(folder.glob("hf_ft_frozen_*")), "the file was left behind"

@@ -11,6 +11,7 @@ from hf_ft.comparison.statistics import Standing
 from hf_ft.core.config import FTConfig, strategies
 from hf_ft.core.context import State
 from hf_ft.documents.document import Block, Heading, Section, Text
+from hf_ft.documents.text import plain
 
 logger = logging.get_logger(__name__)
 
@@ -20,10 +21,20 @@ def findings(standings: Sequence[Standing]) -> Section | None:
     blocks: list[Block] = []
     for standing in standings:
         own = _blocks(standing.contender)
-        learned = standing.contender.learned
-        if own or learned:
-            blocks += [Heading(standing.name), *([Text(learned)] if learned else []), *own]
+        texts = [Text(text) for text in (standing.contender.learned, _chosen(standing.contender)) if text]
+        if own or texts:
+            blocks += [Heading(standing.name), *texts, *own]
     return Section("findings", "Findings of the strategies", tuple(blocks)) if blocks else None
+
+
+def _chosen(contender: Contender) -> str:
+    """What the final runs chose after training."""
+    runs = contender.finished_runs
+    parts = [
+        f"{name} {', '.join(plain(run.chosen[name]) for run in runs if name in run.chosen)}"
+        for name in dict.fromkeys(name for run in runs for name in run.chosen)
+    ]
+    return f"Chosen on validation data after training, by seed: {'; '.join(parts)}." if parts else ""
 
 
 def _blocks(contender: Contender) -> list[Block]:
