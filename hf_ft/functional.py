@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "attention_distance",
     "attention_map",
     "batch_spectral_shrinkage",
+    "calibrated_log_loss",
     "club_upper_bound",
     "collaborative_loss",
     "disagreement",
@@ -26,8 +27,10 @@ __all__ = [
     "head_curvature",
     "interpolated",
     "l2_sp",
+    "mirrored_probabilities",
     "mmd2",
     "pooled",
+    "soft_cross_entropy",
     "stable_rate",
     "wide",
 ]
@@ -365,6 +368,53 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0
     return nn.functional.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
+def soft_cross_entropy(
+    logits: Tensor, shares: Tensor, class_weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    r"""Cross-entropy with several classes per sample, as of mixed images.
+
+    .. math:: -\frac{\sum_b \sum_c w_c \, q_{bc} \log \operatorname{softmax}(z_b)_c}{\sum_b m_b}, \qquad
+        q_b = (1 - \epsilon) \, y_b + \epsilon \, m_b / C, \qquad m_b = \sum_c y_{bc}
+
+    It is linear in the shares: for :math:`y = \lambda y_1 + (1 - \lambda) y_2`, it is :math:`\lambda L(y_1) +
+    (1 - \lambda) L(y_2)`. A sample without label has shares of 0 and does not count.
+
+    Args:
+        logits: (B, C).
+        shares: (B, C), y; those of a sample sum to 1.
+        class_weights: (C,), w; by default 1.
+        smoothing: :math:`\epsilon`, as of ``label_smoothing_factor``.
+
+    Returns:
+        A scalar, in float32 or wider.
+
+    Reference: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+    """
+    log_p = nn.functional.log_softmax(wide(logits), dim=1)
+    y = shares.to(log_p)
+    mass = y.sum(dim=1, keepdim=True)
+    q = (1 - smoothing) * y + smoothing * mass / y.shape[1] if smoothing else y
+    q = q if class_weights is None else q * class_weights.to(q)
+    return -(q * log_p).sum() / mass.sum()
+
+
+def mirrored_probabilities(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    r"""Mean of the predictions for images and for their mirror images: :math:`(p(x) + p(x_{\leftrightarrow})) / 2`.
+
+    Args:
+        predict: images -> logits (B, C).
+        images: (B, ..., H, W).
+
+    Returns:
+        (B, C), probabilities, in float32 or wider.
+
+    Reference: Krizhevsky, Sutskever, Hinton, "ImageNet Classification with Deep Convolutional Neural Networks",
+        NeurIPS 2012.
+    """
+    both = [wide(predict(view)).softmax(dim=1) for view in (images, images.flip(-1))]
+    return torch.stack(both).mean(dim=0)
+
+
 def _same_shape(name: str, one: Tensor, other: Tensor) -> None:
     if one.shape != other.shape:
         raise ValueError(
@@ -416,6 +466,50 @@ def collaborative_loss(logits: Sequence[Tensor], labels: Tensor, consistency: fl
         raise OptionError(f"consistency={consistency!r} lies outside [0, inf). Default: 0.2.")
     loss = torch.stack([nn.functional.cross_entropy(member, labels) for member in logits]).sum()
     return loss + consistency * disagreement(logits) if consistency else loss
+
+
+def calibrated_log_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    r"""The log loss at the temperature that minimises it: how well logits tell classes apart, however confident.
+
+    .. math:: \min_{T > 0} \; \frac1n \sum_i w_{y_i} \, \mathrm{CE}(z_i / T, \, y_i)
+
+    With several labels per row, the binary cross-entropy, as the mean over rows and labels. The loss is convex in 1/T.
+
+    Args:
+        logits: (n, C).
+        labels: (n,), classes, -100 for none; or (n, C), each 0 or 1.
+        weights: (C,), weights of the classes; only for labels (n,).
+
+    Returns:
+        The loss, and T, between 1/1000 and 1000. Infinite if a logit is not finite.
+
+    Reference: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    z, several = logits.detach().double().cpu(), labels.dim() == 2
+    y = labels.detach().cpu()
+    if not bool(z.isfinite().all()):
+        return math.inf, 1.0
+    if not several:
+        z, y = z[y != -100], y[y != -100].long()
+        z = z - z.amax(dim=1, keepdim=True)
+    share = torch.ones(len(y), dtype=z.dtype) if weights is None or several else weights.double().cpu()[y]
+
+    def slope(scale: float) -> float:
+        if several:
+            return float(((torch.sigmoid(scale * z) - y) * z).mean())
+        expected = (torch.softmax(scale * z, dim=1) * z).sum(dim=1)
+        return float((share * (expected - z.gather(1, y[:, None]).squeeze(1))).mean())
+
+    low, high = math.log(1e-3), math.log(1e3)
+    for _ in range(60):  # of an interval of 14, what is left is rounding
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+    scale = math.exp((low + high) / 2)
+    if several:
+        loss = nn.functional.binary_cross_entropy_with_logits(scale * z, y.double())
+    else:
+        loss = (share * nn.functional.cross_entropy(scale * z, y, reduction="none")).mean()
+    return float(loss), 1 / scale
 
 
 def head_curvature(features: Tensor) -> Tensor:

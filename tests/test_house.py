@@ -44,6 +44,7 @@ FORBIDDEN = {
 }
 OPTIONAL = {
     "elpv_dataset",
+    "kornia",
     "matplotlib",
     "mlxtend",
     "onnx",

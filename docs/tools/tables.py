@@ -38,6 +38,7 @@ from docs.tools.measured import table_of_strategies as table_of_measured
 from docs.tools.natural import table_of_natural
 from docs.tools.results import table_of_all, table_of_choice, table_of_five, table_of_task
 from docs.tools.roles import markdown
+from hf_ft.advice.rules import neutral_order, rules_table
 from hf_ft.cli.catalog import FILE as CATALOGUE
 from hf_ft.cli.entries import as_file
 from hf_ft.core.config import _CONFIGS, FTConfig, Paper, config_class, strategies
@@ -229,6 +230,8 @@ PLACES: dict[str, Callable[..., str]] = {
     "models": lambda page, task: table_of_models(_table, task),
     "models_summary": lambda page: summary_of_models(_table),
     "models_reasons": lambda page: table_of_reasons(_table),
+    "rules": lambda page: _table(*rules_table()),
+    "costs": lambda page: f"If scores are equal, the cheaper strategy comes first: `{'`, `'.join(neutral_order())}`.",
     "results": lambda page: table_of_all(_table),
     "results_of": lambda page, task: table_of_task(_table, task),
     "results_five": lambda page: table_of_five(_table),

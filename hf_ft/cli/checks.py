@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 from hf_ft.cli.flags import DataFlags
 from hf_ft.core.config import FTConfig
-from hf_ft.data.images import AUGMENTATIONS, OnCorrupt
+from hf_ft.data.augment import AUGMENTATIONS, check_augmentation
+from hf_ft.data.images import OnCorrupt
 from hf_ft.errors import OptionError
 from hf_ft.models.tasks import Task
 from hf_ft.zoo.models import SHORT_NAMES
@@ -35,10 +36,12 @@ def check_flags(values: Mapping[str, Any]) -> None:
 
     Raises:
         OptionError: if one has an unknown value or no effect; the message names it and the fix.
+        ImportError: if one needs a package that is missing.
     """
     for name, choices in CHOICES.items():
         if values.get(name) not in (None, *choices):
             raise OptionError(f"--{name} {values[name]} is unknown: choose one of {', '.join(choices)}.")
+    check_augmentation(values.get("augment") or "none")
     for name, other in ABOUT.items():
         if values.get(name) is not None and values.get(other) is None:
             raise OptionError(f"--{name} {values[name]} has no effect without --{other}: add that, or leave it out.")

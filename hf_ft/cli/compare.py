@@ -18,7 +18,7 @@ from hf_ft.cli.console import count, is_main, refusals, say, table
 from hf_ft.cli.flags import DataFlags
 from hf_ft.cli.help import compare_help
 from hf_ft.cli.logs import quieten
-from hf_ft.cli.prepare import notices, read_data, readable
+from hf_ft.cli.prepare import augmentation_of, notices, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.folder import Kept
@@ -179,7 +179,7 @@ def _announce(model: str, prepared: Prepared) -> None:
     optimizer = chosen or " or ".join(optimizers(arguments, data.columns.task))
     rows = [
         ("model", f"{model}, {count(prepared.parameters)} parameters"),
-        ("data", f"{data.name}: {sizes}; {data.columns.num_labels} classes; augmentation: {data.augment}"),
+        ("data", f"{data.name}: {sizes}; {data.columns.num_labels} classes; {augmentation_of(data, settings.mixing)}"),
         ("strategies", ", ".join(entrant.name for entrant in prepared.runner.ledger.entrants)),
         (
             "budget",

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_ft.core.config import strategies
-from hf_ft.data.images import AUGMENTATIONS
+from hf_ft.core.options import options
+from hf_ft.data.augment import AUGMENTATIONS
 from hf_ft.data.sounds import SECONDS
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.zoo.datasets import DATASETS
@@ -14,6 +15,8 @@ from hf_ft.zoo.models import SHORT_NAMES
 
 # Flags that give several source models instead of one, by strategy.
 SOURCES_FLAGS = {n: f"--{n}.{kind.sources_option}" for n, kind in strategies().items() if kind.sources_option}
+BUDGET = "budget"  # the option of strategies that --budget sets
+BUDGETED = [name for name, kind in strategies().items() if any(f.name == BUDGET for f in options(kind))]
 # Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
 
@@ -58,9 +61,7 @@ class DataFlags:
     image_size: int | None = _flag("image side in pixels (default: that of the checkpoint or the short name)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
-    augment: str | None = _flag(
-        f"{' or '.join(AUGMENTATIONS)}: mirror and shift training images (default: basic for images, else none)"
-    )
+    augment: str | None = _flag(f"of training images: {', '.join(AUGMENTATIONS)} (default: basic)")
     on_corrupt: str | None = _flag(
         "unreadable images or sounds: refuse or skip (default: refuse; they are checked before training if at most "
         f"{CHECKED_UNASKED:,}, or if this flag is given)"
@@ -91,7 +92,12 @@ class MethodFlags:
     )
     frozen_cache_memory_gb: float = _flag("keep up to this much in memory, and the rest in a temporary file", 2.0)
     frozen_cache_disk_gb: float = _flag("maximum size of that file", 20.0)
+    mixup: float = _flag("mix the images of a batch: alpha, such as 0.2", 0.0)
+    cutmix: float = _flag("paste parts of other images of the batch: alpha, such as 1", 0.0)
     patience: int | None = _flag("stop after so many evaluations without a better score (default: never)")
+    budget: str | None = _flag(
+        f"what the whole run may cost, as a number of full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}"
+    )
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 
 

@@ -79,7 +79,7 @@ _COMPARE_FIRST = (
 )
 _COMPARE_WORDS = {
     "optim": "optimizer (default: each strategy tries AdamW and SGD with momentum 0.9; for text AdamW alone)",
-    "augment": "none or basic: mirror and shift training images (default: none: frozen parts are then computed once)",
+    "augment": "of training images: none, basic, trivial, rand, auto (default: none: frozen parts are computed once)",
     "output_dir": "folder for results, report and winner (default: runs/compare)",
 }
 

@@ -22,6 +22,7 @@ from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
 from hf_ft.data.load import load_split, load_splits
+from hf_ft.data.mixing import Mixing
 from hf_ft.data.progress import hide_bars
 from hf_ft.data.sounds import SECONDS
 from hf_ft.data.task import Data, process
@@ -50,6 +51,7 @@ def make(request: Request) -> Made:
     hide_bars(args.disable_tqdm or not is_main())
     data = read_data(request.data, reading=args.main_process_first(desc="reading the data"), augment_images=True)
     with refusals():
+        request.mixing.check_task(data.columns.task)
         model, processor = _load(request, data.columns, args.seed)
     with args.main_process_first(desc="preparing the data"):
         processed = process(data, model, processor)
@@ -70,6 +72,8 @@ def make(request: Request) -> Made:
             eval_dataset=processed.splits["validation"],
             data_collator=processed.collate,
             processing_class=processor,
+            mixup=method.mixup,
+            cutmix=method.cutmix,
             compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
         )
         if method.patience is not None:
@@ -120,6 +124,11 @@ def read_data(
         skipped=skipped,
         notices=notices(flags.dataset, flags.source_dataset),
     )
+
+
+def augmentation_of(data: Data, mixing: Mixing) -> str:
+    """What is done to training images, in words."""
+    return ", ".join([f"augmentation: {data.augment}", *([str(mixing)] if mixing else [])])
 
 
 def notices(*names: str | None) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft.cli.checks import check_flags
-from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
+from hf_ft.cli.flags import BUDGET, BUDGETED, DEFAULTS, DataFlags, MethodFlags
 from hf_ft.core.compose import recommended_arguments, sources_of
 from hf_ft.core.config import BASELINE, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
+from hf_ft.data.mixing import Mixing
 from hf_ft.errors import OptionError
 
 
@@ -42,6 +43,11 @@ class Request:
     @property
     def output_dir(self) -> Path:
         return Path(str(self.given.get("output_dir") or DEFAULTS["output_dir"]))
+
+    @property
+    def mixing(self) -> Mixing:
+        """How the images of a batch are mixed."""
+        return Mixing(self.method.mixup, self.method.cutmix)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -102,11 +108,28 @@ def read(argv: Sequence[str]) -> Request:
     """
     values = read_values(argv)
     method = MethodFlags(**taken(values, MethodFlags))
-    configs = configured(method.strategy or [BASELINE], values)
+    chosen = method.strategy or [BASELINE]
+    configs = configured(chosen, values | _budget(method.budget, chosen))
     given = taken(values, TrainingArguments)
     wanted = recommended_arguments(configs, given.get("optim"))
     recommended = {name: value for name, value in wanted.items() if name not in given}
     return Request(DataFlags(**taken(values, DataFlags)), method, configs, given, recommended, values)
+
+
+def _budget(wanted: str | None, chosen: Sequence[str]) -> dict[str, str]:
+    """What ``--budget`` sets: the option of that name of the strategies that have one.
+
+    Raises:
+        OptionError: if none of them has.
+    """
+    if wanted is None:
+        return {}
+    takers = [name for name in chosen if name in BUDGETED]
+    if not takers:
+        raise OptionError(
+            f"--budget {wanted} has no effect on {', '.join(chosen)}: add --strategy {' or '.join(BUDGETED)}."
+        )
+    return {f"{name}.{BUDGET}": wanted for name in takers}
 
 
 def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train") -> dict[str, Any]:

@@ -56,6 +56,7 @@ def run_search_blocks(arguments: list[str]) -> None:
     if len(request.configs) > 1:
         raise OptionError("search-blocks searches for blocks only: leave --strategy out.")
     refuse(request.flags, NO_EFFECT, "each candidate trains for --search_epochs, and trials continue by themselves")
+    refuse(request.flags, ("mixup", "cutmix"), "candidates train on unmixed images")
     made = make(request)
     config: Any = request.configs[0]
     scores = config.search(made.trainer.model, made.trainer.context())

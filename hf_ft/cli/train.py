@@ -10,20 +10,23 @@ import torch
 from peft import PeftModel
 
 from hf_ft.cli.checks import check_source_data
-from hf_ft.cli.console import count, say, table
+from hf_ft.cli.console import count, refusals, say, table
 from hf_ft.cli.findings import show_findings
 from hf_ft.cli.flags import SOURCES_FLAGS
 from hf_ft.cli.help import train_help
 from hf_ft.cli.models import adapter_usage
-from hf_ft.cli.prepare import Made, make
+from hf_ft.cli.prepare import Made, augmentation_of, make
 from hf_ft.cli.request import Request, read
 from hf_ft.core.config import strategies
+from hf_ft.core.context import FrozenCache
 from hf_ft.core.options import describe_value, options
 from hf_ft.documents.usage import pipeline_usage
 from hf_ft.engine.checkpoint_folders import INCOMPLETE, checkpoints, is_complete
 from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.models.gated.model import GatedModel
+from hf_ft.trainer.mixing_checks import check_settings
 from hf_ft.trainer.run_lock import LOCK
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
@@ -56,6 +59,8 @@ def check_request(request: Request) -> None:
         raise OptionError(f"--model {request.data.model} and {flag} both say what to load: give one.")
     if request.method.strategy:
         check_source_data(request.data, request.configs)
+    with refusals():
+        check_settings(request.mixing, request.configs, FrozenCache(request.method.frozen_cache))
     folder = request.output_dir
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
@@ -83,7 +88,7 @@ def _announce(request: Request, made: Made) -> None:
     named = request.data.model or " + ".join(request.sources)
     rows = [
         ("model", f"{named}, {count(sum(p.numel() for p in trainer.model.parameters()))} parameters"),
-        ("data", f"{request.data.dataset}: {sizes}; {classes}; augmentation: {made.data.augment}"),
+        ("data", f"{request.data.dataset}: {sizes}; {classes}; {augmentation_of(made.data, trainer.mixing)}"),
         ("strategy", " + ".join(map(_shown, request.configs))),
         ("training", f"{length}, batches of {args.per_device_train_batch_size}, {processes}"),
     ]
@@ -116,10 +121,13 @@ def _finish(made: Made) -> None:
     say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
     adapter = isinstance(trainer.model, PeftModel)
     ensemble = isinstance(trainer.model, CollaborativeModel)
+    gated = isinstance(trainer.model, GatedModel)
     what = "an ensemble, each member_* a plain checkpoint" if ensemble else "a plain Transformers checkpoint"
+    what = "a model with two paths, which needs hf_ft" if gated else what
+    registers = "the ensemble" if ensemble else "the model" if gated else ""
     say(f"saved       {folder}, {'a PEFT adapter' if adapter else what}:\n")
     several = isinstance(trainer.processing_class, CollaborativeTokenizer)
-    usage = pipeline_usage(folder, columns.task, ensemble=ensemble, tokenizers=several)
+    usage = pipeline_usage(folder, columns.task, registers=registers, tokenizers=several)
     say(indent(adapter_usage(folder) if adapter else usage, "  "))
     found = [c.findings(trainer.states[c.ft_type]) for c in trainer.configs if c.ft_type in trainer.states]
     for findings in found:

@@ -155,6 +155,7 @@ def prepare_comparison(
     kept.check()
     given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
     metric = _checked_metric(given, settings)
+    settings.mixing.check_task(given.columns.task)
     values = training_arguments(arguments)
     device = TrainingArguments("unused", **values).device.type
     folds = folds_of(given, settings.folds)
@@ -176,7 +177,14 @@ def prepare_comparison(
             tell(f"batch size {size} instead of {wanted}: the last batch of an epoch would hold a single sample")
     greater = "regression" not in LOCAL_METRICS[metric].kinds
     common = CommonSettings(
-        values, metric, greater, class_weights, settings.distortion_samples, device, settings.patience
+        values,
+        metric,
+        greater,
+        class_weights,
+        settings.distortion_samples,
+        device,
+        settings.patience,
+        settings.mixing,
     )
     optims = optimizers(values, given.columns.task)
     entrants = _entrants(chosen, benches, settings, common, optims, shown, untuned)
@@ -246,6 +254,7 @@ def _signature(bench: Bench, data: Data, settings: Settings, common: CommonSetti
         "learning_rates": settings.learning_rates,
         "tuner": TUNER,
         **({"folds": settings.folds} if settings.folds != 1 else {}),
+        **settings.mixing.given,
     }
 
 
@@ -266,6 +275,7 @@ def _described(data: Data, columns: Columns) -> DataSummary:
             name: tuple(np.bincount(_labels(split, columns), minlength=columns.num_labels).tolist())
             for name, split in data.splits.items()
         }
+    augmentation = [] if data.augment == "none" else [f"training images are augmented: {data.augment}"]
     return {
         "name": data.name,
         "task": columns.task,
@@ -274,7 +284,7 @@ def _described(data: Data, columns: Columns) -> DataSummary:
         "class_counts": counts,
         "skipped": dict(data.skipped),
         "notices": tuple(data.notices),
-        "notes": tuple(data.notes),
+        "notes": (*augmentation, *data.notes),
     }
 
 

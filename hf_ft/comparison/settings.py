@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from hf_ft.core.compose import UNDER_SGD
 from hf_ft.core.config import ADAM, SGD
 from hf_ft.core.search_space import LogRange
+from hf_ft.data.mixing import Mixing
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.search.storage import MISSING
@@ -84,6 +85,8 @@ class Settings:
     patience: int | None = setting(
         None, "end a training after so many epochs without a better validation score (default: never)"
     )
+    mixup: float = setting(0.0, "mix the images of a training batch: alpha, such as 0.2")
+    cutmix: float = setting(0.0, "paste parts of other images of the batch: alpha, such as 1")
     soup: Literal["none", "uniform", "greedy"] = setting(
         "none",
         "average the final runs of all strategies to one model, in soup/: all of them (uniform), or one after the "
@@ -125,6 +128,12 @@ class Settings:
         if not 0 <= self.batch_norm_momentum <= 1:
             raise OptionError(f"batch_norm_momentum={self.batch_norm_momentum!r} lies outside [0, 1]. Default: 0.1.")
         self.rates(1.0)
+        self.mixing  # noqa: B018 - raises for an invalid value
+
+    @property
+    def mixing(self) -> Mixing:
+        """How the images of a training batch are mixed."""
+        return Mixing(self.mixup, self.cutmix)
 
     def rates(self, recommended: float) -> LogRange:
         """The range of learning rates of a strategy.

@@ -19,13 +19,16 @@ from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft.comparison.contenders import RATE, Entrant
-from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
+from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
+from hf_ft.core.head_rate import UNSET_RATE
+from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
 from hf_ft.engine.selection import choices
+from hf_ft.engine.work import Work
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.trainer.patience import patience_callback
@@ -48,6 +51,7 @@ class CommonSettings:
         distortion_samples: number of samples of each test set used to measure feature distortion.
         device: type of the device whose time is measured.
         patience: epochs without a better validation score after which a training ends; None for never.
+        mixing: how the images of a training batch are mixed.
     """
 
     arguments: Mapping[str, Any]
@@ -57,6 +61,7 @@ class CommonSettings:
     distortion_samples: int = 0
     device: str = "cpu"
     patience: int | None = None
+    mixing: Mixing = Mixing()
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def trainer_for(
     args = TrainingArguments(
         str(work),
         **{"dataloader_pin_memory": common.device == "cuda"} | under(common.arguments, entrant.optim(values)) | FIXED,
-        learning_rate=values[RATE],
+        learning_rate=values.get(RATE, UNSET_RATE),
         seed=seed,
         metric_for_best_model=common.metric,
         greater_is_better=common.greater_is_better,
@@ -172,6 +177,8 @@ def trainer_for(
         data_collator=entrant.bench.collate,
         processing_class=entrant.bench.processor,
         compute_metrics=finite_metrics,
+        mixup=common.mixing.mixup,
+        cutmix=common.mixing.cutmix,
     )
     trainer.data_info = entrant.bench.info
     trainer.remove_callback(PrinterCallback)

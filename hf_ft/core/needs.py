@@ -17,6 +17,8 @@ class Needs:
         several_members: whether it supports ensembles.
         evaluation_data: whether it chooses on evaluation data after training.
         without_evaluation_data: the alternative, as the end of a sentence that asks for them.
+        hard_labels: whether one of its terms needs the class of each training sample. It is then refused together
+            with mixup and CutMix, whose labels ``view.batch["labels"]`` are shares of two classes, (B, C).
     """
 
     source_head: bool = False
@@ -25,3 +27,4 @@ class Needs:
     several_members: bool = False
     evaluation_data: bool = False
     without_evaluation_data: str = ""
+    hard_labels: bool = False

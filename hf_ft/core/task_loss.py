@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from hf_ft.errors import OptionError
+from hf_ft.functional import soft_cross_entropy
 from hf_ft.models.feature_hooks import run
 
 
@@ -20,12 +21,15 @@ class TaskLoss:
     Without arguments it is the model's own loss (which follows ``config.problem_type``); if the model returns none, the
     loss that Transformers' classifiers compute on their logits. For an ensemble it is the sum over its members.
 
+    Labels (B, C) of a task with one class per sample are shares of several, as of mixed images: the loss is then the
+    cross-entropy with these, whatever the model computes, with the same weights and smoothing.
+
     Args:
         label_smoother: label smoother that the Trainer creates from ``label_smoothing_factor``.
         class_weights: (C,), class weights of a cross-entropy. The mean is over rows, not over weights: otherwise a row
             would count more or less, depending on which others share its micro-batch.
         compute_loss_func: ``f(outputs, labels, num_items_in_batch=...)``; the number is that of this micro-batch, so
-            that a sum divided by it equals the mean.
+            that a sum divided by it equals the mean. Labels may be shares (B, C).
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class TaskLoss:
             labels = fitting_labels(labels, config)
             batch = {**batch, "labels": labels}
         own_loss = not (self.label_smoother or self.compute_loss_func or self.class_weights is not None)
+        own_loss = own_loss and not are_shares(labels, config)
         inputs = batch if own_loss else {key: value for key, value in batch.items() if key != "labels"}
         outputs = classifier_outputs(run(model, inputs), config)
         if own_loss or labels is None:
@@ -51,7 +56,8 @@ class TaskLoss:
             return (loss_on_logits(model, outputs, labels) if loss is None and labels is not None else loss), outputs
         members = outputs.get("member_logits")
         whose = [outputs] if members is None else [{**outputs, "logits": logits} for logits in members]
-        losses = [self._loss(one, labels) for one in whose]
+        loss_of = self._soft_loss if are_shares(labels, config) else self._loss
+        losses = [loss_of(one, labels) for one in whose]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), outputs
 
     def _loss(self, outputs: dict[str, Any], labels: Tensor) -> Tensor:
@@ -63,6 +69,13 @@ class TaskLoss:
             return total / labels.ne(-100).sum()
         assert self.label_smoother is not None
         return self.label_smoother(outputs, labels)
+
+    def _soft_loss(self, outputs: dict[str, Any], shares: Tensor) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, shares, num_items_in_batch=shares.sum())
+        weights, logits = self.class_weights, outputs["logits"]
+        smoothing = 0.0 if self.label_smoother is None else getattr(self.label_smoother, "epsilon", 0.0)
+        return soft_cross_entropy(logits, shares, None if weights is None else weights.to(logits.device), smoothing)
 
 
 def loss_on_logits(model: nn.Module, outputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -107,6 +120,13 @@ def fitting_labels(labels: Tensor, config: Any) -> Tensor:
     if kind in ("multi_label_classification", "regression"):
         return labels if labels.is_floating_point() else labels.float()
     return labels.long() if labels.dtype == torch.bool and labels.dim() == 1 else labels
+
+
+def are_shares(labels: Any, config: Any) -> bool:
+    """Whether labels are shares (B, C) of the classes of a task that has one class per sample."""
+    kind = getattr(config, "problem_type", None)
+    two = isinstance(labels, Tensor) and labels.dim() == 2 and labels.is_floating_point()
+    return two and kind == "single_label_classification"
 
 
 def as_dict(outputs: Any) -> dict[str, Any]:

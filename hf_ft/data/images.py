@@ -1,11 +1,10 @@
-"""Open images, find unreadable ones, and augment them in training."""
+"""Open images, and find unreadable ones."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,29 +35,6 @@ LARGE = 100_000  # bytes from which an image is worth decoding at a reduced size
 # most.
 KEPT = 2.5
 SHOWN = 3  # unreadable images named in a message
-
-
-def _shifted(side: int) -> np.ndarray:
-    index = np.abs(np.arange(side) + random.randint(-(side // 8), side // 8))
-    return np.minimum(index, 2 * (side - 1) - index)  # reflected at the edge, without repeating it
-
-
-def flip_and_shift(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Flip horizontally with probability 0.5 and shift by up to 1/8 of each side, reflecting at the edge.
-
-    Draws from Python's ``random``, whose state the Trainer saves in its checkpoints and restores.
-    """
-    pixels = np.asarray(image)
-    if random.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    rows, columns = _shifted(pixels.shape[0]), _shifted(pixels.shape[1])
-    return PIL.Image.fromarray(pixels[rows][:, columns])
-
-
-AUGMENTATIONS: dict[str, Callable[[PIL.Image.Image], PIL.Image.Image] | None] = {
-    "none": None,
-    "basic": flip_and_shift,
-}
 
 
 def open_rgb(value: Any, row: int, side: int | None = None) -> PIL.Image.Image:

@@ -19,12 +19,14 @@ class DataInfo:
         hub_id: id on the Hub, if it comes from there.
         sizes: number of samples by split.
         notices: licence and source, where known.
+        augment: augmentation of the training images.
     """
 
     name: str
     hub_id: str | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    augment: str = "none"
 
     @classmethod
     def of(cls, source: str, sizes: Mapping[str, int], notices: tuple[str, ...] = ()) -> DataInfo:
@@ -40,4 +42,5 @@ class DataInfo:
     def __str__(self) -> str:
         sizes = ", ".join(f"{count:,} {split}" for split, count in self.sizes.items())
         name = f"[{self.name}](https://huggingface.co/datasets/{self.hub_id})" if self.hub_id else f"`{self.name}`"
-        return " ".join([f"Data: {name}{f' ({sizes})' if sizes else ''}.", *self.notices])
+        augmented = [] if self.augment == "none" else [f"Training images were augmented: {self.augment}."]
+        return " ".join([f"Data: {name}{f' ({sizes})' if sizes else ''}.", *augmented, *self.notices])

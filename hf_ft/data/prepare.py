@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from hf_ft.data.augment import AUGMENTATIONS, POLICIES, augmented, check_augmentation, shrunk
 from hf_ft.data.columns import ROW, Columns, unlabelled, values_of
-from hf_ft.data.images import AUGMENTATIONS, open_batch, resized_side
+from hf_ft.data.images import open_batch, resized_side
 from hf_ft.data.media import IMAGES, SOUNDS, Media
 from hf_ft.data.sounds import SECONDS, SoundCollator, sound_transform
 from hf_ft.errors import DataError
@@ -31,9 +32,11 @@ logger = logging.get_logger(__name__)
 def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, augment: str) -> dict[str, Any]:
     values = batch[columns.inputs[0]]
     rows = batch.get(ROW, range(len(values)))
-    images = open_batch(values, rows, resized_side(processor))
+    side = resized_side(processor)
+    images = open_batch(values, rows, side)
     if change := AUGMENTATIONS[augment]:
-        images = [change(image) for image in images]
+        images = [shrunk(image, side) for image in images] if augment in POLICIES else images
+        images = augmented(images, change, batch.get(ROW))
     ready = {name: list(tensor) for name, tensor in processor(images=images, return_tensors="pt").items()}
     return ready | ({"labels": columns.encode(batch[columns.label])} if columns.label in batch else {})
 
@@ -44,8 +47,7 @@ def image_transform(processor: Any, columns: Columns, augment: str = "none") -> 
     A damaged image raises a ``DataError`` that names its path and its row in the source (or, for data not loaded by
     :func:`load_splits`, its position in the batch).
     """
-    if augment not in AUGMENTATIONS:
-        raise DataError(f"augment={augment!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}")
+    check_augmentation(augment)
     return partial(_image_batch, processor=processor, columns=columns, augment=augment)
 
 
@@ -84,10 +86,15 @@ def prepare(
 
     Args:
         processor: the image processor, feature extractor or tokenizer of the model.
-        augment: augmentation of training images, from ``AUGMENTATIONS``.
+        augment: augmentation of training images, from ``AUGMENTATIONS``; text and sounds have none.
         max_length: maximum length of a text in tokens.
         seconds: length to which sounds are cut.
+
+    Raises:
+        DataError: if the augmentation is unknown, or the data are no images.
+        ImportError: if the augmentation needs a package that is missing.
     """
+    check_augmentation(augment, columns.task)
     ready = DatasetDict()
     for name, split in splits.items():
         if name == "test" and unlabelled(split, columns.label, splits.get("train")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -48,7 +48,8 @@ class Data:
     @property
     def info(self) -> DataInfo:
         """What the card of a model trained on it says."""
-        return DataInfo.of(self.name, {name: len(split) for name, split in self.splits.items()}, self.notices)
+        info = DataInfo.of(self.name, {name: len(split) for name, split in self.splits.items()}, self.notices)
+        return replace(info, augment=self.augment)
 
 
 @dataclass(frozen=True)

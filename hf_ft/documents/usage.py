@@ -10,7 +10,7 @@ def pipeline_usage(
     task: str,
     example: str | Path | None = None,
     *,
-    ensemble: bool = False,
+    registers: str = "",
     tokenizers: bool = False,
 ) -> str:
     """How to classify with Transformers alone.
@@ -18,14 +18,14 @@ def pipeline_usage(
     Args:
         task: ``image``, ``text`` or ``audio``.
         example: what to classify.
-        ensemble: whether it is an ensemble, which importing ``hf_ft`` registers with Transformers.
+        registers: what it is, if Transformers knows it only once ``hf_ft`` has been imported: ``"the ensemble"``.
         tokenizers: whether its members have several tokenizers, which ``AutoTokenizer`` cannot load.
     """
     given = example or {"image": "photo.png", "audio": "sound.wav"}.get(task, "some text")
     tokenizer = f', tokenizer=hf_ft.CollaborativeTokenizer.from_pretrained("{folder}")' if tokenizers else ""
     return "\n".join(
         [
-            *(["import hf_ft  # registers the ensemble with Transformers"] if ensemble else []),
+            *([f"import hf_ft  # registers {registers} with Transformers"] if registers else []),
             "from transformers import pipeline",
             "",
             f'classify = pipeline("{task}-classification", model="{folder}"{tokenizer})',

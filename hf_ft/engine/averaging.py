@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,27 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core.plan import Average
-from hf_ft.errors import CheckpointError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.preserve import forget_evaluation
 
 LIVE, AVERAGE, STEPS = "live/", "average/", "steps"
 
 
 class RunningAverage:
-    """The running average of the parameters of a model that train, and of its floating-point buffers.
+    """The running average of some tensors of a model, beside the model itself.
 
     It is kept in float32 or wider, and updated after each step of the optimizer that it follows.
 
     Args:
         model: the model in training.
-        trained: names of the parameters that any stage trains.
+        names: of parameters or buffers.
 
     Attributes:
         steps: number of optimizer steps since the average began.
     """
 
-    def __init__(self, model: nn.Module, trained: Collection[str], average: Average) -> None:
-        self._model, self._trained, self._decay = model, frozenset(trained), average.decay
+    def __init__(self, model: nn.Module, names: Collection[str], average: Average) -> None:
+        self._model, self._names, self._decay = model, frozenset(names), average.decay
         self._live: dict[str, Tensor] = {}  # the model's own
         self._averages: dict[str, Tensor] = {}
         self._displaced: list[Tensor] | None = None  # the live values while averages are in their place
@@ -47,10 +48,9 @@ class RunningAverage:
     @torch.no_grad()
     def begin(self) -> None:
         """Begin anew at the present weights."""
-        saved = set(self._model.state_dict())
-        parameters: dict[str, Tensor] = {n: p for n, p in self._model.named_parameters() if n in self._trained}
-        buffers = {name: b for name, b in self._model.named_buffers() if name in saved and b.is_floating_point()}
-        self._live, self.steps, self._displaced = parameters | buffers, 0, None
+        tensors = itertools.chain(self._model.named_parameters(), self._model.named_buffers())
+        self._live = {name: tensor for name, tensor in tensors if name in self._names}
+        self.steps, self._displaced = 0, None
         self._averages = {name: tensor.detach().to(_wide(tensor), copy=True) for name, tensor in self._live.items()}
         self._equal, self._wider = ([], []), ([], [])
         for name, tensor in self._live.items():
@@ -63,12 +63,21 @@ class RunningAverage:
 
         Args:
             optimizer: as such, or wrapped by Accelerate. A step that a gradient scaler skips does not count.
+
+        Raises:
+            OptionError: if the optimizer averages the weights itself.
         """
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if callable(getattr(inner, "eval", None)):  # it would put its average into the place of ours
+            raise OptionError(
+                f"optim: {type(inner).__name__} averages the weights itself (schedule-free): choose another, or leave "
+                "out the strategy that averages them."
+            )
         if step == 0 or not self.begun:
             self.begin()
         if self._hook is not None:
             self._hook.remove()
-        self._hook = getattr(optimizer, "optimizer", optimizer).register_step_post_hook(lambda *_: self.update())
+        self._hook = inner.register_step_post_hook(lambda *_: self.update())
 
     @torch.no_grad()
     def update(self) -> None:
@@ -116,7 +125,7 @@ class RunningAverage:
 
     def moved(self, modules: Iterable[nn.Module]) -> bool:
         """Whether the average of anything in these modules differs from its present value."""
-        inside = {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
+        inside = {id(tensor) for module in modules for tensor in itertools.chain(module.parameters(), module.buffers())}
         pairs = ((self._averages[name], live) for name, live in self._live.items() if id(live) in inside)
         return any(not torch.equal(average.to(live.dtype), live) for average, live in pairs)
 

@@ -16,16 +16,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.utils import logging
 
-from hf_ft.core.compose import build_plan, resolve, shared_option
+from hf_ft.core.compose import build_plan, check_composed, resolve, shared_option
 from hf_ft.core.config import FTConfig
-from hf_ft.core.context import Context, State
-from hf_ft.core.plan import Plan, Term, stage_borders, stage_index, trained_by
+from hf_ft.core.context import Context, Recipe, Samples, State
+from hf_ft.core.plan import CopiesModel, Plan, Term, stage_borders, stage_index, trained_by
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.engine.frozen.reference import Reference
+from hf_ft.engine.momentum import schedules_momentum, set_momentum
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
 from hf_ft.engine.selection import Judge, Origin, check_selections, origin_of, over_processes, select
+from hf_ft.engine.step_hooks import attach, check_not_needed
+from hf_ft.engine.tensor_rates import find_rates
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy, is_traced, members_of, unwrap
 from hf_ft.models.find_layouts import laid_out, look_at
@@ -115,9 +118,17 @@ class Run:
         ]
 
     def scheduler(self, optimizer: Optimizer, total_steps: int, name: str = "linear", warmup: float = 0.0) -> LambdaLR:
-        """The Transformers schedule ``name``, once per stage; ``warmup`` is a fraction of each stage."""
-        borders = stage_borders(self.plan.stages, total_steps)
-        return stage_scheduler(optimizer, borders, lambda steps: schedule_curve(name, steps, round(warmup * steps)))
+        """The Transformers schedule ``name``, once per stage; ``warmup`` is a fraction of each stage.
+
+        Neither applies in stages that have a schedule of their own.
+        """
+        stages = self.plan.stages
+        return stage_scheduler(
+            optimizer,
+            stages,
+            stage_borders(stages, total_steps),
+            lambda steps: schedule_curve(name, steps, round(warmup * steps)),
+        )
 
     def stepper(
         self,
@@ -125,16 +136,18 @@ class Run:
         total_steps: int,
         then: Callable[[Objective], None] | None = None,
         optimizer: Optimizer | None = None,
-    ) -> Callable[[int], None]:
+    ) -> Stepper:
         """Return a function that switches stages; call it before each optimizer step with the step's index (from 0).
+
+        Where the plan has rates of tensors, call its ``begin_epoch`` before the first step of each epoch.
 
         Args:
             then: called with the objective at the start of each stage.
-            optimizer: its state is dropped at the start of a stage that wants a fresh optimizer; a running average of
-                the weights is updated after each of its steps.
+            optimizer: for stages that want a fresh one or schedule its momentum, for changes of gradients and rates,
+                and for a running average of the weights, which is updated after each of its steps.
 
         Raises:
-            OptionError: if the plan averages the weights and no optimizer is given.
+            OptionError: if the plan changes gradients or rates, or averages the weights, and no optimizer is given.
         """
         if optimizer is None and self.average is not None:
             raise OptionError(
@@ -144,6 +157,13 @@ class Run:
             logger.warning_once(
                 f"{self.plan.owner}: a stage wants a fresh optimizer: pass optimizer=... to stepper(), or the state of "
                 "earlier stages is kept."
+            )
+        if optimizer is None:
+            check_not_needed(self.plan)
+        if optimizer is None and schedules_momentum(self.plan.stages):
+            logger.warning_once(
+                f"{self.plan.owner}: a stage schedules the momentum: pass optimizer=... to stepper(), or the optimizer "
+                "keeps its own."
             )
         return Stepper(objective, stage_borders(self.plan.stages, total_steps), then, optimizer)
 
@@ -199,7 +219,7 @@ class Run:
         batches: Iterable[Mapping[str, Any]] | None = None,
         greater_is_better: bool = True,
     ) -> nn.Module:
-        """The final model: averaged, chosen (:meth:`select`), unfrozen, without a source head, and after ``finalise``."""
+        """The final model: averaged, chosen (:meth:`select`), without a source head, and after ``finalise``."""
         if self.average is not None:
             self.average.finish()
         if self.plan.select and not self.selected:
@@ -218,10 +238,11 @@ class Stepper:
     Attributes:
         borders: the step at which each stage ends.
         then: called with the objective at the start of each stage.
-        optimizer: its state is dropped at the first step of a later stage that wants a fresh optimizer; a running
-            average of the weights follows it.
+        optimizer: its state is dropped at the first step of a later stage that wants a fresh optimizer, and its
+            momentum follows the stage's schedule; a running average of the weights follows it.
         stage: index of the current stage; -1 before the first.
         left: number of its steps that remained at the last call.
+        step: the step of the last call.
     """
 
     objective: Objective
@@ -230,14 +251,39 @@ class Stepper:
     optimizer: Optimizer | None = None
     stage: int = -1
     left: int = 0
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None:
+            self.attach(self.optimizer)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let the plan change each step of this optimizer."""
+        self.optimizer = optimizer
+        attach(optimizer, self.objective.model, self.objective.plan, lambda: self.step)
+
+    def begin_epoch(self, epoch: int, samples: Samples, recipe: Recipe, **shared: Any) -> None:
+        """Find the rates of the tensors for an epoch, unless they have been found; call it before its first step.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            samples: training samples.
+            recipe: sizes of batches, task loss and autocast.
+            **shared: see :func:`hf_ft.engine.tensor_rates.find_rates`.
+        """
+        if self.optimizer is not None:
+            find_rates(self.objective, self.optimizer, epoch, samples, recipe, **shared)
 
     def __call__(self, step: int) -> None:
         self.objective.progress = step / self.borders[-1]
         index = stage_index(self.borders, step)
-        self.left = self.borders[index] - step
+        self.step, self.left = step, self.borders[index] - step
         average = self.objective.average
         if average is not None and self.stage < 0:
             average.start(step, self.optimizer)
+        if self.optimizer is not None:
+            begin = self.borders[index - 1] if index else 0
+            set_momentum(self.optimizer, self.objective.plan.stages, index, (step - begin) / (step - begin + self.left))
         if index != self.stage:
             self.stage = index
             stage = self.objective.plan.stages[index]
@@ -270,6 +316,7 @@ def set_up(
         OptionError: for any invalid combination, before the model is changed.
     """
     configs = resolve(strategy)
+    check_composed(configs)
     if states is None:
         states = measure(configs, model, None if context is None else lambda: context)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -292,11 +339,12 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
     }
     compares = any("reference" in term.needs for term in plan.terms)
     for module in plan.term_modules.values():
-        if hasattr(module, "begin"):
+        if isinstance(module, CopiesModel):
             module.begin(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     reference = Reference(model, layouts) if compares else None
-    average = plan.average and RunningAverage(model, ever_trained(plan, model, trainable), plan.average)
+    trained = ever_trained(plan, model, trainable)
+    average = None if plan.average is None else RunningAverage(model, trained, plan.average)
     origin = origin_of(plan, model, trainable)
     return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts, average, origin)
 

@@ -8,8 +8,9 @@ on saving).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from hf_ft.errors import AnatomyError
 from hf_ft.models.architectures import _FEEDS_BLOCKS, _FOLLOWS_BLOCKS
 from hf_ft.models.find_blocks import find_blocks, is_known
 from hf_ft.models.find_head import find_head, has_parameters
-from hf_ft.models.names import matches
+from hf_ft.models.names import BESIDE, matches
 from hf_ft.models.norms import is_dropout
 from hf_ft.models.parts import Anatomy, Body, Part, joined
 from hf_ft.models.repeated_modules import parent_of
@@ -49,14 +50,27 @@ def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None
     if members:
         arguments = names_of_members(members, head, blocks)
         return joined([(f"{prefix}{n}", anatomy(m, *names)) for (n, m), names in zip(members, arguments, strict=True)])
-    names = find_head(base, head)
-    units = [unit for unit in _units(base, set(names), None) if unit not in names]
-    rest = (*(prefix + unit for unit in units), *_loose(model, [prefix + name for name in [*units, *names]]))
+    with _single_path(base) as beside:
+        names = find_head(base, head)
+        units = [unit for unit in _units(base, set(names), None) if unit not in names]
+        loose = _loose(model, [prefix + name for name in [*units, *names]])
+    rest = (*(prefix + unit for unit in [*beside, *units]), *loose)
     find_body = partial(_body, model, base, prefix, names, blocks)
     found = Anatomy(_part("head", names, prefix), Part("backbone", rest), find_body)
     if blocks is not None:
         _ = found.body  # which raises if they match nothing
     return found
+
+
+@contextlib.contextmanager
+def _single_path(model: nn.Module) -> Iterator[list[str]]:
+    """A model without its gate and its frozen copy, whose name is given: they run first and count as the stem's."""
+    beside = model._modules.pop(BESIDE, None)
+    try:
+        yield [] if beside is None else [BESIDE]
+    finally:
+        if beside is not None:
+            model._modules[BESIDE] = beside
 
 
 def _part(name: str, modules: Sequence[str], prefix: str) -> Part:
@@ -65,10 +79,11 @@ def _part(name: str, modules: Sequence[str], prefix: str) -> Part:
 
 def _body(model: nn.Module, base: nn.Module, prefix: str, head: list[str], pattern: str | None) -> Body:
     """Stem, blocks and neck of a model whose head is known."""
-    groups, order = find_blocks(base, head, pattern)
-    ends = {*itertools.chain(*groups), *head}
-    units = [name for name in _units(base, ends, order) if name not in head]
-    loose = _loose(model, [prefix + name for name in [*units, *head]])
+    with _single_path(base) as beside:
+        groups, order = find_blocks(base, head, pattern)
+        ends = {*itertools.chain(*groups), *head}
+        units = [name for name in _units(base, ends, order) if name not in head]
+        loose = _loose(model, [prefix + name for name in [*units, *head]])
     if order is None:
         stem, parts, neck = _by_definition(groups, units)
         stem_modules = (*_part("stem", stem, prefix).modules, *loose)
@@ -78,7 +93,7 @@ def _body(model: nn.Module, base: nn.Module, prefix: str, head: list[str], patte
         stem, parts, neck = _by_order(groups, units, mine, order)
         stem_modules = (*_part("stem", stem, prefix).modules, *outside)
     return Body(
-        stem=Part("stem", stem_modules),
+        stem=Part("stem", (*(prefix + name for name in beside), *stem_modules)),
         blocks=tuple(_part(f"block{i}", names, prefix) for i, names in enumerate(parts)),
         neck=_part("neck", neck, prefix),
         stages=_stages(base, groups),

@@ -10,6 +10,9 @@ def matches(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
+# A module of a model with two paths: its gate and its frozen copy, which are no layers of the network.
+BESIDE = "two_paths"
+
 Names = tuple[str, ...]
 EVERYTHING: Names = ("",)
 

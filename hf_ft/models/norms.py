@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from hf_ft.models.names import BESIDE
+
 _DROPOUT = re.compile(r"Drop(?:out|Path|Connect)|Stoch(?:astic)?Depth")
 _LAYERDROP = re.compile(r"layer_?drop(?!out)")
 _NORM_CLASS = re.compile(r"(?!.*(?:Weight|Spectral)Norm).*Norm(?:Act)?(?:[123][dD])?")
@@ -21,11 +23,11 @@ def norm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """All batch normalisation layers with running statistics."""
+    """All batch normalisation layers with running statistics, without those of a frozen copy, which never move."""
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and BESIDE not in name.split(".")
     ]
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 import transformers as hf
 
+from hf_ft.models.weight_files import OURS
+
 Task = Literal["image", "text", "audio", "video"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
@@ -45,6 +47,9 @@ def classes_of(config: Any, task: str) -> tuple[type, ...]:
 
 def tasks_of(config: Any) -> Sequence[Task]:
     """The tasks that a config has a classifier for: of several, the one whose class it names, if it names one."""
+    own = getattr(config, "task", None)
+    if str(getattr(config, "model_type", "")).startswith(OURS) and own in TASKS:
+        return (own,)
     classes = {task: {one.__name__ for one in classes_of(config, task)} for task in TASKS}
     fitting = [task for task in TASKS if classes[task]]
     named = [task for task in fitting if classes[task].intersection(getattr(config, "architectures", None) or ())]

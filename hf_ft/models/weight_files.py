@@ -14,7 +14,9 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # damaged, or of another kind
 WEIGHTS_NAMES = (WEIGHTS_NAME, INDEX_NAME, "adapter_model.safetensors")
-COLLABORATIVE = "hf_ft_collaborative"  # the model_type of an ensemble
+OURS = "hf_ft_"  # how the types of models begin that Transformers knows from this package alone
+COLLABORATIVE = OURS + "collaborative"  # the model_type of an ensemble
+GATED = OURS + "gated"  # the model_type of a model with two paths
 
 
 def member_folder(index: int | str) -> str:

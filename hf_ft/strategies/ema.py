@@ -58,13 +58,14 @@ class EMAConfig(FTConfig):
     )
     formula = "w_avg = d_t w_avg + (1 - d_t) w after each step, d_t = min(d, (1 + t) / (10 + t))"
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
-    tuned = {"decay": Choice((0.9, 0.97, 0.99))}
+    averages = True
+    tuned = {"decay": Choice((0.5, 0.9, 0.99))}
     cost = advising.EVERYTHING + advising.DEARER / 2
 
     decay: float = option(
         0.99,
-        "Limit of the decay: the average reaches back over about 1 / (1 - decay) steps. In the first 9 / (1 - decay) "
-        "steps, its warm-up decides alone.",
+        "Limit of the decay: the average reaches back over about 1 / (1 - decay) steps. It counts from step "
+        "9 / (1 - decay) - 10 on; before, the average reaches back over a ninth of the steps.",
         range="[0, 1)",
     )
 

@@ -133,8 +133,8 @@ def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) ->
     probe = equipped(make(), config)
     states = _states(config, probe, folder)
     plan = build_plan([config], probe, states)
-    if any(term.couples_batch for term in plan.terms):
-        return  # such a term is tested against a micro-batch reference of its own
+    if plan.draws or any(term.couples_batch for term in plan.terms):
+        return  # such a plan is tested without its noise, such a term against a micro-batch reference of its own
     results = []
     for steps in (1, 2, 4):
         trainer = make_trainer(
@@ -188,6 +188,22 @@ def term_order_is_irrelevant(config: FTConfig, make: Maker, folder: Path) -> Non
     same_tensors(results[0], results[1], 1e-6)
 
 
+def mixed_images_train(config: FTConfig, make: Maker, folder: Path) -> None:
+    """It trains on mixed images, whose labels are shares of classes, or declares that it needs hard labels."""
+    model = make()
+    if not str(getattr(model, "main_input_name", "")).startswith("pixel_values"):
+        return
+    try:
+        trainer = make_trainer(model, config, folder, mixup=1.0, frozen_cache="never")
+    except OptionError as error:
+        assert config.needs().hard_labels and config.ft_type in str(error), f"refused without need: {error}"
+        return
+    trainer.args.max_steps = _fewest_steps(trainer._start_run().plan, 2)
+    trainer.train()
+    losses = [value for entry in _losses(trainer) for name, value in entry.items() if name.startswith("loss")]
+    assert losses and all(map(math.isfinite, losses)), f"losses are not finite: {losses}"
+
+
 LAWS: dict[str, Law] = {
     law.__name__: law
     for law in (
@@ -201,6 +217,7 @@ LAWS: dict[str, Law] = {
         resume_changes_nothing,
         plain_reload,
         term_order_is_irrelevant,
+        mixed_images_train,
     )
 }
 

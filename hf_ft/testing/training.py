@@ -64,15 +64,22 @@ def tiny_arguments(folder: str | Path, **arguments: Any) -> TrainingArguments:
 
 
 def make_trainer(
-    model: nn.Module, strategy: Any, folder: str | Path, frozen_cache: Any = "auto", **arguments: Any
+    model: nn.Module,
+    strategy: Any,
+    folder: str | Path,
+    frozen_cache: Any = "auto",
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    **arguments: Any,
 ) -> FTTrainer:
     """A trainer on tiny data, not trained yet."""
+    ours = {"frozen_cache": frozen_cache, "mixup": mixup, "cutmix": cutmix}
     data = {"train_dataset": tiny_data(model), "eval_dataset": tiny_data(model, 16, seed=1)}
     equipped(model, strategy)
     if any(config.needs().source_data == "required" for config in resolve(strategy)):
         data["source_dataset"] = tiny_data(model, 20, seed=2)
     args = tiny_arguments(folder, **arguments)
-    return FTTrainer(model, args, strategy=strategy, frozen_cache=frozen_cache, **data)
+    return FTTrainer(model, args, strategy=strategy, **ours, **data)
 
 
 def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:

@@ -14,6 +14,7 @@ from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
+from hf_ft.models.gated.model import GatedModel
 from hf_ft.models.hub import base_model_id
 from hf_ft.models.tasks import auto_name
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
@@ -208,6 +209,12 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
 def _usage(model: Any, model_name: str) -> str:
     if isinstance(model, PreTrainedModel) and _is_ensemble(model):
         return _ensemble_usage(model, model_name)
+    if isinstance(model, GatedModel):
+        name = auto_name(model.task)
+        return (
+            f"import hf_ft  # registers the model with Transformers\nfrom transformers import {name}\n\n"
+            f'model = {name}.from_pretrained("{model_name}")'
+        )
     name = type(model).__name__
     if isinstance(model, PreTrainedModel):
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
@@ -256,7 +263,7 @@ def card_of(trainer: ForCard, base_model: str | None, folder: Path, name: str = 
         model_name=args.hub_model_id or name or folder.name,
         base_model=base_model,
         metrics=_last_metrics(trainer.state, args.load_best_model_at_end),
-        arguments={key: arguments[key] for key in kept.split() if key in arguments},
+        arguments={key: arguments[key] for key in kept.split() if key in arguments} | trainer.mixing.given,
         tags=[tags] if isinstance(tags, str) else tags,
         data=trainer.data_info,
         findings={c.ft_type: c.findings(states[c.ft_type]) for c in configs if c.ft_type in states},

@@ -12,9 +12,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from hf_ft.core.config import FTConfig
-from hf_ft.core.context import FrozenCache, State
+from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.info import DataInfo
+from hf_ft.data.mixing import Mixing
 from hf_ft.engine.run import Run
 
 Collate = Callable[[list[Any]], Any]
@@ -45,6 +46,16 @@ class ForCache(ForData, Protocol):
 
     accelerator: Accelerator
     frozen_cache: FrozenCache
+    mixing: Mixing
+
+
+class ForMixing(ForCache, Protocol):
+    """To check the loss of mixed batches."""
+
+    model: Any
+    task_loss: TaskLoss
+
+    def context(self) -> Context: ...
 
 
 class ForStreams(ForData, Protocol):
@@ -91,6 +102,7 @@ class ForCard(Protocol):
     model: Any
     state: TrainerState
     data_info: DataInfo | None
+    mixing: Mixing
 
     @property
     def states(self) -> Mapping[str, State]: ...

@@ -54,6 +54,9 @@ class StageCache:
             return None
         if is_training:
             chained = bool(self.objective.chains)
+            if self._trainer.mixing:
+                logger.info(f"Batches are mixed ({self._trainer.mixing}): what is frozen is computed in every step.")
+                chained = False
             self.rows = StagedRows(self._used_columns(dataset, description)) if chained else None
             return self.rows
         if self._eval_rows is None or "inputs" in self._args.include_for_metrics:

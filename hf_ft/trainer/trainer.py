@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -22,6 +23,7 @@ from hf_ft.core.config import BASELINE, FTConfig
 from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders
 from hf_ft.core.task_loss import TaskLoss
+from hf_ft.data.mixing import Mixing
 from hf_ft.data.prepare import collate
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.averaging import averaged
@@ -41,10 +43,10 @@ from hf_ft.engine.run import Run, measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
-from hf_ft.trainer import checks
+from hf_ft.trainer import checks, mixing_checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
-from hf_ft.trainer.context import curve, measuring_context
+from hf_ft.trainer.context import curve, looking, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
@@ -76,6 +78,9 @@ class FTTrainer(Trainer):
             processed, map-style or iterable, with labels of the source head's classes.
         source_data_collator: the collator for source data; default: ``data_collator``.
         states: measurements to reuse: ``trainer.states`` of another run with the same model, data and options.
+        mixup: alpha with which the images and labels of each training batch are mixed; 0 for none. See
+            :class:`~hf_ft.data.Mixing`.
+        cutmix: the same for replacing rectangles; with both, each batch is mixed in either way.
         **keywords: further arguments of ``Trainer``.
 
     Raises:
@@ -104,18 +109,23 @@ class FTTrainer(Trainer):
         source_dataset: Any = None,
         source_data_collator: Callable[[list[Any]], Any] | None = None,
         states: Mapping[str, State] | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         **keywords: Any,
     ) -> None:
         self.configs = resolve(strategy)
         self.overwrite, self.plain_train_dataset = overwrite, plain_train_dataset
         self.frozen_cache = frozen_cache if isinstance(frozen_cache, FrozenCache) else FrozenCache(use=frozen_cache)
         self.source_dataset, self.source_data_collator = source_dataset, source_data_collator
+        self.mixing = Mixing(mixup, cutmix)
         args = args or TrainingArguments("tmp_trainer")
         if isinstance(keywords.get("processing_class"), CollaborativeTokenizer) and not positional:
             keywords.setdefault("data_collator", collate(keywords["processing_class"]))  # padding as in Trainer
+        mixing_checks.check_settings(self.mixing, self.configs, self.frozen_cache)
         checks.preflight(self.configs, args, model, positional, keywords, source_dataset)
         super().__init__(model, args, *positional, **keywords)
         checks.check_accelerator(self.accelerator)
+        mixing_checks.check_mixable(self.mixing, self.model, self.train_dataset)
         if model is None:
             data = self.train_dataset, self.eval_dataset
             checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset)
@@ -181,6 +191,7 @@ class FTTrainer(Trainer):
         self._attempt = Attempt.begin(self, run.objective(self.task_loss), self._attempt)
         self._attempt.streams.begin(batch_size or self._train_batch_size, self._resuming)
         checks.check_last_batch(self, self._attempt.objective)
+        mixing_checks.check_loss(self)
         output = super()._inner_training_loop(batch_size, *args, **kwargs)
         self._checkpoints.rotate(Path(self._get_output_dir(kwargs.get("trial"))))  # an earlier process may not have
         return output
@@ -194,6 +205,7 @@ class FTTrainer(Trainer):
         if self.state.global_step < self.state.max_steps and not stopped:
             assert self._attempt is not None
             self._attempt.epoch.fill_(epoch)
+            self._attempt.begin_epoch(epoch, self.state.global_step, partial(looking, self))
             super()._run_epoch(model, epoch, *args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -261,15 +273,18 @@ class FTTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The Trainer's optimizer over all parameters ever trained, with groups split by stage and learning rate."""
         run = self._start_run()
+        plan = run.plan
+        if self._users_optimizer is not None:  # whose rates were set on purpose
+            plan = dataclasses.replace(plan, learning_rate=None)
         run.unfreeze()
         with accepted("the optimizer"):
             super().create_optimizer(run.model)
-        regroup(self.optimizer, run.model, run.plan, run.trainable)
-        extra = term_groups(run.plan, self.args.learning_rate, self.args.weight_decay)
+        regroup(self.optimizer, run.model, plan, run.trainable)
+        extra = term_groups(plan, self.args.learning_rate, self.args.weight_decay)
         for group in extra if self._users_optimizer is None else ():
             self.optimizer.add_param_group(group)
         if extra and self._users_optimizer is not None:
-            checks.warn_left_out(run.plan)
+            checks.warn_left_out(plan)
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -278,17 +293,24 @@ class FTTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in bare]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage."""
+        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage.
+
+        Stages with a schedule of their own follow that instead.
+        """
         run = self._start_run()
-        borders = stage_borders(run.plan.stages, num_training_steps)
+        stages = run.plan.stages
+        borders = stage_borders(stages, num_training_steps)
         if self._attempt is not None:
-            self._attempt.stepper.borders, self._attempt.stepper.optimizer = borders, optimizer or self.optimizer
+            self._attempt.stepper.borders = borders
+            self._attempt.stepper.attach(optimizer or self.optimizer)
         checks.warn_slow_statistics(self.model, run.trained, num_training_steps)
         with accepted("the learning rate schedule"):
-            if len(borders) == 1:
+            if len(stages) == 1 and stages[0].schedule is None:
                 return super().create_scheduler(num_training_steps, optimizer)
             if self.lr_scheduler is None:
-                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, borders, partial(curve, self.args))
+                checks.warn_own_schedule(run.plan, self.args)
+                by_arguments = partial(curve, self.args)
+                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, stages, borders, by_arguments)
                 self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -325,8 +347,8 @@ class FTTrainer(Trainer):
         batched: Any = attempt.cache.collator_for(read, description)
         if seeded:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            twice = attempt.objective.plan.second_view
-            batched, read = TrainingBatches(read, batched, seed, attempt.epoch, twice), range(len(dataset))
+            how = attempt.objective.plan.second_view, self.mixing, mixing_checks.classes_of(self.model)
+            batched, read = TrainingBatches(read, batched, seed, attempt.epoch, *how), range(len(dataset))
         users, self.data_collator = self.data_collator, batched
         try:
             return super()._get_dataloader(read, description, batch_size, sampler, is_training, dataloader_key)

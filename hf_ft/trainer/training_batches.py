@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_ft.data.augment import drawn_for
+from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import drawn_rows, read_rows, same_each_time
 from hf_ft.data.streams import mixed
 from hf_ft.engine.batch import second_view_columns
@@ -20,8 +22,9 @@ class TrainingBatches:
     """Reads and collates rows, given their indices; the collator of a loader over these.
 
     The random numbers that augmentation draws for a batch from Python's, NumPy's and torch's generators depend on the
-    seed, the epoch and its rows alone. Drawn from the states that a checkpoint holds, they would not be those of an
-    uninterrupted run: when it is saved, the next batch has already been read.
+    seed, the epoch and its rows alone; those that ``hf_ft.data`` draws for an image, on that image instead of the rows.
+    Drawn from the states that a checkpoint holds, they would not be those of an uninterrupted run: when it is saved,
+    the next batch has already been read.
 
     Args:
         dataset: rows by index.
@@ -29,22 +32,38 @@ class TrainingBatches:
         seed: seed of the augmentation.
         epoch: number of the epoch, in memory that worker processes share.
         twice: whether a batch also holds its rows as read with other random numbers, if these make a difference.
+        mixing: mixes the images and labels of each batch.
+        classes: number of classes, for labels that are classes; as for :class:`~hf_ft.data.mixing.Mixing`.
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, epoch: Tensor, twice: bool = False
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        seed: int,
+        epoch: Tensor,
+        twice: bool = False,
+        mixing: Mixing | None = None,
+        classes: int | None = None,
     ) -> None:
         self.dataset, self.collate, self.seed, self.epoch = dataset, collate, seed, epoch
         self.twice = twice and not same_each_time(lambda: self._read(drawn_rows(len(dataset), CHECKED)))
+        self.mixing, self.classes = mixing, classes
 
     def __call__(self, rows: Sequence[int]) -> Any:
         if isinstance(self.dataset, StagedRows) and self.dataset.recorded:  # setting states takes 0.1 ms
             return self._read(rows)
         batch = self._drawn(rows)
-        return {**batch, **second_view_columns(self._drawn(rows, 1))} if self.twice else batch
+        if self.twice:
+            batch = {**batch, **second_view_columns(self._drawn(rows, 1))}
+        return self.mixing(batch, self.classes, mixed(*self._of_epoch(), *rows)) if self.mixing else batch
+
+    def _of_epoch(self, *again: int) -> tuple[int, ...]:
+        return self.seed, int(self.epoch), *again
 
     def _drawn(self, rows: Sequence[int], *again: int) -> Any:
-        with random_states_kept(mixed(self.seed, int(self.epoch), *again, *rows)):
+        drawn = self._of_epoch(*again)
+        with drawn_for(mixed(*drawn)), random_states_kept(mixed(*drawn, *rows)):
             return self._read(rows)
 
     def _read(self, rows: Sequence[int]) -> Any:

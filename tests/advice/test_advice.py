@@ -29,7 +29,7 @@ from hf_ft.advice import Advice, Shift, Signals, advise, how_often_right, recomm
 from hf_ft.advice import measure as measuring
 from hf_ft.advice.evidence import RULES_ALONE
 from hf_ft.advice.regret import expected_best, fixed_order, judged_table, summary
-from hf_ft.advice.rules import declared_rules, neutral_order, rules_table
+from hf_ft.advice.rules import declared_rules, neutral_order
 from hf_ft.advice.signals import FIGURES, explained
 from hf_ft.advice.transferability import (
     cross_validated_probe,
@@ -619,12 +619,8 @@ def test_help(capsys):
     )
 
 
-def test_docs_show_the_rules():
+def test_docs_name_the_figures():
     page = (ROOT / "docs" / "advise.md").read_text()
-    headers, rows = rules_table()
-    for cells in (headers, *rows):
-        assert "| " + " | ".join(cells) + " |" in page
-    assert page.count("\n| ") >= len(rows) and ", ".join(f"`{name}`" for name in neutral_order()) in page
     assert all(f"`{name}`" in page for name in FIGURES)
 
 

@@ -27,7 +27,7 @@ from hf_ft.engine.averaging import RunningAverage
 from hf_ft.strategies.ema import WarmDecay
 
 RESULTS = Path(__file__).parent / "results" / "averages.jsonl"
-DECAYS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.97, 0.99)  # 0: the weights themselves
+DECAYS = (0.0, 0.5, 0.8, 0.9, 0.99)  # 0: the weights themselves
 RATE = 3e-4
 
 
@@ -38,16 +38,24 @@ class Averages(TrainerCallback):
         self.trainer, self.test, self.found = trainer, test, {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        names = [name for name, _ in model.named_parameters()]
+        buffers = (name for name, buffer in model.named_buffers() if buffer.is_floating_point())
+        names = [*(name for name, _ in model.named_parameters()), *buffers]
         self.averages = {decay: RunningAverage(model, names, Average(WarmDecay(decay))) for decay in DECAYS}
         for average in self.averages.values():
             average.start(0, self.trainer.optimizer)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for decay, average in self.averages.items() if state.global_step == state.max_steps else ():
+            live = [buffer.clone() for buffer in model.buffers()]
             with average.in_place():
-                metrics = self.trainer.predict(self.test).metrics
-            self.found[str(decay)] = [round(metrics[f"test_{name}"], 4) for name in ("accuracy", "log_loss")]
+                self.found[str(decay)] = self.scores()
+                for buffer, value in zip(model.buffers(), live, strict=True):
+                    buffer.copy_(value)
+                self.found[f"{decay}, buffers copied"] = self.scores()
+
+    def scores(self) -> list[float]:
+        metrics = self.trainer.predict(self.test).metrics
+        return [round(metrics[f"test_{name}"], 4) for name in ("accuracy", "log_loss")]
 
 
 def run(bench: Bench, epochs: int, schedule: str, seed: int) -> Entry:

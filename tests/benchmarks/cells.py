@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import default_data_collator
 
-from hf_ft.data.images import flip_and_shift
+from hf_ft.data.augment import flip_and_shift
 from hf_ft.models.ensemble.processor import column
 
 

@@ -1,12 +1,14 @@
 """Flags that would have no effect, and values that would mean something else, are refused."""
 
 import re
+import sys
 
 import pytest
 
 from hf_ft.cli import main
 from hf_ft.cli.checks import check_flags, check_task
 from hf_ft.cli.flags import DataFlags
+from hf_ft.data import augment
 from hf_ft.errors import OptionError
 
 
@@ -17,7 +19,15 @@ from hf_ft.errors import OptionError
         ("compare", "--ood_split x", "--ood_split x has no effect without --ood_dataset: add that"),
         ("compare", "--on_corrupt no", "--on_corrupt no is unknown: choose one of refuse, skip."),
         ("search-blocks", "--on_corrupt no", "--on_corrupt no is unknown: choose one of refuse, skip."),
-        ("compare", "--augment heavy", "--augment heavy is unknown: choose one of none, basic."),
+        ("compare", "--augment heavy", "--augment heavy is unknown: choose one of none, basic, tri"),
+        ("train", "--mixup -1", "mixup=-1.0 must be 0, for none, or a positive number, such as 0.2."),
+        ("compare", "--cutmix inf", "cutmix=inf must be 0, for none, or a positive number, such as 1."),
+        (
+            "train",
+            "--mixup 1 --frozen_cache always",
+            "frozen_cache='always' would train on recorded samples, which mix",
+        ),
+        ("search-blocks", "--mixup 1", "--mixup 1.0 has no effect: candidates"),
         ("compare", "--trials 0 --learning_rates 1e-4,1", "--learning_rates 1e-4,1 has no effect: --trials is 0."),
         ("compare", "--report x --seeds 3", "--seeds 3 has no effect: --report only makes the report"),
         ("compare", "--strategies l2_sp --source_dataset x", "--source_dataset x has no effect: no strategy chosen"),
@@ -73,3 +83,12 @@ def test_flags_of_the_other_kind_of_data(flags, task, refused):
         return check_task(DataFlags(dataset="d", **flags), task)
     with pytest.raises(OptionError, match=f"{refused} has no effect: --dataset d is read as {task}. Leave it out."):
         check_task(DataFlags(dataset="d", **flags), task)
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_policy_without_its_package_is_refused_before_anything_is_loaded(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    augment._kornia.cache_clear()
+    assert main([command, "--model", "no/such", "--dataset", "/no/such", "--augment", "trivial"]) == 2
+    assert "pip install 'hf-ft[augment]'" in capsys.readouterr().err

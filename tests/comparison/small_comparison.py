@@ -23,7 +23,7 @@ from hf_ft.testing.models import tiny_resnet
 NAMES = ("red", "green", "blue")
 # For tests that look neither at several seeds nor at epochs.
 SHORT = {"seeds": 1, "num_train_epochs": 1}
-SETTINGS = ("hours", "metric", "learning_rates", "storage", "retry_failed", "folds", "patience")
+SETTINGS = ("hours", "metric", "learning_rates", "storage", "retry_failed", "folds", "patience", "mixup", "cutmix")
 
 
 def images(counts, seed):

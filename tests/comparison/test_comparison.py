@@ -657,6 +657,20 @@ def test_other_data_are_another_comparison(change, compared):
         run(folder, data=given)
 
 
+@pytest.mark.slow
+def test_augmentation_and_mixing_are_told_and_make_another_comparison(tmp_path):
+    data = splits()
+    given = Data(data, find_columns(data), augment="trivial")
+    results = run(tmp_path, "linear_probe", data=given, trials=0, mixup=0.2, **SHORT)
+    assert results.settings["mixup"] == 0.2 and not any(c.reason for c in results.contenders)
+    report = (tmp_path / "report.md").read_text()
+    assert "training images are augmented: trivial" in report and "mixup" in report
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "| mixup | `0.2` |" in card and "Training images were augmented: trivial." in card
+    with pytest.raises(OptionError, match="created with other settings"):
+        run(tmp_path, "linear_probe", data=given, trials=0, cutmix=1.0, **SHORT)
+
+
 def test_epochs_whose_outputs_are_not_finite_have_no_score():
     labels = np.array([0, 1, 2])
     assert finite_metrics(EvalPrediction(np.eye(3), labels))["accuracy"] == 1.0

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MobileNetV2ImageProcessorPil, PreTrainedTokenizerFast
 
 from hf_ft.data import load
+from hf_ft.data.augment import flip_and_shift
 from hf_ft.data.columns import ROW, find_columns
-from hf_ft.data.images import flip_and_shift
 from hf_ft.data.load import load_splits
 from hf_ft.data.prepare import collate, image_transform, prepare
 from hf_ft.models.ensemble.processor import combined

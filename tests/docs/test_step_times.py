@@ -73,8 +73,8 @@ def test_a_floor_is_what_the_plan_says(row, resnet, sizes):
     trained = set(trained_by(stage, model, [name for name, _ in model.named_parameters()]))
     expected = {
         "trains": sum(p.numel() for name, p in model.named_parameters() if name in trained),
-        "source_head": any(isinstance(t.fn, torch.nn.Module) for t in terms),
-        "references": int(any("reference" in t.needs for t in terms) and not row.recorded),
+        "source_head": any(isinstance(getattr(t.fn, "head", None), torch.nn.Module) for t in terms),
+        "references": int(any({"reference", "second_view"} & t.needs for t in terms) and not row.recorded),
         "batches": 1 + any(t.stream == "source" for t in terms),
         "norms": "eval" if stage.norm_mode == "eval" else "train",
         "recorded": row.recorded and "head" not in trained and row.floor.trains_from != "stem",

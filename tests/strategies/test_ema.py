@@ -8,14 +8,14 @@ from hf_ft.testing import TINY_MODELS, same_tensors, tiny_resnet
 from hf_ft.testing.training import snapshot, tiny_batch
 
 
-def averages(history, decay):
-    """The average of weights (steps + 1 of them), in float64."""
+def averages(history, decay, parameters):
+    """The average of weights (steps + 1 of them), in float64; what is no parameter is that of the last step."""
     average = {name: value.double() for name, value in history[0].items()}
     for step, weights in enumerate(history[1:]):
         d = min(decay, (1 + step) / (10 + step))
         for name, value in weights.items():
-            floating = value.is_floating_point()
-            average[name] = d * average[name] + (1 - d) * value.double() if floating else value.double()
+            averaged = name in parameters
+            average[name] = d * average[name] + (1 - d) * value.double() if averaged else value.double()
     return average
 
 
@@ -43,7 +43,7 @@ def test_the_formula_step_by_step(name, decay):
     torch.manual_seed(0)
     _, plain = loop(TINY_MODELS[name](), "full")
     same_tensors(history[-1], plain[-1])  # training itself is left as it is
-    wanted = averages(history, decay)
+    wanted = averages(history, decay, dict(run.model.named_parameters()))
     with run.averaged():
         inside = snapshot(run.model)
     same_tensors(snapshot(run.model), history[-1])
@@ -55,9 +55,17 @@ def test_the_formula_step_by_step(name, decay):
         same_tensors(snapshot(run.model), inside)
 
 
+class ScheduleFree(torch.optim.SGD):
+    def eval(self):
+        """Would put the optimizer's own average in the place of the weights."""
+
+
 def test_a_loop_must_name_its_optimizer_and_two_averages_are_refused():
     run = set_up(tiny_resnet(), "ema")
     with pytest.raises(OptionError, match=r"pass optimizer=\.\.\. to stepper"):
         run.stepper(run.objective(), 4)
     with pytest.raises(OptionError, match="ema and ema both average the weights"):
         set_up(tiny_resnet(), ["ema", EMAConfig(decay=0.5)])
+    optimizer = ScheduleFree(run.param_groups(lr=0.05))
+    with pytest.raises(OptionError, match="optim: ScheduleFree averages the weights itself"):
+        run.stepper(run.objective(), 4, optimizer=optimizer)(0)

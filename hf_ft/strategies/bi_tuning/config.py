@@ -11,6 +11,7 @@ from hf_ft.core import (
     FTConfig,
     LogRange,
     Names,
+    Needs,
     OptionError,
     Paper,
     Plan,
@@ -68,8 +69,11 @@ class BiTuningConfig(FTConfig):
     temperature: float = option(0.07, "Temperature of both softmaxes.", range="(0, inf)", source="code")
     projection_dim: int = option(128, "Dimension of the projector's output.", range="[1, inf)", source="code")
 
+    def needs(self) -> Needs:
+        return Needs(hard_labels=self.weight > 0)
+
     def check_arguments(self, args: TrainingArguments) -> None:
-        if self.weight and args.world_size > 1 and not args.accelerator_config.even_batches:
+        if self.weight and args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
             raise OptionError(
                 "accelerator_config.even_batches=False with bi_tuning: the processes exchange keys, so their batches "
                 "must be of one size. Set it to True."
@@ -90,8 +94,14 @@ class BiTuningConfig(FTConfig):
         if not self.weight:
             return Plan()
         loss = BiTuningLoss(self._head, self.projection_dim, self.queue_size, self.momentum, self.temperature)
-        needs = frozenset({"inputs", "second_view", "logit_inputs"})
-        return Plan(terms=(Term("bi_tuning", loss, weight=self.weight, needs=needs, couples_batch=True),))
+        term = Term(
+            "bi_tuning",
+            loss,
+            weight=self.weight,
+            needs=frozenset({"inputs", "second_view", "logit_inputs"}),
+            couples_batch=True,
+        )
+        return Plan(terms=(term,))
 
     def _head(self, model: nn.Module) -> Names:
         return self.anatomy(model).head.modules

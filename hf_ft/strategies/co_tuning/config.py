@@ -53,7 +53,9 @@ class RelationshipLoss(nn.Module):
 
     def forward(self, view: View) -> Tensor:
         labels = view.batch["labels"]
-        return relationship_loss(view.source_logits(self.head), self.relationship[labels])
+        mixed = labels.dim() == 2  # shares of the classes, of mixed images
+        targets = labels.to(self.relationship) @ self.relationship if mixed else self.relationship[labels]
+        return relationship_loss(view.source_logits(self.head), targets)
 
 
 FEW_SAMPLES_AND_HEAD = advising.Rule(

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers as hf
 
+from hf_ft.data.augment import flip_and_shift
 from hf_ft.data.columns import find_columns
-from hf_ft.data.images import flip_and_shift
 from hf_ft.data.prepare import collate, prepare
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel

@@ -61,9 +61,10 @@ def result(results: Results, standings: Sequence[Standing]) -> Section:
 def usage(results: Results, folder: str | Path = BEST_FOLDER, example: Path | None = None) -> str:
     """How to load the winner with Transformers alone."""
     best = next(contender for contender in results.contenders if contender.name == results.winner)
-    known = [config for config in best.configs if config["ft_type"] in strategies()]
-    ensemble = any(FTConfig.from_dict(config).sources() for config in known)
-    return pipeline_usage(folder, str(results.data.get("task", "image")), example, ensemble=ensemble)
+    known = [FTConfig.from_dict(config) for config in best.configs if config["ft_type"] in strategies()]
+    ensemble, plain = any(config.sources() for config in known), all(config.plain for config in known)
+    registers = "the ensemble" if ensemble else "" if plain else "the model"
+    return pipeline_usage(folder, str(results.data.get("task", "image")), example, registers=registers)
 
 
 def ranking(results: Results, standings: Sequence[Standing]) -> Section:
