@@ -6,7 +6,7 @@
 from hf_ft import functional
 from hf_ft.core import advising
 from hf_ft.core.compose import compose
-from hf_ft.core.config import FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
+from hf_ft.core.config import CHOSEN, FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
 from hf_ft.core.fitted_head import FittedHead
@@ -35,6 +35,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.names import EVERYTHING, Names
 
 __all__ = [
+    "CHOSEN",
     "EVERYTHING",
     "FITTED",
     "LARGEST",

@@ -204,12 +204,14 @@ class Selection:
         weights: a pure function of the initial values, the trained ones (both in float32 or wider, on the CPU) and a
             candidate, that returns the candidate's weights.
         anchors: names of the parameters that it sets: those among them that any stage trains.
+        optional: whether the first candidate is taken where there are no evaluation data; else the run is refused.
     """
 
     name: str
     candidates: tuple[float, ...]
     weights: Callable[[Sequence[Tensor], Sequence[Tensor], float], Sequence[Tensor]]
     anchors: Names = EVERYTHING
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,8 @@ class Plan:
         finalise: functions applied in order after that.
         gradients: changes of the gradients before each update, in order.
         tensor_rates: factors of the learning rates of single tensors.
+        learning_rate: the base rate in place of ``args.learning_rate``, of a strategy that chose it itself, because
+            nobody set one.
         average: how the weights are averaged over the steps; None to use the weights themselves.
         draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
@@ -259,6 +263,7 @@ class Plan:
     finalise: tuple[Surgery, ...] = ()
     gradients: tuple[GradientChange, ...] = ()
     tensor_rates: TensorRates | None = None
+    learning_rate: float | None = None
     average: Average | None = None
     draws: bool = False
     owner: str | None = field(default=None, compare=False)

@@ -1,7 +1,9 @@
 """All strategies: importing this package registers them, and ``hf_ft`` exports their classes."""
 
+from hf_ft.strategies.ada_filter import AdaFilterConfig as AdaFilterConfig
 from hf_ft.strategies.amcf.config import AMCFConfig as AMCFConfig
 from hf_ft.strategies.attention_transfer import AttentionTransferConfig as AttentionTransferConfig
+from hf_ft.strategies.auto.config import AutoStrategyConfig as AutoStrategyConfig
 from hf_ft.strategies.auto_rgn import AutoRGNConfig as AutoRGNConfig
 from hf_ft.strategies.bi_tuning.config import BiTuningConfig as BiTuningConfig
 from hf_ft.strategies.bitfit import BitFitConfig as BitFitConfig

@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 from hf_ft.core import (
     FTConfig,
     LogRange,
-    OptionError,
     Paper,
     Plan,
     Rate,
@@ -22,7 +21,7 @@ from hf_ft.core import (
     register,
 )
 from hf_ft.models.border import has_parameters
-from hf_ft.models.gated.model import AddPaths, check_plain
+from hf_ft.models.gated.model import AddPaths, check_not_computed_again, check_plain
 from hf_ft.models.gated.paths import GATE
 from hf_ft.models.gated.per_sample import PerSample
 from hf_ft.models.head_layers import logit_layers
@@ -71,11 +70,7 @@ class SpotTuneConfig(FTConfig):
     )
 
     def check_arguments(self, args: TrainingArguments) -> None:
-        if args.gradient_checkpointing:
-            raise OptionError(
-                "spot_tune: gradient_checkpointing=True computes blocks again when the decisions on them are gone: set "
-                "it to False."
-            )
+        check_not_computed_again(args)
 
     def check_model(self, model: nn.Module) -> None:
         check_plain(model)

@@ -16,14 +16,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_ft.core.compose import recommended_arguments, shared_option
-from hf_ft.core.config import FITTED, FTConfig
+from hf_ft.core.compose import check_composed, chooses_rate, recommended_arguments, shared_option
+from hf_ft.core.config import CHOSEN, FITTED, FTConfig
 from hf_ft.core.plan import Plan
 from hf_ft.data.label_checks import check_labels
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.run import check, check_members
+from hf_ft.engine.set_up import check, check_members
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
@@ -58,6 +58,7 @@ def preflight(
     Raises:
         OptionError: for any error that can be detected without reading the data.
     """
+    check_composed(configs)
     check_arguments(args, configs)
     check_source(configs, source_dataset)
     if model is not None:
@@ -331,14 +332,14 @@ def warn_left_out(plan: Plan) -> None:
 
 def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:
     """Warn about training arguments that differ from those recommended for the method."""
-    configs = tuple(configs)
+    configs = tuple(sorted(configs, key=lambda config: not chooses_rate(config)))
     present = recommended_arguments(configs, OptimizerNames(args.optim).value)
     # These are meant to be chosen, and depend on the optimizer: warn only if nobody set them.
     chosen = {name: present[name] for name in ("learning_rate", "max_grad_norm") if name in present}
     stated = {name: value for config in reversed(configs) for name, value in config.recommended.items()}
     differing = []
     for name, value in (stated | chosen).items():
-        if value.value == FITTED:
+        if value.value in (FITTED, CHOSEN):
             continue
         given = getattr(args, name)
         given = getattr(given, "value", given)

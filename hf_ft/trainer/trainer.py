@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -38,7 +39,8 @@ from hf_ft.engine.param_groups import (
     term_groups,
     undecayed_names,
 )
-from hf_ft.engine.run import Run, measure, set_up
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
@@ -272,15 +274,18 @@ class FTTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The Trainer's optimizer over all parameters ever trained, with groups split by stage and learning rate."""
         run = self._start_run()
+        plan = run.plan
+        if self._users_optimizer is not None:  # whose rates were set on purpose
+            plan = dataclasses.replace(plan, learning_rate=None)
         run.unfreeze()
         with accepted("the optimizer"):
             super().create_optimizer(run.model)
-        regroup(self.optimizer, run.model, run.plan, run.trainable)
-        extra = term_groups(run.plan, self.args.learning_rate, self.args.weight_decay)
+        regroup(self.optimizer, run.model, plan, run.trainable)
+        extra = term_groups(plan, self.args.learning_rate, self.args.weight_decay)
         for group in extra if self._users_optimizer is None else ():
             self.optimizer.add_param_group(group)
         if extra and self._users_optimizer is not None:
-            checks.warn_left_out(run.plan)
+            checks.warn_left_out(plan)
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -143,8 +143,10 @@ ROWS = (
 _PARTS = "trains parts of layers all over the network, for which there is no floor in whole layers"
 LEFT_OUT: dict[str, str] = {
     "stock": "full fine-tuning with other arguments",
+    "auto": "the strategy that it chooses",
     "rifle": "full fine-tuning but for the few steps before which the head is drawn anew",
     "wise_ft": "full fine-tuning; what it adds follows the last step",
+    "ada_filter": "computes every layer twice, for which there is no floor",
     "spot_tune": "computes every block twice and the pretrained network besides, for which there is no floor",
     "bitfit": _PARTS,
     "norms_only": _PARTS,

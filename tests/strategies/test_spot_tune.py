@@ -10,7 +10,7 @@ import transformers as hf
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_ft import CheckpointError, L2SPConfig, OptionError, SpotTuneConfig, set_up
+from hf_ft import CheckpointError, L2SPConfig, OptionError, SpotTuneConfig, WiSEFTConfig, set_up
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.gated.per_sample import decisions
 from hf_ft.models.preserve import random_states
@@ -252,7 +252,10 @@ def test_a_regulariser_concerns_the_fine_tuned_path():
     assert term == pytest.approx(0.5 * 1e-4 * sum(start[name].numel() for name in weights), rel=1e-3)
 
 
-@pytest.mark.parametrize("other", ["bss", "co_tuning", "lwf", "attention_transfer", "stoch_norm"])
+@pytest.mark.parametrize(
+    "other",
+    ["bss", "co_tuning", "lwf", "attention_transfer", "stoch_norm", "ema", "bi_tuning", WiSEFTConfig(alpha=0.5)],
+)
 def test_it_composes(other, tmp_path):
     model = equipped(tiny_resnet(), other)
     trainer = train(model, [SpotTuneConfig(), other], tmp_path, max_steps=2)

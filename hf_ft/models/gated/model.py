@@ -14,20 +14,24 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import cached_file
 
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.architectures import TRAIN_MODE_ALONE
 from hf_ft.models.gated.config import GatedConfig, class_of, gated_config
 from hf_ft.models.gated.paths import TwoPaths, install, wide_dtype
+from hf_ft.models.gated.per_filter import PerFilter, PerFilterGate
 from hf_ft.models.gated.per_sample import PerSample, PerSampleGate
 from hf_ft.models.preserve import forget_evaluation, random_states_kept
 from hf_ft.models.tasks import TASKS, auto_model, classes_of
 from hf_ft.models.weight_files import COLLABORATIVE, GATED, WEIGHTS_NAME
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_KINDS: dict[str, tuple[Any, Any]] = {"per_sample": (PerSample, PerSampleGate)}
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "per_sample": (PerSample, PerSampleGate),
+    "per_filter": (PerFilter, PerFilterGate),
+}
 
 
 class GatedModel:
@@ -131,6 +135,19 @@ class AddPaths:
         with random_states_kept(torch.initial_seed() % 2**32):  # the same on every process
             gate = gate_class(self.settings.fitted(model), wide_dtype(model))
         return _with_paths(model, gate.to(next(model.parameters()).device))
+
+
+def check_not_computed_again(args: TrainingArguments) -> None:
+    """Reject gradient checkpointing.
+
+    Raises:
+        OptionError: if it is on.
+    """
+    if args.gradient_checkpointing:
+        raise OptionError(
+            "gradient_checkpointing=True computes layers again when the decisions on them are gone, so a model with "
+            "two paths cannot be trained with it: set it to False."
+        )
 
 
 def check_plain(model: nn.Module) -> None:

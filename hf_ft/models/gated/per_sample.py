@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax
 
+from hf_ft.errors import OptionError
 from hf_ft.functional import wide
 from hf_ft.models.border import Border
 from hf_ft.models.gated.paths import per_row, straight_through
-from hf_ft.models.gated.survey import called_units, survey, units_of
+from hf_ft.models.gated.survey import SAMPLES, called_units, survey, units_of
 from hf_ft.models.head_features import HeadFeatures
 from hf_ft.models.names import Names
 
@@ -47,8 +49,23 @@ class PerSample:
             OptionError: if the model does not suit the gate.
         """
         blocks = units_of(model, self.blocks)
-        found = survey(model, [unit for block in blocks for unit in block], self.head, self.logits)
-        return dataclasses.replace(self, blocks=called_units(blocks, found), features=found.features)
+        units = [unit for block in blocks for unit in block]
+        seen, pooled = survey(model, units, lambda batch: self.features_of(model, (), batch))
+        chosen = called_units(blocks, seen)
+        if pooled is None or pooled.dim() != 2 or len(pooled) != SAMPLES:
+            raise OptionError(
+                f"not one vector per sample enters the head of {type(model).__name__} "
+                f"({None if pooled is None else tuple(pooled.shape)} for {SAMPLES} samples). Name the modules that map "
+                "features to logits with head='...'."
+            )
+        return dataclasses.replace(self, blocks=chosen, features=pooled.shape[1])
+
+    def features_of(self, model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Any:
+        """What enters the head of a model, (B, d)."""
+        features, border = HeadFeatures(model, self.head, self.logits), Border(model, self.head)
+        with torch.no_grad(), features, border.recording():
+            model(*args, **inputs)
+            return features.pooled(border)
 
 
 def decisions(logits: Tensor, temperature: float, noise: bool) -> Tensor:
@@ -80,12 +97,7 @@ class PerSampleGate(nn.Module):
         ).to(dtype)
 
     def begin(self, pretrained: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        features = HeadFeatures(pretrained, self.settings.head, self.settings.logits)
-        border = Border(pretrained, self.settings.head)
-        with torch.no_grad(), features, border.recording():
-            pretrained(*args, **inputs)
-            pooled = features.pooled(border)
-        self._decisions = self(pooled)
+        self._decisions = self(self.settings.features_of(pretrained, args, inputs))
 
     def forward(self, features: Tensor) -> Tensor:
         """Decisions (B, L) in {0, 1}, from features (B, d)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_ft.errors import OptionError
-from hf_ft.models.border import Border
 from hf_ft.models.example_inputs import example_inputs
-from hf_ft.models.head_features import HeadFeatures
 from hf_ft.models.names import Names
 from hf_ft.models.preserve import untouched
 
@@ -55,52 +53,27 @@ class Seen:
         self.changes |= self.versions != [tensor._version for tensor in _tensors((args, kwargs))]
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What was seen in a forward pass of two samples.
-
-    Attributes:
-        seen: modules by name.
-        features: number of features that enter the head.
-    """
-
-    seen: dict[str, Seen]
-    features: int
-
-
-def survey(model: nn.Module, names: Sequence[str], head: Names, logits: Names) -> Survey:
+def survey(
+    model: nn.Module, names: Sequence[str], run: Callable[[dict[str, Tensor]], Any]
+) -> tuple[dict[str, Seen], Any]:
     """Run two samples through a model, and watch some of its modules.
 
+    Args:
+        run: runs a batch; its result is returned.
+
     Raises:
-        OptionError: if no example inputs suit the model, or not one vector per sample enters its head.
+        OptionError: if no example inputs suit the model.
     """
     reason = "no inputs are known for it"
     with untouched(model):
         for number, batch in enumerate(example_inputs(model)):
-            doubled = {name: torch.cat([value] * SAMPLES) for name, value in batch.items()}
             seen = {name: Seen() for name in names}
             try:
-                pooled = _watched(model, doubled, seen, head, logits)
+                with _hooks(model, seen):
+                    return seen, run({name: torch.cat([value] * SAMPLES) for name, value in batch.items()})
             except Exception as error:  # a forward on unsuitable inputs may fail in any way
                 reason = reason if number else f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            if pooled is None or pooled.dim() != 2 or len(pooled) != SAMPLES:
-                shape = None if pooled is None else tuple(pooled.shape)
-                raise OptionError(
-                    f"not one vector per sample enters the head of {type(model).__name__} ({shape} for {SAMPLES} "
-                    "samples). Name the modules that map features to logits with head='...'."
-                )
-            return Survey(seen, pooled.shape[1])
     raise OptionError(f"{type(model).__name__} could not be run on example inputs ({reason}): use another model.")
-
-
-def _watched(
-    model: nn.Module, batch: dict[str, Tensor], seen: dict[str, Seen], head: Names, logits: Names
-) -> Tensor | None:
-    features, border = HeadFeatures(model, head, logits), Border(model, head)
-    with _hooks(model, seen), features, border.recording():
-        model(**batch)
-        return features.pooled(border)
 
 
 @contextlib.contextmanager
@@ -131,7 +104,7 @@ def _state(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def called_units(blocks: Sequence[Names], found: Survey) -> tuple[Names, ...]:
+def called_units(blocks: Sequence[Names], seen: Mapping[str, Seen]) -> tuple[Names, ...]:
     """The modules of each block that give a row for each sample, of which a sample can choose one.
 
     The last module of a block must; others, such as embeddings of positions that it needs, are not chosen.
@@ -141,7 +114,7 @@ def called_units(blocks: Sequence[Names], found: Survey) -> tuple[Names, ...]:
     """
     chosen = []
     for block in blocks:
-        last = found.seen[block[-1]] if block else Seen()
+        last = seen[block[-1]] if block else Seen()
         if not last.calls:
             raise OptionError(
                 f"{block[-1] if block else 'a block without tensors'!r} is never called in a forward pass, so there is "
@@ -152,8 +125,8 @@ def called_units(blocks: Sequence[Names], found: Survey) -> tuple[Names, ...]:
                 f"{block[-1]!r} gives {last.output or 'no tensor'} for {SAMPLES} samples, not one row for each, so no "
                 "sample can choose its path. Name other blocks with blocks=..."
             )
-        chosen.append(tuple(unit for unit in block if found.seen[unit].has_rows))
-        changing = [unit for unit in chosen[-1] if found.seen[unit].changes]
+        chosen.append(tuple(unit for unit in block if seen[unit].has_rows))
+        changing = [unit for unit in chosen[-1] if seen[unit].changes]
         if changing:
             raise OptionError(
                 f"{changing[0]!r} changes its input in place, so that a second path would see another one. Name other "
