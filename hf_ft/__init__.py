@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hf_ft.engine.checkpoint import load_weights as load_weights
     from hf_ft.engine.objective import Objective as Objective
     from hf_ft.engine.run import Run as Run
-    from hf_ft.engine.run import set_up as set_up
+    from hf_ft.engine.set_up import set_up as set_up
     from hf_ft.errors import AnatomyError as AnatomyError
     from hf_ft.errors import CheckpointError as CheckpointError
     from hf_ft.errors import DataError as DataError
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from hf_ft.models.ensemble.processor import CollaborativeTokenizer as CollaborativeTokenizer
     from hf_ft.models.parts import Anatomy as Anatomy
     from hf_ft.models.parts import Part as Part
+    from hf_ft.models.soup import Soup as Soup
+    from hf_ft.models.soup import soup as soup
     from hf_ft.strategies import *  # noqa: F403, one line there makes a strategy known here too
     from hf_ft.strategies.amcf.scores import SwarmScores as SwarmScores
     from hf_ft.strategies.amcf.search import SwarmSearch as SwarmSearch

@@ -26,6 +26,7 @@ from hf_ft.comparison.gain import gain
 from hf_ft.comparison.prepare import Prepared, prepare_comparison
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.sections.ranking import BEST_FOLDER, usage
+from hf_ft.comparison.report.sections.soup import sentence
 from hf_ft.comparison.settings import optimizers, setting
 from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
@@ -150,7 +151,7 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     settings.check()
-    Kept(folder).check()  # before anything is read
+    Kept(folder, settings.soup != "none").check()  # before anything is read
 
 
 def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:
@@ -236,7 +237,10 @@ def show(results: Results, folder: Path, example: str | None = None, over: str =
     edges = [c for c in results.contenders if c.on_edge]
     for contender in edges:
         say(f"note: {contender.name}: {', '.join(contender.on_edge)} is at the edge of its range", error=True)
-    say(f"\nIn {folder}: report.html, report.md, results.json" + (", best/ (the winner)." if results.winner else "."))
+    if results.soup is not None:
+        say(f"\n{sentence(results)}")
+    places = ["report.html", "report.md", "results.json", *(["best/ (the winner)"] if results.winner else [])]
+    say(f"\nIn {folder}: {', '.join([*places, *(['soup/ (the average)'] if results.soup else [])])}.")
     if results.winner:
         shown = None if example is None else folder / example
         say(f"\n{indent(usage(results, folder / BEST_FOLDER, shown), '  ')}")

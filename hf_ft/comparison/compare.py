@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import DatasetDict
 
@@ -31,6 +32,7 @@ def compare(
     class_weights: ClassWeights | None = None,
     command: str | None = None,
     advised: bool = False,
+    soup: Literal["none", "uniform", "greedy"] | None = None,
     tell: Tell = print,
     **arguments: Any,
 ) -> Results:
@@ -46,7 +48,7 @@ def compare(
             or a :class:`Data` for further settings.
         strategies: ``"all"``; names joined by commas, where ``a+b`` composes; or a list of names and configs. Full
             fine-tuning always takes part. Options set in a config are not tuned.
-        output_dir: folder of ``results.json``, ``report.html``, ``report.md`` and ``best``, the winner.
+        output_dir: folder of ``results.json``, ``report.html``, ``report.md``, ``best``, the winner, and ``soup``.
         settings: the budget.
         image_size: side of the images, in pixels.
         revision: revision of the model on the Hub.
@@ -54,12 +56,15 @@ def compare(
         command: the command that reproduces the comparison, for the report.
         advised: run :func:`hf_ft.advice.advise` first and train the strategies in the recommended order, so that
             promising ones come first under ``settings.hours``.
+        soup: as ``settings.soup``: whether to average the final runs to one model.
         tell: called with each line of progress.
         arguments: training arguments for all strategies, such as ``num_train_epochs``.
 
     Raises:
         OptionError: if a value is invalid, or ``output_dir`` holds another comparison.
     """
+    if soup is not None:
+        settings = replace(settings or Settings(), soup=soup)
     prepared = prepare_comparison(
         model, data, strategies, output_dir=output_dir, settings=settings, image_size=image_size, revision=revision,
         class_weights=class_weights, tell=tell, **arguments,

@@ -29,13 +29,15 @@ class Kept:
     """Files in the output folder, shared by all workers; each file is written atomically.
 
     Only what a comparison wrote is ever replaced or deleted: everything in :data:`OWN`, and the winner's folder, which
-    says which contender it came from.
+    says which contender it came from, and the soup's.
 
     Args:
         folder: the output folder.
+        every: whether the models of all final runs are kept, for a soup, and not only the best of each contender.
     """
 
     folder: Path
+    every: bool = False
 
     @property
     def own(self) -> Path:
@@ -56,16 +58,18 @@ class Kept:
                 f"output_dir={str(self.folder)!r} holds files that no comparison wrote ({shown}): choose a new or an "
                 "empty folder."
             )
-        self._check_best()
+        self._check_ours(self.best)
+        if self.every:
+            self._check_ours(self.soup)
 
     def claim(self) -> None:
         """Check the output folder, and make it one of ours."""
         self.check()
         self.own.mkdir(parents=True, exist_ok=True)
 
-    def _check_best(self) -> None:
-        if self.best.exists() and not (self.best / ORIGIN).is_file():
-            raise OptionError(f"{self.best} was not written by a comparison: move it, or choose another output_dir.")
+    def _check_ours(self, folder: Path) -> None:
+        if folder.exists() and not (folder / ORIGIN).is_file():
+            raise OptionError(f"{folder} was not written by a comparison: move it, or choose another output_dir.")
 
     def work(self, name: str) -> Path:
         """The working folder of one training in this process."""
@@ -80,6 +84,11 @@ class Kept:
         """The winner's folder."""
         return self.folder / "best"
 
+    @property
+    def soup(self) -> Path:
+        """The folder of the average of final runs."""
+        return self.folder / "soup"
+
     def states(self, name: str) -> dict[str, State] | None:
         """The measurements of a contender; None if missing or damaged."""
         try:
@@ -93,10 +102,12 @@ class Kept:
             write_states(written, states)
 
     def keep_best(self, name: str, seed: int, score: float) -> None:
-        """Keep only the best saved model of a contender; the lowest seed wins ties."""
+        """Keep only the best saved model of a contender, unless all are wanted; the lowest seed wins ties."""
         own = self.model(name, seed).parent
         with self.locked():
-            (own / SCORE).write_text(json.dumps(score), encoding="utf-8")
+            self.mark(name, seed, score)
+            if self.every:
+                return
             ranks = {
                 file.parent: (_score(file), -int(file.parent.name[5:])) for file in own.parent.glob(f"seed-*/{SCORE}")
             }
@@ -104,9 +115,18 @@ class Kept:
                 if rank < max(ranks.values()):
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def mark(self, name: str, seed: int, score: float) -> None:
+        """Note that the model of a final run is complete."""
+        (self.model(name, seed).parent / SCORE).write_text(json.dumps(score), encoding="utf-8")
+
+    def saved(self, name: str, seed: int) -> Path | None:
+        """Where the model of a final run is: in its own folder, or as the winner of an earlier call."""
+        own = self.model(name, seed)
+        return own if (own.parent / SCORE).is_file() else self.best if self._is_best(name, seed) else None
+
     def has_model(self, name: str, seed: int) -> bool:
         """Whether the model of a final run exists, in its own folder or as the winner of an earlier call."""
-        return self._is_best(name, seed) or (self.model(name, seed).parent / SCORE).is_file()
+        return self.saved(name, seed) is not None
 
     def crown(self, name: str, seed: int) -> Path:
         """Make the model of a final run the winner; it is copied, since a continued comparison may choose another."""
@@ -115,15 +135,19 @@ class Kept:
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(self.model(name, seed), copy)
             (copy / ORIGIN).write_text(json.dumps({"contender": name, "seed": seed}), encoding="utf-8")
-            self._check_best()
-            if self.best.exists():
-                shutil.rmtree(self.best)
-            copy.rename(self.best)
+            self.place(copy, self.best)
         return self.best
 
+    def place(self, written: Path, folder: Path) -> None:
+        """Move a folder to where the winner or the soup belongs, in place of one of ours."""
+        self._check_ours(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        written.rename(folder)
+
     def clear(self) -> None:
-        """Delete all models except the winner, and the files of killed processes; no training may be running."""
-        for folder in ("models", "work"):
+        """Delete the files of killed processes and all models that are not wanted; no training may be running."""
+        for folder in ("work",) if self.every else ("models", "work"):
             shutil.rmtree(self.own / folder, ignore_errors=True)
 
     def locked(self) -> FileLock:

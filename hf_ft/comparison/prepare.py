@@ -22,6 +22,7 @@ from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import DataSummary, Results
 from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, optimizers, training_arguments
+from hf_ft.comparison.soup import make_soup
 from hf_ft.comparison.task import Bench, Benches, Loader
 from hf_ft.comparison.training import CommonSettings
 from hf_ft.core.compose import sources_of
@@ -103,7 +104,7 @@ class Prepared:
         return found
 
     def finish(self, command: str, advice: Advice | None = None) -> Results:
-        """Save the winner and the report."""
+        """Save the winner, the soup if one is wanted, and the report."""
         runner, columns = self.runner, self.data.columns
         results = collect(
             runner,
@@ -118,6 +119,11 @@ class Prepared:
         )
         write_report(results, runner.folder)
         best = runner.save_winner()
+        soup = make_soup(runner)
+        if soup is not None:
+            results = replace(results, soup=soup)
+            write_report(results, runner.folder)
+            _add_to_card(runner.kept.soup, results)
         if best is not None:
             _add_to_card(best, results)
         return results
@@ -145,7 +151,8 @@ def prepare_comparison(
     settings = settings or Settings()
     settings.check()
     folder = Path(output_dir)
-    Kept(folder).check()
+    kept = Kept(folder, settings.soup != "none")
+    kept.check()
     given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
     metric = _checked_metric(given, settings)
     settings.mixing.check_task(given.columns.task)
@@ -153,6 +160,11 @@ def prepare_comparison(
     device = TrainingArguments("unused", **values).device.type
     folds = folds_of(given, settings.folds)
     settings = replace(settings, folds=1 if folds is None else len(folds.parts))
+    if settings.soup != "none" and folds is not None:
+        raise OptionError(
+            f"soup={settings.soup!r} needs one validation split that no final run is trained on, but {settings.folds} "
+            "parts of the samples take turns as validation: set folds=1 (--folds 1), or soup='none'."
+        )
     given = given if folds is None else folds.first(given)
     benches = Benches(model, given, image_size, revision, folds)
     chosen = chosen_strategies(strategies)
@@ -176,7 +188,7 @@ def prepare_comparison(
     )
     optims = optimizers(values, given.columns.task)
     entrants = _entrants(chosen, benches, settings, common, optims, shown, untuned)
-    Kept(folder).claim()
+    kept.claim()
     runner = Runner(entrants, settings, common, folder, _signature(plain, given, settings, common), tell)
     parameters = sum(p.numel() for p in shown.parameters())
     named = (Path(model).name if Path(model).is_dir() else model) if isinstance(model, str) else type(shown).__name__

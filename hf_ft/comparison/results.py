@@ -114,7 +114,7 @@ class Contender:
         measure_seconds: cost of the strategy's measurement (a search, statistics), once for all trainings, in compute
             seconds.
         allowed_seconds: the tuning budget in compute seconds, in results of version 0.1.0.
-        used: share of the tuning budget that was used, as work; see :class:`hf_ft.comparison.cost.Work`.
+        used: share of the tuning budget that was used, as work; see :class:`hf_ft.engine.work.Work`.
         trials: all trials in order; the first uses the strategy's defaults.
         chosen: index of the trial with the best validation score; None if none has a score.
         on_edge: chosen values at the edge of their range, or of the values tried.
@@ -150,6 +150,47 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Ingredient:
+    """A final run that might go into the soup.
+
+    Attributes:
+        validation: its own score.
+        member: whether it is in the soup.
+        with_it: score of the average with it, if it was tried.
+        reason: why it was not considered; empty if it was.
+    """
+
+    contender: str
+    seed: int
+    validation: float | None
+    member: bool
+    with_it: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SoupSummary:
+    """The average of final runs, one plain model.
+
+    Attributes:
+        kind: ``uniform`` or ``greedy``.
+        validation: the comparison's metric on validation, which chose the members of a greedy soup.
+        scores: all metrics by name, by split.
+        ingredients: all finished final runs.
+    """
+
+    kind: str
+    validation: float
+    scores: Mapping[str, Mapping[str, float]]
+    ingredients: tuple[Ingredient, ...]
+
+    @property
+    def members(self) -> tuple[Ingredient, ...]:
+        """Those that are in it."""
+        return tuple(one for one in self.ingredients if one.member)
+
+
+@dataclass(frozen=True)
 class Results:
     """The results of a comparison.
 
@@ -170,6 +211,7 @@ class Results:
         advice: the result of :func:`hf_ft.advice.advise`, if requested.
         winner: the contender with the best mean validation score over the final runs; empty if there is none.
         winner_seed: the seed of its saved run, the best by validation.
+        soup: the average of final runs, if it was requested.
     """
 
     title: str
@@ -187,6 +229,7 @@ class Results:
     advice: Mapping[str, Any] | None = None
     winner: str = ""
     winner_seed: int | None = None
+    soup: SoupSummary | None = None
 
     def __getitem__(self, name: str) -> Contender:
         return next(contender for contender in self.contenders if contender.name == name)

@@ -24,12 +24,12 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_ft.comparison.contenders import OPTIM, RATE, Entrant
-from hf_ft.comparison.cost import Work
 from hf_ft.comparison.folder import STORAGE, Kept
 from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.training import CommonSettings, Measured, averaged, train, versions
+from hf_ft.engine.work import Work
 from hf_ft.errors import AnatomyError, MachineError, OptionError
 from hf_ft.search.environment import environment_error
 from hf_ft.search.storage import open_storage
@@ -65,7 +65,7 @@ class Runner:
     ) -> None:
         self.ledger = Ledger(entrants, settings, common.greater_is_better)
         self.settings, self.common, self.folder = settings, common, folder
-        self.signature, self.tell, self.kept = signature, tell, Kept(folder)
+        self.signature, self.tell, self.kept = signature, tell, Kept(folder, settings.soup != "none")
         self._storage = open_storage(settings.storage or str(folder / STORAGE))
         self._warm = False
         self._deadline = math.inf if settings.hours is None else time.monotonic() + 3600 * settings.hours
@@ -242,6 +242,24 @@ class Runner:
 
     # --- the winner ----------------------------------------------------------------------------------------
 
+    def model_of(self, entrant: Entrant, run: Training) -> Path:
+        """The folder of a final run's model; it is trained again if it was not kept."""
+        name = entrant.file_name(run.params)
+        if not self.kept.has_model(name, run.seed):
+            work, fold = self.kept.work("again"), run.seed - 1
+            known, saved = self._measured(entrant, fold), self.kept.model(name, run.seed)
+            again = train(entrant.on_fold(fold), run.params, run.seed, self.common, work, known, saved)
+            if again.validation != run.validation:
+                scores = f"{again.validation or math.nan:.3f} instead of {run.validation or math.nan:.3f} on validation"
+                logger.warning(
+                    f"{entrant.name} was trained again with seed {run.seed} and scores {scores}: training is not "
+                    "reproducible here."
+                )
+            self.kept.mark(name, run.seed, self.ledger.score(run))
+        found = self.kept.saved(name, run.seed)
+        assert found is not None
+        return found
+
     def save_winner(self) -> Path | None:
         """Save the winner's model in ``best``, retraining it if it was not kept; None if there is no winner."""
         found = self.ledger.winner()
@@ -250,16 +268,7 @@ class Runner:
         entrant, run = found
         name = entrant.file_name(run.params)
         with self.kept.locked():
-            if not self.kept.has_model(name, run.seed):
-                work, saved = self.kept.work("winner"), self.kept.model(name, run.seed)
-                fold = run.seed - 1
-                known = self._measured(entrant, fold)
-                again = train(entrant.on_fold(fold), run.params, run.seed, self.common, work, known, saved)
-                if again.validation != run.validation:
-                    scores = f"{again.validation:.3f} instead of {run.validation:.3f} on validation"
-                    logger.warning(
-                        f"the winner was trained again and scores {scores}: training is not reproducible here."
-                    )
+            self.model_of(entrant, run)
             best = self.kept.crown(name, run.seed)
             if self.ledger.complete:
                 self.kept.clear()

@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -87,6 +87,11 @@ class Settings:
     )
     mixup: float = setting(0.0, "mix the images of a training batch: alpha, such as 0.2")
     cutmix: float = setting(0.0, "paste parts of other images of the batch: alpha, such as 1")
+    soup: Literal["none", "uniform", "greedy"] = setting(
+        "none",
+        "average the final runs of all strategies to one model, in soup/: all of them (uniform), or one after the "
+        "other from the best, each if the validation score does not fall (greedy)",
+    )
     most_trials: int = setting(4, "strategies with cheap runs get at most this many times the trials")
     batch_norm_momentum: float = setting(
         0.1,
@@ -116,6 +121,8 @@ class Settings:
             raise OptionError(f"patience must be at least 1 epoch, got {self.patience!r}.")
         if self.hours is not None and not (math.isfinite(self.hours) and self.hours > 0):
             raise OptionError(f"hours must be positive, got {self.hours!r}.")
+        if self.soup not in ("none", "uniform", "greedy"):
+            raise OptionError(f"soup={self.soup!r} is unknown: choose none, uniform or greedy.")
         if self.metric is not None and self.metric not in LOCAL_METRICS:
             raise OptionError(f"metric={self.metric!r} is unknown: choose one of {', '.join(LOCAL_METRICS)}.")
         if not 0 <= self.batch_norm_momentum <= 1:

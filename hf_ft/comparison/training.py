@@ -19,14 +19,16 @@ from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft.comparison.contenders import RATE, Entrant
-from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
+from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
+from hf_ft.core.head_rate import UNSET_RATE
 from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
 from hf_ft.engine.selection import choices
+from hf_ft.engine.work import Work
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.trainer.patience import patience_callback
@@ -92,10 +94,10 @@ def train(
         on_measured: called with new measurements.
         counted: counts the work.
     """
-    with _folder(work), _warnings() as said:
+    with temporary(work), collected_warnings() as said:
         with counted or nullcontext(), PeakMemory(common.device) as memory:
             model = entrant.bench.load(seed, entrant.keeps_head)
-            trainer = _trainer(entrant, values, seed, common, work, model, measured)
+            trainer = trainer_for(entrant, values, seed, common, work, model, measured)
             if measured is None:
                 began = now(common.device)[1]
                 states = dict(trainer.measure())
@@ -143,7 +145,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def _trainer(
+def trainer_for(
     entrant: Entrant,
     values: Mapping[str, Any],
     seed: int,
@@ -152,11 +154,12 @@ def _trainer(
     model: nn.Module,
     measured: Measured | None,
 ) -> FTTrainer:
+    """A trainer with the settings of the comparison."""
     data = entrant.bench.data
     args = TrainingArguments(
         str(work),
         **{"dataloader_pin_memory": common.device == "cuda"} | under(common.arguments, entrant.optim(values)) | FIXED,
-        learning_rate=values[RATE],
+        learning_rate=values.get(RATE, UNSET_RATE),
         seed=seed,
         metric_for_best_model=common.metric,
         greater_is_better=common.greater_is_better,
@@ -274,9 +277,20 @@ def _finished(
     """Save the model and evaluate it on the test sets, once for each final run."""
     shutil.rmtree(folder, ignore_errors=True)
     trainer.save_model(str(folder))
+    scores, predictions = scored(trainer, entrant.bench.data)
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / MB
+    distortion = _distortion(trainer, entrant, training.seed, common.distortion_samples)
+    return dataclasses.replace(
+        training, scores=scores, predictions=predictions, checkpoint_mb=size, distortion=distortion
+    )
+
+
+def scored(
+    trainer: FTTrainer, data: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, float]], dict[str, tuple[int, ...]]]:
+    """All metrics of a trainer's model on validation and test sets, and the predicted classes, by split."""
     scores: dict[str, dict[str, float]] = {}
     predictions: dict[str, tuple[int, ...]] = {}
-    data = entrant.bench.data
     for split in ("validation", *(name for name in TESTS if name in data)):
         output = trainer.predict(data[split])
         scores[split] = {
@@ -287,11 +301,7 @@ def _finished(
         logits = np.asarray(output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions)
         if logits.ndim == 2 and logits.shape[1] > 1 and np.asarray(output.label_ids).ndim == 1:
             predictions[split] = tuple(logits.argmax(-1).tolist())
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / MB
-    distortion = _distortion(trainer, entrant, training.seed, common.distortion_samples)
-    return dataclasses.replace(
-        training, scores=scores, predictions=predictions, checkpoint_mb=size, distortion=distortion
-    )
+    return scores, predictions
 
 
 def _distortion(trainer: FTTrainer, entrant: Entrant, seed: int, samples: int) -> dict[str, dict[str, Distance]]:
@@ -316,7 +326,8 @@ def _distortion(trainer: FTTrainer, entrant: Entrant, seed: int, samples: int) -
 
 
 @contextmanager
-def _folder(work: Path) -> Iterator[None]:
+def temporary(work: Path) -> Iterator[None]:
+    """Delete a folder on exit."""
     try:
         yield
     finally:
@@ -324,7 +335,7 @@ def _folder(work: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
+def collected_warnings() -> Iterator[list[str]]:
     """Collect the warnings of hf_ft instead of printing them for every training."""
     said: list[str] = []
 

@@ -57,16 +57,23 @@ def select(trainer: ForSelection, run: Run) -> Run:
         return float(metrics[metric])
 
     judge = Judge(
-        score=None if trainer.eval_dataset is None else score,
+        score=score if _can_judge(trainer.eval_dataset, metric, run) else None,
         greater_is_better=greater_is_better,
         metric=metric,
-        batches=partial(_batches, trainer),
+        batches=partial(training_batches, trainer),
         computing=trainer.accelerator.autocast,
         reduce=partial(trainer.accelerator.reduce, reduction="sum"),
     )
     chosen = run.select_by(judge)
     trainer.log({**_metrics(chosen, evaluated), **_logged(chosen)})
     return chosen
+
+
+def _can_judge(dataset: Any, metric: str, run: Run) -> bool:
+    """Whether there are evaluation data; for optional choices alone, also whether their metric is known to be there."""
+    if dataset is None or not all(selection.optional for selection in run.plan.select):
+        return dataset is not None
+    return not isinstance(dataset, Mapping) or any(metric.startswith(f"eval_{name}_") for name in dataset)
 
 
 def is_choice(entry: Mapping[str, Any]) -> bool:
@@ -92,7 +99,7 @@ def _several(trainer: ForSelection) -> bool:
     return trainer.args.world_size > 1
 
 
-def _batches(trainer: ForSelection) -> Iterator[dict[str, Any]]:
+def training_batches(trainer: ForSelection) -> Iterator[dict[str, Any]]:
     """The training data, augmented as in training but the same in each pass."""
     batches, number = batches_of(trainer), 0
     while True:

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from transformers import default_data_collator
 
 from hf_ft import BiTuningConfig, FTTrainer, OptionError, set_up
 from hf_ft.strategies.bi_tuning.loss import enqueue, next_slots
@@ -14,6 +15,7 @@ from hf_ft.testing import same_tensors, still, tiny_bert, tiny_data, tiny_inputs
 from hf_ft.testing.laws import _losses
 from hf_ft.testing.models import tiny_deit, tiny_roberta
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from hf_ft.trainer.training_batches import TrainingBatches
 from tests.models.heads import headed, padded
 
 CONFIG = BiTuningConfig(queue_size=2, momentum=0.6, projection_dim=5, temperature=0.3, batch_norm_momentum="keep")
@@ -26,7 +28,7 @@ class Reference:
         self.config, self.classifier, self.model = config, classifier, model
         self.projector = copy.deepcopy(term.projector)
         self.key_model, self.key_projector = copy.deepcopy(model), copy.deepcopy(term.projector)
-        drawn = zip(term.queued_inputs.clone(), term.queued_projections.clone(), strict=True)
+        drawn = zip(term.queued_inputs[:-1].clone(), term.queued_projections[:-1].clone(), strict=True)
         self.queues = [list(zip(inputs.detach(), projections.detach(), strict=True)) for inputs, projections in drawn]
 
     def follow(self):
@@ -127,7 +129,7 @@ def test_losses_queues_and_average_are_the_methods(name):
     same_tensors(snapshot(model), snapshot(other), 1e-9)
     same_tensors(snapshot(term.network), snapshot(reference.key_model), 1e-9)
     same_tensors(snapshot(term.key_projector), snapshot(reference.key_projector), 1e-9)
-    for keys, queue in zip(term.queued_projections, reference.queues, strict=True):
+    for keys, queue in zip(term.queued_projections[:-1], reference.queues, strict=True):
         wanted = torch.stack([z for _, z in queue])
         torch.testing.assert_close(keys[keys[:, 0].argsort()], wanted[wanted[:, 0].argsort()], atol=1e-9, rtol=0)
 
@@ -155,13 +157,14 @@ class Augmented(torch.utils.data.Dataset):
 
 
 def trained(folder, resume=None):
-    args, model = tiny_arguments(folder, save_strategy="steps", save_steps=2, max_steps=6), tiny_resnet()
+    args, model = tiny_arguments(folder, save_strategy="steps", save_steps=2, max_steps=5), tiny_resnet()
     trainer = FTTrainer(model, args, strategy=BiTuningConfig(queue_size=3), train_dataset=Augmented(tiny_data(model)))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def test_augmented_samples_have_two_views_and_a_resumed_run_has_the_same(tmp_path):
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_views_keys_and_queues(tmp_path):
     whole = trained(tmp_path / "whole")
     resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))  # within an epoch
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
@@ -169,16 +172,24 @@ def test_augmented_samples_have_two_views_and_a_resumed_run_has_the_same(tmp_pat
     same_tensors(one, other)
     assert {"network.classifier.1.weight", "queued_inputs", "position", "key_projector.weight"} <= set(one)
     assert _losses(resumed) == _losses(whole)
-    batch = next(iter(whole.get_train_dataloader()))
-    assert batch["second_view_pixel_values"].shape == batch["pixel_values"].shape
-    shifts = (batch["second_view_pixel_values"] - batch["pixel_values"]).flatten(1)  # a number for each sample
-    assert shifts.std(1).max() < 1e-5 and shifts.mean(1).abs().min() > 1e-4 and "second_view_labels" not in batch
+    assert "second_view_pixel_values" in next(iter(whole.get_train_dataloader()))
 
 
-def test_samples_that_are_always_the_same_are_read_once(tmp_path):
-    trainer = make_trainer(tiny_resnet(), "bi_tuning", tmp_path, max_steps=1)
-    trainer.train()
-    assert not any(name.startswith("second_view") for name in next(iter(trainer.get_train_dataloader())))
+def test_a_batch_holds_two_views_of_its_samples_where_they_differ():
+    rows, epoch = tiny_data(tiny_resnet()), torch.zeros((), dtype=torch.int64)
+    read = TrainingBatches(Augmented(rows), default_data_collator, 3, epoch, twice=True)
+    before, batch = torch.get_rng_state(), read([5, 2, 9])
+    first, second = batch["pixel_values"], batch["second_view_pixel_values"]
+    for view in (first, second):
+        shifts = (view - rows[[5, 2, 9]]["pixel_values"]).flatten(1)  # of the same samples: a number for each
+        assert shifts.std(1).max() < 1e-5 and shifts.mean(1).abs().min() > 1e-4
+    assert (first - second).abs().amin() > 1e-4 and "second_view_labels" not in batch
+    again = read([5, 2, 9])
+    assert all(torch.equal(again[name], batch[name]) for name in batch)
+    once = TrainingBatches(Augmented(rows), default_data_collator, 3, epoch)([5, 2, 9])
+    assert torch.equal(once["pixel_values"], first) and set(once) == {"pixel_values", "labels"}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not TrainingBatches(rows, default_data_collator, 3, epoch, twice=True).twice
 
 
 def test_keys_are_computed_as_precisely_as_the_models_own_features():
@@ -230,6 +241,20 @@ def test_it_acts_where_what_enters_the_logits_changes(monkeypatch):
     assert [message.partition(":")[0] for message in said] == ["bi_tuning has no effect"]
 
 
+@pytest.mark.slow
+def test_a_probe_before_it_may_be_recorded(tmp_path):
+    """Its last batch is read again in the form of the next stage; and a run is resumed where that begins."""
+    arguments = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
+    found = []
+    for use, resume in (("always", None), ("never", None), ("always", str(tmp_path / "always" / "checkpoint-5"))):
+        folder = tmp_path / (f"{use}-resumed" if resume else use)
+        trainer = make_trainer(tiny_resnet(), ["lp_ft", CONFIG], folder, use, **arguments)
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(snapshot(trainer.model) | trainer._run.plan.term_modules.state_dict())
+    same_tensors(found[0], found[1], 1e-5)
+    same_tensors(found[0], found[2])
+
+
 def test_with_adapters_it_compares_with_the_head_that_trains():
     run = set_up(tiny_bert(), ["peft", "bi_tuning"])
     objective, term = run.objective().train(), run.plan.terms[0].fn
@@ -262,3 +287,16 @@ def test_what_cannot_work_is_refused_before_training(tmp_path):
     with pytest.raises(OptionError, match="even_batches=False with bi_tuning"):
         BiTuningConfig().check_arguments(args)
     assert not BiTuningConfig(weight=0.0).plan(model, None).terms
+
+
+def test_samples_without_a_label_are_left_out():
+    values, queued = [], []
+    for rows in (slice(0, 4), slice(0, 6)):
+        model = still(tiny_bert())
+        objective = set_up(model, CONFIG).objective().train()
+        batch = {name: column[rows] for name, column in tiny_inputs(model, 6).items()}
+        batch["labels"][4:] = -100
+        values.append(objective(**batch)["terms"]["bi_tuning"])
+        queued.append(objective.plan.terms[0].fn.queued_inputs[:-1])
+    torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*queued)

@@ -7,10 +7,16 @@ from hf_ft.comparison.report.sections.distortions import distortion
 from hf_ft.comparison.report.sections.findings import findings
 from hf_ft.comparison.report.sections.learning import process_sections
 from hf_ft.comparison.report.sections.ranking import outcome_sections
+from hf_ft.comparison.report.sections.soup import soup
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
 from hf_ft.documents.document import Document, Section
 from hf_ft.documents.text import duration, metric_name
+
+
+def present(*sections: Section | None) -> list[Section]:
+    """Those that are not empty."""
+    return [section for section in sections if section is not None]
 
 
 def document(results: Results) -> Document:
@@ -19,8 +25,9 @@ def document(results: Results) -> Document:
     optional = (findings(entries), distortion(entries))
     sections: list[Section] = [
         *outcome_sections(results, entries),
+        *present(soup(results)),
         *process_sections(results, entries),
-        *(section for section in optional if section is not None),
+        *present(*optional),
         *record_sections(results, entries),
     ]
     ranked = sum(standing.rank is not None for standing in entries)

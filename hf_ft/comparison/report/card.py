@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_ft.comparison.report.sections.learning import options
 from hf_ft.comparison.report.sections.ranking import main_split
+from hf_ft.comparison.report.sections.soup import sentence
 from hf_ft.comparison.report.sections.verdict import main_caution, verdict
 from hf_ft.comparison.report.text import interval, spread
 from hf_ft.comparison.results import Results
@@ -29,6 +30,8 @@ def card_section(results: Results) -> str:
             "training run."
         )
         parts += [pipe_table(Table(about, headers, rows)), about]
+    if results.soup is not None:
+        parts.append(inline(sentence(results)))
     others = [standing.name for standing in entries if standing.rank is None]
     if others:
         parts.append(inline(f"Unranked: {', '.join(f'`{name}`' for name in others)}."))

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ft.errors import OptionError
+from hf_ft.models.soup import mean_weights
 
 
 @torch.no_grad()
@@ -38,9 +38,7 @@ def soup(
     members = list(members)
     _check_ancestors(ancestors, same_ancestor)
     _check_classes(members)
-    states = [member.state_dict() for member in members]
-    first = members[0]
-    mean = {name: _mean([state[name] for state in states]) for name in states[0]}
+    first, mean = members[0], mean_weights([member.state_dict() for member in members])
     config = copy.deepcopy(first.config)
     config.name_or_path = ancestors[0] or ""
     with torch.random.fork_rng(devices=[]):
@@ -49,12 +47,6 @@ def soup(
     for parameter, original in zip(average.parameters(), first.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)
     return average.eval()
-
-
-def _mean(tensors: list[Tensor]) -> Tensor:
-    if not tensors[0].is_floating_point():
-        return tensors[0]
-    return torch.stack([tensor.double() for tensor in tensors]).mean(dim=0).to(tensors[0].dtype)
 
 
 def _check_ancestors(ancestors: Sequence[str | None], same_ancestor: bool | None) -> None:

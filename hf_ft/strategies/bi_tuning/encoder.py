@@ -74,8 +74,9 @@ class BiTuningLoss(nn.Module):
         classes, width = layer.weight.shape
         with random_states_kept(torch.initial_seed() % 2**32):
             projector = nn.Linear(width, self._dimensions)
-            queued_inputs = unit(torch.randn(classes, self._size, width + (layer.bias is not None)))
-            queued_projections = unit(torch.randn(classes, self._size, self._dimensions))
+            # The last queue takes samples without a label: to leave them out, a GPU would have to count them.
+            queued_inputs = unit(torch.randn(classes + 1, self._size, width + (layer.bias is not None)))
+            queued_projections = unit(torch.randn(classes + 1, self._size, self._dimensions))
         device, dtype = layer.weight.device, torch.promote_types(layer.weight.dtype, torch.float32)
         self.projector = projector.to(device, dtype)
         self.network, self.key_projector = copy.deepcopy(model), copy.deepcopy(self.projector)
@@ -86,13 +87,14 @@ class BiTuningLoss(nn.Module):
             module.requires_grad_(False)
         self.queued_inputs = nn.Parameter(queued_inputs.to(device, dtype), requires_grad=False)
         self.queued_projections = nn.Parameter(queued_projections.to(device, dtype), requires_grad=False)
-        self.register_buffer("position", torch.zeros(classes, dtype=torch.long, device=device))
+        self.register_buffer("position", torch.zeros(classes + 1, dtype=torch.long, device=device))
         self._modules_of_both = list(zip(model.modules(), self.network.modules(), strict=True))
         self._weights = [*model.parameters(), *self.projector.parameters()]
         self._averages = [*self.network.parameters(), *self.key_projector.parameters()]
 
     def forward(self, view: View) -> Tensor:
         labels = _checked(view.batch["labels"])
+        labelled = labels >= 0
         self._follow(view)
         inputs = self._of(view.logit_inputs)
         layer: Any = view.model.get_submodule(self._classifier)
@@ -101,15 +103,17 @@ class BiTuningLoss(nn.Module):
         with torch.no_grad():
             key_inputs = self._of(view.logit_inputs_of(self.network, view.second_view))
             keys, key_projections = with_bias(key_inputs, one), unit(self.key_projector(key_inputs))
-            weights = with_bias(layer.weight.to(keys), layer.bias)[labels]
+            classes, queues = labels.clamp(min=0), torch.where(labelled, labels, len(layer.weight))
+            weights = with_bias(layer.weight.to(keys), layer.bias)[classes]
             # A copy, for the gradient: the queue changes before it is computed.
-            earlier = self.queued_projections.clone()
-            self._keep(view.gathered(keys), view.gathered(key_projections), view.gathered(labels))
-            others = torch.einsum("bd,ckd->bck", weights, self.queued_inputs)
-        of_classifier = class_contrast((queries * weights).sum(1), others, labels, self._temperature)
+            earlier = self.queued_projections[:-1].clone()
+            self._keep(view.gathered(keys), view.gathered(key_projections), view.gathered(queues))
+            others = torch.einsum("bd,ckd->bck", weights, self.queued_inputs[:-1])
+        of_classifier = class_contrast((queries * weights).sum(1), others, classes, self._temperature)
         others = torch.einsum("bd,ckd->bck", projections, earlier)
         own = (projections * key_projections).sum(1)
-        return of_classifier + class_contrast(own, others, labels, self._temperature)
+        losses = of_classifier + class_contrast(own, others, classes, self._temperature)
+        return (losses * labelled).sum() / labelled.sum().clamp(min=1)
 
     @torch.no_grad()
     def _follow(self, view: View) -> None:

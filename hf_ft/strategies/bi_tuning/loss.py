@@ -15,17 +15,20 @@ def class_contrast(own: Tensor, others: Tensor, labels: Tensor, temperature: flo
     class :math:`c`, and :math:`p_i = \operatorname{softmax}(s_i / T)` over all :math:`1 + CK` of them,
 
     .. math::
-        L = -\log(K + 1) - \frac1B \sum_i \frac{1}{K + 1} \Bigl(\log p_{i0} + \sum_k \log p_{i y_i k}\Bigr) \ge 0
+        L_i = -\frac{1}{K + 1} \Bigl(\log p_{i0} + \sum_k \log p_{i y_i k}\Bigr) - \log(K + 1) \ge 0
 
     Args:
         own: (B,).
         others: (B, C, K).
-        labels: (B,) integers.
+        labels: (B,) integers in [0, C).
+
+    Returns:
+        (B,).
     """
     rows, _, keys = others.shape
     logs = (torch.cat([own[:, None], others.flatten(1)], 1) / temperature).log_softmax(1)
     same = logs[:, 1:].view_as(others)[torch.arange(rows, device=labels.device), labels]
-    return -(logs[:, 0] + same.sum(1)).mean() / (keys + 1) - math.log(keys + 1)
+    return -(logs[:, 0] + same.sum(1)) / (keys + 1) - math.log(keys + 1)
 
 
 def unit(vectors: Tensor) -> Tensor:
