@@ -185,24 +185,52 @@ def compose(plans: Iterable[Plan]) -> Plan:
     """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages, one averages.
 
     Raises:
-        OptionError: if two plans own stages, average the weights, set the rates of tensors (both are named), or choose
-            different learning rates, two terms share a name, two streams of the same name differ, or stage durations do
-            not sum to 1.
+        OptionError: if two plans own stages, average the weights, or set the learning rate or the rates of tensors
+            (both are named), two terms share a name, two streams of the same name differ, or stage durations do not
+            sum to 1.
     """
     plans = tuple(plans)
-    owners = [plan for plan in plans if plan.stages]
-    if len(owners) > 1:
-        names = " and ".join(str(plan.owner) for plan in owners)
-        raise OptionError(f"{names} both decide which parameters train when; use one of them.")
-    averaging = [plan for plan in plans if plan.average is not None]
-    if len(averaging) > 1:
-        names = " and ".join(str(plan.owner) for plan in averaging)
-        raise OptionError(f"{names} both average the weights; use one of them.")
+    owner = _only(plans, "stages", "decide which parameters train when")
+    averaging = _only(plans, "average", "average the weights")
+    rated = _only(plans, "tensor_rates", "set the learning rate of each tensor")
     terms = tuple(term for plan in plans for term in plan.terms)
-    names_seen = [term.name for term in terms]
-    twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
+    names = [term.name for term in terms]
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
+    return Plan(
+        # Equal surgery asked for by several strategies is done once.
+        surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
+        terms=terms,
+        stages=_checked(owner.stages if owner else (Stage("train"),)),
+        streams=_streams(plans),
+        select=tuple(s for plan in plans for s in plan.select),
+        finalise=tuple(s for plan in plans for s in plan.finalise),
+        gradients=tuple(change for plan in plans for change in plan.gradients),
+        tensor_rates=rated.tensor_rates if rated else None,
+        learning_rate=_learning_rate(plans),
+        average=averaging.average if averaging else None,
+        draws=any(plan.draws for plan in plans),
+        owner=owner.owner if owner else None,
+    )
+
+
+def _only(plans: Iterable[Plan], name: str, doing: str) -> Plan | None:
+    """The plan that sets this attribute, if any does."""
+    setting = [plan for plan in plans if getattr(plan, name)]
+    if len(setting) > 1:
+        raise OptionError(f"{' and '.join(str(plan.owner) for plan in setting)} both {doing}; use one of them.")
+    return setting[0] if setting else None
+
+
+def _checked(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    shares = [stage.duration for stage in stages]
+    if abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0:
+        raise OptionError(f"stage durations {shares} must be positive and sum to 1.")
+    return stages
+
+
+def _streams(plans: Iterable[Plan]) -> tuple[Stream, ...]:
     streams: list[Stream] = []
     for stream in (stream for plan in plans for stream in plan.streams):
         if stream in streams:
@@ -212,31 +240,12 @@ def compose(plans: Iterable[Plan]) -> Plan:
                 f"two strategies request the stream {stream.name!r} with different settings: {streams}, {stream}."
             )
         streams.append(stream)
-    rated = [plan for plan in plans if plan.tensor_rates is not None]
-    if len(rated) > 1:
-        names = " and ".join(str(plan.owner) for plan in rated)
-        raise OptionError(f"{names} both set the learning rate of each tensor; use one of them.")
-    stages = owners[0].stages if owners else (Stage("train"),)
+    return tuple(streams)
+
+
+def _learning_rate(plans: Iterable[Plan]) -> float | None:
     rates = {plan.learning_rate: plan.owner for plan in plans if plan.learning_rate is not None}
     if len(rates) > 1:
         names = " and ".join(f"{owner} ({rate:g})" for rate, owner in rates.items())
         raise OptionError(f"{names} each choose a learning rate: use one of them, or set learning_rate.")
-    total = sum(stage.duration for stage in stages)
-    if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
-        shares = [stage.duration for stage in stages]
-        raise OptionError(f"stage durations {shares} must be positive and sum to 1.")
-    return Plan(
-        # Equal surgery asked for by several strategies is done once.
-        surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
-        terms=terms,
-        stages=stages,
-        streams=tuple(streams),
-        select=tuple(s for plan in plans for s in plan.select),
-        finalise=tuple(s for plan in plans for s in plan.finalise),
-        learning_rate=next(iter(rates), None),
-        gradients=tuple(change for plan in plans for change in plan.gradients),
-        tensor_rates=rated[0].tensor_rates if rated else None,
-        average=averaging[0].average if averaging else None,
-        draws=any(plan.draws for plan in plans),
-        owner=owners[0].owner if owners else None,
-    )
+    return next(iter(rates), None)

@@ -246,10 +246,10 @@ class Plan:
         streams: additional data for terms that name them.
         select: choices among final models, made in order after training, once the best model is loaded.
         finalise: functions applied in order after that.
-        learning_rate: the base rate in place of ``args.learning_rate``, of a strategy that chose it itself, because
-            nobody set one.
         gradients: changes of the gradients before each update, in order.
         tensor_rates: factors of the learning rates of single tensors.
+        learning_rate: the base rate in place of ``args.learning_rate``, of a strategy that chose it itself, because
+            nobody set one.
         average: how the weights are averaged over the steps; None to use the weights themselves.
         draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
@@ -261,9 +261,9 @@ class Plan:
     streams: tuple[Stream, ...] = ()
     select: tuple[Selection, ...] = ()
     finalise: tuple[Surgery, ...] = ()
-    learning_rate: float | None = None
     gradients: tuple[GradientChange, ...] = ()
     tensor_rates: TensorRates | None = None
+    learning_rate: float | None = None
     average: Average | None = None
     draws: bool = False
     owner: str | None = field(default=None, compare=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from hf_ft.core.plan import Plan, Rate, Stage, stage_index, trained_by
 from hf_ft.errors import OptionError
@@ -49,8 +51,7 @@ def split_groups(
 
     The base rate is the plan's, if it has one, and otherwise the group's ``lr``. Where a term replaces the optimizer's
     weight decay, the latter is set to 0. Each new group holds its rates under ``"stage_rates"``, 0 in stages that
-    freeze it. Tensors that have rates of their own are in groups of their own, with the factor under
-    ``"rate_factor"``.
+    freeze it. Tensors that have rates of their own are in groups of their own, with the factor under ``"rate_factor"``.
 
     Returns:
         The groups, ordered by their first parameter.
@@ -181,3 +182,24 @@ def stage_scheduler(
         return at
 
     return LambdaLR(optimizer, [factor(g[STAGE_RATES], _first_rate(g[STAGE_RATES])) for g in optimizer.param_groups])
+
+
+def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callable[[int], float]:
+    """A Transformers learning-rate schedule as a function of the step.
+
+    Raises:
+        OptionError: if it does not depend on the step alone (``reduce_lr_on_plateau``, ``greedy``).
+    """
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        scheduler = get_scheduler(name, dummy, min(warmup, steps), steps, scheduler_specific_kwargs=kwargs or None)
+    except TypeError as error:
+        raise OptionError(
+            f"lr_scheduler_type={getattr(name, 'value', name)!r}, lr_scheduler_kwargs={kwargs}: {error}"
+        ) from error
+    if not isinstance(scheduler, LambdaLR):
+        raise OptionError(
+            f"lr_scheduler_type={getattr(name, 'value', name)!r} is not a function of the step, so it cannot run once "
+            "per stage. Use linear, cosine, constant, polynomial, ... or a strategy with one stage."
+        )
+    return scheduler.lr_lambdas[0]

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_ft.engine.batch import row_shares, users_columns
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.run import Stepper
+from hf_ft.engine.stepper import Stepper
 from hf_ft.errors import DataError
 from hf_ft.trainer.loss_log import TermLog
 from hf_ft.trainer.protocols import ForAttempt

@@ -23,7 +23,7 @@ from hf_ft.data.label_checks import check_labels
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.run import check, check_members
+from hf_ft.engine.set_up import check, check_members
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers

@@ -18,7 +18,7 @@ from hf_ft.data.labels import class_labels
 from hf_ft.data.rows import read_rows
 from hf_ft.data.sampling import share_of_batches
 from hf_ft.data.streams import is_map_style
-from hf_ft.engine.run import schedule_curve
+from hf_ft.engine.param_groups import schedule_curve
 from hf_ft.errors import OptionError, accepted
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.trainer.protocols import Collate, ForContext, ForStreams

@@ -39,7 +39,8 @@ from hf_ft.engine.param_groups import (
     term_groups,
     undecayed_names,
 )
-from hf_ft.engine.run import Run, measure, set_up
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer

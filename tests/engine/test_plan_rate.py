@@ -3,7 +3,7 @@
 import pytest
 
 from hf_ft import OptionError, Plan, Rate, Stage, compose
-from hf_ft.engine.run import start
+from hf_ft.engine.set_up import start
 from hf_ft.testing import tiny_resnet
 
 

@@ -49,8 +49,9 @@ class PerFilter:
         """
         modules = dict(model.named_modules())
         tops = [name for block in self.blocks for name in block if name in modules]
-        names = [name for top in tops for name, _ in modules[top].named_modules(prefix=top)]
-        seen, _ = survey(model, list(dict.fromkeys(names)), lambda batch: model(**batch))
+        inner = (name for top in tops for name, _ in modules[top].named_modules(prefix=top))
+        names = [name for name in dict.fromkeys(inner) if name in modules]  # a module may have several names
+        seen, _ = survey(model, names, lambda batch: model(**batch))
         layers = tuple(unit for top in tops for unit in _layers(top, modules, seen))
         if not layers:
             raise OptionError(
@@ -110,6 +111,10 @@ class PerFilterGate(nn.Module):
     with the mean :math:`\bar x` over positions. The gradient of :math:`G` is that of the sigmoid.
     """
 
+    _mask: Tensor | None
+    _state: tuple[Tensor, Tensor] | None
+    _last: Tensor | None
+
     def __init__(self, settings: PerFilter, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.settings = settings
@@ -126,9 +131,7 @@ class PerFilterGate(nn.Module):
 
     def end(self) -> None:
         self._running = False
-        self._mask: Tensor | None = None
-        self._state: tuple[Tensor, Tensor] | None = None
-        self._last: Tensor | None = None
+        self._mask = self._state = self._last = None
 
     def share(self, unit: str, inputs: Tensor, output: Tensor) -> Tensor:
         if not self._running:
