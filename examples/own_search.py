@@ -25,7 +25,7 @@ from hf_ft.core import Context, FTConfig, Plan, Rate, Stage, State, option, regi
 from hf_ft.core.findings import Figure, Findings, Table, Text
 from hf_ft.documents.chart import Row, Rows, linear_axis
 from hf_ft.documents.figure import new_figure
-from hf_ft.engine.run import start
+from hf_ft.engine.set_up import start
 from hf_ft.search.evaluate import ShortTrainings
 
 Score = dict[str, Any]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hf_ft.engine.checkpoint import load_weights as load_weights
     from hf_ft.engine.objective import Objective as Objective
     from hf_ft.engine.run import Run as Run
-    from hf_ft.engine.run import set_up as set_up
+    from hf_ft.engine.set_up import set_up as set_up
     from hf_ft.errors import AnatomyError as AnatomyError
     from hf_ft.errors import CheckpointError as CheckpointError
     from hf_ft.errors import DataError as DataError

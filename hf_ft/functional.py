@@ -16,6 +16,7 @@ __all__ = [
     "attention_distance",
     "attention_map",
     "batch_spectral_shrinkage",
+    "calibrated_log_loss",
     "club_upper_bound",
     "collaborative_loss",
     "disagreement",
@@ -465,6 +466,50 @@ def collaborative_loss(logits: Sequence[Tensor], labels: Tensor, consistency: fl
         raise OptionError(f"consistency={consistency!r} lies outside [0, inf). Default: 0.2.")
     loss = torch.stack([nn.functional.cross_entropy(member, labels) for member in logits]).sum()
     return loss + consistency * disagreement(logits) if consistency else loss
+
+
+def calibrated_log_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    r"""The log loss at the temperature that minimises it: how well logits tell classes apart, however confident.
+
+    .. math:: \min_{T > 0} \; \frac1n \sum_i w_{y_i} \, \mathrm{CE}(z_i / T, \, y_i)
+
+    With several labels per row, the binary cross-entropy, as the mean over rows and labels. The loss is convex in 1/T.
+
+    Args:
+        logits: (n, C).
+        labels: (n,), classes, -100 for none; or (n, C), each 0 or 1.
+        weights: (C,), weights of the classes; only for labels (n,).
+
+    Returns:
+        The loss, and T, between 1/1000 and 1000. Infinite if a logit is not finite.
+
+    Reference: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    z, several = logits.detach().double().cpu(), labels.dim() == 2
+    y = labels.detach().cpu()
+    if not bool(z.isfinite().all()):
+        return math.inf, 1.0
+    if not several:
+        z, y = z[y != -100], y[y != -100].long()
+        z = z - z.amax(dim=1, keepdim=True)
+    share = torch.ones(len(y), dtype=z.dtype) if weights is None or several else weights.double().cpu()[y]
+
+    def slope(scale: float) -> float:
+        if several:
+            return float(((torch.sigmoid(scale * z) - y) * z).mean())
+        expected = (torch.softmax(scale * z, dim=1) * z).sum(dim=1)
+        return float((share * (expected - z.gather(1, y[:, None]).squeeze(1))).mean())
+
+    low, high = math.log(1e-3), math.log(1e3)
+    for _ in range(60):  # of an interval of 14, what is left is rounding
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+    scale = math.exp((low + high) / 2)
+    if several:
+        loss = nn.functional.binary_cross_entropy_with_logits(scale * z, y.double())
+    else:
+        loss = (share * nn.functional.cross_entropy(scale * z, y, reduction="none")).mean()
+    return float(loss), 1 / scale
 
 
 def head_curvature(features: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ import re
 import numpy
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import log_loss
 
 from hf_ft.functional import (
     as_positions,
     attention_distance,
     attention_map,
     batch_spectral_shrinkage,
+    calibrated_log_loss,
     feature_distance,
     l2_sp,
     pooled,
@@ -254,3 +257,39 @@ def test_bss_of_half_precision_features_is_computed_in_float32(autocast):
     singular = numpy.linalg.svd(features.detach().double().numpy(), compute_uv=False)
     assert value.dtype == torch.float32 and value.item() == pytest.approx((singular[-2:] ** 2).sum(), rel=1e-5)
     assert features.grad.dtype == torch.bfloat16 and bool(features.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
+def test_the_calibrated_log_loss_is_that_of_the_best_temperature(scale):
+    random = numpy.random.default_rng(0)
+    labels = random.integers(4, size=60)
+    logits = scale * (random.normal(size=(60, 4)) + 2 * numpy.eye(4)[labels] * (random.random((60, 1)) < 0.7))
+    weights = numpy.array([1.0, 2.0, 0.5, 1.5])
+
+    def at(log_temperature, share):
+        odds = numpy.exp((logits - logits.max(1, keepdims=True)) / numpy.exp(log_temperature))
+        total = log_loss(labels, odds / odds.sum(1, keepdims=True), sample_weight=share)
+        return total * share.mean()
+
+    for given, share in ((None, numpy.ones(60)), (torch.tensor(weights), weights[labels])):
+        best = minimize_scalar(at, bounds=(-6, 6), method="bounded", args=(share,), options={"xatol": 1e-9})
+        tensors = torch.tensor(logits, dtype=torch.float32), torch.tensor([*labels, -100])
+        loss, temperature = calibrated_log_loss(torch.cat([tensors[0], torch.zeros(1, 4)]), tensors[1], given)
+        assert loss == pytest.approx(best.fun, rel=1e-5) and temperature == pytest.approx(math.exp(best.x), rel=1e-3)
+
+
+def test_the_calibrated_log_loss_of_several_labels_and_at_its_ends():
+    logits = torch.tensor([[4.0, -1.0], [2.0, 3.0], [-6.0, 1.0]])
+    labels = torch.tensor([[1, 0], [0, 1], [0, 0]])
+    loss, temperature = calibrated_log_loss(logits, labels)
+    at = [
+        float(torch.nn.functional.binary_cross_entropy_with_logits(logits / t, labels.float()))
+        for t in (temperature, 0.98 * temperature, 1.02 * temperature)
+    ]
+    assert loss == pytest.approx(at[0], rel=1e-5) and at[0] < min(at[1:])
+    # Always right: as confident as may be. No better than chance: as cautious as may be.
+    loss, temperature = calibrated_log_loss(torch.eye(3), torch.arange(3))
+    assert loss == pytest.approx(0.0, abs=1e-12) and temperature < 2e-3
+    loss, temperature = calibrated_log_loss(torch.eye(2), torch.tensor([1, 0]))
+    assert loss == pytest.approx(math.log(2), abs=1e-3) and temperature == pytest.approx(1e3)
+    assert calibrated_log_loss(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]))[0] == math.inf

@@ -9,8 +9,10 @@ import hf_ft
 from hf_ft.core.config import strategies
 
 PACKAGE = Path(hf_ft.__file__).parent
-METHODS = {name for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.strategies.")}
-CONFIGS = {kind.__name__ for name, kind in strategies().items() if name in METHODS}
+OWN = {name: kind for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.strategies.")}
+WORDS = {"auto"}  # also a value of options: in code, the class alone tells the method
+METHODS = set(OWN) - WORDS
+CONFIGS = {kind.__name__ for kind in OWN.values()}
 ALLOWED = {
     "strategies": "where they live",
     "__init__.py": "the public face",

@@ -25,7 +25,7 @@ TITLES = {
     "cifar10": "CIFAR-10",
 }
 FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
-FEW = (BASELINE, "linear_probe", "lp_ft", *FIVE)
+FEW = (BASELINE, "linear_probe", "lp_ft", "peft", *FIVE)
 RESAMPLES = 1000
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 Gaps = tuple[np.ndarray, np.ndarray]  # (seeds, samples): ours is right - theirs is right; and the samples' classes

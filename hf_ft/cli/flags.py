@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_ft.core.config import strategies
+from hf_ft.core.options import options
 from hf_ft.data.augment import AUGMENTATIONS
 from hf_ft.data.sounds import SECONDS
 from hf_ft.metrics import LOCAL_METRICS
@@ -14,6 +15,8 @@ from hf_ft.zoo.models import SHORT_NAMES
 
 # Flags that give several source models instead of one, by strategy.
 SOURCES_FLAGS = {n: f"--{n}.{kind.sources_option}" for n, kind in strategies().items() if kind.sources_option}
+BUDGET = "budget"  # the option of strategies that --budget sets
+BUDGETED = [name for name, kind in strategies().items() if any(f.name == BUDGET for f in options(kind))]
 # Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
 
@@ -92,6 +95,9 @@ class MethodFlags:
     mixup: float = _flag("mix the images of a batch: alpha, such as 0.2", 0.0)
     cutmix: float = _flag("paste parts of other images of the batch: alpha, such as 1", 0.0)
     patience: int | None = _flag("stop after so many evaluations without a better score (default: never)")
+    budget: str | None = _flag(
+        f"what the whole run may cost, as a number of full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}"
+    )
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 
 

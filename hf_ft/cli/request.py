@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft.cli.checks import check_flags
-from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
+from hf_ft.cli.flags import BUDGET, BUDGETED, DEFAULTS, DataFlags, MethodFlags
 from hf_ft.core.compose import recommended_arguments, sources_of
 from hf_ft.core.config import BASELINE, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
@@ -108,11 +108,28 @@ def read(argv: Sequence[str]) -> Request:
     """
     values = read_values(argv)
     method = MethodFlags(**taken(values, MethodFlags))
-    configs = configured(method.strategy or [BASELINE], values)
+    chosen = method.strategy or [BASELINE]
+    configs = configured(chosen, values | _budget(method.budget, chosen))
     given = taken(values, TrainingArguments)
     wanted = recommended_arguments(configs, given.get("optim"))
     recommended = {name: value for name, value in wanted.items() if name not in given}
     return Request(DataFlags(**taken(values, DataFlags)), method, configs, given, recommended, values)
+
+
+def _budget(wanted: str | None, chosen: Sequence[str]) -> dict[str, str]:
+    """What ``--budget`` sets: the option of that name of the strategies that have one.
+
+    Raises:
+        OptionError: if none of them has.
+    """
+    if wanted is None:
+        return {}
+    takers = [name for name in chosen if name in BUDGETED]
+    if not takers:
+        raise OptionError(
+            f"--budget {wanted} has no effect on {', '.join(chosen)}: add --strategy {' or '.join(BUDGETED)}."
+        )
+    return {f"{name}.{BUDGET}": wanted for name in takers}
 
 
 def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.task import Bench
-from hf_ft.core.compose import recommended_arguments, resolve, shared_option
+from hf_ft.core.compose import chooses_rate, recommended_arguments, resolve, shared_option
 from hf_ft.core.config import ADAM, BASELINE, FITTED, SGD, FTConfig, config_class, strategies
 from hf_ft.core.head_rate import HeadFit
 from hf_ft.core.options import options
@@ -69,6 +69,8 @@ class Entrant:
 
         All contenders try the same shares of their ranges of learning rates, as far as their numbers of trials allow.
         """
+        if not any(self.spaces.values()):  # nothing is tuned
+            return [dict(self.first)]
         order = list(self.spaces)
         points = {optim: spread(space, -(-count // len(order)), seed) for optim, space in self.spaces.items()}
         found = [dict(self.first)]
@@ -195,6 +197,8 @@ def entrant(
     recommended = recommended_arguments(configs)
     own = recommended["optim"].value if "optim" in recommended else ADAM
     order = sorted(optims, key=lambda optim: optim != own)  # its own first
+    if any(map(chooses_rate, configs)):
+        return _untuned(name, made, bench, order[0], tuned, notes, refusal)
     rates = {optim: _recommended_rate(configs, optim) for optim in order}
     fits = any(isinstance(part, FittedRate) for part in tuned.values()) or None in rates.values()
     fits |= any(getattr(config, "head_lr", None) == "auto" for config in configs)
@@ -210,6 +214,15 @@ def entrant(
         firsts.append(_first(spaces[optim], rate, configs, head_rates.get(optim)))
     first = ({OPTIM: order[0]} if len(order) > 1 else {}) | firsts[0]
     return Entrant(name, tuple(made), spaces, first, bench, head_rates, tuple(notes), refusal)
+
+
+def _untuned(
+    name: str, made: Sequence[FTConfig], bench: Bench, optim: str, tuned: Declared, notes: Sequence[str], refusal: str
+) -> Entrant:
+    """A contender that chooses its learning rate itself, once, under its first optimizer."""
+    space = {option: part for option, part in tuned.items() if not isinstance(part, FittedRate)}
+    first = {option: _default(made, option) for option in space}
+    return Entrant(name, tuple(made), {optim: space}, first, bench, {}, tuple(notes), refusal)
 
 
 def _space(rates: LogRange, tuned: Declared, head_rate: float | None) -> dict[str, LogRange | Choice]:

@@ -14,13 +14,12 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import TrainerCallback
 
 from hf_ft.comparison.task import Bench
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.data.rows import read_rows
+from hf_ft.engine.work import Work
 from hf_ft.models.feature_hooks import model_inputs
 
 
@@ -37,30 +36,6 @@ def now(device: str = "cpu") -> tuple[float, float]:
         torch.cuda.synchronize()
     wall = time.perf_counter()
     return wall, time.process_time() if device == "cpu" else wall
-
-
-class Work(TorchDispatchMode):
-    """Context manager that counts the floating-point operations of matrix products and convolutions.
-
-    Unlike seconds, they are the same on every machine, whatever else it does. The formulas are those of
-    ``torch.utils.flop_counter``, whose own counter also attributes them to modules, at more than twice the overhead.
-
-    Attributes:
-        total: all operations so far.
-        measured: those of the strategies' measurements, before training.
-        trained: those of training, without evaluations.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = self.measured = self.trained = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=found)
-        return found
 
 
 @dataclass

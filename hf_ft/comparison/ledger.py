@@ -24,7 +24,7 @@ class Done:
 
     Attributes:
         measured_compute: compute seconds of the strategies' measurements.
-        measured_work, work: work of the measurements and of training (:class:`hf_ft.comparison.cost.Work`); counted
+        measured_work, work: work of the measurements and of training (:class:`hf_ft.engine.work.Work`); counted
             in the first trial of a contender only.
     """
 
@@ -89,9 +89,9 @@ class Ledger:
         first = self.trial(entrant, 0)
         if first is None or first.refused:
             return 1
-        each, most = self.work(entrant), self.settings.trials * self.settings.most_trials
+        each, most = self.work(entrant), len(self.settings_of(entrant))
         if not each or not self.allowed:  # a failed first trial does not say what others cost
-            return self.settings.trials
+            return min(self.settings.trials, most)
         count = min(most, self._fitting(first.measured_work, each, 0))
         while count < most and all(self.trial(entrant, number) is not None for number in range(count)):
             more = self._fitting(self.used(entrant, count), each, count)

@@ -160,7 +160,7 @@ def prepare_comparison(
     device = TrainingArguments("unused", **values).device.type
     folds = folds_of(given, settings.folds)
     settings = replace(settings, folds=1 if folds is None else len(folds.parts))
-    if settings.soup != "none" and settings.folds > 1:
+    if settings.soup != "none" and folds is not None:
         raise OptionError(
             f"soup={settings.soup!r} needs one validation split that no final run is trained on, but {settings.folds} "
             "parts of the samples take turns as validation: set folds=1 (--folds 1), or soup='none'."

@@ -114,7 +114,7 @@ class Contender:
         measure_seconds: cost of the strategy's measurement (a search, statistics), once for all trainings, in compute
             seconds.
         allowed_seconds: the tuning budget in compute seconds, in results of version 0.1.0.
-        used: share of the tuning budget that was used, as work; see :class:`hf_ft.comparison.cost.Work`.
+        used: share of the tuning budget that was used, as work; see :class:`hf_ft.engine.work.Work`.
         trials: all trials in order; the first uses the strategy's defaults.
         chosen: index of the trial with the best validation score; None if none has a score.
         on_edge: chosen values at the edge of their range, or of the values tried.

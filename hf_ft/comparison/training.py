@@ -19,14 +19,16 @@ from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_ft.comparison.contenders import RATE, Entrant
-from hf_ft.comparison.cost import MB, Clock, PeakMemory, Work, now
+from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
+from hf_ft.core.head_rate import UNSET_RATE
 from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion
 from hf_ft.engine.selection import choices
+from hf_ft.engine.work import Work
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.metrics import classification_metrics
 from hf_ft.trainer.patience import patience_callback
@@ -157,7 +159,7 @@ def trainer_for(
     args = TrainingArguments(
         str(work),
         **{"dataloader_pin_memory": common.device == "cuda"} | under(common.arguments, entrant.optim(values)) | FIXED,
-        learning_rate=values[RATE],
+        learning_rate=values.get(RATE, UNSET_RATE),
         seed=seed,
         metric_for_best_model=common.metric,
         greater_is_better=common.greater_is_better,

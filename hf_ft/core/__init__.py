@@ -6,14 +6,25 @@
 from hf_ft import functional
 from hf_ft.core import advising
 from hf_ft.core.compose import compose
-from hf_ft.core.config import FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
+from hf_ft.core.config import CHOSEN, FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
 from hf_ft.core.fitted_head import FittedHead
 from hf_ft.core.head_rate import UNSET_RATE, HeadRate, describe_head_rate, head_rates, measure_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import option
-from hf_ft.core.plan import Average, NormMode, Plan, Rate, Selection, Stage, Stream, Term
+from hf_ft.core.plan import (
+    Average,
+    GradientChange,
+    NormMode,
+    Plan,
+    Rate,
+    Selection,
+    Stage,
+    Stream,
+    TensorRates,
+    Term,
+)
 from hf_ft.core.schedules import Decay, decay
 from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
 from hf_ft.core.state_checks import LARGEST, check_tensor
@@ -24,6 +35,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.names import EVERYTHING, Names
 
 __all__ = [
+    "CHOSEN",
     "EVERYTHING",
     "FITTED",
     "LARGEST",
@@ -36,6 +48,7 @@ __all__ = [
     "Findings",
     "FittedHead",
     "FittedRate",
+    "GradientChange",
     "HeadRate",
     "FrozenCache",
     "LogRange",
@@ -58,6 +71,7 @@ __all__ = [
     "Stream",
     "StreamView",
     "TaskLoss",
+    "TensorRates",
     "UNSET_RATE",
     "Term",
     "View",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.core.config import ADAM, FITTED, SGD, FTConfig, Recommended, config_class, strategies
+from hf_ft.core.config import ADAM, CHOSEN, FITTED, SGD, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
 from hf_ft.core.plan import Plan, Stage, Stream
@@ -79,6 +79,17 @@ def explicit_option(configs: Iterable[FTConfig], name: str, otherwise: Any = Non
     return next(iter(owners), otherwise)
 
 
+def check_composed(configs: Iterable[FTConfig]) -> None:
+    """Reject strategies that one of them cannot be composed with.
+
+    Raises:
+        OptionError: naming both.
+    """
+    configs = tuple(configs)
+    for config in configs:
+        config.check_beside(tuple(other for other in configs if other is not config))
+
+
 def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:
     """Compose the plans of all strategies, with the options that they share."""
     configs = tuple(configs)
@@ -141,6 +152,11 @@ UNDER_SGD = {
 }
 
 
+def chooses_rate(config: FTConfig) -> bool:
+    """Whether a strategy chooses its learning rate itself, where nobody sets one; no recommended rate is used then."""
+    return "learning_rate" in config.recommended and config.recommended["learning_rate"].value == CHOSEN
+
+
 def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None) -> dict[str, Recommended]:
     """Merge the recommended training arguments; if two strategies differ, the first takes precedence.
 
@@ -149,7 +165,7 @@ def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None)
             what an optimizer needs beside it, are those for this optimizer.
     """
     merged: dict[str, Recommended] = {}
-    for config in configs:
+    for config in sorted(configs, key=lambda config: not chooses_rate(config)):
         for name, wanted in config.recommended.items():
             merged.setdefault(name, wanted)
     own = merged["optim"].value if "optim" in merged else ADAM
@@ -160,7 +176,7 @@ def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None)
     optim = optim or own
     if "learning_rate" in merged:
         merged["learning_rate"] = merged["learning_rate"].under(optim)
-        if merged["learning_rate"].value == FITTED:  # by the strategy itself, where nobody sets one
+        if merged["learning_rate"].value in (FITTED, CHOSEN):  # by the strategy itself, where nobody sets one
             del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}
 
@@ -169,23 +185,52 @@ def compose(plans: Iterable[Plan]) -> Plan:
     """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages, one averages.
 
     Raises:
-        OptionError: if two plans own stages or average the weights (both are named), two terms share a name, two
-            streams of the same name differ, or stage durations do not sum to 1.
+        OptionError: if two plans own stages, average the weights, or set the learning rate or the rates of tensors
+            (both are named), two terms share a name, two streams of the same name differ, or stage durations do not
+            sum to 1.
     """
     plans = tuple(plans)
-    owners = [plan for plan in plans if plan.stages]
-    if len(owners) > 1:
-        names = " and ".join(str(plan.owner) for plan in owners)
-        raise OptionError(f"{names} both decide which parameters train when; use one of them.")
-    averaging = [plan for plan in plans if plan.average is not None]
-    if len(averaging) > 1:
-        names = " and ".join(str(plan.owner) for plan in averaging)
-        raise OptionError(f"{names} both average the weights; use one of them.")
+    owner = _only(plans, "stages", "decide which parameters train when")
+    averaging = _only(plans, "average", "average the weights")
+    rated = _only(plans, "tensor_rates", "set the learning rate of each tensor")
     terms = tuple(term for plan in plans for term in plan.terms)
-    names_seen = [term.name for term in terms]
-    twice = sorted({name for name in names_seen if names_seen.count(name) > 1})
+    names = [term.name for term in terms]
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
+    return Plan(
+        # Equal surgery asked for by several strategies is done once.
+        surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
+        terms=terms,
+        stages=_checked(owner.stages if owner else (Stage("train"),)),
+        streams=_streams(plans),
+        select=tuple(s for plan in plans for s in plan.select),
+        finalise=tuple(s for plan in plans for s in plan.finalise),
+        gradients=tuple(change for plan in plans for change in plan.gradients),
+        tensor_rates=rated.tensor_rates if rated else None,
+        learning_rate=_learning_rate(plans),
+        average=averaging.average if averaging else None,
+        draws=any(plan.draws for plan in plans),
+        owner=owner.owner if owner else None,
+    )
+
+
+def _only(plans: Iterable[Plan], name: str, doing: str) -> Plan | None:
+    """The plan that sets this attribute, if any does."""
+    setting = [plan for plan in plans if getattr(plan, name)]
+    if len(setting) > 1:
+        raise OptionError(f"{' and '.join(str(plan.owner) for plan in setting)} both {doing}; use one of them.")
+    return setting[0] if setting else None
+
+
+def _checked(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    shares = [stage.duration for stage in stages]
+    if abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0:
+        raise OptionError(f"stage durations {shares} must be positive and sum to 1.")
+    return stages
+
+
+def _streams(plans: Iterable[Plan]) -> tuple[Stream, ...]:
     streams: list[Stream] = []
     for stream in (stream for plan in plans for stream in plan.streams):
         if stream in streams:
@@ -195,20 +240,12 @@ def compose(plans: Iterable[Plan]) -> Plan:
                 f"two strategies request the stream {stream.name!r} with different settings: {streams}, {stream}."
             )
         streams.append(stream)
-    stages = owners[0].stages if owners else (Stage("train"),)
-    total = sum(stage.duration for stage in stages)
-    if abs(total - 1) > 1e-6 or any(stage.duration <= 0 for stage in stages):
-        shares = [stage.duration for stage in stages]
-        raise OptionError(f"stage durations {shares} must be positive and sum to 1.")
-    return Plan(
-        # Equal surgery asked for by several strategies is done once.
-        surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
-        terms=terms,
-        stages=stages,
-        streams=tuple(streams),
-        select=tuple(s for plan in plans for s in plan.select),
-        finalise=tuple(s for plan in plans for s in plan.finalise),
-        average=averaging[0].average if averaging else None,
-        draws=any(plan.draws for plan in plans),
-        owner=owners[0].owner if owners else None,
-    )
+    return tuple(streams)
+
+
+def _learning_rate(plans: Iterable[Plan]) -> float | None:
+    rates = {plan.learning_rate: plan.owner for plan in plans if plan.learning_rate is not None}
+    if len(rates) > 1:
+        names = " and ".join(f"{owner} ({rate:g})" for rate, owner in rates.items())
+        raise OptionError(f"{names} each choose a learning rate: use one of them, or set learning_rate.")
+    return next(iter(rates), None)

@@ -88,6 +88,7 @@ class Recommended:
 
 SGD, ADAM = "sgd", "adamw_torch"
 FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
+CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,7 @@ class FTConfig(PushToHubMixin):
     cost: ClassVar[float | None] = None  # relative cost of a training, on the scale of hf_ft.core.advising
     advice: ClassVar[Mapping[Rule, float | None]] = {}  # points by rule; None: the strategy cannot run
     tuned: ClassVar[Declared] = {}  # options tuned with the learning rate; none affects measure
+    averages: ClassVar[bool] = False  # whether it only averages weights that another strategy may train
     plain: ClassVar[bool] = True  # whether Transformers loads the trained model without this package
     kept: ClassVar[tuple[str, ...]] = ()  # files in the context's folder from which an interrupted measure resumes
 
@@ -142,6 +144,13 @@ class FTConfig(PushToHubMixin):
 
         Raises:
             OptionError: naming the option, its value and the fix.
+        """
+
+    def check_beside(self, others: tuple[FTConfig, ...]) -> None:
+        """Reject strategies that this one cannot be composed with, as far as this is known without model and data.
+
+        Raises:
+            OptionError: naming them and the fix.
         """
 
     def measure(self, model: nn.Module, context: Context) -> State:
@@ -281,6 +290,11 @@ def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig
     """Load all strategies saved in a folder or a Hub repository, without options that are local to a machine."""
     content = read_config_file(name_or_path, **hub_options)
     return tuple(FTConfig.from_dict(_completed(item)) for item in content["strategies"])
+
+
+def configured_from(data: Mapping[str, Any]) -> FTConfig:
+    """The config that another one saved within its state; as from a file, without local options."""
+    return FTConfig.from_dict(_completed(data))
 
 
 def as_saved(config: T) -> T:

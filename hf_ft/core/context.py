@@ -91,6 +91,7 @@ class Recipe:
         max_grad_norm: norm to which gradients are clipped; 0 disables clipping.
         task_loss: the task loss.
         computing: context manager for the model's computations, such as autocast.
+        epochs: length of the training in epochs.
     """
 
     optimizer: Callable[[list[dict[str, Any]]], Optimizer]
@@ -102,6 +103,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     task_loss: TaskLoss = field(default_factory=TaskLoss)
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
+    epochs: float = 1.0
 
 
 @dataclass(frozen=True)

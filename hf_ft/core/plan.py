@@ -49,6 +49,10 @@ class Stage:
         fresh_optimizer: whether the stage starts without the optimizer's state (momentum, moments) of earlier stages.
         redraws: names of modules whose weights are drawn anew when the stage begins, as Transformers initialises them;
             the first stage of a run draws nothing.
+        schedule: the factor of the stage's learning rates as a function of the progress within the stage, from 0 at
+            its first step towards 1. It replaces the schedule and the warm-up of the training arguments.
+        momentum: the optimizer's momentum (SGD's, or Adam's first beta) as a function of the same progress. In stages
+            without one, the optimizer's own applies.
     """
 
     name: str
@@ -59,6 +63,8 @@ class Stage:
     dropout: bool = True
     fresh_optimizer: bool = False
     redraws: Names = ()
+    schedule: Callable[[float], float] | None = None
+    momentum: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,48 @@ class Term:
 
 
 @dataclass(frozen=True)
+class GradientChange:
+    """A change of gradients, once per optimizer step: after unscaling and clipping, just before the update.
+
+    Attributes:
+        name: name in messages.
+        fn: (names of the parameters, their gradients, seed) -> None; changes the gradients in place. The seed is the
+            same on every process and after a resume, and another in each step. A parameter without a gradient in this
+            step is left out.
+        on: names of the modules or parameters whose gradients it changes.
+    """
+
+    name: str
+    fn: Callable[[Sequence[str], Sequence[Tensor], int], None]
+    on: Names = EVERYTHING
+
+
+@dataclass(frozen=True)
+class TensorRates:
+    """A factor of the learning rate of each tensor, found anew at the beginning of each epoch on a few batches.
+
+    Each batch has as many samples as an update. Its gradients are those of the task loss, with the model in train mode;
+    data order, random states and running statistics stay as they were.
+
+    Attributes:
+        name: name in messages.
+        measure: (names, parameters, gradients of one batch) -> a number per parameter, (n,).
+        factors: (names, means of these numbers over the batches) -> their factors, (n,).
+        on: names of the modules or parameters; where they are trained, the rate is that of the stage times the factor.
+            All others keep the rate of the stage.
+        batches: number of batches.
+        fresh_optimizer: whether each epoch starts without the optimizer's state (momentum, moments).
+    """
+
+    name: str
+    measure: Callable[[Sequence[str], Sequence[Tensor], Sequence[Tensor]], Tensor]
+    factors: Callable[[Sequence[str], Tensor], Tensor]
+    on: Names = EVERYTHING
+    batches: int = 5
+    fresh_optimizer: bool = False
+
+
+@dataclass(frozen=True)
 class Selection:
     """A choice among final models, made on evaluation data after training, before ``finalise``.
 
@@ -156,12 +204,14 @@ class Selection:
         weights: a pure function of the initial values, the trained ones (both in float32 or wider, on the CPU) and a
             candidate, that returns the candidate's weights.
         anchors: names of the parameters that it sets: those among them that any stage trains.
+        optional: whether the first candidate is taken where there are no evaluation data; else the run is refused.
     """
 
     name: str
     candidates: tuple[float, ...]
     weights: Callable[[Sequence[Tensor], Sequence[Tensor], float], Sequence[Tensor]]
     anchors: Names = EVERYTHING
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +246,10 @@ class Plan:
         streams: additional data for terms that name them.
         select: choices among final models, made in order after training, once the best model is loaded.
         finalise: functions applied in order after that.
+        gradients: changes of the gradients before each update, in order.
+        tensor_rates: factors of the learning rates of single tensors.
+        learning_rate: the base rate in place of ``args.learning_rate``, of a strategy that chose it itself, because
+            nobody set one.
         average: how the weights are averaged over the steps; None to use the weights themselves.
         draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
@@ -207,6 +261,9 @@ class Plan:
     streams: tuple[Stream, ...] = ()
     select: tuple[Selection, ...] = ()
     finalise: tuple[Surgery, ...] = ()
+    gradients: tuple[GradientChange, ...] = ()
+    tensor_rates: TensorRates | None = None
+    learning_rate: float | None = None
     average: Average | None = None
     draws: bool = False
     owner: str | None = field(default=None, compare=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core.plan import Average
-from hf_ft.errors import CheckpointError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.preserve import forget_evaluation
 
 LIVE, AVERAGE, STEPS = "live/", "average/", "steps"
@@ -63,12 +63,21 @@ class RunningAverage:
 
         Args:
             optimizer: as such, or wrapped by Accelerate. A step that a gradient scaler skips does not count.
+
+        Raises:
+            OptionError: if the optimizer averages the weights itself.
         """
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if callable(getattr(inner, "eval", None)):  # it would put its average into the place of ours
+            raise OptionError(
+                f"optim: {type(inner).__name__} averages the weights itself (schedule-free): choose another, or leave "
+                "out the strategy that averages them."
+            )
         if step == 0 or not self.begun:
             self.begin()
         if self._hook is not None:
             self._hook.remove()
-        self._hook = getattr(optimizer, "optimizer", optimizer).register_step_post_hook(lambda *_: self.update())
+        self._hook = inner.register_step_post_hook(lambda *_: self.update())
 
     @torch.no_grad()
     def update(self) -> None:

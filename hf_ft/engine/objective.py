@@ -40,7 +40,7 @@ class Objective(nn.Module):
 
     Args:
         model: the user's model.
-        plan: the plan that :func:`hf_ft.engine.run.set_up` composed from the strategies.
+        plan: the plan that :func:`hf_ft.engine.set_up.set_up` composed from the strategies.
         chains: the model's parts in forward order (anatomy); everything before the first trained part runs in eval
             mode, dropout and norms included.
         trainable: names of the parameters that may be trained at all.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from hf_ft.core.plan import Plan, Rate, Stage, stage_index, trained_by
 from hf_ft.errors import OptionError
@@ -15,6 +17,8 @@ from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
 
 STAGE_RATES = "stage_rates"
+FACTOR = "rate_factor"  # of a tensor whose rate is found anew in each epoch
+EPOCH = "rate_epoch"  # for which it was found
 
 
 def rate_of(name: str, stage: Stage, base: float) -> float:
@@ -45,8 +49,9 @@ def split_groups(
 ) -> list[dict[str, Any]]:
     """Split an optimizer's groups so that each has a single rate in every stage.
 
-    A group's ``lr`` is the base rate. Where a term replaces the optimizer's weight decay, the latter is set to 0.
-    Each new group holds its rates under ``"stage_rates"``, 0 in stages that freeze it.
+    The base rate is the plan's, if it has one, and otherwise the group's ``lr``. Where a term replaces the optimizer's
+    weight decay, the latter is set to 0. Each new group holds its rates under ``"stage_rates"``, 0 in stages that
+    freeze it. Tensors that have rates of their own are in groups of their own, with the factor under ``"rate_factor"``.
 
     Returns:
         The groups, ordered by their first parameter.
@@ -54,17 +59,21 @@ def split_groups(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     names_by_stage = [set(trained_by(stage, model, trainable)) for stage in plan.stages]
     undecayed: Names = tuple(prefix for term in plan.terms for prefix in term.replaces_decay)
+    alone = plan.tensor_rates.on if plan.tensor_rates is not None else ()
     new_groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for index, group in enumerate(groups):
+        base = group["lr"] if plan.learning_rate is None else plan.learning_rate
         for parameter in group["params"]:
             name = names.get(id(parameter), "")
             rates = tuple(
-                rate_of(name, stage, group["lr"]) if name in stage_names or not name else 0.0
+                rate_of(name, stage, base) if name in stage_names or not name else 0.0
                 for stage, stage_names in zip(plan.stages, names_by_stage, strict=True)
             )
             decay = 0.0 if any(covers(prefix, name) for prefix in undecayed) else group.get("weight_decay", 0.0)
             new = {**group, "params": [], "weight_decay": decay, "lr": _first_rate(rates), STAGE_RATES: rates}
-            new_groups.setdefault((index, rates, decay), new)["params"].append(parameter)
+            single = bool(name) and any(covers(prefix, name) for prefix in alone)
+            new |= {FACTOR: 1.0, EPOCH: -1} if single else {}
+            new_groups.setdefault((index, rates, decay, name if single else ""), new)["params"].append(parameter)
     return list(new_groups.values())
 
 
@@ -131,9 +140,14 @@ def term_groups(plan: Plan, lr: float, weight_decay: float) -> list[dict[str, An
     """Parameter groups of trainable terms: the same rate in every stage, no decay for biases and norms."""
     modules = plan.term_modules
     names = [name for name, parameter in modules.named_parameters() if parameter.requires_grad]
+    lr = lr if plan.learning_rate is None else plan.learning_rate
     rates = (lr,) * len(plan.stages)
     groups = decay_groups(modules, names, lr, weight_decay)
     return [{**group, STAGE_RATES: rates} for group in groups if group["params"]]
+
+
+def _by_progress(schedule: Callable[[float], float], length: int) -> Callable[[int], float]:
+    return lambda step: schedule(min(step / length, 1.0))
 
 
 def _first_rate(rates: Sequence[float]) -> float:
@@ -141,17 +155,24 @@ def _first_rate(rates: Sequence[float]) -> float:
 
 
 def stage_scheduler(
-    optimizer: Optimizer, borders: Sequence[int], schedule: Callable[[int], Callable[[int], float]]
+    optimizer: Optimizer,
+    stages: Sequence[Stage],
+    borders: Sequence[int],
+    schedule: Callable[[int], Callable[[int], float]],
 ) -> LambdaLR:
     """A scheduler for all stages: each stage runs its own schedule from its first step to its last.
 
     Args:
         optimizer: optimizer with groups from :func:`split_groups`.
         borders: the step at which each stage ends.
-        schedule: number of steps -> (step -> factor), the schedule of one stage.
+        schedule: number of steps -> (step -> factor), for stages that have no schedule of their own.
     """
     begins = [0, *borders[:-1]]
-    curves = [schedule(end - begin) for begin, end in zip(begins, borders, strict=True)]
+    lengths = [end - begin for begin, end in zip(begins, borders, strict=True)]
+    curves = [
+        schedule(length) if stage.schedule is None else _by_progress(stage.schedule, length)
+        for stage, length in zip(stages, lengths, strict=True)
+    ]
 
     def factor(rates: Sequence[float], first: float) -> Callable[[int], float]:
         def at(step: int) -> float:
@@ -161,3 +182,24 @@ def stage_scheduler(
         return at
 
     return LambdaLR(optimizer, [factor(g[STAGE_RATES], _first_rate(g[STAGE_RATES])) for g in optimizer.param_groups])
+
+
+def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callable[[int], float]:
+    """A Transformers learning-rate schedule as a function of the step.
+
+    Raises:
+        OptionError: if it does not depend on the step alone (``reduce_lr_on_plateau``, ``greedy``).
+    """
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        scheduler = get_scheduler(name, dummy, min(warmup, steps), steps, scheduler_specific_kwargs=kwargs or None)
+    except TypeError as error:
+        raise OptionError(
+            f"lr_scheduler_type={getattr(name, 'value', name)!r}, lr_scheduler_kwargs={kwargs}: {error}"
+        ) from error
+    if not isinstance(scheduler, LambdaLR):
+        raise OptionError(
+            f"lr_scheduler_type={getattr(name, 'value', name)!r} is not a function of the step, so it cannot run once "
+            "per stage. Use linear, cosine, constant, polynomial, ... or a strategy with one stage."
+        )
+    return scheduler.lr_lambdas[0]

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 from transformers.utils import logging
 
-from hf_ft.core.compose import build_plan, resolve, shared_option
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, State
-from hf_ft.core.plan import CopiesModel, Plan, Term, stage_borders, stage_index, trained_by
+from hf_ft.core.plan import Plan, Term, stage_borders
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.engine.frozen.reference import Reference
+from hf_ft.engine.momentum import schedules_momentum
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.param_groups import decay_groups, ever_trained, split_groups, stage_scheduler, term_groups
-from hf_ft.engine.selection import Judge, Origin, check_selections, origin_of, over_processes, select
+from hf_ft.engine.param_groups import (
+    decay_groups,
+    ever_trained,
+    schedule_curve,
+    split_groups,
+    stage_scheduler,
+    term_groups,
+)
+from hf_ft.engine.selection import Judge, Origin, over_processes, select
+from hf_ft.engine.step_hooks import check_not_needed
+from hf_ft.engine.stepper import Stepper
 from hf_ft.errors import OptionError
-from hf_ft.models.anatomy import anatomy, is_traced, members_of, unwrap
 from hf_ft.models.find_layouts import laid_out, look_at
 from hf_ft.models.layouts import Layouts
-from hf_ft.models.names import covered, covers
-from hf_ft.models.parts import Anatomy, Chain
+from hf_ft.models.parts import Chain
 from hf_ft.models.preserve import random_states_kept
-from hf_ft.models.redraw import redraw
 from hf_ft.models.source_head import drop_source_head
 
 logger = logging.get_logger(__name__)
@@ -115,9 +119,17 @@ class Run:
         ]
 
     def scheduler(self, optimizer: Optimizer, total_steps: int, name: str = "linear", warmup: float = 0.0) -> LambdaLR:
-        """The Transformers schedule ``name``, once per stage; ``warmup`` is a fraction of each stage."""
-        borders = stage_borders(self.plan.stages, total_steps)
-        return stage_scheduler(optimizer, borders, lambda steps: schedule_curve(name, steps, round(warmup * steps)))
+        """The Transformers schedule ``name``, once per stage; ``warmup`` is a fraction of each stage.
+
+        Neither applies in stages that have a schedule of their own.
+        """
+        stages = self.plan.stages
+        return stage_scheduler(
+            optimizer,
+            stages,
+            stage_borders(stages, total_steps),
+            lambda steps: schedule_curve(name, steps, round(warmup * steps)),
+        )
 
     def stepper(
         self,
@@ -125,16 +137,18 @@ class Run:
         total_steps: int,
         then: Callable[[Objective], None] | None = None,
         optimizer: Optimizer | None = None,
-    ) -> Callable[[int], None]:
+    ) -> Stepper:
         """Return a function that switches stages; call it before each optimizer step with the step's index (from 0).
+
+        Where the plan has rates of tensors, call its ``begin_epoch`` before the first step of each epoch.
 
         Args:
             then: called with the objective at the start of each stage.
-            optimizer: its state is dropped at the start of a stage that wants a fresh optimizer; a running average of
-                the weights is updated after each of its steps.
+            optimizer: for stages that want a fresh one or schedule its momentum, for changes of gradients and rates,
+                and for a running average of the weights, which is updated after each of its steps.
 
         Raises:
-            OptionError: if the plan averages the weights and no optimizer is given.
+            OptionError: if the plan changes gradients or rates, or averages the weights, and no optimizer is given.
         """
         if optimizer is None and self.average is not None:
             raise OptionError(
@@ -144,6 +158,13 @@ class Run:
             logger.warning_once(
                 f"{self.plan.owner}: a stage wants a fresh optimizer: pass optimizer=... to stepper(), or the state of "
                 "earlier stages is kept."
+            )
+        if optimizer is None:
+            check_not_needed(self.plan)
+        if optimizer is None and schedules_momentum(self.plan.stages):
+            logger.warning_once(
+                f"{self.plan.owner}: a stage schedules the momentum: pass optimizer=... to stepper(), or the optimizer "
+                "keeps its own."
             )
         return Stepper(objective, stage_borders(self.plan.stages, total_steps), then, optimizer)
 
@@ -211,193 +232,7 @@ class Run:
         return model
 
 
-@dataclass(eq=False)
-class Stepper:
-    """Advances an objective through its plan's stages; call it before each optimizer step with the step's index.
-
-    Attributes:
-        borders: the step at which each stage ends.
-        then: called with the objective at the start of each stage.
-        optimizer: its state is dropped at the first step of a later stage that wants a fresh optimizer; a running
-            average of the weights follows it.
-        stage: index of the current stage; -1 before the first.
-        left: number of its steps that remained at the last call.
-    """
-
-    objective: Objective
-    borders: Sequence[int]
-    then: Callable[[Objective], None] | None = None
-    optimizer: Optimizer | None = None
-    stage: int = -1
-    left: int = 0
-
-    def __call__(self, step: int) -> None:
-        self.objective.progress = step / self.borders[-1]
-        index = stage_index(self.borders, step)
-        self.left = self.borders[index] - step
-        average = self.objective.average
-        if average is not None and self.stage < 0:
-            average.start(step, self.optimizer)
-        if index != self.stage:
-            self.stage = index
-            stage = self.objective.plan.stages[index]
-            self.objective.enter(stage)
-            if index and step == self.borders[index - 1]:  # not where a run is resumed within the stage
-                if stage.fresh_optimizer and self.optimizer is not None:
-                    self.optimizer.state.clear()
-                redraw(self.objective.model, unwrap(self.objective.model)[0], stage.redraws, index)
-                if average is not None and stage.redraws:
-                    average.begin()
-            if self.then is not None:
-                self.then(self.objective)
-
-
-def set_up(
-    model: nn.Module,
-    strategy: FTConfig | str | Iterable[FTConfig | str],
-    context: Context | None = None,
-    states: Mapping[str, State] | None = None,
-) -> Run:
-    """Measure, build the plan and apply surgery.
-
-    Args:
-        model: a Transformers classifier, or a PEFT model of one.
-        strategy: a config, a registered name, or a list of either.
-        context: for strategies that measure the data first.
-        states: states measured earlier (after a resume); nothing is measured again then.
-
-    Raises:
-        OptionError: for any invalid combination, before the model is changed.
-    """
-    configs = resolve(strategy)
-    if states is None:
-        states = measure(configs, model, None if context is None else lambda: context)
-    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    run = start(configs, model, check(configs, model, states, trainable), states)
-    if context is not None:
-        run.find_layouts(context)
-    return run
-
-
-def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: Mapping[str, State]) -> Run:
-    """Apply a plan's surgery, and record the anchors of its terms."""
-    for operation in plan.surgery:
-        model = operation(model)
-    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    anchor_names = [prefix for term in plan.terms for prefix in term.anchors]
-    anchors = {
-        name: parameter.detach().clone().to(torch.promote_types(parameter.dtype, torch.float32))
-        for name, parameter in model.named_parameters()
-        if name in trainable and any(covers(prefix, name) for prefix in anchor_names)
-    }
-    compares = any("reference" in term.needs for term in plan.terms)
-    for module in plan.term_modules.values():
-        if isinstance(module, CopiesModel):
-            module.begin(model)
-    chains, layouts = _chains(configs, model, plan, trainable), Layouts()
-    reference = Reference(model, layouts) if compares else None
-    trained = ever_trained(plan, model, trainable)
-    average = None if plan.average is None else RunningAverage(model, trained, plan.average)
-    origin = origin_of(plan, model, trainable)
-    return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts, average, origin)
-
-
-def measure(
-    configs: Iterable[FTConfig],
-    model: nn.Module,
-    context: Callable[[], Context] | None,
-    known: Mapping[str, State] | None = None,
-) -> dict[str, State]:
-    """The state of each strategy that measures the data, by ``ft_type``: known, or measured in a fresh context."""
-    states = {}
-    for config in configs:
-        if known and config.ft_type in known:
-            states[config.ft_type] = known[config.ft_type]
-        elif config.measures() and context is not None:
-            states[config.ft_type] = config.measure(model, context())
-        elif config.must_measure():
-            raise OptionError(f"{config.ft_type} measures the data before training: pass a context, or states.")
-    return states
-
-
-def check(
-    configs: tuple[FTConfig, ...], model: nn.Module, states: Mapping[str, State], trainable: tuple[str, ...]
-) -> Plan:
-    """Build the plan and run all pre-training checks."""
-    if not trainable:
-        raise OptionError(
-            "all parameters of the model are frozen (requires_grad=False), so there is nothing to train: unfreeze some."
-        )
-    check_members(configs, model)
-    for config in configs:
-        config.check_model(model)
-    plan = build_plan(configs, model, states)
-    ever_trained(plan, model, trainable)  # raises if names of a stage match nothing
-    check_selections(plan, model, trainable)
-    _chains(configs, model, plan, trainable)
-    return plan
-
-
-def check_members(configs: Iterable[FTConfig], model: nn.Module) -> None:
-    """Reject an ensemble where a strategy depends on the depth or the head of a single network.
-
-    Raises:
-        OptionError: if there is one; the message names the strategy.
-    """
-    members = members_of(unwrap(model)[0])
-    unfit = [config.ft_type for config in configs if not config.needs().several_members]
-    if unfit and len(members) > 1:
-        raise OptionError(
-            f"{unfit[0]} needs the layers and the head of a single network, but this model has {len(members)} members: "
-            "use it with one of them (model.members[0])."
-        )
-
-
-def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callable[[int], float]:
-    """A Transformers learning-rate schedule as a function of the step.
-
-    Raises:
-        OptionError: if it does not depend on the step alone (``reduce_lr_on_plateau``, ``greedy``).
-    """
-    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    try:
-        scheduler = get_scheduler(name, dummy, min(warmup, steps), steps, scheduler_specific_kwargs=kwargs or None)
-    except TypeError as error:
-        raise OptionError(
-            f"lr_scheduler_type={getattr(name, 'value', name)!r}, lr_scheduler_kwargs={kwargs}: {error}"
-        ) from error
-    if not isinstance(scheduler, LambdaLR):
-        raise OptionError(
-            f"lr_scheduler_type={getattr(name, 'value', name)!r} is not a function of the step, so it cannot run once "
-            "per stage. Use linear, cosine, constant, polynomial, ... or a strategy with one stage."
-        )
-    return scheduler.lr_lambdas[0]
-
-
 def _counts(term: Term, begin: float, end: float) -> bool:
     """Whether a term has a non-zero weight at some point of a stage."""
     times = (begin + (end - begin) * share for share in (0.0, 0.25, 0.5, 0.75))
     return term.weight != 0 and (term.schedule is None or any(term.schedule(max(0.0, time)) != 0 for time in times))
-
-
-def _chains(
-    configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, trainable: tuple[str, ...]
-) -> tuple[Chain, ...]:
-    everything = sum(1 for _ in model.parameters())
-    needs_chains = any(term.layers or {"features", "logit_inputs"} & term.needs for term in plan.terms)
-    needs_chains |= any(len(ever_trained(Plan(stages=(s,)), model, trainable)) < everything for s in plan.stages)
-    if not needs_chains:  # so that plain fine-tuning works on models of unknown anatomy
-        return ()
-    head, blocks = shared_option(configs, "head"), shared_option(configs, "blocks")
-    found = anatomy(model, head=head, blocks=blocks)
-    if is_traced(model) and _head_or_all(found, model, plan, trainable):
-        return found.coarse_chains
-    return found.chains
-
-
-def _head_or_all(found: Anatomy, model: nn.Module, plan: Plan, trainable: tuple[str, ...]) -> bool:
-    """Whether each stage trains all of the backbone or nothing of it, so that its parts do not matter."""
-    heads = set(found.head.modules)
-    backbone = {name for name in trainable if not covered(name, heads)}
-    inside = [backbone.intersection(trained_by(stage, model, trainable)) for stage in plan.stages]
-    return all(trained in (set(), backbone) for trained in inside) and not any(term.layers for term in plan.terms)

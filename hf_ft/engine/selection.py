@@ -109,15 +109,18 @@ def choices(states: Mapping[str, State]) -> dict[str, Mapping[str, Any]]:
 
 
 def _choose(selection: Selection, candidates: _Candidates, judge: Judge) -> dict[str, Any]:
-    if judge.score is None and len(selection.candidates) > 1:
+    values = selection.candidates
+    if judge.score is None and selection.optional:
+        values = values[:1]
+    if judge.score is None and len(values) > 1:
         raise OptionError(
-            f"{selection.name} chooses among {len(selection.candidates)} models after training: pass evaluate=... to "
+            f"{selection.name} chooses among {len(values)} models after training: pass evaluate=... to "
             "Run.finish or Run.select."
         )
     sign = 1.0 if judge.greater_is_better else -1.0
     best, chosen, kept, scores = -math.inf, None, None, []
     try:
-        for value in selection.candidates:
+        for value in values:
             candidates.set(value)
             score = math.nan if judge.score is None else float(judge.score())
             scores.append((value, score if math.isfinite(score) else None))

@@ -44,12 +44,17 @@ def fit(
     order = [_epoch(rows, size, seed, epoch, model) for epoch in range(epochs)]
     total = sum(map(len, order))
     borders = stage_borders(run.plan.stages, total)
-    scheduler = stage_scheduler(optimizer, borders, recipe.curve)
+    scheduler = stage_scheduler(optimizer, run.plan.stages, borders, recipe.curve)
     at = run.stepper(objective, total, then=batches.follow, optimizer=optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step = 0
     with random_states_kept(seed):
         for epoch, chunks in enumerate(order):
+            if run.plan.tensor_rates is not None:
+                at(step)  # the stage of the epoch's first step
+                at.begin_epoch(
+                    epoch, Samples(len(rows), lambda some: batches.samples.read([rows[i] for i in some])), recipe
+                )
             objective.train()
             for chunk in chunks:
                 at(step)
@@ -111,6 +116,18 @@ def score(objective: Objective, recipe: Recipe, batches: Batches, rows: Sequence
 
     Every call uses the same random numbers, so that augmented samples are the same for all candidates.
     """
+    logits, labels, loss = predict(objective, recipe, batches, rows)
+    if metric == "loss":
+        return -loss
+    prediction = EvalPrediction(logits.cpu().numpy(), labels.cpu().numpy())
+    value = compute_metrics([metric])(prediction)[metric]
+    return -value if "regression" in LOCAL_METRICS[metric].kinds else value
+
+
+def predict(
+    objective: Objective, recipe: Recipe, batches: Batches, rows: Sequence[int]
+) -> tuple[Tensor, Tensor, float]:
+    """Logits (n, ...), labels (n, ...) and the mean task loss of these samples, with the same random numbers always."""
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     losses: list[Tensor] = []
@@ -122,8 +139,4 @@ def score(objective: Objective, recipe: Recipe, batches: Batches, rows: Sequence
             logits.append(outputs["logits"].float())
             labels.append(batch["labels"])
             losses.append(outputs["loss"].float() * len(batch["labels"]))
-    if metric == "loss":
-        return -float(torch.stack(losses).sum() / len(rows))
-    prediction = EvalPrediction(torch.cat(logits).cpu().numpy(), torch.cat(labels).cpu().numpy())
-    value = compute_metrics([metric])(prediction)[metric]
-    return -value if "regression" in LOCAL_METRICS[metric].kinds else value
+    return torch.cat(logits), torch.cat(labels), float(torch.stack(losses).sum() / len(rows))

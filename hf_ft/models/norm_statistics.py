@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hf_ft.errors import OptionError
 from hf_ft.models.batch_norm import BatchMoments, recorded
 from hf_ft.models.feature_hooks import model_inputs
 from hf_ft.models.norms import batch_norms
@@ -61,10 +62,13 @@ def renew_statistics(
         names: names of the layers.
         batches: this process's share of the training data, as keyword arguments of the model.
         reduce: sums a tensor over all processes.
+
+    Raises:
+        OptionError: if there is no batch of more than one sample.
     """
     norms = {name: norm for name, norm in batch_norms(model) if name in names}
     sums = {name: BatchMoments(norm) for name, norm in norms.items()}
-    device = next(model.parameters()).device
+    device, measured = next(model.parameters()).device, 0
     with observing(model), recorded(model, sums), _by_batch(norms.values()):
         for batch in batches:
             inputs = model_inputs(batch, device)
@@ -73,6 +77,12 @@ def renew_statistics(
                 > 1
             ):
                 model(**inputs)
+                measured += 1
+    if not float(reduce(torch.tensor(float(measured), device=device))):
+        raise OptionError(
+            "no batch of more than one sample to measure BatchNorm statistics on: the training data are empty, or the "
+            "batch size is 1."
+        )
     for name, norm in norms.items():
         found = sums[name].result(name, reduce)
         if found is not None:

@@ -86,6 +86,18 @@ def observing(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers on exit, such as running statistics that a pass in train mode has moved."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:  # all of them: BatchNorm moves its statistics without a new version
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
     """As :func:`observing`; whatever modules set on themselves meanwhile is undone as well.
 

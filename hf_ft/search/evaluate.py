@@ -93,7 +93,7 @@ class ShortTrainings:
         # Same samples per step as in the run that follows, however many processes share it.
         self.recipe = dataclasses.replace(context.recipe, accumulation=context.recipe.accumulation * context.ranks)
         self.recordings = Recordings(self.model, context.samples, context.frozen_cache, context.recipe.computing)
-        self._batches = Batches(context.samples, self.recordings)
+        self.batches = Batches(context.samples, self.recordings)
 
     def train(self, run: Run, seed: int, report: Report | None = None) -> list[float]:
         """Train and return the score after each epoch; higher is better, and divergence scores -inf.
@@ -106,12 +106,12 @@ class ShortTrainings:
         scores: list[float] = []
 
         def after_epoch(epoch: int, objective: Objective) -> None:
-            value = score(objective, self.recipe, self._batches, self.validation_rows, self.metric)
+            value = score(objective, self.recipe, self.batches, self.validation_rows, self.metric)
             scores.append(value if math.isfinite(value) else -math.inf)
             if report is not None:
                 report(epoch, scores[-1])
 
-        fit(run, self.recipe, self._batches, self.train_rows, self.epochs, seed, after_epoch)
+        fit(run, self.recipe, self.batches, self.train_rows, self.epochs, seed, after_epoch)
         return scores
 
     def plan_recordings(self, runs: Iterable[Run]) -> None:

@@ -58,6 +58,7 @@ class EMAConfig(FTConfig):
     )
     formula = "w_avg = d_t w_avg + (1 - d_t) w after each step, d_t = min(d, (1 + t) / (10 + t))"
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    averages = True
     tuned = {"decay": Choice((0.5, 0.9, 0.99))}
     cost = advising.EVERYTHING + advising.DEARER / 2
 

@@ -46,6 +46,7 @@ class WiSEFTConfig(FTConfig):
     )
     formula = "w_a = (1 - a) w0 + a w after training; a in {0, 1/n, ..., 1} by validation"
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    averages = True
     cost = advising.EVERYTHING + advising.DEARER / 2
     advice = {advising.GOOD_FEATURES_FEW_SAMPLES: 1, advising.POOR_FEATURES: -1}
 

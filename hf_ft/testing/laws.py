@@ -19,7 +19,8 @@ from hf_ft.core.config import FTConfig, as_saved
 from hf_ft.core.context import State
 from hf_ft.core.options import in_range, options
 from hf_ft.core.plan import Plan, Term, stage_borders
-from hf_ft.engine.run import Run, set_up
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import set_up
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms

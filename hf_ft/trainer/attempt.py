@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_ft.engine.batch import row_shares, users_columns
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.run import Stepper
+from hf_ft.engine.stepper import Stepper
 from hf_ft.errors import DataError
 from hf_ft.trainer.loss_log import TermLog
 from hf_ft.trainer.protocols import ForAttempt
@@ -63,6 +63,12 @@ class Attempt:
         """Enter the stage that this optimizer step (from 0) belongs to."""
         self.stepper(step)
         self.cache.leave_out_unused()
+
+    def begin_epoch(self, epoch: int, step: int, looking: Callable[[], dict[str, Any]]) -> None:
+        """Find the rates of single tensors for an epoch that begins with this optimizer step, if the plan has any."""
+        if self.objective.plan.tensor_rates is not None:
+            self.enter(step)
+            self.stepper.begin_epoch(epoch, **looking())
 
     def begin_update(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Note how the rows of an update are distributed over its micro-batches."""

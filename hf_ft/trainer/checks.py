@@ -16,14 +16,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_ft.core.compose import recommended_arguments, shared_option
-from hf_ft.core.config import FITTED, FTConfig
+from hf_ft.core.compose import check_composed, chooses_rate, recommended_arguments, shared_option
+from hf_ft.core.config import CHOSEN, FITTED, FTConfig
 from hf_ft.core.plan import Plan
 from hf_ft.data.label_checks import check_labels
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.objective import Objective
-from hf_ft.engine.run import check, check_members
+from hf_ft.engine.set_up import check, check_members
 from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
@@ -58,6 +58,7 @@ def preflight(
     Raises:
         OptionError: for any error that can be detected without reading the data.
     """
+    check_composed(configs)
     check_arguments(args, configs)
     check_source(configs, source_dataset)
     if model is not None:
@@ -103,12 +104,14 @@ def check_model(
         stream.batch_size(args.per_device_train_batch_size)
         if stream.prepare is not None:
             stream.prepare(data_of(stream, source_dataset))
-    if len(plan.stages) == 1:
+    own = [stage for stage in plan.stages if stage.schedule is not None]
+    if len(plan.stages) == 1 and not own:
         return
     if scheduler is not None:
+        kind = "schedule" if own else f"{len(plan.stages)} stages"
         raise OptionError(
-            f"optimizers: a custom scheduler cannot follow the {len(plan.stages)} stages of {plan.owner!r}; pass "
-            "(optimizer, None) and choose args.lr_scheduler_type."
+            f"optimizers: a custom scheduler cannot follow the {kind} of {plan.owner!r}; pass (optimizer, None)"
+            + ("." if own else " and choose args.lr_scheduler_type.")
         )
     curve(args, 10)  # raises if the schedule cannot run once per stage
 
@@ -305,6 +308,20 @@ def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int)
         )
 
 
+def warn_own_schedule(plan: Plan, args: TrainingArguments) -> None:
+    """Warn about arguments of the learning rate schedule where stages have one of their own."""
+    own = [stage.name for stage in plan.stages if stage.schedule is not None]
+    names = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+    defaults = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
+    given = {name: getattr(args, name, None) for name in names}
+    changed = [f"{n}={getattr(v, 'value', v)!r}" for n, v in given.items() if v and v != defaults.get(n)]
+    if own and changed:
+        logger.warning_once(
+            f"{plan.owner}: {', '.join(changed)} has no effect in the stages {', '.join(own)}, which have a schedule "
+            "of their own."
+        )
+
+
 def warn_left_out(plan: Plan) -> None:
     """Warn about modules that the user's optimizer does not train."""
     names = ", ".join(plan.term_modules)
@@ -315,14 +332,14 @@ def warn_left_out(plan: Plan) -> None:
 
 def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:
     """Warn about training arguments that differ from those recommended for the method."""
-    configs = tuple(configs)
+    configs = tuple(sorted(configs, key=lambda config: not chooses_rate(config)))
     present = recommended_arguments(configs, OptimizerNames(args.optim).value)
     # These are meant to be chosen, and depend on the optimizer: warn only if nobody set them.
     chosen = {name: present[name] for name in ("learning_rate", "max_grad_norm") if name in present}
     stated = {name: value for config in reversed(configs) for name, value in config.recommended.items()}
     differing = []
     for name, value in (stated | chosen).items():
-        if value.value == FITTED:
+        if value.value in (FITTED, CHOSEN):
             continue
         given = getattr(args, name)
         given = getattr(given, "value", given)

@@ -18,7 +18,7 @@ from hf_ft.data.labels import class_labels
 from hf_ft.data.rows import read_rows
 from hf_ft.data.sampling import share_of_batches
 from hf_ft.data.streams import is_map_style
-from hf_ft.engine.run import schedule_curve
+from hf_ft.engine.param_groups import schedule_curve
 from hf_ft.errors import OptionError, accepted
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.trainer.protocols import Collate, ForContext, ForStreams
@@ -46,6 +46,19 @@ def measuring_context(trainer: ForContext) -> Context:
         rank=trainer.args.process_index,
         ranks=trainer.args.world_size,
     )
+
+
+def looking(trainer: ForContext) -> dict[str, Any]:
+    """What it takes to look at training samples at the beginning of an epoch."""
+    args = trainer.args
+    return {
+        "samples": _samples(trainer),
+        "recipe": recipe_of(trainer)[0],
+        "seed": args.seed,
+        "reduce": partial(trainer.accelerator.reduce, reduction="sum"),
+        "rank": args.process_index,
+        "ranks": args.world_size,
+    }
 
 
 def _samples(trainer: ForContext) -> Samples:
@@ -102,6 +115,7 @@ def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
         max_grad_norm=args.max_grad_norm or 0.0,
         task_loss=trainer.task_loss,
         computing=trainer.accelerator.autocast,
+        epochs=_epochs(trainer),
     )
     names = "learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps "
     names += "max_grad_norm label_smoothing_factor bf16 fp16"
@@ -114,6 +128,15 @@ def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
     weights = trainer.task_loss.class_weights
     described["class_weights"] = None if weights is None else weights.tolist()
     return recipe, described
+
+
+def _epochs(trainer: ForContext) -> float:
+    """The length of the training in epochs; of a stream of samples, as far as the arguments tell."""
+    args, dataset = trainer.args, trainer.train_dataset
+    if args.max_steps <= 0 or not hasattr(dataset, "__len__"):
+        return float(args.num_train_epochs)
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.max_steps / max(1, -(-len(dataset) // size))
 
 
 def batches_of(trainer: ForContext) -> Iterator[dict[str, Any]]:

@@ -57,7 +57,7 @@ def select(trainer: ForSelection, run: Run) -> Run:
         return float(metrics[metric])
 
     judge = Judge(
-        score=None if trainer.eval_dataset is None else score,
+        score=score if _can_judge(trainer.eval_dataset, metric, run) else None,
         greater_is_better=greater_is_better,
         metric=metric,
         batches=partial(training_batches, trainer),
@@ -67,6 +67,13 @@ def select(trainer: ForSelection, run: Run) -> Run:
     chosen = run.select_by(judge)
     trainer.log({**_metrics(chosen, evaluated), **_logged(chosen)})
     return chosen
+
+
+def _can_judge(dataset: Any, metric: str, run: Run) -> bool:
+    """Whether there are evaluation data; for optional choices alone, also whether their metric is known to be there."""
+    if dataset is None or not all(selection.optional for selection in run.plan.select):
+        return dataset is not None
+    return not isinstance(dataset, Mapping) or any(metric.startswith(f"eval_{name}_") for name in dataset)
 
 
 def is_choice(entry: Mapping[str, Any]) -> bool:

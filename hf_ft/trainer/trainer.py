@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -38,14 +39,15 @@ from hf_ft.engine.param_groups import (
     term_groups,
     undecayed_names,
 )
-from hf_ft.engine.run import Run, measure, set_up
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.trainer import checks, mixing_checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
-from hf_ft.trainer.context import curve, measuring_context
+from hf_ft.trainer.context import curve, looking, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
@@ -204,6 +206,7 @@ class FTTrainer(Trainer):
         if self.state.global_step < self.state.max_steps and not stopped:
             assert self._attempt is not None
             self._attempt.epoch.fill_(epoch)
+            self._attempt.begin_epoch(epoch, self.state.global_step, partial(looking, self))
             super()._run_epoch(model, epoch, *args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -271,15 +274,18 @@ class FTTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The Trainer's optimizer over all parameters ever trained, with groups split by stage and learning rate."""
         run = self._start_run()
+        plan = run.plan
+        if self._users_optimizer is not None:  # whose rates were set on purpose
+            plan = dataclasses.replace(plan, learning_rate=None)
         run.unfreeze()
         with accepted("the optimizer"):
             super().create_optimizer(run.model)
-        regroup(self.optimizer, run.model, run.plan, run.trainable)
-        extra = term_groups(run.plan, self.args.learning_rate, self.args.weight_decay)
+        regroup(self.optimizer, run.model, plan, run.trainable)
+        extra = term_groups(plan, self.args.learning_rate, self.args.weight_decay)
         for group in extra if self._users_optimizer is None else ():
             self.optimizer.add_param_group(group)
         if extra and self._users_optimizer is not None:
-            checks.warn_left_out(run.plan)
+            checks.warn_left_out(plan)
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -288,17 +294,24 @@ class FTTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in bare]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage."""
+        """The Trainer's scheduler; with several stages, one that repeats its schedule in each stage.
+
+        Stages with a schedule of their own follow that instead.
+        """
         run = self._start_run()
-        borders = stage_borders(run.plan.stages, num_training_steps)
+        stages = run.plan.stages
+        borders = stage_borders(stages, num_training_steps)
         if self._attempt is not None:
-            self._attempt.stepper.borders, self._attempt.stepper.optimizer = borders, optimizer or self.optimizer
+            self._attempt.stepper.borders = borders
+            self._attempt.stepper.attach(optimizer or self.optimizer)
         checks.warn_slow_statistics(self.model, run.trained, num_training_steps)
         with accepted("the learning rate schedule"):
-            if len(borders) == 1:
+            if len(stages) == 1 and stages[0].schedule is None:
                 return super().create_scheduler(num_training_steps, optimizer)
             if self.lr_scheduler is None:
-                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, borders, partial(curve, self.args))
+                checks.warn_own_schedule(run.plan, self.args)
+                by_arguments = partial(curve, self.args)
+                self.lr_scheduler = stage_scheduler(optimizer or self.optimizer, stages, borders, by_arguments)
                 self._created_lr_scheduler = True
         return self.lr_scheduler
 

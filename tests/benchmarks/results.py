@@ -16,14 +16,15 @@ fine-tuning runs. AMCF trains MobileNetV2 beside EfficientNet-Lite0; "plain ense
 term and search.
 
 Prints an estimate, and may be stopped and started again, or started in several terminals, which then share the work.
-What every training gave is in docs/results/; `python -m docs.tools.tables` makes docs/results.md from that.
+What every training gave is in docs/results/; strategies that a kept comparison lacks are added to it.
+`python -m docs.tools.tables` makes docs/results.md from that.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from datasets import concatenate_datasets
 from hf_ft import AMCFConfig
 from hf_ft.comparison import Data, Settings
 from hf_ft.comparison.prepare import prepare_comparison
+from hf_ft.comparison.results import Results
 from hf_ft.data.columns import find_columns
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.splits import stratified_split
@@ -44,7 +46,7 @@ WORK, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 MOBILE, LITE, DINO = "mobilenet_v2", "efficientnet-lite0", "dinov2-small"
 # DINOv2 has neither BatchNorm nor a pretrained head, and no other model to work with.
 NEEDS_MORE = ("daft", "soft", "daft+l2_sp", "daft+tred", "amcf", "plain ensemble")
-ALL = "linear_probe,lp_ft,l2_sp,delta,blockwise,daft,soft,tred,daft+l2_sp,daft+tred,amcf,plain ensemble"
+ALL = "linear_probe,lp_ft,peft,l2_sp,delta,blockwise,daft,soft,tred,daft+l2_sp,daft+tred,amcf,plain ensemble"
 SOURCE = "imagenet1k_one_each"
 
 
@@ -126,13 +128,18 @@ def main() -> None:
         task = TASKS[name]
         for split in map(int, options.splits.split(",")):
             kept = options.kept / kind / f"{name}_{split}.json"
-            if kept.is_file():
+            earlier = Results.load(kept) if kept.is_file() else None
+            known = {contender.name for contender in earlier.contenders} if earlier else set()
+            wanted = {
+                name: made for name, made in who_takes_part(options.strategies, task).items() if name not in known
+            }
+            if not wanted:
                 continue
             data = far(name, task, split) if task.pixels == 64 else natural(options.natural, name, task, split)
             prepared = prepare_comparison(
                 task.model,
                 data,
-                who_takes_part(options.strategies, task),
+                wanted,
                 output_dir=options.work / kind / f"{name}_{split}",
                 settings=Settings(options.trials, options.seeds, hours=max(1e-3, (end - time.monotonic()) / 3600)),
                 image_size=task.pixels,
@@ -150,8 +157,13 @@ def main() -> None:
                 print("the time of this sitting is up: start it again to go on", flush=True)
                 return
             kept.parent.mkdir(parents=True, exist_ok=True)
+            if (
+                earlier is not None
+            ):  # full fine-tuning was run again beside the new strategies: the same split and seeds
+                more = tuple(contender for contender in results.contenders if contender.name not in known)
+                results = replace(earlier, contenders=(*earlier.contenders, *more))
             results.save(kept)
-            print(f"{name}, split {split}: {results.winner} won by validation", flush=True)
+            print(f"{name}, split {split}: {len(results.contenders)} strategies", flush=True)
 
 
 if __name__ == "__main__":

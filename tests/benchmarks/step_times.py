@@ -40,6 +40,7 @@ from transformers.utils import logging
 from hf_ft import (
     AMCFConfig,
     BlockwiseConfig,
+    ChildTuningConfig,
     CollaborativeModel,
     DELTAConfig,
     GradualUnfreezingConfig,
@@ -115,6 +116,9 @@ ROWS = (
     *live_and_recorded("gradual_unfreezing: first stage (head)", GRADUAL, HEAD, "features", steps=4),
     Row("gradual_unfreezing: last stage (all)", GRADUAL, steps=4, at=3),
     Row("layer_decay", "layer_decay"),
+    Row("fine_tune: second cycle (all)", "fine_tune", steps=5, at=1),
+    Row("auto_rgn", "auto_rgn"),
+    Row("child_tuning: F", ChildTuningConfig(mode="F")),
     *live_and_recorded("blockwise: last quarter", BlockwiseConfig(block="last_quarter"), {"trains_from": "stage3"},
                        "activations"),
     Row("l2_sp", "l2_sp"),
@@ -139,6 +143,7 @@ ROWS = (
 _PARTS = "trains parts of layers all over the network, for which there is no floor in whole layers"
 LEFT_OUT: dict[str, str] = {
     "stock": "full fine-tuning with other arguments",
+    "auto": "the strategy that it chooses",
     "rifle": "full fine-tuning but for the few steps before which the head is drawn anew",
     "wise_ft": "full fine-tuning; what it adds follows the last step",
     "ada_filter": "computes every layer twice, for which there is no floor",

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
 from transformers.training_args import OptimizerNames
 
-from hf_ft import BlockwiseConfig, FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term
+from hf_ft import BlockwiseConfig, FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term, WiSEFTConfig
 from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.contenders import Entrant, chosen_strategies
 from hf_ft.comparison.cost import Clock, PeakMemory
@@ -716,3 +716,17 @@ def test_what_a_user_sets_is_not_tuned(tmp_path):
     )
     own = run(tmp_path, [[LPFTConfig(batch_norm_momentum=0.3), L2SPConfig()]], trials=1, **SHORT)
     assert own["lp_ft+l2_sp"].status == "finished"
+
+
+def test_what_is_chosen_after_training_counts(tmp_path):
+    """The score of a training is that of the averaged model, in its trials as in its final runs."""
+    results = run(tmp_path / "out", {"line": [WiSEFTConfig(steps=2)]}, trials=1, seeds=1)
+    own = results["line"]
+    for training in (*own.trials, *own.runs):
+        assert training.chosen["wise_ft"] in (0.0, 0.5, 1.0)
+        at_one = max(point["validation"] for point in training.curve)
+        assert training.validation >= at_one and len(training.curve) == 2
+    assert own.runs[0].scores["validation"][results.metric] == own.runs[0].validation
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert f"after training, by seed: wise_ft {own.runs[0].chosen['wise_ft']:g}" in text.replace("\\", "")
+    assert not results["full"].runs[0].chosen

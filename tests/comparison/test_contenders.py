@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ft import AMCFConfig, BlockwiseConfig, DAFTConfig, FullConfig, LinearProbeConfig, LPFTConfig, SoftConfig
+from hf_ft import (
+    AMCFConfig,
+    AutoStrategyConfig,
+    BlockwiseConfig,
+    DAFTConfig,
+    FullConfig,
+    LinearProbeConfig,
+    LPFTConfig,
+    SoftConfig,
+)
 from hf_ft.comparison.contenders import entrant
-from hf_ft.comparison.cost import Work
 from hf_ft.comparison.settings import Settings
 from hf_ft.core.head_rate import HeadFit
+from hf_ft.engine.work import Work
 from hf_ft.testing import tiny_resnet, tiny_vit
 
 
@@ -118,6 +127,12 @@ def test_rates_of_the_user_hold_for_all():
     made = with_head(DAFTConfig(), learning_rates="1e-3,1e-2")
     assert made.first["learning_rate"] == 1e-3
     assert all(1e-3 <= values["learning_rate"] <= 1e-2 for values in made.settings(8, seed=0))
+
+
+def test_what_chooses_its_own_rate_is_tried_once():
+    made = with_head(AutoStrategyConfig(), learning_rates="1e-3,1e-2")
+    assert made.settings(8, seed=0) == [{}] and list(made.spaces) == ["adamw_torch"]
+    assert made.optim({}) == "adamw_torch" and made.configs[0].storage == "memory" and not made.refusal
 
 
 # --- work

@@ -11,13 +11,16 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image, ImageEnhance, ImageOps
-from transformers import ViTImageProcessorPil
+from transformers import TrainerCallback, ViTImageProcessorPil
 
+from hf_ft import FTTrainer
 from hf_ft.data import AUGMENTATIONS, ROW, augment, collate, find_columns, prepare
 from hf_ft.data.augment import OPERATIONS, POLICIES, STANDARD, WIDE
 from hf_ft.data.in_memory import held
 from hf_ft.errors import DataError
 from hf_ft.models.preserve import random_states
+from hf_ft.testing import tiny_resnet
+from hf_ft.testing.training import tiny_arguments
 from hf_ft.trainer.training_batches import TrainingBatches
 
 SIDE = 32
@@ -193,3 +196,29 @@ def test_large_images_are_shrunk_to_the_size_that_the_model_sees():
     assert augment.shrunk(photo(size=(640, 320)), 224).size == (448, 224)
     small = photo()
     assert augment.shrunk(small, 224) is small and augment.shrunk(small, None) is small
+
+
+@pytest.mark.slow
+def test_a_frozen_part_is_computed_in_every_step_and_a_log_line_says_so(tmp_path, caplog):
+    caplog.set_level("INFO", "hf_ft.trainer.stage_cache")
+    said = []
+    for kind in ("trivial", "none"):
+        data, stack = prepared(kind)
+        args = tiny_arguments(tmp_path, max_steps=6, per_device_train_batch_size=5, remove_unused_columns=False)
+        model = tiny_resnet(num_labels=2)
+        trainer = FTTrainer(model, args, strategy="linear_probe", train_dataset=data, data_collator=stack)
+        recorded = []
+        trainer.add_callback(Recorded(trainer, recorded))
+        trainer.train()
+        said.append([record.getMessage() for record in caplog.records])
+        assert recorded == [kind == "none"] * 6
+    assert said[0] == ["Training samples differ each time they are read: what is frozen is computed in every step."]
+    assert said[1] == said[0]
+
+
+class Recorded(TrainerCallback):
+    def __init__(self, trainer, seen):
+        self.trainer, self.seen = trainer, seen
+
+    def on_step_end(self, *args, **kwargs):
+        self.seen.append(self.trainer._attempt.objective.prefix is not None)

@@ -64,6 +64,8 @@ def test_statistics_that_differ_are_measured(tmp_path):
     torch.testing.assert_close(found[f"{layer}.running_var"].double(), var, rtol=1e-5, atol=1e-6)
     with pytest.raises(OptionError, match=r"statistics of 1 BatchNorm layers .*batches=\.\.\."):
         soup(models, "uniform")
+    with pytest.raises(OptionError, match="no batch of more than one sample"):
+        soup(models, "uniform", batches=[data[:1]])
 
 
 @pytest.mark.parametrize("greater_is_better", [True, False])

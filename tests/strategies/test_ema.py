@@ -55,9 +55,17 @@ def test_the_formula_step_by_step(name, decay):
         same_tensors(snapshot(run.model), inside)
 
 
+class ScheduleFree(torch.optim.SGD):
+    def eval(self):
+        """Would put the optimizer's own average in the place of the weights."""
+
+
 def test_a_loop_must_name_its_optimizer_and_two_averages_are_refused():
     run = set_up(tiny_resnet(), "ema")
     with pytest.raises(OptionError, match=r"pass optimizer=\.\.\. to stepper"):
         run.stepper(run.objective(), 4)
     with pytest.raises(OptionError, match="ema and ema both average the weights"):
         set_up(tiny_resnet(), ["ema", EMAConfig(decay=0.5)])
+    optimizer = ScheduleFree(run.param_groups(lr=0.05))
+    with pytest.raises(OptionError, match="optim: ScheduleFree averages the weights itself"):
+        run.stepper(run.objective(), 4, optimizer=optimizer)(0)

@@ -1,17 +1,37 @@
 """The final weights lie on the line between the initial and the trained ones, and validation says where."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from hf_ft import FTTrainer, LPFTConfig, OptionError, WiSEFTConfig, set_up
+from hf_ft import FTConfig, FTTrainer, LPFTConfig, OptionError, Plan, Stage, WiSEFTConfig, set_up
 from hf_ft.engine.checkpoint import read_states
 from hf_ft.models.norms import batch_norms
 from hf_ft.testing import TINY_MODELS, tiny_data
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot, tiny_arguments
 
 EVERY = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+class Told(TrainerCallback):
+    evaluations = 0
+
+    def on_evaluate(self, *args, **kwargs):
+        self.evaluations += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLast(FTConfig):
+    """Everything trains, then the head alone, on what was recorded of the rest."""
+
+    ft_type = "head_last"
+
+    def plan(self, model, state):
+        head = self.anatomy(model).head.modules
+        return Plan(stages=(Stage("all", duration=0.25), Stage("head", trains=head, duration=0.75)))
 
 
 def trained_alone(make, folder, strategy="full", **arguments):
@@ -91,14 +111,16 @@ def test_the_best_by_the_trainers_metric_is_chosen_and_recorded(tmp_path):
         trainer.train()
         scores[alpha] = trainer.evaluate()["eval_loss"]
     trainer = make_trainer(make(), WiSEFTConfig(steps=2), tmp_path / "auto")
-    logs_before = len(trainer.state.log_history)
+    told = Told()
+    trainer.add_callback(told)
     trainer.train()
+    assert not told.evaluations  # the scores of candidates are nobody's business
     best = min(scores, key=scores.get)
     choice = trainer.states["wise_ft"].info["choice"]
     assert choice["value"] == best and choice["metric"] == "eval_loss"
     assert {alpha: score for alpha, score in choice["scores"]} == pytest.approx(scores)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[best])
-    entries = [entry for entry in trainer.state.log_history[logs_before:] if "eval_loss" in entry]
+    entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert [entry.get("choice/wise_ft") for entry in entries] == [best, None]  # one entry, then that of this test
     trainer.save_model(str(tmp_path / "saved"))
     assert read_states(tmp_path / "saved")["wise_ft"].info["choice"] == choice
@@ -171,6 +193,18 @@ def test_the_head_is_averaged_on_request(tmp_path):
     found = dict(trainer.model.named_parameters())
     assert not torch.equal(before["classifier.weight"], after["classifier.weight"])
     same_tensors({key: value.data for key, value in found.items()}, {key: before[key] for key in found})
+
+
+def test_recordings_of_the_last_stage_are_not_used(tmp_path):
+    """They were made with the trained weights."""
+    scores = []
+    for cache in ("always", "never"):
+        evaluated = {"max_steps": 16, "eval_strategy": "steps", "eval_steps": 8}
+        strategy = [HeadLast(), WiSEFTConfig(steps=1)]
+        trainer = make_trainer(TINY_MODELS["vit"](), strategy, tmp_path / cache, frozen_cache=cache, **evaluated)
+        trainer.train()
+        scores.append([score for _, score in trainer.states["wise_ft"].info["choice"]["scores"]])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5) and scores[0][0] != pytest.approx(scores[0][1], rel=1e-3)
 
 
 # --- refused, before training -----------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from hf_ft.testing import LAWS, suited, tiny_bert, tiny_resnet, tiny_vit, train
 OPTIONS = {
     "blockwise": {"search_epochs": 1, "storage": "memory", "baselines": False},
     "amcf": {"search_epochs": 1, "storage": "memory", "particles": 2, "iterations": 1},
+    "auto": {"choose_from": ("lp_ft",), "storage": "memory"},
     "tred": {"epochs": 3},
     "delta": {"head_epochs": 1, "batches": 2},
 }
 TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload", "mixed_images_train")
-SEARCHING = ("blockwise", "amcf", "tred")
+SEARCHING = ("auto", "blockwise", "amcf", "tred")
 
 
 def pairs(slow=()):

@@ -53,6 +53,8 @@ for name in strategies():
         options = {"daft": {"statistics": "pooled"}}
         short = {"search_epochs": 1, "storage": str(folder / f"{name}-{make.__name__}-{ranks}.log")}
         options |= {"blockwise": short, "amcf": {**short, "particles": 2, "iterations": 1}}
+        few = {"choose_from": ("lp_ft", "linear_probe"), "budget": "3x"}
+        options |= {"auto": {**few, "storage": short["storage"]}}
         # Its layers compute batch statistics whatever their mode, unless all stay as pretrained.
         options |= {"stoch_norm": {"norm_mode": "eval"}}
         options |= {"spot_tune": {"noise": False}}  # which is drawn for each sample of a rank

@@ -1,6 +1,7 @@
 """Mixup and CutMix in training: what the loss is, that it is the same however a run is read, and what refuses."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from transformers import TrainerCallback, default_data_collator
 from hf_ft import FTTrainer, L2SPConfig, OptionError
 from hf_ft.core import Needs, TaskLoss
 from hf_ft.data.mixing import Mixing, class_shares
+from hf_ft.functional import mirrored_probabilities
 from hf_ft.models.preserve import random_states
-from hf_ft.testing import same_tensors, tiny_bert, tiny_resnet, tiny_vit
+from hf_ft.strategies.co_tuning.config import RelationshipLoss
+from hf_ft.testing import same_tensors, tiny_bert, tiny_collaborative, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import equipped, snapshot, tiny_arguments, tiny_data
 from hf_ft.trainer.training_batches import TrainingBatches
 
@@ -86,6 +89,42 @@ def test_the_loss_of_mixed_labels(model, kind, tmp_path):
 
 def ce_sum(outputs, labels):
     return nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
+
+
+def test_an_ensemble_sums_the_losses_of_its_members():
+    model = tiny_collaborative().eval()
+    model.config.problem_type = "single_label_classification"
+    inputs = tiny_inputs(model, 5)
+    one, other = inputs.pop("labels"), torch.tensor([2, 1, 0, 0, 1])
+    losses = [
+        TaskLoss()(model, {**inputs, "labels": labels})[0].detach()
+        for labels in (one, other, 0.2 * class_shares(one, 3) + 0.8 * class_shares(other, 3))
+    ]
+    assert torch.allclose(losses[2], 0.2 * losses[0] + 0.8 * losses[1])
+
+
+def test_a_relationship_of_classes_is_mixed_like_the_classes():
+    """Co-Tuning's soft source labels, for shares of the target's classes."""
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    term = RelationshipLoss(None, torch.rand(3, 7).softmax(1))
+    one, other = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 1, 0, 2])
+
+    def loss(labels):
+        return term(SimpleNamespace(batch={"labels": labels}, source_logits=lambda head: logits))
+
+    shares = 0.7 * class_shares(one, 3) + 0.3 * class_shares(other, 3)
+    assert torch.allclose(loss(shares), 0.7 * loss(one) + 0.3 * loss(other))
+
+
+def test_mirrored_probabilities():
+    weights = torch.randn(3 * 4 * 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    found = mirrored_probabilities(lambda x: x.flatten(1) @ weights, images)
+    for row, image in zip(found, images, strict=True):
+        views = (image, torch.from_numpy(image.numpy()[:, :, ::-1].copy()))
+        expected = sum((view.flatten() @ weights).exp() / (view.flatten() @ weights).exp().sum() for view in views) / 2
+        assert torch.allclose(row, expected)
+    assert torch.allclose(found, mirrored_probabilities(lambda x: x.flatten(1) @ weights, images.flip(-1)))
 
 
 def test_rows_without_a_label_do_not_count():

@@ -49,8 +49,9 @@ class PerFilter:
         """
         modules = dict(model.named_modules())
         tops = [name for block in self.blocks for name in block if name in modules]
-        names = [name for top in tops for name, _ in modules[top].named_modules(prefix=top)]
-        seen, _ = survey(model, list(dict.fromkeys(names)), lambda batch: model(**batch))
+        inner = (name for top in tops for name, _ in modules[top].named_modules(prefix=top))
+        names = [name for name in dict.fromkeys(inner) if name in modules]  # a module may have several names
+        seen, _ = survey(model, names, lambda batch: model(**batch))
         layers = tuple(unit for top in tops for unit in _layers(top, modules, seen))
         if not layers:
             raise OptionError(

@@ -31,7 +31,8 @@ from hf_ft.core import (
 )
 from hf_ft.core.compose import with_common_options
 from hf_ft.core.plan import Surgery
-from hf_ft.engine.run import Run, start
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import start
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models import Layer, batch_norms, covered, main_path_layers, members_of
 from hf_ft.models.anatomy import anatomy, names_of_members, unwrap

@@ -32,7 +32,8 @@ from hf_ft.core import (
 from hf_ft.core.compose import with_common_options
 from hf_ft.core.plan import Surgery
 from hf_ft.engine.adapters import PREFIX, adapter_targets, add_adapters
-from hf_ft.engine.run import Run, start
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import start
 from hf_ft.strategies.blockwise.candidates import (
     SCHEMES,
     Candidate,

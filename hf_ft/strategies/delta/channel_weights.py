@@ -27,7 +27,7 @@ from hf_ft.core.task_loss import classifier_outputs
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.recorder import Recordings
-from hf_ft.engine.run import start
+from hf_ft.engine.set_up import start
 from hf_ft.engine.short_training import Batches, fit
 from hf_ft.errors import OptionError
 from hf_ft.models.feature_hooks import activations

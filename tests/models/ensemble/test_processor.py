@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_ft.data.augment import flip_and_shift
+from hf_ft.data.augment import augmented, flip_and_shift
 from hf_ft.data.columns import find_columns
 from hf_ft.data.prepare import collate, prepare
 from hf_ft.errors import CheckpointError, OptionError
@@ -266,6 +266,6 @@ def test_prepared_rows_are_augmented_alike_for_all_parts(rows, sides):
     items, after = ready.__getitems__([0, 1, 2]), random.getstate()
     for index, part in enumerate(parts):
         random.seed(1)
-        wanted = pixels(part, [flip_and_shift(photo) for photo in PHOTOS])["pixel_values"]
+        wanted = pixels(part, augmented(PHOTOS, flip_and_shift, None))["pixel_values"]
         assert torch.equal(torch.stack([item[column("pixel_values", index)] for item in items]), wanted)
         assert random.getstate() == after

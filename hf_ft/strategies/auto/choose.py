@@ -1,0 +1,321 @@
+"""Choose a strategy: train the most promising ones briefly, and compare them on held-out training samples.
+
+The folds of the training samples take turns as held-out samples. On the first, all recipes that the budget has room for
+are trained; on each further one the better half, at least two, while the budget lasts (successive halving). The lowest
+mean log loss wins, each taken at its best temperature: brief trainings are confident to different degrees.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_ft.core import UNSET_RATE, Context, OptionError, State
+from hf_ft.core.config import ADAM, BASELINE, SGD
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import set_up
+from hf_ft.engine.short_training import fit, predict
+from hf_ft.functional import calibrated_log_loss
+from hf_ft.models.preserve import random_states_kept
+from hf_ft.search.evaluate import Bar, ShortTrainings
+from hf_ft.search.folds import context_on, folds_of
+from hf_ft.search.trials import Job, Outcome, Report, run_trials
+from hf_ft.strategies.auto.budget import Budget, Costs
+from hf_ft.strategies.auto.findings import reasons
+from hf_ft.strategies.auto.recipes import REFUSED, Recipe, measured_advice, recipes
+from hf_ft.strategies.auto.result import Choice, Tried, ranked
+
+logger = logging.get_logger(__name__)
+STORAGE = "auto.db"
+AVERAGES = 2  # with the initial weights, that are tried after training
+LEAST = 2  # recipes: with fewer there is nothing to compare
+LOOKING = 0.05  # share of the budget for what `hf-ft advise` measures
+NO_ROOM = "the budget has no room for it"
+
+
+@dataclass
+class Candidate:
+    """A recipe in the running.
+
+    Attributes:
+        ratio: cost of its training, in passes per sample and epoch.
+        states: what it measured on the training part of each fold so far.
+        outcomes: its brief trainings so far, one for each fold.
+    """
+
+    recipe: Recipe
+    ratio: float
+    states: list[State]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def tried(self) -> Tried:
+        infos = [outcome.info for outcome in self.outcomes]
+        accuracies = tuple(float(info["accuracy"]) for info in infos if info.get("accuracy") is not None)
+        losses = tuple(-outcome.value for outcome in self.outcomes)
+        return Tried(self.recipe.name, self.recipe.rate, self.recipe.expected, losses, accuracies, self.ratio)
+
+
+class Chooser:
+    """The choice of a strategy for a model and its training data.
+
+    Brief trainings form an Optuna study: an interrupted choice resumes where it stopped, and the processes of a run
+    share them. All processes measure in step, and come to the same choice.
+
+    Args:
+        model: the pretrained model with a new head; left unchanged.
+        config: the strategy that chooses.
+        budget: of the whole run, in full fine-tunings.
+        context: samples and recipe.
+
+    Raises:
+        OptionError: if there are too few samples, or the storage cannot be opened.
+        ImportError: if Optuna is not installed.
+    """
+
+    def __init__(self, model: nn.Module, config: Any, budget: float, context: Context) -> None:
+        self.model, self.config, self.context = model, config, context
+        samples, recipe = context.samples, context.recipe
+        if not samples.count:
+            samples.read([])  # explains why samples cannot be read by index
+        self.explicit = recipe.learning_rate != UNSET_RATE
+        self.epochs = max(1, round(config.share * recipe.epochs))
+        self.folds = folds_of(samples.count, context.labels, config.folds)
+        self.trainings = ShortTrainings(model, context, "loss", 1 / config.folds, self.epochs)
+        self.costs = Costs(self.trainings.recipe, self.trainings.batches)
+        self.whole = samples.count * recipe.epochs  # passes of a full fine-tuning
+        self.budget = Budget(budget * self.whole)
+        self.declined: dict[str, str] = {}
+
+    def run(self) -> tuple[Recipe, State, Choice]:
+        """The chosen recipe, what it measured on all samples, and how it was chosen."""
+        looking = self.costs.advising(self.context.samples.count)
+        looks = looking <= LOOKING * self.budget.allowed
+        expected, signals = measured_advice(self.model, self.context if looks else None)
+        optimizer = self.context.recipe.optimizer([{"params": [torch.zeros(1, requires_grad=True)]}])
+        optim = SGD if isinstance(optimizer, torch.optim.SGD) else ADAM
+        found, declined = recipes(self.config, self.model, optim, not self.explicit, expected, self.config.choose_from)
+        self.declined |= declined
+        if signals:
+            self.budget.spent += looking
+        candidates = self._admitted(found)
+        if len(candidates) >= LEAST:
+            self._compare(candidates)
+        best, state = self._best(found, candidates)
+        finishing = self._finishing(best, next((c.ratio for c in candidates if c.recipe is best), None))
+        choice = Choice(
+            chosen=best.name,
+            rate=best.rate,
+            tried=tuple(candidate.tried() for candidate in candidates if candidate.outcomes),
+            declined=self.declined,
+            epochs=self.epochs,
+            budget=self.budget.allowed / self.whole,
+            searching=self.budget.spent / self.whole,
+            finishing=finishing / self.whole,
+            signals=signals,
+        )
+        logger.info(f"{self.config.ft_type}: {reasons(choice)}")
+        return best, state, choice
+
+    # --- who takes part ------------------------------------------------------------------------------------
+
+    def _admitted(self, found: Sequence[Recipe]) -> list[Candidate]:
+        """The recipes that the budget has room for, in the order of trying, measured on the first fold."""
+        admitted: list[Candidate] = []
+        for recipe in found:
+            if len(admitted) == self.config.most:
+                self.declined[recipe.name] = f"{self.config.most} others are more promising, or cheaper to try"
+                continue
+            planned = sum(self._brief(candidate.ratio, 0) for candidate in admitted)
+            try:
+                self._check_room(recipe, self.costs.guessed(recipe.config), planned + self._measuring(recipe, 0))
+                candidate = self._candidate(recipe)
+                self._check_room(recipe, candidate.ratio, planned)
+            except REFUSED as error:
+                self.declined[recipe.name] = str(error)
+                continue
+            self.budget.finishing = max(self.budget.finishing, self._finishing(recipe, candidate.ratio))
+            admitted.append(candidate)
+        return admitted
+
+    def _candidate(self, recipe: Recipe) -> Candidate:
+        """Measure on the first fold, and count what a training costs; the first recipe is the baseline.
+
+        Raises:
+            OptionError, AnatomyError: if the strategy cannot run on the model, or not in a brief training.
+        """
+        state = self._measured(recipe, self.folds[0].train)
+        self.budget.spent += self._measuring(recipe, 0)
+        run = self._start(recipe, state)
+        if run.plan.streams:
+            raise OptionError("it trains on further data as well, which brief trainings do not read")
+        passes = self.trainings.recordings.passes
+        if recipe.name == BASELINE:
+            self.costs.set_full(self.model, run)
+            ratio = 1.0
+        else:
+            ratio = self.costs.ratio(run)
+        recorded = self.trainings.recordings.passes - passes
+        self.budget.spent += recorded * self.costs.forward * self.context.samples.count
+        return Candidate(recipe, ratio, [state])
+
+    def _check_room(self, recipe: Recipe, ratio: float, planned: float) -> None:
+        """Reject a recipe whose brief training does not fit beside what is planned.
+
+        Raises:
+            OptionError: if it does not.
+        """
+        if not self.budget.fits(planned + self._brief(ratio, 0), self._finishing(recipe, ratio)):
+            raise OptionError(NO_ROOM)
+
+    def _brief(self, ratio: float, fold: int) -> float:
+        """The passes of a brief training, with its evaluation."""
+        part = self.folds[fold]
+        return ratio * self.epochs * len(part.train) + self.costs.forward * len(part.held_out)
+
+    def _measuring(self, recipe: Recipe, fold: int) -> float:
+        return self.costs.measuring(recipe.config, len(self.folds[fold].train))
+
+    def _finishing(self, recipe: Recipe, ratio: float | None) -> float:
+        """The passes of the training that follows, if it is of this recipe, with its measurement."""
+        # Recorded activations may be of no use then, if samples are augmented.
+        ratio = max(self.costs.guessed(recipe.config), ratio or 0.0)
+        count = self.context.samples.count
+        # Normalisation layers are measured anew for each average; evaluations do not count, here as during training.
+        averaging = AVERAGES * self.costs.forward * count if self.config.average else 0.0
+        return ratio * self.whole + self.costs.measuring(recipe.config, count) + averaging
+
+    # --- brief trainings -----------------------------------------------------------------------------------
+
+    def _compare(self, candidates: Sequence[Candidate]) -> None:
+        """Train all on the first fold, and the better half on each further one, while the budget lasts."""
+        running = list(candidates)
+        with Bar(len(running), "Choosing a strategy", "log loss", not self.context.progress) as bar:
+            for fold in range(len(self.folds)):
+                if fold:
+                    order = ranked(candidate.tried() for candidate in running)
+                    places = {one.strategy: place for place, one in enumerate(order)}
+                    running = [c for c in running if places[c.recipe.name] < max(LEAST, math.ceil(len(running) / 2))]
+                    self.budget.finishing = max(self._finishing(c.recipe, c.ratio) for c in running)
+                    cost = sum(self._brief(c.ratio, fold) + self._measuring(c.recipe, fold) for c in running)
+                    if not self.budget.fits(cost):
+                        return
+                    self.budget.spent += sum(self._measuring(c.recipe, fold) for c in running)
+                self.budget.spent += sum(self._brief(c.ratio, fold) for c in running)
+                self._train(running, fold, bar)
+
+    def _train(self, running: Sequence[Candidate], fold: int, bar: Bar) -> None:
+        jobs = [self._job(candidate.recipe, fold) for candidate in running]
+        by_key = dict(zip([job.key for job in jobs], running, strict=True))
+        signature = self._signature
+        digest = hashlib.sha256(json.dumps(signature, sort_keys=True, default=str).encode()).hexdigest()
+        storage = self.trainings.storage(self.config.storage, STORAGE)
+        for candidate in running:  # all processes in step: what is measured may need all of them
+            if len(candidate.states) <= fold:
+                candidate.states.append(self._measured(candidate.recipe, self.folds[fold].train))
+
+        def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
+            return self._score(by_key[job.key], fold)
+
+        bar.bar.total = bar.before + len(jobs)
+        outcomes = run_trials(
+            jobs,
+            evaluate,
+            storage=storage,
+            name=f"auto-{digest[:12]}",
+            signature=signature,
+            progress=bar,
+        )
+        bar.move_to(bar.before + len(jobs))
+        for key, candidate in by_key.items():
+            candidate.outcomes.append(outcomes[key])
+
+    @cached_property
+    def _signature(self) -> dict[str, Any]:
+        """All that the score of a recipe on a fold depends on."""
+        return self.trainings.describe({"folds": len(self.folds), "epochs": self.epochs})
+
+    def _job(self, recipe: Recipe, fold: int) -> Job:
+        content = [recipe.config.identity(), recipe.rate]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        return Job(f"{recipe.name}-{digest}/fold{fold}", {"strategy": recipe.name, "fold": fold})
+
+    def _score(self, candidate: Candidate, fold: int) -> tuple[float, dict[str, Any]]:
+        """Train briefly; the negative log loss on the held-out samples, and their accuracy."""
+        part, found = self.folds[fold], dict[str, Any]()
+        recipe = self._at(candidate.recipe, self.trainings.recipe)
+        run = self._start(candidate.recipe, candidate.states[fold])
+
+        def after_epoch(epoch: int, objective: Any) -> None:
+            if epoch == self.epochs:
+                found["held out"] = predict(objective, recipe, self.trainings.batches, part.held_out)
+
+        fit(run, recipe, self.trainings.batches, part.train, self.epochs, fold, after_epoch)
+        logits, labels, task = found["held out"]
+        loss, accuracy = held_out_loss(logits, labels, task, recipe.task_loss)
+        return (-loss if math.isfinite(loss) else -math.inf), {"accuracy": accuracy}
+
+    def _start(self, recipe: Recipe, state: State) -> Run:
+        """A copy of the model, prepared for training a recipe."""
+        with random_states_kept(0):
+            return set_up(copy.deepcopy(self.model), recipe.config, self.context, {recipe.name: state})
+
+    def _measured(self, recipe: Recipe, rows: Sequence[int] | None) -> State:
+        """What a recipe measures on these training samples; None for all."""
+        if not recipe.config.measures():
+            return State()
+        context = context_on(self.context, rows)
+        with random_states_kept(0):
+            found = recipe.config.measure(
+                self.model, dataclasses.replace(context, recipe=self._at(recipe, context.recipe), progress=False)
+            )
+        return found
+
+    def _at(self, recipe: Recipe, training: Any) -> Any:
+        """The training recipe with the learning rate of a recipe."""
+        return training if recipe.rate is None else dataclasses.replace(training, learning_rate=recipe.rate)
+
+    # --- the choice ----------------------------------------------------------------------------------------
+
+    def _best(self, found: Sequence[Recipe], candidates: Sequence[Candidate]) -> tuple[Recipe, State]:
+        """The recipe with the lowest loss, and what it measures on all samples.
+
+        If nothing was compared, it is that with the highest expected gain of those that can run.
+        """
+        tried = [candidate for candidate in candidates if candidate.outcomes]
+        if tried:
+            first = ranked(candidate.tried() for candidate in tried)[0].strategy
+            order = [candidate.recipe for candidate in tried if candidate.recipe.name == first]
+        else:
+            order = sorted(found, key=lambda one: -one.expected)
+        problem: Exception | None = None
+        for recipe in order:
+            try:
+                state = self._measured(recipe, None)
+                self._start(recipe, state)
+                return recipe, state
+            except REFUSED as error:
+                problem = error
+        raise OptionError(f"{self.config.ft_type}: no strategy can train this model; the last one: {problem}")
+
+
+def held_out_loss(logits: Tensor, labels: Tensor, loss: float, task_loss: Any) -> tuple[float, float | None]:
+    """The log loss at the best temperature, and the accuracy; for other tasks, their loss as it is."""
+    single = labels.dim() == 1 and not labels.is_floating_point() and logits.dim() == 2 and logits.shape[1] > 1
+    several = labels.dim() == 2 and labels.shape == logits.shape and bool(((labels == 0) | (labels == 1)).all())
+    if task_loss.compute_loss_func is not None or not (single or several):
+        return loss, None
+    found, _ = calibrated_log_loss(logits, labels, task_loss.class_weights)
+    known = labels != -100
+    accuracy = float((logits.argmax(dim=1)[known] == labels[known]).double().mean()) if single else None
+    return found, accuracy

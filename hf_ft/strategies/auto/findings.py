@@ -1,0 +1,99 @@
+"""Findings of a choice, for display."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from hf_ft.core.findings import Figure, Findings, Table
+from hf_ft.documents.chart import Row, Rows, linear_axis
+from hf_ft.strategies.auto.result import Choice, Tried
+
+HEADERS = ("strategy", "held-out log loss", "accuracy", "folds", "learning rate", "expected gain", "cost", "note")
+FOLDS = ("", "one fold", "two folds", "three folds", "four folds", "five folds")
+
+
+def reasons(choice: Choice) -> str:
+    """Why a strategy was chosen, in a sentence or two."""
+    cost = (
+        f"Choosing cost {choice.searching:.2f} full fine-tunings, and training costs {choice.finishing:.2f}, of the "
+        f"{choice.budget:g} allowed."
+    )
+    rate = "" if choice.rate is None else f" at learning rate {choice.rate:g}"
+    if not choice.tried:
+        return (
+            f"`{choice.chosen}`{rate} was chosen by earlier comparisons: the budget of {choice.budget:g} full "
+            f"fine-tunings leaves no room to compare. {cost}"
+        )
+    best, *others = choice.ranking
+    said = [f"`{one.strategy}` {one.mean():.3f}" for one in others if len(one.losses) == len(best.losses)]
+    dropped = [f"`{one.strategy}`" for one in others if len(one.losses) < len(best.losses)]
+    text = (
+        f"`{choice.chosen}`{rate} was chosen: after {choice.epochs} epoch{'s' * (choice.epochs > 1)} it has the lowest "
+        f"log loss on held-out training samples, {best.mean():.3f} on {_folds(len(best.losses))}"
+    )
+    text += f", before {', '.join(said)}" if said else ""
+    text += f"; dropped earlier: {', '.join(dropped)}" if dropped else ""
+    return f"{text}. {cost}"
+
+
+def describe_average(record: Mapping[str, Any] | None) -> str:
+    """What the choice of averaged weights after training gave; empty before, and if there was none."""
+    if record is None or len(record["scores"]) < 2:
+        return ""
+    scores = ", ".join(f"{value:g}: {'not finite' if s is None else f'{s:.3f}'}" for value, s in record["scores"])
+    share = record["value"]
+    kept = "are those of training" if share == 1 else f"are {share:g} of the trained and {1 - share:.2g} of the first"
+    return f"The final weights {kept}, by {record['metric']} on validation data ({scores})."
+
+
+def choice_findings(choice: Choice, summary: str, chosen: Findings) -> Findings:
+    """The table of what was tried, a chart, ``auto.json``, and what the chosen strategy found."""
+    table = Table("Strategies trained briefly", HEADERS, tuple(_row(choice, one) for one in choice.ranking))
+    left_out = Table("Not tried", (), tuple(choice.declined.items()))
+    own = (choice_figure(choice, table),) if choice.tried else ()
+    short = (table, left_out) if choice.tried else (left_out,)
+    return Findings(
+        summary,
+        blocks=(*own, *chosen.blocks),
+        short=(*short, *chosen.short),
+        files={"auto.json": choice.to_dict(), **chosen.files},
+        plots=chosen.plots,
+    )
+
+
+def choice_figure(choice: Choice, table: Table) -> Figure:
+    """A bar for each strategy that was trained briefly, best first."""
+    rows = tuple(_bar(choice, one) for one in choice.ranking)
+    axis = linear_axis([row.value for row in rows if row.value is not None] or [0.0], "log loss", include=[0.0])
+    about = "; ".join(f"{row.label} {row.text}" for row in rows)
+    chart = Rows("Held-out log loss after a brief training", about, rows, axis, (), bars=True)
+    caption = f"Log loss on held-out samples, at the best temperature, after {choice.epochs} epochs; lower is better."
+    key = [("win", "chosen"), ("other", "others")]
+    if any(len(one.losses) < len(choice.ranking[0].losses) for one in choice.tried):
+        key.append(("pruned", "dropped before the last fold"))
+    return Figure(caption, (chart,), Table(table.caption, table.headers, table.rows, folded=True), tuple(key))
+
+
+def _bar(choice: Choice, one: Tried) -> Row:
+    if not math.isfinite(one.mean()):
+        return Row(one.strategy, None, "diverged")
+    kind = "win" if one.strategy == choice.chosen else "other"
+    kind = "pruned" if len(one.losses) < len(choice.ranking[0].losses) else kind
+    note = {"win": " chosen", "pruned": " dropped"}.get(kind, "")
+    return Row(one.strategy, one.mean(), f"{one.mean():.3f}{note}", None, kind)
+
+
+def _row(choice: Choice, one: Tried) -> tuple[str, ...]:
+    accuracy = f"{statistics.fmean(one.accuracies):.3f}" if one.accuracies else "-"
+    loss = f"{one.mean():.3f}" if math.isfinite(one.mean()) else "diverged"
+    rate = "as set, or fitted" if one.rate is None else f"{one.rate:g}"
+    note = "chosen" if one.strategy == choice.chosen else ""
+    folds, gain = str(len(one.losses)), f"{100 * one.expected:+.1f} points"
+    return one.strategy, loss, accuracy, folds, rate, gain, f"{one.cost:.2f}", note
+
+
+def _folds(count: int) -> str:
+    return FOLDS[count] if count < len(FOLDS) else f"{count} folds"

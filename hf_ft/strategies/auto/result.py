@@ -1,0 +1,89 @@
+"""The result of a choice: what was tried, what was not and why, and what is trained."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_ft.records import restored
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A recipe that was trained briefly.
+
+    Attributes:
+        strategy: its name.
+        rate: the learning rate; None for that of the arguments, or one fitted to the head.
+        expected: expected gain over full fine-tuning by earlier comparisons, as a share of test samples.
+        losses: log loss on the held-out samples of each fold, infinite if the training diverged.
+        accuracies: share of them that was classified correctly; empty if they have no single class.
+        cost: of one whole training, in full fine-tunings.
+    """
+
+    strategy: str
+    rate: float | None
+    expected: float
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    cost: float
+
+    def mean(self, folds: int | None = None) -> float:
+        """The mean loss of the first folds."""
+        return statistics.fmean(self.losses[:folds]) if self.losses else math.inf
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why.
+
+    Attributes:
+        chosen: name of the chosen strategy.
+        rate: its learning rate, as in :class:`Tried`.
+        tried: the recipes that were trained briefly, in the order of trying.
+        declined: why others were not, by name.
+        epochs: length of a brief training.
+        budget: what the whole run may cost, in full fine-tunings.
+        searching: what the choice cost.
+        finishing: what the training that follows costs.
+        signals: what was measured of model and data (:meth:`hf_ft.advice.Signals.to_dict`); empty if nothing was.
+    """
+
+    chosen: str
+    rate: float | None
+    tried: tuple[Tried, ...]
+    declined: Mapping[str, str]
+    epochs: int
+    budget: float
+    searching: float
+    finishing: float
+    signals: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranking(self) -> tuple[Tried, ...]:
+        """What was tried, best first: what lasted longer comes first, and among those the lower loss."""
+        return ranked(self.tried)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serializable dictionary; infinite losses are null."""
+        content = asdict(self)
+        for one in content["tried"]:
+            one["losses"] = [value if math.isfinite(value) else None for value in one["losses"]]
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Choice:
+        """Read the output of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: if a field is missing or of another type; the message names it.
+        """
+        return restored(cls, content, "the choice of a strategy", null=math.inf)
+
+
+def ranked(tried: Iterable[Tried]) -> tuple[Tried, ...]:
+    """By the number of folds, and then by the mean loss on them; equals in the order of trying."""
+    return tuple(sorted(tried, key=lambda one: (-len(one.losses), one.mean())))

@@ -1,0 +1,323 @@
+"""It finds the strategy that a planted task calls for, within its budget, and trains it as if it had been asked for."""
+
+import copy
+import dataclasses
+import math
+import signal
+
+import pytest
+import torch
+
+from hf_ft import AutoStrategyConfig, FTConfig, FTTrainer, LinearProbeConfig, LPFTConfig, OptionError
+from hf_ft.core import State
+from hf_ft.engine.checkpoint import read_states
+from hf_ft.engine.work import Work
+from hf_ft.strategies.auto import choose
+from hf_ft.strategies.auto.findings import reasons
+from hf_ft.strategies.auto.result import Choice
+from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit
+from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from hf_ft.trainer.model_card import card_of
+from tests.forked import python
+from tests.strategies.blockwise.known_block import Images, accuracy, break_block, knowing_model
+
+FEW = {"choose_from": ("lp_ft", "linear_probe"), "storage": "memory"}
+LONG = {"max_steps": 24}  # six epochs of the 32 samples
+UNSET = {"learning_rate": 5e-5}
+
+
+def trainer_of(model, folder, config=None, samples=32, **arguments):
+    config = config or AutoStrategyConfig(**FEW, budget="3x")
+    args = tiny_arguments(folder, **{**LONG, **UNSET, "optim": "adamw_torch", **arguments})
+    return FTTrainer(model, args, strategy=config, train_dataset=tiny_data(model, samples), frozen_cache="always")
+
+
+def chosen(trainer):
+    return trainer.configs[0].choice(trainer.measure()["auto"])
+
+
+# --- what it finds ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def knowing():
+    model = knowing_model()
+    assert accuracy(model) > 0.9
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("broken", "best"), [(None, "linear_probe"), (2, "full")])
+def test_what_the_task_calls_for_is_found(knowing, broken, best, tmp_path):
+    """With perfect features the head is enough; with an early block broken, all that follows sees a constant."""
+    model = copy.deepcopy(knowing)
+    if broken is not None:
+        break_block(model, broken)
+    torch.nn.init.normal_(model.classifier.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+    rate = {} if broken is None else {"learning_rate": 1e-2}
+    args = tiny_arguments(
+        tmp_path, **{**UNSET, **rate}, max_steps=100, per_device_train_batch_size=16, optim="adamw_torch"
+    )
+    config = AutoStrategyConfig(budget="3x", choose_from=("linear_probe",), share=0.5, storage="memory")
+    trainer = FTTrainer(model, args, strategy=config, train_dataset=Images(160))
+    found = chosen(trainer)
+    assert found.chosen == found.ranking[0].strategy == best
+    assert found.ranking[1].mean(1) > found.ranking[0].mean(1) + 0.1
+    trainer.train()
+    assert accuracy(trainer.model) > 0.8
+
+
+@pytest.mark.slow
+def test_the_choice_is_the_same_again_and_leaves_the_model_alone(tmp_path):
+    model = tiny_resnet().train()
+    model.resnet.embedder.requires_grad_(False)
+    before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
+    first = trainer_of(model, tmp_path / "a")
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    one = chosen(first)
+    assert torch.equal(torch.rand(2), expected)
+    second = trainer_of(tiny_resnet().train(), tmp_path / "b")
+    second.model.resnet.embedder.requires_grad_(False)
+    assert chosen(second) == one and len(one.tried) == 3 and len(one.ranking[0].losses) > 1
+    run = first._start_run()
+    same_tensors(snapshot(run.model), before)
+    assert [p.requires_grad for p in model.parameters()] == flags and model.training
+    assert Choice.from_dict(one.to_dict()) == one
+
+
+@pytest.mark.slow
+def test_the_run_is_that_of_the_chosen_strategy(tmp_path):
+    trainer = trainer_of(tiny_vit(), tmp_path / "auto", save_strategy="steps", save_steps=20)
+    config, inner = trainer.configs[0].chosen(trainer.measure()["auto"])
+    found = chosen(trainer)
+    trainer.train()
+    rate = {} if found.rate is None else {"learning_rate": found.rate}
+    alone = make_trainer(tiny_vit(), config, tmp_path / "alone", "always", **LONG, optim="adamw_torch", **UNSET | rate)
+    alone.train()
+    same_tensors(snapshot(trainer.model), snapshot(alone.model))
+    # What a checkpoint keeps is enough to go on.
+    state = read_states(tmp_path / "auto" / "checkpoint-20")["auto"]
+    assert trainer.configs[0].chosen(state)[0] == config and set(inner.tensors) == set(state.tensors)
+    resumed = trainer_of(tiny_vit(), tmp_path / "auto", save_strategy="steps", save_steps=20)
+    resumed.train(resume_from_checkpoint=True)
+    same_tensors(snapshot(resumed.model), snapshot(trainer.model))
+    card = str(card_of(trainer, None, tmp_path))
+    assert f"`{found.chosen}`" in card and "| strategy | held-out log loss |" in card
+
+
+# --- the budget -------------------------------------------------------------------------------------------
+
+
+def test_more_is_tried_with_more_and_the_budget_is_kept(tmp_path):
+    tried = []
+    for budget in (1, "2x", "4x"):
+        model = tiny_resnet()
+        config = AutoStrategyConfig(budget=budget, storage="memory", choose_from=("daft", "lp_ft", "l2_sp", "bss"))
+        trainer = trainer_of(model, tmp_path / str(budget), config, samples=64, max_steps=80)
+        with Work() as work:
+            found = chosen(trainer)
+        assert found.searching + found.finishing <= config.trainings() + 1e-9 or not found.tried
+        full = trainer_of(tiny_resnet(), tmp_path / "full", "full", samples=64, max_steps=8)
+        with Work() as whole:
+            full.train()
+        # What is not counted are a few samples each to find and to check what can be recorded.
+        assert work.total <= (found.searching + 0.2) * 10 * whole.total
+        tried.append(sum(len(one.losses) for one in found.tried))
+        assert {"full", *config.choose_from} == {one.strategy for one in found.tried} | set(found.declined)
+    assert tried[0] == 0 < tried[1] < tried[2]
+    assert "leaves no room to compare" in reasons(dataclasses.replace(found, tried=()))
+
+
+def test_brief_trainings_see_neither_the_fold_nor_other_data(tmp_path, monkeypatch):
+    trainer = trainer_of(tiny_resnet(), tmp_path, AutoStrategyConfig(**FEW, budget="4x"), max_steps=40)
+    seen, fit, predict = [], choose.fit, choose.predict
+
+    def spy(run, recipe, batches, rows, epochs, seed, after_epoch):
+        seen.append([set(rows)])
+        fit(run, recipe, batches, rows, epochs, seed, after_epoch)
+
+    def held(objective, recipe, batches, rows):
+        seen[-1].append(set(rows))
+        return predict(objective, recipe, batches, rows)
+
+    monkeypatch.setattr(choose, "fit", spy)
+    monkeypatch.setattr(choose, "predict", held)
+    found = chosen(trainer)
+    assert len(seen) == sum(len(one.losses) for one in found.tried) > 3
+    for train, held_out in seen:
+        assert not train & held_out and train | held_out == set(range(32))
+    of_folds = {tuple(sorted(held_out)) for _, held_out in seen}
+    assert len(of_folds) == len(found.ranking[0].losses)
+    assert sum(map(len, of_folds)) == len(set().union(*of_folds)), "no sample is held out twice"
+
+
+# --- the learning rate ------------------------------------------------------------------------------------
+
+
+def base_rates(trainer):
+    trainer.train()
+    return {rate for group in trainer.optimizer.param_groups for rate in group["stage_rates"] if rate}
+
+
+@pytest.mark.parametrize(("optim", "rate"), [("adamw_torch", 3e-4), ("sgd", 3e-3)])
+def test_the_chosen_strategy_trains_at_its_own_rate(optim, rate, tmp_path):
+    config = AutoStrategyConfig(budget=1, storage="memory")
+    assert base_rates(trainer_of(tiny_resnet(), tmp_path, config, optim=optim, max_steps=2)) == {rate}
+
+
+def test_a_rate_that_was_set_wins(tmp_path):
+    config = AutoStrategyConfig(**FEW, budget="3x")
+    trainer = trainer_of(tiny_resnet(), tmp_path, config, learning_rate=2e-3)
+    found = chosen(trainer)
+    assert found.rate is None and all(one.rate is None for one in found.tried)
+    assert trainer._start_run().plan.learning_rate is None
+    # An optimizer of one's own has rates that were set as well.
+    model = tiny_resnet()
+    own = torch.optim.SGD(model.parameters(), lr=0.02)
+    args = tiny_arguments(tmp_path / "own", **UNSET, max_steps=2)
+    trainer = FTTrainer(
+        model,
+        args,
+        strategy=AutoStrategyConfig(budget=1, storage="memory"),
+        train_dataset=tiny_data(model),
+        optimizers=(own, None),
+    )
+    assert base_rates(trainer) == {0.02}
+
+
+# --- averaging --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("validated", "choose_from"), [(True, "full"), (False, "full"), (True, "linear_probe")])
+def test_weights_are_averaged_where_that_scores_higher(validated, choose_from, tmp_path):
+    model = tiny_resnet()
+    config = AutoStrategyConfig(budget=1 if choose_from == "full" else "3x", choose_from=(choose_from,))
+    args = tiny_arguments(tmp_path, **UNSET, max_steps=6, metric_for_best_model="loss", save_strategy="no")
+    more = {"eval_dataset": tiny_data(model, 16, seed=1)} if validated else {}
+    trainer = FTTrainer(model, args, strategy=config, train_dataset=tiny_data(model), **more)
+    trainer.train()
+    state = trainer.states["auto"]
+    if config.chosen(state)[0].ft_type == "linear_probe":
+        assert not trainer._run.plan.select, "the head alone trained, which is not averaged"
+        return
+    record = state.info["choice"]
+    if not validated:
+        assert record["value"] == 1.0 and not record["metric"]
+        return
+    scores = dict(record["scores"])
+    assert list(scores) == [1.0, 0.8, 0.6] and record["value"] == min(scores, key=scores.get)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[record["value"]])
+    assert "by eval_loss on validation data" in config.learned(state)
+
+
+# --- interruptions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
+    config = AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])
+    whole = chosen(trainer_of(tiny_resnet(), tmp_path / "whole", config))
+    calls, fit = [], choose.fit
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        fit(*args, **kwargs)
+
+    monkeypatch.setattr(choose, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        chosen(trainer_of(tiny_resnet(), tmp_path / "run", config))
+    assert (tmp_path / "run" / "auto.db").is_file()
+    assert chosen(trainer_of(tiny_resnet(), tmp_path / "run", config)) == whole
+    assert len(calls) == 1 + sum(len(one.losses) for one in whole.tried), "two were finished, one was lost"
+
+
+KILLED = """
+import os, signal, sys
+from hf_ft.strategies.auto import choose
+from tests.strategies.auto.test_auto import FEW, AutoStrategyConfig, chosen, tiny_resnet, trainer_of
+fit, calls = choose.fit, []
+def dying(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fit(*args, **kwargs)
+choose.fit = dying
+chosen(trainer_of(tiny_resnet(), sys.argv[1], AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_choice_goes_on(tmp_path, monkeypatch):
+    assert python("-c", KILLED, tmp_path / "run").returncode == -signal.SIGKILL
+    config = AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])
+    calls, fit = [], choose.fit
+    monkeypatch.setattr(choose, "fit", lambda *args, **kwargs: (calls.append(1), fit(*args, **kwargs)))
+    found = chosen(trainer_of(tiny_resnet(), tmp_path / "run", config))
+    assert len(calls) == sum(len(one.losses) for one in found.tried) - 1
+    assert found == chosen(trainer_of(tiny_resnet(), tmp_path / "whole", config))
+
+
+# --- bad input, and what it does without --------------------------------------------------------------------
+
+
+def test_refusals(tmp_path):
+    model = tiny_resnet()
+    with pytest.raises(OptionError, match="auto chooses the strategy itself, so it cannot be composed with l2_sp"):
+        trainer_of(model, tmp_path, ["l2_sp", "auto"])
+    with pytest.raises(OptionError, match="unknown strategy 'lpft'"):
+        trainer_of(model, tmp_path, AutoStrategyConfig(choose_from=("lpft",)))
+    with pytest.raises(OptionError, match="too few for 4 folds"):
+        trainer_of(model, tmp_path, AutoStrategyConfig(), samples=3).measure()
+    for bad in ("x", "0.5x", -1, math.inf):
+        with pytest.raises(OptionError, match=r"budget=.*\[1, inf\)"):
+            AutoStrategyConfig(budget=bad)
+    assert AutoStrategyConfig(budget=" 2.5X").trainings() == AutoStrategyConfig(budget=2.5).trainings() == 2.5
+    with pytest.raises(OptionError, match="has not chosen a strategy yet"):
+        AutoStrategyConfig().plan(model, State())
+
+
+@pytest.mark.parametrize("content", [{"config": {"ft_type": "auto"}, "state": {}}, {"config": 3}, {"state": {}}])
+def test_a_damaged_state_is_refused(content):
+    with pytest.raises(OptionError, match="hold no strategy that auto can choose"):
+        AutoStrategyConfig().check_state(tiny_resnet(), State({}, content))
+
+
+def test_a_state_opens_no_storage():
+    """A file from elsewhere chooses no place on this machine."""
+    config = {**AutoStrategyConfig().to_dict(), "ft_type": "blockwise", "storage": "elsewhere.db"}
+    content = {"config": {k: v for k, v in config.items() if k in ("ft_type", "storage")}, "state": {}}
+    found, _ = AutoStrategyConfig().chosen(State({}, content))
+    assert found == FTConfig.from_dict({"ft_type": "blockwise"})
+
+
+def test_regression_is_judged_by_its_loss(tmp_path):
+    model = tiny_resnet(num_labels=1)
+    model.config.problem_type = "regression"
+    data = tiny_data(model, 32).with_format(None)
+    values = torch.randn(32, generator=torch.Generator().manual_seed(0)).tolist()
+    data = data.remove_columns("labels").add_column("labels", values).with_format("torch")
+    args = tiny_arguments(tmp_path, **UNSET, **LONG)
+    trainer = FTTrainer(model, args, strategy=AutoStrategyConfig(**FEW, budget="3x"), train_dataset=data)
+    found = chosen(trainer)
+    assert found.tried and not any(one.accuracies for one in found.tried) and not found.signals
+
+
+def test_the_options_that_it_shares_are_handed_on():
+    found = AutoStrategyConfig(norm_mode="eval", batch_norm_momentum=0.2)
+    from hf_ft.strategies.auto.recipes import recipes
+
+    listed, declined = recipes(found, tiny_resnet(), "adamw_torch", True, {"lp_ft": 0.1}, ())
+    assert all(one.config.norm_mode == "eval" and one.config.batch_norm_momentum == 0.2 for one in listed)
+    by_name = {one.name: one for one in listed}
+    assert [one.name for one in listed][:2] == ["full", "lp_ft"] and "auto" not in by_name
+    assert (
+        by_name["linear_probe"].rate is None and by_name["lp_ft"].rate == LPFTConfig.recommended["learning_rate"].value
+    )
+    assert declined["ema"] == declined["wise_ft"] == "it averages what another strategy trains: compose it"
+    assert "spot_tune" in declined
+    assert declined["amcf"] == "it trains several models" and "co_tuning" in declined
+    assert type(by_name["linear_probe"].config) is LinearProbeConfig
