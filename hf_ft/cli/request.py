@@ -266,7 +266,7 @@ def read_own(argv: Sequence[str], kind: type, command: str) -> Any:
     Raises:
         OptionError: naming the unknown flag or the invalid value.
     """
-    parser = _Parser([kind], add_help=False, allow_abbrev=False)
+    parser = _Parser(list[Any]([kind]), add_help=False, allow_abbrev=False)
     found, rest = parser.parse_args_into_dataclasses(
         list(argv), look_for_args_file=False, return_remaining_strings=True
     )

@@ -85,8 +85,9 @@ class Batches(torch.utils.data.Dataset[Batch]):
         first = index * self.batch_size
         batch = dict(self.rows[first : first + self.batch_size])
         numbers = tuple(range(first, first + len(next(iter(batch.values())))))
+        readable, errors = numbers, dict[int, str]()
         try:
-            views, readable, errors = self._processed(batch, numbers), numbers, {}
+            views = self._processed(batch, numbers)
         except ValueError:  # of one of them: which one shows when they are read one by one
             views, readable, errors = self._one_by_one(batch, numbers)
         files = tuple(map(_file, batch[self._input]))

@@ -6,13 +6,12 @@ Only configs and safetensors are read: no pickles, no code from the Hub.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from hf_ft.data.classifier import settle_padding
@@ -20,6 +19,8 @@ from hf_ft.data.columns import ProblemType
 from hf_ft.data.inputs import Wanted
 from hf_ft.engine.checkpoint import BUFFERS_NAME, DELTA_NAME, checked, load_delta
 from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.models.names import covers
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.tasks import auto_model, tasks_of
 from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
 from hf_ft.zoo.reading import read_config, weights_of
@@ -108,7 +109,7 @@ def _check_classifier(name: str, config: Any) -> None:
 
 
 def _whole(name: str, config: Any, revision: str | None) -> Any:
-    options = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
     if revision is not None:
         options["revision"] = revision
     with weights_of(name, revision):
@@ -151,20 +152,34 @@ def _adapted(folder: Path, base: str | None) -> Trained:
             f"{folder} is an adapter without {CONFIG_NAME}, which names its classes: save the config of its model "
             "there (model.config.save_pretrained), or merge the adapter and save the model (merge=True)."
         )
-    name = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    adapter = PeftConfig.from_pretrained(str(folder))
+    name = base or adapter.base_model_name_or_path
     if not name:
         raise OptionError(f"{folder} is an adapter that does not name its base: set base to its Hub id or folder.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(str(folder))
     _check_classifier(str(folder), config)
-    with weights_of(name), torch.random.fork_rng(devices=[]):  # the new head is replaced by that of the adapter
-        plain = auto_model(task_of(config)).from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False
-        )
-    with weights_of(str(folder)):
-        model = PeftModel.from_pretrained(plain, str(folder), use_safetensors=True)
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    with random_states_kept():  # the new head is replaced by that of the adapter
+        with weights_of(name):
+            loader = auto_model(task_of(config))
+            plain, info = loader.from_pretrained(name, config=config, output_loading_info=True, **options)
+        _check_head(folder, info, getattr(adapter, "modules_to_save", None) or ())
+        with weights_of(str(folder)):
+            model = PeftModel.from_pretrained(plain, str(folder), use_safetensors=True)
     if (folder / BUFFERS_NAME).is_file():
         model.load_state_dict(checked(folder / BUFFERS_NAME)[0], strict=False)
     return Trained.of(model, _processor_beside(folder, name, config, task_of(config)), str(folder))
+
+
+def _check_head(folder: Path, info: Mapping[str, Any], saved: Collection[str]) -> None:
+    """Refuse an adapter that leaves random what its base lacks."""
+    names = [*info.get("missing_keys", ()), *(str(entry[0]) for entry in info.get("mismatched_keys", ()))]
+    random = sorted(name for name in names if not any(covers(module, name) for module in saved))
+    if random:
+        raise CheckpointError(
+            f"neither the adapter in {folder} nor its base has weights for {random[0]}: name the base that it belongs "
+            "to with base."
+        )
 
 
 def _processor_beside(folder: Path, base: str, config: Any, task: Any) -> Any:

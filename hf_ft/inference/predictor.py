@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from hf_ft.errors import OptionError
 from hf_ft.inference.batches import Batch, Batches
 from hf_ft.inference.checkpoint import Trained, load_trained
 
-Source = str | Path | Sequence[str | Path] | Dataset
+Source: TypeAlias = str | Path | Sequence[str | Path] | Dataset
 
 
 @dataclass(frozen=True)
