@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from hf_ft.errors import DataError as DataError
     from hf_ft.errors import OptionError as OptionError
     from hf_ft.functional import collaborative_loss as collaborative_loss
+    from hf_ft.inference import evaluate as evaluate
+    from hf_ft.inference import predict as predict
     from hf_ft.models.anatomy import anatomy as anatomy
     from hf_ft.models.batch_norm import BatchNormStatistics as BatchNormStatistics
     from hf_ft.models.batch_norm import convert_batch_norm as convert_batch_norm

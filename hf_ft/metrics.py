@@ -169,7 +169,11 @@ def classification_metrics(eval_prediction: EvalPrediction) -> Scores:
         ``accuracy``, ``balanced_accuracy`` and ``macro_f1``; without ``balanced_accuracy`` for multi-label;
         ``mse`` and ``mae`` for regression.
     """
-    kind, predictions, references = predictions_and_references(eval_prediction)
+    return local_scores(*predictions_and_references(eval_prediction))
+
+
+def local_scores(kind: Kind, predictions: np.ndarray, references: np.ndarray) -> Scores:
+    """All local metrics of this kind of task, of classes (B,), zeros and ones (B, C), or numbers."""
     fitting = (metric for metric in LOCAL_METRICS.values() if kind in metric.kinds)
     return {metric.key: _local_score(metric, predictions, references) for metric in fitting}
 

@@ -15,7 +15,7 @@ FLOORS = (
     "face",
     "cli testing",
     "strategies comparison",
-    "trainer",
+    "trainer inference",
     "search",
     "engine",
     "advice",
@@ -38,6 +38,7 @@ FORBIDDEN = {
     "search": "trainer strategies",
     "strategies": "trainer comparison zoo",
     "trainer": "strategies search",
+    "inference": "strategies search advice diagnostics",  # a trained model is used without what trained it
     "comparison": "strategies",
     "advice": "strategies",
     "testing": "strategies",

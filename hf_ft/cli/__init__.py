@@ -21,6 +21,8 @@ COMMANDS = {
     "search-blocks": ("search_blocks", "find the block worth training, and plot scores over depth"),
     "advise": ("advise", "which strategies to try first on your data, from cheap statistics, with reasons"),
     "compare": ("compare", "which strategy is best on your data: equal tuning budgets, one report"),
+    "predict": ("predict", "classify files or rows with a trained model: csv or jsonl"),
+    "evaluate": ("evaluate", "score a trained model on labelled data: scores, confusions, a page"),
     "demo": ("demo", "compare seven strategies on real images, in a few minutes and without a GPU"),
 }
 HELP = """hf-ft: fine-tuning strategies for Hugging Face models.

@@ -1,4 +1,4 @@
-"""The help of ``hf-ft train`` and ``hf-ft compare``, generated from the declarations of their flags."""
+"""The help of the commands that take many flags, generated from the declarations of these flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hf_ft.cli.console import table
 from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.comparison.settings import DEFAULTS as COMPARE_DEFAULTS
 from hf_ft.comparison.settings import Settings
-from hf_ft.core.config import strategies
 
 _TRAIN = """hf-ft train: fine-tune an image, text or audio classifier with a strategy.
 
@@ -89,6 +88,44 @@ a plain Transformers checkpoint whose card holds the comparison), compare.db (an
 Options that you set (--NAME.option) are not tuned. What makes the comparison fair, and its limits: docs/compare.md."""
 
 
+_INFERENCE = {
+    "predict": (
+        """hf-ft predict: classify images, sounds or texts with a trained model.
+
+usage: hf-ft predict --model MODEL --dataset DATA [DATA ...] [flags]
+
+A row per sample, in the order of the data: its file, or its number in a table, the class and its probability. They are
+written as they come, in constant memory. A sample that cannot be read has the reason in the column `error`, and is
+counted at the end. If there are labels (a label column, or folders with the names of classes), scores are printed too.
+
+examples:
+  hf-ft predict --model runs/photos --dataset new_photos/ --output predictions.csv
+  hf-ft predict --model runs/photos --dataset a.jpg b.jpg --top_k 3 --tta
+  hf-ft predict --model runs/reviews --dataset reviews.csv --text_column body --output predictions.jsonl
+""",
+        """\
+Columns: file or row; label, probability, label_2, probability_2, ...; for several labels per sample labels and
+probabilities, joined by `;` (lists in jsonl); for a regression value; true_label, if known; error. The model, its
+processor and the data are read without running code from the Hub. docs/predict.md has more.""",
+    ),
+    "evaluate": (
+        """hf-ft evaluate: score a trained model on labelled data.
+
+usage: hf-ft evaluate --model MODEL --dataset DATA [flags]
+
+The metrics are those of a Trainer's evaluation. Classes are matched by name with those of the model; a class that it
+does not know is refused. Samples that cannot be read are listed, and not scored.
+
+example:
+  hf-ft evaluate --model runs/photos --dataset my_photos/test --output_dir runs/evaluation
+""",
+        """\
+Written to --output_dir: evaluation.html and evaluation.md (scores, the confusion matrix, unreadable samples),
+evaluation.json (the same as data) and predictions.csv (as by `hf-ft predict`). docs/predict.md has more.""",
+    ),
+}
+
+
 def train_help(everything: bool) -> str:
     """The help text of ``hf-ft train``; ``everything`` adds all flags of TrainingArguments."""
     known = {f.name: f for f in fields(TrainingArguments) if f.init}
@@ -133,8 +170,19 @@ def compare_help(own: type, everything: bool) -> str:
     return "\n".join([*sections, "", _COMPARE_TAIL])
 
 
+def inference_help(command: str, own: type, words: Mapping[str, str]) -> str:
+    """The help text of ``hf-ft predict`` or ``hf-ft evaluate``.
+
+    Args:
+        own: the dataclass of the command's flags.
+        words: descriptions that differ between the two.
+    """
+    about, tail = _INFERENCE[command]
+    return "\n".join([about, "flags", _flags(fields(own), words), "", tail])
+
+
 def _options(what: str) -> str:
-    return table([(f"  {'--NAME.option':<30}", f"{what}; names: {', '.join(strategies())}")])
+    return table([(f"  {'--NAME.option':<30}", f"{what}; `hf-ft list` shows the names")])
 
 
 def _flags(

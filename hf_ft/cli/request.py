@@ -258,3 +258,21 @@ def configured(names: Sequence[str], values: Mapping[str, Any]) -> tuple[FTConfi
             raise OptionError(f"--{key} is set, but the strategy {name} is not used: add --strategy {name}.")
         chosen[name][option] = parse(text, annotation(classes[name], option), f"--{key}")
     return tuple(classes[name](**chosen[name]) for name in names)
+
+
+def read_own(argv: Sequence[str], kind: type, command: str) -> Any:
+    """Parse the command line of a command that trains nothing, into the dataclass of its flags.
+
+    Raises:
+        OptionError: naming the unknown flag or the invalid value.
+    """
+    parser = _Parser(list[Any]([kind]), add_help=False, allow_abbrev=False)
+    found, rest = parser.parse_args_into_dataclasses(
+        list(argv), look_for_args_file=False, return_remaining_strings=True
+    )
+    if rest:
+        name = rest[0].partition("=")[0].lstrip("-").replace("-", "_")
+        guess = get_close_matches(name, [f.name for f in fields(kind)], n=1) if rest[0].startswith("--") else []
+        hint = f" Did you mean --{guess[0]}?" if guess else ""
+        raise OptionError(f"{rest[0]} is unknown.{hint} `hf-ft {command} --help` lists all flags.")
+    return found

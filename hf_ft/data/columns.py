@@ -81,15 +81,12 @@ def find_columns(
     """
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
     first = next(iter(splits.values()))
-    texts = tuple(text.strip() for text in text_column.split(",")) if text_column else ()
     label = label_column or usual_label(first)
     if label is None:
         likely = _few_values(first)
         hint = f", such as {' or '.join(map(repr, likely))}" if likely else ""
         raise DataError(f"no label column among {_shown(first)}: set label_column{hint}", arguments=("label_column",))
-    file_column = image_column or audio_column
-    inputs = (file_column,) if file_column else texts or _usual_inputs(first)
-    given = "image_column" if image_column else "audio_column" if audio_column else "text_column"
+    inputs, given = _named_inputs(image_column, text_column, audio_column) or (_usual_inputs(first), "text_column")
     for name, split in splits.items():
         for column in (*inputs, label):
             if column not in split.column_names:
@@ -102,16 +99,47 @@ def find_columns(
                 "or set label_column",
                 arguments=("label_column",),
             )
-    task: Task = "image" if image_column else "audio" if audio_column else "text"
-    if not (file_column or texts) and (media := _media(first, inputs[0])) is not None:
+    named = bool(image_column or audio_column or text_column)
+    task = _task_of(first, inputs, given if named else None)
+    return Columns(task, inputs, label, *_classes(splits, label))
+
+
+def find_inputs(
+    split: Dataset, image_column: str | None = None, text_column: str | None = None, audio_column: str | None = None
+) -> tuple[Task, tuple[str, ...]]:
+    """The kind of data, and the input columns, of rows that need no labels; arguments as of :func:`find_columns`.
+
+    Raises:
+        DataError: if a column is missing or unsuitable.
+    """
+    named = _named_inputs(image_column, text_column, audio_column)
+    inputs, given = named or (_usual_inputs(split), "text_column")
+    for column in inputs:
+        if column not in split.column_names:
+            raise DataError(f"there is no column {column!r}, only {_shown(split)}: set {given}", arguments=(given,))
+    return _task_of(split, inputs, given if named else None), inputs
+
+
+def _named_inputs(image: str | None, text: str | None, audio: str | None) -> tuple[tuple[str, ...], str] | None:
+    """The input columns that the user names, and the argument that names them."""
+    for column, argument in ((image, "image_column"), (audio, "audio_column")):
+        if column:
+            return (column,), argument
+    return (tuple(part.strip() for part in text.split(",")), "text_column") if text else None
+
+
+def _task_of(split: Dataset, inputs: Sequence[str], named_by: str | None) -> Task:
+    """The kind of data: as the argument says that names the columns, or else by type, name and content."""
+    task: Task = {"image_column": "image", "audio_column": "audio"}.get(named_by or "", "text")  # type: ignore[assignment]
+    if named_by is None and (media := _media(split, inputs[0])) is not None:
         task = media.task
-    structured = [column for column in inputs if task == "text" and not isinstance(first.features[column], Value)]
+    structured = [column for column in inputs if task == "text" and not isinstance(split.features[column], Value)]
     if structured:
         raise DataError(
-            f"column {structured[0]!r} is of type {first.features[structured[0]]}, not a text: set text_column",
+            f"column {structured[0]!r} is of type {split.features[structured[0]]}, not a text: set text_column",
             arguments=("text_column",),
         )
-    return Columns(task, inputs, label, *_classes(splits, label))
+    return task
 
 
 def _classes(

@@ -64,14 +64,14 @@ def _cause(error: BaseException) -> BaseException:
 
 def _check_config_name(config_name: str | None, source: str, path: Path) -> None:
     """Reject a configuration where there can be none."""
-    if config_name is not None and (source in DATASETS or path.is_file() or _is_saved(path)):
+    if config_name is not None and (source in DATASETS or path.is_file() or is_saved(path)):
         raise DataError(
             f"config_name={config_name!r} has no effect, since {source!r} has no configurations: leave it out.",
             arguments=("config_name",),
         )
 
 
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
     """Whether it is a folder written by ``save_to_disk``."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
@@ -86,7 +86,7 @@ def _check_encoding(encoding: str | None, source: str, tables: Iterable[Path]) -
 
 
 def _read_folder(path: Path, config_name: str | None, train_split: str, encoding: str | None) -> DatasetDict:
-    if _is_saved(path):
+    if is_saved(path):
         _check_encoding(encoding, str(path), ())
         data = load_from_disk(str(path))
         return data if isinstance(data, DatasetDict) else DatasetDict({train_split: data})

@@ -89,18 +89,35 @@ def load_splits(
     return DatasetDict(parts)
 
 
-def load_split(source: str, split: str = "train") -> Dataset:
+def load_split(
+    source: str, split: str | None = "train", *, config_name: str | None = None, encoding: str | None = None
+) -> Dataset:
     """Read one split of a data set without further processing (see :func:`load_splits`).
+
+    Args:
+        split: None for the only one, or else that for testing, or else that for validation, by the usual names.
 
     Raises:
         DataError: if the source cannot be read or has no such split.
     """
-    found = read_files(source, None, split)
+    found = read_files(source, config_name, split or "train", encoding)
+    if split is None:
+        split = _held_out(source, found)
     role: Role = "test" if split == "test" else "train"
     split = str(_usual(found, role, split, ())) if split not in found else split
     if split not in found:
         raise DataError(f"{source!r} has no split {split!r}, only {list(found)}: name one of these")
     return _numbered(found[split])
+
+
+def _held_out(source: str, found: Collection[str]) -> str:
+    """The split on which a model is judged: the only one, or by its name."""
+    names = list(found) if len(found) == 1 else candidates(found, "test") or candidates(found, "validation")
+    if len(names) != 1:
+        splits = ", ".join(found)
+        raise DataError(f"{source!r} has the splits {splits}: name one of these with split", arguments=("split",))
+
+    return names[0]
 
 
 def _given(

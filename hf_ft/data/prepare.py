@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import PIL.ImageOps
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from torch import Tensor
@@ -29,7 +30,9 @@ from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 logger = logging.get_logger(__name__)
 
 
-def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, augment: str) -> dict[str, Any]:
+def _image_batch(
+    batch: dict[str, list[Any]], processor: Any, columns: Columns, augment: str, mirrored: bool = False
+) -> dict[str, Any]:
     values = batch[columns.inputs[0]]
     rows = batch.get(ROW, range(len(values)))
     side = resized_side(processor)
@@ -37,18 +40,24 @@ def _image_batch(batch: dict[str, list[Any]], processor: Any, columns: Columns, 
     if change := AUGMENTATIONS[augment]:
         images = [shrunk(image, side) for image in images] if augment in POLICIES else images
         images = augmented(images, change, batch.get(ROW))
+    images = [PIL.ImageOps.mirror(image) for image in images] if mirrored else images
     ready = {name: list(tensor) for name, tensor in processor(images=images, return_tensors="pt").items()}
     return ready | ({"labels": columns.encode(batch[columns.label])} if columns.label in batch else {})
 
 
-def image_transform(processor: Any, columns: Columns, augment: str = "none") -> Callable[[dict[str, Any]], Any]:
+def image_transform(
+    processor: Any, columns: Columns, augment: str = "none", mirrored: bool = False
+) -> Callable[[dict[str, Any]], Any]:
     """Create the transform for ``Dataset.set_transform`` that opens, augments and processes a batch of images.
 
     A damaged image raises a ``DataError`` that names its path and its row in the source (or, for data not loaded by
     :func:`load_splits`, its position in the batch).
+
+    Args:
+        mirrored: swap left and right of every image.
     """
     check_augmentation(augment)
-    return partial(_image_batch, processor=processor, columns=columns, augment=augment)
+    return partial(_image_batch, processor=processor, columns=columns, augment=augment, mirrored=mirrored)
 
 
 def _text_batch(
@@ -63,7 +72,7 @@ def _text_batch(
             )
     texts = [[value if isinstance(value, str) else str(value) for value in values] for values in texts]
     encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-    return encoded | {"labels": columns.encode(batch[columns.label])}
+    return encoded | ({"labels": columns.encode(batch[columns.label])} if columns.label in batch else {})
 
 
 def text_transform(tokenizer: Any, columns: Columns, max_length: int | None = None) -> Callable[[dict[str, Any]], Any]:

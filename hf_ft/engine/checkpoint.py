@@ -17,7 +17,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_ft.core.compose import shared_option
@@ -147,6 +147,15 @@ def save_buffers(model: PeftModel, folder: Path) -> None:
     """Save the buffers of a PEFT model: PEFT saves only parameters, but BatchNorm statistics may have changed."""
     buffers = {name: b.detach().cpu().contiguous() for name, b in model.named_buffers() if name in model.state_dict()}
     save_file(buffers, folder / BUFFERS_NAME)
+
+
+def save_base_config(model: PeftModel, folder: Path) -> None:
+    """Save the config of a PEFT model's base, which PEFT does not: it has the names of the classes."""
+    base = model.get_base_model()
+    config = copy.deepcopy(getattr(base, "config", None))
+    if isinstance(config, PreTrainedConfig) and config.model_type != COLLABORATIVE:  # its members would be looked for
+        config.architectures = [type(base).__name__]
+        config.save_pretrained(folder)
 
 
 @contextlib.contextmanager

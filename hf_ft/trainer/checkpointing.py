@@ -171,6 +171,7 @@ class Checkpoints:
             save_file(tensors, folder / files.LIVE_NAME)
         if isinstance(trainer.model, PeftModel):
             files.save_buffers(trainer.model, folder)
+            files.save_base_config(trainer.model, folder)
             if trainer.args.push_to_hub and self.base_name and base_model_id(self.base_name) is None:
                 logger.warning_once(
                     f"adapter_config.json names the base model by its local path, {self.base_name!r}, since PEFT loads "

@@ -137,9 +137,14 @@ def _source(name_or_path: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]
     return name_or_path, {key: value for key, value in hub.items() if value is not None} | {"trust_remote_code": False}
 
 
-def _processor(
+def load_processor(
     name_or_path: str, config: hf.PreTrainedConfig, task: Task, image_size: int | None, revision: str | None
 ) -> Any:
+    """The image or video processor, feature extractor or tokenizer of a short name, Hub id or folder.
+
+    Raises:
+        OptionError: if it is missing or cannot be read.
+    """
     if name_or_path in SHORT_NAMES and task == "image":
         return image_processor(name_or_path, image_size)
     source, hub = _source(name_or_path, {"revision": revision})
@@ -191,7 +196,7 @@ def load_model(
     """
     more: dict[str, Any] = {"task": task, "image_size": image_size, "seed": seed, "revision": revision}
     model = _load(name_or_path, _label_options(num_labels, id2label), keep=keep_source_head, head=head, **more)
-    return model, _processor(name_or_path, model.config, task or task_of(model.config), image_size, revision)
+    return model, load_processor(name_or_path, model.config, task or task_of(model.config), image_size, revision)
 
 
 def from_pretrained(

@@ -519,7 +519,7 @@ def test_a_report_that_cannot_be_made_leaves_the_old_one(whole, tmp_path, monkey
     with pytest.raises(RuntimeError):
         write_report(other, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(write.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(RuntimeError):
         write_report(other, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,0 +1,98 @@
+"""Flags of ``hf-ft predict`` and ``hf-ft evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hf_ft.cli.flags import _flag, _list_flag
+from hf_ft.data.inputs import Reading
+from hf_ft.data.sounds import SECONDS
+from hf_ft.errors import OptionError
+from hf_ft.inference.predictor import Options
+
+
+@dataclass
+class ModelAndData:
+    """What both commands take."""
+
+    model: str | None = _flag("folder that training wrote, or Hub id; ensembles, deltas and adapters too")
+    dataset: list[str] = _list_flag("")
+    revision: str | None = _flag("branch, tag or commit of the model on the Hub")
+    base: str | None = _flag("model that a delta or an adapter belongs to (default: the one that it names)")
+    split: str | None = _flag(
+        "split of a source with several (default: the only one, or that for testing, or that for validation)"
+    )
+    config_name: str | None = _flag("configuration of a Hub data set")
+    image_column: str | None = _flag("name of the image column (default: found by name and type)")
+    audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
+    text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
+    label_column: str | None = _flag("name of the label column (default: found by name and type)")
+    encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
+    batch_size: int = _flag("samples at a time; answers do not depend on it", 32)
+    device: str | None = _flag("such as cpu or cuda:1 (default: an accelerator if there is one)")
+    num_workers: int = _flag("processes that read and prepare samples; 0: none", 0)
+    tta: bool = _flag("images: mean of the probabilities of each image and its mirror image", False)
+    threshold: float | None = _flag("several labels per sample: those above this probability (default: 0.5)")
+    max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
+    max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
+
+    def check(self) -> None:
+        """Reject what cannot work, whatever the model and data.
+
+        Raises:
+            OptionError: naming the flag and the fix.
+        """
+        for name, what in (("model", "the folder that training wrote, or a Hub id"), ("dataset", "files or data")):
+            if not getattr(self, name):
+                raise OptionError(f"--{name} is missing: {what}.")
+        for name, least in (("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(f"--{name} {getattr(self, name)} is too small: set it to at least {least}.")
+
+    def reading(self) -> Reading:
+        """How the data are read."""
+        return Reading(**{name: getattr(self, name) for name in Reading.__dataclass_fields__})
+
+    def options(self) -> Options:
+        """How to predict."""
+        return Options(
+            batch_size=self.batch_size,
+            device=self.device,
+            tta=self.tta,
+            max_length=self.max_length,
+            seconds=self.max_seconds or SECONDS,
+            workers=self.num_workers,
+        )
+
+
+@dataclass
+class PredictFlags(ModelAndData):
+    """Flags of ``hf-ft predict``."""
+
+    output: str | None = _flag("file to write, .csv or .jsonl (default: csv on standard output)")
+    format: Literal["csv", "jsonl"] | None = _flag("csv or jsonl (default: as --output ends, else csv)")
+    top_k: int = _flag("number of classes to tell, the most probable first", 1)
+    overwrite: bool = _flag("replace --output even if this command did not write it", False)
+
+
+@dataclass
+class EvaluateFlags(ModelAndData):
+    """Flags of ``hf-ft evaluate``."""
+
+    output_dir: str = _flag(
+        "folder of evaluation.html, evaluation.md, evaluation.json and predictions.csv", "runs/evaluation"
+    )
+    overwrite: bool = _flag("replace predictions.csv even if this command did not write it", False)
+
+
+WORDS: dict[str, Any] = {
+    "predict": {
+        "dataset": "files and folders of images or sounds, folders searched to any depth; or one csv, tsv, json, jsonl "
+        "or parquet file, folder of them, folder written by save_to_disk, or Hub id"
+    },
+    "evaluate": {
+        "dataset": "folder with a folder of images or sounds for each class, or with such folders for each split; csv, "
+        "tsv, json, jsonl or parquet file, or a folder of them; folder written by save_to_disk; or Hub id"
+    },
+}

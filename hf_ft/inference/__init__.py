@@ -1,0 +1,8 @@
+"""Trained classifiers at work: predictions, and scores on labelled data."""
+
+from hf_ft.data.inputs import Reading
+from hf_ft.inference.checkpoint import Trained, load_trained
+from hf_ft.inference.evaluation import Evaluation, evaluate
+from hf_ft.inference.predictor import Options, Prediction, predict
+
+__all__ = ["Evaluation", "Options", "Prediction", "Reading", "Trained", "evaluate", "load_trained", "predict"]

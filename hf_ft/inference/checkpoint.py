@@ -1,0 +1,190 @@
+"""Trained classifiers as they were saved: plain checkpoints, ensembles, models with two paths, deltas and adapters.
+
+Only configs and safetensors are read: no pickles, no code from the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+
+from hf_ft.data.classifier import settle_padding
+from hf_ft.data.columns import ProblemType
+from hf_ft.data.inputs import Wanted
+from hf_ft.engine.checkpoint import BUFFERS_NAME, DELTA_NAME, checked, load_delta
+from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.models.names import covers
+from hf_ft.models.preserve import random_states_kept
+from hf_ft.models.tasks import auto_model, tasks_of
+from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
+from hf_ft.zoo.reading import read_config, weights_of
+
+READ = ("image", "text", "audio")  # tasks whose data can be read
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained classifier with what is needed to use it.
+
+    Attributes:
+        model: in eval mode.
+        processor: its image processor, feature extractor or tokenizer.
+        wanted: the data that it takes, and its classes.
+        name: Hub id or folder; empty for a model in memory.
+    """
+
+    model: Any
+    processor: Any
+    wanted: Wanted
+    name: str = ""
+
+    @classmethod
+    def of(cls, model: Any, processor: Any, name: str = "") -> Trained:
+        """A model in memory with its processor.
+
+        Raises:
+            OptionError: if it is not a classifier of images, texts or sounds.
+        """
+        if processor is None:
+            raise OptionError("processor=None: pass the image processor, feature extractor or tokenizer of the model.")
+        if task_of(model.config) == "text":
+            settle_padding(name or "the model", model, processor)
+        return cls(model.eval(), processor, wanted_of(model.config), name)
+
+
+def wanted_of(config: Any) -> Wanted:
+    """What a model with this config predicts.
+
+    Raises:
+        OptionError: if it is not a classifier of images, texts or sounds.
+    """
+    task = task_of(config)
+    if task not in READ:
+        raise OptionError(f"{type(config).__name__} classifies {task} data: only {', '.join(READ)} can be read.")
+    kind: ProblemType = config.problem_type or (
+        "regression" if config.num_labels == 1 else "single_label_classification"
+    )
+    return Wanted(task, kind, tuple(str(config.id2label[number]) for number in range(config.num_labels)))
+
+
+def load_trained(name: str | Path, *, revision: str | None = None, base: str | None = None) -> Trained:
+    """Load a trained classifier and its processor.
+
+    Args:
+        name: Hub id, or folder that training wrote; of a delta or an adapter too.
+        base: the model that a delta or an adapter belongs to (default: the one that it names).
+
+    Raises:
+        OptionError: if there is no config or processor, or it is not that of a classifier.
+        CheckpointError: if weights are missing or damaged, or there is no trained head.
+    """
+    name, folder = str(name), Path(name).expanduser()
+    if name in SHORT_NAMES:
+        raise OptionError(f"{name} is only pretrained: {_train(name)}")
+
+    if (folder / DELTA_NAME).is_file():
+        return _delta(folder, base)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return _adapted(folder, base)
+    if base is not None:
+        raise OptionError(f"base={base!r} has no effect, since {name} is a whole model: leave it out.")
+    config = read_config(name, revision=revision or "main")
+    _check_classifier(name, config)
+    model = _whole(name, config, revision)
+    return Trained.of(model, load_processor(name, config, task_of(config), None, revision), name)
+
+
+def _check_classifier(name: str, config: Any) -> None:
+    if len(tasks_of(config)) != 1:
+        raise OptionError(
+            f"{name} ({type(config).__name__}) is not a classifier of images, texts or sounds: name a model that was "
+            "trained as one, such as the --output_dir of `hf-ft train`."
+        )
+
+
+def _whole(name: str, config: Any, revision: str | None) -> Any:
+    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    with weights_of(name, revision):
+        model, info = auto_model(task_of(config)).from_pretrained(name, config=config, **options)
+    missing = sorted(map(str, info.get("missing_keys", ())))
+    if missing:
+        raise CheckpointError(
+            f"{name} has no weights for {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}: it is only "
+            f"pretrained, or damaged; {_train(name)}"
+        )
+    return model
+
+
+def _train(name: str) -> str:
+    return f"train it with `hf-ft train --model {name}`, and name the folder that this writes."
+
+
+def _delta(folder: Path, base: str | None) -> Trained:
+    source = base or str(_base_of_delta(folder) or "")
+    if not source:
+        raise OptionError(f"{folder} is a delta that does not name its base: set base to its Hub id or folder.")
+    model: Any = load_delta(source, folder)
+    task = task_of(model.config)
+    return Trained.of(model, _processor_beside(folder, source, model.config, task), str(folder))
+
+
+def _base_of_delta(folder: Path) -> str | None:
+    _, metadata = checked(folder / DELTA_NAME)
+    try:
+        name = json.loads(metadata["base"])["name"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return name
+
+
+def _adapted(folder: Path, base: str | None) -> Trained:
+    """An adapter on its base; the head's size and the names of its classes are in the config beside it."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise OptionError(
+            f"{folder} is an adapter without {CONFIG_NAME}, which names its classes: save the config of its model "
+            "there (model.config.save_pretrained), or merge the adapter and save the model (merge=True)."
+        )
+    adapter = PeftConfig.from_pretrained(str(folder))
+    name = base or adapter.base_model_name_or_path
+    if not name:
+        raise OptionError(f"{folder} is an adapter that does not name its base: set base to its Hub id or folder.")
+    config = read_config(str(folder))
+    _check_classifier(str(folder), config)
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    with random_states_kept():  # the new head is replaced by that of the adapter
+        with weights_of(name):
+            loader = auto_model(task_of(config))
+            plain, info = loader.from_pretrained(name, config=config, output_loading_info=True, **options)
+        _check_head(folder, info, getattr(adapter, "modules_to_save", None) or ())
+        with weights_of(str(folder)):
+            model = PeftModel.from_pretrained(plain, str(folder), use_safetensors=True)
+    if (folder / BUFFERS_NAME).is_file():
+        model.load_state_dict(checked(folder / BUFFERS_NAME)[0], strict=False)
+    return Trained.of(model, _processor_beside(folder, name, config, task_of(config)), str(folder))
+
+
+def _check_head(folder: Path, info: Mapping[str, Any], saved: Collection[str]) -> None:
+    """Refuse an adapter that leaves random what its base lacks."""
+    names = [*info.get("missing_keys", ()), *(str(entry[0]) for entry in info.get("mismatched_keys", ()))]
+    random = sorted(name for name in names if not any(covers(module, name) for module in saved))
+    if random:
+        raise CheckpointError(
+            f"neither the adapter in {folder} nor its base has weights for {random[0]}: name the base that it belongs "
+            "to with base."
+        )
+
+
+def _processor_beside(folder: Path, base: str, config: Any, task: Any) -> Any:
+    """The processor in a folder, or else that of the base."""
+    try:
+        return load_processor(str(folder), config, task, None, None)
+    except OptionError:
+        return load_processor(base, config, task, None, None)

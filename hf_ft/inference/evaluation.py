@@ -1,0 +1,168 @@
+"""Scores of a trained classifier on labelled data, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_ft.data.inputs import Reading, read_inputs
+from hf_ft.documents.confusion import Confusion
+from hf_ft.documents.document import Document, Section, Table, Text
+from hf_ft.documents.files import write_whole
+from hf_ft.documents.html import html
+from hf_ft.documents.markdown import markdown
+from hf_ft.documents.public import shareable_name, shareable_text
+from hf_ft.documents.text import code, metric_name, score
+from hf_ft.errors import DataError
+from hf_ft.inference.checkpoint import Trained
+from hf_ft.inference.predictor import Options, Source, predictions, sources_of, trained_of
+from hf_ft.inference.scores import Scorer
+from hf_ft.metrics import Scores
+
+NAME = "evaluation"
+LISTED = 100  # unreadable samples on the page
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on labelled data.
+
+    Attributes:
+        model: Hub id, or the last part of the folder.
+        data: name of the data.
+        scores: by metric.
+        rows: number of samples that were scored.
+        unreadable: row or file, and the reason, of each sample that could not be read.
+        confusion: true and predicted classes; None unless there is one class per sample.
+    """
+
+    model: str
+    data: str
+    scores: Scores
+    rows: int
+    unreadable: tuple[tuple[str, str], ...] = ()
+    confusion: Confusion | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, without local folders."""
+        confusion = None
+        if self.confusion is not None:
+            confusion = {
+                "classes": list(self.confusion.classes),
+                "counts": [list(row) for row in self.confusion.counts],
+            }
+        unreadable = [{"sample": shareable_text(name), "error": shareable_text(why)} for name, why in self.unreadable]
+        return {
+            "model": self.model,
+            "data": self.data,
+            "rows": self.rows,
+            "scores": dict(self.scores),
+            "options": dict(self.options),
+            "unreadable": unreadable,
+            "confusion": confusion,
+        }
+
+    def document(self) -> Document:
+        """The page."""
+        rows = tuple((metric_name(name), score(value)) for name, value in self.scores.items())
+        told = [Text(f"{code(self.model)} on {code(self.data)}: {self.rows:,} samples{_unread(len(self.unreadable))}.")]
+        told += [Text("Each image was predicted as it is and mirrored.")] if self.options.get("tta") else []
+        sections = [Section("scores", "Scores", (*told, Table("Scores", ("metric", "value"), rows)))]
+        if self.confusion is not None:
+            sections.append(
+                Section("errors", "Errors", (Text(_capital(self.confusion.summary())), *self.confusion.tables()))
+            )
+        if self.unreadable:
+            sections.append(_unreadable(self.unreadable))
+        return Document(f"{self.model} on {self.data}", f"Evaluation on {self.rows:,} samples", tuple(sections))
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``evaluation.json``, ``evaluation.html`` and ``evaluation.md``; returns their paths."""
+        page = self.document()
+        texts = {
+            ".json": json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n",
+            ".html": html(page),
+            ".md": markdown(page),
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        written = [Path(folder) / f"{NAME}{suffix}" for suffix in texts]
+        for file, text in zip(written, texts.values(), strict=True):
+            write_whole(file, text)
+        return written
+
+
+def evaluate(
+    model: Any,
+    data: Source,
+    *,
+    processor: Any = None,
+    reading: Reading | None = None,
+    revision: str | None = None,
+    threshold: float = 0.5,
+    **options: Any,
+) -> Evaluation:
+    """Score a trained classifier on labelled data, as a Trainer's evaluation would.
+
+    Classes are matched by name with those of the model. Damaged samples are listed and not scored.
+
+    Args:
+        model: Hub id or folder of a checkpoint, or a model.
+        data: as of :func:`~hf_ft.inference.predict`; a folder of files has a folder for each class.
+        threshold: probability above which one of several labels is predicted.
+        options: as ``processor``, ``reading`` and ``revision``, those of :func:`~hf_ft.inference.predict`.
+
+    Raises:
+        DataError: if labels are missing, or a class is none of the model's.
+        OptionError: as of :func:`~hf_ft.inference.predict`.
+        CheckpointError: likewise.
+    """
+    trained = trained_of(model, processor, revision)
+    inputs = read_inputs(sources_of(data), trained.wanted, reading, labelled=True)
+    settings = Options(**options)
+    scorer = Scorer(trained.wanted, threshold)
+    for _ in scorer.watch(predictions(trained, inputs, settings)):
+        pass
+    return evaluation(trained, scorer, _data_name(data), settings)
+
+
+def evaluation(trained: Trained, scorer: Scorer, data: str, options: Options) -> Evaluation:
+    """What a scorer collected.
+
+    Raises:
+        DataError: if no sample could be scored.
+    """
+    if not scorer.scored:
+        why = f"; the first: {scorer.unreadable[0][1]}" if scorer.unreadable else ""
+        raise DataError(f"none of the {scorer.rows:,} samples could be read{why}.")
+    return Evaluation(
+        model=shareable_name(trained.name) if trained.name else type(trained.model).__name__,
+        data=data,
+        scores=scorer.scores(),
+        rows=scorer.scored,
+        unreadable=tuple(scorer.unreadable),
+        confusion=scorer.confusion(data),
+        options={"batch_size": options.batch_size, "tta": options.tta},
+    )
+
+
+def _data_name(data: Source) -> str:
+    return shareable_name(str(data)) if isinstance(data, str | Path) else "data"
+
+
+def _unread(number: int) -> str:
+    return f"; {number:,} more could not be read" if number else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _unreadable(samples: tuple[tuple[str, str], ...]) -> Section:
+    rows = tuple((shareable_text(name), shareable_text(why)) for name, why in samples[:LISTED])
+    more = f", the first {LISTED}" if len(samples) > LISTED else ""
+    table = Table(f"Samples that could not be read{more}", ("sample", "reason"), rows, folded=len(rows) > 10)
+    return Section("unreadable", "Samples that could not be read", (table,))

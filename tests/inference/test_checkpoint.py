@@ -1,0 +1,57 @@
+"""Deltas, adapters and models with two paths are predicted with as the model that was trained."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoImageProcessor, TrainingArguments
+
+from hf_ft import FTTrainer
+from hf_ft.errors import OptionError
+from hf_ft.inference import load_trained, predict
+from hf_ft.strategies.peft import PEFTConfig
+from hf_ft.testing import tiny_data
+from hf_ft.testing.models import tiny_resnet, tiny_vit
+from hf_ft.zoo.models import load_model
+from tests.trained import NAMES
+
+
+def trained(files, folder, make, strategy):
+    """A trainer after two steps from a base that is saved with its processor."""
+    make(seed=1).save_pretrained(folder / "base")
+    processor = AutoImageProcessor.from_pretrained(files / "resnet")
+    processor.save_pretrained(folder / "base")
+    model = load_model(str(folder / "base"), id2label=NAMES["id2label"])[0]
+    args = TrainingArguments(folder / "out", max_steps=2, learning_rate=1e-2, use_cpu=True, report_to="none", seed=0)
+    trainer = FTTrainer(model, args, strategy=strategy, train_dataset=tiny_data(model), processing_class=processor)
+    trainer.train()
+    return trainer
+
+
+def outputs(model, files, **more):
+    return np.stack([one.outputs for one in predict(model, files / "photos", device="cpu", **more)])
+
+
+def test_a_delta_is_put_on_its_base(files, tmp_path):
+    trainer = trained(files, tmp_path, tiny_resnet, "linear_probe")
+    trainer.save_delta(tmp_path / "delta")
+    found = load_trained(tmp_path / "delta", base=str(tmp_path / "base"))
+    assert found.wanted.names == tuple(NAMES["id2label"].values())
+    wanted = outputs(trainer.model, files, processor=found.processor)
+    np.testing.assert_allclose(outputs(found.model, files, processor=found.processor), wanted, atol=1e-7)
+    with pytest.raises(OptionError, match="base='x' has no effect"):
+        load_trained(files / "resnet", base="x")
+
+
+def test_an_adapter_is_put_on_its_base_with_its_head(files, tmp_path):
+    tuner = LoraConfig(r=2, init_lora_weights=False)
+    trainer = trained(files, tmp_path, tiny_vit, PEFTConfig(tuner=tuner, merge=False))
+    trainer.save_model(tmp_path / "adapter")
+    before = torch.get_rng_state()
+    found = load_trained(tmp_path / "adapter")
+    assert torch.equal(before, torch.get_rng_state())
+    wanted = outputs(trainer.model, files, processor=found.processor)
+    np.testing.assert_allclose(outputs(tmp_path / "adapter", files), wanted, atol=1e-7)
+    (tmp_path / "adapter" / "config.json").unlink()
+    with pytest.raises(OptionError, match="adapter without config.json"):
+        load_trained(tmp_path / "adapter")
