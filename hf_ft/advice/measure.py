@@ -24,7 +24,8 @@ from hf_ft.advice.transferability import (
 from hf_ft.data.labels import class_labels
 from hf_ft.data.rows import read_rows
 from hf_ft.errors import OptionError
-from hf_ft.models.anatomy import anatomy, members_of
+from hf_ft.models.anatomy import anatomy, members_of, unwrap
+from hf_ft.models.architectures import TRAIN_MODE_ALONE
 from hf_ft.models.batch_norm import BatchNormStatistics, estimate_batch_norm
 from hf_ft.models.border import Border
 from hf_ft.models.feature_hooks import Taps, model_inputs
@@ -217,11 +218,14 @@ def relative_gradients(
     r"""Each part's share of the sum of :math:`\|g_b\| / \|w_b\|`, averaged over the batches, in eval mode.
 
     The loss is the cross-entropy with the fitted probe in place of the head: a new head is random, and so would be
-    the gradients it propagates.
+    the gradients it propagates. Empty for the few types that have gradients in train mode only.
 
     Reference: Lee et al. Surgical Fine-Tuning Improves Adaptation to Distribution Shifts. ICLR 2023 (relative
         gradient norm).
     """
+    base = unwrap(model)[0]
+    if getattr(getattr(base, "config", None), "model_type", None) in TRAIN_MODE_ALONE:
+        return {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = {part.name: [n for n in trained if matches(n, part.modules)] for part in parts}
     groups = {name: names for name, names in groups.items() if names}

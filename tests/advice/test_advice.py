@@ -47,6 +47,7 @@ from hf_ft.models.norms import batch_norms
 from hf_ft.testing import tiny_data
 from hf_ft.testing.models import tiny_bert, tiny_collaborative, tiny_distilbert, tiny_resnet, tiny_roberta, tiny_vit
 from hf_ft.testing.training import equipped, same_tensors, snapshot
+from tests.functional_dropout import tiny
 
 pytestmark = pytest.mark.usefixtures("shipped_strategies")
 
@@ -240,6 +241,12 @@ def test_gradients_where_little_trains():
     found = look(model)
     assert found.signals.gradients == {} and found.signals.gradient_ratio is None
     assert ("relative gradient", "-", "no part of the backbone is trained") in explained(found.signals)
+
+
+def test_reversible_layers_have_no_gradients_in_eval_mode():
+    """They are not measured, rather than that Reformer refuses."""
+    found = look(tiny("reformer"))
+    assert found.signals.gradients == {} and found.signals.probe_accuracy is not None
 
 
 def look(model, samples=32, **options):
