@@ -119,9 +119,10 @@ does not know is refused. Samples that cannot be read are listed, and not scored
 
 example:
   hf-ft evaluate --model runs/photos --dataset my_photos/test --output_dir runs/evaluation
+  hf-ft evaluate --model runs/photos --dataset my_photos/ --split test --calibrate my_photos/ --calibrate_split validation
 """,
         """\
-Written to --output_dir: evaluation.html and evaluation.md (scores, the confusion matrix, unreadable samples),
+Written to --output_dir: evaluation.html and evaluation.md (scores, confusion matrix, reliability, unreadable samples),
 evaluation.json (the same as data) and predictions.csv (as by `hf-ft predict`). docs/predict.md has more.""",
     ),
 }

@@ -101,7 +101,7 @@ def read_inputs(
     if not len(rows):
         raise DataError("there are no rows: name other data.")
     labels, why_not = _labels(rows, wanted, reading, labelled)
-    rows = rows.select_columns(list(names))
+    rows = rows.with_format(None).select_columns(list(names))
     if wanted.media is not None:
         rows = rows.cast_column(names[0], wanted.media.unopened)
     return Inputs(rows, Columns(task, names, "", wanted.problem_type, wanted.names), labels, why_not)

@@ -17,7 +17,6 @@ from hf_ft.data.columns import ProblemType
 from hf_ft.data.inputs import Inputs, Reading, read_inputs
 from hf_ft.data.progress import bar
 from hf_ft.data.sounds import SECONDS
-from hf_ft.errors import OptionError
 from hf_ft.inference.batches import Batch, Batches
 from hf_ft.inference.checkpoint import Trained, load_trained
 
@@ -55,7 +54,7 @@ class Options:
         max_length: maximum text length in tokens; by default that of the model, at most 512.
         seconds: length to which sounds are cut.
         workers: processes that read and process samples; 0 for none.
-        temperature: by which logits are divided before the softmax.
+        calibrated: divide logits by the temperature of the checkpoint's calibration, if it has one.
     """
 
     batch_size: int = 32
@@ -64,7 +63,7 @@ class Options:
     max_length: int | None = None
     seconds: float = SECONDS
     workers: int = 0
-    temperature: float = 1.0
+    calibrated: bool = True
 
 
 def predict(
@@ -82,8 +81,9 @@ def predict(
         \big(\operatorname{softmax}(z(x)) + \operatorname{softmax}(z(\overleftrightarrow{x}))\big)
 
     in float64; :math:`\sigma` in place of the softmax for several labels per sample, the output itself for a
-    regression. Answers do not depend on the batch size: padding is masked, and sounds of other lengths, or texts of a
-    model without an attention mask, form batches of their own.
+    regression; logits are divided by the temperature of a calibrated checkpoint. Answers do not depend on the batch
+    size: padding is masked, and sounds of other lengths, or texts of a model without an attention mask, form batches of
+    their own.
 
     Args:
         model: Hub id or folder of a checkpoint, or a model.
@@ -120,10 +120,9 @@ def sources_of(data: Source) -> Sequence[str | Path] | Dataset:
 
 def predictions(trained: Trained, inputs: Inputs, options: Options) -> Iterator[Prediction]:
     """Predict all samples of some inputs; arguments as of :func:`predict`."""
-    if not options.temperature > 0:
-        raise OptionError(f"temperature={options.temperature}: set it above 0.")
     found = _outputs(trained, inputs, options)  # what cannot work is told now, not with the first batch
-    return _answered(found, inputs, options.temperature, trained.wanted.problem_type)
+    temperature = trained.temperature if options.calibrated else 1.0
+    return _answered(found, inputs, temperature, trained.wanted.problem_type)
 
 
 def logits(trained: Trained, inputs: Inputs, options: Options) -> Iterator[tuple[int, Tensor]]:
