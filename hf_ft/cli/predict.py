@@ -137,7 +137,7 @@ def tell_unreadable(scorer: Scorer) -> None:
     """
     if not scorer.unreadable:
         return
-    first = "; ".join(f"{name}: {why}" for name, why in scorer.unreadable[:SHOWN])
+    first = "; ".join(why if name in why else f"{name}: {why}" for name, why in scorer.unreadable[:SHOWN])
     more = f"; and {len(scorer.unreadable) - SHOWN} more" if len(scorer.unreadable) > SHOWN else ""
     told = f"{len(scorer.unreadable):,} of {scorer.rows:,} samples cannot be read: {first}{more}"
     if len(scorer.unreadable) == scorer.rows:

@@ -29,6 +29,7 @@ from hf_ft.metrics import Scores
 from hf_ft.records import stored
 
 NAME = "evaluation"
+_ABOUT = ("Evaluation of a classifier", "hf-ft evaluate", f"{NAME}.json", f"{NAME}.md")
 LISTED = 100  # unreadable samples on the page
 
 
@@ -66,7 +67,9 @@ class Evaluation:
                 "classes": list(self.confusion.classes),
                 "counts": [list(row) for row in self.confusion.counts],
             }
-        unreadable = [{"sample": shareable_text(name), "error": shareable_text(why)} for name, why in self.unreadable]
+        unreadable = [
+            {"sample": "/".join(Path(name).parts[-2:]), "error": shareable_text(why)} for name, why in self.unreadable
+        ]
         return {
             "model": self.model,
             "data": self.data,
@@ -93,7 +96,9 @@ class Evaluation:
             sections.append(calibration_section(self.bins, self.scores["ece"], self.calibration))
         if self.unreadable:
             sections.append(_unreadable(self.unreadable))
-        return Document(f"{self.model} on {self.data}", f"Evaluation on {self.rows:,} samples", tuple(sections))
+        return Document(
+            f"{self.model} on {self.data}", f"Evaluation on {self.rows:,} samples", tuple(sections), *_ABOUT
+        )
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``evaluation.json``, ``evaluation.html`` and ``evaluation.md``; returns their paths."""
@@ -207,7 +212,7 @@ def _capital(text: str) -> str:
 
 
 def _unreadable(samples: tuple[tuple[str, str], ...]) -> Section:
-    rows = tuple((shareable_text(name), shareable_text(why)) for name, why in samples[:LISTED])
+    rows = tuple(("/".join(Path(name).parts[-2:]), shareable_text(why)) for name, why in samples[:LISTED])
     more = f", the first {LISTED}" if len(samples) > LISTED else ""
     table = Table(f"Samples that could not be read{more}", ("sample", "reason"), rows, folded=len(rows) > 10)
     return Section("unreadable", "Samples that could not be read", (table,))

@@ -69,6 +69,7 @@ def test_an_evaluation_is_a_page_with_its_scores(files, tmp_path, capsys):
     assert content["scores"]["accuracy"] == right / 12 and content["confusion"]["classes"] == list(CLASSES)
     assert f"{content['scores']['log_loss']:.4f}" in capsys.readouterr().out
     page = (out / "evaluation.html").read_text()
+    assert "Made by <code>hf-ft evaluate</code>" in page and "hf-ft compare" not in page
     assert "Confusion matrix" in page and str(tmp_path) not in page and "predicted eel" in page
     assert f"{right} of 12 predictions are correct" in (out / "evaluation.md").read_text()
     assert call("evaluate", files / "resnet", files / "photos", "--output_dir", out) == 0  # once more
