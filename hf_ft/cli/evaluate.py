@@ -39,9 +39,9 @@ def run_evaluate(arguments: list[str]) -> None:
     quieten()
     trained, inputs = prepared(flags, labelled=True)
     trained = _calibrated(trained, flags)
-    threshold, options = flags.threshold or 0.5, flags.options()
+    threshold, options = flags.probability_threshold(), flags.options()
     scorer = Scorer(trained.wanted, threshold)
-    layout = Layout(trained.wanted, threshold=threshold)
+    layout = Layout(trained.wanted, threshold=threshold, labelled=True)
     with written_whole(folder / PREDICTIONS) as out:
         write_lines(layout.lines(scorer.watch(predictions(trained, inputs, options))), out)
     tell_unreadable(scorer)

@@ -55,6 +55,10 @@ class ModelAndData:
         """How the data are read."""
         return Reading(**{name: getattr(self, name) for name in Reading.__dataclass_fields__})
 
+    def probability_threshold(self) -> float:
+        """Above which one of several labels is predicted."""
+        return 0.5 if self.threshold is None else self.threshold
+
     def options(self) -> Options:
         """How to predict."""
         return Options(

@@ -42,9 +42,9 @@ def run_predict(arguments: list[str]) -> None:
     trained, inputs = prepared(flags)
     if inputs.why_not:
         say(f"note: no scores: {inputs.why_not}", error=True)
-    threshold = flags.threshold or 0.5
+    threshold = flags.probability_threshold()
     scorer = Scorer(trained.wanted, threshold)
-    layout = Layout(trained.wanted, kind, flags.top_k, threshold)
+    layout = Layout(trained.wanted, kind, flags.top_k, threshold, inputs.labels is not None)
     found = scorer.watch(predictions(trained, inputs, flags.options()))
     with _opened(file) as out:
         write_lines(layout.lines(found), out)

@@ -121,7 +121,9 @@ def _loaded(name: str, revision: str | None, base: str | None) -> Trained:
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return _adapted(folder, base)
     if base is not None:
-        raise OptionError(f"base={base!r} has no effect, since {name} is a whole model: leave it out.")
+        raise OptionError(
+            f"base={base!r} has no effect, since {name} is a whole model: leave it out.", arguments=("base",)
+        )
     config = read_config(name, revision=revision or "main")
     _check_classifier(name, config)
     model = _whole(name, config, revision)
@@ -158,7 +160,9 @@ def _train(name: str) -> str:
 def _delta(folder: Path, base: str | None) -> Trained:
     source = base or str(_base_of_delta(folder) or "")
     if not source:
-        raise OptionError(f"{folder} is a delta that does not name its base: set base to its Hub id or folder.")
+        raise OptionError(
+            f"{folder} is a delta that does not name its base: set base to its Hub id or folder.", arguments=("base",)
+        )
     model: Any = load_delta(source, folder)
     task = task_of(model.config)
     return Trained.of(model, _processor_beside(folder, source, model.config, task), str(folder))
@@ -183,7 +187,10 @@ def _adapted(folder: Path, base: str | None) -> Trained:
     adapter = PeftConfig.from_pretrained(str(folder))
     name = base or adapter.base_model_name_or_path
     if not name:
-        raise OptionError(f"{folder} is an adapter that does not name its base: set base to its Hub id or folder.")
+        raise OptionError(
+            f"{folder} is an adapter that does not name its base: set base to its Hub id or folder.",
+            arguments=("base",),
+        )
     config = read_config(str(folder))
     _check_classifier(str(folder), config)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}

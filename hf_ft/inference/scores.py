@@ -44,7 +44,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
-            raise OptionError(f"threshold={self.threshold}: set it between 0 and 1.")
+            raise OptionError(f"threshold={self.threshold}: set it between 0 and 1.", arguments=("threshold",))
 
     def watch(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """Pass predictions on, and collect them."""
