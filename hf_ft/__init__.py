@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from hf_ft.core.context import State as State
     from hf_ft.core.options import option as option
     from hf_ft.core.plan import Average as Average
+    from hf_ft.core.plan import GradientChange as GradientChange
     from hf_ft.core.plan import Plan as Plan
     from hf_ft.core.plan import Rate as Rate
     from hf_ft.core.plan import Selection as Selection
     from hf_ft.core.plan import Stage as Stage
     from hf_ft.core.plan import Stream as Stream
+    from hf_ft.core.plan import TensorRates as TensorRates
     from hf_ft.core.plan import Term as Term
     from hf_ft.core.task_loss import TaskLoss as TaskLoss
     from hf_ft.core.view import View as View

@@ -59,7 +59,7 @@ def write(rows: Iterable[Row], file: Path = KEPT) -> None:
 
 
 def sample() -> list[tuple[str, str]]:
-    """A fixed sample of 40 cells: two of each of 20 classes, with every strategy in it at least twice."""
+    """A fixed sample of 40 cells: two of each of 20 classes, with every strategy in it."""
     tasks, order = families(), itertools.cycle(names_of_strategies())
     models = []
     for task, count in SAMPLED.items():

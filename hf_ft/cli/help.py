@@ -12,7 +12,6 @@ from hf_ft.cli.console import table
 from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
 from hf_ft.comparison.settings import DEFAULTS as COMPARE_DEFAULTS
 from hf_ft.comparison.settings import Settings
-from hf_ft.core.config import strategies
 
 _TRAIN = """hf-ft train: fine-tune an image, text or audio classifier with a strategy.
 
@@ -185,7 +184,7 @@ def inference_help(command: str, own: type, words: Mapping[str, str]) -> str:
 
 
 def _options(what: str) -> str:
-    return table([(f"  {'--NAME.option':<30}", f"{what}; names: {', '.join(strategies())}")])
+    return table([(f"  {'--NAME.option':<30}", f"{what}; `hf-ft list` shows the names")])
 
 
 def _flags(

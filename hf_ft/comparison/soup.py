@@ -25,6 +25,7 @@ from hf_ft.trainer.selection import training_batches
 from hf_ft.trainer.trainer import FTTrainer
 
 Run = tuple[Entrant, Training]
+SHOWN = ("num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "weight_decay")  # in the model card
 
 
 def make_soup(runner: Runner) -> SoupSummary | None:
@@ -127,7 +128,7 @@ def _save(runner: Runner, model: Any, summary: SoupSummary, folder: Path) -> Non
         model_name=folder.name,
         base_model=getattr(base.config, "_name_or_path", None) or None,
         metrics={f"eval_{runner.common.metric}": summary.validation},
-        arguments={},
+        arguments={name: runner.common.arguments[name] for name in SHOWN if name in runner.common.arguments},
         data=bench.info,
         tags=["model-soup"],
     )

@@ -238,7 +238,7 @@ def _loaded(model: PreTrainedModel | str | Path) -> Any:
         return model
     folder = Path(model)
     if not (folder / CONFIG_NAME).is_file():
-        raise OSError(f"{folder.name} holds no {CONFIG_NAME}")
+        raise OSError(f"{folder.name} holds no {CONFIG_NAME}; is it an adapter that was not merged?")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     kind: Any = getattr(transformers, (config.architectures or ["PreTrainedModel"])[0])
     with torch.random.fork_rng(devices=[]):

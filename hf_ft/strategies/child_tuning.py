@@ -30,6 +30,7 @@ from hf_ft.models.names import covered
 from hf_ft.models.preserve import evaluating
 
 DRAWN_AT_ONCE = 2**24  # entries; bounds the memory for masks
+BITS = 16  # of a random number, for each entry: drawing numbers one by one takes several times as long
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,22 @@ class RandomMask:
             if device not in generators:
                 generators[device] = torch.Generator(device).manual_seed(seed)
             sizes = [gradient.numel() for gradient in some]
-            drawn = torch.empty(sum(sizes), dtype=some[0].dtype, device=device)
-            drawn.bernoulli_(self.p, generator=generators[device]).div_(self.p)
+            drawn = coins(sum(sizes), self.p, generators[device])
             masks = [mask.view_as(gradient) for mask, gradient in zip(drawn.split(sizes), some, strict=True)]
             torch._foreach_mul_(some, masks)
+            torch._foreach_mul_(some, 1 / exact(self.p))
+
+
+def exact(p: float) -> float:
+    """The nearest probability that 16 bits can have, but not 0 or 1."""
+    return min(max(round(p * 2**BITS), 1), 2**BITS - 1) / 2**BITS
+
+
+def coins(count: int, p: float, generator: torch.Generator) -> Tensor:
+    """Independent booleans that are true with probability :func:`exact`, (count,), four from each random number."""
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[:count] < round(exact(p) * 2**BITS) - 2 ** (BITS - 1)
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

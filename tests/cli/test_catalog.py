@@ -57,4 +57,4 @@ def test_anothers_strategy_is_listed_and_described(theirs, capsys, monkeypatch):
     assert "  --theirs.often   default None (ours); int or None in [1, inf)\n" in shown
     assert "  learning_rate = 0.5   (paper)\n" in shown
     assert main(["describe", "their"]) == 2
-    assert "unknown strategy 'their'. Did you mean 'theirs'? Known: amcf, " in capsys.readouterr().err
+    assert "unknown strategy 'their'. Did you mean 'theirs'? Known: ada_filter, amcf, " in capsys.readouterr().err

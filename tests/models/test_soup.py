@@ -117,7 +117,10 @@ def test_only_models_that_are_alike_go_in(tmp_path):
     assert made.left_out[3] == "its classes have other names or another order"
     assert made.left_out[4].startswith("its weights differ in bert.encoder.layer.0.intermediate.dense.weight: (24, ")
     assert "in float16 instead of" in made.left_out[5]
-    assert made.left_out[6] == "it cannot be loaded as a plain model: adapter holds no config.json"
+    assert (
+        made.left_out[6]
+        == "it cannot be loaded as a plain model: adapter holds no config.json; is it an adapter that was not merged?"
+    )
 
 
 def test_what_cannot_be_made_is_refused(tmp_path):

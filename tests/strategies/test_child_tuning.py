@@ -8,7 +8,7 @@ import torch
 
 from hf_ft import ChildTuningConfig, FTTrainer, L2SPConfig, OptionError, PEFTConfig, State, set_up
 from hf_ft.engine.gradients import update_batches
-from hf_ft.strategies.child_tuning import clip_each, fisher_masks, packed, unpacked
+from hf_ft.strategies.child_tuning import clip_each, coins, exact, fisher_masks, packed, unpacked
 from hf_ft.testing import LAWS, still, tiny_bert, tiny_data, tiny_resnet
 from hf_ft.testing.training import make_trainer, tiny_arguments
 
@@ -109,6 +109,16 @@ def test_ties_stay_and_bits_are_kept():
     gradients = [torch.tensor([3.0, 4.0]), torch.tensor([0.3])]
     clip_each(gradients, 1.0)
     torch.testing.assert_close(gradients, [torch.tensor([0.6, 0.8]), torch.tensor([0.3])])
+
+
+@pytest.mark.parametrize("p", [0.2, 0.75, 1e-6])
+def test_coins_are_fair_and_independent(p):
+    found = coins(1_000_003, p, torch.Generator().manual_seed(0))
+    assert found.shape == (1_000_003,) and abs(exact(p) - p) <= 2**-16
+    for lane in range(4):  # of the four from one number
+        assert abs(float(found[lane::4].double().mean()) - exact(p)) < 4 * (p / 250_000) ** 0.5 + 1e-5
+    pairs = found[:-1] & found[1:]
+    assert abs(float(pairs.double().mean()) - exact(p) ** 2) < 2e-3
 
 
 def test_measuring_leaves_the_model_as_it_was(tmp_path):

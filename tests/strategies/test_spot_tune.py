@@ -10,7 +10,7 @@ import transformers as hf
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_ft import CheckpointError, L2SPConfig, OptionError, SpotTuneConfig, WiSEFTConfig, set_up
+from hf_ft import CheckpointError, L2SPConfig, OptionError, SpotTuneConfig, WiSEFTConfig, from_pretrained, set_up
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.gated.per_sample import decisions
 from hf_ft.models.preserve import random_states
@@ -225,6 +225,17 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"not a complete model with two paths"):
         load(tmp_path)
+
+
+def test_other_classes(tmp_path):
+    gated(tiny_resnet).save_pretrained(tmp_path)
+    named = {0: "a", 1: "b", 2: "c"}
+    loaded = hf.AutoModelForImageClassification.from_pretrained(tmp_path, id2label=named)
+    assert loaded.config.id2label == named and loaded.two_paths.gate.settings.features == 16
+    with pytest.raises(OptionError, match="to train on other classes"):
+        from_pretrained(str(tmp_path), num_labels=5)
+    with pytest.raises(OptionError, match="num_labels=5.*a head for 3 classes"):
+        hf.AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=5)
 
 
 def test_shared_weights_are_saved_once(tmp_path):

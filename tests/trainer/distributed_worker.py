@@ -11,7 +11,16 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 
-from hf_ft import AMCFConfig, DAFTConfig, DELTAConfig, FrozenCache, LwFConfig, SoftConfig, WiSEFTConfig
+from hf_ft import (
+    AMCFConfig,
+    ChildTuningConfig,
+    DAFTConfig,
+    DELTAConfig,
+    FrozenCache,
+    LwFConfig,
+    SoftConfig,
+    WiSEFTConfig,
+)
 from hf_ft.core.config import strategies
 from hf_ft.data.sampling import share_of_batches
 from hf_ft.engine.checkpoint import digests
@@ -75,6 +84,7 @@ order = share_of_batches(len(averaged.train_dataset), 8 // ranks, averaged.args.
 renew_statistics(averaged.model, moving, [averaged.train_dataset[rows] for rows in order])
 same_tensors(found, snapshot(averaged.model), 1e-6)
 
+run("masks of each step", still(tiny_vit()), ChildTuningConfig(mode="F"))
 run("composed", still(tiny_resnet()), ["lp_ft", "l2_sp"])
 run("from a file", still(tiny_resnet()), "lp_ft", frozen_cache=FrozenCache("always", memory_gb=0.0, folder=str(folder)))
 assert not list(folder.glob("hf_ft_frozen_*")), "the file was left behind"

@@ -49,6 +49,11 @@ class GatedConfig(PreTrainedConfig):
         content = copy.deepcopy(self.base or {})
         return AutoConfig.for_model(content.pop("model_type"), **content)
 
+    def share_with(self, config: Any) -> None:
+        """Copy the labels and ``problem_type`` into the classifier's config."""
+        for name in _SHARED:
+            setattr(config, name, copy.deepcopy(getattr(self, name)))
+
 
 def gated_config(model: Any, gate: dict[str, Any], task: str) -> GatedConfig:
     """The config to save for a model with this gate."""

@@ -44,6 +44,12 @@ class GatedModel:
 
     two_paths: TwoPaths
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise OptionError(
+            f"{type(self).__name__} with two paths cannot be created from a config, nor get another head: to train on "
+            "other classes, start from the pretrained model."
+        )
+
     @property
     def task(self) -> str:
         """``image``, ``text``, ``audio`` or ``video``."""
@@ -98,6 +104,7 @@ class GatedModel:
 
         Raises:
             CheckpointError: if a file is missing or damaged, or of another model.
+            OptionError: for another number of classes.
         """
         name, where = str(pretrained_model_name_or_path), {key: options[key] for key in _HUB if options.get(key)}
         dtype = options.get("dtype") or options.get("torch_dtype") or "auto"
@@ -109,11 +116,17 @@ class GatedModel:
             missing, unexpected = load_model(model, str(cached_file(name, WEIGHTS_NAME, **where)), strict=False)
         except (OSError, RuntimeError, SafetensorError, OptionError, TypeError, KeyError) as error:
             raise CheckpointError(f"{name} is not a complete model with two paths: {error}. Restore it.") from error
+        if saved.num_labels != model.config.num_labels:
+            raise OptionError(
+                f"num_labels={saved.num_labels}: {name} has a head for {model.config.num_labels} classes. Load it as "
+                "it is; to train on other classes, start from the pretrained model."
+            )
         if missing or unexpected:
             raise CheckpointError(
                 f"the weights in {name} do not fit its config: missing {sorted(missing)[:3]}, unexpected "
                 f"{sorted(unexpected)[:3]}. Restore both."
             )
+        saved.share_with(model.config)
         model.config.name_or_path = name
         forget_evaluation(model)
         info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
@@ -184,7 +197,7 @@ def _task_of(model: Any) -> str | None:
 
 def _with_paths(model: Any, gate: nn.Module) -> Any:
     install(model, gate)
-    model.__class__ = _gated(type(model))
+    model.__class__ = _gated(type(model))  # type: ignore[arg-type]
     return model
 
 

@@ -111,6 +111,10 @@ class PerFilterGate(nn.Module):
     with the mean :math:`\bar x` over positions. The gradient of :math:`G` is that of the sigmoid.
     """
 
+    _mask: Tensor | None
+    _state: tuple[Tensor, Tensor] | None
+    _last: Tensor | None
+
     def __init__(self, settings: PerFilter, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.settings = settings
@@ -127,9 +131,7 @@ class PerFilterGate(nn.Module):
 
     def end(self) -> None:
         self._running = False
-        self._mask: Tensor | None = None
-        self._state: tuple[Tensor, Tensor] | None = None
-        self._last: Tensor | None = None
+        self._mask = self._state = self._last = None
 
     def share(self, unit: str, inputs: Tensor, output: Tensor) -> Tensor:
         if not self._running:

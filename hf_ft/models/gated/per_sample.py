@@ -102,7 +102,7 @@ class PerSampleGate(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Decisions (B, L) in {0, 1}, from features (B, d)."""
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.policy(wide(features).to(self.policy[1].weight.dtype)).unflatten(-1, (-1, 2))
+            logits = self.policy(wide(features).to(next(self.policy.parameters()).dtype)).unflatten(-1, (-1, 2))
             return decisions(logits, self.settings.temperature, self.training and self.settings.noise)
 
     def share(self, unit: str, inputs: Tensor, output: Tensor) -> Tensor:

@@ -13,28 +13,28 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
 from hf_ft.core import UNSET_RATE, Context, OptionError, State
 from hf_ft.core.config import ADAM, BASELINE, SGD
+from hf_ft.core.plan import stage_borders
 from hf_ft.engine.run import Run
 from hf_ft.engine.set_up import set_up
 from hf_ft.engine.short_training import fit, predict
-from hf_ft.functional import calibrated_log_loss
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.search.evaluate import Bar, ShortTrainings
 from hf_ft.search.folds import context_on, folds_of
-from hf_ft.search.trials import Job, Outcome, Report, run_trials
+from hf_ft.search.trials import Job, Report, run_trials
 from hf_ft.strategies.auto.budget import Budget, Costs
+from hf_ft.strategies.auto.candidate import Candidate, held_out_loss
 from hf_ft.strategies.auto.findings import reasons
 from hf_ft.strategies.auto.recipes import REFUSED, Recipe, measured_advice, recipes
-from hf_ft.strategies.auto.result import Choice, Tried, ranked
+from hf_ft.strategies.auto.result import Choice, ranked
 
 logger = logging.get_logger(__name__)
 STORAGE = "auto.db"
@@ -42,28 +42,6 @@ AVERAGES = 2  # with the initial weights, that are tried after training
 LEAST = 2  # recipes: with fewer there is nothing to compare
 LOOKING = 0.05  # share of the budget for what `hf-ft advise` measures
 NO_ROOM = "the budget has no room for it"
-
-
-@dataclass
-class Candidate:
-    """A recipe in the running.
-
-    Attributes:
-        ratio: cost of its training, in passes per sample and epoch.
-        states: what it measured on the training part of each fold so far.
-        outcomes: its brief trainings so far, one for each fold.
-    """
-
-    recipe: Recipe
-    ratio: float
-    states: list[State]
-    outcomes: list[Outcome] = field(default_factory=list)
-
-    def tried(self) -> Tried:
-        infos = [outcome.info for outcome in self.outcomes]
-        accuracies = tuple(float(info["accuracy"]) for info in infos if info.get("accuracy") is not None)
-        losses = tuple(-outcome.value for outcome in self.outcomes)
-        return Tried(self.recipe.name, self.recipe.rate, self.recipe.expected, losses, accuracies, self.ratio)
 
 
 class Chooser:
@@ -157,6 +135,7 @@ class Chooser:
         state = self._measured(recipe, self.folds[0].train)
         self.budget.spent += self._measuring(recipe, 0)
         run = self._start(recipe, state)
+        stage_borders(run.plan.stages, self._steps(min(len(part.train) for part in self.folds), self.epochs))
         if run.plan.streams:
             raise OptionError("it trains on further data as well, which brief trainings do not read")
         passes = self.trainings.recordings.passes
@@ -168,6 +147,12 @@ class Chooser:
         recorded = self.trainings.recordings.passes - passes
         self.budget.spent += recorded * self.costs.forward * self.context.samples.count
         return Candidate(recipe, ratio, [state])
+
+    def _steps(self, samples: int, epochs: float) -> int:
+        """The optimizer steps of a training, at least; a last batch of one sample may be dropped."""
+        recipe = self.trainings.recipe
+        whole, rest = divmod(samples, recipe.batch_size * recipe.accumulation)
+        return max(1, int(epochs * (whole + (rest > 1 or not whole))))
 
     def _check_room(self, recipe: Recipe, ratio: float, planned: float) -> None:
         """Reject a recipe whose brief training does not fit beside what is planned.
@@ -302,20 +287,9 @@ class Chooser:
         for recipe in order:
             try:
                 state = self._measured(recipe, None)
-                self._start(recipe, state)
+                stages = self._start(recipe, state).plan.stages
+                stage_borders(stages, self._steps(self.context.samples.count, self.context.recipe.epochs))
                 return recipe, state
             except REFUSED as error:
                 problem = error
         raise OptionError(f"{self.config.ft_type}: no strategy can train this model; the last one: {problem}")
-
-
-def held_out_loss(logits: Tensor, labels: Tensor, loss: float, task_loss: Any) -> tuple[float, float | None]:
-    """The log loss at the best temperature, and the accuracy; for other tasks, their loss as it is."""
-    single = labels.dim() == 1 and not labels.is_floating_point() and logits.dim() == 2 and logits.shape[1] > 1
-    several = labels.dim() == 2 and labels.shape == logits.shape and bool(((labels == 0) | (labels == 1)).all())
-    if task_loss.compute_loss_func is not None or not (single or several):
-        return loss, None
-    found, _ = calibrated_log_loss(logits, labels, task_loss.class_weights)
-    known = labels != -100
-    accuracy = float((logits.argmax(dim=1)[known] == labels[known]).double().mean()) if single else None
-    return found, accuracy

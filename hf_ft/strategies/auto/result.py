@@ -85,5 +85,8 @@ class Choice:
 
 
 def ranked(tried: Iterable[Tried]) -> tuple[Tried, ...]:
-    """By the number of folds, and then by the mean loss on them; equals in the order of trying."""
-    return tuple(sorted(tried, key=lambda one: (-len(one.losses), one.mean())))
+    """By the number of folds, and then by the mean loss on them; equals in the order of trying.
+
+    The loss is rounded: the last digits differ between machines, and with what is recorded.
+    """
+    return tuple(sorted(tried, key=lambda one: (-len(one.losses), round(one.mean(), 4))))

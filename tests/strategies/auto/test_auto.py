@@ -294,6 +294,14 @@ def test_a_state_opens_no_storage():
     assert found == FTConfig.from_dict({"ft_type": "blockwise"})
 
 
+def test_what_has_too_few_steps_is_not_tried(tmp_path):
+    """One step cannot be divided between a probe and a training of everything."""
+    config = AutoStrategyConfig(**FEW, budget="3x")
+    trainer = trainer_of(tiny_resnet(), tmp_path, config, per_device_train_batch_size=32, max_steps=3)
+    found = chosen(trainer)
+    assert "gets no step" in found.declined["lp_ft"] and "lp_ft" not in {one.strategy for one in found.tried}
+
+
 def test_regression_is_judged_by_its_loss(tmp_path):
     model = tiny_resnet(num_labels=1)
     model.config.problem_type = "regression"
