@@ -17,6 +17,7 @@ from hf_ft.data.columns import ProblemType
 from hf_ft.data.inputs import Inputs, Reading, read_inputs
 from hf_ft.data.progress import bar
 from hf_ft.data.sounds import SECONDS
+from hf_ft.errors import OptionError
 from hf_ft.inference.batches import Batch, Batches
 from hf_ft.inference.checkpoint import Trained, load_trained
 
@@ -152,8 +153,25 @@ def activated(outputs: Tensor, kind: ProblemType) -> Tensor:
 def _outputs(trained: Trained, inputs: Inputs, options: Options) -> Iterator[tuple[Batch, list[dict[int, Tensor]]]]:
     """Each batch with the logits (C,) of its samples by their numbers, for each view."""
     batches = Batches(trained, inputs, options.batch_size, options.tta, options.max_length, options.seconds)
-    device = torch.device(options.device or torch.accelerator.current_accelerator() or "cpu")
-    return _run(trained, batches, device, options.workers)
+    return _run(trained, batches, _device(options.device), options.workers)
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    """The device, or an accelerator if there is one.
+
+    Raises:
+        OptionError: if there is no such device.
+    """
+    device = wanted or torch.accelerator.current_accelerator() or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of backends that torch was built without
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise OptionError(
+            f"{device} cannot be used ({reason}): set device to cpu, or to one that is there.",
+            arguments=("device",),
+        ) from error
+    return torch.device(device)
 
 
 def _run(

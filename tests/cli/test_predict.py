@@ -85,6 +85,7 @@ def test_an_evaluation_is_a_page_with_its_scores(files, tmp_path, capsys):
         (["--output", "answers.txt"], "--output answers.txt ends in neither .csv nor .jsonl"),
         (["--batch_size", "0"], "--batch_size 0 is too small"),
         (["--base", "x"], "has no effect, since"),
+        (["--device", "cuda:99"], "cuda:99 cannot be used"),
     ],
 )
 def test_what_has_no_effect_is_refused(more, told, files, capsys):
@@ -98,6 +99,7 @@ def test_what_has_no_effect_is_refused(more, told, files, capsys):
         ("nothing", "photos", "cannot read the model"),
         ("resnet", "nothing", "is no file or folder here"),
         ("resnet", "reviews.csv", "set --image_column"),
+        ("resnet", "texts", "there are no images in"),
         ("bert", "reviews.csv", "no image, audio or text column"),
     ],
 )
