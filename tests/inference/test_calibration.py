@@ -34,6 +34,7 @@ def test_the_temperature_has_the_lowest_log_loss():
     assert found.log_loss[1] == pytest.approx(best.fun, abs=1e-9) and found.ece[1] < found.ece[0] / 2
 
 
+@pytest.mark.slow
 def test_evaluate_keeps_it_and_predict_applies_it(files, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(files / "resnet", model)
