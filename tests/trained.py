@@ -20,6 +20,8 @@ def trained_files(root):
         for i in range(4):
             pixels = rng.integers(0, 80, (40 + i, 32, 3), dtype=np.uint8) + np.uint8(80 * index)
             Image.fromarray(pixels).save(root / "photos" / name / f"{i}.png")
+    (root / "texts").mkdir()
+    (root / "texts" / "a.txt").write_text("no image")
     tiny_resnet(**NAMES).save_pretrained(root / "resnet")
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(root / "resnet")
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "good", "bad", "film", "a", "very"])}

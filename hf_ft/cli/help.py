@@ -116,11 +116,13 @@ usage: hf-ft evaluate --model MODEL --dataset DATA [flags]
 The metrics are those of a Trainer's evaluation. Classes are matched by name with those of the model; a class that it
 does not know is refused. Samples that cannot be read are listed, and not scored.
 
-example:
+examples:
   hf-ft evaluate --model runs/photos --dataset my_photos/test --output_dir runs/evaluation
+  hf-ft evaluate --model runs/photos --dataset my_photos/ --split test \\
+      --calibrate my_photos/ --calibrate_split validation
 """,
         """\
-Written to --output_dir: evaluation.html and evaluation.md (scores, the confusion matrix, unreadable samples),
+Written to --output_dir: evaluation.html and evaluation.md (scores, confusion matrix, reliability, unreadable samples),
 evaluation.json (the same as data) and predictions.csv (as by `hf-ft predict`). docs/predict.md has more.""",
     ),
 }

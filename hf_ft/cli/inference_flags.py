@@ -33,6 +33,7 @@ class ModelAndData:
     device: str | None = _flag("such as cpu or cuda:1 (default: an accelerator if there is one)")
     num_workers: int = _flag("processes that read and prepare samples; 0: none", 0)
     tta: bool = _flag("images: mean of the probabilities of each image and its mirror image", False)
+    uncalibrated: bool = _flag("leave off the temperature of `hf-ft evaluate --calibrate`", False)
     threshold: float | None = _flag("several labels per sample: those above this probability (default: 0.5)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
@@ -54,6 +55,10 @@ class ModelAndData:
         """How the data are read."""
         return Reading(**{name: getattr(self, name) for name in Reading.__dataclass_fields__})
 
+    def probability_threshold(self) -> float:
+        """Above which one of several labels is predicted."""
+        return 0.5 if self.threshold is None else self.threshold
+
     def options(self) -> Options:
         """How to predict."""
         return Options(
@@ -63,6 +68,7 @@ class ModelAndData:
             max_length=self.max_length,
             seconds=self.max_seconds or SECONDS,
             workers=self.num_workers,
+            calibrated=not self.uncalibrated,
         )
 
 
@@ -83,6 +89,11 @@ class EvaluateFlags(ModelAndData):
     output_dir: str = _flag(
         "folder of evaluation.html, evaluation.md, evaluation.json and predictions.csv", "runs/evaluation"
     )
+    calibrate: str | None = _flag(
+        "labelled data, such as those for validation, on which to fit a temperature; kept in the checkpoint as "
+        "ft_calibration.json, and used from then on"
+    )
+    calibrate_split: str | None = _flag("split of these data, as --split")
     overwrite: bool = _flag("replace predictions.csv even if this command did not write it", False)
 
 

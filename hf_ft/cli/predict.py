@@ -42,9 +42,9 @@ def run_predict(arguments: list[str]) -> None:
     trained, inputs = prepared(flags)
     if inputs.why_not:
         say(f"note: no scores: {inputs.why_not}", error=True)
-    threshold = flags.threshold or 0.5
+    threshold = flags.probability_threshold()
     scorer = Scorer(trained.wanted, threshold)
-    layout = Layout(trained.wanted, kind, flags.top_k, threshold)
+    layout = Layout(trained.wanted, kind, flags.top_k, threshold, inputs.labels is not None)
     found = scorer.watch(predictions(trained, inputs, flags.options()))
     with _opened(file) as out:
         write_lines(layout.lines(found), out)
@@ -137,7 +137,7 @@ def tell_unreadable(scorer: Scorer) -> None:
     """
     if not scorer.unreadable:
         return
-    first = "; ".join(f"{name}: {why}" for name, why in scorer.unreadable[:SHOWN])
+    first = "; ".join(why if name in why else f"{name}: {why}" for name, why in scorer.unreadable[:SHOWN])
     more = f"; and {len(scorer.unreadable) - SHOWN} more" if len(scorer.unreadable) > SHOWN else ""
     told = f"{len(scorer.unreadable):,} of {scorer.rows:,} samples cannot be read: {first}{more}"
     if len(scorer.unreadable) == scorer.rows:

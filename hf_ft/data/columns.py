@@ -85,13 +85,15 @@ def find_columns(
     if label is None:
         likely = _few_values(first)
         hint = f", such as {' or '.join(map(repr, likely))}" if likely else ""
-        raise DataError(f"no label column among {_shown(first)}: set label_column{hint}", arguments=("label_column",))
+        raise DataError(
+            f"no label column among {shown_columns(first)}: set label_column{hint}", arguments=("label_column",)
+        )
     inputs, given = _named_inputs(image_column, text_column, audio_column) or (_usual_inputs(first), "text_column")
     for name, split in splits.items():
         for column in (*inputs, label):
             if column not in split.column_names:
                 wrong = "label_column" if column == label else given
-                there = f"only {_shown(split)}"
+                there = f"only {shown_columns(split)}"
                 raise DataError(f"split {name!r} has no column {column!r}, {there}: set {wrong}", arguments=(wrong,))
         if name != "test" and (rows := unlabelled(split, label, splits.get("train"))):
             raise DataError(
@@ -116,7 +118,9 @@ def find_inputs(
     inputs, given = named or (_usual_inputs(split), "text_column")
     for column in inputs:
         if column not in split.column_names:
-            raise DataError(f"there is no column {column!r}, only {_shown(split)}: set {given}", arguments=(given,))
+            raise DataError(
+                f"there is no column {column!r}, only {shown_columns(split)}: set {given}", arguments=(given,)
+            )
     return _task_of(split, inputs, given if named else None), inputs
 
 
@@ -214,7 +218,8 @@ def some_text(split: Dataset, column: str) -> list[str]:
     return [value for value in values if value is not None]
 
 
-def _shown(split: Dataset) -> list[str]:
+def shown_columns(split: Dataset) -> list[str]:
+    """The columns of the source, for messages."""
     return [name for name in split.column_names if name != ROW]
 
 
@@ -245,7 +250,7 @@ def _few_values(split: Dataset) -> list[str]:
     """Columns that may be labels: of several rows each value, and of at least two values."""
     some = split.select(range(min(MANY, len(split))))
     found = []
-    for name in _shown(split):
+    for name in shown_columns(split):
         feature = split.features[name]
         if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool", "int64", "int32"):
             count = len(set(values_of(some, name)) - {None})
@@ -263,6 +268,6 @@ def _usual_inputs(split: Dataset) -> tuple[str, ...]:
         if all(column in split.column_names for column in columns):
             return columns
     raise DataError(
-        f"no image, audio or text column among {_shown(split)}: set image_column, audio_column or text_column",
+        f"no image, audio or text column among {shown_columns(split)}: set image_column, audio_column or text_column",
         arguments=("image_column", "audio_column", "text_column"),
     )

@@ -10,8 +10,8 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from hf_ft.data.class_names import plain, with_plain_labels
-from hf_ft.data.columns import Columns, ProblemType, find_inputs, usual_label
-from hf_ft.data.files import is_saved
+from hf_ft.data.columns import Columns, ProblemType, find_inputs, shown_columns, usual_label
+from hf_ft.data.files import DATA_SUFFIXES, is_saved
 from hf_ft.data.image_folders import files, holds_metadata
 from hf_ft.data.labels_by_name import labels_by_name
 from hf_ft.data.load import load_split
@@ -101,7 +101,7 @@ def read_inputs(
     if not len(rows):
         raise DataError("there are no rows: name other data.")
     labels, why_not = _labels(rows, wanted, reading, labelled)
-    rows = rows.select_columns(list(names))
+    rows = rows.with_format(None).select_columns(list(names))
     if wanted.media is not None:
         rows = rows.cast_column(names[0], wanted.media.unopened)
     return Inputs(rows, Columns(task, names, "", wanted.problem_type, wanted.names), labels, why_not)
@@ -112,6 +112,8 @@ def _rows(sources: list[str], wanted: Wanted, reading: Reading, labelled: bool) 
     if wanted.media is not None and all(map(_is_files, paths)) and not (labelled or reading.split):
         return _listed(paths, wanted.media, wanted.names)
     if len(sources) != 1:
+        if absent := [str(path) for path in paths if not path.exists()]:
+            raise DataError(f"there is no file or folder {absent[0]!r}: correct the name, or leave it out.")
         which = next((str(path) for path in paths if not _is_files(path)), sources[0])
         raise DataError(f"{which!r} is one of {len(sources)} sources, but only files can be several: name it alone.")
     given = {"config_name": reading.config_name, "encoding": reading.encoding}
@@ -121,12 +123,17 @@ def _rows(sources: list[str], wanted: Wanted, reading: Reading, labelled: bool) 
 def _is_files(path: Path) -> bool:
     """Whether it is a file, or a folder that may hold files, in contrast to tables and data sets."""
     if path.is_dir():
-        return not is_saved(path) and not holds_metadata(path) and any(_held(path))
+        if is_saved(path) or holds_metadata(path):
+            return False
+        return {_kind(file) for file in files(path)} - {""} != {"data"}
     return path.is_file() and not is_table(path)
 
 
-def _held(folder: Path) -> Any:
-    return (file for file in files(folder) if any(media.holds(file) for media in MEDIA))
+def _kind(file: str) -> str:
+    """Whether a file is of images or sounds, or of rows."""
+    if any(media.holds(file) for media in MEDIA):
+        return "media"
+    return "data" if file.lower().endswith(DATA_SUFFIXES) else ""
 
 
 def _listed(paths: Sequence[Path], media: Media, names: Sequence[str]) -> Dataset:
@@ -158,7 +165,7 @@ def _labels(rows: Dataset, wanted: Wanted, reading: Reading, required: bool) -> 
     if column is None:
         if required:
             raise DataError(
-                f"no label column among {rows.column_names}: set label_column, or a folder for each class",
+                f"no label column among {shown_columns(rows)}: set label_column, or a folder for each class",
                 arguments=("label_column",),
             )
         return None, ""

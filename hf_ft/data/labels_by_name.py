@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, List, Value
 from transformers.utils import logging
 
 from hf_ft.data.class_names import plain
-from hf_ft.data.columns import ProblemType, values_of
+from hf_ft.data.columns import ProblemType, shown_columns, values_of
 from hf_ft.errors import DataError
 
 SHOWN = 5  # names in a message
@@ -34,7 +34,7 @@ def labels_by_name(split: Dataset, column: str, names: Sequence[str], problem_ty
     """
     if column not in split.column_names:
         raise DataError(
-            f"there is no column {column!r}, only {split.column_names}: set label_column", arguments=("label_column",)
+            f"there is no column {column!r}, only {shown_columns(split)}: set label_column", arguments=("label_column",)
         )
     values, feature = values_of(split, column), split.features[column]
     if problem_type == "regression":

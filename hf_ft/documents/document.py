@@ -112,8 +112,19 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A whole report."""
+    """A whole report.
+
+    Attributes:
+        kind: what it is, above the title.
+        made_by: the command that wrote it.
+        data: name of the file with the same figures as data.
+        text: name of the file with the same as Markdown.
+    """
 
     title: str
     subtitle: str
     sections: tuple[Section, ...]
+    kind: str = "Comparison of fine-tuning strategies"
+    made_by: str = "hf-ft compare"
+    data: str = "results.json"
+    text: str = "report.md"

@@ -27,8 +27,11 @@ def names(items: Iterable[str]) -> str:
     return " and ".join(filter(None, [", ".join(codes[:-1]), *codes[-1:]]))
 
 
+METRICS = {"mse": "mean squared error", "mae": "mean absolute error", "ece": "expected calibration error"}
+
+
 def metric_name(metric: str) -> str:
-    return {"mse": "mean squared error", "mae": "mean absolute error"}.get(metric, metric.replace("_", " "))
+    return METRICS.get(metric, metric.replace("_", " "))
 
 
 def score(value: float | None) -> str:

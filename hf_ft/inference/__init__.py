@@ -2,7 +2,17 @@
 
 from hf_ft.data.inputs import Reading
 from hf_ft.inference.checkpoint import Trained, load_trained
-from hf_ft.inference.evaluation import Evaluation, evaluate
+from hf_ft.inference.evaluation import Evaluation, calibrate, evaluate
 from hf_ft.inference.predictor import Options, Prediction, predict
 
-__all__ = ["Evaluation", "Options", "Prediction", "Reading", "Trained", "evaluate", "load_trained", "predict"]
+__all__ = [
+    "Evaluation",
+    "Options",
+    "Prediction",
+    "Reading",
+    "Trained",
+    "calibrate",
+    "evaluate",
+    "load_trained",
+    "predict",
+]

@@ -5,26 +5,34 @@ Only configs and safetensors are read: no pickles, no code from the Hub.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 from hf_ft.data.classifier import settle_padding
 from hf_ft.data.columns import ProblemType
 from hf_ft.data.inputs import Wanted
-from hf_ft.engine.checkpoint import BUFFERS_NAME, DELTA_NAME, checked, load_delta
+from hf_ft.engine.checkpoint import BUFFERS_NAME, DELTA_NAME, checked, digests, load_delta
 from hf_ft.errors import CheckpointError, OptionError
+from hf_ft.inference.calibration import FILE, Calibration, read_calibration
 from hf_ft.models.names import covers
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.tasks import auto_model, tasks_of
 from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
 from hf_ft.zoo.reading import read_config, weights_of
 
+# Of files that may be missing, on the Hub too.
+_OPTIONAL: dict[str, Any] = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
+}
 READ = ("image", "text", "audio")  # tasks whose data can be read
 
 
@@ -37,12 +45,19 @@ class Trained:
         processor: its image processor, feature extractor or tokenizer.
         wanted: the data that it takes, and its classes.
         name: Hub id or folder; empty for a model in memory.
+        calibration: its temperature, if one was fitted.
     """
 
     model: Any
     processor: Any
     wanted: Wanted
     name: str = ""
+    calibration: Calibration | None = None
+
+    @property
+    def temperature(self) -> float:
+        """By which logits are divided; 1 without calibration."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
 
     @classmethod
     def of(cls, model: Any, processor: Any, name: str = "") -> Trained:
@@ -84,7 +99,20 @@ def load_trained(name: str | Path, *, revision: str | None = None, base: str | N
         OptionError: if there is no config or processor, or it is not that of a classifier.
         CheckpointError: if weights are missing or damaged, or there is no trained head.
     """
-    name, folder = str(name), Path(name).expanduser()
+    trained = _loaded(str(name), revision, base)
+    file = cached_file(str(name), FILE, revision=revision, **_OPTIONAL)
+    if file is None:
+        return trained
+    return replace(trained, calibration=read_calibration(Path(file), weights_digest(trained.model)))
+
+
+def weights_digest(model: Any) -> str:
+    """A hash of all weights."""
+    return hashlib.sha256(json.dumps(sorted(digests(model).items())).encode()).hexdigest()
+
+
+def _loaded(name: str, revision: str | None, base: str | None) -> Trained:
+    folder = Path(name).expanduser()
     if name in SHORT_NAMES:
         raise OptionError(f"{name} is only pretrained: {_train(name)}")
 
@@ -93,7 +121,9 @@ def load_trained(name: str | Path, *, revision: str | None = None, base: str | N
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return _adapted(folder, base)
     if base is not None:
-        raise OptionError(f"base={base!r} has no effect, since {name} is a whole model: leave it out.")
+        raise OptionError(
+            f"base={base!r} has no effect, since {name} is a whole model: leave it out.", arguments=("base",)
+        )
     config = read_config(name, revision=revision or "main")
     _check_classifier(name, config)
     model = _whole(name, config, revision)
@@ -130,7 +160,9 @@ def _train(name: str) -> str:
 def _delta(folder: Path, base: str | None) -> Trained:
     source = base or str(_base_of_delta(folder) or "")
     if not source:
-        raise OptionError(f"{folder} is a delta that does not name its base: set base to its Hub id or folder.")
+        raise OptionError(
+            f"{folder} is a delta that does not name its base: set base to its Hub id or folder.", arguments=("base",)
+        )
     model: Any = load_delta(source, folder)
     task = task_of(model.config)
     return Trained.of(model, _processor_beside(folder, source, model.config, task), str(folder))
@@ -155,7 +187,10 @@ def _adapted(folder: Path, base: str | None) -> Trained:
     adapter = PeftConfig.from_pretrained(str(folder))
     name = base or adapter.base_model_name_or_path
     if not name:
-        raise OptionError(f"{folder} is an adapter that does not name its base: set base to its Hub id or folder.")
+        raise OptionError(
+            f"{folder} is an adapter that does not name its base: set base to its Hub id or folder.",
+            arguments=("base",),
+        )
     config = read_config(str(folder))
     _check_classifier(str(folder), config)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from datasets import Dataset
 
 from hf_ft.data.inputs import Reading, read_inputs
 from hf_ft.documents.confusion import Confusion
@@ -16,13 +19,17 @@ from hf_ft.documents.html import html
 from hf_ft.documents.markdown import markdown
 from hf_ft.documents.public import shareable_name, shareable_text
 from hf_ft.documents.text import code, metric_name, score
-from hf_ft.errors import DataError
-from hf_ft.inference.checkpoint import Trained
-from hf_ft.inference.predictor import Options, Source, predictions, sources_of, trained_of
+from hf_ft.errors import DataError, OptionError
+from hf_ft.inference.calibration import Bin, Calibration
+from hf_ft.inference.calibration_page import calibration_section
+from hf_ft.inference.checkpoint import Trained, weights_digest
+from hf_ft.inference.predictor import Options, Source, logits, predictions, sources_of, trained_of
 from hf_ft.inference.scores import Scorer
 from hf_ft.metrics import Scores
+from hf_ft.records import stored
 
 NAME = "evaluation"
+_ABOUT = ("Evaluation of a classifier", "hf-ft evaluate", f"{NAME}.json", f"{NAME}.md")
 LISTED = 100  # unreadable samples on the page
 
 
@@ -37,6 +44,9 @@ class Evaluation:
         rows: number of samples that were scored.
         unreadable: row or file, and the reason, of each sample that could not be read.
         confusion: true and predicted classes; None unless there is one class per sample.
+        bins: accuracy by confidence, likewise.
+        calibration: that of the checkpoint, if it was used.
+        options: batch size and so on.
     """
 
     model: str
@@ -45,6 +55,8 @@ class Evaluation:
     rows: int
     unreadable: tuple[tuple[str, str], ...] = ()
     confusion: Confusion | None = None
+    bins: tuple[Bin, ...] = ()
+    calibration: Calibration | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +67,9 @@ class Evaluation:
                 "classes": list(self.confusion.classes),
                 "counts": [list(row) for row in self.confusion.counts],
             }
-        unreadable = [{"sample": shareable_text(name), "error": shareable_text(why)} for name, why in self.unreadable]
+        unreadable = [
+            {"sample": "/".join(Path(name).parts[-2:]), "error": shareable_text(why)} for name, why in self.unreadable
+        ]
         return {
             "model": self.model,
             "data": self.data,
@@ -64,6 +78,8 @@ class Evaluation:
             "options": dict(self.options),
             "unreadable": unreadable,
             "confusion": confusion,
+            "reliability": stored(self.bins),
+            "calibration": stored(self.calibration),
         }
 
     def document(self) -> Document:
@@ -76,9 +92,13 @@ class Evaluation:
             sections.append(
                 Section("errors", "Errors", (Text(_capital(self.confusion.summary())), *self.confusion.tables()))
             )
+        if self.bins:
+            sections.append(calibration_section(self.bins, self.scores["ece"], self.calibration))
         if self.unreadable:
             sections.append(_unreadable(self.unreadable))
-        return Document(f"{self.model} on {self.data}", f"Evaluation on {self.rows:,} samples", tuple(sections))
+        return Document(
+            f"{self.model} on {self.data}", f"Evaluation on {self.rows:,} samples", tuple(sections), *_ABOUT
+        )
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``evaluation.json``, ``evaluation.html`` and ``evaluation.md``; returns their paths."""
@@ -126,7 +146,7 @@ def evaluate(
     scorer = Scorer(trained.wanted, threshold)
     for _ in scorer.watch(predictions(trained, inputs, settings)):
         pass
-    return evaluation(trained, scorer, _data_name(data), settings)
+    return evaluation(trained, scorer, data_name(data), settings)
 
 
 def evaluation(trained: Trained, scorer: Scorer, data: str, options: Options) -> Evaluation:
@@ -145,12 +165,42 @@ def evaluation(trained: Trained, scorer: Scorer, data: str, options: Options) ->
         rows=scorer.scored,
         unreadable=tuple(scorer.unreadable),
         confusion=scorer.confusion(data),
+        bins=tuple(scorer.bins()),
+        calibration=trained.calibration if options.calibrated else None,
         options={"batch_size": options.batch_size, "tta": options.tta},
     )
 
 
-def _data_name(data: Source) -> str:
-    return shareable_name(str(data)) if isinstance(data, str | Path) else "data"
+def calibrate(
+    trained: Trained, data: Source, reading: Reading | None = None, options: Options | None = None
+) -> Trained:
+    """The classifier with a temperature that is fitted on labelled data; keep it with ``calibration.save(folder)``.
+
+    Args:
+        data: samples that it was not trained on, such as those for validation.
+
+    Raises:
+        OptionError: if it does not choose one class per sample.
+        DataError: as of :func:`evaluate`.
+    """
+    if trained.wanted.problem_type != "single_label_classification":
+        raise OptionError("a temperature is for models that choose one class per sample: leave --calibrate out.")
+    inputs = read_inputs(sources_of(data), trained.wanted, reading, labelled=True)
+    found = list(logits(trained, inputs, replace(options or Options(), tta=False)))
+    known = inputs.labels or []
+    labels = torch.tensor([known[row] for row, _ in found])
+    if not found:
+        raise DataError(f"none of the {len(known):,} samples to calibrate on could be read.")
+    outputs = torch.stack([one for _, one in found])
+    weights = weights_digest(trained.model)
+    return replace(trained, calibration=Calibration.fitted(outputs, labels, data_name(data), weights))
+
+
+def data_name(data: Source) -> str:
+    """A name to show."""
+    if isinstance(data, Dataset):
+        return "data"
+    return ", ".join(shareable_name(str(source)) for source in sources_of(data))
 
 
 def _unread(number: int) -> str:
@@ -162,7 +212,7 @@ def _capital(text: str) -> str:
 
 
 def _unreadable(samples: tuple[tuple[str, str], ...]) -> Section:
-    rows = tuple((shareable_text(name), shareable_text(why)) for name, why in samples[:LISTED])
+    rows = tuple(("/".join(Path(name).parts[-2:]), shareable_text(why)) for name, why in samples[:LISTED])
     more = f", the first {LISTED}" if len(samples) > LISTED else ""
     table = Table(f"Samples that could not be read{more}", ("sample", "reason"), rows, folded=len(rows) > 10)
     return Section("unreadable", "Samples that could not be read", (table,))

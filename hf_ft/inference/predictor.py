@@ -55,7 +55,7 @@ class Options:
         max_length: maximum text length in tokens; by default that of the model, at most 512.
         seconds: length to which sounds are cut.
         workers: processes that read and process samples; 0 for none.
-        temperature: by which logits are divided before the softmax.
+        calibrated: divide logits by the temperature of the checkpoint's calibration, if it has one.
     """
 
     batch_size: int = 32
@@ -64,7 +64,7 @@ class Options:
     max_length: int | None = None
     seconds: float = SECONDS
     workers: int = 0
-    temperature: float = 1.0
+    calibrated: bool = True
 
 
 def predict(
@@ -82,8 +82,9 @@ def predict(
         \big(\operatorname{softmax}(z(x)) + \operatorname{softmax}(z(\overleftrightarrow{x}))\big)
 
     in float64; :math:`\sigma` in place of the softmax for several labels per sample, the output itself for a
-    regression. Answers do not depend on the batch size: padding is masked, and sounds of other lengths, or texts of a
-    model without an attention mask, form batches of their own.
+    regression; logits are divided by the temperature of a calibrated checkpoint. Answers do not depend on the batch
+    size: padding is masked, and sounds of other lengths, or texts of a model without an attention mask, form batches of
+    their own.
 
     Args:
         model: Hub id or folder of a checkpoint, or a model.
@@ -120,10 +121,9 @@ def sources_of(data: Source) -> Sequence[str | Path] | Dataset:
 
 def predictions(trained: Trained, inputs: Inputs, options: Options) -> Iterator[Prediction]:
     """Predict all samples of some inputs; arguments as of :func:`predict`."""
-    if not options.temperature > 0:
-        raise OptionError(f"temperature={options.temperature}: set it above 0.")
     found = _outputs(trained, inputs, options)  # what cannot work is told now, not with the first batch
-    return _answered(found, inputs, options.temperature, trained.wanted.problem_type)
+    temperature = trained.temperature if options.calibrated else 1.0
+    return _answered(found, inputs, temperature, trained.wanted.problem_type)
 
 
 def logits(trained: Trained, inputs: Inputs, options: Options) -> Iterator[tuple[int, Tensor]]:
@@ -153,8 +153,25 @@ def activated(outputs: Tensor, kind: ProblemType) -> Tensor:
 def _outputs(trained: Trained, inputs: Inputs, options: Options) -> Iterator[tuple[Batch, list[dict[int, Tensor]]]]:
     """Each batch with the logits (C,) of its samples by their numbers, for each view."""
     batches = Batches(trained, inputs, options.batch_size, options.tta, options.max_length, options.seconds)
-    device = torch.device(options.device or torch.accelerator.current_accelerator() or "cpu")
-    return _run(trained, batches, device, options.workers)
+    return _run(trained, batches, _device(options.device), options.workers)
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    """The device, or an accelerator if there is one.
+
+    Raises:
+        OptionError: if there is no such device.
+    """
+    device = wanted or torch.accelerator.current_accelerator() or "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of backends that torch was built without
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise OptionError(
+            f"{device} cannot be used ({reason}): set device to cpu, or to one that is there.",
+            arguments=("device",),
+        ) from error
+    return torch.device(device)
 
 
 def _run(

@@ -11,6 +11,7 @@ import numpy as np
 from hf_ft.data.inputs import Wanted
 from hf_ft.documents.confusion import Confusion
 from hf_ft.errors import OptionError
+from hf_ft.inference.calibration import Bin, expected_calibration_error, reliability
 from hf_ft.inference.predictor import Prediction
 from hf_ft.metrics import Kind, Scores, local_scores
 
@@ -43,7 +44,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
-            raise OptionError(f"threshold={self.threshold}: set it between 0 and 1.")
+            raise OptionError(f"threshold={self.threshold}: set it between 0 and 1.", arguments=("threshold",))
 
     def watch(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """Pass predictions on, and collect them."""
@@ -70,11 +71,16 @@ class Scorer:
         return len(self._labels)
 
     def scores(self) -> Scores:
-        """All local metrics, with ``log_loss`` for single classes; empty without labels."""
+        """All local metrics, with ``log_loss`` and ``ece`` for single classes; empty without labels."""
         if not self.scored:
             return {}
         found = local_scores(KINDS[self.wanted.problem_type], np.stack(self._answers), np.stack(self._labels))
-        return found | ({"log_loss": self._log_loss / self.scored} if self._confidences else {})
+        if not self._confidences:
+            return found
+        return found | {
+            "log_loss": self._log_loss / self.scored,
+            "ece": expected_calibration_error(*self.confidences()),
+        }
 
     def confusion(self, split: str) -> Confusion | None:
         """The confusion matrix; None without labels, or if there is not one class per sample."""
@@ -85,6 +91,10 @@ class Scorer:
     def confidences(self) -> tuple[np.ndarray, np.ndarray]:
         """The probability (N,) of each predicted class, and whether (N,) it is the true one."""
         return np.asarray(self._confidences), np.asarray(self._answers) == np.asarray(self._labels)
+
+    def bins(self) -> list[Bin]:
+        """Accuracy by confidence; empty unless there is one class per sample."""
+        return reliability(*self.confidences()) if self._confidences else []
 
     def _answer(self, outputs: np.ndarray) -> Any:
         kind = self.wanted.problem_type

@@ -28,24 +28,30 @@ class Layout:
     Attributes:
         top_k: number of classes to tell.
         threshold: probability above which one of several labels is told.
+        labelled: whether labels are known, at least of some samples.
     """
 
     wanted: Wanted
     format: Format = "csv"
     top_k: int = 1
     threshold: float = 0.5
+    labelled: bool = False
 
     def __post_init__(self) -> None:
         classes = len(self.wanted.names)
         single = self.wanted.problem_type == "single_label_classification"
         if self.top_k != 1 and not single:
-            raise OptionError(f"top_k={self.top_k} has no effect: the model does not choose one class. Leave it out.")
+            raise OptionError(
+                f"top_k={self.top_k} has no effect: the model does not choose one class. Leave it out.",
+                arguments=("top_k",),
+            )
         if not 1 <= self.top_k <= classes:
             raise OptionError(
-                f"top_k={self.top_k}: the model has {classes} classes, so set it between 1 and {classes}."
+                f"top_k={self.top_k}: the model has {classes} classes, so set it between 1 and {classes}.",
+                arguments=("top_k",),
             )
         if not 0 < self.threshold < 1:
-            raise OptionError(f"threshold={self.threshold}: set it between 0 and 1.")
+            raise OptionError(f"threshold={self.threshold}: set it between 0 and 1.", arguments=("threshold",))
 
     def lines(self, predictions: Iterable[Prediction]) -> Iterator[str]:
         """The text of each line, with its end; the first of csv names the columns."""
@@ -54,10 +60,10 @@ class Layout:
         for prediction in predictions:
             if not sample:
                 sample = "row" if prediction.file is None else "file"
-                names = [sample, *self._columns(), *([TRUE] if prediction.label is not None else []), ERROR]
+                names = [sample, *self._columns(), *([TRUE] if self.labelled else []), ERROR]
                 if self.format == "csv":
                     yield _csv(names)
-            values = {sample: prediction.row if sample == "row" else prediction.file}
+            values: dict[str, Any] = {sample: prediction.row if sample == "row" else prediction.file or prediction.row}
             values |= self._answer(prediction.outputs) if prediction.outputs is not None else {}
             values |= {TRUE: self._true(prediction.label)} if prediction.label is not None else {}
             values |= {ERROR: prediction.error} if prediction.error else {}

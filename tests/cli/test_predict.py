@@ -69,6 +69,7 @@ def test_an_evaluation_is_a_page_with_its_scores(files, tmp_path, capsys):
     assert content["scores"]["accuracy"] == right / 12 and content["confusion"]["classes"] == list(CLASSES)
     assert f"{content['scores']['log_loss']:.4f}" in capsys.readouterr().out
     page = (out / "evaluation.html").read_text()
+    assert "Made by <code>hf-ft evaluate</code>" in page and "hf-ft compare" not in page
     assert "Confusion matrix" in page and str(tmp_path) not in page and "predicted eel" in page
     assert f"{right} of 12 predictions are correct" in (out / "evaluation.md").read_text()
     assert call("evaluate", files / "resnet", files / "photos", "--output_dir", out) == 0  # once more
@@ -84,6 +85,7 @@ def test_an_evaluation_is_a_page_with_its_scores(files, tmp_path, capsys):
         (["--output", "answers.txt"], "--output answers.txt ends in neither .csv nor .jsonl"),
         (["--batch_size", "0"], "--batch_size 0 is too small"),
         (["--base", "x"], "has no effect, since"),
+        (["--device", "cuda:99"], "cuda:99 cannot be used"),
     ],
 )
 def test_what_has_no_effect_is_refused(more, told, files, capsys):
@@ -97,6 +99,7 @@ def test_what_has_no_effect_is_refused(more, told, files, capsys):
         ("nothing", "photos", "cannot read the model"),
         ("resnet", "nothing", "is no file or folder here"),
         ("resnet", "reviews.csv", "set --image_column"),
+        ("resnet", "texts", "there are no images in"),
         ("bert", "reviews.csv", "no image, audio or text column"),
     ],
 )

@@ -43,6 +43,7 @@ def test_a_delta_is_put_on_its_base(files, tmp_path):
         load_trained(files / "resnet", base="x")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_put_on_its_base_with_its_head(files, tmp_path):
     tuner = LoraConfig(r=2, init_lora_weights=False)
     trainer = trained(files, tmp_path, tiny_vit, PEFTConfig(tuner=tuner, merge=False))
