@@ -188,7 +188,7 @@ def _run(
 def _of_view(model: Any, view: Any, device: torch.device) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for numbers, inputs in view:
-        with torch.inference_mode():
+        with torch.no_grad():  # not in inference mode, which models with two paths cannot run in
             outputs = model(**{name: _moved(value, device, model.dtype) for name, value in inputs.items()}).logits
         found |= zip(numbers, outputs.reshape(len(numbers), -1).double().cpu(), strict=True)
     return found

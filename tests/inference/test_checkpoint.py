@@ -43,6 +43,14 @@ def test_a_delta_is_put_on_its_base(files, tmp_path):
         load_trained(files / "resnet", base="x")
 
 
+def test_a_model_with_two_paths_is_loaded_as_it_was(files, tmp_path):
+    trainer = trained(files, tmp_path, tiny_resnet, "spot_tune")
+    trainer.save_model(tmp_path / "saved")
+    found = load_trained(tmp_path / "saved")
+    wanted = outputs(trainer.model, files, processor=found.processor)
+    np.testing.assert_allclose(outputs(tmp_path / "saved", files), wanted, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_an_adapter_is_put_on_its_base_with_its_head(files, tmp_path):
     tuner = LoraConfig(r=2, init_lora_weights=False)
