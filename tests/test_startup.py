@@ -214,7 +214,7 @@ def test_anothers_strategy_comes_after_ours_and_takes_none_of_their_names():
     clash, names = printed.splitlines()
     assert clash.startswith("strategy name 'l2_sp' is already taken by hf_ft.strategies.l2_sp")
     assert "L2SPConfig" in clash
-    assert json.loads(names)[-1] == "theirs" and json.loads(names)[0] == "amcf"
+    assert json.loads(names)[-1] == "theirs" and json.loads(names)[0] == "ada_filter"
 
 
 def test_strategies_register_again_when_their_package_is_reloaded():

@@ -115,11 +115,11 @@ def test_more_is_tried_with_more_and_the_budget_is_kept(tmp_path):
     for budget in (1, "2x", "4x"):
         model = tiny_resnet()
         config = AutoStrategyConfig(budget=budget, storage="memory", choose_from=("daft", "lp_ft", "l2_sp", "bss"))
-        trainer = trainer_of(model, tmp_path / str(budget), config, samples=64, max_steps=80)
+        trainer = trainer_of(model, tmp_path / str(budget), config, samples=64, max_steps=40)
         with Work() as work:
             found = chosen(trainer)
         assert found.searching + found.finishing <= config.trainings() + 1e-9 or not found.tried
-        full = trainer_of(tiny_resnet(), tmp_path / "full", "full", samples=64, max_steps=8)
+        full = trainer_of(tiny_resnet(), tmp_path / "full", "full", samples=64, max_steps=4)
         with Work() as whole:
             full.train()
         # What is not counted are a few samples each to find and to check what can be recorded.
