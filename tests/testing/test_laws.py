@@ -16,6 +16,8 @@ OPTIONS = {
     "delta": {"head_epochs": 1, "batches": 2},
 }
 TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload", "mixed_images_train")
+# Each on one of a strategy's models, another for each law; the other laws on all of them.
+IN_TURN = (*TRAINING, "weightless_terms_change_nothing", "term_order_is_irrelevant", "frozen_stays_frozen")
 SEARCHING = ("auto", "blockwise", "amcf", "tred")
 
 
@@ -43,17 +45,21 @@ def check(name, make, law, folder):
     LAWS[law](suited(config, make()), make, folder)
 
 
-@pytest.mark.parametrize("law", [law for law in LAWS if law not in TRAINING])
+@pytest.mark.parametrize("law", [law for law in LAWS if law not in IN_TURN])
 @pytest.mark.parametrize(("name", "make"), pairs(SEARCHING))
 def test_law(name, make, law, tmp_path):
     check(name, make, law, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "make", "law"), [(*pair, law) for turn, law in enumerate(TRAINING) for pair in in_turn(turn)]
-)
-def test_law_of_training(name, make, law, tmp_path):
+def laws_in_turn():
+    for turn, law in enumerate(IN_TURN):
+        for name, make in in_turn(turn):
+            slow = law in TRAINING or name in SEARCHING
+            yield pytest.param(name, make, law, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize(("name", "make", "law"), laws_in_turn())
+def test_law_in_turn(name, make, law, tmp_path):
     check(name, make, law, tmp_path)
 
 
