@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,16 +28,6 @@ from hf_ft.cli import request as arguments
 from hf_ft.core.config import strategies
 from hf_ft.core.options import options
 from hf_ft.testing.models import tiny_bert, tiny_mobilenet_v2, tiny_resnet
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path_factory, monkeypatch):
-    """No cache, no network, and no handler of ours left behind."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
-    yield
-    logging.getLogger("hf_ft").handlers.clear()
 
 
 @pytest.fixture(scope="module")

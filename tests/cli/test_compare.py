@@ -1,6 +1,5 @@
 """``hf-ft compare``: from files to a report and a plain checkpoint; what is refused; several workers."""
 
-import logging
 import re
 import shutil
 import sys
@@ -21,15 +20,6 @@ from hf_ft.data.columns import find_columns
 from hf_ft.testing.models import tiny_resnet
 from tests.comparison.small_comparison import even, images, lasting
 from tests.forked import python
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path_factory, monkeypatch):
-    """No cache, no network, and no handler of ours left behind."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    yield
-    logging.getLogger("hf_ft").handlers.clear()
 
 
 @pytest.fixture(scope="module")

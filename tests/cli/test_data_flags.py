@@ -1,23 +1,13 @@
 """``hf-ft train`` on a data set with damaged images: told before training, or left out by a flag."""
 
-import logging
 import shutil
 
-import datasets
 import pytest
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_ft.cli import main, prepare
 from hf_ft.testing.models import tiny_resnet
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
-    yield
-    logging.getLogger("hf_ft").handlers.clear()
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,12 @@
 
 import csv
 import json
-import logging
 import shutil
 
-import datasets
 import pytest
 
 from hf_ft.cli import main
 from tests.trained import CLASSES, TRUTH, trained_files
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
-    yield
-    logging.getLogger("hf_ft").handlers.clear()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """What commands write for others to read names no folder and no user of this machine, and holds no secret."""
 
-import logging
-
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,14 +11,6 @@ from hf_ft.testing.models import tiny_resnet
 USER, SECRET = "ann-on-this-machine", "hf_plantedplantedplanted"
 # Files for this machine alone: studies, and checkpoints to resume from.
 LOCAL = (".db", ".lock", "trainer_state.json")
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    yield
-    logging.getLogger("hf_ft").handlers.clear()
 
 
 @pytest.fixture(scope="module")

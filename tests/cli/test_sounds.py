@@ -1,9 +1,7 @@
 """``hf-ft`` on a folder of sounds: train, compare and advise; the model comes out with its feature extractor."""
 
 import json
-import logging
 
-import datasets
 import pytest
 from transformers import Wav2Vec2FeatureExtractor
 from transformers import pipeline as make_pipeline
@@ -13,15 +11,6 @@ from hf_ft.testing.families import tiny
 from tests.made_sounds import PITCHES, RATE, sounds, tone
 
 pytest.importorskip("soundfile")
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
-    yield
-    logging.getLogger("hf_ft").handlers.clear()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,16 @@
+"""Commands run without traces of others."""
+
+import logging
+
+import datasets
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path_factory, monkeypatch):
+    """No cache, no network, and no handler of ours left behind."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
+    yield
+    logging.getLogger("hf_ft").handlers.clear()
