@@ -5,31 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import TrainingArguments
 
-from hf_ft.core import (
-    FTConfig,
-    LogRange,
-    Paper,
-    Plan,
-    Rate,
-    Recommended,
-    Stage,
-    State,
-    advising,
-    option,
-    register,
-)
+from hf_ft.core import LogRange, Paper, option, register
+from hf_ft.core.gated import GatedStrategy
 from hf_ft.models.border import has_parameters
-from hf_ft.models.gated.model import AddPaths, check_not_computed_again, check_plain
-from hf_ft.models.gated.paths import GATE
 from hf_ft.models.gated.per_sample import PerSample
 from hf_ft.models.head_layers import logit_layers
 
 
 @register("spot_tune")
 @dataclass(frozen=True, kw_only=True)
-class SpotTuneConfig(FTConfig):
+class SpotTuneConfig(GatedStrategy):
     r"""Decide for each sample and block whether the fine-tuned or the pretrained block computes it.
 
     Block :math:`l` has its pretrained weights :math:`F_l`, which stay, and a copy :math:`\tilde F_l`, which trains:
@@ -49,11 +35,7 @@ class SpotTuneConfig(FTConfig):
         "https://arxiv.org/abs/1811.08737",
     )
     formula = "x_l = I_l(x) F~_l(x_{l-1}) + (1 - I_l(x)) F_l(x_{l-1}), I_l in {0, 1} by a policy"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
     tuned = {"policy_lr": LogRange(1e-4, 1e-2)}
-    cost = advising.WITH_A_FROZEN_COPY + advising.DEARER
-    advice = {advising.GOOD_FEATURES_FEW_SAMPLES: 1, advising.POOR_FEATURES: -1}
-    plain = False
 
     temperature: float = option(
         5.0, "Temperature of the Gumbel softmax whose gradient the decisions have.", range="(0, inf)", source="code"
@@ -69,24 +51,13 @@ class SpotTuneConfig(FTConfig):
         None, "Learning rate of the head; None to use that of the backbone, args.learning_rate.", range="(0, inf)"
     )
 
-    def check_arguments(self, args: TrainingArguments) -> None:
-        check_not_computed_again(args)
+    def gate_rate(self) -> float | None:
+        return self.policy_lr
 
-    def check_model(self, model: nn.Module) -> None:
-        check_plain(model)
-        self._gate(model).fitted(model)
+    def draws(self) -> bool:
+        return self.noise
 
-    def plan(self, model: nn.Module, state: State) -> Plan:
-        rates = [Rate((GATE,), lr=self.policy_lr)]
-        if self.head_lr is not None:
-            rates.append(Rate(self.anatomy(model).head.modules, lr=self.head_lr))
-        return Plan(
-            surgery=(AddPaths(self._gate(model)),),
-            stages=(Stage("train", rates=tuple(rates)),),
-            draws=self.noise,
-        )
-
-    def _gate(self, model: nn.Module) -> PerSample:
+    def gate(self, model: nn.Module) -> PerSample:
         anatomy = self.anatomy(model)
         return PerSample(
             blocks=tuple(block.modules for block in anatomy.blocks),

@@ -138,15 +138,15 @@ def test_a_norm_beside_its_convolution_has_the_same_gate():
 def test_the_layers_are_the_largest_modules_of_one_weight():
     model = tiny_resnet()
     unit = model.resnet.encoder.stages[0].layers[0].layer[0]
-    assert AdaFilterConfig()._gate(model).fitted(model).norms == ()
-    layers = dict((name, rest) for name, *rest in AdaFilterConfig()._gate(model).fitted(model).layers)
+    assert AdaFilterConfig().gate(model).fitted(model).norms == ()
+    layers = dict((name, rest) for name, *rest in AdaFilterConfig().gate(model).fitted(model).layers)
     name = "resnet.encoder.stages.0.layers.0.layer.0"
     assert layers[name] == [8, 8, True]  # with its norm
     unit.more = nn.Conv2d(8, 8, 1)  # no longer
-    found = AdaFilterConfig()._gate(model).fitted(model)
+    found = AdaFilterConfig().gate(model).fitted(model)
     assert f"{name}.convolution" in dict((one, rest) for one, *rest in found.layers)
     assert found.norms == (f"{name}.normalization",)
-    swin = AdaFilterConfig()._gate(tiny_swin()).fitted(tiny_swin())
+    swin = AdaFilterConfig().gate(tiny_swin()).fitted(tiny_swin())
     assert {one.rpartition(".")[2] for one, *_ in swin.layers} == {"fc1", "fc2", "downsample"}  # windows are no samples
 
 
