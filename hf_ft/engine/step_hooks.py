@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from hf_ft.core.plan import GradientChange, Plan
+from hf_ft.data.streams import mixed
 from hf_ft.engine.param_groups import FACTOR
 from hf_ft.errors import OptionError
 from hf_ft.models.names import Names, covers
-
-SPREAD = 1_000_003  # a prime, so that neighbouring seeds and steps have different products
 
 # An optimizer may live on through several trainings; only the last one changes its steps.
 _attached: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
@@ -66,7 +65,7 @@ def check_not_needed(plan: Plan) -> None:
 
 def step_seed(step: int, number: int) -> int:
     """A seed for one change of the gradients at one step; the same on every process and after a resume."""
-    return ((torch.initial_seed() * SPREAD + step) * SPREAD + number) % 2**63
+    return mixed(torch.initial_seed(), step, number)
 
 
 def _check_names(name: str, on: Names, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_ft.core.context import Recipe, Samples
 from hf_ft.core.plan import TensorRates
+from hf_ft.data.streams import mixed
 from hf_ft.engine.gradients import looking, mean_gradients, update_batches
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import EPOCH, FACTOR
@@ -19,8 +20,6 @@ from hf_ft.engine.step_hooks import unwrapped
 from hf_ft.models.names import covers
 
 logger = logging.get_logger(__name__)
-
-SPREAD = 7919  # between the seeds of neighbouring epochs
 
 
 def find_rates(
@@ -50,7 +49,7 @@ def find_rates(
         return
     if rates.fresh_optimizer:
         unwrapped(optimizer).state.clear()
-    seed = (torch.initial_seed() if seed is None else seed) * SPREAD + epoch
+    seed = mixed(torch.initial_seed() if seed is None else seed, epoch)
     chosen = batches(samples, recipe, rates.batches, ranks, seed)
     with looking(objective.model, seed):
         found = _factors(objective, rates, samples, recipe, chosen, rank, ranks, reduce)

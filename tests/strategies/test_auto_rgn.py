@@ -9,9 +9,10 @@ import torch
 from hf_ft import AutoRGNConfig, DAFTConfig, FTTrainer, GradualUnfreezingConfig, L2SPConfig, OptionError, State, set_up
 from hf_ft.core import Plan, TensorRates
 from hf_ft.core.context import Recipe, Samples
+from hf_ft.data.streams import mixed
 from hf_ft.engine.param_groups import FACTOR
 from hf_ft.engine.short_training import Batches, fit
-from hf_ft.engine.tensor_rates import SPREAD, batches
+from hf_ft.engine.tensor_rates import batches
 from hf_ft.models.norms import batch_norms
 from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_bert, tiny_data, tiny_resnet
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
@@ -50,7 +51,7 @@ def relative_norms(model, weights, data, seed, epoch):
     model.load_state_dict(weights)
     model.double().train()
     found = {}
-    for rows in batches(Samples(len(data), data), RECIPE, 5, 1, seed * SPREAD + epoch):
+    for rows in batches(Samples(len(data), data), RECIPE, 5, 1, mixed(seed, epoch)):
         batch = {key: torch.stack([data[row][key] for row in rows]) for key in data.column_names}
         model.zero_grad()
         model(**{k: v.double() if v.is_floating_point() else v for k, v in batch.items()}).loss.backward()
