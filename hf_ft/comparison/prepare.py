@@ -163,7 +163,7 @@ def prepare_comparison(
     if settings.soup != "none" and folds is not None:
         raise OptionError(
             f"soup={settings.soup!r} needs one validation split that no final run is trained on, but {settings.folds} "
-            "parts of the samples take turns as validation: set folds=1 (--folds 1), or soup='none'."
+            "parts of the samples take turns as validation: set folds=1, or soup='none'."
         )
     given = given if folds is None else folds.first(given)
     benches = Benches(model, given, image_size, revision, folds)

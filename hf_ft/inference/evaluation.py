@@ -184,7 +184,7 @@ def calibrate(
         DataError: as of :func:`evaluate`.
     """
     if trained.wanted.problem_type != "single_label_classification":
-        raise OptionError("a temperature is for models that choose one class per sample: leave --calibrate out.")
+        raise OptionError("a temperature is for models that choose one class per sample: do not calibrate it.")
     inputs = read_inputs(sources_of(data), trained.wanted, reading, labelled=True)
     found = list(logits(trained, inputs, replace(options or Options(), tta=False)))
     known = inputs.labels or []
