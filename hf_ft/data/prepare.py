@@ -147,9 +147,8 @@ def _undecoded(split: Dataset, columns: Columns, media: Media) -> tuple[Dataset,
 def collate(processor: Any) -> Callable[[list[Any]], Any]:
     """The collator for prepared rows: padding for a tokenizer or a feature extractor, stacking for images.
 
-    On a CPU, images are stacked with the channels last in memory. The activations of a convolutional network follow, and
-    it trains up to 1.5 times and predicts up to 2 times as fast (docs/performance.md); a transformer is as fast as
-    before.
+    On a CPU, images are stacked with the channels last in memory. The activations of a convolutional network follow,
+    and it trains up to 1.5 times and predicts up to 2 times as fast (docs/performance.md).
     """
     if isinstance(processor, SequenceFeatureExtractor):
         return SoundCollator(processor)
