@@ -30,8 +30,8 @@ from transformers import EvalPrediction, PrinterCallback
 from hf_ft import (
     AdaFilterConfig,
     AutoRGNConfig,
-    BiTuningConfig,
     BitFitConfig,
+    BiTuningConfig,
     BlockwiseConfig,
     BSSConfig,
     ChildTuningConfig,
