@@ -31,7 +31,6 @@ import torch
 import transformers
 from common import Entry, Runs, quiet
 from rates import ADAM, BATCH, FAR, NEAR, RESULTS, SGD, Bench, Task
-from torch import Tensor
 
 from hf_ft import FullConfig
 from hf_ft.data.rows import read_rows
