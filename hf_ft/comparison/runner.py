@@ -164,6 +164,7 @@ class Runner:
             else:
                 training = self._train(entrant, kind, number, number - 1, info)
             if kind == "run" and not training.error:
+                training = dataclasses.replace(training, logits=self.kept.keep_logits(name, number))
                 self.kept.keep_best(name, number, self.ledger.score(training))
         except Exception as error:  # a failed training must not stop the comparison
             cause = environment_error(error)
@@ -255,6 +256,7 @@ class Runner:
                     f"{entrant.name} was trained again with seed {run.seed} and scores {scores}: training is not "
                     "reproducible here."
                 )
+            self.kept.keep_logits(name, run.seed)
             self.kept.mark(name, run.seed, self.ledger.score(run))
         found = self.kept.saved(name, run.seed)
         assert found is not None
