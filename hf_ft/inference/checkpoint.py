@@ -33,6 +33,7 @@ OPTIONAL: dict[str, Any] = {
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
 }
+REPLACED = "original_module"  # in the names of PEFT
 READ = ("image", "text", "audio")  # tasks whose data can be read
 
 
@@ -116,8 +117,9 @@ def calibration_of(file: Path, model: Any) -> Calibration | None:
 
 
 def weights_digest(model: Any) -> str:
-    """A hash of all weights."""
-    return hashlib.sha256(json.dumps(sorted(digests(model).items())).encode()).hexdigest()
+    """A hash of all weights that are used: not of a head that an adapter replaces, which is random in each base."""
+    used = sorted(item for item in digests(model).items() if f".{REPLACED}." not in item[0])
+    return hashlib.sha256(json.dumps(used).encode()).hexdigest()
 
 
 def _loaded(name: str, revision: str | None, base: str | None) -> Trained:

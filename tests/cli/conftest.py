@@ -14,3 +14,10 @@ def clean(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
     yield
     logging.getLogger("hf_ft").handlers.clear()
+
+
+@pytest.fixture
+def temperatures(monkeypatch):
+    """A handful of validation samples is enough for a temperature, whatever it is."""
+    for name, value in (("FEWEST", 1), ("LOWEST", 1e-4), ("HIGHEST", 1e4)):
+        monkeypatch.setattr(f"hf_ft.inference.calibration.{name}", value)
