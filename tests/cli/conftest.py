@@ -5,6 +5,8 @@ import logging
 import datasets
 import pytest
 
+from tests.comparison.small_comparison import any_temperature
+
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path_factory, monkeypatch):
@@ -17,7 +19,7 @@ def clean(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def temperatures(monkeypatch):
-    """A handful of validation samples is enough for a temperature, whatever it is."""
-    for name, value in (("FEWEST", 1), ("LOWEST", 1e-4), ("HIGHEST", 1e4)):
-        monkeypatch.setattr(f"hf_ft.inference.calibration.{name}", value)
+def temperatures():
+    """A handful of validation samples is enough for a temperature."""
+    with any_temperature():
+        yield
