@@ -186,7 +186,8 @@ def takes_temperature(logits: Any, labels: Any) -> bool:
     """
     if not isinstance(logits, np.ndarray) or not isinstance(labels, np.ndarray):
         return False
-    return bool(logits.ndim == 2 and logits.shape[1] > 1 and labels.ndim == 1 and labels.dtype.kind in "iu")
+    single = logits.ndim == 2 and logits.shape[1] > 1 and labels.ndim == 1 and labels.dtype.kind in "iu"
+    return bool(single and len(labels) and labels.min() >= 0)
 
 
 def _judged(logits: Tensor, labels: Tensor) -> tuple[float, float, tuple[Bin, ...]]:

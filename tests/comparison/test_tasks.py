@@ -56,7 +56,8 @@ def test_text(label, classes, metric, tmp_path):
     assert load_file(tmp_path / one.logits)["test"].shape == (10, classes)
     assert bool(one.calibration) == (label == "class") and one.temperature is None  # of 8 validation samples
     assert not (tmp_path / "best" / "ft_calibration.json").exists()
-    assert ("## Calibration" in (tmp_path / "report.md").read_text()) == (label == "class")
+    report = (tmp_path / "report.md").read_text()
+    assert [text in report for text in ("## Calibration", "Without a temperature: all runs")] == [label == "class"] * 2
     assert (tmp_path / "report.html").is_file() and (tmp_path / "best" / "tokenizer.json").is_file()
 
 

@@ -12,7 +12,7 @@ from hf_ft.comparison.statistics import Spread, Standing, winner
 from hf_ft.documents.chart import Axis, Plot, Series
 from hf_ft.documents.document import Block, Figure, Section, Table, Text
 from hf_ft.documents.text import NONE, code, names, score
-from hf_ft.inference.calibration import BINS, FILE, Bin, SplitCalibration
+from hf_ft.inference.calibration import BINS, FEWEST, FILE, Bin, SplitCalibration
 
 SPLITS = ("test", "ood")
 DRAWN = 5  # samples from which a bin is drawn: the accuracy of fewer says nothing
@@ -62,13 +62,13 @@ def _remarks(results: Results, standings: Sequence[Standing]) -> list[Text]:
             f"By chance alone, the ECE of a run with the probabilities of {code(best.name)} would be about "
             f"{score(by_chance(bins))} on these {sum(one.samples for one in bins):,} rows if they were exact."
         )
-    without = [
-        s.name for s in standings if any(r.calibration and r.temperature is None for r in s.contender.finished_runs)
-    ]
+    missing = {s.name: [r.temperature is None for r in s.contender.finished_runs if r.calibration] for s in standings}
+    without = [name for name, runs in missing.items() if any(runs)]
     if without:
+        which = f"runs of {names(without)}" if not all(map(all, missing.values())) else "all runs"
         remarks.append(
-            "Without a temperature, because there were too few validation samples, or because these determine none, as "
-            f"when all of them are right: runs of {names(without)}."
+            f"Without a temperature: {which}. There are too few validation samples (it takes {FEWEST}), or they "
+            "determine none, as when all of them are right."
         )
     return [Text(" ".join(remarks))] if remarks else []
 
