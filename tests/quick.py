@@ -26,9 +26,25 @@ def set_up() -> None:
     for devices in (torch.cuda, torch.xpu, torch.mtia):
         if not devices.is_available():
             devices._lazy_call = lambda *_, **__: None
+    torch.nn.Module.named_modules = _named_modules
     os.fsync = lambda _: None  # as below: a killed process has written what it has written
     _read_the_migrations_once()
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", _not_synchronous)
+
+
+def _named_modules(module: Any, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+    """The same in the same order, where torch hands each module on through a generator for each level above it."""
+    memo = set() if memo is None else memo
+    left = [(prefix, module)]
+    while left:
+        name, inner = left.pop()
+        if inner in memo:
+            continue
+        if remove_duplicate:
+            memo.add(inner)
+        yield name, inner
+        lead = f"{name}." if name else ""
+        left += [(lead + key, child) for key, child in reversed(inner._modules.items()) if child is not None]
 
 
 def _read_the_migrations_once() -> None:
