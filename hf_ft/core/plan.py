@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from hf_ft.errors import OptionError
-from hf_ft.models.names import EVERYTHING, Names, covered
+from hf_ft.models.names import EVERYTHING, Names, covered, parents
 
 if TYPE_CHECKING:
     from hf_ft.core.view import View
@@ -290,8 +290,10 @@ def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> li
             trainable.
     """
     names = [name for name, _ in model.named_parameters()]
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())  # a part may hold a lone buffer
-    valid = {"", *(name for name, _ in tensors), *(name for name, _ in model.named_modules())}
+    valid = {parent for name in names for parent in parents(name)} | {""}
+    if not valid.issuperset(stage.trains):  # a part may hold no parameter, or a lone buffer
+        others = itertools.chain(model.named_buffers(), model.named_modules())
+        valid.update(name for name, _ in others)
     for prefix in stage.trains:
         if prefix not in valid:
             tops = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
