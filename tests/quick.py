@@ -16,6 +16,7 @@ from hf_ft.comparison import cost
 
 
 def set_up() -> None:
+    gc.set_threshold(10_000, 20, 20)  # from 700, 10, 10: a training leaves few cycles, and makes many objects
     # A data loader that is garbage within a cycle, as a Trainer's is, waits this long for each worker: usually 5 s.
     _utils.MP_STATUS_CHECK_INTERVAL = 0.2
     # Each training ends with a full collection, which takes as long as training a tiny model for some steps. The
