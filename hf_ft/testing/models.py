@@ -52,13 +52,12 @@ def _copy(module: Any, memo: dict[int, Any]) -> Any:
         return memo[id(module)]
     memo[id(module)] = new = type(module).__new__(type(module))
     for name, value in vars(module).items():
+        made: Any = value
         if name == "_modules":
             made = {key: child if child is None else _copy(child, memo) for key, child in value.items()}
-        elif not value and type(value) in (dict, OrderedDict, list, set):
+        elif type(value) in (dict, OrderedDict, list, set) and not value:
             made = type(value)()
-        elif value is None or isinstance(value, bool | int | float | str):
-            made = value
-        else:
+        elif value is not None and not isinstance(value, bool | int | float | str):
             made = copy.deepcopy(value, memo)
         new.__dict__[name] = made
     return new
