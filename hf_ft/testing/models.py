@@ -50,7 +50,7 @@ def _copy(module: Any, memo: dict[int, Any]) -> Any:
     """A deep copy. Most of what a module holds are empty dictionaries of hooks, which `copy.deepcopy` dwells on."""
     if id(module) in memo:
         return memo[id(module)]
-    memo[id(module)] = new = type(module).__new__(type(module))
+    memo[id(module)] = new = object.__new__(type(module))
     for name, value in vars(module).items():
         made: Any = value
         if name == "_modules":
