@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= .ci/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Three workers, also on two cores: tests that wait for processes of their own leave a core idle. A file stays with one
-# worker, which makes its fixtures once.
-PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile
+# worker, which makes its fixtures once. tests/conftest.py orders the files.
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
+# Modules are compiled once, not anew in each process that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast pytest lint bench faults docs generated clean
 

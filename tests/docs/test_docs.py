@@ -29,6 +29,7 @@ import hf_ft
 from docs.tools import tables as docs_tables
 from hf_ft import advice, comparison, diagnostics, functional
 from hf_ft.cli import main
+from hf_ft.comparison import folds
 from hf_ft.core import config as registry
 from hf_ft.testing import tiny_data, tiny_resnet
 from hf_ft.testing.models import tiny_distilbert
@@ -93,6 +94,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(folds, "FEW", 0)  # as with more photos: no training of a comparison is repeated on five folds
     monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
     monkeypatch.setattr(sys, "argv", sys.argv)
     # A module, because dataclasses look up the names of their annotations in one.

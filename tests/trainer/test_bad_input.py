@@ -1,15 +1,13 @@
 """Each mistake gets a message with field, value and fix, before anything is trained or written."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import nn
 
 import hf_ft
@@ -206,18 +204,14 @@ def test_a_sharding_accelerator_is_refused_however_it_came_about():
     check_accelerator(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
 
 
-@pytest.mark.slow
-def test_accelerate_launch_use_fsdp_is_refused(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from hf_ft.testing import tiny_vit\n"
-        "from hf_ft.testing.training import make_trainer\n"
-        "make_trainer(tiny_vit(), 'full', 'out')\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "1", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(hf_ft.__file__).parents[1])}
-    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode and "accelerate launch --use_fsdp: sharded training is not supported" in done.stderr
+def test_accelerate_launch_use_fsdp_is_refused(tmp_path, monkeypatch):
+    """In the environment in which the launcher would start a script."""
+    asked = launch_command_parser().parse_args(["--use_fsdp", "--num_processes", "1", "script.py"])
+    for name, value in prepare_multi_gpu_env(_validate_launch_command(asked)[0]).items():
+        monkeypatch.setenv(name, value)
+    args = tiny_arguments(tmp_path / "out")
+    message = "accelerate launch --use_fsdp: sharded training is not supported"
+    refused(message, FTTrainer, tiny_vit(), args, train_dataset=tiny_data(tiny_vit()))
     assert not (tmp_path / "out").exists()
 
 
