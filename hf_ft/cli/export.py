@@ -70,7 +70,8 @@ def _tell(export: Export) -> None:
     say(table(rows, ["file", "size", "largest difference", "same predictions", *([metric] if metric else [])]))
     sizes = ", ".join(map(str, check["batch_sizes"]))
     unread = f"; {check['unreadable']:,} more cannot be read" if check["unreadable"] else ""
-    say(f"\nCompared on {check['samples']:,} samples of {check['data']}{unread}, in batches of {sizes}.")
+    data = check["data"] if check["data"] == RANDOM else f"samples of {check['data']}"
+    say(f"\nCompared on {check['samples']:,} {data}{unread}, in batches of {sizes}.")
     if check["data"] == RANDOM:
         say("note: name samples of your own with --dataset to compare on them.", error=True)
     if metric is None and any("int8" in name for name in content["files"]):

@@ -108,7 +108,7 @@ def exported(trained: Trained, folder: Path, settings: Settings, inputs: Inputs 
             _check(measured, settings, data)
             checked = measured
         content["files"] = told_files(written, checks_of(checked))
-        content["check"] = told_check(checked, settings.tolerance, data, sizes)
+        content["check"] = told_check(checked, settings.tolerance, data, len((inputs or noise).rows), sizes)
         if settings.overwrite:
             remove_earlier(folder, content["files"])
     write_whole(folder / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

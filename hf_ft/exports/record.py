@@ -76,17 +76,18 @@ def checks_of(found: Comparison) -> dict[str, dict[str, Any]]:
     }
 
 
-def told_check(found: Comparison, tolerance: float, data: str, sizes: Collection[int]) -> dict[str, Any]:
+def told_check(found: Comparison, tolerance: float, data: str, rows: int, sizes: Collection[int]) -> dict[str, Any]:
     """On what it was measured.
 
     Args:
         data: name of the data.
+        rows: number of their samples.
         sizes: of batches that were run, besides those of the comparison.
     """
     run = next(iter(found.differences.values()))
     return {
         "data": data,
-        "samples": run.samples,
+        "samples": rows - len(found.unreadable),
         "unreadable": len(found.unreadable),
         "batch_sizes": sorted({*sizes, *run.batch_sizes}),
         "tolerance": tolerance,
