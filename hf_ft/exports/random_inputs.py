@@ -12,7 +12,6 @@ from scipy.io import wavfile
 
 from hf_ft.data.columns import Columns
 from hf_ft.data.inputs import Inputs
-from hf_ft.data.media import IMAGES, SOUNDS
 from hf_ft.inference.checkpoint import Trained
 
 # Landscape, portrait and square; larger and smaller than what a processor makes of them.
@@ -26,14 +25,20 @@ def random_inputs(trained: Trained) -> Inputs:
     rng, task = np.random.default_rng(0), trained.wanted.task
     if task == "image":
         files = [_image(rng, *size) for size in _IMAGES]
-        rows = Dataset.from_dict({task: files}, features=Features({task: IMAGES.unopened}))
+        rows = _of_files(task, files)
     elif task == "audio":
         files = [_sound(rng, trained.processor.sampling_rate, seconds) for seconds in _SECONDS]
-        rows = Dataset.from_dict({task: files}, features=Features({task: SOUNDS.unopened}))
+        rows = _of_files(task, files)
     else:
         texts = [_text(rng, trained.processor, words) for words in _WORDS]
         rows = Dataset.from_dict({task: texts}, features=Features({task: Value("string")}))
     return Inputs(rows, Columns(task, (task,), "", trained.wanted.problem_type, trained.wanted.names))
+
+
+def _of_files(column: str, files: list[dict[str, Any]]) -> Dataset:
+    # The types for images and sounds would open them, which for sounds takes torchcodec.
+    stored = {"bytes": Value("binary"), "path": Value("string")}
+    return Dataset.from_dict({column: files}, features=Features({column: stored}))
 
 
 def _image(rng: np.random.Generator, height: int, width: int) -> dict[str, Any]:

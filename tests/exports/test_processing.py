@@ -1,11 +1,16 @@
-"""The exported values are those by which the processors of Transformers prepare images."""
+"""The exported values are those by which the processors of Transformers prepare images; random samples."""
 
 import numpy as np
 import pytest
 import transformers as hf
 from PIL import Image
 
+from hf_ft.exports.graph import Example
 from hf_ft.exports.processing import image_steps, prepared_image
+from hf_ft.exports.random_inputs import random_inputs
+from hf_ft.inference import Trained
+from hf_ft.inference.batches import Batches
+from hf_ft.testing.families import tiny
 
 SQUARE, EDGE = {"height": 40, "width": 30}, {"shortest_edge": 36}
 PROCESSORS = {
@@ -33,3 +38,11 @@ def test_images_are_prepared_as_by_the_processor(name, size):
 
 def test_steps_of_another_kind_are_none():
     assert image_steps(hf.ViTImageProcessorPil(size={"shortest_edge": 20, "longest_edge": 40})) is None
+
+
+def test_random_sounds_can_be_read_and_their_length_is_free():
+    trained = Trained.of(tiny("Wav2Vec2ForSequenceClassification"), hf.Wav2Vec2FeatureExtractor())
+    batches = Batches(trained, random_inputs(trained), 3, seconds=1.2)
+    example = Example.of(batches, "audio")
+    assert example.axes["input_values"] == {0: "batch", 1: "length"} and not batches[0].errors
+    assert len(example.inputs["input_values"]) == 2
