@@ -72,7 +72,8 @@ def export(
         DataError: if the data cannot be read.
         ImportError: if the packages for ONNX are missing; the message contains the pip command.
     """
-    chosen = Settings(formats=(formats,) if isinstance(formats, str) else tuple(formats), **settings)
+    names: Any = (formats,) if isinstance(formats, str) else tuple(formats)
+    chosen = Settings(formats=names, **settings)
     check_target(Path(folder), chosen)
     trained = trained_of(model, processor, revision)
     if not isinstance(model, str | Path):

@@ -108,18 +108,23 @@ def processing(trained: Trained, inputs: Collection[str], batches: Batches, fold
 
 def _image(part: Any, index: int, batches: Batches) -> dict[str, Any]:
     """The steps, with the largest difference to the processor; left out if that is more than a level of brightness."""
-    steps, largest = image_steps(part), 0.0
-    name = column("pixel_values", index)
-    for row in range(len(batches.rows)) if steps is not None else ():
-        value = batches.rows[row : row + 1][batches.input][0]
+    steps = image_steps(part)
+    if steps is not None:
+        largest = _largest_difference(steps, column("pixel_values", index), batches)
+        if largest <= 1.01 * steps["scale"] / min(steps["std"]):
+            return {"image": {**steps, "largest_difference": largest}, "processor": _content(part)}
+    return {"image": None, "processor": _content(part)}
+
+
+def _largest_difference(steps: dict[str, Any], name: str, batches: Batches) -> float:
+    """Between pixels that these steps give, and those of the processor; infinite if they are not as many."""
+    largest = 0.0
+    for row in range(len(batches.rows)):
+        image = open_rgb(batches.rows[row : row + 1][batches.input][0], row)
         for one in batches.alone(row):
-            wanted = one[name][0].numpy() if name in one else np.empty(0)
-            ours = prepared_image(open_rgb(value, row), steps)
-            gap = np.abs(ours - wanted).max() if ours.shape == wanted.shape else np.inf
-            largest = max(largest, float(gap))
-    if steps is None or largest > 1.01 * steps["scale"] / min(steps["std"]):
-        return {"image": None, "processor": _content(part)}
-    return {"image": {**steps, "largest_difference": largest}, "processor": _content(part)}
+            wanted, ours = one[name][0].numpy() if name in one else np.empty(0), prepared_image(image, steps)
+            largest = max(largest, float(np.abs(ours - wanted).max()) if ours.shape == wanted.shape else np.inf)
+    return largest
 
 
 def _text(part: Any, index: int, batches: Batches, folder: Path) -> dict[str, Any]:
