@@ -11,6 +11,7 @@ def call(model, out, *more):
     return main(["export", "--model", str(model), "--output_dir", str(out), "--formats", "pt2", *map(str, more)])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_before")
 def test_files_and_differences_are_told(files, tmp_path, capsys):
     assert call(files / "resnet", tmp_path / "a", "--dataset", files / "photos", "--samples", 6) == 0

@@ -26,6 +26,7 @@ from tests.trained import CLASSES, NAMES, TRUTH
 module = importlib.import_module("hf_ft.exports.export")  # its name is that of the function, too
 
 
+pytestmark = pytest.mark.slow  # they trace
 SMALL = partial(tiny_vit, num_hidden_layers=1, **NAMES)
 
 
