@@ -126,6 +126,23 @@ examples:
 Written to --output_dir: evaluation.html and evaluation.md (scores, confusion matrix, reliability, unreadable samples),
 evaluation.json (the same as data) and predictions.csv (as by `hf-ft predict`). docs/predict.md has more.""",
     ),
+    "export": (
+        """hf-ft export: write a trained model for other runtimes, and check what was written.
+
+usage: hf-ft export --model MODEL [--dataset DATA] [flags]
+
+Every file is run again, on the CPU, and its logits are compared with those of the model, on random samples and on
+--dataset, in batches of one and of several; if they differ, nothing is written. ONNX needs pip install 'hf-ft[export]'.
+
+examples:
+  hf-ft export --model runs/photos --dataset my_photos/test --output_dir runs/photos_onnx
+  hf-ft export --model runs/photos --dataset my_photos/test --quantize int8 --output_dir runs/photos_int8
+  hf-ft export --model runs/reviews --dataset reviews.csv --text_column body --formats onnx pt2
+""",
+        """\
+Written: model.onnx, model.int8.onnx and model.pt2, as requested; for texts export_tokenizer.json; and export.json with
+classes, temperature, the values by which inputs are prepared, differences and scores. docs/export.md has more.""",
+    ),
 }
 
 
@@ -174,11 +191,11 @@ def compare_help(own: type, everything: bool) -> str:
 
 
 def inference_help(command: str, own: type, words: Mapping[str, str]) -> str:
-    """The help text of ``hf-ft predict`` or ``hf-ft evaluate``.
+    """The help text of ``hf-ft predict``, ``hf-ft evaluate`` or ``hf-ft export``.
 
     Args:
         own: the dataclass of the command's flags.
-        words: descriptions that differ between the two.
+        words: descriptions that differ between them.
     """
     about, tail = _INFERENCE[command]
     return "\n".join([about, "flags", _flags(fields(own), words), "", tail])

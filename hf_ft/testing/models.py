@@ -199,7 +199,7 @@ class TimmLikeViT(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # (batch, patches, dim)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         x = self.norm(self.blocks(self.pos_drop(x)))
         return self.head(self.head_drop(self.fc_norm(x.mean(dim=1))))
 
