@@ -19,6 +19,7 @@ BUDGET = "budget"  # the option of strategies that --budget sets
 BUDGETED = [name for name, kind in strategies().items() if any(f.name == BUDGET for f in options(kind))]
 # Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
+TEXTS_UNASKED = 200_000  # texts that are looked through for duplicates unasked
 
 
 def _flag(help: str, default: Any = None, **more: Any) -> Any:
@@ -58,6 +59,7 @@ class DataFlags:
     audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
     text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
+    group_column: str | None = _flag("column of what rows have in common, such as a patient: no split parts such rows")
     image_size: int | None = _flag("image side in pixels (default: that of the checkpoint or the short name)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
@@ -65,6 +67,10 @@ class DataFlags:
     on_corrupt: str | None = _flag(
         "unreadable images or sounds: refuse or skip (default: refuse; they are checked before training if at most "
         f"{CHECKED_UNASKED:,}, or if this flag is given)"
+    )
+    on_duplicates: str | None = _flag(
+        "equal or nearly equal samples: warn, drop (from train), refuse or ignore (default: warn; they are looked for "
+        f"among at most {CHECKED_UNASKED:,} files or {TEXTS_UNASKED:,} texts, or if this flag is given)"
     )
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
     unknown_classes: Literal["refuse", "drop"] = _flag(

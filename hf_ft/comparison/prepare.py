@@ -19,7 +19,7 @@ from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.folds import class_of_rows, folds_of
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
-from hf_ft.comparison.results import DataSummary, Results
+from hf_ft.comparison.results import DataSummary, FoundInData, Results
 from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, optimizers, training_arguments
 from hf_ft.comparison.soup import make_soup
@@ -27,6 +27,7 @@ from hf_ft.comparison.task import Bench, Benches, Loader
 from hf_ft.comparison.training import CommonSettings
 from hf_ft.core.compose import sources_of
 from hf_ft.core.config import FTConfig
+from hf_ft.data.check_results import DataChecks
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.task import Data
 from hf_ft.errors import OptionError
@@ -36,6 +37,7 @@ from hf_ft.models.source_head import has_source_head
 from hf_ft.trainer.trainer import ClassWeights
 
 TUNER = 2  # of what follows from a seed: trainings of another are not shared
+LISTED = 20  # sets of duplicates in the report
 METRICS = {
     "single_label_classification": "balanced_accuracy",
     "multi_label_classification": "macro_f1",
@@ -276,7 +278,9 @@ def _described(data: Data, columns: Columns) -> DataSummary:
             for name, split in data.splits.items()
         }
     augmentation = [] if data.augment == "none" else [f"training images are augmented: {data.augment}"]
+    checks: DataSummary = {} if data.checks is None else {"checks": _found(data.checks)}
     return {
+        **checks,
         "name": data.name,
         "task": columns.task,
         "classes": tuple(columns.names),
@@ -285,6 +289,16 @@ def _described(data: Data, columns: Columns) -> DataSummary:
         "skipped": dict(data.skipped),
         "notices": tuple(data.notices),
         "notes": (*augmentation, *data.notes),
+    }
+
+
+def _found(checks: DataChecks) -> FoundInData:
+    """What the report says of the checks."""
+    first = checks.first(LISTED)
+    return {
+        "said": tuple(checks.sentences()),
+        "duplicates": tuple(first.to_dict()["duplicates"]),
+        "sets": len(checks.duplicates),
     }
 
 

@@ -36,6 +36,14 @@ class Distance(TypedDict):
     relative_l2: float
 
 
+class FoundInData(TypedDict):
+    """What the checks of the data found: in sentences, the first sets of duplicates, and their number."""
+
+    said: tuple[str, ...]
+    duplicates: tuple[Mapping[str, Any], ...]
+    sets: int
+
+
 class DataSummary(TypedDict, total=False):
     """The data of a comparison; see :class:`Results`."""
 
@@ -47,6 +55,7 @@ class DataSummary(TypedDict, total=False):
     notices: tuple[str, ...]
     notes: tuple[str, ...]
     task: str
+    checks: FoundInData
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,8 @@ class Results:
         greater_is_better: False for errors.
         model: ``name``, ``parameters``, ``image_size``.
         data: ``name``; ``classes`` (names); ``sizes`` and ``class_counts`` by split; ``skipped`` (unreadable rows by
-            split); ``notices`` (licences); ``notes`` (which splits were carved).
+            split); ``notices`` (licences); ``notes`` (which splits were carved); ``checks`` (what the checks of the data
+            found).
         labels: true classes by split, in the order of the predictions.
         settings: epochs, batch size, optimizer, budget and so on.
         versions: versions of Python packages.

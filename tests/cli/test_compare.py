@@ -123,8 +123,8 @@ def test_without_optuna(files, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_validation_and_test_split(files):
-    data = comparison_data(DataFlags(dataset=str(files / "photos")), CompareFlags(labelled=20))
+def test_without_validation_and_test_split(files, tmp_path):
+    data = comparison_data(DataFlags(dataset=str(files / "photos")), CompareFlags(labelled=20), tmp_path)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 16, "validation": 4, "test": 12}
     rows = [set(split["__row__"][:]) for split in data.splits.values()]
     assert sum(map(len, rows)) == len(set.union(*rows))
