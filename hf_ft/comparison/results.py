@@ -210,7 +210,7 @@ class Results:
         greater_is_better: False for errors.
         model: ``name``, ``parameters``, ``image_size``.
         data: ``name``; ``classes`` (names); ``sizes`` and ``class_counts`` by split; ``skipped`` (unreadable rows by
-            split); ``notices`` (licences); ``notes`` (which splits were carved); ``checks`` (what the checks of the data
+            split); ``notices`` (licences); ``notes`` (which splits were carved); ``checks`` (what the data checks
             found).
         labels: true classes by split, in the order of the predictions.
         settings: epochs, batch size, optimizer, budget and so on.

@@ -1,8 +1,8 @@
 """Loading and preparing data: from files and data sets to model batches."""
 
 from hf_ft.data.augment import AUGMENTATIONS, flip_and_shift
-from hf_ft.data.check_data import check_data
 from hf_ft.data.check_results import DataChecks
+from hf_ft.data.checking import check_data
 from hf_ft.data.columns import ROW, Columns, find_columns, unlabelled
 from hf_ft.data.images import Unreadable, check_images, open_rgb
 from hf_ft.data.load import TEST_NAMES, VALIDATION_NAMES, load_split, load_splits

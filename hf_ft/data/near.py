@@ -11,7 +11,9 @@ from scipy.spatial import KDTree
 from hf_ft.data.progress import bar
 from hf_ft.data.rows import spread_rows
 
-CORRELATION = 0.998  # of the pixels of two sketches: copies after compression, resizing or a change of contrast exceed it
+CORRELATION = (
+    0.998  # of the pixels of two sketches: copies after compression, resizing or a change of contrast exceed it
+)
 CONTRAST = 5.0  # standard deviation in levels of 255 below which all images look alike, and none is compared
 JACCARD = 0.8  # share of rows of words that two texts have in common
 MOST = 1_000_000  # pairs; more are not listed

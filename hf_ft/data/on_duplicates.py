@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 from datasets import Dataset, DatasetDict
 
-from hf_ft.data.check_data import check_data, quick_checks
 from hf_ft.data.check_results import FILE, DataChecks, Duplicates, to_drop
+from hf_ft.data.checking import check_data, quick_checks
 from hf_ft.data.columns import ROW, Columns, values_of
 from hf_ft.data.media import MEDIA
 from hf_ft.data.prints import Prints

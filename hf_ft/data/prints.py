@@ -1,7 +1,7 @@
 """Fingerprints of samples: a hash that tells equal ones, and a sketch that tells nearly equal ones.
 
-The sketch of an image has 16 x 16 pixels, that of a text 64 minima of hashes (MinHash); a sound has none. Nothing else is
-kept of a sample, so that the memory is below 1 KB a sample.
+The sketch of an image has 16 x 16 pixels, that of a text 64 minima of hashes (MinHash); a sound has none. Nothing else
+is kept of a sample, so that the memory is below 1 KB a sample.
 """
 
 from __future__ import annotations
@@ -59,11 +59,10 @@ def sound_print(samples: np.ndarray) -> Print:
 
 
 def text_print(texts: Sequence[str]) -> Print:
-    """Of a text or a pair of texts: its letters and digits in order; case, accents' form, spaces and signs are ignored."""
-    words = [_NOT_WORDS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).split() for text in texts]
-    # A text of signs alone, such as ":-)", is compared as it is.
-    plain = "\0".join(" ".join(part) or text.strip() for part, text in zip(words, texts, strict=True))
-    return Print(hashlib.blake2b(plain.encode("utf-8", "replace"), digest_size=16).digest(), _sketch(words))
+    """Of a text or a pair of texts: case, spaces and the form of characters are ignored; in the sketch, signs as well."""
+    plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
+    same = hashlib.blake2b("\0".join(plain).encode("utf-8", "replace"), digest_size=16).digest()
+    return Print(same, _sketch([_NOT_WORDS.sub(" ", text).split() for text in plain]))
 
 
 def _sketch(parts: Sequence[Sequence[str]]) -> np.ndarray | None:

@@ -41,7 +41,9 @@ def open_sound(value: Any, row: int, rate: int, seconds: float = SECONDS) -> np.
         raise
     except Exception as error:  # a damaged file makes libsndfile raise almost anything
         path = value if isinstance(value, str) else (value or {}).get("path")
-        raise DataError(f"cannot read the sound in row {row} ({path or 'no path'}): {reason_of_sound(error)}") from error
+        raise DataError(
+            f"cannot read the sound in row {row} ({path or 'no path'}): {reason_of_sound(error)}"
+        ) from error
 
 
 def reason_of_sound(error: Exception) -> str:

@@ -55,7 +55,9 @@ def test_damaged_source_images_are_told(files, tmp_path, capsys):
 def test_many_images_are_checked_only_if_asked(files, tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr(prepare, "CHECKED_UNASKED", 19)
-    monkeypatch.setattr(prepare, "check_images", lambda splits, columns, how: opened.append(how) or (splits, {}))
+    monkeypatch.setattr(
+        prepare, "check_images", lambda splits, columns, how, prints: opened.append(how) or (splits, {})
+    )
     assert run(files, tmp_path / "out", "--strategy", "linear_probe") == 2  # in the middle, at the damaged one
     assert opened == [] and "cannot read the image in row 19" in capsys.readouterr().err
     run(files, tmp_path / "out", "--overwrite", "--on_corrupt", "refuse")
