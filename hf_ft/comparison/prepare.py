@@ -294,12 +294,8 @@ def _described(data: Data, columns: Columns) -> DataSummary:
 
 def _found(checks: DataChecks) -> FoundInData:
     """What the report says of the checks."""
-    first = checks.first(LISTED)
-    return {
-        "said": tuple(checks.sentences()),
-        "duplicates": tuple(first.to_dict()["duplicates"]),
-        "sets": len(checks.duplicates),
-    }
+    said, first = tuple(checks.sentences()), checks.first(LISTED).duplicates
+    return {"said": said, "duplicates": first, "sets": len(checks.duplicates)}
 
 
 def _add_to_card(folder: Path, results: Results) -> None:

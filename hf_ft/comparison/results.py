@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from hf_ft.data.check_results import Duplicates
 from hf_ft.errors import CheckpointError
 from hf_ft.records import read_json, restored, stored
 
@@ -40,7 +41,7 @@ class FoundInData(TypedDict):
     """What the checks of the data found: in sentences, the first sets of duplicates, and their number."""
 
     said: tuple[str, ...]
-    duplicates: tuple[Mapping[str, Any], ...]
+    duplicates: tuple[Duplicates, ...]
     sets: int
 
 

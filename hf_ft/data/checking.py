@@ -33,9 +33,9 @@ def check_data(
     """Find duplicates within and between splits, labels that contradict each other, rare classes and shared groups.
 
     Every sample is read once; of each, less than 1 KB is kept. Equal are images with the same pixels (a JPEG file of
-    more than 100 KB is decoded at an eighth of its size), sounds with the same samples, and texts that differ in case and
-    spaces only. Nearly equal are images that differ by compression, size or contrast, and texts that share about 80% of
-    their sequences of three words, if they have ten words or more. The result is the same on each call.
+    more than 100 KB is decoded at an eighth of its size), sounds with the same samples, and texts that differ in
+    case and spaces only. Nearly equal are images that differ by compression, size or contrast, and texts of ten words
+    or more that share about 80% of their sequences of three words. The result is the same on each call.
 
     Args:
         splits: such as ``train``, ``validation`` and ``test``, as returned by :func:`~hf_ft.data.load_splits`; not

@@ -59,7 +59,7 @@ def sound_print(samples: np.ndarray) -> Print:
 
 
 def text_print(texts: Sequence[str]) -> Print:
-    """Of a text or a pair of texts: case, spaces and the form of characters are ignored; in the sketch, signs as well."""
+    """Of a text or a pair of texts: case and spaces are ignored, in the sketch signs as well."""
     plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts]
     same = hashlib.blake2b("\0".join(plain).encode("utf-8", "replace"), digest_size=16).digest()
     return Print(same, _sketch([_NOT_WORDS.sub(" ", text).split() for text in plain]))

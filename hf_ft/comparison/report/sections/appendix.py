@@ -8,7 +8,6 @@ from typing import Any
 from hf_ft.comparison.results import FoundInData, Results
 from hf_ft.comparison.statistics import Standing
 from hf_ft.core.config import Paper, strategies
-from hf_ft.data.check_results import Sample
 from hf_ft.documents.document import Block, Bullets, Link, Listing, Section, Table, Tables, Text
 from hf_ft.documents.text import NONE, code, duration, plain
 
@@ -51,9 +50,9 @@ def checks(found: FoundInData | None) -> list[Block]:
     blocks: list[Block] = [Text("Checks before the first training:"), Bullets(said)]
     rows = tuple(
         (
-            "equal" if one["kind"] == "same" else "nearly equal",
-            "; ".join(str(Sample(**sample)) for sample in one["samples"][:FIRST])
-            + (f"; and {len(one['samples']) - FIRST} more" if len(one["samples"]) > FIRST else ""),
+            "equal" if one.kind == "same" else "nearly equal",
+            "; ".join(map(str, one.samples[:FIRST]))
+            + (f"; and {len(one.samples) - FIRST} more" if len(one.samples) > FIRST else ""),
         )
         for one in found["duplicates"]
     )
