@@ -18,7 +18,7 @@ CONTRAST = 5.0  # standard deviation in levels of 255 below which all images loo
 JACCARD = 0.8  # share of rows of words that two texts have in common
 MOST = 1_000_000  # pairs; more are not listed
 _DIRECTIONS = 12  # of largest variance, in which candidates are looked for
-_BASIS = 1024  # images that these directions are computed from
+_BASIS = 256  # images that these directions are computed from
 _BLOCK = 1024
 _BANDS = 16  # texts are candidates if all minima of one band agree
 
