@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_ft.cli import main, prepare
+from hf_ft.cli.flags import DataFlags
 from hf_ft.testing.models import tiny_resnet
 
 
@@ -55,6 +56,17 @@ def test_duplicates_are_refused_or_left_out(files, tmp_path, capsys):
     assert "all training samples are duplicates that" in capsys.readouterr().err
     assert run(files, tmp_path / "out", *whole, "keep") == 2
     assert "choose one of warn, drop, refuse, ignore" in capsys.readouterr().err
+
+
+def test_duplicates_among_many_samples_are_looked_for_if_asked(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CHECKED_UNASKED", 19)
+    flags = DataFlags(dataset=str(files / "whole"))
+    data = prepare.read_data(flags)
+    unasked = prepare.check_data(data, flags, prepare.prints_for(flags), tmp_path).checks
+    assert unasked.sentences()[0].startswith("duplicates are not looked for among 20 samples: add --on_duplicates")
+    flags = DataFlags(dataset=str(files / "whole"), on_duplicates="warn")
+    asked = prepare.check_data(data, flags, prepare.prints_for(flags), tmp_path)
+    assert asked.checks.duplicates and asked.splits is data.splits
 
 
 @pytest.mark.slow
