@@ -89,6 +89,8 @@ def run_advise(arguments: list[str]) -> None:
     found, data = _advise(request, args, members=1 + len(others))
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        if data.checks is not None:
+            data.checks.save(folder)
         (folder / FILE).write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
     if flags.json:
         say(json.dumps(found.to_dict(), indent=2))
@@ -150,8 +152,7 @@ def _advise(request: Request, args: TrainingArguments, members: int) -> tuple[Ad
             f"column {columns.label!r} is read as {columns.problem_type.replace('_', ' ')}: advise needs one class per "
             "sample. Set --label_column, or choose among the strategies with `hf-ft train`."
         )
-    with args.main_process_first(desc="checking the data"):
-        data = check_data(data, request.data, prints, request.output_dir)
+    data = check_data(data, request.data, prints, request.output_dir)
     with refusals():
         model, processor = _load(request, columns, args.seed)
     with args.main_process_first(desc="preparing the data"):

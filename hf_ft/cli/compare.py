@@ -81,6 +81,8 @@ def run_compare(arguments: list[str], example: str | None = None, over: str = BA
     hide_bars(not is_main())
     prepared = _prepare(values, flags)
     _announce(str(values["model"]), prepared)
+    if prepared.data.checks is not None and is_main():
+        prepared.data.checks.save(prepared.runner.folder)
     advice = _advised(prepared) if flags.advise else None
     if is_main():
         say(prepared.estimate() + "\n")

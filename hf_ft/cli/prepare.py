@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_ft.cli.checks import check_task
 from hf_ft.cli.console import is_main, refusals
@@ -19,7 +19,7 @@ from hf_ft.cli.logs import quieten
 from hf_ft.cli.request import Request
 from hf_ft.core.compose import shared_option
 from hf_ft.core.context import FrozenCache
-from hf_ft.data.check_results import FILE
+from hf_ft.data.check_results import FILE, DataChecks
 from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
@@ -47,6 +47,17 @@ class Made:
     splits: dict[str, Any]
 
 
+class KeepChecks(TrainerCallback):
+    """Writes what was found in the data when a training begins: until then, nothing is left in the output folder."""
+
+    def __init__(self, checks: DataChecks) -> None:
+        self.checks = checks
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
+        if state.is_world_process_zero:
+            self.checks.save(str(args.output_dir))
+
+
 def make(request: Request) -> Made:
     """Load model and data, and create the trainer."""
     quieten()
@@ -56,8 +67,7 @@ def make(request: Request) -> Made:
     prints = prints_for(request.data)
     reading = args.main_process_first(desc="reading the data")
     data = read_data(request.data, reading=reading, augment_images=True, prints=prints)
-    with args.main_process_first(desc="checking the data"):
-        data = check_data(data, request.data, prints, request.output_dir)
+    data = check_data(data, request.data, prints, request.output_dir)
     with refusals():
         request.mixing.check_task(data.columns.task)
         model, processor = _load(request, data.columns, args.seed)
@@ -87,6 +97,8 @@ def make(request: Request) -> Made:
         if method.patience is not None:
             trainer.add_callback(patience_callback(method.patience, args))
             args.restore_callback_states_from_checkpoint = True  # so that a resumed run ends where it would have
+    if data.checks is not None:
+        trainer.add_callback(KeepChecks(data.checks))
     trainer.data_info = data.info
     return Made(trainer, data, processed.splits)
 
@@ -171,10 +183,11 @@ def prints_for(flags: DataFlags) -> Prints | None:
 
 
 def check_data(data: Data, flags: DataFlags, prints: Prints | None, folder: Path) -> Data:
-    """The data with what was found in them, without duplicates if this is wanted; the list is in the folder.
+    """The data with what was found in them, without duplicates if this is wanted.
 
     Args:
         prints: what was taken when files were checked; may be empty.
+        folder: the output folder, where an earlier run may have kept what it found.
 
     Raises:
         DataError: if there are duplicates, and they are refused.

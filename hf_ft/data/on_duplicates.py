@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from datasets import Dataset, DatasetDict
 
-from hf_ft.data.check_results import FILE, DataChecks, Duplicates, to_drop
+from hf_ft.data.check_results import DataChecks, Duplicates, to_drop
 from hf_ft.data.checking import check_data, quick_checks
 from hf_ft.data.columns import ROW, Columns, values_of
 from hf_ft.data.media import MEDIA
@@ -37,7 +37,8 @@ def checked(
     Args:
         on_duplicates: ``warn`` only tells them; ``drop`` leaves out the training samples of :func:`to_drop`; ``refuse``
             raises; ``ignore`` does not look for them.
-        folder: where :data:`FILE` is written, and read if it is of the same data.
+        folder: where :meth:`DataChecks.save` of an earlier call may have written; with ``refuse``, the list of what is
+            refused is written there. Otherwise nothing is: save what is returned when all else is in order.
         not_compared: why no duplicates are looked for, if they are not.
 
     Returns:
@@ -63,8 +64,6 @@ def checked(
         found = replace(found, keys=keys)
         if on_duplicates == "drop":
             splits, found = _dropped(splits, columns, found)
-    if folder is not None:
-        found.save(folder)
     if on_duplicates == "refuse":
         _refuse(found, folder)
     return splits, found
@@ -126,10 +125,8 @@ def _dropped(splits: DatasetDict, columns: Columns, found: DataChecks) -> tuple[
 
 
 def _refuse(found: DataChecks, folder: Path | None) -> None:
-    if to_drop(found.duplicates) or any(
-        one.disagree or one.kind == "same" or len(one.splits) > 1 for one in found.duplicates
-    ):
-        listed = f"; {FILE} in {folder} lists them" if folder is not None else ""
+    if any(one.disagree or one.kind == "same" or len(one.splits) > 1 for one in found.duplicates):
+        listed = f"; {found.save(folder)} lists them" if folder is not None else ""
         raise DataError(
             f"{'; '.join(found.sentences())}{listed}. Remove them, or set on_duplicates='drop', or 'warn'",
             arguments=("on_duplicates",),

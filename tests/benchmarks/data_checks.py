@@ -148,7 +148,7 @@ def _docstrings(package: str) -> Iterator[str]:
         except BaseException:  # an optional part, or one that exits
             continue
         for _, member in inspect.getmembers(module, lambda m: inspect.isfunction(m) or inspect.isclass(m)):
-            if (member.__module__ or "").startswith(package) and member.__doc__:
+            if (member.__module__ or "").startswith(package) and isinstance(member.__doc__, str):
                 yield member.__doc__
 
 

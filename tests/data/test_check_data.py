@@ -136,7 +136,7 @@ def test_drop_and_refuse(splits, tmp_path):
     assert len(files) == 10 and not files & gone and found.dropped == 4
     assert "4 of 14 samples of train left out as duplicates" in found.sentences()
     assert len(kept["validation"]) == len(kept["test"]) == 3
-    with pytest.raises(DataError, match=f"different labels.*{FILE} in .*on_duplicates='drop'"):
+    with pytest.raises(DataError, match=f"different labels.*{FILE} lists them.*on_duplicates='drop'"):
         checked(splits, columns, "refuse", folder=tmp_path / "out")
     alone = DatasetDict(train=splits["train"].select([2, 3, 4]), test=splits["test"].select([2]))
     assert checked(alone, columns, "refuse")[0] is alone
@@ -168,6 +168,8 @@ def test_what_is_dropped(kind, samples, rows):
 def test_what_was_found_before_is_not_looked_for_again(splits, tmp_path, monkeypatch):
     columns = find_columns(splits)
     _, found = checked(splits, columns, "drop", folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found.save(tmp_path / "out")
     looked = []
     monkeypatch.setattr(on_duplicates, "check_data", lambda *args, **more: looked.append(1) or DataChecks({"train": 1}))
     again, same = checked(splits, columns, "drop", folder=tmp_path / "out")
