@@ -58,7 +58,7 @@ example:
   hf-ft advise --model microsoft/resnet-18 --dataset my_photos/
 
 Only the training split is used; from more than 5,000 samples, 5,000 are drawn. Written to --output_dir (default:
-runs/advice): advice.json.
+runs/advice): advice.json and data_checks.json.
 
 flags of its own
 {flags}

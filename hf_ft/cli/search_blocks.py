@@ -30,7 +30,8 @@ search, and several processes or machines with the same --storage share one.
 example:
   hf-ft search-blocks --model microsoft/resnet-18 --dataset my_photos/ --scheme stage --search_seeds 3
 
-Written to --output_dir (default: runs/blocks): blocks.json, blocks.md, blocks.png and the study.
+Written to --output_dir (default: runs/blocks): blocks.json, blocks.md, blocks.png, data_checks.json and
+the study.
 
 flags of the search
 {flags}
