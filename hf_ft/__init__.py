@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hf_ft.core.plan import Term as Term
     from hf_ft.core.task_loss import TaskLoss as TaskLoss
     from hf_ft.core.view import View as View
+    from hf_ft.data.checking import check_data as check_data
     from hf_ft.engine.checkpoint import load_delta as load_delta
     from hf_ft.engine.checkpoint import load_weights as load_weights
     from hf_ft.engine.objective import Objective as Objective

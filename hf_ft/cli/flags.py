@@ -19,6 +19,7 @@ BUDGET = "budget"  # the option of strategies that --budget sets
 BUDGETED = [name for name, kind in strategies().items() if any(f.name == BUDGET for f in options(kind))]
 # Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
+TEXTS_UNASKED = 200_000  # texts that are looked through for duplicates unasked
 
 
 def _flag(help: str, default: Any = None, **more: Any) -> Any:
@@ -48,16 +49,15 @@ class DataFlags:
     validation_split: str | None = _flag(
         "name of the validation split (default: the usual names; if there is none, part of train is held out)"
     )
-    test_split: str | None = _flag(
-        "name of the test split (default: the usual names; if there is none, no test is run)"
-    )
+    test_split: str | None = _flag("name of the test split (default: the usual names; if none, no test is run)")
     validation_fraction: float = _flag("fraction of train to hold out if there is no validation split", 0.2)
-    split_seed: int = _flag("seed of that split, independent of --seed so that runs can be compared", 0)
+    split_seed: int = _flag("seed of that split, independent of --seed", 0)
     max_train_samples: int | None = _flag("maximum number of training rows, drawn stratified by class")
     image_column: str | None = _flag("name of the image column (default: found by name and type)")
     audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
     text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
+    group_column: str | None = _flag("column of groups, such as patients: each group stays in one split")
     image_size: int | None = _flag("image side in pixels (default: that of the checkpoint or the short name)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
@@ -66,13 +66,15 @@ class DataFlags:
         "unreadable images or sounds: refuse or skip (default: refuse; they are checked before training if at most "
         f"{CHECKED_UNASKED:,}, or if this flag is given)"
     )
+    on_duplicates: str | None = _flag(
+        "equal or nearly equal samples: warn, drop (from train), refuse or ignore (default: warn, of at most "
+        f"{CHECKED_UNASKED:,} files or {TEXTS_UNASKED:,} texts)"
+    )
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
     unknown_classes: Literal["refuse", "drop"] = _flag(
         "rows of other splits with a class that no training row has", "refuse"
     )
-    source_dataset: str | None = _flag(
-        "source data (of the pretraining), for strategies that use them (soft, co_tuning)"
-    )
+    source_dataset: str | None = _flag("source data (of pretraining), for strategies that use them: soft, co_tuning")
     source_split: str = _flag("split of the source data", "train")
 
 

@@ -16,11 +16,12 @@ from hf_ft.cli.findings import show_findings
 from hf_ft.cli.flags import SOURCES_FLAGS
 from hf_ft.cli.help import train_help
 from hf_ft.cli.models import adapter_usage
-from hf_ft.cli.prepare import Made, augmentation_of, make
+from hf_ft.cli.prepare import Made, augmentation_of, check_rows, make
 from hf_ft.cli.request import Request, read
 from hf_ft.core.config import strategies
 from hf_ft.core.context import FrozenCache
 from hf_ft.core.options import describe_value, options
+from hf_ft.data.check_results import FILE
 from hf_ft.documents.usage import pipeline_usage
 from hf_ft.engine.checkpoint_folders import INCOMPLETE, checkpoints, is_complete
 from hf_ft.errors import OptionError
@@ -66,7 +67,7 @@ def check_request(request: Request) -> None:
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     # A killed process leaves its lock and what it was writing; an interrupted search resumes from its files.
-    kept = (LOCK, INCOMPLETE, *(name for config in strategies().values() for name in config.kept))
+    kept = (LOCK, INCOMPLETE, FILE, *(name for config in strategies().values() for name in config.kept))
     if (
         folder.is_dir()
         and any(not file.name.startswith(kept) for file in folder.iterdir())
@@ -93,6 +94,7 @@ def _announce(request: Request, made: Made) -> None:
         ("strategy", " + ".join(map(_shown, request.configs))),
         ("training", f"{length}, batches of {args.per_device_train_batch_size}, {processes}"),
     ]
+    rows[2:2] = check_rows(made.data, request.output_dir)
     if trainer.source_dataset is not None:
         rows.insert(2, ("source", f"{request.data.source_dataset}: {len(trainer.source_dataset):,} samples"))
     taken = ", ".join(f"{name}={wanted.value} ({wanted.source})" for name, wanted in request.recommended.items())

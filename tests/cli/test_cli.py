@@ -599,7 +599,7 @@ def test_search_blocks(files, tmp_path, monkeypatch, capsys):
     assert [score["candidate"]["name"] for score in content["scores"]] == ["stage1", "stage0", "stem"]
     assert content["seeds"] == [0, 1] and set(content["baselines"]) == {"head", "all"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "block_search.db", "blocks.json", "blocks.md", "blocks.png"
+        "block_search.db", "blocks.json", "blocks.md", "blocks.png", "data_checks.json"
     }  # fmt: skip
     # Again: all trials are there already, so none is run.
     monkeypatch.setattr("hf_ft.search.evaluate.fit", lambda *a, **k: pytest.fail("run again"))
