@@ -28,7 +28,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms
-from hf_ft.trainer.context import curve
+from hf_ft.trainer.context import curve, measures_first
 from hf_ft.trainer.protocols import ForProbe
 from hf_ft.trainer.selection import metric_of
 from hf_ft.trainer.source_streams import data_of
@@ -48,12 +48,14 @@ def preflight(
     positional: Sequence[Any],
     keywords: Mapping[str, Any],
     source_dataset: Any,
+    looks: bool = True,
 ) -> None:
     """Reject invalid arguments before the Trainer creates its output folder.
 
     Args:
         model: None if the Trainer creates it; :func:`check_model` must then be called afterwards.
         positional, keywords: the Trainer's arguments after model and args.
+        looks: whether training data can be looked at before training.
 
     Raises:
         OptionError: for any error that can be detected without reading the data.
@@ -65,7 +67,7 @@ def preflight(
         given = inspect.signature(Trainer.__init__).bind_partial(None, model, args, *positional, **keywords).arguments
         scheduler = given.get("optimizers", (None, None))[1]
         data = given.get("train_dataset"), given.get("eval_dataset")
-        check_model(configs, args, model, *data, scheduler, source_dataset)
+        check_model(configs, args, model, *data, scheduler, source_dataset, looks)
 
 
 def check_model(
@@ -76,6 +78,7 @@ def check_model(
     eval_dataset: Any,
     scheduler: Any,
     source_dataset: Any,
+    looks: bool = True,
 ) -> None:
     """Reject a model that does not fit its data or the strategies.
 
@@ -95,11 +98,10 @@ def check_model(
         return
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     plan = check(configs, model, {}, trainable)
-    if plan.select and batch_norms(model) and train_dataset is not None and not hasattr(train_dataset, "__len__"):
-        raise OptionError(
-            f"{plan.select[0].name} measures BatchNorm statistics on the training data: train_dataset must be "
-            "map-style, not iterable."
-        )
+    if not looks and plan.select and batch_norms(model):
+        raise OptionError(measures_first(f"{plan.select[0].name} renews BatchNorm statistics and"))
+    if not looks and plan.tensor_rates is not None:
+        raise OptionError(measures_first(plan.tensor_rates.name))
     for stream in plan.streams:
         stream.batch_size(args.per_device_train_batch_size)
         if stream.prepare is not None:
@@ -272,7 +274,7 @@ def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
     """
     args, dataset = trainer.args, trainer.train_dataset
     norms = [norm for _, norm in batch_norms(objective) if norm.training]
-    alone = hasattr(dataset, "__len__") and len(dataset) % trainer._train_batch_size == 1
+    alone = is_map_style(dataset) and len(dataset) % trainer._train_batch_size == 1
     if not alone or not norms or args.dataloader_drop_last or args.world_size > 1:
         return
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]

@@ -225,8 +225,10 @@ def test_measuring_needs_a_length(tmp_path):
     from tests.trainer.measuring_strategy import MeasuredConfig
 
     data = tiny_data(tiny_vit()).to_iterable_dataset()
-    trainer = FTTrainer(tiny_vit(), tiny_arguments(tmp_path), strategy=MeasuredConfig(), train_dataset=data)
-    refused("measured measures the training data first.*map-style", trainer.train)
+    given = {"args": tiny_arguments(tmp_path / "out"), "strategy": MeasuredConfig(), "train_dataset": data}
+    message = "measured measures the training data first.*map-style.*measure_samples=256"
+    refused(message, FTTrainer, tiny_vit(), **given)
+    assert not (tmp_path / "out").exists()
     refused("pass a context", hf_ft.set_up, tiny_vit(), MeasuredConfig())
 
 
