@@ -14,9 +14,13 @@ from hf_ft.testing.training import snapshot, tiny_arguments
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
 COUNT = 24
-KNOWN = {
-    float(row["pixel_values"].double().sum()): number for number, row in enumerate(tiny_data(tiny_resnet(), COUNT))
-}
+
+
+def sums(rows):
+    return [float(torch.as_tensor(row["pixel_values"]).double().sum()) for row in rows]
+
+
+KNOWN = {total: number for number, total in enumerate(sums(tiny_data(tiny_resnet(), COUNT)))}
 
 
 def made(name, shards, **more):
@@ -24,7 +28,7 @@ def made(name, shards, **more):
     read = []
 
     def collate(rows):
-        read.extend(KNOWN[float(torch.as_tensor(row["pixel_values"]).double().sum())] for row in rows)
+        read.extend(KNOWN[total] for total in sums(rows))
         return default_data_collator(rows)
 
     args = tiny_arguments(
@@ -47,9 +51,8 @@ for name, shards in (("shards", 4), ("samples", 3)):
     same_tensors(snapshot(again.model), snapshot(whole.model))
 
 measured, _ = made("measured", 4, strategy=DAFTConfig(), measure_samples=10)
-looks = gather_object(
-    [[float(row["pixel_values"].double().sum()) for row in measured.context() and measured.looked_at]]
-)
+assert measured.context().samples.count == 10
+looks = gather_object([sums(measured.looked_at)])
 assert looks[0] == looks[1] and len(looks[0]) == 10
 tensors = measured.measure()["daft"].tensors
 for key, value in tensors.items():

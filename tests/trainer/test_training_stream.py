@@ -135,16 +135,8 @@ def made(folder, strategy="lp_ft", data=None, model=None, **given):
     return FTTrainer(model or tiny_resnet(), args, strategy=strategy, train_dataset=data, **ours)
 
 
-OURS = (
-    "eval_dataset",
-    "measure_samples",
-    "shuffle_buffer",
-    "frozen_cache",
-    "mixup",
-    "states",
-    "class_weights",
-    "plain_train_dataset",
-)
+OURS = {"eval_dataset", "plain_train_dataset", "measure_samples", "shuffle_buffer", "frozen_cache", "mixup"}
+OURS |= {"class_weights"}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -155,6 +147,7 @@ def same_runs(one, other):
     assert [entry.get("epoch") for entry in one.state.log_history] == [e.get("epoch") for e in other.state.log_history]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_reads_on_where_it_was(tmp_path):
     """Within the third block of 8 samples, and within a stage."""
     killed = python(Path(__file__).with_name("killed_training_stream_worker.py"), tmp_path / "run", 3)
@@ -175,13 +168,12 @@ def test_places_that_do_not_fit_are_named(tmp_path):
     content = file.read_text()
     for text, message in (
         (content.replace('"ranks": 1', '"ranks": 2'), "read by 2 process.*Resume with as many.*ignore_data_skip=True"),
-        (content[:20], "ft_data_0.json is damaged"),
-        ("", "damaged"),
+        ("{}", "ft_data_0.json is damaged .*Restore it"),
     ):
         file.write_text(text)
         with pytest.raises(CheckpointError, match=message):
             made(tmp_path, max_steps=3, **SAVING).train(resume_from_checkpoint=str(file.parent))
-    made(tmp_path, max_steps=3, ignore_data_skip=True, **SAVING).train(resume_from_checkpoint=str(file.parent))
+    made(tmp_path, max_steps=3, ignore_data_skip=True).train(resume_from_checkpoint=str(file.parent))
 
 
 # --- strategies that measure -----------------------------------------------------------------------------------
@@ -210,6 +202,7 @@ def test_labels_and_a_draw_of_the_look(tmp_path):
     assert given.context().samples.count == 24, "data to measure that can be read by index need no look"
 
 
+EVALUATED = tiny_data(tiny_resnet(), 4)
 BEFORE = "daft measures the training data first.*measure_samples=256"
 
 
@@ -219,7 +212,7 @@ BEFORE = "daft measures the training data first.*measure_samples=256"
         ({"strategy": "daft"}, BEFORE),
         ({"strategy": "auto_rgn"}, "auto_rgn measures.*measure_samples=256"),
         (
-            {"strategy": "wise_ft", "eval_dataset": tiny_data(tiny_resnet(), 4)},
+            {"strategy": "wise_ft", "eval_dataset": EVALUATED},
             "wise_ft renews BatchNorm statistics.*measure_samples=256",
         ),
         ({"frozen_cache": "always"}, "frozen_cache='always' .*Use 'auto'"),
