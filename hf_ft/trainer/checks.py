@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -31,14 +29,10 @@ from hf_ft.models.norms import batch_norms
 from hf_ft.trainer.context import curve, measures_first
 from hf_ft.trainer.protocols import ForProbe
 from hf_ft.trainer.selection import metric_of
+from hf_ft.trainer.sharding import check_sharding, check_whole
 from hf_ft.trainer.source_streams import data_of
 
 logger = logging.get_logger(__name__)
-SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # in accelerate's environment variables and distributed types
-UNSHARDED = (
-    "sharded training is not supported, since strategies address individual parameters. Use DDP (accelerate launch "
-    "--multi_gpu), gradient accumulation, or activation checkpointing."
-)
 
 
 def preflight(
@@ -88,6 +82,7 @@ def check_model(
     Raises:
         OptionError: naming what does not fit.
     """
+    check_whole(model)
     check_datasets(model, train_dataset, eval_dataset)
     check_evaluation(configs, args, eval_dataset)
     check_members(configs, model)
@@ -183,29 +178,13 @@ def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -
     """
     for config in configs:
         config.check_arguments(args)
-    for name in ("deepspeed", "fsdp"):
-        if getattr(args, name, None):
-            raise OptionError(f"args.{name}={getattr(args, name)!r}: {UNSHARDED}")
-    for name in SHARDED:
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise OptionError(f"accelerate launch --use_{name.lower()}: {UNSHARDED}")
+    check_sharding(args)
     if args.n_gpu > 1:
         logger.warning(
             f"{args.n_gpu} GPUs are visible to one process; DataParallel is not supported, so only the first is used. "
             "Start with `accelerate launch` to use all of them."
         )
         args._n_gpu = 1
-
-
-def check_accelerator(accelerator: Accelerator) -> None:
-    """Reject sharded training, however it was configured.
-
-    Raises:
-        OptionError: if the accelerator shards the model.
-    """
-    kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
-    if kind in (*SHARDED, "TP"):
-        raise OptionError(f"the accelerator is set up for {kind}: {UNSHARDED}")
 
 
 def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> None:

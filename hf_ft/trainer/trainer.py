@@ -53,6 +53,7 @@ from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
 from hf_ft.trainer.selection import select
+from hf_ft.trainer.sharding import check_accelerator
 from hf_ft.trainer.training_batches import TrainingBatches
 
 logger = logging.get_logger(__name__)
@@ -138,7 +139,7 @@ class FTTrainer(Trainer):
         stream_checks.check_stream(self.configs, args, data, **stream)
         checks.preflight(self.configs, args, model, positional, keywords, source_dataset, looks)
         super().__init__(model, args, *positional, **keywords)
-        checks.check_accelerator(self.accelerator)
+        check_accelerator(self.accelerator)
         mixing_checks.check_mixable(self.mixing, self.model)
         if model is None:
             data = self.train_dataset, self.eval_dataset
