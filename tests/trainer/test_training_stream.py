@@ -236,5 +236,5 @@ def test_with_a_look_they_run(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_share_a_stream(tmp_path):
-    done = python(Path(__file__).with_name("distributed_stream_worker.py"), tmp_path, ranks=2)
+    done = python(Path(__file__).with_name("distributed_scale_worker.py"), tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]

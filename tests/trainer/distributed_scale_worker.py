@@ -1,4 +1,7 @@
-"""Two ranks train on a stream: each sample once a pass, the same look, resumed where each rank was."""
+"""Two ranks train on a stream: each sample once a pass, the same look, resumed where each rank was.
+
+The base of a PEFT model serves as its reference there too: it trains what a copy trains.
+"""
 
 import sys
 from pathlib import Path
@@ -7,9 +10,11 @@ import torch
 from accelerate.utils import gather_object
 from transformers import default_data_collator
 
-from hf_ft import DAFTConfig, FTTrainer
+import hf_ft.engine.frozen.reference
+from hf_ft import DAFTConfig, DELTAConfig, FTTrainer
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet
-from hf_ft.testing.training import snapshot, tiny_arguments
+from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
+from tests.engine.frozen.test_reference import lora
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
@@ -57,3 +62,12 @@ assert looks[0] == looks[1] and len(looks[0]) == 10
 tensors = measured.measure()["daft"].tensors
 for key, value in tensors.items():
     assert bool((measured.accelerator.gather(value[None]) == value).all()), key
+
+compared, find = [], hf_ft.engine.frozen.reference.adapters_of
+for found in (find, lambda model: ()):
+    hf_ft.engine.frozen.reference.adapters_of = found
+    trainer = make_trainer(lora(), ["lp_ft", DELTAConfig(weights="uniform")], folder / "lora", "never", max_steps=4)
+    trainer.train()
+    assert bool(trainer._run.reference.adapters) == (found is find)
+    compared.append(snapshot(trainer.model))
+same_tensors(*compared)
