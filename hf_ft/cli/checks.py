@@ -20,6 +20,7 @@ from hf_ft.zoo.models import SHORT_NAMES
 CHOICES = {"augment": tuple(AUGMENTATIONS), "on_corrupt": get_args(OnCorrupt)}
 # Flags that say something about what another one names.
 ABOUT = {"source_split": "source_dataset", "ood_split": "ood_dataset"}
+ABOUT |= {"shuffle_buffer": "streaming", "measure_samples": "streaming"}
 # Flags that another one with this value switches off.
 OFF = {
     ("frozen_cache", "never"): ("frozen_cache_memory_gb", "frozen_cache_disk_gb"),

@@ -46,17 +46,12 @@ def check_stream(
     configs: Iterable[FTConfig],
     args: TrainingArguments,
     train_dataset: Any,
-    *,
-    cache: FrozenCache,
-    mixing: Mixing,
-    looks: bool,
-    known: Collection[str] = (),
+    **how: Any,
 ) -> None:
     """Reject what needs the length of the training data or their rows by index, if they are a stream.
 
     Args:
-        looks: whether a few samples may be looked at before training.
-        known: names of strategies that have measured already.
+        how: see :func:`check_streamable`.
 
     Raises:
         OptionError: naming the argument and the fix.
@@ -73,6 +68,27 @@ def check_stream(
             "train_dataset is already split among processes (split_dataset_by_node): pass the whole, which the trainer "
             "splits itself."
         )
+    check_streamable(configs, max_steps=args.max_steps, **how)
+
+
+def check_streamable(
+    configs: Iterable[FTConfig],
+    *,
+    max_steps: int,
+    cache: FrozenCache,
+    mixing: Mixing,
+    looks: bool,
+    known: Collection[str] = (),
+) -> None:
+    """Reject strategies and settings that do not go with a stream.
+
+    Args:
+        looks: whether a few samples may be looked at before training.
+        known: names of strategies that have measured already.
+
+    Raises:
+        OptionError: naming the argument and the fix.
+    """
     for config in configs:
         if config.must_measure() and not looks and config.ft_type not in known:
             raise OptionError(measures_first(config.ft_type))
@@ -81,7 +97,7 @@ def check_stream(
             "frozen_cache='always' records each sample once, and a streamed train_dataset does not tell which it "
             "yields. Use 'auto': what is frozen is then computed in every step."
         )
-    if mixing and not (looks and args.max_steps > 0):
+    if mixing and not (looks and max_steps > 0):
         raise OptionError(
             f"{mixing}: batches of an iterable train_dataset are mixed only with max_steps and a look at a few samples "
             "(measure_samples=8), on which the loss is checked. Set both, or pass a map-style data set."

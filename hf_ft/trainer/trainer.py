@@ -239,7 +239,7 @@ class FTTrainer(Trainer):
             self.model = self.model_wrapped = self._run.model
         if self._resuming is not None and (self._run.anchors or self._run.reference or self._run.origin):
             self._checkpoints.check_base(self._resuming)
-        if measurable(self) is not None:
+        if any(term.layers for term in self._run.plan.terms) and measurable(self) is not None:
             self._run.find_layouts(self.context())
         return self._run
 
