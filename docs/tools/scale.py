@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from hf_ft.core.config import FTConfig
 from hf_ft.core.plan import Plan
 from hf_ft.engine.set_up import check
-from hf_ft.models.norms import batch_norms
 from hf_ft.testing import tiny_resnet, tiny_vit
 from hf_ft.testing.training import equipped
 
@@ -34,8 +33,9 @@ def _how(config: FTConfig) -> tuple[str, str]:
 
 
 def _plans(config: FTConfig) -> Iterator[Plan]:
-    """Its plans for a network with BatchNorm and one without, where there are such."""
+    """Its plans for a network with BatchNorm and for one without, as far as it goes with them."""
     for make in (tiny_resnet, tiny_vit):
         model = equipped(make(), config)
-        if batch_norms(model) or make is tiny_vit:
-            yield check((config,), model, {}, tuple(name for name, _ in model.named_parameters()))
+        fitting = config.adapted(model)
+        if fitting is not None:
+            yield check((fitting,), model, {}, tuple(name for name, _ in model.named_parameters()))
