@@ -28,7 +28,7 @@ def _how(config: FTConfig) -> tuple[str, str]:
     if any(plan.select for plan in plans):
         return "without BatchNorm only", "BatchNorm statistics of the models it chooses from"
     if config.measures():
-        return "yes, `head_lr=\"auto\"` is the learning rate", "the head's learning rate"
+        return 'yes, `head_lr="auto"` is the learning rate', "the head's learning rate"
     return "yes", ""
 
 
