@@ -1,6 +1,7 @@
 """Python in processes of its own that need not import torch anew: they are forked from a server that has."""
 
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -10,6 +11,8 @@ import sys
 import tempfile
 from multiprocessing.connection import wait
 from pathlib import Path
+
+import huggingface_hub.constants
 
 _context = multiprocessing.get_context("forkserver")
 # Libraries alone: each process imports hf_ft itself.
@@ -68,6 +71,7 @@ def _work(command, folder, environment, out, err):
     multiprocessing.set_start_method(None, force=True)  # what it starts is none of the server's
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)  # what it reads of the environment was the server's
     os.chdir(folder)
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)

@@ -125,6 +125,22 @@ examples:
 Written to --output_dir: evaluation.html and evaluation.md (scores, confusion matrix, reliability, unreadable samples),
 evaluation.json (the same as data) and predictions.csv (as by `hf-ft predict`). docs/predict.md has more.""",
     ),
+    "push": (
+        """hf-ft push: upload a saved model, adapter, ensemble or delta to the Hub.
+
+usage: hf-ft push --model FOLDER --hub_model_id USER/NAME [flags]
+
+Weights, configs, processor, plots and the card are uploaded; checkpoints, logs, local paths and tokens are not. What
+the Hub has already is not sent again, so the same command goes on after an upload that failed.
+
+examples:
+  hf-ft push --model runs/photos --hub_model_id ann/photos
+  hf-ft push --model runs/photos/delta --hub_model_id ann/photos-delta --hub_private_repo true
+""",
+        """\
+`hf-ft train --push_to_hub true --hub_model_id USER/NAME` uploads the result of a training, and with
+`--hub_strategy every_save` each save. docs/sharing.md has more.""",
+    ),
 }
 
 

@@ -114,7 +114,7 @@ def _finish(made: Made) -> None:
     metrics = trainer.evaluate()
     if "test" in ready:
         metrics |= trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # uploaded once all of it is written
     trainer.save_metrics("all", metrics, combined=False)
     folder = str(trainer.args.output_dir)
     say()
@@ -134,6 +134,9 @@ def _finish(made: Made) -> None:
         show_findings(findings, Path(folder))
     if any(findings.plots for findings in found):
         trainer.create_model_card()  # the plots are now in the folder
+    if trainer.args.push_to_hub:
+        commit = trainer.push_to_hub()
+        say(f"\nuploaded    {commit.commit_url}" if commit else "")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
