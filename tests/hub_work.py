@@ -27,6 +27,7 @@ from hf_ft.inference import load_trained
 from hf_ft.testing import tiny_data, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import tiny_arguments
 from hf_ft.zoo.models import load_model
+from tests import quick
 from tests.hub_server import TOKEN
 
 NAMES = {0: "cat", 1: "dog", 2: "eel"}
@@ -302,6 +303,7 @@ def load(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    quick.set_up()
     os.chdir(sys.argv[2])
     result = {"upload": upload, "load": load, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
     Path(sys.argv[2], f"{sys.argv[1]}.json").write_text(json.dumps(result))

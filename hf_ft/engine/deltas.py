@@ -125,7 +125,8 @@ def load_delta(
     if found != needed.sha256:
         raise CheckpointError(
             f"{'this model' if model is base else given or needed.name} is not the base of {path}: its hash without "
-            f"the head is {found[:12]}, but {needed.sha256[:12]} ({needed.name or 'unnamed'}) is needed."
+            f"the head is {found[:12]}, but {needed.sha256[:12]} ({needed.name or 'unnamed'}) is needed: "
+            "pass the base itself, loaded with the revision it was trained from, before the delta."
         )
     try:
         result = model.load_state_dict(tensors, strict=False)

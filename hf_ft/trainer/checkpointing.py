@@ -29,7 +29,7 @@ from hf_ft.engine import checkpoint_folders as folders
 from hf_ft.engine import deltas
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.errors import CheckpointError, Error, OptionError
-from hf_ft.models.hub import base_model_id
+from hf_ft.models.hub import base_model_id, loaded_commit
 from hf_ft.processes import process_name
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.protocols import ForCheckpoints
@@ -102,7 +102,7 @@ class Checkpoints:
         self._trainer = trainer
         self._written: set[str] = set()
         self.base_name = _base_name(trainer.model)
-        self.base_revision: str | None = getattr(getattr(trainer.model, "config", None), "_commit_hash", None)
+        self.base_revision = _base_revision(trainer.model, self.base_name)
         self.base: dict[str, str] = {}
         self.writer = process_name()
 
@@ -305,3 +305,9 @@ def _base_name(model: nn.Module) -> str | None:
     if isinstance(model, PeftModel):
         return next(iter(model.peft_config.values())).base_model_name_or_path
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _base_revision(model: nn.Module, name: str | None) -> str | None:
+    # Transformers from 5.24 on does not keep the commit; without it, the one that the default branch had then.
+    known = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return known or (None if name is None else loaded_commit(name))

@@ -17,7 +17,7 @@ from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
-from hf_ft.models.hub import base_model_id
+from hf_ft.models.hub import base_model_id, loaded_commit
 from hf_ft.models.tasks import TASKS, classes_of
 from hf_ft.trainer.card_usage import delta_usage, is_ensemble, usage
 from hf_ft.trainer.protocols import ForCard
@@ -133,7 +133,8 @@ def _on_the_hub(model: Any, base: str) -> bool:
 
     A name without an owner may be a short name of the zoo.
     """
-    return "/" in base or getattr(getattr(model, "config", None), "_commit_hash", None) is not None
+    known = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return "/" in base or known is not None or loaded_commit(base) is not None
 
 
 def _sentence(model: Any, bases: Sequence[str]) -> str:
