@@ -6,15 +6,23 @@ Set ``HF_ENDPOINT`` of a new process to `Hub.endpoint` and ``HF_HUB_DISABLE_XET`
 import base64
 import contextlib
 import hashlib
+import importlib
 import json
+import os
 import re
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub.constants
+import huggingface_hub.hf_api
+import transformers.utils.hub
 import yaml
+
+from hf_ft.models import sharing
 
 TOKEN = "hf_planted0123456789"
 USER = "ann"
@@ -111,6 +119,25 @@ class Hub:
         finally:
             self.faults.remove(fault)
 
+    @contextlib.contextmanager
+    def used_here(self, home):
+        """While it holds, this process uses this Hub, as if it had been started in its environment."""
+        before = dict(os.environ)
+        os.environ.update(self.environment(home))
+        _read_environment()
+        try:
+            yield
+        finally:
+            for name in set(os.environ) - set(before):
+                del os.environ[name]
+            os.environ.update(before)
+            _read_environment()
+
+    def add(self, repo, folder):
+        """A repository with the files of a folder."""
+        self.repos[repo] = Repo()
+        self.repos[repo].commit("all", {file.name: file.read_bytes() for file in Path(folder).iterdir()})
+
     def files(self, repo, revision="main"):
         """The files of a repository at a revision, by path."""
         return self.repos[repo].at(revision)[1]
@@ -118,6 +145,14 @@ class Hub:
     def messages(self, repo):
         """The messages of its commits, oldest first."""
         return [message for _, message, _ in self.repos[repo].commits]
+
+
+def _read_environment():
+    """Read again what `huggingface_hub` reads when it is imported, and forget the clients that hold it."""
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+    transformers.utils.hub._hf_api = None
+    sharing._api.cache_clear()
 
 
 def metadata_errors(text):

@@ -12,10 +12,9 @@ import sys
 import traceback
 from pathlib import Path
 
-socket.gethostname = platform.node = lambda: "plantedhost"  # of which nothing may be uploaded
-
 import torch
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel  # noqa: F401
+from huggingface_hub import HfApi
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
@@ -173,8 +172,6 @@ def classified_by_pipeline(folder):
 
 @part
 def model_of_a_save(folder):
-    from huggingface_hub import HfApi
-
     first = next(one for one in HfApi().list_repo_commits("ann/cells") if one.title.endswith("step 2"))
     model = AutoModelForImageClassification.from_pretrained("ann/cells", revision=first.commit_id)
     assert not torch.equal(logits(model), expected(folder)["plain"])
@@ -304,6 +301,7 @@ def load(folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     quick.set_up()
+    socket.gethostname = platform.node = lambda: "plantedhost"  # of which nothing may be uploaded
     os.chdir(sys.argv[2])
     result = {"upload": upload, "load": load, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
     Path(sys.argv[2], f"{sys.argv[1]}.json").write_text(json.dumps(result))

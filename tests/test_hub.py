@@ -3,6 +3,7 @@
 The client is `huggingface_hub` itself. tests/hub_work.py holds what the processes do.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.forked import python
+from tests.forked import python, start
 from tests.hub_server import TOKEN, Hub, metadata_errors
 from tests.hub_work import PARTS
 
@@ -22,6 +23,7 @@ def work(hub, what, folder, monkeypatch):
     """Run a part of tests/hub_work.py in a process with its own home and cache."""
     home = folder / "home" / "plantedann"
     home.mkdir(parents=True, exist_ok=True)
+    start()
     with monkeypatch.context() as own:
         for name, value in hub.environment(folder / f"cache of {what}").items():
             own.setenv(name, value)
@@ -110,10 +112,12 @@ def test_the_server_refuses_cards_as_the_hub_does(line):
 @pytest.fixture(scope="module")
 def failures(hub, folder, patch):
     """For each repository, three uploads fail: of two saves and the result; the fourth is accepted."""
-    faults = [("refused/commit", 403), ("broken/commit", 503), ("dropped/commit", None), ("ann/refused-delta", 403)]
-    with hub.fails("repos/create .*forbidden", 403), hub.fails(*faults[3]):
-        with hub.fails(*faults[0], times=3), hub.fails(*faults[1], times=3), hub.fails(faults[2][0], times=3):
-            yield work(hub, "fail", folder, patch)
+    faults = [("refused/commit", 403, 3), ("broken/commit", 503, 3), ("dropped/commit", None, 3)]
+    faults += [("ann/refused-delta", 403, 9), ("repos/create .*forbidden", 403, 9)]
+    with contextlib.ExitStack() as planted:
+        for pattern, status, times in faults:
+            planted.enter_context(hub.fails(pattern, status, times=times))
+        yield work(hub, "fail", folder, patch)
 
 
 @pytest.mark.parametrize(("name", "why"), [("refused", "403"), ("broken", "503"), ("dropped", "RemoteProtocolError")])

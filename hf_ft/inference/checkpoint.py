@@ -29,14 +29,8 @@ from hf_ft.models.sharing import KINDS
 from hf_ft.models.tasks import auto_model, tasks_of
 from hf_ft.models.weight_files import DELTA_NAME
 from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
-from hf_ft.zoo.reading import read_config, weights_of
+from hf_ft.zoo.reading import OPTIONAL, read_config, weights_of
 
-# Of files that may be missing, on the Hub too.
-_OPTIONAL: dict[str, Any] = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-    "_raise_exceptions_for_gated_repo": False,
-}
 READ = ("image", "text", "audio")  # tasks whose data can be read
 
 
@@ -104,7 +98,7 @@ def load_trained(name: str | Path, *, revision: str | None = None, base: str | N
         CheckpointError: if weights are missing or damaged, or there is no trained head.
     """
     trained = _loaded(str(name), revision, base)
-    file = cached_file(str(name), FILE, revision=revision, **_OPTIONAL)
+    file = cached_file(str(name), FILE, revision=revision, **OPTIONAL)
     if file is None:
         return trained
     return replace(trained, calibration=read_calibration(Path(file), weights_digest(trained.model)))
@@ -138,7 +132,7 @@ def _loaded(name: str, revision: str | None, base: str | None) -> Trained:
 def _of_the_hub(name: str, revision: str | None) -> Path | None:
     """The files of a delta or an adapter on the Hub; None for anything else, which Transformers can load."""
     for marker in (DELTA_NAME, ADAPTER_CONFIG_NAME):
-        if cached_file(name, marker, revision=revision, **_OPTIONAL) is not None:
+        if cached_file(name, marker, revision=revision, **OPTIONAL) is not None:
             with weights_of(name, revision):
                 return Path(snapshot_download(name, revision=revision, allow_patterns=[f"*{kind}" for kind in KINDS]))
     return None

@@ -9,11 +9,18 @@ from typing import Any
 
 import transformers as hf
 from huggingface_hub import try_to_load_from_cache
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, cached_file
 
 from hf_ft.errors import CheckpointError, Error, OptionError
-from hf_ft.models.weight_files import damaged_file
+from hf_ft.models.weight_files import DELTA_NAME, damaged_file
 from hf_ft.zoo.short_names import SHORT_NAMES
+
+# Of files that may be missing, on the Hub too.
+OPTIONAL: dict[str, Any] = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
+}
 
 
 def read_config(name: str, **hub: Any) -> Any:
@@ -43,6 +50,11 @@ def weights_of(name: str, revision: str | None = None) -> Iterator[None]:
     except (Error, ImportError, MemoryError):
         raise
     except Exception as error:  # likewise
+        if cached_file(name, DELTA_NAME, revision=revision, **OPTIONAL) is not None:
+            raise CheckpointError(
+                f"{name} is a delta, without the weights of its base: save the model that hf_ft.load_delta({name!r}) "
+                "returns, with its processor, and name that folder."
+            ) from error
         folder = _folder(name, revision)
         damaged = None if folder is None else damaged_file(folder)
         if damaged is None:
