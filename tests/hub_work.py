@@ -280,7 +280,7 @@ def fail(folder):
         trainer.push_delta("ann/refused-delta")
     except hf_ft.HubError as error:
         found["delta"] = str(error)
-    assert (runs / "dropped" / "delta" / "ft_delta.safetensors").is_file()
+    assert (runs / "dropped" / "ft_delta" / "ft_delta.safetensors").is_file()
     try:
         trainer_of(tiny_resnet(), runs / "none", push_to_hub=True, hub_model_id="ann/forbidden")
     except hf_ft.HubError as error:

@@ -133,5 +133,5 @@ def test_a_failed_upload_says_how_to_go_on(name, why, failures, folder, hub):
 
 def test_a_delta_is_kept_and_a_repository_refused_before_training(failures):
     assert "ann/refused-delta could not be uploaded: 403" in failures["delta"]
-    assert "/dropped/delta --hub_model_id ann/refused-delta` uploads them" in failures["delta"]
+    assert "/dropped/ft_delta --hub_model_id ann/refused-delta` uploads them" in failures["delta"]
     assert "hub_model_id='ann/forbidden' cannot be created: 403" in failures["before"]

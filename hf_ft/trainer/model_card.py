@@ -51,6 +51,7 @@ _TEMPLATE = """---
 """
 
 
+_PEFT = PeftModel.__module__.partition(".")[0]  # the library
 # Type and name in the Hub's model index, for metrics whose key is another.
 _METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
@@ -100,7 +101,7 @@ def model_card(
         card_fields["license"] = str(card_fields["license"]).lower()  # as the Hub spells all of them
     pages = [base for base in bases if _on_the_hub(model, base)]
     metadata = ModelCardData(
-        library_name="hf_ft" if delta else "peft" if isinstance(model, PeftModel) else "transformers",
+        library_name="hf_ft" if delta else _PEFT if isinstance(model, PeftModel) else "transformers",
         pipeline_tag=task,
         base_model=pages[0] if len(pages) == 1 else pages or None,
         tags=list(dict.fromkeys(["hf_ft", *names, *tags])),
@@ -180,7 +181,7 @@ def _task(model: Any) -> str | None:
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     config, classifier = getattr(model, "config", None), getattr(type(model), "plain_class", type(model))
     if is_ensemble(model):
-        return f"{config.task}-classification"
+        return f"{model.config.task}-classification"
     return next((f"{task}-classification" for task in TASKS if classifier in classes_of(config, task)), None)
 
 

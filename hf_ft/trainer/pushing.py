@@ -19,6 +19,7 @@ from hf_ft.models import sharing
 from hf_ft.trainer.protocols import ForPushing
 
 logger = logging.get_logger(__name__)
+DELTA_FOLDER = "ft_delta"  # in the output folder
 LAST = "last-checkpoint"  # as Trainer names it on the Hub
 WHOLE = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)  # also upload what a resume needs
 
@@ -50,7 +51,7 @@ def push_save(trainer: ForPushing, checkpoint: Path) -> None:
     if args.hub_strategy in WHOLE:
         under = LAST if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
         uploads.append((sharing.everything_in(checkpoint, under), f"Training in progress, {when}, checkpoint"))
-    jobs = [_uploaded(trainer, folder, files, message) for files, message in uploads]
+    jobs: Any = [_uploaded(trainer, folder, files, message) for files, message in uploads]
     trainer.push_in_progress = PushInProgress(jobs)
 
 
@@ -83,7 +84,7 @@ def push_result(trainer: ForPushing, message: str, blocking: bool, **given: Any)
         HubError: if it cannot be uploaded; the model has been saved then.
     """
     args, folder = trainer.args, Path(str(trainer.args.output_dir))
-    options = {"token": given.pop("token", None) or args.hub_token}
+    options: dict[str, Any] = {"token": given.pop("token", None) or args.hub_token}
     options["revision"] = given.pop("revision", None) or args.hub_revision
     private = given.pop("private", None)
     trainer._finish_current_push()  # it reads the files that are now replaced

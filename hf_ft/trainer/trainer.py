@@ -51,7 +51,7 @@ from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, looking, measuring_context
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
-from hf_ft.trainer.pushing import create_repository, push_result, refused_repository
+from hf_ft.trainer.pushing import DELTA_FOLDER, create_repository, push_result, refused_repository
 from hf_ft.trainer.run_lock import alone_in
 from hf_ft.trainer.selection import select
 from hf_ft.trainer.training_batches import TrainingBatches
@@ -95,6 +95,7 @@ class FTTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     train_dataset: Any
+    hub_model_id: Any  # a full id, once there is a repository
     data_info: Any = None  # a DataInfo, for the model card
     quiet: bool = False  # whether nothing is logged
     _signature_columns: Any
@@ -454,6 +455,7 @@ class FTTrainer(Trainer):
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
+        private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Save the model in ``output_dir`` and upload it with its card; see ``Trainer.push_to_hub``.
@@ -463,7 +465,7 @@ class FTTrainer(Trainer):
         Raises:
             HubError: if it cannot be uploaded. Nothing is lost; the message says how to go on.
         """
-        given = {"token": token, "revision": revision, **kwargs}
+        given = {"token": token, "revision": revision, "private": private, **kwargs}
         return push_result(self, commit_message or "End of training", blocking, **given)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -498,7 +500,7 @@ class FTTrainer(Trainer):
         """Upload only what training changed, with the processor and a card; ``hf_ft.load_delta(repo_id)`` restores it.
 
         Args:
-            path: where it is saved first (default: ``delta`` in ``output_dir``).
+            path: where it is saved first (default: ``ft_delta`` in ``output_dir``).
             about: ``license``, ``tags``, ``dataset``, ``language`` for the card.
 
         Returns:
@@ -508,7 +510,7 @@ class FTTrainer(Trainer):
             CheckpointError: before training, or if the model supports no delta.
             HubError: if it cannot be uploaded. It has been saved then; the message says how to go on.
         """
-        folder = Path(path) if path is not None else Path(str(self.args.output_dir)) / "delta"
+        folder = Path(path) if path is not None else Path(str(self.args.output_dir)) / DELTA_FOLDER
         self._checkpoints.save_delta(folder, repo_id, **about)
         if not self.is_world_process_zero():
             return None
