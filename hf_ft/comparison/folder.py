@@ -33,7 +33,7 @@ class Kept:
 
     Args:
         folder: the output folder.
-        every: whether the models of all final runs are kept, for a soup, and not only the best of each contender.
+        every: whether all models are kept, for a soup, and not only the best final run of each contender.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class Kept:
         return self.own / "work" / f"{name}-{process_name()}"
 
     def model(self, name: str, seed: int) -> Path:
-        """The folder of a contender's final run, named like the winner's, since model cards show the name."""
+        """The folder of the model of a training, named like the winner's, since model cards show the name."""
         return self.own / "models" / name / f"seed-{seed}" / self.best.name
 
     @property
@@ -86,7 +86,7 @@ class Kept:
 
     @property
     def soup(self) -> Path:
-        """The folder of the average of final runs."""
+        """The folder of the soup."""
         return self.folder / "soup"
 
     def states(self, name: str) -> dict[str, State] | None:

@@ -151,9 +151,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Ingredient:
-    """A final run that might go into the soup.
+    """A training that might go into the soup.
 
     Attributes:
+        trial: index among the trials of the contender; None for a final run.
         validation: its own score.
         member: whether it is in the soup.
         with_it: score of the average with it, if it was tried.
@@ -166,17 +167,23 @@ class Ingredient:
     member: bool
     with_it: float | None = None
     reason: str = ""
+    trial: int | None = None
+
+    @property
+    def number(self) -> str:
+        """Which training of the contender it is."""
+        return f"seed {self.seed}" if self.trial is None else f"trial {self.trial + 1}"
 
 
 @dataclass(frozen=True)
 class SoupSummary:
-    """The average of final runs, one plain model.
+    """The average of trainings, one plain model.
 
     Attributes:
         kind: ``uniform`` or ``greedy``.
         validation: the comparison's metric on validation, which chose the members of a greedy soup.
         scores: all metrics by name, by split.
-        ingredients: all finished final runs.
+        ingredients: all finished trainings that it might take.
     """
 
     kind: str
@@ -211,7 +218,7 @@ class Results:
         advice: the result of :func:`hf_ft.advice.advise`, if requested.
         winner: the contender with the best mean validation score over the final runs; empty if there is none.
         winner_seed: the seed of its saved run, the best by validation.
-        soup: the average of final runs, if it was requested.
+        soup: the average of final runs, and of trials, if it was requested.
     """
 
     title: str

@@ -163,8 +163,8 @@ class Runner:
                 training = self._trial(entrant, number, info, counted)
             else:
                 training = self._train(entrant, kind, number, number - 1, info)
-            if kind == "run" and not training.error:
-                self.kept.keep_best(name, number, self.ledger.score(training))
+            if (kind == "run" or self.settings.keeps_trials) and not training.error:
+                self.kept.keep_best(name, training.seed, self.ledger.score(training))
         except Exception as error:  # a failed training must not stop the comparison
             cause = environment_error(error)
             if cause is not None:
@@ -212,9 +212,12 @@ class Runner:
                     info.update(measured_compute=measured.compute, **_findings(entrant, measured))
 
         known = None if kind == "trial" and number == 0 else self._measured(entrant, fold)
-        save_to = None if kind == "trial" else self.kept.model(name, seed)
+        final = kind == "run"
+        save_to = self.kept.model(name, seed) if final or self.settings.keeps_trials else None
         work = self.kept.work(f"{name}-{kind}-{number}")
-        return train(entrant.on_fold(fold), values, seed, self.common, work, known, save_to, on_measured, counted)
+        return train(
+            entrant.on_fold(fold), values, seed, self.common, work, known, save_to, final, on_measured, counted
+        )
 
     def _failed(self, entrant: Entrant, kind: str, number: int, error: str) -> Training:
         seed = TUNING_SEED if kind == "trial" else number
@@ -243,10 +246,10 @@ class Runner:
     # --- the winner ----------------------------------------------------------------------------------------
 
     def model_of(self, entrant: Entrant, run: Training) -> Path:
-        """The folder of a final run's model; it is trained again if it was not kept."""
+        """The folder of the model of a final run or a trial; it is trained again if it was not kept."""
         name = entrant.file_name(run.params)
         if not self.kept.has_model(name, run.seed):
-            work, fold = self.kept.work("again"), run.seed - 1
+            work, fold = self.kept.work("again"), max(0, run.seed - 1)
             known, saved = self._measured(entrant, fold), self.kept.model(name, run.seed)
             again = train(entrant.on_fold(fold), run.params, run.seed, self.common, work, known, saved)
             if again.validation != run.validation:

@@ -80,6 +80,7 @@ def train(
     work: Path,
     measured: Measured | None = None,
     save_to: Path | None = None,
+    final: bool = False,
     on_measured: Callable[[Measured], None] = lambda measured: None,
     counted: Work | None = None,
 ) -> Training:
@@ -90,7 +91,8 @@ def train(
         seed: seed of the head initialization, data order and dropout.
         work: temporary folder for checkpoints, deleted afterwards.
         measured: measurements of an earlier training of this contender; by default the strategies measure now.
-        save_to: if given, this is a final run: the best epoch's model is saved there and scored on the test sets.
+        save_to: where the best epoch's model is saved, if it is kept.
+        final: whether it is a final run, whose model is scored on the test sets.
         on_measured: called with new measurements.
         counted: counts the work.
     """
@@ -112,7 +114,12 @@ def train(
             trainer.train()
         training = _result(trainer, values, seed, common, clock, memory.mb)
         if save_to is not None and not training.error:
-            training = _finished(training, trainer, entrant, common, save_to)
+            shutil.rmtree(save_to, ignore_errors=True)
+            trainer.save_model(str(save_to))
+            size = sum(file.stat().st_size for file in save_to.rglob("*.safetensors")) / MB
+            training = dataclasses.replace(training, checkpoint_mb=size)
+        if final and not training.error:
+            training = _tested(training, trainer, entrant, common)
     return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions())
 
 
@@ -271,18 +278,11 @@ def _curve(trainer: FTTrainer, metric: str) -> list[Point]:
     return curve
 
 
-def _finished(
-    training: Training, trainer: FTTrainer, entrant: Entrant, common: CommonSettings, folder: Path
-) -> Training:
-    """Save the model and evaluate it on the test sets, once for each final run."""
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer.save_model(str(folder))
+def _tested(training: Training, trainer: FTTrainer, entrant: Entrant, common: CommonSettings) -> Training:
+    """Evaluate the model on the test sets, once for each final run."""
     scores, predictions = scored(trainer, entrant.bench.data)
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / MB
     distortion = _distortion(trainer, entrant, training.seed, common.distortion_samples)
-    return dataclasses.replace(
-        training, scores=scores, predictions=predictions, checkpoint_mb=size, distortion=distortion
-    )
+    return dataclasses.replace(training, scores=scores, predictions=predictions, distortion=distortion)
 
 
 def scored(

@@ -24,6 +24,7 @@ NAMES = ("red", "green", "blue")
 # For tests that look neither at several seeds nor at epochs.
 SHORT = {"seeds": 1, "num_train_epochs": 1}
 SETTINGS = ("hours", "metric", "learning_rates", "storage", "retry_failed", "folds", "patience", "mixup", "cutmix")
+SETTINGS += ("soup_of",)
 
 
 def images(counts, seed):
