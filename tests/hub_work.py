@@ -210,6 +210,16 @@ def delta_that_is_not_there(folder):
 
 
 @part
+def delta_is_no_model_to_train(folder):
+    try:
+        load_model("ann/delta", id2label=NAMES)
+    except hf_ft.CheckpointError as error:
+        assert "ann/delta is a delta, without the weights of its base" in str(error)
+    else:
+        raise AssertionError("it was loaded")
+
+
+@part
 def adapter_by_peft(folder):
     base = AutoModelForImageClassification.from_pretrained("org/vit", num_labels=3, ignore_mismatched_sizes=True)
     same(logits(PeftModel.from_pretrained(base, "ann/adapter")), expected(folder)["adapter"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from hf_ft.data.classifier import settle_padding
 from hf_ft.data.columns import ProblemType
@@ -29,7 +29,7 @@ from hf_ft.models.sharing import KINDS
 from hf_ft.models.tasks import auto_model, tasks_of
 from hf_ft.models.weight_files import DELTA_NAME
 from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
-from hf_ft.zoo.reading import OPTIONAL, read_config, weights_of
+from hf_ft.zoo.reading import file_of, read_config, weights_of
 
 READ = ("image", "text", "audio")  # tasks whose data can be read
 
@@ -98,10 +98,10 @@ def load_trained(name: str | Path, *, revision: str | None = None, base: str | N
         CheckpointError: if weights are missing or damaged, or there is no trained head.
     """
     trained = _loaded(str(name), revision, base)
-    file = cached_file(str(name), FILE, revision=revision, **OPTIONAL)
+    file = file_of(str(name), FILE, revision)
     if file is None:
         return trained
-    return replace(trained, calibration=read_calibration(Path(file), weights_digest(trained.model)))
+    return replace(trained, calibration=read_calibration(file, weights_digest(trained.model)))
 
 
 def weights_digest(model: Any) -> str:
@@ -132,7 +132,7 @@ def _loaded(name: str, revision: str | None, base: str | None) -> Trained:
 def _of_the_hub(name: str, revision: str | None) -> Path | None:
     """The files of a delta or an adapter on the Hub; None for anything else, which Transformers can load."""
     for marker in (DELTA_NAME, ADAPTER_CONFIG_NAME):
-        if cached_file(name, marker, revision=revision, **OPTIONAL) is not None:
+        if file_of(name, marker, revision) is not None:
             with weights_of(name, revision):
                 return Path(snapshot_download(name, revision=revision, allow_patterns=[f"*{kind}" for kind in KINDS]))
     return None

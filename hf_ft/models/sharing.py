@@ -112,7 +112,7 @@ def reason(error: BaseException) -> str:
     whole = next((cause for cause in causes if getattr(cause, "response", None) is not None), causes[-1])
     lines = [line.strip(" -") for line in str(whole).splitlines() if line.strip()]
     keep = len(lines) if isinstance(error, ValueError) and "metadata" in str(error) else 1
-    text = shareable_text(" ".join(lines[:keep])).rstrip(".")
+    text = shareable_text(" ".join(lines[:keep])).rstrip(".").removesuffix(": None")
     status = _status(error)
     named = text if status and str(status) in text else f"{status or type(whole).__name__}{': ' * bool(text)}{text}"
     return f"{named}."

@@ -66,8 +66,8 @@ def _tell(repo: str, message: str, job: Future) -> None:
     error = None if job.cancelled() else job.exception()
     if error is not None:
         logger.warning(
-            f"{message}: not uploaded to {repo}: {sharing.reason(error)} Training goes on, and nothing is lost: its "
-            "checkpoints are kept, and the next upload holds all that this one would have."
+            f"{message}: not uploaded to {repo}: {sharing.reason(error)} Training goes on, and nothing is lost: the "
+            "files are in its output_dir, and the next upload holds all that this one would have."
         )
 
 

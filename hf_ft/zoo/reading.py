@@ -15,12 +15,20 @@ from hf_ft.errors import CheckpointError, Error, OptionError
 from hf_ft.models.weight_files import DELTA_NAME, damaged_file
 from hf_ft.zoo.short_names import SHORT_NAMES
 
-# Of files that may be missing, on the Hub too.
-OPTIONAL: dict[str, Any] = {
+_OPTIONAL: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
 }
+
+
+def file_of(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a folder or a Hub id, if there is one."""
+    try:
+        found = cached_file(name, file, revision=revision, **_OPTIONAL)
+    except OSError:  # no such repository
+        return None
+    return None if found is None else Path(found)
 
 
 def read_config(name: str, **hub: Any) -> Any:
@@ -50,7 +58,7 @@ def weights_of(name: str, revision: str | None = None) -> Iterator[None]:
     except (Error, ImportError, MemoryError):
         raise
     except Exception as error:  # likewise
-        if cached_file(name, DELTA_NAME, revision=revision, **OPTIONAL) is not None:
+        if file_of(name, DELTA_NAME, revision) is not None:
             raise CheckpointError(
                 f"{name} is a delta, without the weights of its base: save the model that hf_ft.load_delta({name!r}) "
                 "returns, with its processor, and name that folder."
