@@ -27,7 +27,7 @@ from hf_ft.testing import tiny_data, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import tiny_arguments
 from hf_ft.zoo.models import load_model
 from tests import quick
-from tests.hub_server import TOKEN
+from tests.hub_api import TOKEN
 
 NAMES = {0: "cat", 1: "dog", 2: "eel"}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
@@ -168,6 +168,16 @@ def classified_by_pipeline(folder):
     assert {one["label"]: round(one["score"], 4) for one in found} == {
         NAMES[index]: round(float(value), 4) for index, value in enumerate(own)
     }
+
+
+@part
+def what_the_client_asks(folder):
+    api = HfApi()
+    sizes = {file.path: file.size for file in api.list_repo_tree("ann/cells", recursive=True)}
+    weights = api.get_paths_info("ann/cells", ["model.safetensors"])[0]
+    assert api.whoami()["name"] == "ann" and sizes["model.safetensors"] == weights.size == weights.lfs.size
+    assert {branch.name for branch in api.list_repo_refs("ann/strategy").branches} == {"main", "other"}
+    assert {file.rfilename for file in api.model_info("ann/cells").siblings} == set(sizes)
 
 
 @part

@@ -13,7 +13,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.forked import python, start
-from tests.hub_server import TOKEN, Hub, metadata_errors
+from tests.hub_api import TOKEN
+from tests.hub_rules import metadata_errors
+from tests.hub_server import Hub
 from tests.hub_work import PARTS
 
 pytestmark = pytest.mark.slow

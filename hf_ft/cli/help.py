@@ -135,7 +135,7 @@ the Hub has already is not sent again, so the same command goes on after an uplo
 
 examples:
   hf-ft push --model runs/photos --hub_model_id ann/photos
-  hf-ft push --model runs/photos/delta --hub_model_id ann/photos-delta --hub_private_repo true
+  hf-ft push --model runs/photos/ft_delta --hub_model_id ann/photos-delta --hub_private_repo true
 """,
         """\
 `hf-ft train --push_to_hub true --hub_model_id USER/NAME` uploads the result of a training, and with
