@@ -31,6 +31,7 @@ from hf_ft.models.weight_files import DELTA_NAME
 from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
 from hf_ft.zoo.reading import file_of, read_config, weights_of
 
+REPLACED = "original_module"  # in the names of PEFT
 READ = ("image", "text", "audio")  # tasks whose data can be read
 
 
@@ -101,12 +102,22 @@ def load_trained(name: str | Path, *, revision: str | None = None, base: str | N
     file = file_of(str(name), FILE, revision)
     if file is None:
         return trained
-    return replace(trained, calibration=read_calibration(file, weights_digest(trained.model)))
+    return replace(trained, calibration=calibration_of(file, trained.model))
+
+
+def calibration_of(file: Path, model: Any) -> Calibration | None:
+    """The calibration in a file; None, with a warning, if it does not belong to the weights of a model.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    return read_calibration(file, weights_digest(model))
 
 
 def weights_digest(model: Any) -> str:
-    """A hash of all weights."""
-    return hashlib.sha256(json.dumps(sorted(digests(model).items())).encode()).hexdigest()
+    """A hash of all weights that are used: not of a head that an adapter replaces, which is random in each base."""
+    used = sorted(item for item in digests(model).items() if f".{REPLACED}." not in item[0])
+    return hashlib.sha256(json.dumps(used).encode()).hexdigest()
 
 
 def _loaded(name: str, revision: str | None, base: str | None) -> Trained:
