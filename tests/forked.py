@@ -14,6 +14,9 @@ from multiprocessing import forkserver
 from multiprocessing.connection import arbitrary_address, wait
 from pathlib import Path
 
+import huggingface_hub.constants
+import huggingface_hub.hf_api
+
 _context = multiprocessing.get_context("forkserver")
 # Libraries alone: each process imports hf_ft itself.
 LIBRARIES = ["torch._dynamo", "transformers.trainer", "datasets", "peft", "optuna", "sklearn.svm"]
@@ -93,12 +96,19 @@ def _join(processes):
     return 0
 
 
+def _read_environment():
+    """Read again what `huggingface_hub` read of the server's environment."""
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+
+
 def _work(command, folder, environment, out, err):
     """What a process does."""
     gc.freeze()
     multiprocessing.set_start_method(None, force=True)  # what it starts is none of the server's
     os.environ.clear()
     os.environ.update(environment)
+    _read_environment()
     os.chdir(folder)
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)

@@ -143,6 +143,22 @@ examples:
 Written: model.onnx, model.int8.onnx and model.pt2, as requested; for texts export_tokenizer.json; and export.json with
 classes, temperature, the values by which inputs are prepared, differences and scores. docs/export.md has more.""",
     ),
+    "push": (
+        """hf-ft push: upload a saved model, adapter, ensemble or delta to the Hub.
+
+usage: hf-ft push --model FOLDER --hub_model_id USER/NAME [flags]
+
+Weights, configs, processor, plots and the card are uploaded; checkpoints, logs, local paths and tokens are not. What
+the Hub has already is not sent again, so the same command goes on after an upload that failed.
+
+examples:
+  hf-ft push --model runs/photos --hub_model_id ann/photos
+  hf-ft push --model runs/photos/ft_delta --hub_model_id ann/photos-delta --hub_private_repo true
+""",
+        """\
+`hf-ft train --push_to_hub true --hub_model_id USER/NAME` uploads the result of a training, and with
+`--hub_strategy every_save` each save. docs/sharing.md has more.""",
+    ),
 }
 
 

@@ -125,10 +125,10 @@ def _finish(made: Made, calibrates: bool) -> None:
     if "test" in ready:
         metrics |= trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
     folder, temperature = str(trainer.args.output_dir), ""
-    if trainer.is_world_process_zero():  # before the model is saved, and perhaps pushed
+    if trainer.is_world_process_zero():  # before the model is saved, which may be uploaded then
         calibration, temperature = calibrated_on(trainer, outputs[-1]) if calibrates else (None, "")
         keep_calibration(calibration, Path(folder))
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # uploaded once all of it is written
     trainer.save_metrics("all", metrics, combined=False)
     say()
     rows = [(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]
@@ -148,6 +148,9 @@ def _finish(made: Made, calibrates: bool) -> None:
         show_findings(findings, Path(folder))
     if any(findings.plots for findings in found):
         trainer.create_model_card()  # the plots are now in the folder
+    if trainer.args.push_to_hub:
+        commit = trainer.push_to_hub()
+        say(f"\nuploaded    {commit.commit_url}" if commit else "")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -201,7 +201,8 @@ def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     pushing = sorted(name for name in given if name == "push_to_hub" or name.startswith("hub_"))
     if pushing:
         raise OptionError(
-            f"{pushing[0]} cannot be set: a comparison pushes nothing to the Hub. Push best/, the winner, afterwards."
+            f"{pushing[0]} cannot be set: a comparison pushes nothing to the Hub. Push the winner afterwards: "
+            "`hf-ft push --model OUTPUT_DIR/best`."
         )
     values = DEFAULTS | dict(given)
     unknown = sorted(set(values) - {f.name for f in fields(TrainingArguments) if f.init})

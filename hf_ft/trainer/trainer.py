@@ -44,6 +44,7 @@ from hf_ft.engine.set_up import measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.models.sharing import push_to_hub
 from hf_ft.trainer import checks, mixing_checks, stream_checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
@@ -51,6 +52,7 @@ from hf_ft.trainer.context import curve, looking, measuring_context
 from hf_ft.trainer.look import measurable
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
+from hf_ft.trainer.pushing import DELTA_FOLDER, create_repository, push_result, refused_repository
 from hf_ft.trainer.run_lock import alone_in
 from hf_ft.trainer.selection import select
 from hf_ft.trainer.sharding import check_accelerator
@@ -99,6 +101,7 @@ class FTTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     train_dataset: Any
+    hub_model_id: Any  # a full id, once there is a repository
     data_info: Any = None  # a DataInfo, for the model card
     quiet: bool = False  # whether nothing is logged
     _signature_columns: Any
@@ -465,6 +468,35 @@ class FTTrainer(Trainer):
             folder = Path(str(self.args.output_dir))
             write_card(card_of(self, self._checkpoints.base_name, folder, model_name or "", **kwargs), folder)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model in ``output_dir`` and upload it with its card; see ``Trainer.push_to_hub``.
+
+        Of the other files there, none is uploaded: no logs, and nothing that tells of this machine.
+
+        Raises:
+            HubError: if it cannot be uploaded. Nothing is lost; the message says how to go on.
+        """
+        given = {"token": token, "revision": revision, "private": private, **kwargs}
+        return push_result(self, commit_message or "End of training", blocking, **given)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository; see ``Trainer.init_hf_repo``.
+
+        Raises:
+            HubError: if it cannot be created.
+        """
+        if self.is_world_process_zero():
+            with refused_repository(self):
+                create_repository(self, token, private)
+
     def save_delta(self, path: str | Path) -> None:
         """Save only the tensors and buffers changed by training; :func:`hf_ft.load_delta` restores them.
 
@@ -472,6 +504,37 @@ class FTTrainer(Trainer):
             CheckpointError: before training, or if the model supports no delta.
         """
         self._checkpoints.save_delta(path)
+
+    def push_delta(
+        self,
+        repo_id: str,
+        path: str | Path | None = None,
+        *,
+        commit_message: str = "Upload delta",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **about: Any,
+    ) -> Any:
+        """Upload only what training changed, with the processor and a card; ``hf_ft.load_delta(repo_id)`` restores it.
+
+        Args:
+            path: where it is saved first (default: ``ft_delta`` in ``output_dir``).
+            about: ``license``, ``tags``, ``dataset``, ``language`` for the card.
+
+        Returns:
+            The commit; None on other processes than the first.
+
+        Raises:
+            CheckpointError: before training, or if the model supports no delta.
+            HubError: if it cannot be uploaded. It has been saved then; the message says how to go on.
+        """
+        folder = Path(path) if path is not None else Path(str(self.args.output_dir)) / DELTA_FOLDER
+        self._checkpoints.save_delta(folder, repo_id, **about)
+        if not self.is_world_process_zero():
+            return None
+        options: dict[str, Any] = {"token": token or self.args.hub_token, "revision": revision, "private": private}
+        return push_to_hub(folder, repo_id, commit_message=commit_message, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_run()  # terms refer to the initial weights, not to those of the checkpoint

@@ -15,6 +15,7 @@ import runpy
 import shlex
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -33,6 +34,7 @@ from hf_ft.comparison import folds
 from hf_ft.core import config as registry
 from hf_ft.testing import tiny_data, tiny_resnet
 from hf_ft.testing.models import tiny_distilbert
+from tests.hub_server import Hub
 
 ROOT = docs_tables.ROOT
 PAGES = [page.relative_to(ROOT).as_posix() for page in docs_tables.pages()]
@@ -82,6 +84,14 @@ def tiny_run(**arguments):
     return model, args, tiny_data(model), tiny_data(model, 16, seed=1)
 
 
+def hub(opened, home, **models):
+    """A Hub with models from folders, which this process uses until the page is done."""
+    server = opened.enter_context(Hub())
+    opened.enter_context(server.used_here(home))
+    for name, folder in models.items():
+        server.add(name, folder)
+
+
 SETUP = {f.__name__: f for f in (image_checkpoint, photos, text_checkpoint, reviews, tiny_run)}
 
 
@@ -102,7 +112,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     logger = logging.getLogger("hf_ft")
     handlers, propagate = list(logger.handlers), logger.propagate
-    yield tmp_path
+    with contextlib.ExitStack() as opened:
+        monkeypatch.setitem(SETUP, "hub", partial(hub, opened, tmp_path / "home"))
+        yield tmp_path
     logger.handlers[:], logger.propagate = handlers, propagate
 
 

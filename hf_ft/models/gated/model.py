@@ -24,6 +24,7 @@ from hf_ft.models.gated.paths import TwoPaths, install, wide_dtype
 from hf_ft.models.gated.per_filter import PerFilter, PerFilterGate
 from hf_ft.models.gated.per_sample import PerSample, PerSampleGate
 from hf_ft.models.preserve import forget_evaluation, random_states_kept
+from hf_ft.models.sharing import upload_of
 from hf_ft.models.tasks import TASKS, auto_model, classes_of
 from hf_ft.models.weight_files import COLLABORATIVE, GATED, WEIGHTS_NAME
 
@@ -83,7 +84,8 @@ class GatedModel:
         tensors = {name: tensor.contiguous() for name, tensor in (state_dict or model.state_dict()).items()}
         save_file(_without_aliases(tensors), folder / WEIGHTS_NAME, metadata={"format": "pt"})
         if push_to_hub:
-            model.push_to_hub(options.pop("repo_id", folder.name), **options)
+            with upload_of(folder, repo := options.pop("repo_id", folder.name)):
+                model.push_to_hub(repo, **options)
 
     @classmethod
     def from_pretrained(
