@@ -165,7 +165,9 @@ class Runner:
             else:
                 training = self._train(entrant, kind, number, number - 1, info)
             if kind == "run" and not training.error:
-                self.kept.keep_best(name, number, self.ledger.score(training))
+                training = dataclasses.replace(training, logits=self.kept.keep_logits(name, number))
+            if (kind == "run" or self.settings.keeps_trials) and not training.error:
+                self.kept.keep_best(name, training.seed, self.ledger.score(training))
         except Exception as error:  # a failed training must not stop the comparison
             cause = environment_error(error)
             if cause is not None:
@@ -213,11 +215,12 @@ class Runner:
                     info.update(measured_compute=measured.compute, **_findings(entrant, measured))
 
         known = None if kind == "trial" and number == 0 else self._measured(entrant, fold)
-        save_to = None if kind == "trial" else self.kept.model(name, seed)
+        final = kind == "run"
+        save_to = self.kept.model(name, seed) if final or self.settings.keeps_trials else None
         work = self.kept.work(f"{name}-{kind}-{number}")
-        run = run_name(entrant.name, _shown(kind, number), fold if kind == "trial" and entrant.bench.others else None)
+        run = run_name(entrant.name, _shown(kind, number), None if final or not entrant.bench.others else fold)
         on = entrant.on_fold(fold)
-        return train(on, values, seed, self.common, work, known, save_to, on_measured, counted, run)
+        return train(on, values, seed, self.common, work, known, save_to, final, on_measured, counted, run)
 
     def _failed(self, entrant: Entrant, kind: str, number: int, error: str) -> Training:
         seed = TUNING_SEED if kind == "trial" else number
@@ -246,18 +249,20 @@ class Runner:
     # --- the winner ----------------------------------------------------------------------------------------
 
     def model_of(self, entrant: Entrant, run: Training) -> Path:
-        """The folder of a final run's model; it is trained again if it was not kept."""
+        """The folder of the model of a final run or a trial; it is trained again if it was not kept."""
         name = entrant.file_name(run.params)
         if not self.kept.has_model(name, run.seed):
-            work, fold = self.kept.work("again"), run.seed - 1
+            work, fold = self.kept.work("again"), max(0, run.seed - 1)
             known, saved = self._measured(entrant, fold), self.kept.model(name, run.seed)
-            again = train(entrant.on_fold(fold), run.params, run.seed, self.common, work, known, saved)
+            final = run.seed != TUNING_SEED
+            again = train(entrant.on_fold(fold), run.params, run.seed, self.common, work, known, saved, final)
             if again.validation != run.validation:
                 scores = f"{again.validation or math.nan:.3f} instead of {run.validation or math.nan:.3f} on validation"
                 logger.warning(
                     f"{entrant.name} was trained again with seed {run.seed} and scores {scores}: training is not "
                     "reproducible here."
                 )
+            self.kept.keep_logits(name, run.seed)
             self.kept.mark(name, run.seed, self.ledger.score(run))
         found = self.kept.saved(name, run.seed)
         assert found is not None

@@ -21,7 +21,7 @@ from hf_ft.search.storage import MISSING
 
 # That each strategy tries, unless the user chooses one.
 OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,), "audio": (ADAM,)}
-LOCAL = ("storage", "study_name", "retry_failed")  # settings of a call, not of the comparison
+LOCAL = ("storage", "study_name", "retry_failed", "thumbnails")  # settings of a call, not of the comparison
 WIDTH = 30.0  # of the range of learning rates, around the recommended one
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 16,
@@ -101,6 +101,10 @@ class Settings:
         "average the final runs of all strategies to one model, in soup/: all of them (uniform), or one after the "
         "other from the best, each if the validation score does not fall (greedy)",
     )
+    soup_of: Literal["runs", "trials"] = setting(
+        "runs",
+        "what a soup may take: the final runs, or also every trial, all of whose models are then kept on disk",
+    )
     most_trials: int = setting(4, "strategies with cheap runs get at most this many times the trials")
     batch_norm_momentum: float = setting(
         0.1,
@@ -109,6 +113,11 @@ class Settings:
     )
     distortion_samples: int = setting(256, "samples per test set on which to measure feature distortion; 0 to skip it")
     hours: float | None = setting(None, "time limit in hours; strategies run in order, and starting again continues")
+    thumbnails: bool = setting(
+        False,
+        "show the images, or the beginnings of the texts, of the winner's surest and least sure mistakes in "
+        "report.html and results.json; leave it out if you share them and the data are private",
+    )
     retry_failed: bool = setting(False, "repeat trainings that failed in an earlier call")
     storage: str | None = setting(
         None,
@@ -132,12 +141,24 @@ class Settings:
             raise OptionError(f"hours must be positive, got {self.hours!r}.")
         if self.soup not in ("none", "uniform", "greedy"):
             raise OptionError(f"soup={self.soup!r} is unknown: choose none, uniform or greedy.")
+        if self.soup_of not in ("runs", "trials"):
+            raise OptionError(f"soup_of={self.soup_of!r} is unknown: choose runs or trials.")
+        if self.soup_of == "trials" and (self.soup == "none" or not self.trials):
+            missing = "soup='none'" if self.soup == "none" else "trials=0"
+            raise OptionError(
+                f"soup_of='trials' averages tuning trials, but {missing}: set soup='greedy' and trials=8."
+            )
         if self.metric is not None and self.metric not in LOCAL_METRICS:
             raise OptionError(f"metric={self.metric!r} is unknown: choose one of {', '.join(LOCAL_METRICS)}.")
         if not 0 <= self.batch_norm_momentum <= 1:
             raise OptionError(f"batch_norm_momentum={self.batch_norm_momentum!r} lies outside [0, 1]. Default: 0.1.")
         self.rates(1.0)
         self.mixing  # noqa: B018 - raises for an invalid value
+
+    @property
+    def keeps_trials(self) -> bool:
+        """Whether the models of trials are kept."""
+        return self.soup != "none" and self.soup_of == "trials"
 
     @property
     def mixing(self) -> Mixing:

@@ -1,4 +1,4 @@
-"""The soup of a comparison: its final runs averaged to one model, which is scored on the test sets once."""
+"""The soup of a comparison: final runs, or also trials, averaged to one model that is scored on the test sets once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import nn
 
 from hf_ft.comparison.contenders import Entrant
 from hf_ft.comparison.folder import ORIGIN
-from hf_ft.comparison.ledger import TUNING_SEED
+from hf_ft.comparison.ledger import TUNING_SEED, Ledger
+from hf_ft.comparison.outputs import scored
 from hf_ft.comparison.results import Ingredient, SoupSummary, Training
 from hf_ft.comparison.runner import Runner
-from hf_ft.comparison.training import collected_warnings, scored, temporary, trainer_for
+from hf_ft.comparison.training import collected_warnings, temporary, trainer_for
 from hf_ft.errors import CheckpointError
 from hf_ft.models.norm_statistics import renew_statistics
 from hf_ft.models.soup import Soup, mix
@@ -24,35 +25,44 @@ from hf_ft.trainer.model_card import model_card
 from hf_ft.trainer.selection import training_batches
 from hf_ft.trainer.trainer import FTTrainer
 
-Run = tuple[Entrant, Training]
+Run = tuple[Entrant, Training, int | None]  # the index of a trial; None for a final run
 SHOWN = ("num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "weight_decay")  # in the model card
 
 
 def make_soup(runner: Runner) -> SoupSummary | None:
-    """Average the finished final runs, save the result in ``soup``, and score it; None if none is wanted or finished.
+    """Average finished trainings, save the result in ``soup``, and score it; None if none is wanted or finished.
 
     The validation data choose what goes in, and the average is scored on the test sets once. A soup of the same runs
     that an earlier call or another worker has made is used again; a run whose model was not kept is trained again.
     """
     ledger, kept, kind = runner.ledger, runner.kept, runner.settings.soup
-    runs = [(entrant, run) for entrant in ledger.entrants for run in ledger.runs(entrant) if not run.error]
+    runs = [run for entrant in ledger.entrants for run in _finished(ledger, entrant) if not run[1].error]
     if kind == "none" or not runs:
         return None
     wanted = {
         "kind": kind,
-        "runs": [[entrant.file_name(run.params), run.seed, run.validation] for entrant, run in runs],
+        "runs": [[entrant.file_name(run.params), run.seed, run.validation] for entrant, run, _ in runs],
     }
     with kept.locked():
         known = _known(kept.soup, wanted)
         if known is not None:
             return known
-        folders = [runner.model_of(entrant, run) for entrant, run in runs]
+        folders = [runner.model_of(entrant, run) for entrant, run, _ in runs]
         work = kept.work("soup")
         with temporary(work), collected_warnings():
             summary = _mixed(runner, runs, folders, work)
             (work / "soup" / ORIGIN).write_text(json.dumps({"soup": wanted, "summary": stored(summary)}), "utf-8")
             kept.place(work / "soup", kept.soup)
     return summary
+
+
+def _finished(ledger: Ledger, entrant: Entrant) -> list[Run]:
+    """What may go into the soup of one contender: its final runs, and, if wanted, its trials."""
+    final: list[Run] = [(entrant, run, None) for run in ledger.runs(entrant)]
+    if not ledger.settings.keeps_trials:
+        return final
+    trials = [(number, ledger.trial(entrant, number)) for number in range(ledger.trials_of(entrant))]
+    return final + [(entrant, done.training, number) for number, done in trials if done is not None]
 
 
 def _known(folder: Path, wanted: Mapping[str, Any]) -> SoupSummary | None:
@@ -77,16 +87,17 @@ def _mixed(runner: Runner, runs: Sequence[Run], folders: Sequence[Path], work: P
         with trainer.accelerator.autocast():
             renew_statistics(model, names, training_batches(trainer))
 
-    scores = [float("nan") if run.validation is None else run.validation for _, run in runs]
+    scores = [float("nan") if run.validation is None else run.validation for _, run, _ in runs]
     made = mix(folders, runner.settings.soup, evaluate, renew, common.greater_is_better, scores)  # type: ignore[arg-type]
-    found, _ = scored(trainer_of(made.model), bench.data)
+    found = scored(trainer_of(made.model), bench.data)
     summary = SoupSummary(
         kind=runner.settings.soup,
-        validation=found["validation"][common.metric],
-        scores=found,
+        validation=found.scores["validation"][common.metric],
+        scores=found.scores,
         ingredients=tuple(_ingredient(made, index, *run) for index, run in enumerate(runs)),
     )
     _save(runner, made.model, summary, work / "soup")
+    found.save_calibration(made.model, work / "soup")
     return summary
 
 
@@ -104,7 +115,7 @@ def _trainer_once(runner: Runner, work: Path) -> Callable[[nn.Module], FTTrainer
     return trainer_of
 
 
-def _ingredient(made: Soup, index: int, entrant: Entrant, run: Training) -> Ingredient:
+def _ingredient(made: Soup, index: int, entrant: Entrant, run: Training, trial: int | None) -> Ingredient:
     return Ingredient(
         contender=entrant.name,
         seed=run.seed,
@@ -112,6 +123,7 @@ def _ingredient(made: Soup, index: int, entrant: Entrant, run: Training) -> Ingr
         member=index in made.members,
         with_it=made.tried.get(index),
         reason=made.left_out.get(index, ""),
+        trial=trial,
     )
 
 
@@ -140,7 +152,7 @@ def _save(runner: Runner, model: Any, summary: SoupSummary, folder: Path) -> Non
 def described(summary: SoupSummary) -> str:
     """What the soup is made of, in a sentence or two."""
     members = [one for one in summary.ingredients if one.member]
-    names = ", ".join(f"{one.contender} (seed {one.seed})" for one in members)
+    names = ", ".join(f"{one.contender} ({one.number})" for one in members)
     chosen = ", chosen one after the other by their average's validation score" if summary.kind == "greedy" else ""
     models = "models" if len(members) > 1 else "model"
     return (

@@ -62,7 +62,7 @@ class Benches:
     def _make(self, sources: tuple[str, ...]) -> Bench:
         model, processor = self._load(sources, 0, False)
         whole = self.data if self.folds is None else self.folds.pooled(self.data)
-        data = process(whole, model, processor, in_memory=True, channels_last=True)
+        data = process(whole, model, processor, in_memory=True)
         folds = [(data.splits, data.plain)]
         if self.folds is not None:
             folds = [self.folds.select(data, fold) for fold in range(len(self.folds.parts))]

@@ -21,6 +21,7 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback, Train
 
 from hf_ft.comparison.contenders import RATE, Entrant
 from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
+from hf_ft.comparison.outputs import LOGITS, TESTS, scored
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.comparison.tracking import Tracking
@@ -38,7 +39,6 @@ from hf_ft.trainer.selection import is_choice
 from hf_ft.trainer.trainer import ClassWeights, FTTrainer
 
 PACKAGES = ("hf-ft", "torch", "transformers", "accelerate", "datasets")
-TESTS = ("test", "ood")
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def train(
     work: Path,
     measured: Measured | None = None,
     save_to: Path | None = None,
+    final: bool = False,
     on_measured: Callable[[Measured], None] = lambda measured: None,
     counted: Work | None = None,
     run: str = "",
@@ -95,7 +96,8 @@ def train(
         seed: seed of the head initialization, data order and dropout.
         work: temporary folder for checkpoints, deleted afterwards.
         measured: measurements of an earlier training of this contender; by default the strategies measure now.
-        save_to: if given, this is a final run: the best epoch's model is saved there and scored on the test sets.
+        save_to: where the best epoch's model is saved, if it is kept.
+        final: whether it is a final run, whose model is scored on the test sets.
         on_measured: called with new measurements.
         counted: counts the work.
         run: name of the run in the trackers; by default, nothing is logged.
@@ -120,7 +122,12 @@ def train(
             trainer.train()
         training = _result(trainer, values, seed, common, clock, memory.mb)
         if save_to is not None and not training.error:
-            training = _finished(training, trainer, entrant, common, save_to)
+            shutil.rmtree(save_to, ignore_errors=True)
+            trainer.save_model(str(save_to))
+            size = sum(file.stat().st_size for file in save_to.rglob("*.safetensors")) / MB
+            training = dataclasses.replace(training, checkpoint_mb=size)
+        if final and not training.error:
+            training = _tested(training, trainer, entrant, common, save_to)
         tracked.outcome = training
     return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions())
 
@@ -282,37 +289,23 @@ def _curve(trainer: FTTrainer, metric: str) -> list[Point]:
     return curve
 
 
-def _finished(
-    training: Training, trainer: FTTrainer, entrant: Entrant, common: CommonSettings, folder: Path
+def _tested(
+    training: Training, trainer: FTTrainer, entrant: Entrant, common: CommonSettings, folder: Path | None
 ) -> Training:
-    """Save the model and evaluate it on the test sets, once for each final run."""
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer.save_model(str(folder))
-    scores, predictions = scored(trainer, entrant.bench.data)
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / MB
+    """Evaluate the model on the test sets, once for each final run; its outputs are put beside it."""
+    found = scored(trainer, entrant.bench.data)
+    if folder is not None:
+        found.save(folder.parent / LOGITS)
+        found.save_calibration(trainer.model, folder)
     distortion = _distortion(trainer, entrant, training.seed, common.distortion_samples)
     return dataclasses.replace(
-        training, scores=scores, predictions=predictions, checkpoint_mb=size, distortion=distortion
+        training,
+        scores=found.scores,
+        predictions=found.predictions,
+        temperature=found.temperature,
+        calibration=found.calibration,
+        distortion=distortion,
     )
-
-
-def scored(
-    trainer: FTTrainer, data: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, float]], dict[str, tuple[int, ...]]]:
-    """All metrics of a trainer's model on validation and test sets, and the predicted classes, by split."""
-    scores: dict[str, dict[str, float]] = {}
-    predictions: dict[str, tuple[int, ...]] = {}
-    for split in ("validation", *(name for name in TESTS if name in data)):
-        output = trainer.predict(data[split])
-        scores[split] = {
-            key.removeprefix("test_"): float(value)
-            for key, value in (output.metrics or {}).items()
-            if not key.endswith(("_runtime", "_per_second", "_preparation_time"))
-        }
-        logits = np.asarray(output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions)
-        if logits.ndim == 2 and logits.shape[1] > 1 and np.asarray(output.label_ids).ndim == 1:
-            predictions[split] = tuple(logits.argmax(-1).tolist())
-    return scores, predictions
 
 
 def _distortion(trainer: FTTrainer, entrant: Entrant, seed: int, samples: int) -> dict[str, dict[str, Distance]]:

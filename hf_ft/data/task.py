@@ -69,15 +69,12 @@ class Processed:
     source: Any = None
 
 
-def process(
-    data: Data, model: Any, processor: Any, *, in_memory: bool = False, channels_last: bool = False
-) -> Processed:
+def process(data: Data, model: Any, processor: Any, *, in_memory: bool = False) -> Processed:
     """Process all splits, and the source data, for a model.
 
     Args:
         processor: the image processor, feature extractor or tokenizer of the model.
         in_memory: read samples that do not change between reads once, and keep them.
-        channels_last: on a CPU, collate images with channels last in memory.
     """
     length = data.max_length or usual_length(model, processor)
 
@@ -93,7 +90,7 @@ def process(
         source = ready(DatasetDict({"train": data.source}), data.source_columns, data.augment)["train"]
     return Processed(
         ready(data.splits, data.columns, data.augment),
-        collate(processor, channels_last and data.columns.task == "image"),
+        collate(processor),
         plain,
         source,
     )

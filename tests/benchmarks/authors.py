@@ -60,7 +60,7 @@ class Task:
         splits = load_splits(str(folder))
         self.columns = find_columns(splits)
         model, self.processor = self.load(0, False)
-        self.data = process(Data(splits, self.columns), model, self.processor, in_memory=True, channels_last=True)
+        self.data = process(Data(splits, self.columns), model, self.processor, in_memory=True)
 
     def load(self, seed: int, keep: bool) -> tuple[Any, Any]:
         return load_classifier(MODEL, self.columns, seed, PIXELS, keep_source_head=keep)

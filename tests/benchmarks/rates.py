@@ -140,7 +140,7 @@ class Bench:
     def __init__(self, task: Task, model: str) -> None:
         self.task, self.model = task, model
         loaded, processor = self.load(0)
-        self.ready = process(task.data, loaded, processor, in_memory=True, channels_last=True)
+        self.ready = process(task.data, loaded, processor, in_memory=True)
 
     def load(self, seed: int, keep: bool = False) -> tuple[Any, Any]:
         return load_classifier(self.model, self.task.data.columns, seed, self.task.pixels, keep_source_head=keep)

@@ -40,7 +40,7 @@ class Task:
         self.columns = find_columns(splits)
         model, processor = load_ensemble(SOURCES, self.columns, 0, PIXELS)
         self.layers = AMCFConfig().layers(model)
-        self.data = process(Data(splits, self.columns), model, processor, in_memory=True, channels_last=True)
+        self.data = process(Data(splits, self.columns), model, processor, in_memory=True)
 
     def positions(self) -> list[tuple[int, ...]]:
         random = np.random.default_rng(0)

@@ -1,5 +1,10 @@
 """The average of a comparison's final runs: what goes in, its scores, its folder, and continuing."""
 
+import os
+import shutil
+import signal
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +12,14 @@ from transformers import AutoModelForImageClassification
 
 from hf_ft import OptionError
 from hf_ft.comparison import Results
+from hf_ft.comparison.folder import Kept
+from hf_ft.comparison.outputs import scored
 from hf_ft.comparison.report.build import document
 from hf_ft.documents.markdown import markdown
+from hf_ft.inference import load_trained
 from hf_ft.testing import same_tensors
 from hf_ft.testing.training import snapshot
-from tests.comparison.small_comparison import lasting, load, run, splits
+from tests.comparison.small_comparison import any_temperature, lasting, load, run, splits
 
 
 def models(folder):
@@ -23,7 +31,8 @@ def models(folder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soup") / "out"
-    return folder, run(folder, "linear_probe", trials=0, seeds=2, soup="uniform")
+    with any_temperature():
+        return folder, run(folder, "linear_probe", trials=0, seeds=2, soup="uniform")
 
 
 def test_uniform_is_the_mean_of_all_final_runs(made):
@@ -62,6 +71,7 @@ def test_the_report_the_card_and_the_results_hold_it(made):
         "The weights of 4 of 4 final runs (all that are alike) averaged to one model, which costs one forward pass"
         in text
     )
+    assert load_trained(folder / "soup").calibration.rows == 12
     card = (folder / "soup" / "README.md").read_text(encoding="utf-8")
     assert "The mean of the weights of 4 fine-tuned models: full (seed 1)" in card and "## Comparison" in card
     without = Results.from_dict({**results.to_dict(), "soup": None})
@@ -98,6 +108,68 @@ def test_greedy_does_at_least_as_well_on_validation_as_the_best_run(tmp_path):
     assert sum(one.with_it is None for one in results.soup.ingredients) == 1
 
 
+def test_trials_go_in_too(tmp_path, monkeypatch):
+    """All of them, each from its own kept model, which is not scored on the test split."""
+    tested = count_tests(monkeypatch)
+    results = run(tmp_path / "out", [], trials=2, seeds=1, soup="uniform", soup_of="trials")
+    assert [(one.number, one.member) for one in results.soup.ingredients] == [
+        ("seed 1", True), ("trial 1", True), ("trial 2", True)
+    ]  # fmt: skip
+    assert tested == {"run": 1, "soup": 1}
+    states = models(tmp_path / "out")
+    assert sorted(path.name for path in states) == ["seed-0", "seed-0", "seed-1"]
+    soup = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "soup")
+    for name, value in soup.named_parameters():
+        wanted = torch.stack([state[name].double() for state in states.values()]).mean(0).float()
+        torch.testing.assert_close(value.data, wanted, rtol=0, atol=1e-7)
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert (
+        "## The average of the trials and final runs" in text
+        and "trial 2" in text.rpartition("and which of them are averaged")[2]
+    )
+    # A comparison that kept no trials makes the same soup: it trains them again, and still tests them not.
+    tested.clear()
+    run(tmp_path / "plain", [], trials=2, seeds=1)
+    again = run(tmp_path / "plain", [], trials=2, seeds=1, soup="uniform", soup_of="trials")
+    assert again.soup == results.soup and tested == {"run": 1, "soup": 1}
+
+
+def count_tests(monkeypatch):
+    """How often models are scored on the test split, by who does it."""
+    counts = Counter()
+
+    def counted(module, who):
+        original = scored
+
+        def score(*args):
+            counts[who] += 1
+            return original(*args)
+
+        monkeypatch.setattr(f"hf_ft.comparison.{module}.scored", score)
+
+    counted("training", "run")
+    counted("soup", "soup")
+    return counts
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process to kill")
+def test_a_kill_while_it_is_made_loses_nothing(made, tmp_path):
+    """By kill -9 just before the finished soup is put in its place."""
+    folder, results = tmp_path / "out", made[1]
+    shutil.copytree(made[0], folder)
+    shutil.rmtree(folder / "soup")
+    child = os.fork()
+    if not child:
+        Kept.place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        run(folder, "linear_probe", trials=0, seeds=2, soup="uniform")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (folder / "soup").exists()
+    again = run(folder, "linear_probe", trials=0, seeds=2, soup="uniform")
+    assert again.soup == results.soup and (folder / "soup" / "model.safetensors").is_file()
+    assert not list((folder / ".comparison").glob("work/*"))
+
+
 def test_nothing_of_others_is_overwritten(tmp_path):
     folder = tmp_path / "out"
     run(folder, [], trials=0, seeds=1)
@@ -112,5 +184,11 @@ def test_nothing_of_others_is_overwritten(tmp_path):
 def test_folds_are_refused(tmp_path):
     with pytest.raises(OptionError, match=r"soup='greedy' needs one validation split .*set folds=1"):
         run(tmp_path / "out", trials=0, soup="greedy", folds=2)
-    with pytest.raises(OptionError, match="soup='best' is unknown"):
-        run(tmp_path / "out", trials=0, soup="best")
+    for wrong, match in (
+        ({"trials": 0, "soup": "best"}, "soup='best' is unknown"),
+        ({"soup": "uniform", "soup_of": "all"}, "soup_of='all' is unknown"),
+        ({"soup_of": "trials"}, "but soup='none': set soup='greedy'"),
+        ({"trials": 0, "soup": "uniform", "soup_of": "trials"}, "but trials=0"),
+    ):
+        with pytest.raises(OptionError, match=match):
+            run(tmp_path / "out", **wrong)

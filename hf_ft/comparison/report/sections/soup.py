@@ -1,4 +1,4 @@
-"""The average of final runs, and what went into it."""
+"""The average of trainings, and what went into it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def soup(results: Results) -> Section | None:
         "once. Of several models that were chosen on the same validation data, each has a validation score that is "
         "too good; compare on test, and mind that this is one model and no mean over seeds."
     )
-    return Section("soup", "The average of the final runs", (Text(lead), _scores(results, made), _ingredients(made)))
+    return Section(
+        "soup", f"The average of the {_what(made)}", (Text(lead), _scores(results, made), _ingredients(made))
+    )
 
 
 def sentence(results: Results) -> str:
@@ -36,9 +38,13 @@ def sentence(results: Results) -> str:
         if split in made.scores
     ]
     return (
-        f"The weights of {members} of {usable} final runs ({how}) averaged to one model, which costs one forward pass: "
-        f"{', '.join(scored)}."
+        f"The weights of {members} of {usable} {_what(made)} ({how}) averaged to one model, which costs one forward "
+        f"pass: {', '.join(scored)}."
     )
+
+
+def _what(made: SoupSummary) -> str:
+    return "final runs" if all(one.trial is None for one in made.ingredients) else "trials and final runs"
 
 
 def _scores(results: Results, made: SoupSummary) -> Table:
@@ -56,11 +62,10 @@ def _scores(results: Results, made: SoupSummary) -> Table:
 def _ingredients(made: SoupSummary) -> Table:
     strong = frozenset(index for index, one in enumerate(made.ingredients) if one.member)
     rows = tuple(
-        (one.contender, str(one.seed), score(one.validation), score(one.with_it), _fate(one))
-        for one in made.ingredients
+        (one.contender, one.number, score(one.validation), score(one.with_it), _fate(one)) for one in made.ingredients
     )
-    headers = ("strategy", "seed", "validation", "of the average with it", "in the average")
-    return Table("Final runs, and which of them are averaged", headers, rows, strong, folded=True)
+    headers = ("strategy", "training", "validation", "of the average with it", "in the average")
+    return Table(f"{_what(made).capitalize()}, and which of them are averaged", headers, rows, strong, folded=True)
 
 
 def _fate(one: Ingredient) -> str:
