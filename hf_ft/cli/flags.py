@@ -125,7 +125,6 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "logging_strategy": "epoch",
     "load_best_model_at_end": True,
-    "report_to": "none",
     "log_level_replica": "error",
 }
 EVALUATIONS = 16  # when streaming, which has no epochs

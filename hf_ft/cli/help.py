@@ -42,6 +42,7 @@ _TRAIN_FIRST = {
     "bf16": "mixed precision",
     "seed": "seed of the new head, the data order and the augmentation",
     "resume_from_checkpoint": "true for the latest checkpoint in output_dir, or the folder of a checkpoint",
+    "report_to": "log to tensorboard, mlflow, trackio, ... (docs/trackers.md)",
     "push_to_hub": "upload the model to the Hub (see also --hub_model_id)",
 }
 
@@ -75,11 +76,13 @@ _COMPARE_FIRST = (
     "optim",
     "lr_scheduler_type",
     "bf16",
+    "report_to",
 )
 _COMPARE_WORDS = {
     "optim": "optimizer (default: each strategy tries AdamW and SGD with momentum 0.9; for text AdamW alone)",
     "augment": "of training images: none, basic, trivial, rand, auto (default: none: frozen parts are computed once)",
     "output_dir": "folder for results, report and winner (default: runs/compare)",
+    "report_to": "log each training as a run: tensorboard, mlflow, trackio, ... (docs/trackers.md; default: none)",
 }
 
 _COMPARE_TAIL = """\

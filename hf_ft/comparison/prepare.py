@@ -25,6 +25,7 @@ from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, optimizers, training_arguments
 from hf_ft.comparison.soup import make_soup
 from hf_ft.comparison.task import Bench, Benches, Loader
+from hf_ft.comparison.tracking import tracking_of
 from hf_ft.comparison.training import CommonSettings
 from hf_ft.core.compose import sources_of
 from hf_ft.core.config import FTConfig
@@ -161,6 +162,7 @@ def prepare_comparison(
     metric = _checked_metric(given, settings)
     settings.mixing.check_task(given.columns.task)
     check_thumbnails(settings, given.columns)
+    tracking, arguments = tracking_of(arguments, folder)
     values = training_arguments(arguments)
     device = TrainingArguments("unused", **values).device.type
     folds = folds_of(given, settings.folds)
@@ -190,6 +192,7 @@ def prepare_comparison(
         device,
         settings.patience,
         settings.mixing,
+        tracking,
     )
     optims = optimizers(values, given.columns.task)
     entrants = _entrants(chosen, benches, settings, common, optims, shown, untuned)

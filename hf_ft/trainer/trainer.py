@@ -45,7 +45,7 @@ from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.sharing import push_to_hub
-from hf_ft.trainer import checks, mixing_checks, stream_checks
+from hf_ft.trainer import checks, mixing_checks, stream_checks, trackers
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, looking, measuring_context
@@ -104,6 +104,7 @@ class FTTrainer(Trainer):
     hub_model_id: Any  # a full id, once there is a repository
     data_info: Any = None  # a DataInfo, for the model card
     quiet: bool = False  # whether nothing is logged
+    _rates: Sequence[float] = ()  # of the groups trained in the last update
     _signature_columns: Any
 
     def __init__(
@@ -163,6 +164,7 @@ class FTTrainer(Trainer):
         self._finished = False
         self._resuming: Path | None = None
         checks.warn_recommended(self.configs, args)
+        trackers.adopt(self.callback_handler.callbacks, self.args.report_to, self.configs)
         # First in the list: change stages and finalise the model before any other callback runs.
         self.callback_handler.callbacks.insert(0, StageBorders(self))
 
@@ -419,14 +421,16 @@ class FTTrainer(Trainer):
             logs.update(self._attempt.log.drain(self.accelerator))
             if len(self._attempt.stepper.borders) > 1:
                 logs["stage"] = self._attempt.stepper.stage
+            if len(set(self._rates)) > 1:
+                logs |= {"learning_rate_min": min(self._rates), "learning_rate_max": max(self._rates)}
         super().log(logs, start_time)
 
     def _get_learning_rate(self) -> float:
         """Learning rate of the first parameter group trained in this stage: the backbone's, if it is trained."""
         groups = getattr(self.optimizer, "param_groups", [])
         stage = 0 if self._attempt is None else self._attempt.stepper.stage
-        present = [group for group in groups if STAGE_RATES in group and group[STAGE_RATES][stage]]
-        return float(present[0]["lr"]) if present and len(groups) > 1 else super()._get_learning_rate()
+        self._rates = [float(g["lr"]) for g in groups if STAGE_RATES in g and g[STAGE_RATES][stage]]
+        return self._rates[0] if self._rates and len(groups) > 1 else super()._get_learning_rate()
 
     # --- evaluating ----------------------------------------------------------------------------------------
 

@@ -465,7 +465,7 @@ def test_other_metrics(tmp_path):
         ({"hours": -1.0}, "hours must be positive, got -1.0"),
         ({"learning_rates": "0.1,0.01"}, "learning_rates must be two increasing positive numbers, .* got '0.1,0.01'"),
         ({"learning_rate": 0.1}, "learning_rate=0.1 cannot be set: the comparison itself sets"),
-        ({"report_to": "wandb"}, "report_to='wandb' cannot be set: the comparison itself sets"),
+        ({"run_name": "mine"}, "run_name='mine' cannot be set: the comparison itself sets"),
         ({"num_epoch": 3}, "num_epoch=3: TrainingArguments has no such"),
         ({"lr_scheduler_type": "no_such"}, "no_such"),
     ],
