@@ -181,6 +181,7 @@ def test_page_runs(page, folder):
 # What pages say
 
 
+@pytest.mark.newest
 def test_generated_places_are_up_to_date():
     stale = [str(page) for page in docs_tables.generated() if docs_tables.rendered(page) != page.read_text("utf-8")]
     assert not stale, f"{stale}: run `make generated`"

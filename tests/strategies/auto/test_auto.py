@@ -110,6 +110,7 @@ def test_the_run_is_that_of_the_chosen_strategy(tmp_path):
 # --- the budget -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_more_is_tried_with_more_and_the_budget_is_kept(tmp_path):
     tried = []
     for budget in (1, "2x", "4x"):
