@@ -34,7 +34,7 @@ the same as a file:
 # The most important training flags, with simpler descriptions.
 _TRAIN_FIRST = {
     "output_dir": "where checkpoints and, at the end, the best model go",
-    "num_train_epochs": "passes over the training data, for all stages of a strategy together",
+    "num_train_epochs": "passes over the training data, over all stages together",
     "learning_rate": "learning rate of the backbone (default: that recommended by the strategy)",
     "weight_decay": "weight decay of the optimizer",
     "per_device_train_batch_size": "samples per step and process",
