@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hf_ft.core.plan import Term as Term
     from hf_ft.core.task_loss import TaskLoss as TaskLoss
     from hf_ft.core.view import View as View
+    from hf_ft.data.checking import check_data as check_data
     from hf_ft.engine.checkpoint import load_weights as load_weights
     from hf_ft.engine.deltas import load_delta as load_delta
     from hf_ft.engine.objective import Objective as Objective
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from hf_ft.errors import DataError as DataError
     from hf_ft.errors import HubError as HubError
     from hf_ft.errors import OptionError as OptionError
+    from hf_ft.exports import export as export
     from hf_ft.functional import collaborative_loss as collaborative_loss
     from hf_ft.inference import calibrated as calibrated
     from hf_ft.inference import evaluate as evaluate

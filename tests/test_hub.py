@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_ft.models.sharing import model_files
 from tests.forked import python, start
 from tests.hub_api import TOKEN
 from tests.hub_rules import metadata_errors
@@ -83,6 +84,12 @@ def test_only_the_model_is_uploaded(hub):
     assert set(hub.files("ann/delta")) == delta | {"preprocessor_config.json"}
     last = {name for name in hub.files("ann/adapter") if name.startswith("last-checkpoint/")}
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} < last
+
+
+def test_a_temperature_is_part_of_the_model_and_what_was_found_in_the_data_is_not(tmp_path):
+    for name in ("model.safetensors", "ft_calibration.json", "data_checks.json", "optimizer.pt", "_part.json"):
+        (tmp_path / name).touch()
+    assert model_files(tmp_path) == ["ft_calibration.json", "model.safetensors"]
 
 
 def test_each_save_is_a_commit(hub):

@@ -19,6 +19,8 @@ BUDGET = "budget"  # the option of strategies that --budget sets
 BUDGETED = [name for name, kind in strategies().items() if any(f.name == BUDGET for f in options(kind))]
 # Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
+TEXTS_UNASKED = 200_000  # texts that are looked through for duplicates unasked
+BUFFER, LOOKED_AT = 1000, 256
 
 
 def _flag(help: str, default: Any = None, **more: Any) -> Any:
@@ -45,19 +47,16 @@ class DataFlags:
     revision: str | None = _flag("branch, tag or commit of the model on the Hub")
     config_name: str | None = _flag("configuration of a Hub data set")
     train_split: str = _flag("name of the training split", "train")
-    validation_split: str | None = _flag(
-        "name of the validation split (default: the usual names; if there is none, part of train is held out)"
-    )
-    test_split: str | None = _flag(
-        "name of the test split (default: the usual names; if there is none, no test is run)"
-    )
+    validation_split: str | None = _flag("validation split (default: by its usual names, or else part of train)")
+    test_split: str | None = _flag("test split (default: by its usual names, if there is one)")
     validation_fraction: float = _flag("fraction of train to hold out if there is no validation split", 0.2)
-    split_seed: int = _flag("seed of that split, independent of --seed so that runs can be compared", 0)
+    split_seed: int = _flag("seed of the rows held out, independent of --seed", 0)
     max_train_samples: int | None = _flag("maximum number of training rows, drawn stratified by class")
     image_column: str | None = _flag("name of the image column (default: found by name and type)")
     audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
     text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
+    group_column: str | None = _flag("column of groups, such as patients: each group stays in one split")
     image_size: int | None = _flag("image side in pixels (default: that of the checkpoint or the short name)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
@@ -66,14 +65,27 @@ class DataFlags:
         "unreadable images or sounds: refuse or skip (default: refuse; they are checked before training if at most "
         f"{CHECKED_UNASKED:,}, or if this flag is given)"
     )
+    on_duplicates: str | None = _flag(
+        "equal or nearly equal samples: warn, drop (from train), refuse or ignore (default: warn, of at most "
+        f"{CHECKED_UNASKED:,} files or {TEXTS_UNASKED:,} texts)"
+    )
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
     unknown_classes: Literal["refuse", "drop"] = _flag(
         "rows of other splits with a class that no training row has", "refuse"
     )
-    source_dataset: str | None = _flag(
-        "source data (of the pretraining), for strategies that use them (soft, co_tuning)"
-    )
+    source_dataset: str | None = _flag("source data (of pretraining), for strategies that use them: soft, co_tuning")
     source_split: str = _flag("split of the source data", "train")
+
+
+@dataclass
+class StreamFlags:
+    """Streaming of the training rows."""
+
+    streaming: bool = _flag("read training rows as they come, without a copy on disk; needs --max_steps", False)
+    shuffle_buffer: int | None = _flag(f"rows that are shuffled at a time when streaming (default: {BUFFER})")
+    measure_samples: int | None = _flag(
+        f"rows that a strategy may measure before streaming; 0 for none (default: {LOOKED_AT})"
+    )
 
 
 @dataclass
@@ -90,13 +102,13 @@ class MethodFlags:
         "compute the frozen part of a stage only once; auto: if samples are the same on every read (--augment none)",
         "auto",
     )
-    frozen_cache_memory_gb: float = _flag("keep up to this much in memory, and the rest in a temporary file", 2.0)
+    frozen_cache_memory_gb: float = _flag("maximum size in memory; the rest goes to a temporary file", 2.0)
     frozen_cache_disk_gb: float = _flag("maximum size of that file", 20.0)
     mixup: float = _flag("mix the images of a batch: alpha, such as 0.2", 0.0)
     cutmix: float = _flag("paste parts of other images of the batch: alpha, such as 1", 0.0)
     patience: int | None = _flag("stop after so many evaluations without a better score (default: never)")
     budget: str | None = _flag(
-        f"what the whole run may cost, as a number of full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}"
+        f"cost of the whole run in full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}"
     )
     uncalibrated: bool = _flag("fit no temperature on the validation data (see `hf-ft predict`)", False)
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
@@ -113,6 +125,6 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "logging_strategy": "epoch",
     "load_best_model_at_end": True,
-    "report_to": "none",
     "log_level_replica": "error",
 }
+EVALUATIONS = 16  # when streaming, which has no epochs

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_ft.cli.checks import check_task
 from hf_ft.cli.console import is_main, refusals
-from hf_ft.cli.flags import CHECKED_UNASKED, DataFlags
+from hf_ft.cli.flags import CHECKED_UNASKED, TEXTS_UNASKED, DataFlags
 from hf_ft.cli.logs import quieten
 from hf_ft.cli.request import Request
+from hf_ft.cli.streaming import process_streamed, read_streamed, stream_options
 from hf_ft.core.compose import shared_option
 from hf_ft.core.context import FrozenCache
+from hf_ft.data.check_results import FILE, DataChecks
 from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.data.mixing import Mixing
+from hf_ft.data.on_duplicates import checked
+from hf_ft.data.prints import Prints
 from hf_ft.data.progress import hide_bars
 from hf_ft.data.sounds import SECONDS
+from hf_ft.data.streamed import Streamed
 from hf_ft.data.task import Data, process
 from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError
@@ -43,18 +49,39 @@ class Made:
     splits: dict[str, Any]
 
 
+class KeepChecks(TrainerCallback):
+    """Writes what was found in the data when a training begins: until then, nothing is left in the output folder."""
+
+    def __init__(self, checks: DataChecks) -> None:
+        self.checks = checks
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
+        if state.is_world_process_zero:
+            self.checks.save(str(args.output_dir))
+
+
 def make(request: Request) -> Made:
     """Load model and data, and create the trainer."""
     quieten()
     with refusals():
         args = TrainingArguments(**request.training_arguments())
     hide_bars(args.disable_tqdm or not is_main())
-    data = read_data(request.data, reading=args.main_process_first(desc="reading the data"), augment_images=True)
+    streamed = read_streamed(request.data) if request.stream.streaming else None
+    if streamed is not None:
+        data = _data_of(streamed, request.data)
+    else:
+        prints = prints_for(request.data)
+        reading = args.main_process_first(desc="reading the data")
+        data = read_data(request.data, reading=reading, augment_images=True, prints=prints)
+        data = check_data(data, request.data, prints, request.output_dir)
     with refusals():
         request.mixing.check_task(data.columns.task)
         model, processor = _load(request, data.columns, args.seed)
     with args.main_process_first(desc="preparing the data"):
-        processed = process(data, model, processor)
+        if streamed is not None:
+            processed = process_streamed(streamed, data, model, processor)
+        else:
+            processed = process(data, model, processor)
     _settle(args, request, data.columns)
     method = request.method
     cache = FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb)
@@ -74,11 +101,14 @@ def make(request: Request) -> Made:
             processing_class=processor,
             mixup=method.mixup,
             cutmix=method.cutmix,
+            **stream_options(request.stream),
             compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
         )
         if method.patience is not None:
             trainer.add_callback(patience_callback(method.patience, args))
             args.restore_callback_states_from_checkpoint = True  # so that a resumed run ends where it would have
+    if data.checks is not None:
+        trainer.add_callback(KeepChecks(data.checks))
     trainer.data_info = data.info
     return Made(trainer, data, processed.splits)
 
@@ -89,6 +119,7 @@ def read_data(
     reading: AbstractContextManager[Any] | None = None,
     splits: Collection[str] | None = None,
     augment_images: bool = False,
+    prints: Prints | None = None,
     **more: Any,
 ) -> Data:
     """The data given by the flags: splits made, columns found, images checked.
@@ -97,6 +128,7 @@ def read_data(
         reading: context in which files are read, such as one that lets the main process go first.
         splits: the splits to keep; by default all.
         augment_images: whether training images are augmented by default.
+        prints: takes fingerprints while files are checked, for :func:`check_data`.
         more: passed to :func:`~hf_ft.data.load_splits`.
 
     Raises:
@@ -110,7 +142,7 @@ def read_data(
     check_task(flags, columns.task)
     if splits is not None:
         rows = DatasetDict({name: rows[name] for name in splits})
-    rows, skipped = readable(rows, columns, flags.on_corrupt)
+    rows, skipped = readable(rows, columns, flags.on_corrupt, prints)
     source, source_columns = (None, None) if source is None else _source(source, flags, columns)
     return Data(
         rows,
@@ -121,8 +153,27 @@ def read_data(
         seconds=flags.max_seconds or SECONDS,
         source=source,
         source_columns=source_columns,
+        group_column=flags.group_column,
         skipped=skipped,
         notices=notices(flags.dataset, flags.source_dataset),
+    )
+
+
+def _data_of(streamed: Streamed, flags: DataFlags) -> Data:
+    """Everything but the stream of training rows.
+
+    Raises:
+        OptionError: if flags do not fit the data.
+    """
+    check_task(flags, streamed.columns.task)
+    return Data(
+        streamed.splits,
+        streamed.columns,
+        name=shareable_name(str(flags.dataset)),
+        augment=_augmentation(flags.augment, streamed.columns, augment_images=True),
+        max_length=flags.max_length,
+        seconds=flags.max_seconds or SECONDS,
+        notices=notices(flags.dataset),
     )
 
 
@@ -146,6 +197,7 @@ def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
         validation_fraction=flags.validation_fraction,
         max_train_samples=flags.max_train_samples,
         label_column=flags.label_column,
+        group_column=flags.group_column,
         unknown_classes=flags.unknown_classes,
         encoding=flags.encoding,
         seed=flags.split_seed,
@@ -153,7 +205,47 @@ def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
     )
 
 
-def readable(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> tuple[DatasetDict, dict[str, int]]:
+def prints_for(flags: DataFlags) -> Prints | None:
+    """What takes fingerprints while files are read; None if duplicates are ignored."""
+    return None if flags.on_duplicates == "ignore" else Prints()
+
+
+def check_data(data: Data, flags: DataFlags, prints: Prints | None, folder: Path) -> Data:
+    """The data with what was found in them, without duplicates if this is wanted.
+
+    Args:
+        prints: what was taken when files were checked; may be empty.
+        folder: the output folder, where an earlier run may have kept what it found.
+
+    Raises:
+        DataError: if there are duplicates, and they are refused.
+    """
+    total, most = sum(map(len, data.splits.values())), TEXTS_UNASKED if data.columns.task == "text" else CHECKED_UNASKED
+    too_many = flags.on_duplicates is None and total > most
+    why = f"duplicates are not looked for among {total:,} samples: add --on_duplicates warn" if too_many else ""
+    splits, found = checked(
+        data.splits,
+        data.columns,
+        flags.on_duplicates or "warn",  # type: ignore[arg-type]
+        group_column=data.group_column,
+        prints=prints,
+        folder=folder,
+        not_compared=why,
+    )
+    return replace(data, splits=splits, checks=found)
+
+
+def check_rows(data: Data, folder: Path) -> list[tuple[str, str]]:
+    """What the checks found, as rows of a table."""
+    if data.checks is None:
+        return []
+    said = [f"all of them: {folder / FILE}"] if data.checks.duplicates else []
+    return [("" if row else "checks", text) for row, text in enumerate([*data.checks.sentences(), *said])]
+
+
+def readable(
+    splits: DatasetDict, columns: Columns, on_corrupt: str | None, prints: Prints | None = None
+) -> tuple[DatasetDict, dict[str, int]]:
     """The splits without unreadable files, and how many were skipped by split; large data are checked only if asked.
 
     Raises:
@@ -161,7 +253,7 @@ def readable(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> t
     """
     if on_corrupt is None and sum(map(len, splits.values())) > CHECKED_UNASKED:
         return splits, {}
-    kept, unreadable = check_images(splits, columns, "skip" if on_corrupt == "skip" else "refuse")
+    kept, unreadable = check_images(splits, columns, "skip" if on_corrupt == "skip" else "refuse", prints)
     return kept, {name: len(images) for name, images in unreadable.items() if images}
 
 
@@ -201,7 +293,7 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
 
 def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None:
     """Set what depends on the data: the metric of the best model, and whether columns are dropped."""
-    if columns.task != "text":
+    if columns.task != "text" or request.stream.streaming:
         args.remove_unused_columns = False  # images and sounds are opened on access
     if not torch.accelerator.is_available() and "dataloader_pin_memory" not in request.given:
         args.dataloader_pin_memory = False

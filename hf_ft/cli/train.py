@@ -16,11 +16,13 @@ from hf_ft.cli.findings import show_findings
 from hf_ft.cli.flags import SOURCES_FLAGS
 from hf_ft.cli.help import train_help
 from hf_ft.cli.models import adapter_usage
-from hf_ft.cli.prepare import Made, augmentation_of, make
+from hf_ft.cli.prepare import Made, augmentation_of, check_rows, make
 from hf_ft.cli.request import Request, read
+from hf_ft.cli.streaming import check_streaming
 from hf_ft.core.config import strategies
 from hf_ft.core.context import FrozenCache
 from hf_ft.core.options import describe_value, options
+from hf_ft.data.check_results import FILE
 from hf_ft.documents.usage import pipeline_usage
 from hf_ft.engine.checkpoint_folders import INCOMPLETE, checkpoints, is_complete
 from hf_ft.errors import OptionError
@@ -58,6 +60,8 @@ def check_request(request: Request) -> None:
     if request.data.model and request.sources:
         flag = next(SOURCES_FLAGS[config.ft_type] for config in request.configs if config.sources())
         raise OptionError(f"--model {request.data.model} and {flag} both say what to load: give one.")
+    with refusals():
+        check_streaming(request)
     if request.method.strategy:
         check_source_data(request.data, request.configs)
     with refusals():
@@ -66,7 +70,7 @@ def check_request(request: Request) -> None:
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     # A killed process leaves its lock and what it was writing; an interrupted search resumes from its files.
-    kept = (LOCK, INCOMPLETE, *(name for config in strategies().values() for name in config.kept))
+    kept = (LOCK, INCOMPLETE, FILE, *(name for config in strategies().values() for name in config.kept))
     if (
         folder.is_dir()
         and any(not file.name.startswith(kept) for file in folder.iterdir())
@@ -80,7 +84,10 @@ def check_request(request: Request) -> None:
 def _announce(request: Request, made: Made) -> None:
     trainer, columns = made.trainer, made.data.columns
     args = trainer.args
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
+    sizes = ", ".join(
+        f"{len(split):,} {name}" if hasattr(split, "__len__") else f"{name} streamed"
+        for name, split in made.splits.items()
+    )
     classes = f"{columns.num_labels} classes" if columns.names else "regression"
     if columns.problem_type == "multi_label_classification":
         classes += ", several per row"
@@ -93,6 +100,7 @@ def _announce(request: Request, made: Made) -> None:
         ("strategy", " + ".join(map(_shown, request.configs))),
         ("training", f"{length}, batches of {args.per_device_train_batch_size}, {processes}"),
     ]
+    rows[2:2] = check_rows(made.data, request.output_dir)
     if trainer.source_dataset is not None:
         rows.insert(2, ("source", f"{request.data.source_dataset}: {len(trainer.source_dataset):,} samples"))
     taken = ", ".join(f"{name}={wanted.value} ({wanted.source})" for name, wanted in request.recommended.items())

@@ -45,7 +45,16 @@ FIXED: dict[str, Any] = {
     "disable_tqdm": True,
     "remove_unused_columns": False,
 }
-OURS = (*FIXED, "learning_rate", "seed", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint")
+# Trackers are told of each training by hf_ft.comparison.tracking.
+OURS = (
+    *(name for name in FIXED if name != "report_to"),
+    "learning_rate",
+    "seed",
+    "run_name",
+    "metric_for_best_model",
+    "greater_is_better",
+    "resume_from_checkpoint",
+)
 
 
 def setting(default: Any, help: str) -> Any:

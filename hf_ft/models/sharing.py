@@ -19,6 +19,7 @@ from hf_ft.version import __version__
 
 # A folder may also hold logs, studies and other things, whose names or contents tell of the machine.
 KINDS = (".safetensors", ".json", ".md", ".txt", ".model", ".spm", ".codes", ".jinja", ".png", ".svg")
+_DATA_CHECKS = "data_checks.json"  # names files of the training data
 _TRAINING_ARGUMENTS = "training_args.bin"
 # Of checkpoints: what only a run that goes on needs.
 _FOR_RESUMING = ("trainer_state.json", "ft_files.json", "ft_live.safetensors", "ft_modules.safetensors")
@@ -82,7 +83,7 @@ def model_files(folder: Path) -> list[str]:
 
 
 def _belongs(file: Path) -> bool:
-    if file.name.startswith((".", "_")) or file.name in _FOR_RESUMING:
+    if file.name.startswith((".", "_")) or file.name in (*_FOR_RESUMING, _DATA_CHECKS):
         return False
     return file.name.endswith(KINDS) or file.name == _TRAINING_ARGUMENTS
 

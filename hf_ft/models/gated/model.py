@@ -44,6 +44,7 @@ class GatedModel:
     """
 
     two_paths: TwoPaths
+    config_class = GatedConfig  # older Auto classes look for it; those with two paths have the classifier's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise OptionError(
@@ -206,7 +207,7 @@ def _with_paths(model: Any, gate: nn.Module) -> Any:
 @functools.cache
 def _gated(classifier: type) -> type:
     # Transformers looks things up by the printed form of a class, so the new one has that of the old.
-    names = {name: getattr(classifier, name) for name in ("__module__", "__qualname__", "__doc__")}
+    names = {name: getattr(classifier, name) for name in ("__module__", "__qualname__", "__doc__", "config_class")}
     more = {"plain_class": classifier, "supports_gradient_checkpointing": False}
     return type(classifier.__name__, (GatedModel, classifier), names | more)
 

@@ -42,8 +42,7 @@ def knowing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("broken", "quarter"), [(2, 1), (12, 4)])
-def test_the_broken_block_is_found(knowing, broken, quarter, tmp_path):
+def test_the_broken_block_is_found(knowing, tmp_path, broken=2, quarter=1):
     model = break_block(copy.deepcopy(knowing), broken)
     assert accuracy(model) < 0.5
     config = BlockwiseConfig(scheme="block", search_epochs=5, storage="memory", baselines=False)
@@ -371,6 +370,5 @@ def test_a_search_that_cannot_work(options, message, tmp_path):
 def test_data_that_cannot_be_read_by_number(tmp_path):
     model = tiny_resnet()
     stream = tiny_data(model).to_iterable_dataset()
-    trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=BlockwiseConfig(**QUICK), train_dataset=stream)
     with pytest.raises(OptionError, match="map-style"):
-        trainer.train()
+        FTTrainer(model, tiny_arguments(tmp_path), strategy=BlockwiseConfig(**QUICK), train_dataset=stream)
