@@ -107,9 +107,7 @@ class MethodFlags:
     mixup: float = _flag("mix the images of a batch: alpha, such as 0.2", 0.0)
     cutmix: float = _flag("paste parts of other images of the batch: alpha, such as 1", 0.0)
     patience: int | None = _flag("stop after so many evaluations without a better score (default: never)")
-    budget: str | None = _flag(
-        f"cost of the whole run in full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}"
-    )
+    budget: str | None = _flag(f"cost of the whole run in full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}")
     uncalibrated: bool = _flag("fit no temperature on the validation data (see `hf-ft predict`)", False)
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 
