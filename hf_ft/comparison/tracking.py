@@ -82,7 +82,8 @@ def tracking_of(arguments: Mapping[str, Any], folder: Path) -> tuple[Tracking, d
     trackers.check(wanted)
     named = {name: arguments[name] for name in ARGUMENTS if name in arguments and name != "report_to"}
     others = {name: value for name, value in arguments.items() if name not in ARGUMENTS}
-    chosen = TrainingArguments("unused", report_to=wanted or "none").report_to  # "all" is those that are installed
+    # "all" is those that are installed
+    chosen = trackers.chosen_in(TrainingArguments("unused", report_to=wanted or "none"))
     for kind in _kinds(chosen):
         if kind not in trackers.OURS:
             try:

@@ -54,6 +54,7 @@ class MLflow(MLflowCallback):
         self.options, self.experiment = options, experiment
         self.status = "FINISHED"
         self._ended = ""  # the run of the last training
+        self._auto_end_run: bool
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         if self.experiment and state.is_world_process_zero:
@@ -139,6 +140,11 @@ def adopt(callbacks: list[TrainerCallback], report_to: Sequence[str], configs: I
         if kind in OURS:
             place = next(place for place, callback in enumerate(callbacks) if type(callback) is kind)
             callbacks[place] = OURS[kind](options)
+
+
+def chosen_in(args: TrainingArguments) -> list[str]:
+    """The names of the trackers; training arguments hold a list once they are made."""
+    return list(args.report_to or ())
 
 
 def check(report_to: str | Sequence[str] | None) -> None:
