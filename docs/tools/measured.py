@@ -49,6 +49,49 @@ def table_of_steps(table: Table) -> str:
     return table(("ratio of step times", "median", "95 % interval", "goal"), rows) + "\n\n" + where
 
 
+def table_of_cpu_formats(table: Table) -> str:
+    """What channels-last images and bfloat16 save on a CPU, from tests/benchmarks/cpu_formats.py."""
+    content = _read("cpu_formats.json")
+    if content is None:
+        return NOT_YET
+    titles = {"train": "training step", "predict": "prediction"}
+    rows = [
+        (name, titles[kind], *(_of_three(ways[way]) for way in list(ways)[1:]))  # the first is the plain one
+        for name, kinds in content["rows"].items()
+        for kind, ways in kinds.items()
+    ]
+    about = content["about"]
+    where = (
+        f"Medians of {about['rounds']} rounds (smallest to largest), {about['images']} images a batch, one thread; a "
+        f"processor with {about['processor']}; torch {about['torch']}."
+    )
+    return table(("network", "", "channels last", "bfloat16", "both"), rows) + "\n\n" + where
+
+
+def _of_three(values: list[float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+
+def table_of_cpu_scores(table: Table) -> str:
+    """Test scores in float32 and in bfloat16, from the same script."""
+    file = RESULTS / "cpu_formats.jsonl"
+    if not file.is_file():
+        return NOT_YET
+    found: dict[tuple[str, str], dict[bool, dict[int, float]]] = {}
+    for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        both = found.setdefault((entry["model"], entry["strategy"]), {True: {}, False: {}})
+        both[entry["bf16"]][entry["seed"]] = entry["test"]
+    rows = []
+    for (model, strategy), both in found.items():
+        seeds = sorted(both[True].keys() & both[False].keys())
+        differences = [both[True][seed] - both[False][seed] for seed in seeds]
+        means = (statistics.fmean(both[low][seed] for seed in seeds) for low in (False, True))
+        spread = statistics.stdev(differences) if len(seeds) > 1 else 0.0
+        shown = f"{statistics.fmean(differences):+.3f} ± {spread:.3f}"
+        rows.append((model, strategy, *(f"{mean:.3f}" for mean in means), shown, str(len(seeds))))
+    return table(("network", "strategy", "float32", "bfloat16", "difference", "seeds"), rows)
+
+
 def table_of_step_times(table: Table) -> str:
     """Step time and peak memory of every strategy, from tests/benchmarks/step_times.py."""
     content = _read("step_times.json")

@@ -120,6 +120,14 @@ def trained(bench: Bench, config: FTConfig, low: bool, seed: int) -> Entry:
         return {"test": metrics["test_accuracy"], "log_loss": metrics["test_log_loss"], "seconds": spent}
 
 
+def processor() -> str:
+    """Which of the instructions that make bfloat16 fast the processor has."""
+    info = Path("/proc/cpuinfo")
+    words = set(info.read_text().split()) if info.is_file() else set()
+    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
+    return ", ".join(name for word, name in known.items() if word in words) or "no bfloat16 instructions"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scores", type=Path, metavar="FOLDER", help="train on these images instead")
@@ -131,7 +139,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.scores is None:
         found = {name: measured(name, MODELS[name], options.rounds) for name in options.models}
-        (RESULTS / "cpu_formats.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        about = {"rounds": options.rounds, "images": IMAGES, "torch": torch.__version__, "processor": processor()}
+        content = json.dumps({"about": about, "rows": found}, indent=1)
+        (RESULTS / "cpu_formats.json").write_text(content + "\n", encoding="utf-8")
         for name, kinds in found.items():
             for kind, ways in kinds.items():
                 print(name, kind, {way: f"{m:.2f} ({a:.2f} to {b:.2f})" for way, (m, a, b) in ways.items()})
