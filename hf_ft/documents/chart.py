@@ -70,7 +70,7 @@ def _round_step(least: float) -> float:
 
 def log_axis(values: Sequence[float], label: str, most: int = 5) -> Axis:
     """A logarithmic axis with ticks at powers of ten; at 2 and 5 times those as well for a small range."""
-    low, high = min(values), max(values)
+    low, high = max(min(values), 1e-100), min(max(values), 1e100)  # their ratio is finite
     if high / low < 1.5:
         low, high = low / 1.3, high * 1.3
     room = (high / low) ** 0.06

@@ -66,8 +66,8 @@ def test_a_large_jpeg_is_turned_and_a_cut_off_one_found(large, tmp_path):
     for share in (0.5, 0.95):
         content = large.read_bytes()
         (tmp_path / "cut.jpg").write_bytes(content[: int(share * len(content))])
-        assert "truncated" in images._reason(str(tmp_path / "cut.jpg"))
-    assert images._reason(str(large)) is None
+        assert "truncated" in images._look_at_image(str(tmp_path / "cut.jpg"), False)
+    assert images._look_at_image(str(large), False) is None
 
 
 def test_the_side_that_a_processor_needs():

@@ -65,7 +65,7 @@ def test_while_saving(number, checkpoints, command, full, tmp_path, capsys, monk
     assert main(command) == 2
     said = capsys.readouterr().err
     assert "hf-ft train: error: I/O error: No space left on device" in said and "Traceback" not in said
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == checkpoints
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*checkpoints, "data_checks.json"]
     monkeypatch.undo()
     resume = [*command, "--resume_from_checkpoint=true"]
     if checkpoints:

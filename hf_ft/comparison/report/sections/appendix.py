@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_ft.comparison.results import FoundInData, Results
@@ -106,20 +106,24 @@ def _notes(standing: Standing) -> list[str]:
 
 def advice(results: Results) -> Section | None:
     """The order recommended before the comparison."""
-    recommended = (results.advice or {}).get("recommendations") or ()
     rows = tuple(
         (
             str(item.get("strategy", "")),
             str(place),
-            " ".join(f"{str(r.get('text', '')).rstrip('.')}." for r in item.get("reasons") or ()),
+            " ".join(f"{str(reason.get('text', '')).rstrip('.')}." for reason in _mappings(item.get("reasons"))),
         )
-        for place, item in enumerate(recommended, start=1)
+        for place, item in enumerate(_mappings((results.advice or {}).get("recommendations")), start=1)
     )
     if not rows:
         return None
     lead = "Earlier comparisons and cheap measurements on the training data suggested this order before any training."
     table = Table("Advised order", ("strategy", "rank", "reasons"), rows)
     return Section("advice", "Advice", (Text(lead), table))
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    """Those in a list; the advice is kept as it was given, of no fixed form."""
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list | tuple) else []
 
 
 def about(results: Results, standings: Sequence[Standing]) -> Section:

@@ -82,7 +82,9 @@ def by_chance(bins: Sequence[Bin]) -> float:
     distance from it by the normal approximation.
     """
     total = sum(one.samples for one in bins)
-    return sum(math.sqrt(2 * one.samples * one.confidence * (1 - one.confidence) / math.pi) for one in bins) / total
+    # A confidence may exceed 1 by rounding.
+    variances = (one.samples * max(0.0, one.confidence * (1 - one.confidence)) for one in bins)
+    return sum(math.sqrt(2 * variance / math.pi) for variance in variances) / total
 
 
 def calibration_table(shown: Mapping[str, Runs], split: str, folded: bool = False) -> Table:

@@ -156,7 +156,13 @@ def trials_figure(results: Results, tuned: Sequence[Standing], best: Standing | 
 
 
 def _with_rate(contender: Contender) -> list[Training]:
-    return [trial for trial in contender.trials if float(trial.params.get(RATE) or 0.0) > 0]
+    return [trial for trial in contender.trials if _rate(trial) > 0]
+
+
+def _rate(trial: Training) -> float:
+    """The learning rate; 0 if there is none."""
+    rate = trial.params.get(RATE)
+    return float(rate) if isinstance(rate, int | float) else 0.0
 
 
 def _trials_chart(standing: Standing, trials: Sequence[Training], x: Axis, y: Axis, greater_is_better: bool) -> Plot:
