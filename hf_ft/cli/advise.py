@@ -18,7 +18,7 @@ from hf_ft.advice.rules import config_at_hand
 from hf_ft.advice.signals import explained
 from hf_ft.cli.checks import refuse
 from hf_ft.cli.console import Parser, is_main, refusals, say, table, with_flags
-from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags, MethodFlags
+from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags, MethodFlags, StreamFlags
 from hf_ft.cli.logs import quieten
 from hf_ft.cli.prepare import read_data
 from hf_ft.cli.request import Request, read
@@ -131,7 +131,11 @@ def _check(request: Request) -> None:
         raise OptionError("advise ranks all strategies; leave --strategy out.")
     arguments = {name: value for name, value in request.given.items() if name not in TAKEN}
     refuse(arguments, arguments, "advise trains nothing")
-    refuse(request.flags, [flag.name for flag in fields(MethodFlags)], "advise trains nothing")
+    refuse(
+        request.flags,
+        [flag.name for kind in (MethodFlags, StreamFlags) for flag in fields(kind)],
+        "advise trains nothing",
+    )
     check_request(replace(request, method=replace(request.method, overwrite=True)))
     if request.data.augment not in (None, "none"):
         raise OptionError(

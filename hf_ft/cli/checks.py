@@ -14,11 +14,13 @@ from hf_ft.data.augment import AUGMENTATIONS, check_augmentation
 from hf_ft.data.images import OnCorrupt
 from hf_ft.errors import OptionError
 from hf_ft.models.tasks import Task
+from hf_ft.trainer.sharding import check_sharding
 from hf_ft.zoo.models import SHORT_NAMES
 
 CHOICES = {"augment": tuple(AUGMENTATIONS), "on_corrupt": get_args(OnCorrupt)}
 # Flags that say something about what another one names.
 ABOUT = {"source_split": "source_dataset", "ood_split": "ood_dataset"}
+ABOUT |= {"shuffle_buffer": "streaming", "measure_samples": "streaming"}
 # Flags that another one with this value switches off.
 OFF = {
     ("frozen_cache", "never"): ("frozen_cache_memory_gb", "frozen_cache_disk_gb"),
@@ -35,9 +37,11 @@ def check_flags(values: Mapping[str, Any]) -> None:
     """Check the flags that were given against each other.
 
     Raises:
-        OptionError: if one has an unknown value or no effect; the message names it and the fix.
+        OptionError: if one has an unknown value or no effect, or shards the model, as the launcher may as well; the
+            message names it and the fix.
         ImportError: if one needs a package that is missing.
     """
+    check_sharding(values)
     for name, choices in CHOICES.items():
         if values.get(name) not in (None, *choices):
             raise OptionError(f"--{name} {values[name]} is unknown: choose one of {', '.join(choices)}.")

@@ -19,6 +19,7 @@ BUDGET = "budget"  # the option of strategies that --budget sets
 BUDGETED = [name for name, kind in strategies().items() if any(f.name == BUDGET for f in options(kind))]
 # Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
+BUFFER, LOOKED_AT = 1000, 256
 
 
 def _flag(help: str, default: Any = None, **more: Any) -> Any:
@@ -45,14 +46,10 @@ class DataFlags:
     revision: str | None = _flag("branch, tag or commit of the model on the Hub")
     config_name: str | None = _flag("configuration of a Hub data set")
     train_split: str = _flag("name of the training split", "train")
-    validation_split: str | None = _flag(
-        "name of the validation split (default: the usual names; if there is none, part of train is held out)"
-    )
-    test_split: str | None = _flag(
-        "name of the test split (default: the usual names; if there is none, no test is run)"
-    )
+    validation_split: str | None = _flag("validation split (default: by its usual names, or else part of train)")
+    test_split: str | None = _flag("test split (default: by its usual names, if there is one)")
     validation_fraction: float = _flag("fraction of train to hold out if there is no validation split", 0.2)
-    split_seed: int = _flag("seed of that split, independent of --seed so that runs can be compared", 0)
+    split_seed: int = _flag("seed of the rows held out, independent of --seed", 0)
     max_train_samples: int | None = _flag("maximum number of training rows, drawn stratified by class")
     image_column: str | None = _flag("name of the image column (default: found by name and type)")
     audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
@@ -77,6 +74,17 @@ class DataFlags:
 
 
 @dataclass
+class StreamFlags:
+    """Streaming of the training rows."""
+
+    streaming: bool = _flag("read training rows as they come, without a copy on disk; needs --max_steps", False)
+    shuffle_buffer: int | None = _flag(f"rows that are shuffled at a time when streaming (default: {BUFFER})")
+    measure_samples: int | None = _flag(
+        f"rows that a strategy may measure before streaming; 0 for none (default: {LOOKED_AT})"
+    )
+
+
+@dataclass
 class MethodFlags:
     """Strategy and scores."""
 
@@ -90,7 +98,7 @@ class MethodFlags:
         "compute the frozen part of a stage only once; auto: if samples are the same on every read (--augment none)",
         "auto",
     )
-    frozen_cache_memory_gb: float = _flag("keep up to this much in memory, and the rest in a temporary file", 2.0)
+    frozen_cache_memory_gb: float = _flag("maximum size in memory; the rest goes to a temporary file", 2.0)
     frozen_cache_disk_gb: float = _flag("maximum size of that file", 20.0)
     mixup: float = _flag("mix the images of a batch: alpha, such as 0.2", 0.0)
     cutmix: float = _flag("paste parts of other images of the batch: alpha, such as 1", 0.0)
@@ -115,3 +123,4 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "log_level_replica": "error",
 }
+EVALUATIONS = 16  # when streaming, which has no epochs

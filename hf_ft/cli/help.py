@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_ft.cli.console import table
-from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags
+from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags, StreamFlags
 from hf_ft.comparison.settings import DEFAULTS as COMPARE_DEFAULTS
 from hf_ft.comparison.settings import Settings
 
@@ -135,7 +135,7 @@ def train_help(everything: bool) -> str:
     sections = [
         _TRAIN,
         "model and data",
-        _flags(fields(DataFlags)),
+        _flags([*fields(DataFlags), *fields(StreamFlags)]),
         "\nstrategy and scores",
         _flags(fields(MethodFlags)),
         _options("an option of a strategy, see `hf-ft describe NAME`"),

@@ -16,6 +16,7 @@ from hf_ft.cli.console import is_main, refusals
 from hf_ft.cli.flags import CHECKED_UNASKED, DataFlags
 from hf_ft.cli.logs import quieten
 from hf_ft.cli.request import Request
+from hf_ft.cli.streaming import process_streamed, read_streamed, stream_options
 from hf_ft.core.compose import shared_option
 from hf_ft.core.context import FrozenCache
 from hf_ft.data.classifier import load_classifier, load_ensemble
@@ -25,6 +26,7 @@ from hf_ft.data.load import load_split, load_splits
 from hf_ft.data.mixing import Mixing
 from hf_ft.data.progress import hide_bars
 from hf_ft.data.sounds import SECONDS
+from hf_ft.data.streamed import Streamed
 from hf_ft.data.task import Data, process
 from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError
@@ -49,12 +51,19 @@ def make(request: Request) -> Made:
     with refusals():
         args = TrainingArguments(**request.training_arguments())
     hide_bars(args.disable_tqdm or not is_main())
-    data = read_data(request.data, reading=args.main_process_first(desc="reading the data"), augment_images=True)
+    streamed = read_streamed(request.data) if request.stream.streaming else None
+    if streamed is not None:
+        data = _data_of(streamed, request.data)
+    else:
+        data = read_data(request.data, reading=args.main_process_first(desc="reading the data"), augment_images=True)
     with refusals():
         request.mixing.check_task(data.columns.task)
         model, processor = _load(request, data.columns, args.seed)
     with args.main_process_first(desc="preparing the data"):
-        processed = process(data, model, processor)
+        if streamed is not None:
+            processed = process_streamed(streamed, data, model, processor)
+        else:
+            processed = process(data, model, processor)
     _settle(args, request, data.columns)
     method = request.method
     cache = FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb)
@@ -74,6 +83,7 @@ def make(request: Request) -> Made:
             processing_class=processor,
             mixup=method.mixup,
             cutmix=method.cutmix,
+            **stream_options(request.stream),
             compute_metrics=compute_metrics(method.metrics) if method.metrics else classification_metrics,
         )
         if method.patience is not None:
@@ -123,6 +133,24 @@ def read_data(
         source_columns=source_columns,
         skipped=skipped,
         notices=notices(flags.dataset, flags.source_dataset),
+    )
+
+
+def _data_of(streamed: Streamed, flags: DataFlags) -> Data:
+    """Everything but the stream of training rows.
+
+    Raises:
+        OptionError: if flags do not fit the data.
+    """
+    check_task(flags, streamed.columns.task)
+    return Data(
+        streamed.splits,
+        streamed.columns,
+        name=shareable_name(str(flags.dataset)),
+        augment=_augmentation(flags.augment, streamed.columns, augment_images=True),
+        max_length=flags.max_length,
+        seconds=flags.max_seconds or SECONDS,
+        notices=notices(flags.dataset),
     )
 
 
@@ -201,7 +229,7 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
 
 def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None:
     """Set what depends on the data: the metric of the best model, and whether columns are dropped."""
-    if columns.task != "text":
+    if columns.task != "text" or request.stream.streaming:
         args.remove_unused_columns = False  # images and sounds are opened on access
     if not torch.accelerator.is_available() and "dataloader_pin_memory" not in request.given:
         args.dataloader_pin_memory = False

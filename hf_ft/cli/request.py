@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft.cli.checks import check_flags
-from hf_ft.cli.flags import BUDGET, BUDGETED, DEFAULTS, DataFlags, MethodFlags
+from hf_ft.cli.flags import BUDGET, BUDGETED, DEFAULTS, EVALUATIONS, DataFlags, MethodFlags, StreamFlags
 from hf_ft.core.compose import recommended_arguments, sources_of
 from hf_ft.core.config import BASELINE, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
@@ -39,6 +39,7 @@ class Request:
     given: Mapping[str, Any]
     recommended: Mapping[str, Recommended]
     flags: Mapping[str, Any] = field(default_factory=dict)
+    stream: StreamFlags = field(default_factory=StreamFlags)
 
     @property
     def output_dir(self) -> Path:
@@ -62,7 +63,8 @@ class Request:
 
     def training_arguments(self) -> dict[str, Any]:
         """In order of precedence: the user's values, the strategies' recommendations, the defaults of this command."""
-        values = DEFAULTS | {name: wanted.value for name, wanted in self.recommended.items()} | dict(self.given)
+        recommended = {name: wanted.value for name, wanted in self.recommended.items()}
+        values = DEFAULTS | self._by_steps() | recommended | dict(self.given)
         evaluates, chosen = str(values["eval_strategy"]), set(self.given)
         if "save_strategy" not in chosen and evaluates != "no":
             values["save_strategy"] = evaluates  # loading the best model requires both to be equal
@@ -72,6 +74,14 @@ class Request:
             values["load_best_model_at_end"] = evaluates != "no" and values["save_strategy"] in (evaluates, "best")
         return values | {"output_dir": str(self.output_dir), "resume_from_checkpoint": None}
 
+    def _by_steps(self) -> dict[str, Any]:
+        """Defaults of a training on a stream, which has no epochs."""
+        if not self.stream.streaming:
+            return {}
+        every = max(1, round(int(self.given.get("max_steps") or 0) / EVALUATIONS))
+        return {f"{what}_{name}": value for what in ("eval", "save", "logging")
+                for name, value in (("strategy", "steps"), ("steps", every))}  # fmt: skip
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -79,7 +89,7 @@ class _Parser(HfArgumentParser):
 
 
 Kinds = tuple[type, ...]  # dataclasses whose fields are flags
-TRAIN: Kinds = (DataFlags, MethodFlags, TrainingArguments)
+TRAIN: Kinds = (DataFlags, StreamFlags, MethodFlags, TrainingArguments)
 
 
 def make_parser(kinds: Kinds = TRAIN) -> argparse.ArgumentParser:
@@ -113,7 +123,8 @@ def read(argv: Sequence[str]) -> Request:
     given = taken(values, TrainingArguments)
     wanted = recommended_arguments(configs, given.get("optim"))
     recommended = {name: value for name, value in wanted.items() if name not in given}
-    return Request(DataFlags(**taken(values, DataFlags)), method, configs, given, recommended, values)
+    data, stream = DataFlags(**taken(values, DataFlags)), StreamFlags(**taken(values, StreamFlags))
+    return Request(data, method, configs, given, recommended, values, stream)
 
 
 def _budget(wanted: str | None, chosen: Sequence[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from hf_ft.cli.help import train_help
 from hf_ft.cli.models import adapter_usage
 from hf_ft.cli.prepare import Made, augmentation_of, make
 from hf_ft.cli.request import Request, read
+from hf_ft.cli.streaming import check_streaming
 from hf_ft.core.config import strategies
 from hf_ft.core.context import FrozenCache
 from hf_ft.core.options import describe_value, options
@@ -57,6 +58,8 @@ def check_request(request: Request) -> None:
     if request.data.model and request.sources:
         flag = next(SOURCES_FLAGS[config.ft_type] for config in request.configs if config.sources())
         raise OptionError(f"--model {request.data.model} and {flag} both say what to load: give one.")
+    with refusals():
+        check_streaming(request)
     if request.method.strategy:
         check_source_data(request.data, request.configs)
     with refusals():
@@ -79,7 +82,10 @@ def check_request(request: Request) -> None:
 def _announce(request: Request, made: Made) -> None:
     trainer, columns = made.trainer, made.data.columns
     args = trainer.args
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in made.splits.items())
+    sizes = ", ".join(
+        f"{len(split):,} {name}" if hasattr(split, "__len__") else f"{name} streamed"
+        for name, split in made.splits.items()
+    )
     classes = f"{columns.num_labels} classes" if columns.names else "regression"
     if columns.problem_type == "multi_label_classification":
         classes += ", several per row"

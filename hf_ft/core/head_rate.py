@@ -111,7 +111,8 @@ def measure_head_rate(strategy: WithHeadRate, model: nn.Module, context: Context
     if not context.samples.count:
         logger.warning(
             f"{strategy.ft_type}.head_lr='auto' uses learning_rate={context.recipe.learning_rate:g}: a stream of "
-            "samples cannot be looked at before training. Set a number, or pass a map-style train_dataset."
+            "samples is not looked at before training. Set a number, allow a look with measure_samples=256, or pass a "
+            "map-style train_dataset."
         )
         return {}
     fit = fit_head(model, strategy.anatomy(model), context.samples, context.recipe.computing)

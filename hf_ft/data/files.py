@@ -47,14 +47,19 @@ def read_files(
     except (DataError, ImportError):
         raise  # a short name's package is missing: the message says how to install it
     except Exception as error:  # `datasets` raises many types, some with no hint of what was asked for
-        cause = _cause(error)
-        absent = "" if path.exists() else ", which is no file or folder here,"
-        raise DataError(
-            f"cannot read the data {source!r}{absent} ({type(cause).__name__}: {cause}); expected one of "
-            f"{', '.join(DATASETS)}, a folder of images or sounds, a file or folder of {', '.join(READERS)}, a folder "
-            "written by save_to_disk, or a Hub id (with config_name if it has several)",
-            arguments=("config_name",),
-        ) from error
+        raise read_error(source, error) from error
+
+
+def read_error(source: str, error: Exception) -> DataError:
+    """What to raise in place of an error of ``datasets``."""
+    cause = _cause(error)
+    absent = "" if Path(source).expanduser().exists() else ", which is no file or folder here,"
+    return DataError(
+        f"cannot read the data {source!r}{absent} ({type(cause).__name__}: {cause}); expected one of "
+        f"{', '.join(DATASETS)}, a folder of images or sounds, a file or folder of {', '.join(READERS)}, a folder "
+        "written by save_to_disk, or a Hub id (with config_name if it has several)",
+        arguments=("config_name",),
+    )
 
 
 def _cause(error: BaseException) -> BaseException:

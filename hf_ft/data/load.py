@@ -125,14 +125,23 @@ def _given(
 ) -> dict[str, Dataset]:
     """The splits of the source by role, under the given names or else the usual ones."""
     found = read_files(source, config_name, names["train"] or "train", encoding)
-    parts: dict[str, Dataset] = {}
+    return {role: _numbered(found[name]) for role, name in split_names(source, list(found), names).items()}
+
+
+def split_names(source: str, found: Collection[str], names: Mapping[Role, str | None]) -> dict[Role, str]:
+    """The splits found in a source by role: those of the given names, or else of the usual ones.
+
+    Raises:
+        DataError: if one is missing, or several may be meant.
+    """
+    parts: dict[Role, str] = {}
     for key, wanted in names.items():
         name = wanted if wanted in found else _usual(found, key, wanted, names.values())
         if name is not None and name not in found:
             wrong = f"{key}_split"
             raise DataError(f"{source!r} has no split {name!r}, only {list(found)}: set {wrong}", arguments=(wrong,))
         if name is not None:
-            parts[key] = _numbered(found[name])
+            parts[key] = name
     return parts
 
 

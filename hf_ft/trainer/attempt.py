@@ -19,6 +19,7 @@ from hf_ft.trainer.loss_log import TermLog
 from hf_ft.trainer.protocols import ForAttempt
 from hf_ft.trainer.source_streams import SourceStreams
 from hf_ft.trainer.stage_cache import StageCache
+from hf_ft.trainer.training_stream import TrainingStream
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Attempt:
         stepper: moves the objective through its stages.
         log: the loss terms since the last log.
         cache: the recorded outputs of frozen parts.
+        data: the training data, if they are streamed.
         streams: the source data used in addition to the target data.
         accumulation: number of micro-batches of an update, except for the last one of an epoch.
         shares: of each micro-batch that is still to come in this update; see :class:`Objective`.
@@ -43,6 +45,7 @@ class Attempt:
     stepper: Stepper
     log: TermLog
     cache: StageCache
+    data: TrainingStream
     streams: SourceStreams
     accumulation: int = 1
     shares: deque[float] = field(default_factory=deque)
@@ -56,8 +59,8 @@ class Attempt:
         cache = StageCache(trainer, objective)
         stepper = Stepper(objective, borders=(), then=lambda _: cache.start(stepper.left))
         log = TermLog(objective.plan.terms, set() if last is None else last.log.told)
-        streams = SourceStreams(trainer, objective)
-        return cls(objective, stepper, log, cache, streams, trainer.args.gradient_accumulation_steps)
+        data, streams = TrainingStream(trainer, objective), SourceStreams(trainer, objective)
+        return cls(objective, stepper, log, cache, data, streams, trainer.args.gradient_accumulation_steps)
 
     def enter(self, step: int) -> None:
         """Enter the stage that this optimizer step (from 0) belongs to."""

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -28,17 +26,13 @@ from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms
-from hf_ft.trainer.context import curve
+from hf_ft.trainer.context import curve, measures_first
 from hf_ft.trainer.protocols import ForProbe
 from hf_ft.trainer.selection import metric_of
+from hf_ft.trainer.sharding import check_sharding, check_whole
 from hf_ft.trainer.source_streams import data_of
 
 logger = logging.get_logger(__name__)
-SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # in accelerate's environment variables and distributed types
-UNSHARDED = (
-    "sharded training is not supported, since strategies address individual parameters. Use DDP (accelerate launch "
-    "--multi_gpu), gradient accumulation, or activation checkpointing."
-)
 
 
 def preflight(
@@ -48,12 +42,14 @@ def preflight(
     positional: Sequence[Any],
     keywords: Mapping[str, Any],
     source_dataset: Any,
+    looks: bool = True,
 ) -> None:
     """Reject invalid arguments before the Trainer creates its output folder.
 
     Args:
         model: None if the Trainer creates it; :func:`check_model` must then be called afterwards.
         positional, keywords: the Trainer's arguments after model and args.
+        looks: whether training data can be looked at before training.
 
     Raises:
         OptionError: for any error that can be detected without reading the data.
@@ -65,7 +61,7 @@ def preflight(
         given = inspect.signature(Trainer.__init__).bind_partial(None, model, args, *positional, **keywords).arguments
         scheduler = given.get("optimizers", (None, None))[1]
         data = given.get("train_dataset"), given.get("eval_dataset")
-        check_model(configs, args, model, *data, scheduler, source_dataset)
+        check_model(configs, args, model, *data, scheduler, source_dataset, looks)
 
 
 def check_model(
@@ -76,6 +72,7 @@ def check_model(
     eval_dataset: Any,
     scheduler: Any,
     source_dataset: Any,
+    looks: bool = True,
 ) -> None:
     """Reject a model that does not fit its data or the strategies.
 
@@ -85,6 +82,7 @@ def check_model(
     Raises:
         OptionError: naming what does not fit.
     """
+    check_whole(model)
     check_datasets(model, train_dataset, eval_dataset)
     check_evaluation(configs, args, eval_dataset)
     check_members(configs, model)
@@ -95,11 +93,10 @@ def check_model(
         return
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     plan = check(configs, model, {}, trainable)
-    if plan.select and batch_norms(model) and train_dataset is not None and not hasattr(train_dataset, "__len__"):
-        raise OptionError(
-            f"{plan.select[0].name} measures BatchNorm statistics on the training data: train_dataset must be "
-            "map-style, not iterable."
-        )
+    if not looks and plan.select and batch_norms(model):
+        raise OptionError(measures_first(f"{plan.select[0].name} renews BatchNorm statistics and"))
+    if not looks and plan.tensor_rates is not None:
+        raise OptionError(measures_first(plan.tensor_rates.name))
     for stream in plan.streams:
         stream.batch_size(args.per_device_train_batch_size)
         if stream.prepare is not None:
@@ -181,29 +178,13 @@ def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -
     """
     for config in configs:
         config.check_arguments(args)
-    for name in ("deepspeed", "fsdp"):
-        if getattr(args, name, None):
-            raise OptionError(f"args.{name}={getattr(args, name)!r}: {UNSHARDED}")
-    for name in SHARDED:
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise OptionError(f"accelerate launch --use_{name.lower()}: {UNSHARDED}")
+    check_sharding(args)
     if args.n_gpu > 1:
         logger.warning(
             f"{args.n_gpu} GPUs are visible to one process; DataParallel is not supported, so only the first is used. "
             "Start with `accelerate launch` to use all of them."
         )
         args._n_gpu = 1
-
-
-def check_accelerator(accelerator: Accelerator) -> None:
-    """Reject sharded training, however it was configured.
-
-    Raises:
-        OptionError: if the accelerator shards the model.
-    """
-    kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
-    if kind in (*SHARDED, "TP"):
-        raise OptionError(f"the accelerator is set up for {kind}: {UNSHARDED}")
 
 
 def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> None:
@@ -272,7 +253,7 @@ def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
     """
     args, dataset = trainer.args, trainer.train_dataset
     norms = [norm for _, norm in batch_norms(objective) if norm.training]
-    alone = hasattr(dataset, "__len__") and len(dataset) % trainer._train_batch_size == 1
+    alone = is_map_style(dataset) and len(dataset) % trainer._train_batch_size == 1
     if not alone or not norms or args.dataloader_drop_last or args.world_size > 1:
         return
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]

@@ -21,6 +21,7 @@ from hf_ft.data.streams import is_map_style
 from hf_ft.engine.param_groups import schedule_curve
 from hf_ft.errors import OptionError, accepted
 from hf_ft.models.preserve import random_states_kept
+from hf_ft.trainer.look import measurable
 from hf_ft.trainer.protocols import Collate, ForContext, ForStreams
 
 READ = 64  # batch size of a measuring pass over source samples
@@ -36,7 +37,7 @@ def measuring_context(trainer: ForContext) -> Context:
         device=trainer.args.device,
         generator=torch.Generator().manual_seed(trainer.args.seed),
         samples=_samples(trainer),
-        labels=class_labels(trainer.train_dataset),
+        labels=class_labels(trainer.train_dataset if is_map_style(trainer.train_dataset) else measurable(trainer)),
         recipe=recipe,
         described=described,
         frozen_cache=trainer.frozen_cache,
@@ -68,12 +69,12 @@ def _samples(trainer: ForContext) -> Samples:
         OptionError: if the plain and the augmented data set differ in length.
     """
     dataset, plain = trainer.train_dataset, trainer.plain_train_dataset
-    if plain is not None and len(plain) != len(dataset):
+    if is_map_style(plain) and is_map_style(dataset) and len(plain) != len(dataset):
         raise OptionError(
             f"plain_train_dataset has {len(plain)} samples, but train_dataset has {len(dataset)}: pass the same ones, "
             "in the same order, without augmentation."
         )
-    chosen = dataset if plain is None else plain
+    chosen = measurable(trainer)
 
     @cache  # lazy: a data set without length is rejected only if samples are requested
     def source() -> Any:
@@ -83,7 +84,7 @@ def _samples(trainer: ForContext) -> Samples:
         kept, collate = source()
         return trainer._prepare_inputs(collate(read_rows(kept, rows)))
 
-    return Samples(len(chosen) if hasattr(chosen, "__len__") else 0, read)
+    return Samples(0 if chosen is None else len(chosen), read)
 
 
 def curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
@@ -131,9 +132,10 @@ def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
 
 
 def _epochs(trainer: ForContext) -> float:
-    """The length of the training in epochs; of a stream of samples, as far as the arguments tell."""
+    """The length of the training in epochs; on a stream, in passes over the samples that may be looked at."""
     args, dataset = trainer.args, trainer.train_dataset
-    if args.max_steps <= 0 or not hasattr(dataset, "__len__"):
+    dataset = dataset if is_map_style(dataset) else measurable(trainer)
+    if args.max_steps <= 0 or dataset is None:
         return float(args.num_train_epochs)
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return args.max_steps / max(1, -(-len(dataset) // size))
@@ -141,7 +143,8 @@ def _epochs(trainer: ForContext) -> float:
 
 def batches_of(trainer: ForContext) -> Iterator[dict[str, Any]]:
     """Batches of the training data for this process."""
-    args, (dataset, collate) = trainer.args, readable(trainer, trainer.train_dataset)
+    dataset = trainer.train_dataset if is_map_style(trainer.train_dataset) else measurable(trainer)
+    args, (dataset, collate) = trainer.args, readable(trainer, dataset)
     loader = DataLoader(
         dataset,
         batch_sampler=share_of_batches(
@@ -183,11 +186,18 @@ def readable(trainer: ForContext, dataset: Any) -> tuple[Any, Callable[[list[Any
     """A data set without unused columns, and the collator for its rows.
 
     Raises:
-        OptionError: if the data set has no length, so that it can be neither sharded nor indexed.
+        OptionError: if there is none, since a stream may not be looked at.
     """
-    if not hasattr(dataset, "__len__"):
-        names = ", ".join(config.ft_type for config in trainer.configs)
-        raise OptionError(f"{names} measures the training data first: train_dataset must be map-style, not iterable.")
+    if dataset is None:
+        raise OptionError(measures_first(", ".join(config.ft_type for config in trainer.configs)))
     if isinstance(dataset, datasets.Dataset):
         return trainer._remove_unused_columns(dataset, description="measured"), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="measured")
+
+
+def measures_first(names: str) -> str:
+    """Why a strategy cannot train on a stream, and what to do."""
+    return (
+        f"{names} measures the training data first: train_dataset must be map-style, not iterable; or allow a look at "
+        "a few samples of the stream with measure_samples=256 (--measure_samples on the command line)."
+    )

@@ -11,7 +11,6 @@ from hf_ft.core.config import FTConfig
 from hf_ft.core.context import FrozenCache
 from hf_ft.data.mixing import Mixing, class_shares
 from hf_ft.data.rows import spread_rows
-from hf_ft.data.streams import is_map_style
 from hf_ft.errors import OptionError
 from hf_ft.models.preserve import observing
 from hf_ft.trainer.protocols import ForMixing
@@ -40,8 +39,8 @@ def check_settings(mixing: Mixing, configs: Iterable[FTConfig], cache: FrozenCac
         )
 
 
-def check_mixable(mixing: Mixing, model: Any, train_dataset: Any) -> None:
-    """Reject mixup and CutMix for a model that does not classify images, and for data that are not read by index.
+def check_mixable(mixing: Mixing, model: Any) -> None:
+    """Reject mixup and CutMix for a model that does not classify images.
 
     Raises:
         OptionError: naming the argument and the reason.
@@ -53,8 +52,6 @@ def check_mixable(mixing: Mixing, model: Any, train_dataset: Any) -> None:
         raise OptionError(f"{mixing}: only images can be mixed, and {type(model).__name__} reads {main!r}.")
     if getattr(getattr(model, "config", None), "num_labels", None) is None:
         raise OptionError(f"{mixing} needs the number of classes: set num_labels in the model's config.")
-    if train_dataset is not None and not is_map_style(train_dataset):
-        raise OptionError(f"{mixing}: batches of an iterable train_dataset are not mixed; pass a map-style one.")
 
 
 def classes_of(model: Any) -> int | None:

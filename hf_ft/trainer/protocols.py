@@ -66,7 +66,14 @@ class ForStreams(ForData, Protocol):
     _train_batch_size: int
 
 
-class ForAttempt(ForCache, ForStreams, Protocol):
+class ForTrainingStream(ForCache, Protocol):
+    """To read streamed training data."""
+
+    model: Any
+    shuffle_buffer: int
+
+
+class ForAttempt(ForStreams, ForTrainingStream, Protocol):
     """To run one training attempt."""
 
 
@@ -76,6 +83,9 @@ class ForContext(ForCache, ForStreams, Protocol):
     configs: tuple[FTConfig, ...]
     model: Any
     plain_train_dataset: Any
+    measure_samples: int
+    shuffle_buffer: int
+    looked_at: Any
     task_loss: TaskLoss
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]: ...

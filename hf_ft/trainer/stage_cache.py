@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_ft.data.rows import drawn_rows, read_rows, same_each_time
+from hf_ft.data.streams import is_map_style
 from hf_ft.engine.batch import REFERENCE, ROW, as_columns, recorded_states, starts_at_borders
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
@@ -50,7 +51,7 @@ class StageCache:
 
     def rows_for(self, dataset: Any, description: str, is_training: bool) -> StagedRows | None:
         """The data set that a loader should read in place of this one; None to keep this one."""
-        if self._settings.use == "never" or not hasattr(dataset, "__len__"):
+        if self._settings.use == "never" or not is_map_style(dataset):
             return None
         if is_training:
             chained = bool(self.objective.chains)

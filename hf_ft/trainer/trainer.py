@@ -44,14 +44,16 @@ from hf_ft.engine.set_up import measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
-from hf_ft.trainer import checks, mixing_checks
+from hf_ft.trainer import checks, mixing_checks, stream_checks
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, looking, measuring_context
+from hf_ft.trainer.look import measurable
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.run_lock import alone_in
 from hf_ft.trainer.selection import select
+from hf_ft.trainer.sharding import check_accelerator
 from hf_ft.trainer.training_batches import TrainingBatches
 
 logger = logging.get_logger(__name__)
@@ -82,6 +84,10 @@ class FTTrainer(Trainer):
         mixup: alpha with which the images and labels of each training batch are mixed; 0 for none. See
             :class:`~hf_ft.data.Mixing`.
         cutmix: the same for replacing rectangles; with both, each batch is mixed in either way.
+        measure_samples: number of samples of a streamed ``train_dataset`` that may be looked at before training, the
+            same on every process; 0 for none. Strategies that measure the data need a few hundred.
+        shuffle_buffer: number of consecutive samples of a streamed ``train_dataset`` that are shuffled at a time, by
+            each process; 0 for the order of the data set. They are kept in memory as the data set yields them.
         **keywords: further arguments of ``Trainer``.
 
     Raises:
@@ -112,6 +118,8 @@ class FTTrainer(Trainer):
         states: Mapping[str, State] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        measure_samples: int = 0,
+        shuffle_buffer: int = 0,
         **keywords: Any,
     ) -> None:
         self.configs = resolve(strategy)
@@ -123,13 +131,19 @@ class FTTrainer(Trainer):
         if isinstance(keywords.get("processing_class"), CollaborativeTokenizer) and not positional:
             keywords.setdefault("data_collator", collate(keywords["processing_class"]))  # padding as in Trainer
         mixing_checks.check_settings(self.mixing, self.configs, self.frozen_cache)
-        checks.preflight(self.configs, args, model, positional, keywords, source_dataset)
+        self.measure_samples, self.shuffle_buffer, self.looked_at = measure_samples, shuffle_buffer, None
+        data = stream_checks.train_dataset_of(positional, keywords)
+        stream_checks.check_counts(data, measure_samples=measure_samples, shuffle_buffer=shuffle_buffer)
+        looks = stream_checks.can_look(data, plain_train_dataset, measure_samples)
+        stream = {"cache": self.frozen_cache, "mixing": self.mixing, "looks": looks, "known": states or ()}
+        stream_checks.check_stream(self.configs, args, data, **stream)
+        checks.preflight(self.configs, args, model, positional, keywords, source_dataset, looks)
         super().__init__(model, args, *positional, **keywords)
-        checks.check_accelerator(self.accelerator)
-        mixing_checks.check_mixable(self.mixing, self.model, self.train_dataset)
+        check_accelerator(self.accelerator)
+        mixing_checks.check_mixable(self.mixing, self.model)
         if model is None:
             data = self.train_dataset, self.eval_dataset
-            checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset)
+            checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset, looks)
         if args.label_names is None and not self.label_names:
             self.label_names = ["labels"]  # the model's forward names none: the task loss takes them
         # Both belong to the task loss: if set here, the Trainer would count items and scale the loss again.
@@ -190,6 +204,7 @@ class FTTrainer(Trainer):
             self.optimizer = None  # its groups and flags belong to an earlier run or a larger batch size
         # Rebuilt for every attempt, because accelerate patches the forward of the modules it prepares.
         self._attempt = Attempt.begin(self, run.objective(self.task_loss), self._attempt)
+        self._attempt.data.begin(self._resuming)
         self._attempt.streams.begin(batch_size or self._train_batch_size, self._resuming)
         checks.check_last_batch(self, self._attempt.objective)
         mixing_checks.check_loss(self)
@@ -206,6 +221,7 @@ class FTTrainer(Trainer):
         if self.state.global_step < self.state.max_steps and not stopped:
             assert self._attempt is not None
             self._attempt.epoch.fill_(epoch)
+            self._attempt.data.skip = kwargs["steps_trained_in_current_epoch"]
             self._attempt.begin_epoch(epoch, self.state.global_step, partial(looking, self))
             super()._run_epoch(model, epoch, *args, **kwargs)
         else:
@@ -223,7 +239,7 @@ class FTTrainer(Trainer):
             self.model = self.model_wrapped = self._run.model
         if self._resuming is not None and (self._run.anchors or self._run.reference or self._run.origin):
             self._checkpoints.check_base(self._resuming)
-        if is_map_style(self.train_dataset):
+        if any(term.layers for term in self._run.plan.terms) and measurable(self) is not None:
             self._run.find_layouts(self.context())
         return self._run
 
@@ -339,6 +355,8 @@ class FTTrainer(Trainer):
     ) -> DataLoader:
         """Like ``Trainer``, but read recorded activations where available, and augment as in an uninterrupted run."""
         attempt = self._attempt
+        if attempt is not None and is_training and dataset is self.train_dataset and attempt.data.used:
+            return attempt.data.loader(batch_size)
         rows = None if attempt is None else attempt.cache.rows_for(dataset, description, is_training)
         seeded = is_training and is_map_style(dataset)
         if attempt is None or (rows is None and not seeded):
@@ -438,6 +456,7 @@ class FTTrainer(Trainer):
         """Like ``Trainer``, plus the stream positions of each rank."""
         super()._save_rng_state(output_dir)
         if self._attempt is not None:
+            self._attempt.data.save(Path(output_dir))
             self._attempt.streams.save(Path(output_dir))
 
     def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:

@@ -68,3 +68,36 @@ class TrainingBatches:
 
     def _read(self, rows: Sequence[int]) -> Any:
         return self.collate(read_rows(self.dataset, rows))
+
+
+class StreamedBatches:
+    """Collates the rows of a stream; random numbers depend on the seed and on the numbers of the batch alone.
+
+    Args:
+        collate, seed, mixing, classes: see :class:`TrainingBatches`.
+        twice: whether a batch also holds its rows as collated with other random numbers.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Any],
+        seed: int,
+        twice: bool = False,
+        mixing: Mixing | None = None,
+        classes: int | None = None,
+    ) -> None:
+        self.collate, self.seed, self.twice, self.mixing, self.classes = collate, seed, twice, mixing, classes
+
+    def __call__(self, rows: list[Any], passes: int, *numbers: int) -> Any:
+        batch = self._drawn(rows, passes, *numbers)
+        if self.twice:
+            batch = {**batch, **second_view_columns(self._drawn(rows, passes, *numbers, 1))}
+        return self.mixing(batch, self.classes, mixed(self.seed, passes, *numbers)) if self.mixing else batch
+
+    def _drawn(self, rows: list[Any], passes: int, *numbers: int) -> Any:
+        again = numbers[4:]
+        with (
+            drawn_for(mixed(self.seed, passes, *again)),
+            random_states_kept(mixed(self.seed, passes, *numbers)),
+        ):
+            return self.collate(rows)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch import nn
 
 import hf_ft
@@ -27,13 +26,15 @@ from hf_ft import (
     Stage,
     compose,
 )
+from hf_ft.cli.request import read
 from hf_ft.core.compose import build_plan
 from hf_ft.core.config import load_configs
 from hf_ft.core.options import annotation, parse
 from hf_ft.models.norms import batch_norms
 from hf_ft.testing import tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, tiny_arguments
-from hf_ft.trainer.checks import check_accelerator, warn_slow_statistics
+from hf_ft.trainer.checks import warn_slow_statistics
+from hf_ft.trainer.sharding import check_accelerator, check_whole
 
 
 def refused(match, function, *args, **kwargs):
@@ -191,42 +192,66 @@ def test_sharded_training_is_refused_by_name(tmp_path):
     refused("args.fsdp='full_shard'.*DDP", FTTrainer, tiny_vit(), args, train_dataset=tiny_data(tiny_vit()))
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed", "megatron_lm"])
-def test_sharding_set_by_the_launcher_is_refused(name, tmp_path, monkeypatch):
-    args = tiny_arguments(tmp_path / "out")
-    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    message = f"accelerate launch --use_{name}: sharded training is not supported"
-    refused(message, FTTrainer, tiny_vit(), args, train_dataset=tiny_data(tiny_vit()))
+def deepspeed(args):
+    args.deepspeed_fields_from_accelerate_config = ""
+    return prepare_deepspeed_cmd_env(args)[1]
+
+
+# What `accelerate launch` hands down, by flags and from config files.
+LAUNCHES = [
+    ("fsdp", ["--use_fsdp"], prepare_multi_gpu_env),
+    ("fsdp", {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, prepare_multi_gpu_env),
+    ("deepspeed", ["--use_deepspeed", "--zero_stage=3"], deepspeed),
+    ("deepspeed", {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, deepspeed),
+    ("megatron_lm", ["--use_megatron_lm"], prepare_multi_gpu_env),
+    ("parallelism_config", {"parallelism_config": {"parallelism_config_tp_size": 2}}, prepare_multi_gpu_env),
+]
+
+
+@pytest.mark.parametrize(("name", "asked", "environment"), LAUNCHES)
+def test_sharding_set_by_the_launcher_is_refused_before_anything_is_loaded(
+    name, asked, environment, tmp_path, monkeypatch
+):
+    if isinstance(asked, dict):
+        config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": False, **asked}
+        (tmp_path / "config.yaml").write_text(json.dumps(config))
+        asked = ["--config_file", str(tmp_path / "config.yaml")]
+    with monkeypatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")  # validation sets it where it is not set
+        args, *_ = _validate_launch_command(launch_command_parser().parse_args([*asked, "--num_processes=2", "t.py"]))
+    given = tiny_arguments(tmp_path / "out")
+    handed = {key: value for key, value in environment(args).items() if os.environ.get(key) != value}
+    for key, value in handed.items():
+        monkeypatch.setenv(key, value)
+    message = rf"accelerate launch --use_{name} .*config file.*: sharded training .*not supported.*Use DDP"
+    refused(message, FTTrainer, tiny_vit(), given, train_dataset=tiny_data(tiny_vit()))
+    refused(message, read, ["--model", "nobody/nothing", "--dataset", "nobody/nothing"])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sharding_accelerator_is_refused_however_it_came_about():
+def test_sharding_flags_are_refused_before_anything_is_loaded():
+    for flag in ("--fsdp=full_shard", "--deepspeed=ds.json"):
+        refused(f"args.{flag[2:6]}.*sharded training", read, ["--model=nobody/nothing", "--dataset=none", flag])
+
+
+def test_a_sharding_accelerator_or_model_is_refused_however_it_came_about():
     sharding = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    refused("set up for FSDP: sharded training is not supported", check_accelerator, sharding)
+    refused("set up for FSDP: sharded training .* is not supported", check_accelerator, sharding)
     check_accelerator(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
-
-
-@pytest.mark.slow
-def test_accelerate_launch_use_fsdp_is_refused(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from hf_ft.testing import tiny_vit\n"
-        "from hf_ft.testing.training import make_trainer\n"
-        "make_trainer(tiny_vit(), 'full', 'out')\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "1", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(hf_ft.__file__).parents[1])}
-    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode and "accelerate launch --use_fsdp: sharded training is not supported" in done.stderr
-    assert not (tmp_path / "out").exists()
+    model = tiny_vit()
+    check_whole(model)
+    model.config.distributed_config = object()
+    refused("the model is sharded", check_whole, model)
 
 
 def test_measuring_needs_a_length(tmp_path):
     from tests.trainer.measuring_strategy import MeasuredConfig
 
     data = tiny_data(tiny_vit()).to_iterable_dataset()
-    trainer = FTTrainer(tiny_vit(), tiny_arguments(tmp_path), strategy=MeasuredConfig(), train_dataset=data)
-    refused("measured measures the training data first.*map-style", trainer.train)
+    given = {"args": tiny_arguments(tmp_path / "out"), "strategy": MeasuredConfig(), "train_dataset": data}
+    message = "measured measures the training data first.*map-style.*measure_samples=256"
+    refused(message, FTTrainer, tiny_vit(), **given)
+    assert not (tmp_path / "out").exists()
     refused("pass a context", hf_ft.set_up, tiny_vit(), MeasuredConfig())
 
 

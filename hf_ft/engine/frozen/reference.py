@@ -1,4 +1,4 @@
-"""The reference model: one frozen copy of the initial network, shared by all terms that compare with it."""
+"""The reference model: the initial network, frozen, shared by all terms that compare with it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ft.engine.frozen.base_model import adapters_of, switched_off
 from hf_ft.models.border import SOURCE_LOGITS, run_to_head
 from hf_ft.models.feature_hooks import Taps, activations
 from hf_ft.models.layouts import Layouts
@@ -17,18 +18,24 @@ from hf_ft.models.source_head import attach_source_head, attached_source_head, b
 
 
 class Reference:
-    """A frozen copy of a model, in evaluation mode.
+    """A model as it is now, in evaluation mode: a frozen copy.
+
+    Of a PEFT model whose adapters alone are trained, the base serves, without them: there is no copy then.
 
     It is not a module, so that a module that holds it does not register it as a child: it is not trained, saved or
     wrapped for distributed training. It follows the device of the model in training.
 
     Args:
-        model: copied in its current state and dtype.
+        model: in its current state and dtype.
         layouts: how its layers lay out their outputs; None for as (B, T, C) or (B, C, H, W).
     """
 
     def __init__(self, model: nn.Module, layouts: Layouts | None = None) -> None:
         self.layouts = layouts or Layouts()
+        self.adapters = adapters_of(model)
+        if self.adapters:
+            self.model = model
+            return
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -40,8 +47,14 @@ class Reference:
 
         The forward pass stops at the last of them.
         """
+        if self.adapters:
+            with switched_off(self.adapters):
+                return self._states(layers, batch, device)
         if next(self.model.parameters()).device != device:
             self.model.to(device)
+        return self._states(layers, batch, device)
+
+    def _states(self, layers: Sequence[str], batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
         if SOURCE_LOGITS not in layers:
             return self.layouts.arranged(activations(self.model, layers, batch))
         others = [layer for layer in layers if layer != SOURCE_LOGITS]

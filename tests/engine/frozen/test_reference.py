@@ -21,6 +21,7 @@ from hf_ft import (
     L2SPConfig,
     OptionError,
     Plan,
+    SoftConfig,
     Term,
     TREDConfig,
     anatomy,
@@ -188,6 +189,46 @@ def test_it_is_not_saved_and_does_not_run_in_evaluation(tmp_path):
     assert not any("reference" in name for name in stored)
     saved = type(trainer.model).from_pretrained(tmp_path / "checkpoint-4")
     assert set(saved.state_dict()) == set(trainer.model.state_dict())
+
+
+def lora(**more):
+    torch.manual_seed(0)
+    names = {name.rpartition(".")[2] for name, _ in tiny_vit().named_modules()}
+    targets = ["q_proj", "v_proj"] if "q_proj" in names else ["query", "value"]
+    return get_peft_model(
+        tiny_vit(), LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"], lora_dropout=0.1, **more)
+    )
+
+
+@pytest.mark.parametrize("strategy", [UNIFORM, SoftConfig(source="head")], ids=["delta", "soft"])
+def test_the_base_of_adapters_serves_without_a_copy(strategy, tmp_path, monkeypatch):
+    """In two stages, under bf16 and resumed, it trains what a copy trains, bit for bit."""
+    given = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "bf16": True}
+    strategy = ["lp_ft", strategy]
+
+    def trained(folder, resume=None):
+        trainer = make_trainer(lora(), strategy, folder, "never", **given)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    alone = trained(tmp_path / "alone")
+    assert alone._run.reference.model is alone.model
+    assert any(p.requires_grad for p in alone.model.parameters())
+    resumed = trained(tmp_path / "resumed", str(tmp_path / "alone" / "checkpoint-2"))
+    monkeypatch.setattr("hf_ft.engine.frozen.reference.adapters_of", lambda model: ())
+    copied = trained(tmp_path / "copied")
+    assert copied._run.reference.model is not copied.model
+    assert [e.get("loss") for e in alone.state.log_history] == [e.get("loss") for e in copied.state.log_history]
+    for other in (resumed, copied):
+        same_tensors(snapshot(alone.model), snapshot(other.model))
+
+
+def test_a_copy_where_the_base_would_not_do():
+    assert Reference(lora()).adapters
+    for model in (lora(init_lora_weights=False), lora(bias="all"), tiny_vit()):
+        assert Reference(model).model is not model and not Reference(model).adapters
+    with_statistics = get_peft_model(tiny_resnet(), LoraConfig(r=2, target_modules=["convolution"]))
+    assert not Reference(with_statistics).adapters, "BatchNorm statistics move"
 
 
 def test_dtype_and_device_follow_the_model():

@@ -371,6 +371,5 @@ def test_a_search_that_cannot_work(options, message, tmp_path):
 def test_data_that_cannot_be_read_by_number(tmp_path):
     model = tiny_resnet()
     stream = tiny_data(model).to_iterable_dataset()
-    trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=BlockwiseConfig(**QUICK), train_dataset=stream)
     with pytest.raises(OptionError, match="map-style"):
-        trainer.train()
+        FTTrainer(model, tiny_arguments(tmp_path), strategy=BlockwiseConfig(**QUICK), train_dataset=stream)
