@@ -27,6 +27,7 @@ from hf_ft.errors import CheckpointError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
 from hf_ft.models.preserve import forget_evaluation
+from hf_ft.models.sharding import load_whole, plain_class
 from hf_ft.models.weight_files import COLLABORATIVE, WEIGHTS_NAME
 
 STATE_NAME = "ft_state.safetensors"
@@ -106,9 +107,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         if isinstance(model, PeftModel):
             _load_adapter(model, folder)
         elif isinstance(model, PreTrainedModel):
-            model.load_state_dict(_read_pretrained(model, folder), strict=True)
+            load_whole(model, _read_pretrained(model, folder))
         else:
-            model.load_state_dict(checked(folder / WEIGHTS_NAME)[0], strict=True)
+            load_whole(model, checked(folder / WEIGHTS_NAME)[0])
     except (RuntimeError, SafetensorError, OSError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
     forget_evaluation(model)
@@ -116,7 +117,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 def _read_pretrained(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     with _quietly(), torch.random.fork_rng(devices=[]):
-        loader: Any = type(model)
+        loader: Any = plain_class(model)
         fresh, info = loader.from_pretrained(
             folder, config=copy.deepcopy(model.config), output_loading_info=True, local_files_only=True
         )
@@ -198,6 +199,7 @@ def save_delta(
     base: Mapping[str, str],
     configs: tuple[FTConfig, ...],
     base_name: str | None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save only the difference from the base: ``ft_delta.safetensors``, ``ft_config.json``, ``config.json``.
 
@@ -205,13 +207,14 @@ def save_delta(
         model: model after training.
         base: :func:`digests` of the model before training.
         base_name: Hub id of the base, for information.
+        state: the model's state dict with whole tensors, if it is sharded.
 
     Raises:
         CheckpointError: for a PEFT model (its adapter is its delta), or a model whose tensors differ from its base's.
     """
     if isinstance(model, PeftModel):
         raise CheckpointError("a PEFT adapter is already a delta: use save_model or model.save_pretrained.")
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     if set(state) != set(base):
         raise CheckpointError("the model has different tensors from its base: use save_model, which saves all of them.")
     head = anatomy(model, shared_option(configs, "head"), shared_option(configs, "blocks")).head.modules
@@ -227,7 +230,7 @@ def save_delta(
     write_configs(folder, configs, base_model=base_info)
     if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
+        config.architectures = [plain_class(model).__name__]
         config.save_pretrained(folder)
 
 

@@ -29,6 +29,7 @@ from hf_ft.engine import checkpoint_folders as folders
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.errors import CheckpointError, Error, OptionError
 from hf_ft.models.hub import base_model_id
+from hf_ft.models.sharding import whole_state
 from hf_ft.models.weight_files import member_folder
 from hf_ft.processes import process_name
 from hf_ft.trainer.protocols import ForCheckpoints
@@ -191,9 +192,12 @@ class Checkpoints:
         """Save only what training changed."""
         if not self.base:
             raise CheckpointError("save_delta: nothing has been trained yet; call train() first.")
-        if self._trainer.args.should_save:
-            with folders.files_written_whole(Path(path)) as written, averaged(self._average()):
-                files.save_delta(self._trainer.model, written, self.base, self._trainer.configs, self._shared_name())
+        model, configs = self._trainer.model, self._trainer.configs
+        with averaged(self._average()):
+            state = whole_state(model)
+            if self._trainer.args.should_save:
+                with folders.files_written_whole(Path(path)) as written:
+                    files.save_delta(model, written, self.base, configs, self._shared_name(), state)
 
     # --- loading -------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
 from hf_ft.models.gated.model import GatedModel
 from hf_ft.models.hub import base_model_id
+from hf_ft.models.sharding import plain_class
 from hf_ft.models.tasks import auto_name
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
 from hf_ft.trainer.protocols import ForCard
@@ -175,7 +176,7 @@ def _table(rows: Mapping[str, Any], title: str) -> str:
 def _task(model: Any) -> str | None:
     if _is_ensemble(model):
         return {"image": "image-classification", "text": "text-classification"}[model.config.task]
-    name = type(model).__name__
+    name = plain_class(model).__name__
     for ending, task in (
         ("ForImageClassification", "image-classification"),
         ("ForSequenceClassification", "text-classification"),
@@ -215,7 +216,7 @@ def _usage(model: Any, model_name: str) -> str:
             f"import hf_ft  # registers the model with Transformers\nfrom transformers import {name}\n\n"
             f'model = {name}.from_pretrained("{model_name}")'
         )
-    name = type(model).__name__
+    name = plain_class(model).__name__
     if isinstance(model, PreTrainedModel):
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
     return f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("{model_name}")'
