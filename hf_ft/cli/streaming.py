@@ -50,7 +50,7 @@ def check_streaming(request: Request) -> None:
     )
 
 
-def stream_options(flags: StreamFlags) -> dict[str, int]:
+def stream_options(flags: StreamFlags) -> dict[str, Any]:
     """The trainer's arguments about a stream; none without one."""
     if not flags.streaming:
         return {}

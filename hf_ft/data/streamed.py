@@ -123,7 +123,8 @@ def _open(
 ) -> dict[str, IterableDataset]:
     path = Path(source).expanduser()
     options: dict[str, Any] = {}
-    kind, where = str(path) if path.exists() else source, {"name": config_name}
+    where: dict[str, Any] = {"name": config_name}
+    kind = str(path) if path.exists() else source
     if path.is_file():
         kind, where = READERS[path.suffix.lower()], {"data_files": {names["train"] or "train": str(path)}}
     first = next((file for file in sorted(path.rglob("*")) if is_table(file)), path) if path.is_dir() else path
