@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from hf_ft.errors import DataError as DataError
     from hf_ft.errors import OptionError as OptionError
     from hf_ft.functional import collaborative_loss as collaborative_loss
+    from hf_ft.inference import calibrated as calibrated
     from hf_ft.inference import evaluate as evaluate
     from hf_ft.inference import predict as predict
     from hf_ft.models.anatomy import anatomy as anatomy

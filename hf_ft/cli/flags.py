@@ -106,6 +106,7 @@ class MethodFlags:
     budget: str | None = _flag(
         f"what the whole run may cost, as a number of full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}"
     )
+    uncalibrated: bool = _flag("fit no temperature on the validation data (see `hf-ft predict`)", False)
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 
 

@@ -84,7 +84,8 @@ _COMPARE_WORDS = {
 
 _COMPARE_TAIL = """\
 Written to --output_dir (default: runs/compare): report.html, report.md, results.json (every run), best/ (the winner,
-a plain Transformers checkpoint whose card holds the comparison), compare.db (an Optuna study).
+a plain Transformers checkpoint whose card holds the comparison), logits/ (outputs of the final runs), compare.db (an
+Optuna study).
 Options that you set (--NAME.option) are not tuned. What makes the comparison fair, and its limits: docs/compare.md."""
 
 

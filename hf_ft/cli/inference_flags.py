@@ -33,7 +33,7 @@ class ModelAndData:
     device: str | None = _flag("such as cpu or cuda:1 (default: an accelerator if there is one)")
     num_workers: int = _flag("processes that read and prepare samples; 0: none", 0)
     tta: bool = _flag("images: mean of the probabilities of each image and its mirror image", False)
-    uncalibrated: bool = _flag("leave off the temperature of `hf-ft evaluate --calibrate`", False)
+    uncalibrated: bool = _flag("leave off the checkpoint's temperature", False)
     threshold: float | None = _flag("several labels per sample: those above this probability (default: 0.5)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")

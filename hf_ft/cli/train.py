@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from hf_ft.cli.calibration import calibrated_on, collected_outputs, keep_calibration
 from hf_ft.cli.checks import check_source_data
 from hf_ft.cli.console import count, refusals, say, table
 from hf_ft.cli.findings import show_findings
@@ -43,7 +44,7 @@ def run_train(arguments: list[str]) -> None:
     made = make(request)
     _announce(request, made)
     made.trainer.train(resume_from_checkpoint=request.resume)
-    _finish(made)
+    _finish(made, calibrates=not request.method.uncalibrated)
 
 
 def check_request(request: Request) -> None:
@@ -114,17 +115,22 @@ def _shown(config: Any) -> str:
     return config.ft_type + (f"({', '.join(changed)})" if changed else "")
 
 
-def _finish(made: Made) -> None:
-    """Evaluate and save the model, and show how to load it."""
+def _finish(made: Made, calibrates: bool) -> None:
+    """Evaluate, calibrate and save the model, and show how to load it."""
     trainer, ready, columns = made.trainer, made.splits, made.data.columns
-    metrics = trainer.evaluate()
+    with collected_outputs(trainer) as outputs:
+        metrics = trainer.evaluate()
     if "test" in ready:
         metrics |= trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
+    folder, temperature = str(trainer.args.output_dir), ""
+    if trainer.is_world_process_zero():  # before the model is saved, and perhaps pushed
+        calibration, temperature = calibrated_on(trainer, outputs[-1]) if calibrates else (None, "")
+        keep_calibration(calibration, Path(folder))
     trainer.save_model()
     trainer.save_metrics("all", metrics, combined=False)
-    folder = str(trainer.args.output_dir)
     say()
-    say(table([(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]))
+    rows = [(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]
+    say(table([*rows, *([("temperature", temperature)] if temperature else [])]))
     adapter = isinstance(trainer.model, PeftModel)
     ensemble = isinstance(trainer.model, CollaborativeModel)
     gated = isinstance(trainer.model, GatedModel)

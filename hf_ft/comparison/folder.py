@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from hf_ft.comparison.outputs import LOGITS
 from hf_ft.core.context import State
 from hf_ft.engine.checkpoint import read_states, write_states
 from hf_ft.engine.checkpoint_folders import files_written_whole
@@ -20,6 +22,7 @@ from hf_ft.records import read_json
 
 STORAGE = "compare.db"
 OWN = ".comparison"  # files of a running comparison; marks the output folder as one of ours
+OUTPUTS = "logits"  # folder of the outputs of final runs
 SCORE, ORIGIN = "score.json", "comparison.json"
 SHOWN = 3  # foreign files named in a message
 
@@ -118,6 +121,18 @@ class Kept:
     def mark(self, name: str, seed: int, score: float) -> None:
         """Note that the model of a final run is complete."""
         (self.model(name, seed).parent / SCORE).write_text(json.dumps(score), encoding="utf-8")
+
+    def keep_logits(self, name: str, seed: int) -> str:
+        """Keep the outputs of a final run, which lie beside its model; returns their file in the output folder."""
+        written, file = (
+            self.model(name, seed).with_name(LOGITS),
+            self.folder / OUTPUTS / f"{name}-seed-{seed}.safetensors",
+        )
+        if not written.is_file():
+            return ""
+        file.parent.mkdir(exist_ok=True)
+        os.replace(written, file)
+        return file.relative_to(self.folder).as_posix()
 
     def saved(self, name: str, seed: int) -> Path | None:
         """Where the model of a final run is: in its own folder, or as the winner of an earlier call."""

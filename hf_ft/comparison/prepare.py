@@ -17,6 +17,7 @@ from hf_ft.comparison.contenders import Entrant, Strategies, chosen_strategies, 
 from hf_ft.comparison.cost import measure_cost
 from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.folds import class_of_rows, folds_of
+from hf_ft.comparison.mistakes import check_thumbnails, find_mistakes
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import DataSummary, Results
@@ -116,6 +117,7 @@ class Prepared:
                 name: _labels(split, columns) for name, split in self.data.splits.items() if name in ("test", "ood")
             },
             advice=None if advice is None else advice.to_dict(),
+            mistakes=find_mistakes(runner, self.data),
         )
         write_report(results, runner.folder)
         best = runner.save_winner()
@@ -156,6 +158,7 @@ def prepare_comparison(
     given = data if isinstance(data, Data) else Data(data, find_columns(DatasetDict(data)))
     metric = _checked_metric(given, settings)
     settings.mixing.check_task(given.columns.task)
+    check_thumbnails(settings, given.columns)
     values = training_arguments(arguments)
     device = TrainingArguments("unused", **values).device.type
     folds = folds_of(given, settings.folds)

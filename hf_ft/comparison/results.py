@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from hf_ft.errors import CheckpointError
+from hf_ft.inference.calibration import SplitCalibration
 from hf_ft.records import read_json, restored, stored
 
 FORMAT = 1
@@ -71,6 +72,10 @@ class Training:
         parameters_trained: number of weights trained in any stage.
         checkpoint_mb: size of the saved model; final runs only.
         predictions: predicted classes by split, in the order of the split; final runs only.
+        logits: the file of its outputs and labels by split, relative to the output folder; final runs only, empty in
+            results of version 0.1.0.
+        temperature: fitted on validation; final runs only, None if they have none.
+        calibration: by split, in final runs that choose one class per sample.
         distortion: by split and block, from the features before training; final runs only, empty if the models' parts
             differ.
         warnings: warnings during the training.
@@ -94,6 +99,9 @@ class Training:
     parameters_trained: int = 0
     checkpoint_mb: float | None = None
     predictions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    logits: str = ""
+    temperature: float | None = None
+    calibration: Mapping[str, SplitCalibration] = field(default_factory=dict)
     distortion: Mapping[str, Mapping[str, Distance]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     error: str = ""
@@ -198,6 +206,43 @@ class SoupSummary:
 
 
 @dataclass(frozen=True)
+class Mistake:
+    """A sample of which the winner predicts a wrong class.
+
+    Attributes:
+        sample: name of its file, or its row.
+        true, predicted: numbers of classes.
+        probability: that of the predicted class.
+        shown: a thumbnail as a data URI, or the beginning of a text; empty unless it was asked for.
+    """
+
+    sample: str
+    true: int
+    predicted: int
+    probability: float
+    shown: str = ""
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """The mistakes of the winner's saved run of which it is most and least sure.
+
+    Attributes:
+        split: where they are.
+        number: of all mistakes.
+        calibrated: whether probabilities are those with a temperature.
+        surest: the most probable first.
+        least_sure: the least probable first, without those of ``surest``.
+    """
+
+    split: str
+    number: int
+    calibrated: bool
+    surest: tuple[Mistake, ...]
+    least_sure: tuple[Mistake, ...]
+
+
+@dataclass(frozen=True)
 class Results:
     """The results of a comparison.
 
@@ -219,6 +264,7 @@ class Results:
         winner: the contender with the best mean validation score over the final runs; empty if there is none.
         winner_seed: the seed of its saved run, the best by validation.
         soup: the average of final runs, and of trials, if it was requested.
+        mistakes: of the winner, if its logits were kept.
     """
 
     title: str
@@ -237,6 +283,7 @@ class Results:
     winner: str = ""
     winner_seed: int | None = None
     soup: SoupSummary | None = None
+    mistakes: Mistakes | None = None
 
     def __getitem__(self, name: str) -> Contender:
         return next(contender for contender in self.contenders if contender.name == name)
@@ -287,6 +334,15 @@ def _no_classes(results: Results, run: Training) -> Iterator[str]:
             yield f"predictions or labels of {split!r} lie outside of the {classes} classes"
 
 
+def _wrong_mistakes(results: Results) -> Iterator[str]:
+    """Classes of mistakes that are no number of a class."""
+    classes, found = len(results.data.get("classes") or ()), results.mistakes
+    listed = () if found is None else (*found.surest, *found.least_sure)
+    numbers = [number for one in listed for number in (one.true, one.predicted)]
+    if numbers and not 0 <= min(numbers) <= max(numbers) < classes:
+        yield f"mistakes lie outside of the {classes} classes"
+
+
 def _check(results: Results) -> None:
     """Check that what refers to something else in the results finds it there.
 
@@ -304,6 +360,7 @@ def _check(results: Results) -> None:
         if not all(isinstance(config.get("ft_type"), str) for config in contender.configs):
             wrong.append(f"{contender.name}: a strategy has no 'ft_type'")
         wrong += [f"{contender.name}: {problem}" for run in contender.runs for problem in _no_classes(results, run)]
+    wrong += _wrong_mistakes(results)
     if "seeds" not in results.settings:
         wrong.append("settings.seeds is missing")
     if wrong:

@@ -163,6 +163,8 @@ class Runner:
                 training = self._trial(entrant, number, info, counted)
             else:
                 training = self._train(entrant, kind, number, number - 1, info)
+            if kind == "run" and not training.error:
+                training = dataclasses.replace(training, logits=self.kept.keep_logits(name, number))
             if (kind == "run" or self.settings.keeps_trials) and not training.error:
                 self.kept.keep_best(name, training.seed, self.ledger.score(training))
         except Exception as error:  # a failed training must not stop the comparison
@@ -251,13 +253,15 @@ class Runner:
         if not self.kept.has_model(name, run.seed):
             work, fold = self.kept.work("again"), max(0, run.seed - 1)
             known, saved = self._measured(entrant, fold), self.kept.model(name, run.seed)
-            again = train(entrant.on_fold(fold), run.params, run.seed, self.common, work, known, saved)
+            final = run.seed != TUNING_SEED
+            again = train(entrant.on_fold(fold), run.params, run.seed, self.common, work, known, saved, final)
             if again.validation != run.validation:
                 scores = f"{again.validation or math.nan:.3f} instead of {run.validation or math.nan:.3f} on validation"
                 logger.warning(
                     f"{entrant.name} was trained again with seed {run.seed} and scores {scores}: training is not "
                     "reproducible here."
                 )
+            self.kept.keep_logits(name, run.seed)
             self.kept.mark(name, run.seed, self.ledger.score(run))
         found = self.kept.saved(name, run.seed)
         assert found is not None

@@ -21,7 +21,7 @@ from hf_ft.search.storage import MISSING
 
 # That each strategy tries, unless the user chooses one.
 OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,), "audio": (ADAM,)}
-LOCAL = ("storage", "study_name", "retry_failed")  # settings of a call, not of the comparison
+LOCAL = ("storage", "study_name", "retry_failed", "thumbnails")  # settings of a call, not of the comparison
 WIDTH = 30.0  # of the range of learning rates, around the recommended one
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 16,
@@ -104,6 +104,11 @@ class Settings:
     )
     distortion_samples: int = setting(256, "samples per test set on which to measure feature distortion; 0 to skip it")
     hours: float | None = setting(None, "time limit in hours; strategies run in order, and starting again continues")
+    thumbnails: bool = setting(
+        False,
+        "show the images, or the beginnings of the texts, of the winner's surest and least sure mistakes in "
+        "report.html and results.json; leave it out if you share them and the data are private",
+    )
     retry_failed: bool = setting(False, "repeat trainings that failed in an earlier call")
     storage: str | None = setting(
         None,

@@ -13,9 +13,10 @@ from torch import nn
 from hf_ft.comparison.contenders import Entrant
 from hf_ft.comparison.folder import ORIGIN
 from hf_ft.comparison.ledger import TUNING_SEED, Ledger
+from hf_ft.comparison.outputs import scored
 from hf_ft.comparison.results import Ingredient, SoupSummary, Training
 from hf_ft.comparison.runner import Runner
-from hf_ft.comparison.training import collected_warnings, scored, temporary, trainer_for
+from hf_ft.comparison.training import collected_warnings, temporary, trainer_for
 from hf_ft.errors import CheckpointError
 from hf_ft.models.norm_statistics import renew_statistics
 from hf_ft.models.soup import Soup, mix
@@ -88,14 +89,15 @@ def _mixed(runner: Runner, runs: Sequence[Run], folders: Sequence[Path], work: P
 
     scores = [float("nan") if run.validation is None else run.validation for _, run, _ in runs]
     made = mix(folders, runner.settings.soup, evaluate, renew, common.greater_is_better, scores)  # type: ignore[arg-type]
-    found, _ = scored(trainer_of(made.model), bench.data)
+    found = scored(trainer_of(made.model), bench.data)
     summary = SoupSummary(
         kind=runner.settings.soup,
-        validation=found["validation"][common.metric],
-        scores=found,
+        validation=found.scores["validation"][common.metric],
+        scores=found.scores,
         ingredients=tuple(_ingredient(made, index, *run) for index, run in enumerate(runs)),
     )
     _save(runner, made.model, summary, work / "soup")
+    found.save_calibration(made.model, work / "soup")
     return summary
 
 

@@ -20,6 +20,7 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback, Train
 
 from hf_ft.comparison.contenders import RATE, Entrant
 from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
+from hf_ft.comparison.outputs import LOGITS, TESTS, scored
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.core.context import State
@@ -36,7 +37,6 @@ from hf_ft.trainer.selection import is_choice
 from hf_ft.trainer.trainer import ClassWeights, FTTrainer
 
 PACKAGES = ("hf-ft", "torch", "transformers", "accelerate", "datasets")
-TESTS = ("test", "ood")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def train(
             size = sum(file.stat().st_size for file in save_to.rglob("*.safetensors")) / MB
             training = dataclasses.replace(training, checkpoint_mb=size)
         if final and not training.error:
-            training = _tested(training, trainer, entrant, common)
+            training = _tested(training, trainer, entrant, common, save_to)
     return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions())
 
 
@@ -278,30 +278,23 @@ def _curve(trainer: FTTrainer, metric: str) -> list[Point]:
     return curve
 
 
-def _tested(training: Training, trainer: FTTrainer, entrant: Entrant, common: CommonSettings) -> Training:
-    """Evaluate the model on the test sets, once for each final run."""
-    scores, predictions = scored(trainer, entrant.bench.data)
+def _tested(
+    training: Training, trainer: FTTrainer, entrant: Entrant, common: CommonSettings, folder: Path | None
+) -> Training:
+    """Evaluate the model on the test sets, once for each final run; its outputs are put beside it."""
+    found = scored(trainer, entrant.bench.data)
+    if folder is not None:
+        found.save(folder.parent / LOGITS)
+        found.save_calibration(trainer.model, folder)
     distortion = _distortion(trainer, entrant, training.seed, common.distortion_samples)
-    return dataclasses.replace(training, scores=scores, predictions=predictions, distortion=distortion)
-
-
-def scored(
-    trainer: FTTrainer, data: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, float]], dict[str, tuple[int, ...]]]:
-    """All metrics of a trainer's model on validation and test sets, and the predicted classes, by split."""
-    scores: dict[str, dict[str, float]] = {}
-    predictions: dict[str, tuple[int, ...]] = {}
-    for split in ("validation", *(name for name in TESTS if name in data)):
-        output = trainer.predict(data[split])
-        scores[split] = {
-            key.removeprefix("test_"): float(value)
-            for key, value in (output.metrics or {}).items()
-            if not key.endswith(("_runtime", "_per_second", "_preparation_time"))
-        }
-        logits = np.asarray(output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions)
-        if logits.ndim == 2 and logits.shape[1] > 1 and np.asarray(output.label_ids).ndim == 1:
-            predictions[split] = tuple(logits.argmax(-1).tolist())
-    return scores, predictions
+    return dataclasses.replace(
+        training,
+        scores=found.scores,
+        predictions=found.predictions,
+        temperature=found.temperature,
+        calibration=found.calibration,
+        distortion=distortion,
+    )
 
 
 def _distortion(trainer: FTTrainer, entrant: Entrant, seed: int, samples: int) -> dict[str, dict[str, Distance]]:

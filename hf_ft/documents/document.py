@@ -41,6 +41,18 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A table cell with a small picture above its text; Markdown shows the text alone.
+
+    Attributes:
+        address: a data URI: pages load nothing.
+    """
+
+    text: str
+    address: str
+
+
+@dataclass(frozen=True)
 class Table:
     """A table; the first cell of each row is the row's name.
 
@@ -55,7 +67,7 @@ class Table:
 
     caption: str
     headers: tuple[str, ...]
-    rows: tuple[tuple[str | Link, ...], ...]
+    rows: tuple[tuple[str | Link | Picture, ...], ...]
     strong: frozenset[int] = frozenset()
     shades: tuple[tuple[float, ...], ...] = ()
     folded: bool = False

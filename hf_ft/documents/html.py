@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from hf_ft.documents import svg
-from hf_ft.documents.document import Document, Link, Table
+from hf_ft.documents.document import Document, Link, Picture, Table
 from hf_ft.documents.text import NONE, PLUS_MINUS, code_parts
 
 NARROW = 3  # columns; wider tables scroll horizontally on a small screen
@@ -27,7 +27,10 @@ def html(document: Document) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"inline": inline}
-    environment.tests |= {"link": lambda cell: isinstance(cell, Link)}
+    environment.tests |= {
+        "link": lambda cell: isinstance(cell, Link),
+        "picture": lambda cell: isinstance(cell, Picture),
+    }
     environment.globals |= {
         "chart": lambda chart, name: Markup(svg.svg(chart, name)),
         "key_mark": lambda kind, bar: Markup(svg.key_mark(kind, bar)),

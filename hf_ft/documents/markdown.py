@@ -13,6 +13,7 @@ from hf_ft.documents.document import (
     Heading,
     Link,
     Listing,
+    Picture,
     Section,
     Table,
     Tables,
@@ -85,7 +86,9 @@ def pipe_table(table: Table) -> str:
     return "\n".join(map(_row, [[*map(escaped, table.headers)], ["---"] * len(table.headers), *rows]))
 
 
-def _cell(cell: str | Link) -> str:
+def _cell(cell: str | Link | Picture) -> str:
+    if isinstance(cell, Picture):
+        return escaped(cell.text)
     return f"[{escaped(cell.text)}](<{cell.address}>)" if isinstance(cell, Link) else escaped(cell)
 
 

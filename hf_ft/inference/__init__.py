@@ -3,6 +3,7 @@
 from hf_ft.data.inputs import Reading
 from hf_ft.inference.checkpoint import Trained, load_trained
 from hf_ft.inference.evaluation import Evaluation, calibrate, evaluate
+from hf_ft.inference.pipelines import calibrated
 from hf_ft.inference.predictor import Options, Prediction, predict
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Reading",
     "Trained",
     "calibrate",
+    "calibrated",
     "evaluate",
     "load_trained",
     "predict",

@@ -27,12 +27,13 @@ from hf_ft.models.tasks import auto_model, tasks_of
 from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
 from hf_ft.zoo.reading import read_config, weights_of
 
-# Of files that may be missing, on the Hub too.
-_OPTIONAL: dict[str, Any] = {
+# How files that may be missing are looked up, on the Hub too.
+OPTIONAL: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
     "_raise_exceptions_for_gated_repo": False,
 }
+REPLACED = "original_module"  # in the names of PEFT
 READ = ("image", "text", "audio")  # tasks whose data can be read
 
 
@@ -100,15 +101,25 @@ def load_trained(name: str | Path, *, revision: str | None = None, base: str | N
         CheckpointError: if weights are missing or damaged, or there is no trained head.
     """
     trained = _loaded(str(name), revision, base)
-    file = cached_file(str(name), FILE, revision=revision, **_OPTIONAL)
+    file = cached_file(str(name), FILE, revision=revision, **OPTIONAL)
     if file is None:
         return trained
-    return replace(trained, calibration=read_calibration(Path(file), weights_digest(trained.model)))
+    return replace(trained, calibration=calibration_of(Path(file), trained.model))
+
+
+def calibration_of(file: Path, model: Any) -> Calibration | None:
+    """The calibration in a file; None, with a warning, if it does not belong to the weights of a model.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    return read_calibration(file, weights_digest(model))
 
 
 def weights_digest(model: Any) -> str:
-    """A hash of all weights."""
-    return hashlib.sha256(json.dumps(sorted(digests(model).items())).encode()).hexdigest()
+    """A hash of all weights that are used: not of a head that an adapter replaces, which is random in each base."""
+    used = sorted(item for item in digests(model).items() if f".{REPLACED}." not in item[0])
+    return hashlib.sha256(json.dumps(used).encode()).hexdigest()
 
 
 def _loaded(name: str, revision: str | None, base: str | None) -> Trained:

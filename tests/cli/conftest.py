@@ -5,6 +5,8 @@ import logging
 import datasets
 import pytest
 
+from tests.comparison.small_comparison import any_temperature
+
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path_factory, monkeypatch):
@@ -14,3 +16,10 @@ def clean(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)
     yield
     logging.getLogger("hf_ft").handlers.clear()
+
+
+@pytest.fixture
+def temperatures():
+    """A handful of validation samples is enough for a temperature."""
+    with any_temperature():
+        yield

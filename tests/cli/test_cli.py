@@ -27,6 +27,7 @@ from hf_ft.cli import console, main
 from hf_ft.cli import request as arguments
 from hf_ft.core.config import strategies
 from hf_ft.core.options import options
+from hf_ft.inference import load_trained
 from hf_ft.testing.models import tiny_bert, tiny_mobilenet_v2, tiny_resnet
 
 
@@ -66,7 +67,7 @@ def photos(files, output, *more):
 
 
 @pytest.mark.slow
-def test_train_images(files, tmp_path, capsys):
+def test_train_images(files, tmp_path, capsys, temperatures):
     out = tmp_path / "out"
     more = ["--strategy", "lp_ft", "--strategy", "l2_sp", "--l2_sp.alpha", "0.5", "--lp_ft.norm_mode=auto"]
     assert photos(files, out, *more, "--class_weights", "balanced") == 0
@@ -80,10 +81,14 @@ def test_train_images(files, tmp_path, capsys):
     assert 0 <= scores["test_balanced_accuracy"] <= 1 and f"accuracy {scores['test_accuracy']:.4g}" in printed
     answer = make_pipeline("image-classification", model=str(out))(str(files / "photos/test/cat/0.png"))
     assert {item["label"] for item in answer} == {"cat", "dog"}
+    calibration = load_trained(out).calibration
+    assert (calibration.data, calibration.rows) == ("validation", 4)
+    assert f"temperature {calibration.temperature:.3g}, in ft_calibration.json, from 4 samples" in words(printed)
 
     assert photos(files, out) == 2
     assert "is not empty: add --overwrite" in capsys.readouterr().err
-    assert photos(files, out, "--overwrite", "--augment", "none", "--metrics", "macro_f1") == 0
+    assert photos(files, out, "--overwrite", "--augment", "none", "--metrics", "macro_f1", "--uncalibrated") == 0
+    assert not (out / "ft_calibration.json").exists()
     assert "augmentation: none" in capsys.readouterr().out
     assert [config.ft_type for config in load_configs(out)] == ["full"]
     state = json.loads(next(out.glob("checkpoint-*/trainer_state.json")).read_text())
@@ -138,7 +143,7 @@ SWARM = ["--amcf.particles", "2", "--amcf.iterations", "1", "--amcf.search_epoch
 
 
 @pytest.mark.slow
-def test_train_several_models(files, tmp_path, capsys):
+def test_train_several_models(files, tmp_path, capsys, temperatures):
     """The whole is an image classifier once hf_ft is imported, and each member is one without."""
     out = tmp_path / "out"
     assert together(files, out, "--amcf.frozen", "2,1", "--amcf.prediction", "mean_probability") == 0
@@ -148,6 +153,7 @@ def test_train_several_models(files, tmp_path, capsys):
     assert "recommended by amcf: optim=sgd (code), optim_args=momentum=0.9 (code), learning_rate=0.01 (code)" in printed
     assert load_configs(out)[0].frozen == (2, 1) and not (out / "swarm.json").exists()
     picture = str(files / "photos/test/cat/0.png")
+    assert load_trained(out).calibration is not None
     whole = AutoModelForImageClassification.from_pretrained(out)
     assert type(whole) is CollaborativeModel and whole.config.prediction == "mean_probability"
     classify = make_pipeline("image-classification", model=str(out))
@@ -274,17 +280,20 @@ def test_train_text_from_a_file(files, tmp_path, capsys):
     assert main(["train", str(config), "--max_steps", "3"]) == 0
     printed = capsys.readouterr().out
     assert "gradual_unfreezing(stages=2)" in printed and "3 steps" in printed and "recommended" not in printed
-    assert "augmentation: none" in words(printed) and "test        no such split" in printed
+    assert "augmentation: none" in words(printed) and "test no such split" in words(printed)
+    assert "temperature none: 5 validation samples are too few for a temperature, which takes 30" in words(printed)
+    assert not (tmp_path / "out" / "ft_calibration.json").exists()
     answer = make_pipeline("text-classification", model=str(tmp_path / "out"))("good film")
     assert answer[0]["label"] in ("good", "bad")
 
 
-def test_regression_keeps_the_epoch_of_the_smallest_loss(files, tmp_path, capsys):
+def test_regression_keeps_the_epoch_of_the_smallest_loss(files, tmp_path, capsys, temperatures):
     where = ["--model", str(files / "bert"), "--dataset", str(files / "reviews.csv"), "--output_dir", str(tmp_path)]
     more = ["--label_column", "score", "--max_steps", "2", "--per_device_train_batch_size", "12", "--use_cpu", "true"]
     assert main(["train", *where, *more]) == 0
     printed = capsys.readouterr().out
     assert "regression" in printed and "mse" in printed and "macro_f1" not in printed
+    assert "temperature" not in printed and not (tmp_path / "ft_calibration.json").exists()
 
 
 def test_precedence(tmp_path):
@@ -611,12 +620,13 @@ def test_train_says_what_a_search_found(files, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_train_with_adapters(files, tmp_path):
+def test_train_with_adapters(files, tmp_path, temperatures):
     tuner = json.dumps({"peft_type": "LORA", "r": 2})
     more = ["--strategy", "blockwise", "--blockwise.block", "-1", "--blockwise.tuner", tuner]
     assert photos(files, tmp_path / "out", *more) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert load_configs(tmp_path / "out")[0].block == -1
+    assert load_trained(tmp_path / "out").calibration is not None
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ NAMES = ("red", "green", "blue")
 # For tests that look neither at several seeds nor at epochs.
 SHORT = {"seeds": 1, "num_train_epochs": 1}
 SETTINGS = ("hours", "metric", "learning_rates", "storage", "retry_failed", "folds", "patience", "mixup", "cutmix")
-SETTINGS += ("soup_of",)
+SETTINGS += ("soup_of", "thumbnails")
 
 
 def images(counts, seed):
@@ -69,6 +69,11 @@ class Even(Clock):
 def even():
     """Trainings cost the same while it is entered."""
     return mock.patch("hf_ft.comparison.training.Clock", Even)
+
+
+def any_temperature():
+    """A handful of validation samples is enough for a temperature, whatever it is, while it is entered."""
+    return mock.patch.multiple("hf_ft.inference.calibration", FEWEST=1, LOWEST=1e-4, HIGHEST=1e4)
 
 
 def run(folder, strategies="linear_probe", *, trials=2, seeds=2, data=None, told=None, model=None, **more):

@@ -1,16 +1,22 @@
 """``hf_ft.compare``: equal budgets, what looks at which data, interruptions, failures."""
 
+import base64
 import errno
 import json
 import os
 import shutil
 import time
 from dataclasses import dataclass
+from io import BytesIO
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from safetensors.numpy import load_file
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
 from transformers.training_args import OptimizerNames
@@ -30,10 +36,11 @@ from hf_ft.core.config import _CONFIGS, register
 from hf_ft.core.search_space import LogRange
 from hf_ft.data.columns import find_columns
 from hf_ft.errors import MachineError
+from hf_ft.inference import load_trained, predict
 from hf_ft.search.claims import Claims
 from hf_ft.search.storage import as_json, open_storage, open_study
 from hf_ft.search.trials import Job, run_trials
-from tests.comparison.small_comparison import NAMES, SHORT, lasting, load, run, splits
+from tests.comparison.small_comparison import NAMES, SHORT, any_temperature, lasting, load, run, splits
 from tests.forked import python
 
 
@@ -43,7 +50,8 @@ def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     told = []
     data = splits(ood=(5, 5, 5))
-    return run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append), folder, data, told
+    with any_temperature():
+        return run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append), folder, data, told
 
 
 @pytest.mark.slow
@@ -178,6 +186,67 @@ def test_the_winner_is_a_plain_checkpoint_with_the_comparison_in_its_card(compar
     assert "Data: `data` (24 train, 12 validation, 18 test, 15 ood)." in card
     assert {"report.html", "report.md", "results.json", "best", "compare.db"} <= set(os.listdir(folder))
     assert not {"models", "work"} & set(os.listdir(folder / ".comparison"))
+
+
+@pytest.mark.slow
+def test_final_runs_keep_their_logits_and_are_calibrated_on_validation_alone(compared):
+    results, folder, data, _ = compared
+    for contender in results.contenders:
+        assert not any(trial.logits or trial.calibration or trial.temperature for trial in contender.trials)
+        for final in contender.runs:
+            kept = load_file(folder / final.logits)
+            for split in ("validation", "test", "ood"):
+                logits, labels = kept[split].astype(np.float64), kept[f"{split}.labels"]
+                assert labels.tolist() == data[split]["label"][:]
+                assert tuple(logits.argmax(1).tolist()) == final.predictions[split]
+                losses = [negative_log_likelihood(logits / t, labels) for t in (1.0, final.temperature)]
+                assert final.calibration[split].log_loss == pytest.approx(losses)
+                assert sum(one.samples for one in final.calibration[split].bins) == len(labels)
+            valid = kept["validation"].astype(np.float64), kept["validation.labels"]
+            best = minimize_scalar(lambda t, v=valid: negative_log_likelihood(v[0] / np.exp(t), v[1]), (-1, 1))
+            assert final.calibration["validation"].log_loss[1] == pytest.approx(best.fun, abs=1e-4)
+
+
+def negative_log_likelihood(logits, labels):
+    return -np.mean(log_softmax(logits, axis=1)[np.arange(len(labels)), labels])
+
+
+@pytest.mark.slow
+def test_the_winner_has_the_temperature_of_its_run_and_predicts_with_it(compared):
+    results, folder, data, _ = compared
+    saved = next(r for r in results[results.winner].runs if r.seed == results.winner_seed)
+    assert load_trained(folder / "best").calibration.temperature == saved.temperature != 1.0
+    wanted = softmax(load_file(folder / saved.logits)["test"].astype(np.float64) / saved.temperature, axis=1)
+    found = [one.outputs for one in predict(folder / "best", data["test"], device="cpu")]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    card = (folder / "best" / "README.md").read_text(encoding="utf-8")
+    assert f"`ft_calibration.json`: log loss {saved.calibration['test'].log_loss[1]:.3f}" in card
+    assert "Reliability: accuracy by confidence" in card
+    assert "## Calibration" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_mistakes_are_listed_and_have_thumbnails_on_request(compared, tmp_path):
+    """Asked for later, they cost no training; without logits, as after version 0.1.0, there is no list."""
+    results, folder, data, _ = compared
+    saved = next(r for r in results[results.winner].runs if r.seed == results.winner_seed)
+    labels, found = data["test"]["label"][:], results.mistakes
+    wrong = [row for row, predicted in enumerate(saved.predictions["test"]) if predicted != labels[row]]
+    assert found.number == len(wrong) > 0 and found.calibrated and not found.least_sure
+    assert sorted(one.sample for one in found.surest) == sorted(f"row {row}" for row in wrong)
+    sure = [one.probability for one in found.surest]
+    assert sure == sorted(sure, reverse=True) and not any(one.shown for one in found.surest)
+    assert "<img" not in (folder / "report.html").read_text()
+
+    shutil.copytree(folder, tmp_path / "copy")
+    again = run(tmp_path / "copy", "linear_probe,lp_ft+l2_sp", data=data, thumbnails=True)
+    image = again.mistakes.surest[0].shown.removeprefix("data:image/jpeg;base64,")
+    row = int(again.mistakes.surest[0].sample.removeprefix("row "))
+    pixels = np.asarray(PIL.Image.open(BytesIO(base64.b64decode(image))), float)
+    assert np.abs(pixels.mean((0, 1)) - np.asarray(data["test"][row]["image"]).mean((0, 1))).max() < 5
+    assert (tmp_path / "copy" / "report.html").read_text().count("<img") == len(wrong)
+    shutil.rmtree(tmp_path / "copy" / "logits")
+    assert run(tmp_path / "copy", "linear_probe,lp_ft+l2_sp", data=data).mistakes is None
 
 
 @pytest.mark.slow

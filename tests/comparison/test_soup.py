@@ -13,12 +13,13 @@ from transformers import AutoModelForImageClassification
 from hf_ft import OptionError
 from hf_ft.comparison import Results
 from hf_ft.comparison.folder import Kept
+from hf_ft.comparison.outputs import scored
 from hf_ft.comparison.report.build import document
-from hf_ft.comparison.training import scored
 from hf_ft.documents.markdown import markdown
+from hf_ft.inference import load_trained
 from hf_ft.testing import same_tensors
 from hf_ft.testing.training import snapshot
-from tests.comparison.small_comparison import lasting, load, run, splits
+from tests.comparison.small_comparison import any_temperature, lasting, load, run, splits
 
 
 def models(folder):
@@ -30,7 +31,8 @@ def models(folder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("soup") / "out"
-    return folder, run(folder, "linear_probe", trials=0, seeds=2, soup="uniform")
+    with any_temperature():
+        return folder, run(folder, "linear_probe", trials=0, seeds=2, soup="uniform")
 
 
 def test_uniform_is_the_mean_of_all_final_runs(made):
@@ -69,6 +71,7 @@ def test_the_report_the_card_and_the_results_hold_it(made):
         "The weights of 4 of 4 final runs (all that are alike) averaged to one model, which costs one forward pass"
         in text
     )
+    assert load_trained(folder / "soup").calibration.rows == 12
     card = (folder / "soup" / "README.md").read_text(encoding="utf-8")
     assert "The mean of the weights of 4 fine-tuned models: full (seed 1)" in card and "## Comparison" in card
     without = Results.from_dict({**results.to_dict(), "soup": None})

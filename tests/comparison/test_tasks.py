@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from hf_ft import AMCFConfig
+from hf_ft import AMCFConfig, OptionError
 from hf_ft.testing.models import tiny_bert, tiny_resnet
 from tests.comparison.small_comparison import images, run, splits
 
@@ -51,7 +52,20 @@ def test_text(label, classes, metric, tmp_path):
         assert trials[contender.chosen] == better(trials)
     finals = {c.name: c.runs[0].validation for c in results.contenders}
     assert finals[results.winner] == better(finals.values())
+    one = results["full"].runs[0]
+    assert load_file(tmp_path / one.logits)["test"].shape == (10, classes)
+    assert bool(one.calibration) == (label == "class") and one.temperature is None  # of 8 validation samples
+    assert not (tmp_path / "best" / "ft_calibration.json").exists()
+    report = (tmp_path / "report.md").read_text()
+    assert [text in report for text in ("## Calibration", "Without a temperature: all runs")] == [label == "class"] * 2
     assert (tmp_path / "report.html").is_file() and (tmp_path / "best" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("label", ["number", "several"])
+def test_mistakes_without_one_class_per_sample_have_no_thumbnails(label):
+    data = DatasetDict({n: reviews(c, label) for n, c in (("train", 16), ("validation", 8), ("test", 10))})
+    with pytest.raises(OptionError, match="thumbnails=True: they belong to the list of mistakes"):
+        run("unused", model=load_bert(1), data=data, thumbnails=True)
 
 
 @pytest.mark.slow

@@ -3,17 +3,29 @@
 import json
 import shutil
 from dataclasses import replace
+from operator import itemgetter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
+from transformers import pipeline
 
+import hf_ft
 from hf_ft.cli import main
-from hf_ft.errors import CheckpointError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.inference import load_trained, predict
-from hf_ft.inference.calibration import Calibration, expected_calibration_error, reliability
+from hf_ft.inference.calibration import (
+    Calibration,
+    SplitCalibration,
+    expected_calibration_error,
+    reliability,
+    takes_temperature,
+    unasked_temperature,
+)
+from tests.trained import CLASSES
 
 
 def test_the_expected_calibration_error_by_hand():
@@ -53,15 +65,78 @@ def test_evaluate_keeps_it_and_predict_applies_it(files, tmp_path, capsys):
     off = [one.outputs for one in predict(model, files / "photos", calibrated=False)]
     np.testing.assert_allclose(off, plain, atol=1e-12)
 
+    plain_pipeline = pipeline("image-classification", model=str(model), device="cpu", top_k=3)
+    classify = hf_ft.calibrated(plain_pipeline)
+    photos = [str(one.file) for one in predict(model, files / "photos")]
+    for answers in (classify(photos), classify(photos, batch_size=5), list(map(classify, photos))):
+        scores = [[dict(map(itemgetter("label", "score"), one))[name] for name in CLASSES] for one in answers]
+        np.testing.assert_allclose(scores, wanted, atol=1e-5)
+    first = {one["label"]: one["score"] for one in plain_pipeline(photos[0])}
+    np.testing.assert_allclose([first[name] for name in CLASSES], plain[0], atol=1e-5)  # the given one is as it was
+
     trained = load_trained(model)
     with torch.no_grad():
         next(trained.model.parameters()).add_(1e-3)
     trained.model.save_pretrained(model)
     assert load_trained(model).calibration is None  # of other weights
+    other = pipeline("image-classification", model=str(model), device="cpu")
+    with pytest.raises(OptionError, match="fitted to other weights"):
+        hf_ft.calibrated(other)
+    assert hf_ft.calibrated(other, temperature=1e3)(photos[0])[0]["score"] == pytest.approx(1 / 3, abs=1e-2)
     (model / "ft_calibration.json").write_text(json.dumps({**kept, "temperature": -1.0}))
     with pytest.raises(CheckpointError, match="temperature=-1.0 is not above 0"):
         load_trained(model)
     assert replace(trained, calibration=None).temperature == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "message"),
+    [
+        (
+            "multi_label_classification",
+            "image-classification",
+            "is one of multi_label_classification: a temperature is",
+        ),
+        ("regression", "text-classification", "is one of regression"),
+        (None, "image-to-text", "pipeline='image-to-text' gives no probabilities of classes: pass one of image-cl"),
+        (None, "image-classification", "nowhere has no ft_calibration.json: fit a temperature with `hf-ft evaluate"),
+    ],
+)
+def test_pipelines_that_have_no_temperature(kind, task, message):
+    config = SimpleNamespace(problem_type=kind, num_labels=3, _commit_hash=None)
+    given = SimpleNamespace(task=task, model=SimpleNamespace(config=config, name_or_path="nowhere"))
+    with pytest.raises(OptionError, match=message):
+        hf_ft.calibrated(given)
+    with pytest.raises(OptionError, match=message if "nowhere" not in message else "temperature=0 must be above 0"):
+        hf_ft.calibrated(given, temperature=0)
+
+
+def test_what_samples_do_not_determine_has_no_temperature_unless_asked():
+    random = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(40, 3, generator=random, dtype=torch.float64)
+    labels = torch.multinomial((logits / 4).softmax(1), 1, generator=random)[:, 0]
+    assert unasked_temperature(logits, labels)[0] == Calibration.fitted(logits, labels, "data", "x").temperature
+    few = unasked_temperature(logits[:29], labels[:29])
+    assert few == (None, "29 validation samples are too few for a temperature, which takes 30")
+    assert unasked_temperature(logits, logits.argmax(1)) == (None, "40 validation samples determine no temperature")
+    assert unasked_temperature(logits / 0.0, labels)[0] is None
+    assert takes_temperature(logits.numpy(), labels.numpy())
+    assert not takes_temperature(logits.numpy(), logits.softmax(1).numpy())  # shares of classes
+    assert not takes_temperature(logits[:, :1].numpy(), labels.double().numpy())
+
+
+def test_calibration_of_a_split_before_and_after():
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(60, 3, generator=random, dtype=torch.float64)
+    labels = torch.randint(0, 3, (60,), generator=random)
+    found = SplitCalibration.of(logits, labels, 2.5)
+    for index, z in enumerate((logits, logits / 2.5)):
+        p = z.softmax(1).numpy()
+        assert found.log_loss[index] == pytest.approx(-np.mean(np.log(p[np.arange(60), labels])))
+        correct = p.argmax(1) == labels.numpy()
+        assert found.ece[index] == pytest.approx(expected_calibration_error(p.max(1), correct))
+        assert list((found.bins, found.calibrated_bins)[index]) == reliability(p.max(1), correct)
+    assert SplitCalibration.of(logits, labels).log_loss == found.log_loss[:1]
 
 
 def test_where_it_cannot_be_kept_is_told(files, capsys):

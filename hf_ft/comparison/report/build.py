@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_ft.comparison.report.sections.appendix import record_sections
+from hf_ft.comparison.report.sections.calibration import calibration
 from hf_ft.comparison.report.sections.distortions import distortion
 from hf_ft.comparison.report.sections.findings import findings
 from hf_ft.comparison.report.sections.learning import process_sections
@@ -25,7 +26,7 @@ def document(results: Results) -> Document:
     optional = (findings(entries), distortion(entries))
     sections: list[Section] = [
         *outcome_sections(results, entries),
-        *present(soup(results)),
+        *present(calibration(results, entries), soup(results)),
         *process_sections(results, entries),
         *present(*optional),
         *record_sections(results, entries),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_ft.comparison.report.sections.calibration import card_calibration
 from hf_ft.comparison.report.sections.learning import options
 from hf_ft.comparison.report.sections.ranking import main_split
 from hf_ft.comparison.report.sections.soup import sentence
@@ -11,7 +12,7 @@ from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import Standing, standings, winner
 from hf_ft.core.config import BASELINE
 from hf_ft.documents.document import Listing, Table
-from hf_ft.documents.markdown import escaped, inline, listing, pipe_table
+from hf_ft.documents.markdown import blocks, escaped, inline, listing, pipe_table
 from hf_ft.documents.text import NONE, metric_name, seconds, signed
 
 
@@ -30,6 +31,8 @@ def card_section(results: Results) -> str:
             "training run."
         )
         parts += [pipe_table(Table(about, headers, rows)), about]
+    calibrated = card_calibration(results, best) if best is not None else []
+    parts += [blocks(calibrated)] if calibrated else []
     if results.soup is not None:
         parts.append(inline(sentence(results)))
     others = [standing.name for standing in entries if standing.rank is None]

@@ -1,8 +1,13 @@
 """Made-up results of comparisons, as JSON holds them: seeded random numbers in the shape of real ones."""
 
+import dataclasses
+import functools
 import math
 
 import numpy as np
+import torch
+
+from hf_ft.inference.calibration import SplitCalibration
 
 CLASSES = ("functional", "defective")
 SIZES = {"train": 350, "validation": 150, "test": 600, "ood": 400}
@@ -10,6 +15,7 @@ SHARE = 0.32  # of the second class
 BLOCKS = ("block0", "block1", "block2", "block3", "block4", "block5", "features")
 EPOCHS = 8
 BUDGET = 190.0  # seconds of tuning on the clock
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 HOSTILE = "<script>alert('x')</script> & \"q\" | `b` </style>"
 
 # Name: how good it is, seconds of a training, weights trained.
@@ -61,6 +67,7 @@ def comparison(seeds=3, hostile=False):
         "seconds": 7_384.0,
         "contenders": contenders,
         "advice": _advice(),
+        "mistakes": _mistakes(hostile),
         **_won(contenders),
     }
 
@@ -82,6 +89,7 @@ def smallest():
         "greater_is_better": False,
         "data": {"name": "numbers", "classes": [], "sizes": {"train": 20, "validation": 10}},
         "labels": {},
+        "mistakes": None,
         "contenders": [full],
         "advice": None,
         "winner": "full",
@@ -220,7 +228,33 @@ def _run(random, labels, seed, skill, seconds, weights, params):
         checkpoint_mb=9.1 if weights < 3e6 else 22.4,
         predictions={split: rows.tolist() for split, rows in predicted.items()},
         distortion={split: _distortion(random, weights, 1 + (split == "ood")) for split in ("test", "ood")},
+        **_calibration(seed),
     )
+
+
+@functools.cache
+def _calibration(seed):
+    """Of logits that are about twice too large; the same for all strategies."""
+    random, found = torch.Generator().manual_seed(seed), {}
+    for split in ("validation", "test", "ood"):
+        labels = torch.randint(0, 2, (SIZES[split],), generator=random)
+        logits = torch.randn(len(labels), 2, generator=random, dtype=torch.float64)
+        logits[torch.arange(len(labels)), labels] += 1.0
+        found[split] = dataclasses.asdict(SplitCalibration.of(2.0 * logits, labels, 2.1))
+    return {"temperature": 2.1 + 0.1 * seed, "calibration": found}
+
+
+def _mistakes(hostile):
+    """Three of 100 wrong samples, the second list with a thumbnail."""
+    sample = {
+        "sample": HOSTILE if hostile else "defective/cell0001.png",
+        "true": 1,
+        "predicted": 0,
+        "probability": 0.98,
+    }
+    picture = {"shown": PIXEL, "sample": "a_long_name_of_a_file_without_any_space_in_it_0002.png"}
+    least = [sample | {"probability": 0.51}, sample | {"probability": 0.52} | picture]
+    return {"split": "test", "number": 100, "calibrated": True, "surest": [sample], "least_sure": least}
 
 
 def _distortion(random, weights, factor):

@@ -10,12 +10,14 @@ from configparser import ConfigParser
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hf_ft import FTConfig, option, register
 from hf_ft.comparison.report import write, write_report
 from hf_ft.comparison.report.build import document
 from hf_ft.comparison.report.card import card_section
+from hf_ft.comparison.report.sections.calibration import by_chance, calibration
 from hf_ft.comparison.report.sections.distortions import distortion
 from hf_ft.comparison.report.sections.findings import findings
 from hf_ft.comparison.report.sections.learning import tuning
@@ -31,6 +33,8 @@ from hf_ft.documents.label_places import NARROW, WIDE, placed
 from hf_ft.documents.markdown import escaped, markdown
 from hf_ft.documents.svg import key_mark, svg
 from hf_ft.documents.text import duration, plain, score, seconds, signed
+from hf_ft.errors import CheckpointError
+from hf_ft.inference.calibration import expected_calibration_error, reliability
 from hf_ft.processes import process_name
 from tests.comparison.report import made_up_results
 
@@ -152,9 +156,12 @@ def test_ids_are_unique_and_references_lead_somewhere(page):
 
 def test_nothing_is_loaded_from_elsewhere(page, made_report):
     for tag, attributes, _, _ in page.elements:
-        assert tag not in ("script", "iframe", "object", "embed", "base", "img", "form", "image", "use")
+        assert tag not in ("script", "iframe", "object", "embed", "base", "form", "image", "use")
         assert not any(name.startswith("on") for name in attributes)
-        assert not {"src", "srcset", "xlink:href"} & set(attributes)
+        assert not {"srcset", "xlink:href"} & set(attributes)
+        assert ("src" in attributes) == (tag == "img") and attributes.get("src", "data:image/").startswith(
+            "data:image/"
+        )
         address = attributes.get("href", "#")
         assert address.startswith(("#", "data:,")) or (tag == "a" and address.startswith("https://"))
     assert "@import" not in made_report.html and "url(" not in made_report.html
@@ -198,6 +205,7 @@ def test_the_whole_report_has_all_its_sections(whole):
         "cost",
         "ood",
         "errors",
+        "calibration",
         "curves",
         "tuning",
         "findings",
@@ -330,6 +338,52 @@ def test_many_classes_are_listed_by_their_confusions():
     assert "Confusion matrix on test" in [few.text_of(caption) for caption in few.all("caption")]
     headers = [few.text_of(header) for header in few.all("th")]
     assert "true class" in headers and "predicted defective" in headers
+
+
+def test_calibration_is_told_for_each_strategy(whole):
+    """Means over runs, and bins of all runs together; of results of version 0.1.0, which lack it, nothing is told."""
+    section = calibration(whole, standings(whole))
+    table = next(block for block in section.blocks if isinstance(block, Table))
+    assert [row[0] for row in table.rows] == [s.name for s in standings(whole) if s.contender.finished_runs]
+    runs = whole["daft"].runs
+    cells = next(row for row in table.rows if row[0] == "daft")
+    losses = zip(*(run.calibration["test"].log_loss for run in runs), strict=True)
+    for cell, values in zip(cells[1:3], losses, strict=True):
+        assert cell.startswith(f"{sum(values) / 3:.3f}\u00a0±")
+    assert cells[5] == "2.200\u00a0±\u00a00.100"
+    figure = next(block for block in section.blocks if isinstance(block, Figure))
+    assert len(figure.charts) == len(table.rows) and all(len(chart.series) == 3 for chart in figure.charts)
+    bins = [one for run in runs for one in run.calibration["test"].bins if one.confidence > 14 / 15]
+    right, samples = sum(one.samples * one.accuracy for one in bins), sum(one.samples for one in bins)
+    row = next(row for row in figure.table.rows if row[0] == "daft, as trained")
+    assert figure.table.headers[-1] == "to 1.00" and row[-1] == f"{right / samples:.2f} ({samples:,})"
+    older = whole.to_dict()
+    for run in (run for contender in older["contenders"] for run in contender["runs"]):
+        del run["calibration"], run["temperature"], run["logits"]
+    again = Results.from_dict(older)
+    assert calibration(again, standings(again)) is None and "Calibration" not in card_section(again)
+
+
+def test_the_error_by_chance_is_that_of_exact_probabilities():
+    random = np.random.default_rng(0)
+    confidence = random.uniform(0.5, 1.0, 400)
+    errors = [expected_calibration_error(confidence, random.random(400) < confidence) for _ in range(300)]
+    bins = reliability(confidence, random.random(400) < confidence)
+    assert by_chance(bins) == pytest.approx(np.mean(errors), rel=0.05)
+
+
+def test_mistakes_have_thumbnails_only_if_they_are_in_the_results(whole):
+    page = made("whole").page
+    assert len(page.all("img")) == 1 and "th" in page.all("img")[0][2] and page.all("img")[0][1]["alt"] == ""
+    text = page.text_of(next(element for element in page.all("section") if element[1]["id"] == "errors"))
+    assert "Of 100 mistakes on test" in text and "defective/cell0001.png defective functional 0.980" in text
+    assert "in_it_0002.png | defective" in made("whole").markdown and "base64" not in made("whole").markdown
+    content = whole.to_dict()
+    content["mistakes"]["surest"][0]["shown"] = "https://example.org/x.png"
+    assert html(document(Results.from_dict(content))).count("<img") == 1
+    content["mistakes"]["surest"][0]["true"] = 2
+    with pytest.raises(CheckpointError, match="mistakes lie outside of the 2 classes"):
+        Results.from_dict(content)
 
 
 def test_it_is_the_same_each_time(whole):
