@@ -26,6 +26,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.anatomy import members_of
 from hf_ft.models.norms import batch_norms, drops_layers
 from hf_ft.models.sharding import is_sharded, load_optimizer_state, shard, whole_optimizer_state
+from hf_ft.models.source_head import has_source_head
 
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # in accelerate's environment variables and distributed types
 LAUNCHED = (*SHARDED, "PARALLELISM_CONFIG")
@@ -121,6 +122,8 @@ def _check_fsdp2(args: TrainingArguments, configs: Iterable[FTConfig]) -> None:
         raise OptionError(f"optim={optim!r} is not supported with FSDP: choose one of {', '.join(OPTIMIZERS)}.")
     for name, instead in (
         ("fp16", "bf16=True"),
+        ("bf16_full_eval", "bf16=True"),
+        ("fp16_full_eval", "bf16=True"),
         ("torch_compile", "False"),
         ("auto_find_batch_size", "False, and a batch size that fits"),
         ("save_on_each_node", "False, and a folder that all nodes share"),
@@ -142,6 +145,7 @@ def check_shardable(args: TrainingArguments, model: nn.Module, optimizer: Any = 
     reasons = {
         "an adapter of PEFT": isinstance(model, PeftModel),
         "an ensemble": bool(members_of(model)),
+        "a source head, which these strategies do not use": has_source_head(model),
         f"BatchNorm ({norms[0][0] if norms else ''}), whose statistics are not synchronised": bool(norms),
         "LayerDrop, with which processes gather different layers: set the config's layerdrop to 0": drops_layers(model),
         f"a parameter without dimensions ({', '.join(scalars[:1])})": bool(scalars),
