@@ -27,7 +27,7 @@ from hf_ft.errors import CheckpointError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
 from hf_ft.models.preserve import forget_evaluation
-from hf_ft.models.sharding import load_whole, plain_class
+from hf_ft.models.sharding import is_sharded, load_tensors, load_whole, plain_class
 from hf_ft.models.weight_files import COLLABORATIVE, WEIGHTS_NAME
 
 STATE_NAME = "ft_state.safetensors"
@@ -130,13 +130,17 @@ def _read_pretrained(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
 def _load_adapter(model: PeftModel, folder: Path) -> None:
     adapter = model.active_adapters[0]
     tensors = load_peft_weights(str(folder), device="cpu")
-    names = set(get_peft_model_state_dict(model, adapter_name=adapter))
+    own = get_peft_model_state_dict(model, adapter_name=adapter)
+    names = set(own)
     if set(tensors) != names:
         raise CheckpointError(
             f"the adapter in {folder} does not fit the model: missing {sorted(names - set(tensors))[:5]}, unexpected "
             f"{sorted(set(tensors) - names)[:5]}. Use the model and tuner they belong to."
         )
-    set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    if is_sharded(model):
+        load_tensors(own, tensors)
+    else:
+        set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     result = model.load_state_dict(checked(folder / BUFFERS_NAME)[0], strict=False)
     if result.unexpected_keys:
         raise CheckpointError(

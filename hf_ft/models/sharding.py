@@ -102,6 +102,20 @@ def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
         model.load_state_dict(state, strict=True)
 
 
+@torch.no_grad()
+def load_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into those of a model under the same names; each process takes its own parts.
+
+    Raises:
+        RuntimeError: if shapes differ.
+    """
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise RuntimeError(f"{name} is {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
+        like = own[name]
+        local(like).copy_(local(_part_of(tensor, like)) if isinstance(like, DTensor) else tensor)
+
+
 # --- tensors ----------------------------------------------------------------------------------------------
 
 

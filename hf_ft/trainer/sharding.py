@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import Optimizer
@@ -143,7 +142,6 @@ def check_shardable(args: TrainingArguments, model: nn.Module, optimizer: Any = 
     norms = batch_norms(model)
     scalars = [name for name, parameter in model.named_parameters() if not parameter.dim()]
     reasons = {
-        "an adapter of PEFT": isinstance(model, PeftModel),
         "an ensemble": bool(members_of(model)),
         "a source head, which these strategies do not use": has_source_head(model),
         f"BatchNorm ({norms[0][0] if norms else ''}), whose statistics are not synchronised": bool(norms),
@@ -227,10 +225,15 @@ def without_fsdp(args: TrainingArguments) -> Iterator[None]:
 
 
 def place(args: TrainingArguments, model: nn.Module) -> None:
-    """Shard a model in place if the training arguments or the launcher say so; all processes must call it."""
+    """Shard a model in place if the training arguments or the launcher say so; all processes must call it.
+
+    Raises:
+        OptionError: if it cannot be sharded after its surgery.
+    """
     plugin = fsdp_plugin(args)
     if plugin is None or is_sharded(model):
         return
+    check_shardable(args, model)  # which surgery may have changed
     plugin.set_auto_wrap_policy(model)
     layers = fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False)
     shard(model, args.device, layers, torch.bfloat16 if args.bf16 else None)

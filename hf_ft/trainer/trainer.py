@@ -288,8 +288,9 @@ class FTTrainer(Trainer):
                 self.accelerator.ddp_handler.find_unused_parameters |= self._attempt.objective.sometimes_unused
             if self.accelerator.num_processes > 1:
                 self._attempt.objective.gather = self.accelerator.gather
-            reduced = is_sharded(self.model)  # gradients, without DDP
-            return self.accelerator.prepare_model(self._attempt.objective, evaluation_mode=reduced)
+            if is_sharded(self.model):  # which reduces gradients, so that there is no DDP
+                return self.accelerator.prepare_model(self._attempt.objective, False, evaluation_mode=True)
+            return self.accelerator.prepare_model(self._attempt.objective)
         if self._attempt is None or self._attempt.objective.model is not self.model:
             self._attempt = Attempt.begin(self, Objective(self.model, Plan(), task_loss=self.task_loss), self._attempt)
             self.accelerator.prepare_model(self._attempt.objective, evaluation_mode=True)

@@ -18,6 +18,7 @@ from hf_ft import (
     LayerDecayConfig,
     LinearProbeConfig,
     LPFTConfig,
+    PEFTConfig,
     WiSEFTConfig,
 )
 from hf_ft.engine.checkpoint import digests
@@ -90,6 +91,14 @@ alike("linear_probe", LinearProbeConfig(head_lr="auto"))
 alike("wise_ft", ["full", WiSEFTConfig(steps=2)])
 alike("lp_ft, fitted", LPFTConfig(probe_solver="lbfgs"))
 alike("rms norms", "lp_ft", make=lambda: still(headed("llama")))
+
+# Adapters alone are saved, and what is frozen is sharded as well.
+adapters = PEFTConfig(merge=False, head_lr=None)
+_, sharded = alike("adapters", adapters, **SAVING)
+files = [folder / f"adapters-{kind}" / "checkpoint-2" for kind in ("plain", "sharded")]
+same_tensors(*(load_file(file / "adapter_model.safetensors") for file in files), 1e-5)
+resumed = train("adapters-again", vit(), adapters, files[1], **FSDP, **SAVING)
+same_tensors(whole(resumed), whole(sharded))
 
 # The best model, the last batch that is filled up on one rank, and files that know of no shards.
 plain, sharded = alike(
