@@ -87,7 +87,10 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """
     if not is_sharded(model):
         return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    own, first = model.state_dict(keep_vars=True), {}
+    # Tied parameters are gathered once for each name, but must be one tensor, so that they are saved once.
+    return {name: state[first.setdefault(id(own[name]), name)] for name in state}
 
 
 def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from hf_ft import (
 )
 from hf_ft.engine.checkpoint import digests
 from hf_ft.engine.step_hooks import unwrapped
-from hf_ft.models.sharding import is_sharded, whole_optimizer_state, whole_state
+from hf_ft.models.sharding import is_sharded, shard, whole_optimizer_state, whole_state
 from hf_ft.testing import same_tensors, still, tiny_data, tiny_vit
 from hf_ft.testing.training import make_trainer
 from tests import quick
@@ -135,6 +135,13 @@ same_tensors(end, whole(train("again", vit(), [LPFTConfig(head_lr="auto"), l2_sp
 for strategy in ("lp_ft", "full"):
     _, sharded = alike(f"half, {strategy}", strategy, tolerance=2e-2, bf16=True)
     assert all(parameter.dtype == torch.float32 for parameter in sharded.model.parameters())
+
+# Tied parameters stay one tensor, which is saved once.
+tied = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+tied[1].weight = tied[0].weight
+shard(tied, torch.device("cpu"), lambda module: False)
+state = whole_state(tied)
+assert not state or (state["0.weight"] is state["1.weight"] and state["0.bias"] is not state["1.bias"])
 
 # As a launcher asks for it.
 os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
