@@ -72,7 +72,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 def plain_class(model: nn.Module) -> type[nn.Module]:
     """The class of a model before it was sharded, which derives a class of its own."""
-    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    kinds: list[Any] = type(model).mro()
+    plain: type[nn.Module] = next(kind for kind in kinds if not issubclass(kind, FSDPModule))
+    return plain
 
 
 def parts(model: nn.Module) -> int:
@@ -87,20 +89,23 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """
     if not is_sharded(model):
         return model.state_dict()
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    own, first = model.state_dict(keep_vars=True), {}
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    own = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
     # Tied parameters are gathered once for each name, but must be one tensor, so that they are saved once.
     return {name: state[first.setdefault(id(own[name]), name)] for name in state}
 
 
-def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_whole(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Load a state dict of whole tensors, strictly; each process takes its own parts.
 
     Raises:
         RuntimeError: if names or shapes differ.
     """
     if is_sharded(model):
-        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=True))
+        set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=True))
     else:
         model.load_state_dict(state, strict=True)
 
