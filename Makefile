@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= .ci/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Three workers, also on two cores: tests that wait for processes of their own leave a core idle. A file stays with one
-# worker, which makes its fixtures once.
-PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile
+# worker, which makes its fixtures once. tests/conftest.py orders the files.
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
+# Modules are compiled once, not anew in each process that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast pytest lint bench faults docs generated clean
+.PHONY: demo test test-fast test-oldest pytest lint bench faults docs generated release clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +46,19 @@ pytest: $(VENV)/.weights
 test-fast: $(VENV)/.base
 	$(PYTEST) -m 'not slow and not real' $(ARGS)
 
+# The short tests on the oldest versions that setup.cfg admits. The oldest torch comes with CUDA: 6 GB. Set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for one without.
+OLDEST := .venv-oldest
+$(OLDEST)/.base: setup.cfg pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --upgrade pip
+	$(OLDEST)/bin/pip install --quiet -c .ci/oldest.txt -e '.[audio,augment,report,search,tensorboard]' torchvision \
+		'pytest>=8' 'pytest-xdist>=3.6'
+	@touch $@
+
+test-oldest: $(OLDEST)/.base
+	$(OLDEST)/bin/python -m pytest -q -n 3 --dist loadfile -m 'not slow and not real and not newest' $(ARGS)
+
 bench: $(VENV)/.base
 	$(BIN)/python tests/benchmarks/steps.py $(ARGS)
 
@@ -60,5 +75,9 @@ docs: $(VENV)/.base
 	$(PIP) -e '.[docs]'
 	$(BIN)/python -m zensical build --clean --strict
 
+# Builds, checks, and tries the wheel alone with the demo's first strategy; says how to upload, and does not.
+release:
+	PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) .ci/release.sh
+
 clean:
-	rm -rf $(VENV) .cache site build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .venv-release .cache site build dist *.egg-info

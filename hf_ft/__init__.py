@@ -33,15 +33,18 @@ if TYPE_CHECKING:
     from hf_ft.core.plan import Term as Term
     from hf_ft.core.task_loss import TaskLoss as TaskLoss
     from hf_ft.core.view import View as View
-    from hf_ft.engine.checkpoint import load_delta as load_delta
+    from hf_ft.data.checking import check_data as check_data
     from hf_ft.engine.checkpoint import load_weights as load_weights
+    from hf_ft.engine.deltas import load_delta as load_delta
     from hf_ft.engine.objective import Objective as Objective
     from hf_ft.engine.run import Run as Run
     from hf_ft.engine.set_up import set_up as set_up
     from hf_ft.errors import AnatomyError as AnatomyError
     from hf_ft.errors import CheckpointError as CheckpointError
     from hf_ft.errors import DataError as DataError
+    from hf_ft.errors import HubError as HubError
     from hf_ft.errors import OptionError as OptionError
+    from hf_ft.exports import export as export
     from hf_ft.functional import collaborative_loss as collaborative_loss
     from hf_ft.inference import calibrated as calibrated
     from hf_ft.inference import evaluate as evaluate
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from hf_ft.models.ensemble.processor import CollaborativeTokenizer as CollaborativeTokenizer
     from hf_ft.models.parts import Anatomy as Anatomy
     from hf_ft.models.parts import Part as Part
+    from hf_ft.models.sharing import push_to_hub as push_to_hub
     from hf_ft.models.soup import Soup as Soup
     from hf_ft.models.soup import soup as soup
     from hf_ft.strategies import *  # noqa: F403, one line there makes a strategy known here too

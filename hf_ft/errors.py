@@ -47,6 +47,10 @@ class OptionError(Error):
     """A value that cannot work. The message names the field, the value and the fix."""
 
 
+class HubError(Error):
+    """An upload to the Hub that failed. Nothing is lost by it: the message names the folder and how to go on."""
+
+
 class MachineError(Error):
     """The disk or the memory of this machine gave out. Nothing is decided by it: the same call goes on later."""
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import transformers as hf
 from datasets import Dataset, DatasetDict
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 from hf_ft.errors import DataError
 
 logger = hf.utils.logging.get_logger(__name__)
 
 SHOWN = 5  # classes named in a message
+FINEST = 20  # parts of which a held-out share is put together where groups stay whole
 
 
 def stratified_rows(labels: np.ndarray, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
@@ -82,6 +85,56 @@ def _class_sizes(counts: np.ndarray, size: int, every_class: bool, generator: np
         gain = np.where(possible, change * (shares - sizes), -np.inf)
         sizes[np.lexsort((chance, gain))[-1]] += change
     return sizes
+
+
+def grouped_folds(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
+    """Divide rows into parts of about equal size and class proportions, each group in a single part.
+
+    By scikit-learn's ``StratifiedGroupKFold``; if all classes have fewer rows than there are parts, only the sizes of
+    the parts are balanced.
+
+    Args:
+        labels: class of each row, (n,).
+        groups: group of each row, (n,).
+        parts: at most the number of groups.
+
+    Returns:
+        Row indices by part, ascending.
+    """
+    if np.unique(labels, return_counts=True)[1].max(initial=0) < parts:
+        labels = np.zeros(len(groups), dtype=int)
+    folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # some classes have fewer rows than there are parts
+        return [held_out for _, held_out in folds.split(labels, labels, groups)]
+
+
+def grouped_share(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Draw about this share of the rows, in whole groups, with about the same class proportions.
+
+    Of several draws, that is taken which leaves most classes among the others, has most classes itself, and is closest
+    to the wanted size, in this order.
+
+    Args:
+        labels: class of each row, (n,).
+        groups: group of each row, (n,); at least two.
+        share: between 0 and 1.
+
+    Returns:
+        Row indices, ascending; neither none nor all.
+    """
+    most = min(FINEST, len(np.unique(groups)))
+    wanted = Fraction(share).limit_denominator(most)
+    parts = max(2, wanted.denominator if 0 < wanted < 1 else most)
+    count = min(max(1, round(share * parts)), parts - 1)
+    folds = grouped_folds(labels, groups, parts, seed)
+    draws = [np.concatenate([folds[(first + i) % parts] for i in range(count)]) for first in range(parts)]
+
+    def badness(rows: np.ndarray) -> tuple[int, int, float]:
+        others = np.delete(labels, rows)
+        return -len(np.unique(others)), -len(np.unique(labels[rows])), abs(len(rows) - share * len(labels))
+
+    return np.sort(min(draws, key=badness))
 
 
 def absent_classes(

@@ -2,28 +2,56 @@
 
 import gc
 import os
+from collections import Counter
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets  # noqa: F401  # with what follows, before the freeze below
-import peft  # noqa: F401
 import pytest
-import sklearn.svm  # noqa: F401
-import torch
-from transformers.utils import logging
 
-from hf_ft.core import config as registry
-from tests import quick
 
-quick.set_up()
-registry.strategies()  # ours register at the first look: before a test puts another table in place of this one
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import what takes long, but not in the process that only hands tests to workers, which wait for it."""
+    if session.config.getoption("dist", "no") != "no" and "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    from tests import forked
+
+    forked.start()  # imports libraries, before the freeze below
+    from hf_ft.core import config as registry
+    from tests import quick
+
+    quick.set_up()
+    registry.strategies()  # ours register at the first look: before a test puts another table in place of this one
+
+
+# Files of few tests that take long, each for itself or for processes of its own: the last of them would run alone.
+FIRST = (
+    "trainer/test_distributed.py",
+    "docs/test_examples.py",
+    "cli/test_demo.py",
+    "comparison/test_tasks.py",
+    "cli/test_shared_files.py",
+    "test_startup.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order in which workers shall take them: those that take long first, the smallest last."""
+    weight: Counter[Path] = Counter()
+    for item in items:
+        weight[item.path] += 20 if item.get_closest_marker("slow") else 1
+    for path in weight:
+        weight[path] += 20_000 * path.as_posix().endswith(FIRST)
+    items.sort(key=lambda item: -weight[item.path])
 
 
 @pytest.fixture
 def shipped_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the package's own strategies are registered: other tests add theirs when they are collected."""
+    from hf_ft.core import config as registry
+
     own = {name: config for name, config in registry.strategies().items() if config.__module__.startswith("hf_ft.")}
     monkeypatch.setattr(registry, "_CONFIGS", own)
 
@@ -37,5 +65,8 @@ def _frozen() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
+    import torch
+    from transformers.utils import logging
+
     torch.set_num_threads(1)
     logging.disable_progress_bar()

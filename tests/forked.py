@@ -1,6 +1,8 @@
 """Python in processes of its own that need not import torch anew: they are forked from a server that has."""
 
 import gc
+import importlib
+import logging
 import multiprocessing
 import os
 import runpy
@@ -8,12 +10,44 @@ import socket
 import subprocess
 import sys
 import tempfile
-from multiprocessing.connection import wait
+from multiprocessing import forkserver
+from multiprocessing.connection import arbitrary_address, wait
 from pathlib import Path
+
+import huggingface_hub.constants
+import huggingface_hub.hf_api
 
 _context = multiprocessing.get_context("forkserver")
 # Libraries alone: each process imports hf_ft itself.
-_context.set_forkserver_preload(["torch._dynamo", "transformers.trainer", "datasets", "peft", "optuna", "sklearn.svm"])
+LIBRARIES = ["torch._dynamo", "transformers.trainer", "datasets", "peft", "optuna", "sklearn.svm"]
+_context.set_forkserver_preload(LIBRARIES)
+
+
+def start():
+    """Fork the server from this process, which needs the libraries too: another one would import them once more.
+
+    To be called before anything of ours is imported. As `multiprocessing` starts its server, but for the `exec`.
+    """
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    if sys.version_info >= (3, 14) or forkserver._forkserver._forkserver_pid is not None:
+        return  # there the server wants a key as well: `multiprocessing` starts it when it is needed
+    address = arbitrary_address("AF_UNIX")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        os.chmod(address, 0o600)
+        listener.listen()
+        alive, held = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                os.close(held)
+                forkserver.main(listener.detach(), alive, [])
+            finally:
+                os._exit(0)
+    os.close(alive)
+    server = forkserver._forkserver
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, held, pid
 
 
 def python(*arguments, ranks=1, cwd=None):
@@ -62,15 +96,26 @@ def _join(processes):
     return 0
 
 
+def _read_environment():
+    """Read again what `huggingface_hub` read of the server's environment."""
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+
+
 def _work(command, folder, environment, out, err):
     """What a process does."""
     gc.freeze()
     multiprocessing.set_start_method(None, force=True)  # what it starts is none of the server's
     os.environ.clear()
     os.environ.update(environment)
+    _read_environment()
     os.chdir(folder)
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
+    # Neither what pytest reads instead of these, nor its handlers.
+    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    logging.getLogger().handlers.clear()
     first, *rest = command
     if first == "-c":
         sys.argv = ["-c", *rest[1:]]

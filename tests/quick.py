@@ -16,6 +16,7 @@ from hf_ft.comparison import cost
 
 
 def set_up() -> None:
+    gc.set_threshold(10_000, 20, 20)  # from 700, 10, 10: a training leaves few cycles, and makes many objects
     # A data loader that is garbage within a cycle, as a Trainer's is, waits this long for each worker: usually 5 s.
     _utils.MP_STATUS_CHECK_INTERVAL = 0.2
     # Each training ends with a full collection, which takes as long as training a tiny model for some steps. The
@@ -26,9 +27,25 @@ def set_up() -> None:
     for devices in (torch.cuda, torch.xpu, torch.mtia):
         if not devices.is_available():
             devices._lazy_call = lambda *_, **__: None
+    torch.nn.Module.named_modules = _named_modules
     os.fsync = lambda _: None  # as below: a killed process has written what it has written
     _read_the_migrations_once()
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", _not_synchronous)
+
+
+def _named_modules(module: Any, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+    """The same in the same order, where torch hands each module on through a generator for each level above it."""
+    memo = set() if memo is None else memo
+    left = [(prefix, module)]
+    while left:
+        name, inner = left.pop()
+        if inner in memo:
+            continue
+        if remove_duplicate:
+            memo.add(inner)
+        yield name, inner
+        lead = f"{name}." if name else ""
+        left += [(lead + key, child) for key, child in reversed(inner._modules.items()) if child is not None]
 
 
 def _read_the_migrations_once() -> None:

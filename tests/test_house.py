@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "face",
     "cli testing",
-    "strategies comparison",
+    "strategies comparison exports",
     "trainer inference",
     "search",
     "engine",
@@ -39,6 +39,7 @@ FORBIDDEN = {
     "strategies": "trainer comparison zoo",
     "trainer": "strategies search",
     "inference": "strategies search advice diagnostics",  # a trained model is used without what trained it
+    "exports": "strategies trainer search advice diagnostics",
     "comparison": "strategies",
     "advice": "strategies",
     "testing": "strategies",
@@ -49,6 +50,7 @@ OPTIONAL = {
     "matplotlib",
     "mlxtend",
     "onnx",
+    "onnxruntime",
     "optuna",
     "pandas",  # with mlxtend
     "soundfile",

@@ -16,7 +16,7 @@ from hf_ft.comparison.report.card import card_section
 from hf_ft.comparison.results import Results, Training
 from hf_ft.core.config import FTConfig, load_configs, write_configs
 from hf_ft.documents.html import html
-from hf_ft.engine.checkpoint import load_delta
+from hf_ft.engine.deltas import load_delta
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.records import read_json, restored, stored
 from hf_ft.strategies.amcf.scores import Evaluation, Generation, SwarmScores

@@ -41,7 +41,8 @@ def fit(tasks: Sequence[Task]) -> Evidence:
     is preferred to 0, the fixed order, only where it loses less beyond chance: a one-sided paired t-test over the
     tasks, at 5 % divided by the number of worths that were tried.
     """
-    lost = {worth: [_regret(task, mean_gains(_others(tasks, task)), worth) for task in tasks] for worth in WORTHS}
+    learnt = [(task, mean_gains(_others(tasks, task))) for task in tasks]
+    lost = {worth: [_regret(task, gains, worth) for task, gains in learnt] for worth in WORTHS}
     best = min(WORTHS, key=lambda worth: sum(lost[worth]))
     return Evidence(mean_gains(tasks), best if _clearly_less(lost[best], lost[0.0]) else 0.0)
 

@@ -23,6 +23,8 @@ COMMANDS = {
     "compare": ("compare", "which strategy is best on your data: equal tuning budgets, one report"),
     "predict": ("predict", "classify files or rows with a trained model: csv or jsonl"),
     "evaluate": ("evaluate", "score a trained model on labelled data: scores, confusions, a page"),
+    "export": ("export", "a trained model as ONNX or torch.export, checked against it: for use without Transformers"),
+    "push": ("push", "upload a saved model, adapter, ensemble or delta to the Hub"),
     "demo": ("demo", "compare seven strategies on real images, in a few minutes and without a GPU"),
 }
 HELP = """hf-ft: fine-tuning strategies for Hugging Face models.

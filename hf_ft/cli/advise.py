@@ -20,14 +20,14 @@ from hf_ft.cli.checks import refuse
 from hf_ft.cli.console import Parser, is_main, refusals, say, table, with_flags
 from hf_ft.cli.flags import SOURCES_FLAGS, DataFlags, MethodFlags, StreamFlags
 from hf_ft.cli.logs import quieten
-from hf_ft.cli.prepare import read_data
+from hf_ft.cli.prepare import check_data, check_rows, prints_for, read_data
 from hf_ft.cli.request import Request, read
 from hf_ft.cli.train import check_request
 from hf_ft.core.compose import shared_option
 from hf_ft.data.classifier import load_classifier
 from hf_ft.data.columns import Columns
 from hf_ft.data.progress import hide_bars
-from hf_ft.data.task import process
+from hf_ft.data.task import Data, process
 from hf_ft.errors import OptionError
 from hf_ft.models.source_head import has_source_head
 from hf_ft.zoo.datasets import DATA_NOTICES
@@ -58,7 +58,7 @@ example:
   hf-ft advise --model microsoft/resnet-18 --dataset my_photos/
 
 Only the training split is used; from more than 5,000 samples, 5,000 are drawn. Written to --output_dir (default:
-runs/advice): advice.json.
+runs/advice): advice.json and data_checks.json.
 
 flags of its own
 {flags}
@@ -86,14 +86,16 @@ def run_advise(arguments: list[str]) -> None:
         args = TrainingArguments(**request.training_arguments())
     hide_bars(args.disable_tqdm or not is_main())
     others = [name.strip() for name in (flags.source_models or "").split(",") if name.strip()]
-    found = _advise(request, args, members=1 + len(others))
+    found, data = _advise(request, args, members=1 + len(others))
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        if data.checks is not None:
+            data.checks.save(folder)
         (folder / FILE).write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
     if flags.json:
         say(json.dumps(found.to_dict(), indent=2))
     else:
-        say(_report(found, request, others, folder))
+        say(_report(found, request, others, folder, check_rows(data, folder)))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -143,21 +145,23 @@ def _check(request: Request) -> None:
         )
 
 
-def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
+def _advise(request: Request, args: TrainingArguments, members: int) -> tuple[Advice, Data]:
     """Load model and data as in ``hf-ft train``, and measure them."""
+    prints = prints_for(request.data)
     reading = args.main_process_first(desc="reading the data")
-    data = read_data(replace(request.data, source_dataset=None), reading=reading, splits=["train"])
+    data = read_data(replace(request.data, source_dataset=None), reading=reading, splits=["train"], prints=prints)
     columns = data.columns
     if columns.problem_type != "single_label_classification":
         raise OptionError(
             f"column {columns.label!r} is read as {columns.problem_type.replace('_', ' ')}: advise needs one class per "
             "sample. Set --label_column, or choose among the strategies with `hf-ft train`."
         )
+    data = check_data(data, request.data, prints, request.output_dir)
     with refusals():
         model, processor = _load(request, columns, args.seed)
     with args.main_process_first(desc="preparing the data"):
         processed = process(data, model, processor)
-    return advise(
+    found = advise(
         model.to(args.device),
         processed.splits["train"],
         processed.collate,
@@ -168,6 +172,7 @@ def _advise(request: Request, args: TrainingArguments, members: int) -> Advice:
         head=shared_option(request.configs, "head"),
         blocks=shared_option(request.configs, "blocks"),
     )
+    return found, data
 
 
 def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
@@ -181,12 +186,15 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
         return load_classifier(*where, head=head)
 
 
-def _report(found: Advice, request: Request, others: Sequence[str], folder: Path) -> str:
-    """The statistics, the order and the next steps as text."""
+def _report(
+    found: Advice, request: Request, others: Sequence[str], folder: Path, checks: Sequence[tuple[str, str]]
+) -> str:
+    """The statistics, the order and the next steps as text, after what the checks of the data found."""
     s = found.signals
     lines = [f"{request.data.model} on {request.data.dataset}, training samples only\n"]
-    if request.data.dataset in DATA_NOTICES:
-        lines.append(f"{table([('notice', DATA_NOTICES[request.data.dataset])])}\n")
+    told = [("notice", DATA_NOTICES[name]) for name in [request.data.dataset] if name in DATA_NOTICES]
+    if told or checks:
+        lines.append(f"{table([*told, *checks])}\n")
     figures = [(name, figure, with_flags(meaning, ["class_weights"])) for name, figure, meaning in explained(s)]
     lines.append(table(figures, ("signal", "figure", "meaning")))
     lines.append(

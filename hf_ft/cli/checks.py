@@ -12,12 +12,13 @@ from hf_ft.cli.flags import DataFlags
 from hf_ft.core.config import FTConfig
 from hf_ft.data.augment import AUGMENTATIONS, check_augmentation
 from hf_ft.data.images import OnCorrupt
+from hf_ft.data.on_duplicates import OnDuplicates
 from hf_ft.errors import OptionError
 from hf_ft.models.tasks import Task
 from hf_ft.trainer.sharding import check_sharding
 from hf_ft.zoo.models import SHORT_NAMES
 
-CHOICES = {"augment": tuple(AUGMENTATIONS), "on_corrupt": get_args(OnCorrupt)}
+CHOICES = {"augment": tuple(AUGMENTATIONS), "on_corrupt": get_args(OnCorrupt), "on_duplicates": get_args(OnDuplicates)}
 # Flags that say something about what another one names.
 ABOUT = {"source_split": "source_dataset", "ood_split": "ood_dataset"}
 ABOUT |= {"shuffle_buffer": "streaming", "measure_samples": "streaming"}

@@ -18,7 +18,7 @@ from hf_ft.cli.console import count, is_main, refusals, say, table
 from hf_ft.cli.flags import DataFlags
 from hf_ft.cli.help import compare_help
 from hf_ft.cli.logs import quieten
-from hf_ft.cli.prepare import augmentation_of, notices, read_data, readable
+from hf_ft.cli.prepare import augmentation_of, check_data, check_rows, notices, prints_for, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.folder import Kept
@@ -32,6 +32,7 @@ from hf_ft.comparison.statistics import standings
 from hf_ft.comparison.worker import become_worker
 from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
+from hf_ft.data.prints import Prints
 from hf_ft.data.progress import hide_bars
 from hf_ft.documents.public import shareable_command, shareable_name
 from hf_ft.errors import OptionError
@@ -80,6 +81,8 @@ def run_compare(arguments: list[str], example: str | None = None, over: str = BA
     hide_bars(not is_main())
     prepared = _prepare(values, flags)
     _announce(str(values["model"]), prepared)
+    if prepared.data.checks is not None and is_main():
+        prepared.data.checks.save(prepared.runner.folder)
     advice = _advised(prepared) if flags.advise else None
     if is_main():
         say(prepared.estimate() + "\n")
@@ -106,7 +109,7 @@ def _prepare(values: Mapping[str, Any], flags: CompareFlags) -> Prepared:
     chosen = _chosen(flags.strategies, values)
     check_source_data(data_flags, itertools.chain(*chosen.values()))
     _check(data_flags, folder, settings)
-    data = comparison_data(data_flags, flags)
+    data = comparison_data(data_flags, flags, folder)
     with refusals():
         return prepare_comparison(
             str(data_flags.model),
@@ -154,14 +157,19 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
     Kept(folder, settings.soup != "none").check()  # before anything is read
 
 
-def comparison_data(flags: DataFlags, more: CompareFlags) -> Data:
-    """The data given by the flags, with the second test set."""
-    data = read_data(flags, test_fraction=more.test_fraction, labelled=more.labelled)
+def comparison_data(flags: DataFlags, more: CompareFlags, folder: Path) -> Data:
+    """The data given by the flags, with the second test set, checked; the folder takes what is found."""
+    prints = prints_for(flags)
+    data = read_data(flags, test_fraction=more.test_fraction, labelled=more.labelled, prints=prints)
+    return check_data(_with_ood(data, flags, more, prints), flags, prints, folder)
+
+
+def _with_ood(data: Data, flags: DataFlags, more: CompareFlags, prints: Prints | None) -> Data:
     notes = ["validation and test rows are what the data set has, or were set aside from its training rows"]
     if more.ood_dataset is None:
         return replace(data, notes=tuple(notes))
     other = DatasetDict({"ood": other_distribution(more.ood_dataset, more.ood_split, data.columns)})
-    other, skipped = readable(other, data.columns, flags.on_corrupt)
+    other, skipped = readable(other, data.columns, flags.on_corrupt, prints)
     return replace(
         data,
         splits=DatasetDict({**data.splits, **other}),
@@ -191,6 +199,7 @@ def _announce(model: str, prepared: Prepared) -> None:
     ]
     kind = "sounds" if data.columns.task == "audio" else "images"
     rows += [("skipped", f"{number} unreadable {kind} of {name}") for name, number in data.skipped.items()]
+    rows[2:2] = check_rows(data, prepared.runner.folder)
     rows += [("notice", notice) for notice in data.notices]
     say(f"{table(rows)}\n")
 

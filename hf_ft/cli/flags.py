@@ -19,6 +19,7 @@ BUDGET = "budget"  # the option of strategies that --budget sets
 BUDGETED = [name for name, kind in strategies().items() if any(f.name == BUDGET for f in options(kind))]
 # Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
+TEXTS_UNASKED = 200_000  # texts that are looked through for duplicates unasked
 BUFFER, LOOKED_AT = 1000, 256
 
 
@@ -55,6 +56,7 @@ class DataFlags:
     audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
     text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
+    group_column: str | None = _flag("column of groups, such as patients: each group stays in one split")
     image_size: int | None = _flag("image side in pixels (default: that of the checkpoint or the short name)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
@@ -63,13 +65,15 @@ class DataFlags:
         "unreadable images or sounds: refuse or skip (default: refuse; they are checked before training if at most "
         f"{CHECKED_UNASKED:,}, or if this flag is given)"
     )
+    on_duplicates: str | None = _flag(
+        "equal or nearly equal samples: warn, drop (from train), refuse or ignore (default: warn, of at most "
+        f"{CHECKED_UNASKED:,} files or {TEXTS_UNASKED:,} texts)"
+    )
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
     unknown_classes: Literal["refuse", "drop"] = _flag(
         "rows of other splits with a class that no training row has", "refuse"
     )
-    source_dataset: str | None = _flag(
-        "source data (of the pretraining), for strategies that use them (soft, co_tuning)"
-    )
+    source_dataset: str | None = _flag("source data (of pretraining), for strategies that use them: soft, co_tuning")
     source_split: str = _flag("split of the source data", "train")
 
 
@@ -103,9 +107,7 @@ class MethodFlags:
     mixup: float = _flag("mix the images of a batch: alpha, such as 0.2", 0.0)
     cutmix: float = _flag("paste parts of other images of the batch: alpha, such as 1", 0.0)
     patience: int | None = _flag("stop after so many evaluations without a better score (default: never)")
-    budget: str | None = _flag(
-        f"what the whole run may cost, as a number of full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}"
-    )
+    budget: str | None = _flag(f"cost of the whole run in full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}")
     uncalibrated: bool = _flag("fit no temperature on the validation data (see `hf-ft predict`)", False)
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 
@@ -121,7 +123,6 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "logging_strategy": "epoch",
     "load_best_model_at_end": True,
-    "report_to": "none",
     "log_level_replica": "error",
 }
 EVALUATIONS = 16  # when streaming, which has no epochs

@@ -34,7 +34,7 @@ the same as a file:
 # The most important training flags, with simpler descriptions.
 _TRAIN_FIRST = {
     "output_dir": "where checkpoints and, at the end, the best model go",
-    "num_train_epochs": "passes over the training data, for all stages of a strategy together",
+    "num_train_epochs": "passes over the training data, over all stages together",
     "learning_rate": "learning rate of the backbone (default: that recommended by the strategy)",
     "weight_decay": "weight decay of the optimizer",
     "per_device_train_batch_size": "samples per step and process",
@@ -42,6 +42,7 @@ _TRAIN_FIRST = {
     "bf16": "mixed precision",
     "seed": "seed of the new head, the data order and the augmentation",
     "resume_from_checkpoint": "true for the latest checkpoint in output_dir, or the folder of a checkpoint",
+    "report_to": "log to tensorboard, mlflow, trackio, ... (docs/trackers.md)",
     "push_to_hub": "upload the model to the Hub (see also --hub_model_id)",
 }
 
@@ -75,11 +76,13 @@ _COMPARE_FIRST = (
     "optim",
     "lr_scheduler_type",
     "bf16",
+    "report_to",
 )
 _COMPARE_WORDS = {
     "optim": "optimizer (default: each strategy tries AdamW and SGD with momentum 0.9; for text AdamW alone)",
     "augment": "of training images: none, basic, trivial, rand, auto (default: none: frozen parts are computed once)",
     "output_dir": "folder for results, report and winner (default: runs/compare)",
+    "report_to": "log each training as a run: tensorboard, mlflow, trackio, ... (docs/trackers.md; default: none)",
 }
 
 _COMPARE_TAIL = """\
@@ -125,6 +128,39 @@ examples:
         """\
 Written to --output_dir: evaluation.html and evaluation.md (scores, confusion matrix, reliability, unreadable samples),
 evaluation.json (the same as data) and predictions.csv (as by `hf-ft predict`). docs/predict.md has more.""",
+    ),
+    "export": (
+        """hf-ft export: write a trained model for other runtimes, and check what was written.
+
+usage: hf-ft export --model MODEL [--dataset DATA] [flags]
+
+Every file is run again, on the CPU, and its logits are compared with those of the model, on random samples and on
+--dataset, in batches of one and of several; if they differ, nothing is written. ONNX needs pip install 'hf-ft[export]'.
+
+examples:
+  hf-ft export --model runs/photos --dataset my_photos/test --output_dir runs/photos_onnx
+  hf-ft export --model runs/photos --dataset my_photos/test --quantize int8 --output_dir runs/photos_int8
+  hf-ft export --model runs/reviews --dataset reviews.csv --text_column body --formats onnx pt2
+""",
+        """\
+Written: model.onnx, model.int8.onnx and model.pt2, as requested; for texts export_tokenizer.json; and export.json with
+classes, temperature, the values by which inputs are prepared, differences and scores. docs/export.md has more.""",
+    ),
+    "push": (
+        """hf-ft push: upload a saved model, adapter, ensemble or delta to the Hub.
+
+usage: hf-ft push --model FOLDER --hub_model_id USER/NAME [flags]
+
+Weights, configs, processor, plots and the card are uploaded; checkpoints, logs, local paths and tokens are not. What
+the Hub has already is not sent again, so the same command goes on after an upload that failed.
+
+examples:
+  hf-ft push --model runs/photos --hub_model_id ann/photos
+  hf-ft push --model runs/photos/ft_delta --hub_model_id ann/photos-delta --hub_private_repo true
+""",
+        """\
+`hf-ft train --push_to_hub true --hub_model_id USER/NAME` uploads the result of a training, and with
+`--hub_strategy every_save` each save. docs/sharing.md has more.""",
     ),
 }
 
@@ -174,11 +210,11 @@ def compare_help(own: type, everything: bool) -> str:
 
 
 def inference_help(command: str, own: type, words: Mapping[str, str]) -> str:
-    """The help text of ``hf-ft predict`` or ``hf-ft evaluate``.
+    """The help text of ``hf-ft predict``, ``hf-ft evaluate`` or ``hf-ft export``.
 
     Args:
         own: the dataclass of the command's flags.
-        words: descriptions that differ between the two.
+        words: descriptions that differ between them.
     """
     about, tail = _INFERENCE[command]
     return "\n".join([about, "flags", _flags(fields(own), words), "", tail])

@@ -1,4 +1,4 @@
-"""Flags of ``hf-ft predict`` and ``hf-ft evaluate``."""
+"""Flags of ``hf-ft predict``, ``hf-ft evaluate`` and ``hf-ft export``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from hf_ft.cli.flags import _flag, _list_flag
 from hf_ft.data.inputs import Reading
 from hf_ft.data.sounds import SECONDS
 from hf_ft.errors import OptionError
+from hf_ft.exports.settings import CHECKED, Settings
 from hf_ft.inference.predictor import Options
 
 
 @dataclass
-class ModelAndData:
-    """What both commands take."""
+class Sources:
+    """A trained model, and data for it."""
 
     model: str | None = _flag("folder that training wrote, or Hub id; ensembles, deltas and adapters too")
     dataset: list[str] = _list_flag("")
@@ -30,6 +31,16 @@ class ModelAndData:
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
     batch_size: int = _flag("samples at a time; answers do not depend on it", 32)
+
+    def reading(self) -> Reading:
+        """How the data are read."""
+        return Reading(**{name: getattr(self, name) for name in Reading.__dataclass_fields__})
+
+
+@dataclass
+class ModelAndData(Sources):
+    """What ``predict`` and ``evaluate`` take."""
+
     device: str | None = _flag("such as cpu or cuda:1 (default: an accelerator if there is one)")
     num_workers: int = _flag("processes that read and prepare samples; 0: none", 0)
     tta: bool = _flag("images: mean of the probabilities of each image and its mirror image", False)
@@ -50,10 +61,6 @@ class ModelAndData:
         for name, least in (("batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"--{name} {getattr(self, name)} is too small: set it to at least {least}.")
-
-    def reading(self) -> Reading:
-        """How the data are read."""
-        return Reading(**{name: getattr(self, name) for name in Reading.__dataclass_fields__})
 
     def probability_threshold(self) -> float:
         """Above which one of several labels is predicted."""
@@ -97,6 +104,37 @@ class EvaluateFlags(ModelAndData):
     overwrite: bool = _flag("replace predictions.csv even if this command did not write it", False)
 
 
+@dataclass
+class ExportFlags(Sources):
+    """Flags of ``hf-ft export``."""
+
+    output_dir: str = _flag("folder of the files and of export.json, which describes them", "runs/export")
+    formats: list[str] = _list_flag("onnx, or pt2 for torch.export, or both (default: onnx)")
+    quantize: str | None = _flag(
+        "int8: also an ONNX file with weights of 8 bits; its scores are measured on --dataset, if that has labels"
+    )
+    samples: int | None = _flag(
+        f"number of samples to compare on, spread over the data (default: {CHECKED}, and all for int8)"
+    )
+    tolerance: float = _flag("how far logits may differ from those of the model, relative to them above 1", 1e-4)
+    max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
+    max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
+    overwrite: bool = _flag("replace an earlier export", False)
+
+    def settings(self) -> Settings:
+        """What to export, and how to check it.
+
+        Raises:
+            OptionError: for a value that cannot work.
+        """
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise OptionError(f"--max_seconds {self.max_seconds:g} is no length in seconds: set it above 0.")
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in _AS_THEY_ARE}
+        formats: Any = tuple(dict.fromkeys(self.formats)) or ("onnx",)
+        return Settings(formats=formats, seconds=self.max_seconds or SECONDS, **chosen)
+
+
+_AS_THEY_ARE = ("quantize", "samples", "tolerance", "max_length", "overwrite", "batch_size")
 WORDS: dict[str, Any] = {
     "predict": {
         "dataset": "files and folders of images or sounds, folders searched to any depth; or one csv, tsv, json, jsonl "
@@ -105,5 +143,10 @@ WORDS: dict[str, Any] = {
     "evaluate": {
         "dataset": "folder with a folder of images or sounds for each class, or with such folders for each split; csv, "
         "tsv, json, jsonl or parquet file, or a folder of them; folder written by save_to_disk; or Hub id"
+    },
+    "export": {
+        "dataset": "samples to compare on, as of `hf-ft predict`, best those that the model was not trained on "
+        "(default: random ones)",
+        "batch_size": "samples at a time in the comparison",
     },
 }

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_ft.cli.checks import check_task
 from hf_ft.cli.console import is_main, refusals
-from hf_ft.cli.flags import CHECKED_UNASKED, DataFlags
+from hf_ft.cli.flags import CHECKED_UNASKED, TEXTS_UNASKED, DataFlags
 from hf_ft.cli.logs import quieten
 from hf_ft.cli.request import Request
 from hf_ft.cli.streaming import process_streamed, read_streamed, stream_options
 from hf_ft.core.compose import shared_option
 from hf_ft.core.context import FrozenCache
+from hf_ft.data.check_results import FILE, DataChecks
 from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.data.mixing import Mixing
+from hf_ft.data.on_duplicates import checked
+from hf_ft.data.prints import Prints
 from hf_ft.data.progress import hide_bars
 from hf_ft.data.sounds import SECONDS
 from hf_ft.data.streamed import Streamed
@@ -45,6 +49,17 @@ class Made:
     splits: dict[str, Any]
 
 
+class KeepChecks(TrainerCallback):
+    """Writes what was found in the data when a training begins: until then, nothing is left in the output folder."""
+
+    def __init__(self, checks: DataChecks) -> None:
+        self.checks = checks
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
+        if state.is_world_process_zero:
+            self.checks.save(str(args.output_dir))
+
+
 def make(request: Request) -> Made:
     """Load model and data, and create the trainer."""
     quieten()
@@ -55,7 +70,10 @@ def make(request: Request) -> Made:
     if streamed is not None:
         data = _data_of(streamed, request.data)
     else:
-        data = read_data(request.data, reading=args.main_process_first(desc="reading the data"), augment_images=True)
+        prints = prints_for(request.data)
+        reading = args.main_process_first(desc="reading the data")
+        data = read_data(request.data, reading=reading, augment_images=True, prints=prints)
+        data = check_data(data, request.data, prints, request.output_dir)
     with refusals():
         request.mixing.check_task(data.columns.task)
         model, processor = _load(request, data.columns, args.seed)
@@ -89,6 +107,8 @@ def make(request: Request) -> Made:
         if method.patience is not None:
             trainer.add_callback(patience_callback(method.patience, args))
             args.restore_callback_states_from_checkpoint = True  # so that a resumed run ends where it would have
+    if data.checks is not None:
+        trainer.add_callback(KeepChecks(data.checks))
     trainer.data_info = data.info
     return Made(trainer, data, processed.splits)
 
@@ -99,6 +119,7 @@ def read_data(
     reading: AbstractContextManager[Any] | None = None,
     splits: Collection[str] | None = None,
     augment_images: bool = False,
+    prints: Prints | None = None,
     **more: Any,
 ) -> Data:
     """The data given by the flags: splits made, columns found, images checked.
@@ -107,6 +128,7 @@ def read_data(
         reading: context in which files are read, such as one that lets the main process go first.
         splits: the splits to keep; by default all.
         augment_images: whether training images are augmented by default.
+        prints: takes fingerprints while files are checked, for :func:`check_data`.
         more: passed to :func:`~hf_ft.data.load_splits`.
 
     Raises:
@@ -120,7 +142,7 @@ def read_data(
     check_task(flags, columns.task)
     if splits is not None:
         rows = DatasetDict({name: rows[name] for name in splits})
-    rows, skipped = readable(rows, columns, flags.on_corrupt)
+    rows, skipped = readable(rows, columns, flags.on_corrupt, prints)
     source, source_columns = (None, None) if source is None else _source(source, flags, columns)
     return Data(
         rows,
@@ -131,6 +153,7 @@ def read_data(
         seconds=flags.max_seconds or SECONDS,
         source=source,
         source_columns=source_columns,
+        group_column=flags.group_column,
         skipped=skipped,
         notices=notices(flags.dataset, flags.source_dataset),
     )
@@ -174,6 +197,7 @@ def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
         validation_fraction=flags.validation_fraction,
         max_train_samples=flags.max_train_samples,
         label_column=flags.label_column,
+        group_column=flags.group_column,
         unknown_classes=flags.unknown_classes,
         encoding=flags.encoding,
         seed=flags.split_seed,
@@ -181,7 +205,47 @@ def _read_splits(flags: DataFlags, **more: Any) -> DatasetDict:
     )
 
 
-def readable(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> tuple[DatasetDict, dict[str, int]]:
+def prints_for(flags: DataFlags) -> Prints | None:
+    """What takes fingerprints while files are read; None if duplicates are ignored."""
+    return None if flags.on_duplicates == "ignore" else Prints()
+
+
+def check_data(data: Data, flags: DataFlags, prints: Prints | None, folder: Path) -> Data:
+    """The data with what was found in them, without duplicates if this is wanted.
+
+    Args:
+        prints: what was taken when files were checked; may be empty.
+        folder: the output folder, where an earlier run may have kept what it found.
+
+    Raises:
+        DataError: if there are duplicates, and they are refused.
+    """
+    total, most = sum(map(len, data.splits.values())), TEXTS_UNASKED if data.columns.task == "text" else CHECKED_UNASKED
+    too_many = flags.on_duplicates is None and total > most
+    why = f"duplicates are not looked for among {total:,} samples: add --on_duplicates warn" if too_many else ""
+    splits, found = checked(
+        data.splits,
+        data.columns,
+        flags.on_duplicates or "warn",  # type: ignore[arg-type]
+        group_column=data.group_column,
+        prints=prints,
+        folder=folder,
+        not_compared=why,
+    )
+    return replace(data, splits=splits, checks=found)
+
+
+def check_rows(data: Data, folder: Path) -> list[tuple[str, str]]:
+    """What the checks found, as rows of a table."""
+    if data.checks is None:
+        return []
+    said = [f"all of them: {folder / FILE}"] if data.checks.duplicates else []
+    return [("" if row else "checks", text) for row, text in enumerate([*data.checks.sentences(), *said])]
+
+
+def readable(
+    splits: DatasetDict, columns: Columns, on_corrupt: str | None, prints: Prints | None = None
+) -> tuple[DatasetDict, dict[str, int]]:
     """The splits without unreadable files, and how many were skipped by split; large data are checked only if asked.
 
     Raises:
@@ -189,7 +253,7 @@ def readable(splits: DatasetDict, columns: Columns, on_corrupt: str | None) -> t
     """
     if on_corrupt is None and sum(map(len, splits.values())) > CHECKED_UNASKED:
         return splits, {}
-    kept, unreadable = check_images(splits, columns, "skip" if on_corrupt == "skip" else "refuse")
+    kept, unreadable = check_images(splits, columns, "skip" if on_corrupt == "skip" else "refuse", prints)
     return kept, {name: len(images) for name, images in unreadable.items() if images}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from hf_ft.cli.checks import refuse
-from hf_ft.cli.console import say, table
+from hf_ft.cli.console import is_main, say, table
 from hf_ft.cli.findings import show_findings
-from hf_ft.cli.prepare import make
+from hf_ft.cli.prepare import check_rows, make
 from hf_ft.cli.request import read, with_defaults
 from hf_ft.core.config import config_class
 from hf_ft.core.context import State
@@ -30,7 +30,8 @@ search, and several processes or machines with the same --storage share one.
 example:
   hf-ft search-blocks --model microsoft/resnet-18 --dataset my_photos/ --scheme stage --search_seeds 3
 
-Written to --output_dir (default: runs/blocks): blocks.json, blocks.md, blocks.png and the study.
+Written to --output_dir (default: runs/blocks): blocks.json, blocks.md, blocks.png, data_checks.json and
+the study.
 
 flags of the search
 {flags}
@@ -59,6 +60,9 @@ def run_search_blocks(arguments: list[str]) -> None:
     refuse(request.flags, ("mixup", "cutmix"), "candidates train on unmixed images")
     made = make(request)
     config: Any = request.configs[0]
+    if made.data.checks is not None and is_main():
+        say(table(check_rows(made.data, request.output_dir)))
+        made.data.checks.save(request.output_dir)
     scores = config.search(made.trainer.model, made.trainer.context())
     show_findings(config.findings(State(info={"scores": scores.to_dict()})), request.output_dir)
     if torch.distributed.is_initialized():

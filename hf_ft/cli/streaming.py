@@ -15,7 +15,8 @@ from hf_ft.data.task import Data, Processed
 from hf_ft.errors import OptionError
 from hf_ft.trainer.stream_checks import check_streamable
 
-WITHOUT = ("max_train_samples", "on_corrupt", "source_dataset")  # they need rows by index
+# They need rows by index.
+WITHOUT = ("max_train_samples", "on_corrupt", "on_duplicates", "group_column", "source_dataset")
 
 
 def check_streaming(request: Request) -> None:

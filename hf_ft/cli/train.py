@@ -16,12 +16,13 @@ from hf_ft.cli.findings import show_findings
 from hf_ft.cli.flags import SOURCES_FLAGS
 from hf_ft.cli.help import train_help
 from hf_ft.cli.models import adapter_usage
-from hf_ft.cli.prepare import Made, augmentation_of, make
+from hf_ft.cli.prepare import Made, augmentation_of, check_rows, make
 from hf_ft.cli.request import Request, read
 from hf_ft.cli.streaming import check_streaming
 from hf_ft.core.config import strategies
 from hf_ft.core.context import FrozenCache
 from hf_ft.core.options import describe_value, options
+from hf_ft.data.check_results import FILE
 from hf_ft.documents.usage import pipeline_usage
 from hf_ft.engine.checkpoint_folders import INCOMPLETE, checkpoints, is_complete
 from hf_ft.errors import OptionError
@@ -69,7 +70,7 @@ def check_request(request: Request) -> None:
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     # A killed process leaves its lock and what it was writing; an interrupted search resumes from its files.
-    kept = (LOCK, INCOMPLETE, *(name for config in strategies().values() for name in config.kept))
+    kept = (LOCK, INCOMPLETE, FILE, *(name for config in strategies().values() for name in config.kept))
     if (
         folder.is_dir()
         and any(not file.name.startswith(kept) for file in folder.iterdir())
@@ -99,6 +100,7 @@ def _announce(request: Request, made: Made) -> None:
         ("strategy", " + ".join(map(_shown, request.configs))),
         ("training", f"{length}, batches of {args.per_device_train_batch_size}, {processes}"),
     ]
+    rows[2:2] = check_rows(made.data, request.output_dir)
     if trainer.source_dataset is not None:
         rows.insert(2, ("source", f"{request.data.source_dataset}: {len(trainer.source_dataset):,} samples"))
     taken = ", ".join(f"{name}={wanted.value} ({wanted.source})" for name, wanted in request.recommended.items())
@@ -123,10 +125,10 @@ def _finish(made: Made, calibrates: bool) -> None:
     if "test" in ready:
         metrics |= trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
     folder, temperature = str(trainer.args.output_dir), ""
-    if trainer.is_world_process_zero():  # before the model is saved, and perhaps pushed
+    if trainer.is_world_process_zero():  # before the model is saved, which may be uploaded then
         calibration, temperature = calibrated_on(trainer, outputs[-1]) if calibrates else (None, "")
         keep_calibration(calibration, Path(folder))
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # uploaded once all of it is written
     trainer.save_metrics("all", metrics, combined=False)
     say()
     rows = [(name, _scores(metrics, prefix)) for name, prefix in (("validation", "eval"), ("test", "test"))]
@@ -146,6 +148,9 @@ def _finish(made: Made, calibrates: bool) -> None:
         show_findings(findings, Path(folder))
     if any(findings.plots for findings in found):
         trainer.create_model_card()  # the plots are now in the folder
+    if trainer.args.push_to_hub:
+        commit = trainer.push_to_hub()
+        say(f"\nuploaded    {commit.commit_url}" if commit else "")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

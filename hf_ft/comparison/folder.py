@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from hf_ft.comparison.outputs import LOGITS
 from hf_ft.core.context import State
+from hf_ft.data.check_results import FILE
 from hf_ft.engine.checkpoint import read_states, write_states
 from hf_ft.engine.checkpoint_folders import files_written_whole
 from hf_ft.errors import CheckpointError, OptionError
@@ -55,6 +56,7 @@ class Kept:
         """
         # Listed once: another worker may be claiming the folder, and creates its mark before anything else.
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        names = {name for name in names if not name.startswith(FILE)}
         if names and not names & {OWN, STORAGE}:
             shown = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
             raise OptionError(

@@ -14,9 +14,10 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.utils.data import Subset
 
 from hf_ft.data.columns import Columns
+from hf_ft.data.groups import group_numbers
 from hf_ft.data.task import Data, Processed
 from hf_ft.errors import OptionError
-from hf_ft.splits import stratified_rows
+from hf_ft.splits import grouped_folds, stratified_rows
 
 FEW = 200  # labelled samples; with fewer, parts of them take turns
 PARTS = 5
@@ -72,7 +73,8 @@ class Folds:
 def folds_of(data: Data, count: int | None) -> Folds | None:
     """Divide the training and validation samples, with the same class proportions everywhere.
 
-    A class with a single sample always trains.
+    A class with a single sample always trains. Groups of samples (:attr:`Data.group_column`) stay whole; those with a
+    class that no other has always train.
 
     Args:
         count: number of folds; None for :data:`PARTS` if there are fewer than :data:`FEW` such samples. Validation
@@ -92,6 +94,9 @@ def folds_of(data: Data, count: int | None) -> Folds | None:
             return None
         raise OptionError(f"folds={count}: train and validation have different columns; give folds=1.") from error
     labels = class_of_rows(pool, data.columns)
+    if data.group_column is not None and data.group_column in pool.column_names:
+        parts = _grouped(labels, group_numbers(pool[data.group_column][:]), count)
+        return Folds(pool, parts) if parts else None
     _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
     dealt = np.flatnonzero(counts[places] > 1)
     count = count or PARTS
@@ -100,6 +105,21 @@ def folds_of(data: Data, count: int | None) -> Folds | None:
     sizes = {str(fold): len(part) for fold, part in enumerate(np.array_split(dealt, count))}
     drawn = stratified_rows(labels[dealt], sizes, seed=0)
     return Folds(pool, tuple(np.sort(dealt[rows]) for rows in drawn.values()))
+
+
+def _grouped(labels: np.ndarray, groups: np.ndarray, count: int | None) -> tuple[np.ndarray, ...]:
+    """The rows that validate in each fold, in whole groups; none if there are too few for any number of folds."""
+    pairs = np.unique(np.stack([labels, groups]), axis=1)
+    classes, counts = np.unique(pairs[0], return_counts=True)  # groups of each class
+    always = np.unique(groups[np.isin(labels, classes[counts == 1])])
+    dealt = np.flatnonzero(~np.isin(groups, always))
+    number = len(np.unique(groups[dealt]))
+    if count is None and number < 2:
+        return ()
+    if count is not None and number < count:
+        raise OptionError(f"folds={count} exceeds the {number} groups that can validate: give folds=1.")
+    parts = grouped_folds(labels[dealt], groups[dealt], count or min(PARTS, number), seed=0)
+    return tuple(dealt[rows] for rows in parts)
 
 
 def class_of_rows(split: Dataset, columns: Columns) -> np.ndarray:

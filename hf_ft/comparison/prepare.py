@@ -20,14 +20,16 @@ from hf_ft.comparison.folds import class_of_rows, folds_of
 from hf_ft.comparison.mistakes import check_thumbnails, find_mistakes
 from hf_ft.comparison.report import write_report
 from hf_ft.comparison.report.card import card_section
-from hf_ft.comparison.results import DataSummary, Results
+from hf_ft.comparison.results import DataSummary, FoundInData, Results
 from hf_ft.comparison.runner import Runner, Tell
 from hf_ft.comparison.settings import Settings, optimizers, training_arguments
 from hf_ft.comparison.soup import make_soup
 from hf_ft.comparison.task import Bench, Benches, Loader
+from hf_ft.comparison.tracking import tracking_of
 from hf_ft.comparison.training import CommonSettings
 from hf_ft.core.compose import sources_of
 from hf_ft.core.config import FTConfig
+from hf_ft.data.check_results import DataChecks
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.task import Data
 from hf_ft.errors import OptionError
@@ -37,6 +39,7 @@ from hf_ft.models.source_head import has_source_head
 from hf_ft.trainer.trainer import ClassWeights
 
 TUNER = 2  # of what follows from a seed: trainings of another are not shared
+LISTED = 20  # sets of duplicates in the report
 METRICS = {
     "single_label_classification": "balanced_accuracy",
     "multi_label_classification": "macro_f1",
@@ -159,6 +162,7 @@ def prepare_comparison(
     metric = _checked_metric(given, settings)
     settings.mixing.check_task(given.columns.task)
     check_thumbnails(settings, given.columns)
+    tracking, arguments = tracking_of(arguments, folder)
     values = training_arguments(arguments)
     device = TrainingArguments("unused", **values).device.type
     folds = folds_of(given, settings.folds)
@@ -188,6 +192,7 @@ def prepare_comparison(
         device,
         settings.patience,
         settings.mixing,
+        tracking,
     )
     optims = optimizers(values, given.columns.task)
     entrants = _entrants(chosen, benches, settings, common, optims, shown, untuned)
@@ -279,7 +284,9 @@ def _described(data: Data, columns: Columns) -> DataSummary:
             for name, split in data.splits.items()
         }
     augmentation = [] if data.augment == "none" else [f"training images are augmented: {data.augment}"]
+    checks: DataSummary = {} if data.checks is None else {"checks": _found(data.checks)}
     return {
+        **checks,
         "name": data.name,
         "task": columns.task,
         "classes": tuple(columns.names),
@@ -289,6 +296,12 @@ def _described(data: Data, columns: Columns) -> DataSummary:
         "notices": tuple(data.notices),
         "notes": (*augmentation, *data.notes),
     }
+
+
+def _found(checks: DataChecks) -> FoundInData:
+    """What the report says of the checks."""
+    said, first = tuple(checks.sentences()), checks.first(LISTED).duplicates
+    return {"said": said, "duplicates": first, "sets": len(checks.duplicates)}
 
 
 def _add_to_card(folder: Path, results: Results) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from hf_ft.data.check_results import Duplicates
 from hf_ft.errors import CheckpointError
 from hf_ft.inference.calibration import SplitCalibration
 from hf_ft.records import read_json, restored, stored
@@ -37,6 +38,14 @@ class Distance(TypedDict):
     relative_l2: float
 
 
+class FoundInData(TypedDict):
+    """What the checks of the data found: in sentences, the first sets of duplicates, and their number."""
+
+    said: tuple[str, ...]
+    duplicates: tuple[Duplicates, ...]
+    sets: int
+
+
 class DataSummary(TypedDict, total=False):
     """The data of a comparison; see :class:`Results`."""
 
@@ -48,6 +57,7 @@ class DataSummary(TypedDict, total=False):
     notices: tuple[str, ...]
     notes: tuple[str, ...]
     task: str
+    checks: FoundInData
 
 
 @dataclass(frozen=True)
@@ -253,7 +263,8 @@ class Results:
         greater_is_better: False for errors.
         model: ``name``, ``parameters``, ``image_size``.
         data: ``name``; ``classes`` (names); ``sizes`` and ``class_counts`` by split; ``skipped`` (unreadable rows by
-            split); ``notices`` (licences); ``notes`` (which splits were carved).
+            split); ``notices`` (licences); ``notes`` (which splits were carved); ``checks`` (what the data checks
+            found).
         labels: true classes by split, in the order of the predictions.
         settings: epochs, batch size, optimizer, budget and so on.
         versions: versions of Python packages.

@@ -28,6 +28,7 @@ from hf_ft.comparison.folder import STORAGE, Kept
 from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
+from hf_ft.comparison.tracking import run_name
 from hf_ft.comparison.training import CommonSettings, Measured, averaged, train, versions
 from hf_ft.engine.work import Work
 from hf_ft.errors import AnatomyError, MachineError, OptionError
@@ -217,9 +218,9 @@ class Runner:
         final = kind == "run"
         save_to = self.kept.model(name, seed) if final or self.settings.keeps_trials else None
         work = self.kept.work(f"{name}-{kind}-{number}")
-        return train(
-            entrant.on_fold(fold), values, seed, self.common, work, known, save_to, final, on_measured, counted
-        )
+        run = run_name(entrant.name, _shown(kind, number), None if final or not entrant.bench.others else fold)
+        on = entrant.on_fold(fold)
+        return train(on, values, seed, self.common, work, known, save_to, final, on_measured, counted, run)
 
     def _failed(self, entrant: Entrant, kind: str, number: int, error: str) -> Training:
         seed = TUNING_SEED if kind == "trial" else number
@@ -241,7 +242,7 @@ class Runner:
             f"{names.get(key, key.rpartition('.')[2])} {_short(value)}".strip()
             for key, value in training.params.items()
         )
-        what = f"trial {number + 1}" if kind == "trial" else f"seed {number}"
+        what = _shown(kind, number)
         score = training.error or f"{self.common.metric} {training.validation:.3f}"
         self.tell(f"[{finished}/{all_jobs}] {entrant.name} {what} ({named}): {score}, {done.seconds:.0f} s")
 
@@ -291,6 +292,10 @@ def _findings(entrant: Entrant, measured: Measured) -> dict[str, Any]:
             found |= dict(state.info)
             learned.append(config.findings(state).summary)
     return {"found": found, "learned": " ".join(filter(None, learned))}
+
+
+def _shown(kind: str, number: int) -> str:
+    return f"trial {number + 1}" if kind == "trial" else f"seed {number}"
 
 
 def _short(value: Any) -> str:

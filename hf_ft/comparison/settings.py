@@ -45,7 +45,16 @@ FIXED: dict[str, Any] = {
     "disable_tqdm": True,
     "remove_unused_columns": False,
 }
-OURS = (*FIXED, "learning_rate", "seed", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint")
+# Trackers are told of each training by hf_ft.comparison.tracking.
+OURS = (
+    *(name for name in FIXED if name != "report_to"),
+    "learning_rate",
+    "seed",
+    "run_name",
+    "metric_for_best_model",
+    "greater_is_better",
+    "resume_from_checkpoint",
+)
 
 
 def setting(default: Any, help: str) -> Any:
@@ -201,7 +210,8 @@ def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     pushing = sorted(name for name in given if name == "push_to_hub" or name.startswith("hub_"))
     if pushing:
         raise OptionError(
-            f"{pushing[0]} cannot be set: a comparison pushes nothing to the Hub. Push best/, the winner, afterwards."
+            f"{pushing[0]} cannot be set: a comparison pushes nothing to the Hub. Push the winner afterwards: "
+            "`hf-ft push --model OUTPUT_DIR/best`."
         )
     values = DEFAULTS | dict(given)
     unknown = sorted(set(values) - {f.name for f in fields(TrainingArguments) if f.init})

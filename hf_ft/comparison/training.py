@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
 from hf_ft.comparison.outputs import LOGITS, TESTS, scored
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
+from hf_ft.comparison.tracking import Tracking
 from hf_ft.core.context import State
 from hf_ft.core.head_rate import UNSET_RATE
 from hf_ft.data.mixing import Mixing
@@ -52,6 +54,7 @@ class CommonSettings:
         device: type of the device whose time is measured.
         patience: epochs without a better validation score after which a training ends; None for never.
         mixing: how the images of a training batch are mixed.
+        tracking: where the trainings are logged.
     """
 
     arguments: Mapping[str, Any]
@@ -62,6 +65,7 @@ class CommonSettings:
     device: str = "cpu"
     patience: int | None = None
     mixing: Mixing = Mixing()
+    tracking: Tracking = Tracking()
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def train(
     final: bool = False,
     on_measured: Callable[[Measured], None] = lambda measured: None,
     counted: Work | None = None,
+    run: str = "",
 ) -> Training:
     """Train once and return scores and costs.
 
@@ -95,11 +100,13 @@ def train(
         final: whether it is a final run, whose model is scored on the test sets.
         on_measured: called with new measurements.
         counted: counts the work.
+        run: name of the run in the trackers; by default, nothing is logged.
     """
-    with temporary(work), collected_warnings() as said:
+    configs = entrant.with_settings(values)
+    with temporary(work), collected_warnings() as said, common.tracking.start(run, configs) as tracked:
         with counted or nullcontext(), PeakMemory(common.device) as memory:
             model = entrant.bench.load(seed, entrant.keeps_head)
-            trainer = trainer_for(entrant, values, seed, common, work, model, measured)
+            trainer = trainer_for(entrant, values, seed, common, work, model, measured, common.tracking.arguments(run))
             if measured is None:
                 began = now(common.device)[1]
                 states = dict(trainer.measure())
@@ -111,6 +118,7 @@ def train(
             trainer.add_callback(EndDiverged(trainer.model))
             if common.patience is not None:
                 trainer.add_callback(patience_callback(common.patience, trainer.args))
+            trainer.add_callback(tracked)
             trainer.train()
         training = _result(trainer, values, seed, common, clock, memory.mb)
         if save_to is not None and not training.error:
@@ -120,6 +128,7 @@ def train(
             training = dataclasses.replace(training, checkpoint_mb=size)
         if final and not training.error:
             training = _tested(training, trainer, entrant, common, save_to)
+        tracked.outcome = training
     return dataclasses.replace(training, warnings=tuple(dict.fromkeys(said)), versions=versions())
 
 
@@ -160,12 +169,14 @@ def trainer_for(
     work: Path,
     model: nn.Module,
     measured: Measured | None,
+    tracking: Mapping[str, Any] = MappingProxyType({}),
 ) -> FTTrainer:
-    """A trainer with the settings of the comparison."""
+    """A trainer with the settings of the comparison, and training arguments for trackers."""
     data = entrant.bench.data
     args = TrainingArguments(
         str(work),
         **{"dataloader_pin_memory": common.device == "cuda"} | under(common.arguments, entrant.optim(values)) | FIXED,
+        **tracking,
         learning_rate=values.get(RATE, UNSET_RATE),
         seed=seed,
         metric_for_best_model=common.metric,

@@ -28,6 +28,7 @@ from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError, unknown
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.parts import Anatomy
+from hf_ft.models.sharing import upload_of
 from hf_ft.version import __version__
 
 if TYPE_CHECKING:
@@ -264,7 +265,8 @@ class FTConfig(PushToHubMixin):
         folder.mkdir(parents=True, exist_ok=True)
         write_configs(folder, [self])
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+            with upload_of(folder, repo := kwargs.pop("repo_id", folder.name)):
+                self.push_to_hub(repo, **kwargs)
 
     @staticmethod
     def from_pretrained(name_or_path: str | Path, **hub_options: Any) -> FTConfig:

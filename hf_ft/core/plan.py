@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from hf_ft.errors import OptionError
-from hf_ft.models.names import EVERYTHING, Names, covered
+from hf_ft.models.names import EVERYTHING, Names, covered, parents
 
 if TYPE_CHECKING:
     from hf_ft.core.view import View
@@ -289,22 +290,32 @@ def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> li
         OptionError: if an entry of ``stage.trains`` matches no module, parameter or buffer, or if none of them is
             trainable.
     """
-    names = [name for name, _ in model.named_parameters()]
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())  # a part may hold a lone buffer
-    valid = {"", *(name for name, _ in tensors), *(name for name, _ in model.named_modules())}
-    for prefix in stage.trains:
-        if prefix not in valid:
-            tops = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-            examples = ", ".join([*tops[:6], "...", *tops[-2:]] if len(tops) > 8 else tops)
-            raise OptionError(f"stage {stage.name!r}: {prefix!r} matches no parameter. Parameters include {examples}.")
-    candidates, trains = set(trainable), set(stage.trains)
-    parameters = [name for name in names if name in candidates and covered(name, trains)]
+    names = tuple(name for name, _ in model.named_parameters())
+    parameters, others = _covered(tuple(stage.trains), names, tuple(trainable))
+    if others:  # a part may hold no parameter, or a lone buffer
+        valid = {name for name, _ in itertools.chain(model.named_buffers(), model.named_modules())}
+        for prefix in others:
+            if prefix not in valid:
+                tops = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+                examples = ", ".join([*tops[:6], "...", *tops[-2:]] if len(tops) > 8 else tops)
+                raise OptionError(
+                    f"stage {stage.name!r}: {prefix!r} matches no parameter. Parameters include {examples}."
+                )
     if not parameters:
         raise OptionError(
             f"stage {stage.name!r}: {', '.join(stage.trains) or 'the model'} has no trainable parameters: all were "
             "frozen before training (requires_grad=False). Unfreeze some of them."
         )
-    return parameters
+    return list(parameters)
+
+
+@functools.lru_cache(maxsize=128)
+def _covered(trains: Names, names: Names, trainable: Names) -> tuple[Names, Names]:
+    """The trainable parameters that ``trains`` covers, and what of it covers none; a run asks again and again."""
+    valid = {parent for name in names for parent in parents(name)} | {""}
+    candidates, prefixes = set(trainable), set(trains)
+    parameters = tuple(name for name in names if name in candidates and covered(name, prefixes))
+    return parameters, tuple(prefix for prefix in trains if prefix not in valid)
 
 
 def stage_index(progress_borders: Sequence[int], step: int) -> int:

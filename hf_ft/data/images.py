@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from transformers.utils import logging
 
 from hf_ft.data.columns import ROW, Columns, values_of
 from hf_ft.data.media import IMAGES, MEDIA, Media
+from hf_ft.data.prints import Print, Prints, image_print, sound_print
 from hf_ft.data.progress import bar
-from hf_ft.data.sounds import sound_fault
+from hf_ft.data.sounds import open_whole, reason_of_sound
 from hf_ft.errors import DataError
 from hf_ft.splits import absent_classes
 
@@ -140,12 +142,13 @@ class Unreadable:
 
 
 def check_images(
-    splits: DatasetDict, columns: Columns, on_corrupt: OnCorrupt = "refuse"
+    splits: DatasetDict, columns: Columns, on_corrupt: OnCorrupt = "refuse", prints: Prints | None = None
 ) -> tuple[DatasetDict, dict[str, list[Unreadable]]]:
     """Open every image or sound once to find unreadable ones: truncated, empty, of another kind, missing.
 
     Args:
         on_corrupt: ``"skip"`` removes them, with a warning.
+        prints: takes the fingerprints of the others on the way.
 
     Returns:
         The splits without them, and the files removed from each split; text is returned unchanged.
@@ -162,7 +165,8 @@ def check_images(
     total = sum(len(split) for split in splits.values())
     with bar(f"opening {media.name}s", total, unit=f" {media.name}s") as shown:
         for name, split in splits.items():
-            kept[name], skipped[name] = _without_unreadable(split, columns.inputs[0], media, shown.update)
+            taken = None if prints is None else prints.splits.setdefault(name, [])
+            kept[name], skipped[name] = _without_unreadable(split, columns.inputs[0], media, shown.update, taken)
     unreadable = [f"{name}, {file}" for name, files in skipped.items() for file in files]
     if not unreadable:
         return splits, skipped
@@ -192,34 +196,48 @@ def _lost_classes(splits: DatasetDict, kept: DatasetDict, columns: Columns) -> l
 
 
 def _without_unreadable(
-    split: Dataset, column: str, media: Media, advance: Callable[[int], Any]
+    split: Dataset, column: str, media: Media, advance: Callable[[int], Any], prints: list[Print] | None
 ) -> tuple[Dataset, list[Unreadable]]:
     rows = values_of(split, ROW) if ROW in split.column_names else list(range(len(split)))
     wrong, kept = [], []
-    for place, (value, reason) in enumerate(_reasons(split, column, media)):
+    for place, (value, seen) in enumerate(_seen(split, column, media, prints is not None)):
         advance(1)
-        if reason is None:
-            kept.append(place)
-        else:
-            wrong.append(Unreadable(rows[place], _path(value), reason))
+        if isinstance(seen, str):
+            wrong.append(Unreadable(rows[place], _path(value), seen))
+            continue
+        kept.append(place)
+        if prints is not None and seen is not None:
+            prints.append(seen)
     return (split.select(kept) if wrong else split), wrong
 
 
-def _reasons(split: Dataset, column: str, media: Media) -> Iterator[tuple[Any, str | None]]:
-    """Yield each unopened file with the reason why it cannot be opened, or None."""
+def _seen(split: Dataset, column: str, media: Media, printed: bool) -> Iterator[tuple[Any, str | Print | None]]:
+    """Yield each unopened file with the reason why it cannot be opened, or else its fingerprint or None."""
     undecoded = split.with_format(None).select_columns(column).cast_column(column, media.unopened)
+    look = partial(_look_at_image if media is IMAGES else _look_at_sound, printed=printed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding runs in parallel: decoders release the GIL
         for start in range(0, len(undecoded), CHUNK):
             values = undecoded[start : start + CHUNK][column]
-            yield from zip(values, pool.map(_reason if media is IMAGES else sound_fault, values), strict=True)
+            yield from zip(values, pool.map(look, values), strict=True)
 
 
-def _reason(value: Any) -> str | None:
+def _look_at_image(value: Any, printed: bool) -> str | Print | None:
     try:
-        _opened(value, 1)  # all of a file is read to decode an eighth of its size, which takes a third of the time
+        # All of a file is read to decode an eighth of its size, which takes a third of the time.
+        image = _opened(value, 1)
+        return image_print(image) if printed else None
     except Exception as error:
         return _reason_of(error)
-    return None
+
+
+def _look_at_sound(value: Any, printed: bool) -> str | Print | None:
+    try:
+        samples = open_whole(value)
+        return sound_print(samples) if printed else None
+    except ImportError:
+        raise
+    except Exception as error:
+        return reason_of_sound(error)
 
 
 def _reason_of(error: Exception) -> str:

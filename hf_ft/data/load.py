@@ -16,11 +16,12 @@ from transformers.utils import logging
 from hf_ft.data.class_names import check_names, with_plain_labels
 from hf_ft.data.columns import ROW, unlabelled, usual_label, values_of
 from hf_ft.data.files import read_files
+from hf_ft.data.groups import check_group_column, group_numbers
 from hf_ft.data.media import SOUNDS
 from hf_ft.data.split_names import USUAL, Role, candidates
 from hf_ft.data.unknown_classes import OnUnknown, known_rows
 from hf_ft.errors import DataError
-from hf_ft.splits import absent_classes, stratified_rows
+from hf_ft.splits import absent_classes, grouped_share, stratified_rows
 
 VALIDATION_NAMES, TEST_NAMES = USUAL["validation"], USUAL["test"]
 logger = logging.get_logger(__name__)
@@ -38,6 +39,7 @@ def load_splits(
     labelled: int | None = None,
     max_train_samples: int | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
     unknown_classes: OnUnknown = "refuse",
     encoding: str | None = None,
     seed: int = 0,
@@ -58,6 +60,8 @@ def load_splits(
         unknown_classes: whether to refuse or to drop rows of a class that no training row has.
         encoding: of csv and tsv files (default: UTF-8).
         label_column: column to stratify by (default: the one found by :func:`find_columns`).
+        group_column: column of what several rows have in common, such as a patient: rows that are held out are those
+            of whole groups, so that no group is on both sides. Sizes are then only about those wanted.
 
     Raises:
         DataError: if the source cannot be read, a split is missing, or there are too few rows.
@@ -71,17 +75,18 @@ def load_splits(
     check_names(parts["train"], label)
     parts = known_rows(parts, label, unknown_classes)
     whole = parts["train"]
+    check_group_column(whole, group_column)
     by = _stratify_by(whole, label)
     if test_fraction is not None and "test" in parts and not _has_labels(parts["test"], label, whole):
         logger.warning("the test split has rows without a label: part of train is held out instead")
         del parts["test"]
     given = set(parts) - {"train"}
     if "test" not in given and test_fraction is not None:
-        parts |= _carve(parts["train"], "test", test_fraction, _apart(seed, 1), by)
+        parts |= _carve(parts["train"], "test", test_fraction, _apart(seed, 1), by, group_column)
     if labelled is not None:
         parts |= _limit(parts, labelled, validation_fraction, _apart(seed, 2), by)
     if "validation" not in given:
-        parts |= _carve(parts["train"], "validation", validation_fraction, seed, by)
+        parts |= _carve(parts["train"], "validation", validation_fraction, seed, by, group_column)
     if max_train_samples is not None and max_train_samples < len(parts["train"]):
         parts |= _drawn(parts["train"], {"train": max_train_samples}, seed, by)
     parts = {name: parts[name] for name in names if name in parts}
@@ -176,8 +181,10 @@ def _apart(seed: int, draw: int) -> int:
     return int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
 
 
-def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None) -> dict[str, Dataset]:
-    """Hold out a fraction of the training rows."""
+def _carve(
+    train: Dataset, name: str, fraction: float, seed: int, by: str | None, group_column: str | None
+) -> dict[str, Dataset]:
+    """Hold out a fraction of the training rows, or of their groups."""
     size = round(len(train) * fraction)
     if not 0 < size < len(train):
         raise DataError(
@@ -192,7 +199,25 @@ def _carve(train: Dataset, name: str, fraction: float, seed: int, by: str | None
             arguments=(f"{name}_split", "label_column"),
         )
     logger.info(f"{size} of {len(train)} training rows are held out for {name}")
+    if group_column is not None:
+        return _carve_groups(train, name, fraction, seed, by, group_column)
     return _drawn(train, {"train": len(train) - size, name: size}, seed, by)
+
+
+def _carve_groups(
+    train: Dataset, name: str, fraction: float, seed: int, by: str | None, group_column: str
+) -> dict[str, Dataset]:
+    groups = group_numbers(values_of(train, group_column))
+    if len(set(groups.tolist())) < 2:
+        raise DataError(
+            f"all {len(train):,} training rows have the same {group_column!r}, so that no group can be held out for "
+            f"{name}: name a {name}_split, or leave out group_column",
+            arguments=(f"{name}_split", "group_column"),
+        )
+    held_out = grouped_share(_labels(train, by), groups, fraction, seed)
+    order = np.random.default_rng(seed).permutation(len(train))
+    drawn = np.isin(order, held_out)
+    return {"train": train.select(order[~drawn]), name: train.select(order[drawn])}
 
 
 def _limit(parts: dict[str, Dataset], labelled: int, fraction: float, seed: int, by: str | None) -> dict[str, Dataset]:

@@ -41,26 +41,22 @@ def open_sound(value: Any, row: int, rate: int, seconds: float = SECONDS) -> np.
         raise
     except Exception as error:  # a damaged file makes libsndfile raise almost anything
         path = value if isinstance(value, str) else (value or {}).get("path")
-        raise DataError(f"cannot read the sound in row {row} ({path or 'no path'}): {_reason_of(error)}") from error
+        raise DataError(
+            f"cannot read the sound in row {row} ({path or 'no path'}): {reason_of_sound(error)}"
+        ) from error
 
 
-def _reason_of(error: Exception) -> str:
-    """The reason without the path, which is reported separately."""
+def reason_of_sound(error: Exception) -> str:
+    """Why a sound cannot be opened, without the path, which is reported separately."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     text = str(error)
     return text.rpartition(": ")[2].rstrip(".") if text.startswith("Error opening") else text or type(error).__name__
 
 
-def sound_fault(value: Any) -> str | None:
-    """The reason why a sound cannot be read to its end; None if it can."""
-    try:
-        _opened(value, None, math.inf)
-    except ImportError:
-        raise
-    except Exception as error:
-        return _reason_of(error)
-    return None
+def open_whole(value: Any) -> np.ndarray:
+    """All of a sound as one channel at its own rate, (samples,); for errors, see :func:`reason_of_sound`."""
+    return _opened(value, None, math.inf)
 
 
 def _opened(value: Any, rate: int | None, seconds: float) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from hf_ft.data.check_results import DataChecks
 from hf_ft.data.columns import Columns
 from hf_ft.data.in_memory import held
 from hf_ft.data.info import DataInfo
@@ -28,6 +29,8 @@ class Data:
         seconds: length to which sounds are cut.
         source: source data, for strategies that use them.
         source_columns: the columns to read from the source data.
+        group_column: column of what several rows have in common; folds of a comparison keep such rows together.
+        checks: what the checks of the data found, for the report.
         skipped: number of unreadable rows by split.
         notices: licences and sources, for the report.
         notes: remarks for the report, such as which splits were carved.
@@ -41,6 +44,8 @@ class Data:
     seconds: float = SECONDS
     source: Dataset | None = None
     source_columns: Columns | None = None
+    group_column: str | None = None
+    checks: DataChecks | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

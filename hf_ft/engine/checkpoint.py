@@ -1,4 +1,4 @@
-"""Saving and loading: weights (strictly), strategy states, and deltas."""
+"""Saving and loading: weights (strictly), and strategy states."""
 
 from __future__ import annotations
 
@@ -11,27 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_ft.core.compose import shared_option
-from hf_ft.core.config import FTConfig, write_configs
 from hf_ft.core.context import State
 from hf_ft.errors import CheckpointError
-from hf_ft.models.anatomy import anatomy
-from hf_ft.models.names import covers
 from hf_ft.models.preserve import forget_evaluation
 from hf_ft.models.sharding import is_sharded, load_tensors, load_whole, plain_class
 from hf_ft.models.weight_files import COLLABORATIVE, WEIGHTS_NAME
 
 STATE_NAME = "ft_state.safetensors"
-DELTA_NAME = "ft_delta.safetensors"
 MODULES_NAME = "ft_modules.safetensors"
 BUFFERS_NAME = "ft_buffers.safetensors"
 LIVE_NAME = "ft_live.safetensors"
@@ -177,106 +171,13 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# --- deltas -----------------------------------------------------------------------------------------------
-
-
 def digests(model: nn.Module) -> dict[str, str]:
     """Hash every parameter and buffer by name, so that changes can be detected without keeping a copy."""
-    return {name: _digest(tensor) for name, tensor in model.state_dict().items()}
+    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """Hash a tensor with its type and shape."""
     tensor = tensor.detach().cpu().contiguous()
     head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     return hashlib.sha256(head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def base_digest(hashes: Mapping[str, str], head: tuple[str, ...]) -> str:
-    """One hash of a base model without its head, which every fine-tuning initialises anew."""
-    body = sorted(item for item in hashes.items() if not any(covers(prefix, item[0]) for prefix in head))
-    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
-
-
-def save_delta(
-    model: nn.Module,
-    folder: str | Path,
-    base: Mapping[str, str],
-    configs: tuple[FTConfig, ...],
-    base_name: str | None,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Save only the difference from the base: ``ft_delta.safetensors``, ``ft_config.json``, ``config.json``.
-
-    Args:
-        model: model after training.
-        base: :func:`digests` of the model before training.
-        base_name: Hub id of the base, for information.
-        state: the model's state dict with whole tensors, if it is sharded.
-
-    Raises:
-        CheckpointError: for a PEFT model (its adapter is its delta), or a model whose tensors differ from its base's.
-    """
-    if isinstance(model, PeftModel):
-        raise CheckpointError("a PEFT adapter is already a delta: use save_model or model.save_pretrained.")
-    state = model.state_dict() if state is None else state
-    if set(state) != set(base):
-        raise CheckpointError("the model has different tensors from its base: use save_model, which saves all of them.")
-    head = anatomy(model, shared_option(configs, "head"), shared_option(configs, "blocks")).head.modules
-    delta = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in state.items()
-        if any(covers(prefix, name) for prefix in head) or _digest(tensor) != base[name]
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    base_info = {"name": base_name, "sha256": base_digest(base, head), "head": list(head)}
-    save_file(delta, folder / DELTA_NAME, metadata={"format": "pt", "base": json.dumps(base_info)})
-    write_configs(folder, configs, base_model=base_info)
-    if isinstance(model, PreTrainedModel):
-        config = copy.deepcopy(model.config)
-        config.architectures = [plain_class(model).__name__]
-        config.save_pretrained(folder)
-
-
-def load_delta(base: nn.Module | str, path: str | Path) -> nn.Module:
-    """Restore the fine-tuned model, bit for bit, from its base and a delta saved by :func:`save_delta`.
-
-    Args:
-        base: the base model with a head of the right size (modified in place), or its Hub id or folder, from which
-            it is loaded with the head of the delta.
-
-    Raises:
-        CheckpointError: for another base or a damaged file.
-    """
-    folder = Path(path)
-    tensors, metadata = checked(folder / DELTA_NAME)
-    try:
-        base_info = json.loads(metadata["base"])
-        wanted, head, base_name = str(base_info["sha256"]), tuple(base_info["head"]), base_info["name"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / DELTA_NAME} is damaged: no readable header. Restore it.") from error
-    model = _load_base(base, folder) if isinstance(base, str) else base
-    digest = base_digest(digests(model), head)
-    if digest != wanted:
-        raise CheckpointError(
-            f"{base if isinstance(base, str) else 'this model'} is not the base of {folder}: its hash without the head "
-            f"is {digest[:12]}, but {wanted[:12]} ({base_name or 'unnamed'}) is needed."
-        )
-    try:
-        result = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder / DELTA_NAME} does not fit the base: {error}") from error
-    if result.unexpected_keys:
-        raise CheckpointError(
-            f"{folder / DELTA_NAME} contains tensors that the base does not have: {result.unexpected_keys[:5]}."
-        )
-    return model
-
-
-def _load_base(name: str, folder: Path) -> nn.Module:
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type == COLLABORATIVE:
-        model_class: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    else:
-        model_class = getattr(transformers, config.architectures[0])
-    return model_class.from_pretrained(name, config=config, ignore_mismatched_sizes=True)

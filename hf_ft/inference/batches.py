@@ -45,6 +45,10 @@ class Batches(torch.utils.data.Dataset[Batch]):
         max_length: maximum text length in tokens; by default that of the model, at most 512.
         seconds: length to which sounds are cut.
 
+    Attributes:
+        rows: the samples as they are stored.
+        input: the column of their files or texts.
+
     Raises:
         OptionError: if the batch size is none, or something other than images would be mirrored.
     """
@@ -63,14 +67,16 @@ class Batches(torch.utils.data.Dataset[Batch]):
             raise OptionError(f"batch_size={batch_size}: set it to at least 1.")
         if mirrored and task != "image":
             raise OptionError(f"tta mirrors images, and these data are {task}: leave it out.")
-        self.rows, self.batch_size, self._input = inputs.rows, batch_size, columns.inputs[0]
+        self.rows, self.batch_size, self.input = inputs.rows, batch_size, columns.inputs[0]
+        self.max_length = max_length or usual_length(trained.model, processor)
+        self.seconds = seconds
         self._views: list[Callable[[dict[str, Any]], dict[str, Any]]]
         if task == "image":
             self._views = [image_transform(processor, columns, mirrored=way) for way in (False, True)[: 1 + mirrored]]
         elif task == "audio":
             self._views = [sound_transform(processor, columns, seconds)]
         else:
-            self._views = [text_transform(processor, columns, max_length or usual_length(trained.model, processor))]
+            self._views = [text_transform(processor, columns, self.max_length)]
         self._collate = collate(processor)
         self._names = accepted_names(trained.model)
         # A model that sees which tokens are padding ignores them. Those of sounds are normalised with the others.
@@ -90,8 +96,17 @@ class Batches(torch.utils.data.Dataset[Batch]):
             views = self._processed(batch, numbers)
         except ValueError:  # of one of them: which one shows when they are read one by one
             views, readable, errors = self._one_by_one(batch, numbers)
-        files = tuple(map(_file, batch[self._input]))
+        files = tuple(map(_file, batch[self.input]))
         return Batch(numbers, files, tuple(self._batches(readable, rows) for rows in views), errors)
+
+    def alone(self, row: int) -> list[Mapping[str, Any]]:
+        """One sample as a batch for the model, for each view; empty if it cannot be read."""
+        batch = self.rows[row : row + 1]
+        try:
+            views = self._processed(batch, [row])
+        except ValueError:
+            return []
+        return [dict(self._collate(view)) for view in views]
 
     def _processed(self, batch: Mapping[str, list[Any]], numbers: Sequence[int]) -> list[list[Row]]:
         """The samples of each view."""

@@ -12,27 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from hf_ft.data.classifier import settle_padding
 from hf_ft.data.columns import ProblemType
 from hf_ft.data.inputs import Wanted
-from hf_ft.engine.checkpoint import BUFFERS_NAME, DELTA_NAME, checked, digests, load_delta
+from hf_ft.engine.checkpoint import BUFFERS_NAME, checked, digests
+from hf_ft.engine.deltas import base_of, load_delta
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.inference.calibration import FILE, Calibration, read_calibration
 from hf_ft.models.names import covers
 from hf_ft.models.preserve import random_states_kept
+from hf_ft.models.sharing import KINDS
 from hf_ft.models.tasks import auto_model, tasks_of
+from hf_ft.models.weight_files import DELTA_NAME
 from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
-from hf_ft.zoo.reading import read_config, weights_of
+from hf_ft.zoo.reading import file_of, read_config, weights_of
 
-# How files that may be missing are looked up, on the Hub too.
-OPTIONAL: dict[str, Any] = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-    "_raise_exceptions_for_gated_repo": False,
-}
 REPLACED = "original_module"  # in the names of PEFT
 READ = ("image", "text", "audio")  # tasks whose data can be read
 
@@ -101,10 +99,10 @@ def load_trained(name: str | Path, *, revision: str | None = None, base: str | N
         CheckpointError: if weights are missing or damaged, or there is no trained head.
     """
     trained = _loaded(str(name), revision, base)
-    file = cached_file(str(name), FILE, revision=revision, **OPTIONAL)
+    file = file_of(str(name), FILE, revision)
     if file is None:
         return trained
-    return replace(trained, calibration=calibration_of(Path(file), trained.model))
+    return replace(trained, calibration=calibration_of(file, trained.model))
 
 
 def calibration_of(file: Path, model: Any) -> Calibration | None:
@@ -127,10 +125,11 @@ def _loaded(name: str, revision: str | None, base: str | None) -> Trained:
     if name in SHORT_NAMES:
         raise OptionError(f"{name} is only pretrained: {_train(name)}")
 
-    if (folder / DELTA_NAME).is_file():
-        return _delta(folder, base)
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        return _adapted(folder, base)
+    apart = folder if folder.is_dir() else _of_the_hub(name, revision)
+    if apart is not None and (apart / DELTA_NAME).is_file():
+        return _delta(apart, name, base)
+    if apart is not None and (apart / ADAPTER_CONFIG_NAME).is_file():
+        return _adapted(apart, name, base)
     if base is not None:
         raise OptionError(
             f"base={base!r} has no effect, since {name} is a whole model: leave it out.", arguments=("base",)
@@ -139,6 +138,15 @@ def _loaded(name: str, revision: str | None, base: str | None) -> Trained:
     _check_classifier(name, config)
     model = _whole(name, config, revision)
     return Trained.of(model, load_processor(name, config, task_of(config), None, revision), name)
+
+
+def _of_the_hub(name: str, revision: str | None) -> Path | None:
+    """The files of a delta or an adapter on the Hub; None for anything else, which Transformers can load."""
+    for marker in (DELTA_NAME, ADAPTER_CONFIG_NAME):
+        if file_of(name, marker, revision) is not None:
+            with weights_of(name, revision):
+                return Path(snapshot_download(name, revision=revision, allow_patterns=[f"*{kind}" for kind in KINDS]))
+    return None
 
 
 def _check_classifier(name: str, config: Any) -> None:
@@ -168,62 +176,55 @@ def _train(name: str) -> str:
     return f"train it with `hf-ft train --model {name}`, and name the folder that this writes."
 
 
-def _delta(folder: Path, base: str | None) -> Trained:
-    source = base or str(_base_of_delta(folder) or "")
+def _delta(folder: Path, name: str, base: str | None) -> Trained:
+    source = base or base_of(folder).name
     if not source:
         raise OptionError(
-            f"{folder} is a delta that does not name its base: set base to its Hub id or folder.", arguments=("base",)
+            f"{name} is a delta that does not name its base: set base to its Hub id or folder.", arguments=("base",)
         )
-    model: Any = load_delta(source, folder)
+    model: Any = load_delta(folder) if base is None else load_delta(base, folder)
     task = task_of(model.config)
-    return Trained.of(model, _processor_beside(folder, source, model.config, task), str(folder))
+    return Trained.of(model, _processor_beside(folder, source, model.config, task), name)
 
 
-def _base_of_delta(folder: Path) -> str | None:
-    _, metadata = checked(folder / DELTA_NAME)
-    try:
-        name = json.loads(metadata["base"])["name"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return name
-
-
-def _adapted(folder: Path, base: str | None) -> Trained:
+def _adapted(folder: Path, name: str, base: str | None) -> Trained:
     """An adapter on its base; the head's size and the names of its classes are in the config beside it."""
     if not (folder / CONFIG_NAME).is_file():
         raise OptionError(
-            f"{folder} is an adapter without {CONFIG_NAME}, which names its classes: save the config of its model "
+            f"{name} is an adapter without {CONFIG_NAME}, which names its classes: save the config of its model "
             "there (model.config.save_pretrained), or merge the adapter and save the model (merge=True)."
         )
     adapter = PeftConfig.from_pretrained(str(folder))
-    name = base or adapter.base_model_name_or_path
-    if not name:
+    source = base or adapter.base_model_name_or_path
+    if not source:
         raise OptionError(
-            f"{folder} is an adapter that does not name its base: set base to its Hub id or folder.",
+            f"{name} is an adapter that does not name its base: set base to its Hub id or folder.",
             arguments=("base",),
         )
     config = read_config(str(folder))
-    _check_classifier(str(folder), config)
+    _check_classifier(name, config)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    if base is None and adapter.revision:
+        options["revision"] = adapter.revision
     with random_states_kept():  # the new head is replaced by that of the adapter
-        with weights_of(name):
+        with weights_of(source):
             loader = auto_model(task_of(config))
-            plain, info = loader.from_pretrained(name, config=config, output_loading_info=True, **options)
-        _check_head(folder, info, getattr(adapter, "modules_to_save", None) or ())
+            plain, info = loader.from_pretrained(source, config=config, output_loading_info=True, **options)
+        _check_head(name, info, getattr(adapter, "modules_to_save", None) or ())
         with weights_of(str(folder)):
             model = PeftModel.from_pretrained(plain, str(folder), use_safetensors=True)
     if (folder / BUFFERS_NAME).is_file():
         model.load_state_dict(checked(folder / BUFFERS_NAME)[0], strict=False)
-    return Trained.of(model, _processor_beside(folder, name, config, task_of(config)), str(folder))
+    return Trained.of(model, _processor_beside(folder, source, config, task_of(config)), name)
 
 
-def _check_head(folder: Path, info: Mapping[str, Any], saved: Collection[str]) -> None:
+def _check_head(name: str, info: Mapping[str, Any], saved: Collection[str]) -> None:
     """Refuse an adapter that leaves random what its base lacks."""
     names = [*info.get("missing_keys", ()), *(str(entry[0]) for entry in info.get("mismatched_keys", ()))]
     random = sorted(name for name in names if not any(covers(module, name) for module in saved))
     if random:
         raise CheckpointError(
-            f"neither the adapter in {folder} nor its base has weights for {random[0]}: name the base that it belongs "
+            f"neither the adapter {name} nor its base has weights for {random[0]}: name the base that it belongs "
             "to with base."
         )
 

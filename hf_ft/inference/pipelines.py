@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any, TypeVar
-
-from transformers.utils import cached_file
 
 from hf_ft.errors import OptionError
 from hf_ft.inference.calibration import FILE
-from hf_ft.inference.checkpoint import OPTIONAL, calibration_of
+from hf_ft.inference.checkpoint import calibration_of
+from hf_ft.zoo.reading import file_of
 
 TASKS = ("image-classification", "text-classification", "audio-classification", "video-classification")
 P = TypeVar("P")  # importing Transformers' pipelines would take seconds
@@ -59,14 +57,14 @@ def calibrated(pipeline: P, temperature: float | None = None) -> P:
 def _known(model: Any) -> float:
     """The temperature in the checkpoint that a model was loaded from."""
     name, revision = str(model.name_or_path), getattr(model.config, "_commit_hash", None)
-    file = cached_file(name, FILE, revision=revision, **OPTIONAL) if name else None
+    file = file_of(name, FILE, revision) if name else None
     if file is None:
         raise OptionError(
             f"{name or 'the model'} has no {FILE}: fit a temperature with `hf-ft evaluate --calibrate`, or set "
             "temperature.",
             arguments=("temperature",),
         )
-    found = calibration_of(Path(file), model)
+    found = calibration_of(file, model)
     if found is None:
         raise OptionError(
             f"the temperature of {name} was fitted to other weights, or to these in another precision: load the model "

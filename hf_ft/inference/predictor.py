@@ -162,7 +162,8 @@ def _device(wanted: str | torch.device | None) -> torch.device:
     Raises:
         OptionError: if there is no such device.
     """
-    device = wanted or torch.accelerator.current_accelerator() or "cpu"
+    present = torch.accelerator.is_available()  # without one, older versions of torch refuse to name it
+    device = wanted or (torch.accelerator.current_accelerator() if present else None) or "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # of backends that torch was built without

@@ -21,7 +21,7 @@ from hf_ft.errors import AnatomyError
 from hf_ft.models.architectures import _FEEDS_BLOCKS, _FOLLOWS_BLOCKS
 from hf_ft.models.find_blocks import find_blocks, is_known
 from hf_ft.models.find_head import find_head, has_parameters
-from hf_ft.models.names import BESIDE, matches
+from hf_ft.models.names import BESIDE, matches, parents
 from hf_ft.models.norms import is_dropout
 from hf_ft.models.parts import Anatomy, Body, Part, joined
 from hf_ft.models.repeated_modules import parent_of
@@ -103,7 +103,8 @@ def _body(model: nn.Module, base: nn.Module, prefix: str, head: list[str], patte
 def _loose(model: nn.Module, units: Sequence[str]) -> list[str]:
     """Tensors that belong to a mere container (timm's class token) or lie outside the base model (a PEFT prompt)."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return [name for name, _ in tensors if not matches(name, units)]
+    inside = set(units)
+    return [name for name, _ in tensors if inside.isdisjoint(parents(name))]
 
 
 def members_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -24,10 +24,11 @@ def covers(prefix: str, name: str) -> bool:
 
 def covered(name: str, prefixes: Collection[str]) -> bool:
     """Whether any of many module or parameter names, preferably a set, covers a parameter name."""
-    return "" in prefixes or any(parent in prefixes for parent in _parents(name))
+    return "" in prefixes or any(parent in prefixes for parent in parents(name))
 
 
-def _parents(name: str) -> Iterator[str]:
+def parents(name: str) -> Iterator[str]:
+    """A name and those of the modules that it lies in, without ``""``."""
     while name:
         yield name
         name = name.rpartition(".")[0]

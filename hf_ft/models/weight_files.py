@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
 WEIGHTS_NAME = "model.safetensors"
+DELTA_NAME = "ft_delta.safetensors"  # what training changed of a base
 INDEX_NAME = "model.safetensors.index.json"
 BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # damaged, or of another kind
 WEIGHTS_NAMES = (WEIGHTS_NAME, INDEX_NAME, "adapter_model.safetensors")

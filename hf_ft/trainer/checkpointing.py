@@ -26,13 +26,15 @@ from hf_ft.core.context import State
 from hf_ft.documents.public import shareable_name, shareable_text
 from hf_ft.engine import checkpoint as files
 from hf_ft.engine import checkpoint_folders as folders
+from hf_ft.engine import deltas
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.errors import CheckpointError, Error, OptionError
-from hf_ft.models.hub import base_model_id
+from hf_ft.models.hub import base_model_id, loaded_commit
 from hf_ft.models.sharding import whole_state
-from hf_ft.models.weight_files import member_folder
 from hf_ft.processes import process_name
+from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.protocols import ForCheckpoints
+from hf_ft.trainer.pushing import push_save
 
 logger = logging.get_logger(__name__)
 
@@ -92,6 +94,7 @@ class Checkpoints:
 
     Attributes:
         base_name: Hub id or folder of the base model.
+        base_revision: its commit on the Hub.
         base: hash of each tensor at the start of training; empty before.
         writer: name of the process of the run's first rank.
     """
@@ -100,6 +103,7 @@ class Checkpoints:
         self._trainer = trainer
         self._written: set[str] = set()
         self.base_name = _base_name(trainer.model)
+        self.base_revision = _base_revision(trainer.model, self.base_name)
         self.base: dict[str, str] = {}
         self.writer = process_name()
 
@@ -126,7 +130,7 @@ class Checkpoints:
                 state.save_to_json(str(folder / folders.TRAINER_STATE))
         self._written.add(final.name)
         if args.push_to_hub and args.hub_strategy != HubStrategy.END:
-            self._push(final)
+            push_save(trainer, final)
         self.rotate(run_dir)
 
     def rotate(self, run_dir: Path) -> None:
@@ -151,12 +155,6 @@ class Checkpoints:
                 else:
                     stored[name] = state
 
-    def _push(self, final: Path) -> None:
-        if self._trainer.args.should_save:  # the Trainer copies files only, but ensemble members are folders
-            for member in final.glob(member_folder("*")):
-                shutil.copytree(member, final.parent / member.name, dirs_exist_ok=True)
-        self._trainer._push_from_checkpoint(str(final))
-
     def save_beside_weights(self, folder: Path) -> None:
         """Save what belongs with the weights: strategies, their measurements, and modules used only in training."""
         trainer = self._trainer
@@ -175,8 +173,9 @@ class Checkpoints:
             files.save_base_config(trainer.model, folder)
             if trainer.args.push_to_hub and self.base_name and base_model_id(self.base_name) is None:
                 logger.warning_once(
-                    f"adapter_config.json names the base model by its local path, {self.base_name!r}, since PEFT loads "
-                    "it from there. Push the base model too, and write its id there before you share the adapter."
+                    f"the base model of the adapter is a local folder, {self.base_name!r}: what is uploaded names it "
+                    f"{self._shared_name()!r} alone. Upload the base model too, and write its id into "
+                    "adapter_config.json on the Hub."
                 )
 
     def save_arguments(self, folder: Path) -> None:
@@ -188,16 +187,25 @@ class Checkpoints:
                 setattr(args, name, shareable_text(value))
         torch.save(args, folder / TRAINING_ARGS_NAME)
 
-    def save_delta(self, path: str | Path) -> None:
-        """Save only what training changed."""
+    def save_delta(self, path: str | Path, name: str = "", **about: Any) -> None:
+        """Save only what training changed, with the processor and a card.
+
+        Args:
+            name: what the card calls it; default: the name of the folder.
+            about: arguments of the card.
+        """
         if not self.base:
             raise CheckpointError("save_delta: nothing has been trained yet; call train() first.")
-        model, configs = self._trainer.model, self._trainer.configs
+        trainer, base = self._trainer, (self._shared_name(), self.base_revision)
         with averaged(self._average()):
-            state = whole_state(model)
-            if self._trainer.args.should_save:
-                with folders.files_written_whole(Path(path)) as written:
-                    files.save_delta(model, written, self.base, configs, self._shared_name(), state)
+            state = whole_state(trainer.model)  # by all processes
+            if not trainer.args.should_save:
+                return
+            with folders.files_written_whole(Path(path)) as written:
+                deltas.save_delta(trainer.model, written, self.base, trainer.configs, *base, state=state)
+                if trainer.processing_class is not None:
+                    trainer.processing_class.save_pretrained(written)
+                write_card(card_of(trainer, self.base_name, Path(path), name, delta=True, **about), written)
 
     # --- loading -------------------------------------------------------------------------------------------
 
@@ -283,7 +291,8 @@ class Checkpoints:
     def _description(self) -> dict[str, Any]:
         run = self._trainer._run
         head = tuple(name for chain in (run.chains if run else ()) for name in chain.parts[-1].modules)
-        return {"name": self._shared_name(), "sha256": files.base_digest(self.base, head) if self.base else None}
+        digest = deltas.base_digest(self.base, head) if self.base else None
+        return {"name": self._shared_name(), "revision": self.base_revision, "sha256": digest}
 
     def _shared_name(self) -> str | None:
         return None if self.base_name is None else shareable_name(self.base_name)
@@ -300,3 +309,9 @@ def _base_name(model: nn.Module) -> str | None:
     if isinstance(model, PeftModel):
         return next(iter(model.peft_config.values())).base_model_name_or_path
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _base_revision(model: nn.Module, name: str | None) -> str | None:
+    # Transformers from 5.24 on does not keep the commit; without it, the one that the default branch had then.
+    known = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return known or (None if name is None else loaded_commit(name))

@@ -31,6 +31,7 @@ from hf_ft.trainer.protocols import ForProbe
 from hf_ft.trainer.selection import metric_of
 from hf_ft.trainer.sharding import check_shardable, check_sharding, check_whole
 from hf_ft.trainer.source_streams import data_of
+from hf_ft.trainer.trackers import check as check_trackers
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +56,7 @@ def preflight(
         OptionError: for any error that can be detected without reading the data.
     """
     check_composed(configs)
+    check_trackers(args.report_to)
     check_arguments(args, configs)
     check_source(configs, source_dataset)
     if model is not None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, TrainerState
+from peft import PeftModel
+from transformers import TrainerState
 
 from hf_ft.core.config import FTConfig, as_saved
 from hf_ft.core.findings import Findings, Table
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
-from hf_ft.models.gated.model import GatedModel
-from hf_ft.models.hub import base_model_id
+from hf_ft.models.hub import base_model_id, loaded_commit
 from hf_ft.models.sharding import plain_class
-from hf_ft.models.tasks import auto_name
-from hf_ft.models.weight_files import COLLABORATIVE, member_folder
+from hf_ft.models.tasks import TASKS, classes_of
+from hf_ft.trainer.card_usage import delta_usage, is_ensemble, usage
 from hf_ft.trainer.protocols import ForCard
 from hf_ft.trainer.selection import is_choice
 
@@ -50,6 +52,7 @@ _TEMPLATE = """---
 """
 
 
+_PEFT = PeftModel.__module__.partition(".")[0]  # the library
 # Type and name in the Hub's model index, for metrics whose key is another.
 _METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
@@ -73,6 +76,7 @@ def model_card(
     tags: Sequence[str] = (),
     findings: Mapping[str, Findings] | None = None,
     beside: Collection[str] = (),
+    delta: bool = False,
     **card_fields: Any,
 ) -> ModelCard:
     """Build the card of a fine-tuned model.
@@ -86,6 +90,7 @@ def model_card(
         data: the data set.
         findings: findings of the strategies' measurements, by ``ft_type``.
         beside: names of the files in the card's folder; only plots among them are shown.
+        delta: whether only what training changed is saved there.
         card_fields: further metadata (license, language, datasets, ...).
     """
     bases = _bases(model, base_model)
@@ -93,9 +98,11 @@ def model_card(
     names = [config.ft_type for config in configs]
     if data is not None and data.hub_id:
         card_fields.setdefault("datasets", data.hub_id)
+    if card_fields.get("license"):
+        card_fields["license"] = str(card_fields["license"]).lower()  # as the Hub spells all of them
     pages = [base for base in bases if _on_the_hub(model, base)]
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="hf_ft" if delta else _PEFT if isinstance(model, PeftModel) else "transformers",
         pipeline_tag=task,
         base_model=pages[0] if len(pages) == 1 else pages or None,
         tags=list(dict.fromkeys(["hf_ft", *names, *tags])),
@@ -113,13 +120,13 @@ def model_card(
         ),
         training=_training(arguments, data),
         results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
-        usage=_usage(model, model_name),
+        usage=delta_usage(model_name, bool(pages)) if delta else usage(model, model_name),
     )
 
 
 def _bases(model: Any, base_model: str | None) -> list[str]:
     """The unique ids of the base models."""
-    names = model.config.sources if _is_ensemble(model) else [base_model]
+    names = model.config.sources if is_ensemble(model) else [base_model]
     return list(dict.fromkeys(filter(None, map(base_model_id, names))))
 
 
@@ -128,19 +135,16 @@ def _on_the_hub(model: Any, base: str) -> bool:
 
     A name without an owner may be a short name of the zoo.
     """
-    return "/" in base or getattr(getattr(model, "config", None), "_commit_hash", None) is not None
+    known = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return "/" in base or known is not None or loaded_commit(base) is not None
 
 
 def _sentence(model: Any, bases: Sequence[str]) -> str:
     named = (f"[{b}](https://huggingface.co/{b})" if _on_the_hub(model, b) else f"`{b}`" for b in bases)
     links = ", ".join(named)
-    if _is_ensemble(model):
+    if is_ensemble(model):
         return f"An ensemble of {len(model.members)} members{f' from {links},' if links else ','}"
     return links or "A pretrained model"
-
-
-def _is_ensemble(model: Any) -> bool:
-    return getattr(getattr(model, "config", None), "model_type", None) == COLLABORATIVE
 
 
 def _describe(config: FTConfig, found: Findings, beside: Collection[str]) -> str:
@@ -174,16 +178,13 @@ def _table(rows: Mapping[str, Any], title: str) -> str:
 
 
 def _task(model: Any) -> str | None:
-    if _is_ensemble(model):
-        return {"image": "image-classification", "text": "text-classification"}[model.config.task]
-    name = plain_class(model).__name__
-    for ending, task in (
-        ("ForImageClassification", "image-classification"),
-        ("ForSequenceClassification", "text-classification"),
-    ):
-        if name.endswith(ending):
-            return task
-    return None
+    """The task by which the Hub lists it."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    config, kind = getattr(model, "config", None), plain_class(model)
+    classifier = getattr(kind, "plain_class", kind)
+    if is_ensemble(model):
+        return f"{model.config.task}-classification"
+    return next((f"{task}-classification" for task in TASKS if classifier in classes_of(config, task)), None)
 
 
 def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | None) -> list[EvalResult] | None:
@@ -193,10 +194,12 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
     for key, value in metrics.items():
         plain = key.removeprefix("eval_")
         kind, name = _METRICS.get(plain, (plain, plain))
+        if not math.isfinite(value):  # no number of JSON
+            continue
         results.append(
             EvalResult(
                 task_type=task,
-                dataset_type="unknown" if data is None else data.hub_id or data.name,
+                dataset_type="unknown" if data is None else data.hub_id or _as_id(data.name),
                 dataset_name="unknown" if data is None else data.name,
                 dataset_split="validation",
                 metric_type=kind,
@@ -204,50 +207,24 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
                 metric_value=value,
             )
         )
-    return results
+    return results or None
 
 
-def _usage(model: Any, model_name: str) -> str:
-    if isinstance(model, PreTrainedModel) and _is_ensemble(model):
-        return _ensemble_usage(model, model_name)
-    if isinstance(model, GatedModel):
-        name = auto_name(model.task)
-        return (
-            f"import hf_ft  # registers the model with Transformers\nfrom transformers import {name}\n\n"
-            f'model = {name}.from_pretrained("{model_name}")'
-        )
-    name = plain_class(model).__name__
-    if isinstance(model, PreTrainedModel):
-        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
-    return f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("{model_name}")'
+def _as_id(name: str) -> str:
+    """A name in the letters that ids on the Hub have."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "unknown"
 
 
-def _ensemble_usage(model: Any, model_name: str) -> str:
-    name = auto_name(model.config.task)
-    tokenizers = []
-    if model.config.task == "text" and len(set(model.config.inputs)) > 1:  # AutoTokenizer does not support this
-        tokenizers = [f'tokenizer = hf_ft.CollaborativeTokenizer.from_pretrained("{model_name}")']
-    return "\n".join(
-        [
-            "import hf_ft  # registers the ensemble with Transformers",
-            f"from transformers import {name}",
-            "",
-            f'model = {name}.from_pretrained("{model_name}")',
-            *tokenizers,
-            "",
-            "# A single member, which does not need hf_ft:",
-            f'member = {name}.from_pretrained("{model_name}", subfolder="{member_folder(0)}")',
-        ]
-    )
-
-
-def card_of(trainer: ForCard, base_model: str | None, folder: Path, name: str = "", **given: Any) -> ModelCard:
+def card_of(
+    trainer: ForCard, base_model: str | None, folder: Path, name: str = "", delta: bool = False, **given: Any
+) -> ModelCard:
     """Build the card of the model that a Trainer trained.
 
     Args:
         base_model: name or path of the base model.
         folder: the card's folder; plots in this folder are shown.
-        name: model name if the arguments give none; default: the name of the folder.
+        name: model name if it is a delta, or there is no repository; default: the name of the folder.
+        delta: whether only what training changed is saved there.
         given: arguments of ``Trainer.create_model_card``; tags, language, license and dataset are used.
     """
     fields = {key: value for key, value in given.items() if value is not None and key in ("language", "license")}
@@ -261,7 +238,8 @@ def card_of(trainer: ForCard, base_model: str | None, folder: Path, name: str = 
     return model_card(
         configs,
         trainer.model,
-        model_name=args.hub_model_id or name or folder.name,
+        model_name=(not delta and (trainer.hub_model_id or args.hub_model_id)) or name or folder.name,
+        delta=delta,
         base_model=base_model,
         metrics=_last_metrics(trainer.state, args.load_best_model_at_end),
         arguments={key: arguments[key] for key in kept.split() if key in arguments} | trainer.mixing.given,

@@ -112,27 +112,38 @@ class ForCard(Protocol):
     model: Any
     state: TrainerState
     data_info: DataInfo | None
+    hub_model_id: str | None
     mixing: Mixing
 
     @property
     def states(self) -> Mapping[str, State]: ...
 
 
-class ForCheckpoints(ForCard, Protocol):
+class ForPushing(ForCard, Protocol):
+    """To upload to the Hub."""
+
+    callback_handler: CallbackHandler
+    control: TrainerControl
+    push_in_progress: Any
+
+    def _finish_current_push(self) -> None: ...
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...
+    def is_world_process_zero(self) -> bool: ...
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+
+
+class ForCheckpoints(ForPushing, Protocol):
     """To save and load checkpoints."""
 
     accelerator: Accelerator
-    callback_handler: CallbackHandler
-    control: TrainerControl
     hp_search_backend: Any
     is_in_train: bool
+    processing_class: Any
     overwrite: bool
     _run: Run | None
 
     def _get_output_dir(self, trial: Any) -> str: ...
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None: ...
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None: ...
     def _save_rng_state(self, output_dir: str) -> None: ...
     def _save_scaler(self, output_dir: str) -> None: ...
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
     def store_flos(self) -> None: ...

@@ -45,13 +45,15 @@ from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.sharding import is_sharded, whole, whole_state
-from hf_ft.trainer import checks, mixing_checks, sharding, stream_checks
+from hf_ft.models.sharing import push_to_hub
+from hf_ft.trainer import checks, mixing_checks, sharding, stream_checks, trackers
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, looking, measuring_context
 from hf_ft.trainer.look import measurable
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.patience import stopped_early
+from hf_ft.trainer.pushing import DELTA_FOLDER, create_repository, push_result, refused_repository
 from hf_ft.trainer.run_lock import alone_in
 from hf_ft.trainer.selection import select
 from hf_ft.trainer.training_batches import TrainingBatches
@@ -99,8 +101,10 @@ class FTTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     train_dataset: Any
+    hub_model_id: Any  # a full id, once there is a repository
     data_info: Any = None  # a DataInfo, for the model card
     quiet: bool = False  # whether nothing is logged
+    _rates: Sequence[float] = ()  # of the groups trained in the last update
     _signature_columns: Any
 
     def __init__(
@@ -162,6 +166,7 @@ class FTTrainer(Trainer):
         self._finished = False
         self._resuming: Path | None = None
         checks.warn_recommended(self.configs, args)
+        trackers.adopt(self.callback_handler.callbacks, trackers.chosen_in(args), self.configs)
         # First in the list: change stages and finalise the model before any other callback runs.
         self.callback_handler.callbacks.insert(0, StageBorders(self))
 
@@ -427,14 +432,16 @@ class FTTrainer(Trainer):
             logs.update(self._attempt.log.drain(self.accelerator))
             if len(self._attempt.stepper.borders) > 1:
                 logs["stage"] = self._attempt.stepper.stage
+            if len(set(self._rates)) > 1:
+                logs |= {"learning_rate_min": min(self._rates), "learning_rate_max": max(self._rates)}
         super().log(logs, start_time)
 
     def _get_learning_rate(self) -> float:
         """Learning rate of the first parameter group trained in this stage: the backbone's, if it is trained."""
         groups = getattr(self.optimizer, "param_groups", [])
         stage = 0 if self._attempt is None else self._attempt.stepper.stage
-        present = [group for group in groups if STAGE_RATES in group and group[STAGE_RATES][stage]]
-        return float(present[0]["lr"]) if present and len(groups) > 1 else super()._get_learning_rate()
+        self._rates = [float(g["lr"]) for g in groups if STAGE_RATES in g and g[STAGE_RATES][stage]]
+        return self._rates[0] if self._rates and len(groups) > 1 else super()._get_learning_rate()
 
     # --- evaluating ----------------------------------------------------------------------------------------
 
@@ -486,6 +493,35 @@ class FTTrainer(Trainer):
             folder = Path(str(self.args.output_dir))
             write_card(card_of(self, self._checkpoints.base_name, folder, model_name or "", **kwargs), folder)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model in ``output_dir`` and upload it with its card; see ``Trainer.push_to_hub``.
+
+        Of the other files there, none is uploaded: no logs, and nothing that tells of this machine.
+
+        Raises:
+            HubError: if it cannot be uploaded. Nothing is lost; the message says how to go on.
+        """
+        given = {"token": token, "revision": revision, "private": private, **kwargs}
+        return push_result(self, commit_message or "End of training", blocking, **given)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository; see ``Trainer.init_hf_repo``.
+
+        Raises:
+            HubError: if it cannot be created.
+        """
+        if self.is_world_process_zero():
+            with refused_repository(self):
+                create_repository(self, token, private)
+
     def save_delta(self, path: str | Path) -> None:
         """Save only the tensors and buffers changed by training; :func:`hf_ft.load_delta` restores them.
 
@@ -493,6 +529,37 @@ class FTTrainer(Trainer):
             CheckpointError: before training, or if the model supports no delta.
         """
         self._checkpoints.save_delta(path)
+
+    def push_delta(
+        self,
+        repo_id: str,
+        path: str | Path | None = None,
+        *,
+        commit_message: str = "Upload delta",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **about: Any,
+    ) -> Any:
+        """Upload only what training changed, with the processor and a card; ``hf_ft.load_delta(repo_id)`` restores it.
+
+        Args:
+            path: where it is saved first (default: ``ft_delta`` in ``output_dir``).
+            about: ``license``, ``tags``, ``dataset``, ``language`` for the card.
+
+        Returns:
+            The commit; None on other processes than the first.
+
+        Raises:
+            CheckpointError: before training, or if the model supports no delta.
+            HubError: if it cannot be uploaded. It has been saved then; the message says how to go on.
+        """
+        folder = Path(path) if path is not None else Path(str(self.args.output_dir)) / DELTA_FOLDER
+        self._checkpoints.save_delta(folder, repo_id, **about)
+        if not self.is_world_process_zero():
+            return None
+        options: dict[str, Any] = {"token": token or self.args.hub_token, "revision": revision, "private": private}
+        return push_to_hub(folder, repo_id, commit_message=commit_message, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_run()  # terms refer to the initial weights, not to those of the checkpoint

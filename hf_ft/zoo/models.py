@@ -16,6 +16,7 @@ from torch import nn
 from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.models.hub import loaded_commit
 from hf_ft.models.names import covers
 from hf_ft.models.source_head import SourceHead, attach_source_head, drop_source_head, head_modules, renew_head
 from hf_ft.models.tasks import Task, auto_model, tasks_of
@@ -124,6 +125,7 @@ def _load(
             task = task or task_of(read_config(source, **hub))
             model = _pretrained(source, labels, auto_model(task), keep, head, hub)
             freeze_pinned_gates(model)
+            model.config._commit_hash = loaded_commit(name_or_path, hub.get("revision"))
     if entry:
         model.config.name_or_path = model.name_or_path = entry.public_name
     return model.eval()

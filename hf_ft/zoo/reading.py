@@ -9,11 +9,26 @@ from typing import Any
 
 import transformers as hf
 from huggingface_hub import try_to_load_from_cache
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, cached_file
 
 from hf_ft.errors import CheckpointError, Error, OptionError
-from hf_ft.models.weight_files import damaged_file
+from hf_ft.models.weight_files import DELTA_NAME, damaged_file
 from hf_ft.zoo.short_names import SHORT_NAMES
+
+_OPTIONAL: dict[str, Any] = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+    "_raise_exceptions_for_gated_repo": False,
+}
+
+
+def file_of(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a folder or a Hub id, if there is one."""
+    try:
+        found = cached_file(name, file, revision=revision, **_OPTIONAL)
+    except OSError:  # no such repository
+        return None
+    return None if found is None else Path(found)
 
 
 def read_config(name: str, **hub: Any) -> Any:
@@ -43,6 +58,11 @@ def weights_of(name: str, revision: str | None = None) -> Iterator[None]:
     except (Error, ImportError, MemoryError):
         raise
     except Exception as error:  # likewise
+        if file_of(name, DELTA_NAME, revision) is not None:
+            raise CheckpointError(
+                f"{name} is a delta, without the weights of its base: save the model that hf_ft.load_delta({name!r}) "
+                "returns, with its processor, and name that folder."
+            ) from error
         folder = _folder(name, revision)
         damaged = None if folder is None else damaged_file(folder)
         if damaged is None:

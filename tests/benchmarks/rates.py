@@ -28,9 +28,13 @@ from datasets import DatasetDict
 from transformers import EvalPrediction, PrinterCallback
 
 from hf_ft import (
+    AdaFilterConfig,
+    AutoRGNConfig,
     BitFitConfig,
+    BiTuningConfig,
     BlockwiseConfig,
     BSSConfig,
+    ChildTuningConfig,
     DAFTConfig,
     DELTAConfig,
     FTConfig,
@@ -44,6 +48,7 @@ from hf_ft import (
     NormsOnlyConfig,
     PEFTConfig,
     RIFLEConfig,
+    SpotTuneConfig,
     StochNormConfig,
     TREDConfig,
 )
@@ -92,6 +97,11 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "peft": (PEFTConfig(), HIGHER),
     "rifle": (RIFLEConfig(), USUAL),
     "stoch_norm": (StochNormConfig(), USUAL),
+    "auto_rgn": (AutoRGNConfig(), {SGD: (1e-3, 3e-3, 1e-2, 3e-2), ADAM: (1e-4, 3e-4, 1e-3, 3e-3)}),
+    "child_tuning": (ChildTuningConfig(), USUAL),
+    "bi_tuning": (BiTuningConfig(), USUAL),
+    "spot_tune": (SpotTuneConfig(), USUAL),
+    "ada_filter": (AdaFilterConfig(), USUAL),
 }
 
 

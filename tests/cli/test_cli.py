@@ -3,11 +3,7 @@
 import gzip
 import json
 import logging
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -29,6 +25,7 @@ from hf_ft.core.config import strategies
 from hf_ft.core.options import options
 from hf_ft.inference import load_trained
 from hf_ft.testing.models import tiny_bert, tiny_mobilenet_v2, tiny_resnet
+from tests.forked import python
 
 
 @pytest.fixture(scope="module")
@@ -602,7 +599,7 @@ def test_search_blocks(files, tmp_path, monkeypatch, capsys):
     assert [score["candidate"]["name"] for score in content["scores"]] == ["stage1", "stage0", "stem"]
     assert content["seeds"] == [0, 1] and set(content["baselines"]) == {"head", "all"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "block_search.db", "blocks.json", "blocks.md", "blocks.png"
+        "block_search.db", "blocks.json", "blocks.md", "blocks.png", "data_checks.json"
     }  # fmt: skip
     # Again: all trials are there already, so none is run.
     monkeypatch.setattr("hf_ft.search.evaluate.fit", lambda *a, **k: pytest.fail("run again"))
@@ -676,16 +673,11 @@ def test_table_wraps_its_last_column(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes(files, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", str(port), "-m", "hf_ft", "train", "--use_cpu", "True"]
-    where = ["--model", str(files / "resnet"), "--dataset", str(files / "photos"), "--output_dir", str(tmp_path / "o")]
+def test_two_processes(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    where = ["--model", files / "resnet", "--dataset", files / "photos", "--output_dir", tmp_path / "o"]
     more = ["--strategy", "lp_ft", "--max_steps", "2", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
-    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *where, *more], env=env, capture_output=True, text=True, timeout=400)
+    done = python("-m", "hf_ft", "train", "--use_cpu", "True", *where, *more, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "batches of 4, 2 processes on cpu" in done.stdout
     assert done.stdout.count("saved ") == 1 and done.stdout.count("'eval_loss'") == 2

@@ -16,6 +16,7 @@ from hf_ft.cli.compare import CompareFlags, comparison_data
 from hf_ft.cli.flags import DataFlags
 from hf_ft.comparison import Results
 from hf_ft.data.align import other_distribution
+from hf_ft.data.check_results import FILE
 from hf_ft.data.columns import find_columns
 from hf_ft.testing.models import tiny_resnet
 from tests.comparison.small_comparison import even, images, lasting
@@ -51,6 +52,7 @@ def test_from_files_to_a_report(files, tmp_path, capsys):
     photos = tmp_path / "photos"
     shutil.copytree(files / "photos", photos)
     (photos / "cat" / "broken.png").write_bytes(b"no image")
+    shutil.copy(files / "drawings" / "cat" / "0.png", photos / "dog" / "twin.png")
     more = [
         "--ood_dataset",
         str(files / "drawings"),
@@ -67,6 +69,7 @@ def test_from_files_to_a_report(files, tmp_path, capsys):
     out = " ".join(said.out.split())
     assert "skipped 1 unreadable images of" in out and "advised order: full, " in out
     assert "estimate: 3 strategies" in out and "report.html" in out
+    assert "checks 1 sample of ood equal to " in out and "1 set of equal samples with different labels" in out
     assert make_pipeline("image-classification", model=str(tmp_path / "out" / "best"))
     results = Results.load(tmp_path / "out" / "results.json")
     assert {c.status for c in results.contenders} == {"finished"}
@@ -74,6 +77,9 @@ def test_from_files_to_a_report(files, tmp_path, capsys):
     assert results["l2_sp"].configs[0]["alpha"] == 0.3
     assert results.data["sizes"]["ood"] == 10 and sum(results.data["skipped"].values()) == 1
     assert results.command.startswith("hf-ft compare --model") and results.advice["order"]
+    listed = (tmp_path / "out" / FILE).read_text()
+    assert results.data["checks"]["sets"] == 1 and "twin.png" in listed and str(tmp_path) not in listed
+    assert "twin.png): dog" in (tmp_path / "out" / "report.md").read_text()
 
     assert main(["compare", "--report", str(tmp_path / "out")]) == 0
     assert results.winner in capsys.readouterr().out
@@ -123,8 +129,8 @@ def test_without_optuna(files, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_validation_and_test_split(files):
-    data = comparison_data(DataFlags(dataset=str(files / "photos")), CompareFlags(labelled=20))
+def test_without_validation_and_test_split(files, tmp_path):
+    data = comparison_data(DataFlags(dataset=str(files / "photos")), CompareFlags(labelled=20), tmp_path)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 16, "validation": 4, "test": 12}
     rows = [set(split["__row__"][:]) for split in data.splits.values()]
     assert sum(map(len, rows)) == len(set.union(*rows))

@@ -62,7 +62,7 @@ def test_commands(home, monkeypatch):
     ]
     amcf = ["--amcf.source_models", f"{home / 'resnet'},{other}", "--amcf.frozen", "0,0"]
     chosen = ["--strategies", "linear_probe,blockwise,amcf,tred", "--blockwise.block", "last_quarter"]
-    chosen += ["--run_name", str(home / "run")]
+    chosen += ["--project", str(home / "run")]
     assert main(["compare", *model, *usual, *studies, *amcf, *chosen, "--output_dir", str(out)]) == 0
     assert leaks(out) == []
     assert "photos" in (out / "report.md").read_text() and "--storage" not in (out / "report.md").read_text()

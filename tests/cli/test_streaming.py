@@ -86,6 +86,7 @@ def test_labels_files_and_splits_of_a_stream(files, reviews):
     ("more", "message"),
     [
         ((), "--streaming needs --max_steps"),
+        (("--max_steps=2", "--group_column=patient"), "--group_column patient has no effect: --streaming reads rows"),
         (("--max_steps=2", "--num_train_epochs=3"), "--num_train_epochs 3"),
         (("--max_steps=2", "--max_train_samples=3"), "--max_train_samples 3 has no effect"),
         (("--max_steps=2", "--class_weights=balanced"), "--class_weights balanced"),

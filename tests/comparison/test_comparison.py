@@ -54,6 +54,12 @@ def compared(tmp_path_factory):
         return run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append), folder, data, told
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a short comparison gives that nothing has interrupted."""
+    return lasting(run(tmp_path_factory.mktemp("whole"), **SHORT))
+
+
 @pytest.mark.slow
 def test_every_contender_is_tuned_and_then_runs_with_each_seed(compared):
     results = compared[0]
@@ -281,11 +287,11 @@ def test_an_estimate_comes_first(compared):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(tmp_path):
+def test_killed_and_started_again(tmp_path, whole):
     for trainings in (2, 3):  # the second call kills itself three trainings later
         done = python("-m", "tests.comparison.small_comparison", tmp_path / "killed", trainings)
         assert done.returncode == -9, done.stderr
-    assert lasting(run(tmp_path / "killed", **SHORT)) == lasting(run(tmp_path / "whole", **SHORT))
+    assert lasting(run(tmp_path / "killed", **SHORT)) == whole
 
 
 @pytest.mark.slow
@@ -459,7 +465,7 @@ def test_other_metrics(tmp_path):
         ({"hours": -1.0}, "hours must be positive, got -1.0"),
         ({"learning_rates": "0.1,0.01"}, "learning_rates must be two increasing positive numbers, .* got '0.1,0.01'"),
         ({"learning_rate": 0.1}, "learning_rate=0.1 cannot be set: the comparison itself sets"),
-        ({"report_to": "wandb"}, "report_to='wandb' cannot be set: the comparison itself sets"),
+        ({"run_name": "mine"}, "run_name='mine' cannot be set: the comparison itself sets"),
         ({"num_epoch": 3}, "num_epoch=3: TrainingArguments has no such"),
         ({"lr_scheduler_type": "no_such"}, "no_such"),
     ],
@@ -638,7 +644,7 @@ def test_what_failed_is_tried_again_on_request(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_full_disk_decides_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_decides_nothing(tmp_path, monkeypatch, whole):
     """It stops the comparison; the same call goes on, and gives what an uninterrupted one gives."""
     calls = []
 
@@ -652,7 +658,7 @@ def test_a_full_disk_decides_nothing(tmp_path, monkeypatch):
     with pytest.raises(MachineError, match=r"\w+, trial \d: OSError: .*No space left on device.*run the same again"):
         run(tmp_path / "full", trials=2, **SHORT)
     monkeypatch.undo()
-    assert lasting(run(tmp_path / "full", trials=2, **SHORT)) == lasting(run(tmp_path / "whole", trials=2, **SHORT))
+    assert lasting(run(tmp_path / "full", trials=2, **SHORT)) == whole
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from hf_ft import OptionError
 from hf_ft.comparison import Data
-from hf_ft.comparison.folds import FEW, class_of_rows, folds_of
+from hf_ft.comparison.folds import FEW, _grouped, class_of_rows, folds_of
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.training import averaged
 from hf_ft.data.columns import find_columns
@@ -49,6 +49,32 @@ def test_more_folds_than_samples():
         folds_of(data(), 40)
     with pytest.raises(OptionError, match="folds must be at least 1, got 0"):
         run("unused", folds=0)
+
+
+def test_groups_stay_whole():
+    """Samples of 20 patients, in training and validation alike."""
+    given = data(train=(20, 16, 12), validation=(4, 4, 4))
+    who = np.random.default_rng(0).permutation(np.arange(60) % 20)
+    parts, start = {}, 0
+    for name in ("train", "validation"):
+        split = given.splits[name]
+        parts[name] = split.add_column("who", who[start : start + len(split)].tolist())
+        start += len(split)
+    given = dataclasses.replace(given, splits={**given.splits, **parts}, group_column="who")
+    folds = folds_of(given, None)
+    assert len(folds.parts) == 5 and sorted(np.concatenate(folds.parts)) == list(range(60))
+    for fold in range(5):
+        train, validation = folds.rows(fold)
+        assert not {*who[train]} & {*who[validation]} and 5 <= len(validation) <= 19
+    with pytest.raises(OptionError, match="folds=30 exceeds the 20 groups that can validate: give folds=1"):
+        folds_of(given, 30)
+
+
+def test_a_class_of_one_group_always_trains():
+    labels, groups = np.array([0, 0, 0, 1, 1, 1, 2, 2]), np.array([0, 1, 2, 0, 1, 2, 2, 2])
+    parts = _grouped(labels, groups, None)
+    assert sorted(map(tuple, parts)) == [(0, 3), (1, 4)]  # never group 2
+    assert _grouped(np.array([0, 0, 1]), np.array([0, 1, 1]), None) == ()  # one group is left
 
 
 def test_columns_that_differ():

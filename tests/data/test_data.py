@@ -356,6 +356,7 @@ def test_damaged_image_is_named_by_row_and_path(tmp_path, processor):
             split[:]
 
 
+@pytest.mark.newest
 def test_transform_works_on_a_plain_data_set_and_refuses_unknown_augmentation(processor):
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
     images = [np.full((9, 9), 200, dtype=np.uint8)] * 2

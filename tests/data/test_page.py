@@ -256,6 +256,7 @@ def test_the_table_names_every_case_once():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].replace("`", ""))
+@pytest.mark.newest
 def test_rows(row, tmp_path, caplog):
     case, expected, classes, told = row
     source = CASES[case.replace("`", "")](tmp_path)

@@ -15,6 +15,7 @@ import runpy
 import shlex
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -29,9 +30,11 @@ import hf_ft
 from docs.tools import tables as docs_tables
 from hf_ft import advice, comparison, diagnostics, functional
 from hf_ft.cli import main
+from hf_ft.comparison import folds
 from hf_ft.core import config as registry
 from hf_ft.testing import tiny_data, tiny_resnet
 from hf_ft.testing.models import tiny_distilbert
+from tests.hub_server import Hub
 
 ROOT = docs_tables.ROOT
 PAGES = [page.relative_to(ROOT).as_posix() for page in docs_tables.pages()]
@@ -81,6 +84,14 @@ def tiny_run(**arguments):
     return model, args, tiny_data(model), tiny_data(model, 16, seed=1)
 
 
+def hub(opened, home, **models):
+    """A Hub with models from folders, which this process uses until the page is done."""
+    server = opened.enter_context(Hub())
+    opened.enter_context(server.used_here(home))
+    for name, folder in models.items():
+        server.add(name, folder)
+
+
 SETUP = {f.__name__: f for f in (image_checkpoint, photos, text_checkpoint, reviews, tiny_run)}
 
 
@@ -93,6 +104,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(folds, "FEW", 0)  # as with more photos: no training of a comparison is repeated on five folds
     monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
     monkeypatch.setattr(sys, "argv", sys.argv)
     # A module, because dataclasses look up the names of their annotations in one.
@@ -100,7 +112,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     logger = logging.getLogger("hf_ft")
     handlers, propagate = list(logger.handlers), logger.propagate
-    yield tmp_path
+    with contextlib.ExitStack() as opened:
+        monkeypatch.setitem(SETUP, "hub", partial(hub, opened, tmp_path / "home"))
+        yield tmp_path
     logger.handlers[:], logger.propagate = handlers, propagate
 
 
@@ -167,6 +181,7 @@ def test_page_runs(page, folder):
 # What pages say
 
 
+@pytest.mark.newest
 def test_generated_places_are_up_to_date():
     stale = [str(page) for page in docs_tables.generated() if docs_tables.rendered(page) != page.read_text("utf-8")]
     assert not stale, f"{stale}: run `make generated`"

@@ -124,6 +124,7 @@ EXPECTED: dict[str, tuple[dict, str, str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.newest
 def test_parts_are_those_that_run(name):
     fields, *wanted = EXPECTED[name]
     model = tiny(name, **fields)

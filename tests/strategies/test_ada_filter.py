@@ -135,6 +135,7 @@ def test_a_norm_beside_its_convolution_has_the_same_gate():
     assert gate.share("norm", x, torch.randn(3, 7, 2, 2).double()).shape == ()
 
 
+@pytest.mark.newest
 def test_the_layers_are_the_largest_modules_of_one_weight():
     model = tiny_resnet()
     unit = model.resnet.encoder.stages[0].layers[0].layer[0]

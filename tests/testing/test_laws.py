@@ -1,5 +1,6 @@
 """Every strategy keeps every law, and trains under bfloat16 autocast."""
 
+import functools
 import math
 
 import pytest
@@ -18,25 +19,30 @@ OPTIONS = {
 TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload", "mixed_images_train")
 # Each on one of a strategy's models, another for each law; the other laws on all of them.
 IN_TURN = (*TRAINING, "weightless_terms_change_nothing", "term_order_is_irrelevant", "frozen_stays_frozen")
+IN_TURN += ("config_round_trip", "out_of_range_raises")  # which take nothing of a model but the form for it
 SEARCHING = ("auto", "blockwise", "amcf", "tred")
 
 
-def pairs(slow=()):
+@functools.cache
+def fitting():
     """Strategies with the models that they have a form for."""
     models = {make: make() for make in (tiny_resnet, tiny_vit, tiny_bert)}
+    kinds = documented().items()
+    return [(name, make) for name, kind in kinds for make, model in models.items() if kind().adapted(model) is not None]
+
+
+def pairs(slow=()):
     return [
         pytest.param(name, make, marks=pytest.mark.slow if name in slow else (), id=f"{name}-{make.__name__}")
-        for name, kind in documented().items()
-        for make, model in models.items()
-        if kind().adapted(model) is not None
+        for name, make in fitting()
     ]
 
 
 def in_turn(first=0):
     """Every strategy with one of its models, each model as often; with another one for another ``first``."""
     by_name = {}
-    for pair in pairs():
-        by_name.setdefault(pair.values[0], []).append(pair.values)
+    for name, make in fitting():
+        by_name.setdefault(name, []).append((name, make))
     return [options[(first + place) % len(options)] for place, options in enumerate(by_name.values())]
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from peft import LoraConfig, get_peft_model
 from transformers import default_data_collator
 
 import hf_ft.engine.frozen.reference
 from hf_ft import DAFTConfig, DELTAConfig, FTTrainer
-from hf_ft.testing import same_tensors, tiny_data, tiny_resnet
+from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
-from tests.engine.frozen.test_reference import lora
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
@@ -66,7 +66,10 @@ for key, value in tensors.items():
 compared, find = [], hf_ft.engine.frozen.reference.adapters_of
 for found in (find, lambda model: ()):
     hf_ft.engine.frozen.reference.adapters_of = found
-    trainer = make_trainer(lora(), ["lp_ft", DELTAConfig(weights="uniform")], folder / "lora", "never", max_steps=4)
+    torch.manual_seed(0)
+    tuner = LoraConfig(r=2, target_modules=r".*\.(query|value|q_proj|v_proj)", modules_to_save=["classifier"])
+    model = get_peft_model(tiny_vit(), tuner)
+    trainer = make_trainer(model, ["lp_ft", DELTAConfig(weights="uniform")], folder / "lora", "never", max_steps=4)
     trainer.train()
     assert bool(trainer._run.reference.adapters) == (found is find)
     compared.append(snapshot(trainer.model))

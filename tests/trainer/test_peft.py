@@ -63,15 +63,14 @@ def test_saved_adapter_is_peft_s_own(make, config, tmp_path):
     assert (tmp_path / "saved" / "ft_config.json").is_file()
 
 
-def test_the_local_path_of_a_base_is_told_before_an_adapter_is_pushed(tmp_path, caplog, monkeypatch):
+def test_a_local_base_is_told_before_an_adapter_is_pushed(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_ft"), "propagate", True)
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: type("Repo", (), {"repo_id": "me/x"})())
-    monkeypatch.setattr("transformers.trainer.create_repo", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr("hf_ft.models.sharing.created", lambda *_, **__: "me/x")
     tiny_vit().save_pretrained(tmp_path / "base")
     model = get_peft_model(type(tiny_vit()).from_pretrained(tmp_path / "base"), VIT)
     trainer = make_trainer(model, "full", tmp_path / "run", push_to_hub=True, hub_model_id="me/x", hub_token="x")
     trainer.save_model(_internal_call=True)
-    assert f"by its local path, '{tmp_path / 'base'}'" in caplog.text
+    assert f"is a local folder, '{tmp_path / 'base'}': what is uploaded names it 'base' alone" in caplog.text
 
 
 @pytest.mark.parametrize(("make", "config"), [(tiny_vit, VIT), (tiny_resnet, RESNET)])

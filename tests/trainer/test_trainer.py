@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -249,29 +248,6 @@ def test_card_names_strategy_paper_and_no_local_path(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "l2_sp" in card and "0.125" in card and "1802.01483" in card and "eval_loss" in card
     assert str(tmp_path) not in card and "base_model:" not in card
-
-
-def test_push_to_hub_uploads_a_plain_checkpoint(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    uploads = {}
-
-    def upload(self, *, repo_id, folder_path, **kwargs):
-        uploads[repo_id] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
-    made = type("Made", (), {"repo_id": "me/tiny"})()
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *a, **k: made)
-    monkeypatch.setattr("transformers.trainer.upload_folder", lambda **k: upload(None, **k), raising=False)
-    monkeypatch.setattr("transformers.trainer.create_repo", lambda *a, **k: made, raising=False)
-    trainer = train(tiny_resnet(), "l2_sp", tmp_path, hub_model_id="me/tiny", hub_token="hf_planted1234")
-    trainer.push_to_hub()
-    secrets = b"hf_planted1234", str(tmp_path).encode()
-    assert not [name for name, content in uploads["me/tiny"].items() if any(secret in content for secret in secrets)]
-    assert {"README.md", "config.json", "ft_config.json", "ft_state.safetensors", "model.safetensors"} <= set(
-        uploads["me/tiny"]
-    )
-    assert "me/tiny" in (tmp_path / "README.md").read_text()
 
 
 # --- the task's loss ----------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ def assert_kept(found, saved, path=""):
 # --- configs and checkpoints --------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_every_config():
     loaded = hf_ft.load_configs(DATA / "configs")
     assert [config.ft_type for config in loaded] == STRATEGIES.split()
@@ -84,6 +85,7 @@ def test_every_config():
         assert not same, f"{config.ft_type} shows nothing of {same}"
 
 
+@pytest.mark.newest
 def test_an_option_is_written_as_it_was():
     """What resumes a run, or names a study, compares these dictionaries."""
     saved = json.loads((DATA / "configs" / "ft_config.json").read_text())["strategies"]
@@ -102,6 +104,7 @@ def test_a_trained_checkpoint(expected):
 
 
 @pytest.mark.parametrize("name", make.INTERRUPTED)
+@pytest.mark.newest
 def test_an_interrupted_run_goes_on(name, tmp_path, expected, steps):
     """With its optimizer, schedule, order of the data and streams, and reaches what the whole run did."""
     shutil.copytree(DATA / name, tmp_path / name)

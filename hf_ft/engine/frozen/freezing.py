@@ -11,7 +11,7 @@ from transformers.utils import logging
 from hf_ft.core.plan import Stage
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.architectures import TRAIN_MODE_ALONE
-from hf_ft.models.names import Names, covered, covers
+from hf_ft.models.names import Names, covered, covers, parents
 from hf_ft.models.norms import batch_norms, is_dropout
 from hf_ft.models.parts import Chain, Part
 
@@ -93,11 +93,13 @@ def _resting(model: nn.Module, before: Sequence[str]) -> list[nn.Module]:
     modules = dict(model.named_modules())
     resting = {inner: None for name in before if name in modules for inner in modules[name].modules()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    still = {parameter for module in resting for parameter in module.parameters(recurse=False)}
-    still |= {parameters[name] for name in before if name in parameters}
-    for module in modules.values():
-        own = list(module.parameters())
-        if own and still.issuperset(own):
+    still = {id(parameter) for module in resting for parameter in module.parameters(recurse=False)}
+    still |= {id(parameters[name]) for name in before if name in parameters}
+    holders = {parent for name in parameters for parent in ("", *parents(name))}
+    trained = [name for name, parameter in parameters.items() if id(parameter) not in still]
+    containers = holders - {parent for name in trained for parent in ("", *parents(name))}
+    for name, module in modules.items():
+        if name in containers and module not in resting:
             resting |= dict.fromkeys(module.modules())
     return list(resting)
 

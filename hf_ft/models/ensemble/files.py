@@ -14,6 +14,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_ft.errors import CheckpointError
 from hf_ft.models.ensemble.config import CollaborativeConfig
+from hf_ft.models.sharing import upload_of
 from hf_ft.models.tasks import auto_model
 from hf_ft.models.weight_files import member_folder
 
@@ -120,11 +121,15 @@ def upload(folder: Path, members: int, repo_id: str | None = None, private: bool
         members: number of members; the folder may also hold those of an earlier ensemble.
         repo_id: defaults to the folder's name.
         options: ``token`` and other options of ``HfApi.upload_folder``.
+
+    Raises:
+        HubError: if they cannot be uploaded.
     """
     api = HfApi(token=options.pop("token", None))
-    repo = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True).repo_id
-    if options.get("revision") is not None:
-        api.create_branch(repo, branch=options["revision"], exist_ok=True)
-    # Explicit patterns, since the folder may hold a Trainer's checkpoints.
-    files = [CONFIG_NAME, "README.md", *(f"{member_folder(index)}/*" for index in range(members))]
-    api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files, **options)
+    with upload_of(folder, repo_id):
+        repo = api.create_repo(repo_id or folder.resolve().name, private=private, exist_ok=True).repo_id
+        if options.get("revision") is not None:
+            api.create_branch(repo, branch=options["revision"], exist_ok=True)
+        # Explicit patterns, since the folder may hold a Trainer's checkpoints.
+        files = [CONFIG_NAME, "README.md", *(f"{member_folder(index)}/*" for index in range(members))]
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files, **options)

@@ -24,6 +24,7 @@ from hf_ft.models.gated.paths import TwoPaths, install, wide_dtype
 from hf_ft.models.gated.per_filter import PerFilter, PerFilterGate
 from hf_ft.models.gated.per_sample import PerSample, PerSampleGate
 from hf_ft.models.preserve import forget_evaluation, random_states_kept
+from hf_ft.models.sharing import upload_of
 from hf_ft.models.tasks import TASKS, auto_model, classes_of
 from hf_ft.models.weight_files import COLLABORATIVE, GATED, WEIGHTS_NAME
 
@@ -43,6 +44,7 @@ class GatedModel:
     """
 
     two_paths: TwoPaths
+    config_class = GatedConfig  # older Auto classes look for it; those with two paths have the classifier's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise OptionError(
@@ -83,7 +85,8 @@ class GatedModel:
         tensors = {name: tensor.contiguous() for name, tensor in (state_dict or model.state_dict()).items()}
         save_file(_without_aliases(tensors), folder / WEIGHTS_NAME, metadata={"format": "pt"})
         if push_to_hub:
-            model.push_to_hub(options.pop("repo_id", folder.name), **options)
+            with upload_of(folder, repo := options.pop("repo_id", folder.name)):
+                model.push_to_hub(repo, **options)
 
     @classmethod
     def from_pretrained(
@@ -204,7 +207,7 @@ def _with_paths(model: Any, gate: nn.Module) -> Any:
 @functools.cache
 def _gated(classifier: type) -> type:
     # Transformers looks things up by the printed form of a class, so the new one has that of the old.
-    names = {name: getattr(classifier, name) for name in ("__module__", "__qualname__", "__doc__")}
+    names = {name: getattr(classifier, name) for name in ("__module__", "__qualname__", "__doc__", "config_class")}
     more = {"plain_class": classifier, "supports_gradient_checkpointing": False}
     return type(classifier.__name__, (GatedModel, classifier), names | more)
 

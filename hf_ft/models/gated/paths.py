@@ -104,7 +104,7 @@ def per_row(share: Tensor | None, output: Tensor, unit: str) -> Tensor:
     """
     if share is None:
         raise OptionError(f"{unit!r} was called outside of its model, which decides for each sample: call the model.")
-    if len(output) != len(share):
+    if output.shape[0] != share.shape[0]:  # len() would fix the batch size in an export
         raise OptionError(
             f"{unit!r} returns {len(output)} rows for {len(share)} samples, so no sample can choose its path. Name "
             "other blocks with blocks=..."

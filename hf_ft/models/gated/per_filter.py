@@ -144,7 +144,7 @@ class PerFilterGate(nn.Module):
         convolves = self.settings.layers[place][3]
         with torch.autocast(output.device.type, enabled=False):
             pooled = pooled_channels(inputs, convolves, self._mask).to(self.cell.weight_ih.dtype)
-            if self._state is not None and len(self._state[0]) != len(pooled):
+            if self._state is not None and self._state[0].shape[0] != pooled.shape[0]:
                 raise OptionError(
                     f"{unit!r} gets {len(pooled)} rows for {len(self._state[0])} samples, so no sample can choose its "
                     "filters. Name other blocks with blocks=..."
@@ -164,4 +164,5 @@ class PerFilterGate(nn.Module):
 def _along(share: Tensor, output: Tensor, axis: int) -> Tensor:
     """A share per sample and channel, (B, C), in a shape that broadcasts to the output."""
     ones: Sequence[int] = (1,) * (output.dim() - 2)
-    return share.reshape(len(share), -1, *ones) if axis == 1 else share.reshape(len(share), *ones, -1)
+    rows = share.shape[0]  # not len(), which would fix the batch size in an export
+    return share.reshape(rows, -1, *ones) if axis == 1 else share.reshape(rows, *ones, -1)

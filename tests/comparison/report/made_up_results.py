@@ -59,6 +59,7 @@ def comparison(seeds=3, hostile=False):
             "skipped": {"train": 2, "test": 0},
             "notices": ["ELPV: CC-BY-NC-SA-4.0."],
             "notes": ["150 of the 500 labelled images were set aside for validation, stratified by class."],
+            "checks": _checks(HOSTILE if hostile else CLASSES[1]),
         },
         "labels": {split: rows.tolist() for split, rows in labels.items()},
         "settings": {"epochs": EPOCHS, "batch_size": 32, "optim": "sgd", "trials": 6, "seeds": seeds, "hours": None},
@@ -70,6 +71,15 @@ def comparison(seeds=3, hostile=False):
         "mistakes": _mistakes(hostile),
         **_won(contenders),
     }
+
+
+def _checks(label):
+    """One image of test that is in train too, and one that is nearly the same."""
+    first = {"split": "train", "row": 7, "file": "cells/7.png", "label": CLASSES[0]}
+    others = ({"split": "test", "row": 2, "file": "", "label": label}, {"split": "test", "row": 3, "file": label})
+    said = ("1 sample of test equal to train", "1 sample of test nearly equal to train")
+    kinds = zip(("same", "near"), others, strict=True)
+    return {"said": said, "duplicates": [{"kind": kind, "samples": [first, one]} for kind, one in kinds], "sets": 30}
 
 
 def smallest():

@@ -220,6 +220,7 @@ def test_the_whole_report_has_all_its_sections(whole):
         assert standing.name in text
     assert whole.command in text and "out of memory" in text and "source data are needed" in text
     assert 'model="best"' in text and "CC-BY-NC-SA-4.0" in text and "2 rows of train" in text
+    assert "nearly equal to train" in text and "train 7 (cells/7.png): " in text and "2 of 30 sets" in text
 
 
 def test_findings_of_strategies_from_elsewhere_do_no_harm():

@@ -59,6 +59,7 @@ def prefix_before_last_layer(model):
     return find_prefix(model, [Chain("", parts[last:])], tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
 
 
+@pytest.mark.newest
 def test_nothing_is_recorded_behind_a_layer_that_may_be_dropped():
     """However rarely, or always: the container that drops it is in train mode, since its last layer trains."""
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0}

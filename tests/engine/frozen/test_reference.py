@@ -296,6 +296,7 @@ def test_the_view_shows_both_states_in_float32_under_autocast():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("layer", [BLOCK, INNER])
+@pytest.mark.newest
 def test_gradient_checkpointing(reentrant, layer, tmp_path):
     """Reentrant checkpointing hides what is computed inside a block: refused, not ignored."""
     config = DELTAConfig(weights="uniform", alpha=1.0, layers=(layer,))

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from hf_ft import CheckpointError, FTTrainer, OptionError, load_delta, load_weights, zoo
 from hf_ft.core.compose import resolve
-from hf_ft.engine.checkpoint import digests, save_delta
+from hf_ft.engine.checkpoint import digests
 from hf_ft.engine.checkpoint_folders import is_complete, seal
+from hf_ft.engine.deltas import save_delta
 from hf_ft.models.ensemble.config import CollaborativeConfig
 from hf_ft.models.ensemble.model import CollaborativeModel, joint_logits
 from hf_ft.testing import same_tensors, tiny_bert, tiny_inputs, tiny_resnet, tiny_vit

@@ -93,7 +93,7 @@ def test_the_searchs_schedule_is_that_of_the_run_or_constant(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_recorded_and_computed_give_the_same_scores(tmp_path):
-    found = [searching(tmp_path, cache=use).run() for use in ("always", "never")]
+    found = [searching(tmp_path, cache=use, iterations=1).run() for use in ("always", "never")]
     assert [e.position for e in found[0].evaluations] == [e.position for e in found[1].evaluations]
     for one, other in zip(found[0].evaluations, found[1].evaluations, strict=True):
         assert one.score == pytest.approx(other.score, abs=1e-5)
@@ -142,7 +142,7 @@ def test_the_model_is_left_alone(tmp_path):
     model.members[0].resnet.embedder.requires_grad_(False)
     before, flags = snapshot(model), [p.requires_grad for p in model.parameters()]
     momenta = [m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    search = searching(tmp_path, model)
+    search = searching(tmp_path, model, iterations=1)
     assert search.layers == (6, 22), "what is frozen before is no layer"
     search.run()
     same_tensors(snapshot(model), before)
@@ -190,7 +190,7 @@ def test_a_budget_and_patience_end_it(tmp_path, fitted):
 
 @pytest.mark.slow
 def test_the_storage_changes_nothing(tmp_path):
-    options = {"halving": True, "particles": 6, "search_epochs": 2}
+    options = {"halving": True, "particles": 6, "iterations": 1, "search_epochs": 2}
     found = [searching(tmp_path, storage=storage, **options).run() for storage in ("memory", str(tmp_path / "x.db"))]
     assert [(e.position, e.pruned, e.steps) for e in found[0].evaluations] == [
         (e.position, e.pruned, e.steps) for e in found[1].evaluations
@@ -277,14 +277,14 @@ def test_a_trainer_searches_keeps_and_resumes(tmp_path, fitted):
 
 @pytest.mark.slow
 def test_one_model_is_a_swarm_of_one_coordinate(tmp_path):
-    scores = searching(tmp_path, tiny_resnet()).run()
+    scores = searching(tmp_path, tiny_resnet(), iterations=1).run()
     assert scores.layers == (7,) and scores.members == ("ResNetForImageClassification",)
     assert {len(evaluation.position) for evaluation in scores.evaluations} == {1}
 
 
 @pytest.mark.slow
 def test_samples_that_change_are_computed(tmp_path):
-    search = searching(tmp_path, cache=FrozenCache("never"))
+    search = searching(tmp_path, cache=FrozenCache("never"), iterations=1)
     assert not search.trainings.recordings.usable
     assert search.run().best.score > float("-inf")
 

@@ -110,6 +110,7 @@ def test_the_run_is_that_of_the_chosen_strategy(tmp_path):
 # --- the budget -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_more_is_tried_with_more_and_the_budget_is_kept(tmp_path):
     tried = []
     for budget in (1, "2x", "4x"):
@@ -215,10 +216,16 @@ def test_weights_are_averaged_where_that_scores_higher(validated, choose_from, t
 # --- interruptions ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A choice that nothing has interrupted."""
     config = AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])
-    whole = chosen(trainer_of(tiny_resnet(), tmp_path / "whole", config))
+    return chosen(trainer_of(tiny_resnet(), tmp_path_factory.mktemp("whole"), config))
+
+
+@pytest.mark.slow
+def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch, whole):
+    config = AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])
     calls, fit = [], choose.fit
 
     def stopped(*args, **kwargs):
@@ -251,14 +258,14 @@ chosen(trainer_of(tiny_resnet(), sys.argv[1], AutoStrategyConfig(budget="3x", ch
 
 
 @pytest.mark.slow
-def test_a_killed_choice_goes_on(tmp_path, monkeypatch):
+def test_a_killed_choice_goes_on(tmp_path, monkeypatch, whole):
     assert python("-c", KILLED, tmp_path / "run").returncode == -signal.SIGKILL
     config = AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])
     calls, fit = [], choose.fit
     monkeypatch.setattr(choose, "fit", lambda *args, **kwargs: (calls.append(1), fit(*args, **kwargs)))
     found = chosen(trainer_of(tiny_resnet(), tmp_path / "run", config))
     assert len(calls) == sum(len(one.losses) for one in found.tried) - 1
-    assert found == chosen(trainer_of(tiny_resnet(), tmp_path / "whole", config))
+    assert found == whole
 
 
 # --- bad input, and what it does without --------------------------------------------------------------------

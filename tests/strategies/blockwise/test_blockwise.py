@@ -42,8 +42,7 @@ def knowing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("broken", "quarter"), [(2, 1), (12, 4)])
-def test_the_broken_block_is_found(knowing, broken, quarter, tmp_path):
+def test_the_broken_block_is_found(knowing, tmp_path, broken=2, quarter=1):
     model = break_block(copy.deepcopy(knowing), broken)
     assert accuracy(model) < 0.5
     config = BlockwiseConfig(scheme="block", search_epochs=5, storage="memory", baselines=False)

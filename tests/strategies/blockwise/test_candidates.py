@@ -116,6 +116,7 @@ def test_quarter(layers, total, quarter):
 # --- every architecture -----------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_numbers_of_candidates(tiny):
     name, model = tiny
     layers, segments, stages, blocks = COUNTS[name]
@@ -234,6 +235,7 @@ def test_layers_of_a_resnet():
     ]
 
 
+@pytest.mark.newest
 def test_loose_parameters_and_norms_of_a_neck():
     vit = tiny_vit()
     every = {module for layer in weight_layers(vit) for module in layer.modules}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hf_ft.comparison.results import Results
+from hf_ft.comparison.results import FoundInData, Results
 from hf_ft.comparison.statistics import Standing
 from hf_ft.core.config import Paper, strategies
 from hf_ft.documents.document import Block, Bullets, Link, Listing, Section, Table, Tables, Text
@@ -32,6 +32,7 @@ def data(results: Results) -> Section:
     blocks: list[Block] = [Text(f"Data set {code(str(content.get('name', '')))}. Rows: {by_split or 'not counted'}.")]
     if notes:
         blocks.append(Bullets(tuple(notes)))
+    blocks += checks(content.get("checks"))
     if counts:
         classes = [str(name) for name in content.get("classes") or ()]
         rows = tuple(
@@ -39,6 +40,27 @@ def data(results: Results) -> Section:
         )
         blocks.append(Table("Rows by class", ("class", *counts), rows, folded=len(classes) > FIRST))
     return Section("data", "Data", tuple(blocks))
+
+
+def checks(found: FoundInData | None) -> list[Block]:
+    """What the checks of the data found."""
+    if found is None:
+        return []
+    said = tuple(f"{sentence}." for sentence in found["said"])
+    blocks: list[Block] = [Text("Checks before the first training:"), Bullets(said)]
+    rows = tuple(
+        (
+            "equal" if one.kind == "same" else "nearly equal",
+            "; ".join(map(str, one.samples[:FIRST]))
+            + (f"; and {len(one.samples) - FIRST} more" if len(one.samples) > FIRST else ""),
+        )
+        for one in found["duplicates"]
+    )
+    if rows:
+        shown = f", {len(rows)} of {found['sets']:,} sets" if found["sets"] > len(rows) else ""
+        caption = f"Duplicates{shown}: split, row, file, label"
+        blocks.append(Table(caption, ("duplicates", "samples"), rows, folded=True))
+    return blocks
 
 
 def _counted(rows: int | Sequence[Any], split: str) -> str:

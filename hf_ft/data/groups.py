@@ -1,0 +1,74 @@
+"""Groups of samples that belong together, such as all images of a patient: whole groups are held out, and never parts.
+
+A model that has seen a patient in training is judged on the same patient: its scores then say little of new ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_ft.data.columns import shown_columns, values_of
+from hf_ft.errors import DataError
+
+
+@dataclass(frozen=True)
+class SharedGroups:
+    """Groups that two splits have in common.
+
+    Attributes:
+        splits: the two.
+        groups: number of the groups.
+        rows: number of their rows in each of the two splits.
+    """
+
+    splits: tuple[str, str]
+    groups: int
+    rows: tuple[int, int]
+
+    def __str__(self) -> str:
+        (first, second), groups = self.splits, f"{self.groups:,} group{'s' if self.groups > 1 else ''}"
+        return f"{first} and {second} share {groups} ({self.rows[0]:,} and {self.rows[1]:,} samples)"
+
+
+def check_group_column(split: Dataset, column: str | None) -> None:
+    """Check that the column can tell groups.
+
+    Raises:
+        DataError: if there is no such column, or its values cannot be compared.
+    """
+    if column is None:
+        return
+    if column not in split.column_names:
+        raise DataError(
+            f"there is no column {column!r}, only {shown_columns(split)}: set group_column", arguments=("group_column",)
+        )
+    value = next((value for value in values_of(split, column) if value is not None), None)
+    if isinstance(value, (list, dict)):
+        raise DataError(
+            f"column {column!r} is of type {split.features[column]}, which tells no groups: set group_column",
+            arguments=("group_column",),
+        )
+
+
+def group_numbers(values: Sequence[Any]) -> np.ndarray:
+    """A number for each row, (n,), the same within a group; a row without a value is a group of its own."""
+    known: dict[Any, int] = {}
+    return np.asarray([known.setdefault((row,) if v is None else v, len(known)) for row, v in enumerate(values)], int)
+
+
+def shared_groups(splits: Mapping[str, Dataset], column: str) -> tuple[SharedGroups, ...]:
+    """The groups that splits have in common, by pair of splits; a split without the column has none."""
+    values = {name: values_of(split, column) for name, split in splits.items() if column in split.column_names}
+    found = []
+    for first, second in itertools.combinations(values, 2):
+        shared = {*values[first]} & {*values[second]} - {None}
+        if shared:
+            rows = [sum(value in shared for value in values[name]) for name in (first, second)]
+            found.append(SharedGroups((first, second), len(shared), (rows[0], rows[1])))
+    return tuple(found)

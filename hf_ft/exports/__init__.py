@@ -1,0 +1,7 @@
+"""Trained classifiers for other runtimes: ONNX and ``torch.export``, with what prepares their inputs as JSON."""
+
+from hf_ft.exports.export import export
+from hf_ft.exports.record import Export
+from hf_ft.exports.settings import Settings
+
+__all__ = ["Export", "Settings", "export"]
