@@ -19,6 +19,9 @@ class Needs:
         without_evaluation_data: the alternative, as the end of a sentence that asks for them.
         hard_labels: whether one of its terms needs the class of each training sample. It is then refused together
             with mixup and CutMix, whose labels ``view.batch["labels"]`` are shares of two classes, (B, C).
+        sharded: whether it can train a model whose parameters are sharded over the processes (FSDP2). It measures the
+            model while that is whole, and may change it by surgery, but neither by ``finalise`` nor while it trains;
+            its terms compare no layers, have no parameters, and pass sums over weights to ``view.summed``.
     """
 
     source_head: bool = False
@@ -28,3 +31,4 @@ class Needs:
     evaluation_data: bool = False
     without_evaluation_data: str = ""
     hard_labels: bool = False
+    sharded: bool = False

@@ -19,7 +19,7 @@ class DistanceFromStart:
     names: Names
 
     def __call__(self, view: View) -> Tensor:
-        return l2_sp(view.weights(self.names), view.starts(self.names))
+        return view.summed(l2_sp(view.weights(self.names), view.starts(self.names)))
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SquaredNorm:
     names: Names
 
     def __call__(self, view: View) -> Tensor:
-        return l2_sp(view.weights(self.names))
+        return view.summed(l2_sp(view.weights(self.names)))
 
 
 def compared(view: View, layer: str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_ft.errors import OptionError
 from hf_ft.models.border import Border
 from hf_ft.models.names import Names, covers
+from hf_ft.models.sharding import local, parts
 
 
 class LayerStates(dict[str, Tensor]):
@@ -75,6 +76,7 @@ class View:
 
     def __init__(self, model: nn.Module, anchors: Mapping[str, Tensor]) -> None:
         self.model = model
+        self._parts = parts(model)
         self._anchors = anchors
         self._pairs: dict[Names, tuple[list[Tensor], list[Tensor]]] = {}
         self.batch: Mapping[str, Any] = {}
@@ -102,12 +104,25 @@ class View:
         return rows if self._gather is None else self._gather(rows.detach())
 
     def weights(self, names: Names) -> list[Tensor]:
-        """The parameters under these names that train in the current stage."""
-        return self._pair(names)[0]
+        """The parameters under these names that train in the current stage.
+
+        Of a sharded model, they are the parts that this process holds: see :meth:`summed`.
+        """
+        weights = self._pair(names)[0]
+        return weights if self._parts == 1 else [local(weight) for weight in weights]
 
     def starts(self, names: Names) -> list[Tensor]:
         """The initial values of :meth:`weights`, in the same order."""
         return self._pair(names)[1]
+
+    def summed(self, value: Tensor) -> Tensor:
+        """A sum over elements of :meth:`weights`, over those of all processes if each holds a part of the model.
+
+        The gradient is that of the value, since each process has all that its own part needs. The number is as many
+        times the value as there are parts, so that its mean over the processes, which is logged, is the whole sum:
+        nothing is sent in a step.
+        """
+        return value if self._parts == 1 else value + (self._parts - 1) * value.detach()
 
     def forget(self) -> None:
         """Clear cached parameters: another stage trains others."""
@@ -131,7 +146,7 @@ class View:
                 if parameter.requires_grad and any(covers(prefix, name) for prefix in names)
             ]
             weights: list[Tensor] = [parameter for parameter, _ in pairs]
-            starts = [start.to(parameter.device) for parameter, start in pairs if start is not None]
+            starts = [local(start).to(parameter.device) for parameter, start in pairs if start is not None]
             self._pairs[names] = (weights, starts)
         return self._pairs[names]
 

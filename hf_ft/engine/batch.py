@@ -17,10 +17,16 @@ def rows_of(batch: Mapping[str, Any]) -> int:
 
 def own_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> int:
     """The number of samples of a rank's batch that belong to the data; the others repeat some, so that all are full."""
-    rows, state = rows_of(batch), accelerator.gradient_state
-    if not state.end_of_dataloader or state.remainder <= 0:
+    rows = rows_of(batch)
+    if not fills_up(accelerator):
         return rows
-    return min(rows, max(0, state.remainder - rows * accelerator.process_index))
+    return min(rows, max(0, accelerator.gradient_state.remainder - rows * accelerator.process_index))
+
+
+def fills_up(accelerator: Accelerator) -> bool:
+    """Whether some rank's present batch repeats samples, so that all are full."""
+    state = accelerator.gradient_state
+    return bool(state.end_of_dataloader and state.remainder > 0)
 
 
 def leading(batch: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from hf_ft.core.context import State
 from hf_ft.errors import CheckpointError
 from hf_ft.models.preserve import forget_evaluation
+from hf_ft.models.sharding import is_sharded, load_tensors, load_whole, plain_class
 from hf_ft.models.weight_files import COLLABORATIVE, WEIGHTS_NAME
 
 STATE_NAME = "ft_state.safetensors"
@@ -100,9 +101,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         if isinstance(model, PeftModel):
             _load_adapter(model, folder)
         elif isinstance(model, PreTrainedModel):
-            model.load_state_dict(_read_pretrained(model, folder), strict=True)
+            load_whole(model, _read_pretrained(model, folder))
         else:
-            model.load_state_dict(checked(folder / WEIGHTS_NAME)[0], strict=True)
+            load_whole(model, checked(folder / WEIGHTS_NAME)[0])
     except (RuntimeError, SafetensorError, OSError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {error}") from error
     forget_evaluation(model)
@@ -110,7 +111,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 def _read_pretrained(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     with _quietly(), torch.random.fork_rng(devices=[]):
-        loader: Any = type(model)
+        loader: Any = plain_class(model)
         fresh, info = loader.from_pretrained(
             folder, config=copy.deepcopy(model.config), output_loading_info=True, local_files_only=True
         )
@@ -123,13 +124,17 @@ def _read_pretrained(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
 def _load_adapter(model: PeftModel, folder: Path) -> None:
     adapter = model.active_adapters[0]
     tensors = load_peft_weights(str(folder), device="cpu")
-    names = set(get_peft_model_state_dict(model, adapter_name=adapter))
+    own = get_peft_model_state_dict(model, adapter_name=adapter)
+    names = set(own)
     if set(tensors) != names:
         raise CheckpointError(
             f"the adapter in {folder} does not fit the model: missing {sorted(names - set(tensors))[:5]}, unexpected "
             f"{sorted(set(tensors) - names)[:5]}. Use the model and tuner they belong to."
         )
-    set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    if is_sharded(model):
+        load_tensors(own, tensors)
+    else:
+        set_peft_model_state_dict(model, tensors, adapter_name=adapter)
     result = model.load_state_dict(checked(folder / BUFFERS_NAME)[0], strict=False)
     if result.unexpected_keys:
         raise CheckpointError(

@@ -24,6 +24,7 @@ from hf_ft.engine.checkpoint import checked, digest, digests
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
+from hf_ft.models.sharding import plain_class
 from hf_ft.models.weight_files import COLLABORATIVE, DELTA_NAME
 
 
@@ -57,6 +58,7 @@ def save_delta(
     configs: tuple[FTConfig, ...],
     base_name: str | None,
     base_revision: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save only the difference from the base: ``ft_delta.safetensors``, ``ft_config.json``, ``config.json``.
 
@@ -65,13 +67,14 @@ def save_delta(
         base: :func:`digests` of the model before training.
         base_name: Hub id of the base, from which :func:`load_delta` fetches it.
         base_revision: its commit there.
+        state: the model's state dict with whole tensors, if it is sharded.
 
     Raises:
         CheckpointError: for a PEFT model (its adapter is its delta), or a model whose tensors differ from its base's.
     """
     if isinstance(model, PeftModel):
         raise CheckpointError("a PEFT adapter is already a delta: use save_model or model.save_pretrained.")
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     if set(state) != set(base):
         raise CheckpointError("the model has different tensors from its base: use save_model, which saves all of them.")
     head = anatomy(model, shared_option(configs, "head"), shared_option(configs, "blocks")).head.modules
@@ -87,7 +90,7 @@ def save_delta(
     write_configs(folder, configs, base_model=info)
     if isinstance(model, PreTrainedModel):
         config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
+        config.architectures = [plain_class(model).__name__]
         config.save_pretrained(folder)
 
 

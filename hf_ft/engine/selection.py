@@ -22,6 +22,7 @@ from hf_ft.functional import wide
 from hf_ft.models.names import covered
 from hf_ft.models.norm_statistics import Statistics, renew_statistics, set_statistics, statistics_of
 from hf_ft.models.preserve import forget_evaluation
+from hf_ft.models.sharding import local
 
 logger = logging.get_logger(__name__)
 CHOICE = "choice"  # key in the state of the strategy that chooses
@@ -29,7 +30,10 @@ CHOICE = "choice"  # key in the state of the strategy that chooses
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """What selections need of the model before training, in CPU memory: weights and BatchNorm statistics by name."""
+    """What selections need of the model before training, in CPU memory: weights and BatchNorm statistics by name.
+
+    Of a sharded model, each process has its own parts.
+    """
 
     weights: Mapping[str, Tensor]
     statistics: Statistics
@@ -82,7 +86,7 @@ def origin_of(plan: Plan, model: nn.Module, trainable: Collection[str]) -> Origi
         return None
     trained = ever_trained(plan, model, trainable)
     names = {name for selection in plan.select for name in _set_by(selection, trained)}
-    weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if name in names}
+    weights = {n: local(p.detach()).to("cpu", copy=True) for n, p in model.named_parameters() if n in names}
     return Origin(weights, statistics_of(model))
 
 
@@ -143,8 +147,8 @@ class _Candidates:
 
     def __init__(self, selection: Selection, model: nn.Module, origin: Origin, judge: Judge) -> None:
         self._selection, self._model, self._judge = selection, model, judge
-        parameters = {n: p for n, p in model.named_parameters() if n in origin.weights}
-        trained = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+        parameters = {n: local(p.detach()) for n, p in model.named_parameters() if n in origin.weights}
+        trained = {name: part.to("cpu", copy=True) for name, part in parameters.items()}
         names = [n for n in _set_by(selection, parameters) if not torch.equal(trained[n], origin.weights[n])]
         self._parameters = [parameters[name] for name in names]
         self._starts = [wide(origin.weights[name]) for name in names]

@@ -28,6 +28,7 @@ def set_up(
     strategy: FTConfig | str | Iterable[FTConfig | str],
     context: Context | None = None,
     states: Mapping[str, State] | None = None,
+    place: Callable[[nn.Module], None] = lambda model: None,
 ) -> Run:
     """Measure, build the plan and apply surgery.
 
@@ -36,6 +37,7 @@ def set_up(
         strategy: a config, a registered name, or a list of either.
         context: for strategies that measure the data first.
         states: states measured earlier (after a resume); nothing is measured again then.
+        place: called with the model after its surgery, before anything keeps its parameters: may shard it.
 
     Raises:
         OptionError: for any invalid combination, before the model is changed.
@@ -45,17 +47,25 @@ def set_up(
     if states is None:
         states = measure(configs, model, None if context is None else lambda: context)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    run = start(configs, model, check(configs, model, states, trainable), states)
+    run = start(configs, model, check(configs, model, states, trainable), states, place)
     if context is not None:
         run.find_layouts(context)
     return run
 
 
-def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: Mapping[str, State]) -> Run:
+def start(
+    configs: tuple[FTConfig, ...],
+    model: nn.Module,
+    plan: Plan,
+    states: Mapping[str, State],
+    place: Callable[[nn.Module], None] = lambda model: None,
+) -> Run:
     """Apply a plan's surgery, and record the anchors of its terms."""
     for operation in plan.surgery:
         model = operation(model)
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    chains, layouts = _chains(configs, model, plan, trainable), Layouts()
+    place(model)
     anchor_names = [prefix for term in plan.terms for prefix in term.anchors]
     anchors = {
         name: parameter.detach().clone().to(torch.promote_types(parameter.dtype, torch.float32))
@@ -66,7 +76,6 @@ def start(configs: tuple[FTConfig, ...], model: nn.Module, plan: Plan, states: M
     for module in plan.term_modules.values():
         if isinstance(module, CopiesModel):
             module.begin(model)
-    chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     reference = Reference(model, layouts) if compares else None
     trained = ever_trained(plan, model, trainable)
     average = None if plan.average is None else RunningAverage(model, trained, plan.average)

@@ -16,6 +16,7 @@ from hf_ft.engine.step_hooks import attach
 from hf_ft.engine.tensor_rates import find_rates
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.redraw import redraw
+from hf_ft.models.sharding import refresh
 
 
 @dataclass(eq=False)
@@ -72,9 +73,11 @@ class Stepper:
             begin = self.borders[index - 1] if index else 0
             set_momentum(self.optimizer, self.objective.plan.stages, index, (step - begin) / (step - begin + self.left))
         if index != self.stage:
-            self.stage = index
+            later, self.stage = self.stage >= 0, index
             stage = self.objective.plan.stages[index]
             self.objective.enter(stage)
+            if later:  # the first forward pass does the same
+                refresh(self.objective.model)
             if index and step == self.borders[index - 1]:  # not where a run is resumed within the stage
                 if stage.fresh_optimizer and self.optimizer is not None:
                     self.optimizer.state.clear()

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from hf_ft.core import (
     FTConfig,
     LogRange,
+    Needs,
     OptionError,
     Paper,
     Plan,
@@ -66,6 +67,9 @@ class BSSConfig(FTConfig):
 
     eta: float = option(0.001, "Weight of the penalty.", range="[0, inf)", source="code")
     k: int = option(1, "Number of singular values to shrink.", range="[1, inf)", source="code")
+
+    def needs(self) -> Needs:
+        return Needs(sharded=True)
 
     def check_arguments(self, args: TrainingArguments) -> None:
         size = args.per_device_train_batch_size

@@ -60,7 +60,7 @@ class FullConfig(FTConfig):
     )
 
     def needs(self) -> Needs:
-        return Needs(several_members=True)
+        return Needs(several_members=True, sharded=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         if self.head_lr is None:

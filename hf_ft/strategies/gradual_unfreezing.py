@@ -10,6 +10,7 @@ from hf_ft.core import (
     Choice,
     FTConfig,
     Names,
+    Needs,
     OptionError,
     Paper,
     Plan,
@@ -74,6 +75,9 @@ class GradualUnfreezingConfig(FTConfig):
     fresh_optimizer: bool = option(
         True, "Start each stage without the momentum of the stages before.", source="code", formerly=False
     )
+
+    def needs(self) -> Needs:
+        return Needs(sharded=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         anatomy = self.anatomy(model)

@@ -56,7 +56,7 @@ class L2SPConfig(FTConfig):
     beta: float = option(0.01, "Weight of the squared norm of the new head.", range="[0, inf)", source="code")
 
     def needs(self) -> Needs:
-        return Needs(several_members=True)
+        return Needs(several_members=True, sharded=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         anatomy = self.anatomy(model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core import Choice, FTConfig, Paper, Plan, Rate, Recommended, Stage, State, advising, option, register
+from hf_ft.core import Choice, FTConfig, Needs, Paper, Plan, Rate, Recommended, Stage, State, advising, option, register
 
 
 @register("layer_decay")
@@ -42,6 +42,9 @@ class LayerDecayConfig(FTConfig):
     decay: float = option(
         0.8, "Ratio of the learning rates of neighbouring parts (0.8 in ELECTRA).", range="(0, 1]", source="paper"
     )
+
+    def needs(self) -> Needs:
+        return Needs(sharded=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         parts = self.anatomy(model).parts

@@ -87,7 +87,7 @@ class LPFTConfig(FTConfig):
     )
 
     def needs(self) -> Needs:
-        return Needs(several_members=self.probe_solver == "sgd")
+        return Needs(several_members=self.probe_solver == "sgd", sharded=True)
 
     def measures(self) -> bool:
         return self.probe_solver == "lbfgs" or self.head_lr == "auto"

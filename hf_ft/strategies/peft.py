@@ -13,6 +13,7 @@ from hf_ft.core import (
     FittedHead,
     HeadRate,
     Names,
+    Needs,
     OptionError,
     Paper,
     Plan,
@@ -78,6 +79,9 @@ class PEFTConfig(FittedHead):
         "Learning rate of the head: 'auto' to fit it to the features, None to use that of the adapters.",
         range="(0, inf)",
     )
+
+    def needs(self) -> Needs:
+        return Needs(sharded=not self.merge)  # what is merged is another model, without shards
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = _holders(model, self.anatomy(model).head.modules)

@@ -65,6 +65,7 @@ class WiSEFTConfig(FTConfig):
     def needs(self) -> Needs:
         return Needs(
             several_members=True,
+            sharded=True,
             evaluation_data=self.alpha == "auto",
             without_evaluation_data=", or set wise_ft.alpha to a number, such as 0.5",
         )

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_ft.models.gated.model import GatedModel
+from hf_ft.models.sharding import plain_class
 from hf_ft.models.tasks import auto_name
 from hf_ft.models.weight_files import COLLABORATIVE, member_folder
 
@@ -25,7 +26,7 @@ def usage(model: Any, model_name: str) -> str:
             f"import hf_ft  # registers the model with Transformers\nfrom transformers import {name}\n\n"
             f'model = {name}.from_pretrained("{model_name}")'
         )
-    name = type(model).__name__
+    name = plain_class(model).__name__
     if isinstance(model, PreTrainedModel):
         return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
     return f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("{model_name}")'

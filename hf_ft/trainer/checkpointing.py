@@ -30,6 +30,7 @@ from hf_ft.engine import deltas
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.errors import CheckpointError, Error, OptionError
 from hf_ft.models.hub import base_model_id, loaded_commit
+from hf_ft.models.sharding import whole_state
 from hf_ft.processes import process_name
 from hf_ft.trainer.model_card import card_of, write_card
 from hf_ft.trainer.protocols import ForCheckpoints
@@ -195,10 +196,13 @@ class Checkpoints:
         """
         if not self.base:
             raise CheckpointError("save_delta: nothing has been trained yet; call train() first.")
-        if self._trainer.args.should_save:
-            with folders.files_written_whole(Path(path)) as written, averaged(self._average()):
-                trainer, base = self._trainer, (self._shared_name(), self.base_revision)
-                deltas.save_delta(trainer.model, written, self.base, trainer.configs, *base)
+        trainer, base = self._trainer, (self._shared_name(), self.base_revision)
+        with averaged(self._average()):
+            state = whole_state(trainer.model)  # by all processes
+            if not trainer.args.should_save:
+                return
+            with folders.files_written_whole(Path(path)) as written:
+                deltas.save_delta(trainer.model, written, self.base, trainer.configs, *base, state=state)
                 if trainer.processing_class is not None:
                     trainer.processing_class.save_pretrained(written)
                 write_card(card_of(trainer, self.base_name, Path(path), name, delta=True, **about), written)

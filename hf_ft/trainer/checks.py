@@ -29,7 +29,7 @@ from hf_ft.models.norms import batch_norms
 from hf_ft.trainer.context import curve, measures_first
 from hf_ft.trainer.protocols import ForProbe
 from hf_ft.trainer.selection import metric_of
-from hf_ft.trainer.sharding import check_sharding, check_whole
+from hf_ft.trainer.sharding import check_shardable, check_sharding, check_whole
 from hf_ft.trainer.source_streams import data_of
 from hf_ft.trainer.trackers import check as check_trackers
 
@@ -61,7 +61,8 @@ def preflight(
     check_source(configs, source_dataset)
     if model is not None:
         given = inspect.signature(Trainer.__init__).bind_partial(None, model, args, *positional, **keywords).arguments
-        scheduler = given.get("optimizers", (None, None))[1]
+        optimizer, scheduler = given.get("optimizers", (None, None))
+        check_shardable(args, model, optimizer)
         data = given.get("train_dataset"), given.get("eval_dataset")
         check_model(configs, args, model, *data, scheduler, source_dataset, looks)
 
@@ -172,7 +173,7 @@ def check_source(configs: Iterable[FTConfig], dataset: Any) -> None:
         raise OptionError("source_dataset contains no samples: pass one that does.")
 
 
-def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -> None:
+def check_arguments(args: TrainingArguments, configs: Sequence[FTConfig] = ()) -> None:
     """Reject training arguments that this trainer or one of the strategies does not support.
 
     Raises:
@@ -180,7 +181,7 @@ def check_arguments(args: TrainingArguments, configs: Iterable[FTConfig] = ()) -
     """
     for config in configs:
         config.check_arguments(args)
-    check_sharding(args)
+    check_sharding(args, configs)
     if args.n_gpu > 1:
         logger.warning(
             f"{args.n_gpu} GPUs are visible to one process; DataParallel is not supported, so only the first is used. "

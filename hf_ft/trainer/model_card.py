@@ -18,6 +18,7 @@ from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
 from hf_ft.models.hub import base_model_id, loaded_commit
+from hf_ft.models.sharding import plain_class
 from hf_ft.models.tasks import TASKS, classes_of
 from hf_ft.trainer.card_usage import delta_usage, is_ensemble, usage
 from hf_ft.trainer.protocols import ForCard
@@ -179,7 +180,8 @@ def _table(rows: Mapping[str, Any], title: str) -> str:
 def _task(model: Any) -> str | None:
     """The task by which the Hub lists it."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    config, classifier = getattr(model, "config", None), getattr(type(model), "plain_class", type(model))
+    config, kind = getattr(model, "config", None), plain_class(model)
+    classifier = getattr(kind, "plain_class", kind)
     if is_ensemble(model):
         return f"{model.config.task}-classification"
     return next((f"{task}-classification" for task in TASKS if classifier in classes_of(config, task)), None)

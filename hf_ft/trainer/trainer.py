@@ -27,7 +27,7 @@ from hf_ft.data.mixing import Mixing
 from hf_ft.data.prepare import collate
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.averaging import averaged
-from hf_ft.engine.batch import leading, own_rows, rows_of, starts_at_borders
+from hf_ft.engine.batch import fills_up, leading, own_rows, rows_of, starts_at_borders
 from hf_ft.engine.checkpoint_folders import files_written_whole
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import (
@@ -44,8 +44,9 @@ from hf_ft.engine.set_up import measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.models.sharding import is_sharded, whole, whole_state
 from hf_ft.models.sharing import push_to_hub
-from hf_ft.trainer import checks, mixing_checks, stream_checks, trackers
+from hf_ft.trainer import checks, mixing_checks, sharding, stream_checks, trackers
 from hf_ft.trainer.attempt import Attempt, StageBorders
 from hf_ft.trainer.checkpointing import Checkpoints, read_from
 from hf_ft.trainer.context import curve, looking, measuring_context
@@ -55,7 +56,6 @@ from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.pushing import DELTA_FOLDER, create_repository, push_result, refused_repository
 from hf_ft.trainer.run_lock import alone_in
 from hf_ft.trainer.selection import select
-from hf_ft.trainer.sharding import check_accelerator
 from hf_ft.trainer.training_batches import TrainingBatches
 
 logger = logging.get_logger(__name__)
@@ -142,11 +142,13 @@ class FTTrainer(Trainer):
         stream = {"cache": self.frozen_cache, "mixing": self.mixing, "looks": looks, "known": states or ()}
         stream_checks.check_stream(self.configs, args, data, **stream)
         checks.preflight(self.configs, args, model, positional, keywords, source_dataset, looks)
+        self.frozen_cache = sharding.without_cache(args, self.frozen_cache)
         super().__init__(model, args, *positional, **keywords)
-        check_accelerator(self.accelerator)
+        sharding.check_accelerator(self.accelerator)
         mixing_checks.check_mixable(self.mixing, self.model)
         if model is None:
             data = self.train_dataset, self.eval_dataset
+            sharding.check_shardable(args, self.model, self.optimizer)
             checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset, looks)
         if args.label_names is None and not self.label_names:
             self.label_names = ["labels"]  # the model's forward names none: the task loss takes them
@@ -167,6 +169,10 @@ class FTTrainer(Trainer):
         trackers.adopt(self.callback_handler.callbacks, trackers.chosen_in(args), self.configs)
         # First in the list: change stages and finalise the model before any other callback runs.
         self.callback_handler.callbacks.insert(0, StageBorders(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with sharding.without_fsdp(self.args):
+            super().create_accelerator_and_postprocess()
 
     # --- the run -------------------------------------------------------------------------------------------
 
@@ -239,7 +245,8 @@ class FTTrainer(Trainer):
             return self._run
         self._finished = False
         self._checkpoints.note_base()
-        self._run = set_up(self.model, self.configs, states=self._states())
+        place = partial(sharding.place, self.args)
+        self._run = set_up(self.model, self.configs, states=self._states(), place=place)
         if self._run.model is not self.model:
             self.model = self.model_wrapped = self._run.model
         if self._resuming is not None and (self._run.anchors or self._run.reference or self._run.origin):
@@ -286,6 +293,8 @@ class FTTrainer(Trainer):
                 self.accelerator.ddp_handler.find_unused_parameters |= self._attempt.objective.sometimes_unused
             if self.accelerator.num_processes > 1:
                 self._attempt.objective.gather = self.accelerator.gather
+            if is_sharded(self.model):  # which reduces gradients, so that there is no DDP
+                return self.accelerator.prepare_model(self._attempt.objective, False, evaluation_mode=True)
             return self.accelerator.prepare_model(self._attempt.objective)
         if self._attempt is None or self._attempt.objective.model is not self.model:
             self._attempt = Attempt.begin(self, Objective(self.model, Plan(), task_loss=self.task_loss), self._attempt)
@@ -337,10 +346,10 @@ class FTTrainer(Trainer):
         return self.lr_scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return super()._clip_grad_norm(self._trained_alone(model))
+        return whole(super()._clip_grad_norm(self._trained_alone(model)))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(self._trained_alone(model), grad_norm)
+        return whole(super()._get_grad_norm(self._trained_alone(model), grad_norm))
 
     def _trained_alone(self, model: nn.Module) -> Any:
         """A stand-in for the model that returns only the trained parameters: iterating over all modules is slow."""
@@ -408,6 +417,8 @@ class FTTrainer(Trainer):
         own = own_rows(inputs, self.accelerator)
         if loss is not None and 0 < own < rows_of(inputs):
             loss = super().prediction_step(model, leading(inputs, own), True, ignore_keys)[0]
+        elif is_sharded(self.model) and fills_up(self.accelerator):  # as another process does
+            super().prediction_step(model, inputs, True, ignore_keys)
         return loss, logits, labels
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -454,10 +465,20 @@ class FTTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
+        if is_sharded(self.model):
+            state_dict = whole_state(self.model)
+            if not self.args.should_save:
+                return
         with files_written_whole(folder) as written, self._averaged():
             super()._save(str(written), state_dict)
             self._checkpoints.save_beside_weights(written)
             write_card(card_of(self, self._checkpoints.base_name, folder), written)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):
+            sharding.save_training_state(self.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Like ``Trainer``, plus the stream positions of each rank."""
@@ -548,7 +569,10 @@ class FTTrainer(Trainer):
         """Like ``Trainer``; files that do not fit are named."""
         with read_from(str(checkpoint), "optimizer.pt and scheduler.pt"):
             own = settings(self.optimizer)
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and is_sharded(self.model):
+                sharding.load_training_state(self.optimizer, self.lr_scheduler, checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
             check_settings(own, settings(self.optimizer))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -200,7 +200,7 @@ def deepspeed(args):
 # What `accelerate launch` hands down, by flags and from config files.
 LAUNCHES = [
     ("fsdp", ["--use_fsdp"], prepare_multi_gpu_env),
-    ("fsdp", {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, prepare_multi_gpu_env),
+    ("fsdp", {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, prepare_multi_gpu_env),
     ("deepspeed", ["--use_deepspeed", "--zero_stage=3"], deepspeed),
     ("deepspeed", {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}, deepspeed),
     ("megatron_lm", ["--use_megatron_lm"], prepare_multi_gpu_env),
