@@ -148,7 +148,7 @@ def collate(processor: Any) -> Callable[[list[Any]], Any]:
     """The collator for prepared rows: padding for a tokenizer or a feature extractor, stacking for images.
 
     On a CPU, images are stacked with the channels last in memory. The activations of a convolutional network follow,
-    and it trains up to 1.5 times and predicts up to 2 times as fast (docs/performance.md).
+    and one with depthwise convolutions is about 1.3 times as fast (docs/performance.md).
     """
     if isinstance(processor, SequenceFeatureExtractor):
         return SoundCollator(processor)
