@@ -84,6 +84,8 @@ def table_of_cpu_scores(table: Table) -> str:
     rows = []
     for (model, strategy), both in found.items():
         seeds = sorted(both[True].keys() & both[False].keys())
+        if not seeds:
+            continue
         differences = [both[True][seed] - both[False][seed] for seed in seeds]
         means = (statistics.fmean(both[low][seed] for seed in seeds) for low in (False, True))
         spread = statistics.stdev(differences) if len(seeds) > 1 else 0.0

@@ -66,14 +66,7 @@ def make(request: Request) -> Made:
     with refusals():
         args = TrainingArguments(**request.training_arguments())
     hide_bars(args.disable_tqdm or not is_main())
-    streamed = read_streamed(request.data) if request.stream.streaming else None
-    if streamed is not None:
-        data = _data_of(streamed, request.data)
-    else:
-        prints = prints_for(request.data)
-        reading = args.main_process_first(desc="reading the data")
-        data = read_data(request.data, reading=reading, augment_images=True, prints=prints)
-        data = check_data(data, request.data, prints, request.output_dir)
+    data, streamed = _read(request, args)
     with refusals():
         request.mixing.check_task(data.columns.task)
         model, processor = _load(request, data.columns, args.seed)
@@ -111,6 +104,17 @@ def make(request: Request) -> Made:
         trainer.add_callback(KeepChecks(data.checks))
     trainer.data_info = data.info
     return Made(trainer, data, processed.splits)
+
+
+def _read(request: Request, args: TrainingArguments) -> tuple[Data, Streamed | None]:
+    """The data, and the stream of which they are, if the training rows are streamed; others are checked."""
+    if request.stream.streaming:
+        streamed = read_streamed(request.data)
+        return _data_of(streamed, request.data), streamed
+    prints = prints_for(request.data)
+    reading = args.main_process_first(desc="reading the data")
+    data = read_data(request.data, reading=reading, augment_images=True, prints=prints)
+    return check_data(data, request.data, prints, request.output_dir), None
 
 
 def read_data(

@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,10 @@ from typing import Any
 
 import torch
 import transformers
-from common import Entry, Runs, arguments, quiet
-from rates import BATCH, EPOCHS, Bench, Task, scores
-from transformers import PrinterCallback
+from common import Entry, Runs, quiet
+from rates import ADAM, Bench, Task
 
-from hf_ft import DAFTConfig, FTConfig, FTTrainer, FullConfig
+from hf_ft import DAFTConfig, FTConfig, FullConfig
 from hf_ft.zoo.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,35 +87,9 @@ def speed_up(plain: list[float], other: list[float]) -> list[float]:
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def trained(bench: Bench, config: FTConfig, low: bool, seed: int) -> Entry:
-    """The test score of one training."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = arguments(
-            folder,
-            num_train_epochs=EPOCHS,
-            per_device_train_batch_size=BATCH,
-            learning_rate=config.recommended["learning_rate"].value,
-            optim="adamw_torch",
-            optim_args=None,
-            max_grad_norm=1.0,
-            seed=seed,
-            bf16=low,
-        )
-        transformers.set_seed(seed)
-        trainer = FTTrainer(
-            bench.load(seed)[0],
-            args,
-            strategy=config,
-            train_dataset=bench.ready.splits["train"],
-            data_collator=bench.ready.collate,
-            compute_metrics=scores,
-        )
-        trainer.remove_callback(PrinterCallback)
-        began = time.process_time()
-        trainer.train()
-        spent = time.process_time() - began
-        metrics = trainer.predict(bench.ready.splits["test"]).metrics or {}
-        return {"test": metrics["test_accuracy"], "log_loss": metrics["test_log_loss"], "seconds": spent}
+def rate_of(config: FTConfig) -> float:
+    """The recommended learning rate under AdamW."""
+    return float(config.recommended["learning_rate"].value)
 
 
 def processor() -> str:
@@ -156,7 +128,7 @@ def main() -> None:
             for seed in options.seeds:
                 for low in (False, True):
                     key = {"model": name, "strategy": strategy, "bf16": low, "seed": seed}
-                    runs.get(key, lambda c=config, low=low, s=seed, b=bench: trained(b, c, low, s))  # type: ignore[misc]
+                    runs.get(key, lambda c=config, low=low, s=seed, b=bench: b.run(c, ADAM, rate_of(c), s, bf16=low))  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Bench:
     def load(self, seed: int, keep: bool = False) -> tuple[Any, Any]:
         return load_classifier(self.model, self.task.data.columns, seed, self.task.pixels, keep_source_head=keep)
 
-    def run(self, strategy: FTConfig | list[FTConfig], optim: str, rate: float, seed: int) -> Entry:
+    def run(self, strategy: FTConfig | list[FTConfig], optim: str, rate: float, seed: int, **more: Any) -> Entry:
         configs = [replace(config, batch_norm_momentum=0.1) for config in resolve(strategy)]
         keep = any(config.needs().source_head for config in configs)
         transformers.set_seed(seed)
@@ -170,6 +170,7 @@ class Bench:
                 logging_nan_inf_filter=False,
                 seed=seed,
                 **({} if optim == SGD else {"optim": optim, "optim_args": None, "max_grad_norm": 1.0}),
+                **more,
             )
             trainer = FTTrainer(
                 self.load(seed, keep)[0],
