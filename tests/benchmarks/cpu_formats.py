@@ -128,7 +128,12 @@ def main() -> None:
             for seed in options.seeds:
                 for low in (False, True):
                     key = {"model": name, "strategy": strategy, "bf16": low, "seed": seed}
-                    runs.get(key, lambda c=config, low=low, s=seed, b=bench: b.run(c, ADAM, rate_of(c), s, bf16=low))  # type: ignore[misc]
+                    runs.get(
+                        key,
+                        lambda c=config, low=low, s=seed, b=bench: b.run(
+                            c, ADAM, rate_of(c), s, bf16=low, use_cpu=True
+                        ),
+                    )  # type: ignore[misc]
 
 
 if __name__ == "__main__":
