@@ -12,7 +12,7 @@ import transformers as hf
 from datasets import Dataset, DatasetDict
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-from hf_ft.errors import DataError
+from hf_ft.errors import DataError, OptionError
 
 logger = hf.utils.logging.get_logger(__name__)
 
@@ -135,6 +135,70 @@ def grouped_share(labels: np.ndarray, groups: np.ndarray, share: float, seed: in
         return -len(np.unique(others)), -len(np.unique(labels[rows])), abs(len(rows) - share * len(labels))
 
     return np.sort(min(draws, key=badness))
+
+
+def hold_out(
+    count: int, size: int, labels: np.ndarray | None = None, groups: np.ndarray | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide rows into those that train and those that are held out.
+
+    Args:
+        count: number of rows.
+        size: number of rows to hold out; with groups, about as many.
+        labels: class of each row, (count,): the split is stratified if each class has enough rows.
+        groups: group of each row, (count,): a group is held out as a whole or not at all.
+
+    Raises:
+        OptionError: if all rows are of one group.
+    """
+    if groups is None:
+        counts = np.unique(labels, return_counts=True)[1] if labels is not None else np.array([0])
+        fits = counts.min() > 1 and min(size, count - size) >= len(counts)
+        rows = np.arange(count)
+        return tuple(train_test_split(rows, test_size=size, random_state=seed, stratify=labels if fits else None))
+    if len(np.unique(groups)) < 2:
+        raise OptionError(f"all {count} training samples are of one group, so that none can be held out.")
+    held_out = grouped_share(np.zeros(count, int) if labels is None else labels, groups, size / count, seed)
+    return np.setdiff1d(np.arange(count), held_out), held_out
+
+
+def may_be_held_out(labels: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+    """The rows without which every class can still be learned.
+
+    A class with a single row, or whose rows are all of one group, always trains, and so does that group.
+
+    Args:
+        labels: class of each row, (n,).
+        groups: group of each row, (n,); None if each row stands for itself.
+
+    Returns:
+        Row indices, ascending.
+    """
+    groups = np.arange(len(labels)) if groups is None else groups
+    pairs = np.unique(np.stack([labels, groups]), axis=1)
+    classes, counts = np.unique(pairs[0], return_counts=True)  # groups of each class
+    always = np.unique(groups[np.isin(labels, classes[counts == 1])])
+    return np.flatnonzero(~np.isin(groups, always))
+
+
+def held_out_parts(
+    labels: np.ndarray, parts: int, groups: np.ndarray | None = None, seed: int = 0
+) -> tuple[np.ndarray, ...]:
+    """Divide the rows that may be held out into parts of about equal size and class proportions, in whole groups.
+
+    Args:
+        labels: class of each row, (n,).
+        parts: at most the number of groups of these rows (:func:`may_be_held_out`), or of the rows without groups.
+        groups: group of each row, (n,); None if each row stands for itself.
+
+    Returns:
+        Row indices by part, ascending.
+    """
+    rows = may_be_held_out(labels, groups)
+    if groups is not None:
+        return tuple(rows[part] for part in grouped_folds(labels[rows], groups[rows], parts, seed))
+    sizes = {str(number): len(part) for number, part in enumerate(np.array_split(rows, parts))}
+    return tuple(np.sort(rows[part]) for part in stratified_rows(labels[rows], sizes, seed).values())
 
 
 def absent_classes(

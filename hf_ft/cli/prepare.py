@@ -87,6 +87,7 @@ def make(request: Request) -> Made:
             overwrite=method.overwrite,
             frozen_cache=cache,
             plain_train_dataset=processed.plain,
+            groups=None if streamed else data.groups,
             source_dataset=processed.source,
             train_dataset=processed.splits["train"],
             eval_dataset=processed.splits["validation"],

@@ -14,10 +14,10 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.utils.data import Subset
 
 from hf_ft.data.columns import Columns
-from hf_ft.data.groups import group_numbers
+from hf_ft.data.groups import groups_of
 from hf_ft.data.task import Data, Processed
 from hf_ft.errors import OptionError
-from hf_ft.splits import grouped_folds, stratified_rows
+from hf_ft.splits import held_out_parts, may_be_held_out
 
 FEW = 200  # labelled samples; with fewer, parts of them take turns
 PARTS = 5
@@ -39,6 +39,11 @@ class Folds:
         """The rows that train and those that validate."""
         own = self.parts[fold]
         return np.setdiff1d(np.arange(len(self.pool)), own).tolist(), own.tolist()
+
+    def groups(self, data: Data, fold: int) -> np.ndarray | None:
+        """The groups of the rows that train; None without groups."""
+        numbers = groups_of(self.pool, data.group_column)
+        return None if numbers is None else numbers[self.rows(fold)[0]]
 
     def first(self, data: Data) -> Data:
         """The data divided as in the first fold."""
@@ -93,33 +98,18 @@ def folds_of(data: Data, count: int | None) -> Folds | None:
         if count is None:
             return None
         raise OptionError(f"folds={count}: train and validation have different columns; give folds=1.") from error
-    labels = class_of_rows(pool, data.columns)
-    if data.group_column is not None and data.group_column in pool.column_names:
-        parts = _grouped(labels, group_numbers(pool[data.group_column][:]), count)
-        return Folds(pool, parts) if parts else None
-    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    dealt = np.flatnonzero(counts[places] > 1)
+    labels, groups = class_of_rows(pool, data.columns), groups_of(pool, data.group_column)
+    dealt = may_be_held_out(labels, groups)
+    units = len(dealt) if groups is None else len(np.unique(groups[dealt]))
+    if count is None and groups is not None:
+        count = min(PARTS, units)
+        if count < 2:
+            return None
     count = count or PARTS
-    if len(dealt) < count:
-        raise OptionError(f"folds={count} exceeds the {len(dealt)} samples that can validate: give folds=1.")
-    sizes = {str(fold): len(part) for fold, part in enumerate(np.array_split(dealt, count))}
-    drawn = stratified_rows(labels[dealt], sizes, seed=0)
-    return Folds(pool, tuple(np.sort(dealt[rows]) for rows in drawn.values()))
-
-
-def _grouped(labels: np.ndarray, groups: np.ndarray, count: int | None) -> tuple[np.ndarray, ...]:
-    """The rows that validate in each fold, in whole groups; none if there are too few for any number of folds."""
-    pairs = np.unique(np.stack([labels, groups]), axis=1)
-    classes, counts = np.unique(pairs[0], return_counts=True)  # groups of each class
-    always = np.unique(groups[np.isin(labels, classes[counts == 1])])
-    dealt = np.flatnonzero(~np.isin(groups, always))
-    number = len(np.unique(groups[dealt]))
-    if count is None and number < 2:
-        return ()
-    if count is not None and number < count:
-        raise OptionError(f"folds={count} exceeds the {number} groups that can validate: give folds=1.")
-    parts = grouped_folds(labels[dealt], groups[dealt], count or min(PARTS, number), seed=0)
-    return tuple(dealt[rows] for rows in parts)
+    if units < count:
+        what = "samples" if groups is None else "groups"
+        raise OptionError(f"folds={count} exceeds the {units} {what} that can validate: give folds=1.")
+    return Folds(pool, held_out_parts(labels, count, groups))
 
 
 def class_of_rows(split: Dataset, columns: Columns) -> np.ndarray:

@@ -63,12 +63,14 @@ class Benches:
         model, processor = self._load(sources, 0, False)
         whole = self.data if self.folds is None else self.folds.pooled(self.data)
         data = process(whole, model, processor, in_memory=True)
-        folds = [(data.splits, data.plain)]
-        if self.folds is not None:
-            folds = [self.folds.select(data, fold) for fold in range(len(self.folds.parts))]
-        splits, plain = folds[0]
+        folds = [(data.splits, data.plain, self.data.groups)]
+        if (parts := self.folds) is not None:
+            numbers = range(len(parts.parts))
+            folds = [(*parts.select(data, fold), parts.groups(self.data, fold)) for fold in numbers]
+        splits, plain, groups = folds[0]
         same_each_time = dict(splits) if plain is None else {**splits, "train": plain}
         seen = [(name, digest(split)) for name, split in same_each_time.items()]
+        seen += [] if groups is None else [("groups", hashlib.sha256(groups.tobytes()).hexdigest())]
         seen.append(("source", "" if data.source is None or plain is not None else digest(data.source)))
         weights = sorted(digests(model).items())
         first = Bench(
@@ -79,9 +81,11 @@ class Benches:
             processor,
             data.source,
             plain,
+            groups,
             self.data.info,
         )
-        return replace(first, others=tuple(replace(first, data=data, plain=plain) for data, plain in folds[1:]))
+        others = [replace(first, data=data, plain=plain, groups=groups) for data, plain, groups in folds[1:]]
+        return replace(first, others=tuple(others))
 
     def head_fit(self, bench: Bench, head: str | None) -> HeadFit | None:
         """What the learning rate of the head follows from; None if the head is not found, or has no weights."""
@@ -142,6 +146,7 @@ class Bench:
         processor: saved with the model.
         source: source data, if any.
         plain: the training samples without augmentation, if ``train`` is augmented.
+        groups: the numbers of the training samples' groups, if there are any.
         info: what the model card says of the data.
         others: the same with other parts of the labelled samples as validation.
     """
@@ -153,6 +158,7 @@ class Bench:
     processor: Any = None
     source: Any = None
     plain: Any = None
+    groups: np.ndarray | None = None
     info: DataInfo | None = None
     others: tuple[Bench, ...] = ()
 

@@ -190,6 +190,7 @@ def trainer_for(
         class_weights=common.class_weights,
         train_dataset=data["train"],
         plain_train_dataset=entrant.bench.plain,
+        groups=entrant.bench.groups,
         eval_dataset=data["validation"],
         source_dataset=entrant.bench.source if _takes_source(entrant) else None,
         data_collator=entrant.bench.collate,

@@ -53,6 +53,7 @@ class Context:
         generator: a CPU generator with the same seed on every process.
         samples: training samples by index, without augmentation if the user provided such a data set.
         labels: their classes, (samples,), if known without reading the inputs.
+        groups: numbers of the groups that they belong to, (samples,), which are held out as a whole; None without any.
         recipe: the training recipe, for a strategy's own short trainings.
         described: settings the recipe was built from, to check whether results belong to it.
         frozen_cache: whether and where to store outputs of frozen parts.
@@ -77,6 +78,7 @@ class Context:
     progress: bool = True
     rank: int = 0
     ranks: int = 1
+    groups: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,11 @@ def group_numbers(values: Sequence[Any]) -> np.ndarray:
     return np.asarray([known.setdefault((row,) if v is None else v, len(known)) for row, v in enumerate(values)], int)
 
 
+def groups_of(split: Dataset, column: str | None) -> np.ndarray | None:
+    """The number of each row's group, (n,); None without groups."""
+    return None if column is None or column not in split.column_names else group_numbers(values_of(split, column))
+
+
 def shared_groups(splits: Mapping[str, Dataset], column: str) -> tuple[SharedGroups, ...]:
     """The groups that splits have in common, by pair of splits; a split without the column has none."""
     values = {name: values_of(split, column) for name, split in splits.items() if column in split.column_names}

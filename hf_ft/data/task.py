@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 
 from hf_ft.data.check_results import DataChecks
 from hf_ft.data.columns import Columns
+from hf_ft.data.groups import groups_of
 from hf_ft.data.in_memory import held
 from hf_ft.data.info import DataInfo
 from hf_ft.data.prepare import collate, prepare, usual_length
@@ -29,7 +31,7 @@ class Data:
         seconds: length to which sounds are cut.
         source: source data, for strategies that use them.
         source_columns: the columns to read from the source data.
-        group_column: column of what several rows have in common; folds of a comparison keep such rows together.
+        group_column: column of what several rows have in common; whatever is held out keeps such rows together.
         checks: what the checks of the data found, for the report.
         skipped: number of unreadable rows by split.
         notices: licences and sources, for the report.
@@ -49,6 +51,11 @@ class Data:
     skipped: Mapping[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The number of each training row's group, (n,); None without groups."""
+        return groups_of(self.splits["train"], self.group_column)
 
     @property
     def info(self) -> DataInfo:

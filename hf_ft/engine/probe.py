@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from hf_ft.core.config import FTConfig
@@ -30,6 +29,7 @@ from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.engine.frozen.record import batches_of
 from hf_ft.errors import OptionError
 from hf_ft.models.feature_hooks import INPUT
+from hf_ft.splits import hold_out
 
 STRENGTHS = np.logspace(-7, 2, 50)  # values of C, as in the authors' code
 ITERATIONS = 20  # of L-BFGS for each, starting from the solution before it, as there
@@ -94,7 +94,7 @@ def measure_probe(model: nn.Module, config: FTConfig, context: Context) -> State
         )
     head: Any = model.get_submodule(layer)
     weights = context.recipe.task_loss.class_weights
-    probe = logistic_probe(features, labels, head.out_features, class_weights=weights)
+    probe = logistic_probe(features, labels, head.out_features, class_weights=weights, groups=context.groups)
     info = {"C": probe.strength, "accuracy": probe.accuracy, "held_out": probe.held_out}
     return State({WEIGHT: probe.weight, BIAS: probe.bias}, info)
 
@@ -166,27 +166,33 @@ class Probe:
     held_out: int
 
 
-def logistic_probe(features: Tensor, labels: Tensor, classes: int, class_weights: Tensor | None = None) -> Probe:
+def logistic_probe(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    class_weights: Tensor | None = None,
+    groups: np.ndarray | None = None,
+) -> Probe:
     """Choose C on held-out samples, then fit all samples with it.
 
     Args:
         features: (N, d).
         labels: (N,), in [0, classes); -100 means no label.
         class_weights: (classes,), weights of the samples' losses.
+        groups: (N,), numbers of groups that are held out as a whole.
 
     Raises:
-        OptionError: if all samples are of one class.
+        OptionError: if all samples are of one class or one group.
     """
     known = labels != -100
     x, y = features[known].double().numpy(), labels[known].numpy()
     mean, spread = x.mean(), x.std() or 1.0
     x = (x - mean) / spread
-    present, counts = np.unique(y, return_counts=True)
+    present = np.unique(y)
     if len(present) < 2:
         raise OptionError("probe_solver='lbfgs' needs samples of at least two classes.")
     size = max(round(HELD_OUT * len(y)), len(present))
-    fits = counts.min() > 1 and size <= len(y) - len(present)
-    rows = train_test_split(np.arange(len(y)), test_size=size, random_state=0, stratify=y if fits else None)
+    rows = hold_out(len(y), size, y, None if groups is None else groups[known.numpy()])
     weights = None if class_weights is None else {int(c): float(class_weights[c]) for c in present}
     path = _path(x[rows[0]], y[rows[0]], len(STRENGTHS), weights)
     accuracies = [fit.accuracy(x[rows[1]], y[rows[1]]) for fit in path]

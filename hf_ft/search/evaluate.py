@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,6 +27,7 @@ from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.parts import Anatomy
 from hf_ft.models.preserve import random_states_kept
 from hf_ft.search.trials import Halving, Job, Outcome, Progress, Report, run_trials
+from hf_ft.splits import hold_out
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -71,7 +70,8 @@ class ShortTrainings:
         epochs: number of epochs of each training.
 
     Attributes:
-        train_rows: indices of the samples to train on; stratified by class if each class has enough samples.
+        train_rows: indices of the samples to train on; stratified by class if each class has enough samples, and in
+            whole groups if the context has any.
         validation_rows: indices of the samples to score on.
         recordings: recorded outputs of frozen prefixes, shared by all trainings.
 
@@ -124,11 +124,11 @@ class ShortTrainings:
     def describe(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that the scores depend on: model, data, recipe and these options."""
         hashes = json.dumps(sorted(digests(self.model).items()))
-        samples, labels = self.context.samples, self.context.labels
+        samples, labels, groups = self.context.samples, self.context.labels, self.context.groups
         with random_states_kept(0):
             first = samples.read(spread_rows(samples.count, LOOKED_AT))
         data = b"".join(_bytes(value) for _, value in sorted(first.items()) if isinstance(value, Tensor))
-        data += labels.tobytes() if labels is not None else b""
+        data += b"".join(known.tobytes() for known in (labels, groups) if known is not None)
         return {
             "model": hashlib.sha256(hashes.encode()).hexdigest(),
             "samples": samples.count,
@@ -160,11 +160,8 @@ class ShortTrainings:
                 f"validation={self.validation:g} of {count} training samples leaves {count - size} to train on and "
                 f"{size} to score on: use more samples, or another fraction."
             )
-        labels = self.context.labels
-        counts = np.unique(labels, return_counts=True)[1] if labels is not None else np.array([0])
-        fits = counts.min() > 1 and min(size, count - size) >= len(counts)
-        rows = train_test_split(np.arange(count), test_size=size, random_state=0, stratify=labels if fits else None)
-        return rows[0].tolist(), rows[1].tolist()
+        train, held_out = hold_out(count, size, self.context.labels, self.context.groups)
+        return train.tolist(), held_out.tolist()
 
 
 def score_jobs(

@@ -12,7 +12,7 @@ import torch
 from hf_ft.core.context import Context, Samples
 from hf_ft.data.sampling import share_of_batches
 from hf_ft.errors import OptionError
-from hf_ft.splits import stratified_rows
+from hf_ft.splits import held_out_parts, may_be_held_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,28 +23,28 @@ class Fold:
     held_out: tuple[int, ...]
 
 
-def folds_of(count: int, labels: np.ndarray | None, parts: int) -> tuple[Fold, ...]:
-    """Divide samples into folds with the same class proportions; a class with a single sample always trains.
+def folds_of(count: int, labels: np.ndarray | None, parts: int, groups: np.ndarray | None = None) -> tuple[Fold, ...]:
+    """Divide samples into folds with about the same class proportions.
+
+    A class with a single sample, or with a single group, always trains.
 
     Args:
         count: number of samples.
         labels: (count,), their classes; None if they have no single class, or it is not known.
         parts: number of folds.
+        groups: (count,), numbers of groups that stay whole; None if each sample stands for itself.
 
     Raises:
-        OptionError: if there are too few samples.
+        OptionError: if there are too few samples or groups.
     """
     labels = np.zeros(count, dtype=int) if labels is None else labels
-    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    dealt = np.flatnonzero(counts[places] > 1)
-    if len(dealt) < max(2, parts):
-        raise OptionError(
-            f"{len(dealt)} training samples, of classes with at least two, are too few for {parts} folds."
-        )
-    sizes = {str(fold): len(part) for fold, part in enumerate(np.array_split(dealt, parts))}
-    drawn = stratified_rows(labels[dealt], sizes, seed=0)
-    held_out = [np.sort(dealt[rows]) for rows in drawn.values()]
+    dealt = may_be_held_out(labels, groups)
+    units = len(dealt) if groups is None else len(np.unique(groups[dealt]))
+    if units < max(2, parts):
+        what = "training samples" if groups is None else "groups of training samples"
+        raise OptionError(f"{units} {what}, of classes with at least two, are too few for {parts} folds.")
     everything = np.arange(count)
+    held_out = held_out_parts(labels, parts, groups)
     return tuple(Fold(tuple(np.setdiff1d(everything, own).tolist()), tuple(own.tolist())) for own in held_out)
 
 
@@ -70,6 +70,7 @@ def context_on(context: Context, rows: Sequence[int] | None = None) -> Context:
         batches=batches,
         samples=Samples(len(chosen), read),
         labels=None if context.labels is None else context.labels[chosen],
+        groups=None if context.groups is None else context.groups[chosen],
         generator=fresh,
         folder=None,
     )

@@ -70,10 +70,11 @@ def make_trainer(
     frozen_cache: Any = "auto",
     mixup: float = 0.0,
     cutmix: float = 0.0,
+    groups: Any = None,
     **arguments: Any,
 ) -> FTTrainer:
     """A trainer on tiny data, not trained yet."""
-    ours = {"frozen_cache": frozen_cache, "mixup": mixup, "cutmix": cutmix}
+    ours = {"frozen_cache": frozen_cache, "mixup": mixup, "cutmix": cutmix, "groups": groups}
     data = {"train_dataset": tiny_data(model), "eval_dataset": tiny_data(model, 16, seed=1)}
     equipped(model, strategy)
     if any(config.needs().source_data == "required" for config in resolve(strategy)):

@@ -37,6 +37,7 @@ def measuring_context(trainer: ForContext) -> Context:
         device=trainer.args.device,
         generator=torch.Generator().manual_seed(trainer.args.seed),
         samples=_samples(trainer),
+        groups=trainer.groups,
         labels=class_labels(trainer.train_dataset if is_map_style(trainer.train_dataset) else measurable(trainer)),
         recipe=recipe,
         described=described,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import datasets
+import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -83,6 +84,7 @@ class ForContext(ForCache, ForStreams, Protocol):
     configs: tuple[FTConfig, ...]
     model: Any
     plain_train_dataset: Any
+    groups: np.ndarray | None
     measure_samples: int
     shuffle_buffer: int
     looked_at: Any

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -79,6 +80,8 @@ class FTTrainer(Trainer):
         frozen_cache: whether to compute a frozen prefix once per stage instead of in every step: ``"auto"``,
             ``"always"``, ``"never"``, or a :class:`~hf_ft.core.context.FrozenCache`.
         plain_train_dataset: unaugmented training samples in the same order, for measuring; default: ``train_dataset``.
+        groups: the group of each training sample, such as its patient: strategies that hold out samples for choices of
+            their own hold out whole groups. Any values that can be compared; None is a group of its own.
         source_dataset: pretraining or other data for strategies that train on it in addition to the target data:
             processed, map-style or iterable, with labels of the source head's classes.
         source_data_collator: the collator for source data; default: ``data_collator``.
@@ -117,6 +120,7 @@ class FTTrainer(Trainer):
         overwrite: bool = False,
         frozen_cache: FrozenCache | Literal["auto", "always", "never"] = "auto",
         plain_train_dataset: Any = None,
+        groups: Sequence[Any] | np.ndarray | None = None,
         source_dataset: Any = None,
         source_data_collator: Callable[[list[Any]], Any] | None = None,
         states: Mapping[str, State] | None = None,
@@ -142,6 +146,7 @@ class FTTrainer(Trainer):
         stream = {"cache": self.frozen_cache, "mixing": self.mixing, "looks": looks, "known": states or ()}
         stream_checks.check_stream(self.configs, args, data, **stream)
         checks.preflight(self.configs, args, model, positional, keywords, source_dataset, looks)
+        self.groups = checks.groups_of(groups, data)
         self.frozen_cache = sharding.without_cache(args, self.frozen_cache)
         super().__init__(model, args, *positional, **keywords)
         sharding.check_accelerator(self.accelerator)

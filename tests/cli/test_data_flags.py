@@ -8,6 +8,7 @@ from transformers import ViTImageProcessorPil
 
 from hf_ft.cli import main, prepare
 from hf_ft.cli.flags import DataFlags
+from hf_ft.errors import OptionError
 from hf_ft.testing.models import tiny_resnet
 
 
@@ -67,6 +68,27 @@ def test_duplicates_among_many_samples_are_looked_for_if_asked(files, tmp_path, 
     flags = DataFlags(dataset=str(files / "whole"), on_duplicates="warn")
     asked = prepare.check_data(data, flags, prepare.prints_for(flags), tmp_path)
     assert asked.checks.duplicates and asked.splits is data.splits
+
+
+def test_the_trainer_knows_the_groups(files, tmp_path, monkeypatch, capsys):
+    rows = ["file_name,label,patient"]
+    for number in range(24):
+        Image.new("RGB", (32, 32), (number, 9, 99)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{'cat' if number % 2 else 'dog'},{number % 5}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    given = {}
+
+    def refused(*arguments, **more):
+        given.update(more)
+        raise OptionError("seen")
+
+    monkeypatch.setattr(prepare, "FTTrainer", refused)
+    where = ["--dataset", str(tmp_path), "--group_column", "patient", "--on_duplicates", "ignore"]
+    assert run(files, tmp_path / "out", *where) == 2 and "seen" in capsys.readouterr().err
+    train = prepare.read_data(DataFlags(dataset=str(tmp_path), group_column="patient")).splits["train"]
+    patients = train.with_format(None)["patient"][:]
+    same = [[one == other for other in patients] for one in patients]
+    assert (given["groups"][:, None] == given["groups"]).tolist() == same and 2 < len(set(patients)) < 5
 
 
 @pytest.mark.slow

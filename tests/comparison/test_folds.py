@@ -7,7 +7,7 @@ import pytest
 
 from hf_ft import OptionError
 from hf_ft.comparison import Data
-from hf_ft.comparison.folds import FEW, _grouped, class_of_rows, folds_of
+from hf_ft.comparison.folds import FEW, class_of_rows, folds_of
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.training import averaged
 from hf_ft.data.columns import find_columns
@@ -66,15 +66,24 @@ def test_groups_stay_whole():
     for fold in range(5):
         train, validation = folds.rows(fold)
         assert not {*who[train]} & {*who[validation]} and 5 <= len(validation) <= 19
+        same = who[train][:, None] == who[train]
+        groups = folds.groups(given, fold)
+        assert np.array_equal(groups[:, None] == groups, same)  # what strategies hold out are whole groups again
     with pytest.raises(OptionError, match="folds=30 exceeds the 20 groups that can validate: give folds=1"):
         folds_of(given, 30)
 
 
-def test_a_class_of_one_group_always_trains():
-    labels, groups = np.array([0, 0, 0, 1, 1, 1, 2, 2]), np.array([0, 1, 2, 0, 1, 2, 2, 2])
-    parts = _grouped(labels, groups, None)
-    assert sorted(map(tuple, parts)) == [(0, 3), (1, 4)]  # never group 2
-    assert _grouped(np.array([0, 0, 1]), np.array([0, 1, 1]), None) == ()  # one group is left
+def grouped(labels, groups):
+    made = splits(train=np.bincount(labels, minlength=3).tolist(), validation=(0, 0, 0))
+    made["train"] = made["train"].add_column("who", groups)
+    made["validation"] = made["validation"].add_column("who", [])
+    return Data(made, find_columns(made), group_column="who")
+
+
+def test_one_group_alone_cannot_validate():
+    assert folds_of(grouped([0, 0, 1], [0, 1, 1]), None) is None  # without group 1, class 1 could not be learned
+    with pytest.raises(OptionError, match="folds=2 exceeds the 1 groups that can validate"):
+        folds_of(grouped([0, 0, 1], [0, 1, 1]), 2)
 
 
 def test_columns_that_differ():

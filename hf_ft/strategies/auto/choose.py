@@ -68,7 +68,7 @@ class Chooser:
             samples.read([])  # explains why samples cannot be read by index
         self.explicit = recipe.learning_rate != UNSET_RATE
         self.epochs = max(1, round(config.share * recipe.epochs))
-        self.folds = folds_of(samples.count, context.labels, config.folds)
+        self.folds = folds_of(samples.count, context.labels, config.folds, context.groups)
         self.trainings = ShortTrainings(model, context, "loss", 1 / config.folds, self.epochs)
         self.costs = Costs(self.trainings.recipe, self.trainings.batches)
         self.whole = samples.count * recipe.epochs  # passes of a full fine-tuning

@@ -1,0 +1,90 @@
+"""What strategies hold out for choices of their own are whole groups, such as all samples of a patient."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_ft import BlockwiseConfig, FTTrainer, OptionError
+from hf_ft.engine import probe
+from hf_ft.search.evaluate import ShortTrainings
+from hf_ft.search.folds import context_on, folds_of
+from hf_ft.testing import tiny_resnet
+from hf_ft.testing.training import make_trainer, tiny_arguments
+
+PATIENTS = [f"patient {row * 7 % 8}" for row in range(31)] + [None]  # none has all samples of a class
+
+
+def context(tmp_path, groups=PATIENTS):
+    return make_trainer(tiny_resnet(), "full", tmp_path, groups=groups).context()
+
+
+def shared(first, second):
+    return {PATIENTS[row] for row in first} & {PATIENTS[row] for row in second}
+
+
+def test_searches_hold_out_whole_groups(tmp_path):
+    given = context(tmp_path)
+    assert given.samples.count == len(PATIENTS)
+    trainings = ShortTrainings(tiny_resnet(), given, "accuracy", 0.25, 1)
+    train, held_out = trainings.train_rows, trainings.validation_rows
+    assert sorted(train + held_out) == list(range(32)) and not shared(train, held_out) and 4 <= len(held_out) <= 12
+    rows = ShortTrainings(tiny_resnet(), context(tmp_path, None), "accuracy", 0.25, 1)
+    assert shared(rows.train_rows, rows.validation_rows)
+    assert trainings.describe({}) != rows.describe({})  # trials of one are no trials of the other
+
+
+def test_folds_consist_of_whole_groups(tmp_path):
+    given = context(tmp_path)
+    folds = folds_of(given.samples.count, given.labels, 4, given.groups)
+    assert sorted(row for fold in folds for row in fold.held_out) == list(range(32))
+    for fold in folds:
+        assert not shared(fold.train, fold.held_out) and sorted(fold.train + fold.held_out) == list(range(32))
+    part = context_on(given, folds[0].train)
+    inner = ShortTrainings(tiny_resnet(), part, "accuracy", 0.25, 1)
+    back = [[folds[0].train[row] for row in rows] for rows in (inner.train_rows, inner.validation_rows)]
+    assert not shared(*back)
+    with pytest.raises(OptionError, match="9 groups of training samples.* too few for 10 folds"):
+        folds_of(given.samples.count, given.labels, 10, given.groups)
+
+
+def test_the_probe_does_not_choose_its_penalty_on_groups_that_it_has_seen():
+    """Features tell the patient exactly and the class hardly: on unseen patients, only a strong penalty is harmless."""
+    draw = np.random.default_rng(0)
+    patients = np.repeat(np.arange(20), 10)
+    labels = np.repeat(np.arange(20) % 2, 10)
+    features = np.eye(20)[patients] * 10 + draw.normal(size=(200, 20))
+    features[:, 0] += 0.2 * labels
+    given = torch.from_numpy(features), torch.from_numpy(labels), 2
+    assert probe.logistic_probe(*given).accuracy > 0.9
+    assert probe.logistic_probe(*given, groups=patients).accuracy < 0.7
+
+
+def test_a_block_search_of_the_trainer(tmp_path):
+    config = BlockwiseConfig(scheme="stage", search_epochs=1, storage="memory")
+    trainer = make_trainer(tiny_resnet(), config, tmp_path, groups=np.array(PATIENTS, dtype=object), max_steps=2)
+    trainer.train()
+    assert trainer.states["blockwise"].info["scores"]["scores"]
+    with pytest.raises(OptionError, match="all 32 training samples are of one group"):
+        make_trainer(tiny_resnet(), config, tmp_path / "one", groups=[1] * 32, max_steps=2).train()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([1, 2, 3], "groups has 3 values for 32 training samples: give one for each"),
+        ([[1]] * 32, "groups must be values that can be compared, such as numbers or names: .*list"),
+    ],
+)
+def test_groups_that_do_not_fit(tmp_path, groups, message):
+    with pytest.raises(OptionError, match=message):
+        make_trainer(tiny_resnet(), "full", tmp_path / "out", groups=groups)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stream_has_no_groups(tmp_path):
+    stream = Dataset.from_list([{"labels": 0}]).to_iterable_dataset()
+    with pytest.raises(OptionError, match="groups need a train_dataset with rows by index"):
+        FTTrainer(
+            tiny_resnet(), tiny_arguments(tmp_path, max_steps=1), strategy="full", train_dataset=stream, groups=[1]
+        )
