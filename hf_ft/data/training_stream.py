@@ -23,6 +23,8 @@ from hf_ft.errors import OptionError
 from hf_ft.models.preserve import random_states_kept
 
 logger = logging.get_logger(__name__)
+# https://github.com/huggingface/datasets/issues/8145: a table is read ahead, and what is left of it is skipped.
+FORGETFUL = tuple(map(int, datasets.__version__.split(".")[:3])) < (5, 0, 1)
 Batch = dict[str, Any]
 Form = Callable[..., Batch]
 
@@ -184,7 +186,7 @@ def keeps_place(dataset: Any) -> bool:
     """Whether a stream's ``state_dict`` tells what follows, so that nothing has to be read again.
 
     That of ``datasets`` does, unless there is a shuffle buffer, whose content is not in it, or a batched function of
-    tables, after which it may skip a batch.
+    tables, after which it may skip a batch; in versions before 5.0.1, after any function (``map``, ``filter``).
     """
     if not isinstance(dataset, datasets.IterableDataset):
         return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
@@ -202,7 +204,7 @@ def _parts(iterable: Any) -> Iterator[Any]:
 def _tells(part: Any) -> bool:
     formatting = getattr(part, "formatting", None)
     tables = getattr(part, "batched", False) and formatting is not None and formatting.is_table
-    return getattr(part, "buffer_size", 1) <= 1 and not tables
+    return getattr(part, "buffer_size", 1) <= 1 and not tables and not (FORGETFUL and hasattr(part, "function"))
 
 
 def _as_it_is(batch: Any) -> Any:

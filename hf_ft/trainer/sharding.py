@@ -95,6 +95,7 @@ def _check_fsdp2(args: TrainingArguments, configs: Iterable[FTConfig]) -> None:
                 f"{config.ft_type} cannot train a model whose parameters are sharded (FSDP): docs/scale.md lists the "
                 f"strategies that can. {USE}"
             )
+    asked = getattr(args, "fsdp_config", None) or {}  # early versions of Transformers 5 hand over a part of it only
     settings = {
         "cpu_ram_efficient_loading": (
             plugin.cpu_ram_efficient_loading,
@@ -105,15 +106,16 @@ def _check_fsdp2(args: TrainingArguments, configs: Iterable[FTConfig]) -> None:
             "stages and terms refer to the shards. Set it to true",
         ),
         "activation_checkpointing": (
-            plugin.activation_checkpointing,
+            plugin.activation_checkpointing or asked.get("activation_checkpointing"),
             "set gradient_checkpointing=True in the training arguments instead",
         ),
-        "cpu_offload": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "leave it out"),
+        "cpu_offload": (isinstance(plugin.cpu_offload, CPUOffloadPolicy) or asked.get("cpu_offload"), "leave it out"),
         "ignored_modules": (plugin.ignored_modules is not None, "leave it out"),
     }
     for name, (refused, instead) in settings.items():
         if refused:
-            raise OptionError(f"fsdp_config {name}={getattr(plugin, name)!r} is not supported: {instead}.")
+            given = getattr(plugin, name) or asked.get(name)
+            raise OptionError(f"fsdp_config {name}={given!r} is not supported: {instead}.")
     if args.world_size == 1:
         raise OptionError("FSDP shards a model over several processes, but there is one: start more, or leave it out.")
     optim = getattr(args.optim, "value", args.optim)

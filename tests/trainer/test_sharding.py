@@ -54,7 +54,7 @@ def test_strategies_that_need_the_whole_model_are_refused_by_name(sharding):
 @pytest.mark.parametrize(
     ("settings", "more", "message"),
     [
-        ({"version": 1}, {}, "args.fsdp=True.*FSDP1"),
+        ({"version": 1}, {}, "args.fsdp=.*FSDP1"),
         ({"cpu_ram_efficient_loading": True}, {}, "cpu_ram_efficient_loading=True.*Set it to false"),
         ({"reshard_after_forward": False}, {}, "reshard_after_forward=False.*Set it to true"),
         ({"activation_checkpointing": True}, {}, "activation_checkpointing=True.*gradient_checkpointing"),
