@@ -18,7 +18,7 @@ from hf_ft.engine.run import Run
 FLOAT, HALF = 4, 2  # bytes of a number in float32 and in bfloat16
 MOMENTS = 2  # numbers that AdamW keeps of each that trains
 GATHERED = 3  # copies of a layer while FSDP2 gathers: its own, and the buffers of this one and the next
-SHOWN = ((False, 1), (False, 2), (False, 4), (False, 8), (True, 2), (True, 4), (True, 8))  # sharded, processes
+SHOWN = ((False, 1), (False, 2), (True, 2), (True, 4), (True, 8))  # sharded, processes
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 
 
@@ -142,12 +142,13 @@ def table_of_measured(table: Table) -> str:
     whole, shards = (max(abs(gap) for sharded, _, gap in gaps if sharded == wanted) for wanted in (False, True))
     about = content["about"]
     note = (
-        f"MB of a process: held just before the optimizer's step / at the peak of that step, activations included. A "
+        "MB of a process: held just before the optimizer's step / at the peak of that step, activations included, but "
+        "not what is in CPU memory wherever the training runs. A "
         f"ViT of {about['parameters'] / 1e6:.1f} million parameters in four layers, one image of five tokens a "
         f"process, AdamW, `bf16`, gloo on a CPU; torch {about['torch']}. The model is off by at most "
         f"{max(abs(gap) for _, gap, _ in gaps):.1%} in what is held, and in the peak by {whole:.0%} for whole and "
-        f"{shards:.0%} for sharded ones, which differ between equal trainings by a layer or two: when buffers are "
-        "released is up to the threads that send them."
+        f"{shards:.0%} for sharded ones, which differ between equal trainings "
+        "(`full`, `lp_ft` and `wise_ft` at their end) by up to two layers."
     )
     return table(("strategy", *map(_way, ways)), rows) + "\n\n" + note
 
@@ -190,7 +191,12 @@ def table_of_modelled(table: Table) -> str:
             ]
             host = _gigabytes(FLOAT * of.origin) if of.origin else ""
             rows.append((_link(name), f"{of.trained / 1e6:.0f} M", *needed, host))
-        heads = ("strategy", "trained", *map(_way, SHOWN), "also in CPU memory")
+        heads = (
+            "strategy",
+            "trained",
+            *(_way(way).replace("DDP, 2", "DDP, 2 to 8") for way in SHOWN),
+            "also in CPU memory",
+        )
         weights = Sizes(**strategies[BASELINE]).weights
         about = f"**{title}**, {weights / 1e9:.2f} billion parameters, {_gigabytes(FLOAT * weights)} GB"
         parts.append(f"{about}:\n\n{table(heads, rows)}")

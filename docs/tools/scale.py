@@ -82,7 +82,7 @@ def _beside(config: FTConfig, run: Run, size: int) -> Iterator[str]:
     if run.anchors:
         yield "starting weights"
     if run.reference is not None:
-        yield "reference model" + ("; none beside adapters" if _base_serves(config) else "")
+        yield "reference model" + (" (none beside adapters)" if _base_serves(config) else "")
     if run.average is not None:
         yield "average"
     if run.origin is not None:

@@ -1,24 +1,21 @@
-"""Memory per process: the model in docs/tools/memory.py beside what was measured."""
+"""Memory of each process: the model in docs/tools/memory.py beside what was measured."""
 
 import json
 
 import pytest
 import torch
 
-from docs.tools.memory import Sizes, deviations, sizes
-from hf_ft.engine.set_up import set_up
+from docs.tools.memory import deviations
 from tests.benchmarks import memory_ranks
 
 CONTENT = json.loads(memory_ranks.FILE.read_text(encoding="utf-8"))
-# Starting weights for a choice are copied to the CPU, which meta tensors cannot be.
-STRATEGIES = [config for config in memory_ranks.STRATEGIES if config.ft_type != "wise_ft"]
 
 
-@pytest.mark.parametrize("config", STRATEGIES, ids=lambda config: config.ft_type)
+@pytest.mark.parametrize("config", memory_ranks.STRATEGIES, ids=lambda config: config.ft_type)
 def test_a_run_has_the_sizes_that_were_measured(config):
     with torch.device("meta"):
-        found = sizes(set_up(memory_ranks.small_vit(), config))
-    assert found == Sizes(**CONTENT["small"][config.ft_type]), "run `python -m tests.benchmarks.memory_ranks`"
+        found = memory_ranks.sizes_of(memory_ranks.small_vit(), config)
+    assert found == CONTENT["small"][config.ft_type], "run `python -m tests.benchmarks.memory_ranks`"
 
 
 def test_the_model_is_near_what_was_measured():
