@@ -1,58 +1,113 @@
-"""The tables of docs/scale.md: which strategy trains on a stream, and which one shards of a model."""
+"""The table of docs/scale.md: where each strategy runs, and what it holds beside the model."""
 
 from __future__ import annotations
 
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from docs.tools.cells import OPTIONS
+from docs.tools.models import read
+from hf_ft.core.compose import chooses_rate
 from hf_ft.core.config import FTConfig
 from hf_ft.core.options import options
-from hf_ft.core.plan import Plan
-from hf_ft.engine.set_up import check
-from hf_ft.testing import tiny_resnet, tiny_vit
-from hf_ft.testing.training import equipped
+from hf_ft.engine.run import Run
+from hf_ft.engine.set_up import set_up
+from hf_ft.testing import suited, tiny_resnet, tiny_vit
+from hf_ft.testing.training import equipped, make_trainer
 
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
+LOOK = "`measure_samples`"
+CHOSEN = "as the strategy that it chooses"
 
 
-def table_of_streaming(strategies: Mapping[str, type[FTConfig]], table: Table) -> str:
-    """For each strategy by its defaults: whether it needs a look at some samples, or makes use of one."""
-    rows = [(f"[`{name}`](methods/{name}.md)", *_how(kind())) for name, kind in strategies.items()]
-    return table(("strategy", "without a look", "what a look is for"), rows)
+def table_of_places(strategies: Mapping[str, type[FTConfig]], table: Table) -> str:
+    """For each strategy by its defaults: where it trains, what it keeps for it, and what is computed once."""
+    rows = []
+    for name, kind in strategies.items():
+        config, link = kind(**OPTIONS.get(name, {})), f"[`{name}`](methods/{name}.md)"
+        if chooses_rate(config):
+            rows.append((link, "yes", next(_sharded(kind)), f"with {LOOK}", CHOSEN, CHOSEN))
+            continue
+        model = next(model for model in (tiny_vit(), tiny_resnet()) if config.adapted(model) is not None)
+        size, run = _size(model), _run(config, model)
+        rows.append(
+            (
+                link,
+                "yes" + ("; its term sees one process's batch" if any(t.couples_batch for t in run.plan.terms) else ""),
+                next(_sharded(kind)),
+                _streamed(kind(), run),
+                ", ".join(_beside(config, run, size)),
+                _recorded(name, run),
+            )
+        )
+    return table(("strategy", "one process, DDP", "FSDP2", "stream", "kept beside the model", "computed once"), rows)
 
 
-def list_of_sharded(strategies: Mapping[str, type[FTConfig]]) -> str:
-    """The strategies that train a model whose parameters are sharded, some only with an option."""
-    links = [f"[`{name}`](methods/{name}.md){how}" for name, kind in strategies.items() for how in _sharded(kind)]
-    return f"{', '.join(links[:-1])} and {links[-1]}"
+def _run(config: FTConfig, model: nn.Module) -> Run:
+    """The strategy set up for a tiny model, on which it has measured what it must."""
+    fitting = suited(config, model)
+    if not fitting.must_measure():
+        return set_up(equipped(model, fitting), fitting)
+    with tempfile.TemporaryDirectory() as folder:
+        return make_trainer(model, fitting, folder)._start_run()
 
 
 def _sharded(kind: type[FTConfig]) -> Iterator[str]:
+    """Whether it trains a model whose parameters are sharded, or the option with which it does."""
     if kind().needs().sharded:
-        yield ""
-        return
+        yield "yes"
     for option in options(kind):
         value = not option.default
         if isinstance(option.default, bool) and kind(**{option.name: value}).needs().sharded:
-            yield f" with `{option.name}={value}`"
+            yield f"with `{option.name}={value}`"
+    yield "no"
 
 
-def _how(config: FTConfig) -> tuple[str, str]:
-    if config.must_measure():
-        return "no", "its measurement before training"
-    plans = list(_plans(config))
-    if any(plan.tensor_rates is not None for plan in plans):
-        return "no", "its rates, found once"
-    if any(plan.select for plan in plans):
-        return "without BatchNorm only", "BatchNorm statistics of the models it chooses from"
+def _streamed(config: FTConfig, run: Run) -> str:
+    if config.must_measure() or run.plan.tensor_rates is not None:
+        return f"with {LOOK}"
+    if run.plan.select:
+        return f"yes; BatchNorm needs {LOOK}"
     if config.measures():
-        return 'yes, `head_lr="auto"` is the learning rate', "the head's learning rate"
-    return "yes", ""
+        return f'yes; `head_lr="auto"` needs {LOOK}'
+    return "yes"
 
 
-def _plans(config: FTConfig) -> Iterator[Plan]:
-    """Its plans for a network with BatchNorm and for one without, as far as it goes with them."""
-    for make in (tiny_resnet, tiny_vit):
-        model = equipped(make(), config)
-        fitting = config.adapted(model)
-        if fitting is not None:
-            yield check((fitting,), model, {}, tuple(name for name, _ in model.named_parameters()))
+def _beside(config: FTConfig, run: Run, size: int) -> Iterator[str]:
+    """What a process keeps beside the model, its gradients and the optimizer; the model had this size."""
+    if run.anchors:
+        yield "starting weights"
+    if run.reference is not None:
+        yield "reference model" + (" (none beside adapters)" if _base_serves(config) else "")
+    if run.average is not None:
+        yield "average"
+    if run.origin is not None:
+        yield "starting weights in CPU memory"
+    if _size(run.plan.term_modules):
+        yield "modules of its term"
+    if _size(run.model) > size:
+        yield "modules in the model"
+
+
+def _base_serves(config: FTConfig) -> bool:
+    """Whether the base of a model whose adapters alone are trained is the reference."""
+    tuner = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    reference = _run(config, get_peft_model(tiny_vit(), tuner)).reference
+    return reference is not None and bool(reference.adapters)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _recorded(name: str, run: Run) -> str:
+    """What a cache had recorded in how many of the classes of docs/models.md that train."""
+    trained = (row for (_, of), row in read().items() if of == name and row["outcome"] == "works")
+    found = Counter(bool(row.get("cached")) for row in trained)
+    if not found[True]:
+        return ""
+    return f"{'reference states' if run.reference is not None else 'frozen part'} ({found[True]} of {found.total()})"

@@ -37,10 +37,12 @@ from docs.tools.measured import (
     table_of_steps,
 )
 from docs.tools.measured import table_of_strategies as table_of_measured
+from docs.tools.memory import table_of_measured as table_of_measured_memory
+from docs.tools.memory import table_of_modelled as table_of_modelled_memory
 from docs.tools.natural import table_of_natural
 from docs.tools.results import table_of_all, table_of_choice, table_of_five, table_of_task
 from docs.tools.roles import markdown
-from docs.tools.scale import list_of_sharded, table_of_streaming
+from docs.tools.scale import table_of_places
 from hf_ft.advice.rules import neutral_order, rules_table
 from hf_ft.cli.catalog import FILE as CATALOGUE
 from hf_ft.cli.entries import as_file
@@ -233,8 +235,9 @@ PLACES: dict[str, Callable[..., str]] = {
     "natural": lambda page, kind: table_of_natural(_table, kind),
     "natural_few": lambda page, kind: table_of_natural(_table, kind, few=True),
     "models": lambda page, task: table_of_models(_table, task),
-    "streaming": lambda page: table_of_streaming(documented(), _table),
-    "sharded": lambda page: list_of_sharded(documented()),
+    "memory_measured": lambda page: table_of_measured_memory(_table),
+    "memory_modelled": lambda page: table_of_modelled_memory(_table),
+    "places": lambda page: table_of_places(documented(), _table),
     "models_summary": lambda page: summary_of_models(_table),
     "models_reasons": lambda page: table_of_reasons(_table),
     "rules": lambda page: _table(*rules_table()),
