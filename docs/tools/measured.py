@@ -121,7 +121,8 @@ def table_of_gpu(table: Table, content: dict[str, Any] | None = None) -> str:
     if content is None:
         return "Not run on a GPU yet, so there are no figures."
     laws = [
-        (e["law"], e["precision"], str(e["kept"]), ", ".join(e["broken"]), str(e["not_run"] or "")) for e in content["laws"]
+        (e["law"], e["precision"], str(e["kept"]), ", ".join(e["broken"]), str(e["not_run"] or ""))
+        for e in content["laws"]
     ]
     parts = [table(("law", "precision", "kept by", "broken by", "not run"), laws)]
     rows = [(name, *_of_gpu_row(row)) for name, row in content["rows"].items() if row is not None]

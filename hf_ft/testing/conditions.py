@@ -33,10 +33,11 @@ class Conditions:
     def device(self) -> torch.device:
         """Where hand-written loops compute: as a Trainer with these arguments."""
         there = not self.arguments.get("use_cpu", True) and torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if there else torch.device("cpu")
+        return (torch.accelerator.current_accelerator() if there else None) or torch.device("cpu")
 
 
-_PRESENT: ContextVar[Conditions] = ContextVar("conditions", default=Conditions())
+USUAL = Conditions()
+_PRESENT: ContextVar[Conditions] = ContextVar("conditions", default=USUAL)
 
 
 def conditions() -> Conditions:
@@ -45,7 +46,9 @@ def conditions() -> Conditions:
 
 
 @contextmanager
-def under(arguments: Mapping[str, Any], slack: float = 1.0, prepare: Callable[[Any], None] = _nothing) -> Iterator[None]:
+def under(
+    arguments: Mapping[str, Any], slack: float = 1.0, prepare: Callable[[Any], None] = _nothing
+) -> Iterator[None]:
     """Check laws under other conditions, such as on a GPU: see :class:`Conditions`.
 
     >>> with under({"use_cpu": False, "bf16": True}, slack=500):
