@@ -36,6 +36,7 @@ LEFT_OUT = ("auto", "amcf", "blockwise")
 
 def take_steps(config: FTConfig, make: Maker, folder: Path) -> None:
     """Steps in each stage: measured, planned and looked at on the CPU, then set up and run on the device."""
+    absent_device.device()  # before the first backward pass: torch then counts the devices that it has threads for
     model, configs = equipped(make(), config), resolve(config)
     states = _states(config, model, folder)
     plan = check(configs, model, states, tuple(name for name, _ in model.named_parameters()))
