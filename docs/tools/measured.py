@@ -115,6 +115,38 @@ def table_of_step_times(table: Table) -> str:
     return "\n\n".join([table(headers, rows), *notes])
 
 
+def table_of_gpu(table: Table, content: dict[str, Any] | None = None) -> str:
+    """What tests/gpu/check.py found on a GPU: the laws, and the cost of every strategy."""
+    content = _read("gpu.json") if content is None else content
+    if content is None:
+        return "Not run on a GPU yet, so there are no figures."
+    laws = [
+        (e["law"], e["precision"], str(e["kept"]), ", ".join(e["broken"]), str(e["not_run"] or ""))
+        for e in content["laws"]
+    ]
+    parts = [table(("law", "precision", "kept by", "broken by", "not run"), laws)]
+    rows = [(name, *_of_gpu_row(row)) for name, row in content["rows"].items() if row is not None]
+    headers = ("strategy: stage", "step / full", "step / floor", "peak memory", "peak / full", "peak / floor", "waits")
+    if rows:
+        parts.append(table(headers, rows))
+    late = [name for name, row in content["rows"].items() if row is None]
+    if late:
+        parts.append(f"No time was left for: {', '.join(late)}.")
+    about = content["about"]
+    versions = [f"torch {about['torch']}", f"transformers {about['transformers']}"]
+    versions += [f"CUDA {about['cuda']}", f"driver {about.get('driver') or 'unknown'}"] if about.get("cuda") else []
+    parts.append(f"{about['device']}, {', '.join(versions)}; {about['geometry']}; {about['rounds']} rounds.")
+    return "\n\n".join(parts)
+
+
+def _of_gpu_row(row: dict[str, Any]) -> tuple[str, ...]:
+    memory = row.get("memory")
+    peaks = ("", "", "")
+    if memory is not None:
+        peaks = f"{memory['mb']:.0f} MB", f"{memory['full']:.2f}", f"{memory['floor']:.2f}" if memory["floor"] else ""
+    return _interval(row["full"], 3), _interval(row["floor"], 2), *peaks, row.get("waits") or ""
+
+
 def _interval(ratio: dict[str, float] | None, digits: int) -> str:
     """A median and its 95 % interval."""
     if ratio is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from hf_ft.core.options import option, validate
@@ -93,6 +95,7 @@ class Recipe:
         max_grad_norm: norm to which gradients are clipped; 0 disables clipping.
         task_loss: the task loss.
         computing: context manager for the model's computations, such as autocast.
+        scaler: creates a gradient scaler, which does nothing unless these computations are in float16.
         epochs: length of the training in epochs.
     """
 
@@ -105,6 +108,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     task_loss: TaskLoss = field(default_factory=TaskLoss)
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext
+    scaler: Callable[[], GradScaler] = partial(GradScaler, enabled=False)
     epochs: float = 1.0
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core.plan import Average
+from hf_ft.engine.step_hooks import skipped
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.preserve import forget_evaluation
 
@@ -77,7 +78,7 @@ class RunningAverage:
             self.begin()
         if self._hook is not None:
             self._hook.remove()
-        self._hook = inner.register_step_post_hook(lambda *_: self.update())
+        self._hook = inner.register_step_post_hook(lambda stepped, *_: None if skipped(stepped) else self.update())
 
     @torch.no_grad()
     def update(self) -> None:

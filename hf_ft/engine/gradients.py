@@ -13,6 +13,8 @@ from hf_ft.errors import OptionError
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.preserve import buffers_kept, random_states_kept
 
+SMALLER = 16.0  # by which loss scales fall where float16 overflows
+
 
 @contextmanager
 def looking(model: nn.Module, seed: int | None = None) -> Iterator[None]:
@@ -48,11 +50,30 @@ def mean_gradients(
 
     A last row that would be by itself is left out if BatchNorm could not train on it; None if no other is left.
     """
-    for parameter in model.parameters():
-        parameter.grad = None
     chunks = [rows[begin : begin + recipe.batch_size] for begin in range(0, len(rows), recipe.batch_size)]
     if len(chunks[-1]) == 1 and any(norm.training for _, norm in batch_norms(model)):
         chunks.pop()
+    if not chunks:
+        return None
+    scale = recipe.scaler().get_scale()
+    while True:
+        gradients = _gradients(model, parameters, samples, recipe, chunks, scale)
+        if scale <= 1.0 or all(bool(gradient.isfinite().all()) for gradient in gradients):
+            return gradients
+        scale /= SMALLER
+
+
+def _gradients(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    samples: Samples,
+    recipe: Recipe,
+    chunks: Sequence[Sequence[int]],
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of the mean over all chunks, computed on the loss times ``scale``."""
+    for parameter in model.parameters():
+        parameter.grad = None
     count = sum(map(len, chunks))
     for some in chunks:
         batch = samples.read(some)
@@ -60,6 +81,7 @@ def mean_gradients(
             loss, _ = recipe.task_loss(model, batch)
         if loss is None:
             raise OptionError("gradients are measured with the task loss, which needs labels: train_dataset has none.")
-        part: Tensor = loss * (len(some) / count)
+        part: Tensor = loss * (scale * len(some) / count)
         part.backward()
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters] if chunks else None
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return found if scale == 1.0 else list(torch._foreach_div(found, scale))

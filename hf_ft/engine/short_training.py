@@ -47,7 +47,7 @@ def fit(
     scheduler = stage_scheduler(optimizer, run.plan.stages, borders, recipe.curve)
     at = run.stepper(objective, total, then=batches.follow, optimizer=optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    step = 0
+    step, scaler = 0, recipe.scaler()
     with random_states_kept(seed):
         for epoch, chunks in enumerate(order):
             if run.plan.tensor_rates is not None:
@@ -62,10 +62,13 @@ def fit(
                     some = chunk[start : start + recipe.batch_size]
                     with recipe.computing():
                         loss = objective(**batches.take(some))["loss"]
-                    (loss if len(some) == len(chunk) else loss * (len(some) / len(chunk))).backward()
+                    part: Tensor = loss if len(some) == len(chunk) else loss * (len(some) / len(chunk))
+                    scaler.scale(part).backward()
                 if recipe.max_grad_norm:
+                    scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 scheduler.step()
                 optimizer.zero_grad()
                 step += 1

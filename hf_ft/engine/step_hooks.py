@@ -50,6 +50,24 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return found
 
 
+def skipped(optimizer: Optimizer) -> bool:
+    """Whether the step of a fused optimizer changes nothing, since a gradient scaler found gradients not finite.
+
+    The scaler calls a fused optimizer all the same, and tells it by this attribute; the step of any other one it skips.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def unscale(optimizer: Optimizer) -> None:
+    """Divide gradients by the factor of a gradient scaler, where it leaves that to the fused step."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_div_(gradients, scale)
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
 def check_not_needed(plan: Plan) -> None:
     """Reject a loop that does not tell its optimizer, if the plan changes its steps.
 
@@ -88,7 +106,10 @@ def _gradient_hook(
 ) -> Callable[..., None]:
     selected = [(n, p) for n, p in model.named_parameters() if any(covers(prefix, n) for prefix in change.on)]
 
-    def hook(*_: Any) -> None:
+    def hook(optimizer: Optimizer, *_: Any) -> None:
+        if skipped(optimizer):
+            return
+        unscale(optimizer)
         present = [(name, parameter.grad) for name, parameter in selected if parameter.grad is not None]
         if present:
             names, gradients = zip(*present, strict=True)

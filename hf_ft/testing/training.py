@@ -1,4 +1,4 @@
-"""Small trainings for tests: a tiny model, a few random samples, a few steps on the CPU."""
+"""Small trainings for tests: a tiny model, a few random samples, a few steps, on the CPU unless told otherwise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -20,7 +21,9 @@ from hf_ft.engine.batch import STREAM
 from hf_ft.engine.objective import Objective
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.norms import batch_norms
+from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.source_head import SourceHead, attach_source_head, has_source_head, head_modules, renew_head
+from hf_ft.testing.conditions import conditions
 from hf_ft.testing.models import tiny_inputs
 from hf_ft.trainer.trainer import FTTrainer
 
@@ -48,7 +51,7 @@ def _feature(values: np.ndarray) -> Any:
 
 
 def tiny_arguments(folder: str | Path, **arguments: Any) -> TrainingArguments:
-    """Training arguments for eight quiet CPU steps; any of them can be overridden."""
+    """Training arguments for eight quiet steps under the present conditions; any of them can be overridden."""
     defaults: dict[str, Any] = {
         "max_steps": 8,
         "per_device_train_batch_size": 8,
@@ -60,7 +63,7 @@ def tiny_arguments(folder: str | Path, **arguments: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(str(folder), **{**defaults, **arguments})
+    return TrainingArguments(str(folder), **{**defaults, **conditions().arguments, **arguments})
 
 
 def make_trainer(
@@ -80,14 +83,15 @@ def make_trainer(
     if any(config.needs().source_data == "required" for config in resolve(strategy)):
         data["source_dataset"] = tiny_data(model, 20, seed=2)
     args = tiny_arguments(folder, **arguments)
-    return FTTrainer(model, args, strategy=strategy, **ours, **data)
+    trainer = FTTrainer(model, args, strategy=strategy, **ours, **data)
+    conditions().prepare(trainer)
+    return trainer
 
 
 def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:
     """The model, with a pretrained head for this number of classes if the strategy needs one and it has none."""
     if any(config.needs().source_head for config in resolve(strategy)) and not has_source_head(model):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with random_states_kept(seed):
             base = unwrap(model)[0]
             other = type(base)(copy.deepcopy(base.config))
             renew_head(other, {"num_labels": classes})
@@ -96,9 +100,10 @@ def equipped(model: Any, strategy: Any, classes: int = 5, seed: int = 9) -> Any:
 
 
 def tiny_batch(objective: Objective, samples: int = 8, seed: int = 0) -> dict[str, Any]:
-    """Inputs for an objective, including a batch of each stream that it currently needs."""
+    """Inputs for an objective on its device, including a batch of each stream that it currently needs."""
     streams = {f"{STREAM}{name}": tiny_inputs(objective.model, samples, seed + 100) for name in objective.live_streams}
-    return {**tiny_inputs(objective.model, samples, seed), **streams}
+    device = next(objective.model.parameters()).device
+    return dict(send_to_device({**tiny_inputs(objective.model, samples, seed), **streams}, device))
 
 
 def train(model: nn.Module, strategy: Any, folder: str | Path, resume: Any = None, **arguments: Any) -> FTTrainer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -117,6 +118,7 @@ def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
         max_grad_norm=args.max_grad_norm or 0.0,
         task_loss=trainer.task_loss,
         computing=trainer.accelerator.autocast,
+        scaler=partial(GradScaler, args.device.type, enabled=trainer.accelerator.scaler is not None),
         epochs=_epochs(trainer),
     )
     names = "learning_rate weight_decay optim optim_args lr_scheduler_type lr_scheduler_kwargs warmup_steps "

@@ -8,12 +8,12 @@ not: the method's own terms, clipping, schedules, logs, data loading and hooks.
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass
 from typing import Literal
 
+import stepper
 import torch
-from stepper import BATCH, PIXELS, SOURCE_CLASSES, resnet18
+from stepper import SOURCE_CLASSES, resnet18, seconds
 from torch import Tensor, nn
 
 # A ResNet-18 as a chain: stem, two blocks in each of four stages, pooling, head.
@@ -63,11 +63,13 @@ class Member:
     """One model in a floor: its frozen parts, its trained parts, and what comes into these if that is recorded."""
 
     def __init__(self, floor: Floor, pixels: Tensor) -> None:
-        begin, parts = FIRST_PART[floor.trains_from], parts_of_resnet()
+        begin, parts = FIRST_PART[floor.trains_from], parts_of_resnet().to(pixels.device)
         self.frozen = nn.Sequential(*parts[:begin]).eval().requires_grad_(False)
         self.body = nn.Sequential(*parts[begin:-1]).train(floor.norms == "train")
         self.head = parts[-1]
-        self.source_head = nn.Linear(self.head.in_features, SOURCE_CLASSES) if floor.source_head else None
+        self.source_head = None
+        if floor.source_head:
+            self.source_head = nn.Linear(self.head.in_features, SOURCE_CLASSES, device=pixels.device)
         self.recorded = None
         if floor.recorded:
             with torch.no_grad():
@@ -84,33 +86,35 @@ class Member:
             with torch.no_grad():
                 state = self.frozen(pixels)
         features = self.body(state)
-        loss = nn.functional.cross_entropy(self.head(features[:BATCH]), labels)
+        loss = nn.functional.cross_entropy(self.head(features[: len(labels)]), labels)
         if self.source_head is not None:
-            loss = loss + nn.functional.cross_entropy(self.source_head(features[-BATCH:]), labels)
+            loss = loss + nn.functional.cross_entropy(self.source_head(features[-len(labels) :]), labels)
         return loss
 
 
 class FloorStepper:
     """A floor, ready to take steps."""
 
-    def __init__(self, floor: Floor) -> None:
+    def __init__(self, floor: Floor, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randn(floor.batches * BATCH, 3, PIXELS, PIXELS, generator=generator)
-        self.labels = torch.arange(BATCH) % 2
+        shape = floor.batches * stepper.BATCH, 3, stepper.PIXELS, stepper.PIXELS
+        self.pixels = torch.randn(shape, generator=generator).to(device)
+        self.labels = torch.arange(stepper.BATCH, device=device) % 2
         self.members = [Member(floor, self.pixels) for _ in range(floor.members)]
-        backbone = nn.Sequential(*parts_of_resnet()[:-1]).eval()
+        backbone = nn.Sequential(*parts_of_resnet()[:-1]).to(device).eval()
         self.references = [copy.deepcopy(backbone) for _ in range(floor.references)]
         parameters = [p for member in self.members for p in member.parameters()]
         self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
 
     def step(self) -> float:
         """Seconds of a step."""
-        started = time.perf_counter()
+        started = seconds()
         with torch.no_grad():
             for reference in self.references:
                 reference(self.pixels)
-        loss = sum((member.loss(self.pixels, self.labels) for member in self.members), start=torch.zeros(()))
+        first, *others = (member.loss(self.pixels, self.labels) for member in self.members)
+        loss = sum(others, start=first)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - started
+        return seconds() - started

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import stepper
 import torch
 import transformers
 from floors import Floor, FloorStepper
@@ -49,7 +50,7 @@ from hf_ft import (
 )
 from hf_ft.core.config import strategies
 
-FULL, WIDTH = "full", 512
+FULL = "full"
 SHORT, MORE = 0.05, 100  # of a step of full fine-tuning; rounds more
 STEPS = 3  # of which the peak is taken
 
@@ -82,7 +83,8 @@ class Row:
         if self.members > 0:
             model = CollaborativeModel.from_members([resnet18() for _ in range(self.members)])
         elif self.members < 0:
-            model, data = Linear(WIDTH), Images(32, "features", (WIDTH,))
+            width = stepper.WIDTHS[-1]
+            model, data = Linear(width), Images(stepper.BATCH, "features", (width,))
         return Stepper(self.strategy, folder, self.recorded, steps=self.steps, at=self.at, model=model, data=data)
 
 
@@ -170,8 +172,11 @@ def own_strategies() -> list[str]:
 
 def times(row: Row, full: Stepper, folder: str, rounds: int) -> dict[str, Any]:
     """Ratios of a row's step to full fine-tuning and to its floor."""
-    one = row.stepper(folder)
-    floor = None if row.floor is None else FloorStepper(row.floor)
+    return times_of(row.stepper(folder), None if row.floor is None else FloorStepper(row.floor), full, rounds)
+
+
+def times_of(one: Stepper, floor: FloorStepper | None, full: Stepper, rounds: int) -> dict[str, Any]:
+    """Ratios of one's step to full fine-tuning and to its floor."""
     seconds = in_turns([full, one, *([floor] if floor else [])], rounds)
     found: dict[str, Any] = {"full": ratio(seconds[:, 1], seconds[:, 0]), "seconds": float(np.median(seconds[:, 1]))}
     if floor is not None:

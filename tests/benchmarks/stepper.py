@@ -17,21 +17,29 @@ from hf_ft.core.compose import resolve
 from hf_ft.testing.training import equipped, tiny_arguments
 
 BATCH, PIXELS, SOURCE_CLASSES = 32, 96, 1000
+WIDTHS = [64, 128, 256, 512]
 GEOMETRY = "ResNet-18, 96 px, batch 32, SGD with momentum, float32"
+
+
+def seconds() -> float:
+    """The time, once the GPU, if there is one, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resnet18() -> ResNetForImageClassification:
     torch.manual_seed(0)
-    config = ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=2)
+    config = ResNetConfig(hidden_sizes=WIDTHS, depths=[2, 2, 2, 2], layer_type="basic", num_labels=2)
     return ResNetForImageClassification(config)
 
 
 class Images(torch.utils.data.Dataset):
     """Random images, or other inputs of a model, ready in memory."""
 
-    def __init__(self, images: int, name: str = "pixel_values", shape: tuple[int, ...] = (3, PIXELS, PIXELS)) -> None:
+    def __init__(self, images: int, name: str = "pixel_values", shape: tuple[int, ...] | None = None) -> None:
         self.name, generator = name, torch.Generator().manual_seed(0)
-        self.values = torch.randn(images, *shape, generator=generator)
+        self.values = torch.randn(images, *(shape or (3, PIXELS, PIXELS)), generator=generator)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -56,6 +64,8 @@ class Steps(Protocol):
 class Stepper:
     """One trainer, brought to a point of its run where the body of its training loop can be run by hand.
 
+    It trains on the CPU, or as :func:`hf_ft.testing.conditions.under` says.
+
     Args:
         strategy: of an FTTrainer; None for the Trainer of Transformers.
         recorded: whether what is frozen, and what reference models say, is recorded; else each step computes it.
@@ -71,13 +81,14 @@ class Stepper:
         strategy: Any,
         folder: str,
         recorded: bool = False,
-        batch: int = BATCH,
+        batch: int | None = None,
         *,
         steps: int = 1,
         at: int | None = None,
         model: nn.Module | None = None,
         data: Images | None = None,
     ) -> None:
+        batch = BATCH if batch is None else batch
         model = resnet18() if model is None else model
         model.accepts_loss_kwargs = False  # the cure of transformers#47688 on both sides
         args = tiny_arguments(folder, max_steps=steps, per_device_train_batch_size=batch, optim="sgd",
@@ -103,7 +114,13 @@ class Stepper:
 
     def step(self) -> float:
         """Seconds of one pass through the body of the Trainer's loop."""
-        t, started = self.trainer, time.perf_counter()
+        started = seconds()
+        self.body()
+        return seconds() - started
+
+    def body(self) -> None:
+        """One pass through the body of the Trainer's loop."""
+        t = self.trainer
         t.callback_handler.on_step_begin(t.args, t.state, t.control)
         t.training_step(t.model_wrapped, dict(self.batch))
         t._clip_grad_norm(t.model_wrapped)
@@ -111,7 +128,6 @@ class Stepper:
         t.lr_scheduler.step()
         t.model_wrapped.zero_grad()
         t.callback_handler.on_step_end(t.args, t.state, t.control)
-        return time.perf_counter() - started
 
 
 class Linear(nn.Module):

@@ -114,7 +114,7 @@ def row_model(row, resnet, config):
 def test_a_floor_trains_what_it_says(recorded, monkeypatch):
     small = tiny_resnet(num_labels=2, hidden_sizes=[8, 8, 16, 16], depths=[2, 2, 2, 2])
     monkeypatch.setattr(floors, "resnet18", lambda: small)
-    monkeypatch.setattr(floors, "PIXELS", 32)
+    monkeypatch.setattr(stepper, "PIXELS", 32)
     floor = floors.FloorStepper(floors.Floor("stage3", recorded=recorded, source_head=True))
     (member,) = floor.members
     before = [p.detach().clone() for p in [*member.frozen.parameters(), *member.parameters()]]

@@ -8,6 +8,8 @@ from torch import nn
 
 from hf_ft import OptionError
 from hf_ft.core import GradientChange, Plan
+from hf_ft.core.plan import Average
+from hf_ft.engine.averaging import RunningAverage
 from hf_ft.engine.step_hooks import attach, step_seed
 
 
@@ -61,9 +63,10 @@ def test_a_second_training_with_the_same_optimizer_replaces_the_first():
     assert len(second) == 1
 
 
-def test_gradients_are_unscaled_and_overflows_skipped():
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_unscaled_and_overflows_skipped(fused):
     model = linear()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
     calls, scaler = seen(model, optimizer), torch.amp.GradScaler("cpu", init_scale=1024.0)
     for scale in (1.0, float("inf")):
         scaler.scale(model(torch.ones(1, 3)).sum() * scale).backward()
@@ -78,3 +81,17 @@ def test_names_that_another_strategy_replaced_are_refused():
     model = linear()
     with pytest.raises(OptionError, match="'base.weight', which the model no longer has"):
         seen(model, torch.optim.SGD(model.parameters(), lr=1.0), on=("base.weight",))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_does_not_count_in_an_average(fused):
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+    average, scaler = RunningAverage(model, ["weight"], Average(lambda step: 0.5)), torch.amp.GradScaler("cpu")
+    average.start(0, optimizer)
+    for scale in (1.0, float("inf")):
+        scaler.scale(model(torch.ones(1, 3)).sum() * scale).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert average.steps == 1
