@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ft.processes import is_gone, process_name
 from hf_ft.search.record import INSTEAD, Record, job_of
-from hf_ft.search.storage import LockedError, check_signature, one_transaction, readable_study
+from hf_ft.search.storage import check_signature, is_refused, one_transaction, readable_study
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -136,10 +136,8 @@ class Claims:
         )
         try:
             return self.storage.create_new_trial(self.study_id, template)
-        except LockedError:
-            raise
-        except ValueError:  # a concurrent job list has just registered other choices for a parameter
-            if not params:
+        except Exception as error:  # a concurrent job list has just registered other choices for a parameter
+            if not params or not is_refused(error):
                 raise
             return self._add_trial(job, {}, instead)
 
@@ -181,7 +179,7 @@ class Claims:
 
         values = None if value is None else [value]
         try:
-            with one_transaction(self.storage):
+            with one_transaction(self.storage, trial_id):
                 for key, attribute in attributes.items():
                     self.storage.set_trial_user_attr(trial_id, key, attribute)
                 return self.storage.set_trial_state_values(trial_id, optuna.trial.TrialState[state], values)
