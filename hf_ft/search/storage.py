@@ -101,13 +101,12 @@ def _open_proxy(url: str) -> BaseStorage:
     if match is None:
         raise OptionError(f"storage={_scheme(url)!r} lacks its host or port, or has more. Give grpc://host:13000.")
     try:
-        import google.protobuf  # noqa: F401
-        import grpc  # noqa: F401
-    except ImportError as error:
-        raise OptionError(f"storage={url!r} needs gRPC ({error}). Install it: pip install 'hf-ft[grpc]'.") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        proxy = GrpcStorageProxy(host=match[1], port=int(match[2]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            proxy = GrpcStorageProxy(host=match[1], port=int(match[2]))
+    except Exception as error:  # of each library that is missing or too old another one
+        reason = _first_line(error)
+        raise OptionError(f"storage={url!r} needs gRPC ({reason}). Install it: pip install 'hf-ft[grpc]'.") from error
     try:
         proxy.wait_server_ready(timeout=ANSWER_TIMEOUT)
     except ConnectionError as error:
