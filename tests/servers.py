@@ -56,9 +56,13 @@ class PostgreSQL:
     host: str
     port: int
     user: str | None
+    inside: tuple[str, ...] = ()  # a command that runs another one in a namespace
 
     def run(self, *command):
-        done = subprocess.run(command, user=self.user, cwd=self.folder, capture_output=True, text=True)
+        if self.inside:
+            command = (*self.inside, "runuser", "-u", self.user, "--", *command)
+        user = None if self.inside else self.user
+        done = subprocess.run(command, user=user, cwd=self.folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self):
@@ -87,14 +91,18 @@ class PostgreSQL:
 
 
 @contextmanager
-def postgresql(host="127.0.0.1"):
-    """PostgreSQL refuses to run as root, so that it then runs as another user, in a folder of theirs."""
+def postgresql(host="127.0.0.1", inside=()):
+    """PostgreSQL refuses to run as root, so that it then runs as another user, in a folder of theirs.
+
+    Args:
+        inside: a command that runs another one where there is such a host.
+    """
     user = None
     if os.geteuid() == 0:
         names = {entry.pw_name for entry in pwd.getpwall()}
         user = "postgres" if "postgres" in names else "nobody"
     folder = Path(tempfile.mkdtemp(prefix="hf-ft-"))  # below pytest's folders, which belong to this user
-    server = PostgreSQL(folder, host, free_port(host), user)
+    server = PostgreSQL(folder, host, 5432 if inside else free_port(), user, tuple(inside))
     try:
         secret = folder / "password"
         secret.write_text(PASSWORD, encoding="utf-8")
@@ -105,7 +113,7 @@ def postgresql(host="127.0.0.1"):
             _program("initdb"), "-D", folder / "data", "-U", "worker", "--pwfile", secret, "--auth", "scram-sha-256",
             "--encoding", "UTF8", "--locale", "C", "--no-sync",
         )  # fmt: skip
-        if host != "127.0.0.1":
+        if inside:
             with open(folder / "data" / "pg_hba.conf", "a") as access:
                 access.write("host all all samenet scram-sha-256\n")
         server.start()
