@@ -38,7 +38,17 @@ class Node:
 
     def start(self, *command, **environment):
         """Start a program; killing it kills its descendants as well, which live in its namespace."""
-        inside = ["ip", "netns", "exec", self.name, "unshare", "-pf", "--kill-child", "--mount-proc", *map(str, command)]
+        inside = [
+            "ip",
+            "netns",
+            "exec",
+            self.name,
+            "unshare",
+            "-pf",
+            "--kill-child",
+            "--mount-proc",
+            *map(str, command),
+        ]
         return subprocess.Popen(
             inside,
             env={**os.environ, "GLOO_SOCKET_IFNAME": self.interface, **environment},

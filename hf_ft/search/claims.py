@@ -1,8 +1,15 @@
 """Claims: each job is evaluated by exactly one of the processes that share a study.
 
-Mutual exclusion: a worker claims a job by adding a RUNNING trial. Storages number a study's trials in insertion order,
-so all workers agree on the owner: the first of the job's trials that have not failed. Only the owner evaluates the
-job; a worker that comes second fails its own trial. FAIL is final, so a job never has two owners.
+Mutual exclusion: a worker claims a job by adding a RUNNING trial. Storages number a study's trials in the order in
+which others can see them, so all workers agree on the owner: the first of the job's trials that have not failed. Only
+the owner evaluates the job; a worker that comes second fails its own trial. FAIL is final, so a job never has two
+owners. That order holds
+
+- in SQLite, which has one writer at a time,
+- in PostgreSQL and MySQL, since Optuna locks the study's row before it inserts a trial and counts the earlier ones,
+  until all is committed; sequences and snapshots alone would not give it (:data:`hf_ft.search.storage.POSTGRESQL`),
+- in a journal, where the number is the place among the lines of a file that one worker at a time appends to,
+- behind a gRPC server, if in the storage that it passes everything on to.
 
 Crash recovery: a thread renews a mark on the trial. A worker that sees the mark unchanged for six intervals by its own
 clock (clocks of machines differ), or that the process is gone on its own machine, fails the trial, and the job is free

@@ -120,12 +120,14 @@ def _open_proxy(url: str) -> BaseStorage:
 
 def _open_journal(path: str) -> BaseStorage:
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     _check_folder(path, path)
+    path = os.path.abspath(path)  # whatever the working folder will be
     try:
-        # Absolute path: the lock is a symbolic link to the file, and Optuna follows it.
-        return JournalStorage(JournalFileBackend(os.path.abspath(path)))
+        # Optuna's other lock, a symbolic link, is for NFS of the nineties, and can be read only on machines that have
+        # the folder in the same place: on others, the lock of a killed worker would stay for good.
+        return JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
     except OSError as error:
         raise OptionError(f"storage={path!r} cannot be opened: {error}. Give a writable file.") from error
     except (ValueError, LookupError, TypeError, AssertionError) as error:

@@ -18,6 +18,7 @@ from hf_ft.cli import main
 from hf_ft.comparison import Settings, compare
 from hf_ft.comparison.cost import Clock
 from hf_ft.comparison.runner import Runner
+from hf_ft.processes import process_name
 from hf_ft.testing.models import tiny_resnet
 
 NAMES = ("red", "green", "blue")
@@ -135,7 +136,7 @@ def shared(folder, storage, dies):
 
 def meet(runner):
     """Wait for another worker, so that both have something to do."""
-    (runner.folder / f"here-{os.getpid()}").touch()
+    (runner.folder / f"here-{process_name()}").touch()
     for _ in range(600):
         if len(list(runner.folder.glob("here-*"))) > 1:
             return
