@@ -37,18 +37,12 @@ class Node:
     interface: str
 
     def start(self, *command, **environment):
-        """Start a program; killing it kills its descendants as well, which live in its namespace."""
-        inside = [
-            "ip",
-            "netns",
-            "exec",
-            self.name,
-            "unshare",
-            "-pf",
-            "--kill-child",
-            "--mount-proc",
-            *map(str, command),
-        ]
+        """Start a program, as the second process in its namespace: the first cannot be killed from inside.
+
+        Killing what is returned kills all in the namespace. A program that was killed ends with the status 137.
+        """
+        space = ["ip", "netns", "exec", self.name, "unshare", "-pf", "--kill-child", "--mount-proc"]
+        inside = [*space, "sh", "-c", '"$@"; exit $?', "sh", *map(str, command)]
         return subprocess.Popen(
             inside,
             env={**os.environ, "GLOO_SOCKET_IFNAME": self.interface, **environment},

@@ -7,7 +7,7 @@ owners. That order holds
 
 - in SQLite, which has one writer at a time,
 - in PostgreSQL and MySQL, since Optuna locks the study's row before it inserts a trial and counts the earlier ones,
-  until all is committed; sequences and snapshots alone would not give it (:data:`hf_ft.search.storage.POSTGRESQL`),
+  until all is committed; sequences alone would not give it, nor sessions that read as of their beginning,
 - in a journal, where the number is the place among the lines of a file that one worker at a time appends to,
 - behind a gRPC server, if in the storage that it passes everything on to.
 
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ft.processes import is_gone, process_name
 from hf_ft.search.record import INSTEAD, Record, job_of
-from hf_ft.search.storage import check_signature, is_refused, one_transaction, readable_study
+from hf_ft.search.storage import GoneError, check_signature, is_refused, one_transaction, reachable, readable_study
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -181,7 +181,22 @@ class Claims:
         return {name: _distribution(of_one) for name, of_one in values.items()}
 
     def finish(self, trial_id: int, state: str, value: float | None = None, **attributes: Any) -> bool:
-        """Set the final state of a trial; return False if another worker has already done so."""
+        """Set the final state of a trial; return False if another worker has already done so.
+
+        Raises:
+            GoneError: if the server cannot be reached for as long as this worker would not be presumed dead.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                with reachable(self.storage):
+                    return self._finish(trial_id, state, value, attributes)
+            except GoneError:  # of a server that restarts: the result of a long training is worth the wait
+                if time.monotonic() - began > PATIENCE * self.heartbeat:
+                    raise
+                time.sleep(min(1.0, self.heartbeat))
+
+    def _finish(self, trial_id: int, state: str, value: float | None, attributes: Mapping[str, Any]) -> bool:
         import optuna
 
         values = None if value is None else [value]

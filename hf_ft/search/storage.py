@@ -31,12 +31,8 @@ KINDS = (
     "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, postgresql://user@host/database, "
     "mysql+pymysql://user@host/database, grpc://host:13000"
 )
-# In a session that reads from the first statement on as of its beginning, trials that wait for each other would count
-# the same number of earlier ones, and get the same number. A connection that is lost without a word is noticed.
-POSTGRESQL = {
-    "isolation_level": "READ COMMITTED",
-    "connect_args": {"connect_timeout": ANSWER_TIMEOUT, "keepalives_idle": ANSWER_TIMEOUT},
-}
+# Notices a connection that is lost without a word.
+LIBPQ = {"connect_timeout": str(ANSWER_TIMEOUT), "keepalives_idle": str(ANSWER_TIMEOUT)}
 
 
 class UnavailableError(OptionError):
@@ -156,8 +152,11 @@ def _open_database(url: str, given: str) -> BaseStorage:
     if sqlite:
         options["connect_args"] = {"timeout": LOCK_TIMEOUT}
     elif kind == "postgresql":
-        options |= POSTGRESQL
-    url = _with_driver(address).render_as_string(hide_password=False)
+        # In a session that reads as of its beginning, trials that wait for each other would count the same number of
+        # earlier ones, and get the same number.
+        options["isolation_level"] = "READ COMMITTED"
+        address = _with_driver(address)
+    url = address.render_as_string(hide_password=False)
     began = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
@@ -178,10 +177,13 @@ def _open_database(url: str, given: str) -> BaseStorage:
 
 def _with_driver(address: URL) -> URL:
     """Name the driver of PostgreSQL that is installed: which one SQLAlchemy takes depends on its version."""
-    if address.drivername != "postgresql":
-        return address
-    installed = [name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name) is not None]
-    return address.set(drivername=f"postgresql+{[*installed, 'psycopg'][0]}")
+    names = ("psycopg", "psycopg2")
+    if address.drivername == "postgresql":
+        installed = [name for name in names if importlib.util.find_spec(name) is not None]
+        address = address.set(drivername=f"postgresql+{[*installed, names[0]][0]}")
+    if address.get_driver_name() in names:
+        address = address.set(query={**LIBPQ, **address.query})
+    return address
 
 
 def _scheme(url: str) -> str:

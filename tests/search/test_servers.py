@@ -206,13 +206,29 @@ def test_postgresql_that_goes(server, database):
     options = {"storage": server.url(database), "name": "study", "signature": SIGNATURE}
     try:
         with pytest.raises(OptionError, match=r"storage='postgresql://worker:\*\*\*@.*cannot be reached any more") as e:
-            run_trials(jobs(4), evaluate, heartbeat=9.0, **options)
+            run_trials(jobs(4), evaluate, heartbeat=0.1, **options)
         assert "Start its server again" in str(e.value) and PASSWORD not in str(e.value)
     finally:
         server.start()
-    # Its own claim on the second job is still there, and this process is.
-    assert [o.value for o in run_trials(jobs(4)[2:], seed, **options).values()] == [2.0, 3.0]
-    assert len(seen) == 2
+    assert [o.value for o in run_trials(jobs(4), evaluate, heartbeat=0.1, **options).values()] == [0.0, 1.0, 2.0, 3.0]
+    assert sorted(seen[2:]) == sorted(job.key for job in jobs(4)[1:])
+
+
+@needs_postgresql
+def test_a_result_waits_for_a_server_that_restarts(server, database):
+    restarting = threading.Timer(1.0, server.start)
+
+    def evaluate(job, report):
+        if job == jobs(2)[0]:
+            server.stop()
+            restarting.start()
+        return seed(job, report)
+
+    options = {"storage": server.url(database), "name": "study", "signature": SIGNATURE}
+    try:
+        assert [o.value for o in run_trials(jobs(2), evaluate, **options).values()] == [0.0, 1.0]
+    finally:
+        restarting.join()
 
 
 @needs_grpc
