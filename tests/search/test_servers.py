@@ -89,7 +89,7 @@ def test_three_workers_of_which_one_is_killed_do_what_one_does(storage, tmp_path
     told, behind = storage
     options = {"number": 8, "seconds": 0.05, "heartbeat": 0.2, "start": time.time() + 0.3}
     killed = start(tmp_path, told, machine="0" * 12, signals=[None, signal.SIGKILL], **options)
-    others = [start(tmp_path, told, **options) for _ in range(2)]
+    others = [start(tmp_path, told, waits=True, **options) for _ in range(2)]
     for other in others:
         other.join(60)
         assert other.exitcode == 0
