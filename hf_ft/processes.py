@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import re
+import socket
 from pathlib import Path
 
 _NAME = re.compile(r"([0-9a-f]{12})-(\d+)-(\d+)")
@@ -38,13 +39,19 @@ def is_gone(name: str) -> bool:
 
 @functools.cache
 def _place() -> str | None:
-    """The machine since it was last started, and the namespace of process numbers: a container has its own."""
+    """The machine since it was last started, and the namespace of process numbers: a container has its own.
+
+    The host's name alone would not do: containers of several machines may have the same. It tells copies of a virtual
+    machine apart, which were all started once. None where /proc shows the processes of another namespace.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         namespace = os.readlink("/proc/self/ns/pid")
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return None
     except OSError:
         return None
-    return hashlib.sha256(f"{boot}{namespace}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{boot}{namespace}{socket.gethostname()}".encode()).hexdigest()[:12]
 
 
 def _start(number: int) -> str | None:

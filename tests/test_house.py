@@ -46,6 +46,7 @@ FORBIDDEN = {
 }
 OPTIONAL = {
     "elpv_dataset",
+    "grpc",  # with optuna
     "kornia",
     "matplotlib",
     "mlxtend",

@@ -1,6 +1,7 @@
 """Of a process it is told that it is gone only if that is certain."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -41,3 +42,31 @@ def test_what_says_nothing_here(monkeypatch):
         assert not is_gone(name)
     monkeypatch.setattr(processes, "_start", lambda number: None)  # of another user, where /proc hides it
     assert not is_gone(f"{processes._place()}-1-5") and process_name() == number
+
+
+PRINTED = "from hf_ft.processes import process_name; print(process_name(), flush=True); input()"
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-pf", "true"], capture_output=True).returncode != 0,
+    reason="needs namespaces of process numbers: root, and unshare of util-linux",
+)
+@pytest.mark.parametrize("proc", ["its own", "the machine's"])
+def test_containers_of_one_machine_and_one_name(proc):
+    """The first of a container's processes is 1, as is one of ours; there is none with the numbers of its others."""
+    own = ["--mount-proc"] if proc == "its own" else []
+    with subprocess.Popen(
+        ["unshare", "-pf", *own, sys.executable, "-c", PRINTED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as container:
+        name = container.stdout.readline().strip()
+        inside = name.split("-")
+        assert inside[1:2] == ["1"] if own else name == "1"
+        assert not is_gone(name)
+        if own:
+            assert inside[0] != process_name().split("-")[0]
+            assert not is_gone(f"{inside[0]}-{2**22 + 1}-{inside[2]}")
+        container.communicate("\n")
+    assert not is_gone(name)  # it is, which nothing here can tell

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from hf_ft.cli.console import is_main, one_line, rank, say
 from hf_ft.errors import Error, OptionError, unknown
@@ -27,6 +30,7 @@ COMMANDS = {
     "push": ("push", "upload a saved model, adapter, ensemble or delta to the Hub"),
     "demo": ("demo", "compare seven strategies on real images, in a few minutes and without a GPU"),
 }
+SHARED = ("compare", "search-blocks")  # commands whose work several processes share
 HELP = """hf-ft: fine-tuning strategies for Hugging Face models.
 
 usage: hf-ft COMMAND [flags]
@@ -76,7 +80,28 @@ def _call(command: str, arguments: list[str]) -> None:
     if command not in COMMANDS:
         raise OptionError(unknown("command", command, COMMANDS))
     module = importlib.import_module(f"hf_ft.cli.{COMMANDS[command][0]}")
-    getattr(module, f"run_{command.replace('-', '_')}")(arguments)
+    run = getattr(module, f"run_{command.replace('-', '_')}")
+    if command not in SHARED:
+        run(arguments)
+        return
+    with _interrupted_by_sigterm():
+        run(arguments)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, by which schedulers of clusters announce the end, interrupt as Ctrl-C does.
+
+    A worker then gives back its training, which does not count as one that killed it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _message(command: str, error: BaseException) -> str:

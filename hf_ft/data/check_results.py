@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_ft.data.groups import SharedGroups
+from hf_ft.processes import process_name
 from hf_ft.records import read_json, restored, stored
 
 FILE = "data_checks.json"
@@ -134,7 +135,7 @@ class DataChecks:
         """Write :data:`FILE` into the folder, at once; several processes may do so."""
         file = Path(folder) / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
-        written = file.with_name(f"{FILE}.{os.getpid()}")
+        written = file.with_name(f"{FILE}.{process_name()}")
         written.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(written, file)
         return file

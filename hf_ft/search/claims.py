@@ -1,8 +1,15 @@
 """Claims: each job is evaluated by exactly one of the processes that share a study.
 
-Mutual exclusion: a worker claims a job by adding a RUNNING trial. Storages number a study's trials in insertion order,
-so all workers agree on the owner: the first of the job's trials that have not failed. Only the owner evaluates the
-job; a worker that comes second fails its own trial. FAIL is final, so a job never has two owners.
+Mutual exclusion: a worker claims a job by adding a RUNNING trial. Storages number a study's trials in the order in
+which others can see them, so all workers agree on the owner: the first of the job's trials that have not failed. Only
+the owner evaluates the job; a worker that comes second fails its own trial. FAIL is final, so a job never has two
+owners. That order holds
+
+- in SQLite, which has one writer at a time,
+- in PostgreSQL and MySQL, since Optuna locks the study's row before it inserts a trial and counts the earlier ones,
+  until all is committed; sequences alone would not give it, nor sessions that read as of their beginning,
+- in a journal, where the number is the place among the lines of a file that one worker at a time appends to,
+- behind a gRPC server, if in the storage that it passes everything on to.
 
 Crash recovery: a thread renews a mark on the trial. A worker that sees the mark unchanged for six intervals by its own
 clock (clocks of machines differ), or that the process is gone on its own machine, fails the trial, and the job is free
@@ -27,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ft.processes import is_gone, process_name
 from hf_ft.search.record import INSTEAD, Record, job_of
-from hf_ft.search.storage import LockedError, check_signature, one_transaction, readable_study
+from hf_ft.search.storage import GoneError, check_signature, is_refused, one_transaction, reachable, readable_study
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -136,10 +143,8 @@ class Claims:
         )
         try:
             return self.storage.create_new_trial(self.study_id, template)
-        except LockedError:
-            raise
-        except ValueError:  # a concurrent job list has just registered other choices for a parameter
-            if not params:
+        except Exception as error:  # a concurrent job list has just registered other choices for a parameter
+            if not params or not is_refused(error):
                 raise
             return self._add_trial(job, {}, instead)
 
@@ -176,12 +181,27 @@ class Claims:
         return {name: _distribution(of_one) for name, of_one in values.items()}
 
     def finish(self, trial_id: int, state: str, value: float | None = None, **attributes: Any) -> bool:
-        """Set the final state of a trial; return False if another worker has already done so."""
+        """Set the final state of a trial; return False if another worker has already done so.
+
+        Raises:
+            GoneError: if the server cannot be reached for as long as this worker would not be presumed dead.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                with reachable(self.storage):
+                    return self._finish(trial_id, state, value, attributes)
+            except GoneError:  # of a server that restarts: the result of a long training is worth the wait
+                if time.monotonic() - began > PATIENCE * self.heartbeat:
+                    raise
+                time.sleep(min(1.0, self.heartbeat))
+
+    def _finish(self, trial_id: int, state: str, value: float | None, attributes: Mapping[str, Any]) -> bool:
         import optuna
 
         values = None if value is None else [value]
         try:
-            with one_transaction(self.storage):
+            with one_transaction(self.storage, trial_id):
                 for key, attribute in attributes.items():
                     self.storage.set_trial_user_attr(trial_id, key, attribute)
                 return self.storage.set_trial_state_values(trial_id, optuna.trial.TrialState[state], values)

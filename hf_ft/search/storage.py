@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import reprlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +20,36 @@ from hf_ft.search.environment import environment_error
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.storages import BaseStorage
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import URL, Engine
 
 MISSING = "Trials need Optuna: pip install 'hf-ft[search]'"
-JOURNAL = "journal:///"
+JOURNAL, GRPC = "journal:///", "grpc://"
 ATTEMPTS = 8  # to open a database while other processes create its tables
 LOCK_TIMEOUT = 60.0  # seconds to wait for another process that has locked an SQLite file
-KINDS = "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, mysql+pymysql://user@host/database"
+ANSWER_TIMEOUT = 30  # seconds to wait for a server's answer to a connection
+KINDS = (
+    "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, postgresql://user@host/database, "
+    "mysql+pymysql://user@host/database, grpc://host:13000"
+)
+# Notices a connection that is lost without a word.
+LIBPQ = {"connect_timeout": str(ANSWER_TIMEOUT), "keepalives_idle": str(ANSWER_TIMEOUT)}
 
 
-class LockedError(OptionError):
+class UnavailableError(OptionError):
+    """The storage does not answer, though it was opened: nothing can be stored, not even a failure."""
+
+
+class GoneError(UnavailableError):
+    """The server of a storage cannot be reached any more."""
+
+    def __init__(self, storage: str, reason: object) -> None:
+        super().__init__(
+            f"storage={storage!r} cannot be reached any more: {_first_line(reason)}. Start its server again and run "
+            "the same again: finished trials are kept."
+        )
+
+
+class LockedError(UnavailableError):
     """An SQLite file stays locked by another process."""
 
     def __init__(self, storage: str) -> None:
@@ -54,6 +77,8 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
         return InMemoryStorage()
     if not isinstance(storage, str):
         return storage
+    if storage.startswith(GRPC):
+        return _open_proxy(storage)
     if storage.startswith(JOURNAL) or ("://" not in storage and storage.endswith(".log")):
         return _open_journal(storage.removeprefix(JOURNAL))
     if "://" in storage:
@@ -63,14 +88,42 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     return _open_database(f"sqlite:///{storage}", storage)
 
 
+def _open_proxy(url: str) -> BaseStorage:
+    """Connect to Optuna's gRPC server, which needs no password and hides the storage behind it."""
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.storages import GrpcStorageProxy
+
+    match = re.fullmatch(r"grpc://([^/@:]+|\[[^/@]+\]):(\d+)/?", url)
+    if match is None:
+        raise OptionError(f"storage={_scheme(url)!r} lacks its host or port, or has more. Give grpc://host:13000.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            proxy = GrpcStorageProxy(host=match[1], port=int(match[2]))
+    except Exception as error:  # of each library that is missing or too old another one
+        reason = _first_line(error)
+        raise OptionError(f"storage={url!r} needs gRPC ({reason}). Install it: pip install 'hf-ft[grpc]'.") from error
+    try:
+        proxy.wait_server_ready(timeout=ANSWER_TIMEOUT)
+    except ConnectionError as error:
+        raise OptionError(
+            f"storage={url!r}: no gRPC server answers there within {ANSWER_TIMEOUT} s. Start one with "
+            "optuna.storages.run_grpc_proxy_server, or give its host and port."
+        ) from error
+    proxy.url = url  # type: ignore[attr-defined]
+    return proxy
+
+
 def _open_journal(path: str) -> BaseStorage:
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     _check_folder(path, path)
+    path = os.path.abspath(path)  # whatever the working folder will be
     try:
-        # Absolute path: the lock is a symbolic link to the file, and Optuna follows it.
-        return JournalStorage(JournalFileBackend(os.path.abspath(path)))
+        # Optuna's other lock, a symbolic link, is for NFS of the nineties, and can be read only on machines that have
+        # the folder in the same place: on others, the lock of a killed worker would stay for good.
+        return JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
     except OSError as error:
         raise OptionError(f"storage={path!r} cannot be opened: {error}. Give a writable file.") from error
     except (ValueError, LookupError, TypeError, AssertionError) as error:
@@ -86,14 +139,24 @@ def _open_database(url: str, given: str) -> BaseStorage:
 
     try:
         address = make_url(url)
-    except exc.ArgumentError as error:
-        raise OptionError(f"storage={given!r} is not a URL. Give {KINDS}.") from error
-    given = address.render_as_string() if given == url else given  # hides a password
-    sqlite = address.get_backend_name() == "sqlite"
+    except (exc.ArgumentError, ValueError) as error:  # a port that is no number
+        raise OptionError(f"storage={_scheme(given)!r} is not a URL. Give {KINDS}.") from error
+    # The query may hold a password as well.
+    given = address.set(query={}).render_as_string() if given == url else given
+    kind = address.get_backend_name()
+    sqlite = kind == "sqlite"
     if sqlite:
         _check_folder(address.database or "", given)
     # No pool: a connection would go stale during an evaluation and be inherited by data loader workers.
-    options = {"poolclass": NullPool, "connect_args": {"timeout": LOCK_TIMEOUT} if sqlite else {}}
+    options: dict[str, Any] = {"poolclass": NullPool}
+    if sqlite:
+        options["connect_args"] = {"timeout": LOCK_TIMEOUT}
+    elif kind == "postgresql":
+        # In a session that reads as of its beginning, trials that wait for each other would count the same number of
+        # earlier ones, and get the same number.
+        options["isolation_level"] = "READ COMMITTED"
+        address = _with_driver(address)
+    url = address.render_as_string(hide_password=False)
     began = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
@@ -108,8 +171,24 @@ def _open_database(url: str, given: str) -> BaseStorage:
             time.sleep(min(0.05 * 2**attempt, 1.0) + os.getpid() % 16 / 100)
     if sqlite:
         _lock_before_reading(database.engine)
-        _tell_if_locked(database.engine, given)
+    _tell_if_unavailable(database.engine, given)
     return database
+
+
+def _with_driver(address: URL) -> URL:
+    """Name the driver of PostgreSQL that is installed: which one SQLAlchemy takes depends on its version."""
+    names = ("psycopg", "psycopg2")
+    if address.drivername == "postgresql":
+        installed = [name for name in names if importlib.util.find_spec(name) is not None]
+        address = address.set(drivername=f"postgresql+{[*installed, names[0]][0]}")
+    if address.get_driver_name() in names:
+        address = address.set(query={**LIBPQ, **address.query})
+    return address
+
+
+def _scheme(url: str) -> str:
+    """What of a URL that cannot be parsed holds no password for certain."""
+    return f"{url.partition('://')[0]}://..." if "@" in url else url
 
 
 def _check_folder(path: str, given: str) -> None:
@@ -136,11 +215,19 @@ def _reason(error: Exception) -> str:
     from sqlalchemy import exc
 
     if isinstance(error, ImportError):
-        return f"its driver is missing ({error.__cause__}). Install it: pip install pymysql, psycopg2-binary, ..."
+        return f"its driver is missing ({error.__cause__}). Install it: pip install 'hf-ft[postgresql]', pymysql, ..."
     if isinstance(error, exc.ArgumentError):
         return f"{error}. Give {KINDS}."
-    cause = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
-    return f"{cause}. Is it a database of this kind, is it writable, and is its server running? Otherwise give another."
+    cause = _first_line(getattr(error, "orig", None) or error.__cause__ or error)
+    return (
+        f"{cause}. Is it a database of this kind, is it writable, is its server running, and are user and password "
+        "right? Otherwise give another."
+    )
+
+
+def _first_line(reason: object) -> str:
+    lines = str(reason).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(reason).__name__
 
 
 def _lock_before_reading(engine: Engine) -> None:
@@ -160,26 +247,74 @@ def _lock_before_reading(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _tell_if_locked(engine: Engine, storage: str) -> None:
-    """Raise a LockedError in place of SQLAlchemy's, from which Optuna makes one about invalid data."""
-    from sqlalchemy import event
+def _tell_if_unavailable(engine: Engine, storage: str) -> None:
+    """Raise our errors in place of SQLAlchemy's, from which Optuna makes one about invalid data."""
+    from sqlalchemy import event, exc
 
     @event.listens_for(engine, "handle_error")
     def tell(context: Any) -> None:
-        if _is_locked(context.original_exception):
-            raise LockedError(storage) from context.original_exception
+        error = context.original_exception
+        if _is_locked(error):
+            raise LockedError(storage) from error
+        # A server's: of a file, it could be the disk, which has errors of its own.
+        connecting = context.connection is None and isinstance(context.sqlalchemy_exception, exc.OperationalError)
+        if engine.name != "sqlite" and (connecting or context.is_disconnect):
+            raise GoneError(storage, error) from error
 
 
 @contextmanager
-def one_transaction(storage: BaseStorage) -> Iterator[None]:
-    """Join what this thread does with a database to one transaction: each takes as long as the disk to write it."""
+def reachable(storage: BaseStorage) -> Iterator[None]:
+    """Name the server of a storage in place of gRPC's errors.
+
+    Raises:
+        GoneError: if it cannot be reached any more.
+        OptionError: if the storage behind it failed.
+    """
+    from optuna.storages import GrpcStorageProxy
+
+    if not isinstance(storage, GrpcStorageProxy):
+        yield
+        return
+    import grpc
+
+    try:
+        yield
+    except grpc.RpcError as error:
+        address = getattr(storage, "url", f"{GRPC}...")
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise GoneError(address, error.details()) from error
+        raise OptionError(
+            f"storage={address!r}: its server failed ({_first_line(error.details())}). Look at what it tells, and "
+            "at the storage behind it; then run the same again: finished trials are kept."
+        ) from error
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether a storage refused what it was given. Optuna's gRPC server tells no more than that something failed."""
+    if isinstance(error, ValueError):
+        return not isinstance(error, Error)
+    code = getattr(error, "code", None)
+    return callable(code) and getattr(code(), "name", "") == "UNKNOWN"
+
+
+@contextmanager
+def one_transaction(storage: BaseStorage, trial_id: int) -> Iterator[None]:
+    """Join what this thread does with a trial in a database: each transaction takes as long as the disk to write it.
+
+    The trial is locked first. Optuna writes attributes, which lets a server lock it in a way that it may share with
+    another process, and then its state, for which both would wait for each other.
+    """
     from optuna.storages import RDBStorage
 
     if not isinstance(storage, RDBStorage):
         yield
         return
+    from sqlalchemy import column, select, table
+
     sessions = storage.scoped_session
+    lock = select(column("trial_id")).select_from(table("trials")).where(column("trial_id") == trial_id)
     with storage.engine.connect() as connection, connection.begin():
+        connection.execute(lock.with_for_update())
         sessions.remove()
         # The session that all calls of this thread share; what they commit ends a savepoint.
         sessions(bind=connection, join_transaction_mode="create_savepoint")

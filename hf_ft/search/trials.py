@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hf_ft.errors import OptionError
 from hf_ft.search.claims import Claims
 from hf_ft.search.record import job_of
-from hf_ft.search.storage import MISSING, LockedError, as_json, open_storage, open_study
+from hf_ft.search.storage import MISSING, UnavailableError, as_json, open_storage, open_study, reachable
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -103,8 +103,8 @@ def run_trials(
         jobs: jobs in starting order; a later call may add more.
         evaluate: returns a job's score (higher is better), optionally with a JSON dict to store with it.
         storage: an open storage; a path ``*.db`` or ``*.sqlite3``; a path ``*.log`` (Optuna's journal, for network
-            file systems); a URL (``sqlite:///...``, ``mysql://...``, ``postgresql://...``, ``journal:///...``); None
-            for memory only.
+            file systems); a URL (``sqlite:///...``, ``mysql://...``, ``postgresql://...``, ``journal:///...``,
+            ``grpc://host:port``); None for memory only.
         name: name of the study.
         signature: a JSON dict of everything the scores depend on; the pruner is added. All callers must agree on it.
         pruner: None runs every job to completion.
@@ -136,12 +136,13 @@ def run_trials(
     optuna.logging.set_verbosity(max(level, optuna.logging.WARNING))
     try:
         backend = open_storage(storage)
-        study = open_study(backend, name, (pruner.min_steps, pruner.factor) if pruner else None)
-        claims = Claims(backend, study, signature, heartbeat, [job.params for job in jobs])
-        search = _Search(
-            {job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False), deaths, again
-        )
-        return search.run(progress or (lambda *_: None))
+        with reachable(backend):
+            study = open_study(backend, name, (pruner.min_steps, pruner.factor) if pruner else None)
+            claims = Claims(backend, study, signature, heartbeat, [job.params for job in jobs])
+            search = _Search(
+                {job.key: job for job in jobs}, evaluate, claims, retries, stop or (lambda: False), deaths, again
+            )
+            return search.run(progress or (lambda *_: None))
     finally:
         optuna.logging.set_verbosity(level)
 
@@ -251,7 +252,7 @@ class _Search:
                 state, value, info = self.perform(job, trial_id)
                 seconds = round(time.perf_counter() - began, 3)
                 self.claims.finish(trial_id, state, value, seconds=seconds, info=info)
-            except LockedError:  # nor can the failure be stored; the mark will tell others that nobody works on the job
+            except UnavailableError:  # nor can the failure be stored; the mark tells others that nobody is at the job
                 raise
             except BaseException as error:
                 failure = "error" if isinstance(error, Exception) else "interrupted"

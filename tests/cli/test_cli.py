@@ -3,7 +3,9 @@
 import gzip
 import json
 import logging
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -670,6 +672,18 @@ def test_table_wraps_its_last_column(monkeypatch):
 
 
 # Several processes
+
+
+def test_sigterm_interrupts_what_workers_share(monkeypatch, capsys):
+    """So the trial is given back at once, and no death of a worker is counted."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run_compare(arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("hf_ft.cli.compare.run_compare", run_compare)
+    assert main(["compare"]) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from hf_ft.cli import main
 from hf_ft.comparison import Settings, compare
 from hf_ft.comparison.cost import Clock
 from hf_ft.comparison.runner import Runner
+from hf_ft.processes import process_name
 from hf_ft.testing.models import tiny_resnet
 
 NAMES = ("red", "green", "blue")
@@ -119,9 +120,23 @@ def killed_after(folder, trainings):
     run(folder, told=tell, **SHORT)
 
 
+def shared(folder, storage, dies):
+    """A worker, of two, that may die by kill -9 in the second of its trainings."""
+    evaluate, begun = Runner._evaluate, []
+
+    def begin(runner, *what):
+        begun.append(what)
+        if dies and len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return evaluate(runner, *what)
+
+    with mock.patch.multiple(Runner, _evaluate=begin, _warm_up=meet):
+        run(folder, told=print, storage=storage, **SHORT).save(folder / f"results-{os.getpid()}.json")
+
+
 def meet(runner):
     """Wait for another worker, so that both have something to do."""
-    (runner.folder / f"here-{os.getpid()}").touch()
+    (runner.folder / f"here-{process_name()}").touch()
     for _ in range(600):
         if len(list(runner.folder.glob("here-*"))) > 1:
             return
@@ -132,4 +147,7 @@ if __name__ == "__main__":
     if sys.argv[1].startswith("--"):
         with even(), mock.patch.object(Runner, "_warm_up", meet):
             sys.exit(main(["compare", *sys.argv[1:]]))
-    killed_after(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[2] in ("dies", "lives"):
+        shared(Path(sys.argv[1]), sys.argv[3], sys.argv[2] == "dies")
+    else:
+        killed_after(Path(sys.argv[1]), int(sys.argv[2]))

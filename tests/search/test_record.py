@@ -81,7 +81,7 @@ def test_a_trial_ends_in_one_transaction(tmp_path):
 def test_a_transaction_that_is_broken_off_leaves_nothing(tmp_path):
     storage = open_storage(str(tmp_path / "study.db"))
     study = open_study(storage, "s", None)
-    with pytest.raises(RuntimeError), one_transaction(storage):
+    with pytest.raises(RuntimeError), one_transaction(storage, 0):
         study.set_user_attr("x", 1)
         raise RuntimeError
     assert study.user_attrs == {}

@@ -369,6 +369,12 @@ def test_relative_urls(storage, tmp_path, monkeypatch):
     assert completed(storage.replace(":///", f":///{tmp_path}/")) == {"stage0/seed0": 1}
 
 
+def test_a_journal_needs_no_symbolic_links(tmp_path, monkeypatch):
+    """Not every shared file system has them, and where they lead differs between machines."""
+    monkeypatch.setattr(os, "symlink", None)
+    run(jobs(1), seed, str(tmp_path / "study.log"))
+
+
 def test_a_study_that_is_not_ours(database):
     study = optuna.create_study(study_name="study", storage=open_storage(database), direction="maximize")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 from hf_ft.search.storage import open_storage, open_study
 from hf_ft.search.trials import Job, run_trials
@@ -20,14 +21,24 @@ def jobs(number):
     ]
 
 
-def work(folder, storage, number, seconds, heartbeat, start=0.0, signals=()):
-    """Run the jobs; in each evaluation send this process the next of ``signals``, where there is one."""
+def work(folder, storage, number, seconds, heartbeat, start=0.0, signals=(), machine=None, waits=False):
+    """Run the jobs; in each evaluation send this process the next of ``signals``, where there is one.
+
+    Args:
+        machine: name of the machine that this process pretends to run on.
+        waits: whether evaluations wait until another worker has sent itself a signal.
+    """
     pending = list(signals)
+    if machine is not None:
+        mock.patch("hf_ft.processes._place", lambda: machine).start()
 
     def evaluate(job, report):
         with open(folder / "log", "a") as log:
             log.write(f"{job.key} {os.getpid()}\n")
+        while waits and not (folder / "signalled").exists():
+            time.sleep(0.02)
         if pending and (now := pending.pop(0)):
+            (folder / "signalled").touch()
             os.kill(os.getpid(), now)
         time.sleep(seconds)
         return float(job.params["seed"]), {"pid": os.getpid()}
