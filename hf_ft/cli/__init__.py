@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Sequence
 
 from hf_ft.cli.console import is_main, one_line, rank, say
+from hf_ft.cli.cores import take_share
+from hf_ft.cli.workers import end_with_parent
 from hf_ft.errors import Error, OptionError, unknown
 from hf_ft.search.environment import environment_error
 from hf_ft.version import __version__
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"hf-ft {__version__}")
         return 0
     try:
+        end_with_parent()
+        take_share(arguments)
         _call(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         say("interrupted", error=True)
