@@ -94,9 +94,9 @@ def run_compare(arguments: list[str], example: str | None = None, over: str = BA
         say(prepared.estimate() + "\n")
     if prepared.runner.common.device == "cpu":
         warn_if_crowded(torch.get_num_threads())
-    with other_workers(workers, same_command("compare", arguments), gpus) as others:
+    with other_workers(workers, same_command("compare", arguments), gpus) as sharing:
         prepared.runner.run()
-        if prepared.runner.settings.hours is not None and others.wait():
+        if prepared.runner.settings.hours is not None and sharing.wait():
             prepared.runner.run()  # reads what they finished after the time was up
     if is_main():  # results are identical on all workers
         results, folder = (

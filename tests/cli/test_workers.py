@@ -217,10 +217,8 @@ def test_it_is_said_before_training_on_a_cpu(command, device, environment, tmp_p
     where = ["--model", "mobilenet_v2", "--dataset", "elpv", "--output_dir", str(tmp_path / "out")]
     assert main([command.replace("_", "-"), *where]) == 2
     *notes, error = capsys.readouterr().err.splitlines()
-    assert error.endswith("error: training")
-    assert [note[:66] for note in notes] == ["note: the machine is busy: its load is 40.0 on 8 cores, and this a"] * (
-        device == "cpu"
-    )
+    assert "error: training" in error and len(notes) == (device == "cpu")
+    assert all(note.startswith("note: the machine is busy: its load is 40.0 on 8 cores") for note in notes)
 
 
 def test_the_load_is_that_of_others():
