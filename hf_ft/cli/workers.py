@@ -147,9 +147,7 @@ class Others:
         """End all that still run. Each gives back its job, which then counts as interrupted, not as failed."""
         self._ending = True
         for process in self.processes:
-            process.terminate()  # processes that load data for us may hold its input open
-            if process.stdin is not None:
-                process.stdin.close()
+            process.terminate()
         deadline = time.monotonic() + GRACE
         for process in self.processes:
             try:
@@ -157,6 +155,8 @@ class Others:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.stdin is not None:  # not before it has ended: a second interrupt would disturb it
+                process.stdin.close()
 
 
 def end_with_parent() -> None:
