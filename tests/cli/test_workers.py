@@ -12,6 +12,7 @@ import pytest
 from hf_ft.cli import cores, main, workers
 from hf_ft.cli.cores import crowding, shared, take_share
 from hf_ft.cli.workers import check_workers, other_workers
+from hf_ft.comparison.worker import visible_gpus
 from hf_ft.errors import OptionError
 
 # A worker that says that it is there, and how it was ended.
@@ -145,6 +146,24 @@ def test_refused(number, gpus, given, message, environment):
     os.environ.update(given)
     with pytest.raises(OptionError, match=message):
         check_workers(number, gpus)
+
+
+@pytest.mark.parametrize(
+    ("visible", "number", "names"),
+    [
+        (None, 2, ["0", "1"]),
+        ("3,GPU-5", 2, ["3", "GPU-5"]),
+        ("1,-1,2", 1, ["1"]),
+        ("", 0, []),
+        ("0,1", 0, []),
+        (None, 0, []),
+    ],
+)
+def test_gpus_by_name(visible, number, names, environment):
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    environment.setattr("torch.cuda.device_count", lambda: number)
+    assert visible_gpus() == names
 
 
 def test_more_workers_than_cores(environment, capsys):
