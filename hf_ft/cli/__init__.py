@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hf_ft.cli.console import is_main, one_line, rank, say
+from hf_ft.cli.cores import take_share
+from hf_ft.cli.workers import end_with_parent
 from hf_ft.errors import Error, OptionError, unknown
 from hf_ft.search.environment import environment_error
 from hf_ft.version import __version__
@@ -30,7 +32,7 @@ COMMANDS = {
     "push": ("push", "upload a saved model, adapter, ensemble or delta to the Hub"),
     "demo": ("demo", "compare seven strategies on real images, in a few minutes and without a GPU"),
 }
-SHARED = ("compare", "search-blocks")  # commands whose work several processes share
+SHARED = ("compare", "search-blocks", "demo")  # commands whose work several processes share
 HELP = """hf-ft: fine-tuning strategies for Hugging Face models.
 
 usage: hf-ft COMMAND [flags]
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"hf-ft {__version__}")
         return 0
     try:
+        end_with_parent()
+        take_share(arguments)
         _call(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         say("interrupted", error=True)
@@ -92,9 +96,10 @@ def _call(command: str, arguments: list[str]) -> None:
 def _interrupted_by_sigterm() -> Iterator[None]:
     """Let SIGTERM, by which schedulers of clusters announce the end, interrupt as Ctrl-C does.
 
-    A worker then gives back its training, which does not count as one that killed it.
+    A worker then gives back its training, which does not count as one that killed it. A handler that is there already,
+    such as that of a process which ends with another, stays.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

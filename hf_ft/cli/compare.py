@@ -9,17 +9,20 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, Literal
 
+import torch
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
 from hf_ft.advice import Advice
 from hf_ft.cli.checks import check_source_data, refuse
 from hf_ft.cli.console import count, is_main, refusals, say, table
+from hf_ft.cli.cores import warn_if_crowded
 from hf_ft.cli.flags import DataFlags
 from hf_ft.cli.help import compare_help
 from hf_ft.cli.logs import quieten
 from hf_ft.cli.prepare import augmentation_of, check_data, check_rows, notices, prints_for, read_data, readable
 from hf_ft.cli.request import configured, read_values, taken
+from hf_ft.cli.workers import WorkerFlags, check_workers, other_workers, same_command
 from hf_ft.comparison import Data, Results, Settings
 from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.gain import gain
@@ -29,7 +32,7 @@ from hf_ft.comparison.report.sections.ranking import BEST_FOLDER, usage
 from hf_ft.comparison.report.sections.soup import sentence
 from hf_ft.comparison.settings import optimizers, setting
 from hf_ft.comparison.statistics import standings
-from hf_ft.comparison.worker import become_worker
+from hf_ft.comparison.worker import become_worker, visible_gpus
 from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.data.align import other_distribution
 from hf_ft.data.prints import Prints
@@ -56,7 +59,7 @@ class CompareFlags:
     report: str | None = setting(None, "only rebuild the report in this folder from its results.json")
 
 
-KINDS = (DataFlags, CompareFlags, Settings, TrainingArguments)
+KINDS = (DataFlags, CompareFlags, WorkerFlags, Settings, TrainingArguments)
 
 
 def run_compare(arguments: list[str], example: str | None = None, over: str = BASELINE) -> None:
@@ -76,6 +79,9 @@ def run_compare(arguments: list[str], example: str | None = None, over: str = BA
         refuse(values, others, "--report only makes the report of a finished comparison again")
         _report_anew(Path(flags.report))
         return
+    workers = WorkerFlags(**taken(values, WorkerFlags)).workers
+    gpus = [] if values.get("use_cpu") else visible_gpus()
+    check_workers(workers, len(gpus))
     become_worker()
     quieten()
     hide_bars(not is_main())
@@ -86,7 +92,12 @@ def run_compare(arguments: list[str], example: str | None = None, over: str = BA
     advice = _advised(prepared) if flags.advise else None
     if is_main():
         say(prepared.estimate() + "\n")
-    prepared.runner.run()
+    if prepared.runner.common.device == "cpu":
+        warn_if_crowded(torch.get_num_threads())
+    with other_workers(workers, same_command("compare", arguments), gpus) as sharing:
+        prepared.runner.run()
+        if prepared.runner.settings.hours is not None and sharing.wait():
+            prepared.runner.run()  # reads what they finished after the time was up
     if is_main():  # results are identical on all workers
         results, folder = (
             prepared.finish(shareable_command(["hf-ft", "compare", *arguments]), advice),

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from hf_ft.cli.console import table
 from hf_ft.cli.flags import DEFAULTS, DataFlags, MethodFlags, StreamFlags
+from hf_ft.cli.workers import WorkerFlags
 from hf_ft.comparison.settings import DEFAULTS as COMPARE_DEFAULTS
 from hf_ft.comparison.settings import Settings
 
@@ -55,7 +56,7 @@ error was raised."""
 _COMPARE = """hf-ft compare: which strategy for my model and data?
 
 usage: hf-ft compare --model MODEL --dataset DATA [--strategies NAME,NAME] [flags]
-       accelerate launch --multi_gpu --num_processes N -m hf_ft compare ...   (N workers share the training runs)
+       hf-ft compare ... --workers N        (N processes share the training runs)
 
 Every strategy gets the same tuning budget: the work of --trials training runs of full fine-tuning, including the
 strategy's own search. Its first trial is its default; optimizer, learning rate and a few declared options are tuned on
@@ -199,6 +200,8 @@ def compare_help(own: type, everything: bool) -> str:
         "what takes part",
         _flags(fields(own)),
         _options("an option of a strategy"),
+        "\nprocesses",
+        _flags(fields(WorkerFlags)),
         "\nbudget",
         _flags(fields(Settings)),
         "\nmodel and data",

@@ -110,13 +110,13 @@ def _strategy_flags() -> list[str]:
     return [f"{name}.{option.name}" for name, config in strategies().items() for option in options(config)]
 
 
-def read(argv: Sequence[str]) -> Request:
-    """Parse a request to ``hf-ft train``.
+def read(argv: Sequence[str], kinds: Kinds = TRAIN) -> Request:
+    """Parse a request to ``hf-ft train``, or to a command with more flags.
 
     Raises:
         OptionError: naming the unknown flag, key, strategy or option, or the invalid value.
     """
-    values = read_values(argv)
+    values = read_values(argv, kinds)
     method = MethodFlags(**taken(values, MethodFlags))
     chosen = method.strategy or [BASELINE]
     configs = configured(chosen, values | _budget(method.budget, chosen))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from hf_ft.cli.checks import refuse
 from hf_ft.cli.console import is_main, say, table
+from hf_ft.cli.cores import warn_if_crowded
 from hf_ft.cli.findings import show_findings
 from hf_ft.cli.prepare import check_rows, make
-from hf_ft.cli.request import read, with_defaults
+from hf_ft.cli.request import TRAIN, read, taken, with_defaults
+from hf_ft.cli.workers import WorkerFlags, check_workers, other_workers, same_command
+from hf_ft.comparison.worker import become_worker, visible_gpus
 from hf_ft.core.config import config_class
 from hf_ft.core.context import State
 from hf_ft.core.options import options
@@ -21,7 +25,7 @@ DEFAULTS = {"output_dir": "runs/blocks", "augment": "none"}
 HELP = """hf-ft search-blocks: find the block worth training (block-wise fine-tuning).
 
 usage: hf-ft search-blocks --model MODEL --dataset DATA [--scheme SCHEME ...] [flags of hf-ft train]
-       accelerate launch -m hf_ft search-blocks ...    (several processes share the candidates)
+       hf-ft search-blocks ... --workers N             (N processes share the candidates)
 
 Each candidate block is trained together with the head for a few epochs, from the same start, on part of the training
 samples; the rest ranks the candidates. Trials are stored in an Optuna study: the same command continues an interrupted
@@ -44,12 +48,13 @@ def run_search_blocks(arguments: list[str]) -> None:
     """Run the search, then print and save the scores."""
     own = [field for field in options(config_class("blockwise")) if field.name != "block"]
     if not arguments or {"-h", "--help"} & set(arguments):
-        rows = [(f"--{f.name}", f"{f.metadata['help']} (default: {f.default})") for f in own]
+        rows = [(f"--{f.name}", f"{f.metadata['help']} (default: {f.default})") for f in (*own, *fields(WorkerFlags))]
         say(HELP.format(flags=table(rows, indent="  ")))
         return
     names = {field.name for field in own}
     request = read(
-        ["--strategy", "blockwise", *(_prefixed(word, names) for word in with_defaults(arguments, DEFAULTS))]
+        ["--strategy", "blockwise", *(_prefixed(word, names) for word in with_defaults(arguments, DEFAULTS))],
+        (*TRAIN, WorkerFlags),
     )
     for name in ("model", "dataset"):
         if not getattr(request.data, name):
@@ -58,12 +63,22 @@ def run_search_blocks(arguments: list[str]) -> None:
         raise OptionError("search-blocks searches for blocks only: leave --strategy out.")
     refuse(request.flags, NO_EFFECT, "each candidate trains for --search_epochs, and trials continue by themselves")
     refuse(request.flags, ("mixup", "cutmix"), "candidates train on unmixed images")
-    made = make(request)
     config: Any = request.configs[0]
+    workers = WorkerFlags(**taken(request.flags, WorkerFlags)).workers
+    gpus = [] if workers == 1 or request.given.get("use_cpu") else visible_gpus()
+    check_workers(workers, len(gpus))
+    if workers > 1:
+        if config.storage == "memory":
+            raise OptionError(f"--storage memory cannot be shared by --workers {workers}: leave one of them out.")
+        become_worker()
+    made = make(request)
     if made.data.checks is not None and is_main():
         say(table(check_rows(made.data, request.output_dir)))
         made.data.checks.save(request.output_dir)
-    scores = config.search(made.trainer.model, made.trainer.context())
+    if made.trainer.args.device.type == "cpu":
+        warn_if_crowded(torch.get_num_threads())
+    with other_workers(workers, same_command("search-blocks", arguments), gpus):
+        scores = config.search(made.trainer.model, made.trainer.context())
     show_findings(config.findings(State(info={"scores": scores.to_dict()})), request.output_dir)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

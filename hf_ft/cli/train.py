@@ -12,6 +12,7 @@ from peft import PeftModel
 from hf_ft.cli.calibration import calibrated_on, collected_outputs, keep_calibration
 from hf_ft.cli.checks import check_source_data
 from hf_ft.cli.console import count, refusals, say, table
+from hf_ft.cli.cores import warn_if_crowded
 from hf_ft.cli.findings import show_findings
 from hf_ft.cli.flags import SOURCES_FLAGS
 from hf_ft.cli.help import train_help
@@ -44,6 +45,8 @@ def run_train(arguments: list[str]) -> None:
     check_request(request)
     made = make(request)
     _announce(request, made)
+    if made.trainer.args.device.type == "cpu":
+        warn_if_crowded(torch.get_num_threads())
     made.trainer.train(resume_from_checkpoint=request.resume)
     _finish(made, calibrates=not request.method.uncalibrated)
 

@@ -88,9 +88,11 @@ class Claims:
             check_signature(trials[0].system_attrs.get(SIGNATURE), self.signature, self.study.study_name)
         self.record.update(trials)
         self.read_at = time.monotonic()
-        for trial in self.record.running():
+        for trial in reversed(self.record.running()):  # owners last, so that no other seems to be one in between
             if self._dead(trial):
-                self.finish(trial._trial_id, "FAIL", failure="worker died")
+                owner = self.record.owner(str(job_of(trial)))
+                worked = owner is not None and owner.number == trial.number
+                self.finish(trial._trial_id, "FAIL", failure="worker died" if worked else "withdrawn")
         return self.record
 
     def _dead(self, trial: FrozenTrial) -> bool:

@@ -85,19 +85,44 @@ def test_from_files_to_a_report(files, tmp_path, capsys):
     assert results.winner in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_two_workers_share_the_trainings(files, tmp_path):
+@pytest.fixture(scope="module")
+def alone(files, tmp_path_factory):
+    """The results of one worker."""
+    folder = tmp_path_factory.mktemp("alone")
     with even():
-        assert main(["compare", *flags(files, tmp_path / "one", "--storage", str(tmp_path / "one.log"))]) == 0
+        assert main(["compare", *flags(files, folder / "out")]) == 0
+    return results(folder / "out")
+
+
+def results(folder):
+    content = lasting(Results.load(folder / "results.json"))
+    content.pop("command")
+    return content
+
+
+def workers_in(log):
+    return set(re.findall(r'"worker": ?"([^"]+)"', log.read_text()))
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_trainings(files, tmp_path, alone):
     told = flags(files, tmp_path / "two", "--storage", str(tmp_path / "two.log"))
     done = python("-m", "tests.comparison.small_comparison", *told, ranks=2)
     assert done.returncode == 0, done.stderr
-    one, two = (lasting(Results.load(tmp_path / name / "results.json")) for name in ("one", "two"))
-    for content in (one, two):
-        content.pop("command")
-    assert one == two
-    workers = re.findall(r'"worker": ?"([^"]+)"', (tmp_path / "two.log").read_text())
-    assert len(set(workers)) == 2  # both did some
+    assert results(tmp_path / "two") == alone
+    assert len(workers_in(tmp_path / "two.log")) == 2  # both did some
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(files, tmp_path, alone):
+    told = flags(files, tmp_path / "two", "--storage", str(tmp_path / "two.log"), "--workers", "2")
+    done = python("-m", "tests.comparison.small_comparison", *told)
+    assert done.returncode == 0, done.stderr
+    assert "workers: 2, 1 thread each" in done.stdout
+    assert "worker 2 was killed by SIGKILL; the others do its work" in done.stderr
+    assert results(tmp_path / "two") == alone
+    log = tmp_path / "two.log"
+    assert len(workers_in(log)) == 2 and log.read_text().count('"worker died"') == 1
 
 
 @pytest.mark.parametrize(

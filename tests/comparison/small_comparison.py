@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from optuna.trial import TrialState
 from transformers import ViTImageProcessorPil
 
 from hf_ft.cli import main
@@ -134,6 +135,19 @@ def shared(folder, storage, dies):
         run(folder, told=print, storage=storage, **SHORT).save(folder / f"results-{os.getpid()}.json")
 
 
+def outlive(runner):
+    """Kill the other worker in its first training."""
+    storage, study = runner._storage, runner._storage.get_study_id_from_name("compare")
+    for _ in range(3000):
+        running = storage.get_all_trials(study, deepcopy=False, states=[TrialState.RUNNING])
+        others = {int(trial.user_attrs["worker"].rpartition(":")[2]) for trial in running} - {os.getpid()}
+        for process in others:
+            os.kill(process, signal.SIGKILL)
+        if others:
+            return
+        time.sleep(0.1)
+
+
 def meet(runner):
     """Wait for another worker, so that both have something to do."""
     (runner.folder / f"here-{process_name()}").touch()
@@ -145,7 +159,7 @@ def meet(runner):
 
 if __name__ == "__main__":
     if sys.argv[1].startswith("--"):
-        with even(), mock.patch.object(Runner, "_warm_up", meet):
+        with even(), mock.patch.object(Runner, "_warm_up", outlive if "--workers" in sys.argv else meet):
             sys.exit(main(["compare", *sys.argv[1:]]))
     if sys.argv[2] in ("dies", "lives"):
         shared(Path(sys.argv[1]), sys.argv[3], sys.argv[2] == "dies")

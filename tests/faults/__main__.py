@@ -1,6 +1,7 @@
 """Crashes and damaged files at scale: `python -m tests.faults`, or `make faults`.
 
-Three parts: `kills` ends trainings, searches and comparisons with SIGKILL at random moments and lets them go on;
+Four parts: `kills` ends trainings, searches and comparisons with SIGKILL at random moments and lets them go on;
+`workers` ends some of the processes that share a comparison or a search, and perhaps the one that started the others;
 `operations` ends a comparison and a training that saves checkpoints before and within each of their file operations;
 `mutations` gives the commands wrong flags and damaged files. After a kill, what a run leaves in the end must be that of
 an undisturbed run, bit for bit but for times; a command with a wrong input must end with status 0 or 2, without a
@@ -32,7 +33,7 @@ BEGIN, END = "<!-- faults -->", "<!-- faults end -->"
 
 def cases(options: argparse.Namespace, scratch: Path) -> Iterator[Case]:
     """The cases that are asked for."""
-    from tests.faults import kills, mutations, operations
+    from tests.faults import kills, mutations, operations, workers
     from tests.faults.materials import Materials
     from tests.faults.workloads import Wholes
 
@@ -41,6 +42,8 @@ def cases(options: argparse.Namespace, scratch: Path) -> Iterator[Case]:
     materials, wholes = Materials(scratch / "materials"), Wholes(scratch / "wholes")
     if "kills" in options.only:
         yield from kills.cases(options.cases or kills.NUMBER, options.seed, materials, wholes)
+    if "workers" in options.only:
+        yield from workers.cases(options.cases or workers.NUMBER, options.seed, materials, wholes)
     if "operations" in options.only:
         found = list(operations.cases(materials, wholes, scratch))
         yield from found[: options.cases]
@@ -103,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="default: all parts")
     parser.add_argument(
-        "--cases", type=int, help="cases of each part (default: 100 kills, all operations, 1000 mutations)"
+        "--cases",
+        type=int,
+        help="cases of each part (default: 100 kills, 20 of workers, all operations, 1000 mutations)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", nargs="+", help="try these cases alone, also if they are kept")

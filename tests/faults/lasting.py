@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-PASSING = re.compile(r"seconds|runtime|per_second|compute|memory|warnings|worker|started|finished|total_flos")
+PASSING = re.compile(r"seconds|runtime|per_second|compute|memory|warnings|worker|started|finished|total_flos|^command$")
 FOREIGN = ("notes.txt", "checkpoint-notes/keep.txt")  # what a user put into the folder
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-PARTS = ("kills", "operations", "mutations")
+PARTS = ("kills", "workers", "operations", "mutations")
 RIGHT, WRONG, TRACEBACK, HANG = VERDICTS = ("right", "wrong result", "traceback", "hang")
 
 

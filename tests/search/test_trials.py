@@ -261,6 +261,8 @@ def test_claims_of_workers_killed_at_once_are_taken_over(storage):
     assert time.monotonic() - began > 5 * 0.2
     assert completed(storage) == {job.key: 1 for job in jobs(2)}
     assert Counter(t.state.name for t in trials_of(storage)) == {"COMPLETE": 2, "FAIL": 2}
+    failures = [t.user_attrs["failure"] for t in trials_of(storage) if t.state.name == "FAIL"]
+    assert failures == ["worker died", "withdrawn"]  # one death, of the two after which a comparison gives up
 
 
 def test_the_lowest_trial_owns_the_job(storage):
