@@ -164,7 +164,9 @@ def _range(part: LogRange | Choice | FittedRate) -> str:
         return f"from 1/{part.below:g} to {part.above:g} times the fitted rate, logarithmic"
     if isinstance(part, LogRange):
         return f"{part.low:g} to {part.high:g}, logarithmic"
-    return ", ".join(f"`{value}`" for value in part.values)
+    factors = [part.rate_factor(value) for value in part.values]
+    said = [f", at {factor:g} times the learning rate" if factor != 1 else "" for factor in factors]
+    return ", ".join(f"`{value}`{more}" for value, more in zip(part.values, said, strict=True))
 
 
 def table_of_short_names(page: Path) -> str:

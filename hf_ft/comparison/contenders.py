@@ -18,10 +18,10 @@ from hf_ft.core.compose import chooses_rate, recommended_arguments, resolve, sha
 from hf_ft.core.config import ADAM, BASELINE, FITTED, SGD, FTConfig, config_class, strategies
 from hf_ft.core.head_rate import HeadFit
 from hf_ft.core.options import options
-from hf_ft.core.search_space import Choice, Declared, FittedRate, LogRange, Space, edges, spread
+from hf_ft.core.search_space import RATE, Choice, Declared, FittedRate, LogRange, Space, edges, spread, within
 from hf_ft.errors import AnatomyError, OptionError
 
-RATE, OPTIM, MOMENTUM = "learning_rate", "optim", "batch_norm_momentum"
+OPTIM, MOMENTUM = "optim", "batch_norm_momentum"
 UNKNOWN_HEAD = (1e-3, 1e-2)  # the learning rate of a head that cannot be found: under Adam, under SGD
 SEARCH_SHARE = 0.5  # share of the tuning budget for a strategy's own search; the rest is for learning rates
 Strategy = str | FTConfig | Sequence[FTConfig | str]
@@ -100,9 +100,10 @@ class Entrant:
         """Chosen values at the edge of their range, or of the values tried: better values may lie beyond."""
         space = self.spaces[self.optim(values)]
         found = list(edges(space, values))
+        others = [within(space, v) for v in tried if self.optim(v) == self.optim(values)]
         for name, part in space.items():
-            known = {v[name] for v in tried if v.get(name) is not None and self.optim(v) == self.optim(values)}
-            extreme = len(known) > 2 and values.get(name) in (min(known), max(known))
+            known = {v[name] for v in others if v.get(name) is not None}
+            extreme = len(known) > 2 and within(space, values).get(name) in (min(known), max(known))
             if isinstance(part, LogRange) and extreme and name not in found:
                 found.append(name)
         return tuple(found)
@@ -132,7 +133,9 @@ class Entrant:
 def _described(part: LogRange | Choice) -> str:
     if isinstance(part, LogRange):
         return f"{part.low:g} to {part.high:g}"
-    return ", ".join(map(str, part.values))
+    factors = [part.rate_factor(value) for value in part.values]
+    said = [f" (lr x {factor:g})" if factor != 1 else "" for factor in factors]
+    return ", ".join(f"{value}{more}" for value, more in zip(part.values, said, strict=True))
 
 
 def chosen_strategies(wanted: Strategies) -> dict[str, tuple[FTConfig, ...]]:
@@ -194,6 +197,8 @@ def entrant(
         for option, part in type(config).tuned.items()
         if _at_default(config, option) and f"{config.ft_type}.{option}" not in untuned
     }
+    if settings.learning_rates is not None:
+        tuned = {option: _at_any_rate(part) for option, part in tuned.items()}
     recommended = recommended_arguments(configs)
     own = recommended["optim"].value if "optim" in recommended else ADAM
     order = sorted(optims, key=lambda optim: optim != own)  # its own first
@@ -223,6 +228,11 @@ def _untuned(
     space = {option: part for option, part in tuned.items() if not isinstance(part, FittedRate)}
     first = {option: _default(made, option) for option in space}
     return Entrant(name, tuple(made), {optim: space}, first, bench, {}, tuple(notes), refusal)
+
+
+def _at_any_rate(part: LogRange | Choice | FittedRate) -> LogRange | Choice | FittedRate:
+    """Without factors of the learning rate: the user's range is that of all trials."""
+    return dataclasses.replace(part, rates=()) if isinstance(part, Choice) else part
 
 
 def _space(rates: LogRange, tuned: Declared, head_rate: float | None) -> dict[str, LogRange | Choice]:

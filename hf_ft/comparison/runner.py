@@ -23,13 +23,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hf_ft.comparison.contenders import OPTIM, RATE, Entrant
+from hf_ft.comparison.contenders import OPTIM, Entrant
 from hf_ft.comparison.folder import STORAGE, Kept
 from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.tracking import run_name
 from hf_ft.comparison.training import CommonSettings, Measured, averaged, train, versions
+from hf_ft.core.search_space import RATE
 from hf_ft.engine.work import Work
 from hf_ft.errors import AnatomyError, MachineError, OptionError
 from hf_ft.search.environment import environment_error

@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 
-from hf_ft.comparison.contenders import RATE, Entrant
+from hf_ft.comparison.contenders import Entrant
 from hf_ft.comparison.cost import MB, Clock, PeakMemory, now
 from hf_ft.comparison.outputs import LOGITS, TESTS, scored
 from hf_ft.comparison.results import Distance, Point, Training
@@ -27,6 +27,7 @@ from hf_ft.comparison.settings import FIXED, under
 from hf_ft.comparison.tracking import Tracking
 from hf_ft.core.context import State
 from hf_ft.core.head_rate import UNSET_RATE
+from hf_ft.core.search_space import RATE
 from hf_ft.data.mixing import Mixing
 from hf_ft.data.rows import read_rows
 from hf_ft.diagnostics.distortion import feature_distortion

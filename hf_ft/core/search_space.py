@@ -31,15 +31,23 @@ class LogRange:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few values."""
+    """One of a few values.
+
+    Attributes:
+        rates: for each value, a factor of the learning rate with which it trains well; by default all are 1.
+    """
 
     values: tuple[Any, ...]
+    rates: tuple[float, ...] = ()
 
     def at(self, share: float) -> Any:
         return self.values[int(share * len(self.values))]
 
     def on_edge(self, value: Any) -> bool:
         return False
+
+    def rate_factor(self, value: Any) -> float:
+        return self.rates[self.values.index(value)] if self.rates and value in self.values else 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class FittedRate:
         return LogRange(float(f"{rate / self.below:.3g}"), float(f"{rate * self.above:.3g}"))
 
 
+RATE = "learning_rate"
 Space = Mapping[str, LogRange | Choice]  # of one model and optimizer
 Declared = Mapping[str, LogRange | Choice | FittedRate]
 
@@ -76,10 +85,27 @@ def spread(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
         return [{} for _ in range(count)]
     # All dimensions are always drawn, so that the first ones do not depend on how many are used.
     points = _sobol(max(8, len(space)), math.ceil(math.log2(count)), seed)
-    return [
+    found = [
         {name: part.at(float(x)) for (name, part), x in zip(space.items(), point, strict=False)}
         for point in points[:count]
     ]
+    return [_scaled(point, rate_factor(space, point)) for point in found]
+
+
+def rate_factor(space: Space, values: Mapping[str, Any]) -> float:
+    """The factor of the learning rate that the chosen values imply."""
+    choices = ((part, values.get(name)) for name, part in space.items() if isinstance(part, Choice))
+    return math.prod(part.rate_factor(value) for part, value in choices)
+
+
+def within(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the learning rate as a place in its range: without the factor that other values imply."""
+    return _scaled(values, 1 / rate_factor(space, values))
+
+
+def _scaled(values: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    rate = values.get(RATE)
+    return dict(values) if rate is None or factor == 1 else {**values, RATE: float(f"{rate * factor:.4g}")}
 
 
 @lru_cache(64)  # a comparison asks for the same points hundreds of times
@@ -90,4 +116,5 @@ def _sobol(dimensions: int, exponent: int, seed: int) -> np.ndarray:
 
 def edges(space: Space, values: Mapping[str, Any]) -> Sequence[str]:
     """Names whose value lies at the edge of its range, so that the optimum may lie outside."""
-    return [name for name, part in space.items() if values.get(name) is not None and part.on_edge(values[name])]
+    placed = within(space, values)
+    return [name for name, part in space.items() if placed.get(name) is not None and part.on_edge(placed[name])]

@@ -7,7 +7,7 @@ import pytest
 
 from hf_ft.core.config import strategies
 from hf_ft.core.options import options
-from hf_ft.core.search_space import Choice, FittedRate, LogRange, edges, spread
+from hf_ft.core.search_space import Choice, FittedRate, LogRange, edges, spread, within
 
 SPACE = {"rate": LogRange(1e-5, 0.3), "mode": Choice(("a", "b", "c"))}
 
@@ -34,6 +34,18 @@ def test_a_longer_series_begins_with_the_shorter():
 def test_the_first_part_is_the_same_in_every_space():
     alone = spread({"rate": LogRange(1e-5, 0.3)}, 9, seed=0)
     assert [p["rate"] for p in alone] == [p["rate"] for p in spread(SPACE, 9, seed=0)]
+
+
+def test_a_choice_that_asks_for_another_learning_rate():
+    space = {"learning_rate": LogRange(1e-4, 1e-2), "mode": Choice(("a", "b"), rates=(1.0, 0.1))}
+    plain = spread({"learning_rate": LogRange(1e-4, 1e-2), "mode": Choice(("a", "b"))}, 16, seed=0)
+    for point, usual in zip(spread(space, 16, seed=0), plain, strict=True):
+        factor = 0.1 if point["mode"] == "b" else 1.0
+        assert point == {**usual, "learning_rate": pytest.approx(usual["learning_rate"] * factor, rel=1e-3)}
+        assert within(space, point)["learning_rate"] == pytest.approx(usual["learning_rate"], rel=1e-3)
+    assert {point["mode"] for point in plain} == {"a", "b"}
+    assert edges(space, {"learning_rate": 1e-3, "mode": "b"}) == ["learning_rate"]  # the upper end of its range
+    assert edges(space, {"learning_rate": 1e-3, "mode": "a"}) == edges(space, {"learning_rate": 1e-3}) == []
 
 
 def test_nothing_to_tune():
