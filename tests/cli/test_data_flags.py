@@ -70,6 +70,7 @@ def test_duplicates_among_many_samples_are_looked_for_if_asked(files, tmp_path, 
     assert asked.checks.duplicates and asked.splits is data.splits
 
 
+@pytest.mark.newest  # the oldest datasets read no metadata.csv of a folder
 def test_the_trainer_knows_the_groups(files, tmp_path, monkeypatch, capsys):
     rows = ["file_name,label,patient"]
     for number in range(24):
