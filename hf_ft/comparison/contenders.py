@@ -20,6 +20,7 @@ from hf_ft.core.head_rate import HeadFit
 from hf_ft.core.options import options
 from hf_ft.core.search_space import RATE, Choice, Declared, FittedRate, LogRange, Space, edges, spread, within
 from hf_ft.errors import AnatomyError, OptionError
+from hf_ft.models.norms import batch_norms
 
 OPTIM, MOMENTUM = "optim", "batch_norm_momentum"
 UNKNOWN_HEAD = (1e-3, 1e-2)  # the learning rate of a head that cannot be found: under Adam, under SGD
@@ -197,6 +198,7 @@ def entrant(
         for option, part in type(config).tuned.items()
         if _at_default(config, option) and f"{config.ft_type}.{option}" not in untuned
     }
+    tuned = _one_norm_mode(tuned, len(configs), model)
     if settings.learning_rates is not None:
         tuned = {option: _at_any_rate(part) for option, part in tuned.items()}
     recommended = recommended_arguments(configs)
@@ -228,6 +230,13 @@ def _untuned(
     space = {option: part for option, part in tuned.items() if not isinstance(part, FittedRate)}
     first = {option: _default(made, option) for option in space}
     return Entrant(name, tuple(made), {optim: space}, first, bench, {}, tuple(notes), refusal)
+
+
+def _one_norm_mode(tuned: Declared, configs: int, model: nn.Module) -> Declared:
+    """Without ``norm_mode``, unless all of a contender's strategies tune it and the model has BatchNorm; then once."""
+    modes = [option for option in tuned if option.endswith(".norm_mode")]
+    kept = modes[:1] if len(modes) == configs and batch_norms(model) else []
+    return {option: part for option, part in tuned.items() if option not in modes or option in kept}
 
 
 def _at_any_rate(part: LogRange | Choice | FittedRate) -> LogRange | Choice | FittedRate:
