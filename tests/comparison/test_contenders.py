@@ -15,13 +15,16 @@ from hf_ft import (
     BlockwiseConfig,
     DAFTConfig,
     FullConfig,
+    L2SPConfig,
     LinearProbeConfig,
     LPFTConfig,
     SoftConfig,
+    TREDConfig,
 )
 from hf_ft.comparison.contenders import entrant
 from hf_ft.comparison.settings import Settings
 from hf_ft.core.head_rate import HeadFit
+from hf_ft.core.search_space import within
 from hf_ft.engine.work import Work
 from hf_ft.testing import tiny_resnet, tiny_vit
 
@@ -65,6 +68,9 @@ BOTH = ("adamw_torch", "sgd")
 FIT = HeadFit(curvature=800.0, feature_norm=1000.0)
 
 
+TOLD = {"metric": "accuracy", "epochs": 1.0, "model": tiny_resnet(), "head": lambda bench, name: None}
+
+
 def with_head(*configs, optims=BOTH, fit=FIT, **settings):
     told = {"metric": "accuracy", "epochs": 1.0, "model": tiny_resnet(), "head": lambda bench, name: fit}
     return entrant("it", configs, SimpleNamespace(source=None), Settings(**settings), optims=optims, **told)
@@ -93,8 +99,9 @@ def test_all_contenders_try_the_same_shares_of_their_ranges():
     def shares(made):
         found = []
         for values in made.settings(6, seed=0)[1:]:
-            rates = made.spaces[values["optim"]]["learning_rate"]
-            found.append(math.log(values["learning_rate"] / rates.low) / math.log(rates.high / rates.low))
+            space = made.spaces[values["optim"]]
+            rates, rate = space["learning_rate"], within(space, values)["learning_rate"]
+            found.append(math.log(rate / rates.low) / math.log(rates.high / rates.low))
         return found
 
     assert shares(with_head(FullConfig())) == pytest.approx(shares(with_head(LPFTConfig())), abs=1e-3)
@@ -123,10 +130,36 @@ def test_a_head_that_is_not_tuned_gets_the_rate_of_each_optimizer():
     assert fixed.with_settings(fixed.settings(2, seed=0)[1])[0].head_lr == 0.5
 
 
-def test_rates_of_the_user_hold_for_all():
-    made = with_head(DAFTConfig(), learning_rates="1e-3,1e-2")
+@pytest.mark.parametrize("config", [DAFTConfig(), FullConfig()])
+def test_rates_of_the_user_hold_for_all(config):
+    made = with_head(config, learning_rates="1e-3,1e-2")
     assert made.first["learning_rate"] == 1e-3
     assert all(1e-3 <= values["learning_rate"] <= 1e-2 for values in made.settings(8, seed=0))
+
+
+def test_statistics_are_kept_at_a_fifth_of_the_rate():
+    made = with_head(TREDConfig())
+    modes = {values["tred.norm_mode"] for values in made.settings(8, seed=0)}
+    assert modes == {"auto", "eval"} and made.first["tred.norm_mode"] == "auto"
+    for values in made.settings(8, seed=0):
+        centre = {"adamw_torch": 3e-4, "sgd": 3e-3}[values["optim"]] * {"auto": 1.0, "eval": 0.2}[
+            values["tred.norm_mode"]
+        ]
+        assert 1 / 5.6 < values["learning_rate"] / centre < 5.6
+    assert made.described_space()["tred.norm_mode"] == "auto, eval (lr x 0.2)"
+
+
+def test_norm_mode_is_tuned_once_and_only_where_it_says_something():
+    def modes(*configs, model=None):
+        told = {} if model is None else {"model": model}
+        made = entrant("it", configs, SimpleNamespace(source=None), Settings(), optims=BOTH, **TOLD | told)
+        return [name for name in made.spaces["sgd"] if name.endswith("norm_mode")]
+
+    assert modes(FullConfig(), TREDConfig()) == ["full.norm_mode"]
+    assert modes(LPFTConfig(), L2SPConfig()) == ["lp_ft.norm_mode"]
+    assert modes(DAFTConfig(), TREDConfig()) == []  # DAFT's statistics are its own
+    assert modes(L2SPConfig(norm_mode="eval"), TREDConfig()) == []  # the user's choice
+    assert modes(FullConfig(), model=tiny_vit()) == []  # no BatchNorm
 
 
 def test_what_chooses_its_own_rate_is_tried_once():
