@@ -46,7 +46,7 @@ def test_folds_consist_of_whole_groups(tmp_path):
     inner = ShortTrainings(tiny_resnet(), part, "accuracy", 0.25, 1)
     back = [[folds[0].train[row] for row in rows] for rows in (inner.train_rows, inner.validation_rows)]
     assert not shared(*back)
-    with pytest.raises(OptionError, match="9 groups of training samples.* too few for 10 folds"):
+    with pytest.raises(OptionError, match="9 groups of training samples.* too few for 10 folds: set fewer"):
         folds_of(given.samples.count, given.labels, 10, given.groups)
 
 
