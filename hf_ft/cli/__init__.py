@@ -94,19 +94,25 @@ def _call(command: str, arguments: list[str]) -> None:
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM, by which schedulers of clusters announce the end, interrupt as Ctrl-C does.
+    """Let SIGTERM, by which schedulers of clusters announce the end, interrupt as Ctrl-C does, but only once.
 
-    A worker then gives back its training, which does not count as one that killed it. A handler that is there already,
-    such as that of a process which ends with another, stays.
+    A worker then gives back its training, which does not count as one that killed it. A scheduler may send the signal
+    to a process and to what started it, which hands it on: the second must not interrupt that. A handler that is there
+    already, such as that of a process which ends with another, stays.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _message(command: str, error: BaseException) -> str:

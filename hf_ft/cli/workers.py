@@ -144,17 +144,32 @@ class Others:
     def end(self) -> None:
         """End all that still run. Each gives back its job, which then counts as interrupted, not as failed."""
         self._ending = True
-        for process in self.processes:
-            process.terminate()
-        deadline = time.monotonic() + GRACE
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if process.stdin is not None:  # not before it has ended: a second interrupt would disturb it
-                process.stdin.close()
+        with _uninterrupted():  # one that hangs would be left behind
+            for process in self.processes:
+                process.terminate()
+            deadline = time.monotonic() + GRACE
+            for process in self.processes:
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                if process.stdin is not None:  # not before it has ended: a second interrupt would disturb it
+                    process.stdin.close()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore further interrupts: whoever presses Ctrl-C once often does so again."""
+    if threading.current_thread() is not threading.main_thread():  # no other receives any
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_with_parent() -> None:

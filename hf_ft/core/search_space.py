@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.stats.qmc import Sobol
 
+from hf_ft.errors import OptionError
+
 
 @dataclass(frozen=True)
 class LogRange:
@@ -35,10 +37,17 @@ class Choice:
 
     Attributes:
         rates: for each value, a factor of the learning rate with which it trains well; by default all are 1.
+
+    Raises:
+        OptionError: if ``rates`` are given, but not a positive one for each value.
     """
 
     values: tuple[Any, ...]
     rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rates and (len(self.rates) != len(self.values) or min(self.rates) <= 0):
+            raise OptionError(f"rates={self.rates}: give a positive factor for each of the values {self.values}.")
 
     def at(self, share: float) -> Any:
         return self.values[int(share * len(self.values))]

@@ -57,9 +57,17 @@ def check_group_column(split: Dataset, column: str | None) -> None:
 
 
 def group_numbers(values: Sequence[Any]) -> np.ndarray:
-    """A number for each row, (n,), the same within a group; a row without a value is a group of its own."""
+    """A number for each row, (n,), the same within a group.
+
+    A row without a value (None, NaN, or pandas' NaT and NA) is a group of its own.
+    """
     known: dict[Any, int] = {}
-    return np.asarray([known.setdefault((row,) if v is None else v, len(known)) for row, v in enumerate(values)], int)
+    keys = ((row,) if _is_missing(value) else value for row, value in enumerate(values))
+    return np.asarray([known.setdefault(key, len(known)) for key in keys], int)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (value == value) is not True  # what does not equal itself: NaN, and pandas' NaT and NA
 
 
 def groups_of(split: Dataset, column: str | None) -> np.ndarray | None:

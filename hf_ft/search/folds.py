@@ -42,7 +42,10 @@ def folds_of(count: int, labels: np.ndarray | None, parts: int, groups: np.ndarr
     units = len(dealt) if groups is None else len(np.unique(groups[dealt]))
     if units < max(2, parts):
         what = "training samples" if groups is None else "groups of training samples"
-        raise OptionError(f"{units} {what}, of classes with at least two, are too few for {parts} folds.")
+        raise OptionError(
+            f"{units} {what}, of classes with at least two, are too few for {parts} folds: set fewer folds (at least "
+            "2), or give more of them."
+        )
     everything = np.arange(count)
     held_out = held_out_parts(labels, parts, groups)
     return tuple(Fold(tuple(np.setdiff1d(everything, own).tolist()), tuple(own.tolist())) for own in held_out)

@@ -84,7 +84,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     if "://" in storage:
         return _open_database(storage, storage)
     if Path(storage).suffix not in (".db", ".sqlite3"):
-        raise OptionError(f"storage={storage!r} is of unknown kind. Give {KINDS}.")
+        raise OptionError(f"storage={_hidden(storage)!r} is of unknown kind. Give {KINDS}.")
     return _open_database(f"sqlite:///{storage}", storage)
 
 
@@ -95,7 +95,7 @@ def _open_proxy(url: str) -> BaseStorage:
 
     match = re.fullmatch(r"grpc://([^/@:]+|\[[^/@]+\]):(\d+)/?", url)
     if match is None:
-        raise OptionError(f"storage={_scheme(url)!r} lacks its host or port, or has more. Give grpc://host:13000.")
+        raise OptionError(f"storage={_hidden(url)!r} lacks its host or port, or has more. Give grpc://host:13000.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -140,7 +140,9 @@ def _open_database(url: str, given: str) -> BaseStorage:
     try:
         address = make_url(url)
     except (exc.ArgumentError, ValueError) as error:  # a port that is no number
-        raise OptionError(f"storage={_scheme(given)!r} is not a URL. Give {KINDS}.") from error
+        raise OptionError(f"storage={_hidden(given)!r} is not a URL. Give {KINDS}.") from error
+    if "@" in (address.host or ""):
+        raise OptionError(f"storage={_hidden(given)!r}: write each @ of a name or password as %40.")
     # The query may hold a password as well.
     given = address.set(query={}).render_as_string() if given == url else given
     kind = address.get_backend_name()
@@ -186,9 +188,9 @@ def _with_driver(address: URL) -> URL:
     return address
 
 
-def _scheme(url: str) -> str:
-    """What of a URL that cannot be parsed holds no password for certain."""
-    return f"{url.partition('://')[0]}://..." if "@" in url else url
+def _hidden(url: str) -> str:
+    """A URL that cannot be parsed, without what may be a password: what stands before ``@``, and the query."""
+    return re.sub(r":.*@", ":***@", url, flags=re.DOTALL).partition("?")[0]
 
 
 def _check_folder(path: str, given: str) -> None:

@@ -223,10 +223,13 @@ def groups_of(wanted: Any, dataset: Any) -> np.ndarray | None:
         return None
     if not is_map_style(dataset):
         raise OptionError("groups need a train_dataset with rows by index, not a stream: leave them out.")
-    values = wanted.tolist() if hasattr(wanted, "tolist") else list(wanted)
-    if len(values) != len(dataset):
-        raise OptionError(f"groups has {len(values)} values for {len(dataset)} training samples: give one for each.")
     try:
+        # Tensors are equal only to themselves, those of a formatted data set as well.
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in wanted]
+        if len(values) != len(dataset):
+            raise OptionError(
+                f"groups has {len(values)} values for {len(dataset)} training samples: give one for each."
+            )
         return group_numbers(values)
     except TypeError as error:
         raise OptionError(f"groups must be values that can be compared, such as numbers or names: {error}.") from error

@@ -81,7 +81,8 @@ class FTTrainer(Trainer):
             ``"always"``, ``"never"``, or a :class:`~hf_ft.core.context.FrozenCache`.
         plain_train_dataset: unaugmented training samples in the same order, for measuring; default: ``train_dataset``.
         groups: the group of each training sample, such as its patient: strategies that hold out samples for choices of
-            their own hold out whole groups. Any values that can be compared; None is a group of its own.
+            their own hold out whole groups. Any values that can be compared; a sample without one (None, NaN) is a
+            group of its own.
         source_dataset: pretraining or other data for strategies that train on it in addition to the target data:
             processed, map-style or iterable, with labels of the source head's classes.
         source_data_collator: the collator for source data; default: ``data_collator``.

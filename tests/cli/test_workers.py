@@ -7,6 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from hf_ft.cli import cores, main, workers
@@ -32,8 +33,9 @@ except KeyboardInterrupt:
 # A process that starts two of them and waits.
 STARTS = """
 import sys, time
-from hf_ft.cli.workers import other_workers
-with other_workers(3, [sys.executable, "-c", *sys.argv[1:]], []):
+from hf_ft.cli import workers
+workers.GRACE = 2.0
+with workers.other_workers(3, [sys.executable, "-c", *sys.argv[1:]], []):
     time.sleep(60)
 """
 
@@ -107,6 +109,22 @@ def test_all_end_with_the_process_that_started_them(by, tmp_path):
     process.send_signal(by)
     process.wait()
     until(lambda: said(tmp_path) == {"1": "interrupted", "2": "interrupted"})
+
+
+def test_a_second_interrupt_leaves_none_behind(tmp_path):
+    """One of them hangs, so that the first is still waiting for it when the second interrupt comes."""
+    process = subprocess.Popen([sys.executable, "-c", STARTS, WAITS, str(tmp_path)], stderr=subprocess.DEVNULL)
+    until(lambda: said(tmp_path) == {"1": "here", "2": "here"})
+    others = psutil.Process(process.pid).children()
+    os.kill(others[0].pid, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    until(lambda: "interrupted" in said(tmp_path).values())
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    left = [other for other in others if other.is_running()]
+    for other in left:
+        other.kill()
+    assert not left
 
 
 def test_one_that_does_not_end_is_killed(tmp_path, environment):

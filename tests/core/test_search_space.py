@@ -8,6 +8,7 @@ import pytest
 from hf_ft.core.config import strategies
 from hf_ft.core.options import options
 from hf_ft.core.search_space import Choice, FittedRate, LogRange, edges, spread, within
+from hf_ft.errors import OptionError
 
 SPACE = {"rate": LogRange(1e-5, 0.3), "mode": Choice(("a", "b", "c"))}
 
@@ -46,6 +47,12 @@ def test_a_choice_that_asks_for_another_learning_rate():
     assert {point["mode"] for point in plain} == {"a", "b"}
     assert edges(space, {"learning_rate": 1e-3, "mode": "b"}) == ["learning_rate"]  # the upper end of its range
     assert edges(space, {"learning_rate": 1e-3, "mode": "a"}) == edges(space, {"learning_rate": 1e-3}) == []
+
+
+@pytest.mark.parametrize("rates", [(1.0,), (1.0, 0.1, 0.1), (1.0, 0.0), (1.0, -0.1)])
+def test_rates_are_positive_and_one_for_each_value(rates):
+    with pytest.raises(OptionError, match="a positive factor for each of the values"):
+        Choice(("a", "b"), rates=rates)
 
 
 def test_nothing_to_tune():

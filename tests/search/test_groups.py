@@ -1,6 +1,7 @@
 """What strategies hold out for choices of their own are whole groups, such as all samples of a patient."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +12,7 @@ from hf_ft.search.evaluate import ShortTrainings
 from hf_ft.search.folds import context_on, folds_of
 from hf_ft.testing import tiny_resnet
 from hf_ft.testing.training import make_trainer, tiny_arguments
+from hf_ft.trainer import checks
 
 PATIENTS = [f"patient {row * 7 % 8}" for row in range(31)] + [None]  # none has all samples of a class
 
@@ -44,7 +46,7 @@ def test_folds_consist_of_whole_groups(tmp_path):
     inner = ShortTrainings(tiny_resnet(), part, "accuracy", 0.25, 1)
     back = [[folds[0].train[row] for row in rows] for rows in (inner.train_rows, inner.validation_rows)]
     assert not shared(*back)
-    with pytest.raises(OptionError, match="9 groups of training samples.* too few for 10 folds"):
+    with pytest.raises(OptionError, match="9 groups of training samples.* too few for 10 folds: set fewer"):
         folds_of(given.samples.count, given.labels, 10, given.groups)
 
 
@@ -70,8 +72,31 @@ def test_a_block_search_of_the_trainer(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "groups",
+    [
+        pd.Series(["a", None, "a", float("nan"), np.nan, np.nan], dtype=object),
+        pd.Series(["a", None, "a", None, None, None], dtype="string"),
+        pd.Series([1, None, 1, None, None, None], dtype="Int64"),
+        pd.Series(pd.to_datetime(["2020", None, "2020", None, None, None])),
+        np.array([1, np.nan, 1, np.nan, np.nan, np.nan]),
+        [1.0, np.nan, 1.0, np.nan, np.nan, np.nan],
+    ],
+)
+def test_a_sample_without_a_value_is_a_group_of_its_own(groups):
+    assert checks.groups_of(groups, range(6)).tolist() == [0, 1, 0, 2, 3, 4]
+
+
+def test_groups_of_a_formatted_data_set():
+    """Its values are tensors, of which no two are equal keys."""
+    data = Dataset.from_dict({"patient": [7, 7, 8, 7]}).with_format("torch")
+    for groups in (data["patient"], list(data["patient"]), data["patient"][:], np.array([7, 7, 8, 7])):
+        assert checks.groups_of(groups, data).tolist() == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
     ("groups", "message"),
     [
+        (3, "groups must be values that can be compared, such as numbers or names: .*int"),
         ([1, 2, 3], "groups has 3 values for 32 training samples: give one for each"),
         ([[1]] * 32, "groups must be values that can be compared, such as numbers or names: .*list"),
     ],
