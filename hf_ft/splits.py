@@ -163,7 +163,7 @@ def hold_out(
 
 
 def may_be_held_out(labels: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    """The rows without which every class can still be learned.
+    """The rows each of which can be held out, or its group, and every class still be learned.
 
     A class with a single row, or whose rows are all of one group, always trains, and so does that group.
 

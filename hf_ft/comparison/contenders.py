@@ -198,7 +198,8 @@ def entrant(
         for option, part in type(config).tuned.items()
         if _at_default(config, option) and f"{config.ft_type}.{option}" not in untuned
     }
-    tuned = _one_norm_mode(tuned, len(configs), model)
+    if not batch_norms(model):  # it would change nothing
+        tuned = {option: part for option, part in tuned.items() if not option.endswith(".norm_mode")}
     if settings.learning_rates is not None:
         tuned = {option: _at_any_rate(part) for option, part in tuned.items()}
     recommended = recommended_arguments(configs)
@@ -230,13 +231,6 @@ def _untuned(
     space = {option: part for option, part in tuned.items() if not isinstance(part, FittedRate)}
     first = {option: _default(made, option) for option in space}
     return Entrant(name, tuple(made), {optim: space}, first, bench, {}, tuple(notes), refusal)
-
-
-def _one_norm_mode(tuned: Declared, configs: int, model: nn.Module) -> Declared:
-    """Without ``norm_mode``, unless all of a contender's strategies tune it and the model has BatchNorm; then once."""
-    modes = [option for option in tuned if option.endswith(".norm_mode")]
-    kept = modes[:1] if len(modes) == configs and batch_norms(model) else []
-    return {option: part for option, part in tuned.items() if option not in modes or option in kept}
 
 
 def _at_any_rate(part: LogRange | Choice | FittedRate) -> LogRange | Choice | FittedRate:

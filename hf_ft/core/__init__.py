@@ -26,7 +26,7 @@ from hf_ft.core.plan import (
     Term,
 )
 from hf_ft.core.schedules import Decay, decay
-from hf_ft.core.search_space import STATISTICS, Choice, FittedRate, LogRange, Space
+from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
 from hf_ft.core.state_checks import LARGEST, check_tensor
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.terms import DistanceFromStart, SquaredNorm
@@ -39,7 +39,6 @@ __all__ = [
     "EVERYTHING",
     "FITTED",
     "LARGEST",
-    "STATISTICS",
     "Average",
     "Choice",
     "Context",

@@ -75,9 +75,6 @@ class FittedRate:
 
 
 RATE = "learning_rate"
-# How full fine-tuning treats BatchNorm. With pretrained statistics, 1e-4 (SGD: 3e-4 to 1e-3) is best, and 3e-4 (3e-3)
-# often diverges: docs/rates.md.
-STATISTICS = Choice(("auto", "eval"), rates=(1.0, 0.2))
 Space = Mapping[str, LogRange | Choice]  # of one model and optimizer
 Declared = Mapping[str, LogRange | Choice | FittedRate]
 

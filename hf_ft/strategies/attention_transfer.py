@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
-    STATISTICS,
     FTConfig,
     LogRange,
     Names,
@@ -64,7 +63,7 @@ class AttentionTransferConfig(FTConfig):
     )
     formula = "L = CE + beta * sum over layers of mean (A - A0)^2;  A = flatten(mean_c F^2), of unit length per sample"
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
-    tuned = {"beta": LogRange(10.0, 1e4), "norm_mode": STATISTICS}
+    tuned = {"beta": LogRange(10.0, 1e4)}
     cost = advising.WITH_A_FROZEN_COPY + advising.DEARER  # compared at several layers
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}
 

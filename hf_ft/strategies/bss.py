@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_ft.core import (
-    STATISTICS,
     FTConfig,
     LogRange,
     Needs,
@@ -62,7 +61,7 @@ class BSSConfig(FTConfig):
     )
     formula = "L = CE + eta * sum of the k smallest squared singular values of the (B, d) features"
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
-    tuned = {"eta": LogRange(1e-4, 1e-2), "norm_mode": STATISTICS}
+    tuned = {"eta": LogRange(1e-4, 1e-2)}
     cost = advising.WITH_A_TERM + advising.DEARER  # a singular value decomposition in each step
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 2, advising.VERY_FEW_SAMPLES: 1}
 

@@ -15,7 +15,6 @@ from hf_ft import (
     BlockwiseConfig,
     DAFTConfig,
     FullConfig,
-    L2SPConfig,
     LinearProbeConfig,
     LPFTConfig,
     SoftConfig,
@@ -138,28 +137,21 @@ def test_rates_of_the_user_hold_for_all(config):
 
 
 def test_statistics_are_kept_at_a_fifth_of_the_rate():
-    made = with_head(TREDConfig())
-    modes = {values["tred.norm_mode"] for values in made.settings(8, seed=0)}
-    assert modes == {"auto", "eval"} and made.first["tred.norm_mode"] == "auto"
+    made = with_head(FullConfig())
+    modes = {values["full.norm_mode"] for values in made.settings(8, seed=0)}
+    assert modes == {"auto", "eval"} and made.first["full.norm_mode"] == "auto"
     for values in made.settings(8, seed=0):
-        centre = {"adamw_torch": 3e-4, "sgd": 3e-3}[values["optim"]] * {"auto": 1.0, "eval": 0.2}[
-            values["tred.norm_mode"]
-        ]
+        centre = {"adamw_torch": 3e-4, "sgd": 3e-3}[values["optim"]]
+        centre *= {"auto": 1.0, "eval": 0.2}[values["full.norm_mode"]]
         assert 1 / 5.6 < values["learning_rate"] / centre < 5.6
-    assert made.described_space()["tred.norm_mode"] == "auto, eval (lr x 0.2)"
+    assert made.described_space()["full.norm_mode"] == "auto, eval (lr x 0.2)"
 
 
-def test_norm_mode_is_tuned_once_and_only_where_it_says_something():
-    def modes(*configs, model=None):
-        told = {} if model is None else {"model": model}
-        made = entrant("it", configs, SimpleNamespace(source=None), Settings(), optims=BOTH, **TOLD | told)
-        return [name for name in made.spaces["sgd"] if name.endswith("norm_mode")]
-
-    assert modes(FullConfig(), TREDConfig()) == ["full.norm_mode"]
-    assert modes(LPFTConfig(), L2SPConfig()) == ["lp_ft.norm_mode"]
-    assert modes(DAFTConfig(), TREDConfig()) == []  # DAFT's statistics are its own
-    assert modes(L2SPConfig(norm_mode="eval"), TREDConfig()) == []  # the user's choice
-    assert modes(FullConfig(), model=tiny_vit()) == []  # no BatchNorm
+def test_norm_mode_is_not_tuned_without_batch_norm():
+    told = TOLD | {"model": tiny_vit()}
+    made = entrant("it", [FullConfig()], SimpleNamespace(source=None), Settings(), optims=BOTH, **told)
+    assert list(made.spaces["sgd"]) == ["learning_rate"]
+    assert "full.norm_mode" in with_head(FullConfig(), TREDConfig()).spaces["sgd"]
 
 
 def test_what_chooses_its_own_rate_is_tried_once():

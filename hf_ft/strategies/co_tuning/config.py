@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
-    STATISTICS,
     Context,
     FTConfig,
     LogRange,
@@ -87,7 +86,7 @@ class CoTuningConfig(FTConfig):
     )
     formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
-    tuned = {"weight": LogRange(0.3, 6.0), "norm_mode": STATISTICS}
+    tuned = {"weight": LogRange(0.3, 6.0)}
     cost = advising.WITH_A_PASS_BEFORE + advising.DEARER  # and a second head
     advice = {advising.RELATED_SOURCE: 2, FEW_SAMPLES_AND_HEAD: 1, advising.UNRELATED_SOURCE: -1}
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
-    STATISTICS,
     Context,
     FTConfig,
     LogRange,
@@ -85,7 +84,7 @@ class DELTAConfig(FTConfig):
         "z_c = standardised growth of the loss without channel c"
     )
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
-    tuned = {"alpha": LogRange(1e-2, 1e1), "norm_mode": STATISTICS}  # the authors' two values are 0.64 and 6.4
+    tuned = {"alpha": LogRange(1e-2, 1e1)}  # the authors' two values are 0.64 and 6.4
     cost = advising.WITH_A_TRAINING_BEFORE
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}
 

@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ft.core import (
-    STATISTICS,
     Context,
     Findings,
     FTConfig,
@@ -98,7 +97,7 @@ class TREDConfig(FTConfig):
         "then: L2 = CE + alpha ||F(x; w) - P(x)||^2 / (h w) + beta/2 ||w_head||^2"
     )
     recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
-    tuned = {"alpha": LogRange(1e-3, 1e-1), "norm_mode": STATISTICS}
+    tuned = {"alpha": LogRange(1e-3, 1e-1)}
     cost = advising.WITH_A_TRAINING_BEFORE + advising.DEARER  # trains a disentangler first
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 1, advising.VERY_FEW_SAMPLES: 1}
 
