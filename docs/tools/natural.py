@@ -1,4 +1,4 @@
-"""The tables of natural images in README.md and docs/results.md: several splits of each task.
+"""The tables of several splits of a task in README.md and docs/results.md: of natural images, and of others.
 
 Made of what tests/benchmarks/results.py left in docs/results/defaults/ and docs/results/tuned/.
 """
@@ -6,7 +6,7 @@ Made of what tests/benchmarks/results.py left in docs/results/defaults/ and docs
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ TITLES = {
     "caltech40_dinov2": "the same, DINOv2-small",
     "cifar10": "CIFAR-10",
 }
+FAR = {"elpv_500": "ELPV solar cells", "mnist_200": "MNIST"}  # from ImageNet
 FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
 FEW = (BASELINE, "linear_probe", "lp_ft", "peft", *FIVE)
 RESAMPLES = 1000
@@ -31,19 +32,19 @@ Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 Gaps = tuple[np.ndarray, np.ndarray]  # (seeds, samples): ours is right - theirs is right; and the samples' classes
 
 
-def read(kind: str) -> dict[str, list[Results]]:
+def read(kind: str, titles: Mapping[str, str] = TITLES) -> dict[str, list[Results]]:
     """The results of each task, one for each split; ``kind``: defaults or tuned."""
     tasks: dict[str, list[Results]] = {}
-    for task in TITLES:
+    for task in titles:
         files = sorted((KEPT / kind).glob(f"{task}_[0-9]*.json"))
         if files:
             tasks[task] = [load(file) for file in files]
     return tasks
 
 
-def table_of_natural(table: Table, kind: str, few: bool = False) -> str:
+def table_of_natural(table: Table, kind: str, few: bool = False, titles: Mapping[str, str] = TITLES) -> str:
     """Mean test score of every strategy, or of a few, and the difference to full fine-tuning with its interval."""
-    tasks = read(kind)
+    tasks = read(kind, titles)
     if not tasks:
         return NOT_YET
     names = {contender.name for splits in tasks.values() for results in splits for contender in results.contenders}
@@ -57,10 +58,10 @@ def table_of_natural(table: Table, kind: str, few: bool = False) -> str:
             scores = _scores(splits, name)
             spread = f"{PLUS_MINUS}{score_like(statistics.stdev(scores))}" if len(scores) > 1 else ""
             gap = "" if name == BASELINE or not scores else _difference(splits, name)
-            cells += [f"{score(statistics.fmean(scores))}{spread}" if scores else "", gap]
+            cells += [f"{score(statistics.fmean(scores))}{spread}{_of_splits(splits, name)}" if scores else "", gap]
         rows.append((f"**{name}**" if name in FIVE else name, *cells))
-    headers = [head for task in tasks for head in (TITLES[task], "to full")]
-    return table(("strategy", *headers), rows) + "\n\n" + " ".join(_size(task, tasks[task]) for task in tasks)
+    headers = [head for task in tasks for head in (titles[task], "to full")]
+    return table(("strategy", *headers), rows) + "\n\n" + " ".join(_size(titles[task], tasks[task]) for task in tasks)
 
 
 def interval_over_splits(gaps: Sequence[Gaps], seed: int = 0) -> tuple[float, float]:
@@ -121,6 +122,12 @@ def _runs(results: Results, name: str) -> dict[int, Training]:
     return {} if found is None else {run.seed: run for run in found.finished_runs}
 
 
+def _of_splits(splits: Sequence[Results], name: str) -> str:
+    """Which splits a score is of, unless it is of all: splits differ, so that only the difference to full compares."""
+    there = [str(number) for number, results in enumerate(splits, 1) if _runs(results, name)]
+    return f" (split{'s' * (len(there) > 1)} {', '.join(there)})" if len(there) < len(splits) else ""
+
+
 def _scores(splits: Sequence[Results], name: str) -> list[float]:
     return [
         run.scores["test"][results.metric]
@@ -134,10 +141,10 @@ def _mean(splits: Sequence[Results], name: str) -> float:
     return statistics.fmean(_scores(splits, name) or [0.0])
 
 
-def _size(task: str, splits: Sequence[Results]) -> str:
+def _size(title: str, splits: Sequence[Results]) -> str:
     first = splits[0]
     sizes, seeds, pixels = first.data["sizes"], first.settings["seeds"], first.model["image_size"]
     return (
-        f"{TITLES[task]}: {sizes['train']} images to train, {sizes['validation']} to choose the epoch, {sizes['test']} "
+        f"{title}: {sizes['train']} images to train, {sizes['validation']} to choose the epoch, {sizes['test']} "
         f"to test, {pixels} px, {len(splits)} split{'s' * (len(splits) > 1)} and {seeds} seeds of each."
     )

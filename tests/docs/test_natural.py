@@ -45,6 +45,15 @@ def test_scores_and_differences_over_all_splits(kept):
     few = natural.table_of_natural(table, "defaults", few=True)
     assert "**daft**" in few and "l2_sp" not in few and "2 splits and 3 seeds of each" in few
     assert natural.table_of_natural(table, "tuned") == natural.NOT_YET
+    assert "split" not in head + "".join(lines)
+
+
+def test_what_is_of_some_splits_says_so(kept, tmp_path):
+    without = dataclasses.replace(kept[1], contenders=tuple(c for c in kept[1].contenders if c.name != "tred"))
+    without.save(tmp_path / "defaults" / "cifar10_1.json")
+    rows = natural.table_of_natural(table, "defaults").splitlines()
+    assert "(split 1)" in next(row for row in rows if row.startswith("**tred**"))
+    assert "(split" not in next(row for row in rows if row.startswith("full"))
 
 
 def test_an_interval_covers_splits_seeds_and_images():
