@@ -1,9 +1,9 @@
 """What it costs that trainings share a CPU's cores: `python tests/benchmarks/crowding.py`, with nothing else running.
 
 A process takes steps of full fine-tuning (MobileNetV2 with random weights, 16 images of 96 px, AdamW). First one alone,
-with a thread for each core; then as many at once as there are cores: each with all threads, as by default; the same with
-threads that sleep while they wait (`OMP_WAIT_POLICY=PASSIVE`); and each with one thread, as by `--workers`. Wall seconds
-for a step, as ratios to a fair share: that of one alone times the number of processes.
+with a thread for each core; then as many at once as there are cores: each with all threads, as by default; the same
+with threads that sleep while they wait (`OMP_WAIT_POLICY=PASSIVE`); and each with one thread, as by `--workers`. Wall
+seconds for a step, as ratios to a fair share: that of one alone times the number of processes.
 """
 
 from __future__ import annotations
