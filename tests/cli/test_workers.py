@@ -30,10 +30,11 @@ except KeyboardInterrupt:
     time.sleep(0.1)  # a second interrupt would disturb what is done here
     place.write_text("interrupted")
 """
-# A process that starts two of them and waits.
+# A process that starts two of them and waits. What runs in the background may have been told to ignore SIGINT.
 STARTS = """
-import sys, time
+import signal, sys, time
 from hf_ft.cli import workers
+signal.signal(signal.SIGINT, signal.default_int_handler)
 workers.GRACE = 2.0
 with workers.other_workers(3, [sys.executable, "-c", *sys.argv[1:]], []):
     time.sleep(60)
