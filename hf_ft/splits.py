@@ -181,6 +181,12 @@ def may_be_held_out(labels: np.ndarray, groups: np.ndarray | None = None) -> np.
     return np.flatnonzero(~np.isin(groups, always))
 
 
+def most_parts(labels: np.ndarray, groups: np.ndarray | None = None) -> int:
+    """The most parts of :func:`held_out_parts`: the number of rows, or of groups, that may be held out."""
+    rows = may_be_held_out(labels, groups)
+    return len(rows) if groups is None else len(np.unique(groups[rows]))
+
+
 def held_out_parts(
     labels: np.ndarray, parts: int, groups: np.ndarray | None = None, seed: int = 0
 ) -> tuple[np.ndarray, ...]:
@@ -188,7 +194,7 @@ def held_out_parts(
 
     Args:
         labels: class of each row, (n,).
-        parts: at most the number of groups of these rows (:func:`may_be_held_out`), or of the rows without groups.
+        parts: at most :func:`most_parts`.
         groups: group of each row, (n,); None if each row stands for itself.
 
     Returns:

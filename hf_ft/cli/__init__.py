@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from hf_ft.cli.console import is_main, one_line, rank, say
 from hf_ft.cli.cores import take_share
-from hf_ft.cli.workers import end_with_parent
+from hf_ft.cli.workers import end_with_parent, interrupt_once
 from hf_ft.errors import Error, OptionError, unknown
 from hf_ft.search.environment import environment_error
 from hf_ft.version import __version__
@@ -103,16 +103,12 @@ def _interrupted_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_once(signal.SIGTERM)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _message(command: str, error: BaseException) -> str:

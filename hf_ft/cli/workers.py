@@ -176,8 +176,7 @@ def end_with_parent() -> None:
     """If another worker has started this process, be interrupted when that ends: as by Ctrl-C, but only once."""
     if os.environ.pop(STARTED, None) is None:
         return
-    for number in ENDING:
-        signal.signal(number, _interrupt)
+    interrupt_once(*ENDING)
     threading.Thread(target=_watch, daemon=True).start()
 
 
@@ -188,7 +187,13 @@ def _watch() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _interrupt(*_: object) -> None:
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def interrupt_once(*signals: int) -> None:
+    """Let these signals interrupt as Ctrl-C does; once one has come, they are ignored, and do not disturb what ends."""
+
+    def interrupt(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in signals:
+        signal.signal(number, interrupt)

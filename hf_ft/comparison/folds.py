@@ -17,7 +17,7 @@ from hf_ft.data.columns import Columns
 from hf_ft.data.groups import groups_of
 from hf_ft.data.task import Data, Processed
 from hf_ft.errors import OptionError
-from hf_ft.splits import held_out_parts, may_be_held_out
+from hf_ft.splits import held_out_parts, most_parts
 
 FEW = 200  # labelled samples; with fewer, parts of them take turns
 PARTS = 5
@@ -99,8 +99,7 @@ def folds_of(data: Data, count: int | None) -> Folds | None:
             return None
         raise OptionError(f"folds={count}: train and validation have different columns; give folds=1.") from error
     labels, groups = class_of_rows(pool, data.columns), groups_of(pool, data.group_column)
-    dealt = may_be_held_out(labels, groups)
-    units = len(dealt) if groups is None else len(np.unique(groups[dealt]))
+    units = most_parts(labels, groups)
     if count is None and groups is not None:
         count = min(PARTS, units)
         if count < 2:

@@ -12,7 +12,7 @@ import torch
 from hf_ft.core.context import Context, Samples
 from hf_ft.data.sampling import share_of_batches
 from hf_ft.errors import OptionError
-from hf_ft.splits import held_out_parts, may_be_held_out
+from hf_ft.splits import held_out_parts, most_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,7 @@ def folds_of(count: int, labels: np.ndarray | None, parts: int, groups: np.ndarr
         OptionError: if there are too few samples or groups.
     """
     labels = np.zeros(count, dtype=int) if labels is None else labels
-    dealt = may_be_held_out(labels, groups)
-    units = len(dealt) if groups is None else len(np.unique(groups[dealt]))
+    units = most_parts(labels, groups)
     if units < max(2, parts):
         what = "training samples" if groups is None else "groups of training samples"
         raise OptionError(
