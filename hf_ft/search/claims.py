@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ft.processes import is_gone, process_name
 from hf_ft.search.record import INSTEAD, Record, job_of
-from hf_ft.search.storage import GoneError, check_signature, is_refused, one_transaction, reachable, readable_study
+from hf_ft.search.storage import GoneError, is_refused, one_transaction, reachable
+from hf_ft.search.study import check_signature, readable_study
 
 if TYPE_CHECKING:
     from optuna import Study

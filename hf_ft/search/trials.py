@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hf_ft.errors import OptionError
 from hf_ft.search.claims import Claims
 from hf_ft.search.record import job_of
-from hf_ft.search.storage import MISSING, UnavailableError, as_json, open_storage, open_study, reachable
+from hf_ft.search.storage import MISSING, UnavailableError, open_storage, reachable
+from hf_ft.search.study import as_json, open_study
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

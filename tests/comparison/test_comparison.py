@@ -38,7 +38,8 @@ from hf_ft.data.columns import find_columns
 from hf_ft.errors import MachineError
 from hf_ft.inference import load_trained, predict
 from hf_ft.search.claims import Claims
-from hf_ft.search.storage import as_json, open_storage, open_study
+from hf_ft.search.storage import open_storage
+from hf_ft.search.study import as_json, open_study
 from hf_ft.search.trials import Job, run_trials
 from tests.comparison.small_comparison import NAMES, SHORT, any_temperature, lasting, load, run, splits
 from tests.forked import python

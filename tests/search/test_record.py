@@ -8,7 +8,8 @@ from optuna.trial import TrialState, create_trial
 from hf_ft.search import record as record_module
 from hf_ft.search.claims import Claims
 from hf_ft.search.record import Record
-from hf_ft.search.storage import one_transaction, open_storage, open_study
+from hf_ft.search.storage import one_transaction, open_storage
+from hf_ft.search.study import open_study
 from hf_ft.search.trials import Job, run_trials
 
 

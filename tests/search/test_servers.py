@@ -14,7 +14,8 @@ from optuna.trial import TrialState, create_trial
 
 from hf_ft.errors import OptionError
 from hf_ft.search.claims import Claims
-from hf_ft.search.storage import open_storage, open_study
+from hf_ft.search.storage import open_storage
+from hf_ft.search.study import open_study
 from hf_ft.search.trials import run_trials
 from tests.search.trials_worker import jobs, start
 from tests.servers import PASSWORD, drivers, grpc_server, needs_grpc, needs_postgresql, postgresql

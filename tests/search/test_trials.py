@@ -21,7 +21,8 @@ from hf_ft.errors import OptionError
 from hf_ft.search import storage as storage_module
 from hf_ft.search import trials as trials_module
 from hf_ft.search.claims import Claims
-from hf_ft.search.storage import open_storage, open_study
+from hf_ft.search.storage import open_storage
+from hf_ft.search.study import open_study
 from hf_ft.search.trials import Halving, Job, JobError, run_trials
 from tests.search.trials_worker import jobs, open_all, start
 

@@ -8,7 +8,8 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-from hf_ft.search.storage import open_storage, open_study
+from hf_ft.search.storage import open_storage
+from hf_ft.search.study import open_study
 from hf_ft.search.trials import Job, run_trials
 
 # Forked: a new interpreter would take seconds to import torch.
