@@ -184,7 +184,10 @@ def _watch() -> None:
     with suppress(OSError):
         while os.read(0, 1024):
             pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    # To the main thread, which a signal to the process need not wake from a system call.
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    time.sleep(GRACE)  # as Others.end gives it: no code that swallows the interrupt lets it train on alone
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def interrupt_once(*signals: int) -> None:

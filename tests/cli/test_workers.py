@@ -23,8 +23,8 @@ from pathlib import Path
 from hf_ft.cli.workers import end_with_parent
 end_with_parent()
 place = Path(sys.argv[1], __import__("os").environ["RANK"])
-place.write_text("here")
 try:
+    place.write_text("here")  # from here on, it may be interrupted
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(0.1)  # a second interrupt would disturb what is done here
@@ -52,11 +52,18 @@ def environment(monkeypatch):
     return monkeypatch
 
 
-def until(condition):
+def until(condition, told=lambda: ""):
     end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, "waited too long"
+        assert time.monotonic() < end, f"waited too long {told()}"
         time.sleep(0.02)
+
+
+def ended(process):
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def said(folder):
@@ -109,7 +116,18 @@ def test_all_end_with_the_process_that_started_them(by, tmp_path):
     until(lambda: said(tmp_path) == {"1": "here", "2": "here"})
     process.send_signal(by)
     process.wait()
-    until(lambda: said(tmp_path) == {"1": "interrupted", "2": "interrupted"})
+    until(lambda: said(tmp_path) == {"1": "interrupted", "2": "interrupted"}, lambda: said(tmp_path))
+
+
+def test_one_that_swallows_the_interrupt_ends_with_the_process_that_started_it(tmp_path):
+    swallows = WAITS.replace('place.write_text("interrupted")', "time.sleep(60)")
+    swallows = "from hf_ft.cli import workers; workers.GRACE = 0.1\n" + swallows
+    process = subprocess.Popen([sys.executable, "-c", STARTS, swallows, str(tmp_path)], stderr=subprocess.DEVNULL)
+    until(lambda: said(tmp_path) == {"1": "here", "2": "here"})
+    others = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    until(lambda: all(ended(other) for other in others))
 
 
 def test_a_second_interrupt_leaves_none_behind(tmp_path):
