@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_ft.cli.checks import check_task
@@ -75,7 +76,7 @@ def make(request: Request) -> Made:
             processed = process_streamed(streamed, data, model, processor)
         else:
             processed = process(data, model, processor)
-    _settle(args, request, data.columns)
+    _settle(args, request, data.columns, model)
     method = request.method
     cache = FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb)
     with refusals():
@@ -296,8 +297,11 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
     )
 
 
-def _settle(args: TrainingArguments, request: Request, columns: Columns) -> None:
-    """Set what depends on the data: the metric of the best model, and whether columns are dropped."""
+def _settle(args: TrainingArguments, request: Request, columns: Columns, model: nn.Module) -> None:
+    """Set what depends on the model, its learning rate, and on the data: the best model's metric, dropped columns."""
+    recommended = request.recommended(model)
+    if "learning_rate" in recommended:
+        args.learning_rate = recommended["learning_rate"].value
     if columns.task != "text" or request.stream.streaming:
         args.remove_unused_columns = False  # images and sounds are opened on access
     if not torch.accelerator.is_available() and "dataloader_pin_memory" not in request.given:

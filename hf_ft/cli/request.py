@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft.cli.checks import check_flags
@@ -29,7 +30,6 @@ class Request:
     Attributes:
         configs: the strategies.
         given: training arguments set by the user.
-        recommended: recommended arguments of the strategies that the user did not set.
         flags: all flags set by the user.
     """
 
@@ -37,7 +37,6 @@ class Request:
     method: MethodFlags
     configs: tuple[FTConfig, ...]
     given: Mapping[str, Any]
-    recommended: Mapping[str, Recommended]
     flags: Mapping[str, Any] = field(default_factory=dict)
     stream: StreamFlags = field(default_factory=StreamFlags)
 
@@ -61,9 +60,14 @@ class Request:
         wanted = str(self.given.get("resume_from_checkpoint") or "")
         return {"": None, "false": None, "none": None, "true": True}.get(wanted.lower(), wanted)
 
+    def recommended(self, model: nn.Module | None = None) -> dict[str, Recommended]:
+        """The arguments that the strategies recommend and the user did not set; some depend on the model."""
+        wanted = recommended_arguments(self.configs, self.given.get("optim"), model)
+        return {name: value for name, value in wanted.items() if name not in self.given}
+
     def training_arguments(self) -> dict[str, Any]:
         """In order of precedence: the user's values, the strategies' recommendations, the defaults of this command."""
-        recommended = {name: wanted.value for name, wanted in self.recommended.items()}
+        recommended = {name: wanted.value for name, wanted in self.recommended().items()}
         values = DEFAULTS | self._by_steps() | recommended | dict(self.given)
         evaluates, chosen = str(values["eval_strategy"]), set(self.given)
         if "save_strategy" not in chosen and evaluates != "no":
@@ -121,10 +125,8 @@ def read(argv: Sequence[str], kinds: Kinds = TRAIN) -> Request:
     chosen = method.strategy or [BASELINE]
     configs = configured(chosen, values | _budget(method.budget, chosen))
     given = taken(values, TrainingArguments)
-    wanted = recommended_arguments(configs, given.get("optim"))
-    recommended = {name: value for name, value in wanted.items() if name not in given}
     data, stream = DataFlags(**taken(values, DataFlags)), StreamFlags(**taken(values, StreamFlags))
-    return Request(data, method, configs, given, recommended, values, stream)
+    return Request(data, method, configs, given, values, stream)
 
 
 def _budget(wanted: str | None, chosen: Sequence[str]) -> dict[str, str]:

@@ -106,7 +106,8 @@ def _announce(request: Request, made: Made) -> None:
     rows[2:2] = check_rows(made.data, request.output_dir)
     if trainer.source_dataset is not None:
         rows.insert(2, ("source", f"{request.data.source_dataset}: {len(trainer.source_dataset):,} samples"))
-    taken = ", ".join(f"{name}={wanted.value} ({wanted.source})" for name, wanted in request.recommended.items())
+    recommended = request.recommended(trainer.model)
+    taken = ", ".join(f"{name}={wanted.value} ({wanted.source})" for name, wanted in recommended.items())
     if taken:
         rows.append(("", f"recommended by {', '.join(c.ft_type for c in request.configs)}: {taken}"))
     rows += [("notice", notice) for notice in made.data.notices]

@@ -207,7 +207,7 @@ def entrant(
     order = sorted(optims, key=lambda optim: optim != own)  # its own first
     if any(map(chooses_rate, configs)):
         return _untuned(name, made, bench, order[0], tuned, notes, refusal)
-    rates = {optim: _recommended_rate(configs, optim) for optim in order}
+    rates = {optim: _recommended_rate(configs, optim, model) for optim in order}
     fits = any(isinstance(part, FittedRate) for part in tuned.values()) or None in rates.values()
     fits |= any(getattr(config, "head_lr", None) == "auto" for config in configs)
     fit = head(bench, shared_option(configs, "head")) if fits and not refusal else None
@@ -290,11 +290,11 @@ def _prepared(
     return made, notes, refusal
 
 
-def _recommended_rate(configs: Sequence[FTConfig], optim: str) -> float | None:
+def _recommended_rate(configs: Sequence[FTConfig], optim: str, model: nn.Module) -> float | None:
     """The recommended learning rate; None for that of the head, and the baseline's where nothing is recommended."""
     if any(RATE in config.recommended and config.recommended[RATE].value == FITTED for config in configs):
         return None
-    found = recommended_arguments([*configs, config_class(BASELINE)()], optim)
+    found = recommended_arguments([*configs, config_class(BASELINE)()], optim, model)
     return float(found[RATE].value)
 
 

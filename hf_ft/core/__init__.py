@@ -6,7 +6,17 @@
 from hf_ft import functional
 from hf_ft.core import advising
 from hf_ft.core.compose import compose
-from hf_ft.core.config import CHOSEN, FITTED, FTConfig, Paper, Recommended, config_class, register, strategies
+from hf_ft.core.config import (
+    CHOSEN,
+    FITTED,
+    USUAL_RATE,
+    FTConfig,
+    Paper,
+    Recommended,
+    config_class,
+    register,
+    strategies,
+)
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
 from hf_ft.core.fitted_head import FittedHead
@@ -60,6 +70,7 @@ __all__ = [
     "Plan",
     "Rate",
     "Recipe",
+    "USUAL_RATE",
     "Recommended",
     "Samples",
     "Selection",

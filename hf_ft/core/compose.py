@@ -157,12 +157,15 @@ def chooses_rate(config: FTConfig) -> bool:
     return "learning_rate" in config.recommended and config.recommended["learning_rate"].value == CHOSEN
 
 
-def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None) -> dict[str, Recommended]:
+def recommended_arguments(
+    configs: Iterable[FTConfig], optim: str | None = None, model: nn.Module | None = None
+) -> dict[str, Recommended]:
     """Merge the recommended training arguments; if two strategies differ, the first takes precedence.
 
     Args:
         optim: the optimizer in use; by default the recommended one, or else AdamW. The recommended learning rate, and
             what an optimizer needs beside it, are those for this optimizer.
+        model: the model to be trained, on whose normalisation the rate depends; by default, one with BatchNorm.
     """
     merged: dict[str, Recommended] = {}
     for config in sorted(configs, key=lambda config: not chooses_rate(config)):
@@ -175,7 +178,7 @@ def recommended_arguments(configs: Iterable[FTConfig], optim: str | None = None)
         merged.pop("max_grad_norm", None)
     optim = optim or own
     if "learning_rate" in merged:
-        merged["learning_rate"] = merged["learning_rate"].under(optim)
+        merged["learning_rate"] = merged["learning_rate"].under(optim, model is None or bool(batch_norms(model)))
         if merged["learning_rate"].value in (FITTED, CHOSEN):  # by the strategy itself, where nobody sets one
             del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}

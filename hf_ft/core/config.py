@@ -65,7 +65,8 @@ class Recommended:
     """A recommended training argument, its source (code, paper, ours), and the reason if it is not obvious.
 
     ``value`` goes with the recommended optimizer, which is AdamW unless the strategy says otherwise; a learning rate
-    also has one under the other family of optimizers, ``sgd`` or ``adam``, if that is known.
+    also has one under the other family of optimizers, ``sgd`` or ``adam``, if that is known. Networks without
+    BatchNorm, such as transformers, want lower rates: ``without_batch_norm`` is the factor for them.
     """
 
     value: Any
@@ -73,22 +74,30 @@ class Recommended:
     why: str = field(default="", repr=False)
     sgd: float | None = None
     adam: float | None = None
+    without_batch_norm: float = 1.0
 
     def __str__(self) -> str:
-        """As shown to people: the value, and that under the other optimizers."""
+        """As shown to people: the value, that under the other optimizers, and the factor without BatchNorm."""
         others = [
             f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
         ]
-        return ", ".join([str(self.value), *others])
+        factor = [] if self.without_batch_norm == 1 else [f"times {self.without_batch_norm:g} without BatchNorm"]
+        return ", ".join([str(self.value), *others, *factor])
 
-    def under(self, optim: str) -> Recommended:
-        """The recommendation under this optimizer."""
+    def under(self, optim: str, batch_norm: bool = True) -> Recommended:
+        """The recommendation under this optimizer, for a network with BatchNorm or for one without."""
         other = self.sgd if optim == SGD else self.adam
-        return self if other is None else Recommended(other, "ours", self.why)
+        found = self if other is None else Recommended(other, "ours", self.why)
+        if batch_norm or self.without_batch_norm == 1:
+            return found
+        rate = float(f"{self.without_batch_norm * found.value:.3g}")  # as people write it
+        return Recommended(rate, "ours", self.why)
 
 
 SGD, ADAM = "sgd", "adamw_torch"
 FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
+# Of pretrained weights that all train: measured, see docs/rates.md.
+USUAL_RATE = {"learning_rate": Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1)}
 CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to it
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_ft.core import advising
-from hf_ft.core.config import FTConfig, Recommended
+from hf_ft.core.config import USUAL_RATE, FTConfig
 from hf_ft.core.context import State
 from hf_ft.core.plan import Plan, Rate, Stage
 from hf_ft.models.gated.model import AddPaths, check_not_computed_again, check_plain
@@ -18,7 +18,7 @@ from hf_ft.models.gated.paths import GATE
 class GatedStrategy(FTConfig):
     """Base of strategies whose model mixes the two paths by a gate, which trains beside everything else."""
 
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     cost = advising.WITH_A_FROZEN_COPY + advising.DEARER
     advice = {advising.GOOD_FEATURES_FEW_SAMPLES: 1, advising.POOR_FEATURES: -1}
     plain = False

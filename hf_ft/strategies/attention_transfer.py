@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     FTConfig,
     LogRange,
     Names,
     OptionError,
     Paper,
     Plan,
-    Recommended,
     State,
     Term,
     View,
@@ -62,7 +62,7 @@ class AttentionTransferConfig(FTConfig):
         "https://arxiv.org/abs/1612.03928",
     )
     formula = "L = CE + beta * sum over layers of mean (A - A0)^2;  A = flatten(mean_c F^2), of unit length per sample"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"beta": LogRange(10.0, 1e4)}
     cost = advising.WITH_A_FROZEN_COPY + advising.DEARER  # compared at several layers
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_ft.core import (
+    USUAL_RATE,
     FTConfig,
     LogRange,
     Needs,
     OptionError,
     Paper,
     Plan,
-    Recommended,
     State,
     Term,
     View,
@@ -60,7 +60,7 @@ class BSSConfig(FTConfig):
         "https://papers.nips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html",
     )
     formula = "L = CE + eta * sum of the k smallest squared singular values of the (B, d) features"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"eta": LogRange(1e-4, 1e-2)}
     cost = advising.WITH_A_TERM + advising.DEARER  # a singular value decomposition in each step
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 2, advising.VERY_FEW_SAMPLES: 1}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     Context,
     FTConfig,
     GradientChange,
@@ -18,7 +19,6 @@ from hf_ft.core import (
     OptionError,
     Paper,
     Plan,
-    Recommended,
     State,
     advising,
     check_tensor,
@@ -160,7 +160,7 @@ class ChildTuningConfig(FTConfig):
         "https://arxiv.org/abs/2109.05687",
     )
     formula = "F: g <- g m / p, m ~ Bernoulli(p) in each step;  D: g <- g [F >= its (1 - p) quantile], F = mean of g^2"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     cost = advising.WITH_A_PASS_BEFORE
     advice = {advising.VERY_FEW_SAMPLES: 1, advising.FEW_SAMPLES_PER_WEIGHT: 1}
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     Average,
     Choice,
     FTConfig,
     Needs,
     Paper,
     Plan,
-    Recommended,
     State,
     advising,
     option,
@@ -57,7 +57,7 @@ class EMAConfig(FTConfig):
         "the average over all steps; the exponential one, with its warm-up, is TensorFlow's and timm's",
     )
     formula = "w_avg = d_t w_avg + (1 - d_t) w after each step, d_t = min(d, (1 + t) / (10 + t))"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     averages = True
     tuned = {"decay": Choice((0.5, 0.9, 0.99))}
     cost = advising.EVERYTHING + advising.DEARER / 2

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     Choice,
     FTConfig,
     Needs,
     NormMode,
     Plan,
     Rate,
-    Recommended,
     Stage,
     State,
     advising,
@@ -33,7 +33,7 @@ class FullConfig(FTConfig):
     """
 
     formula = "L = CE(h(f(x)), y) over all parameters"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     # With pretrained statistics, 1e-4 (SGD: 3e-4 to 1e-3) is best, and 3e-4 (3e-3) often diverges: docs/rates.md.
     tuned = {"norm_mode": Choice(("auto", "eval"), rates=(1.0, 0.2))}
     cost = advising.EVERYTHING

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     DistanceFromStart,
     FTConfig,
     LogRange,
     Needs,
     Paper,
     Plan,
-    Recommended,
     SquaredNorm,
     State,
     Term,
@@ -42,7 +42,7 @@ class L2SPConfig(FTConfig):
         "https://arxiv.org/abs/1802.01483",
     )
     formula = "L = CE + alpha/2 ||w_S - w0_S||^2 + beta/2 ||w_new||^2"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"alpha": LogRange(1e-3, 1.0)}
     cost = advising.WITH_A_TERM
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 2}

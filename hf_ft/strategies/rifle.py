@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core import Choice, FTConfig, Paper, Plan, Rate, Recommended, Stage, State, advising, option, register
+from hf_ft.core import USUAL_RATE, Choice, FTConfig, Paper, Plan, Rate, Stage, State, advising, option, register
 
 
 @register("rifle")
@@ -29,7 +29,7 @@ class RIFLEConfig(FTConfig):
         "https://arxiv.org/abs/2007.03349",
     )
     formula = "h is drawn anew at the steps k T / (n + 1), k = 1 ... n"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"times": Choice((1, 2, 3))}
     cost = advising.EVERYTHING + advising.DEARER / 2
     advice = {advising.GOOD_FEATURES_FEW_SAMPLES: -1, advising.POOR_FEATURES: 1}

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     Choice,
     Decay,
     FTConfig,
@@ -17,7 +18,6 @@ from hf_ft.core import (
     OptionError,
     Paper,
     Plan,
-    Recommended,
     State,
     Stream,
     Term,
@@ -100,7 +100,7 @@ class SoftConfig(FTConfig):
     formula = (
         "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
     )
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"weight": LogRange(0.1, 3.0), "until": Choice((0.25, 0.5, 1.0))}
     cost = advising.TWICE_THE_SAMPLES
     advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, advising.UNRELATED_SOURCE: -1}
@@ -211,7 +211,7 @@ class LwFConfig(FTConfig):
         "https://arxiv.org/abs/1606.09282",
     )
     formula = "L = CE(h_T(f(x)), y) + weight KL(softmax(h0_S(f0(x)) / T) || softmax(h_S(f(x)) / T))"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"weight": LogRange(0.3, 10.0)}
     cost = advising.WITH_A_FROZEN_COPY
     advice = {advising.RELATED_SOURCE: 1, advising.UNRELATED_SOURCE: -1}

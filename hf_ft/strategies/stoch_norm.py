@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     FTConfig,
     LogRange,
     Needs,
@@ -14,7 +15,6 @@ from hf_ft.core import (
     Paper,
     Plan,
     Rate,
-    Recommended,
     Stage,
     State,
     advising,
@@ -53,7 +53,7 @@ class StochNormConfig(FTConfig):
         "https://papers.nips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html",
     )
     formula = "x_c is normalised by its batch with probability p, else by the moving statistics"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"p": LogRange(0.1, 1.0)}
     cost = advising.EVERYTHING + advising.DEARER
     advice = {advising.VERY_FEW_SAMPLES: 1, NO_BATCH_NORM: None}

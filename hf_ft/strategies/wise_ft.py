@@ -9,12 +9,12 @@ from torch import nn
 
 from hf_ft.core import (
     EVERYTHING,
+    USUAL_RATE,
     Findings,
     FTConfig,
     Needs,
     Paper,
     Plan,
-    Recommended,
     Selection,
     State,
     advising,
@@ -45,7 +45,7 @@ class WiSEFTConfig(FTConfig):
         "https://arxiv.org/abs/2109.01903",
     )
     formula = "w_a = (1 - a) w0 + a w after training; a in {0, 1/n, ..., 1} by validation"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     averages = True
     cost = advising.EVERYTHING + advising.DEARER / 2
     advice = {advising.GOOD_FEATURES_FEW_SAMPLES: 1, advising.POOR_FEATURES: -1}

@@ -337,10 +337,10 @@ def warn_left_out(plan: Plan) -> None:
     )
 
 
-def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments) -> None:
-    """Warn about training arguments that differ from those recommended for the method."""
+def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments, model: nn.Module) -> None:
+    """Warn about training arguments that differ from those recommended for the method and the model."""
     configs = tuple(sorted(configs, key=lambda config: not chooses_rate(config)))
-    present = recommended_arguments(configs, OptimizerNames(args.optim).value)
+    present = recommended_arguments(configs, OptimizerNames(args.optim).value, model)
     # These are meant to be chosen, and depend on the optimizer: warn only if nobody set them.
     chosen = {name: present[name] for name in ("learning_rate", "max_grad_norm") if name in present}
     stated = {name: value for config in reversed(configs) for name, value in config.recommended.items()}

@@ -171,7 +171,7 @@ class FTTrainer(Trainer):
         self._attempt: Attempt | None = None
         self._finished = False
         self._resuming: Path | None = None
-        checks.warn_recommended(self.configs, args)
+        checks.warn_recommended(self.configs, args, self.model)
         trackers.adopt(self.callback_handler.callbacks, trackers.chosen_in(args), self.configs)
         # First in the list: change stages and finalise the model before any other callback runs.
         self.callback_handler.callbacks.insert(0, StageBorders(self))

@@ -23,6 +23,7 @@ from common import Entry, Runs, quiet
 from rates import ADAM, Bench, Task
 
 from hf_ft import DAFTConfig, FTConfig, FullConfig
+from hf_ft.core.compose import recommended_arguments
 from hf_ft.zoo.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,9 +88,9 @@ def speed_up(plain: list[float], other: list[float]) -> list[float]:
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def rate_of(config: FTConfig) -> float:
+def rate_of(config: FTConfig, model: Any) -> float:
     """The recommended learning rate under AdamW."""
-    return float(config.recommended["learning_rate"].value)
+    return float(recommended_arguments([config], ADAM, model)["learning_rate"].value)
 
 
 def processor() -> str:
@@ -131,7 +132,7 @@ def main() -> None:
                     runs.get(
                         key,
                         lambda c=config, low=low, s=seed, b=bench: b.run(
-                            c, ADAM, rate_of(c), s, bf16=low, use_cpu=True
+                            c, ADAM, rate_of(c, b.load(s)[0]), s, bf16=low, use_cpu=True
                         ),
                     )  # type: ignore[misc]
 

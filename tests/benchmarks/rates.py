@@ -201,7 +201,7 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]
     for seed in options.seeds:
         for name in options.strategies:
             for optim in options.optims:
-                for rate in STRATEGIES[name][1][optim]:
+                for rate in options.rates or STRATEGIES[name][1][optim]:
                     yield name, optim, rate, seed
 
 
@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mobilenet_v2", "efficientnet-lite0"])
     parser.add_argument("--strategies", nargs="+", default=["linear_probe", "full", "daft, one rate"])
     parser.add_argument("--optims", nargs="+", default=[SGD, ADAM])
+    parser.add_argument("--rates", nargs="+", type=float, help="in place of the strategy's own grid")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--heads", action="store_true", help="look at the heads only")
     parser.add_argument("--page", action="store_true", help="only write the tables of docs/rates.md")

@@ -292,6 +292,11 @@ def test_regression_keeps_the_epoch_of_the_smallest_loss(files, tmp_path, capsys
     assert main(["train", *where, *more]) == 0
     printed = capsys.readouterr().out
     assert "regression" in printed and "mse" in printed and "macro_f1" not in printed
+    # Transformers, which have no BatchNorm, train at a tenth.
+    assert "recommended by full: learning_rate=3e-05 (ours)" in words(printed)
+    state = json.loads(next(tmp_path.glob("checkpoint-*/trainer_state.json")).read_text())
+    rates = [log["learning_rate"] for log in state["log_history"] if "learning_rate" in log]
+    assert rates and all(rate <= 3e-5 for rate in rates)
     assert "temperature" not in printed and not (tmp_path / "ft_calibration.json").exists()
 
 
@@ -307,7 +312,7 @@ def test_precedence(tmp_path):
     rates = {name: request.training_arguments().get("learning_rate") for name, request in values.items()}
     # A probe fits its rate to the features where nobody sets one.
     assert rates == {"nothing": 3e-4, "strategy": None, "file": 0.5, "both": 0.75}
-    assert set(values["nothing"].recommended) == {"learning_rate"} and not values["file"].recommended
+    assert set(values["nothing"].recommended()) == {"learning_rate"} and not values["file"].recommended()
     sgd = arguments.read(["--optim", "sgd"]).training_arguments()
     assert (sgd["learning_rate"], sgd["optim_args"], sgd["max_grad_norm"]) == (3e-3, "momentum=0.9", 0.0)
     assert arguments.read(["--optim", "sgd", "--max_grad_norm", "1"]).training_arguments()["max_grad_norm"] == 1.0

@@ -151,7 +151,7 @@ def test_no_optimizer_is_warned_about_but_a_rate_that_nobody_set(tmp_path, monke
 def test_the_recommended_arguments(optim, rate, tmp_path):
     words = ["--model", "x", "--dataset", "y", "--strategy", "daft", "--output_dir", str(tmp_path)]
     request = arguments.read([*words, "--optim", optim])
-    wanted = {key: value.value for key, value in request.recommended.items()}
+    wanted = {key: value.value for key, value in request.recommended().items()}
     assert wanted.pop("learning_rate") == rate
     options = {**wanted, "optim": optim, "learning_rate": rate, "max_steps": 4}
     trainer = trainer_on_shifted(tiny_resnet(), tmp_path, DAFTConfig(head_lr=0.1), **options)

@@ -84,16 +84,20 @@ def recipes(
         except REFUSED as error:
             declined[name] = str(error)
             continue
-        rate = recommended_rate(config, optim) if rates else None
+        rate = recommended_rate(config, optim, model) if rates else None
         found.append(Recipe(config, rate, expected.get(name, 0.0)))
     return sorted(found, key=lambda one: (one.name != BASELINE, not one.cheap)), declined
 
 
-def recommended_rate(config: FTConfig, optim: str) -> float | None:
-    """The learning rate that a strategy recommends under an optimizer, or else the baseline's; None if it fits one."""
+def recommended_rate(config: FTConfig, optim: str, model: nn.Module) -> float | None:
+    """The learning rate that a strategy, or else the baseline, recommends for a model; None if it fits one.
+
+    Args:
+        optim: the optimizer in use, ``sgd`` or another.
+    """
     if "learning_rate" not in config.recommended:
         config = config_class(BASELINE)()
-    found = recommended_arguments([config], optim).get("learning_rate")
+    found = recommended_arguments([config], optim, model).get("learning_rate")
     return None if found is None else float(found.value)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_ft.core import (
+    USUAL_RATE,
     FTConfig,
     LogRange,
     Names,
@@ -15,7 +16,6 @@ from hf_ft.core import (
     OptionError,
     Paper,
     Plan,
-    Recommended,
     State,
     Term,
     advising,
@@ -55,7 +55,7 @@ class BiTuningConfig(FTConfig):
         "https://arxiv.org/abs/2011.06182",
     )
     formula = "L = CE + weight (CCE + CCL);  each KL(equal shares for the sample's class || softmax(similarities / T))"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"weight": LogRange(0.1, 3.0)}
     cost = advising.WITH_A_FROZEN_COPY + advising.DEARER  # a second network that runs in every step
 

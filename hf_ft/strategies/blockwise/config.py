@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_ft.core import (
     EVERYTHING,
+    USUAL_RATE,
     Context,
     Findings,
     FittedRate,
@@ -19,7 +20,6 @@ from hf_ft.core import (
     OptionError,
     Paper,
     Plan,
-    Recommended,
     Stage,
     State,
     advising,
@@ -78,7 +78,7 @@ class BlockwiseConfig(FTConfig):
         ),
     )
     formula = "min CE over the weights of the head and of block b* alone; b* = the candidate best on held-out samples"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"head_lr": FittedRate()}
     kept = (STORAGE,)
     schemes: ClassVar[tuple[str, ...]] = SCHEMES

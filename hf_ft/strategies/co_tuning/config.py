@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     Context,
     FTConfig,
     LogRange,
@@ -16,7 +17,6 @@ from hf_ft.core import (
     OptionError,
     Paper,
     Plan,
-    Recommended,
     State,
     Term,
     View,
@@ -85,7 +85,7 @@ class CoTuningConfig(FTConfig):
         "https://proceedings.neurips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html",
     )
     formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"weight": LogRange(0.3, 6.0)}
     cost = advising.WITH_A_PASS_BEFORE + advising.DEARER  # and a second head
     advice = {advising.RELATED_SOURCE: 2, FEW_SAMPLES_AND_HEAD: 1, advising.UNRELATED_SOURCE: -1}

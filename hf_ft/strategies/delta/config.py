@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     Context,
     FTConfig,
     LogRange,
@@ -16,7 +17,6 @@ from hf_ft.core import (
     OptionError,
     Paper,
     Plan,
-    Recommended,
     SquaredNorm,
     State,
     Term,
@@ -83,7 +83,7 @@ class DELTAConfig(FTConfig):
         "L = CE + alpha/2 sum_layers sum_c C a_c ||F_c - F0_c||^2 / (h w) + beta/2 ||w_head||^2;  a = softmax(z/5), "
         "z_c = standardised growth of the loss without channel c"
     )
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"alpha": LogRange(1e-2, 1e1)}  # the authors' two values are 0.64 and 6.4
     cost = advising.WITH_A_TRAINING_BEFORE
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}

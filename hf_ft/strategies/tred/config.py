@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ft.core import (
+    USUAL_RATE,
     Context,
     Findings,
     FTConfig,
@@ -20,7 +21,6 @@ from hf_ft.core import (
     OptionError,
     Paper,
     Plan,
-    Recommended,
     SquaredNorm,
     State,
     Term,
@@ -96,7 +96,7 @@ class TREDConfig(FTConfig):
         "first: L1 = CE(c(P), y) + lambda_r (P + N - F)^2 - lambda_m MMD2(P, N) + lambda_i I(P; N) + lambda_b B;  "
         "then: L2 = CE + alpha ||F(x; w) - P(x)||^2 / (h w) + beta/2 ||w_head||^2"
     )
-    recommended = {"learning_rate": Recommended(3e-4, sgd=3e-3)}
+    recommended = USUAL_RATE
     tuned = {"alpha": LogRange(1e-3, 1e-1)}
     cost = advising.WITH_A_TRAINING_BEFORE + advising.DEARER  # trains a disentangler first
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 1, advising.VERY_FEW_SAMPLES: 1}

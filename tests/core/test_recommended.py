@@ -1,0 +1,51 @@
+"""Recommended training arguments: which rate goes with which optimizer and which kind of network."""
+
+import pytest
+
+from hf_ft import BitFitConfig, FullConfig, L2SPConfig, LinearProbeConfig, PEFTConfig, StockConfig, TREDConfig
+from hf_ft.core.compose import recommended_arguments
+from hf_ft.core.config import Recommended, config_class, strategies
+from hf_ft.strategies.auto.recipes import recommended_rate
+from hf_ft.testing import tiny_resnet, tiny_vit
+from hf_ft.testing.training import make_trainer
+
+RATE = "learning_rate"
+
+
+def rate(config, optim="adamw_torch", model=None):
+    return recommended_arguments([config], optim, model)[RATE].value
+
+
+@pytest.mark.parametrize(("optim", "value"), [("adamw_torch", 3e-4), ("adafactor", 3e-4), ("sgd", 3e-3)])
+@pytest.mark.parametrize("config", [FullConfig(), L2SPConfig(), TREDConfig()])
+def test_a_tenth_without_batch_norm(config, optim, value):
+    assert rate(config, optim) == rate(config, optim, tiny_resnet()) == value
+    assert rate(config, optim, tiny_vit()) == pytest.approx(value / 10, rel=1e-12)
+    assert recommended_rate(config, optim, tiny_vit()) == rate(config, optim, tiny_vit())
+
+
+@pytest.mark.parametrize("config", [PEFTConfig(), BitFitConfig(), StockConfig()])
+def test_what_trains_few_parameters_and_what_others_do_stays(config):
+    assert rate(config, model=tiny_vit()) == rate(config, model=tiny_resnet())
+
+
+def test_what_is_fitted_is_not_multiplied():
+    assert RATE not in recommended_arguments([LinearProbeConfig()], "sgd", tiny_vit())
+
+
+@pytest.mark.parametrize("name", sorted(strategies()))
+def test_rates_are_shown_as_people_write_them(name):
+    wanted = config_class(name).recommended.get(RATE)
+    for optim in ("sgd", "adamw_torch"):
+        found = None if wanted is None else wanted.under(optim, batch_norm=False).value
+        if isinstance(found, float):
+            assert len(f"{found!r}") < 8
+    factor = Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1)
+    assert str(factor) == "0.0003, 0.003 under SGD, times 0.1 without BatchNorm"
+
+
+def test_a_rate_that_nobody_set_is_warned_about_by_the_kind_of_network(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
+    make_trainer(tiny_vit(), "full", tmp_path, learning_rate=5e-5)
+    assert "learning_rate=5e-05 (recommended: 3e-05, ours)" in said[0]
