@@ -14,7 +14,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,7 @@ HEADS = RESULTS.with_name("rates_heads.json")
 PAGE = Path(__file__).parents[2] / "docs" / "rates.md"
 EPOCHS, BATCH = 12, 32
 SGD, ADAM = "sgd", "adamw_torch"
+MOBILE = "mobilenet_v2"
 Grid = dict[str, tuple[float, ...]]
 PROBE: Grid = {SGD: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ADAM: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 USUAL: Grid = {SGD: (3e-4, 1e-3, 3e-3, 1e-2), ADAM: (3e-5, 1e-4, 3e-4, 1e-3)}
@@ -148,22 +149,29 @@ def scores(prediction: EvalPrediction) -> dict[str, float]:
 class Bench:
     """A task processed for a model, once."""
 
-    def __init__(self, task: Task, model: str) -> None:
+    def __init__(self, task: Task, model: str, augment: str = "none") -> None:
         self.task, self.model = task, model
         loaded, processor = self.load(0)
-        self.ready = process(task.data, loaded, processor, in_memory=True)
+        self.ready = process(replace(task.data, augment=augment), loaded, processor, in_memory=True)
 
     def load(self, seed: int, keep: bool = False) -> tuple[Any, Any]:
         return load_classifier(self.model, self.task.data.columns, seed, self.task.pixels, keep_source_head=keep)
 
-    def run(self, strategy: FTConfig | list[FTConfig], optim: str, rate: float, seed: int, **more: Any) -> Entry:
+    def run(
+        self,
+        strategy: FTConfig | list[FTConfig],
+        optim: str,
+        rate: float,
+        seed: int,
+        mixing: Mapping[str, float] | None = None,
+        **more: Any,
+    ) -> Entry:
         configs = [replace(config, batch_norm_momentum=0.1) for config in resolve(strategy)]
         keep = any(config.needs().source_head for config in configs)
         transformers.set_seed(seed)
         with tempfile.TemporaryDirectory() as folder:
             args = arguments(
                 folder,
-                num_train_epochs=EPOCHS,
                 per_device_train_batch_size=BATCH,
                 learning_rate=rate,
                 eval_strategy="epoch",
@@ -171,16 +179,18 @@ class Bench:
                 logging_nan_inf_filter=False,
                 seed=seed,
                 **({} if optim == SGD else {"optim": optim, "optim_args": None, "max_grad_norm": 1.0}),
-                **more,
+                **{"num_train_epochs": EPOCHS, **more},
             )
             trainer = FTTrainer(
                 self.load(seed, keep)[0],
                 args,
                 strategy=configs,
                 train_dataset=self.ready.splits["train"],
+                plain_train_dataset=self.ready.plain,
                 eval_dataset=self.ready.splits["validation"],
                 data_collator=self.ready.collate,
                 compute_metrics=scores,
+                **(mixing or {}),
             )
             trainer.remove_callback(PrinterCallback)
             started, processor = time.perf_counter(), time.process_time()
@@ -289,7 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="*", help="natural tasks: " + ", ".join(NEAR))
     parser.add_argument("--far", nargs="*", default=list(FAR), choices=list(FAR), help="built-in tasks")
-    parser.add_argument("--models", nargs="+", default=["mobilenet_v2", "efficientnet-lite0"])
+    parser.add_argument("--models", nargs="+", default=[MOBILE, "efficientnet-lite0"])
     parser.add_argument("--strategies", nargs="+", default=["linear_probe", "full", "daft, one rate"])
     parser.add_argument("--optims", nargs="+", default=[SGD, ADAM])
     parser.add_argument("--rates", nargs="+", type=float, help="in place of the strategy's own grid")
