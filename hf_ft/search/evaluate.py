@@ -70,9 +70,6 @@ class ShortTrainings:
         epochs: number of epochs of each training.
 
     Attributes:
-        train_rows: indices of the samples to train on; stratified by class if each class has enough samples, and in
-            whole groups if the context has any.
-        validation_rows: indices of the samples to score on.
         recordings: recorded outputs of frozen prefixes, shared by all trainings.
 
     Raises:
@@ -88,7 +85,7 @@ class ShortTrainings:
     def __post_init__(self) -> None:
         if self.metric != "loss" and self.metric not in LOCAL_METRICS:
             raise OptionError(f"metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
-        self.train_rows, self.validation_rows = self._split()
+        self.rows(0)  # raises if there are too few
         context = self.context
         # Same samples per step as in the run that follows, however many processes share it.
         self.recipe = dataclasses.replace(context.recipe, accumulation=context.recipe.accumulation * context.ranks)
@@ -100,18 +97,19 @@ class ShortTrainings:
 
         Args:
             run: a run over a copy of the model.
-            seed: seed of the data order and of dropout.
+            seed: seed of the data order, of dropout, and of the samples that are held out.
             report: called with each score; may stop the training.
         """
         scores: list[float] = []
+        train_rows, held_out = self.rows(seed)
 
         def after_epoch(epoch: int, objective: Objective) -> None:
-            value = score(objective, self.recipe, self.batches, self.validation_rows, self.metric)
+            value = score(objective, self.recipe, self.batches, held_out, self.metric)
             scores.append(value if math.isfinite(value) else -math.inf)
             if report is not None:
                 report(epoch, scores[-1])
 
-        fit(run, self.recipe, self.batches, self.train_rows, self.epochs, seed, after_epoch)
+        fit(run, self.recipe, self.batches, train_rows, self.epochs, seed, after_epoch)
         return scores
 
     def plan_recordings(self, runs: Iterable[Run]) -> None:
@@ -150,7 +148,11 @@ class ShortTrainings:
         self.context.folder.mkdir(parents=True, exist_ok=True)
         return str(Path(self.context.folder) / usual)
 
-    def _split(self) -> tuple[list[int], list[int]]:
+    def rows(self, seed: int) -> tuple[list[int], list[int]]:
+        """Indices of the samples to train on, and of those to score on: another draw for each seed.
+
+        Stratified by class if each class has enough samples, and in whole groups if the context has any.
+        """
         count = self.context.samples.count
         if not count:
             self.context.samples.read([])  # explains why samples cannot be read by index
@@ -160,7 +162,7 @@ class ShortTrainings:
                 f"validation={self.validation:g} of {count} training samples leaves {count - size} to train on and "
                 f"{size} to score on: use more samples, or another fraction."
             )
-        train, held_out = hold_out(count, size, self.context.labels, self.context.groups)
+        train, held_out = hold_out(count, size, self.context.labels, self.context.groups, seed)
         return train.tolist(), held_out.tolist()
 
 

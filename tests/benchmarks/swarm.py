@@ -92,9 +92,9 @@ def floor(search: SwarmSearch, scores: SwarmScores) -> float:
         batches.follow(objective)
         optimizer = recipe.optimizer(run.param_groups(recipe.learning_rate, recipe.weight_decay))
         for epoch in range(CONFIG.search_epochs):
-            chunks = _epoch(trainings.train_rows, BATCH, 0, epoch, run.model)
+            train_rows, held = trainings.rows(0)
+            chunks = _epoch(train_rows, BATCH, 0, epoch, run.model)
             steps = [batches.take(rows) for rows in chunks]
-            held = trainings.validation_rows
             scored = [batches.take(held[i : i + BATCH]) for i in range(0, len(held), BATCH)]
             objective.train()
             began = time.perf_counter()

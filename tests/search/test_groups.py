@@ -29,10 +29,12 @@ def test_searches_hold_out_whole_groups(tmp_path):
     given = context(tmp_path)
     assert given.samples.count == len(PATIENTS)
     trainings = ShortTrainings(tiny_resnet(), given, "accuracy", 0.25, 1)
-    train, held_out = trainings.train_rows, trainings.validation_rows
+    train, held_out = trainings.rows(0)
     assert sorted(train + held_out) == list(range(32)) and not shared(train, held_out) and 4 <= len(held_out) <= 12
     rows = ShortTrainings(tiny_resnet(), context(tmp_path, None), "accuracy", 0.25, 1)
-    assert shared(rows.train_rows, rows.validation_rows)
+    assert shared(*rows.rows(0))
+    draws = [trainings.rows(seed) for seed in range(8)]
+    assert not any(shared(*draw) for draw in draws) and len({tuple(held_out) for _, held_out in draws}) > 1
     assert trainings.describe({}) != rows.describe({})  # trials of one are no trials of the other
 
 
@@ -44,7 +46,7 @@ def test_folds_consist_of_whole_groups(tmp_path):
         assert not shared(fold.train, fold.held_out) and sorted(fold.train + fold.held_out) == list(range(32))
     part = context_on(given, folds[0].train)
     inner = ShortTrainings(tiny_resnet(), part, "accuracy", 0.25, 1)
-    back = [[folds[0].train[row] for row in rows] for rows in (inner.train_rows, inner.validation_rows)]
+    back = [[folds[0].train[row] for row in rows] for rows in inner.rows(0)]
     assert not shared(*back)
     with pytest.raises(OptionError, match="9 groups of training samples.* too few for 10 folds: set fewer"):
         folds_of(given.samples.count, given.labels, 10, given.groups)

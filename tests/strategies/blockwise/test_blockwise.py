@@ -96,7 +96,11 @@ def test_all_start_alike_and_the_model_is_left_alone(tmp_path, monkeypatch):
     same_tensors(starts[0][0], before)
     changed = {name for name in before if not torch.equal(starts[0][0][name], starts[1][0][name])}
     assert changed == {"classifier.weight"}, "the second seed draws the head anew, and nothing else"
-    assert not set(search.trainings.train_rows) & set(search.trainings.validation_rows)
+    rows = {seed: search.trainings.rows(seed) for seed in starts}
+    for seed, (train, held_out) in rows.items():
+        assert orders[seed][0][0] == tuple(train) and not set(train) & set(held_out)
+        assert sorted(train + held_out) == sorted(rows[0][0] + rows[0][1])
+    assert set(rows[0][1]) != set(rows[1][1]), "the second seed holds out other samples"
     same_tensors(snapshot(model), before)
     assert [p.requires_grad for p in model.parameters()] == flags and model.training
     assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
