@@ -94,6 +94,38 @@ def table_of_cpu_scores(table: Table) -> str:
     return table(("network", "strategy", "float32", "bfloat16", "difference", "seeds"), rows)
 
 
+def table_of_augmentation(table: Table) -> str:
+    """What each way of changing or mixing images gives, from tests/benchmarks/augmentation.py."""
+    file = RESULTS / "augmentation.jsonl"
+    if not file.is_file():
+        return NOT_YET
+    found: dict[tuple[str, int, str], dict[str, dict[int, float]]] = {}
+    for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        ways = found.setdefault((entry["task"], entry["epochs"], entry["strategy"]), {})
+        ways.setdefault(entry["way"], {})[entry["seed"]] = entry["test"]
+    columns = sorted(found, key=lambda key: (key[0], key[1]))
+    titles = {"cifar10": "CIFAR-10", "mnist": "MNIST", "digits": "UCI digits", "elpv": "ELPV"}
+    head = [f"{titles.get(task, task)}, {epochs} epochs, {strategy}" for task, epochs, strategy in columns]
+    rows = [
+        (way, *(_of_way(found[key], way) for key in columns))
+        for way in dict.fromkeys(w for f in found.values() for w in f)
+    ]
+    return table(("images", *head), rows)
+
+
+def _of_way(ways: dict[str, dict[int, float]], way: str) -> str:
+    """The mean score of a way; beside it, the mean difference to unchanged images by seed, and its standard error."""
+    scores, plain = ways.get(way, {}), ways.get("none", {})
+    if not scores:
+        return ""
+    mean = f"{statistics.fmean(scores.values()):.3f}"
+    differences = [scores[seed] - plain[seed] for seed in scores.keys() & plain.keys()]
+    if way == "none" or len(differences) < 2:
+        return mean
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean} ({statistics.fmean(differences):+.3f} ± {error:.3f})"
+
+
 def table_of_step_times(table: Table) -> str:
     """Step time and peak memory of every strategy, from tests/benchmarks/step_times.py."""
     content = _read("step_times.json")

@@ -27,6 +27,7 @@ from docs.tools.evidence import fitted, table_of_advice, table_of_orders
 from docs.tools.matrix import summary as summary_of_models
 from docs.tools.matrix import table_of_models, table_of_reasons
 from docs.tools.measured import (
+    table_of_augmentation,
     table_of_cpu_formats,
     table_of_cpu_scores,
     table_of_disentangling,
@@ -227,6 +228,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "short_names": table_of_short_names,
     "laws": table_of_laws,
     "steps": lambda page: table_of_steps(_table),
+    "augmentation": lambda page: table_of_augmentation(_table),
     "cpu_formats": lambda page: table_of_cpu_formats(_table),
     "cpu_scores": lambda page: table_of_cpu_scores(_table),
     "step_times": lambda page: table_of_step_times(_table),

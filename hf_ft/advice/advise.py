@@ -64,6 +64,7 @@ def advise(
     seed: int = 0,
     head: str | None = None,
     blocks: str | None = None,
+    groups: Any = None,
 ) -> Advice:
     """Measure a few cheap signals and rank the strategies by them.
 
@@ -82,6 +83,8 @@ def advise(
         seed: seed of the sample order and the folds.
         head: as for :func:`hf_ft.models.anatomy`.
         blocks: as for :func:`hf_ft.models.anatomy`.
+        groups: a value for each training sample, the same within a group, such as patients: the probe is judged on
+            groups that it has not seen.
 
     Raises:
         OptionError: if the model has several members, the data set has no length, labels are not one class per
@@ -97,5 +100,6 @@ def advise(
         seed=seed,
         head=head,
         blocks=blocks,
+        groups=groups,
     )
     return Advice(signals, recommend(signals))

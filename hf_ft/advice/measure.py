@@ -21,6 +21,7 @@ from hf_ft.advice.transferability import (
     fit_probe,
     logme,
 )
+from hf_ft.data.groups import given_groups
 from hf_ft.data.labels import class_labels
 from hf_ft.data.rows import read_rows
 from hf_ft.errors import OptionError
@@ -71,6 +72,7 @@ def measure_signals(
     seed: int = 0,
     head: str | None = None,
     blocks: str | None = None,
+    groups: Any = None,
 ) -> Signals:
     """Measure a pretrained model on its training data, leaving the model, its modes and the random states unchanged.
 
@@ -87,6 +89,7 @@ def measure_signals(
         )
     if not hasattr(dataset, "__len__"):
         raise OptionError("advise measures the training data: train_dataset must be map-style, not iterable.")
+    numbers = given_groups(groups, dataset)
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:LIMIT]
     parts = anatomy(model, head=head, blocks=blocks)
     with random_states_kept(seed):
@@ -102,8 +105,10 @@ def measure_signals(
         probe = fit_probe(recorded.features, recorded.labels)
         batches = _batches(dataset, collate, few)
         gradients = relative_gradients(model, probe, batches, backbone, parts.head.modules, layout)
-    score = cross_validated_probe(recorded.features, recorded.labels, seed)
-    related = None if recorded.source is None else cross_validated_relationship(recorded.source, recorded.labels, seed)
+    held = None if numbers is None else numbers[rows]
+    score = cross_validated_probe(recorded.features, recorded.labels, seed, held)
+    source = recorded.source
+    related = None if source is None else cross_validated_relationship(source, recorded.labels, seed, held)
     return Signals(
         samples=len(dataset),
         class_counts=_class_counts(dataset, recorded.labels),

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, recall_score
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -112,19 +112,24 @@ class ProbeScore:
     folds: int
 
 
-def cross_validated_probe(features: NDArray[Any], labels: NDArray[Any], seed: int = 0) -> ProbeScore | None:
+def cross_validated_probe(
+    features: NDArray[Any], labels: NDArray[Any], seed: int = 0, groups: NDArray[Any] | None = None
+) -> ProbeScore | None:
     """Score a linear probe on features (n, D) and labels (n,) by stratified cross-validation.
 
     The number of folds is the median class size, clipped to 2 to 5. Classes with a single sample are left out: a probe
-    cannot predict a class it was not fitted on.
+    cannot predict a class it was not fitted on. With groups (n,), folds consist of whole groups, and a class is left
+    out whose samples are all of one group.
 
     Returns:
         None if fewer than two classes remain.
     """
-    return _cross_validated(_logistic_regression, features, labels, seed)
+    return _cross_validated(_logistic_regression, features, labels, seed, groups)
 
 
-def cross_validated_relationship(probabilities: NDArray[Any], labels: NDArray[Any], seed: int = 0) -> ProbeScore | None:
+def cross_validated_relationship(
+    probabilities: NDArray[Any], labels: NDArray[Any], seed: int = 0, groups: NDArray[Any] | None = None
+) -> ProbeScore | None:
     r"""Score how well source-class probabilities alone predict the target classes, cross-validated like the probe.
 
     From source probabilities :math:`\theta(x)` (n, C_s), with equally weighted classes:
@@ -138,28 +143,41 @@ def cross_validated_relationship(probabilities: NDArray[Any], labels: NDArray[An
     Reference: Nguyen, Hassner, Seeger, Archambeau. LEEP: A New Measure to Evaluate Transferability of Learned
         Representations. ICML 2020 (the same predictor, except for the class weights).
     """
-    return _cross_validated(_Relationship, probabilities, labels, seed)
+    return _cross_validated(_Relationship, probabilities, labels, seed, groups)
 
 
 def _cross_validated(
-    fit: Callable[[NDArray[Any], NDArray[Any]], Any], features: NDArray[Any], labels: NDArray[Any], seed: int
+    fit: Callable[[NDArray[Any], NDArray[Any]], Any],
+    features: NDArray[Any],
+    labels: NDArray[Any],
+    seed: int,
+    groups: NDArray[Any] | None,
 ) -> ProbeScore | None:
-    classes, counts = np.unique(labels, return_counts=True)
+    units = np.arange(len(labels)) if groups is None else groups  # what is held out as a whole
+    classes, counts = np.unique(np.unique(np.stack([labels, units]), axis=1)[0], return_counts=True)
     usual = counts > 1
     if usual.sum() < 2:
         return None
     rows = np.isin(labels, classes[usual])
-    features, labels = features[rows], labels[rows]
+    features, labels, units = features[rows], labels[rows], units[rows]
     folds = int(np.clip(np.median(counts[usual]), 2, FOLDS))
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     accuracies, balanced = [], []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # a fold may lack a rare class
-        for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels):
+        for train, test in kind(folds, shuffle=True, random_state=seed).split(
+            features, labels, None if groups is None else units
+        ):
+            if len(np.unique(labels[train])) < 2 or not len(test):  # groups that cannot be dealt out evenly
+                continue
             predicted = fit(features[train], labels[train]).predict(features[test])
             true = labels[test]
             accuracies.append(accuracy_score(true, predicted))
             balanced.append(recall_score(true, predicted, labels=np.unique(true), average="macro", zero_division=0))
-    return ProbeScore(float(np.mean(accuracies)), float(np.mean(balanced)), float(np.std(balanced, ddof=1)), folds)
+    if len(balanced) < 2:
+        return None
+    std = float(np.std(balanced, ddof=1))
+    return ProbeScore(float(np.mean(accuracies)), float(np.mean(balanced)), std, len(balanced))
 
 
 class _Relationship:

@@ -171,6 +171,7 @@ def _advise(request: Request, args: TrainingArguments, members: int) -> tuple[Ad
         seed=args.seed,
         head=shared_option(request.configs, "head"),
         blocks=shared_option(request.configs, "blocks"),
+        groups=data.groups,
     )
     return found, data
 

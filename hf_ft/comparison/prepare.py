@@ -100,6 +100,7 @@ class Prepared:
             source_head=has_source_head(model),
             source_data=self.bench.source is not None,
             members=max(len(sources_of(entrant.configs)) for entrant in runner.ledger.entrants) or 1,
+            groups=self.bench.groups,
         )
         places = {name: place for place, name in enumerate(found.order)}
         baseline, *others = runner.ledger.entrants

@@ -14,7 +14,8 @@ import numpy as np
 from datasets import Dataset
 
 from hf_ft.data.columns import shown_columns, values_of
-from hf_ft.errors import DataError
+from hf_ft.data.streams import is_map_style
+from hf_ft.errors import DataError, OptionError
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,28 @@ def _is_missing(value: Any) -> bool:
 def groups_of(split: Dataset, column: str | None) -> np.ndarray | None:
     """The number of each row's group, (n,); None without groups."""
     return None if column is None or column not in split.column_names else group_numbers(values_of(split, column))
+
+
+def given_groups(wanted: Any, dataset: Any) -> np.ndarray | None:
+    """The number of each training sample's group, (n,), of values given by the user; None without any.
+
+    Raises:
+        OptionError: if there is not one for each sample.
+    """
+    if wanted is None:
+        return None
+    if not is_map_style(dataset):
+        raise OptionError("groups need a train_dataset with rows by index, not a stream: leave them out.")
+    try:
+        # Tensors are equal only to themselves, those of a formatted data set as well.
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in wanted]
+        if len(values) != len(dataset):
+            raise OptionError(
+                f"groups has {len(values)} values for {len(dataset)} training samples: give one for each."
+            )
+        return group_numbers(values)
+    except TypeError as error:
+        raise OptionError(f"groups must be values that can be compared, such as numbers or names: {error}.") from error
 
 
 def shared_groups(splits: Mapping[str, Dataset], column: str) -> tuple[SharedGroups, ...]:

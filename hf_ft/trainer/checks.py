@@ -17,7 +17,6 @@ from transformers.utils import logging
 from hf_ft.core.compose import check_composed, chooses_rate, recommended_arguments, shared_option
 from hf_ft.core.config import CHOSEN, FITTED, FTConfig
 from hf_ft.core.plan import Plan
-from hf_ft.data.groups import group_numbers
 from hf_ft.data.label_checks import check_labels
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style
@@ -211,28 +210,6 @@ def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> N
         kind = check_labels(dataset, where, classes, getattr(config, "problem_type", None))
         if kind is not None:
             config.problem_type = kind
-
-
-def groups_of(wanted: Any, dataset: Any) -> np.ndarray | None:
-    """The number of each training sample's group, (n,).
-
-    Raises:
-        OptionError: if there is not one for each sample.
-    """
-    if wanted is None:
-        return None
-    if not is_map_style(dataset):
-        raise OptionError("groups need a train_dataset with rows by index, not a stream: leave them out.")
-    try:
-        # Tensors are equal only to themselves, those of a formatted data set as well.
-        values = [value.tolist() if hasattr(value, "tolist") else value for value in wanted]
-        if len(values) != len(dataset):
-            raise OptionError(
-                f"groups has {len(values)} values for {len(dataset)} training samples: give one for each."
-            )
-        return group_numbers(values)
-    except TypeError as error:
-        raise OptionError(f"groups must be values that can be compared, such as numbers or names: {error}.") from error
 
 
 def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any, label_smoother: Any) -> Tensor | None:

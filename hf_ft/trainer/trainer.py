@@ -24,6 +24,7 @@ from hf_ft.core.config import BASELINE, FTConfig
 from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders
 from hf_ft.core.task_loss import TaskLoss
+from hf_ft.data.groups import given_groups
 from hf_ft.data.mixing import Mixing
 from hf_ft.data.prepare import collate
 from hf_ft.data.streams import is_map_style
@@ -147,7 +148,7 @@ class FTTrainer(Trainer):
         stream = {"cache": self.frozen_cache, "mixing": self.mixing, "looks": looks, "known": states or ()}
         stream_checks.check_stream(self.configs, args, data, **stream)
         checks.preflight(self.configs, args, model, positional, keywords, source_dataset, looks)
-        self.groups = checks.groups_of(groups, data)
+        self.groups = given_groups(groups, data)
         self.frozen_cache = sharding.without_cache(args, self.frozen_cache)
         super().__init__(model, args, *positional, **keywords)
         sharding.check_accelerator(self.accelerator)

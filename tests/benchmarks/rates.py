@@ -52,7 +52,7 @@ from hf_ft import (
     StochNormConfig,
     TREDConfig,
 )
-from hf_ft.core.compose import resolve
+from hf_ft.core.compose import recommended_arguments, resolve
 from hf_ft.core.context import Samples
 from hf_ft.core.head_rate import HeadFit, fit_head
 from hf_ft.data.classifier import load_classifier
@@ -264,11 +264,37 @@ def regrets() -> str:
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
         grids.setdefault(tuple(entry[name] for name in ("task", "model", "strategy")), []).append(entry)
     whole = [runs for runs in grids.values() if len(runs) > 3]
+    usual = next(iter(rules.values()))
+    chosen = {name: [max(runs, key=rule) for runs in whole] for name, rule in rules.items()}
+    chosen["the default, unless the best epoch is better by a standard error"] = [
+        cautious(_default(runs), max(runs, key=usual)) for runs in whole
+    ]
+    chosen["the default"] = list(map(_default, whole))
     rows = []
-    for name, rule in rules.items():
-        lost = [max(r["test"] for r in runs) - max(runs, key=rule)["test"] for runs in whole]
+    for name, each in chosen.items():
+        lost = [max(r["test"] for r in runs) - one["test"] for runs, one in zip(whole, each, strict=True)]
         rows.append((name, f"{np.mean(lost):.4f}", f"{max(lost):.3f}"))
     return _table((f"chosen by, of {len(whole)} grids", "mean loss on test", "largest"), rows)
+
+
+def _default(runs: Sequence[Entry]) -> Entry:
+    """The run of a grid under AdamW whose rate is nearest to what its strategy would take by itself."""
+    one = runs[0]
+    if one["strategy"] == "linear_probe":
+        heads = {tuple(entry["of"]): entry for entry in json.loads(HEADS.read_text(encoding="utf-8"))}
+        fit = heads[one["task"], one["model"]]
+        rate = HeadFit(fit["curvature"], fit["feature_norm"]).rate(ADAM)
+    else:
+        rate = float(recommended_arguments(resolve(STRATEGIES[one["strategy"]][0]), ADAM)["learning_rate"].value)
+        rate *= 0.2 if one["strategy"] == "full, eval" else 1.0  # as comparisons try it
+        rate *= 0.1 if one["model"] in OWN_PIXELS else 1.0  # without BatchNorm
+    return min((r for r in runs if r["optim"] == ADAM), key=lambda r: abs(math.log(r["rate"] / rate)))
+
+
+def cautious(default: Entry, best: Entry) -> Entry:
+    """The default, unless the best is better on validation by more than a standard error of its accuracy."""
+    score, images = max(best["curve"]), 200 if best["task"] == "caltech40" else 100
+    return best if score - max(default["curve"]) > math.sqrt(score * (1 - score) / images) else default
 
 
 def write_page() -> None:

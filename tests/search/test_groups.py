@@ -5,14 +5,17 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from transformers import default_data_collator
 
 from hf_ft import BlockwiseConfig, FTTrainer, OptionError
+from hf_ft.advice import advise
+from hf_ft.advice.transferability import cross_validated_probe, cross_validated_relationship
+from hf_ft.data.groups import given_groups
 from hf_ft.engine import probe
 from hf_ft.search.evaluate import ShortTrainings
 from hf_ft.search.folds import context_on, folds_of
-from hf_ft.testing import tiny_resnet
+from hf_ft.testing import tiny_data, tiny_resnet
 from hf_ft.testing.training import make_trainer, tiny_arguments
-from hf_ft.trainer import checks
 
 PATIENTS = [f"patient {row * 7 % 8}" for row in range(31)] + [None]  # none has all samples of a class
 
@@ -52,13 +55,43 @@ def test_folds_consist_of_whole_groups(tmp_path):
         folds_of(given.samples.count, given.labels, 10, given.groups)
 
 
-def test_the_probe_does_not_choose_its_penalty_on_groups_that_it_has_seen():
-    """Features tell the patient exactly and the class hardly: on unseen patients, only a strong penalty is harmless."""
+def known_patients():
+    """Features that tell the patient exactly and the class hardly, labels, and patients."""
     draw = np.random.default_rng(0)
     patients = np.repeat(np.arange(20), 10)
     labels = np.repeat(np.arange(20) % 2, 10)
     features = np.eye(20)[patients] * 10 + draw.normal(size=(200, 20))
     features[:, 0] += 0.2 * labels
+    return features, labels, patients
+
+
+@pytest.mark.parametrize("score", [cross_validated_probe, cross_validated_relationship])
+def test_advice_judges_features_on_groups_that_were_not_seen(score):
+    features, labels, patients = known_patients()
+    features = np.exp(features) / np.exp(features).sum(axis=1, keepdims=True)
+    assert score(features, labels).balanced_accuracy > 0.9
+    found = score(features, labels, groups=patients)
+    assert found.balanced_accuracy < 0.65 and found.folds == 5
+    # Four patients, two of each class: two folds. A class of one patient is left out; nothing is left to judge then.
+    some = patients < 4
+    assert score(features[some], labels[some], groups=patients[some]).folds == 2
+    assert score(features[some], labels[some], groups=patients[some] // 2 * 2 + labels[some]).folds == 2
+    assert score(features[some], labels[some], groups=labels[some]) is None
+
+
+def test_advise_takes_groups():
+    model = tiny_resnet()
+    data, collate = tiny_data(model, 32), default_data_collator
+    labels = [row["labels"] for row in data]
+    assert advise(model, data, collate).signals.probe_folds == 5
+    assert advise(model, data, collate, groups=labels).signals.probe_balanced_accuracy is None
+    with pytest.raises(OptionError, match="groups has 3 values for 32 training samples"):
+        advise(model, data, collate, groups=[1, 2, 3])
+
+
+def test_the_probe_does_not_choose_its_penalty_on_groups_that_it_has_seen():
+    """On unseen patients, only a strong penalty is harmless."""
+    features, labels, patients = known_patients()
     given = torch.from_numpy(features), torch.from_numpy(labels), 2
     assert probe.logistic_probe(*given).accuracy > 0.9
     assert probe.logistic_probe(*given, groups=patients).accuracy < 0.7
@@ -85,14 +118,14 @@ def test_a_block_search_of_the_trainer(tmp_path):
     ],
 )
 def test_a_sample_without_a_value_is_a_group_of_its_own(groups):
-    assert checks.groups_of(groups, range(6)).tolist() == [0, 1, 0, 2, 3, 4]
+    assert given_groups(groups, range(6)).tolist() == [0, 1, 0, 2, 3, 4]
 
 
 def test_groups_of_a_formatted_data_set():
     """Its values are tensors, of which no two are equal keys."""
     data = Dataset.from_dict({"patient": [7, 7, 8, 7]}).with_format("torch")
     for groups in (data["patient"], list(data["patient"]), data["patient"][:], np.array([7, 7, 8, 7])):
-        assert checks.groups_of(groups, data).tolist() == [0, 0, 1, 0]
+        assert given_groups(groups, data).tolist() == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(

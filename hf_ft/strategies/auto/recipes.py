@@ -54,7 +54,7 @@ def measured_advice(model: nn.Module, context: Context | None) -> tuple[Mapping[
     try:
         if context is None:
             raise OptionError("nothing is measured")
-        advice = advise(model, range(context.samples.count), context.samples.read)
+        advice = advise(model, range(context.samples.count), context.samples.read, groups=context.groups)
     except REFUSED:
         return {name: shipped().expected(name) for name in strategies()}, {}
     return {one.strategy: one.score for one in advice.recommendations}, advice.signals.to_dict()

@@ -114,7 +114,9 @@ class BlockwiseConfig(FTConfig):
     )
     search_epochs: int = option(5, "Training epochs per candidate.", range="[1, inf)")
     search_seeds: int = option(
-        1, "Training runs per candidate, each scored on other held-out samples; candidates are ranked by the mean score.", range="[1, inf)"
+        1,
+        "Training runs per candidate, each scored on other held-out samples; candidates are ranked by the mean score.",
+        range="[1, inf)",
     )
     validation: float = option(
         0.25, "Fraction of the training samples held out to rank the candidates.", range="(0, 1)"
