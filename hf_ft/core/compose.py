@@ -168,6 +168,7 @@ def recommended_arguments(
         model: the model to be trained, on whose normalisation the rate depends; by default, one with BatchNorm.
     """
     merged: dict[str, Recommended] = {}
+    configs = tuple(configs)
     for config in sorted(configs, key=lambda config: not chooses_rate(config)):
         for name, wanted in config.recommended.items():
             merged.setdefault(name, wanted)
@@ -178,7 +179,8 @@ def recommended_arguments(
         merged.pop("max_grad_norm", None)
     optim = optim or own
     if "learning_rate" in merged:
-        merged["learning_rate"] = merged["learning_rate"].under(optim, model is None or bool(batch_norms(model)))
+        kept = explicit_option(configs, "norm_mode") == "eval"
+        merged["learning_rate"] = merged["learning_rate"].under(optim, model is None or bool(batch_norms(model)), kept)
         if merged["learning_rate"].value in (FITTED, CHOSEN):  # by the strategy itself, where nobody sets one
             del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}

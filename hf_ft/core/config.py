@@ -65,8 +65,9 @@ class Recommended:
     """A recommended training argument, its source (code, paper, ours), and the reason if it is not obvious.
 
     ``value`` goes with the recommended optimizer, which is AdamW unless the strategy says otherwise; a learning rate
-    also has one under the other family of optimizers, ``sgd`` or ``adam``, if that is known. Networks without
-    BatchNorm, such as transformers, want lower rates: ``without_batch_norm`` is the factor for them.
+    also has one under the other family of optimizers, ``sgd`` or ``adam``, if that is known. Where all weights train,
+    networks without BatchNorm (such as transformers) want lower rates, and so do those whose BatchNorm keeps its
+    statistics (``norm_mode="eval"``): ``without_batch_norm`` and ``statistics_kept`` are the factors for them.
     """
 
     value: Any
@@ -75,6 +76,7 @@ class Recommended:
     sgd: float | None = None
     adam: float | None = None
     without_batch_norm: float = 1.0
+    statistics_kept: float = 1.0
 
     def __str__(self) -> str:
         """As shown to people: the value, that under the other optimizers, and the factor without BatchNorm."""
@@ -84,20 +86,25 @@ class Recommended:
         factor = [] if self.without_batch_norm == 1 else [f"times {self.without_batch_norm:g} without BatchNorm"]
         return ", ".join([str(self.value), *others, *factor])
 
-    def under(self, optim: str, batch_norm: bool = True) -> Recommended:
-        """The recommendation under this optimizer, for a network with BatchNorm or for one without."""
+    def under(self, optim: str, batch_norm: bool = True, kept: bool = False) -> Recommended:
+        """The recommendation under this optimizer.
+
+        Args:
+            batch_norm: whether the network has any.
+            kept: whether it keeps its statistics.
+        """
         other = self.sgd if optim == SGD else self.adam
         found = self if other is None else Recommended(other, "ours", self.why)
-        if batch_norm or self.without_batch_norm == 1:
+        factor = (self.statistics_kept if kept else 1.0) if batch_norm else self.without_batch_norm
+        if factor == 1:
             return found
-        rate = float(f"{self.without_batch_norm * found.value:.3g}")  # as people write it
-        return Recommended(rate, "ours", self.why)
+        return Recommended(float(f"{factor * found.value:.3g}"), "ours", self.why)  # as people write it
 
 
 SGD, ADAM = "sgd", "adamw_torch"
 FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
 # Of pretrained weights that all train: measured, see docs/rates.md.
-USUAL_RATE = {"learning_rate": Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1)}
+USUAL_RATE = {"learning_rate": Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3)}
 CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to it
 
 

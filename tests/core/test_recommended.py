@@ -2,7 +2,16 @@
 
 import pytest
 
-from hf_ft import BitFitConfig, FullConfig, L2SPConfig, LinearProbeConfig, PEFTConfig, StockConfig, TREDConfig
+from hf_ft import (
+    BitFitConfig,
+    FullConfig,
+    L2SPConfig,
+    LinearProbeConfig,
+    LPFTConfig,
+    PEFTConfig,
+    StockConfig,
+    TREDConfig,
+)
 from hf_ft.core.compose import recommended_arguments
 from hf_ft.core.config import Recommended, config_class, strategies
 from hf_ft.strategies.auto.recipes import recommended_rate
@@ -22,6 +31,14 @@ def test_a_tenth_without_batch_norm(config, optim, value):
     assert rate(config, optim) == rate(config, optim, tiny_resnet()) == value
     assert rate(config, optim, tiny_vit()) == pytest.approx(value / 10, rel=1e-12)
     assert recommended_rate(config, optim, tiny_vit()) == rate(config, optim, tiny_vit())
+
+
+@pytest.mark.parametrize(("optim", "value"), [("adamw_torch", 1e-4), ("sgd", 1e-3)])
+def test_a_third_where_statistics_are_kept(optim, value):
+    for config in (FullConfig(norm_mode="eval"), L2SPConfig(norm_mode="eval")):
+        assert rate(config, optim, tiny_resnet()) == value
+        assert rate(config, optim, tiny_vit()) == rate(FullConfig(), optim, tiny_vit()), "it has no statistics"
+    assert rate(LPFTConfig(), optim, tiny_resnet()) == rate(LPFTConfig(norm_mode="auto"), optim, tiny_resnet())
 
 
 @pytest.mark.parametrize("config", [PEFTConfig(), BitFitConfig(), StockConfig()])
