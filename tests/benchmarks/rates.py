@@ -309,15 +309,17 @@ def write_page() -> None:
 
 def look_at_heads(tasks: Sequence[Task], models: Sequence[str]) -> None:
     """What the fitted rates of heads follow from, for each task and model."""
-    found = []
+    known = json.loads(HEADS.read_text(encoding="utf-8")) if HEADS.is_file() else []
+    found = {tuple(entry["of"]): entry for entry in known}
     for model in models:
-        for task in tasks:
+        for task in (replace(task, pixels=OWN_PIXELS.get(model, task.pixels)) for task in tasks):
             bench = Bench(task, model)
             data, (loaded, _) = bench.ready.splits["train"], bench.load(1)
             samples = Samples(len(data), lambda rows, b=bench, d=data: dict(b.ready.collate(read_rows(d, rows))))  # type: ignore[misc]
             fit = fit_head(loaded, anatomy(loaded), samples)
-            found.append({"of": [task.name, model], "curvature": fit.curvature, "feature_norm": fit.feature_norm})
-    HEADS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            of = (task.name, model)
+            found[of] = {"of": list(of), "curvature": fit.curvature, "feature_norm": fit.feature_norm}
+    HEADS.write_text(json.dumps(list(found.values()), indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
