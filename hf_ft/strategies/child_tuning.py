@@ -1,4 +1,4 @@
-"""Child-Tuning: update only a part of the network, drawn anew in each step (F) or chosen by Fisher information (D)."""
+"""Child-Tuning: update only a part of the network, redrawn in each step (F) or chosen by Fisher information (D)."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class ChildTuningConfig(FTConfig):
     mode: Literal["D", "F"] = option(
         "D",
         "'D' (task-driven): the weights of the blocks with the largest Fisher information, measured in a pass over the "
-        "training data, and everything outside the blocks. 'F' (task-free): any weights, drawn anew in each step.",
+        "training data, and everything outside the blocks. 'F' (task-free): any weights, redrawn in each step.",
     )
     p: float = option(
         0.2, "Fraction of the weights in the child network; 1 for full fine-tuning.", range="(0, 1]", source="code"

@@ -48,7 +48,7 @@ class Costs:
 
     Attributes:
         recipe: the training recipe.
-        batches: the samples, with the recorded activations that all trainings share.
+        batches: the samples, with the recorded activations that all training runs share.
         full: work of full fine-tuning per sample; 0 until its run is known.
         forward: the forward pass's share of it.
     """
@@ -72,7 +72,7 @@ class Costs:
         self.forward = work.total / len(self.rows) / self.full if self.full else FORWARD
 
     def ratio(self, run: Run) -> float:
-        """The cost of a training, in passes per sample and epoch."""
+        """The cost of a training run, in passes per sample and epoch."""
         return training_work(run, self.recipe, self.batches, self.rows) / self.full if self.full else 1.0
 
     def guessed(self, config: FTConfig) -> float:

@@ -1,4 +1,4 @@
-"""A recipe in the running, and how its brief trainings are judged."""
+"""A recipe in the running, and how its brief training runs are judged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Candidate:
     Attributes:
         ratio: cost of training it, in passes per sample and epoch.
         states: what it measured on the training part of each fold so far.
-        outcomes: its brief trainings so far, one for each fold.
+        outcomes: its brief training runs so far, one for each fold.
     """
 
     recipe: Recipe

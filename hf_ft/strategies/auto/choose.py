@@ -2,7 +2,7 @@
 
 The folds of the training samples take turns being held out. For the first, all recipes that the budget allows are
 trained; for each further one, the better half, but at least two, while the budget lasts (successive halving). The
-lowest mean log loss wins, each taken at its best temperature, since brief trainings differ in confidence.
+lowest mean log loss wins, each taken at its best temperature, since brief training runs differ in confidence.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NO_ROOM = "the budget has no room for it"
 class Chooser:
     """The choice of a strategy for a model and its training data.
 
-    Brief trainings form an Optuna study: an interrupted choice resumes where it stopped, and the processes of a run
+    Brief training runs form an Optuna study: an interrupted choice resumes where it stopped, and the processes of a run
     share them. All processes measure in step and arrive at the same choice.
 
     Args:
@@ -137,7 +137,7 @@ class Chooser:
         run = self._start(recipe, state)
         stage_borders(run.plan.stages, self._steps(min(len(part.train) for part in self.folds), self.epochs))
         if run.plan.streams:
-            raise OptionError("it also trains on other data, which brief trainings do not read")
+            raise OptionError("it also trains on other data, which brief training runs do not read")
         passes = self.trainings.recordings.passes
         if recipe.name == BASELINE:
             self.costs.set_full(self.model, run)
@@ -149,13 +149,13 @@ class Chooser:
         return Candidate(recipe, ratio, [state])
 
     def _steps(self, samples: int, epochs: float) -> int:
-        """The least number of optimizer steps in a training: a last batch of one sample may be dropped."""
+        """The least number of optimizer steps in a training run: a last batch of one sample may be dropped."""
         recipe = self.trainings.recipe
         whole, rest = divmod(samples, recipe.batch_size * recipe.accumulation)
         return max(1, int(epochs * (whole + (rest > 1 or not whole))))
 
     def _check_room(self, recipe: Recipe, ratio: float, planned: float) -> None:
-        """Reject a recipe whose brief training does not fit into the budget in addition to what is planned.
+        """Reject a recipe whose brief training run does not fit into the budget in addition to what is planned.
 
         Raises:
             OptionError: if it does not.
@@ -164,7 +164,7 @@ class Chooser:
             raise OptionError(NO_ROOM)
 
     def _brief(self, ratio: float, fold: int) -> float:
-        """The passes of a brief training, including its evaluation."""
+        """The passes of a brief training run, including its evaluation."""
         part = self.folds[fold]
         return ratio * self.epochs * len(part.train) + self.costs.forward * len(part.held_out)
 
@@ -180,7 +180,7 @@ class Chooser:
         averaging = AVERAGES * self.costs.forward * count if self.config.average else 0.0
         return ratio * self.whole + self.costs.measuring(recipe.config, count) + averaging
 
-    # --- brief trainings -----------------------------------------------------------------------------------
+    # --- brief training runs -------------------------------------------------------------------------------
 
     def _compare(self, candidates: Sequence[Candidate]) -> None:
         """Train all for the first fold, and the better half for each further one, while the budget lasts."""

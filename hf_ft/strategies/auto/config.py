@@ -48,8 +48,8 @@ class AutoStrategyConfig(FTConfig):
 
     .. math:: s^* = \arg\min_s \; \min_T \; \mathrm{CE}(z_s / T, \, y) \quad \text{on held-out training samples}
 
-    :math:`z_s` are the logits after a brief training with strategy :math:`s`. The run then trains :math:`s^*` as if it
-    had been asked for, at the learning rate it recommends unless one was set.
+    :math:`z_s` are the logits after a brief training run with strategy :math:`s`. The run then trains :math:`s^*` as if
+    it had been asked for, at the learning rate it recommends unless one was set.
     """
 
     paper = Paper(
@@ -59,7 +59,7 @@ class AutoStrategyConfig(FTConfig):
         "https://arxiv.org/abs/1502.07943",
         note="successive halving; here over folds of the training samples",
     )
-    formula = "s* = argmin_s min_T CE(z_s / T, y) on held-out training samples, z_s after a brief training with s"
+    formula = "s* = argmin_s min_T CE(z_s / T, y) on held-out training samples, z_s after a brief training run with s"
     recommended = {
         "learning_rate": Recommended(CHOSEN),
         "lr_scheduler_type": Recommended("cosine", "ours"),
@@ -78,7 +78,7 @@ class AutoStrategyConfig(FTConfig):
         (), "Names of the strategies to choose from, besides full fine-tuning; empty for all."
     )
     most: int = option(6, "Maximum number of strategies to train briefly.", range="[2, inf)")
-    share: float = option(1 / 3, "Length of a brief training, as a fraction of the run.", range="(0, 1]")
+    share: float = option(1 / 3, "Length of a brief training run, as a fraction of the whole run.", range="(0, 1]")
     folds: int = option(
         4,
         "Number of folds of the training samples; they take turns being held out, while the budget lasts.",

@@ -69,7 +69,7 @@ def choice_figure(choice: Choice, table: Table) -> Figure:
     rows = tuple(_bar(choice, one) for one in choice.ranking)
     axis = linear_axis([row.value for row in rows if row.value is not None] or [0.0], "log loss", include=[0.0])
     about = "; ".join(f"{row.label} {row.text}" for row in rows)
-    chart = Rows("Held-out log loss after a brief training", about, rows, axis, (), bars=True)
+    chart = Rows("Held-out log loss after a brief training run", about, rows, axis, (), bars=True)
     caption = f"Log loss on held-out samples, at the best temperature, after {choice.epochs} epochs; lower is better."
     key = [("win", "chosen"), ("other", "others")]
     if any(len(one.losses) < len(choice.ranking[0].losses) for one in choice.tried):

@@ -21,7 +21,7 @@ class Tried:
         expected: expected gain over full fine-tuning by earlier comparisons, as a share of test samples.
         losses: log loss on the held-out samples of each fold, infinite if the training diverged.
         accuracies: share of them classified correctly; empty if they do not have one class each.
-        cost: of one complete training, in full fine-tunings.
+        cost: of one complete training run, in full fine-tunings.
     """
 
     strategy: str
@@ -45,7 +45,7 @@ class Choice:
         rate: its learning rate, as in :class:`Tried`.
         tried: the recipes that were trained briefly, in the order in which they were tried.
         declined: why others were not, by name.
-        epochs: length of a brief training.
+        epochs: length of a brief training run.
         budget: what the whole run may cost, in full fine-tunings.
         searching: what the choice cost.
         finishing: what the training that follows costs.
