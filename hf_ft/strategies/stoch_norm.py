@@ -25,7 +25,7 @@ from hf_ft.models.stoch_norm import AddStochNorm, convertible, remove_stoch_norm
 
 NO_BATCH_NORM = advising.Rule(
     (("batch_norm_layers", "<", 1),),
-    "it changes BatchNorm, of which there is none ({batch_norm_layers:.0f} layers)",
+    "it changes BatchNorm layers, and the model has none ({batch_norm_layers:.0f} layers)",
     "",
 )
 
