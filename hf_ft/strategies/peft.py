@@ -31,7 +31,7 @@ from hf_ft.models.names import covered
 
 
 def _holders(model: nn.Module, head: Names) -> Names:
-    """The modules of the head that hold its weights: some tuners of PEFT cannot take a container back."""
+    """The modules of the head that hold its weights: some tuners of PEFT cannot restore a container."""
     inner = [(name, module) for name, module in model.named_modules() if covered(name, set(head))]
     return tuple(name for name, module in inner if next(module.parameters(recurse=False), None) is not None)
 
