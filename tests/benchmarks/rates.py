@@ -78,6 +78,7 @@ LAST = BlockwiseConfig(block="last_quarter")
 STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "linear_probe": (LinearProbeConfig(head_lr=None), PROBE),
     "full": (FullConfig(), USUAL),
+    "full, warm-up": (FullConfig(), USUAL),
     "full, eval": (FullConfig(norm_mode="eval"), LOWER),
     "daft, one rate": (DAFTConfig(head_lr=None), USUAL),
     "daft": (DAFTConfig(), USUAL),
@@ -104,6 +105,7 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "spot_tune": (SpotTuneConfig(), USUAL),
     "ada_filter": (AdaFilterConfig(), USUAL),
 }
+ARGUMENTS: dict[str, dict[str, float]] = {"full, warm-up": {"warmup_steps": 0.1}}  # of a tenth of the steps
 
 
 @dataclass(frozen=True)
@@ -351,7 +353,7 @@ def main() -> None:
                 def make(name: str = name, optim: str = optim, rate: float = rate, seed: int = seed) -> Entry:
                     nonlocal bench
                     bench = bench or Bench(task, model)  # noqa: B023
-                    return bench.run(STRATEGIES[name][0], optim, rate, seed)
+                    return bench.run(STRATEGIES[name][0], optim, rate, seed, **ARGUMENTS.get(name, {}))
 
                 key = {"task": task.name, "model": model, "strategy": name, "optim": optim, "rate": rate, "seed": seed}
                 runs.get(key, make)
