@@ -170,7 +170,9 @@ def _delta_folder(path: str | Path, revision: str | None, token: str | None) -> 
         cached_file(str(path), CONFIG_NAME, revision=extract_commit_hash(file, None), token=token)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise CheckpointError(f"{path} is no folder here, and no delta can be read from the Hub: {reason}.") from error
+        raise CheckpointError(
+            f"{path} is not a local folder, and no delta can be read from the Hub: {reason}."
+        ) from error
     return Path(file).parent
 
 

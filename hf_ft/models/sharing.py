@@ -75,7 +75,7 @@ def push_to_hub(
 def model_files(folder: Path) -> list[str]:
     """The files of a saved model in a folder, by their paths within it; members of an ensemble are subfolders."""
     if not folder.is_dir():
-        raise OptionError(f"{folder} is no folder here: name the folder that holds the model.")
+        raise OptionError(f"{folder} is not a local folder: give the folder that holds the model.")
     found = [path for path in folder.iterdir() if path.is_file() and _belongs(path)]
     for member in folder.glob(member_folder("*")):
         found += [path for path in member.iterdir() if path.is_file() and _belongs(path)]

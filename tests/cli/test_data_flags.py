@@ -64,7 +64,7 @@ def test_duplicates_among_many_samples_are_looked_for_if_asked(files, tmp_path, 
     flags = DataFlags(dataset=str(files / "whole"))
     data = prepare.read_data(flags)
     unasked = prepare.check_data(data, flags, prepare.prints_for(flags), tmp_path).checks
-    assert unasked.sentences()[0].startswith("duplicates are not looked for among 20 samples: add --on_duplicates")
+    assert unasked.sentences()[0].startswith("duplicates are not searched for in 20 samples: add --on_duplicates")
     flags = DataFlags(dataset=str(files / "whole"), on_duplicates="warn")
     asked = prepare.check_data(data, flags, prepare.prints_for(flags), tmp_path)
     assert asked.checks.duplicates and asked.splits is data.splits

@@ -94,7 +94,7 @@ def test_it_imports_what_this_process_does(tmp_path, environment, capsys):
             reader.join()
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith(os.path.join("torch", "__init__.py"))
-    assert second == "note: worker 2 ended with status 3; the others do its work"
+    assert second == "note: worker 2 ended with status 3; the others take over its work"
 
 
 def test_one_worker_is_this_process():

@@ -188,7 +188,7 @@ def test_without_kornia_the_error_says_what_to_install(kind, monkeypatch):
 def test_text_and_sounds_have_no_augmentation():
     rows = DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})})
     for kind in set(AUGMENTATIONS) - {"none"}:
-        with pytest.raises(DataError, match=f"augment='{kind}' changes images, and these data are text: use none"):
+        with pytest.raises(DataError, match=f"augment='{kind}' changes images, but these data are text: use none"):
             prepare(rows, None, find_columns(rows), kind)
 
 

@@ -142,6 +142,6 @@ def test_calibration_of_a_split_before_and_after():
 def test_where_it_cannot_be_kept_is_told(files, capsys):
     where = ["evaluate", "--model", "user/model", "--dataset", str(files / "photos")]
     assert main([*where, "--calibrate", str(files / "photos")]) == 2
-    assert "user/model is no folder here" in capsys.readouterr().err
+    assert "user/model is not a local folder" in capsys.readouterr().err
     assert main([*where, "--calibrate_split", "test"]) == 2
     assert "--calibrate_split test has no effect" in capsys.readouterr().err
