@@ -208,7 +208,7 @@ def check_augmentation(augment: str, task: str = "image") -> None:
     if augment not in AUGMENTATIONS:
         raise DataError(f"augment={augment!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}")
     if augment != "none" and task != "image":
-        raise DataError(f"augment={augment!r} changes images, and these data are {task}: use none")
+        raise DataError(f"augment={augment!r} changes images, but these data are {task}: use none")
     if augment in POLICIES:
         _kornia()  # loaded here, so that worker processes need not
 

@@ -62,7 +62,7 @@ class Mixing:
             OptionError: if the data are of another kind.
         """
         if self and task != "image":
-            raise OptionError(f"{self}: only images can be mixed, and these data are {task}. Leave it out.")
+            raise OptionError(f"{self}: only images can be mixed, but these data are {task}. Leave it out.")
 
     def __call__(self, batch: Mapping[str, Any], classes: int | None, seed: int) -> dict[str, Any]:
         """The batch, mixed.

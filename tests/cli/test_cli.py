@@ -368,7 +368,7 @@ REFUSED = {
     "--dataset CSV --label_column stars": "no column 'stars', only ['text', 'label', 'score']: set --label_column",
     "--dataset CSV": "ResNetConfig) is not a classifier of text data",
     "--dataset CSV --augment basic": "--augment basic changes images, but these data are text",
-    "--dataset CSV --cutmix 1": "cutmix=1: only images can be mixed, and these data are text",
+    "--dataset CSV --cutmix 1": "cutmix=1: only images can be mixed, but these data are text",
     "--dataset /no/such/folder": "cannot read the data '/no/such/folder'",
     "--test_split exam": "has no split 'exam', only ['test', 'train']: set --test_split",
     "--model CSV": "cannot read the model",

@@ -212,7 +212,7 @@ def test_a_frozen_part_is_computed_in_every_step_and_a_log_line_says_so(tmp_path
         trainer.train()
         said.append([record.getMessage() for record in caplog.records])
         assert recorded == [kind == "none"] * 6
-    assert said[0] == ["Training samples differ each time they are read: what is frozen is computed in every step."]
+    assert said[0] == ["Training samples differ each time they are read: the frozen part is computed in every step."]
     assert said[1] == said[0]
 
 

@@ -341,7 +341,7 @@ def test_statistics_that_cannot_follow_are_told(momentum, steps, told, caplog):
     with caplog.at_level("WARNING", logger="hf_ft"):
         warn_slow_statistics(model, names, steps)
         warn_slow_statistics(model, ["classifier.1.weight"], steps)  # those of frozen layers stay as they are
-    assert ("in 8 steps, their running statistics go 8 % of the way" in caplog.text) == told
+    assert ("in 8 steps, their running statistics move 8 % of the way" in caplog.text) == told
     assert len(caplog.records) == told
 
 
