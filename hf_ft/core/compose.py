@@ -148,7 +148,7 @@ def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
 # shrinks the steps.
 UNDER_SGD = {
     "optim_args": Recommended("momentum=0.9"),
-    "max_grad_norm": Recommended(0.0, why="with SGD, clipping the norm to 1 shrinks most steps"),
+    "max_grad_norm": Recommended(0.0, why="under SGD, clipping the norm to 1 shrinks most steps"),
 }
 
 

@@ -81,7 +81,7 @@ class Recommended:
     def __str__(self) -> str:
         """For display: the value, those for the other optimizers, and the factor without BatchNorm."""
         others = [
-            f"{rate:g} with {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
+            f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
         ]
         factor = [] if self.without_batch_norm == 1 else [f"times {self.without_batch_norm:g} without BatchNorm"]
         return ", ".join([str(self.value), *others, *factor])

@@ -144,7 +144,7 @@ def test_no_optimizer_is_warned_about_but_a_rate_that_nobody_set(tmp_path, monke
     assert not said
     trainer_on_shifted(tiny_resnet(), tmp_path, optim="sgd", learning_rate=5e-5, max_grad_norm=1.0)
     assert len(said) == 1 and "learning_rate=5e-05 (recommended: 0.002" in said[0]
-    assert "max_grad_norm=1.0 (recommended: 0.0, ours: with SGD, clipping" in said[0]
+    assert "max_grad_norm=1.0 (recommended: 0.0, ours: under SGD, clipping" in said[0]
 
 
 @pytest.mark.parametrize(("optim", "rate"), [("adamw_torch", 2e-4), ("sgd", 2e-3)])
