@@ -187,7 +187,7 @@ def entrant(
         epochs: number of epochs of each training run.
         model: a model of the kind to be trained.
         head: gives what determines the learning rate of the head, from the bench and the head's name if it was set;
-        None if the head is unknown.
+            None if the head is unknown.
         untuned: options that are not tuned, as ``strategy.option``; options set to non-default values are never tuned.
     """
     configs = tuple(configs)

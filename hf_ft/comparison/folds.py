@@ -28,8 +28,8 @@ class Folds:
     """How the training and validation samples are divided.
 
     Attributes:
-    pool: the training samples, followed by the validation samples.
-    parts: rows of the pool that are used for validation in each fold; the others are used for training.
+        pool: the training samples, followed by the validation samples.
+        parts: rows of the pool that are used for validation in each fold; the others are used for training.
     """
 
     pool: Dataset
@@ -82,8 +82,8 @@ def folds_of(data: Data, count: int | None) -> Folds | None:
     with a class that no other group has are always in training.
 
     Args:
-    count: number of folds; None for :data:`PARTS` if there are fewer than :data:`FEW` such samples. With one fold,
-    validation stays as it is.
+        count: number of folds; None for :data:`PARTS` if there are fewer than :data:`FEW` such samples. With one fold,
+            validation stays as it is.
 
     Raises:
         OptionError: if there are fewer samples than folds, or the splits have different columns.

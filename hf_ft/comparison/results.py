@@ -238,11 +238,11 @@ class Mistakes:
     """The most and least confident mistakes of the winner's saved run.
 
     Attributes:
-    split: the split that they are from.
-    number: number of all mistakes.
-    calibrated: whether probabilities are those with a temperature.
-            surest: the most probable first.
-            least_sure: the least probable first, without those of ``surest``.
+        split: the split that they are from.
+        number: number of all mistakes.
+        calibrated: whether probabilities are those with a temperature.
+        surest: the most probable first.
+        least_sure: the least probable first, without those of ``surest``.
     """
 
     split: str

@@ -105,7 +105,7 @@ class Tracked(TrainerCallback):
     A tracker that fails is left out with a warning: an unreachable server says nothing about a strategy.
 
     Attributes:
-    outcome: the training run, when it is done.
+        outcome: the training run, when it is done.
     """
 
     def __init__(self, told: Sequence[TrainerCallback]) -> None:

@@ -33,10 +33,10 @@ class Rule:
     """If its conditions hold, the points that a strategy declares for it count.
 
     Attributes:
-    when: figure of :meth:`hf_ft.advice.Signals.figures`, ``>=`` or ``<``, threshold; all must hold, and none holds
-    for a figure that was not measured.
-    because: the sentence, with the figures in braces.
-            source: a paper, or "ours"; empty for a fact.
+        when: figure of :meth:`hf_ft.advice.Signals.figures`, ``>=`` or ``<``, threshold; all must hold, and none holds
+            for a figure that was not measured.
+        because: the sentence, with the figures in braces.
+        source: a paper, or "ours"; empty for a fact.
     """
 
     when: tuple[tuple[str, str, float], ...]

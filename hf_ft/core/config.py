@@ -90,8 +90,8 @@ class Recommended:
         """The recommendation for this optimizer.
 
         Args:
-        batch_norm: whether the network has BatchNorm.
-        kept: whether BatchNorm keeps its statistics.
+            batch_norm: whether the network has BatchNorm.
+            kept: whether BatchNorm keeps its statistics.
         """
         other = self.sgd if optim == SGD else self.adam
         found = self if other is None else Recommended(other, "ours", self.why)

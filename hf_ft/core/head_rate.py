@@ -81,9 +81,9 @@ def fit_head(model: nn.Module, parts: Anatomy, samples: Samples, computing: Any 
     """Fit the rate to the features that the head of a model sees on this data.
 
     Args:
-    parts: the model's parts. In an ensemble, the member with the lowest stable rate decides.
-    samples: up to 256 of them, spread over the data, pass through the model in eval mode; it is left unchanged.
-            computing: context manager for the model's computations, such as autocast.
+        parts: the model's parts. In an ensemble, the member with the lowest stable rate decides.
+        samples: up to 256 of them, spread over the data, pass through the model in eval mode; it is left unchanged.
+        computing: context manager for the model's computations, such as autocast.
     """
     heads = [member.head.modules for _, member in parts.members] or [parts.head.modules]
     layers = [layer for head in heads for layer in logit_layers(model, head) or logit_layers(model, head, False)]

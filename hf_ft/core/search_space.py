@@ -64,7 +64,7 @@ class FittedRate:
     """Learning rates of a head around the one that is fitted to its features (:mod:`hf_ft.core.head_rate`).
 
     Attributes:
-    below, above: factors by which they may differ from it. Above it, training soon diverges.
+        below, above: factors by which they may differ from it. Above it, training soon diverges.
     """
 
     below: float = 10.0

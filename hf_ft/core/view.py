@@ -62,7 +62,7 @@ class View:
         features: input of the head, (B, d), for terms that need ``"features"``.
         logit_inputs: input of the layer that gives the logits, (B, d), for terms that need ``"logit_inputs"``; if there
             are logits for each token, pooled as these are.
-            second_view: the batch, read a second time, without labels, for terms that need ``"second_view"``; the batch
+        second_view: the batch, read a second time, without labels, for terms that need ``"second_view"``; the batch
             itself if samples are the same each time they are read, or if they were not read twice.
         states: states of the terms' layers by name, in float32 or wider: feature maps (B, C, H, W) or token states
             (B, T, C), whatever the order of axes in the model; inputs of modules as these take them. Layers that the

@@ -1,4 +1,4 @@
-"""Progress bars for what reads data: on a terminal, and only if it takes long."""
+"""Progress bars for reading data: on a terminal, and only if it takes long."""
 
 from __future__ import annotations
 

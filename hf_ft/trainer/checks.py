@@ -120,7 +120,7 @@ def check_evaluation(configs: Iterable[FTConfig], args: TrainingArguments, eval_
     """Check whether there are data to choose a final model on, for strategies that need them.
 
     Raises:
-    OptionError: if there are none, or if there are several and the metric belongs to none of them.
+        OptionError: if there are none, or if there are several and the metric belongs to none of them.
     """
     for config in configs:
         needs = config.needs()

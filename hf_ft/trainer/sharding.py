@@ -72,11 +72,11 @@ def check_sharding(args: TrainingArguments | Mapping[str, Any], configs: Iterabl
     """Reject arguments or a launcher that shard the model, except for FSDP2 where it is supported.
 
     Args:
-    args: training arguments, or those given on a command line, where nothing is ever sharded.
-            configs: the strategies.
+        args: training arguments, or those given on a command line, where nothing is ever sharded.
+        configs: the strategies.
 
-        Raises:
-            OptionError: naming the argument or the strategy.
+    Raises:
+        OptionError: naming the argument or the strategy.
     """
     given = args if isinstance(args, Mapping) else {name: getattr(args, name, None) for name in ARGUMENTS}
     fsdp2 = not isinstance(args, Mapping) and (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version") == 2

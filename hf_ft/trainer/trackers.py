@@ -44,9 +44,9 @@ class MLflow(MLflowCallback):
     Transformers' callback has already ended: MLflow would start another run. A slash in a name becomes an underscore:
     MLflow's file store keeps ``loss`` in a file of this name, next to which there can be no folder for ``loss/task``.
 
-        Args:
-            experiment: where to start a run in any case, nested in the active one, if there is one; by default, a run
-                is started as Transformers' callback does.
+    Args:
+        experiment: where to start a run in any case, nested in the active one, if there is one; by default, a run
+            is started as Transformers' callback does.
     """
 
     def __init__(self, options: Mapping[str, Any], experiment: str = "") -> None:

@@ -517,7 +517,7 @@ class FTTrainer(Trainer):
                     machine.
 
         Raises:
-        HubError: if it cannot be uploaded. Nothing is lost; the message says how to continue.
+            HubError: if it cannot be uploaded. Nothing is lost; the message says how to continue.
         """
         given = {"token": token, "revision": revision, "private": private, **kwargs}
         return push_result(self, commit_message or "End of training", blocking, **given)

@@ -26,14 +26,14 @@ class TrainingBatches:
     rows. If they were drawn from the states in a checkpoint, they would differ from those of an uninterrupted run: when
     the checkpoint is saved, the next batch has already been read.
 
-        Args:
-            dataset: rows by index.
-            collate: turns rows into a batch.
-            seed: seed of the augmentation.
-            epoch: number of the epoch, in memory that worker processes share.
-            twice: whether a batch also holds its rows as read with other random numbers, if these make a difference.
-            mixing: mixes the images and labels of each batch.
-            classes: number of classes, for labels that are classes; as for :class:`~hf_ft.data.mixing.Mixing`.
+    Args:
+        dataset: rows by index.
+        collate: turns rows into a batch.
+        seed: seed of the augmentation.
+        epoch: number of the epoch, in memory that worker processes share.
+        twice: whether a batch also holds its rows as read with other random numbers, if these make a difference.
+        mixing: mixes the images and labels of each batch.
+        classes: number of classes, for labels that are classes; as for :class:`~hf_ft.data.mixing.Mixing`.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class TrainingStream:
         """Start from the beginning, or from the position in a checkpoint.
 
         Raises:
-        CheckpointError: if that is missing or damaged, or was saved by another number of processes.
+            CheckpointError: if that is missing or damaged, or was saved by another number of processes.
         """
         args = self._args
         if not self.used:

@@ -280,7 +280,7 @@ def test_train_text_from_a_file(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "gradual_unfreezing(stages=2)" in printed and "3 steps" in printed and "recommended" not in printed
     assert "augmentation: none" in words(printed) and "test no such split" in words(printed)
-    assert "temperature none: 5 validation samples are too few for a temperature, which takes 30" in words(printed)
+    assert "temperature none: 5 validation samples are too few for a temperature, which needs 30" in words(printed)
     assert not (tmp_path / "out" / "ft_calibration.json").exists()
     answer = make_pipeline("text-classification", model=str(tmp_path / "out"))("good film")
     assert answer[0]["label"] in ("good", "bad")

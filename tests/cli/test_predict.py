@@ -86,7 +86,7 @@ def test_what_has_no_effect_is_refused(more, told, files, capsys):
     ("model", "data", "told"),
     [
         ("nothing", "photos", "cannot read the model"),
-        ("resnet", "nothing", "is no file or folder here"),
+        ("resnet", "nothing", "is not a local file or folder"),
         ("resnet", "reviews.csv", "set --image_column"),
         ("resnet", "texts", "there are no images in"),
         ("bert", "reviews.csv", "no image, audio or text column"),
