@@ -32,7 +32,7 @@ def test_files_and_differences_are_told(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--quantize", "int4"], "--quantize int4: only int8 is known"),
+        (["--quantize", "int4"], "--quantize int4: only int8 is supported"),
         (["--formats", "tflite"], "formats"),
         (["--split", "test"], "--split test has no effect: no --dataset"),
         (["--max_length", "8"], "--max_length 8 has no effect: the model classifies image data"),

@@ -348,8 +348,8 @@ def test_statistics_that_cannot_follow_are_told(momentum, steps, told, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adam_beta1": 1e308}, "the optimizer cannot be made .*: Invalid beta parameter"),
-        ({"lr_scheduler_kwargs": "x"}, "the learning rate schedule cannot be made .*must be a mapping"),
+        ({"adam_beta1": 1e308}, "the optimizer cannot be created .*: Invalid beta parameter"),
+        ({"lr_scheduler_kwargs": "x"}, "the learning rate schedule cannot be created .*must be a mapping"),
     ],
 )
 def test_what_torch_refuses_is_an_option(arguments, message, tmp_path):
