@@ -265,7 +265,7 @@ def reachable(storage: BaseStorage) -> Iterator[None]:
     """Name the server of a storage in place of gRPC's errors.
 
     Raises:
-        GoneError: if it cannot be reached any more.
+        GoneError: if it can no longer be reached.
         OptionError: if the storage behind it failed.
     """
     from optuna.storages import GrpcStorageProxy
