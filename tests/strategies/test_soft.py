@@ -598,7 +598,7 @@ def test_layers_that_a_joint_forward_cannot_divide():
     term = dataclasses.replace(run.plan.terms[0], layers=("classifier",))
     run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, terms=(term,)))
     objective = run.objective().train()
-    with pytest.raises(OptionError, match="layer 'classifier' lies in the head.*source_forward='separate'"):
+    with pytest.raises(OptionError, match="layer 'classifier' is in the head.*source_forward='separate'"):
         objective(**tiny_batch(objective))
 
 
