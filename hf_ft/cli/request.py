@@ -79,7 +79,7 @@ class Request:
         return values | {"output_dir": str(self.output_dir), "resume_from_checkpoint": None}
 
     def _by_steps(self) -> dict[str, Any]:
-        """Defaults of a training on a stream, which has no epochs."""
+        """Defaults of a training run on a stream, which has no epochs."""
         if not self.stream.streaming:
             return {}
         every = max(1, round(int(self.given.get("max_steps") or 0) / EVALUATIONS))

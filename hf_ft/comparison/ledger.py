@@ -44,7 +44,7 @@ def done_from(outcome: Outcome) -> Done:
     Raises:
         CheckpointError: if something in it is missing or of another type.
     """
-    return restored(Done, {**outcome.info, "seconds": outcome.seconds}, "results of a training")
+    return restored(Done, {**outcome.info, "seconds": outcome.seconds}, "results of a training run")
 
 
 class Ledger:

@@ -112,7 +112,7 @@ class Runner:
         """Run a few uncounted steps: the first run in a process is slower, which would distort its seconds."""
         short = dataclasses.replace(self.common, arguments={**self.common.arguments, "max_steps": 3})
         first = self.ledger.entrants[0]
-        with suppress(Exception):  # errors are reported by the trainings
+        with suppress(Exception):  # errors are reported by the runs themselves
             train(first, self.ledger.settings_of(first)[0], TUNING_SEED, short, self.kept.work("warm-up"))
 
     # --- jobs ----------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class FTConfig(PushToHubMixin):
     formula: ClassVar[str] = ""
     recommended: ClassVar[Mapping[str, Recommended]] = {}
     sources_option: ClassVar[str] = ""  # the option that lists several source models, if any
-    cost: ClassVar[float | None] = None  # relative cost of a training, on the scale of hf_ft.core.advising
+    cost: ClassVar[float | None] = None  # relative cost of a training run, on the scale of hf_ft.core.advising
     advice: ClassVar[Mapping[Rule, float | None]] = {}  # points by rule; None: the strategy cannot run
     tuned: ClassVar[Declared] = {}  # options tuned with the learning rate; none affects measure
     averages: ClassVar[bool] = False  # whether it only averages weights that another strategy may train

@@ -57,7 +57,7 @@ class Context:
         labels: their classes, (samples,), if known without reading the inputs.
         groups: numbers of the groups that they belong to, (samples,), which are held out as a whole; None if there are
             none.
-        recipe: the training recipe, for a strategy's own short trainings.
+        recipe: the training recipe, for a strategy's own short training runs.
         described: settings from which the recipe was built, to check whether results belong to it.
         frozen_cache: whether and where to store outputs of frozen parts.
         source: the source data, if any.

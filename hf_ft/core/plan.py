@@ -48,7 +48,7 @@ class Stage:
         dropout: whether dropout is active. If not, the model runs in eval mode, except for its moving norms and for
             modules with gradient checkpointing, which Transformers supports only in train mode.
         fresh_optimizer: whether the stage starts without the optimizer's state (momentum, moments) of earlier stages.
-        redraws: names of modules whose weights are drawn anew when the stage begins, as Transformers initialises them;
+        redraws: names of modules whose weights are redrawn when the stage begins, as Transformers initialises them;
             the first stage of a run draws nothing.
         schedule: the factor of the stage's learning rates as a function of the progress within the stage, from 0 at
             its first step towards 1. It replaces the schedule and the warm-up of the training arguments.

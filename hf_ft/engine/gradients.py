@@ -18,7 +18,7 @@ SMALLER = 16.0  # factor by which loss scales fall if float16 overflows
 
 @contextmanager
 def looking(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Context for some batches in train mode: on exit, buffers and random states are restored, and gradients dropped."""
+    """Context for some batches in train mode: on exit, buffers and random states are restored, gradients dropped."""
     with random_states_kept(None if seed is None else seed % 2**32), buffers_kept(model):
         try:
             yield

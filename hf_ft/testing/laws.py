@@ -33,7 +33,7 @@ Law = Callable[[FTConfig, Maker, Path], None]
 
 
 def config_round_trip(config: FTConfig, make: Maker, folder: Path) -> None:
-    """A saved and reloaded config is equal but for local options; an option of a newer version is ignored, not fatal."""
+    """A saved and reloaded config is equal but for local options; options of a newer version are ignored, not fatal."""
     config.save_pretrained(folder)
     assert FTConfig.from_pretrained(folder) == as_saved(config)
     assert type(config).from_pretrained(folder) == as_saved(config)
