@@ -30,7 +30,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score a trained model on labelled data: metrics, confusions, an HTML page"),
     "export": (
         "export",
-        "convert a trained model to ONNX or torch.export, checked against it: runs without Transformers",
+        "convert a trained model to ONNX or torch.export, to run without Transformers, and check it",
     ),
     "push": ("push", "upload a saved model, adapter, ensemble or delta to the Hub"),
     "demo": ("demo", "compare seven strategies on real images, in a few minutes and without a GPU"),

@@ -51,7 +51,7 @@ class Folds:
         splits = {**data.splits, "train": self.pool.select(train), "validation": self.pool.select(validation)}
         note = (
             f"validation: {len(self.parts)} parts of the {len(self.pool)} labelled samples (train and validation) take "
-            "turns, while the others are trained on"
+            "turns, and the model is trained on the others"
         )
         return replace(data, splits=DatasetDict(splits), notes=(*data.notes, note))
 

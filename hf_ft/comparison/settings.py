@@ -71,8 +71,8 @@ class Settings:
 
     trials: int = setting(
         8,
-        "tuning budget per strategy, as the work of this many full fine-tuning runs; 0: no tuning, each runs once "
-        "per seed with its defaults",
+        "tuning budget per strategy, as the work of this many full fine-tuning runs; 0: no tuning, each strategy runs "
+        "once per seed",
     )
     seeds: int = setting(5, "final runs per strategy with its best settings")
     metric: str | None = setting(

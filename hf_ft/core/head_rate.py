@@ -111,7 +111,7 @@ def measure_head_rate(strategy: WithHeadRate, model: nn.Module, context: Context
     if not context.samples.count:
         logger.warning(
             f"{strategy.ft_type}.head_lr='auto' uses learning_rate={context.recipe.learning_rate:g}: a stream of "
-            "samples is not read before training. Set a number, allow it to be read with measure_samples=256, or pass "
+            "samples is not read before training. Set a number, let it be read with measure_samples=256, or pass "
             "a map-style train_dataset."
         )
         return {}

@@ -43,7 +43,7 @@ def check_labels(dataset: Any, where: str, num_labels: int, problem_type: str | 
         reason = _wrong(label, num_labels, problem_type)
         if reason:
             shown = repr(label) if not isinstance(label, list | np.ndarray | torch.Tensor) else f"{list(label)!r:.60}"
-            raise OptionError(f"{where}: {column} {shown} in row {row} {reason}")
+            raise OptionError(f"{where}: {column} {shown} of row {row} {reason}")
     return problem_type
 
 

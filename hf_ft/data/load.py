@@ -194,7 +194,7 @@ def _carve(
         )
     if by is not None and max(Counter(values_of(train, by)).values()) == 1:
         raise DataError(
-            f"each of the {len(train):,} rows has another class in column {by!r}, so none can be held out for "
+            f"each of the {len(train):,} rows has a different class in column {by!r}, so none can be held out for "
             f"{name}: set {name}_split, or give the column of the classes with label_column",
             arguments=(f"{name}_split", "label_column"),
         )

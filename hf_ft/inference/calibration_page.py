@@ -18,7 +18,7 @@ def calibration_section(bins: Sequence[Bin], ece: float, calibration: Calibratio
 
 
 def _told(ece: float, calibration: Calibration | None) -> str:
-    told = f"Expected calibration error {score(ece)}: the average difference between confidence and accuracy."
+    told = f"Expected calibration error {score(ece)}: the average absolute difference between confidence and accuracy."
     if calibration is None:
         return f"{told} Probabilities are the model's own, without a temperature."
     before, after = calibration.ece

@@ -60,7 +60,7 @@ def check_stream(
         return
     if args.max_steps <= 0 and not hasattr(train_dataset, "__len__"):
         raise OptionError(
-            f"max_steps={args.max_steps}: train_dataset is a stream without a length, so that a number of epochs means "
+            f"max_steps={args.max_steps}: train_dataset is a stream without a length, so a number of epochs means "
             "nothing. Set max_steps to the number of steps to train."
         )
     if getattr(train_dataset, "_distributed", None) is not None:

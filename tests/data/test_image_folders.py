@@ -95,7 +95,7 @@ def test_folders_that_may_be_splits_are_refused(names, tmp_path):
     for split in names:
         for name in ("a", "b"):
             write(tmp_path / split / name)
-    with pytest.raises(DataError, match=r"contain folders of images.*and train_split, which is '\.' if they are"):
+    with pytest.raises(DataError, match=r"contain folders of images.*set train_split to '\.'"):
         load_splits(str(tmp_path))
     one = load_splits(str(tmp_path), train_split=names[0], test_split=names[1])
     assert len(paths({"": one["test"]})) == 8 and one["train"].features["label"].names == ["a", "b"]
@@ -189,7 +189,7 @@ def test_a_folder_that_is_no_data_set_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FEW", 20)
     monkeypatch.setattr(files, "load_dataset", lambda *_, **__: pytest.fail("searched"))
     with pytest.raises(
-        DataError, match=r"of the first 30 files in it and its subfolders, [01] are images, sounds or tables"
+        DataError, match=r"of the first 30 files in it and its subfolders, only [01] are images, sounds or tables"
     ):
         load_splits(str(tmp_path))
 

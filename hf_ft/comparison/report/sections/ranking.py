@@ -73,8 +73,8 @@ def ranking(results: Results, standings: Sequence[Standing]) -> Section:
     better = "higher is better" if results.greater_is_better else "lower is better"
     lead = (
         f"Ranked by mean validation {metric} ({better}); ties are broken by the later half of the epochs. Scores are "
-        "mean ± standard deviation over seeds. Differences are from full fine-tuning with the same seeds, with 95 % "
-        "intervals (Student's t)."
+        "mean ± standard deviation over seeds. Differences are relative to full fine-tuning with the same seeds, with "
+        "95 % intervals (Student's t)."
     )
     figure = difference_figure(results, standings, split)
     more = (figure,) if figure else ()
