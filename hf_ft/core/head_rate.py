@@ -78,7 +78,7 @@ class HeadFit:
 
 
 def fit_head(model: nn.Module, parts: Anatomy, samples: Samples, computing: Any = nullcontext) -> HeadFit:
-    """Fit the rate to the features that the head of a model sees on this data.
+    """Measure the features that the head of a model sees on this data.
 
     Args:
         parts: the model's parts. In an ensemble, the member with the lowest stable rate decides.

@@ -55,7 +55,7 @@ def _drawn(dataset: Any, count: int, among: int, seed: int) -> FewSamples:
         OptionError: if there are none.
     """
     if isinstance(dataset, datasets.IterableDataset):
-        dataset = split_dataset_by_node(dataset, 0, 1)  # at its first epoch, whatever the epoch of the user's is
+        dataset = split_dataset_by_node(dataset, 0, 1)  # at its first epoch, whatever epoch the user's is at
     drawing, kept = random.Random(seed), FewSamples()
     for number, sample in enumerate(itertools.islice(iter(dataset), max(count, among))):
         if number < count:
