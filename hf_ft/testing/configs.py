@@ -112,7 +112,7 @@ _SPREADS, _SPREAD = ("initializer_range", "init_std"), 0.2
 """Ten times the usual value, which is meant for hundreds of channels and would let the signal die out here."""
 
 _LAYERDROP = 0.5
-"""The usual 0.1 would leave the two layers unmasked in most of a test's few steps."""
+"""The usual 0.1 would skip neither of the two layers in most of a test's few steps."""
 
 _TEXT = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
