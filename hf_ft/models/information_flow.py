@@ -1,4 +1,4 @@
-"""Where information flows in a network: the modules through whose output everything that sets the logits passes."""
+"""Where information flows in a network: the modules whose output carries everything that determines the logits."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def _state(module: nn.Module) -> Iterator[Tensor]:
 
 
 def called_units(blocks: Sequence[Names], seen: Mapping[str, Seen]) -> tuple[Names, ...]:
-    """The modules of each block that return a row for each sample, so that a sample can choose its row.
+    """The modules of each block that return a row for each sample, so that each sample can choose its path.
 
     The last module of a block must do so; others, such as position embeddings that it needs, are not chosen.
 
