@@ -21,7 +21,7 @@ from hf_ft.metrics import classification_metrics
 
 @dataclass
 class Arguments:
-    sources: list[str] = field(metadata={"help": "Hub ids or folders of image classifiers; one may come twice."})
+    sources: list[str] = field(metadata={"help": "Hub ids or folders of image classifiers; one may occur twice."})
     data: str = field(metadata={"help": "Folder of class folders."})
     frozen: list[int] = field(
         default_factory=list, metadata={"help": "Frozen layers of each source; default: search for them."}

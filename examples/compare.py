@@ -3,8 +3,9 @@
     python examples/compare.py --model microsoft/resnet-18 --data photos/ --strategies linear_probe lp_ft lp_ft+l2_sp
     accelerate launch --multi_gpu --num_processes 2 examples/compare.py --model ... --data ...
 
-Under a launcher, each process is a worker that takes the next training. An interrupted comparison continues when it is
-started again. On a machine without a GPU, add `--use_cpu True`; every field of `hf_ft.comparison.Settings` is a flag.
+Under a launcher, each process is a worker that takes the next training run. An interrupted comparison continues when it
+is started again. On a machine without a GPU, add `--use_cpu True`; every field of `hf_ft.comparison.Settings` is a
+flag.
 """
 
 import os
@@ -40,7 +41,7 @@ def main() -> None:
     become_worker()  # before anything looks for a GPU
     script, settings = HfArgumentParser((Arguments, Settings)).parse_args_into_dataclasses()
 
-    splits = load_splits(script.data, test_fraction=0.25)  # also sets a validation split aside, if there is none
+    splits = load_splits(script.data, test_fraction=0.25)  # also holds out a validation split, if there is none
     prepared = prepare_comparison(
         script.model,
         splits,
@@ -52,7 +53,7 @@ def main() -> None:
         use_cpu=script.use_cpu,
     )
     say(prepared.estimate())
-    prepared.runner.run()  # returns in all processes once the last training is done
+    prepared.runner.run()  # returns in all processes once the last training run is done
     if not is_main():
         return
     results = prepared.finish("python examples/compare.py")
@@ -64,7 +65,7 @@ def main() -> None:
             continue
         scores = ", ".join(f"{split} {spread.mean:.3f}" for split, spread in standing.spreads.items())
         difference = standing.differences.get("test")
-        versus = "" if difference is None else f", {difference.mean:+.3f} to full on test"
+        versus = "" if difference is None else f", {difference.mean:+.3f} vs. full on test"
         print(f"{standing.rank:>2} {standing.name}: {scores}{versus}")
     print(f"{workers} worker(s), winner: {results.winner or 'none'}; see {script.output_dir}/report.html")
 

@@ -1,7 +1,7 @@
 """Fine-tune an audio classifier on a folder with one subfolder of sounds per class.
 
     python examples/train_audio.py --model facebook/wav2vec2-base --data sounds/ --strategy lp_ft
-    python examples/train_audio.py --model facebook/wav2vec2-base            # on tones that it makes
+    python examples/train_audio.py --model facebook/wav2vec2-base            # on tones that it generates
 
 Needs `pip install 'hf-ft[audio]'`. On a machine without a GPU, add `--use_cpu True`; every flag of TrainingArguments
 works.
@@ -24,7 +24,7 @@ from hf_ft.zoo import load_model
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "Hub id or folder of an audio classifier or backbone."})
-    data: str | None = field(default=None, metadata={"help": "Folder of class folders; by default tones are made."})
+    data: str | None = field(default=None, metadata={"help": "Folder of class folders; default: generated tones."})
     strategy: list[str] = field(default_factory=lambda: ["lp_ft"], metadata={"help": "One or more of `hf-ft list`."})
     max_seconds: float = field(default=5.0, metadata={"help": "Length to which sounds are cut."})
 

@@ -1,8 +1,8 @@
-"""Errors that a user can mend: the message names the field, its value and the fix.
+"""Errors that a user can fix: the message names the field, its value and the fix.
 
-Whatever a file contains, its reader raises one type:
+Whatever a file contains, its reader raises a single type:
 
-- CheckpointError: what a training, a search or a comparison saved: weights, states, deltas, positions in streams,
+- CheckpointError: what a training run, a search or a comparison saved: weights, states, deltas, positions in streams,
   ``results.json``, ``advice.json``, ``blocks.json``, ``swarm.json``; and the weights of a pretrained model.
 - OptionError: what sets options: ``ft_config.json``, a YAML file, the config and processor of a pretrained model, the
   storage of a search.
@@ -20,7 +20,7 @@ class Error(ValueError):
     """Base of the package's own errors.
 
     Attributes:
-        arguments: the names of the Python arguments in the message that settle it; the command line shows them as
+        arguments: the names of the Python arguments in the message that fix the error; the command line shows them as
             flags.
     """
 
@@ -32,7 +32,7 @@ class Error(ValueError):
 
 
 class AnatomyError(Error):
-    """The model's head or blocks cannot be told; the message names the argument that settles it."""
+    """The model's head or blocks cannot be determined; the message names the argument that sets them."""
 
 
 class CheckpointError(Error):
@@ -40,7 +40,7 @@ class CheckpointError(Error):
 
 
 class DataError(Error):
-    """Data that cannot be read, or do not fit. The message names the place in them, or the argument that settles it."""
+    """Data that cannot be read or do not fit. The message names the place in the data, or the argument to set."""
 
 
 class OptionError(Error):
@@ -48,16 +48,16 @@ class OptionError(Error):
 
 
 class HubError(Error):
-    """An upload to the Hub that failed. Nothing is lost by it: the message names the folder and how to go on."""
+    """An upload to the Hub that failed. Nothing is lost: the message names the folder and says how to continue."""
 
 
 class MachineError(Error):
-    """The disk or the memory of this machine gave out. Nothing is decided by it: the same call goes on later."""
+    """This machine ran out of disk space or memory. No result is affected: the same call continues later."""
 
 
 @contextmanager
 def accepted(what: str) -> Iterator[None]:
-    """Name what a library refuses to make from the user's values.
+    """Name what a library refuses to create from the user's values.
 
     Raises:
         OptionError: in place of the library's ``TypeError`` or ``ValueError``.
@@ -67,7 +67,7 @@ def accepted(what: str) -> Iterator[None]:
     except Error:
         raise
     except (TypeError, ValueError) as error:
-        raise OptionError(f"{what} cannot be made from the training arguments: {error}. Correct them.") from error
+        raise OptionError(f"{what} cannot be created from the training arguments: {error}. Correct them.") from error
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

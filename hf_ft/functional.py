@@ -41,7 +41,7 @@ class _HalfSquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, starts: Sequence[Tensor] | None, *weights: Tensor) -> Tensor:
-        # In half precision, sums of squares would lose the small differences that they consist of.
+        # In half precision, sums of squares would lose the small differences of which they consist.
         wide = [w.detach() if w.dtype in (torch.float32, torch.float64) else w.detach().float() for w in weights]
         ctx.dtypes = [w.dtype for w in weights]
         differences = wide if starts is None else torch._foreach_sub(wide, list(starts))
@@ -216,7 +216,7 @@ def batch_spectral_shrinkage(features: Tensor, k: int = 1) -> Tensor:
     .. math:: \sum_{i=1}^{k} \sigma_{-i}^2
 
     There are min(B, d) singular values; if k is larger, all are summed. Values that are 0 up to rounding count as 0.
-    A batch of one sample has a single singular value, which carries no information on a spectrum: the result is 0.
+    A batch of one sample has a single singular value, which carries no information about a spectrum: the result is 0.
 
     Args:
         features: (B, d); narrower types are computed in float32.
@@ -302,8 +302,8 @@ def mmd2(x: Tensor, y: Tensor, *, unbiased: bool = False, bandwidths: Tensor | N
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n1, n2), from differences: with a matrix product, equal samples would not be exactly 0 apart.
 
-    Called for each pair of sets, not once for all: where x equals y, the gradients then cancel exactly. A rest of 1e-8
-    would be a full step of Adam, in a random direction.
+    Called for each pair of sets, not once for all: where x equals y, the gradients then cancel exactly. A remainder of
+    1e-8 would be a full step of Adam, in a random direction.
     """
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
 
@@ -371,19 +371,19 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 3.0
 def soft_cross_entropy(
     logits: Tensor, shares: Tensor, class_weights: Tensor | None = None, smoothing: float = 0.0
 ) -> Tensor:
-    r"""Cross-entropy with several classes per sample, as of mixed images.
+    r"""Cross-entropy with several classes per sample, as for mixed images.
 
     .. math:: -\frac{\sum_b \sum_c w_c \, q_{bc} \log \operatorname{softmax}(z_b)_c}{\sum_b m_b}, \qquad
         q_b = (1 - \epsilon) \, y_b + \epsilon \, m_b / C, \qquad m_b = \sum_c y_{bc}
 
     It is linear in the shares: for :math:`y = \lambda y_1 + (1 - \lambda) y_2`, it is :math:`\lambda L(y_1) +
-    (1 - \lambda) L(y_2)`. A sample without label has shares of 0 and does not count.
+    (1 - \lambda) L(y_2)`. A sample without a label has shares of 0 and does not count.
 
     Args:
         logits: (B, C).
-        shares: (B, C), y; those of a sample sum to 1.
+        shares: (B, C), y; the shares of a sample sum to 1.
         class_weights: (C,), w; by default 1.
-        smoothing: :math:`\epsilon`, as of ``label_smoothing_factor``.
+        smoothing: :math:`\epsilon`, as for ``label_smoothing_factor``.
 
     Returns:
         A scalar, in float32 or wider.
@@ -501,7 +501,7 @@ def calibrated_log_loss(logits: Tensor, labels: Tensor, weights: Tensor | None =
         return float((share * (expected - z.gather(1, y[:, None]).squeeze(1))).mean())
 
     low, high = math.log(1e-3), math.log(1e3)
-    for _ in range(60):  # of an interval of 14, what is left is rounding
+    for _ in range(60):  # from an interval of length 14, only rounding errors are left
         middle = (low + high) / 2
         low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
     scale = math.exp((low + high) / 2)

@@ -39,7 +39,7 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]],
         home = names.get(name, package)
         if home != package:
             value = getattr(importlib.import_module(home), name)
-            setattr(sys.modules[package], name, value)  # found without this function from now on
+            setattr(sys.modules[package], name, value)  # from now on, it is found without this function
             return value
         if not name.startswith("_") and find_spec(f"{package}.{name}"):
             return importlib.import_module(f"{package}.{name}")

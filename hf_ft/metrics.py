@@ -173,7 +173,7 @@ def classification_metrics(eval_prediction: EvalPrediction) -> Scores:
 
 
 def local_scores(kind: Kind, predictions: np.ndarray, references: np.ndarray) -> Scores:
-    """All local metrics of this kind of task, of classes (B,), zeros and ones (B, C), or numbers."""
+    """All local metrics for this kind of task: of classes (B,), zeros and ones (B, C), or numbers."""
     fitting = (metric for metric in LOCAL_METRICS.values() if kind in metric.kinds)
     return {metric.key: _local_score(metric, predictions, references) for metric in fitting}
 

@@ -1,4 +1,4 @@
-"""Names of processes, by which others on the same machine can tell that one is gone."""
+"""Names of processes, from which others on the same machine can tell that a process is gone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _NAME = re.compile(r"([0-9a-f]{12})-(\d+)-(\d+)")
 def process_name() -> str:
     """A name of this process that no other has or will have: where it runs, its number, and when it started.
 
-    Its number alone where the rest cannot be determined, as on systems other than Linux.
+    Only its number if the rest cannot be determined, as on systems other than Linux.
     """
     place, started = _place(), _start(os.getpid())
     return f"{place}-{os.getpid()}-{started}" if place and started else str(os.getpid())
 
 
 def is_gone(name: str) -> bool:
-    """Whether a process certainly ended; False if it runs, or ran elsewhere, where its number says nothing here."""
+    """Whether a process has certainly ended; False if it runs, or ran elsewhere and its number means nothing here."""
     match = _NAME.fullmatch(name)
     if match is None or match[1] != _place():
         return False
@@ -41,8 +41,8 @@ def is_gone(name: str) -> bool:
 def _place() -> str | None:
     """The machine since it was last started, and the namespace of process numbers: a container has its own.
 
-    The host's name alone would not do: containers of several machines may have the same. It tells copies of a virtual
-    machine apart, which were all started once. None where /proc shows the processes of another namespace.
+    The host name alone would not suffice: containers on several machines may share it. It distinguishes copies of a
+    virtual machine, which were all started at the same time. None if /proc shows the processes of another namespace.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -55,7 +55,7 @@ def _place() -> str | None:
 
 
 def _start(number: int) -> str | None:
-    """When a process started, in ticks since the machine did; ``0`` if it ended and only its parent does not know."""
+    """When a process started, in ticks since the machine did; ``0`` if it has ended and its parent has not noticed."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 from hf_ft.errors import CheckpointError, Error
 
 T = TypeVar("T")
-DEEPEST = 100  # nesting that is read: whoever walks through deeper content exceeds Python's recursion limit
+DEEPEST = 100  # deepest nesting that is read: traversing deeper content exceeds Python's recursion limit
 
 
 def read_json(file: Path) -> Any:
@@ -39,8 +39,8 @@ def restored(kind: type[T], content: Any, what: str, *, null: float | None = Non
 
     Args:
         what: what the content should be, for the message, such as ``block scores``.
-        null: what null stands for where a float is expected, if it may stand there.
-        complete: whether fields with a default are required, too; not for files of versions that lacked them.
+        null: what null means where a float is expected, if it is allowed there.
+        complete: whether fields with a default are also required; not for files of versions that lacked them.
 
     Raises:
         CheckpointError: if a field is missing, of another type, or rejected by the dataclass; the message names it.
@@ -52,7 +52,7 @@ def restored(kind: type[T], content: Any, what: str, *, null: float | None = Non
 
 
 def stored(record: Any) -> Any:
-    """A dataclass as content for JSON: as :func:`dataclasses.asdict`, but without copies of what cannot change."""
+    """A dataclass as content for JSON: like :func:`dataclasses.asdict`, but without copying what cannot change."""
     if dataclasses.is_dataclass(record):
         return {field.name: stored(getattr(record, field.name)) for field in dataclasses.fields(record)}
     if isinstance(record, Mapping):
@@ -105,7 +105,7 @@ class _Reader:
 
     def one_of(self, kinds: tuple[Any, ...], value: Any, place: str) -> Any:
         reason = _OtherShape()
-        for kind in reversed(kinds):  # None, usually the last, has the least to say about another value
+        for kind in reversed(kinds):  # None, usually last, gives the least informative message about another value
             try:
                 return self.value(kind, value, place)
             except _OtherShape as error:
@@ -154,7 +154,7 @@ def _shown(value: Any) -> str:
 
 
 def _deeper(content: Any, depth: int) -> bool:
-    """Whether content is nested more than so many levels deep."""
+    """Whether content is nested more than this many levels deep."""
     level = [content]
     for _ in range(depth):
         level = [

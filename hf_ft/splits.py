@@ -17,7 +17,7 @@ from hf_ft.errors import DataError, OptionError
 logger = hf.utils.logging.get_logger(__name__)
 
 SHOWN = 5  # classes named in a message
-FINEST = 20  # parts of which a held-out share is put together where groups stay whole
+FINEST = 20  # parts from which a held-out share is assembled if groups stay whole
 
 
 def stratified_rows(labels: np.ndarray, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ def _draw(
 def _draw_rare(
     rows: np.ndarray, labels: np.ndarray, size: int, seed: int, every_class: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Like ``_draw``, where some classes have too few rows for scikit-learn's splitter."""
+    """Like ``_draw``, for when some classes have too few rows for scikit-learn's splitter."""
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(rows))
     classes, counts = np.unique(labels, return_counts=True)
@@ -90,7 +90,7 @@ def _class_sizes(counts: np.ndarray, size: int, every_class: bool, generator: np
 def grouped_folds(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int) -> list[np.ndarray]:
     """Divide rows into parts of about equal size and class proportions, each group in a single part.
 
-    By scikit-learn's ``StratifiedGroupKFold``; if all classes have fewer rows than there are parts, only the sizes of
+    Uses scikit-learn's ``StratifiedGroupKFold``; if all classes have fewer rows than there are parts, only the sizes of
     the parts are balanced.
 
     Args:
@@ -112,8 +112,8 @@ def grouped_folds(labels: np.ndarray, groups: np.ndarray, parts: int, seed: int)
 def grouped_share(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Draw about this share of the rows, in whole groups, with about the same class proportions.
 
-    Of several draws, that is taken which leaves most classes among the others, has most classes itself, and is closest
-    to the wanted size, in this order.
+    Of several draws, the one is chosen that leaves the most classes among the other rows, has the most classes itself,
+    and is closest to the requested size, in this order.
 
     Args:
         labels: class of each row, (n,).
@@ -121,7 +121,7 @@ def grouped_share(labels: np.ndarray, groups: np.ndarray, share: float, seed: in
         share: between 0 and 1.
 
     Returns:
-        Row indices, ascending; neither none nor all.
+        Row indices, ascending; at least one row, and not all.
     """
     most = min(FINEST, len(np.unique(groups)))
     wanted = Fraction(share).limit_denominator(most)
@@ -140,7 +140,7 @@ def grouped_share(labels: np.ndarray, groups: np.ndarray, share: float, seed: in
 def hold_out(
     count: int, size: int, labels: np.ndarray | None = None, groups: np.ndarray | None = None, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Divide rows into those that train and those that are held out.
+    """Divide rows into those for training and those that are held out.
 
     Args:
         count: number of rows.
@@ -149,7 +149,7 @@ def hold_out(
         groups: group of each row, (count,): a group is held out as a whole or not at all.
 
     Raises:
-        OptionError: if all rows are of one group.
+        OptionError: if all rows belong to one group.
     """
     if groups is None:
         counts = np.unique(labels, return_counts=True)[1] if labels is not None else np.array([0])
@@ -157,15 +157,15 @@ def hold_out(
         rows = np.arange(count)
         return tuple(train_test_split(rows, test_size=size, random_state=seed, stratify=labels if fits else None))
     if len(np.unique(groups)) < 2:
-        raise OptionError(f"all {count} training samples are of one group, so that none can be held out.")
+        raise OptionError(f"all {count} training samples belong to one group, so none can be held out.")
     held_out = grouped_share(np.zeros(count, int) if labels is None else labels, groups, size / count, seed)
     return np.setdiff1d(np.arange(count), held_out), held_out
 
 
 def may_be_held_out(labels: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    """The rows each of which can be held out, or its group, and every class still be learned.
+    """The rows that can be held out, each alone or with its group, while every class can still be learned.
 
-    A class with a single row, or whose rows are all of one group, always trains, and so does that group.
+    A class with a single row, or whose rows are all in one group, is always in training, and so is that group.
 
     Args:
         labels: class of each row, (n,).
@@ -182,7 +182,7 @@ def may_be_held_out(labels: np.ndarray, groups: np.ndarray | None = None) -> np.
 
 
 def most_parts(labels: np.ndarray, groups: np.ndarray | None = None) -> int:
-    """The most parts of :func:`held_out_parts`: the number of rows, or of groups, that may be held out."""
+    """The largest number of parts for :func:`held_out_parts`: the number of rows, or groups, that may be held out."""
     rows = may_be_held_out(labels, groups)
     return len(rows) if groups is None else len(np.unique(groups[rows]))
 
@@ -256,7 +256,7 @@ def stratified_split(
     sizes = {"train": train, "validation": validation}
     sizes["test"] = len(dataset) - train - validation if test is None else test
     if min(sizes.values()) < 0 or sum(sizes.values()) > len(dataset):
-        raise DataError(f"cannot split {len(dataset)} rows into {sizes}: ask for fewer")
+        raise DataError(f"cannot split {len(dataset)} rows into {sizes}: request fewer")
     labels = np.zeros(len(dataset)) if by is None else np.asarray(dataset.with_format(None)[by][:])
     rows = stratified_rows(labels, sizes, seed)
     names = getattr(dataset.features[by], "names", None) if by is not None else None

@@ -214,7 +214,7 @@ def delta_that_is_not_there(folder):
     try:
         hf_ft.load_delta("ann/nothing")
     except hf_ft.CheckpointError as error:
-        assert "ann/nothing is no folder here" in str(error)
+        assert "ann/nothing is not a local folder" in str(error)
     else:
         raise AssertionError("it was")
 

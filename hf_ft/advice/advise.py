@@ -74,10 +74,10 @@ def advise(
     Args:
         model: a pretrained classifier; its own head does not matter.
         train_dataset: map-style; samples are dictionaries of the model's keyword arguments and ``labels``, without
-            augmentation. From more than 5,000 samples, a random subset of 5,000 is drawn.
+            augmentation. If there are more than 5,000 samples, a random subset of 5,000 is used.
         collate: turns a list of samples into a batch.
         source_head: whether the pretrained head is available to strategies. If the model carries it
-            (:func:`hf_ft.from_pretrained`), the relation between the two tasks is measured, too.
+            (:func:`hf_ft.from_pretrained`), the relation between the two tasks is also measured.
         source_data: whether pretraining data are available.
         members: number of source models available.
         seed: seed of the sample order and the folds.

@@ -1,4 +1,4 @@
-"""What earlier comparisons say before anything is measured: the mean gain of each strategy, and what a rule is worth.
+"""What is known from earlier comparisons before any measurement: each strategy's mean gain, and the worth of a rule.
 
 The score of a strategy is its expected gain over full fine-tuning: the mean gain in earlier comparisons plus the
 points of the rules that hold, each worth the same. Both are fitted to all comparisons that are kept
@@ -20,7 +20,7 @@ from hf_ft.records import restored
 __all__ = ["RULES_ALONE", "Evidence", "Gain", "shipped"]
 
 FILE = Path(__file__).parent / "evidence.json"
-PRIOR_TASKS = 2.0  # the mean gain of all strategies counts as much as so many tasks (ours)
+PRIOR_TASKS = 2.0  # the mean gain of all strategies counts as much as this many tasks (ours)
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Evidence:
 
     .. math:: \frac{n_s g_s + 2 \bar g}{n_s + 2} + w p_s,
 
-    where :math:`\bar g` is the mean of the gains of all strategies: the less often one was compared, the more it counts
-    as an ordinary one.
+    where :math:`\bar g` is the mean of the gains of all strategies: the less often a strategy was compared, the closer
+    its estimate is to the average.
 
     Attributes:
-        gains: of every strategy that was compared.
+        gains: the gain of every strategy that was compared.
         worth: what one rule point is worth, w. With 0 the order is the same for all data.
     """
 

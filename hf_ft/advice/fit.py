@@ -1,4 +1,4 @@
-"""Fit the advice to comparisons that are over, and judge it on tasks that it was not fitted to."""
+"""Fit the advice to finished comparisons, and evaluate it on tasks to which it was not fitted."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Task:
 
 
 def fit(tasks: Sequence[Task]) -> Evidence:
-    """The mean gains, and the worth of a rule point that loses least on tasks left out.
+    """The mean gains, and the worth of a rule point that loses least on held-out tasks.
 
-    Each task is left out in turn, and the regrets of trying the first 1, 3 and 5 strategies on it are averaged. A worth
-    is preferred to 0, the fixed order, only where it loses less beyond chance: a one-sided paired t-test over the
-    tasks, at 5 % divided by the number of worths that were tried.
+    Each task is held out in turn, and the regrets of trying the first 1, 3 and 5 strategies on it are averaged. A worth
+    is preferred to 0, the fixed order, only if it loses significantly less: a one-sided paired t-test over the tasks,
+    at 5 % divided by the number of worths that were tried.
     """
     learnt = [(task, mean_gains(_others(tasks, task))) for task in tasks]
     lost = {worth: [_regret(task, gains, worth) for task, gains in learnt] for worth in WORTHS}
@@ -71,7 +71,7 @@ def advised_order(evidence: Evidence, points: Mapping[str, float]) -> list[str]:
 def judged_without(
     tasks: Sequence[Task], learn: Callable[[Sequence[Task]], Evidence] = fit
 ) -> dict[str, tuple[str, ...]]:
-    """For each task the order that is advised when it is learnt from all others, the worth of points included."""
+    """For each task, the advised order if everything, including the worth of points, is learnt from the others."""
     return {task.name: tuple(advised_order(learn(_others(tasks, task)), task.points)) for task in tasks}
 
 

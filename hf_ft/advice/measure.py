@@ -190,7 +190,7 @@ def pooled_features(taps: Taps, batch: Mapping[str, Any], layout: Layout = PLAIN
     """The head's input, one vector per sample (B, D); sequences are averaged over their valid tokens."""
     features = taps.features
     if features is None:
-        raise OptionError("advise: the head is not called in the forward pass: name its module with head=...")
+        raise OptionError("advise: the head is not called in the forward pass: set its module name with head=...")
     if features.dim() == 3:
         features = layout.arranged(features)
         mask = layout.mask(batch, features)
@@ -223,7 +223,7 @@ def relative_gradients(
     r"""Each part's share of the sum of :math:`\|g_b\| / \|w_b\|`, averaged over the batches, in eval mode.
 
     The loss is the cross-entropy with the fitted probe in place of the head: a new head is random, and so would be
-    the gradients it propagates. Empty for the few types that have gradients in train mode only.
+    the gradients it propagates. Empty for the few types that have gradients only in train mode.
 
     Reference: Lee et al. Surgical Fine-Tuning Improves Adaptation to Distribution Shifts. ICLR 2023 (relative
         gradient norm).

@@ -37,7 +37,7 @@ def how_often_right(results: Iterable[Mapping[str, Any]], fixed: Sequence[str] |
         expectation under a uniformly random order, and ``fixed_k``.
 
     Raises:
-        OptionError: if a task has no scores, or has one for a strategy that the advice does not name.
+        OptionError: if a task has no scores, or has one for a strategy that the advice does not include.
     """
     order = fixed_order() if fixed is None else fixed
     return [_judged(result, order) for result in results]
@@ -47,7 +47,7 @@ def _judged(result: Mapping[str, Any], fixed: Sequence[str]) -> dict[str, Any]:
     scores: Mapping[str, float] = result["scores"]
     unplaced = sorted(set(scores) - set(result["advice"]))
     if not scores or unplaced:
-        what = f"scores of {', '.join(unplaced)}, which the advice does not name" if unplaced else "no scores"
+        what = f"scores of {', '.join(unplaced)}, which the advice does not include" if unplaced else "no scores"
         raise OptionError(f"task {result['task']!r} has {what}: give the whole order, and at least one score.")
     order = [name for name in result["advice"] if name in scores]
     without = [name for name in fixed if name in scores]
@@ -76,7 +76,7 @@ def expected_best(scores: Sequence[float], k: int) -> float:
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Averages over the tasks: how often the best is advised first or in the top three, and each mean regret."""
     if not rows:
-        raise OptionError("no tasks to judge: run the comparison first.")
+        raise OptionError("no tasks to evaluate: run the comparison first.")
     kinds = [f"{kind}_{k}" for kind in ("regret", "random", "fixed") for k in FIRST]
     shares = {"first": [row["rank"] == 1 for row in rows], "in_top_3": [row["in_top_3"] for row in rows]}
     values = shares | {kind: [row[kind] for row in rows] for kind in kinds}

@@ -27,8 +27,11 @@ COMMANDS = {
     "advise": ("advise", "which strategies to try first on your data, from cheap statistics, with reasons"),
     "compare": ("compare", "which strategy is best on your data: equal tuning budgets, one report"),
     "predict": ("predict", "classify files or rows with a trained model: csv or jsonl"),
-    "evaluate": ("evaluate", "score a trained model on labelled data: scores, confusions, a page"),
-    "export": ("export", "a trained model as ONNX or torch.export, checked against it: for use without Transformers"),
+    "evaluate": ("evaluate", "score a trained model on labelled data: metrics, confusions, an HTML page"),
+    "export": (
+        "export",
+        "convert a trained model to ONNX or torch.export, to run without Transformers, and check it",
+    ),
     "push": ("push", "upload a saved model, adapter, ensemble or delta to the Hub"),
     "demo": ("demo", "compare seven strategies on real images, in a few minutes and without a GPU"),
 }
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_message(arguments[0], error), file=sys.stderr)
         return 2
     except Exception as error:
-        # Libraries tell of a full disk or lack of memory by errors of many types.
+        # Libraries report a full disk or lack of memory with errors of many types.
         cause = environment_error(error)
         if cause is None or traceback_wanted:
             raise
@@ -94,11 +97,11 @@ def _call(command: str, arguments: list[str]) -> None:
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM, by which schedulers of clusters announce the end, interrupt as Ctrl-C does, but only once.
+    """Let SIGTERM, with which cluster schedulers announce the end of a job, interrupt like Ctrl-C, but only once.
 
-    A worker then gives back its training, which does not count as one that killed it. A scheduler may send the signal
-    to a process and to what started it, which hands it on: the second must not interrupt that. A handler that is there
-    already, such as that of a process which ends with another, stays.
+    A worker then hands back its training run, which is not counted as one that killed its worker. A scheduler may send
+    the signal both to a process and to its parent, which passes it on: the second signal must not interrupt the
+    cleanup. A handler that is already installed, such as that of a process that ends with another, is kept.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield

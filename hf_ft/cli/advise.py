@@ -37,28 +37,28 @@ FILE = "advice.json"
 TAKEN = ("output_dir", "seed", "use_cpu", "disable_tqdm", "ddp_backend", "ddp_timeout")  # training arguments
 TOLD = 3  # number of strategies for which the next command is printed
 GAIN = (
-    "gain: expected difference to full fine-tuning, in points of balanced accuracy. It says what to try first, not "
+    "gain: expected difference from full fine-tuning, in points of balanced accuracy. It says what to try first, not "
     "what will win (docs/advise.md)."
 )
 SAME_ORDER = (
     "In our comparisons the reasons without a number did not improve on the order of the mean gains, so they do not "
-    "change it; they are there for you to weigh."
+    "change it; they are listed for you to weigh."
 )
 HELP = """hf-ft advise: which strategies to try first, without training.
 
 usage: hf-ft advise --model MODEL --dataset DATA [flags]
 
-The training samples pass through the pretrained model once, and a few batches of them twice. Measured are the
+The training samples pass through the pretrained model once, and a few batches of them twice. The command measures the
 cross-validated score of a linear probe on the features, LogME, the shift of the BatchNorm statistics since pretraining,
-where in the network the gradient is large, and the number of samples. These figures, and what each strategy gained in
-our own comparisons, give an order of all strategies, each with its reasons. The order says what to try first, not what
-will win: compare the top ones on validation data.
+where in the network the gradient is large, and the number of samples. From these figures, and from what each strategy
+gained in our own comparisons, it derives an order of all strategies, with reasons for each. The order says what to try
+first, not what will win: compare the top ones on validation data.
 
 example:
   hf-ft advise --model microsoft/resnet-18 --dataset my_photos/
 
-Only the training split is used; from more than 5,000 samples, 5,000 are drawn. Written to --output_dir (default:
-runs/advice): advice.json and data_checks.json.
+Only the training split is used; if it has more than 5,000 samples, 5,000 of them are drawn. Written to --output_dir
+(default: runs/advice): advice.json and data_checks.json.
 
 flags of its own
 {flags}
@@ -66,7 +66,7 @@ flags of its own
 model and data
 {data}
 
---seed sets the order of the samples and the folds; --use_cpu true keeps off the GPU. docs/advise.md explains each
+--seed sets the order of the samples and the folds; --use_cpu true avoids the GPU. docs/advise.md explains each
 figure, and each rule with its source."""
 
 
@@ -190,7 +190,7 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
 def _report(
     found: Advice, request: Request, others: Sequence[str], folder: Path, checks: Sequence[tuple[str, str]]
 ) -> str:
-    """The statistics, the order and the next steps as text, after what the checks of the data found."""
+    """The statistics, the order and the next steps as text, after the findings of the data checks."""
     s = found.signals
     lines = [f"{request.data.model} on {request.data.dataset}, training samples only\n"]
     told = [("notice", DATA_NOTICES[name]) for name in [request.data.dataset] if name in DATA_NOTICES]

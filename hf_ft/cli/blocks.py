@@ -17,14 +17,14 @@ from hf_ft.models.norms import batch_norms, norm_layers, tensorflow_momentum
 from hf_ft.models.parts import Anatomy, Part
 from hf_ft.zoo.models import SHORT_NAMES
 
-EPILOG = """--scheme shows what block-wise fine-tuning may adapt beside the head, nearest the output first:
+EPILOG = """--scheme shows what block-wise fine-tuning may adapt in addition to the head, nearest the output first:
   layer     each layer alone: a convolution, linear layer or embedding with the norm that follows it
   segment   the layers between two poolings or activations
   window    every run of --length consecutive layers
   stage     the architecture's own stages, in a plain transformer each block; and the stem
   block     each block by itself; the stem, and the neck where it holds layers
-top_layers, the best layers together, needs the scores of a search by layer. The quarter is that of a candidate's
-centre in the depth: the best block is usually in the fourth (Barakat and Huang, ICMLA 2023).
+top_layers, the best layers together, needs the scores of a search by layer. The quarter is where a
+candidate's centre lies in the depth: the best block is usually in the fourth (Barakat and Huang, ICMLA 2023).
 
 example:
   hf-ft blocks microsoft/resnet-18
@@ -55,9 +55,10 @@ def _parser() -> Parser:
     )
     known = ", ".join(SHORT_NAMES)
     parser.add_argument("model", help=f"a Hub id, a folder, or one of {known}")
-    parser.add_argument("--head", help="module names of the head, separated by commas (default: found by itself)")
+    parser.add_argument("--head", help="module names of the head, separated by commas (default: found automatically)")
     parser.add_argument(
-        "--blocks", help="regular expression that matches the full names of the blocks (default: known by architecture)"
+        "--blocks",
+        help="regular expression that matches the full names of the blocks (default: known from the architecture)",
     )
     shown = ", ".join(name for name in _blockwise().schemes if name != "top_layers")
     parser.add_argument("--scheme", help=f"show the candidates for adaptation instead: {shown}")
@@ -113,8 +114,9 @@ def _norms(model: nn.Module) -> list[tuple[str, str]]:
         facts.append(
             (
                 "",
-                f"On {len(trapped)} layers it is TensorFlow's decay: in training their running statistics would be "
-                "about the last batch's. Strategies set it to 0.1 (--NAME.batch_norm_momentum keep leaves it).",
+                f"On {len(trapped)} layers this is TensorFlow's decay: in training, their running statistics would be "
+                "roughly those of the last batch. Strategies set it to 0.1 (--NAME.batch_norm_momentum keep leaves it "
+                "unchanged).",
             )
         )
     return facts

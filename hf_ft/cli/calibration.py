@@ -33,13 +33,13 @@ def collected_outputs(trainer: FTTrainer) -> Iterator[list[Any]]:
 
 
 def calibrated_on(trainer: FTTrainer, output: Any) -> tuple[Calibration | None, str]:
-    """The calibration of a trainer's model, and what to tell of it.
+    """The calibration of a trainer's model, and a description of it.
 
     Args:
-        output: of its evaluation on validation data.
+        output: the output of its evaluation on validation data.
 
     Returns:
-        None where samples do not have one class each, or do not determine a temperature.
+        None if samples do not have one class each, or do not determine a temperature.
     """
     predictions, labels = output.predictions, output.label_ids
     predictions = predictions[0] if isinstance(predictions, tuple) else predictions
@@ -55,7 +55,7 @@ def calibrated_on(trainer: FTTrainer, output: Any) -> tuple[Calibration | None, 
 
 
 def keep_calibration(found: Calibration | None, folder: Path) -> None:
-    """Write it beside the weights, or remove that of an earlier run."""
+    """Write it next to the weights, or remove the one of an earlier run."""
     if found is None:
         (folder / FILE).unlink(missing_ok=True)
     else:

@@ -38,8 +38,8 @@ def check_flags(values: Mapping[str, Any]) -> None:
     """Check the flags that were given against each other.
 
     Raises:
-        OptionError: if one has an unknown value or no effect, or shards the model, as the launcher may as well; the
-            message names it and the fix.
+        OptionError: if a flag has an unknown value or no effect, or if it or the launcher shards the model; the message
+            names the flag and the fix.
         ImportError: if one needs a package that is missing.
     """
     check_sharding(values)
@@ -56,7 +56,7 @@ def check_flags(values: Mapping[str, Any]) -> None:
     model = values.get("model")
     if model in SHORT_NAMES or (model is not None and Path(model).is_dir()):
         what = "a folder" if Path(model).is_dir() else "a short name"
-        refuse(values, ["revision"], f"it is of a model on the Hub, and --model {model} is {what}")
+        refuse(values, ["revision"], f"it refers to a model on the Hub, but --model {model} is {what}")
 
 
 def check_task(flags: DataFlags, task: Task) -> None:
@@ -66,7 +66,9 @@ def check_task(flags: DataFlags, task: Task) -> None:
         OptionError: if one is for the other kind.
     """
     if flags.max_seconds is not None and not 0 < flags.max_seconds < math.inf:
-        raise OptionError(f"--max_seconds {flags.max_seconds:g} is no length in seconds: set it above 0, such as 20.")
+        raise OptionError(
+            f"--max_seconds {flags.max_seconds:g} is not a length in seconds: set it above 0, such as 20."
+        )
     given = {field.name: getattr(flags, field.name) for field in fields(flags)}
     refuse(given, NOT_OF[task], f"--dataset {flags.dataset} is read as {task}")
 

@@ -67,7 +67,7 @@ def run_compare(arguments: list[str], example: str | None = None, over: str = BA
 
     Args:
         example: save the first test image under this name in the output folder, and show how to classify it.
-        over: say what the winner gained over this contender, if it takes part.
+        over: report what the winner gained over this contender, if it takes part.
     """
     if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
         say(compare_help(CompareFlags, everything="--help-all" in arguments))
@@ -76,7 +76,7 @@ def run_compare(arguments: list[str], example: str | None = None, over: str = BA
     flags = CompareFlags(**taken(values, CompareFlags))
     if flags.report is not None:
         others = [name for name in values if name != "report"]
-        refuse(values, others, "--report only makes the report of a finished comparison again")
+        refuse(values, others, "--report only rebuilds the report of a finished comparison")
         _report_anew(Path(flags.report))
         return
     workers = WorkerFlags(**taken(values, WorkerFlags)).workers
@@ -169,14 +169,14 @@ def _check(data: DataFlags, folder: Path, settings: Settings) -> None:
 
 
 def comparison_data(flags: DataFlags, more: CompareFlags, folder: Path) -> Data:
-    """The data given by the flags, with the second test set, checked; the folder takes what is found."""
+    """The data given by the flags, with the second test set, checked; the findings are written to the folder."""
     prints = prints_for(flags)
     data = read_data(flags, test_fraction=more.test_fraction, labelled=more.labelled, prints=prints)
     return check_data(_with_ood(data, flags, more, prints), flags, prints, folder)
 
 
 def _with_ood(data: Data, flags: DataFlags, more: CompareFlags, prints: Prints | None) -> Data:
-    notes = ["validation and test rows are what the data set has, or were set aside from its training rows"]
+    notes = ["validation and test rows are those of the data set, or were held out from its training rows"]
     if more.ood_dataset is None:
         return replace(data, notes=tuple(notes))
     other = DatasetDict({"ood": other_distribution(more.ood_dataset, more.ood_split, data.columns)})
@@ -225,7 +225,7 @@ def _gained(results: Results, over: str) -> str:
     if gained is None:
         return f"{results.winner} and {other} have no test scores in common."
     error = "" if gained[1] is None else f" (standard error {gained[1]:.3f})"
-    return f"Test {results.metric} of {results.winner}, less that of {other}: {gained[0]:+.3f}{error}."
+    return f"Test {results.metric} of {results.winner} minus that of {other}: {gained[0]:+.3f}{error}."
 
 
 def show(results: Results, folder: Path, example: str | None = None, over: str = BASELINE) -> None:
@@ -275,7 +275,7 @@ def _spread(found: Any) -> str:
 def _report_anew(folder: Path) -> None:
     file = folder / "results.json"
     if not file.is_file():
-        raise OptionError(f"--report {folder}: there is no {file.name}: name the --output_dir of a comparison.")
+        raise OptionError(f"--report {folder}: it contains no {file.name}. Give the --output_dir of a comparison.")
     results = Results.load(file)
     write_report(results, folder)
     show(results, folder)

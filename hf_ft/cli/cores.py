@@ -1,4 +1,4 @@
-"""Cores: the share of each of several workers, and whether a training would compete for them with others."""
+"""Cores: the share of each of several workers, and whether a training run would compete for them with others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cores() -> int:
 
 
 def shared(workers: int) -> dict[str, str]:
-    """What each of so many workers has in its environment; what the user has set stays.
+    """The environment variables of each of this many workers; those that the user has set are kept.
 
     A thread that waits for the others of its team keeps its core busy, unless the policy is passive. Where others need
     that core, and the team waits for one of them in turn, most of the time is lost.
@@ -34,7 +34,7 @@ def shared(workers: int) -> dict[str, str]:
 def take_share(arguments: Sequence[str]) -> None:
     """Take this process's share of the cores if the command line asks for several workers.
 
-    To be called before torch is imported, which reads the environment only once.
+    Must be called before torch is imported, which reads the environment only once.
     """
     words = [part for word in arguments for part in word.split("=", 1)]
     for flag, value in zip(words, words[1:], strict=False):
@@ -43,7 +43,7 @@ def take_share(arguments: Sequence[str]) -> None:
 
 
 def load() -> float:
-    """Threads that want a core, of all processes: over the last minute or, on Linux, at this moment if they are fewer.
+    """Threads of all processes that want a core: over the last minute or, on Linux, at this moment if that is fewer.
 
     A training that has just ended still counts in the former.
     """
@@ -58,10 +58,10 @@ def load() -> float:
 
 
 def crowding(threads: int, load: float, machine: int, environment: Mapping[str, str]) -> str:
-    """What to say if a training would compete for cores; empty if it would not, or if nothing is left to set.
+    """The warning if a training run would compete for cores; empty if it would not, or if nothing is left to set.
 
     Args:
-        threads: threads of the training.
+        threads: threads of the training run.
         load: threads of others that want a core.
         machine: cores of the machine, which the load is about.
     """
@@ -69,14 +69,14 @@ def crowding(threads: int, load: float, machine: int, environment: Mapping[str, 
     if threads == 1 or passive or load + threads <= CROWDED * machine:
         return ""
     return (
-        f"the machine is busy: its load is {load:.1f} on {machine} cores, and this adds {threads} threads. Trainings "
-        "that compete for cores can take many times as long: wait for the others, or start each with "
+        f"the machine is busy: its load is {load:.1f} on {machine} cores, and this adds {threads} threads. Training "
+        "runs that compete for cores can take many times as long: wait for the others, or start each with "
         f"{THREADS}={max(1, round(machine - load))} {POLICY}=PASSIVE."
     )
 
 
 def warn_if_crowded(threads: int) -> None:
-    """Say if a training on the CPU with so many threads would compete with others for cores."""
+    """Warn if a training run on the CPU with this many threads would compete with others for cores."""
     text = crowding(threads, load(), os.cpu_count() or 1, os.environ)
     if text:
         say(f"note: {text}", error=True)

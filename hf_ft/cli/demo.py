@@ -32,11 +32,11 @@ fine-tuning with the default arguments of Transformers' Trainer; the line after 
 over it.
 
 examples:
-  hf-ft demo --seeds 3                          goes on: two more runs of each, mean ± std
+  hf-ft demo --seeds 3                          continues: two more runs of each, mean ± std
   hf-ft demo --trials 4 --output_dir runs/tuned
   hf-ft demo --model efficientnet-lite0 --strategies linear_probe,lp_ft,layer_decay --output_dir runs/lite0
 
-flags set by the demo; yours come first, and `hf-ft compare --help` lists the others
+flags set by the demo; yours take precedence, and `hf-ft compare --help` lists the others
 {flags}
 
 Written to --output_dir: report.html, report.md, results.json, best/ (the winner, a plain Transformers checkpoint), and

@@ -57,15 +57,15 @@ def run_evaluate(arguments: list[str]) -> None:
 
 def _check_calibration(flags: EvaluateFlags) -> None:
     if flags.calibrate is None:
-        refuse({"calibrate_split": flags.calibrate_split}, ["calibrate_split"], "--calibrate names no data")
+        refuse({"calibrate_split": flags.calibrate_split}, ["calibrate_split"], "--calibrate is not set")
     elif flags.uncalibrated:
-        raise OptionError("--calibrate fits a temperature, and --uncalibrated leaves it off: give one.")
+        raise OptionError("--calibrate fits a temperature, but --uncalibrated does not apply it: give only one.")
     elif not Path(str(flags.model)).expanduser().is_dir():
-        raise OptionError(f"--calibrate writes into the checkpoint, but --model {flags.model} is no folder here.")
+        raise OptionError(f"--calibrate writes into the checkpoint, but --model {flags.model} is not a local folder.")
 
 
 def _calibrated(trained: Trained, flags: EvaluateFlags) -> Trained:
-    """The model with a new temperature, which is kept beside its weights."""
+    """The model with a new temperature, which is saved next to its weights."""
     if flags.calibrate is None:
         return trained
     reading = replace(flags.reading(), split=flags.calibrate_split)

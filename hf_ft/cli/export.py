@@ -23,7 +23,7 @@ _OF_DATA = ("split", "config_name", "image_column", "audio_column", "text_column
 
 
 def run_export(arguments: list[str]) -> None:
-    """Write the files, and tell how they differ from the model."""
+    """Write the files, and report how they differ from the model."""
     if not arguments or {"-h", "--help"} & set(arguments):
         say(inference_help("export", ExportFlags, WORDS["export"]))
         return
@@ -73,10 +73,13 @@ def _tell(export: Export) -> None:
     data = check["data"] if check["data"] == RANDOM else f"samples of {check['data']}"
     say(f"\nCompared on {check['samples']:,} {data}{unread}, in batches of {sizes}.")
     if check["data"] == RANDOM:
-        say("note: name samples of your own with --dataset to compare on them.", error=True)
+        say("note: give your own samples with --dataset to compare on them.", error=True)
     if metric is None and any("int8" in name for name in content["files"]):
-        say("note: what int8 costs in accuracy is not known: name labelled data with --dataset.", error=True)
+        say("note: the accuracy lost to int8 is unknown: give labelled data with --dataset.", error=True)
     for part in content["processing"]:
         if part.get("image", True) is None:
-            say(f"note: export.json has no steps for {part['processor']['image_processor_type']}.", error=True)
+            say(
+                f"note: export.json has no preprocessing for {part['processor']['image_processor_type']}.",
+                error=True,
+            )
     say(f"In {export.folder}: {', '.join(file.name for file in export.files)}.")

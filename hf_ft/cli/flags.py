@@ -19,7 +19,7 @@ BUDGET = "budget"  # the option of strategies that --budget sets
 BUDGETED = [name for name, kind in strategies().items() if any(f.name == BUDGET for f in options(kind))]
 # Opening all images takes as long as reading them in one epoch; for larger data sets the user must request it.
 CHECKED_UNASKED = 20_000
-TEXTS_UNASKED = 200_000  # texts that are looked through for duplicates unasked
+TEXTS_UNASKED = 200_000  # texts that are searched for duplicates by default
 BUFFER, LOOKED_AT = 1000, 256
 
 
@@ -53,7 +53,7 @@ class DataFlags:
     split_seed: int = _flag("seed of the rows held out, independent of --seed", 0)
     max_train_samples: int | None = _flag("maximum number of training rows, drawn stratified by class")
     image_column: str | None = _flag("name of the image column (default: found by name and type)")
-    audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
+    audio_column: str | None = _flag("name of the audio column (default: found by name and type)")
     text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
     group_column: str | None = _flag("column of groups, such as patients: each group stays in one split")
@@ -62,11 +62,11 @@ class DataFlags:
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
     augment: str | None = _flag(f"of training images: {', '.join(AUGMENTATIONS)} (default: basic)")
     on_corrupt: str | None = _flag(
-        "unreadable images or sounds: refuse or skip (default: refuse; they are checked before training if at most "
+        "unreadable images or sounds: refuse or skip (default: refuse; checked before training if there are at most "
         f"{CHECKED_UNASKED:,}, or if this flag is given)"
     )
     on_duplicates: str | None = _flag(
-        "equal or nearly equal samples: warn, drop (from train), refuse or ignore (default: warn, of at most "
+        "duplicates and near duplicates: warn, drop (from train), refuse or ignore (default: warn, for at most "
         f"{CHECKED_UNASKED:,} files or {TEXTS_UNASKED:,} texts)"
     )
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
@@ -82,7 +82,7 @@ class StreamFlags:
     """Streaming of the training rows."""
 
     streaming: bool = _flag("read training rows as they come, without a copy on disk; needs --max_steps", False)
-    shuffle_buffer: int | None = _flag(f"rows that are shuffled at a time when streaming (default: {BUFFER})")
+    shuffle_buffer: int | None = _flag(f"rows shuffled at a time when streaming (default: {BUFFER})")
     measure_samples: int | None = _flag(
         f"rows that a strategy may measure before streaming; 0 for none (default: {LOOKED_AT})"
     )
@@ -106,8 +106,8 @@ class MethodFlags:
     frozen_cache_disk_gb: float = _flag("maximum size of that file", 20.0)
     mixup: float = _flag("mix the images of a batch: alpha, such as 0.2", 0.0)
     cutmix: float = _flag("paste parts of other images of the batch: alpha, such as 1", 0.0)
-    patience: int | None = _flag("stop after so many evaluations without a better score (default: never)")
-    budget: str | None = _flag(f"cost of the whole run in full fine-tunings, such as 3x; for {' and '.join(BUDGETED)}")
+    patience: int | None = _flag("stop after this many evaluations without a better score (default: never)")
+    budget: str | None = _flag(f"cost of the run in full fine-tuning runs, such as 3x; for {' and '.join(BUDGETED)}")
     uncalibrated: bool = _flag("fit no temperature on the validation data (see `hf-ft predict`)", False)
     overwrite: bool = _flag("continue even if output_dir is not empty; checkpoints in it are deleted", False)
 

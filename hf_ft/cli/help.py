@@ -17,7 +17,7 @@ from hf_ft.comparison.settings import Settings
 _TRAIN = """hf-ft train: fine-tune an image, text or audio classifier with a strategy.
 
 usage: hf-ft train --model MODEL --dataset DATA [--strategy NAME ...] [flags]
-       hf-ft train CONFIG.yaml [flags]                 (flags win over the file)
+       hf-ft train CONFIG.yaml [flags]                 (flags override the file)
        accelerate launch -m hf_ft train ...            (several GPUs)
 
 example:
@@ -35,8 +35,8 @@ the same as a file:
 # The most important training flags, with simpler descriptions.
 _TRAIN_FIRST = {
     "output_dir": "where checkpoints and, at the end, the best model go",
-    "num_train_epochs": "passes over the training data, over all stages together",
-    "learning_rate": "learning rate of the backbone (default: that recommended by the strategy)",
+    "num_train_epochs": "passes over the training data, in all stages together",
+    "learning_rate": "learning rate of the backbone (default: recommended by the strategy)",
     "weight_decay": "weight decay of the optimizer",
     "per_device_train_batch_size": "samples per step and process",
     "gradient_accumulation_steps": "batches per optimizer step",
@@ -48,10 +48,10 @@ _TRAIN_FIRST = {
 }
 
 _TRAIN_TAIL = """Flags that you do not set take the values that the strategies recommend (see `hf-ft describe NAME`).
-The model is validated after each epoch. That of the best epoch (by accuracy, else the first of --metrics, else the
+The model is validated after each epoch. The one of the best epoch (by accuracy, else the first of --metrics, else the
 loss) is loaded at the end and saved, and scored once on the test split, if there is one.
---config CONFIG.yaml also names the file. --help-all shows every flag of TrainingArguments. --traceback shows where an
-error was raised."""
+The file can also be given as --config CONFIG.yaml. --help-all shows every flag of TrainingArguments. --traceback shows
+where an error was raised."""
 
 _COMPARE = """hf-ft compare: which strategy for my model and data?
 
@@ -59,10 +59,10 @@ usage: hf-ft compare --model MODEL --dataset DATA [--strategies NAME,NAME] [flag
        hf-ft compare ... --workers N        (N processes share the training runs)
 
 Every strategy gets the same tuning budget: the work of --trials training runs of full fine-tuning, including the
-strategy's own search. Its first trial is its default; optimizer, learning rate and a few declared options are tuned on
-validation data, around what suits the method, the model and the data. The best setting is then trained again with
-several seeds, and only these runs are scored on the test data. Run the same command again to continue an interrupted
-comparison.
+strategy's own search. Its first trial uses its defaults; optimizer, learning rate and a few declared options are tuned
+on validation data, around values that suit the method, the model and the data. The best setting is then trained again
+with several seeds, and only these runs are scored on the test data. Run the same command again to continue an
+interrupted comparison.
 
 example:
   hf-ft compare --model microsoft/resnet-18 --dataset my_photos/ --strategies linear_probe,lp_ft,l2_sp,lp_ft+l2_sp \\
@@ -99,9 +99,10 @@ _INFERENCE = {
 
 usage: hf-ft predict --model MODEL --dataset DATA [DATA ...] [flags]
 
-A row per sample, in the order of the data: its file, or its number in a table, the class and its probability. They are
-written as they come, in constant memory. A sample that cannot be read has the reason in the column `error`, and is
-counted at the end. If there are labels (a label column, or folders with the names of classes), scores are printed too.
+Writes one row per sample, in the order of the data: its file, or its row number in a table, the class and its
+probability. Rows are written as they are computed, in constant memory. If a sample cannot be read, its column `error`
+gives the reason; such samples are counted at the end. If there are labels (a label column, or folders named after
+classes), scores are printed too.
 
 examples:
   hf-ft predict --model runs/photos --dataset new_photos/ --output predictions.csv
@@ -109,8 +110,8 @@ examples:
   hf-ft predict --model runs/reviews --dataset reviews.csv --text_column body --output predictions.jsonl
 """,
         """\
-Columns: file or row; label, probability, label_2, probability_2, ...; for several labels per sample labels and
-probabilities, joined by `;` (lists in jsonl); for a regression value; true_label, if known; error. The model, its
+Columns: file or row; label, probability, label_2, probability_2, ...; for several labels per sample, labels and
+probabilities, joined by `;` (lists in jsonl); for regression, value; true_label, if known; error. The model, its
 processor and the data are read without running code from the Hub. docs/predict.md has more.""",
     ),
     "evaluate": (
@@ -118,8 +119,8 @@ processor and the data are read without running code from the Hub. docs/predict.
 
 usage: hf-ft evaluate --model MODEL --dataset DATA [flags]
 
-The metrics are those of a Trainer's evaluation. Classes are matched by name with those of the model; a class that it
-does not know is refused. Samples that cannot be read are listed, and not scored.
+The metrics are those of a Trainer's evaluation. Classes are matched by name with those of the model; a class that the
+model does not know is refused. Samples that cannot be read are listed but not scored.
 
 examples:
   hf-ft evaluate --model runs/photos --dataset my_photos/test --output_dir runs/evaluation
@@ -128,7 +129,7 @@ examples:
 """,
         """\
 Written to --output_dir: evaluation.html and evaluation.md (scores, confusion matrix, reliability, unreadable samples),
-evaluation.json (the same as data) and predictions.csv (as by `hf-ft predict`). docs/predict.md has more.""",
+evaluation.json (the same content) and predictions.csv (as by `hf-ft predict`). docs/predict.md has more.""",
     ),
     "export": (
         """hf-ft export: write a trained model for other runtimes, and check what was written.
@@ -145,22 +146,22 @@ examples:
 """,
         """\
 Written: model.onnx, model.int8.onnx and model.pt2, as requested; for texts export_tokenizer.json; and export.json with
-classes, temperature, the values by which inputs are prepared, differences and scores. docs/export.md has more.""",
+classes, temperature, the preprocessing of inputs, differences and scores. docs/export.md has more.""",
     ),
     "push": (
         """hf-ft push: upload a saved model, adapter, ensemble or delta to the Hub.
 
 usage: hf-ft push --model FOLDER --hub_model_id USER/NAME [flags]
 
-Weights, configs, processor, plots and the card are uploaded; checkpoints, logs, local paths and tokens are not. What
-the Hub has already is not sent again, so the same command goes on after an upload that failed.
+Weights, configs, processor, plots and the card are uploaded; checkpoints, logs, local paths and tokens are not. Files
+that are already on the Hub are not sent again, so the same command continues an upload that failed.
 
 examples:
   hf-ft push --model runs/photos --hub_model_id ann/photos
   hf-ft push --model runs/photos/ft_delta --hub_model_id ann/photos-delta --hub_private_repo true
 """,
         """\
-`hf-ft train --push_to_hub true --hub_model_id USER/NAME` uploads the result of a training, and with
+`hf-ft train --push_to_hub true --hub_model_id USER/NAME` uploads the result of a training run, and with
 `--hub_strategy every_save` each save. docs/sharing.md has more.""",
     ),
 }

@@ -17,20 +17,18 @@ from hf_ft.inference.predictor import Options
 class Sources:
     """A trained model, and data for it."""
 
-    model: str | None = _flag("folder that training wrote, or Hub id; ensembles, deltas and adapters too")
+    model: str | None = _flag("folder written by training, or Hub id; ensembles, deltas and adapters too")
     dataset: list[str] = _list_flag("")
     revision: str | None = _flag("branch, tag or commit of the model on the Hub")
     base: str | None = _flag("model that a delta or an adapter belongs to (default: the one that it names)")
-    split: str | None = _flag(
-        "split of a source with several (default: the only one, or that for testing, or that for validation)"
-    )
+    split: str | None = _flag("split to use if there are several (default: the test split, else the validation split)")
     config_name: str | None = _flag("configuration of a Hub data set")
     image_column: str | None = _flag("name of the image column (default: found by name and type)")
-    audio_column: str | None = _flag("name of the column of sounds (default: found by name and type)")
+    audio_column: str | None = _flag("name of the audio column (default: found by name and type)")
     text_column: str | None = _flag("name of the text column, or two joined by a comma for pairs")
     label_column: str | None = _flag("name of the label column (default: found by name and type)")
     encoding: str | None = _flag("encoding of csv and tsv files, such as latin-1 (default: UTF-8)")
-    batch_size: int = _flag("samples at a time; answers do not depend on it", 32)
+    batch_size: int = _flag("samples per batch; predictions do not depend on it", 32)
 
     def reading(self) -> Reading:
         """How the data are read."""
@@ -44,8 +42,8 @@ class ModelAndData(Sources):
     device: str | None = _flag("such as cpu or cuda:1 (default: an accelerator if there is one)")
     num_workers: int = _flag("processes that read and prepare samples; 0: none", 0)
     tta: bool = _flag("images: mean of the probabilities of each image and its mirror image", False)
-    uncalibrated: bool = _flag("leave off the checkpoint's temperature", False)
-    threshold: float | None = _flag("several labels per sample: those above this probability (default: 0.5)")
+    uncalibrated: bool = _flag("do not apply the checkpoint's temperature", False)
+    threshold: float | None = _flag("several labels per sample: predict those above this probability (default: 0.5)")
     max_length: int | None = _flag("maximum text length in tokens (default: that of the model, at most 512)")
     max_seconds: float | None = _flag(f"length to which sounds are cut (default: {SECONDS:g})")
 
@@ -84,8 +82,8 @@ class PredictFlags(ModelAndData):
     """Flags of ``hf-ft predict``."""
 
     output: str | None = _flag("file to write, .csv or .jsonl (default: csv on standard output)")
-    format: Literal["csv", "jsonl"] | None = _flag("csv or jsonl (default: as --output ends, else csv)")
-    top_k: int = _flag("number of classes to tell, the most probable first", 1)
+    format: Literal["csv", "jsonl"] | None = _flag("csv or jsonl (default: by the suffix of --output, else csv)")
+    top_k: int = _flag("number of classes to report, most probable first", 1)
     overwrite: bool = _flag("replace --output even if this command did not write it", False)
 
 
@@ -97,10 +95,10 @@ class EvaluateFlags(ModelAndData):
         "folder of evaluation.html, evaluation.md, evaluation.json and predictions.csv", "runs/evaluation"
     )
     calibrate: str | None = _flag(
-        "labelled data, such as those for validation, on which to fit a temperature; kept in the checkpoint as "
-        "ft_calibration.json, and used from then on"
+        "labelled data, such as validation data, on which to fit a temperature; it is saved in the checkpoint as "
+        "ft_calibration.json and used from then on"
     )
-    calibrate_split: str | None = _flag("split of these data, as --split")
+    calibrate_split: str | None = _flag("split of these data, like --split")
     overwrite: bool = _flag("replace predictions.csv even if this command did not write it", False)
 
 
@@ -108,10 +106,10 @@ class EvaluateFlags(ModelAndData):
 class ExportFlags(Sources):
     """Flags of ``hf-ft export``."""
 
-    output_dir: str = _flag("folder of the files and of export.json, which describes them", "runs/export")
+    output_dir: str = _flag("folder for the files and for export.json, which describes them", "runs/export")
     formats: list[str] = _list_flag("onnx, or pt2 for torch.export, or both (default: onnx)")
     quantize: str | None = _flag(
-        "int8: also an ONNX file with weights of 8 bits; its scores are measured on --dataset, if that has labels"
+        "int8: also write an ONNX file with 8-bit weights; it is scored on --dataset, if that has labels"
     )
     samples: int | None = _flag(
         f"number of samples to compare on, spread over the data (default: {CHECKED}, and all for int8)"
@@ -128,7 +126,7 @@ class ExportFlags(Sources):
             OptionError: for a value that cannot work.
         """
         if self.max_seconds is not None and not self.max_seconds > 0:
-            raise OptionError(f"--max_seconds {self.max_seconds:g} is no length in seconds: set it above 0.")
+            raise OptionError(f"--max_seconds {self.max_seconds:g} is not a length in seconds: set it above 0.")
         chosen: dict[str, Any] = {name: getattr(self, name) for name in _AS_THEY_ARE}
         formats: Any = tuple(dict.fromkeys(self.formats)) or ("onnx",)
         return Settings(formats=formats, seconds=self.max_seconds or SECONDS, **chosen)
@@ -137,7 +135,7 @@ class ExportFlags(Sources):
 _AS_THEY_ARE = ("quantize", "samples", "tolerance", "max_length", "overwrite", "batch_size")
 WORDS: dict[str, Any] = {
     "predict": {
-        "dataset": "files and folders of images or sounds, folders searched to any depth; or one csv, tsv, json, jsonl "
+        "dataset": "files and folders of images or sounds, folders searched recursively; or one csv, tsv, json, jsonl "
         "or parquet file, folder of them, folder written by save_to_disk, or Hub id"
     },
     "evaluate": {
@@ -145,8 +143,8 @@ WORDS: dict[str, Any] = {
         "tsv, json, jsonl or parquet file, or a folder of them; folder written by save_to_disk; or Hub id"
     },
     "export": {
-        "dataset": "samples to compare on, as of `hf-ft predict`, best those that the model was not trained on "
+        "dataset": "samples to compare on, as for `hf-ft predict`, ideally not those that the model was trained on "
         "(default: random ones)",
-        "batch_size": "samples at a time in the comparison",
+        "batch_size": "samples per batch in the comparison",
     },
 }

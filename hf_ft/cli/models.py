@@ -20,7 +20,7 @@ def skeleton(name: str) -> nn.Module:
     config = read_config(name)
     tasks = tasks_of(config)
     if not tasks:
-        raise OptionError(f"{name} ({type(config).__name__}) is no image, text, audio or video classifier.")
+        raise OptionError(f"{name} ({type(config).__name__}) is not an image, text, audio or video classifier.")
     with torch.device("meta"):
         return auto_model(tasks[0]).from_config(config)
 
@@ -29,6 +29,6 @@ def adapter_usage(folder: str | Path) -> str:
     """How to load an adapter onto its base model with PEFT alone."""
     return (
         "from peft import PeftModel\n\n"
-        "# base: the pretrained model with a head of as many classes\n"
+        "# base: the pretrained model with a head for the same number of classes\n"
         f'model = PeftModel.from_pretrained(base, "{folder}")'
     )

@@ -81,7 +81,9 @@ def _check_fitting(flags: ModelAndData, trained: Trained) -> None:
             f"--threshold {flags.threshold} has no effect: the model does not give several labels. Leave it out."
         )
     if flags.max_seconds is not None and not flags.max_seconds > 0:
-        raise OptionError(f"--max_seconds {flags.max_seconds:g} is no length in seconds: set it above 0, such as 20.")
+        raise OptionError(
+            f"--max_seconds {flags.max_seconds:g} is not a length in seconds: set it above 0, such as 20."
+        )
 
 
 def check_output(file: Path, overwrite: bool, flag: str) -> None:
@@ -93,7 +95,9 @@ def check_output(file: Path, overwrite: bool, flag: str) -> None:
     if file.is_dir():
         raise OptionError(f"--{flag} {file} is a folder: name a file.")
     if file.exists() and not (overwrite or is_ours(file)):
-        raise OptionError(f"--{flag} {file} exists and holds something else: name another file, or add --overwrite.")
+        raise OptionError(
+            f"--{flag} {file} exists, and this command did not write it: give another file, or add --overwrite."
+        )
 
 
 def _format(flags: PredictFlags, file: Path | None) -> Any:
@@ -123,14 +127,14 @@ def written_whole(file: Path) -> Iterator[TextIO]:
 
 
 def write_lines(lines: Iterable[str], out: TextIO) -> None:
-    """Write lines as they come."""
+    """Write lines as they are produced."""
     for line in lines:
         out.write(line)
     out.flush()
 
 
 def tell_unreadable(scorer: Scorer) -> None:
-    """Say how many samples could not be read, and which are the first.
+    """Report how many samples could not be read, and the first of them.
 
     Raises:
         DataError: if none could be read.
@@ -141,7 +145,7 @@ def tell_unreadable(scorer: Scorer) -> None:
     more = f"; and {len(scorer.unreadable) - SHOWN} more" if len(scorer.unreadable) > SHOWN else ""
     told = f"{len(scorer.unreadable):,} of {scorer.rows:,} samples cannot be read: {first}{more}"
     if len(scorer.unreadable) == scorer.rows:
-        raise DataError(f"{told}. Repair them, or name other data.")
+        raise DataError(f"{told}. Repair them, or use other data.")
     say(f"note: {told}", error=True)
 
 

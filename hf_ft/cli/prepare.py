@@ -51,7 +51,7 @@ class Made:
 
 
 class KeepChecks(TrainerCallback):
-    """Writes what was found in the data when a training begins: until then, nothing is left in the output folder."""
+    """Writes the findings of the data checks when training begins; before, nothing is written to the output folder."""
 
     def __init__(self, checks: DataChecks) -> None:
         self.checks = checks
@@ -109,7 +109,7 @@ def make(request: Request) -> Made:
 
 
 def _read(request: Request, args: TrainingArguments) -> tuple[Data, Streamed | None]:
-    """The data, and the stream of which they are, if the training rows are streamed; others are checked."""
+    """The data, and their stream if the training rows are streamed; other data are checked."""
     if request.stream.streaming:
         streamed = read_streamed(request.data)
         return _data_of(streamed, request.data), streamed
@@ -189,7 +189,7 @@ def augmentation_of(data: Data, mixing: Mixing) -> str:
 
 
 def notices(*names: str | None) -> tuple[str, ...]:
-    """The notices of the data sets, by short name; those without one have none."""
+    """The notices of the data sets, by short name; data sets without a notice are left out."""
     return tuple(DATA_NOTICES[name] for name in dict.fromkeys(names) if name in DATA_NOTICES)
 
 
@@ -228,7 +228,7 @@ def check_data(data: Data, flags: DataFlags, prints: Prints | None, folder: Path
     """
     total, most = sum(map(len, data.splits.values())), TEXTS_UNASKED if data.columns.task == "text" else CHECKED_UNASKED
     too_many = flags.on_duplicates is None and total > most
-    why = f"duplicates are not looked for among {total:,} samples: add --on_duplicates warn" if too_many else ""
+    why = f"duplicates are not searched for in {total:,} samples: add --on_duplicates warn" if too_many else ""
     splits, found = checked(
         data.splits,
         data.columns,
@@ -278,7 +278,7 @@ def _source(rows: Dataset, flags: DataFlags, target: Columns) -> tuple[Dataset, 
 
 def _augmentation(wanted: str | None, columns: Columns, augment_images: bool) -> str:
     if columns.task != "image" and wanted not in (None, "none"):
-        raise OptionError(f"--augment {wanted} changes images, and these data are {columns.task}: use none.")
+        raise OptionError(f"--augment {wanted} changes images, but these data are {columns.task}: use none.")
     return wanted or ("basic" if columns.task == "image" and augment_images else "none")
 
 

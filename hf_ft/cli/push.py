@@ -18,9 +18,9 @@ from hf_ft.models.sharing import push_to_hub
 class PushFlags:
     """Flags of ``hf-ft push``; those of the Hub are named as in TrainingArguments."""
 
-    model: str | None = _flag("folder that training wrote, or that holds a delta, an adapter or an ensemble")
+    model: str | None = _flag("folder written by training, or with a delta, an adapter or an ensemble")
     hub_model_id: str | None = _flag("repository, such as user/name (default: the folder's name, under your account)")
-    hub_private_repo: bool | None = _flag("whether a new repository is private (default: as your account is set)")
+    hub_private_repo: bool | None = _flag("whether a new repository is private (default: your account's setting)")
     hub_revision: str | None = _flag("branch, created if there is none (default: main)")
     hub_token: str | None = _flag("access token (default: that of `hf auth login`)")
     message: str = _flag("commit message", "Upload model")

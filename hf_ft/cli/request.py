@@ -79,7 +79,7 @@ class Request:
         return values | {"output_dir": str(self.output_dir), "resume_from_checkpoint": None}
 
     def _by_steps(self) -> dict[str, Any]:
-        """Defaults of a training on a stream, which has no epochs."""
+        """Defaults of a training run on a stream, which has no epochs."""
         if not self.stream.streaming:
             return {}
         every = max(1, round(int(self.given.get("max_steps") or 0) / EVALUATIONS))
@@ -130,10 +130,10 @@ def read(argv: Sequence[str], kinds: Kinds = TRAIN) -> Request:
 
 
 def _budget(wanted: str | None, chosen: Sequence[str]) -> dict[str, str]:
-    """What ``--budget`` sets: the option of that name of the strategies that have one.
+    """What ``--budget`` sets: the option of that name in the strategies that have one.
 
     Raises:
-        OptionError: if none of them has.
+        OptionError: if none of them has it.
     """
     if wanted is None:
         return {}
@@ -156,7 +156,7 @@ def read_values(argv: Sequence[str], kinds: Kinds = TRAIN, command: str = "train
     file = values.pop("config", None)
     files = [*([file] if file else []), *files]
     if len(files) > 1:
-        raise OptionError(f"one YAML file at most can be read, not {', '.join(files)}")
+        raise OptionError(f"at most one YAML file can be read, not {', '.join(files)}")
     if files:
         values = _from_yaml(parser, Path(files[0]), values.get("strategy"), kinds, command) | values
     check_flags(values)
@@ -200,7 +200,7 @@ def _from_yaml(
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise OptionError(f"{file} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise OptionError(f"{file}: keys and values are needed, such as `model: microsoft/resnet-18`")
+        raise OptionError(f"{file}: expected keys and values, such as `model: microsoft/resnet-18`")
     words: list[str] = []
     nothing: dict[str, None] = {}  # YAML's null, which flags cannot express
     known = {*_plain_flags(kinds), *_strategy_flags()}

@@ -28,8 +28,8 @@ usage: hf-ft search-blocks --model MODEL --dataset DATA [--scheme SCHEME ...] [f
        hf-ft search-blocks ... --workers N             (N processes share the candidates)
 
 Each candidate block is trained together with the head for a few epochs, from the same start, on part of the training
-samples; the rest ranks the candidates. Trials are stored in an Optuna study: the same command continues an interrupted
-search, and several processes or machines with the same --storage share one.
+samples; the rest are used to rank the candidates. Trials are stored in an Optuna study: the same command continues an
+interrupted search, and several processes or machines with the same --storage share one.
 
 example:
   hf-ft search-blocks --model microsoft/resnet-18 --dataset my_photos/ --scheme stage --search_seeds 3
@@ -61,7 +61,11 @@ def run_search_blocks(arguments: list[str]) -> None:
             raise OptionError(f"--{name} is missing: a Hub id, a folder or file, or a short name.")
     if len(request.configs) > 1:
         raise OptionError("search-blocks searches for blocks only: leave --strategy out.")
-    refuse(request.flags, NO_EFFECT, "each candidate trains for --search_epochs, and trials continue by themselves")
+    refuse(
+        request.flags,
+        NO_EFFECT,
+        "each candidate trains for --search_epochs, and an interrupted search resumes by itself",
+    )
     refuse(request.flags, ("mixup", "cutmix"), "candidates train on unmixed images")
     config: Any = request.configs[0]
     workers = WorkerFlags(**taken(request.flags, WorkerFlags)).workers

@@ -29,11 +29,11 @@ def check_streaming(request: Request) -> None:
         return
     given, steps = request.given, int(request.given.get("max_steps") or 0)
     if steps <= 0:
-        raise OptionError("--streaming needs --max_steps: a stream has no length, so a number of epochs says nothing.")
-    refuse(given, ["num_train_epochs"], "the length of --streaming is --max_steps")
+        raise OptionError("--streaming needs --max_steps: a stream has no length, so a number of epochs means nothing.")
+    refuse(given, ["num_train_epochs"], "with --streaming, --max_steps sets the length")
     refuse({name: getattr(request.data, name) for name in WITHOUT}, WITHOUT, "--streaming reads rows as they come")
     if request.data.unknown_classes == "drop":
-        raise OptionError("--unknown_classes drop has no effect: --streaming leaves no rows out. Leave it out.")
+        raise OptionError("--unknown_classes drop has no effect: --streaming drops no rows. Leave it out.")
     if request.method.class_weights != "none":
         raise OptionError("--class_weights balanced needs all labels before training: leave it out with --streaming.")
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
@@ -52,7 +52,7 @@ def check_streaming(request: Request) -> None:
 
 
 def stream_options(flags: StreamFlags) -> dict[str, Any]:
-    """The trainer's arguments about a stream; none without one."""
+    """The trainer's arguments for a stream; none if there is no stream."""
     if not flags.streaming:
         return {}
     return {

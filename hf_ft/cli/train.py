@@ -62,7 +62,7 @@ def check_request(request: Request) -> None:
             raise OptionError(f"--{name} is missing: a Hub id, a folder or file, or one of {what}.")
     if request.data.model and request.sources:
         flag = next(SOURCES_FLAGS[config.ft_type] for config in request.configs if config.sources())
-        raise OptionError(f"--model {request.data.model} and {flag} both say what to load: give one.")
+        raise OptionError(f"--model {request.data.model} and {flag} both say what to load: give only one.")
     with refusals():
         check_streaming(request)
     if request.method.strategy:
@@ -80,7 +80,7 @@ def check_request(request: Request) -> None:
         and not (request.method.overwrite or request.resume)
     ):
         goes_on = any(map(is_complete, checkpoints(folder)))
-        resume = ", or --resume_from_checkpoint true to go on with the run in it" if goes_on else ""
+        resume = ", or --resume_from_checkpoint true to continue the run in it" if goes_on else ""
         raise OptionError(f"--output_dir {folder} is not empty: add --overwrite{resume}, or name another folder.")
 
 

@@ -27,7 +27,7 @@ class WorkerFlags:
 
     workers: int = field(
         default=1,
-        metadata={"help": "processes that share the trainings: each has a GPU, or on a CPU its share of the cores"},
+        metadata={"help": "processes that share the training runs: each gets a GPU or, on a CPU, a share of the cores"},
     )
 
 
@@ -52,8 +52,8 @@ def check_workers(number: int, gpus: int) -> None:
         )
     if THREADS not in os.environ:  # see take_share
         raise OptionError(
-            f"workers: {number} in a file comes too late, when torch has started its threads: give --workers {number} "
-            "on the command line."
+            f"workers: {number} in a file comes too late: torch has already started its threads. Give --workers "
+            f"{number} on the command line."
         )
     if gpus and number > gpus:
         raise OptionError(
@@ -95,7 +95,7 @@ def other_workers(number: int, command: Sequence[str], gpus: Sequence[str]) -> I
 def _start(command: Sequence[str], index: int, number: int, gpus: Sequence[str]) -> subprocess.Popen[str]:
     told = {**shared(number), "RANK": str(index), STARTED: str(index + 1), "PYTHONUNBUFFERED": "1"}
     told |= {"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}
-    # It imports what this process does, which `python -m` alone need not: it would look into the current folder first.
+    # It imports the same package as this process; `python -m` alone might not: it looks in the current folder first.
     told |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
     return subprocess.Popen(
         command,
@@ -113,7 +113,8 @@ def _start(command: Sequence[str], index: int, number: int, gpus: Sequence[str])
 class Others:
     """The other workers.
 
-    Their standard input says nothing, but ends when this process does, even by kill -9: then they end, too.
+    Nothing is written to their standard input, but it closes when this process ends, even by kill -9; then they end,
+    too.
     """
 
     def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
@@ -126,14 +127,14 @@ class Others:
             reader.start()
 
     def _follow(self, process: subprocess.Popen[str], name: str) -> None:
-        """Print what a worker prints, and how it ended if that was no success."""
+        """Print what a worker prints, and how it ended if it failed."""
         for line in process.stdout or ():
             if not self._ending:
                 say(f"{name}: {line.rstrip()}", error=True)
         code = process.wait()
         if code and not self._ending:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-            say(f"note: {name} {how}; the others do its work", error=True)
+            say(f"note: {name} {how}; the others take over its work", error=True)
 
     def wait(self) -> bool:
         """Wait until all have ended by themselves; return whether there are any."""
@@ -142,7 +143,7 @@ class Others:
         return bool(self.processes)
 
     def end(self) -> None:
-        """End all that still run. Each gives back its job, which then counts as interrupted, not as failed."""
+        """End all that are still running. Each hands back its job, which then counts as interrupted, not as failed."""
         self._ending = True
         with _uninterrupted():  # one that hangs would be left behind
             for process in self.processes:
@@ -184,7 +185,7 @@ def _watch() -> None:
     with suppress(OSError):
         while os.read(0, 1024):
             pass
-    # To the main thread, which a signal to the process need not wake from a system call.
+    # Sent to the main thread: a signal to the process need not wake it from a system call.
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     time.sleep(GRACE)  # as Others.end gives it: no code that swallows the interrupt lets it train on alone
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Collects the results of a comparison from its finished trainings."""
+"""Collects the results of a comparison from its finished training runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def collect(runner: Runner, **about: Any) -> Results:
     """Collect the results of a comparison.
 
     Args:
-        runner: after it ran to the end, or as far as the time limit allowed.
+        runner: the runner after it ran to the end, or as far as the time limit allowed.
         about: the fields of :class:`Results` unknown to the runner: title, command, model, data, labels, advice.
     """
     ledger, common = runner.ledger, runner.common
@@ -69,7 +69,7 @@ def contender(ledger: Ledger, entrant: Entrant) -> Contender:
 
 
 def _shareable(training: Training) -> Training:
-    """A training whose messages hold no local paths: results are made to be passed on."""
+    """A training run whose messages contain no local paths: results are meant to be shared."""
     return dataclasses.replace(training, error=shareable_text(training.error), warnings=shareable(training.warnings))
 
 
@@ -101,7 +101,7 @@ def _status(
 
 
 def machine() -> dict[str, Any]:
-    """The hardware and platform of the trainings."""
+    """The hardware and platform of the training runs."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,

@@ -56,7 +56,7 @@ def compare(
         command: the command that reproduces the comparison, for the report.
         advised: run :func:`hf_ft.advice.advise` first and train the strategies in the recommended order, so that
             promising ones come first under ``settings.hours``.
-        soup: as ``settings.soup``: whether to average the final runs to one model.
+        soup: as ``settings.soup``: whether to average the final runs into one model.
         tell: called with each line of progress.
         arguments: training arguments for all strategies, such as ``num_train_epochs``.
 

@@ -23,7 +23,7 @@ from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.models.norms import batch_norms
 
 OPTIM, MOMENTUM = "optim", "batch_norm_momentum"
-UNKNOWN_HEAD = (1e-3, 1e-2)  # the learning rate of a head that cannot be found: under Adam, under SGD
+UNKNOWN_HEAD = (1e-3, 1e-2)  # the learning rate of a head that cannot be found: with Adam, with SGD
 SEARCH_SHARE = 0.5  # share of the tuning budget for a strategy's own search; the rest is for learning rates
 Strategy = str | FTConfig | Sequence[FTConfig | str]
 Strategies = str | Iterable[Strategy] | Mapping[str, Strategy]
@@ -31,14 +31,14 @@ Strategies = str | Iterable[Strategy] | Mapping[str, Strategy]
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contender before its trainings.
+    """A contender before its training runs.
 
     Attributes:
-        spaces: the search space under each optimizer; the one that its strategies recommend comes first.
+        spaces: the search space for each optimizer; the one that its strategies recommend comes first.
         first: the settings of its first trial, which are its defaults.
-        head_rates: the fitted learning rate of the head under each optimizer; empty if it is not needed, or if the
+        head_rates: the fitted learning rate of the head for each optimizer; empty if it is not needed, or if the
             model's head is unknown.
-        refusal: why it cannot run, if known in advance.
+        refusal: why it cannot run, if this is known in advance.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Entrant:
         return any(config.needs().source_head for config in self.configs)
 
     def on_fold(self, number: int) -> Entrant:
-        """The same with the data of a fold; after the last follows the first."""
+        """The same with the data of a fold; the first follows the last."""
         folds = self.bench.folds
         return self if len(folds) == 1 else dataclasses.replace(self, bench=folds[number % len(folds)])
 
     def settings(self, count: int, seed: int) -> list[dict[str, Any]]:
-        """The settings of all trials: the defaults, then points spread over the spaces, of each optimizer in turn.
+        """The settings of all trials: the defaults, then points spread over the spaces of each optimizer in turn.
 
         All contenders try the same shares of their ranges of learning rates, as far as their numbers of trials allow.
         """
@@ -76,12 +76,12 @@ class Entrant:
         points = {optim: spread(space, -(-count // len(order)), seed) for optim, space in self.spaces.items()}
         found = [dict(self.first)]
         for number in range(count - 1):
-            optim = order[(number + 1) % len(order)]  # the first trial was of the first
+            optim = order[(number + 1) % len(order)]  # the first trial used the first
             found.append(self._named(optim) | points[optim][number // len(order)])
         return found
 
     def optim(self, values: Mapping[str, Any]) -> str:
-        """The optimizer of a training."""
+        """The optimizer of a training run."""
         return str(values.get(OPTIM, next(iter(self.spaces))))
 
     def _named(self, optim: str) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Entrant:
         return shown
 
     def key(self, what: str, values: Mapping[str, Any], seed: int) -> str:
-        """The key of a training, unique to the contender's options."""
+        """The key of a training run, unique to the contender's options."""
         content = [[config.identity() for config in self.configs], self.bench.fingerprint, dict(values), seed]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         return f"{self.name} {what} {digest}"
@@ -159,7 +159,7 @@ def chosen_strategies(wanted: Strategies) -> dict[str, tuple[FTConfig, ...]]:
         configs = resolve(item.split("+") if isinstance(item, str) else item)
         name = "+".join(config.ft_type for config in configs)
         if name in found and name != BASELINE:
-            raise OptionError(f"strategies: {name} occurs twice: name it once.")
+            raise OptionError(f"strategies: {name} occurs twice: list it once.")
         found[name] = configs
     return found
 
@@ -182,12 +182,12 @@ def entrant(
     A contender that cannot run on the model gets a refusal instead of raising, so that the others can continue.
 
     Args:
-        optims: the optimizers to try; each has learning rates of its own.
+        optims: the optimizers to try; each has its own learning rates.
         metric: the metric of the strategy's own search.
-        epochs: number of epochs of each training.
+        epochs: number of epochs of each training run.
         model: a model of the kind to be trained.
-        head: what the learning rate of the head follows from, given the bench and the head's name if it was set; None
-            if the head is unknown.
+        head: gives what determines the learning rate of the head, from the bench and the head's name if it was set;
+            None if the head is unknown.
         untuned: options that are not tuned, as ``strategy.option``; options set to non-default values are never tuned.
     """
     configs = tuple(configs)
@@ -227,19 +227,19 @@ def entrant(
 def _untuned(
     name: str, made: Sequence[FTConfig], bench: Bench, optim: str, tuned: Declared, notes: Sequence[str], refusal: str
 ) -> Entrant:
-    """A contender that chooses its learning rate itself, once, under its first optimizer."""
+    """A contender that chooses its learning rate itself, once, with its first optimizer."""
     space = {option: part for option, part in tuned.items() if not isinstance(part, FittedRate)}
     first = {option: _default(made, option) for option in space}
     return Entrant(name, tuple(made), {optim: space}, first, bench, {}, tuple(notes), refusal)
 
 
 def _at_any_rate(part: LogRange | Choice | FittedRate) -> LogRange | Choice | FittedRate:
-    """Without factors of the learning rate: the user's range is that of all trials."""
+    """Without factors of the learning rate: the user's range applies to all trials."""
     return dataclasses.replace(part, rates=()) if isinstance(part, Choice) else part
 
 
 def _space(rates: LogRange, tuned: Declared, head_rate: float | None) -> dict[str, LogRange | Choice]:
-    """The space under one optimizer; without a fitted rate, that of the head is not tuned."""
+    """The space for one optimizer; without a fitted rate, the head's rate is not tuned."""
     space: dict[str, LogRange | Choice] = {RATE: rates}
     for name, part in tuned.items():
         if not isinstance(part, FittedRate):
@@ -250,7 +250,7 @@ def _space(rates: LogRange, tuned: Declared, head_rate: float | None) -> dict[st
 
 
 def _first(space: Space, rate: float, configs: Sequence[FTConfig], head_rate: float | None) -> dict[str, Any]:
-    """The defaults: the recommended rate as far as the user's range allows, and the options as they are."""
+    """The defaults: the recommended rate, within the user's range, and the options as they are."""
     rates = space[RATE]
     assert isinstance(rates, LogRange)
     values: dict[str, Any] = {RATE: min(max(rate, rates.low), rates.high)}
@@ -280,7 +280,7 @@ def _prepared(
             refusal = str(error)
         changed = dataclasses.replace(config, **own)
         # Shorten the measurement to its share of the budget, but do not skip it: its result is part of the strategy.
-        # With several source models, an epoch costs as much as one epoch for each of them.
+        # With several source models, an epoch costs as much as one epoch of each of them.
         room = SEARCH_SHARE * settings.trials * epochs / max(1, len(config.sources()))
         try:
             changed = changed.within(room, model) if settings.trials and changed.measures() else changed
@@ -291,7 +291,7 @@ def _prepared(
 
 
 def _recommended_rate(configs: Sequence[FTConfig], optim: str, model: nn.Module) -> float | None:
-    """The recommended learning rate; None for that of the head, and the baseline's where nothing is recommended."""
+    """The recommended learning rate; None for the head's, and the baseline's if nothing is recommended."""
     if any(RATE in config.recommended and config.recommended[RATE].value == FITTED for config in configs):
         return None
     found = recommended_arguments([*configs, config_class(BASELINE)()], optim, model)

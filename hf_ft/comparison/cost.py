@@ -1,4 +1,4 @@
-"""The cost of a training: seconds, and work in floating-point operations, without evaluations and saving."""
+"""The cost of a training run: seconds, and work in floating-point operations, without evaluations and saving."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Clock(TrainerCallback):
 
     Attributes:
         device: type of the training device.
-        work: also counts the work of the same time, if given.
+        work: also counts the work during that time, if given.
         seconds: wall-clock seconds.
         compute: compute seconds.
         paused: wall-clock seconds while paused.
@@ -97,7 +97,7 @@ class Cost:
     evaluation: float
 
     def training_seconds(self, bench: Bench, epochs: float) -> float:
-        """Time of one full fine-tuning including its evaluations."""
+        """Time of one full fine-tuning run including its evaluations."""
         return epochs * (self.training * len(bench.data["train"]) + self.evaluation * len(bench.data["validation"]))
 
     def test_seconds(self, bench: Bench) -> float:

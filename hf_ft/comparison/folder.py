@@ -1,4 +1,4 @@
-"""The output folder of a comparison: whose it is, and the files of a running one."""
+"""The output folder of a comparison: its ownership, and the files of a running one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Kept:
         Raises:
             OptionError: if the output folder holds other files.
         """
-        # Listed once: another worker may be claiming the folder, and creates its mark before anything else.
+        # Listed once: another worker may be claiming the folder, and it creates its mark before anything else.
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         names = {name for name in names if not name.startswith(FILE)}
         if names and not names & {OWN, STORAGE}:
@@ -77,11 +77,11 @@ class Kept:
             raise OptionError(f"{folder} was not written by a comparison: move it, or choose another output_dir.")
 
     def work(self, name: str) -> Path:
-        """The working folder of one training in this process."""
+        """The working folder of one training run in this process."""
         return self.own / "work" / f"{name}-{process_name()}"
 
     def model(self, name: str, seed: int) -> Path:
-        """The folder of the model of a training, named like the winner's, since model cards show the name."""
+        """The folder of the model of a training run, named like the winner's, since model cards show the name."""
         return self.own / "models" / name / f"seed-{seed}" / self.best.name
 
     @property
@@ -125,7 +125,7 @@ class Kept:
         (self.model(name, seed).parent / SCORE).write_text(json.dumps(score), encoding="utf-8")
 
     def keep_logits(self, name: str, seed: int) -> str:
-        """Keep the outputs of a final run, which lie beside its model; returns their file in the output folder."""
+        """Keep the outputs of a final run, which are next to its model; returns their file in the output folder."""
         written, file = (
             self.model(name, seed).with_name(LOGITS),
             self.folder / OUTPUTS / f"{name}-seed-{seed}.safetensors",
@@ -163,7 +163,7 @@ class Kept:
         written.rename(folder)
 
     def clear(self) -> None:
-        """Delete the files of killed processes and all models that are not wanted; no training may be running."""
+        """Delete the files of killed processes and all models that are not wanted; no training run may be active."""
         for folder in ("work",) if self.every else ("models", "work"):
             shutil.rmtree(self.own / folder, ignore_errors=True)
 

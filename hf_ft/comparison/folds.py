@@ -1,7 +1,7 @@
-"""A few labelled samples, parts of which take turns as validation.
+"""Cross-validation for few labelled samples: parts of them take turns as validation.
 
-On a validation split of 30 images one image is three points, and the best of several settings is mostly the luckiest.
-In cross-validation, every labelled sample validates once.
+On a validation split of 30 images, one image is worth three points, and the best of several settings is mostly the
+luckiest. In cross-validation, every labelled sample is used for validation once.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Folds:
     """How the training and validation samples are divided.
 
     Attributes:
-        pool: the training samples, followed by those of validation.
-        parts: rows of the pool that validate in each fold; the others train.
+        pool: the training samples, followed by the validation samples.
+        parts: rows of the pool that are used for validation in each fold; the others are used for training.
     """
 
     pool: Dataset
     parts: tuple[np.ndarray, ...]
 
     def rows(self, fold: int) -> tuple[list[int], list[int]]:
-        """The rows that train and those that validate."""
+        """The rows for training and those for validation."""
         own = self.parts[fold]
         return np.setdiff1d(np.arange(len(self.pool)), own).tolist(), own.tolist()
 
     def groups(self, data: Data, fold: int) -> np.ndarray | None:
-        """The groups of the rows that train; None without groups."""
+        """The groups of the training rows; None without groups."""
         numbers = groups_of(self.pool, data.group_column)
         return None if numbers is None else numbers[self.rows(fold)[0]]
 
@@ -51,7 +51,7 @@ class Folds:
         splits = {**data.splits, "train": self.pool.select(train), "validation": self.pool.select(validation)}
         note = (
             f"validation: {len(self.parts)} parts of the {len(self.pool)} labelled samples (train and validation) take "
-            "turns, while the others train"
+            "turns, and the model is trained on the others"
         )
         return replace(data, splits=DatasetDict(splits), notes=(*data.notes, note))
 
@@ -63,7 +63,7 @@ class Folds:
         return replace(data, splits=DatasetDict(splits))
 
     def select(self, pooled: Processed, fold: int) -> tuple[dict[str, Any], Any]:
-        """The splits of a fold, and the training samples without augmentation if there is any."""
+        """The splits of a fold, and the training samples without augmentation if they are augmented."""
         train, validation = self.rows(fold)
         augmented = pooled.splits.get("train")
         as_is = Subset(pooled.splits["validation"], train)
@@ -78,12 +78,12 @@ class Folds:
 def folds_of(data: Data, count: int | None) -> Folds | None:
     """Divide the training and validation samples, with the same class proportions everywhere.
 
-    A class with a single sample always trains. Groups of samples (:attr:`Data.group_column`) stay whole; those with a
-    class that no other has always train.
+    A class with a single sample is always in training. Groups of samples (:attr:`Data.group_column`) stay whole; those
+    with a class that no other group has are always in training.
 
     Args:
-        count: number of folds; None for :data:`PARTS` if there are fewer than :data:`FEW` such samples. Validation
-            stays as it is with one fold.
+        count: number of folds; None for :data:`PARTS` if there are fewer than :data:`FEW` such samples. With one fold,
+            validation stays as it is.
 
     Raises:
         OptionError: if there are fewer samples than folds, or the splits have different columns.
@@ -97,7 +97,7 @@ def folds_of(data: Data, count: int | None) -> Folds | None:
     except (ValueError, TypeError) as error:
         if count is None:
             return None
-        raise OptionError(f"folds={count}: train and validation have different columns; give folds=1.") from error
+        raise OptionError(f"folds={count}: train and validation have different columns; set folds=1.") from error
     labels, groups = class_of_rows(pool, data.columns), groups_of(pool, data.group_column)
     units = most_parts(labels, groups)
     if count is None and groups is not None:
@@ -107,7 +107,7 @@ def folds_of(data: Data, count: int | None) -> Folds | None:
     count = count or PARTS
     if units < count:
         what = "samples" if groups is None else "groups"
-        raise OptionError(f"folds={count} exceeds the {units} {what} that can validate: give folds=1.")
+        raise OptionError(f"folds={count} exceeds the {units} {what} that can be used for validation: set folds=1.")
     return Folds(pool, held_out_parts(labels, count, groups))
 
 

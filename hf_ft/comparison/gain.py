@@ -1,4 +1,4 @@
-"""What the winner of a comparison gained over full fine-tuning."""
+"""The winner's gain over full fine-tuning in a comparison."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hf_ft.core.config import BASELINE
 
 
 def gain(results: Results, over: str = BASELINE) -> tuple[float, float | None] | None:
-    """What the winner gained over another contender on test, and its standard error; None if they share no scores."""
+    """The winner's gain over another contender on test, and its standard error; None if they share no scores."""
     named = {contender.name: contender for contender in results.contenders}
     if results.winner == over or not {results.winner, over} <= set(named):
         return None

@@ -1,4 +1,4 @@
-"""The finished trainings of a comparison and what follows from them: budgets, the best trial, the winner."""
+"""The finished training runs of a comparison and what follows from them: budgets, the best trial, the winner."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIGITS = 9  # means that agree to this many digits are equal
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job: a training and its further results.
+    """A finished job: a training run and its further results.
 
     Attributes:
         measured_compute: compute seconds of the strategies' measurements.
@@ -44,11 +44,11 @@ def done_from(outcome: Outcome) -> Done:
     Raises:
         CheckpointError: if something in it is missing or of another type.
     """
-    return restored(Done, {**outcome.info, "seconds": outcome.seconds}, "results of a training")
+    return restored(Done, {**outcome.info, "seconds": outcome.seconds}, "results of a training run")
 
 
 class Ledger:
-    """The finished trainings and what follows from them; it runs nothing itself.
+    """The finished training runs and what follows from them; it runs nothing itself.
 
     Args:
         entrants: the contenders, full fine-tuning first.
@@ -67,12 +67,12 @@ class Ledger:
         return self.settings.trials * self.work(self.entrants[0])
 
     def work(self, entrant: Entrant) -> float:
-        """The work of a whole training, from the first trial, which may have been ended early; 0 if it is unknown."""
+        """The work of a whole training run, from the first trial, which may have ended early; 0 if it is unknown."""
         first = self.trial(entrant, 0)
         return 0.0 if first is None or not first.training.share else first.work / first.training.share
 
     def used(self, entrant: Entrant, trials: int) -> float:
-        """The work of the measurement and of the first trials; those that are not finished count as whole."""
+        """The work of the measurement and of the first trials; unfinished trials count as whole."""
         first = self.trial(entrant, 0)
         found = [self.trial(entrant, number) for number in range(trials)]
         shares = sum(1.0 if done is None else done.training.share for done in found)
@@ -81,8 +81,8 @@ class Ledger:
     def trials_of(self, entrant: Entrant) -> int:
         """Number of trials that fit into the budget, at least one.
 
-        What a trial that diverged leaves of its work is used for further ones once all are finished, so the number
-        does not depend on their order.
+        The work that a diverged trial did not use goes to further trials once all are finished, so the number does not
+        depend on their order.
         """
         if not self.settings.trials:
             return 0
@@ -101,7 +101,7 @@ class Ledger:
         return count
 
     def _fitting(self, used: float, each: float, done: int) -> int:
-        """Number of trials, when some are done and this work is used."""
+        """Number of trials, given those that are done and the work that they used."""
         return max(1, done + math.floor((self.allowed - used) / each + 1e-9))
 
     def chosen(self, entrant: Entrant) -> int | None:
@@ -134,7 +134,7 @@ class Ledger:
         return self.done.get(self.key(entrant, "trial", number))
 
     def first(self, entrant: Entrant) -> Done | None:
-        """Its first training, in which its strategies measure the data, if it is finished."""
+        """Its first training run, in which its strategies measure the data, if it is finished."""
         return self.trial(entrant, 0) if self.settings.trials else self.final(entrant, 1)
 
     def final(self, entrant: Entrant, seed: int) -> Done | None:
@@ -175,7 +175,7 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        """Whether all trainings are finished."""
+        """Whether all training runs are finished."""
         wanted = [e for e in self.entrants if self.chosen(e) is not None]
         tried = all(self.trial(e, i) is not None for e in self.entrants for i in range(self.trials_of(e)))
         return tried and all(len(self.runs(e)) == self.settings.seeds for e in wanted)

@@ -1,4 +1,4 @@
-"""The mistakes of the winner of which it is most and least sure, from the logits that were kept."""
+"""The winner's most and least confident mistakes, from the logits that were kept."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from hf_ft.errors import DataError, OptionError
 SPLIT = "test"
 MOST = 20  # mistakes in each list
 SIDE = 64  # pixels of a thumbnail
-LETTERS = 100  # of the beginning of a text
+LETTERS = 100  # shown from the beginning of a text
 
 
 def check_thumbnails(settings: Settings, columns: Columns) -> None:
-    """Reject thumbnails of what cannot be seen.
+    """Reject thumbnails of data that cannot be shown as a picture or text.
 
     Raises:
         OptionError: if the data are sounds, or there is no single class per sample.
@@ -40,8 +40,7 @@ def check_thumbnails(settings: Settings, columns: Columns) -> None:
         raise OptionError("thumbnails=True: these data are sounds, which have no thumbnails. Leave it out.")
     if columns.problem_type != "single_label_classification":
         raise OptionError(
-            "thumbnails=True: they belong to the list of mistakes, which there is only where each sample has one "
-            "class. Leave it out."
+            "thumbnails=True: they belong to the list of mistakes, which requires one class per sample. Leave it out."
         )
 
 
@@ -75,7 +74,7 @@ def find_mistakes(runner: Runner, data: Data) -> Mistakes | None:
 def samples(
     split: Dataset, columns: Columns, rows: Sequence[int], labels: Sequence[int], settings: Settings
 ) -> tuple[list[str], list[str]]:
-    """Names of samples, and what is shown of them."""
+    """Names of samples, and what is shown for them."""
     chosen = split.with_format(None).select(rows)
     media = next((one for one in MEDIA if one.task == columns.task), None)
     numbers = chosen[ROW][:] if ROW in chosen.column_names else list(rows)
@@ -90,7 +89,7 @@ def samples(
 
 
 def _name(value: Any, number: int, true: str) -> str:
-    """The name of a file, with its folder if that is its class: other folders may say where it lay."""
+    """The name of a file, with its folder if that is its class: other folders may reveal where it was stored."""
     path = value.get("path") if isinstance(value, dict) else None
     if not path:
         return f"row {number}"
@@ -99,7 +98,7 @@ def _name(value: Any, number: int, true: str) -> str:
 
 
 def thumbnail(value: Any, row: int) -> str:
-    """A small JPEG of an image as a data URI; empty if it cannot be read any more.
+    """A small JPEG of an image as a data URI; empty if it can no longer be read.
 
     Args:
         value: the unopened image.

@@ -20,7 +20,7 @@ from hf_ft.trainer.trainer import FTTrainer
 
 VALIDATION = "validation"
 TESTS = ("test", "ood")
-LOGITS = "logits.safetensors"  # beside a model, until it is known which one is kept
+LOGITS = "logits.safetensors"  # next to a model, until it is known which one is kept
 LABELS = ".labels"  # ends the name of a split's labels in that file
 
 
@@ -29,7 +29,7 @@ class Outputs:
     """A model's outputs and the labels by split, in the order of the split.
 
     Attributes:
-        logits: (N, C) float32; for a regression its numbers.
+        logits: (N, C) float32; for regression, its numbers.
         labels: (N,) for one class per sample.
     """
 
@@ -67,7 +67,7 @@ class Outputs:
 
     @property
     def predictions(self) -> dict[str, tuple[int, ...]]:
-        """The predicted classes by split, where samples have one class each."""
+        """The predicted classes by split, if samples have one class each."""
         return {split: tuple(z.argmax(-1).tolist()) for split, z in self.logits.items() if self.single(split)}
 
     @cached_property
@@ -77,12 +77,12 @@ class Outputs:
 
     @property
     def calibration(self) -> dict[str, SplitCalibration]:
-        """By split, where samples have one class each and logits are finite."""
+        """By split, if samples have one class each and logits are finite."""
         usable = (split for split in self.logits if self.single(split) and np.isfinite(self.logits[split]).all())
         return {split: SplitCalibration.of(*self.tensors(split), self.temperature) for split in usable}
 
     def save_calibration(self, model: Any, folder: Path) -> None:
-        """Write the temperature, if there is one, beside the weights of the model."""
+        """Write the temperature, if there is one, next to the weights of the model."""
         if self.temperature is not None:
             weights = weights_digest(model)
             Calibration.at(self.temperature, *self.tensors(VALIDATION), VALIDATION, weights).save(folder)

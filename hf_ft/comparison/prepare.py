@@ -38,7 +38,7 @@ from hf_ft.models.norms import batch_norms
 from hf_ft.models.source_head import has_source_head
 from hf_ft.trainer.trainer import ClassWeights
 
-TUNER = 2  # of what follows from a seed: trainings of another are not shared
+TUNER = 2  # version of what follows from a seed: training runs of another version are not shared
 LISTED = 20  # sets of duplicates in the report
 METRICS = {
     "single_label_classification": "balanced_accuracy",
@@ -52,7 +52,7 @@ class Prepared:
     """A comparison that is ready to run.
 
     Attributes:
-        runner: runs the trainings.
+        runner: runs the training runs.
         data: the data of the comparison.
         bench: model and data of full fine-tuning.
         model_name: the model name as given.
@@ -252,7 +252,7 @@ def _entrants(
 
 
 def _signature(bench: Bench, data: Data, settings: Settings, common: CommonSettings) -> dict[str, Any]:
-    """What scores depend on, apart from the strategies: trainings are only shared if all of it is equal."""
+    """What scores depend on, apart from the strategies: training runs are only shared if all of it is equal."""
     weights = common.class_weights
     return {
         "model and data": bench.fingerprint,
@@ -302,7 +302,7 @@ def _described(data: Data, columns: Columns) -> DataSummary:
 
 
 def _found(checks: DataChecks) -> FoundInData:
-    """What the report says of the checks."""
+    """What the report says about the checks."""
     said, first = tuple(checks.sentences()), checks.first(LISTED).duplicates
     return {"said": said, "duplicates": first, "sets": len(checks.duplicates)}
 

@@ -26,7 +26,7 @@ class _Scores(TypedDict):
 
 
 class Point(_Scores, total=False):
-    """The scores after an epoch, and its mean training loss, if finite (of the first epoch without its first step)."""
+    """The scores after an epoch, and its mean training loss, if finite (in the first epoch, without its first step)."""
 
     loss: float
 
@@ -39,7 +39,7 @@ class Distance(TypedDict):
 
 
 class FoundInData(TypedDict):
-    """What the checks of the data found: in sentences, the first sets of duplicates, and their number."""
+    """The findings of the data checks: in sentences, the first sets of duplicates, and their number."""
 
     said: tuple[str, ...]
     duplicates: tuple[Duplicates, ...]
@@ -62,23 +62,23 @@ class DataSummary(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Training:
-    """One training: a trial or a final run.
+    """One training run: a trial or a final run.
 
     Attributes:
         seed: seed of the head initialization, data order and dropout.
-        params: tuned values: ``optim`` where it is tuned, ``learning_rate``, and the strategy's own options as
+        params: tuned values: ``optim`` if it is tuned, ``learning_rate``, and the strategy's own options as
             ``strategy.option``.
         validation: the comparison's metric on validation at the best epoch; None if the training failed.
         best_epoch: the best epoch; may be fractional.
         scores: all metrics by name, by split (``validation``; in final runs also ``test`` and ``ood``).
-        curve: after each epoch.
+        curve: the scores after each epoch.
         chosen: what was chosen after training, by strategy; ``validation`` is then the score of that model.
         seconds: wall-clock time of training, without evaluations.
         compute: the same in compute seconds (:func:`hf_ft.comparison.cost.now`).
         evaluation_seconds: time for evaluating and saving.
         passes: number of target samples processed in training.
-        share: share of its steps that it did; below 1 if it diverged and was ended early.
-        peak_memory_mb: on a GPU the peak memory of tensors, otherwise the peak growth of the process.
+        share: share of its steps that were completed; below 1 if it diverged and was ended early.
+        peak_memory_mb: on a GPU, the peak memory of tensors; otherwise the peak growth of the process.
         parameters_trained: number of weights trained in any stage.
         checkpoint_mb: size of the saved model; final runs only.
         predictions: predicted classes by split, in the order of the split; final runs only.
@@ -88,7 +88,7 @@ class Training:
         calibration: by split, in final runs that choose one class per sample.
         distortion: by split and block, from the features before training; final runs only, empty if the models' parts
             differ.
-        warnings: warnings during the training.
+        warnings: warnings during training.
         error: why it failed; empty otherwise.
         versions: versions of Python packages.
     """
@@ -129,8 +129,8 @@ class Contender:
         reason: why it got no further.
         notes: remarks for the reader, such as that it runs without source data.
         space: the search space in readable form: ``"1e-05 to 0.3"``, ``"auto, eval"``.
-        measure_seconds: cost of the strategy's measurement (a search, statistics), once for all trainings, in compute
-            seconds.
+        measure_seconds: cost of the strategy's measurement (a search, statistics), once for all training runs, in
+            compute seconds.
         allowed_seconds: the tuning budget in compute seconds, in results of version 0.1.0.
         used: share of the tuning budget that was used, as work; see :class:`hf_ft.engine.work.Work`.
         trials: all trials in order; the first uses the strategy's defaults.
@@ -169,7 +169,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Ingredient:
-    """A training that might go into the soup.
+    """A training run that might go into the soup.
 
     Attributes:
         trial: index among the trials of the contender; None for a final run.
@@ -189,19 +189,19 @@ class Ingredient:
 
     @property
     def number(self) -> str:
-        """Which training of the contender it is."""
+        """Which training run of the contender it is."""
         return f"seed {self.seed}" if self.trial is None else f"trial {self.trial + 1}"
 
 
 @dataclass(frozen=True)
 class SoupSummary:
-    """The average of trainings, one plain model.
+    """The average of training runs, one plain model.
 
     Attributes:
         kind: ``uniform`` or ``greedy``.
         validation: the comparison's metric on validation, which chose the members of a greedy soup.
         scores: all metrics by name, by split.
-        ingredients: all finished trainings that it might take.
+        ingredients: all finished training runs that might be used.
     """
 
     kind: str
@@ -211,19 +211,19 @@ class SoupSummary:
 
     @property
     def members(self) -> tuple[Ingredient, ...]:
-        """Those that are in it."""
+        """The training runs that are in it."""
         return tuple(one for one in self.ingredients if one.member)
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A sample of which the winner predicts a wrong class.
+    """A sample for which the winner predicts a wrong class.
 
     Attributes:
         sample: name of its file, or its row.
         true, predicted: numbers of classes.
-        probability: that of the predicted class.
-        shown: a thumbnail as a data URI, or the beginning of a text; empty unless it was asked for.
+        probability: the probability of the predicted class.
+        shown: a thumbnail as a data URI, or the beginning of a text; empty unless requested.
     """
 
     sample: str
@@ -235,11 +235,11 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The mistakes of the winner's saved run of which it is most and least sure.
+    """The most and least confident mistakes of the winner's saved run.
 
     Attributes:
-        split: where they are.
-        number: of all mistakes.
+        split: the split that they are from.
+        number: number of all mistakes.
         calibrated: whether probabilities are those with a temperature.
         surest: the most probable first.
         least_sure: the least probable first, without those of ``surest``.
@@ -269,13 +269,13 @@ class Results:
         settings: epochs, batch size, optimizer, budget and so on.
         versions: versions of Python packages.
         machine: the hardware used.
-        seconds: total time over all sessions and workers.
+        seconds: total time over all calls and workers.
         contenders: in the order in which they ran; the first is full fine-tuning, the baseline.
         advice: the result of :func:`hf_ft.advice.advise`, if requested.
         winner: the contender with the best mean validation score over the final runs; empty if there is none.
         winner_seed: the seed of its saved run, the best by validation.
         soup: the average of final runs, and of trials, if it was requested.
-        mistakes: of the winner, if its logits were kept.
+        mistakes: the mistakes of the winner, if its logits were kept.
     """
 
     title: str
@@ -337,25 +337,25 @@ class Results:
 
 
 def _no_classes(results: Results, run: Training) -> Iterator[str]:
-    """Predictions and labels that are no number of a class, where the classes are known."""
+    """Predictions and labels that are not the number of a class, if the classes are known."""
     classes = len(results.data.get("classes") or ())
     for split, predicted in run.predictions.items() if classes else ():
         numbers = (*predicted, *results.labels.get(split, ()))
         if numbers and not 0 <= min(numbers) <= max(numbers) < classes:
-            yield f"predictions or labels of {split!r} lie outside of the {classes} classes"
+            yield f"predictions or labels of {split!r} lie outside the {classes} classes"
 
 
 def _wrong_mistakes(results: Results) -> Iterator[str]:
-    """Classes of mistakes that are no number of a class."""
+    """Classes of mistakes that are not the number of a class."""
     classes, found = len(results.data.get("classes") or ()), results.mistakes
     listed = () if found is None else (*found.surest, *found.least_sure)
     numbers = [number for one in listed for number in (one.true, one.predicted)]
     if numbers and not 0 <= min(numbers) <= max(numbers) < classes:
-        yield f"mistakes lie outside of the {classes} classes"
+        yield f"mistakes lie outside the {classes} classes"
 
 
 def _check(results: Results) -> None:
-    """Check that what refers to something else in the results finds it there.
+    """Check that every reference within the results can be resolved.
 
     Raises:
         CheckpointError: if it does not.
@@ -364,10 +364,10 @@ def _check(results: Results) -> None:
     if not results.contenders:
         wrong.append("there are no contenders")
     if results.winner and results.winner not in {contender.name for contender in results.contenders}:
-        wrong.append(f"the winner {results.winner!r} is none of the contenders")
+        wrong.append(f"the winner {results.winner!r} is not among the contenders")
     for contender in results.contenders:
         if contender.chosen is not None and not 0 <= contender.chosen < len(contender.trials):
-            wrong.append(f"{contender.name}: there is no trial {contender.chosen}, which is chosen")
+            wrong.append(f"{contender.name}: the chosen trial {contender.chosen} does not exist")
         if not all(isinstance(config.get("ft_type"), str) for config in contender.configs):
             wrong.append(f"{contender.name}: a strategy has no 'ft_type'")
         wrong += [f"{contender.name}: {problem}" for run in contender.runs for problem in _no_classes(results, run)]

@@ -1,13 +1,13 @@
 """Runs a comparison: equal tuning budgets, then final runs, as jobs that workers share.
 
 Each strategy is first trained once with its defaults, which also counts its work. The budget is the work of ``trials``
-such trainings of full fine-tuning; every strategy gets as many trials as fit into it, after deducting the work of its
-measurement. The settings of all trials are determined in advance, so the trainings do not depend on the
-number of workers or on interruptions. The best trial by validation is retrained with each seed, and only these runs
+such runs of full fine-tuning; every strategy gets as many trials as fit into it, after deducting the work of its
+measurement. The settings of all trials are determined in advance, so the training runs do not depend on
+the number of workers or on interruptions. The best trial by validation is retrained with each seed, and only these runs
 are evaluated on the test sets.
 
 If parts of a few labelled samples take turns as validation (:mod:`hf_ft.comparison.folds`), a trial is trained once
-for each of them, and the final runs take one after the other.
+for each of them, and the final runs use them in turn.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from hf_ft.search.storage import open_storage
 from hf_ft.search.trials import Job, Outcome, Report, run_trials
 
 REFUSED = (OptionError, AnatomyError)
-DEATHS = 2  # process deaths within one training before it counts as failed
+DEATHS = 2  # process deaths within one training run before it counts as failed
 DIED = f"its process died {DEATHS} times: out of memory?"
 logger = logging.get_logger(__name__)
 Tell = Callable[[str], None]
 
 
 class Runner:
-    """Runs the unfinished trainings of a comparison.
+    """Runs the unfinished training runs of a comparison.
 
     Args:
         entrants: the contenders, full fine-tuning first.
@@ -73,9 +73,9 @@ class Runner:
         self._deadline = math.inf if settings.hours is None else time.monotonic() + 3600 * settings.hours
 
     def run(self) -> None:
-        """Run all unfinished trainings, or as many as the time limit allows."""
-        # Otherwise garbage collection during each training would traverse the objects of all imported modules.
-        ours = not gc.get_freeze_count()  # unfreezing would thaw what the caller froze, too
+        """Run all unfinished training runs, or as many as the time limit allows."""
+        # Otherwise garbage collection during each run would traverse the objects of all imported modules.
+        ours = not gc.get_freeze_count()  # unfreezing would also thaw what the caller froze
         if ours:
             gc.collect()
             gc.freeze()
@@ -109,10 +109,10 @@ class Runner:
                 break
 
     def _warm_up(self) -> None:
-        """Run a few uncounted steps: the first training of a process is slower, which would distort its seconds."""
+        """Run a few uncounted steps: the first run in a process is slower, which would distort its seconds."""
         short = dataclasses.replace(self.common, arguments={**self.common.arguments, "max_steps": 3})
         first = self.ledger.entrants[0]
-        with suppress(Exception):  # errors are reported by the trainings
+        with suppress(Exception):  # errors are reported by the runs themselves
             train(first, self.ledger.settings_of(first)[0], TUNING_SEED, short, self.kept.work("warm-up"))
 
     # --- jobs ----------------------------------------------------------------------------------------------
@@ -169,12 +169,12 @@ class Runner:
                 training = dataclasses.replace(training, logits=self.kept.keep_logits(name, number))
             if (kind == "run" or self.settings.keeps_trials) and not training.error:
                 self.kept.keep_best(name, training.seed, self.ledger.score(training))
-        except Exception as error:  # a failed training must not stop the comparison
+        except Exception as error:  # a failed run must not stop the comparison
             cause = environment_error(error)
             if cause is not None:
                 what = f"{entrant.name}, {kind} {number + (kind == 'trial')}"
                 raise MachineError(
-                    f"{what}: {type(cause).__name__}: {cause}. Make room and run the same again: what is finished is "
+                    f"{what}: {type(cause).__name__}: {cause}. Free some space and run it again: what is finished is "
                     "kept."
                 ) from error
             logger.info(f"{entrant.name}: {error}", exc_info=True)
@@ -188,7 +188,7 @@ class Runner:
         return self.ledger.score(training), {"training": dataclasses.asdict(training), **info}
 
     def _trial(self, entrant: Entrant, number: int, info: dict[str, Any], counted: Work | None) -> Training:
-        """Train once on each fold; the work is counted on the first, and the others do as much."""
+        """Train once on each fold; the work is counted on the first, and the others take the same."""
         trainings: list[Training] = []
         for fold in range(len(entrant.bench.folds)):
             trainings.append(self._train(entrant, "trial", number, fold, info, counted if fold == 0 else None))
@@ -205,7 +205,7 @@ class Runner:
         info: dict[str, Any],
         counted: Work | None = None,
     ) -> Training:
-        """Train on a fold; what the first training measures there is kept for the others."""
+        """Train on a fold; what the first run measures there is kept for the others."""
         values = self.ledger.values(entrant, kind, number)
         seed, name = TUNING_SEED if kind == "trial" else number, entrant.file_name(values)
 
@@ -228,7 +228,7 @@ class Runner:
         return Training(seed, self.ledger.values(entrant, kind, number), None, error=error, versions=versions())
 
     def _measured(self, entrant: Entrant, fold: int) -> Measured | None:
-        """The measurement of the contender's first training on a fold, reused by all others; None if there is none."""
+        """The measurement of the contender's first run on a fold, reused by all others; None if there is none."""
         states = self.kept.states(self._name_of_states(entrant, fold)) if entrant.looks else {}
         return None if states is None else Measured(states, 0.0)
 

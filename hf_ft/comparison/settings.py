@@ -19,10 +19,10 @@ from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.search.storage import MISSING
 
-# That each strategy tries, unless the user chooses one.
+# The optimizers that each strategy tries, unless the user chooses one.
 OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,), "audio": (ADAM,)}
 LOCAL = ("storage", "study_name", "retry_failed", "thumbnails")  # settings of a call, not of the comparison
-WIDTH = 30.0  # of the range of learning rates, around the recommended one
+WIDTH = 30.0  # width of the range of learning rates, around the recommended one
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 16,
     "per_device_train_batch_size": 32,
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "weight_decay": 0.0,
 }
-# Set by the comparison for every training, as are learning_rate, seed, metric_for_best_model and greater_is_better.
+# Set by the comparison for every training run, as are learning_rate, seed, metric_for_best_model and greater_is_better.
 FIXED: dict[str, Any] = {
     "eval_strategy": "epoch",
     "logging_strategy": "epoch",
@@ -45,7 +45,7 @@ FIXED: dict[str, Any] = {
     "disable_tqdm": True,
     "remove_unused_columns": False,
 }
-# Trackers are told of each training by hf_ft.comparison.tracking.
+# Each training run is reported to trackers by hf_ft.comparison.tracking.
 OURS = (
     *(name for name in FIXED if name != "report_to"),
     "learning_rate",
@@ -71,8 +71,8 @@ class Settings:
 
     trials: int = setting(
         8,
-        "tuning budget per strategy, as the work of this many full fine-tuning runs; 0: no tuning, each runs once "
-        "per seed as preset",
+        "tuning budget per strategy, as the work of this many full fine-tuning runs; 0: no tuning, each strategy runs "
+        "once per seed",
     )
     seeds: int = setting(5, "final runs per strategy with its best settings")
     metric: str | None = setting(
@@ -92,18 +92,18 @@ class Settings:
         "validation split as it is)",
     )
     patience: int | None = setting(
-        None, "end a training after so many epochs without a better validation score (default: never)"
+        None, "end training after this many epochs without a better validation score (default: never)"
     )
     mixup: float = setting(0.0, "mix the images of a training batch: alpha, such as 0.2")
     cutmix: float = setting(0.0, "paste parts of other images of the batch: alpha, such as 1")
     soup: Literal["none", "uniform", "greedy"] = setting(
         "none",
-        "average the final runs of all strategies to one model, in soup/: all of them (uniform), or one after the "
-        "other from the best, each if the validation score does not fall (greedy)",
+        "average the final runs of all strategies into one model, in soup/: all of them (uniform), or one at a time "
+        "from the best on, keeping each if the validation score does not fall (greedy)",
     )
     soup_of: Literal["runs", "trials"] = setting(
         "runs",
-        "what a soup may take: the final runs, or also every trial, all of whose models are then kept on disk",
+        "what a soup may include: the final runs, or also every trial, whose models are then all kept on disk",
     )
     most_trials: int = setting(4, "strategies with cheap runs get at most this many times the trials")
     batch_norm_momentum: float = setting(
@@ -112,13 +112,15 @@ class Settings:
         "strategy's own option",
     )
     distortion_samples: int = setting(256, "samples per test set on which to measure feature distortion; 0 to skip it")
-    hours: float | None = setting(None, "time limit in hours; strategies run in order, and starting again continues")
+    hours: float | None = setting(
+        None, "time limit in hours; strategies run in order, and running the command again continues"
+    )
     thumbnails: bool = setting(
         False,
         "show the images, or the beginnings of the texts, of the winner's surest and least sure mistakes in "
-        "report.html and results.json; leave it out if you share them and the data are private",
+        "report.html and results.json; leave it out if you share these files and the data are private",
     )
-    retry_failed: bool = setting(False, "repeat trainings that failed in an earlier call")
+    retry_failed: bool = setting(False, "repeat training runs that failed in an earlier call")
     storage: str | None = setting(
         None,
         "where to store trials: a file *.db or *.log, or an Optuna URL; processes that share a storage and an "
@@ -186,7 +188,7 @@ class Settings:
         return LogRange(low, high)
 
     def described(self) -> dict[str, Any]:
-        """All settings that say what is compared."""
+        """All settings that determine what is compared."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LOCAL}
 
 
@@ -210,7 +212,7 @@ def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     pushing = sorted(name for name in given if name == "push_to_hub" or name.startswith("hub_"))
     if pushing:
         raise OptionError(
-            f"{pushing[0]} cannot be set: a comparison pushes nothing to the Hub. Push the winner afterwards: "
+            f"{pushing[0]} cannot be set: a comparison pushes nothing to the Hub. Push the winner afterwards with "
             "`hf-ft push --model OUTPUT_DIR/best`."
         )
     values = DEFAULTS | dict(given)
@@ -234,6 +236,6 @@ def optimizers(arguments: Mapping[str, Any], task: str) -> tuple[str, ...]:
 
 
 def under(arguments: Mapping[str, Any], optim: str) -> dict[str, Any]:
-    """The shared training arguments with an optimizer and what it needs beside it, where the user did not set it."""
+    """The shared training arguments with an optimizer and whatever else it needs that the user did not set."""
     beside = {name: wanted.value for name, wanted in UNDER_SGD.items()} if optim == SGD else {}
     return beside | dict(arguments) | {"optim": optim}

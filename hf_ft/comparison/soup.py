@@ -1,4 +1,4 @@
-"""The soup of a comparison: final runs, or also trials, averaged to one model that is scored on the test sets once."""
+"""The soup of a comparison: final runs, or also trials, averaged into one model, scored on the test sets once."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SHOWN = ("num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type",
 
 
 def make_soup(runner: Runner) -> SoupSummary | None:
-    """Average finished trainings, save the result in ``soup``, and score it; None if none is wanted or finished.
+    """Average finished training runs, save the result in ``soup``, and score it; None if none is wanted or finished.
 
-    The validation data choose what goes in, and the average is scored on the test sets once. A soup of the same runs
-    that an earlier call or another worker has made is used again; a run whose model was not kept is trained again.
+    The validation data decide what goes in, and the average is scored on the test sets once. A soup of the same runs
+    that an earlier call or another worker has made is reused; a run whose model was not kept is trained again.
     """
     ledger, kept, kind = runner.ledger, runner.kept, runner.settings.soup
     runs = [run for entrant in ledger.entrants for run in _finished(ledger, entrant) if not run[1].error]
@@ -66,7 +66,7 @@ def _finished(ledger: Ledger, entrant: Entrant) -> list[Run]:
 
 
 def _known(folder: Path, wanted: Mapping[str, Any]) -> SoupSummary | None:
-    """The summary of a soup that was made of the same runs."""
+    """The summary of a soup that was made from the same runs."""
     try:
         origin = read_json(folder / ORIGIN)
         return restored(SoupSummary, origin["summary"], "a soup") if origin["soup"] == wanted else None
@@ -153,7 +153,7 @@ def described(summary: SoupSummary) -> str:
     """What the soup is made of, in a sentence or two."""
     members = [one for one in summary.ingredients if one.member]
     names = ", ".join(f"{one.contender} ({one.number})" for one in members)
-    chosen = ", chosen one after the other by their average's validation score" if summary.kind == "greedy" else ""
+    chosen = ", chosen one at a time by the validation score of their average" if summary.kind == "greedy" else ""
     models = "models" if len(members) > 1 else "model"
     return (
         f"The mean of the weights of {len(members)} fine-tuned {models}{chosen}: {names}. Model soups: Wortsman et "

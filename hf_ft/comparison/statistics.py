@@ -1,4 +1,4 @@
-"""Statistics of a comparison: means over seeds, paired differences to full fine-tuning, ranking, Pareto front.
+"""Statistics of a comparison: means over seeds, paired differences from full fine-tuning, ranking, Pareto front.
 
 Everything is computed from :class:`~hf_ft.comparison.results.Results` alone.
 """
@@ -46,11 +46,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired differences to full fine-tuning, over the common seeds.
+    """Paired differences from full fine-tuning, over the common seeds.
 
     Attributes:
         by_seed: score minus that of full fine-tuning, for at least one seed. For errors, negative is better.
-        uncertainty: of the mean; None if unknown.
+        uncertainty: the uncertainty of the mean; None if unknown.
         wins: number of seeds with a better score.
         ties: number of seeds with an equal score.
         losses: number of seeds with a worse score.
@@ -68,7 +68,7 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Interval of the mean, 95 %; None with one seed, which does not show the part of chance in training."""
+        """Interval of the mean, 95 %; None with one seed, which does not show how much training varies by chance."""
         several = self.uncertainty is not None and len(self.by_seed) > 1
         return self.uncertainty.interval(self.mean) if self.uncertainty is not None and several else None
 
@@ -88,8 +88,8 @@ class Standing:
         spreads: scores by split.
         differences: by split, for seeds shared with full fine-tuning; empty for full fine-tuning itself.
         standard_errors: by split, mean over the runs; see :func:`standard_error`.
-        seconds: wall-clock time of one training, mean over the final runs; None without final runs.
-        compute: compute seconds of one training including the measurement, mean over the final runs; may be None.
+        seconds: wall-clock time of one training run, mean over the final runs; None without final runs.
+        compute: compute seconds of one training run including the measurement, mean over the final runs; may be None.
         peak_memory_mb: maximum over the final runs; may be None.
         parameters_trained: number of trained parameters; may be None.
         checkpoint_mb: size of the checkpoint; may be None.
@@ -127,7 +127,7 @@ def paired_difference(
     """Differences over common seeds; None if there are none.
 
     Args:
-        uncertainty: of the mean, if it is known from predictions; otherwise it is that of the seeds alone.
+        uncertainty: the uncertainty of the mean, if known from predictions; otherwise it follows from the seeds alone.
     """
     seeds = [seed for seed in ours.by_seed if seed in baseline.by_seed]
     if not seeds:
@@ -207,7 +207,7 @@ def winner(results: Results, entries: Sequence[Standing]) -> Standing | None:
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]], greater_is_better: bool = True) -> tuple[str, ...]:
-    """The names of all non-dominated points in score and seconds, the fastest first.
+    """The names of all non-dominated points in score and seconds, fastest first.
 
     Args:
         points: score and seconds, by name.
@@ -268,7 +268,7 @@ def _standing(results: Results, contender: Contender, baseline: Contender | None
 
 
 def paired_differences(results: Results, ours: Contender, baseline: Contender) -> dict[str, Difference]:
-    """The paired differences of a contender to another, by split."""
+    """The paired differences between a contender and another, by split."""
     spreads, theirs = _spreads(results, ours), _spreads(results, baseline)
     pairs = {
         split: paired_difference(

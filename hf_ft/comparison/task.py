@@ -88,7 +88,7 @@ class Benches:
         return replace(first, others=tuple(others))
 
     def head_fit(self, bench: Bench, head: str | None) -> HeadFit | None:
-        """What the learning rate of the head follows from; None if the head is not found, or has no weights."""
+        """What determines the learning rate of the head; None if the head is not found, or has no weights."""
         key = (bench.fingerprint, head)
         if key not in self._fits:
             model: Any = bench.load(0, False)
@@ -147,7 +147,7 @@ class Bench:
         source: source data, if any.
         plain: the training samples without augmentation, if ``train`` is augmented.
         groups: the numbers of the training samples' groups, if there are any.
-        info: what the model card says of the data.
+        info: what the model card says about the data.
         others: the same with other parts of the labelled samples as validation.
     """
 

@@ -1,4 +1,4 @@
-"""The trainings of a comparison in experiment trackers: one run for each, all in one folder, experiment or project."""
+"""The training runs of a comparison in experiment trackers: a run each, all in one folder, experiment or project."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hf_ft.core.config import FTConfig
 from hf_ft.trainer import trackers
 
 FOLDER = "tensorboard"  # in the output folder; other trackers have places of their own
-# Training arguments that say where to log, and nothing of how to train.
+# Training arguments that say where to log, and nothing about how to train.
 ARGUMENTS = ("report_to", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where the trainings of a comparison are logged.
+    """Where the training runs of a comparison are logged.
 
     Attributes:
         report_to: names of trackers, as in ``TrainingArguments``.
@@ -49,7 +49,7 @@ class Tracking:
         return {**self.given, "project": self.project, "run_name": run} if self.report_to and run else {}
 
     def start(self, run: str, configs: Sequence[FTConfig]) -> Tracked:
-        """What logs a training as a run of this name; without a name, nothing is logged."""
+        """What logs a training run under this name; without a name, nothing is logged."""
         if not run:
             return Tracked(())
         options = trackers.options_of(configs)
@@ -60,7 +60,7 @@ class Tracking:
         if ours is trackers.TensorBoard:
             board = trackers.TensorBoard(options)
             board.logging_dir = str(self.folder / FOLDER / run)
-            shutil.rmtree(board.logging_dir, ignore_errors=True)  # an interrupted training begins again
+            shutil.rmtree(board.logging_dir, ignore_errors=True)  # an interrupted run starts again
             return board
         if ours is trackers.MLflow:
             return trackers.MLflow(options, self.project)
@@ -82,7 +82,7 @@ def tracking_of(arguments: Mapping[str, Any], folder: Path) -> tuple[Tracking, d
     trackers.check(wanted)
     named = {name: arguments[name] for name in ARGUMENTS if name in arguments and name != "report_to"}
     others = {name: value for name, value in arguments.items() if name not in ARGUMENTS}
-    # "all" is those that are installed
+    # "all" means those that are installed
     chosen = trackers.chosen_in(TrainingArguments("unused", report_to=wanted or "none"))
     for kind in _kinds(chosen):
         if kind not in trackers.OURS:
@@ -94,18 +94,18 @@ def tracking_of(arguments: Mapping[str, Any], folder: Path) -> tuple[Tracking, d
 
 
 def run_name(contender: str, training: str, fold: int | None = None) -> str:
-    """The name of a run, which is that of a folder, too: ``l2_sp-trial-3``, ``lp_ft+l2_sp-trial-1-fold-2``."""
+    """The name of a run, which is also a folder name: ``l2_sp-trial-3``, ``lp_ft+l2_sp-trial-1-fold-2``."""
     parts = [contender, training, *([] if fold is None else [f"fold {fold + 1}"])]
     return "-".join(re.sub(r"[^\w+.]+", "-", part).lstrip(".") for part in parts)
 
 
 class Tracked(TrainerCallback):
-    """Passes what is logged of a training to trackers, as one run of each, which ends with the context.
+    """Passes the logs of a training run to trackers, as one run in each, which ends with the context.
 
-    A tracker that fails is left out with a warning: that its server is away says nothing about a strategy.
+    A tracker that fails is left out with a warning: an unreachable server says nothing about a strategy.
 
     Attributes:
-        outcome: the training, when it is done.
+        outcome: the training run, when it is done.
     """
 
     def __init__(self, told: Sequence[TrainerCallback]) -> None:
@@ -117,7 +117,7 @@ class Tracked(TrainerCallback):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the run, with the scores of the training if it came to an end."""
+        """End the run, with the scores of the training run if it was completed."""
         if self._last is None:
             return
         args, model = self._last
@@ -142,7 +142,7 @@ class Tracked(TrainerCallback):
                     getattr(tracker, event)(*args, **kwargs)
             except Exception as error:
                 self.trackers.remove(tracker)
-                logger.warning(f"{type(tracker).__name__} failed and logs no more of this training: {error}")
+                logger.warning(f"{type(tracker).__name__} failed and logs nothing more from this training run: {error}")
 
 
 def _scores(training: Training) -> dict[str, float]:

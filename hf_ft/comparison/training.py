@@ -1,4 +1,4 @@
-"""A single training of a comparison, from a new model to its scores."""
+"""A single training run of a comparison, from a new model to its scores."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class CommonSettings:
         class_weights: class weights of the task loss.
         distortion_samples: number of samples of each test set used to measure feature distortion.
         device: type of the device whose time is measured.
-        patience: epochs without a better validation score after which a training ends; None for never.
+        patience: epochs without a better validation score after which training ends; None for never.
         mixing: how the images of a training batch are mixed.
-        tracking: where the trainings are logged.
+        tracking: where the training runs are logged.
     """
 
     arguments: Mapping[str, Any]
@@ -96,7 +96,7 @@ def train(
         values: the learning rate and tuned options.
         seed: seed of the head initialization, data order and dropout.
         work: temporary folder for checkpoints, deleted afterwards.
-        measured: measurements of an earlier training of this contender; by default the strategies measure now.
+        measured: measurements of an earlier training run of this contender; by default the strategies measure now.
         save_to: where the best epoch's model is saved, if it is kept.
         final: whether it is a final run, whose model is scored on the test sets.
         on_measured: called with new measurements.
@@ -134,7 +134,7 @@ def train(
 
 
 def averaged(trainings: Sequence[Training]) -> Training:
-    """The means of trainings with the same settings on several folds, as one training; failed if one of them is."""
+    """The means of training runs with the same settings on several folds, as one run; failed if any of them failed."""
     first, *others = trainings
     if not others:
         return first
@@ -252,7 +252,7 @@ def _result(
 
 
 class EndDiverged(TrainerCallback):
-    """Ends a training that has diverged: its logits are not finite, or its loss stays far above its start.
+    """Ends a training run that has diverged: its logits are not finite, or its loss stays far above its start.
 
     The loss counts as far above if it is more than twice that of the first step, and of a uniform prediction, in two
     consecutive epochs.
@@ -294,7 +294,7 @@ def _curve(trainer: FTTrainer, metric: str) -> list[Point]:
 def _tested(
     training: Training, trainer: FTTrainer, entrant: Entrant, common: CommonSettings, folder: Path | None
 ) -> Training:
-    """Evaluate the model on the test sets, once for each final run; its outputs are put beside it."""
+    """Evaluate the model on the test sets, once for each final run; its outputs are saved next to it."""
     found = scored(trainer, entrant.bench.data)
     if folder is not None:
         found.save(folder.parent / LOGITS)
@@ -342,7 +342,7 @@ def temporary(work: Path) -> Iterator[None]:
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Collect the warnings of hf_ft instead of printing them for every training."""
+    """Collect the warnings of hf_ft instead of printing them for every training run."""
     said: list[str] = []
 
     class Keep(logging.Handler):

@@ -19,7 +19,7 @@ class Uncertainty:
     Attributes:
         error: one standard error.
         freedom: its degrees of freedom; infinite if it is exactly 0.
-        covers_samples: whether the finite evaluation set counts in it, or only chance in training.
+        covers_samples: whether it includes the finite evaluation set, or only chance in training.
     """
 
     error: float
@@ -50,8 +50,8 @@ def from_predictions(
 
     .. math:: \frac{1}{C^2} \sum_c \frac{s_c^2}{n_c} + \frac{s_{seeds}^2}{S}
 
-    the latter from the differences of single seeds if there are several. (A bit too large: what a seed does to single
-    samples counts in both.) For accuracy, all samples are one class. The degrees of freedom are Satterthwaite's,
+    the latter from the differences of single seeds if there are several. (Slightly too large: the effect of a seed on
+    single samples counts in both.) For accuracy, all samples are one class. The degrees of freedom are Satterthwaite's,
     :math:`(\sum_k v_k)^2 / \sum_k (v_k^2 / \nu_k)` over the terms :math:`v_k` of the variance.
 
     Args:

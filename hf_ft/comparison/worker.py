@@ -15,11 +15,11 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     number = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number)))).split(",")
-    return named[:number]  # what is no GPU hides those after it
+    return named[:number]  # an entry that is not a GPU hides those after it
 
 
 def become_worker() -> None:
-    """Make each process of ``accelerate launch`` a worker with one device; trainings are shared, never split.
+    """Make each process of ``accelerate launch`` a worker with one device; training runs are shared, never split.
 
     Raises:
         OptionError: if there are more processes than GPUs.

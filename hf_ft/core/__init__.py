@@ -1,4 +1,4 @@
-"""An author's vocabulary: what a strategy is written in.
+"""The vocabulary for authors: what a strategy is written in.
 
 >>> from hf_ft.core import FTConfig, Plan, Stage, State, Term, option, register
 """

@@ -1,7 +1,7 @@
-"""What a strategy declares for :func:`hf_ft.advise`: rules with their points, and what a training costs.
+"""What a strategy declares for :func:`hf_ft.advise`: rules with their points, and what a training run costs.
 
-The thresholds and points are judgement, made from the papers named here and not fitted to results; what a point is
-worth is fitted (:mod:`hf_ft.advice.fit`). The rules here are those that several strategies share.
+The thresholds and points are judgements based on the papers named here, not fitted to results; what a point is worth
+is fitted (:mod:`hf_ft.advice.fit`). The rules here are those that several strategies share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEE = "Lee et al., ICLR 2023"
 YOU = "You et al., NeurIPS 2020"
 _COMPARE = {">=": operator.ge, "<": operator.lt}
 
-# What a training takes, as a scale: of equals the cheaper is tried first. DEARER tells two of one class apart.
+# A scale of training cost: among equals, the cheaper is tried first. DEARER separates two of the same class.
 HEAD_ALONE, PART_OF_THE_RUN, EVERYTHING, WITH_A_TERM, WITH_A_PASS_BEFORE = 1.0, 2.0, 3.0, 4.0, 5.0
 WITH_A_FROZEN_COPY, WITH_A_TRAINING_BEFORE, TWICE_THE_SAMPLES, WITH_A_SEARCH, SEVERAL_MODELS = 6.0, 7.0, 8.0, 9.0, 10.0
 DEARER = 0.5
@@ -30,11 +30,11 @@ DEARER = 0.5
 
 @dataclass(frozen=True)
 class Rule:
-    """When its conditions hold, the points that a strategy declares for it count.
+    """If its conditions hold, the points that a strategy declares for it count.
 
     Attributes:
-        when: figure of :meth:`hf_ft.advice.Signals.figures`, ``>=`` or ``<``, threshold; all must hold, and a figure
-            that was not measured holds nothing.
+        when: figure of :meth:`hf_ft.advice.Signals.figures`, ``>=`` or ``<``, threshold; all must hold, and none holds
+            for a figure that was not measured.
         because: the sentence, with the figures in braces.
         source: a paper, or "ours"; empty for a fact.
     """

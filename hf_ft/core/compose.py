@@ -67,7 +67,7 @@ def shared_option(configs: Iterable[FTConfig], name: str) -> Any:
 
 
 def explicit_option(configs: Iterable[FTConfig], name: str, otherwise: Any = None) -> Any:
-    """Value of a shared option where a strategy has another than its own default.
+    """Value of a shared option if a strategy sets one that differs from its own default.
 
     Raises:
         OptionError: if two strategies set different values; both are named.
@@ -112,13 +112,13 @@ def check_states(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[
             config.check_state(model, states.get(config.ft_type, State()))
         except OptionError as error:
             raise OptionError(
-                f"the measured state of {config.ft_type} is damaged, or not of this model: {error} Measure again: "
+                f"the measured state of {config.ft_type} is damaged, or not from this model: {error} Measure again: "
                 "train without states=..., or resume from another checkpoint."
             ) from error
 
 
 def with_common_options(configs: Iterable[FTConfig], plans: Iterable[Plan], model: nn.Module) -> Plan:
-    """Compose plans, with the momentum of BatchNorm and, where it was chosen, the mode of normalisation layers."""
+    """Compose plans, with the momentum of BatchNorm and, if one was chosen, the mode of normalisation layers."""
     configs = tuple(configs)
     plan = compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
     mode = explicit_option(configs, "norm_mode")
@@ -144,21 +144,21 @@ def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
     return Plan(surgery=(SetBatchNormMomentum(names, float(momentum)),)) if names else Plan()
 
 
-# Early in a run the gradient's norm is far above the Trainer's limit of 1: under SGD, unlike under Adam, clipping then
+# Early in a run, the gradient's norm is far above the Trainer's limit of 1: with SGD, unlike with Adam, clipping then
 # shrinks the steps.
 UNDER_SGD = {
     "optim_args": Recommended("momentum=0.9"),
     "max_grad_norm": Recommended(0.0, why="under SGD, clipping the norm to 1 shrinks most steps"),
 }
 
-# Where all weights train; of what value this is, and at which rates, is in docs/rates.md.
+# If all weights train. docs/rates.md has the scores with and without it.
 WITHOUT_BATCH_NORM = {
     "warmup_steps": Recommended(0.1, why="without BatchNorm, the first steps of Adam destroy pretrained features")
 }
 
 
 def chooses_rate(config: FTConfig) -> bool:
-    """Whether a strategy chooses its learning rate itself, where nobody sets one; no recommended rate is used then."""
+    """Whether a strategy chooses its learning rate itself if the user sets none; no recommended rate is used then."""
     return "learning_rate" in config.recommended and config.recommended["learning_rate"].value == CHOSEN
 
 
@@ -169,8 +169,8 @@ def recommended_arguments(
 
     Args:
         optim: the optimizer in use; by default the recommended one, or else AdamW. The recommended learning rate, and
-            what an optimizer needs beside it, are those for this optimizer.
-        model: the model to be trained, on whose normalisation the rate and the warm-up depend; by default, one with
+            whatever else the optimizer needs, are those for this optimizer.
+        model: the model to be trained, whose normalisation affects the rate and the warm-up; by default, one with
             BatchNorm.
     """
     merged: dict[str, Recommended] = {}
@@ -190,7 +190,7 @@ def recommended_arguments(
         if not batch_norm and rate.without_batch_norm != 1:
             merged = WITHOUT_BATCH_NORM | merged
         merged["learning_rate"] = rate.under(optim, batch_norm, kept=explicit_option(configs, "norm_mode") == "eval")
-        if rate.value in (FITTED, CHOSEN):  # by the strategy itself, where nobody sets one
+        if rate.value in (FITTED, CHOSEN):  # by the strategy itself, if the user sets none
             del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}
 
@@ -213,7 +213,7 @@ def compose(plans: Iterable[Plan]) -> Plan:
     if twice:
         raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
     return Plan(
-        # Equal surgery asked for by several strategies is done once.
+        # Equal surgery requested by several strategies is done once.
         surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
         terms=terms,
         stages=_checked(owner.stages if owner else (Stage("train"),)),

@@ -1,4 +1,4 @@
-"""The config of a strategy: options in PEFT's manner, and two methods, ``measure`` and ``plan``."""
+"""The config of a strategy: options in the style of PEFT, and two methods, ``measure`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ T = TypeVar("T", bound="FTConfig")
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from; ``note`` says what of it."""
+    """The source of a method; ``note`` says which part of it comes from there."""
 
     authors: str
     title: str
@@ -54,7 +54,7 @@ class Paper:
 
     @property
     def short(self) -> str:
-        """As cited in a table: ``Kumar et al., ICLR 2022``."""
+        """The citation in a table: ``Kumar et al., ICLR 2022``."""
         first, *others = self.authors.split(", ")
         authors = f"{first} et al." if len(others) > 1 else " and ".join([first, *others])
         return f"{authors}, {self.venue}"
@@ -64,10 +64,10 @@ class Paper:
 class Recommended:
     """A recommended training argument, its source (code, paper, ours), and the reason if it is not obvious.
 
-    ``value`` goes with the recommended optimizer, which is AdamW unless the strategy says otherwise; a learning rate
-    also has one under the other family of optimizers, ``sgd`` or ``adam``, if that is known. Where all weights train,
-    networks without BatchNorm (such as transformers) want lower rates, and so do those whose BatchNorm keeps its
-    statistics (``norm_mode="eval"``): ``without_batch_norm`` and ``statistics_kept`` are the factors for them.
+    ``value`` applies to the recommended optimizer, which is AdamW unless the strategy says otherwise; for a learning
+    rate, ``sgd`` or ``adam`` is the value for the other family of optimizers, if known. If all weights train, networks
+    without BatchNorm (such as transformers) need lower rates, and so do those whose BatchNorm keeps its statistics
+    (``norm_mode="eval"``): ``without_batch_norm`` and ``statistics_kept`` are the factors for them.
     """
 
     value: Any
@@ -79,7 +79,7 @@ class Recommended:
     statistics_kept: float = 1.0
 
     def __str__(self) -> str:
-        """As shown to people: the value, that under the other optimizers, and the factor without BatchNorm."""
+        """For display: the value, those for the other optimizers, and the factor without BatchNorm."""
         others = [
             f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
         ]
@@ -87,25 +87,25 @@ class Recommended:
         return ", ".join([str(self.value), *others, *factor])
 
     def under(self, optim: str, batch_norm: bool = True, kept: bool = False) -> Recommended:
-        """The recommendation under this optimizer.
+        """The recommendation for this optimizer.
 
         Args:
-            batch_norm: whether the network has any.
-            kept: whether it keeps its statistics.
+            batch_norm: whether the network has BatchNorm.
+            kept: whether BatchNorm keeps its statistics.
         """
         other = self.sgd if optim == SGD else self.adam
         found = self if other is None else Recommended(other, "ours", self.why)
         factor = (self.statistics_kept if kept else 1.0) if batch_norm else self.without_batch_norm
         if factor == 1 or isinstance(found.value, str):
             return found
-        return Recommended(float(f"{factor * found.value:.3g}"), "ours", self.why)  # as people write it
+        return Recommended(float(f"{factor * found.value:.3g}"), "ours", self.why)  # as one would write it
 
 
 SGD, ADAM = "sgd", "adamw_torch"
 FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
-# Of pretrained weights that all train: measured, see docs/rates.md.
+# For pretrained weights that all train: measured, see docs/rates.md.
 USUAL_RATE = {"learning_rate": Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3)}
-CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to it
+CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to the strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class FTConfig(PushToHubMixin):
     formula: ClassVar[str] = ""
     recommended: ClassVar[Mapping[str, Recommended]] = {}
     sources_option: ClassVar[str] = ""  # the option that lists several source models, if any
-    cost: ClassVar[float | None] = None  # relative cost of a training, on the scale of hf_ft.core.advising
+    cost: ClassVar[float | None] = None  # relative cost of a training run, on the scale of hf_ft.core.advising
     advice: ClassVar[Mapping[Rule, float | None]] = {}  # points by rule; None: the strategy cannot run
     tuned: ClassVar[Declared] = {}  # options tuned with the learning rate; none affects measure
     averages: ClassVar[bool] = False  # whether it only averages weights that another strategy may train
@@ -132,7 +132,7 @@ class FTConfig(PushToHubMixin):
     batch_norm_momentum: float | Literal["auto", "keep"] = option(
         "auto",
         "PyTorch momentum of BatchNorm layers. 'auto' sets 0.1 for model families that store TensorFlow's decay (0.99, "
-        "0.997) instead, with which the statistics would track only the last batch.",
+        "0.997) instead, which would make the statistics track only the last batch.",
         range="(0, 1]",
     )
     norm_mode: NormMode = option(
@@ -199,14 +199,14 @@ class FTConfig(PushToHubMixin):
         return type(self).measure is not FTConfig.measure
 
     def must_measure(self) -> bool:
-        """Whether :meth:`plan` needs the measurement; if not, it does without where there is no context."""
+        """Whether :meth:`plan` needs the measurement; if not, it works without one when there is no context."""
         return self.measures()
 
     def check_state(self, model: nn.Module, state: State) -> None:
         """Reject a state that was not measured on such a model, or has been damaged since.
 
-        Called before :meth:`plan`, whether the state was measured, read from a file, or passed in. Empty states, of a
-        strategy that has not measured, are up to :meth:`plan`.
+        Called before :meth:`plan`, whether the state was measured, read from a file, or passed in. Empty states, from a
+        strategy that has not measured anything, are left to :meth:`plan`.
 
         Raises:
             OptionError: naming the entry.
@@ -217,7 +217,7 @@ class FTConfig(PushToHubMixin):
             check_head_rate(state)
 
     def with_head_rate(self, rate: float) -> FTConfig:
-        """A copy with this rate in place of "auto", if that is how its head's rate is to be fitted."""
+        """A copy with this rate in place of "auto", if its head's rate is to be fitted in this way."""
         fitted: dict[str, Any] = {"head_lr": rate} if getattr(self, "head_lr", None) == "auto" else {}
         return dataclasses.replace(self, **fitted)
 
@@ -245,15 +245,15 @@ class FTConfig(PushToHubMixin):
         return {"ft_type": self.ft_type, **values}
 
     def identity(self) -> dict[str, Any]:
-        """What a training with these options is known by: an option added later is left out where it changes nothing.
+        """The key of a training run with these options: an option added later is left out if it changes nothing.
 
-        So trainings made before the option existed are found again.
+        Runs made before the option existed are thus found again.
         """
         new = {f.name for f in options(type(self)) if f.metadata["formerly"] == getattr(self, f.name)}
         return {name: value for name, value in self.to_dict().items() if name not in new}
 
     def shareable(self) -> dict[str, Any]:
-        """What a file that others may read says of this config: no local options, and names instead of local paths."""
+        """This config in a form that can be published: no local options, and names instead of local paths."""
         values = {name: v for name, v in self.to_dict().items() if name not in local_options(type(self))}
         if self.sources_option:
             values[self.sources_option] = [shareable_name(name) for name in values[self.sources_option]]
@@ -299,7 +299,7 @@ class FTConfig(PushToHubMixin):
 
 
 def write_configs(folder: Path, configs: Iterable[FTConfig], **extra: Any) -> None:
-    """Write ``ft_config.json`` for one or more strategies, as it may be shared, with any extra entries."""
+    """Write ``ft_config.json`` for one or more strategies in a form that can be shared, with any extra entries."""
     content = {"hf_ft_version": __version__, "strategies": [c.shareable() for c in configs], **extra}
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -311,7 +311,7 @@ def load_configs(name_or_path: str | Path, **hub_options: Any) -> tuple[FTConfig
 
 
 def configured_from(data: Mapping[str, Any]) -> FTConfig:
-    """The config that another one saved within its state; as from a file, without local options."""
+    """The config that another one saved within its state; as if from a file, without local options."""
     return FTConfig.from_dict(_completed(data))
 
 
@@ -322,17 +322,17 @@ def as_saved(config: T) -> T:
 
 
 def _completed(data: Any) -> Any:
-    """A saved config as it is read: with what was done before of options added later, and without local options."""
+    """A saved config as it is read: options added later get their former behaviour, local options are dropped."""
     kind = _registered().get(str(data.get("ft_type"))) if isinstance(data, Mapping) else None
     if kind is None:
         return data
-    # A file from elsewhere must not choose what is opened here.
+    # A file from elsewhere must not decide what is opened here.
     data = {name: value for name, value in data.items() if name not in local_options(kind)}
     before = {f.name: to_json(f.metadata["formerly"]) for f in options(kind) if f.metadata["formerly"] is not UNKNOWN}
     return before | dict(data)
 
 
-# What comparisons are made against, and what runs where no strategy is chosen: the only method known by name.
+# The baseline of comparisons, and what runs if no strategy is chosen: the only method known here by name.
 BASELINE = "full"
 
 C = TypeVar("C", bound="type[FTConfig]")
@@ -341,7 +341,7 @@ _OWN = "hf_ft.strategies"  # by name: its modules import this one
 
 
 def _registered() -> dict[str, type[FTConfig]]:
-    """All strategies; those of this package come first, and register when they are first looked for."""
+    """All strategies; those of this package come first, and are registered on first access."""
     importlib.import_module(_OWN)
     return _CONFIGS
 

@@ -30,7 +30,7 @@ def read_config_file(name_or_path: str | Path, **hub_options: Any) -> dict[str, 
         raise OptionError(f"{folder} contains no {CONFIG_NAME}: it was not written by hf_ft.")
     try:
         content = read_json(file)
-    except CheckpointError as error:  # what it holds are options
+    except CheckpointError as error:  # the file holds options
         raise OptionError(str(error)) from error
     if not isinstance(content, dict) or not isinstance(content.get("strategies"), list) or not content["strategies"]:
         raise OptionError(f"{file} is damaged: it lists no strategies. Restore it, or use another checkpoint.")

@@ -55,9 +55,10 @@ class Context:
         generator: a CPU generator with the same seed on every process.
         samples: training samples by index, without augmentation if the user provided such a data set.
         labels: their classes, (samples,), if known without reading the inputs.
-        groups: numbers of the groups that they belong to, (samples,), which are held out as a whole; None without any.
-        recipe: the training recipe, for a strategy's own short trainings.
-        described: settings the recipe was built from, to check whether results belong to it.
+        groups: numbers of the groups that they belong to, (samples,), which are held out as a whole; None if there are
+            none.
+        recipe: the training recipe, for a strategy's own short training runs.
+        described: settings from which the recipe was built, to check whether results belong to it.
         frozen_cache: whether and where to store outputs of frozen parts.
         source: the source data, if any.
         folder: folder for intermediate results.
@@ -95,7 +96,7 @@ class Recipe:
         max_grad_norm: norm to which gradients are clipped; 0 disables clipping.
         task_loss: the task loss.
         computing: context manager for the model's computations, such as autocast.
-        scaler: creates a gradient scaler, which does nothing unless these computations are in float16.
+        scaler: creates a gradient scaler, which does nothing unless these computations run in float16.
         epochs: length of the training in epochs.
     """
 
@@ -147,4 +148,4 @@ class FrozenCache:
     def __post_init__(self) -> None:
         validate(self)
         if self.folder is not None and not Path(self.folder).is_dir():
-            raise OptionError(f"FrozenCache.folder={self.folder!r} is not a folder: create it, or name another.")
+            raise OptionError(f"FrozenCache.folder={self.folder!r} is not a folder: create it, or choose another.")

@@ -1,4 +1,4 @@
-"""What strategies share that measure nothing but a learning rate for the head."""
+"""The base of strategies that measure nothing but a learning rate for the head."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hf_ft.core.head_rate import HeadRate, describe_head_rate, measure_head_rate
 
 
 class FittedHead(FTConfig):
-    """Base of strategies with an option ``head_lr`` whose value ``"auto"`` is all that they measure.
+    """Base of strategies with an option ``head_lr`` that measure only what its value ``"auto"`` requires.
 
-    Their plan takes the rate from :func:`~hf_ft.core.head_rate.head_rates`; where nothing can be measured, "auto" is
+    Their plan takes the rate from :func:`~hf_ft.core.head_rate.head_rates`; if nothing can be measured, "auto" means
     ``args.learning_rate``.
     """
 

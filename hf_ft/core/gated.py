@@ -1,4 +1,4 @@
-"""What strategies share that keep a pretrained path beside the one that trains."""
+"""The base of strategies that keep a pretrained path alongside the one that trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_ft.models.gated.paths import GATE
 
 
 class GatedStrategy(FTConfig):
-    """Base of strategies whose model mixes the two paths by a gate, which trains beside everything else."""
+    """Base of strategies whose model mixes the two paths by a gate, which trains along with everything else."""
 
     recommended = USUAL_RATE
     cost = advising.WITH_A_FROZEN_COPY + advising.DEARER
@@ -30,7 +30,7 @@ class GatedStrategy(FTConfig):
         raise NotImplementedError(f"{type(self).__name__} does not define gate().")
 
     def gate_rate(self) -> float | None:
-        """Learning rate of the gate; None for that of everything else."""
+        """Learning rate of the gate; None for the same as everything else."""
         raise NotImplementedError(f"{type(self).__name__} does not define gate_rate().")
 
     def draws(self) -> bool:

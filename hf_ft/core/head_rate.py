@@ -2,8 +2,8 @@ r"""The learning rate of a head, fitted to the features that it sees: the value 
 
 Under SGD with momentum m, a linear head diverges above :math:`\eta_{\max} = 2 (1 + m) / (c \lambda)`, where
 :math:`\lambda` is the largest eigenvalue of the features' second moment and c depends on the loss (see
-:func:`hf_ft.functional.head_curvature`). Features of different networks and data differ in :math:`\lambda` by more
-than ten, so no single rate suits all of them; a fixed fraction of :math:`\eta_{\max}` does.
+:func:`hf_ft.functional.head_curvature`). Features of different networks and data differ in :math:`\lambda` by a
+factor of more than ten, so no single rate suits all of them; a fixed fraction of :math:`\eta_{\max}` does.
 
 Under Adam and its variants, a step changes each weight by about the rate, hence a logit by up to the rate times
 :math:`\lVert f \rVert_1`; the fitted rate makes this a fixed number.
@@ -33,12 +33,12 @@ from hf_ft.models.preserve import random_states_kept
 HeadRate = float | Literal["auto"] | None
 LOOKED_AT = 256  # samples
 READ = 64  # of them at a time
-# Both by tests/benchmarks/rates.py; see docs/rates.md.
+# Both from tests/benchmarks/rates.py; see docs/rates.md.
 FRACTION = 0.5  # of the largest stable rate under SGD
-STEP = 2.0  # by which a logit may change in a step of Adam
+STEP = 2.0  # the largest change of a logit in a step of Adam
 LEAST, MOST = 1e-6, 1.0  # whatever the features, zeros included
 HEAD_LR = "head_lr"
-UNSET_RATE = 5e-5  # learning_rate of TrainingArguments where nobody set it
+UNSET_RATE = 5e-5  # learning_rate of TrainingArguments if the user does not set it
 logger = logging.get_logger(__name__)
 
 
@@ -55,7 +55,7 @@ class WithHeadRate(Protocol):
 
 @dataclass(frozen=True)
 class HeadFit:
-    """What the learning rate of a head follows from.
+    """The quantities that determine the learning rate of a head.
 
     Attributes:
         curvature: the largest eigenvalue of the features' second moment.
@@ -68,7 +68,7 @@ class HeadFit:
     loss_curvature: float = 0.5
 
     def rate(self, optim: str, momentum: float = 0.9) -> float:
-        """The fitted rate under ``sgd``, or under an optimizer that scales its steps, as Adam and its variants do.
+        """The fitted rate with ``sgd``, or with an optimizer that scales its steps, as Adam and its variants do.
 
         It is rounded to two digits, so that it is the same on every machine.
         """
@@ -78,10 +78,10 @@ class HeadFit:
 
 
 def fit_head(model: nn.Module, parts: Anatomy, samples: Samples, computing: Any = nullcontext) -> HeadFit:
-    """Look at the features that the head of a model sees on this data.
+    """Measure the features that the head of a model sees on this data.
 
     Args:
-        parts: the model's parts. Of the members of an ensemble, that with the lowest stable rate decides.
+        parts: the model's parts. In an ensemble, the member with the lowest stable rate decides.
         samples: up to 256 of them, spread over the data, pass through the model in eval mode; it is left unchanged.
         computing: context manager for the model's computations, such as autocast.
     """
@@ -111,8 +111,8 @@ def measure_head_rate(strategy: WithHeadRate, model: nn.Module, context: Context
     if not context.samples.count:
         logger.warning(
             f"{strategy.ft_type}.head_lr='auto' uses learning_rate={context.recipe.learning_rate:g}: a stream of "
-            "samples is not looked at before training. Set a number, allow a look with measure_samples=256, or pass a "
-            "map-style train_dataset."
+            "samples is not read before training. Set a number, let it be read with measure_samples=256, or pass "
+            "a map-style train_dataset."
         )
         return {}
     fit = fit_head(model, strategy.anatomy(model), context.samples, context.recipe.computing)
@@ -125,9 +125,9 @@ def measure_head_rate(strategy: WithHeadRate, model: nn.Module, context: Context
 
 
 def head_rates(strategy: WithHeadRate, head: Names, state: State) -> tuple[Rate, ...]:
-    """For ``plan``: the rate of the head, if it is not that of everything else.
+    """For ``plan``: the rate of the head, if it differs from that of everything else.
 
-    Without a measurement, "auto" is ``args.learning_rate``.
+    Without a measurement, "auto" means ``args.learning_rate``.
     """
     rate = state.info.get(HEAD_LR) if strategy.head_lr == "auto" else strategy.head_lr
     return () if rate is None else (Rate(head, lr=rate),)

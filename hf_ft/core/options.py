@@ -34,23 +34,23 @@ def option(
         help: one sentence, shown in ``--help``, in ``hf-ft describe`` and in the docs.
         range: an interval such as ``"[0, 1)"`` or ``"(0, inf)"``, for numbers.
         source: origin of the default: ``code`` (the authors' code), ``paper``, or ``ours``.
-        formerly: for an option added later, the value that corresponds to what was done before; see
+        formerly: for an option added later, the value that corresponds to the earlier behaviour; see
             :meth:`FTConfig.identity`.
-        local: whether it only says where something lies on this machine; it is not saved, and not read from a file.
+        local: whether it only says where something is on this machine; it is not saved, and not read from a file.
     """
     metadata = {"help": help, "range": range, "source": source, "formerly": formerly, "local": local}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def options(config_class: type) -> list[dataclasses.Field]:
-    """All options of a config class; those the class itself declares come first."""
+    """All options of a config class; those that the class itself declares come first."""
     fields = [f for f in dataclasses.fields(config_class) if "help" in f.metadata]
     own = getattr(config_class, "__annotations__", {})
     return sorted(fields, key=lambda f: f.name not in own)
 
 
 def local_options(config_class: type) -> frozenset[str]:
-    """Names of the options that only say where something lies on this machine."""
+    """Names of the options that only say where something is on this machine."""
     return frozenset(f.name for f in options(config_class) if f.metadata["local"])
 
 

@@ -45,10 +45,10 @@ class Stage:
         rates: learning rates that differ from ``args.learning_rate``.
         norm_mode: which normalisation layers with running statistics use and update batch statistics.
             ``auto``: those whose own parameters train. ``eval``: none. ``train``: all, including frozen ones.
-        dropout: whether dropout is active. If not, the model runs in eval mode, except for its moving norms, and for
-            modules that checkpoint gradients, which Transformers does only in train mode.
+        dropout: whether dropout is active. If not, the model runs in eval mode, except for its moving norms and for
+            modules with gradient checkpointing, which Transformers supports only in train mode.
         fresh_optimizer: whether the stage starts without the optimizer's state (momentum, moments) of earlier stages.
-        redraws: names of modules whose weights are drawn anew when the stage begins, as Transformers initialises them;
+        redraws: names of modules whose weights are redrawn when the stage begins, as Transformers initialises them;
             the first stage of a run draws nothing.
         schedule: the factor of the stage's learning rates as a function of the progress within the stage, from 0 at
             its first step towards 1. It replaces the schedule and the warm-up of the training arguments.
@@ -104,7 +104,7 @@ class Stream:
 
 @runtime_checkable
 class CopiesModel(Protocol):
-    """A term's module that copies what it needs of the model, once, after all surgery and before training."""
+    """A term's module that copies what it needs from the model, once, after all surgery and before training."""
 
     def begin(self, model: nn.Module) -> None: ...
 
@@ -128,10 +128,10 @@ class Term:
             the states of ``layers`` in the initial model.
         layers: keys of ``view.states``: module names, for their outputs, or ``"input:<module>"``; and ``SOURCE_LOGITS``
             for ``view.source_logits``. In a stage in which none of them can change, the term is constant and is
-            omitted; as is one without layers that needs ``"logit_inputs"``, if these cannot.
+            omitted; so is a term without layers that needs ``"logit_inputs"``, if these cannot change.
         stream: name of the stream whose batch and ``layers`` are in ``view.streams``.
         replaces_decay: names of parameters that the optimizer must not decay, since the term does.
-        couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes it.
+        couples_batch: whether it depends on the batch as a whole, so that splitting a batch changes its value.
         starts_at_zero: whether it is exactly 0 before the first step, with the model in eval mode.
         zero_means: the problem to report, once, if it is exactly 0 throughout a logging interval.
     """
@@ -157,7 +157,7 @@ class GradientChange:
     Attributes:
         name: name in messages.
         fn: (names of the parameters, their gradients, seed) -> None; changes the gradients in place. The seed is the
-            same on every process and after a resume, and another in each step. A parameter without a gradient in this
+            same on every process and after a resume, and differs in each step. A parameter without a gradient in this
             step is left out.
         on: names of the modules or parameters whose gradients it changes.
     """
@@ -169,10 +169,10 @@ class GradientChange:
 
 @dataclass(frozen=True)
 class TensorRates:
-    """A factor of the learning rate of each tensor, found anew at the beginning of each epoch on a few batches.
+    """A factor of the learning rate of each tensor, determined at the beginning of each epoch on a few batches.
 
     Each batch has as many samples as an update. Its gradients are those of the task loss, with the model in train mode;
-    data order, random states and running statistics stay as they were.
+    data order, random states and running statistics are left unchanged.
 
     Attributes:
         name: name in messages.
@@ -196,7 +196,7 @@ class TensorRates:
 class Selection:
     """A choice among final models, made on evaluation data after training, before ``finalise``.
 
-    The model as trained is the best of the run if the Trainer loads that. Where a candidate's weights differ from it,
+    The model as trained is the best one of the run if the Trainer loads it. If a candidate's weights differ from it,
     BatchNorm layers whose running statistics moved in training get those of the training data under these weights.
 
     Attributes:
@@ -204,8 +204,8 @@ class Selection:
         candidates: the values to choose from; ties go to the first. A single one needs no evaluation data.
         weights: a pure function of the initial values, the trained ones (both in float32 or wider, on the CPU) and a
             candidate, that returns the candidate's weights.
-        anchors: names of the parameters that it sets: those among them that any stage trains.
-        optional: whether the first candidate is taken where there are no evaluation data; else the run is refused.
+        anchors: names of the parameters that it may set; it sets those of them that any stage trains.
+        optional: whether the first candidate is used if there are no evaluation data; otherwise the run is refused.
     """
 
     name: str
@@ -217,14 +217,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Average:
-    r"""A running average of the weights, in whose place the model is evaluated, saved and finished.
+    r"""A running average of the weights, used in their place to evaluate, save and finish the model.
 
     .. math:: \bar w \leftarrow d(t) \, \bar w + (1 - d(t)) \, w
 
     after every optimizer step, where :math:`t` counts the steps before and :math:`\bar w` begins at the initial
-    weights. It covers the parameters that train. Buffers stay those of the last step: BatchNorm's running statistics
-    are averages already, and another would make them lag. A stage that redraws weights begins it anew, since what was
-    before belongs to another model.
+    weights. It covers the parameters that train. Buffers are those of the last step: BatchNorm's running statistics
+    are averages already, and averaging them again would make them lag. A stage that redraws weights restarts the
+    average, since the earlier weights belong to another model.
 
     Attributes:
         decay: :math:`d`, a function of the number of steps, with values in [0, 1].
@@ -249,8 +249,8 @@ class Plan:
         finalise: functions applied in order after that.
         gradients: changes of the gradients before each update, in order.
         tensor_rates: factors of the learning rates of single tensors.
-        learning_rate: the base rate in place of ``args.learning_rate``, of a strategy that chose it itself, because
-            nobody set one.
+        learning_rate: the base rate in place of ``args.learning_rate``, from a strategy that chose it itself because
+            the user set none.
         average: how the weights are averaged over the steps; None to use the weights themselves.
         draws: whether training draws random numbers for each sample, so that splitting a batch changes them.
         owner: the strategy that set the stages, for the error message if two do.
@@ -311,7 +311,7 @@ def trained_by(stage: Stage, model: nn.Module, trainable: Collection[str]) -> li
 
 @functools.lru_cache(maxsize=128)
 def _covered(trains: Names, names: Names, trainable: Names) -> tuple[Names, Names]:
-    """The trainable parameters that ``trains`` covers, and what of it covers none; a run asks again and again."""
+    """The trainable parameters that ``trains`` covers, and the entries that cover none; cached, as runs ask often."""
     valid = {parent for name in names for parent in parents(name)} | {""}
     candidates, prefixes = set(trainable), set(trains)
     parameters = tuple(name for name in names if name in candidates and covered(name, prefixes))

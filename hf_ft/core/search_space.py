@@ -64,7 +64,7 @@ class FittedRate:
     """Learning rates of a head around the one that is fitted to its features (:mod:`hf_ft.core.head_rate`).
 
     Attributes:
-        below, above: factors by which they may differ from it. Above, training soon diverges.
+        below, above: factors by which they may differ from it. Above it, training soon diverges.
     """
 
     below: float = 10.0
@@ -108,7 +108,7 @@ def rate_factor(space: Space, values: Mapping[str, Any]) -> float:
 
 
 def within(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with the learning rate as a place in its range: without the factor that other values imply."""
+    """The values with the learning rate as a position in its range: without the factor that other values imply."""
     return _scaled(values, 1 / rate_factor(space, values))
 
 

@@ -21,14 +21,14 @@ class TaskLoss:
     Without arguments it is the model's own loss (which follows ``config.problem_type``); if the model returns none, the
     loss that Transformers' classifiers compute on their logits. For an ensemble it is the sum over its members.
 
-    Labels (B, C) of a task with one class per sample are shares of several, as of mixed images: the loss is then the
-    cross-entropy with these, whatever the model computes, with the same weights and smoothing.
+    Labels (B, C) of a task with one class per sample are shares of several classes, as for mixed images: the loss is
+    then the cross-entropy with these, whatever the model computes, with the same weights and smoothing.
 
     Args:
         label_smoother: label smoother that the Trainer creates from ``label_smoothing_factor``.
-        class_weights: (C,), class weights of a cross-entropy. The mean is over rows, not over weights: otherwise a row
-            would count more or less, depending on which others share its micro-batch.
-        compute_loss_func: ``f(outputs, labels, num_items_in_batch=...)``; the number is that of this micro-batch, so
+        class_weights: (C,), class weights of a cross-entropy. The mean is over rows, not over weights: otherwise the
+            weight of a row would depend on which others share its micro-batch.
+        compute_loss_func: ``f(outputs, labels, num_items_in_batch=...)``; the number refers to this micro-batch, so
             that a sum divided by it equals the mean. Labels may be shares (B, C).
     """
 
@@ -98,10 +98,10 @@ def loss_on_logits(model: nn.Module, outputs: Mapping[str, Any], labels: Tensor)
 
 
 def classifier_outputs(outputs: Any, config: Any = None) -> dict[str, Any]:
-    """A classifier's outputs with one row of logits per sample, (B, C), whatever it calls them.
+    """A classifier's outputs with one row of logits per sample, (B, C), whatever their name.
 
-    Logits (B, 1, C) lose their second dimension. Where no output is called ``logits``, it is the first of shape
-    (B, ``config.num_labels``).
+    Logits (B, 1, C) lose their second dimension. If no output is called ``logits``, the first one of shape
+    (B, ``config.num_labels``) is used.
     """
     named = as_dict(outputs)
     if "logits" not in named:

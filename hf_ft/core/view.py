@@ -21,7 +21,7 @@ class LayerStates(dict[str, Tensor]):
     """
 
     def called(self, layers: Names) -> Names:
-        """Those of the layers that ran, in the same order: at least one, since a term without any is left out."""
+        """The layers among these that ran, in the same order: at least one, since a term without any is left out."""
         return tuple(layer for layer in layers if layer in self)
 
     def __missing__(self, layer: str) -> Tensor:
@@ -60,10 +60,10 @@ class View:
             start from recorded activations.
         outputs: outputs of the model.
         features: input of the head, (B, d), for terms that need ``"features"``.
-        logit_inputs: input of the layer that gives the logits, (B, d), for terms that need ``"logit_inputs"``; of
-            logits for each token, pooled as these are.
+        logit_inputs: input of the layer that gives the logits, (B, d), for terms that need ``"logit_inputs"``; if there
+            are logits for each token, pooled as these are.
         second_view: the batch, read a second time, without labels, for terms that need ``"second_view"``; the batch
-            itself where samples are the same each time they are read, or nobody read them twice.
+            itself if samples are the same each time they are read, or if they were not read twice.
         states: states of the terms' layers by name, in float32 or wider: feature maps (B, C, H, W) or token states
             (B, T, C), whatever the order of axes in the model; inputs of modules as these take them. Layers that the
             model skipped in this step (LayerDrop) are missing.
@@ -94,19 +94,19 @@ class View:
         self._gather: Callable[[Tensor], Tensor] | None = None
 
     def logit_inputs_of(self, network: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
-        """:attr:`logit_inputs` of a copy of the model, which runs in the mode that it is in, under autocast if the
+        """:attr:`logit_inputs` of a copy of the model, which runs in its current mode, and under autocast if the
         model does."""
         assert self._run is not None
         return self._run(network, batch)
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in their order; as many of each, and without gradients."""
+        """The rows of all processes, in their order; the same number from each, and without gradients."""
         return rows if self._gather is None else self._gather(rows.detach())
 
     def weights(self, names: Names) -> list[Tensor]:
         """The parameters under these names that train in the current stage.
 
-        Of a sharded model, they are the parts that this process holds: see :meth:`summed`.
+        In a sharded model, they are the parts that this process holds: see :meth:`summed`.
         """
         weights = self._pair(names)[0]
         return weights if self._parts == 1 else [local(weight) for weight in weights]
@@ -118,9 +118,9 @@ class View:
     def summed(self, value: Tensor) -> Tensor:
         """A sum over elements of :meth:`weights`, over those of all processes if each holds a part of the model.
 
-        The gradient is that of the value, since each process has all that its own part needs. The number is as many
-        times the value as there are parts, so that its mean over the processes, which is logged, is the whole sum:
-        nothing is sent in a step.
+        The gradient is that of the value, since each process has all that its own part needs. The number returned is
+        the value times the number of parts, so that its mean over the processes, which is logged, is the whole sum:
+        no communication is needed in a step.
         """
         return value if self._parts == 1 else value + (self._parts - 1) * value.detach()
 
@@ -153,5 +153,5 @@ class View:
 
 def _source_logits(border: Border | None, head: Callable[[Border], Tensor]) -> Tensor:
     if border is None:
-        raise OptionError("a term asks for source logits: its layers must include SOURCE_LOGITS.")
+        raise OptionError("a term requests source logits: its layers must include SOURCE_LOGITS.")
     return head(border)

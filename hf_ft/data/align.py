@@ -24,7 +24,7 @@ def other_distribution(source: str, split: str | None, columns: Columns) -> Data
     if theirs.task != columns.task or unknown or theirs.problem_type != columns.problem_type:
         what = f"the class {unknown[0]!r}" if unknown else f"{theirs.task}, {theirs.problem_type}"
         raise DataError(
-            f"{source} contains {what}, but the model's data is {columns.task} of {columns.problem_type} with the "
+            f"{source} contains {what}, but the model's data are {columns.task} of {columns.problem_type} with the "
             f"classes {', '.join(columns.names[:10])}: use data with the same classes."
         )
     labels: Sequence[Any] = theirs.encode(rows.with_format(None)[theirs.label][:])

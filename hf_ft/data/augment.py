@@ -1,8 +1,8 @@
 """Random changes of training images: flips and shifts, and the policies of three papers.
 
 The operations of the policies are kornia's, as functions of an image: with the strengths of the papers, they equal
-Pillow's, with which the papers' experiments were made, up to one of 255 levels. kornia's own policies are not used:
-their ranges and operations differ (``docs/augmentation.md`` lists how).
+Pillow's, which the papers' experiments used, up to one of 255 levels. kornia's own policies are not used: their ranges
+and operations differ (``docs/augmentation.md`` lists how).
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Policy:
         if random.random() < MIRRORED:
             image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
         steps = self.steps()
-        # A float drawn is in [0, 1): probability 1 always applies an operation, 0 never.
+        # Draws are in [0, 1): probability 1 always applies an operation, 0 never.
         chosen = [(name, level) for name, probability, level in steps if random.random() < probability]
         chosen = [(name, level) for name, level in chosen if name != "identity"]
         if not chosen:
@@ -202,13 +202,13 @@ def check_augmentation(augment: str, task: str = "image") -> None:
     """Check that an augmentation exists, suits the data, and can run here.
 
     Raises:
-        DataError: if it is unknown, or the data are no images.
+        DataError: if it is unknown, or the data are not images.
         ImportError: if it needs a package that is missing; the message says how to install it.
     """
     if augment not in AUGMENTATIONS:
         raise DataError(f"augment={augment!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}")
     if augment != "none" and task != "image":
-        raise DataError(f"augment={augment!r} changes images, and these data are {task}: use none")
+        raise DataError(f"augment={augment!r} changes images, but these data are {task}: use none")
     if augment in POLICIES:
         _kornia()  # loaded here, so that worker processes need not
 
@@ -220,7 +220,7 @@ _epoch: ContextVar[int | None] = ContextVar("_epoch", default=None)
 
 @contextmanager
 def drawn_for(epoch: int) -> Iterator[None]:
-    """Within, what is drawn for an image depends on this number and on the image alone.
+    """Within this context, what is drawn for an image depends only on this number and on the image.
 
     Args:
         epoch: a seed that differs in each epoch.
@@ -235,7 +235,7 @@ def drawn_for(epoch: int) -> Iterator[None]:
 def augmented(images: Sequence[Image], change: Callable[[Image], Image], rows: Sequence[int] | None) -> list[Image]:
     """Change each image with random numbers of its own, whatever other images it is read with.
 
-    They follow from the image and from :func:`drawn_for`, or else from a number that is drawn from Python's ``random``.
+    They follow from the image and from :func:`drawn_for`, or else from a number drawn from Python's ``random``.
 
     Args:
         change: draws from Python's ``random``.
@@ -255,7 +255,7 @@ def augmented(images: Sequence[Image], change: Callable[[Image], Image], rows: S
 
 
 def shrunk(image: Image, side: int | None) -> Image:
-    """The image with its shorter side at most ``side``: a policy takes time for each pixel."""
+    """The image with its shorter side at most ``side``: the time for a policy grows with the pixels."""
     if side is None or min(image.size) <= side:
         return image
     scale = side / min(image.size)

@@ -1,4 +1,4 @@
-"""What the checks of the data found, in words and as a file."""
+"""The findings of the data checks, in words and as a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sample:
 
     Attributes:
         row: its number in the source of the split.
-        file: its path relative to the folder that all files share; empty if it is no file.
+        file: its path relative to the folder that all files share; empty if it is not a file.
         label: its class or value; None without one.
     """
 
@@ -61,16 +61,16 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class DataChecks:
-    """What was found.
+    """The findings.
 
     Attributes:
         sizes: number of samples by split.
         duplicates: sets of equal, then of nearly equal samples.
-        not_compared: why no duplicates were looked for; empty if they were.
+        not_compared: why no search for duplicates was made; empty if one was made.
         single: classes with one training sample.
-        absent: classes without a sample, by split, of those that any split has.
+        absent: classes that some split has but this one lacks, by split.
         shared: groups that splits have in common.
-        dropped: number of training samples left out on request; see :func:`to_drop`.
+        dropped: number of training samples dropped on request; see :func:`to_drop`.
         keys: identifies the data of each split.
     """
 
@@ -85,18 +85,18 @@ class DataChecks:
 
     @property
     def clean(self) -> bool:
-        """Whether there is nothing to tell."""
+        """Whether there is nothing to report."""
         return not (self.duplicates or self.single or any(self.absent.values()) or self.shared)
 
     def sentences(self) -> list[str]:
-        """What was found, a sentence each; the first says what was compared."""
+        """The findings, one sentence each; the first says what was compared."""
         said = [*self._duplicates("same", "equal to"), *self._duplicates("near", "nearly equal to")]
         if self.not_compared:
             said = [self.not_compared]
         elif not said:
             said = [f"no duplicates among {sum(self.sizes.values()):,} samples"]
         if self.dropped:
-            said.append(f"{self.dropped:,} of {_samples(self.sizes['train'])} of train left out as duplicates")
+            said.append(f"{self.dropped:,} of {_samples(self.sizes['train'])} of train dropped as duplicates")
         if self.single:
             said.append(f"{_classes(self.single)} with a single training sample: {_named(self.single)}")
         said += [
@@ -112,7 +112,7 @@ class DataChecks:
         for one, other in itertools.combinations_with_replacement(self.sizes, 2):
             number = sum(_repeated(duplicates, one, other) for duplicates in sets)
             if number:
-                where = "others of it" if one == other else one
+                where = "others in it" if one == other else one
                 said.append(f"{_samples(number)} of {other} {equal} {where}")
         if disagreeing := sum(duplicates.disagree for duplicates in sets):
             what = "equal" if kind == "same" else "nearly equal"
@@ -132,7 +132,7 @@ class DataChecks:
         return restored(cls, content, "checks of data")
 
     def save(self, folder: str | Path) -> Path:
-        """Write :data:`FILE` into the folder, at once; several processes may do so."""
+        """Write :data:`FILE` into the folder atomically; several processes may do so."""
         file = Path(folder) / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
         written = file.with_name(f"{FILE}.{process_name()}")
@@ -150,16 +150,16 @@ class DataChecks:
         return cls.from_dict(read_json(Path(folder) / FILE))
 
     def first(self, count: int) -> DataChecks:
-        """With this many sets of duplicates at most: those between splits or with different labels first."""
+        """A copy with at most this many sets of duplicates: those between splits or with different labels first."""
         ordered = sorted(self.duplicates, key=lambda one: (len(one.splits) == 1, not one.disagree))
         return replace(self, duplicates=tuple(ordered[:count]))
 
 
 def to_drop(duplicates: Iterable[Duplicates]) -> set[int]:
-    """The rows of train that are left out with ``on_duplicates="drop"``.
+    """The rows of train that are dropped with ``on_duplicates="drop"``.
 
-    A training sample that is equal or nearly equal to one of another split goes. Of equal training samples the first
-    stays; if their labels differ, none does. Nearly equal training samples stay.
+    A training sample that is equal or nearly equal to one of another split is dropped. Of equal training samples, the
+    first is kept; if their labels differ, none is. Nearly equal training samples are kept.
     """
     rows: set[int] = set()
     for one in duplicates:

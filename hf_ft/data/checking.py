@@ -32,17 +32,18 @@ def check_data(
 ) -> DataChecks:
     """Find duplicates within and between splits, labels that contradict each other, rare classes and shared groups.
 
-    Every sample is read once; of each, less than 1 KB is kept. Equal are images with the same pixels (a JPEG file of
-    more than 100 KB is decoded at an eighth of its size), sounds with the same samples, and texts that differ in
-    case and spaces only. Nearly equal are images that differ by compression, size or contrast, and texts of ten words
-    or more that share about 80% of their sequences of three words. The result is the same on each call.
+    Every sample is read once; less than 1 KB of each is kept. Images are equal if they have the same pixels (a JPEG
+    file of more than 100 KB is decoded at an eighth of its size), sounds if they have the same samples, and texts if
+    they differ only in case and spaces. Images are nearly equal if they differ by compression, size or contrast, and
+    texts of ten words or more if they share about 80% of their sequences of three words. The result is the same on each
+    call.
 
     Args:
         splits: such as ``train``, ``validation`` and ``test``, as returned by :func:`~hf_ft.data.load_splits`; not
             streamed.
-        columns: by default found as by :func:`~hf_ft.data.find_columns`.
+        columns: by default, those that :func:`~hf_ft.data.find_columns` finds.
         group_column: column of what several rows have in common, such as a patient.
-        prints: fingerprints that were taken before, by :func:`~hf_ft.data.check_images`.
+        prints: fingerprints taken earlier by :func:`~hf_ft.data.check_images`.
 
     Raises:
         DataError: if there are samples that cannot be read, columns are not found, or there is no group column.
@@ -139,7 +140,7 @@ def _samples(splits: DatasetDict, columns: Columns, rows: Sequence[int]) -> list
 
 
 def _common_folder(splits: DatasetDict, columns: Columns) -> str:
-    """The folder that all files share, so that no name in a list tells where the data lie."""
+    """The folder that all files share, so that no name in a list reveals where the data are stored."""
     folders = set()
     for split in splits.values():
         column = split.data.column(columns.inputs[0])
@@ -149,7 +150,7 @@ def _common_folder(splits: DatasetDict, columns: Columns) -> str:
 
 
 def _files(split: Dataset, columns: Columns) -> list[str]:
-    """The path of each sample; empty if it is no file."""
+    """The path of each sample; empty if it is not a file."""
     media = next((media for media in MEDIA if media.task == columns.task), None)
     if media is None or not len(split):
         return [""] * len(split)

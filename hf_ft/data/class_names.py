@@ -1,4 +1,4 @@
-"""Class names as people write them: spaces around them, letters composed in two ways, lists written as text."""
+"""Class names as people write them: with spaces around them, in two Unicode forms, or as lists written as text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_plain_labels(split: Dataset, label: str | None) -> Dataset:
 
 
 def check_names(train: Dataset, label: str | None) -> None:
-    """Warn of classes that may be the same or several, and of classes that may be amounts.
+    """Warn about classes that may be the same or several, and about classes that may be amounts.
 
     Raises:
         DataError: if labels are lists written as text.
@@ -99,8 +99,8 @@ def _warn_whole(values: Sequence[float | None], label: str) -> None:
     distinct = {value for value in values if value is not None and value == value}
     if 1 < len(distinct) <= min(FEW, len(values) / 2) and all(value.is_integer() for value in distinct):
         logger.warning(
-            f"column {label!r} holds the floats {_shown([f'{value:g}' for value in sorted(distinct)])}: they are taken "
-            "as amounts, for a regression. If they are classes, write them as integers."
+            f"column {label!r} holds the floats {_shown([f'{value:g}' for value in sorted(distinct)])}: they are "
+            "treated as amounts, for regression. If they are classes, write them as integers."
         )
 
 

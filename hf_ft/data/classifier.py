@@ -60,7 +60,7 @@ def load_classifier(
 
 
 def settle_padding(name: str, model: Any, tokenizer: Any) -> None:
-    """Pad with the end-of-sequence token if a tokenizer has no padding token, as those of GPT-2 and Llama.
+    """Pad with the end-of-sequence token if a tokenizer has no padding token, as with GPT-2 and Llama.
 
     Raises:
         DataError: if there is no such token either, or the model does not know all tokens.
@@ -96,7 +96,7 @@ def load_ensemble(
 
 
 def _check_processor(name: str, processor: Any, columns: Columns) -> None:
-    """Process one sample: configs are read without a look at their values, which would fail in training.
+    """Process one sample: configs are read without checking their values, which would fail only in training.
 
     Raises:
         OptionError: if that fails.

@@ -109,7 +109,7 @@ def find_columns(
 def find_inputs(
     split: Dataset, image_column: str | None = None, text_column: str | None = None, audio_column: str | None = None
 ) -> tuple[Task, tuple[str, ...]]:
-    """The kind of data, and the input columns, of rows that need no labels; arguments as of :func:`find_columns`.
+    """The kind of data, and the input columns, of rows that need no labels; arguments as for :func:`find_columns`.
 
     Raises:
         DataError: if a column is missing or unsuitable.
@@ -133,7 +133,7 @@ def _named_inputs(image: str | None, text: str | None, audio: str | None) -> tup
 
 
 def _task_of(split: Dataset, inputs: Sequence[str], named_by: str | None) -> Task:
-    """The kind of data: as the argument says that names the columns, or else by type, name and content."""
+    """The kind of data: by the argument that names the columns, or else by type, name and content."""
     task: Task = {"image_column": "image", "audio_column": "audio"}.get(named_by or "", "text")  # type: ignore[assignment]
     if named_by is None and (media := _media(split, inputs[0])) is not None:
         task = media.task
@@ -155,7 +155,9 @@ def _classes(
         types = ", ".join(
             f"{name} {kind.dtype if isinstance(kind, Value) else kind}" for name, kind in features.items()
         )
-        raise DataError(f"the splits disagree on the type of column {label!r} ({types}): write labels alike in all")
+        raise DataError(
+            f"the splits disagree on the type of column {label!r} ({types}): write labels the same way in all"
+        )
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
         return "multi_label_classification", tuple(feature.feature.names), None, False
     if isinstance(feature, ClassLabel):
@@ -247,7 +249,7 @@ def usual_label(split: Dataset) -> str | None:
 
 
 def _few_values(split: Dataset) -> list[str]:
-    """Columns that may be labels: of several rows each value, and of at least two values."""
+    """Columns that may be labels: several rows for each value, and at least two values."""
     some = split.select(range(min(MANY, len(split))))
     found = []
     for name in shown_columns(split):

@@ -1,7 +1,7 @@
 """The types of the columns of a csv file, from all of its fields.
 
-pandas would look at 10,000 rows at a time, so that a word in a later row is an error, and read ``001`` as the number 1,
-and 20 digits as a number close to it.
+pandas would look at 10,000 rows at a time, so that a word in a later row is an error; it would also read ``001`` as the
+number 1, and 20 digits as a number close to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FieldTypes:
         self._missing = [False] * columns
 
     def see(self, record: Sequence[str]) -> None:
-        """Narrow the types by another record, which may be too short."""
+        """Narrow the types with another record, which may be too short."""
         for column, possible in enumerate(self._possible):
             field = record[column] if column < len(record) else MISSING
             if field == MISSING:

@@ -16,7 +16,7 @@ from hf_ft.data.tables import TABLES, table_options
 from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import DATASETS
 
-SCANNED = 20_000  # files that are looked at before a folder is searched
+SCANNED = 20_000  # files that are inspected before a folder is searched
 FEW = 1_000  # files that are searched in any case
 LEAST_SHARE = 0.3  # of images, sounds and tables among the files of a data set
 ARCHIVES = (".arrow", ".tar", ".zip")  # those that only `datasets` itself recognises
@@ -46,14 +46,14 @@ def read_files(
         return load_dataset(source, name=config_name)
     except (DataError, ImportError):
         raise  # a short name's package is missing: the message says how to install it
-    except Exception as error:  # `datasets` raises many types, some with no hint of what was asked for
+    except Exception as error:  # `datasets` raises many types, some without any hint of what was requested
         raise read_error(source, error) from error
 
 
 def read_error(source: str, error: Exception) -> DataError:
-    """What to raise in place of an error of ``datasets``."""
+    """The error to raise in place of one from ``datasets``."""
     cause = _cause(error)
-    absent = "" if Path(source).expanduser().exists() else ", which is no file or folder here,"
+    absent = "" if Path(source).expanduser().exists() else ", which is not a local file or folder,"
     return DataError(
         f"cannot read the data {source!r}{absent} ({type(cause).__name__}: {cause}); expected one of "
         f"{', '.join(DATASETS)}, a folder of images or sounds, a file or folder of {', '.join(READERS)}, a folder "
@@ -68,7 +68,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _check_config_name(config_name: str | None, source: str, path: Path) -> None:
-    """Reject a configuration where there can be none."""
+    """Reject a configuration if there can be none."""
     if config_name is not None and (source in DATASETS or path.is_file() or is_saved(path)):
         raise DataError(
             f"config_name={config_name!r} has no effect, since {source!r} has no configurations: leave it out.",
@@ -82,10 +82,10 @@ def is_saved(path: Path) -> bool:
 
 
 def _check_encoding(encoding: str | None, source: str, tables: Iterable[Path]) -> None:
-    """Reject an encoding where there is nothing to decode."""
+    """Reject an encoding if there is nothing to decode."""
     if encoding is not None and not any(file.suffix.lower() in TABLES for file in tables):
         raise DataError(
-            f"encoding={encoding!r} has no effect, since {source!r} is no csv or tsv file: leave it out.",
+            f"encoding={encoding!r} has no effect, since {source!r} is not a csv or tsv file: leave it out.",
             arguments=("encoding",),
         )
 
@@ -133,11 +133,11 @@ def _is_described(folder: Path) -> bool:
 
 
 def _check_is_data(folder: Path) -> None:
-    """Reject a folder such as the home folder: to look through all of it would take minutes."""
+    """Reject a folder such as the home folder: searching all of it would take minutes."""
     seen = list(islice(files(folder), SCANNED))
     known = sum(any(m.holds(file) for m in MEDIA) or file.lower().endswith(DATA_SUFFIXES) for file in seen)
     if len(seen) > FEW and known < LEAST_SHARE * len(seen):
         raise DataError(
-            f"{str(folder)!r} is no folder of data: of the first {len(seen):,} files in it and its subfolders, "
-            f"{known:,} are images, sounds or tables. Name the folder of the data set itself."
+            f"{str(folder)!r} is not a data folder: of the first {len(seen):,} files in it and its subfolders, "
+            f"only {known:,} are images, sounds or tables. Give the folder of the data set itself."
         )

@@ -1,6 +1,6 @@
-"""Groups of samples that belong together, such as all images of a patient: whole groups are held out, and never parts.
+"""Groups of samples that belong together, such as all images of a patient: whole groups are held out, never parts.
 
-A model that has seen a patient in training is judged on the same patient: its scores then say little of new ones.
+A model that is evaluated on patients that it has seen in training has scores that say little about new patients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SharedGroups:
 
 
 def check_group_column(split: Dataset, column: str | None) -> None:
-    """Check that the column can tell groups.
+    """Check that the column can define groups.
 
     Raises:
         DataError: if there is no such column, or its values cannot be compared.
@@ -52,7 +52,7 @@ def check_group_column(split: Dataset, column: str | None) -> None:
     value = next((value for value in values_of(split, column) if value is not None), None)
     if isinstance(value, (list, dict)):
         raise DataError(
-            f"column {column!r} is of type {split.features[column]}, which tells no groups: set group_column",
+            f"column {column!r} is of type {split.features[column]}, which cannot define groups: set group_column",
             arguments=("group_column",),
         )
 
@@ -68,7 +68,9 @@ def group_numbers(values: Sequence[Any]) -> np.ndarray:
 
 
 def _is_missing(value: Any) -> bool:
-    return value is None or (value == value) is not True  # what does not equal itself: NaN, and pandas' NaT and NA
+    return (
+        value is None or (value == value) is not True
+    )  # values that do not equal themselves: NaN, and pandas' NaT and NA
 
 
 def groups_of(split: Dataset, column: str | None) -> np.ndarray | None:
@@ -77,7 +79,7 @@ def groups_of(split: Dataset, column: str | None) -> np.ndarray | None:
 
 
 def given_groups(wanted: Any, dataset: Any) -> np.ndarray | None:
-    """The number of each training sample's group, (n,), of values given by the user; None without any.
+    """The number of each training sample's group, (n,), from values given by the user; None without any.
 
     Raises:
         OptionError: if there is not one for each sample.
@@ -87,7 +89,7 @@ def given_groups(wanted: Any, dataset: Any) -> np.ndarray | None:
     if not is_map_style(dataset):
         raise OptionError("groups need a train_dataset with rows by index, not a stream: leave them out.")
     try:
-        # Tensors are equal only to themselves, those of a formatted data set as well.
+        # Tensors are equal only to themselves, including those of a formatted data set.
         values = [value.tolist() if hasattr(value, "tolist") else value for value in wanted]
         if len(values) != len(dataset):
             raise OptionError(

@@ -22,12 +22,12 @@ from hf_ft.data.progress import bar
 from hf_ft.data.split_names import candidates, role_of
 from hf_ft.errors import DataError
 
-# Made by tools, so that they are no classes, whatever images they contain.
+# Made by tools, so they are not classes, whatever images they contain.
 TOOL_FOLDERS = {
     *("__MACOSX", "__pycache__", ".ipynb_checkpoints", ".cache", ".git", ".hg", ".svn", ".dvc"),
     *(".thumbnails", ".Trash", ".Trashes", "@eaDir"),
 }
-NOT_IMAGES = "._"  # the beginning of files in which macOS keeps attributes of others, under the same suffix
+NOT_IMAGES = "._"  # prefix of files in which macOS keeps attributes of others, with the same suffix
 UNTOLD = {"Thumbs.db", "desktop.ini"}  # made by file managers
 WHOLE = "."  # as train_split: the folder itself
 SHOWN = 5  # folders named in a message
@@ -42,14 +42,14 @@ def holds_metadata(folder: Path) -> bool:
 def read_image_folder(
     folder: Path, train_split: str, tables: Sequence[Path] = (), media: Media = IMAGES
 ) -> DatasetDict | None:
-    """All splits of a folder of images or sounds, labelled by the first folder below the split; None if it is none.
+    """All splits of a folder of images or sounds, labelled by the first folder below the split; None if it is not one.
 
     Args:
         media: what to look for.
-        tables: those in the folder itself: they hold the labels if the folders cannot be classes.
+        tables: the tables in the folder itself: they hold the labels if the folders cannot be classes.
 
     Raises:
-        DataError: if it cannot be told which folders are splits, or which are classes.
+        DataError: if it is unclear which folders are splits, or which are classes.
     """
     folder = Path(os.path.abspath(folder))
     splits = _split_folders(folder, train_split, media)
@@ -94,14 +94,14 @@ def _refuse_ambiguous(folder: Path, holding: Mapping[str, Path], media: Media) -
         shared = ", ".join(names[:SHOWN])
         if not named and all(map(role_of, names)):
             raise DataError(
-                f"{str(folder)!r}: the splits ({shared}) are inside of the classes ({', '.join(alike[:SHOWN])}). Move "
+                f"{str(folder)!r}: the splits ({shared}) are inside the classes ({', '.join(alike[:SHOWN])}). Move "
                 f"the splits to the top, as in {names[0]}/{alike[0]}.",
                 arguments=("train_split",),
             )
         raise DataError(
-            f"{str(folder)!r}: the subfolders {', '.join((named or alike)[:SHOWN])} contain folders of {media.name}s "
-            f"({shared}) themselves. If they are splits, name them with validation_split, test_split and train_split, "
-            f"which is {WHOLE!r} if they are classes.",
+            f"{str(folder)!r}: the subfolders {', '.join((named or alike)[:SHOWN])} contain folders of "
+            f"{media.name}s ({shared}). If they are splits, name them with validation_split, test_split and "
+            f"train_split; if they are classes, set train_split to {WHOLE!r}.",
             arguments=("train_split", "validation_split", "test_split"),
         )
 
@@ -114,15 +114,15 @@ def _no_classes(folder: Path, splits: Mapping[str, Path], media: Media) -> str:
     if all(role_of(child.name) for child in holding):
         names = ", ".join(child.name for child in holding)
         return (
-            f"{str(folder)!r}: the subfolders {names} are splits by name, but contain {media.name}s in no class "
+            f"{str(folder)!r}: the subfolders {names} are splits by name, but contain {media.name}s outside class "
             f"folders. Add a folder for each class, or a table of {media.name} paths and labels; or set train_split to "
             f"{WHOLE!r} if these are the classes."
         )
     if len(holding) == 1:
         nested = _holds_classes(holding[0], media)
-        deeper = f": the classes seem to be in {str(holding[0])!r}, so name this folder" * nested
+        deeper = f": the classes seem to be in {str(holding[0])!r}, so use this folder" * nested
         return (
-            f"{str(folder)!r} has {media.name}s in one subfolder only{deeper}. A classifier needs a folder for each "
+            f"{str(folder)!r} has {media.name}s in only one subfolder{deeper}. A classifier needs a folder for each "
             f"class, or a table of {media.name} paths and labels."
         )
     return ""
@@ -139,7 +139,7 @@ def _plain(names: Iterable[str]) -> Iterator[str]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As ``os.walk``, through links unless they lead back; the folders of tools are listed, but not entered."""
+    """Like ``os.walk``, following links unless they lead back; the folders of tools are listed but not entered."""
     for parent, folders, names in os.walk(folder, followlinks=True):
         yield parent, list(folders), names
         folders[:] = [name for name in folders if name not in TOOL_FOLDERS and not _leads_back(parent, name)]
@@ -166,7 +166,7 @@ def _counted(files: Iterable[str], shown: Any) -> Iterator[str]:
 
 
 def _class_of(file: str, split: Path, media: Media) -> str | None:
-    """The first folder below the split that a file is in; None for files of other kinds, and beside the folders."""
+    """The first folder below the split that a file is in; None for files of other kinds, and outside the folders."""
     folder, *inside = os.path.relpath(file, split).split(os.sep)
     return plain(folder) if inside and media.holds(file) else None
 
@@ -187,19 +187,19 @@ def _labelled(found: Mapping[str, Sequence[str]], splits: Mapping[str, Path], me
 
 
 def _tell_left_out(folder: Path, splits: Mapping[str, Path], listed: Mapping[str, Sequence[str]], media: Media) -> None:
-    """Warn of what is not read: files beside the class folders, files of other kinds, other folders."""
+    """Warn about what is not read: files outside the class folders, files of other kinds, other folders."""
     left_out: Counter[str] = Counter()
     for name, child in splits.items():
         for file in listed[name]:
             if _class_of(file, child, media) is None:
                 suffix = os.path.splitext(file)[1].lower()
-                beside = f"{media.name}s in no class folder of {child}"
+                beside = f"{media.name}s in {child}, outside class folders"
                 what = beside if media.holds(file) else f"{suffix or 'other'} files"
                 left_out[what] += os.path.basename(file) not in UNTOLD and not os.path.basename(file).startswith(".")
     if folder not in splits.values():
         for other in _subfolders(folder):
             if other not in splits.values():
-                what = f"{media.name}s in {other}, which is no split with class folders"
+                what = f"{media.name}s in {other}, which is not a split with class folders"
                 left_out[what] += sum(map(media.holds, files(other)))
     for path, number in _made_by_tools(splits.values(), media).items():
         left_out[f"{media.name}s in {path}, which a tool made"] += number

@@ -32,9 +32,9 @@ logger = logging.get_logger(__name__)
 OnCorrupt = Literal["refuse", "skip"]
 CHUNK = 256  # undecoded images held in memory at a time
 LARGE = 100_000  # bytes from which an image is worth decoding at a reduced size, and in a thread
-# A large JPEG is decoded at no less than this many times the side that is needed: twice, as some processors resize to
-# up to 1.25 times their size and then crop. Pixels resized from there differ by 0.3 of 255 levels on average, by 6 at
-# most.
+# A large JPEG is decoded at no less than this many times the required side: twice, as some processors resize to up to
+# 1.25 times their size and then crop. Pixels resized from there differ by 0.3 of 255 levels on average, and by at most
+# 6.
 KEPT = 2.5
 SHOWN = 3  # unreadable images named in a message
 
@@ -42,7 +42,7 @@ SHOWN = 3  # unreadable images named in a message
 def open_rgb(value: Any, row: int, side: int | None = None) -> PIL.Image.Image:
     """Open an image as 8-bit RGB, rotated upright according to its EXIF orientation.
 
-    Transparency is dropped, as in Transformers' pipelines. Of 16-bit values the upper 8 bits are kept; Pillow itself,
+    Transparency is dropped, as in Transformers' pipelines. Of 16-bit values, the upper 8 bits are kept; Pillow itself,
     and hence a pipeline, would turn all values above 255 into white.
 
     Args:
@@ -144,11 +144,11 @@ class Unreadable:
 def check_images(
     splits: DatasetDict, columns: Columns, on_corrupt: OnCorrupt = "refuse", prints: Prints | None = None
 ) -> tuple[DatasetDict, dict[str, list[Unreadable]]]:
-    """Open every image or sound once to find unreadable ones: truncated, empty, of another kind, missing.
+    """Open every image or sound once to find unreadable ones: truncated, empty, of another kind, or missing.
 
     Args:
         on_corrupt: ``"skip"`` removes them, with a warning.
-        prints: takes the fingerprints of the others on the way.
+        prints: takes the fingerprints of the others at the same time.
 
     Returns:
         The splits without them, and the files removed from each split; text is returned unchanged.
@@ -223,7 +223,7 @@ def _seen(split: Dataset, column: str, media: Media, printed: bool) -> Iterator[
 
 def _look_at_image(value: Any, printed: bool) -> str | Print | None:
     try:
-        # All of a file is read to decode an eighth of its size, which takes a third of the time.
+        # The whole file is read to decode it at an eighth of its size, which takes a third of the time.
         image = _opened(value, 1)
         return image_print(image) if printed else None
     except Exception as error:

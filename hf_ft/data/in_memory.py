@@ -1,4 +1,4 @@
-"""Prepared samples, read once and kept in memory, for repeated trainings on the same samples.
+"""Prepared samples, read once and kept in memory, for repeated training runs on the same samples.
 
 Opening, resizing and normalising an image often takes longer than a training step on it. When a search or a comparison
 trains many times on the same images without augmentation, this work is done only once.

@@ -1,4 +1,4 @@
-"""What a model card says of the data."""
+"""What a model card says about the data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hf_ft.zoo.datasets import DATASETS
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a model card says of the data.
+    """What a model card says about the data.
 
     Attributes:
-        name: display name: of the data set, or of its folder or file, never a path.
+        name: display name of the data set, or of its folder or file; never a path.
         hub_id: id on the Hub, if it comes from there.
         sizes: number of samples by split.
         notices: licence and source, where known.

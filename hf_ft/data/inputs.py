@@ -25,7 +25,7 @@ FOLDER_LABEL = "label"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a trained model can predict: the kind of its data and of its answers, and its class names in order."""
+    """What a trained model can predict: the kind of its data and of its predictions, and its class names in order."""
 
     task: Task
     problem_type: ProblemType
@@ -42,9 +42,9 @@ class Reading:
     """How to read the samples of a source; the fields are arguments of :func:`read_inputs`.
 
     Attributes:
-        split: of a source with several (default: the only one, or else that for testing or validation).
+        split: the split, if a source has several (default: the only one, or else the test or validation split).
         config_name: configuration of a Hub data set.
-        encoding: of csv and tsv files.
+        encoding: encoding of csv and tsv files.
         label_column: by default found by name and type.
     """
 
@@ -64,8 +64,8 @@ class Inputs:
     Attributes:
         rows: their columns; files are not opened yet.
         columns: the input columns; no label.
-        labels: as of :func:`labels_by_name`; None if there are none.
-        why_not: why labels that seem to be there cannot be used.
+        labels: as from :func:`labels_by_name`; None if there are none.
+        why_not: why labels that seem to be present cannot be used.
     """
 
     rows: Dataset
@@ -80,9 +80,9 @@ def read_inputs(
     """Read samples, and their labels if there are any.
 
     Args:
-        sources: files of images or sounds, and folders of them, which are searched to any depth; or one table, data
-            set of the Hub, or folder written by ``save_to_disk``; or a data set. In a folder of files, a folder with
-            the name of a class labels what is in it.
+        sources: files of images or sounds, and folders of them, which are searched recursively; or one table, data set
+            on the Hub, or folder written by ``save_to_disk``; or a data set. In a folder of files, a folder with the
+            name of a class labels what is in it.
         labelled: whether labels are required; folders are then read as :func:`~hf_ft.data.load_splits` reads them.
 
     Raises:
@@ -99,7 +99,7 @@ def read_inputs(
             arguments=("image_column", "audio_column", "text_column"),
         )
     if not len(rows):
-        raise DataError("there are no rows: name other data.")
+        raise DataError("there are no rows: use other data.")
     labels, why_not = _labels(rows, wanted, reading, labelled)
     rows = rows.with_format(None).select_columns(list(names))
     if wanted.media is not None:
@@ -115,13 +115,13 @@ def _rows(sources: list[str], wanted: Wanted, reading: Reading, labelled: bool) 
         if absent := [str(path) for path in paths if not path.exists()]:
             raise DataError(f"there is no file or folder {absent[0]!r}: correct the name, or leave it out.")
         which = next((str(path) for path in paths if not _is_files(path)), sources[0])
-        raise DataError(f"{which!r} is one of {len(sources)} sources, but only files can be several: name it alone.")
+        raise DataError(f"{which!r} is one of {len(sources)} sources, but only files can be combined: give it alone.")
     given = {"config_name": reading.config_name, "encoding": reading.encoding}
     return load_split(sources[0], reading.split, **given)
 
 
 def _is_files(path: Path) -> bool:
-    """Whether it is a file, or a folder that may hold files, in contrast to tables and data sets."""
+    """Whether it is a file, or a folder that may hold files, as opposed to tables and data sets."""
     if path.is_dir():
         if is_saved(path) or holds_metadata(path):
             return False
@@ -130,7 +130,7 @@ def _is_files(path: Path) -> bool:
 
 
 def _kind(file: str) -> str:
-    """Whether a file is of images or sounds, or of rows."""
+    """Whether a file holds an image or a sound, or rows."""
     if any(media.holds(file) for media in MEDIA):
         return "media"
     return "data" if file.lower().endswith(DATA_SUFFIXES) else ""
@@ -144,7 +144,7 @@ def _listed(paths: Sequence[Path], media: Media, names: Sequence[str]) -> Datase
     for path in paths:
         inside = sorted(filter(media.holds, files(path))) if path.is_dir() else [str(path)]
         if not inside:
-            raise DataError(f"there are no {media.name}s in {str(path)!r}, nor in its subfolders: name another folder.")
+            raise DataError(f"there are no {media.name}s in {str(path)!r}, nor in its subfolders: use another folder.")
         found += inside
         labels += [_class_of(Path(file).relative_to(path), known) if path.is_dir() else None for file in inside]
     columns: dict[str, list[Any]] = {media.task: found}

@@ -22,7 +22,7 @@ READ = 4  # rows of data sets whose labels cannot be read without the inputs
 
 
 def check_labels(dataset: Any, where: str, num_labels: int, problem_type: str | None) -> str | None:
-    """Check all labels of a column, or those of a few rows where a column cannot be read without the inputs.
+    """Check all labels of a column, or those of a few rows if a column cannot be read without the inputs.
 
     Booleans are classes; vectors of 0 and 1 are several labels per sample if ``problem_type`` says so.
 
@@ -32,11 +32,11 @@ def check_labels(dataset: Any, where: str, num_labels: int, problem_type: str | 
         problem_type: as in the model's config.
 
     Returns:
-        The problem type; if it is not given, what Transformers takes the task for when the first batch arrives. None if
-        there are no labels to read.
+        The problem type; if not given, the one that Transformers would infer when the first batch arrives. None
+        if there are no labels to read.
 
     Raises:
-        OptionError: naming data set, column, row, value and fix.
+        OptionError: naming the data set, column, row, value and fix.
     """
     for column, row, label in _labels(dataset):
         problem_type = problem_type or _problem_type(label, num_labels)
@@ -77,7 +77,7 @@ def _labels(dataset: Any) -> Iterable[tuple[str, int, Any]]:
 
 
 def _wrong(label: Any, num_labels: int, kind: str) -> str:
-    """What is wrong with a label, and how to mend it; empty if nothing is."""
+    """What is wrong with a label, and how to fix it; empty if nothing is."""
     if label is None:
         return "is missing: give every row a label, or leave such rows out."
     if isinstance(label, str | bytes):
@@ -86,13 +86,13 @@ def _wrong(label: Any, num_labels: int, kind: str) -> str:
         return _wrong_vector(label, num_labels, kind)
     value = label.item() if hasattr(label, "item") else label
     if isinstance(value, float) and not math.isfinite(value):
-        return "is no finite number: leave such rows out."
+        return "is not a finite number: leave such rows out."
     if kind == REGRESSION:
         return ""
     if kind == MULTI:
         return f"is a single value, but the model's problem_type is {MULTI!r}: give a vector of zeros and ones."
     if isinstance(value, float):
-        return "is not an integer: cast the column to integers, or load the model with num_labels=1 for a regression."
+        return "is not an integer: cast the column to integers, or load the model with num_labels=1 for regression."
     if not 0 <= value < num_labels and value != IGNORED:
         return (
             f"lies outside [0, {num_labels}), the model's num_labels={num_labels}. Load the model with "
@@ -105,9 +105,9 @@ def _wrong_vector(label: Any, num_labels: int, kind: str) -> str:
     values = np.asarray(label)
     if kind == REGRESSION:
         same = values.ndim == 1 and len(values) == num_labels
-        return "" if same else f"is no vector of {num_labels} numbers, the model's num_labels."
+        return "" if same else f"is not a vector of {num_labels} numbers, the model's num_labels."
     if values.dtype.kind not in "biuf" or values.ndim != 1:
-        return f"is no vector of {num_labels} numbers: encode the classes as zeros and ones."
+        return f"is not a vector of {num_labels} numbers: encode the classes as zeros and ones."
     if kind != MULTI:
         return f"is a vector: set model.config.problem_type={MULTI!r} for several labels per sample, or give its class."
     if len(values) != num_labels:

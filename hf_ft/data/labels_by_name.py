@@ -1,4 +1,4 @@
-"""Labels of a data set as a trained model numbers its classes, matched by name."""
+"""Labels of a data set as numbered by a trained model's classes, matched by name."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.get_logger(__name__)
 def labels_by_name(split: Dataset, column: str, names: Sequence[str], problem_type: ProblemType) -> list[Any]:
     """The labels of a column: class numbers of the model, rows of zeros and ones (C,), or floats; None where missing.
 
-    Missing are None, NaN, empty texts, and the negative numbers that hide a benchmark's test classes.
+    None, NaN, empty texts, and the negative numbers that hide a benchmark's test classes count as missing.
 
     Args:
-        names: the C class names of the model, in order. Where Transformers made them up (``LABEL_0``), numbers count.
+        names: the C class names of the model, in order. If Transformers made them up (``LABEL_0``), numbers count.
 
     Raises:
         DataError: if there is no such column, it holds something else, or a class that the model does not know.

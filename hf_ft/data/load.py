@@ -58,10 +58,10 @@ def load_splits(
             labelled data as well. A validation split of the source provides ``validation_fraction`` of them.
         max_train_samples: maximum number of training rows, not counting validation rows.
         unknown_classes: whether to refuse or to drop rows of a class that no training row has.
-        encoding: of csv and tsv files (default: UTF-8).
+        encoding: encoding of csv and tsv files (default: UTF-8).
         label_column: column to stratify by (default: the one found by :func:`find_columns`).
-        group_column: column of what several rows have in common, such as a patient: rows that are held out are those
-            of whole groups, so that no group is on both sides. Sizes are then only about those wanted.
+        group_column: column of what several rows have in common, such as a patient: whole
+            groups are held out, so that no group is on both sides. Sizes then match the requested ones only roughly.
 
     Raises:
         DataError: if the source cannot be read, a split is missing, or there are too few rows.
@@ -100,7 +100,7 @@ def load_split(
     """Read one split of a data set without further processing (see :func:`load_splits`).
 
     Args:
-        split: None for the only one, or else that for testing, or else that for validation, by the usual names.
+        split: None for the only one, or else the test split, or else the validation split, by their usual names.
 
     Raises:
         DataError: if the source cannot be read or has no such split.
@@ -111,16 +111,16 @@ def load_split(
     role: Role = "test" if split == "test" else "train"
     split = str(_usual(found, role, split, ())) if split not in found else split
     if split not in found:
-        raise DataError(f"{source!r} has no split {split!r}, only {list(found)}: name one of these")
+        raise DataError(f"{source!r} has no split {split!r}, only {list(found)}: choose one of these")
     return _numbered(found[split])
 
 
 def _held_out(source: str, found: Collection[str]) -> str:
-    """The split on which a model is judged: the only one, or by its name."""
+    """The split on which a model is evaluated: the only one, or by its name."""
     names = list(found) if len(found) == 1 else candidates(found, "test") or candidates(found, "validation")
     if len(names) != 1:
         splits = ", ".join(found)
-        raise DataError(f"{source!r} has the splits {splits}: name one of these with split", arguments=("split",))
+        raise DataError(f"{source!r} has the splits {splits}: choose one of these with split", arguments=("split",))
 
     return names[0]
 
@@ -151,7 +151,7 @@ def split_names(source: str, found: Collection[str], names: Mapping[Role, str | 
 
 
 def _usual(found: Collection[str], role: Role, wanted: str | None, others: Iterable[str | None]) -> str | None:
-    """The split of this role by its usual names, if no other name was asked for.
+    """The split of this role by its usual names, if no other name was given.
 
     Raises:
         DataError: if there are several.
@@ -161,7 +161,7 @@ def _usual(found: Collection[str], role: Role, wanted: str | None, others: Itera
     names = candidates([name for name in found if name not in others], role)
     if len(names) > 1:
         argument = f"{role}_split"
-        raise DataError(f"{' and '.join(names)} may each be the {role} split: set {argument}", arguments=(argument,))
+        raise DataError(f"{' and '.join(names)} could each be the {role} split: set {argument}", arguments=(argument,))
     return names[0] if names else wanted
 
 
@@ -189,13 +189,13 @@ def _carve(
     if not 0 < size < len(train):
         raise DataError(
             f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: set {name}_fraction between 0 and "
-            f"1, or name a {name}_split (columns: {', '.join(sorted({*train.column_names} - {ROW}))})",
+            f"1, or set {name}_split (columns: {', '.join(sorted({*train.column_names} - {ROW}))})",
             arguments=(f"{name}_fraction", f"{name}_split"),
         )
     if by is not None and max(Counter(values_of(train, by)).values()) == 1:
         raise DataError(
-            f"each of the {len(train):,} rows has another class in column {by!r}, so that none can be held out for "
-            f"{name}: name a {name}_split, or the column of the classes with label_column",
+            f"each of the {len(train):,} rows has a different class in column {by!r}, so none can be held out for "
+            f"{name}: set {name}_split, or give the column of the classes with label_column",
             arguments=(f"{name}_split", "label_column"),
         )
     logger.info(f"{size} of {len(train)} training rows are held out for {name}")
@@ -210,8 +210,8 @@ def _carve_groups(
     groups = group_numbers(values_of(train, group_column))
     if len(set(groups.tolist())) < 2:
         raise DataError(
-            f"all {len(train):,} training rows have the same {group_column!r}, so that no group can be held out for "
-            f"{name}: name a {name}_split, or leave out group_column",
+            f"all {len(train):,} training rows have the same {group_column!r}, so no group can be held out for "
+            f"{name}: set {name}_split, or leave out group_column",
             arguments=(f"{name}_split", "group_column"),
         )
     held_out = grouped_share(_labels(train, by), groups, fraction, seed)

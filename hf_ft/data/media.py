@@ -55,7 +55,7 @@ class Media:
 
 _PATHS = ("file_name", "filename", "file", "path")
 IMAGES = Media("image", "image", image_suffixes, Image(), Image(decode=False), ("image", "img", "image_path", *_PATHS))
-# Unopened in any case: `datasets` opens sounds by torchcodec, which needs an installed FFmpeg.
+# Never opened here: `datasets` opens sounds with torchcodec, which needs an installed FFmpeg.
 SOUNDS = Media(
     "audio",
     "sound",

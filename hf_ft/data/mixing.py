@@ -22,7 +22,7 @@ class Mixing:
         \lambda \sim \mathrm{Beta}(\alpha, \alpha)
 
     CutMix replaces a rectangle instead, with the share :math:`1 - \lambda` of the area. The permutation and
-    :math:`\lambda` are drawn once per batch. If both are given, either is used for a batch, with probability 0.5.
+    :math:`\lambda` are drawn once per batch. If both are given, each batch uses one of them, with probability 0.5.
 
     Args:
         mixup: :math:`\alpha` of mixup; 0 for none.
@@ -52,7 +52,7 @@ class Mixing:
 
     @property
     def given(self) -> dict[str, float]:
-        """Those that are used, by name."""
+        """The ones that are used, by name."""
         return {name: value for name in ("mixup", "cutmix") if (value := getattr(self, name))}
 
     def check_task(self, task: str) -> None:
@@ -62,23 +62,23 @@ class Mixing:
             OptionError: if the data are of another kind.
         """
         if self and task != "image":
-            raise OptionError(f"{self}: only images can be mixed, and these data are {task}. Leave it out.")
+            raise OptionError(f"{self}: only images can be mixed, but these data are {task}. Leave it out.")
 
     def __call__(self, batch: Mapping[str, Any], classes: int | None, seed: int) -> dict[str, Any]:
         """The batch, mixed.
 
         Args:
             batch: images (B, ..., H, W), of one or several columns, and ``labels``.
-            classes: C; labels (B,) of classes become shares (B, C). None for labels that are numbers already: of
+            classes: C; labels (B,) of classes become shares (B, C). None for labels that are numbers already: for
                 regression, or 0 and 1 for several labels.
-            seed: all that is drawn follows from it.
+            seed: determines all random draws.
 
         Raises:
             DataError: if the batch has no images or no labels.
         """
         images = {name: value for name, value in batch.items() if _are_images(value)}
         if not images or not isinstance(batch.get("labels"), Tensor):
-            raise DataError(f"{self}: batches of images with labels can be mixed, not of {sorted(batch)}.")
+            raise DataError(f"{self}: only batches of images with labels can be mixed, not of {sorted(batch)}.")
         draw = np.random.default_rng(seed)
         cuts = self.cutmix > 0 and (self.mixup == 0 or draw.random() < 0.5)
         alpha = self.cutmix if cuts else self.mixup
@@ -112,7 +112,7 @@ Box = tuple[float, float, float, float]  # left, right, top, bottom, as fraction
 
 
 def _box(share: float, x: float, y: float) -> Box:
-    """A box of the area 1 - share around a point, cut off at the edges of the image: the paper's equation 2."""
+    """A box of area 1 - share around a point, clipped at the edges of the image: the paper's equation 2."""
     half = math.sqrt(1 - share) / 2
     return max(0.0, x - half), min(1.0, x + half), max(0.0, y - half), min(1.0, y + half)
 
@@ -131,7 +131,7 @@ def _pasted(image: Tensor, partners: Tensor, box: Box) -> Tensor:
 
 
 def _kept(image: Tensor, box: Box) -> float:
-    """The share of the pixels outside the box: what is cut off at an edge, and rounding, change it."""
+    """The share of the pixels outside the box: clipping at an edge, and rounding, change it."""
     rows, columns = _pixels(image, box)
     height, width = image.shape[-2:]
     return 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)

@@ -1,4 +1,4 @@
-"""Pairs of nearly equal samples, from their sketches, without comparing each with each.
+"""Pairs of nearly equal samples, from their sketches, without comparing every pair.
 
 The thresholds are chosen such that different samples of real data sets stay apart; docs/data_checks.md has the counts.
 """
@@ -15,10 +15,10 @@ CORRELATION = (
     0.998  # of the pixels of two sketches: copies after compression, resizing or a change of contrast exceed it
 )
 CONTRAST = 5.0  # standard deviation in levels of 255 below which all images look alike, and none is compared
-JACCARD = 0.8  # share of rows of words that two texts have in common
+JACCARD = 0.8  # share of word sequences that two texts have in common
 MOST = 1_000_000  # pairs; more are not listed
-_DIRECTIONS = 12  # of largest variance, in which candidates are looked for
-_BASIS = 256  # images that these directions are computed from
+_DIRECTIONS = 12  # of largest variance, in which candidates are searched for
+_BASIS = 256  # images from which these directions are computed
 _BLOCK = 1024
 _BANDS = 16  # texts are candidates if all minima of one band agree
 
@@ -80,9 +80,9 @@ def _correlations(sketches: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def near_texts(sketches: np.ndarray) -> np.ndarray:
-    """Pairs of texts that share about :data:`JACCARD` of their rows of words, estimated from the minima of hashes.
+    """Pairs of texts that share about :data:`JACCARD` of their word sequences, estimated from the minima of hashes.
 
-    Of several texts with the same band, consecutive ones are compared: those that are alike form a chain.
+    Of several texts with the same band, consecutive ones are compared: similar texts form a chain.
 
     Args:
         sketches: (n, hashes), uint32.

@@ -1,4 +1,4 @@
-"""What is done about duplicates, and what an earlier run found in the same data."""
+"""The handling of duplicates, and the findings of an earlier run in the same data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_ft.data.prints import Prints
 from hf_ft.errors import CheckpointError, DataError
 
 OnDuplicates = Literal["warn", "drop", "refuse", "ignore"]
-VERSION = 1  # of what is compared and how, part of the keys
+VERSION = 1  # version of what is compared and how, part of the keys
 
 
 def checked(
@@ -32,21 +32,21 @@ def checked(
     folder: Path | None = None,
     not_compared: str = "",
 ) -> tuple[DatasetDict, DataChecks]:
-    """Check data, or take what an earlier call found in the same data, and do what is wanted about duplicates.
+    """Check data, or reuse what an earlier call found in the same data, and handle duplicates as requested.
 
     Args:
-        on_duplicates: ``warn`` only tells them; ``drop`` leaves out the training samples of :func:`to_drop`; ``refuse``
-            raises; ``ignore`` does not look for them.
+        on_duplicates: ``warn`` only reports them; ``drop`` drops the training samples of :func:`to_drop`; ``refuse``
+            raises; ``ignore`` does not search for them.
         folder: where :meth:`DataChecks.save` of an earlier call may have written; with ``refuse``, the list of what is
-            refused is written there. Otherwise nothing is: save what is returned when all else is in order.
-        not_compared: why no duplicates are looked for, if they are not.
+            refused is written there. Otherwise nothing is written: save what is returned once all else is in order.
+        not_compared: why duplicates are not searched for, if they are not.
 
     Returns:
-        The splits, and what was found.
+        The splits, and the findings.
 
     Raises:
-        DataError: as :func:`check_data`; with ``refuse`` if there are duplicates other than nearly equal samples of one
-            split and one label; with ``drop`` if no training sample remains.
+        DataError: as :func:`check_data`; with ``refuse`` if there are duplicates other than nearly equal samples of
+            one split and one label; with ``drop`` if no training sample remains.
     """
     if on_duplicates not in get_args(OnDuplicates):
         choices = ", ".join(get_args(OnDuplicates))
@@ -70,7 +70,7 @@ def checked(
 
 
 def recorded(folder: Path, keys: Mapping[str, str]) -> tuple[Duplicates, ...] | None:
-    """The duplicates that an earlier call found in the same data; None if it did not, or the data were others."""
+    """The duplicates that an earlier call found in the same data; None if there was none, or the data differ."""
     try:
         found = DataChecks.load(folder)
     except (CheckpointError, OSError):
@@ -79,7 +79,7 @@ def recorded(folder: Path, keys: Mapping[str, str]) -> tuple[Duplicates, ...] | 
 
 
 def data_keys(splits: Mapping[str, Dataset], columns: Columns, group_column: str | None) -> dict[str, str]:
-    """What identifies the data of each split: texts, labels and groups, and of files paths, sizes and times."""
+    """What identifies the data of each split: texts, labels and groups, and the paths, sizes and times of files."""
     media = next((media for media in MEDIA if media.task == columns.task), None)
     keys = {}
     for name, split in splits.items():
@@ -96,7 +96,7 @@ def data_keys(splits: Mapping[str, Dataset], columns: Columns, group_column: str
 
 
 def _identity(value: Any) -> Any:
-    """What tells a file without opening it."""
+    """What identifies a file without opening it."""
     value = {"path": value, "bytes": None} if isinstance(value, str) else value or {}
     if value.get("bytes") is not None:
         return hashlib.blake2b(value["bytes"], digest_size=16).hexdigest()
@@ -116,7 +116,7 @@ def _dropped(splits: DatasetDict, columns: Columns, found: DataChecks) -> tuple[
     kept = [place for place, number in enumerate(numbers) if number not in rows]
     if not kept:
         raise DataError(
-            "all training samples are duplicates that on_duplicates='drop' would leave out: set on_duplicates='warn'",
+            "all training samples are duplicates that on_duplicates='drop' would drop: set on_duplicates='warn'",
             arguments=("on_duplicates",),
         )
     splits = DatasetDict({**splits, "train": train.select(kept)})

@@ -100,7 +100,7 @@ def prepare(
         seconds: length to which sounds are cut.
 
     Raises:
-        DataError: if the augmentation is unknown, or the data are no images.
+        DataError: if the augmentation is unknown, or the data are not images.
         ImportError: if the augmentation needs a package that is missing.
     """
     check_augmentation(augment, columns.task)
@@ -148,7 +148,7 @@ def collate(processor: Any) -> Callable[[list[Any]], Any]:
     """The collator for prepared rows: padding for a tokenizer or a feature extractor, stacking for images.
 
     On a CPU, images are stacked with the channels last in memory. The activations of a convolutional network follow,
-    and one with depthwise convolutions is about 1.3 times as fast (docs/performance.md).
+    and a network with depthwise convolutions is about 1.3 times as fast (docs/performance.md).
     """
     if isinstance(processor, SequenceFeatureExtractor):
         return SoundCollator(processor)
@@ -171,5 +171,5 @@ def usual_length(model: Any, processor: Any) -> int:
     models = [model, *getattr(model, "members", ())]
     known = [getattr(one.config, "max_position_embeddings", None) for one in models]
     known.append(getattr(processor, "model_max_length", None))
-    # Some configs and tokenizers say "unlimited" by -1 or a huge number.
+    # Some configs and tokenizers express "unlimited" by -1 or a huge number.
     return min([512, *(length for length in known if isinstance(length, int) and length > 0)])

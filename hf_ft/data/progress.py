@@ -1,4 +1,4 @@
-"""Progress bars for what reads data: on a terminal, and only if it takes long."""
+"""Progress bars for reading data: on a terminal, and only if it takes long."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def bar(what: str, total: int | None = None, **options: Any) -> tqdm:
         total: number of steps, if it is known.
         options: options of tqdm.
     """
-    # None: hidden if stderr is no terminal
+    # None: hidden if stderr is not a terminal
     return tqdm(desc=what, total=total, disable=_hidden or None, delay=DELAY, leave=False, **options)

@@ -29,7 +29,7 @@ def spread_rows(samples: int, count: int) -> list[int]:
 def drawn_rows(samples: int, count: int) -> list[int]:
     """Indices of ``count`` rows, or all if there are fewer, drawn at random, but the same at each call.
 
-    Unlike evenly spread rows, they also meet what recurs at intervals, such as every second row being augmented.
+    Unlike evenly spread rows, they also catch what recurs at intervals, such as every second row being augmented.
     """
     return sorted(random.Random(0).sample(range(samples), min(count, samples)))
 

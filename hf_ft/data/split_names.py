@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Literal
 
 Role = Literal["train", "validation", "test"]
-# In order of preference, where a source has several.
+# In order of preference, if a source has several.
 USUAL: dict[Role, tuple[str, ...]] = {
     "train": ("train", "training", "trn"),
     "validation": ("validation", "valid", "val", "dev", "validate", "development"),

@@ -31,7 +31,7 @@ from hf_ft.errors import DataError
 from hf_ft.zoo.datasets import DATASETS
 
 logger = logging.get_logger(__name__)
-SHARDS = 16  # parts of a data set that lies on disk already, for processes and workers
+SHARDS = 16  # parts of a data set that is already on disk, for processes and workers
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def load_streamed(
     """Open a data set for streaming.
 
     Args:
-        source: as in :func:`~hf_ft.data.load_splits`. What lies on disk as single files or arrow files is read there
-            without a copy; tables and data of the Hub are streamed.
+        source: as in :func:`~hf_ft.data.load_splits`. What is on disk as single files or Arrow files is read there
+            without a copy; tables and data from the Hub are streamed.
         names: split names by role; None for the usual ones.
-        splitting: how rows are held out for validation, where the training rows are known before they are read.
+        splitting: how rows are held out for validation, if the training rows are known before they are read.
 
     Raises:
         DataError: if the source cannot be read, has no validation split, or its columns do not fit.
@@ -172,8 +172,8 @@ def _columns(train: IterableDataset, splits: DatasetDict, given: Mapping[str, st
     if columns.index is None:
         return find_columns(DatasetDict({"train": some, **splits}), **given)
     logger.warning(
-        f"column {label!r} has no class names, so all of it is read once, to find the classes. Give it the type "
-        "ClassLabel to save that."
+        f"column {label!r} has no class names, so all of it is read once to find the classes. Give it the type "
+        "ClassLabel to avoid that."
     )
     values = [row[columns.label] for row in train.select_columns([columns.label])]
     values = list(_flat(values)) if columns.problem_type == "multi_label_classification" else values

@@ -81,7 +81,7 @@ class Shuffled(Dataset):
 class Passes(IterableDataset):
     """Batches of an iterable data set, pass after pass.
 
-    A ``datasets`` data set is shuffled within a buffer, anew in every pass, and split among ranks by ``datasets``; for
+    A ``datasets`` data set is reshuffled within a buffer in every pass, and split among ranks by ``datasets``; for
     any other, each rank takes every ``ranks``-th sample in order. ``datasets`` shuffles differently in a worker
     process, and prefetches its buffer: on resuming, keep ``dataloader_num_workers``, and expect random augmentation in
     its ``map`` to draw different numbers.

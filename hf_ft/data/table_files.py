@@ -1,7 +1,8 @@
-"""Files of rows: one alone, or a folder of them, where the names of files and folders tell the splits.
+"""Files of rows: a single one, or a folder of them, in which the names of files and folders indicate the splits.
 
-``datasets`` would know only some names of splits and put the rows of all other files, such as ``Testing.csv``, into
-training; it reads all files with the options of one, and refuses a test file with other columns than the training file.
+``datasets`` knows only some names of splits and puts the rows of all other files, such as ``Testing.csv``, into
+training; it reads all files with the options of one, and refuses a test file whose columns differ from the training
+file's.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ def read_tables(files: Iterable[Path], folder: Path, encoding: str | None = None
     """The rows of these files, with the columns of the first.
 
     Args:
-        folder: where image paths may begin, besides the folder of the file itself.
-        encoding: of csv and tsv files.
+        folder: a further folder that image paths may be relative to, besides that of the file itself.
+        encoding: encoding of csv and tsv files.
 
     Raises:
-        DataError: if a file cannot be read as it is meant; the message names the place.
+        DataError: if a file cannot be read as intended; the message names the place.
     """
     groups: dict[tuple[str, Path, str], list[Path]] = defaultdict(list)
     for file in files:
@@ -60,7 +61,7 @@ def read_tables(files: Iterable[Path], folder: Path, encoding: str | None = None
         raise DataError(f"tables of different formats would become one split: {some}. Keep those of one format")
     parts = []
     for (reader, parent, described), group in groups.items():
-        names = [glob.escape(str(file)) for file in group]  # `datasets` takes them for patterns
+        names = [glob.escape(str(file)) for file in group]  # `datasets` treats them as patterns
         part = load_dataset(reader, data_files=names, split="train", **_with_features(json.loads(described)))
         parts.append(_absolute_image_paths(part, (parent, folder)))
     return concatenate_datasets([parts[0], *(_aligned(part, parts[0]) for part in parts[1:])])
@@ -74,7 +75,7 @@ def read_table_folder(
     Other splits get the columns of the training split, and their types where the values allow it.
 
     Raises:
-        DataError: if a table cannot be read, or is of several splits by its name.
+        DataError: if a table cannot be read, or if its name fits several splits.
     """
     splits: dict[str | None, list[Path]] = defaultdict(list)
     for file in files:
@@ -85,24 +86,24 @@ def read_table_folder(
         return DatasetDict({train_split: rows})
     if None in splits and "train" not in splits:
         raise DataError(
-            f"no table of {str(folder)!r} is of the training split by its name: rename {str(splits[None][0])!r}, if it "
-            "is, so that 'train' is a word in its name"
+            f"no table of {str(folder)!r} is the training split by its name: if {str(splits[None][0])!r} is, rename it "
+            "so that its name contains the word 'train'"
         )
     if left_out := [str(file) for file in splits.pop(None, ())]:
         more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
-        logger.warning(f"left out: {', '.join(left_out[:SHOWN])}{more}, by name of no split.")
+        logger.warning(f"left out: {', '.join(left_out[:SHOWN])}{more}: no split has such a name.")
     read = {str(name): read_tables(splits[name], folder, encoding) for name in sorted(splits, key=str)}
     first = read.get("train", next(iter(read.values())))
     return DatasetDict({name: part if part is first else _aligned(part, first) for name, part in read.items()})
 
 
 def _warn_of_split_column(rows: Dataset) -> None:
-    """Warn of a column that names splits, where nothing else does: rows to be tested on would be trained on."""
+    """Warn about a column that names splits if nothing else does: test rows would be trained on."""
     for column in [name for name in rows.column_names if is_text(rows, name)]:
         values = some_text(rows, column)
         if values and all(map(role_of, values)):
             logger.warning(
-                f"column {column!r} names splits, such as {values[0]!r}, but is not used: all rows are taken for "
+                f"column {column!r} names splits, such as {values[0]!r}, but is not used: all rows are used for "
                 "training, unless each split has its own file, such as train.csv and test.csv."
             )
 
@@ -113,7 +114,7 @@ def _how(file: Path, encoding: str | None) -> tuple[str, Mapping[str, Any]]:
     if suffix not in READERS:
         raise ValueError(f"files that end in {suffix!r} are not read: unpack or convert it")  # read_files names those
     if "::" in str(file):
-        raise DataError(f"`datasets` takes the '::' in {str(file)!r} for a chain of URLs: rename the file.")
+        raise DataError(f"`datasets` interprets the '::' in {str(file)!r} as a chain of URLs: rename the file.")
     if not file.stat().st_size:
         raise DataError(f"{str(file)!r} is empty")
     if suffix in TABLES:
@@ -147,10 +148,10 @@ def _json_options(file: Path) -> dict[str, str]:
 
 
 def _role(file: Path) -> Role | None:
-    """The split of a table: of the folder that it is in, of its name, or of a word in its name.
+    """The split of a table: from the folder that it is in, its name, or a word in its name.
 
     Raises:
-        DataError: if words of several splits are in its name.
+        DataError: if its name contains words of several splits.
     """
     for name in (*file.parts[:-1], file.stem):
         if role := role_of(name):
@@ -158,13 +159,13 @@ def _role(file: Path) -> Role | None:
     roles = {role for word in re.split(r"[\W\d_]+", file.stem) if (role := role_of(word))}
     if len(roles) > 1:
         raise DataError(
-            f"the table {str(file)!r} is of the splits {' and '.join(sorted(roles))} by its name: rename it"
+            f"the table {str(file)!r} belongs to the splits {' and '.join(sorted(roles))} by its name: rename it"
         )
     return roles.pop() if roles else None
 
 
 def _aligned(part: Dataset, first: Dataset) -> Dataset:
-    """The columns of another part, in its types where the values allow it; a missing column holds no values."""
+    """The columns of another part, with its types where the values allow it; a missing column is empty."""
     part = part.select_columns([name for name in first.column_names if name in part.column_names])
     for name, feature in first.features.items():
         if name not in part.column_names:

@@ -28,10 +28,10 @@ def table_options(file: Path, encoding: str | None = None) -> dict[str, Any]:
         encoding: by default UTF-8.
 
     Raises:
-        DataError: if the file has another encoding, or is no table; the message names the place.
+        DataError: if the file has another encoding, or is not a table; the message names the place.
     """
     _check_encoding(file, encoding or "utf-8")
-    known = encoding or "utf-8-sig"  # without the mark that some programs write at the beginning
+    known = encoding or "utf-8-sig"  # without the byte order mark that some programs write at the beginning
     separator = "\t" if file.suffix.lower() == ".tsv" else _separator(file, known)
     types = _checked_types(file, separator, known)
     return {
@@ -78,7 +78,7 @@ def _separator(file: Path, encoding: str) -> str:
 def _checked_types(file: Path, separator: str, encoding: str) -> dict[str, str]:
     """The types of the columns by name.
 
-    What pandas would read as something else is refused: fields without a column, quotes that enclose whole rows.
+    What pandas would misread is refused: fields without a column, quotes that enclose whole rows.
 
     Raises:
         DataError: naming the line.
@@ -104,7 +104,7 @@ def _checked_types(file: Path, separator: str, encoding: str) -> dict[str, str]:
 
 
 def _records(file: Path, separator: str, encoding: str) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each record that is not blank, and the line that it begins in."""
+    """The fields of each non-blank record, and the line on which it begins."""
     limit = csv.field_size_limit(sys.maxsize)
     line = 1
     try:
@@ -116,8 +116,8 @@ def _records(file: Path, separator: str, encoding: str) -> Iterator[tuple[int, l
                 line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{str(file)!r}: line {line} begins a field with a quote that does not end it ({error}): double the quotes "
-            "within fields, and enclose such fields in quotes"
+            f"{str(file)!r}: line {line}: the opening quote of a field is not closed at its end ({error}): double the "
+            "quotes within fields, and enclose such fields in quotes"
         ) from error
     finally:
         csv.field_size_limit(limit)

@@ -32,7 +32,7 @@ class Data:
         source: source data, for strategies that use them.
         source_columns: the columns to read from the source data.
         group_column: column of what several rows have in common; whatever is held out keeps such rows together.
-        checks: what the checks of the data found, for the report.
+        checks: the findings of the data checks, for the report.
         skipped: number of unreadable rows by split.
         notices: licences and sources, for the report.
         notes: remarks for the report, such as which splits were carved.
@@ -59,7 +59,7 @@ class Data:
 
     @property
     def info(self) -> DataInfo:
-        """What the card of a model trained on it says."""
+        """What the card of a model trained on it says about it."""
         info = DataInfo.of(self.name, {name: len(split) for name, split in self.splits.items()}, self.notices)
         return replace(info, augment=self.augment)
 

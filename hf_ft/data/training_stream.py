@@ -1,8 +1,8 @@
-"""Endless batches of streamed training data, split among ranks and worker processes, from any place on.
+"""Endless batches of streamed training data, split among ranks and worker processes, starting at any position.
 
-Samples come in the order of the data set, or shuffled in blocks: so many consecutive samples at a time, in an order
-that differs in every pass. Unlike in a shuffle buffer of ``datasets``, whose content is lost on resuming, the samples
-after a place follow from the place: at most one block is read again.
+Samples come in the order of the data set, or shuffled in blocks of consecutive samples, in an order that differs in
+every pass. Unlike with a shuffle buffer of ``datasets``, whose content is lost on resuming, the samples after a
+position follow from the position: at most one block is read again.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Reader(IterableDataset):
         if not self._split:
             rows = itertools.islice(rows, self.share.rank, None, self.share.ranks)
         if place.start:
-            logger.warning(f"train_dataset keeps no place: {place.start:,} samples are read again and skipped.")
+            logger.warning(f"train_dataset keeps no position: {place.start:,} samples are read again and skipped.")
         with random_states_kept():
             for _ in itertools.islice(rows, place.start):
                 pass
@@ -150,7 +150,7 @@ def open_training_stream(
 
     Args:
         dataset: iterable, with at least one sample for every reader; see :class:`Reader`.
-        position: of as many readers as :func:`readers_of` says.
+        position: the position, with as many readers as :func:`readers_of` returns.
         workers: prefetching processes; there may be fewer readers.
         more: options of the data loader.
     """
@@ -174,7 +174,7 @@ def open_training_stream(
 def readers_of(dataset: Any, ranks: int, workers: int) -> int:
     """The number of readers of each rank: worker processes that get a part of the data each.
 
-    Only a ``datasets`` stream can be split among them, by shards. From any other, one process at most prefetches.
+    Only a ``datasets`` stream can be split among them, by shards. From any other, at most one process prefetches.
     """
     if not isinstance(dataset, datasets.IterableDataset):
         return 1
@@ -183,9 +183,9 @@ def readers_of(dataset: Any, ranks: int, workers: int) -> int:
 
 
 def keeps_place(dataset: Any) -> bool:
-    """Whether a stream's ``state_dict`` tells what follows, so that nothing has to be read again.
+    """Whether a stream's ``state_dict`` determines what follows, so that nothing has to be read again.
 
-    That of ``datasets`` does, unless there is a shuffle buffer, whose content is not in it, or a batched function of
+    That of ``datasets`` does, unless there is a shuffle buffer, whose content is not in it, or a batched function on
     tables, after which it may skip a batch; in versions before 5.0.1, after any function (``map``, ``filter``).
     """
     if not isinstance(dataset, datasets.IterableDataset):

@@ -1,4 +1,4 @@
-"""Classes that occur in validation or test, but not in training: nothing can learn them."""
+"""Classes that occur in validation or test, but not in training, so that they cannot be learned."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SHOWN = 5  # classes named in a message
 
 
 def is_missing(value: Any, hidden: bool) -> bool:
-    """Whether a stored label is none: None, NaN, or the -1 that hides a benchmark's test classes.
+    """Whether a stored label is missing: None, NaN, or the -1 that hides a benchmark's test classes.
 
     Args:
-        hidden: whether negative numbers are no classes.
+        hidden: whether negative numbers are not classes.
     """
     return value is None or (isinstance(value, float) and math.isnan(value)) or (hidden and _negative(value))
 
 
 def hides_labels(feature: Any, train: Sequence[Any]) -> bool:
-    """Whether negative numbers in this column are no classes: there are none in training."""
+    """Whether negative numbers in this column are not classes: there are none in training."""
     integers = isinstance(feature, Value) and "int" in feature.dtype
     return isinstance(feature, ClassLabel) or (integers and not any(map(_negative, train)))
 
@@ -81,7 +81,7 @@ def known_rows(parts: Mapping[str, Dataset], label: str | None, on_unknown: OnUn
         )
     kept, dropped = {"train": train}, set()
     for name, split in parts.items():
-        if name == "train" or split.features.get(label) != feature:  # told by find_columns
+        if name == "train" or split.features.get(label) != feature:  # reported by find_columns
             kept[name] = split
             continue
         values = _values(split, label)

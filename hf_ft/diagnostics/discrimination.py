@@ -51,7 +51,7 @@ class Discrimination:
 
 
 class _Diverged(OptionError):
-    """Features are not finite."""
+    """Raised if features are not finite."""
 
 
 def general_discrimination(
@@ -66,7 +66,7 @@ def general_discrimination(
     """Cross-validated accuracy of simple classifiers on a model's frozen features.
 
     ``accuracy = 1/N sum_i [c_k(i)(f_i) = y_i]``, where f_i is the input of the head and c_k(i) was fitted without
-    sample i's fold; folds are stratified. Use classes that the model was never trained on: those of its training show
+    sample i's fold; folds are stratified. Use classes that the model was never trained on: its training classes show
     what it has learned, not what it can still separate. The model runs in eval mode; modes and RNG states are restored
     on exit.
 
@@ -252,7 +252,7 @@ def _batches(
             shape = None if features is None else tuple(features.shape)
             raise OptionError(
                 f"general_discrimination: the head's input is {shape}, not one vector for each of {len(labels)} "
-                "samples: name a module with such an input with head=..."
+                "samples: set head=... to a module with such an input."
             )
         yield features.float().cpu(), labels
 
@@ -277,7 +277,7 @@ def _check_classes(labels: np.ndarray, folds: int) -> None:
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
         raise OptionError(
-            f"general_discrimination: all {len(labels)} samples are of class {classes[0]}: at least two classes are "
+            f"general_discrimination: all {len(labels)} samples belong to class {classes[0]}: at least two classes are "
             "needed."
         )
     rarest, fewest = classes[counts.argmin()], int(counts.min())

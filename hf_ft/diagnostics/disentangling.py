@@ -1,4 +1,4 @@
-"""Plot of the training of TRED's disentangler."""
+"""A plot of how TRED's disentangler was trained."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _round_step(least: float) -> float:
 
 
 def log_axis(values: Sequence[float], label: str, most: int = 5) -> Axis:
-    """A logarithmic axis with ticks at powers of ten; at 2 and 5 times those as well for a small range."""
+    """A logarithmic axis with ticks at powers of ten; for a small range, also at 2 and 5 times those."""
     low, high = max(min(values), 1e-100), min(max(values), 1e100)  # their ratio is finite
     if high / low < 1.5:
         low, high = low / 1.3, high * 1.3
@@ -134,7 +134,7 @@ class Series:
         points: x and y.
         joined: whether a line connects the points.
         marked: whether each point has a mark.
-        labels: empty, or one per point (all finite then); on narrow pages the text after a space is omitted.
+        labels: empty, or one per point (all points are then finite); on narrow pages the text after a space is omitted.
     """
 
     kind: str

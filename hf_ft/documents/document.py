@@ -129,8 +129,8 @@ class Document:
     Attributes:
         kind: what it is, above the title.
         made_by: the command that wrote it.
-        data: name of the file with the same figures as data.
-        text: name of the file with the same as Markdown.
+        data: name of the file with the same figures as JSON.
+        text: name of the file with the same content as Markdown.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Writing files whole: readers never see part of one."""
+"""Atomic writing of files: readers never see part of one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TEMPORARY = re.compile(r"([0-9a-f]{12}-)?\d+(-\d+)?")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text, with the line ends of Unix."""
+    """Write a text with Unix line endings."""
     replace_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
@@ -36,6 +36,6 @@ def _remove_stale(file: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote."""
     for temporary in file.parent.glob(f".{glob.escape(file.name)}.*"):
         name = temporary.name.removeprefix(f".{file.name}.")
-        with contextlib.suppress(FileNotFoundError):  # another process removes it as well, or moves it into place
+        with contextlib.suppress(FileNotFoundError):  # another process also removes it, or moves it into place
             if is_gone(name) or (_TEMPORARY.fullmatch(name) and time.time() - temporary.stat().st_mtime > A_DAY):
                 temporary.unlink()

@@ -100,7 +100,7 @@ class _Drawing:
         boxes = np.array([self._box(place, number, page) for place in places])
         covered = _overlaps(boxes, np.concatenate([self.marks[page], self.boxes[page][others], self.line[page]]))
         outside = np.maximum(0.0, -boxes[:, 0]) + np.maximum(0.0, boxes[:, 2] - page - 10)
-        # Added one after the other, so that equal sets of areas give equal sums, of which the first place wins.
+        # Added one at a time, so that equal sets of areas give equal sums, of which the first place wins.
         return [sum(areas[areas > 0].tolist()) + 20 * out for areas, out in zip(covered, outside.tolist(), strict=True)]
 
     def _box(self, place: Place, number: int, page: int) -> Box:

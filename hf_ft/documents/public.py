@@ -1,4 +1,4 @@
-"""What files that are meant to be shared say of this machine: names instead of paths, and no secrets."""
+"""What files that are meant to be shared reveal about this machine: names instead of paths, and no secrets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"@]+@")
 _QUERY = re.compile(r"(?i)([?&;](?:[\w.-]*(?:token|password|passwd|secret|key|sig|signature))=)[^&;\s'\"]+")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}\b")
 _FILE_URL = re.compile(r"\b(file|sqlite|journal):/+(?:[^\s'\"`,;:()<>|\\/]+/)+")
-# An absolute path with at least two parts, of which the last one remains. A URL's is preceded by a slash or a letter.
+# An absolute path with at least two parts, of which the last is kept. A URL's is preceded by a slash or a letter.
 _PATH = re.compile(r"(?<![\w/.:~>])(?:[A-Za-z]:[\\/]|/|~/|\\\\)(?:[^\s'\"`,;:()<>|\\/]+[\\/])+(?=[^\s'\"`,;:()<>|\\/])")
 
 
 def shareable_text(text: str) -> str:
-    """A text without local folders, access tokens, and the credentials of URLs.
+    """A text without local folders, access tokens and credentials in URLs.
 
     ``/home/ann/photos/cat.png`` becomes ``cat.png``, and ``mysql://ann:secret@host/studies`` becomes
     ``mysql://***@host/studies``.
@@ -43,7 +43,7 @@ def shareable(value: Any) -> Any:
 
 
 def shareable_name(name: str) -> str:
-    """The name of a model or of data: a Hub id or a short name as it is, and of a local path its last part."""
+    """The name of a model or of data: a Hub id or a short name as it is; for a local path, its last part."""
     local = os.path.isabs(name) or PureWindowsPath(name).is_absolute() or name.startswith((".", "~"))
     if local or name.count("/") > 1 or os.path.exists(name):
         return re.split(r"[\\/]", name.rstrip("\\/"))[-1] or "."
@@ -51,7 +51,7 @@ def shareable_name(name: str) -> str:
 
 
 def shareable_command(words: Iterable[str]) -> str:
-    """A command line without secrets and where things lie on this machine.
+    """A command line without secrets and without local paths.
 
     Flags that hold a secret, and the storage of a search, are left out together with their values.
     """

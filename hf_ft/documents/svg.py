@@ -24,7 +24,7 @@ SHAPES = {
     "cross": "M-4-4 4 4M4-4-4 4",
 }
 ROW = 24  # height of a row, in pixels
-FEW, CROWD = 20, 8  # a plot with more labelled points than these few is higher by so many pixels for each
+FEW, CROWD = 20, 8  # a plot with more labelled points than FEW is CROWD pixels higher for each further one
 LONGEST = 20  # letters in a line of a label
 
 

@@ -35,7 +35,7 @@ def metric_name(metric: str) -> str:
 
 
 def score(value: float | None) -> str:
-    """Format with three decimals, or three digits where three decimals would show nothing."""
+    """Format with three decimals, or three significant digits if three decimals would show nothing."""
     if value is None or not math.isfinite(value):
         return NONE
     plain = value == 0 or 0.01 <= abs(value) < 1000

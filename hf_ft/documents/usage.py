@@ -1,4 +1,4 @@
-"""The code that uses a saved classifier, for console, report and card."""
+"""Code that uses a saved classifier, for console, report and card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pipeline_usage(
     Args:
         task: ``image``, ``text`` or ``audio``.
         example: what to classify.
-        registers: what it is, if Transformers knows it only once ``hf_ft`` has been imported: ``"the ensemble"``.
+        registers: what the model is, if Transformers knows it only after ``hf_ft`` is imported: ``"the ensemble"``.
         tokenizers: whether its members have several tokenizers, which ``AutoTokenizer`` cannot load.
     """
     given = example or {"image": "photo.png", "audio": "sound.wav"}.get(task, "some text")

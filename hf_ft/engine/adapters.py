@@ -1,4 +1,4 @@
-"""Plan surgery that adds PEFT adapters inside selected modules, and merges them into the weights again."""
+"""Plan surgery that adds PEFT adapters inside selected modules, and merges them back into the weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def adapter_targets(model: nn.Module, inside: Names, head: Names, tuner: PeftCon
 
 
 def _fits(module: Any, kind: str) -> bool:
-    """Whether a tuner can adapt a module. Those whose class has a forward of its own compute something else."""
+    """Whether a tuner can adapt a module. Classes with a forward of their own compute something else."""
     if type(module).forward is nn.Conv2d.forward:
         return bool(module.groups == 1) and kind not in LINEAR
     if type(module).forward is nn.Embedding.forward:
@@ -100,7 +100,7 @@ def _check_attributes(model: nn.Module) -> None:
             return
         except AttributeError as error:
             raise OptionError(
-                f"tuner: the model reads what an adapter hides ({error}). Name other target_modules, or use "
+                f"tuner: the model reads what an adapter hides ({error}). Choose other target_modules, or use "
                 "BitFitConfig."
             ) from error
         except Exception:  # inputs that do not suit the model
@@ -117,8 +117,8 @@ def add_adapters(
     """
     if not hasattr(tuner, "target_modules"):
         raise OptionError(
-            f"tuner: {type(tuner).__name__} adapts no modules, so it cannot be limited to a block: use one that does, "
-            "such as LoraConfig(r=8)."
+            f"tuner: {type(tuner).__name__} does not adapt modules, so it cannot be limited to a block: use one that "
+            "does, such as LoraConfig(r=8)."
         )
     targets = adapter_targets(model, inside, head, tuner)
     if not targets:

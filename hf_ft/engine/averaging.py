@@ -1,4 +1,4 @@
-"""The running average of a model's weights, beside the weights that are trained."""
+"""The running average of a model's weights, alongside the weights that are trained."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LIVE, AVERAGE, STEPS = "live/", "average/", "steps"
 
 
 class RunningAverage:
-    """The running average of some tensors of a model, beside the model itself.
+    """The running average of some tensors of a model, alongside the model itself.
 
     It is kept in float32 or wider, and updated after each step of the optimizer that it follows.
 
     Args:
         model: the model in training.
-        names: of parameters or buffers.
+        names: names of parameters or buffers.
 
     Attributes:
         steps: number of optimizer steps since the average began.
@@ -48,7 +48,7 @@ class RunningAverage:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Begin anew at the present weights."""
+        """Restart at the current weights."""
         tensors = itertools.chain(self._model.named_parameters(), self._model.named_buffers())
         self._live = {name: tensor for name, tensor in tensors if name in self._names}
         self.steps, self._displaced = 0, None
@@ -63,13 +63,13 @@ class RunningAverage:
         """Begin, unless this is a later step of a resumed run, and follow an optimizer in place of an earlier one.
 
         Args:
-            optimizer: as such, or wrapped by Accelerate. A step that a gradient scaler skips does not count.
+            optimizer: plain, or wrapped by Accelerate. A step that a gradient scaler skips does not count.
 
         Raises:
             OptionError: if the optimizer averages the weights itself.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
-        if callable(getattr(inner, "eval", None)):  # it would put its average into the place of ours
+        if callable(getattr(inner, "eval", None)):  # it would put its average in place of ours
             raise OptionError(
                 f"optim: {type(inner).__name__} averages the weights itself (schedule-free): choose another, or leave "
                 "out the strategy that averages them."
@@ -82,19 +82,19 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Let the average move towards the present weights."""
+        """Move the average towards the current weights."""
         share = 1.0 - self._decay(self.steps)
         self.steps += 1
         averages, live = self._equal
         if live:
             torch._foreach_lerp_(averages, live, share)
         averages, live = self._wider
-        if live:  # what does not move must not drift by rounding: hence the difference
+        if live:  # what does not move must not drift by rounding, hence the difference
             torch._foreach_add_(averages, torch._foreach_sub(averages, live), alpha=-share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the average in the place of the weights; on exit, the weights return bit for bit."""
+        """Put the average in place of the weights; on exit, the weights are restored bit for bit."""
         if self._displaced is not None or not self.begun:
             yield
             return
@@ -107,13 +107,13 @@ class RunningAverage:
             self._put(displaced)
 
     def finish(self) -> None:
-        """Leave the average in the place of the weights, and end."""
+        """Leave the average in place of the weights, and end."""
         if self.begun:
             self._put(self._averages.values())
         self.forget()
 
     def forget(self) -> None:
-        """End, and leave the model as it is."""
+        """End, and leave the model unchanged."""
         if self._hook is not None:
             self._hook.remove()
         self._hook, self._live, self._averages = None, {}, {}
@@ -125,13 +125,13 @@ class RunningAverage:
         forget_evaluation(self._model)
 
     def moved(self, modules: Iterable[nn.Module]) -> bool:
-        """Whether the average of anything in these modules differs from its present value."""
+        """Whether the average of anything in these modules differs from its current value."""
         inside = {id(tensor) for module in modules for tensor in itertools.chain(module.parameters(), module.buffers())}
         pairs = ((self._averages[name], live) for name, live in self._live.items() if id(live) in inside)
         return any(not torch.equal(average.to(live.dtype), live) for average, live in pairs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside the averaged model: live values, and averages that are wider than these."""
+        """What a resumed run needs besides the averaged model: live values, and averages that are wider than these."""
         live = self._displaced if self._displaced is not None else self._live.values()
         tensors = {f"{LIVE}{name}": value.detach() for name, value in zip(self._live, live, strict=True)}
         wider = {name: value for name, value in self._averages.items() if value.dtype != self._live[name].dtype}
@@ -142,7 +142,7 @@ class RunningAverage:
         """Continue from :meth:`state_dict`, with the averaged model loaded and the average begun at it.
 
         Raises:
-            CheckpointError: if it is of another model.
+            CheckpointError: if it belongs to another model.
         """
         own = self.state_dict()
         wrong = sorted(n for n in {*own, *tensors} if n not in own or n not in tensors or not _fits(own[n], tensors[n]))
@@ -165,7 +165,7 @@ def _fits(own: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def averaged(average: RunningAverage | None) -> Iterator[None]:
-    """The model with its running average in the place of its weights, where there is one."""
+    """The model with its running average in place of its weights, if there is one."""
     if average is None:
         yield
     else:

@@ -16,7 +16,7 @@ def rows_of(batch: Mapping[str, Any]) -> int:
 
 
 def own_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> int:
-    """The number of samples of a rank's batch that belong to the data; the others repeat some, so that all are full."""
+    """The number of samples in a rank's batch that belong to the data; the others are repeats that fill it up."""
     rows = rows_of(batch)
     if not fills_up(accelerator):
         return rows
@@ -24,7 +24,7 @@ def own_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> int:
 
 
 def fills_up(accelerator: Accelerator) -> bool:
-    """Whether some rank's present batch repeats samples, so that all are full."""
+    """Whether some rank's current batch repeats samples to fill it up."""
     state = accelerator.gradient_state
     return bool(state.end_of_dataloader and state.remainder > 0)
 
@@ -39,7 +39,7 @@ def leading(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def row_shares(batches: Sequence[Mapping[str, Any]]) -> list[float]:
-    """For each micro-batch of an update, its rows over the mean number of rows of all: 1 if all are of one size."""
+    """For each micro-batch of an update, its rows over the mean number of rows of all: 1 if all have the same size."""
     rows = [rows_of(batch) for batch in batches]
     return [len(rows) * count / sum(rows) for count in rows] if all(rows) else [1.0] * len(rows)
 
@@ -59,7 +59,7 @@ SECOND_VIEW = "second_view_"
 
 
 def second_view_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a batch as columns of another one of the same samples."""
+    """The inputs of a batch as columns of another batch of the same samples."""
     own = (REFERENCE, ACTIVATION, ROW)
     return {f"{SECOND_VIEW}{n}": value for n, value in batch.items() if n != "labels" and not n.startswith(own)}
 

@@ -48,7 +48,7 @@ def checked(tensors_file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, as safetensors saves them: each contiguous, with memory of its own.
+    """The tensors on the CPU, as safetensors saves them: each contiguous, with its own memory.
 
     Modules that share weights have them under two names.
     """
@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     differ from those of ``state_dict()``, so that loading the file by name would leave most weights unchanged.
 
     Raises:
-        CheckpointError: if the weights are missing, damaged, or of another model.
+        CheckpointError: if the weights are missing, damaged, or from another model.
     """
     folder = Path(folder)
     try:
@@ -149,10 +149,10 @@ def save_buffers(model: PeftModel, folder: Path) -> None:
 
 
 def save_base_config(model: PeftModel, folder: Path) -> None:
-    """Save the config of a PEFT model's base, which PEFT does not: it has the names of the classes."""
+    """Save the config of a PEFT model's base, which holds the class names; PEFT does not save it."""
     base = model.get_base_model()
     config = copy.deepcopy(getattr(base, "config", None))
-    if isinstance(config, PreTrainedConfig) and config.model_type != COLLABORATIVE:  # its members would be looked for
+    if isinstance(config, PreTrainedConfig) and config.model_type != COLLABORATIVE:  # its members would be searched for
         config.architectures = [type(base).__name__]
         config.save_pretrained(folder)
 

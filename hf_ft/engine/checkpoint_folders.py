@@ -1,4 +1,4 @@
-"""The checkpoint folders of a run: which are complete, and how one gets its name."""
+"""The checkpoint folders of a run: which are complete, and how a folder gets its final name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WRITER = re.compile(rf"^{INCOMPLETE}((?:[0-9a-f]{{12}}-\d+-)?\d+)-(?:old-.+|che
 
 
 def seal(folder: Path) -> None:
-    """List the files of a completely written folder, and wait until all of it is on the disk."""
+    """List the files of a completely written folder, and wait until all of it is on disk."""
     listed = (file for file in folder.rglob("*") if file.suffix in (*_ARCHIVES, ".safetensors", ".json"))
     names = sorted(file.relative_to(folder).as_posix() for file in listed)
     (folder / FILE_LIST).write_text(json.dumps(names, indent=1), encoding="utf-8")
@@ -43,8 +43,8 @@ def seal(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk: otherwise a power failure can leave a name without its content."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and flushes only what may be written
+    """Wait until a file or folder is on disk: otherwise, a power failure can leave a name without its content."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and flushes only writable files
         return
     opened = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -145,7 +145,7 @@ def last_checkpoint(output_dir: str | Path) -> Path:
 
 
 def remove_incomplete(output_dir: str | Path) -> None:
-    """Delete what this process or one that is gone wrote only in part, and nothing of other names."""
+    """Delete what this process, or one that is gone, wrote only in part, and nothing with other names."""
     for folder in Path(output_dir).glob(f"{INCOMPLETE}*"):
         if (match := _WRITER.match(folder.name)) and (match[1] == process_name() or is_gone(match[1])):
             shutil.rmtree(folder, ignore_errors=True)

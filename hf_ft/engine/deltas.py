@@ -33,10 +33,10 @@ class Base:
     """The model that a delta belongs to.
 
     Attributes:
-        name: Hub id, or the last part of a local path; None if it is not known.
+        name: Hub id, or the last part of a local path; None if unknown.
         revision: commit on the Hub.
         sha256: hash of its tensors without the head.
-        head: names of the head's modules, which every fine-tuning initialises anew.
+        head: names of the head's modules, which every fine-tuning run initialises anew.
     """
 
     name: str | None
@@ -46,7 +46,7 @@ class Base:
 
 
 def base_digest(hashes: Mapping[str, str], head: tuple[str, ...]) -> str:
-    """One hash of a base model without its head, which every fine-tuning initialises anew."""
+    """One hash of a base model without its head, which every fine-tuning run initialises anew."""
     body = sorted(item for item in hashes.items() if not any(covers(prefix, item[0]) for prefix in head))
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
@@ -170,7 +170,9 @@ def _delta_folder(path: str | Path, revision: str | None, token: str | None) -> 
         cached_file(str(path), CONFIG_NAME, revision=extract_commit_hash(file, None), token=token)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise CheckpointError(f"{path} is no folder here, and no delta can be read from the Hub: {reason}.") from error
+        raise CheckpointError(
+            f"{path} is not a local folder, and no delta can be read from the Hub: {reason}."
+        ) from error
     return Path(file).parent
 
 

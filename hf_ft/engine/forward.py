@@ -44,7 +44,7 @@ class Forward:
         logit_inputs: input of the layer that gives the logits, for the target batch, (B, d), if requested.
         border: where the head begins, for the target batch, if ``SOURCE_LOGITS`` or features are requested.
         streams: batches and recorded layers of the streams, by name.
-        masks: of recorded layers with padding, (B, T), by layer.
+        masks: masks of recorded layers with padding, (B, T), by layer.
     """
 
     loss: Tensor | None
@@ -84,7 +84,7 @@ class Wanted:
         return self.features or self.logit_inputs
 
     def of(self, recorded: HeadFeatures, border: Border) -> tuple[Tensor | None, Tensor | None]:
-        """Those of a pass, None for what is not wanted."""
+        """The features of a pass, None for what is not requested."""
         last = recorded.logit_inputs(border) if self.logit_inputs else None
         return recorded.pooled(border) if self.features else None, last
 
@@ -110,7 +110,7 @@ def forward(
         task_loss: model and batch -> loss and outputs.
         layers: layers to record on the target batch.
         wants: the inputs of the head and of its last layer, if they are to be recorded.
-        layouts: how layers lay out their outputs, for those that do not as (B, T, C) or (B, C, H, W).
+        layouts: how layers lay out their outputs, for those that do not use (B, T, C) or (B, C, H, W).
     """
     layouts = layouts or Layouts()
     together = [other for other in streams if other.stream.forward == "joint"]
@@ -128,7 +128,7 @@ def forward(
 
 
 def logit_inputs_of_copies(head: Head, device: str) -> Callable[[nn.Module, Mapping[str, Any]], Tensor | None]:
-    """A function of copies of a model with this head: their logit inputs in a pass, under the autocast active now."""
+    """A function of copies of a model with this head: their logit inputs in a pass, under the current autocast."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def logit_inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
@@ -153,7 +153,7 @@ def _joint(
     wants: Wanted,
     layouts: Layouts,
 ) -> Forward:
-    """One pass over all samples up to the head, from which the head then sees the target's alone."""
+    """One pass over all samples up to the head; the head then sees only the target's samples."""
     pad_token = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
     joint = concatenate(batch, {other.stream.name: other.batch for other in together}, pad_token)
     everything, rows = sum(rows_of(one) for one in (batch, *(other.batch for other in together))), rows_of(batch)
@@ -208,11 +208,11 @@ def _modules(layers: Sequence[str]) -> Names:
 
 
 def _check_before_head(of_streams: Sequence[str], head: Head) -> None:
-    """Reject layers of the head, which sees the target's samples alone."""
+    """Reject layers of the head, which only sees the target's samples."""
     for layer in of_streams:
         if not layer.startswith(INPUT) and covered(layer, set(head.begins)):
             raise OptionError(
-                f"layer {layer!r} lies in the head, which sees the target's samples alone. Set "
+                f"layer {layer!r} is in the head, which only sees the target's samples. Set "
                 "source_forward='separate', or name another layer."
             )
 

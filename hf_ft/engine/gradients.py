@@ -1,4 +1,4 @@
-"""Gradients of the mean task loss over chosen training samples, as large batches as an update has."""
+"""Gradients of the mean task loss over chosen training samples, in batches as large as an update."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_ft.errors import OptionError
 from hf_ft.models.norms import batch_norms
 from hf_ft.models.preserve import buffers_kept, random_states_kept
 
-SMALLER = 16.0  # by which loss scales fall where float16 overflows
+SMALLER = 16.0  # factor by which loss scales fall if float16 overflows
 
 
 @contextmanager
 def looking(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """For a look at some batches in train mode: buffers and random states are restored on exit, gradients dropped."""
+    """Context for some batches in train mode: on exit, buffers and random states are restored, gradients dropped."""
     with random_states_kept(None if seed is None else seed % 2**32), buffers_kept(model):
         try:
             yield
@@ -46,9 +46,9 @@ def update_batches(samples: Samples, recipe: Recipe, ranks: int, generator: torc
 def mean_gradients(
     model: nn.Module, parameters: Sequence[nn.Parameter], samples: Samples, recipe: Recipe, rows: Sequence[int]
 ) -> list[Tensor] | None:
-    """Gradients of the mean task loss over rows, as many at once as in training; 0 for parameters without one.
+    """Gradients of the mean task loss over rows, as many at once as in training; 0 for parameters without a gradient.
 
-    A last row that would be by itself is left out if BatchNorm could not train on it; None if no other is left.
+    A last row on its own is left out if BatchNorm could not train on it; None if no other is left.
     """
     chunks = [rows[begin : begin + recipe.batch_size] for begin in range(0, len(rows), recipe.batch_size)]
     if len(chunks[-1]) == 1 and any(norm.training for _, norm in batch_norms(model)):

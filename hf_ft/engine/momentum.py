@@ -1,4 +1,4 @@
-"""The optimizer's momentum as a stage schedules it."""
+"""The optimizer's momentum as scheduled by a stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from hf_ft.core.plan import Stage
 
-OWN_MOMENTUM = "own_momentum"  # of a parameter group, so that it is saved with the optimizer
+OWN_MOMENTUM = "own_momentum"  # in a parameter group, so that it is saved with the optimizer
 
 
 def schedules_momentum(stages: Sequence[Stage]) -> bool:
@@ -17,7 +17,7 @@ def schedules_momentum(stages: Sequence[Stage]) -> bool:
 
 
 def set_momentum(optimizer: Optimizer, stages: Sequence[Stage], index: int, progress: float) -> None:
-    """Set the momentum of an optimizer as stage ``index`` schedules it; an optimizer without one stays as it is.
+    """Set an optimizer's momentum as scheduled by stage ``index``; an optimizer without momentum is left unchanged.
 
     Args:
         progress: progress within the stage.

@@ -47,7 +47,7 @@ class Objective(nn.Module):
         anchors: initial values by parameter name.
         task_loss: the task loss.
         reference: the initial model, for terms that compare with it.
-        layouts: how the terms' layers lay out their outputs; found on the first batch where that is not known yet.
+        layouts: how the terms' layers lay out their outputs; determined on the first batch if not yet known.
         average: the running average of the model's weights, if the plan has one.
 
     Attributes:
@@ -57,7 +57,7 @@ class Objective(nn.Module):
         alive: what trains, and which norms update their statistics, in the current stage.
         trained: parameters trained in the current stage, including those of terms.
         share: factor of the loss in training: the number of rows of this micro-batch over its mean in the update.
-        gather: returns the rows of all processes; None where there is one process, or each trains by itself.
+        gather: returns the rows of all processes; None if there is one process, or each trains by itself.
     """
 
     # Tells transformers.Trainer that losses are micro-batch means: otherwise, losses and gradients of many models are
@@ -277,7 +277,7 @@ class Objective(nn.Module):
         self.train(self.training)
 
     def _choose_terms(self) -> None:
-        """Select the terms active in this stage: all except those that look only at what cannot change in it."""
+        """Select the terms active in this stage: all except those that depend only on what cannot change in it."""
         self.terms = [term for term in self.plan.terms if self._can_change(term)]
         reference = (layer for term in self.terms if "reference" in term.needs for layer in term.layers)
         self.reference_layers = tuple(dict.fromkeys(reference))
@@ -304,7 +304,7 @@ class Objective(nn.Module):
                 for module in part.modules
                 if covers(module, layer) or covers(layer, module)
             ]
-            # An activation between two parts, for example, is in neither: it may lie anywhere before the head.
+            # An activation between two parts, for example, is in neither: it may be anywhere before the head.
             last = max(inside, default=len(chain.parts) - 2 if covers(chain.name, layer) else -1)
             if last >= begin:
                 return True
@@ -315,7 +315,7 @@ class Objective(nn.Module):
             return self  # the Trainer calls this every step: walking all modules takes longer than a linear-probe step
         super().train(mode)
         self._settled = mode
-        if mode:  # which has switched frozen modules to train mode as well
+        if mode:  # which has also switched frozen modules to train mode
             if not self._dropout:
                 for module in self.model.modules():
                     module.training = getattr(module, "gradient_checkpointing", False)
@@ -335,7 +335,7 @@ class Objective(nn.Module):
 
 
 def _has_layers(term: Term, view: View) -> bool:
-    """Whether a term looks at no layers, or at one that ran in this step."""
+    """Whether a term uses no layers, or at least one that ran in this step."""
     states = view.states if term.stream is None else view.streams[term.stream].states
     return not term.layers or SOURCE_LOGITS in term.layers or bool(states.called(term.layers))
 

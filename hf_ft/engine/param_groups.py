@@ -17,8 +17,8 @@ from hf_ft.models.names import Names, covers
 from hf_ft.models.norms import norm_layers
 
 STAGE_RATES = "stage_rates"
-FACTOR = "rate_factor"  # of a tensor whose rate is found anew in each epoch
-EPOCH = "rate_epoch"  # for which it was found
+FACTOR = "rate_factor"  # of a tensor whose rate is redetermined in each epoch
+EPOCH = "rate_epoch"  # for which it was determined
 
 
 def rate_of(name: str, stage: Stage, base: float) -> float:
@@ -49,9 +49,9 @@ def split_groups(
 ) -> list[dict[str, Any]]:
     """Split an optimizer's groups so that each has a single rate in every stage.
 
-    The base rate is the plan's, if it has one, and otherwise the group's ``lr``. Where a term replaces the optimizer's
+    The base rate is the plan's, if it has one, and otherwise the group's ``lr``. If a term replaces the optimizer's
     weight decay, the latter is set to 0. Each new group holds its rates under ``"stage_rates"``, 0 in stages that
-    freeze it. Tensors that have rates of their own are in groups of their own, with the factor under ``"rate_factor"``.
+    freeze it. Tensors with rates of their own form separate groups, with the factor under ``"rate_factor"``.
 
     Returns:
         The groups, ordered by their first parameter.
@@ -101,7 +101,7 @@ def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def check_settings(own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the settings of parameter groups from a checkpoint are of the same kinds as an optimizer's own.
+    """Check that the settings of parameter groups from a checkpoint have the same types as an optimizer's own.
 
     Raises:
         ValueError: if one is missing or of another type; the message names it.
@@ -188,7 +188,7 @@ def schedule_curve(name: str, steps: int, warmup: int, **kwargs: Any) -> Callabl
     """A Transformers learning-rate schedule as a function of the step.
 
     Raises:
-        OptionError: if it does not depend on the step alone (``reduce_lr_on_plateau``, ``greedy``).
+        OptionError: if it does not depend only on the step (``reduce_lr_on_plateau``, ``greedy``).
     """
     dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:

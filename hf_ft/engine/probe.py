@@ -3,8 +3,8 @@ r"""A linear probe fitted by logistic regression on recorded features, in place 
 .. math:: \min_{W, b} \; C \sum_n \mathrm{CE}(W x_n + b, \, y_n) + \tfrac12 \lVert W \rVert^2, \qquad
     x = (f - m) / s
 
-f are the inputs of the head, m and s the mean and standard deviation of all their entries. Of 50 values of C, that with
-the best held-out accuracy is used.
+f are the inputs of the head, m and s the mean and standard deviation of all their entries. Of 50 values of C, the one
+with the best held-out accuracy is used.
 
 Reference: Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
 """
@@ -32,7 +32,7 @@ from hf_ft.models.feature_hooks import INPUT
 from hf_ft.splits import hold_out
 
 STRENGTHS = np.logspace(-7, 2, 50)  # values of C, as in the authors' code
-ITERATIONS = 20  # of L-BFGS for each, starting from the solution before it, as there
+ITERATIONS = 20  # of L-BFGS for each, starting from the previous solution, as in their code
 HELD_OUT = 0.2  # fraction of the training samples that chooses C; the authors use their validation data
 WEIGHT, BIAS = "probe.weight", "probe.bias"
 
@@ -100,7 +100,7 @@ def measure_probe(model: nn.Module, config: FTConfig, context: Context) -> State
 
 
 def check_probe(model: nn.Module, config: FTConfig, state: State) -> None:
-    """Reject a fitted probe that is not one of this model's head.
+    """Reject a fitted probe that does not fit this model's head.
 
     Raises:
         OptionError: naming the tensor.
@@ -112,7 +112,7 @@ def check_probe(model: nn.Module, config: FTConfig, state: State) -> None:
 
 
 def measure_head(model: nn.Module, config: Any, context: Context) -> State:
-    """What a strategy with a probe measures: the fitted head, or the rate at which the optimizer is to train it."""
+    """The measurement of a strategy with a probe: the fitted head, or the rate at which the optimizer will train it."""
     if config.probe_solver == "lbfgs":
         return measure_probe(model, config, context)
     return State(info=measure_head_rate(config, model, context))
@@ -155,7 +155,7 @@ class Probe:
         weight: (classes, d).
         bias: (classes,).
         strength: the chosen C.
-        accuracy: that of C on the held-out samples.
+        accuracy: accuracy with C on the held-out samples.
         held_out: number of held-out samples.
     """
 
@@ -182,7 +182,7 @@ def logistic_probe(
         groups: (N,), numbers of groups that are held out as a whole.
 
     Raises:
-        OptionError: if all samples are of one class or one group.
+        OptionError: if all samples belong to one class or one group.
     """
     known = labels != -100
     x, y = features[known].double().numpy(), labels[known].numpy()
@@ -226,11 +226,11 @@ def _path(x: np.ndarray, y: np.ndarray, count: int, class_weights: dict[int, flo
     regression = LogisticRegression(warm_start=True, max_iter=ITERATIONS, class_weight=class_weights)
     fits = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # few iterations each: the next value goes on from there
+        warnings.simplefilter("ignore", ConvergenceWarning)  # few iterations each: the next value continues from there
         for strength in STRENGTHS[:count]:
             regression.set_params(C=strength).fit(x, y)
             weight, bias = regression.coef_.copy(), regression.intercept_.copy()
-            if len(weight) == 1:  # for two classes scikit-learn fits the difference of the two rows
+            if len(weight) == 1:  # for two classes, scikit-learn fits the difference of the two rows
                 weight, bias = np.concatenate((-weight / 2, weight / 2)), np.concatenate((-bias / 2, bias / 2))
             fits.append(_Fit(regression, weight, bias))
     return fits

@@ -52,7 +52,7 @@ class Run:
         states: the measured state of each, by ``ft_type``.
         plan: their composed plan.
         model: the model after surgery (the same object if nothing had to be replaced).
-        chains: its parts in forward order; empty where they are unknown and not needed.
+        chains: its parts in forward order; empty if they are unknown and not needed.
         trainable: names of the parameters that were not frozen before.
         anchors: initial values of the parameters that terms anchor.
         reference: the initial model, if a term compares with it.
@@ -81,7 +81,7 @@ class Run:
         return ever_trained(self.plan, self.model, self.trainable)
 
     def find_layouts(self, context: Context) -> None:
-        """Find how the terms' layers lay out their outputs, on two samples; otherwise, the first batch tells."""
+        """Determine how the terms' layers lay out their outputs, on two samples; otherwise, on the first batch."""
         layers = laid_out(layer for term in self.plan.terms for layer in term.layers)
         if layers and context.samples.count:
             with random_states_kept(), context.recipe.computing():
@@ -140,12 +140,12 @@ class Run:
     ) -> Stepper:
         """Return a function that switches stages; call it before each optimizer step with the step's index (from 0).
 
-        Where the plan has rates of tensors, call its ``begin_epoch`` before the first step of each epoch.
+        If the plan has rates of tensors, call its ``begin_epoch`` before the first step of each epoch.
 
         Args:
             then: called with the objective at the start of each stage.
-            optimizer: for stages that want a fresh one or schedule its momentum, for changes of gradients and rates,
-                and for a running average of the weights, which is updated after each of its steps.
+            optimizer: needed for stages that require a fresh one or schedule its momentum, for changes of gradients and
+                rates, and for a running average of the weights, which is updated after each of its steps.
 
         Raises:
             OptionError: if the plan changes gradients or rates, or averages the weights, and no optimizer is given.
@@ -156,15 +156,15 @@ class Run:
             )
         if optimizer is None and any(stage.fresh_optimizer for stage in self.plan.stages[1:]):
             logger.warning_once(
-                f"{self.plan.owner}: a stage wants a fresh optimizer: pass optimizer=... to stepper(), or the state of "
-                "earlier stages is kept."
+                f"{self.plan.owner}: a stage requires a fresh optimizer: pass optimizer=... to stepper(); otherwise "
+                "the state of earlier stages is kept."
             )
         if optimizer is None:
             check_not_needed(self.plan)
         if optimizer is None and schedules_momentum(self.plan.stages):
             logger.warning_once(
-                f"{self.plan.owner}: a stage schedules the momentum: pass optimizer=... to stepper(), or the optimizer "
-                "keeps its own."
+                f"{self.plan.owner}: a stage schedules the momentum: pass optimizer=... to stepper(); otherwise the "
+                "optimizer keeps its own."
             )
         return Stepper(objective, stage_borders(self.plan.stages, total_steps), then, optimizer)
 
@@ -182,7 +182,7 @@ class Run:
             parameter.requires_grad_(name in selection)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """A context to evaluate or save in: the average is in the place of the weights, if the plan has one."""
+        """A context for evaluating or saving: the average is in place of the weights, if the plan has one."""
         return averaged(self.average)
 
     def select(
@@ -195,8 +195,8 @@ class Run:
 
         Args:
             evaluate: scores the model on evaluation data; the same on every process.
-            batches: the training data, where BatchNorm statistics are to be measured: this process's share, which can
-                be iterated repeatedly.
+            batches: the training data, if BatchNorm statistics must be measured: this process's share, which can be
+                iterated repeatedly.
             greater_is_better: whether higher scores are better.
 
         Raises:

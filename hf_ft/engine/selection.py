@@ -30,9 +30,9 @@ CHOICE = "choice"  # key in the state of the strategy that chooses
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """What selections need of the model before training, in CPU memory: weights and BatchNorm statistics by name.
+    """What selections need from the model before training, in CPU memory: weights and BatchNorm statistics by name.
 
-    Of a sharded model, each process has its own parts.
+    With a sharded model, each process has its own parts.
     """
 
     weights: Mapping[str, Tensor]
@@ -71,7 +71,7 @@ def check_selections(plan: Plan, model: nn.Module, trainable: Collection[str]) -
         if adapted:
             raise OptionError(
                 f"{selection.name} averages weights, but an adapter's weights are factors of a product, whose averages "
-                "mean nothing: merge the adapters and train without them, or leave one of the two out."
+                "are meaningless: merge the adapters and train without them, or leave one of the two out."
             )
         if not _set_by(selection, ever_trained(plan, model, trainable)):
             raise OptionError(
@@ -81,7 +81,7 @@ def check_selections(plan: Plan, model: nn.Module, trainable: Collection[str]) -
 
 
 def origin_of(plan: Plan, model: nn.Module, trainable: Collection[str]) -> Origin | None:
-    """The present weights that the selections of a plan refer to; None if it has none."""
+    """The current weights that the selections of a plan refer to; None if it has none."""
     if not plan.select:
         return None
     trained = ever_trained(plan, model, trainable)
@@ -165,7 +165,7 @@ class _Candidates:
             return
         if self._moved and statistics is None and self._judge.batches is None:
             raise OptionError(
-                f"{self._selection.name} changes the weights, so that the statistics of {len(self._moved)} BatchNorm "
+                f"{self._selection.name} changes the weights, so the statistics of {len(self._moved)} BatchNorm "
                 "layers no longer fit: pass the training data as batches=... to Run.finish or Run.select."
             )
         for parameter, weight in zip(self._parameters, weights, strict=True):
@@ -187,12 +187,12 @@ class _Candidates:
         forget_evaluation(self._model)
 
     def statistics(self) -> Statistics:
-        """The present statistics of the layers whose statistics moved in training."""
+        """The current statistics of the layers whose statistics moved in training."""
         return statistics_of(self._model, self._moved)
 
 
 def over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, where there are several."""
+    """The sum of a tensor over all processes, if there are several."""
     tensor = tensor.clone()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
@@ -205,5 +205,5 @@ def _set_by(selection: Selection, names: Iterable[str]) -> list[str]:
 
 
 def _differ(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
-    """Whether running mean or variance differ, which come first."""
+    """Whether the running mean or variance, which come first, differ."""
     return not all(map(torch.equal, one[:2], other[:2]))

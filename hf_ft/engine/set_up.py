@@ -36,8 +36,8 @@ def set_up(
         model: a Transformers classifier, or a PEFT model of one.
         strategy: a config, a registered name, or a list of either.
         context: for strategies that measure the data first.
-        states: states measured earlier (after a resume); nothing is measured again then.
-        place: called with the model after its surgery, before anything keeps its parameters: may shard it.
+        states: states measured earlier (after a resume); nothing is then measured again.
+        place: called with the model after its surgery, before anything refers to its parameters; may shard it.
 
     Raises:
         OptionError: for any invalid combination, before the model is changed.
@@ -120,7 +120,7 @@ def check(
 
 
 def check_members(configs: Iterable[FTConfig], model: nn.Module) -> None:
-    """Reject an ensemble where a strategy depends on the depth or the head of a single network.
+    """Reject an ensemble if a strategy depends on the depth or the head of a single network.
 
     Raises:
         OptionError: if there is one; the message names the strategy.
@@ -150,7 +150,7 @@ def _chains(
 
 
 def _head_or_all(found: Anatomy, model: nn.Module, plan: Plan, trainable: tuple[str, ...]) -> bool:
-    """Whether each stage trains all of the backbone or nothing of it, so that its parts do not matter."""
+    """Whether each stage trains either all of the backbone or none of it, so that its parts do not matter."""
     heads = set(found.head.modules)
     backbone = {name for name in trainable if not covered(name, heads)}
     inside = [backbone.intersection(trained_by(stage, model, trainable)) for stage in plan.stages]

@@ -1,4 +1,4 @@
-"""Short trainings within a search, all with the same initial weights, data order and budget."""
+"""Short training runs within a search, all with the same initial weights, data order and budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan does at each step of an optimizer: it changes gradients, and the rates of single tensors."""
+"""A plan's actions at each optimizer step: it changes gradients, and the rates of single tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_ft.engine.param_groups import FACTOR
 from hf_ft.errors import OptionError
 from hf_ft.models.names import Names, covers
 
-# An optimizer may live on through several trainings; only the last one changes its steps.
+# An optimizer may outlive several training runs; only the last one changes its steps.
 _attached: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
 
 
@@ -25,7 +25,7 @@ def attach(optimizer: Optimizer, model: nn.Module, plan: Plan, step: Callable[[]
     """Let a plan change each step of an optimizer.
 
     Args:
-        step: tells the index of the step.
+        step: returns the index of the step.
     """
     inner = unwrapped(optimizer)
     for handle in _attached.pop(inner, ()):
@@ -43,7 +43,7 @@ def attach(optimizer: Optimizer, model: nn.Module, plan: Plan, step: Callable[[]
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer inside of a wrapper, whose steps call it."""
+    """The optimizer inside a wrapper, whose steps call it."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
     found: Optimizer = optimizer
@@ -51,16 +51,16 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 
 def skipped(optimizer: Optimizer) -> bool:
-    """Whether the step of a fused optimizer changes nothing, since a gradient scaler found gradients not finite.
+    """Whether the step of a fused optimizer changes nothing, since a gradient scaler found non-finite gradients.
 
-    The scaler calls a fused optimizer all the same, and tells it by this attribute; the step of any other one it skips.
+    The scaler calls a fused optimizer all the same, and signals it by this attribute; it skips the step of any other.
     """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def unscale(optimizer: Optimizer) -> None:
-    """Divide gradients by the factor of a gradient scaler, where it leaves that to the fused step."""
+    """Divide gradients by the factor of a gradient scaler, if it leaves that to the fused step."""
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -69,10 +69,10 @@ def unscale(optimizer: Optimizer) -> None:
 
 
 def check_not_needed(plan: Plan) -> None:
-    """Reject a loop that does not tell its optimizer, if the plan changes its steps.
+    """Reject a loop that does not pass its optimizer, if the plan changes the optimizer's steps.
 
     Raises:
-        OptionError: naming what it would miss.
+        OptionError: naming the changes that it would miss.
     """
     changes = [change.name for change in plan.gradients]
     if plan.tensor_rates is not None:

@@ -1,4 +1,4 @@
-"""From stage to stage, and what happens at each step of the optimizer."""
+"""Moving from stage to stage, and what happens at each step of the optimizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stepper:
     Attributes:
         borders: the step at which each stage ends.
         then: called with the objective at the start of each stage.
-        optimizer: its state is dropped at the first step of a later stage that wants a fresh optimizer, and its
+        optimizer: its state is dropped at the first step of a later stage that requires a fresh optimizer, and its
             momentum follows the stage's schedule; a running average of the weights follows it.
         stage: index of the current stage; -1 before the first.
         left: number of its steps that remained at the last call.
@@ -51,7 +51,7 @@ class Stepper:
         attach(optimizer, self.objective.model, self.objective.plan, lambda: self.step)
 
     def begin_epoch(self, epoch: int, samples: Samples, recipe: Recipe, **shared: Any) -> None:
-        """Find the rates of the tensors for an epoch, unless they have been found; call it before its first step.
+        """Determine the rates of the tensors for an epoch, unless already done; call it before its first step.
 
         Args:
             epoch: number of the epoch, from 0.
@@ -78,7 +78,7 @@ class Stepper:
             self.objective.enter(stage)
             if later:  # the first forward pass does the same
                 refresh(self.objective.model)
-            if index and step == self.borders[index - 1]:  # not where a run is resumed within the stage
+            if index and step == self.borders[index - 1]:  # not if a run is resumed within the stage
                 if stage.fresh_optimizer and self.optimizer is not None:
                     self.optimizer.state.clear()
                 redraw(self.objective.model, unwrap(self.objective.model)[0], stage.redraws, index)

@@ -1,4 +1,4 @@
-"""The rates of single tensors: a look at a few batches of training samples at the beginning of an epoch."""
+"""The rates of single tensors, from a few batches of training samples at the beginning of an epoch."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def find_rates(
     rank: int = 0,
     ranks: int = 1,
 ) -> None:
-    """Set the factors of the optimizer's groups for an epoch, unless they were found before, as after a resume.
+    """Set the factors of the optimizer's groups for an epoch, unless they were determined before, as after a resume.
 
     Args:
         epoch: number of the epoch, from 0.
         samples: training samples.
         recipe: sizes of batches, task loss and autocast.
-        seed: decides on the batches, together with the epoch; by default the seed of torch.
+        seed: determines the batches, together with the epoch; by default, torch's seed.
         reduce: sums a tensor over all processes, which share the batches.
         rank: index of this process.
         ranks: number of processes.
@@ -92,6 +92,6 @@ def _factors(
 
 
 def batches(samples: Samples, recipe: Recipe, number: int, ranks: int, seed: int) -> list[list[int]]:
-    """Rows of the batches to look at; one that is not full only if there is no other."""
+    """Rows of the batches to use; a batch that is not full only if there is no other."""
     found = update_batches(samples, recipe, ranks, torch.Generator().manual_seed(seed))
     return [rows for rows in found if len(rows) == len(found[0])][:number]

@@ -1,4 +1,4 @@
-"""Work: floating-point operations, counted, and those of a training, estimated from one batch of each stage."""
+"""Work: counted floating-point operations, and those of a training run, estimated from one batch of each stage."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Work(TorchDispatchMode):
 
     Attributes:
         total: all operations so far.
-        measured: those of the strategies' measurements, before training.
-        trained: those of training, without evaluations.
+        measured: operations of the strategies' measurements, before training.
+        trained: operations of training, without evaluations.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Trained classifiers for other runtimes: ONNX and ``torch.export``, with what prepares their inputs as JSON."""
+"""Trained classifiers for other runtimes: ONNX and ``torch.export``, with the preprocessing of inputs as JSON."""
 
 from hf_ft.exports.export import export
 from hf_ft.exports.record import Export

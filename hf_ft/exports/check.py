@@ -24,15 +24,15 @@ MODEL = "model"  # the name of the model itself among the runs
 
 @dataclass
 class Difference:
-    r"""The largest difference of two sets of logits, and how often they predict the same.
+    r"""The largest difference between two sets of logits, and how often their predictions agree.
 
     .. math:: \max_{n, c} \frac{|z_{nc} - z'_{nc}|}{\max(1, |z_{nc}|)}
 
     Attributes:
         largest: infinite if one of them is not finite.
-        samples: number of them.
+        samples: number of samples.
         same: number of samples with the same prediction.
-        batch_sizes: those that were run.
+        batch_sizes: the batch sizes that were run.
     """
 
     largest: float = 0.0
@@ -41,7 +41,7 @@ class Difference:
     batch_sizes: set[int] = field(default_factory=set)
 
     def see(self, wanted: Tensor, found: Tensor, kind: ProblemType) -> None:
-        """Add a batch: logits (B, C) of the model, and of what was exported."""
+        """Add a batch: logits (B, C) of the model and of its export."""
         gap = (wanted - found).abs() / wanted.abs().clamp(min=1)
         largest = float(gap.max()) if bool(gap.isfinite().all()) else math.inf
         self.largest = max(self.largest, largest)
@@ -56,7 +56,7 @@ class Difference:
 
 
 def _same(wanted: Tensor, found: Tensor, kind: ProblemType) -> Tensor:
-    """Whether (B,) the same class is predicted, or the same labels are; for a regression, whether values are close."""
+    """Whether (B,) the same class is predicted, or the same labels are; for regression, whether values are close."""
     if kind == "regression":
         return ((wanted - found).abs() <= 1e-2 * wanted.abs().clamp(min=1)).all(dim=1)
     if kind == "multi_label_classification":
@@ -66,11 +66,11 @@ def _same(wanted: Tensor, found: Tensor, kind: ProblemType) -> Tensor:
 
 @dataclass
 class Comparison:
-    """A model and what was exported of it, run on the same batches.
+    """A model and its exports, run on the same batches.
 
     Attributes:
         kind: what is predicted.
-        differences: of each run but that of the model.
+        differences: the difference of each run from the model's.
         scorers: the scores of each run, if there are labels.
         unreadable: why samples could not be read, by their number.
     """
@@ -92,21 +92,21 @@ class Comparison:
                 scorer.see(Prediction(row, None, answer, labels and labels[row]))
 
     def scores(self, name: str) -> Scores:
-        """Those of a run; empty without labels."""
+        """The scores of a run; empty without labels."""
         return self.scorers[name].scores() if name in self.scorers else {}
 
 
 def compare(
     trained: Trained, runs: Mapping[str, Run], batches: Iterable[Batch], labels: list[Any] | None = None
 ) -> Comparison:
-    """Run a model and what was exported of it on the same batches.
+    """Run a model and its exports on the same batches.
 
     Args:
-        runs: by name; that of the model is :data:`MODEL`.
-        labels: of all samples, by their number.
+        runs: the runs by name; the model's is :data:`MODEL`.
+        labels: labels of all samples, by their number.
 
     Raises:
-        OptionError: if a run fails where the model does not.
+        OptionError: if a run fails but the model does not.
     """
     kind = trained.wanted.problem_type
     scorers = {} if labels is None else {name: Scorer(trained.wanted) for name in runs}

@@ -1,4 +1,4 @@
-"""Exporting a trained classifier: written, run again from the file, compared with the model, and described."""
+"""Export of a trained classifier: it is written, run again from the file, compared with the model, and described."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def export(
 ) -> Export:
     r"""Export a trained classifier to ONNX or ``torch.export``, and check what was written.
 
-    The graph takes the tensors that the processor makes, with a free batch size, and free lengths where the model has
-    them, and gives logits (B, C) in float32. Adapters are merged; ensembles and models with two paths are one graph.
-    Each file is run again, on the CPU, and compared with the model:
+    The graph takes the tensors that the processor creates, with a free batch size, and free lengths if the model
+    supports them, and returns logits (B, C) in float32. Adapters are merged; ensembles and models with two paths are
+    one graph. Each file is run again, on the CPU, and compared with the model:
 
     .. math:: \max_{n, c} \frac{|z_{nc} - z'_{nc}|}{\max(1, |z_{nc}|)} \le \texttt{tolerance}
 
     on random samples of several sizes, in batches of one and of several, and on those of ``data``. If they differ by
-    more, nothing is written. ``export.json`` holds classes, temperature, and the values by which inputs are prepared.
+    more, nothing is written. ``export.json`` holds classes, temperature, and the preprocessing of inputs.
 
     Args:
-        model: Hub id or folder of a checkpoint, or a model, which stays as it is.
+        model: Hub id or folder of a checkpoint, or a model, which is left unchanged.
         folder: where to write.
-        data: samples to compare on, as of :func:`~hf_ft.inference.predict`; with labels, the scores of the quantised
+        data: samples to compare on, as for :func:`~hf_ft.inference.predict`; with labels, the scores of the quantised
             model are measured on them.
-        processor: that of a model in memory.
+        processor: the processor of a model in memory.
         reading: columns and split of the data, if they cannot be found.
         revision: branch, tag or commit of a Hub id.
         formats: ``onnx``, ``pt2``.
@@ -67,7 +67,7 @@ def export(
 
     Raises:
         OptionError: if the model cannot be exported, with the exporter's reason; if an option cannot work; or if a
-            file is there already.
+            file already exists.
         CheckpointError: if weights are missing or damaged.
         DataError: if the data cannot be read.
         ImportError: if the packages for ONNX are missing; the message contains the pip command.
@@ -83,10 +83,10 @@ def export(
 
 
 def exported(trained: Trained, folder: Path, settings: Settings, inputs: Inputs | None, data: str) -> Export:
-    """:func:`export` of a model that is loaded, which is changed by it.
+    """:func:`export` for a loaded model, which it changes.
 
     Args:
-        inputs: samples to compare on; None for random ones alone.
+        inputs: samples to compare on; None for random ones only.
         data: their name.
     """
     noise, dtype = random_inputs(trained), str(trained.model.dtype).removeprefix("torch.")
@@ -117,7 +117,7 @@ def exported(trained: Trained, folder: Path, settings: Settings, inputs: Inputs 
 
 
 def spread(inputs: Inputs, number: int | None) -> Inputs:
-    """So many samples, evenly spread: data are often sorted by class."""
+    """This many samples, evenly spread: data are often sorted by class."""
     rows = len(inputs.rows)
     if number is None or number >= rows:
         return inputs
@@ -153,7 +153,7 @@ def _write(trained: Trained, example: Example, folder: Path, settings: Settings)
     """
     name = trained.name or type(trained.model).__name__
     step = "be traced by torch.export, on which all formats depend"
-    fix = "Use it by hf_ft.predict."
+    fix = "Use it with hf_ft.predict."
     while True:
         try:
             program = traced(trained.model, example)
@@ -182,7 +182,7 @@ def _run_of(file: Path) -> Run:
 
 
 def _check(found: Comparison, settings: Settings, data: str) -> None:
-    """Refuse an export whose logits are not those of the model.
+    """Refuse an export whose logits differ from those of the model.
 
     Raises:
         OptionError: naming the file and the difference.
@@ -203,4 +203,4 @@ def _differs(what: str, difference: Difference, settings: Settings, data: str) -
 def _check_readable(found: Comparison, rows: int) -> None:
     if len(found.unreadable) == rows:
         first = next(iter(found.unreadable.values()))
-        raise DataError(f"none of the {rows:,} samples to compare on can be read; the first: {first}. Name other data.")
+        raise DataError(f"none of the {rows:,} samples to compare on can be read; the first: {first}. Use other data.")

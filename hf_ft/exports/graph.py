@@ -52,10 +52,10 @@ class Logits(nn.Module):
 
 @dataclass(frozen=True)
 class Example:
-    """What a model is traced with.
+    """The inputs with which a model is traced.
 
     Attributes:
-        inputs: at least two samples; the values have no influence, and are those of random samples.
+        inputs: at least two samples; their values have no influence, and are random.
         axes: for each input, the axes whose size is free, and their names.
     """
 
@@ -64,7 +64,7 @@ class Example:
 
     @classmethod
     def of(cls, batches: Batches, task: str) -> Example:
-        """The first batch; axes whose sizes differ between samples are free, as the number of samples is.
+        """The first batch; axes whose sizes differ between samples are free, as is the number of samples.
 
         Raises:
             OptionError: if the processor cannot process random samples.
@@ -102,7 +102,7 @@ def plain_model(model: Any) -> Any:
 
 
 def traced(model: nn.Module, example: Example) -> Any:
-    """The graph of a model as an ``ExportedProgram``, without where its source lies.
+    """The graph of a model as an ``ExportedProgram``, without the paths of its source.
 
     Raises:
         Exception: whatever the tracer raises.
@@ -119,7 +119,7 @@ def traced(model: nn.Module, example: Example) -> Any:
 
 
 def write_onnx(program: Any, example: Example, file: Path) -> None:
-    """Convert a traced model to ONNX; weights of more than about 2 GB go to a file beside it.
+    """Convert a traced model to ONNX; weights of more than about 2 GB go to a file next to it.
 
     Raises:
         Exception: whatever the exporter raises.
@@ -136,12 +136,12 @@ def write_onnx(program: Any, example: Example, file: Path) -> None:
             verbose=False,
         )
         for node in converted.model.graph.all_nodes():
-            node.metadata_props.clear()  # where it comes from, with paths on this machine
+            node.metadata_props.clear()  # its origin, with paths on this machine
         converted.save(str(file))
 
 
 def other_attention(model: Any) -> bool:
-    """Let a model compute attention step by step, which more exporters know; False if it does so or cannot."""
+    """Make a model compute attention step by step, which more exporters support; False if it already does or cannot."""
     used = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if used in (None, "eager") or not hasattr(model, "set_attn_implementation"):
         return False
@@ -164,7 +164,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch and onnxruntime log for their own developers."""
+    """Suppress what torch and onnxruntime log for their own developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "root")]
     levels = [logger.level for logger in loggers]
     try:

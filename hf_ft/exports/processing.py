@@ -1,4 +1,4 @@
-"""What a processor does, as numbers that suffice to do the same without Transformers."""
+"""The steps of a processor, as numbers that suffice to do the same without Transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOT_TOLD = {"_processor_class", "name_or_path", "_name_or_path", "auto_map"}
 
 
 def image_steps(processor: Any) -> dict[str, Any] | None:
-    """The steps of an image processor; None if they are of another kind than those of :func:`prepared_image`."""
+    """The steps of an image processor; None if they differ in kind from those of :func:`prepared_image`."""
     size, crop = _sides(processor, "size"), None
     resize: dict[str, int] | None = None
     if getattr(processor, "do_resize", False):
@@ -49,7 +49,7 @@ def image_steps(processor: Any) -> dict[str, Any] | None:
 
 
 def prepared_image(image: Image.Image, steps: dict[str, Any]) -> np.ndarray:
-    """An upright RGB image (H, W, 3) as input of a model, (3, H', W') in float32, by Pillow and NumPy alone."""
+    """An upright RGB image (H, W, 3) as input of a model, (3, H', W') in float32, with Pillow and NumPy alone."""
     if (size := steps["resize"]) is not None:
         edge, short = size.get("shortest_edge"), min(image.size)
         wanted = [edge * side // short for side in image.size] if edge else [size["width"], size["height"]]
@@ -84,11 +84,11 @@ def _channels(values: Any) -> list[float]:
 
 
 def processing(trained: Trained, inputs: Collection[str], batches: Batches, folder: Path) -> list[dict[str, Any]]:
-    """The values of each distinct processor of a model, and the names of the tensors that it makes.
+    """The values of each distinct processor of a model, and the names of the tensors that it creates.
 
     Args:
         inputs: names of the tensors that the model takes.
-        batches: samples on which the steps for images are compared with what the processor itself makes.
+        batches: samples on which the steps for images are compared with the output of the processor itself.
         folder: where tokenizers are saved.
     """
     parts = getattr(trained.processor, "processors", None) or getattr(trained.processor, "tokenizers", None)
@@ -107,7 +107,7 @@ def processing(trained: Trained, inputs: Collection[str], batches: Batches, fold
 
 
 def _image(part: Any, index: int, batches: Batches) -> dict[str, Any]:
-    """The steps, with the largest difference to the processor; left out if that is more than a level of brightness."""
+    """The steps, with their largest difference from the processor; left out if it exceeds one level of brightness."""
     steps = image_steps(part)
     if steps is not None:
         largest = _largest_difference(steps, column("pixel_values", index), batches)
@@ -117,7 +117,7 @@ def _image(part: Any, index: int, batches: Batches) -> dict[str, Any]:
 
 
 def _largest_difference(steps: dict[str, Any], name: str, batches: Batches) -> float:
-    """Between pixels that these steps give, and those of the processor; infinite if they are not as many."""
+    """The difference between the pixels of these steps and of the processor; infinite if their numbers differ."""
     largest = 0.0
     for row in range(len(batches.rows)):
         image = open_rgb(batches.rows[row : row + 1][batches.input][0], row)

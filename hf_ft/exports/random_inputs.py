@@ -1,4 +1,4 @@
-"""Samples that nobody has to supply: noise of several sizes, to trace a model with and to check it without data."""
+"""Random samples: noise of several sizes, to trace a model and to check it without data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_ft.data.columns import Columns
 from hf_ft.data.inputs import Inputs
 from hf_ft.inference.checkpoint import Trained
 
-# Landscape, portrait and square; larger and smaller than what a processor makes of them.
+# Landscape, portrait and square; larger and smaller than a processor's output.
 _IMAGES = ((48, 64), (300, 211), (33, 33), (97, 260), (224, 224), (64, 40))
 _WORDS = (12, 3, 25, 1, 7, 18)
 _SECONDS = (1.0, 1.5, 0.8, 1.0, 2.0, 1.5)
@@ -36,7 +36,7 @@ def random_inputs(trained: Trained) -> Inputs:
 
 
 def _of_files(column: str, files: list[dict[str, Any]]) -> Dataset:
-    # The types for images and sounds would open them, which for sounds takes torchcodec.
+    # The types for images and sounds would open them, which for sounds needs torchcodec.
     stored = {"bytes": Value("binary"), "path": Value("string")}
     return Dataset.from_dict({column: files}, features=Features({column: stored}))
 

@@ -28,8 +28,8 @@ class Export:
 
     Attributes:
         folder: where it is.
-        content: that of ``export.json``: ``classes``, ``temperature``, ``inputs``, ``processing``, ``files`` with size
-            and differences, ``check`` with the data that they were measured on.
+        content: the content of ``export.json``: ``classes``, ``temperature``, ``inputs``, ``processing``, ``files``
+            with size and differences, ``check`` with the data that they were measured on.
     """
 
     folder: Path
@@ -42,10 +42,10 @@ class Export:
 
 
 def about(trained: Trained, example: Example, dtype: str) -> dict[str, Any]:
-    """What is known of a model, whatever the files and the data.
+    """What is known about a model, independent of the files and the data.
 
     Args:
-        dtype: that of the checkpoint; what is exported is in float32.
+        dtype: the dtype of the checkpoint; the export is in float32.
     """
     wanted = trained.wanted
     return {
@@ -69,7 +69,7 @@ def _tensor(value: Tensor, axes: Mapping[int, str]) -> dict[str, Any]:
 
 
 def checks_of(found: Comparison) -> dict[str, dict[str, Any]]:
-    """What was measured of each file."""
+    """The measurements of each file."""
     return {
         name: {"largest_difference": one.largest, "agreement": one.agreement, "scores": found.scores(name)}
         for name, one in found.differences.items()
@@ -77,12 +77,12 @@ def checks_of(found: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def told_check(found: Comparison, tolerance: float, data: str, rows: int, sizes: Collection[int]) -> dict[str, Any]:
-    """On what it was measured.
+    """The data and batches of the measurement.
 
     Args:
         data: name of the data.
         rows: number of their samples.
-        sizes: of batches that were run, besides those of the comparison.
+        sizes: batch sizes that were run, besides those of the comparison.
     """
     run = next(iter(found.differences.values()))
     return {
@@ -96,7 +96,7 @@ def told_check(found: Comparison, tolerance: float, data: str, rows: int, sizes:
 
 
 def told_files(folder: Path, checks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Size and hash of each file in a folder, and what was measured of some."""
+    """Size and hash of each file in a folder, and the measurements of some."""
     return {
         file.name: {"bytes": file.stat().st_size, "sha256": _hash(file), **checks.get(file.name, {})}
         for file in sorted(folder.iterdir())
@@ -104,7 +104,7 @@ def told_files(folder: Path, checks: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def remove_earlier(folder: Path, names: Collection[str]) -> None:
-    """Remove an earlier record, and the files that it names and that are not written anew."""
+    """Remove an earlier record, and the files that it names and that are not rewritten."""
     try:
         earlier = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):

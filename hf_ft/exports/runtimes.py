@@ -1,4 +1,4 @@
-"""Exported models at work: each is a function from tensors by name to logits."""
+"""Running exported models: each is a function from tensors by name to logits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NEEDED = ("onnx", "onnxruntime", "onnxscript")
 
 
 def check_installed() -> None:
-    """Tell what ONNX takes.
+    """Check for the packages that ONNX needs.
 
     Raises:
         ImportError: with the pip command.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"format='onnx' needs {', '.join(missing)}: {EXTRA}. format='pt2' needs torch alone.")
+        raise ImportError(f"format='onnx' needs {', '.join(missing)}: {EXTRA}. format='pt2' only needs torch.")
 
 
 def in_torch(model: Any) -> Run:
@@ -68,7 +68,7 @@ def in_program(file: Path) -> Run:
 
 
 def quantize(file: Path, quantized: Path) -> None:
-    """Store weights as 8-bit integers; inputs of matrix products and convolutions are rounded to 8 bits as they come.
+    """Store weights as 8-bit integers; inputs of matrix products and convolutions are rounded to 8 bits at run time.
 
     Raises:
         Exception: whatever onnxruntime raises.

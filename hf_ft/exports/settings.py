@@ -14,7 +14,7 @@ from hf_ft.exports.runtimes import check_installed
 Format = Literal["onnx", "pt2"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 ONNX, PROGRAM, INT8 = "model.onnx", "model.pt2", "model.int8.onnx"
-CHECKED = 64  # samples that are compared unless a number is given
+CHECKED = 64  # samples that are compared by default
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Settings:
 
     Attributes:
         formats: ``onnx``, and ``pt2`` for ``torch.export``.
-        quantize: ``int8`` also writes an ONNX file with weights of 8 bits.
+        quantize: ``int8`` also writes an ONNX file with 8-bit weights.
         overwrite: replace an earlier export.
         tolerance: how far logits may differ from those of the model, as :class:`~hf_ft.exports.check.Difference`
             measures it.
         samples: number of samples to compare on, spread over the data; by default 64, and all for ``int8``.
-        batch_size: of the comparison.
+        batch_size: batch size of the comparison.
         max_length: maximum text length in tokens; by default that of the model, at most 512.
         seconds: length to which sounds are cut.
 
@@ -50,9 +50,9 @@ class Settings:
         if unknown or not self.formats:
             raise _refused("formats", unknown[0] if unknown else "", f"choose {' or '.join(FORMATS)}, or both")
         if self.quantize not in (None, "int8"):
-            raise _refused("quantize", self.quantize, "only int8 is known: choose that, or leave it out")
+            raise _refused("quantize", self.quantize, "only int8 is supported: choose that, or leave it out")
         if self.quantize and "onnx" not in self.formats:
-            raise _refused("quantize", self.quantize, "it is for ONNX: add onnx to the formats, or leave it out")
+            raise _refused("quantize", self.quantize, "it is only for ONNX: add onnx to the formats, or leave it out")
         if not 0 < self.tolerance < 1:
             raise _refused("tolerance", self.tolerance, "set it between 0 and 1")
         for name in ("samples", "batch_size", "max_length"):
@@ -72,7 +72,7 @@ class Settings:
 
 
 def check_target(folder: Path, settings: Settings) -> None:
-    """Refuse early what would be refused after minutes.
+    """Refuse early what would otherwise be refused after minutes.
 
     Raises:
         OptionError: if the folder is a file, or a file in it would be replaced.

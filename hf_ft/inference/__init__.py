@@ -1,4 +1,4 @@
-"""Trained classifiers at work: predictions, and scores on labelled data."""
+"""Inference with trained classifiers: predictions, and scores on labelled data."""
 
 from hf_ft.data.inputs import Reading
 from hf_ft.inference.checkpoint import Trained, load_trained

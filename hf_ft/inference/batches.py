@@ -1,4 +1,4 @@
-"""Batches of samples for a trained model: damaged ones are left out and told, and padding changes nothing."""
+"""Batches of samples for a trained model: damaged ones are skipped and reported, and padding changes nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         input: the column of their files or texts.
 
     Raises:
-        OptionError: if the batch size is none, or something other than images would be mirrored.
+        OptionError: if the batch size is less than 1, or something other than images would be mirrored.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         if batch_size < 1:
             raise OptionError(f"batch_size={batch_size}: set it to at least 1.")
         if mirrored and task != "image":
-            raise OptionError(f"tta mirrors images, and these data are {task}: leave it out.")
+            raise OptionError(f"tta mirrors images, but these data are {task}: leave it out.")
         self.rows, self.batch_size, self.input = inputs.rows, batch_size, columns.inputs[0]
         self.max_length = max_length or usual_length(trained.model, processor)
         self.seconds = seconds
@@ -79,7 +79,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
             self._views = [text_transform(processor, columns, self.max_length)]
         self._collate = collate(processor)
         self._names = accepted_names(trained.model)
-        # A model that sees which tokens are padding ignores them. Those of sounds are normalised with the others.
+        # A model that sees which tokens are padding ignores them. Padding of sounds is normalised with the samples.
         self._pads = task == "text" and "attention_mask" in self._names
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         readable, errors = numbers, dict[int, str]()
         try:
             views = self._processed(batch, numbers)
-        except ValueError:  # of one of them: which one shows when they are read one by one
+        except ValueError:  # from one of them: reading them one by one shows which
             views, readable, errors = self._one_by_one(batch, numbers)
         files = tuple(map(_file, batch[self.input]))
         return Batch(numbers, files, tuple(self._batches(readable, rows) for rows in views), errors)
@@ -134,7 +134,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
     def _batches(
         self, numbers: Sequence[int], rows: Sequence[Row]
     ) -> tuple[tuple[tuple[int, ...], Mapping[str, Any]], ...]:
-        """One batch where padding changes no answer, otherwise one for each shape."""
+        """One batch if padding changes no prediction, otherwise one for each shape."""
         groups: dict[Any, list[int]] = {}
         for place, row in enumerate(rows):
             groups.setdefault(() if self._pads else _shapes(row), []).append(place)
@@ -145,7 +145,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
 
 def accepted_names(model: Any) -> set[str]:
-    """The names of the tensors that a model's forward takes; a tokenizer may give more."""
+    """The names of the tensors that a model's forward takes; a tokenizer may return more."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {*inspect.signature(plain.forward).parameters, *getattr(plain, "input_names", ())} - {"labels"}
 

@@ -1,4 +1,4 @@
-r"""How far probabilities are frequencies, and the temperature that brings them closer.
+r"""How well probabilities match frequencies, and the temperature that brings them closer.
 
 Reference: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017.
 """
@@ -22,10 +22,10 @@ from hf_ft.records import read_json, restored, stored
 
 FILE = "ft_calibration.json"
 BINS = 15  # as in the paper
-LOWEST, HIGHEST = 0.05, 20.0  # beyond, the samples say no more than that all answers are right, or that none is sure
-# Samples from which a temperature is fitted unasked. On four simulated tasks whose logits need none, that of 30 samples
-# raises the log loss by 0.02 to 0.04 on average, of 12 by 0.05 to 0.09; where logits are twice too large, that of 30
-# lowers it by 0.01 to 0.15.
+LOWEST, HIGHEST = 0.05, 20.0  # beyond, the samples only show that all predictions are right, or that none is confident
+# Fewest samples to which a temperature is fitted by default. On four simulated tasks whose logits need none, fitting to
+# 30 samples raises the log loss by 0.02 to 0.04 on average, to 12 by 0.05 to 0.09; if logits are twice too large,
+# fitting to 30 lowers it by 0.01 to 0.15.
 FEWEST = 30
 logger = logging.get_logger(__name__)
 
@@ -62,7 +62,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
-    r"""The mean difference of accuracy and confidence, :math:`\sum_m \frac{|B_m|}{N} \, |acc(B_m) - conf(B_m)|`.
+    r"""The mean difference between accuracy and confidence, :math:`\sum_m \frac{|B_m|}{N} \, |acc(B_m) - conf(B_m)|`.
 
     Args:
         confidence: (N,), the probability of each predicted class.
@@ -74,7 +74,7 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
 
 @dataclass(frozen=True)
 class SplitCalibration:
-    """How far probabilities are frequencies on some data, as trained and with a temperature.
+    """How well probabilities match frequencies on some data, as trained and with a temperature.
 
     Attributes:
         log_loss: the mean of -log p of the true class (negative log likelihood); first as trained, then, if there is a
@@ -91,7 +91,7 @@ class SplitCalibration:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, temperature: float | None = None) -> SplitCalibration:
-        """Judge logits (N, C) against labels (N,)."""
+        """Evaluate logits (N, C) against labels (N,)."""
         judged = [_judged(logits, labels)] + [_judged(logits / t, labels) for t in (temperature,) if t is not None]
         losses, errors, bins = zip(*judged, strict=True)
         return cls(losses, errors, *bins)
@@ -102,7 +102,7 @@ class Calibration:
     """A temperature, and what it was fitted on.
 
     Attributes:
-        temperature: by which logits are divided before the softmax.
+        temperature: the number by which logits are divided before the softmax.
         data: name of the data.
         rows: number of their samples.
         log_loss: before and after.
@@ -133,7 +133,7 @@ class Calibration:
             DataError: if there are no samples, or logits are not finite.
         """
         if not len(labels) or not bool(logits.isfinite().all()):
-            raise DataError(f"{data}: a temperature needs samples with finite logits, and there are {len(labels)}.")
+            raise DataError(f"{data}: a temperature needs samples with finite logits, but there are {len(labels)}.")
         temperature, determined = fitted_temperature(logits, labels)
         if not determined:
             logger.warning(f"the temperature is limited to {temperature}: {len(labels)} samples do not determine it.")
@@ -147,13 +147,13 @@ class Calibration:
         return cls(temperature, data, len(labels), losses, errors, weights)
 
     def save(self, folder: Path) -> Path:
-        """Write ``ft_calibration.json`` beside the weights."""
+        """Write ``ft_calibration.json`` next to the weights."""
         write_whole(folder / FILE, json.dumps(stored(self), indent=1) + "\n")
         return folder / FILE
 
 
 def fitted_temperature(logits: Tensor, labels: Tensor) -> tuple[float, bool]:
-    """The temperature of the lowest log loss within the limits, and whether the samples determine it.
+    """The temperature with the lowest log loss within the limits, and whether the samples determine it.
 
     Args:
         logits: (N, C), finite.
@@ -165,7 +165,7 @@ def fitted_temperature(logits: Tensor, labels: Tensor) -> tuple[float, bool]:
 
 
 def unasked_temperature(logits: Tensor, labels: Tensor) -> tuple[float | None, str]:
-    """The temperature for a classifier whose user asked for none; None, with the reason, where it might do harm.
+    """The temperature for a classifier whose user did not request one; None, with the reason, if it might do harm.
 
     Args:
         logits: (N, C), of samples that the classifier was not trained on.
@@ -174,15 +174,17 @@ def unasked_temperature(logits: Tensor, labels: Tensor) -> tuple[float | None, s
     if not bool(logits.isfinite().all()):
         return None, "logits are not finite"
     if len(labels) < FEWEST:
-        return None, f"{len(labels)} validation samples are too few for a temperature, which takes {FEWEST}"
+        return None, f"{len(labels)} validation samples are too few for a temperature, which needs {FEWEST}"
     temperature, determined = fitted_temperature(logits, labels)
-    return (temperature, "") if determined else (None, f"{len(labels)} validation samples determine no temperature")
+    return (
+        (temperature, "") if determined else (None, f"{len(labels)} validation samples do not determine a temperature")
+    )
 
 
 def takes_temperature(logits: Any, labels: Any) -> bool:
     """Whether arrays are logits (N, C) of two classes or more, and the number of one class for each sample.
 
-    Shares of classes as labels, several labels per sample and regressions have no temperature.
+    Labels that are shares of classes, several labels per sample and regression have no temperature.
     """
     if not isinstance(logits, np.ndarray) or not isinstance(labels, np.ndarray):
         return False
@@ -207,6 +209,6 @@ def read_calibration(file: Path, weights: str) -> Calibration | None:
     content: Any = read_json(file)
     found = restored(Calibration, content, "the calibration of a model", complete=True)
     if found.weights != weights:
-        logger.warning(f"{file} is not used, since the weights are others by now: run `hf-ft evaluate --calibrate`.")
+        logger.warning(f"{file} is not used, since the weights have changed since: run `hf-ft evaluate --calibrate`.")
         return None
     return found

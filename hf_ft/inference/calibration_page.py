@@ -13,12 +13,12 @@ SHARES = tuple((tenths / 10, f"{tenths / 10:g}") for tenths in range(0, 11, 2))
 
 
 def calibration_section(bins: Sequence[Bin], ece: float, calibration: Calibration | None) -> Section:
-    """Whether probabilities are frequencies: the error in words, and the reliability diagram."""
+    """Whether probabilities match frequencies: the error in words, and the reliability diagram."""
     return Section("calibration", "Calibration", (Text(_told(ece, calibration)), _diagram(bins)))
 
 
 def _told(ece: float, calibration: Calibration | None) -> str:
-    told = f"Expected calibration error {score(ece)}: how far confidence and accuracy differ on average."
+    told = f"Expected calibration error {score(ece)}: the average absolute difference between confidence and accuracy."
     if calibration is None:
         return f"{told} Probabilities are the model's own, without a temperature."
     before, after = calibration.ece
@@ -43,7 +43,7 @@ def _diagram(bins: Sequence[Bin]) -> Figure:
         f"The samples in {BINS} bins of equal width", ("confidence", "accuracy", "samples"), rows, folded=True
     )
     caption = (
-        "Reliability: samples by the probability of the class that was predicted, and the share of them that is right. "
-        "On the diagonal probabilities are frequencies; below it the model is too sure."
+        "Reliability: samples by the probability of the predicted class, and the share of them that is right. On the "
+        "diagonal, probabilities match frequencies; below it, the model is overconfident."
     )
     return Figure(caption, (plot,), table, (("win", "samples of a bin"), ("base", "probability = frequency")))

@@ -55,7 +55,7 @@ class Trained:
 
     @property
     def temperature(self) -> float:
-        """By which logits are divided; 1 without calibration."""
+        """The number by which logits are divided; 1 without calibration."""
         return 1.0 if self.calibration is None else self.calibration.temperature
 
     @classmethod
@@ -91,11 +91,11 @@ def load_trained(name: str | Path, *, revision: str | None = None, base: str | N
     """Load a trained classifier and its processor.
 
     Args:
-        name: Hub id, or folder that training wrote; of a delta or an adapter too.
+        name: Hub id, or folder written by training; also of a delta or an adapter.
         base: the model that a delta or an adapter belongs to (default: the one that it names).
 
     Raises:
-        OptionError: if there is no config or processor, or it is not that of a classifier.
+        OptionError: if there is no config or processor, or the model is not a classifier.
         CheckpointError: if weights are missing or damaged, or there is no trained head.
     """
     trained = _loaded(str(name), revision, base)
@@ -152,7 +152,7 @@ def _of_the_hub(name: str, revision: str | None) -> Path | None:
 def _check_classifier(name: str, config: Any) -> None:
     if len(tasks_of(config)) != 1:
         raise OptionError(
-            f"{name} ({type(config).__name__}) is not a classifier of images, texts or sounds: name a model that was "
+            f"{name} ({type(config).__name__}) is not a classifier of images, texts or sounds: give a model that was "
             "trained as one, such as the --output_dir of `hf-ft train`."
         )
 
@@ -173,7 +173,7 @@ def _whole(name: str, config: Any, revision: str | None) -> Any:
 
 
 def _train(name: str) -> str:
-    return f"train it with `hf-ft train --model {name}`, and name the folder that this writes."
+    return f"train it with `hf-ft train --model {name}`, and give the folder that this writes."
 
 
 def _delta(folder: Path, name: str, base: str | None) -> Trained:
@@ -188,7 +188,7 @@ def _delta(folder: Path, name: str, base: str | None) -> Trained:
 
 
 def _adapted(folder: Path, name: str, base: str | None) -> Trained:
-    """An adapter on its base; the head's size and the names of its classes are in the config beside it."""
+    """An adapter on its base; the head's size and the names of its classes are in the config next to it."""
     if not (folder / CONFIG_NAME).is_file():
         raise OptionError(
             f"{name} is an adapter without {CONFIG_NAME}, which names its classes: save the config of its model "
@@ -219,13 +219,13 @@ def _adapted(folder: Path, name: str, base: str | None) -> Trained:
 
 
 def _check_head(name: str, info: Mapping[str, Any], saved: Collection[str]) -> None:
-    """Refuse an adapter that leaves random what its base lacks."""
+    """Refuse an adapter if parts that its base lacks would stay random."""
     names = [*info.get("missing_keys", ()), *(str(entry[0]) for entry in info.get("mismatched_keys", ()))]
     random = sorted(name for name in names if not any(covers(module, name) for module in saved))
     if random:
         raise CheckpointError(
-            f"neither the adapter {name} nor its base has weights for {random[0]}: name the base that it belongs "
-            "to with base."
+            f"neither the adapter {name} nor its base has weights for {random[0]}: set base to the model that it "
+            "belongs to."
         )
 
 

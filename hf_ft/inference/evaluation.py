@@ -131,13 +131,13 @@ def evaluate(
 
     Args:
         model: Hub id or folder of a checkpoint, or a model.
-        data: as of :func:`~hf_ft.inference.predict`; a folder of files has a folder for each class.
+        data: as for :func:`~hf_ft.inference.predict`; a folder of files has a folder for each class.
         threshold: probability above which one of several labels is predicted.
-        options: as ``processor``, ``reading`` and ``revision``, those of :func:`~hf_ft.inference.predict`.
+        options: like ``processor``, ``reading`` and ``revision``, as for :func:`~hf_ft.inference.predict`.
 
     Raises:
-        DataError: if labels are missing, or a class is none of the model's.
-        OptionError: as of :func:`~hf_ft.inference.predict`.
+        DataError: if labels are missing, or a class is unknown to the model.
+        OptionError: as for :func:`~hf_ft.inference.predict`.
         CheckpointError: likewise.
     """
     trained = trained_of(model, processor, revision)
@@ -150,7 +150,7 @@ def evaluate(
 
 
 def evaluation(trained: Trained, scorer: Scorer, data: str, options: Options) -> Evaluation:
-    """What a scorer collected.
+    """The results that a scorer collected.
 
     Raises:
         DataError: if no sample could be scored.
@@ -177,11 +177,11 @@ def calibrate(
     """The classifier with a temperature that is fitted on labelled data; keep it with ``calibration.save(folder)``.
 
     Args:
-        data: samples that it was not trained on, such as those for validation.
+        data: samples that it was not trained on, such as validation data.
 
     Raises:
         OptionError: if it does not choose one class per sample.
-        DataError: as of :func:`evaluate`.
+        DataError: as for :func:`evaluate`.
     """
     if trained.wanted.problem_type != "single_label_classification":
         raise OptionError("a temperature is for models that choose one class per sample: do not calibrate it.")

@@ -1,4 +1,4 @@
-"""The temperature of a checkpoint, applied by a pipeline of Transformers."""
+"""The temperature of a checkpoint, applied by a Transformers pipeline."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ P = TypeVar("P")  # importing Transformers' pipelines would take seconds
 def calibrated(pipeline: P, temperature: float | None = None) -> P:
     r"""A classification pipeline whose probabilities are calibrated: :math:`\operatorname{softmax}(z / T)`.
 
-    Answers stay the same, in the same order. The given pipeline is left as it is; both share one model.
+        Predictions stay the same, in the same order. The given pipeline is left unchanged; both share one model.
 
     Args:
         pipeline: such as ``transformers.pipeline("image-classification", model="runs/photos")``.
-        temperature: by which logits are divided (default: that in the checkpoint's ``ft_calibration.json``).
+        temperature: the number by which logits are divided (default: from the checkpoint's
+            ``ft_calibration.json``).
 
     Raises:
-        OptionError: if it is no pipeline of a classifier that chooses one class, there is no temperature, or the
-            weights are others than those that it was fitted to.
+        OptionError: if it is not a pipeline of a classifier that chooses one class, there is no temperature, or the
+            temperature was fitted to other weights.
         CheckpointError: if ``ft_calibration.json`` is damaged.
     """
     given: Any = pipeline
     task = getattr(given, "task", type(given).__name__)
     if task not in TASKS:
-        raise OptionError(f"pipeline={task!r} gives no probabilities of classes: pass one of {', '.join(TASKS)}.")
+        raise OptionError(f"pipeline={task!r} gives no class probabilities: pass one of {', '.join(TASKS)}.")
     config = given.model.config
     kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
     if kind != "single_label_classification":

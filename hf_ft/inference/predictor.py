@@ -26,7 +26,7 @@ Source: TypeAlias = str | Path | Sequence[str | Path] | Dataset
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one sample.
+    """The prediction for one sample.
 
     Attributes:
         row: its number in the data, from 0.
@@ -49,7 +49,7 @@ class Options:
     """How to predict.
 
     Attributes:
-        batch_size: samples at a time.
+        batch_size: samples per batch.
         device: such as ``cpu`` or ``cuda:1``; by default an accelerator if there is one.
         tta: test-time augmentation: the mean over each image and its mirror image.
         max_length: maximum text length in tokens; by default that of the model, at most 512.
@@ -81,16 +81,16 @@ def predict(
     .. math:: p = \operatorname{softmax}(z), \qquad \text{with } \texttt{tta: } p = \tfrac12
         \big(\operatorname{softmax}(z(x)) + \operatorname{softmax}(z(\overleftrightarrow{x}))\big)
 
-    in float64; :math:`\sigma` in place of the softmax for several labels per sample, the output itself for a
-    regression; logits are divided by the temperature of a calibrated checkpoint. Answers do not depend on the batch
-    size: padding is masked, and sounds of other lengths, or texts of a model without an attention mask, form batches of
-    their own.
+    in float64; :math:`\sigma` in place of the softmax for several labels per sample, the output itself for
+    regression; logits are divided by the temperature of a calibrated checkpoint. Predictions do not depend on the batch
+    size: padding is masked, and sounds of different lengths, or texts for a model without an attention mask, form
+    separate batches.
 
     Args:
         model: Hub id or folder of a checkpoint, or a model.
-        data: a file, a folder, a table, a data set of the Hub; several files; or a data set.
-        processor: the image processor, feature extractor or tokenizer of a model that is not named.
-        reading: columns, split and so on, where they cannot be found.
+        data: a file, a folder, a table, a data set on the Hub; several files; or a data set.
+        processor: the image processor, feature extractor or tokenizer, if a model is passed.
+        reading: columns, split and so on, if they cannot be found.
         revision: branch, tag or commit of the model on the Hub.
         options: fields of :class:`Options`.
 
@@ -100,7 +100,7 @@ def predict(
     Raises:
         OptionError: if the model is not a trained classifier, or an option does not suit it.
         CheckpointError: if its weights are missing or damaged.
-        DataError: if there are no data, or of another kind.
+        DataError: if there are no data, or they are of another kind.
     """
     trained = trained_of(model, processor, revision)
     inputs = read_inputs(sources_of(data), trained.wanted, reading)
@@ -121,7 +121,7 @@ def sources_of(data: Source) -> Sequence[str | Path] | Dataset:
 
 def predictions(trained: Trained, inputs: Inputs, options: Options) -> Iterator[Prediction]:
     """Predict all samples of some inputs; arguments as of :func:`predict`."""
-    found = _outputs(trained, inputs, options)  # what cannot work is told now, not with the first batch
+    found = _outputs(trained, inputs, options)  # errors are raised now, not with the first batch
     temperature = trained.temperature if options.calibrated else 1.0
     return _answered(found, inputs, temperature, trained.wanted.problem_type)
 
@@ -144,7 +144,7 @@ def _answered(
 
 
 def activated(outputs: Tensor, kind: ProblemType) -> Tensor:
-    """Logits (..., C) as probabilities; outputs of a regression as they are."""
+    """Logits (..., C) as probabilities; the outputs of a regression model as they are."""
     if kind == "regression":
         return outputs
     return outputs.sigmoid() if kind == "multi_label_classification" else outputs.softmax(-1)
@@ -166,10 +166,10 @@ def _device(wanted: str | torch.device | None) -> torch.device:
     device = wanted or (torch.accelerator.current_accelerator() if present else None) or "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # of backends that torch was built without
+    except (RuntimeError, AssertionError) as error:  # from backends that torch was built without
         reason = str(error).splitlines()[0].rstrip(".")
         raise OptionError(
-            f"{device} cannot be used ({reason}): set device to cpu, or to one that is there.",
+            f"{device} cannot be used ({reason}): set device to cpu, or to one that is available.",
             arguments=("device",),
         ) from error
     return torch.device(device)

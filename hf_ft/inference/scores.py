@@ -1,4 +1,4 @@
-"""Scores of predictions against labels, collected while they are made."""
+"""Scores of predictions against labels, collected as the predictions are made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass
 class Scorer:
-    """Collects answers and labels; of each sample only what the scores need.
+    """Collects predictions and labels; for each sample, only what the scores need.
 
     Attributes:
         threshold: probability above which one of several labels is predicted.

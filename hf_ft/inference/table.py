@@ -26,9 +26,9 @@ class Layout:
     """How predictions are written.
 
     Attributes:
-        top_k: number of classes to tell.
-        threshold: probability above which one of several labels is told.
-        labelled: whether labels are known, at least of some samples.
+        top_k: number of classes to report.
+        threshold: probability above which one of several labels is reported.
+        labelled: whether labels are known, at least for some samples.
     """
 
     wanted: Wanted

@@ -1,6 +1,6 @@
 """The anatomy of a model: stem, blocks, neck and head.
 
-All architecture knowledge of the package lies in this module and those that it reads: the head is found in
+All architecture knowledge of the package is in this module and those that it uses: the head is found in
 :mod:`~hf_ft.models.find_head`, the blocks in :mod:`~hf_ft.models.find_blocks`. Other modules call `anatomy(model)` and
 work with module names: those of `model.named_modules()`, never those of a checkpoint file (Transformers renames tensors
 on saving).
@@ -32,10 +32,11 @@ from hf_ft.models.weight_files import COLLABORATIVE
 def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None) -> Anatomy:
     """Split a classifier into stem, blocks, neck and head.
 
-    The head is found at once; the rest when it is first read, unless `blocks` is given. What lies outside the blocks
-    goes by when a forward pass first uses it: before the blocks to the stem, after them to the neck, in between (patch
-    merging) to the block that follows. A dropout before the last layer belongs to the head. For a PeftModel, names are
-    those of `model.named_parameters()`, adapters included.
+    The head is found immediately; the rest when it is first read, unless `blocks` is given. What lies outside the
+    blocks
+    is assigned by when a forward pass first uses it: before the blocks to the stem, after them to the neck, in between
+    (patch merging) to the block that follows. A dropout before the last layer belongs to the head. For a PeftModel,
+    names are those of `model.named_parameters()`, adapters included.
 
     Args:
         head: names of the head's modules, separated by commas; found automatically by default.
@@ -64,7 +65,7 @@ def anatomy(model: nn.Module, head: str | None = None, blocks: str | None = None
 
 @contextlib.contextmanager
 def _single_path(model: nn.Module) -> Iterator[list[str]]:
-    """A model without its gate and its frozen copy, whose name is given: they run first and count as the stem's."""
+    """A model without its gate and its frozen copy, whose name is given: they run first and count as stem."""
     beside = model._modules.pop(BESIDE, None)
     try:
         yield [] if beside is None else [BESIDE]
@@ -101,7 +102,7 @@ def _body(model: nn.Module, base: nn.Module, prefix: str, head: list[str], patte
 
 
 def _loose(model: nn.Module, units: Sequence[str]) -> list[str]:
-    """Tensors that belong to a mere container (timm's class token) or lie outside the base model (a PEFT prompt)."""
+    """Tensors that belong to a mere container (timm's class token) or are outside the base model (a PEFT prompt)."""
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     inside = set(units)
     return [name for name, _ in tensors if inside.isdisjoint(parents(name))]
@@ -115,7 +116,7 @@ def members_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_traced(model: nn.Module) -> bool:
-    """Whether finding the blocks takes a forward pass, since the order of a model's modules is not known."""
+    """Whether finding the blocks requires a forward pass, since the order of a model's modules is not known."""
     base, _ = unwrap(model)
     parts = [member for _, member in members_of(base)] or [base]
     return not all(is_known(part) for part in parts)
@@ -124,7 +125,7 @@ def is_traced(model: nn.Module) -> bool:
 def names_of_members(
     members: Sequence[tuple[str, nn.Module]], head: str | None, blocks: str | None
 ) -> list[tuple[str | None, str | None]]:
-    """The `head` and `blocks` arguments for each member: both where they fit it, else None.
+    """The `head` and `blocks` arguments for each member: as given if they fit it, else None.
 
     Raises:
         AnatomyError: if they fit no member, or if a member's head or blocks cannot be found.
@@ -158,7 +159,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _units(model: nn.Module, ends: set[str], order: Order | None) -> list[str]:
-    """The modules that make up the parts, in definition order: `ends`, and whatever lies outside all of them."""
+    """The modules that make up the parts, in definition order: `ends`, and whatever is outside all of them."""
     ancestors = {end[:i] for end in ends for i, letter in enumerate(end) if letter == "."} - ends
     units: list[str] = []
     for name, module in model.named_modules():
@@ -183,7 +184,7 @@ Places = tuple[list[str], list[list[str]], list[str]]  # stem, blocks, neck
 
 
 def _by_definition(groups: list[list[str]], units: list[str]) -> Places:
-    """Assign every unit to the stem, a block or the neck, where modules are defined in the order in which they run."""
+    """Assign every unit to the stem, a block or the neck, if modules are defined in the order in which they run."""
     owner = {name: index for index, group in enumerate(groups) for name in group}
     positions = [position for position, name in enumerate(units) if name in owner]
     stem: list[str] = []
@@ -208,7 +209,7 @@ def _by_order(groups: list[list[str]], units: list[str], loose: list[str], order
     """Assign every unit and loose tensor to the stem, a block or the neck by when it is first used.
 
     What is first used inside the first block (a mask, relative positions) is made for all of them and belongs to the
-    stem; inside another block, to that block. What is never used lies in the stem, unless it is defined last.
+    stem; inside another block, to that block. What is never used belongs to the stem, unless it is defined last.
     """
     begins, ends = order.begins, order.ends
     owned = set(itertools.chain(*groups))

@@ -1,4 +1,4 @@
-"""Names of blocks and heads in known architectures, which spare a forward pass to find them."""
+"""Names of blocks and heads in known architectures, which save a forward pass to find them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BLOCKS: dict[str, str] = {
 }
 # Types whose names cover many architectures: what they match must hold most weights, and is put in forward order.
 _UNSURE = frozenset({"timm_wrapper"})
-# Types whose layers are differentiated in train mode only: they compute their input from their output (reversible).
+# Types whose layers are differentiated only in train mode: they compute their input from their output (reversible).
 TRAIN_MODE_ALONE = frozenset({"reformer"})
 # MobileNetV1 lists the depthwise and the pointwise convolution of each block separately.
 _MODULES_PER_BLOCK = {"mobilenet_v1": 2}
@@ -37,5 +37,5 @@ _FEEDS_BLOCKS = re.compile(
 )
 # and these: defined before the blocks, although they read the output of the last one.
 _FOLLOWS_BLOCKS = re.compile(r".*\.(?:pooler|final_\w+)")
-# Usual names of the head where a model does not name its backbone (CLIP, SigLIP, torchvision).
+# Usual names of the head if a model does not name its backbone (CLIP, SigLIP, torchvision).
 _HEAD_NAMES = ("classifier", "score", "classification_head", "head", "fc")

@@ -1,7 +1,7 @@
 r"""BatchNorm on another domain: statistics measured there, and affine parameters that preserve the function.
 
-A layer normalises by source statistics :math:`(\mu_s, v_s)` and then applies :math:`(\gamma, \beta)`. Under target
-statistics :math:`(\mu_t, v_t)` the same function has
+A layer normalises by source statistics :math:`(\mu_s, v_s)` and then applies :math:`(\gamma, \beta)`. With target
+statistics :math:`(\mu_t, v_t)`, the same function has
 
 .. math::
     \beta' = \beta + \gamma \frac{\mu_t - \mu_s}{\sqrt{v_s + \epsilon}}
@@ -58,7 +58,7 @@ def estimate_batch_norm(
     is what BatchNorm sees in train mode, on average. A batch with one value per channel contributes only a mean.
 
     ``"pooled"`` is the mean and the population (biased) variance ``sum((x - mean)^2) / n`` of all values, by Chan's
-    parallel formula: with ``d`` the difference of two means, ``M2 = M2_a + M2_b + d^2 n_a n_b / (n_a + n_b)``.
+    parallel formula: with ``d`` the difference between two means, ``M2 = M2_a + M2_b + d^2 n_a n_b / (n_a + n_b)``.
 
     A layer called several times in a forward pass counts each call as a batch. A layer that is never called is omitted.
 

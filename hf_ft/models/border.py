@@ -1,4 +1,4 @@
-"""The border between a model and its head: run the head alone, or another in its place, on what has been computed."""
+"""The border between a model and its head: run the head alone, or another in its place, on earlier results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class _Reached(Exception):
 
 
 class Border:
-    """What all modules outside the head returned in a forward pass, and the pass's arguments.
+    """The outputs of all modules outside the head in a forward pass, and the arguments of the pass.
 
     From these, the model's own forward can run again (:meth:`forward`): every module before the head returns what it
     returned then, and only the head and the code between modules are computed. Pooling, projections and the choice of
-    a token are therefore the model's own, and masks are at hand.
+    a token are therefore the model's own, and masks are available.
 
     Args:
         model: a classifier.
@@ -166,7 +166,7 @@ class Border:
         if modified is not None:
             name = next(name for name, module in self.model.named_modules() if module is modified)
             raise OptionError(
-                f"the output of {name!r} is modified in place on its way to the logits, so that no other head can be "
+                f"the output of {name!r} is modified in place on its way to the logits, so no other head can be "
                 "run on it. Use a strategy that compares weights, such as L2SPConfig."
             )
 
@@ -185,7 +185,7 @@ def run_to_head(model: nn.Module, head: Sequence[str], batch: Mapping[str, Any])
 
 
 class _Again:
-    """A forward that returns earlier results, one a call, and then computes as usual."""
+    """A forward that returns earlier results, one per call, and then computes as usual."""
 
     def __init__(self, forward: Any, calls: Sequence[Any], dtype: torch.dtype | None) -> None:
         self.forward, self.calls, self.dtype = forward, iter(calls), dtype
@@ -225,7 +225,7 @@ def _replaced(model: nn.Module, replacing: Mapping[str, nn.Module]) -> Iterator[
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace a module of the head for good, under all the names that it has."""
+    """Replace a module of the head permanently, under all the names that it has."""
     old = model.get_submodule(name)
     for parent, child, other in list(_around(model, (name,))):
         if other is old:
@@ -242,7 +242,7 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _around(model: nn.Module, head: Names, prefix: str = "") -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """The modules of the head and those beside it, outermost only: parent, name in the parent, module."""
+    """The modules of the head and those next to it, outermost only: parent, name in the parent, module."""
     for child, module in model._modules.items():
         name = f"{prefix}{child}"
         if module is None:
@@ -255,7 +255,7 @@ def _around(model: nn.Module, head: Names, prefix: str = "") -> Iterator[tuple[n
 
 
 def _outside(model: nn.Module, head: Names) -> list[nn.Module]:
-    """The outermost modules that are called and neither lie in the head nor contain a part of it."""
+    """The outermost modules that are called and are neither in the head nor contain a part of it."""
     inside = {model.get_submodule(name) for name in head}
     return list(dict.fromkeys(module for _, _, module in _around(model, head) if module not in inside))
 

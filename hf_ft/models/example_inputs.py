@@ -17,11 +17,11 @@ _FRAMES = 48  # of audio, after the convolutions that shorten it
 
 
 def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Batches of one sample that a classifier might take, the likeliest first; a caller tries them in turn.
+    """Batches of one sample that a classifier might take, most likely first; a caller tries them in turn.
 
     Images are ``pixel_values`` (1, C, H, W), or patches with ``spatial_shapes``; videos (1, T, C, H, W); text is
     ``input_ids`` and ``attention_mask`` (1, L), with ``bbox`` (1, L, 4) for documents; audio is ``input_values`` or
-    ``input_features``. A module that isn't of Transformers gets an image if its first layer is a convolution.
+    ``input_features``. A module that is not from Transformers gets an image if its first layer is a convolution.
     """
     accepted = inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
@@ -37,7 +37,7 @@ def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 class _Sizes:
-    """Values of a config, also those of its parts for text, images and audio."""
+    """Values of a config, including those of its parts for text, images and audio."""
 
     def __init__(self, config: Any, model: nn.Module) -> None:
         names = ("text_config", "vision_config", "audio_config", "encoder", "decoder")

@@ -20,7 +20,7 @@ from hf_ft.errors import OptionError
 from hf_ft.models.preserve import evaluating
 
 INPUT = "input:"
-NOT_CALLED = "it is not called in the forward pass, as is the case for lists of modules. Name a module in it."
+NOT_CALLED = "it is not called in the forward pass, as is the case for lists of modules. Name a module inside it."
 
 
 def tap(model: nn.Module, layer: str, keep: Callable[[Tensor], object]) -> RemovableHandle:
@@ -51,7 +51,7 @@ def takes_labels(kind: Any) -> bool:
 
 
 def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """The outputs of a model for a batch, whose labels are left out if the model takes none."""
+    """The outputs of a model for a batch, whose labels are left out if the model does not accept any."""
     kind: Any = type(model)
     without = "labels" in batch and not takes_labels(kind)
     return model(**{name: value for name, value in batch.items() if not (without and name == "labels")})
@@ -128,7 +128,7 @@ class Taps:
         return self
 
     def detach(self) -> None:
-        """Record nothing more."""
+        """Stop recording."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -29,7 +29,7 @@ def layers_of(model: nn.Module, wanted: Sequence[str] | None, default: Callable[
         wanted: module names; in a PeftModel with or without PEFT's prefix.
 
     Raises:
-        OptionError: if none is named, or if the model lacks one; the message lists the modules it has.
+        OptionError: if none is named, or if the model lacks one; the message lists the modules that it has.
     """
     if wanted is None:
         return default()
@@ -54,7 +54,7 @@ def stage_outputs(found: Anatomy) -> Names:
 def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
     """The last convolution of every network stage; the neck counts as part of the last stage.
 
-    Where the last weight layer is not a convolution (ViT, Swin, ConvNeXt, BERT), the last block of the stage.
+    If the last weight layer is not a convolution (ViT, Swin, ConvNeXt, BERT), the last block of the stage is used.
     """
     norms = {name for name, _ in norm_layers(model)}
     base_layers = {
@@ -73,7 +73,7 @@ def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
             and next(base_layers.get(name, module).parameters(recurse=False), None) is not None
         ]
         block = found.blocks[stage[-1]].modules
-        # A neck that is no convolution, such as a pooler, does not take its place.
+        # A neck that is not a convolution, such as a pooler, does not take its place.
         runs = weights, [(name, module) for name, module in weights if matches(name, block)]
         last = (run[-1][0] for run in runs if run and isinstance(run[-1][1], _ConvNd))
         layers.append(next(last, block[-1]))
@@ -81,10 +81,10 @@ def stage_convolutions(model: nn.Module, found: Anatomy) -> Names:
 
 
 def last_feature_map(model: nn.Module, found: Anatomy, batch: Mapping[str, Any]) -> str:
-    """The last module outside the head that outputs a feature map or token states, and that decides the logits.
+    """The last module outside the head that outputs a feature map or token states and determines the logits.
 
-    All that the logits tell of the inputs passes through its output (:mod:`hf_ft.models.information_flow`): neither a
-    branch beside a shortcut nor a layer that is computed in vain is taken.
+    Everything that the logits reveal about the inputs passes through its output (:mod:`hf_ft.models.information_flow`):
+    neither a branch next to a shortcut nor a layer whose result is unused is chosen.
 
     Args:
         batch: a few samples.

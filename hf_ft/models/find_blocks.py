@@ -17,7 +17,7 @@ from hf_ft.models.tracing import Order
 
 
 def find_blocks(model: nn.Module, head: Sequence[str], pattern: str | None = None) -> tuple[Blocks, Order | None]:
-    """The blocks, and the order in which the model runs, unless it is that of definition.
+    """The blocks, and the order in which the model runs, unless it is the order of definition.
 
     Blocks are what the pattern matches; else those of a known architecture, if they hold most of the weights; else what
     :meth:`~hf_ft.models.repeated_modules.Search.find` finds.

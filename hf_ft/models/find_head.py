@@ -20,12 +20,12 @@ from hf_ft.models.tracing import Untraceable, forward_order
 def find_head(model: nn.Module, wanted: str | None = None) -> list[str]:
     """Names of the modules that map features to logits, with the dropouts before the last of them.
 
-    They are those named by `wanted`; else the modules outside the backbone; else timm's ``get_classifier()``; else
-    what the base class of Transformers lacks, if it runs last; else a child with a usual name. A lone norm is never
+    They are those given by `wanted`; else the modules outside the backbone; else timm's ``get_classifier()``; else
+    what Transformers' base class lacks, if it runs last; else a child with a usual name. A lone norm is never
     part of the head, since it is pretrained (CvT, PoolFormer).
 
     Raises:
-        AnatomyError: if there are none, or the model has no module of a name in `wanted`.
+        AnatomyError: if there are none, or the model has no module with a name in `wanted`.
     """
     names = _find(model, wanted)
     # A head's dropout goes before its last layer: DistilBERT defines it after that layer but calls it before.
@@ -73,7 +73,7 @@ def _lacking(model: nn.Module) -> list[str]:
     """The outermost modules without a parameter in common with the base class, if they are the last to run.
 
     Whisper's classifier has an encoder, which is pretrained, and a projector and a classifier, which are not.
-    Perceiver's lacks in its base a preprocessor, which runs first and is no head, and a decoder.
+    Perceiver's base lacks a preprocessor, which runs first and is not a head, and a decoder.
     """
     if model not in _BASES:
         _BASES[model] = _names_of_base(model)
@@ -111,7 +111,7 @@ def _names_of_base(model: nn.Module) -> frozenset[str]:
 
 
 def _last_to_run(model: nn.Module, known: set[str], lacking: list[str]) -> list[str]:
-    """Those that are first used after everything that the base has."""
+    """The modules that are first used after everything that the base has."""
     try:
         begins = forward_order(model).begins
     except Untraceable:
@@ -121,7 +121,7 @@ def _last_to_run(model: nn.Module, known: set[str], lacking: list[str]) -> list[
 
 
 def _dropouts(model: nn.Module, head: list[str]) -> list[str]:
-    """Dropouts beside the head: after everything else that has parameters, or outside the backbone."""
+    """Dropouts next to the head: after everything else that has parameters, or outside the backbone."""
     apart = backbone_of(model) is not model
     found: list[str] = []
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in head):

@@ -18,13 +18,13 @@ from hf_ft.models.preserve import random_states_kept, untouched
 from hf_ft.models.probing import TokenRow, half_size, leading, of_samples, token_row
 
 logger = logging.get_logger(__name__)
-PADDED = 12  # padded tokens that are changed, each in a sample of its own
-STRIDES = range(1, PADDED // 3 + 1)  # each needs a few positions to be told from others
+PADDED = 12  # padded tokens that are changed, each in a separate sample
+STRIDES = range(1, PADDED // 3 + 1)  # each needs a few positions to be distinguished from others
 NOISE = 16  # times the precision of a state; equal rows of a batch differ by rounding
 HEAD = "head"
 _UNKNOWN = (
-    "layers {layers}: which of their positions are padding could not be found, so that padding counts like the rest "
-    "of a sample. Name other layers, or use samples of one length."
+    "layers {layers}: it could not be determined which of their positions are padding, so padding counts like the "
+    "rest of a sample. Name other layers, or use samples of one length."
 )
 States = Mapping[str, Tensor]
 Run = Callable[[Mapping[str, Any]], States]
@@ -54,12 +54,12 @@ def find_layouts(model: nn.Module, layers: Sequence[str], batch: Batch) -> dict[
 
 
 def laid_out(layers: Iterable[str]) -> Names:
-    """The layers that have a layout: outputs of modules. What enters a module stays as that takes it."""
+    """The layers that have a layout: outputs of modules. Inputs of modules stay as they are."""
     return tuple(dict.fromkeys(one for one in layers if not one.startswith(INPUT) and one != SOURCE_LOGITS))
 
 
 def look_at(layouts: Layouts, model: nn.Module, layers: Sequence[str], batch: Batch) -> None:
-    """Add the layouts of these layers to those known, unless they are."""
+    """Add the layouts of these layers to those known, unless they are known already."""
     outputs = laid_out(layers)
     if layouts.lacks(outputs):
         layouts.add(find_layouts(model, outputs, leading(batch)))
@@ -94,11 +94,11 @@ class _Finder:
         self.states = states
 
     def try_on(self, make: Callable[..., Mapping[str, Any]], *sizes: Any) -> States:
-        """The states for inputs that the model may refuse; empty if it does, or if they cannot be made."""
+        """The states for inputs that the model may reject; empty if it does, or if the inputs cannot be made."""
         try:
             with random_states_kept(0):  # the same random numbers each time
                 return self.states(make(*sizes))
-        except Exception:  # whatever a model raises for a size that it is not made for
+        except Exception:  # whatever a model raises for a size that it does not support
             return {}
 
     def of_images(self, inputs: Batch, given: States) -> dict[str, Layout]:
@@ -122,7 +122,7 @@ class _Finder:
         usual = length, length - 1
         other = [n for n, (long, short, _) in seen.items() if long and (long, short or length - 1) != usual]
         count = min(PADDED, length - 3)
-        for padding in (count, 0) if other else ():  # some layers set padded positions to zero, whatever is there
+        for padding in (count, 0) if other else ():  # some layers set padded positions to zero, whatever they contain
             marks = self._marks(row, length, padding, range(length - count, length), {n: layouts[n] for n in other})
             for layer in list(other):
                 tokens = _tokens(marks[layer], length, *seen[layer][:2]) if layer in marks else None
@@ -138,7 +138,7 @@ class _Finder:
     def _marks(
         self, row: TokenRow, length: int, padding: int, places: range, layouts: Mapping[str, Layout]
     ) -> dict[str, dict[int, int]]:
-        """For each layer, the position that changes most with each of some tokens, if one does."""
+        """For each layer, the position that changes most with each of some tokens, if any does."""
         states = self.try_on(lambda: row.with_changes(row.inputs(len(places) + 1, length, padding), places))
         marks = {}
         for layer, layout in layouts.items():
@@ -159,7 +159,7 @@ def _tokens(marks: Mapping[int, int], length: int, long: int | None, short: int 
         marks: the position that belongs to each of some tokens.
         length: number of tokens.
         long: number of positions for this many.
-        short: number of positions for one token less.
+        short: number of positions for one token fewer.
     """
     if len(set(marks.values())) < 2 or long is None:
         return None
@@ -174,7 +174,7 @@ def _tokens(marks: Mapping[int, int], length: int, long: int | None, short: int 
 
 
 def _order(layer: str, two: States, three: States, sizes: Sequence[States]) -> tuple[int, ...] | None:
-    """The order of a layer's axes; None for the usual one, also where it cannot be seen.
+    """The order of a layer's axes; None for the usual one, or if it cannot be determined.
 
     Args:
         two: states for two samples.

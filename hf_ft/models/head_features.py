@@ -17,7 +17,7 @@ class HeadFeatures:
 
     They are the input of the first layer in the head. If that is not one vector per sample, they are the input of the
     layer that gives the logits; and if this gives logits for each token, of which the model then picks one or takes
-    the mean, they are what the model makes of its inputs in the same way.
+    the mean, they are the inputs picked or averaged in the same way.
 
     Args:
         head: names of the head's modules.
@@ -49,7 +49,7 @@ class HeadFeatures:
         return keep
 
     def pooled(self, border: Border) -> Tensor | None:
-        """The features of the pass, (B, d) wherever they can be had; otherwise the input of the head as it is.
+        """The features of the pass, (B, d) if they can be determined; otherwise the input of the head as it is.
 
         Args:
             border: where the head begins, in the same pass.
@@ -60,7 +60,7 @@ class HeadFeatures:
         return self._pooled(border)
 
     def logit_inputs(self, border: Border) -> Tensor | None:
-        """The input of the layer that gives the logits, (B, d); of logits per token, pooled as these are.
+        """The input of the layer that gives the logits, (B, d); for logits per token, pooled as these are.
 
         None if no such layer was called.
         """

@@ -11,7 +11,7 @@ def logit_layers(model: nn.Module, head: Names, trainable: bool = True) -> Names
     """The layers of a head that produce the logits: the last one with a weight. Empty if there is none.
 
     Two of the same shape (as in distilled models, which average their logits, or an ensemble's members) both count. A
-    square layer counts alone, since the layer before it may happen to have the same shape.
+    square layer counts on its own, since the layer before it may happen to have the same shape.
 
     Args:
         head: names of the head's modules.
@@ -31,6 +31,6 @@ def logit_layers(model: nn.Module, head: Names, trainable: bool = True) -> Names
 
 
 def adapter_around(model: nn.Module, name: str) -> str | None:
-    """Name of the module with an adapter, as PEFT makes them, that a layer belongs to."""
+    """Name of the module with an adapter, as PEFT creates them, to which a layer belongs."""
     ends = [i for i, letter in enumerate(name) if letter == "."]
     return next((name[:i] for i in ends if hasattr(model.get_submodule(name[:i]), "base_layer")), None)

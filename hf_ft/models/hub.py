@@ -19,7 +19,7 @@ def base_model_id(name: str | None) -> str | None:
 
 
 def loaded_commit(name: str, revision: str | None = None) -> str | None:
-    """The commit of a model on the Hub that was loaded last from a branch or tag; None for any other name."""
+    """The commit of a Hub model that was last loaded from a branch or tag; None for any other name."""
     known = base_model_id(name)
     found = None if known is None else try_to_load_from_cache(known, CONFIG_NAME, revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None

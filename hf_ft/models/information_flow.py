@@ -1,4 +1,4 @@
-"""Where a network's information flows: the modules through whose output everything that decides the logits passes."""
+"""Where information flows in a network: the modules whose output carries everything that determines the logits."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hf_ft.models.preserve import random_states_kept, untouched
 from hf_ft.models.probing import other_content
 from hf_ft.models.tracing import _Call, _trace
 
-TOLERANCE = 1e-3  # relative to how far the logits of the two inputs lie apart
+TOLERANCE = 1e-3  # relative to the distance between the logits of the two inputs
 Eligible = Callable[[str, Tensor], bool]
 
 
 def last_on_the_way(model: nn.Module, batch: Batch, head: Names, eligible: Eligible) -> str | None:
     """The last module, in order of the ends of calls, through whose output all information passes to the logits.
 
-    Each is tried by patching: with its output for other inputs, the logits are those of the other inputs. Modules that
-    are called several times, and those whose output is changed in place afterwards, are passed over. Of modules that
-    return the same tensor, the outermost that returns nothing but a tensor counts.
+    Each is tested by patching: with its output for other inputs, the logits are those of the other inputs. Modules that
+    are called several times, and those whose output is changed in place afterwards, are skipped. Of modules that return
+    the same tensor, the outermost that returns nothing but a tensor counts.
 
     Args:
         batch: a few samples.
@@ -84,7 +84,7 @@ def _seen(
 
     handles = [] if patch is None else [model.get_submodule(patch[0]).register_forward_hook(replace)]
     try:
-        # The same random numbers in each pass, for networks that draw some in evaluation as well.
+        # The same random numbers in each pass, for networks that also draw some in evaluation.
         with random_states_kept(0), Taps(model, head=head) as taps:
             outputs = model(**batch)
     finally:

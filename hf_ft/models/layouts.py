@@ -1,7 +1,7 @@
 """Where the outputs of layers hold samples, positions and channels, and which positions are padding.
 
-Found by what a network does with a few samples: which axis grows with the samples, which with the length of the text
-or the size of the image, and which positions follow a padded token when it is changed.
+This is inferred from what a network does with a few samples: which axis grows with the samples, which with the length
+of the text or the size of the image, and which positions change with a padded token.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Layout:
 
     Attributes:
         order: its axes in the order samples, positions, channels (for feature maps samples, channels, height, width);
-            None if that is how they stand.
+            None if they are already in this order.
         tokens: which tokens its positions stand for; None if they do not follow the tokens, or if that is unknown.
     """
 
@@ -77,7 +77,7 @@ PLAIN = Layout()
 
 
 class Layouts:
-    """The layouts of the layers of one model; those of layers not yet looked at are plain."""
+    """The layouts of the layers of one model; those of layers not yet examined are plain."""
 
     def __init__(self) -> None:
         self._by_layer: dict[str, Layout] = {}
@@ -86,7 +86,7 @@ class Layouts:
         return self._by_layer.get(layer, PLAIN)
 
     def lacks(self, layers: Iterable[str]) -> bool:
-        """Whether one of these layers has not been looked at."""
+        """Whether one of these layers has not been examined."""
         return any(layer not in self._by_layer for layer in layers)
 
     def add(self, layouts: Mapping[str, Layout]) -> None:
@@ -98,6 +98,6 @@ class Layouts:
         return {layer: self[layer].arranged(state) for layer, state in states.items()}
 
     def masks(self, batch: Batch, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The masks (B, T) of arranged states, of layers in which there may be padding."""
+        """The masks (B, T) of arranged states, for layers in which there may be padding."""
         masks = {layer: self[layer].mask(batch, state) for layer, state in states.items()}
         return {layer: mask for layer, mask in masks.items() if mask is not None}

@@ -10,7 +10,7 @@ def matches(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-# A module of a model with two paths: its gate and its frozen copy, which are no layers of the network.
+# A module of a model with two paths: its gate and its frozen copy, which are not layers of the network.
 BESIDE = "two_paths"
 
 Names = tuple[str, ...]
@@ -28,7 +28,7 @@ def covered(name: str, prefixes: Collection[str]) -> bool:
 
 
 def parents(name: str) -> Iterator[str]:
-    """A name and those of the modules that it lies in, without ``""``."""
+    """A name and those of the modules that contain it, without ``""``."""
     while name:
         yield name
         name = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm layers that fit the data under other weights than those they were trained with."""
+"""Running statistics of BatchNorm layers that fit the data under weights other than those of training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Plain(_BatchNorm):
 
 
 def statistics_of(model: nn.Module, names: Collection[str] | None = None) -> Statistics:
-    """Copies in CPU memory of the running statistics of BatchNorm layers, by layer name; of all by default."""
+    """Copies in CPU memory of the running statistics of BatchNorm layers, by layer name; by default, of all layers."""
     return {
         name: tuple(buffer.detach().to("cpu", copy=True) for buffer in _buffers(norm))
         for name, norm in batch_norms(model)
@@ -51,7 +51,7 @@ def renew_statistics(
     batches: Iterable[Mapping[str, Any]],
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
-    """Set the running statistics of BatchNorm layers to those of the data under the model's present weights.
+    """Set the running statistics of BatchNorm layers to those of the data under the model's current weights.
 
     In one pass, these layers normalise each batch by its own statistics while the rest of the model is in eval mode.
     The running mean becomes the mean of the batch means, and the running variance that of the unbiased variances, as

@@ -55,7 +55,7 @@ def tensorflow_momentum(model: nn.Module) -> list[str]:
     PyTorch:    running = (1 - momentum) * running + momentum * batch
     TensorFlow: running = decay * running + (1 - decay) * batch
 
-    Above 0.5 the running statistics are nearly those of the last batch (MobileNet 0.997, EfficientNet 0.99; PyTorch's
+    Above 0.5, the running statistics are nearly those of the last batch (MobileNet 0.997, EfficientNet 0.99; PyTorch's
     default is 0.1).
     """
     return [name for name, norm in batch_norms(model) if norm.momentum is not None and norm.momentum > 0.5]

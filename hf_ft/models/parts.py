@@ -43,9 +43,9 @@ class Anatomy:
     Every parameter and buffer lies in the modules of exactly one part; stem and neck may be empty. The anatomy of an
     ensemble concatenates those of its members and keeps them in `members`, by module name.
 
-    `rest` is everything but the head as one part. It is divided when its parts are first asked for, so that what
-    concerns the head alone works on models whose blocks are unknown. Reading stem, blocks, neck, stages or parts raises
-    :class:`~hf_ft.errors.AnatomyError` then; backbone and chains have the rest as one part instead.
+    `rest` is everything but the head as one part. It is divided when its parts are first requested, so that what
+    concerns only the head works on models whose blocks are unknown. Reading stem, blocks, neck, stages or parts then
+    raises :class:`~hf_ft.errors.AnatomyError`; backbone and chains have the rest as one part instead.
     """
 
     head: Part

@@ -29,9 +29,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def acts_on_train(module: nn.Module) -> bool:
-    """Whether a module does something of its own when it is put in train mode.
+    """Whether a module does something special when it is put in train mode.
 
-    Levit's attention, for one, keeps its biases between evaluation passes, and drops them then.
+    Levit's attention, for example, keeps its biases between evaluation passes, and drops them in train mode.
     """
     return type(module).train not in (nn.Module.train, PreTrainedModel.train)
 
@@ -99,9 +99,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
-    """As :func:`observing`; whatever modules set on themselves meanwhile is undone as well.
+    """Like :func:`observing`; whatever modules set on themselves meanwhile is also undone.
 
-    Some change for good with the inputs that they see: BigBird replaces its attention after a short text.
+    Some change permanently with the inputs that they see: BigBird replaces its attention after a short text.
     """
     kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in (module for model in models for module in model.modules()):

@@ -1,4 +1,4 @@
-"""Inputs made from a few samples, to see what a network does with them: other content, other sizes, padding."""
+"""Inputs made from a few samples, to probe a network: with other content, other sizes, padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_ft.models.feature_hooks import Batch
 
 MASK, IDS = "attention_mask", "input_ids"
-SHORTEST = 24  # tokens of a text that is to show how layers shorten it
+SHORTEST = 24  # tokens of a text that reveals how layers shorten it
 
 
 def samples_in(batch: Batch) -> int:
@@ -51,7 +51,7 @@ def half_size(batch: Batch) -> dict[str, Any]:
 def other_content(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Inputs of the same shapes and masks with other contents: numbers get noise, plain tokens are exchanged.
 
-    Special tokens stay in place, since models find the end of a text by them.
+    Special tokens stay in place, since models use them to find the end of a text.
     """
     random = torch.Generator().manual_seed(0)
     special = torch.tensor(sorted(special_tokens(model)))
@@ -99,7 +99,7 @@ class TokenRow:
         others: further inputs of the sample.
         mask: whether the model gets an attention mask.
         spare: places of plain tokens, which can be left out or repeated.
-        lengths: numbers of tokens to try, the first that the model accepts is right.
+        lengths: numbers of tokens to try; the first that the model accepts is used.
         filler: two plain tokens, for padded places; None for sequences of numbers.
     """
 
@@ -111,7 +111,7 @@ class TokenRow:
     filler: tuple[int, int] | None
 
     def inputs(self, copies: int, length: int, padding: int = 0) -> dict[str, Any]:
-        """The sample some times, with this many tokens, of which the last ones are padding."""
+        """The sample several times, with this many tokens, of which the last ones are padding."""
         places = self._places(length - padding)
         end = self.spare[-1]
         index = torch.tensor([*places, *[end] * padding], device=next(iter(self.tokens.values())).device)
@@ -125,7 +125,7 @@ class TokenRow:
         return {n: _copies(v, copies) if isinstance(v, Tensor) and v.dim() else v for n, v in whole.items()}
 
     def with_changes(self, inputs: dict[str, Any], places: range) -> dict[str, Any]:
-        """Change the token at the k-th place in sample k + 1 alone."""
+        """Change only the token at the k-th place in sample k + 1."""
         rows, columns = torch.arange(1, len(places) + 1), torch.tensor(list(places))
         result = dict(inputs)
         for name in self.tokens:
@@ -142,7 +142,7 @@ class TokenRow:
         return result
 
     def _places(self, count: int) -> list[int]:
-        """Which tokens make a text of this many: plain ones are left out or repeated."""
+        """Which tokens make a text of this length: plain ones are left out or repeated."""
         total = next(iter(self.tokens.values())).shape[1]
         left_out = set(self.spare[max(0, len(self.spare) - max(0, total - count)) :])
         places = [place for place in range(total) if place not in left_out]
@@ -151,7 +151,7 @@ class TokenRow:
 
 
 def token_row(model: nn.Module, batch: Batch) -> TokenRow | None:
-    """The longest sample of a batch as a sequence of tokens; None if it is none."""
+    """The longest sample of a batch as a sequence of tokens; None if it is not one."""
     count, width = samples_in(batch), _width(batch)
     if width is None:
         return None
@@ -172,7 +172,7 @@ def token_row(model: nn.Module, batch: Batch) -> TokenRow | None:
         filler = (pair[0], pair[1]) if len(pair) == 2 else None
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = min(SHORTEST, limit - 2) if isinstance(limit, int) else SHORTEST
-    lengths = (max(width, longest), width)  # never beyond the last position: on a GPU, that ends the process
+    lengths = (max(width, longest), width)  # never beyond the last position: on a GPU, that would kill the process
     return TokenRow(tokens, others, mask, spare, lengths, filler) if tokens and spare else None
 
 
@@ -182,7 +182,7 @@ def _plain_ids(model: nn.Module, special: set[int]) -> Iterator[int]:
 
 
 def _width(batch: Batch) -> int | None:
-    """The number of tokens of a batch, or None if its samples are no sequences."""
+    """The number of tokens of a batch, or None if its samples are not sequences."""
     for name in (MASK, IDS):
         column = batch.get(name)
         if isinstance(column, Tensor) and column.dim() == 2:

@@ -1,4 +1,4 @@
-"""Draw the weights of modules anew, as Transformers initialises them."""
+"""Redraw the weights of modules, as Transformers initialises them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_ft.models.preserve import random_states_kept
 
-_INITIALISED = "_is_hf_initialized"  # Transformers passes over what has this mark
+_INITIALISED = "_is_hf_initialized"  # Transformers skips what has this mark
 
 
 def draw(model: Any, module: nn.Module) -> None:
@@ -33,7 +33,7 @@ def redraw(model: nn.Module, base: nn.Module, names: Sequence[str], number: int)
     Args:
         base: the Transformers model in a wrapper, or the model itself.
         names: names of the modules.
-        number: of the occasion; together with the seed of the run it decides what is drawn.
+        number: number of the redraw; together with the seed of the run, it determines what is drawn.
     """
     if not names:
         return

@@ -45,10 +45,10 @@ class Search:
         return sum(size_of(self.modules[name]) for name in run)
 
     def holds_half(self, run: Run) -> bool:
-        """Whether a run holds most of the backbone's weights that run: else it is a detail, whatever its name.
+        """Whether a run holds most of the weights that the backbone uses: otherwise it is a detail, whatever its name.
 
-        Embeddings do not count, nor does the largest other layer: the embedding of patches of a small encoder, or the
-        last convolution of a small network, may hold more than all of its blocks.
+        Embeddings do not count, nor does the largest other layer: the patch embedding of a small encoder, or the last
+        convolution of a small network, may hold more than all of its blocks.
         """
         rest = [size for name, size in self.layers.items() if not matches(name, [*self.apart, *self.head, *run])]
         return bool(run) and self.size(run) > sum(rest) - max(rest, default=0)
@@ -113,7 +113,7 @@ class Search:
         yield self._chain()
 
     def _outermost(self, runs: list[Run]) -> Run:
-        """All members of some lists that lie in no other member."""
+        """All members of some lists that are not inside another member."""
         names: Run = []
         for name in self.modules:
             if any(name in run for run in runs) and not matches(name, names):
@@ -126,7 +126,7 @@ class Search:
         """The members of lists, if there are two or more; parallel lists (layer1, layer2, ...) form one run.
 
         Args:
-            several_classes: take lists of several classes too; then, members with a single layer are left out.
+            several_classes: also take lists of several classes; members with a single layer are then left out.
         """
         runs: dict[tuple[str, frozenset[type]], Run] = {}
         for name, module in self.modules.items():
@@ -146,9 +146,9 @@ class Search:
         return long or alone
 
     def _kin(self, best: Run) -> Run:
-        """Members of other lists that are blocks too: of the same class, with like layers, or as large.
+        """Members of other lists that are also blocks: of the same class, with similar layers, or as large.
 
-        There are none if they would outweigh the best by far: then all are details of larger blocks.
+        There are none if they would far outweigh the best: then all are details of larger blocks.
         """
         kinds = {kind for name in best if (kind := type(self.modules[name])) is not nn.Sequential}
         parts = set().union(*(_own_classes(self.modules[name]) for name in best)) if best else set()
@@ -183,7 +183,7 @@ class Search:
     # --- without lists ------------------------------------------------------------------------------------
 
     def _steps(self) -> Run:
-        """What the outermost module calls that calls two of one class, which together hold most weights."""
+        """The calls of the outermost module that calls two modules of one class which together hold most weights."""
         waiting = [""]
         while waiting:
             steps = list(self._calls_of(waiting.pop(0)))
@@ -207,9 +207,9 @@ class Search:
                 yield from self._calls_of(inner)
 
     def _chain(self) -> Blocks:
-        """Convolutions and then linear layers, each with the norm that follows, if each takes what the last one gives.
+        """Convolutions and then linear layers, each with the norm that follows, if each takes the output of the last.
 
-        Attention is no such chain: its layers read the same input.
+        Attention is not such a chain: its layers read the same input.
         """
         blocks: Blocks = []
         width = 0
@@ -245,7 +245,7 @@ def layers_in(module: nn.Module) -> int:
 
 
 def _own_classes(module: nn.Module) -> set[type]:
-    """Classes of an architecture's own in a module, with weights: its attention, for instance."""
+    """Architecture-specific classes with weights in a module, such as its attention."""
     return {
         type(inner)
         for inner in module.modules()

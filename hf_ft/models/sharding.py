@@ -1,6 +1,6 @@
 """A model whose parameters are sharded over the processes (FSDP2): each process holds a part of every tensor.
 
-Where a model is whole, these functions change nothing, so that callers need not ask.
+If a model is not sharded, these functions change nothing, so callers need not check.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def shard(
 
     Args:
         device: where this process computes.
-        layers: whether a module's parameters are gathered by themselves; all others form one more group.
-        dtype: that of the gathered parameters, for a model that runs under autocast to it; None for their own.
+        layers: whether a module's parameters are gathered on their own; all others form one more group.
+        dtype: dtype of the gathered parameters, for a model that runs under autocast to it; None for their own.
             Shards, and the sums of gradients over the processes, keep the parameters' own.
     """
     _make_equal(model, device)
@@ -37,7 +37,7 @@ def shard(
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     # By default, the outermost group stays whole after a forward pass (pytorch#144289): stages would then freeze, and
-    # terms look at, tensors that the optimizer does not know.
+    # terms would read, tensors that the optimizer does not know.
     settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "mp_policy": policy}
     for module in reversed(list(model.modules())[1:]):  # what lies inside first
         if layers(module):
@@ -47,7 +47,7 @@ def shard(
 
 @torch.no_grad()
 def _make_equal(model: nn.Module, device: torch.device) -> None:
-    """As DDP does when it wraps a model: shards of models that differ would not fit together."""
+    """Synchronise the model, as DDP does when it wraps one: shards of differing models would not fit together."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         sent = tensor.detach().to(device).contiguous()
         torch.distributed.broadcast(sent, src=0)
@@ -55,7 +55,7 @@ def _make_equal(model: nn.Module, device: torch.device) -> None:
 
 
 def refresh(model: nn.Module) -> None:
-    """Take note of parameters that were frozen or unfrozen; all processes must call it.
+    """Register which parameters were frozen or unfrozen; all processes must call it.
 
     Each group chooses the dtype of its gradients' sum by the parameters that train when it is gathered for the first
     time: if there are none, as in a linear probe, training them later fails in bf16 (pytorch#186998).
@@ -71,7 +71,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def plain_class(model: nn.Module) -> type[nn.Module]:
-    """The class of a model before it was sharded, which derives a class of its own."""
+    """The class of a model before sharding, which derives a new class."""
     kinds: list[Any] = type(model).mro()
     plain: type[nn.Module] = next(kind for kind in kinds if not issubclass(kind, FSDPModule))
     return plain
@@ -85,7 +85,7 @@ def parts(model: nn.Module) -> int:
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model; all processes must call it.
 
-    That of a sharded one is gathered in the CPU memory of the first process, and is empty on the others.
+    For a sharded model it is gathered in the CPU memory of the first process, and is empty on the others.
     """
     if not is_sharded(model):
         return model.state_dict()

@@ -1,4 +1,4 @@
-"""Uploads to the Hub: the files of a saved model, and nothing that tells on which machine it was trained."""
+"""Uploads to the Hub: the files of a saved model, and nothing that reveals on which machine it was trained."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hf_ft.errors import Error, HubError, OptionError
 from hf_ft.models.weight_files import member_folder
 from hf_ft.version import __version__
 
-# A folder may also hold logs, studies and other things, whose names or contents tell of the machine.
+# A folder may also hold logs, studies and other files whose names or contents reveal things about the machine.
 KINDS = (".safetensors", ".json", ".md", ".txt", ".model", ".spm", ".codes", ".jinja", ".png", ".svg")
 _DATA_CHECKS = "data_checks.json"  # names files of the training data
 _TRAINING_ARGUMENTS = "training_args.bin"
-# Of checkpoints: what only a run that goes on needs.
+# In checkpoints: files that only a resumed run needs.
 _FOR_RESUMING = ("trainer_state.json", "ft_files.json", "ft_live.safetensors", "ft_modules.safetensors")
 _LOCAL_KEYS = {
     "base_model_name_or_path": shareable_name,
@@ -47,9 +47,9 @@ def push_to_hub(
 ) -> CommitInfo:
     """Upload a saved model, adapter, ensemble or delta to the Hub, whoever saved it; the repository is created.
 
-    Weights, configs, processors, plots and the card are uploaded, but no checkpoints, logs and other files of a
-    training; a base model by a local path is named without the path. What the Hub has already is not sent again, so
-    this also goes on after an upload that failed.
+    Weights, configs, processors, plots and the card are uploaded, but no checkpoints, logs or other files of a training
+    run; a base model with a local path is named without the path. Files that are already on the Hub are not sent again,
+    so this also continues an upload that failed.
 
     Args:
         folder: the folder that holds the result, such as ``output_dir``.
@@ -65,7 +65,7 @@ def push_to_hub(
     folder = Path(folder).expanduser()
     names = model_files(folder)
     if not any(name.endswith((".safetensors", "config.json")) for name in names):
-        raise OptionError(f"{folder} holds no saved model: name the folder that training or save_pretrained wrote.")
+        raise OptionError(f"{folder} holds no saved model: give the folder that training or save_pretrained wrote.")
     with upload_of(folder, repo_id):
         repo_id = created(repo_id, private=private, token=token, revision=None if create_pr else revision)
         files = {name: folder / name for name in names}
@@ -75,7 +75,7 @@ def push_to_hub(
 def model_files(folder: Path) -> list[str]:
     """The files of a saved model in a folder, by their paths within it; members of an ensemble are subfolders."""
     if not folder.is_dir():
-        raise OptionError(f"{folder} is no folder here: name the folder that holds the model.")
+        raise OptionError(f"{folder} is not a local folder: give the folder that holds the model.")
     found = [path for path in folder.iterdir() if path.is_file() and _belongs(path)]
     for member in folder.glob(member_folder("*")):
         found += [path for path in member.iterdir() if path.is_file() and _belongs(path)]
@@ -90,16 +90,16 @@ def _belongs(file: Path) -> bool:
 
 @contextmanager
 def upload_of(folder: str | Path, repo_id: str | None) -> Iterator[None]:
-    """While a folder is uploaded.
+    """Context in which a folder is uploaded.
 
     Raises:
-        HubError: in place of what the client raises, with the folder and the command that goes on.
+        HubError: in place of what the client raises, with the folder and the command that continues.
     """
     try:
         yield
     except (Error, MemoryError):
         raise
-    except Exception as error:  # of the client, the connection, or the Hub's rules for cards
+    except Exception as error:  # from the client, the connection, or the Hub's rules for cards
         words = ["hf-ft", "push", "--model", str(folder), "--hub_model_id", repo_id or "REPOSITORY"]
         raise HubError(
             f"{repo_id or 'the model'} could not be uploaded: {reason(error)} Nothing is lost, the files are in "
@@ -134,10 +134,10 @@ def _status(error: BaseException) -> int | None:
 def _advice(error: BaseException) -> str:
     status = _status(error)
     if status in (401, 403, 404):
-        return "Once `hf auth login` was given a token that may write there,"
+        return "After `hf auth login` with a token that may write there,"
     if status == 400 or isinstance(error, ValueError):
-        return "Once that is mended,"
-    return "When the connection and the Hub are back,"
+        return "Once that is fixed,"
+    return "Once the connection and the Hub are available again,"
 
 
 @functools.cache
@@ -146,12 +146,12 @@ def _api() -> HfApi:
 
 
 def in_background(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A future of a call; such calls run one after the other."""
+    """A future of a call; such calls run one at a time."""
     return _api().run_as_future(function, *args, **kwargs)
 
 
 def created(repo_id: str, *, private: bool | None, token: str | None, revision: str | None = None) -> str:
-    """Create a repository and a branch unless they are there; returns the id, with the name of its owner."""
+    """Create a repository and a branch unless they exist; returns the id, with the name of its owner."""
     found = _api().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         _api().create_branch(found, branch=revision, token=token, exist_ok=True)
@@ -186,7 +186,7 @@ def shareable_file(file: Path) -> str | bytes:
         return str(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # not ours to judge
+    except ValueError:  # not JSON: uploaded as it is
         return str(file)
     cleaned = _without_paths(content)
     return str(file) if cleaned == content else (json.dumps(cleaned, indent=2) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Model soups: several fine-tuned models averaged to one (Wortsman et al., ICML 2022, arXiv:2203.05482)."""
+"""Model soups: several fine-tuned models averaged into one (Wortsman et al., ICML 2022, arXiv:2203.05482)."""
 
 from __future__ import annotations
 
@@ -58,12 +58,13 @@ def soup(
 
     .. math:: \theta = \frac{1}{|S|} \sum_{i \in S} \theta_i
 
-    A uniform soup takes all. A greedy one goes through the models from the best score to the worst, and takes each with
-    which the score of the average does not fall; so it scores at least as well as the best model.
+    A uniform soup takes all models. A greedy one goes through them from the best score to the worst, and keeps each
+    with which the score of the average does not fall; so it scores at least as well as the best model.
 
-    Models whose names or shapes of weights, or whose classes, differ from those of most are left out. The mean is taken
-    in float64, with one model in memory at a time. Where the running statistics of BatchNorm layers differ, those of
-    the average are measured on the training data: in one pass in which these layers normalise each batch by its own.
+    Models whose weights have other names or shapes than those of most models, or whose classes differ, are left out.
+    The mean is taken in float64, with one model in memory at a time. If the running statistics of BatchNorm layers
+    differ, those of the average are measured on the training data, in one pass in which these layers normalise each
+    batch by its own statistics.
 
     Args:
         models: models, which are left unchanged, or folders of saved ones.
@@ -71,7 +72,7 @@ def soup(
         batches: the training data, as keyword arguments of the model, if there are BatchNorm layers; can be iterated
             repeatedly.
         greater_is_better: whether higher scores are better.
-        scores: the score of each model, if it is known; nan for a model that has none.
+        scores: the score of each model, if known; nan for a model that has none.
 
     Raises:
         OptionError: if there is nothing to average, or a greedy soup has nothing to evaluate with.
@@ -96,7 +97,7 @@ def mix(
     greater_is_better: bool = True,
     scores: Sequence[float] | None = None,
 ) -> Soup:
-    """As :func:`soup`, with a function that measures the statistics of BatchNorm layers, given by name."""
+    """Like :func:`soup`, with a function that measures the statistics of BatchNorm layers, given by name."""
     if kind not in ("uniform", "greedy"):
         raise OptionError(f"soup: kind={kind!r} is unknown: choose 'uniform' or 'greedy'.")
     if scores is not None and len(scores) != len(models):
@@ -148,7 +149,7 @@ class _Pot:
 
     @torch.no_grad()
     def put(self, members: Sequence[int]) -> None:
-        """Set the model to the mean of these; a single one stays as it is."""
+        """Set the model to the mean of these; a single one is left unchanged."""
         total = self._sum(tuple(members))
         for name, tensor in self.model.state_dict().items():
             tensor.copy_(total[name] / len(members) if tensor.is_floating_point() else total[name])
@@ -197,7 +198,7 @@ def mean_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _alike(models: Sequence[Any]) -> tuple[list[int], dict[int, str]]:
-    """The models that most are like, and why the others are left out."""
+    """The models that agree with the majority, and why the others are left out."""
     forms: dict[int, tuple[Any, ...]] = {}
     left_out: dict[int, str] = {}
     for index, model in enumerate(models):
@@ -205,7 +206,7 @@ def _alike(models: Sequence[Any]) -> tuple[list[int], dict[int, str]]:
             forms[index] = _form(_loaded(model))
         except (OSError, ValueError, AttributeError, RuntimeError) as error:
             left_out[index] = f"it cannot be loaded as a plain model: {str(error).strip().partition(chr(10))[0]}"
-    most = Counter(forms.values()).most_common(1)  # of equals the first
+    most = Counter(forms.values()).most_common(1)  # among equals, the first
     for index, form in forms.items():
         if form != most[0][0]:
             left_out[index] = _difference(form, most[0][0])

@@ -40,7 +40,7 @@ class SourceHead(nn.Module):
 
     Args:
         module: the modules of the pretrained model's head by name; or the module, if there is only one.
-        names: class names by index, where the checkpoint has them.
+        names: class names by index, if the checkpoint has them.
 
     Attributes:
         module: the module, or a list of several.
@@ -110,7 +110,7 @@ def head_modules(model: nn.Module, head: str | None = None, blocks: str | None =
     names = tuple(name for name in found if has_parameters(model, name))
     if not names:
         raise OptionError(
-            f"the head ({', '.join(found)}) has no module with parameters, so there is none to keep. Name it with "
+            f"the head ({', '.join(found)}) has no module with parameters, so there is none to keep. Set the head with "
             "head='...', or use a strategy that does not need one."
         )
     return names
@@ -125,8 +125,8 @@ def head_module(model: nn.Module, head: str | None = None, blocks: str | None = 
     names = head_modules(model, head, blocks)
     if len(names) > 1:
         raise OptionError(
-            f"the head consists of {len(names)} modules with parameters ({', '.join(names)}), so that no single layer "
-            "is its input. Name one with head='...', or use SOURCE_LOGITS."
+            f"the head consists of {len(names)} modules with parameters ({', '.join(names)}), so there is no single "
+            "layer with its input. Name one with head='...', or use SOURCE_LOGITS."
         )
     return names[0]
 
@@ -140,7 +140,7 @@ def border_head(model: nn.Module, head: Names = ()) -> Names:
     """The modules where the head begins, for a :class:`Border`: those that the attached source head replaces.
 
     Args:
-        head: names of the head's modules, where no source head is attached.
+        head: names of the head's modules, if no source head is attached.
     """
     if not has_source_head(model):
         return head
@@ -228,7 +228,7 @@ def renew_head(model: Any, labels: Mapping[str, Any], head: str | None = None) -
 
     Args:
         labels: label settings of the config: ``num_labels``, ``id2label``, ``label2id``.
-        head: name of the head, where it cannot be found automatically.
+        head: name of the head, if it cannot be found automatically.
 
     Raises:
         OptionError: if the head has no modules with parameters.

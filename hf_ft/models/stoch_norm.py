@@ -14,7 +14,7 @@ from hf_ft.models.norms import batch_norms
 
 
 class StochNorm(nn.modules.batchnorm._BatchNorm):
-    """What a BatchNorm layer becomes while it trains; parameters, buffers and their names stay."""
+    """The form of a BatchNorm layer while it trains; parameters, buffers and their names are kept."""
 
     stoch_norm_p: float
 

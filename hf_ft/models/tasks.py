@@ -46,7 +46,7 @@ def classes_of(config: Any, task: str) -> tuple[type, ...]:
 
 
 def tasks_of(config: Any) -> Sequence[Task]:
-    """The tasks that a config has a classifier for: of several, the one whose class it names, if it names one."""
+    """The tasks for which a config has a classifier: of several, the one whose class it names, if it names one."""
     own = getattr(config, "task", None)
     if str(getattr(config, "model_type", "")).startswith(OURS) and own in TASKS:
         return (own,)

@@ -78,7 +78,7 @@ def _recording(model: nn.Module, calls: list[_Call], clock: Iterator[int]) -> It
 
 @dataclass(frozen=True)
 class Order:
-    """What runs when in a forward pass: times by name; what is never used has none.
+    """What runs when in a forward pass: times by name; what is never used has no time.
 
     Attributes:
         begins: when each module, anything in it, or a tensor is first used.
@@ -101,7 +101,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Order | str]] = wea
 
 
 def forward_order(model: nn.Module) -> Order:
-    """The order in which one forward pass on example inputs uses modules and tensors; remembered while they stay.
+    """The order in which one forward pass on example inputs uses modules and tensors; cached while these stay the same.
 
     Raises:
         Untraceable: if the model accepts none of the inputs that are made from its config.
@@ -127,13 +127,13 @@ def _first_that_runs(model: nn.Module) -> Order | str:
                     return _order(copied, batch)
                 except Exception as error:  # a forward on unsuitable inputs may fail in any way
                     reason = reason if number else _said(error)
-    except Exception as error:  # so may reading sizes from a config of unknown contents, or a copy
+    except Exception as error:  # so may reading sizes from a config of unknown contents, or copying
         reason = _said(error)
     return reason
 
 
 def _double(model: nn.Module) -> nn.Module:
-    """A copy that shares the tensors: a forward pass may leave something behind, as LeViT does its attention biases.
+    """A copy that shares the tensors: a forward pass may leave something behind, such as LeViT's attention biases.
 
     A model on the meta device gets zeros, which take up no memory as long as nothing is written to them.
     """
@@ -165,7 +165,7 @@ def _order(model: nn.Module, batch: Batch) -> Order:
         for holder in _with_holders(name):
             begins[holder] = min(time, begins.get(holder, time))
     roots = {reads.names.get(id(tensor), "") for tensor in _roots(output)}
-    if 2 * len(roots) < len(reads.first):  # a function with a backward of its own hides what it reads (Reformer)
+    if 2 * len(roots) < len(reads.first):  # a function with a custom backward hides what it reads (Reformer)
         roots = set(begins)
     fruitful = frozenset(holder for name in roots for holder in _with_holders(name))
     return Order(begins, ends, frozenset(call.name for call in calls), fruitful)
@@ -220,7 +220,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, torch.Size) and isinstance(result, (Tensor, tuple, list)):  # a shape is no use
+        if not isinstance(result, torch.Size) and isinstance(result, (Tensor, tuple, list)):  # a shape is of no use
             for leaf in tree_iter((args, kwargs)):
                 name = self.names.get(id(leaf)) if isinstance(leaf, Tensor) else None
                 if name is not None and name not in self.first:

@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
 WEIGHTS_NAME = "model.safetensors"
-DELTA_NAME = "ft_delta.safetensors"  # what training changed of a base
+DELTA_NAME = "ft_delta.safetensors"  # what training changed in a base
 INDEX_NAME = "model.safetensors.index.json"
 BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # damaged, or of another kind
 WEIGHTS_NAMES = (WEIGHTS_NAME, INDEX_NAME, "adapter_model.safetensors")
-OURS = "hf_ft_"  # how the types of models begin that Transformers knows from this package alone
+OURS = "hf_ft_"  # prefix of the model types that Transformers only knows from this package
 COLLABORATIVE = OURS + "collaborative"  # the model_type of an ensemble
 GATED = OURS + "gated"  # the model_type of a model with two paths
 
@@ -57,7 +57,7 @@ class Damaged:
 
 
 def damaged_file(folder: Path) -> Damaged | None:
-    """The first weight file of a model that cannot be read, if any; members of an ensemble are other models."""
+    """The first weight file of a model that cannot be read, if any; members of an ensemble are separate models."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):  # checks the header against the file size

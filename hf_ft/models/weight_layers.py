@@ -41,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """A layer, the part of :func:`~hf_ft.models.anatomy.anatomy` that it lies in, and its segment number."""
+    """A layer, the part of :func:`~hf_ft.models.anatomy.anatomy` that contains it, and its segment number."""
 
     layer: Layer
     part: str
@@ -106,7 +106,7 @@ def main_path_layers(model: nn.Module, head: str | None = None, blocks: str | No
 
 
 def _inside(placed: PlacedLayer, tops: Names) -> str:
-    """The path of a layer below the module of its part (patch merging, for one, is called a downsample too)."""
+    """The path of a layer below the module of its part (patch merging, for example, is also called a downsample)."""
     name = placed.layer.modules[0]
     top = next((top for top in tops if covers(top, name)), "")
     return name.removeprefix(top) if top else name
@@ -208,7 +208,7 @@ def _cuts(model: nn.Module, found: Anatomy, drafts: list[_Draft]) -> set[int]:
     owner = {draft.weight: index for index, draft in enumerate(drafts)}
     cuts: set[int] = set()
     current: int | None = None
-    for name, module in model.named_modules():  # not by part: a pooling next to the blocks is in none
+    for name, module in model.named_modules():  # not by part: a pooling next to the blocks is in none of them
         if matches(name, found.head.modules):
             continue
         current = owner.get(name, current)

@@ -1,1 +1,1 @@
-"""Searches: jobs run on top of Optuna, and candidates scored by short trainings."""
+"""Searches: jobs run on top of Optuna, and candidates scored by short training runs."""

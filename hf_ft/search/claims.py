@@ -1,19 +1,20 @@
 """Claims: each job is evaluated by exactly one of the processes that share a study.
 
 Mutual exclusion: a worker claims a job by adding a RUNNING trial. Storages number a study's trials in the order in
-which others can see them, so all workers agree on the owner: the first of the job's trials that have not failed. Only
+which others can see them, so all workers agree on the owner: the first of the job's trials that has not failed. Only
 the owner evaluates the job; a worker that comes second fails its own trial. FAIL is final, so a job never has two
-owners. That order holds
+owners. That order is guaranteed
 
 - in SQLite, which has one writer at a time,
 - in PostgreSQL and MySQL, since Optuna locks the study's row before it inserts a trial and counts the earlier ones,
-  until all is committed; sequences alone would not give it, nor sessions that read as of their beginning,
-- in a journal, where the number is the place among the lines of a file that one worker at a time appends to,
-- behind a gRPC server, if in the storage that it passes everything on to.
+  until everything is committed; sequences alone would not guarantee it, nor sessions that read a snapshot of their
+beginning,
+- in a journal, where the number is the position among the lines of a file to which one worker at a time appends,
+- behind a gRPC server, if it is in the storage to which the server passes everything on.
 
 Crash recovery: a thread renews a mark on the trial. A worker that sees the mark unchanged for six intervals by its own
-clock (clocks of machines differ), or that the process is gone on its own machine, fails the trial, and the job is free
-again. If its worker was only paused, the storage rejects the late result.
+clock (clocks of machines differ), or sees that the process on its own machine is gone, fails the trial, and the job is
+free again. If the trial's worker was only paused, the storage rejects its late result.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Claims:
             check_signature(trials[0].system_attrs.get(SIGNATURE), self.signature, self.study.study_name)
         self.record.update(trials)
         self.read_at = time.monotonic()
-        for trial in reversed(self.record.running()):  # owners last, so that no other seems to be one in between
+        for trial in reversed(self.record.running()):  # owners last, so that no other seems to be the owner in between
             if self._dead(trial):
                 owner = self.record.owner(str(job_of(trial)))
                 worked = owner is not None and owner.number == trial.number
@@ -194,7 +195,7 @@ class Claims:
             try:
                 with reachable(self.storage):
                     return self._finish(trial_id, state, value, attributes)
-            except GoneError:  # of a server that restarts: the result of a long training is worth the wait
+            except GoneError:  # from a server that restarts: the result of a long training run is worth the wait
                 if time.monotonic() - began > PATIENCE * self.heartbeat:
                     raise
                 time.sleep(min(1.0, self.heartbeat))

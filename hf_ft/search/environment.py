@@ -1,4 +1,4 @@
-"""Errors of the machine rather than of what ran on it: a full disk, no memory. The same run may succeed later."""
+"""Errors of the machine rather than of the run on it: a full disk, no memory. The same run may succeed later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ERRNOS = {
     errno.ENFILE,
     errno.ESTALE,
 }
-# Libraries pass such errors on as text only: torch, safetensors, SQLite, Arrow, and loaders of data whose worker died.
+# Libraries pass such errors on only as text: torch, safetensors, SQLite, Arrow, and data loaders whose worker died.
 _MESSAGES = re.compile(
     "no space left|quota exceeded|disk is full|disk i/o error|input/output error|read-only file system|"
     "too many open files|can't allocate memory|cannot allocate memory|not enough memory|"
@@ -26,7 +26,7 @@ _MESSAGES = re.compile(
 
 
 def environment_error(error: BaseException) -> BaseException | None:
-    """The error of the machine that an error is, or was caused by; None if there is none.
+    """The machine error that an error is, or was caused by; None if there is none.
 
     Memory of a GPU is not counted: whether it suffices depends on the strategy.
     """

@@ -1,4 +1,4 @@
-"""The common core of searches: short trainings of model copies, each scored as a trial of one study."""
+"""The common core of searches: short training runs of model copies, each scored as a trial of one study."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ class SearchOptions(Protocol):
 
 @dataclass
 class ShortTrainings:
-    """Short trainings from the same weights, with the same data order and the same budget.
+    """Short training runs from the same weights, with the same data order and the same budget.
 
     Args:
         model: the model; never changed.
         context: samples and training recipe.
         metric: one of :data:`hf_ft.metrics.LOCAL_METRICS`, or ``"loss"``.
         validation: share of the training samples held out for scoring.
-        epochs: number of epochs of each training.
+        epochs: number of epochs of each run.
 
     Attributes:
-        recordings: recorded outputs of frozen prefixes, shared by all trainings.
+        recordings: recorded outputs of frozen prefixes, shared by all runs.
 
     Raises:
         OptionError: for an unknown metric, or too few samples to split.
@@ -87,7 +87,7 @@ class ShortTrainings:
             raise OptionError(f"metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
         self.rows(0)  # raises if there are too few
         context = self.context
-        # Same samples per step as in the run that follows, however many processes share it.
+        # The same number of samples per step as in the run that follows, however many processes share it.
         self.recipe = dataclasses.replace(context.recipe, accumulation=context.recipe.accumulation * context.ranks)
         self.recordings = Recordings(self.model, context.samples, context.frozen_cache, context.recipe.computing)
         self.batches = Batches(context.samples, self.recordings)
@@ -98,7 +98,7 @@ class ShortTrainings:
         Args:
             run: a run over a copy of the model.
             seed: seed of the data order, of dropout, and of the samples that are held out.
-            report: called with each score; may stop the training.
+            report: called with each score; may stop the run.
         """
         scores: list[float] = []
         train_rows, held_out = self.rows(seed)
@@ -149,7 +149,7 @@ class ShortTrainings:
         return str(Path(self.context.folder) / usual)
 
     def rows(self, seed: int) -> tuple[list[int], list[int]]:
-        """Indices of the samples to train on, and of those to score on: another draw for each seed.
+        """Indices of the samples to train on, and of those to score on: a different draw for each seed.
 
         Stratified by class if each class has enough samples, and in whole groups if the context has any.
         """
@@ -181,7 +181,7 @@ def score_jobs(
 
     Args:
         train: returns the score after each epoch.
-        prepare: called before the first training that is actually run; a completed search runs none.
+        prepare: called before the first training run that actually takes place; a completed search has none.
         name: name of the study; the beginning of the signature's hash is appended.
         signature: see :func:`hf_ft.search.trials.run_trials`.
         storage: likewise.
@@ -212,7 +212,7 @@ def score_jobs(
 
 
 def epochs_of(outcome: Outcome) -> int:
-    """The number of epochs a job was trained; for a pruned job only its steps are known."""
+    """The number of epochs for which a job was trained; for a pruned job, only its steps are known."""
     return len(outcome.steps) or int(outcome.info.get("epochs", 0))
 
 

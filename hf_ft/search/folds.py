@@ -26,11 +26,11 @@ class Fold:
 def folds_of(count: int, labels: np.ndarray | None, parts: int, groups: np.ndarray | None = None) -> tuple[Fold, ...]:
     """Divide samples into folds with about the same class proportions.
 
-    A class with a single sample, or with a single group, always trains.
+    A class with a single sample, or with a single group, is always in training.
 
     Args:
         count: number of samples.
-        labels: (count,), their classes; None if they have no single class, or it is not known.
+        labels: (count,), their classes; None if they have no single class, or if it is unknown.
         parts: number of folds.
         groups: (count,), numbers of groups that stay whole; None if each sample stands for itself.
 
@@ -42,8 +42,8 @@ def folds_of(count: int, labels: np.ndarray | None, parts: int, groups: np.ndarr
     if units < max(2, parts):
         what = "training samples" if groups is None else "groups of training samples"
         raise OptionError(
-            f"{units} {what}, of classes with at least two, are too few for {parts} folds: set fewer folds (at least "
-            "2), or give more of them."
+            f"{units} {what}, in classes with at least two, are too few for {parts} folds: set fewer folds (at least "
+            "2), or provide more of them."
         )
     everything = np.arange(count)
     held_out = held_out_parts(labels, parts, groups)
@@ -53,7 +53,7 @@ def folds_of(count: int, labels: np.ndarray | None, parts: int, groups: np.ndarr
 def context_on(context: Context, rows: Sequence[int] | None = None) -> Context:
     """The context restricted to these training samples (None: all of them), with a fresh generator.
 
-    Nothing that is measured in it is kept in the folder.
+    Nothing measured in it is kept in the folder.
     """
     seed = context.generator.initial_seed()
     fresh = torch.Generator().manual_seed(seed)

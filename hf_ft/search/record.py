@@ -1,4 +1,4 @@
-"""What the trials of a study say about its jobs, kept up to date at a cost that does not grow with the study."""
+"""The state of a study's jobs according to its trials, kept up to date at a cost that does not grow with the study."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Record:
 
     Attributes:
         trials: all trials, by number.
-        unfinished: numbers of those that were not finished.
+        unfinished: numbers of the trials that were not finished.
         distributions: the first distribution of each parameter, which Optuna requires the others to resemble.
     """
 
@@ -37,7 +37,7 @@ class Record:
     _failures: dict[tuple[str, str], list[int]] = field(default_factory=lambda: defaultdict(list))  # by job and reason
 
     def update(self, trials: Sequence[FrozenTrial]) -> None:
-        """Take over all trials, of which only new ones and those that were unfinished are looked at."""
+        """Take over all trials; only new ones and those that were unfinished are examined."""
         known, self.trials = len(self.trials), trials
         for trial in trials[known:]:
             self._add(trial)
@@ -46,7 +46,7 @@ class Record:
                 self._finish(number)
 
     def news(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Of all trials, those that are new, and those that were unfinished."""
+        """The trials that are new, and those that were unfinished."""
         return [*(trials[number] for number in sorted(self.unfinished)), *trials[len(self.trials) :]]
 
     def take_finished(self) -> list[str]:
@@ -75,7 +75,7 @@ class Record:
     def owner(self, job: str) -> FrozenTrial | None:
         """The owner of a job: the trial with the lowest number among those that have not failed.
 
-        A trial that another one repeats counts no longer, unless that one failed.
+        A trial that another one repeats no longer counts, unless that one failed.
         """
         trials = [self.trials[number] for number in self._numbers.get(job, ())]
         valid = [trial for trial in trials if trial.state.name != "FAIL"]

@@ -1,4 +1,4 @@
-"""Open an Optuna storage that several processes share: a database, a journal, a server or the memory."""
+"""Open an Optuna storage that several processes share: a database, a journal, a server or memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = (
     "a path *.db, *.sqlite3 or *.log, or a URL such as sqlite:///study.db, postgresql://user@host/database, "
     "mysql+pymysql://user@host/database, grpc://host:13000"
 )
-# Notices a connection that is lost without a word.
+# Detects a connection that is lost silently.
 LIBPQ = {"connect_timeout": str(ANSWER_TIMEOUT), "keepalives_idle": str(ANSWER_TIMEOUT)}
 
 
@@ -36,12 +36,12 @@ class UnavailableError(OptionError):
 
 
 class GoneError(UnavailableError):
-    """The server of a storage cannot be reached any more."""
+    """The server of a storage can no longer be reached."""
 
     def __init__(self, storage: str, reason: object) -> None:
         super().__init__(
-            f"storage={storage!r} cannot be reached any more: {_first_line(reason)}. Start its server again and run "
-            "the same again: finished trials are kept."
+            f"storage={storage!r} can no longer be reached: {_first_line(reason)}. Restart its server and run the "
+            "same command again: finished trials are kept."
         )
 
 
@@ -80,7 +80,7 @@ def open_storage(storage: str | BaseStorage | None) -> BaseStorage:
     if "://" in storage:
         return _open_database(storage, storage)
     if Path(storage).suffix not in (".db", ".sqlite3"):
-        raise OptionError(f"storage={_hidden(storage)!r} is of unknown kind. Give {KINDS}.")
+        raise OptionError(f"storage={_hidden(storage)!r} is of an unknown kind. Give {KINDS}.")
     return _open_database(f"sqlite:///{storage}", storage)
 
 
@@ -91,19 +91,19 @@ def _open_proxy(url: str) -> BaseStorage:
 
     match = re.fullmatch(r"grpc://([^/@:]+|\[[^/@]+\]):(\d+)/?", url)
     if match is None:
-        raise OptionError(f"storage={_hidden(url)!r} lacks its host or port, or has more. Give grpc://host:13000.")
+        raise OptionError(f"storage={_hidden(url)!r} lacks a host or port, or contains more. Give grpc://host:13000.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             proxy = GrpcStorageProxy(host=match[1], port=int(match[2]))
-    except Exception as error:  # of each library that is missing or too old another one
+    except Exception as error:  # a different one for each library that is missing or too old
         reason = _first_line(error)
         raise OptionError(f"storage={url!r} needs gRPC ({reason}). Install it: pip install 'hf-ft[grpc]'.") from error
     try:
         proxy.wait_server_ready(timeout=ANSWER_TIMEOUT)
     except ConnectionError as error:
         raise OptionError(
-            f"storage={url!r}: no gRPC server answers there within {ANSWER_TIMEOUT} s. Start one with "
+            f"storage={url!r}: no gRPC server answered there within {ANSWER_TIMEOUT} s. Start one with "
             "optuna.storages.run_grpc_proxy_server, or give its host and port."
         ) from error
     proxy.url = url  # type: ignore[attr-defined]
@@ -115,10 +115,10 @@ def _open_journal(path: str) -> BaseStorage:
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     _check_folder(path, path)
-    path = os.path.abspath(path)  # whatever the working folder will be
+    path = os.path.abspath(path)  # independent of later changes of the working folder
     try:
         # Optuna's other lock, a symbolic link, is for NFS of the nineties, and can be read only on machines that have
-        # the folder in the same place: on others, the lock of a killed worker would stay for good.
+        # the folder at the same path: on others, the lock of a killed worker would stay forever.
         return JournalStorage(JournalFileBackend(path, JournalFileOpenLock(path)))
     except OSError as error:
         raise OptionError(f"storage={path!r} cannot be opened: {error}. Give a writable file.") from error
@@ -135,7 +135,7 @@ def _open_database(url: str, given: str) -> BaseStorage:
 
     try:
         address = make_url(url)
-    except (exc.ArgumentError, ValueError) as error:  # a port that is no number
+    except (exc.ArgumentError, ValueError) as error:  # a port that is not a number
         raise OptionError(f"storage={_hidden(given)!r} is not a URL. Give {KINDS}.") from error
     if "@" in (address.host or ""):
         raise OptionError(f"storage={_hidden(given)!r}: write each @ of a name or password as %40.")
@@ -150,8 +150,8 @@ def _open_database(url: str, given: str) -> BaseStorage:
     if sqlite:
         options["connect_args"] = {"timeout": LOCK_TIMEOUT}
     elif kind == "postgresql":
-        # In a session that reads as of its beginning, trials that wait for each other would count the same number of
-        # earlier ones, and get the same number.
+        # In a session that reads a snapshot of its beginning, trials that wait for each other would count the same
+        # number of earlier ones, and get the same number.
         options["isolation_level"] = "READ COMMITTED"
         address = _with_driver(address)
     url = address.render_as_string(hide_password=False)
@@ -174,7 +174,7 @@ def _open_database(url: str, given: str) -> BaseStorage:
 
 
 def _with_driver(address: URL) -> URL:
-    """Name the driver of PostgreSQL that is installed: which one SQLAlchemy takes depends on its version."""
+    """Name the installed PostgreSQL driver: the one that SQLAlchemy uses by default depends on its version."""
     names = ("psycopg", "psycopg2")
     if address.drivername == "postgresql":
         installed = [name for name in names if importlib.util.find_spec(name) is not None]
@@ -185,7 +185,7 @@ def _with_driver(address: URL) -> URL:
 
 
 def _hidden(url: str) -> str:
-    """A URL that cannot be parsed, without what may be a password: what stands before ``@``, and the query."""
+    """A URL that cannot be parsed, without what may be a password: the part before ``@``, and the query."""
     return re.sub(r":.*@", ":***@", url, flags=re.DOTALL).partition("?")[0]
 
 
@@ -219,7 +219,7 @@ def _reason(error: Exception) -> str:
     cause = _first_line(getattr(error, "orig", None) or error.__cause__ or error)
     return (
         f"{cause}. Is it a database of this kind, is it writable, is its server running, and are user and password "
-        "right? Otherwise give another."
+        "correct? Otherwise, give another."
     )
 
 
@@ -246,7 +246,7 @@ def _lock_before_reading(engine: Engine) -> None:
 
 
 def _tell_if_unavailable(engine: Engine, storage: str) -> None:
-    """Raise our errors in place of SQLAlchemy's, from which Optuna makes one about invalid data."""
+    """Raise our errors in place of SQLAlchemy's, which Optuna turns into one about invalid data."""
     from sqlalchemy import event, exc
 
     @event.listens_for(engine, "handle_error")
@@ -254,7 +254,7 @@ def _tell_if_unavailable(engine: Engine, storage: str) -> None:
         error = context.original_exception
         if _is_locked(error):
             raise LockedError(storage) from error
-        # A server's: of a file, it could be the disk, which has errors of its own.
+        # From a server: with a file, it could be the disk, which has errors of its own.
         connecting = context.connection is None and isinstance(context.sqlalchemy_exception, exc.OperationalError)
         if engine.name != "sqlite" and (connecting or context.is_disconnect):
             raise GoneError(storage, error) from error
@@ -265,7 +265,7 @@ def reachable(storage: BaseStorage) -> Iterator[None]:
     """Name the server of a storage in place of gRPC's errors.
 
     Raises:
-        GoneError: if it cannot be reached any more.
+        GoneError: if it can no longer be reached.
         OptionError: if the storage behind it failed.
     """
     from optuna.storages import GrpcStorageProxy
@@ -282,13 +282,13 @@ def reachable(storage: BaseStorage) -> Iterator[None]:
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             raise GoneError(address, error.details()) from error
         raise OptionError(
-            f"storage={address!r}: its server failed ({_first_line(error.details())}). Look at what it tells, and "
-            "at the storage behind it; then run the same again: finished trials are kept."
+            f"storage={address!r}: its server failed ({_first_line(error.details())}). Check its log, and "
+            "the storage behind it; then run the same command again: finished trials are kept."
         ) from error
 
 
 def is_refused(error: Exception) -> bool:
-    """Whether a storage refused what it was given. Optuna's gRPC server tells no more than that something failed."""
+    """Whether a storage refused what it was given. Optuna's gRPC server reports only that something failed."""
     if isinstance(error, ValueError):
         return not isinstance(error, Error)
     code = getattr(error, "code", None)
@@ -297,10 +297,10 @@ def is_refused(error: Exception) -> bool:
 
 @contextmanager
 def one_transaction(storage: BaseStorage, trial_id: int) -> Iterator[None]:
-    """Join what this thread does with a trial in a database: each transaction takes as long as the disk to write it.
+    """Combine what this thread does with a trial in a database: each transaction takes as long as a write to disk.
 
-    The trial is locked first. Optuna writes attributes, which lets a server lock it in a way that it may share with
-    another process, and then its state, for which both would wait for each other.
+    The trial is locked first. Optuna first writes attributes, for which a server may take a lock that is shared with
+    another process, and then the state, for which both would wait for each other.
     """
     from optuna.storages import RDBStorage
 
@@ -314,7 +314,7 @@ def one_transaction(storage: BaseStorage, trial_id: int) -> Iterator[None]:
     with storage.engine.connect() as connection, connection.begin():
         connection.execute(lock.with_for_update())
         sessions.remove()
-        # The session that all calls of this thread share; what they commit ends a savepoint.
+        # The session that all calls of this thread share; their commits end a savepoint.
         sessions(bind=connection, join_transaction_mode="create_savepoint")
         try:
             yield

@@ -1,4 +1,4 @@
-"""Studies in a storage: created or joined, and rejected where they are damaged or of other settings."""
+"""Studies in a storage: created or joined, and rejected if they are damaged or have other settings."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def run_trials(
     """Evaluate each job once, together with all processes that use the same storage and study name.
 
     Finished jobs are read from the storage. On return, every job is finished and none is running, unless ``stop``
-    ended the search early. An exception of ``evaluate`` is raised immediately; its job stays free for other workers
+    ended the search early. An exception in ``evaluate`` is raised immediately; its job stays free for other workers
     and later calls.
 
     Args:
@@ -116,7 +116,7 @@ def run_trials(
         progress: called with (finished, total, None) first, then with each newly finished job, whoever ran it.
         stop: called before each job; True leaves the remaining jobs to another call.
         deaths: give up on a job after this many workers died in it; None for never.
-        again: whether to evaluate a job anew that was finished, or given up, before this call.
+        again: whether to evaluate again a job that was finished, or given up, before this call.
 
     Returns:
         Outcomes by key, in job order, without jobs that were left or given up.
@@ -179,7 +179,7 @@ class _Search:
                 return self.in_order()
             job = self.next_free(contested)
             if job is not None:
-                # Workers that start together would collide again at every next job.
+                # Workers that start together would collide again at every following job.
                 contested = not self.work(job)
                 pause, fresh = 0.05, not contested and time.monotonic() - self.claims.read_at < FRESH
             elif fresh:
@@ -214,7 +214,7 @@ class _Search:
         return finished_before and self.again is not None and self.again(_outcome(str(job_of(trial)), trial))
 
     def next_free(self, contested: bool) -> Job | None:
-        """The next job that nobody works on; any of them if workers compete for the same."""
+        """The next job that no worker is processing; a random one of them if workers compete for the same job."""
         free = (job for key, job in self.waiting.items() if self.is_free(key))
         if not contested:
             return next(free, None)
@@ -253,7 +253,9 @@ class _Search:
                 state, value, info = self.perform(job, trial_id)
                 seconds = round(time.perf_counter() - began, 3)
                 self.claims.finish(trial_id, state, value, seconds=seconds, info=info)
-            except UnavailableError:  # nor can the failure be stored; the mark tells others that nobody is at the job
+            except (
+                UnavailableError
+            ):  # nor can the failure be stored; the mark shows others that nobody works on the job
                 raise
             except BaseException as error:
                 failure = "error" if isinstance(error, Exception) else "interrupted"

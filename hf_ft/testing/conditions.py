@@ -1,4 +1,4 @@
-"""Under which conditions the laws are checked: by default on the CPU, in float32."""
+"""The conditions under which the laws are checked: by default on the CPU, in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _nothing(trainer: Any) -> None:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What holds for all tiny trainings.
+    """The settings of all tiny training runs.
 
     Attributes:
         arguments: training arguments, such as ``{"use_cpu": False, "bf16": True}``.
@@ -31,7 +31,7 @@ class Conditions:
 
     @property
     def device(self) -> torch.device:
-        """Where hand-written loops compute: as a Trainer with these arguments."""
+        """Where hand-written loops compute: like a Trainer with these arguments."""
         there = not self.arguments.get("use_cpu", True) and torch.accelerator.is_available()
         return (torch.accelerator.current_accelerator() if there else None) or torch.device("cpu")
 
@@ -41,7 +41,7 @@ _PRESENT: ContextVar[Conditions] = ContextVar("conditions", default=USUAL)
 
 
 def conditions() -> Conditions:
-    """The present ones."""
+    """The current conditions."""
     return _PRESENT.get()
 
 

@@ -1,6 +1,6 @@
 """Tiny configs of Transformers' classification classes.
 
-A class's default config is shrunk by one rule for each name of a field (`SIZES`); what the rule cannot know stands in
+A class's default config is shrunk by one rule for each field name (`SIZES`); what the rule cannot know is in
 `EXCEPTIONS`.
 """
 
@@ -105,20 +105,20 @@ _HEADS_OF_STAGES = ("num_heads", "num_attention_heads", "num_key_value_heads")
 
 _LAYER_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "attn_layers")
 _DERIVED = ("hidden_size", "num_layers", "num_hidden_layers", "hybrid_layer_ids")
-"""Of a network in stages, what its config works out from the lists of its stages."""
+"""For a network in stages, what its config derives from the lists of its stages."""
 _UNSET = {"head_dim": _WIDTH // _HEADS, "num_key_value_heads": _HEADS}
 
 _SPREADS, _SPREAD = ("initializer_range", "init_std"), 0.2
-"""Ten times the usual one, which is made for hundreds of channels, and here lets the signal die out."""
+"""Ten times the usual value, which is meant for hundreds of channels and would let the signal die out here."""
 
 _LAYERDROP = 0.5
-"""The usual 0.1 would leave the two layers alone in most of a test's few steps."""
+"""The usual 0.1 would skip neither of the two layers in most of a test's few steps."""
 
 _TEXT = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def _field(name: str, value: Any) -> Any:
-    """The tiny value of a field of this name and default; the default where there is no rule."""
+    """The tiny value of a field of this name and default; the default if there is no rule."""
     if isinstance(value, bool) or value is None:
         return _UNSET.get(name) if value is None else value
     if name in _LAYER_KINDS and isinstance(value, (list, tuple)) and value:
@@ -257,7 +257,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ZambaForSequenceClassification": {**_SHARED, "mamba_dt_rank": 4},
     "Zamba2ForSequenceClassification": {**_SHARED, "n_mamba_heads": 2, "mamba_headdim": _WIDTH},
 }
-"""Fields of a class's config that the rule of their name gets wrong, and fields that it does not reach."""
+"""Fields of a class's config that the rule for their name gets wrong, and fields that it does not reach."""
 
 
 def tiny_config(name: str, text: bool, **fields: Any) -> hf.PreTrainedConfig:

@@ -36,7 +36,7 @@ UNBUILDABLE = {
 """Classes of the mappings that cannot be built here, with the reason."""
 
 FAULTY = {"PPLCNetForImageClassification": "returns neither logits nor a loss"}
-"""Classes that are built, but that the Trainer cannot train."""
+"""Classes that are built, but cannot be trained by the Trainer."""
 
 
 def families() -> dict[str, str]:
@@ -62,7 +62,7 @@ def tiny(name: str, seed: int = 0, **fields: Any) -> hf.PreTrainedModel:
 def samples(model: hf.PreTrainedModel, count: int = 4, seed: int = 0) -> dict[str, Tensor]:
     """Random samples in the form that the model's forward takes, with labels (count,).
 
-    Texts are padded on the right, by up to three tokens, and end in the token of the end.
+    Texts are padded on the right, by up to three tokens, and end with the end token.
     """
     random = torch.Generator().manual_seed(seed)
     task = families()[type(model).__name__]
@@ -113,7 +113,7 @@ def _videos(model: Any, count: int, random: torch.Generator) -> dict[str, Tensor
 
 
 def _input(model: Any) -> str:
-    """The name of the input in the forward: for some classes, their main input has another."""
+    """The name of the input in the forward: some classes use another name for their main input."""
     names = _parameters(model)
     return model.main_input_name if model.main_input_name in names else next(iter(names))
 
@@ -123,7 +123,7 @@ def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def check(names: Iterator[str]) -> dict[str, str]:
-    """Build each, ask for the logits of a batch and for a gradient; the faults by name, none if all is well."""
+    """Build each, and compute the logits of a batch and a gradient; the faults by name, none if all is well."""
     faults = {}
     for name in names:
         if name in FAULTY:

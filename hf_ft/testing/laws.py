@@ -33,7 +33,7 @@ Law = Callable[[FTConfig, Maker, Path], None]
 
 
 def config_round_trip(config: FTConfig, make: Maker, folder: Path) -> None:
-    """A saved and reloaded config is equal but for local options; one of a newer version is ignored, not fatal."""
+    """A saved and reloaded config is equal but for local options; options of a newer version are ignored, not fatal."""
     config.save_pretrained(folder)
     assert FTConfig.from_pretrained(folder) == as_saved(config)
     assert type(config).from_pretrained(folder) == as_saved(config)
@@ -130,13 +130,13 @@ def frozen_stays_frozen(config: FTConfig, make: Maker, folder: Path) -> None:
 def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
     """One batch of 8, two micro-batches of 4 or four of 2 give the same weights, from the same measured states.
 
-    Of 30 samples, the last update of an epoch has fewer, and its micro-batches are of different sizes.
+    With 30 samples, the last update of an epoch has fewer, and its micro-batches have different sizes.
     """
     probe = equipped(make(), config)
     states = _states(config, probe, folder)
     plan = build_plan([config], probe, states)
     if plan.draws or any(term.couples_batch for term in plan.terms):
-        return  # such a plan is tested without its noise, such a term against a micro-batch reference of its own
+        return  # such a plan is tested without its noise, and such a term against its own micro-batch reference
     results = []
     for steps in (1, 2, 4):
         trainer = make_trainer(
@@ -149,7 +149,7 @@ def accumulation_changes_nothing(config: FTConfig, make: Maker, folder: Path) ->
             max_grad_norm=0.0,  # clipping would hide a wrong scale
             max_steps=_fewest_steps(plan, 4),
         )
-        # Variances within batches, say, depend on how large these are.
+        # Variances within batches, for example, depend on the batch size.
         trainer._states = lambda: states  # type: ignore[method-assign]
         trainer.train_dataset = trainer.train_dataset.select(range(30))
         trainer.train()
@@ -228,7 +228,7 @@ LAWS: dict[str, Law] = {
 def check_strategy(config: FTConfig, makers: Iterable[Maker] = (tiny_resnet, tiny_vit, tiny_bert)) -> None:
     """Check a strategy against all laws, on a tiny random ResNet, ViT and BERT (see :func:`suited`).
 
-    Models for which the strategy declares that it has no form are passed over.
+    Models for which the strategy declares that it has no form are skipped.
 
     Raises:
         AssertionError: if a law is violated; the message names the law, the model and the violation.
@@ -290,7 +290,7 @@ def _train(run: Run, terms: tuple[Term, ...]) -> dict[str, torch.Tensor]:
 
 
 def _fewest_steps(plan: Plan, least: int) -> int:
-    """The fewest steps of a training of which every stage gets one."""
+    """The smallest number of training steps that gives each stage at least one."""
     for steps in range(least, 8):
         with contextlib.suppress(OptionError):
             stage_borders(plan.stages, steps)

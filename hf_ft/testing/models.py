@@ -16,11 +16,11 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_ft.models.ensemble.model import CollaborativeModel
 
-# Ten times the usual width: the usual one is made for hundreds of channels, and here lets the signal die out.
+# Ten times the usual width, which is meant for hundreds of channels and would let the signal die out here.
 _INIT = {"initializer_range": 0.2}
 _WIDTH = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 _VISION: dict[str, Any] = {**_INIT, **_WIDTH, "image_size": 32, "patch_size": 8}
-# Tests ask for the same few again and again, and a copy takes a small part of the time of a new one.
+# Tests request the same few again and again, and a copy takes a fraction of the time of a new one.
 _BUILT: dict[Any, hf.PreTrainedModel] = {}
 _TEXT: dict[str, Any] = {**_INIT, **_WIDTH, "vocab_size": 64, "max_position_embeddings": 40}
 
@@ -47,7 +47,7 @@ def _build(
 
 
 def _copy(module: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy. Most of what a module holds are empty dictionaries of hooks, which `copy.deepcopy` dwells on."""
+    """A deep copy. Most of what a module holds is empty dictionaries of hooks, which take `copy.deepcopy` long."""
     if id(module) in memo:
         return memo[id(module)]
     memo[id(module)] = new = object.__new__(type(module))
@@ -65,7 +65,7 @@ def _copy(module: Any, memo: dict[int, Any]) -> Any:
 
 @torch.no_grad()
 def set_running_statistics(model: Any, batch: Callable[[], Mapping[str, Tensor]]) -> None:
-    """Set batch-norm statistics from a random batch: a test could not detect changes of a new model's 0 and 1."""
+    """Set batch-norm statistics from a random batch: a test could not detect changes with a new model's 0 and 1."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

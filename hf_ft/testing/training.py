@@ -1,4 +1,4 @@
-"""Small trainings for tests: a tiny model, a few random samples, a few steps, on the CPU unless told otherwise."""
+"""Small training runs for tests: a tiny model, a few random samples, a few steps, by default on the CPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tiny_data(model: nn.Module, samples: int = 32, seed: int = 0) -> datasets.Da
 
 @functools.lru_cache(maxsize=64)
 def _built(columns: tuple[tuple[str, str, tuple[int, ...], bytes], ...]) -> datasets.Dataset:
-    """Tests ask for the same few again and again, and building one takes longer than to train on it for a step."""
+    """Tests request the same few again and again, and building one takes longer than a training step on it."""
     rows = {name: np.frombuffer(values, dtype).reshape(shape) for name, dtype, shape, values in columns}
     features = datasets.Features({name: _feature(values) for name, values in rows.items()})
     return datasets.Dataset.from_dict(rows, features=features)
@@ -51,7 +51,7 @@ def _feature(values: np.ndarray) -> Any:
 
 
 def tiny_arguments(folder: str | Path, **arguments: Any) -> TrainingArguments:
-    """Training arguments for eight quiet steps under the present conditions; any of them can be overridden."""
+    """Training arguments for eight quiet steps under the current conditions; any of them can be overridden."""
     defaults: dict[str, Any] = {
         "max_steps": 8,
         "per_device_train_batch_size": 8,

@@ -26,8 +26,8 @@ from hf_ft.trainer.training_stream import TrainingStream
 class Attempt:
     """The state of a Trainer during training, kept until training begins again.
 
-    Another call of ``train()``, or a restart with smaller batches after running out of memory, is a new attempt.
-    Evaluation without training is an attempt as well, with an empty plan.
+    Another call to ``train()``, or a restart with smaller batches after running out of memory, is a new attempt.
+    Evaluation without training is also an attempt, with an empty plan.
 
     Attributes:
         objective: the module that the Trainer trains in place of the model.
@@ -36,9 +36,9 @@ class Attempt:
         cache: the recorded outputs of frozen parts.
         data: the training data, if they are streamed.
         streams: the source data used in addition to the target data.
-        accumulation: number of micro-batches of an update, except for the last one of an epoch.
-        shares: of each micro-batch that is still to come in this update; see :class:`Objective`.
-        epoch: number of the present epoch, from 0, in memory that worker processes of a data loader share.
+        accumulation: number of micro-batches of an update, except for the last update of an epoch.
+        shares: shares of the micro-batches that are still to come in this update; see :class:`Objective`.
+        epoch: number of the current epoch, from 0, in memory that is shared with the workers of a data loader.
     """
 
     objective: Objective
@@ -68,7 +68,7 @@ class Attempt:
         self.cache.leave_out_unused()
 
     def begin_epoch(self, epoch: int, step: int, looking: Callable[[], dict[str, Any]]) -> None:
-        """Find the rates of single tensors for an epoch that begins with this optimizer step, if the plan has any."""
+        """Determine the rates of single tensors for an epoch that begins with this optimizer step, if there are any."""
         if self.objective.plan.tensor_rates is not None:
             self.enter(step)
             self.stepper.begin_epoch(epoch, **looking())
@@ -97,7 +97,7 @@ class Attempt:
         return outputs
 
     def _missing(self) -> int:
-        """The number of micro-batches that this update lacks, told with its last one."""
+        """The number of micro-batches that this update lacks, given with its last one."""
         return 0 if self.shares else self.accumulation - self.log.update_size
 
     def end(self) -> None:

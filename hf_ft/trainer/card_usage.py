@@ -1,4 +1,4 @@
-"""What a model card says of how to load the model."""
+"""The code in a model card that loads the model."""
 
 from __future__ import annotations
 

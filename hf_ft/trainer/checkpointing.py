@@ -70,7 +70,7 @@ def written_whole(final: Path, writer: str, writes: bool, wait: Callable[[], Non
 
 @contextmanager
 def read_from(folder: str | Path, names: str) -> Iterator[None]:
-    """Name files of a checkpoint in place of what the Trainer and torch raise about their content.
+    """Name the files of a checkpoint in place of what the Trainer and torch raise about their content.
 
     Raises:
         CheckpointError: in place of their errors.
@@ -95,7 +95,7 @@ class Checkpoints:
     Attributes:
         base_name: Hub id or folder of the base model.
         base_revision: its commit on the Hub.
-        base: hash of each tensor at the start of training; empty before.
+        base: hash of each tensor at the start of training; empty before that.
         writer: name of the process of the run's first rank.
     """
 
@@ -173,13 +173,13 @@ class Checkpoints:
             files.save_base_config(trainer.model, folder)
             if trainer.args.push_to_hub and self.base_name and base_model_id(self.base_name) is None:
                 logger.warning_once(
-                    f"the base model of the adapter is a local folder, {self.base_name!r}: what is uploaded names it "
-                    f"{self._shared_name()!r} alone. Upload the base model too, and write its id into "
+                    f"the base model of the adapter is a local folder, {self.base_name!r}: the upload refers to it "
+                    f"only as {self._shared_name()!r}. Upload the base model too, and write its id into "
                     "adapter_config.json on the Hub."
                 )
 
     def save_arguments(self, folder: Path) -> None:
-        """Write ``training_args.bin`` again, as it may be shared: the Trainer's holds the token and local paths."""
+        """Rewrite ``training_args.bin`` in a form that can be shared: the Trainer's holds the token and local paths."""
         args = copy.copy(self._trainer.args)
         args.hub_token = None
         for name, value in vars(args).items():
@@ -210,10 +210,10 @@ class Checkpoints:
     # --- loading -------------------------------------------------------------------------------------------
 
     def load(self, folder: str | Path, to_resume: bool = False) -> None:
-        """Load the weights of the model and of the terms' modules; those of the model may be an average.
+        """Load the weights of the model and of the terms' modules; the model's weights may be an average.
 
         Args:
-            to_resume: whether training goes on, from the live weights and their average.
+            to_resume: whether training continues, from the live weights and their average.
         """
         files.load_weights(self._trainer.model, folder)
         modules, average = self._term_modules(), self._average()
@@ -243,7 +243,7 @@ class Checkpoints:
 
         Raises:
             OptionError: if the checkpoint belongs to another strategy.
-            CheckpointError: if it is incomplete or damaged, or there is no complete one.
+            CheckpointError: if it is incomplete or damaged, or if there is no complete checkpoint.
         """
         if not resume:
             return None
@@ -264,7 +264,7 @@ class Checkpoints:
         earlier = [path for path in folders.checkpoints(folder) if path.name not in self._written]
         if earlier and not self._trainer.overwrite:
             raise OptionError(
-                f"output_dir={str(folder)!r} contains {earlier[-1].name} of an earlier run. Continue with "
+                f"output_dir={str(folder)!r} contains {earlier[-1].name} from an earlier run. Continue it with "
                 "train(resume_from_checkpoint=True), choose another output_dir, or pass overwrite=True."
             )
         self._trainer.accelerator.wait_for_everyone()
@@ -283,7 +283,7 @@ class Checkpoints:
         saved = read_config_file(resume).get("base_model", {}).get("sha256")
         if saved and saved != self._description()["sha256"]:
             raise CheckpointError(
-                f"{resume} was trained from other weights than the model's current ones, and "
+                f"{resume} was trained from weights other than the model's current ones, and "
                 f"{self._trainer.configs[-1].ft_type} compares with the start: create the trainer with the same "
                 "pretrained model, not with the checkpoint."
             )
@@ -312,6 +312,6 @@ def _base_name(model: nn.Module) -> str | None:
 
 
 def _base_revision(model: nn.Module, name: str | None) -> str | None:
-    # Transformers from 5.24 on does not keep the commit; without it, the one that the default branch had then.
+    # Since 5.24, Transformers does not keep the commit; without it, use the one that the default branch then had.
     known = getattr(getattr(model, "config", None), "_commit_hash", None)
     return known or (None if name is None else loaded_commit(name))

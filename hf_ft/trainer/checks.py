@@ -117,10 +117,10 @@ def check_model(
 
 
 def check_evaluation(configs: Iterable[FTConfig], args: TrainingArguments, eval_dataset: Any) -> None:
-    """Check whether there are data to choose a final model on, for strategies that do.
+    """Check whether there are data to choose a final model on, for strategies that need them.
 
     Raises:
-        OptionError: if there are none, or several and no metric of one of them.
+        OptionError: if there are none, or if there are several and the metric belongs to none of them.
     """
     for config in configs:
         needs = config.needs()
@@ -139,7 +139,7 @@ def check_evaluation(configs: Iterable[FTConfig], args: TrainingArguments, eval_
 
 
 def check_parts(configs: Iterable[FTConfig], model: nn.Module) -> None:
-    """Check the head and blocks that the user named, whether or not the strategies need them.
+    """Check the head and blocks given by the user, whether or not the strategies need them.
 
     Raises:
         OptionError: if the model has no such modules.
@@ -191,7 +191,7 @@ def check_arguments(args: TrainingArguments, configs: Sequence[FTConfig] = ()) -
 
 
 def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> None:
-    """Check the labels of all data sets against the model's head, and note in its config what kind of task they are.
+    """Check the labels of all data sets against the model's head, and record the kind of task in its config.
 
     Transformers sets ``config.problem_type`` when the first batch arrives, but losses, head rates and class weights
     depend on it before.
@@ -213,7 +213,7 @@ def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> N
 
 
 def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any, label_smoother: Any) -> Tensor | None:
-    """The weight of each class, (C,), scaled to a mean of 1 over the training rows where their labels are known.
+    """The weight of each class, (C,), scaled to a mean of 1 over the training rows if their labels are known.
 
     Raises:
         OptionError: if the number of weights differs from the number of classes, or with another loss.
@@ -277,7 +277,7 @@ def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
 
 
 def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int) -> None:
-    """Warn if training is too short for BatchNorm statistics to follow the weights: evaluation would use old ones."""
+    """Warn if training is too short for BatchNorm statistics to follow the weights: they would be outdated."""
     slow = [
         norm.momentum
         for name, norm in batch_norms(model)
@@ -286,14 +286,14 @@ def warn_slow_statistics(model: nn.Module, trained: Collection[str], steps: int)
     moved = 1 - (1 - max(slow)) ** steps if slow else 1.0
     if moved < 0.9:
         logger.warning(
-            f"BatchNorm momentum {max(slow):g} of {len(slow)} layers: in {steps} steps, their running statistics go "
+            f"BatchNorm momentum {max(slow):g} of {len(slow)} layers: in {steps} steps, their running statistics move "
             f"{100 * moved:.0f} % of the way to those of the training data, and evaluation uses the statistics reached "
             "by then. Set batch_norm_momentum=0.1, or train longer."
         )
 
 
 def warn_own_schedule(plan: Plan, args: TrainingArguments) -> None:
-    """Warn about arguments of the learning rate schedule where stages have one of their own."""
+    """Warn about arguments of the learning rate schedule if stages have a schedule of their own."""
     own = [stage.name for stage in plan.stages if stage.schedule is not None]
     names = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
     defaults = {name: field.default for name, field in TrainingArguments.__dataclass_fields__.items()}
@@ -310,7 +310,7 @@ def warn_left_out(plan: Plan) -> None:
     """Warn about modules that the user's optimizer does not train."""
     names = ", ".join(plan.term_modules)
     logger.warning(
-        f"optimizers: the given one does not contain the extra parameters that {names} would train; they stay fixed."
+        f"optimizers: this optimizer does not contain the extra parameters that {names} would train; they stay fixed."
     )
 
 
@@ -318,7 +318,7 @@ def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments, model
     """Warn about training arguments that differ from those recommended for the method and the model."""
     configs = tuple(sorted(configs, key=lambda config: not chooses_rate(config)))
     present = recommended_arguments(configs, OptimizerNames(args.optim).value, model)
-    # These are meant to be chosen, and depend on the optimizer: warn only if nobody set them.
+    # These are meant to be chosen, and depend on the optimizer: warn only if the user did not set them.
     chosen = {name: present[name] for name in ("learning_rate", "max_grad_norm", "warmup_steps") if name in present}
     stated = {name: value for config in reversed(configs) for name, value in config.recommended.items()}
     differing = []

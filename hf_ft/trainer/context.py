@@ -52,7 +52,7 @@ def measuring_context(trainer: ForContext) -> Context:
 
 
 def looking(trainer: ForContext) -> dict[str, Any]:
-    """What it takes to look at training samples at the beginning of an epoch."""
+    """What is needed to read training samples at the beginning of an epoch."""
     args = trainer.args
     return {
         "samples": _samples(trainer),
@@ -94,7 +94,7 @@ def curve(args: TrainingArguments, steps: int) -> Callable[[int], float]:
     kwargs: Any = args.lr_scheduler_kwargs or {}
     if not isinstance(kwargs, Mapping):
         raise OptionError(
-            f"lr_scheduler_kwargs={kwargs!r} is no mapping: give names and values, such as {{'power': 2}}."
+            f"lr_scheduler_kwargs={kwargs!r} is not a mapping: give names and values, such as {{'power': 2}}."
         )
     return schedule_curve(args.lr_scheduler_type, steps, args.get_warmup_steps(steps), **kwargs)
 
@@ -135,7 +135,7 @@ def recipe_of(trainer: ForContext) -> tuple[Recipe, dict[str, Any]]:
 
 
 def _epochs(trainer: ForContext) -> float:
-    """The length of the training in epochs; on a stream, in passes over the samples that may be looked at."""
+    """The length of the training run in epochs; on a stream, in passes over the samples that may be read beforehand."""
     args, dataset = trainer.args, trainer.train_dataset
     dataset = dataset if is_map_style(dataset) else measurable(trainer)
     if args.max_steps <= 0 or dataset is None:
@@ -189,7 +189,7 @@ def readable(trainer: ForContext, dataset: Any) -> tuple[Any, Callable[[list[Any
     """A data set without unused columns, and the collator for its rows.
 
     Raises:
-        OptionError: if there is none, since a stream may not be looked at.
+        OptionError: if there is none, since a stream may not be read before training.
     """
     if dataset is None:
         raise OptionError(measures_first(", ".join(config.ft_type for config in trainer.configs)))
@@ -201,6 +201,6 @@ def readable(trainer: ForContext, dataset: Any) -> tuple[Any, Callable[[list[Any
 def measures_first(names: str) -> str:
     """Why a strategy cannot train on a stream, and what to do."""
     return (
-        f"{names} measures the training data first: train_dataset must be map-style, not iterable; or allow a look at "
+        f"{names} measures the training data first: train_dataset must be map-style, not iterable; or let it read "
         "a few samples of the stream with measure_samples=256 (--measure_samples on the command line)."
     )

@@ -34,7 +34,7 @@ class FewSamples(list[Any]):
 def measurable(trainer: ForContext) -> Any:
     """Training samples that can be read by index, without augmentation if the user provided such a data set.
 
-    Of a stream, a few samples that are read once; None if the user allows none.
+    From a stream, a few samples that are read once; None if the user allows none.
     """
     dataset, plain = trainer.train_dataset, trainer.plain_train_dataset
     chosen = dataset if plain is None else plain
@@ -55,7 +55,7 @@ def _drawn(dataset: Any, count: int, among: int, seed: int) -> FewSamples:
         OptionError: if there are none.
     """
     if isinstance(dataset, datasets.IterableDataset):
-        dataset = split_dataset_by_node(dataset, 0, 1)  # at its first epoch, whatever that of the user's is
+        dataset = split_dataset_by_node(dataset, 0, 1)  # at its first epoch, whatever epoch the user's is at
     drawing, kept = random.Random(seed), FewSamples()
     for number, sample in enumerate(itertools.islice(iter(dataset), max(count, among))):
         if number < count:

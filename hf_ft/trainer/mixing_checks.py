@@ -16,11 +16,11 @@ from hf_ft.models.preserve import observing
 from hf_ft.trainer.protocols import ForMixing
 
 COMPARED = 4  # samples on which the loss with shares is compared with that with classes
-CLOSE = 0.02  # relative difference that rounding to bfloat16 may make
+CLOSE = 0.02  # relative difference that rounding to bfloat16 may cause
 
 
 def check_settings(mixing: Mixing, configs: Iterable[FTConfig], cache: FrozenCache) -> None:
-    """Reject mixup and CutMix with strategies or settings that they do not go with.
+    """Reject mixup and CutMix with strategies or settings that do not support them.
 
     Raises:
         OptionError: naming the argument and the reason.
@@ -30,7 +30,7 @@ def check_settings(mixing: Mixing, configs: Iterable[FTConfig], cache: FrozenCac
     for config in configs:
         if config.needs().hard_labels:
             raise OptionError(
-                f"{mixing}: {config.ft_type} needs the class of each sample, and a mixed image has shares of two. Set "
+                f"{mixing}: {config.ft_type} needs the class of each sample, but a mixed image has shares of two. Set "
                 f"{' and '.join(f'{name}=0' for name in mixing.given)}, or use another strategy."
             )
     if cache.use == "always":
@@ -49,13 +49,13 @@ def check_mixable(mixing: Mixing, model: Any) -> None:
         return
     main = getattr(model, "main_input_name", None)
     if main is not None and not str(main).startswith("pixel_values"):
-        raise OptionError(f"{mixing}: only images can be mixed, and {type(model).__name__} reads {main!r}.")
+        raise OptionError(f"{mixing}: only images can be mixed, but {type(model).__name__} reads {main!r}.")
     if getattr(getattr(model, "config", None), "num_labels", None) is None:
         raise OptionError(f"{mixing} needs the number of classes: set num_labels in the model's config.")
 
 
 def classes_of(model: Any) -> int | None:
-    """The number of classes; None if labels are numbers, of regression or for several labels per sample."""
+    """The number of classes; None if labels are numbers, as in regression or with several labels per sample."""
     config = getattr(model, "config", None)
     classes = getattr(config, "num_labels", None)
     numbers = getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
@@ -63,9 +63,9 @@ def classes_of(model: Any) -> int | None:
 
 
 def check_loss(trainer: ForMixing) -> None:
-    """Check that the loss with shares of classes is the loss with classes, where all is the share of one class.
+    """Check that the loss with shares of classes equals the loss with classes if one class has the whole share.
 
-    A model may compute a loss of its own, which only takes classes, and so may ``compute_loss_func``.
+    A model may compute a loss of its own that only takes classes, and so may ``compute_loss_func``.
 
     Raises:
         OptionError: if they differ.

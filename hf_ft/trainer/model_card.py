@@ -53,7 +53,7 @@ _TEMPLATE = """---
 
 
 _PEFT = PeftModel.__module__.partition(".")[0]  # the library
-# Type and name in the Hub's model index, for metrics whose key is another.
+# Type and name in the Hub's model index, for metrics with a different key there.
 _METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
@@ -99,7 +99,7 @@ def model_card(
     if data is not None and data.hub_id:
         card_fields.setdefault("datasets", data.hub_id)
     if card_fields.get("license"):
-        card_fields["license"] = str(card_fields["license"]).lower()  # as the Hub spells all of them
+        card_fields["license"] = str(card_fields["license"]).lower()  # as the Hub spells all licenses
     pages = [base for base in bases if _on_the_hub(model, base)]
     metadata = ModelCardData(
         library_name="hf_ft" if delta else _PEFT if isinstance(model, PeftModel) else "transformers",
@@ -194,7 +194,7 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
     for key, value in metrics.items():
         plain = key.removeprefix("eval_")
         kind, name = _METRICS.get(plain, (plain, plain))
-        if not math.isfinite(value):  # no number of JSON
+        if not math.isfinite(value):  # not a number in JSON
             continue
         results.append(
             EvalResult(
@@ -211,7 +211,7 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
 
 
 def _as_id(name: str) -> str:
-    """A name in the letters that ids on the Hub have."""
+    """A name in the characters that ids on the Hub allow."""
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "unknown"
 
 
@@ -256,7 +256,7 @@ def write_card(card: ModelCard, folder: Path) -> None:
 
 
 def _last_metrics(state: TrainerState, of_best: bool) -> dict[str, float]:
-    """Metrics of the model that was chosen after training, or of the best step if it was loaded, or the last ones."""
+    """Metrics of the model chosen after training, or of the best step if it was loaded, or else the last ones."""
     logs = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
     if any(map(is_choice, logs)):
         return _without_speed(next(entry for entry in reversed(logs) if is_choice(entry)))

@@ -1,4 +1,4 @@
-"""What a Trainer uploads to the Hub: its result, the model of each save, and deltas."""
+"""A Trainer's uploads to the Hub: its result, the model of each save, and deltas."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ WHOLE = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)  # also upload wha
 
 
 def push_save(trainer: ForPushing, checkpoint: Path) -> None:
-    """Upload a checkpoint's model, and with some hub strategies all of it, while training goes on.
+    """Upload a checkpoint's model, or with some hub strategies the whole checkpoint, while training continues.
 
-    As with ``Trainer``, a save is left out while an earlier one is still being uploaded, unless ``hub_always_push`` is
-    set or whole checkpoints are uploaded, which must not be deleted meanwhile: then training waits for it. An upload
-    that fails is told, and training goes on.
+    As with ``Trainer``, a save is skipped while an earlier one is still being uploaded, unless ``hub_always_push`` is
+    set or whole checkpoints are uploaded, which must not be deleted meanwhile: then training waits for it. A failed
+    upload is reported, and training continues.
     """
     args = trainer.args
     if not trainer.is_world_process_zero():
@@ -66,8 +66,8 @@ def _tell(repo: str, message: str, job: Future) -> None:
     error = None if job.cancelled() else job.exception()
     if error is not None:
         logger.warning(
-            f"{message}: not uploaded to {repo}: {sharing.reason(error)} Training goes on, and nothing is lost: the "
-            "files are in its output_dir, and the next upload holds all that this one would have."
+            f"{message}: not uploaded to {repo}: {sharing.reason(error)} Training continues, and nothing is lost: the "
+            "files are in its output_dir, and the next upload will contain everything that this one would have."
         )
 
 
@@ -78,16 +78,16 @@ def push_result(trainer: ForPushing, message: str, blocking: bool, **given: Any)
         given: ``token``, ``revision``, ``private``; other arguments are those of ``create_model_card``.
 
     Returns:
-        The commit, or a future of it; None on other processes than the first.
+        The commit, or a future of it; None on processes other than the first.
 
     Raises:
-        HubError: if it cannot be uploaded; the model has been saved then.
+        HubError: if it cannot be uploaded; the model has been saved by then.
     """
     args, folder = trainer.args, Path(str(trainer.args.output_dir))
     options: dict[str, Any] = {"token": given.pop("token", None) or args.hub_token}
     options["revision"] = given.pop("revision", None) or args.hub_revision
     private = given.pop("private", None)
-    trainer._finish_current_push()  # it reads the files that are now replaced
+    trainer._finish_current_push()  # it reads the files that are about to be replaced
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     trainer.save_model(_internal_call=True)
     if not trainer.is_world_process_zero():
@@ -110,7 +110,7 @@ def _with_tags(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def refused_repository(trainer: ForPushing) -> Iterator[None]:
-    """While a repository is created before a training.
+    """Context in which a repository is created before training.
 
     Raises:
         HubError: in place of what the client raises.

@@ -22,7 +22,7 @@ LOCK = "_training.lock"  # the Trainer pushes no file whose name starts with an 
 def alone_in(folder: Path, saves: bool, accelerator: Accelerator) -> Iterator[str]:
     """Hold a folder for one training, on all its ranks, and delete what killed processes left incomplete there.
 
-    The lock ends with the process, however that ends.
+    The lock is released when the process ends, however it ends.
 
     Args:
         saves: whether this rank writes checkpoints; only such ranks take the lock.

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 
 def metric_of(args: TrainingArguments) -> tuple[str, bool]:
-    """The metric that chooses, as evaluation names it, and whether higher is better: that of the best model."""
+    """The metric to choose by, as evaluation names it, and whether higher is better: the one of the best model."""
     metric = args.metric_for_best_model
     if metric is None:
         return "eval_loss", False
@@ -50,8 +50,8 @@ def select(trainer: ForSelection, run: Run) -> Run:
             metrics = broadcast_object_list([trainer.evaluate()])[0] if _several(trainer) else trainer.evaluate()
         if metric not in metrics:
             raise OptionError(
-                f"{run.plan.select[0].name} chooses by {metric}, which the evaluation lacks (it has "
-                f"{', '.join(sorted(metrics))}): set metric_for_best_model. The model is as trained."
+                f"{run.plan.select[0].name} chooses by {metric}, which is missing from the evaluation (it has "
+                f"{', '.join(sorted(metrics))}): set metric_for_best_model. The model is left as trained."
             )
         evaluated.append((metrics[metric], metrics))
         return float(metrics[metric])
@@ -70,7 +70,7 @@ def select(trainer: ForSelection, run: Run) -> Run:
 
 
 def _can_judge(dataset: Any, metric: str, run: Run) -> bool:
-    """Whether there are evaluation data; for optional choices alone, also whether their metric is known to be there."""
+    """Whether there are evaluation data and, if all choices are optional, whether their metric is known to be there."""
     if dataset is None or not all(selection.optional for selection in run.plan.select):
         return dataset is not None
     return not isinstance(dataset, Mapping) or any(metric.startswith(f"eval_{name}_") for name in dataset)
@@ -83,7 +83,7 @@ def is_choice(entry: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _quiet(trainer: ForSelection) -> Iterator[None]:
-    """Evaluate without logs and callbacks: nobody asked for the scores of a candidate."""
+    """Evaluate without logs and callbacks: the scores of candidates are not part of the run."""
     handler, control = trainer.callback_handler, trainer.control
     trainer.callback_handler = CallbackHandler(
         [DefaultFlowCallback()], handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler

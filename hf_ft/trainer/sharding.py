@@ -1,4 +1,4 @@
-"""Sharded parameters: FSDP2 where it is carried; all else is rejected by name before anything is loaded."""
+"""Sharded parameters: FSDP2 where it is supported; all else is rejected by name before anything is loaded."""
 
 from __future__ import annotations
 
@@ -37,12 +37,18 @@ USE = (
 )
 UNSHARDED = (
     "sharded training (DeepSpeed ZeRO, FSDP1, tensor parallelism) is not supported, since strategies address "
-    f"individual parameters. FSDP2 is, by some strategies, in FTTrainer (see docs/scale.md). {USE}"
+    f"individual parameters. FTTrainer supports FSDP2 with some strategies (see docs/scale.md). {USE}"
 )
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")  # whose states are as the parameters
+OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+)  # whose states have the parameters' shapes
 
 
-# --- what is rejected -------------------------------------------------------------------------------------
+# --- rejected settings ------------------------------------------------------------------------------------
 
 
 def check_launcher(fsdp2: bool = False) -> None:
@@ -63,10 +69,10 @@ def check_launcher(fsdp2: bool = False) -> None:
 
 
 def check_sharding(args: TrainingArguments | Mapping[str, Any], configs: Iterable[FTConfig] = ()) -> None:
-    """Reject arguments that shard the model, and a launcher that does, except for FSDP2 where it is carried.
+    """Reject arguments or a launcher that shard the model, except for FSDP2 where it is supported.
 
     Args:
-        args: training arguments, or those that were given on a command line, which does not shard at all.
+        args: training arguments, or those given on a command line, where nothing is ever sharded.
         configs: the strategies.
 
     Raises:
@@ -77,7 +83,7 @@ def check_sharding(args: TrainingArguments | Mapping[str, Any], configs: Iterabl
     for name in ARGUMENTS:
         if name.startswith("fsdp") and fsdp2:
             continue
-        # Without fsdp, its config holds defaults alone.
+        # Without fsdp, its config only holds defaults.
         if given.get(name) and (name != "fsdp_config" or isinstance(args, Mapping)):
             raise OptionError(f"args.{name}={given[name]!r}: {UNSHARDED}")
     check_launcher(fsdp2=not isinstance(args, Mapping))
@@ -95,7 +101,7 @@ def _check_fsdp2(args: TrainingArguments, configs: Iterable[FTConfig]) -> None:
                 f"{config.ft_type} cannot train a model whose parameters are sharded (FSDP): docs/scale.md lists the "
                 f"strategies that can. {USE}"
             )
-    asked = getattr(args, "fsdp_config", None) or {}  # early versions of Transformers 5 hand over a part of it only
+    asked = getattr(args, "fsdp_config", None) or {}  # early versions of Transformers 5 pass on only a part of it
     settings = {
         "cpu_ram_efficient_loading": (
             plugin.cpu_ram_efficient_loading,
@@ -117,7 +123,9 @@ def _check_fsdp2(args: TrainingArguments, configs: Iterable[FTConfig]) -> None:
             given = getattr(plugin, name) or asked.get(name)
             raise OptionError(f"fsdp_config {name}={given!r} is not supported: {instead}.")
     if args.world_size == 1:
-        raise OptionError("FSDP shards a model over several processes, but there is one: start more, or leave it out.")
+        raise OptionError(
+            "FSDP shards a model over several processes, but there is only one: start more, or leave it out."
+        )
     optim = getattr(args.optim, "value", args.optim)
     if optim not in OPTIMIZERS:
         raise OptionError(f"optim={optim!r} is not supported with FSDP: choose one of {', '.join(OPTIMIZERS)}.")
@@ -134,7 +142,7 @@ def _check_fsdp2(args: TrainingArguments, configs: Iterable[FTConfig]) -> None:
 
 
 def check_shardable(args: TrainingArguments, model: nn.Module, optimizer: Any = None) -> None:
-    """Reject a model that cannot be sharded, if it is to be.
+    """Reject a model that cannot be sharded, if sharding is requested.
 
     Raises:
         OptionError: naming the module or parameter.
@@ -147,7 +155,9 @@ def check_shardable(args: TrainingArguments, model: nn.Module, optimizer: Any = 
         "an ensemble": bool(members_of(model)),
         "a source head, which these strategies do not use": has_source_head(model),
         f"BatchNorm ({norms[0][0] if norms else ''}), whose statistics are not synchronised": bool(norms),
-        "LayerDrop, with which processes gather different layers: set the config's layerdrop to 0": drops_layers(model),
+        "LayerDrop, which makes processes gather different layers: set the config's layerdrop to 0": drops_layers(
+            model
+        ),
         f"a parameter without dimensions ({', '.join(scalars[:1])})": bool(scalars),
         "quantised weights": bool(getattr(model, "is_quantized", False)),
         "an optimizer of your own, for parameters that are not sharded: set args.optim": optimizer is not None,
@@ -158,10 +168,10 @@ def check_shardable(args: TrainingArguments, model: nn.Module, optimizer: Any = 
 
 
 def without_cache(args: TrainingArguments, cache: FrozenCache) -> FrozenCache:
-    """The settings of what is computed once: nothing where the model is sharded, whose layers run on all processes.
+    """The settings of the frozen cache: off if the model is sharded, since its layers then run on all processes.
 
     Raises:
-        OptionError: if it was asked for.
+        OptionError: if caching was requested.
     """
     if fsdp_plugin(args) is None:
         return cache
@@ -171,7 +181,7 @@ def without_cache(args: TrainingArguments, cache: FrozenCache) -> FrozenCache:
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
-    """Reject an accelerator that shards: of the FSDP that is carried, it does not know.
+    """Reject an accelerator that shards: supported FSDP is not set up through the accelerator.
 
     Raises:
         OptionError: if the accelerator shards the model.
@@ -200,7 +210,7 @@ def _launched_version() -> int:
 
 
 def fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
-    """Settings of FSDP2 from the training arguments or the launcher; None if the model is not to be sharded."""
+    """Settings of FSDP2 from the training arguments or the launcher; None if the model is not sharded."""
     settings = getattr(args, "fsdp_plugin_args", None)
     if settings is not None:
         return FullyShardedDataParallelPlugin(**settings)
@@ -211,8 +221,8 @@ def fsdp_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | Non
 def without_fsdp(args: TrainingArguments) -> Iterator[None]:
     """Create an accelerator that does not shard.
 
-    Accelerate would prepare one model together with its optimizer, and no module around it. Here, the model inside of
-    the objective is sharded by itself, after it was measured and changed, and before anchors and optimizer exist.
+    Accelerate would prepare one model together with its optimizer, and no module around it. Here, the model inside the
+    objective is sharded by itself, after it was measured and changed, and before anchors and optimizer exist.
     """
     settings, launched = getattr(args, "fsdp_plugin_args", None), os.environ.get(FSDP)
     args.fsdp_plugin_args = None
@@ -227,7 +237,7 @@ def without_fsdp(args: TrainingArguments) -> Iterator[None]:
 
 
 def place(args: TrainingArguments, model: nn.Module) -> None:
-    """Shard a model in place if the training arguments or the launcher say so; all processes must call it.
+    """Shard a model in place if the training arguments or the launcher request it; all processes must call it.
 
     Raises:
         OptionError: if it cannot be sharded after its surgery.
@@ -242,7 +252,7 @@ def place(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def save_training_state(optimizer: Optimizer, scheduler: Any, folder: str, keep: bool) -> None:
-    """As the Trainer saves optimizer and scheduler; the files are those of a training that does not shard.
+    """Save optimizer and scheduler as the Trainer does; the files are those of an unsharded run.
 
     Args:
         keep: whether this process writes.
@@ -254,7 +264,7 @@ def save_training_state(optimizer: Optimizer, scheduler: Any, folder: str, keep:
 
 
 def load_training_state(optimizer: Optimizer, scheduler: Any, folder: str) -> None:
-    """Load what :func:`save_training_state`, or a training that does not shard, has saved."""
+    """Load what :func:`save_training_state`, or an unsharded run, has saved."""
     path = Path(folder)
     state = torch.load(path / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
     load_optimizer_state(optimizer, state)

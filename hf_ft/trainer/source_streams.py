@@ -41,7 +41,7 @@ class SourceStreams:
     """Adds a batch of every active stream to each target batch, during one training attempt.
 
     A stream is opened when a term of weight > 0 first uses it, and closed together with its worker processes once no
-    term does. Its position is saved with every checkpoint, separately for each rank.
+    term uses it. Its position is saved with every checkpoint, separately for each rank.
     """
 
     def __init__(self, trainer: ForStreams, objective: Objective) -> None:
@@ -90,7 +90,7 @@ class SourceStreams:
             return inputs
         live = self._objective.live_streams
         for name in set(self._opened) - set(live):
-            del self._opened[name]  # this ends its worker processes
+            del self._opened[name]  # this shuts down its worker processes
         rows = rows_of(inputs)
         return {**inputs, **{f"{STREAM}{name}": self._next_of(name, rows, missing) for name in live}}
 

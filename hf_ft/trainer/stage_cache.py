@@ -56,7 +56,7 @@ class StageCache:
         if is_training:
             chained = bool(self.objective.chains)
             if self._trainer.mixing:
-                logger.info(f"Batches are mixed ({self._trainer.mixing}): what is frozen is computed in every step.")
+                logger.info(f"Batches are mixed ({self._trainer.mixing}): the frozen part is computed in every step.")
                 chained = False
             self.rows = StagedRows(self._used_columns(dataset, description)) if chained else None
             return self.rows
@@ -146,7 +146,7 @@ class StageCache:
         """Whether samples change between reads, e.g. by augmentation, so that nothing can be recorded."""
         if self._settings.use == "always" or same_each_time(lambda: read(rows)):
             return False
-        logger.info("Training samples differ each time they are read: what is frozen is computed in every step.")
+        logger.info("Training samples differ each time they are read: the frozen part is computed in every step.")
         return True
 
     def _record_reference(self, dataset: Any) -> RowStore | None:

@@ -30,10 +30,10 @@ def train_dataset_of(positional: Sequence[Any], keywords: Mapping[str, Any]) -> 
 
 
 def check_counts(train_dataset: Any, **counts: int) -> None:
-    """Check how many samples of a stream are looked at and shuffled.
+    """Check how many samples of a stream are read before training and shuffled.
 
     Raises:
-        OptionError: if a number is none.
+        OptionError: if one of them is not such a number.
     """
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
@@ -60,7 +60,7 @@ def check_stream(
         return
     if args.max_steps <= 0 and not hasattr(train_dataset, "__len__"):
         raise OptionError(
-            f"max_steps={args.max_steps}: train_dataset is a stream without a length, so that a number of epochs says "
+            f"max_steps={args.max_steps}: train_dataset is a stream without a length, so a number of epochs means "
             "nothing. Set max_steps to the number of steps to train."
         )
     if getattr(train_dataset, "_distributed", None) is not None:
@@ -80,10 +80,10 @@ def check_streamable(
     looks: bool,
     known: Collection[str] = (),
 ) -> None:
-    """Reject strategies and settings that do not go with a stream.
+    """Reject strategies and settings that do not support a stream.
 
     Args:
-        looks: whether a few samples may be looked at before training.
+        looks: whether a few samples may be read before training.
         known: names of strategies that have measured already.
 
     Raises:
@@ -94,16 +94,16 @@ def check_streamable(
             raise OptionError(measures_first(config.ft_type))
     if cache.use == "always":
         raise OptionError(
-            "frozen_cache='always' records each sample once, and a streamed train_dataset does not tell which it "
-            "yields. Use 'auto': what is frozen is then computed in every step."
+            "frozen_cache='always' records each sample once, but a streamed train_dataset does not say which ones it "
+            "yields. Use 'auto': the frozen part is then computed in every step."
         )
     if mixing and not (looks and max_steps > 0):
         raise OptionError(
-            f"{mixing}: batches of an iterable train_dataset are mixed only with max_steps and a look at a few samples "
-            "(measure_samples=8), on which the loss is checked. Set both, or pass a map-style data set."
+            f"{mixing}: batches of an iterable train_dataset are mixed only with max_steps and a few samples read "
+            "beforehand (measure_samples=8), on which the loss is checked. Set both, or pass a map-style data set."
         )
 
 
 def can_look(train_dataset: Any, plain: Any, measure_samples: int) -> bool:
-    """Whether training samples can be looked at before training."""
+    """Whether training samples can be read before training."""
     return train_dataset is None or measure_samples > 0 or is_map_style(train_dataset if plain is None else plain)

@@ -1,4 +1,4 @@
-"""Experiment trackers: Transformers' callbacks for them, with the strategy's options, and one run for each training."""
+"""Experiment trackers: Transformers' callbacks for them, with the strategy's options, and one run per training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.integrations import (
 from hf_ft.core.config import FTConfig
 from hf_ft.errors import OptionError
 
-EXTRAS = ("tensorboard", "mlflow", "trackio")  # tried by our tests; each is an extra of the package
+EXTRAS = ("tensorboard", "mlflow", "trackio")  # covered by our tests; each is an extra of the package
 
 
 class TensorBoard(TensorBoardCallback):
@@ -38,15 +38,15 @@ class TensorBoard(TensorBoardCallback):
 
 
 class MLflow(MLflowCallback):
-    """Transformers' callback, with the options as parameters, and all of a training in one run.
+    """Transformers' callback, with the options as parameters, and everything from one training in one MLflow run.
 
-    What is logged after training, such as the scores of the best model, belongs to the run of the training, which
-    Transformers' callback has ended: MLflow would start another one. A slash in a name becomes an underscore: MLflow's
-    file store keeps ``loss`` in a file of this name, beside which there can be no folder for ``loss/task``.
+    What is logged after training, such as the scores of the best model, belongs to the run of that training, which
+    Transformers' callback has already ended: MLflow would start another run. A slash in a name becomes an underscore:
+    MLflow's file store keeps ``loss`` in a file of this name, next to which there can be no folder for ``loss/task``.
 
     Args:
-        experiment: where to start a run in any case, below one that is active, if there is one; by default, as
-            Transformers' callback does.
+        experiment: where to start a run in any case, nested in the active one, if there is one; by default, a run
+            is started as Transformers' callback does.
     """
 
     def __init__(self, options: Mapping[str, Any], experiment: str = "") -> None:
@@ -95,11 +95,11 @@ class MLflow(MLflowCallback):
         if self._auto_end_run and active is not None and state.is_world_process_zero:
             self._ended = active.info.run_id
             self._ml_flow.end_run(self.status)
-        self._auto_end_run = False  # when this object is deleted, it would end the run that is active then
+        self._auto_end_run = False  # when this object is deleted, it would end whichever run is then active
 
 
 class Trackio(TrackioCallback):
-    """Transformers' callback, with the options beside its configuration."""
+    """Transformers' callback, with the options added to its configuration."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 
 def adopt(callbacks: list[TrainerCallback], report_to: Sequence[str], configs: Iterable[FTConfig]) -> None:
-    """Put ours in place of the callbacks that a Trainer made for ``report_to``; those of the user stay as they are."""
+    """Replace the callbacks that a Trainer made for ``report_to`` by ours; the user's callbacks stay as they are."""
     made = get_reporting_integration_callbacks(report_to)
     options = options_of(configs)
     for kind in made:

@@ -82,16 +82,16 @@ class FTTrainer(Trainer):
             ``"always"``, ``"never"``, or a :class:`~hf_ft.core.context.FrozenCache`.
         plain_train_dataset: unaugmented training samples in the same order, for measuring; default: ``train_dataset``.
         groups: the group of each training sample, such as its patient: strategies that hold out samples for choices of
-            their own hold out whole groups. Any values that can be compared; a sample without one (None, NaN) is a
-            group of its own.
+            their own hold out whole groups. Any comparable values; a sample without one (None, NaN) forms a group of
+            its own.
         source_dataset: pretraining or other data for strategies that train on it in addition to the target data:
             processed, map-style or iterable, with labels of the source head's classes.
         source_data_collator: the collator for source data; default: ``data_collator``.
         states: measurements to reuse: ``trainer.states`` of another run with the same model, data and options.
         mixup: alpha with which the images and labels of each training batch are mixed; 0 for none. See
             :class:`~hf_ft.data.Mixing`.
-        cutmix: the same for replacing rectangles; with both, each batch is mixed in either way.
-        measure_samples: number of samples of a streamed ``train_dataset`` that may be looked at before training, the
+        cutmix: the same for replacing rectangles; if both are set, each batch is mixed in one of the two ways.
+        measure_samples: number of samples of a streamed ``train_dataset`` that may be read before training, the
             same on every process; 0 for none. Strategies that measure the data need a few hundred.
         shuffle_buffer: number of consecutive samples of a streamed ``train_dataset`` that are shuffled at a time, by
             each process; 0 for the order of the data set. They are kept in memory as the data set yields them.
@@ -227,13 +227,15 @@ class FTTrainer(Trainer):
         checks.check_last_batch(self, self._attempt.objective)
         mixing_checks.check_loss(self)
         output = super()._inner_training_loop(batch_size, *args, **kwargs)
-        self._checkpoints.rotate(Path(self._get_output_dir(kwargs.get("trial"))))  # an earlier process may not have
+        self._checkpoints.rotate(
+            Path(self._get_output_dir(kwargs.get("trial")))
+        )  # an earlier process may not have done so
         return output
 
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
         """Like ``Trainer``, but train nothing if the checkpoint is that of the last step, or of an early stop.
 
-        The Trainer counts after a step, so it would take one more if the run ends within an epoch.
+        The Trainer checks the step count after a step, so it would take one more if the run ends within an epoch.
         """
         stopped = self._resuming is not None and stopped_early(self.callback_handler.callbacks)
         if self.state.global_step < self.state.max_steps and not stopped:
@@ -312,7 +314,7 @@ class FTTrainer(Trainer):
         """The Trainer's optimizer over all parameters ever trained, with groups split by stage and learning rate."""
         run = self._start_run()
         plan = run.plan
-        if self._users_optimizer is not None:  # whose rates were set on purpose
+        if self._users_optimizer is not None:  # whose rates were set deliberately
             plan = dataclasses.replace(plan, learning_rate=None)
         run.unfreeze()
         with accepted("the optimizer"):
@@ -402,7 +404,7 @@ class FTTrainer(Trainer):
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *more]))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Like ``Trainer``; each micro-batch will count by its number of rows."""
+        """Like ``Trainer``; each micro-batch will be weighted by its number of rows."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if self._attempt is not None:
             self._attempt.begin_update(batches)
@@ -453,7 +455,7 @@ class FTTrainer(Trainer):
     # --- evaluating ----------------------------------------------------------------------------------------
 
     def _averaged(self) -> AbstractContextManager[None]:
-        """In training, the average in the place of the weights, if the plan has one; afterwards the model is that."""
+        """In training, the average in place of the weights, if there is one; afterwards the model is the average."""
         return averaged(None if self._run is None else self._run.average)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -511,10 +513,11 @@ class FTTrainer(Trainer):
     ) -> Any:
         """Save the model in ``output_dir`` and upload it with its card; see ``Trainer.push_to_hub``.
 
-        Of the other files there, none is uploaded: no logs, and nothing that tells of this machine.
+                None of the other files there are uploaded: no logs, and nothing that reveals anything about this
+                    machine.
 
         Raises:
-            HubError: if it cannot be uploaded. Nothing is lost; the message says how to go on.
+            HubError: if it cannot be uploaded. Nothing is lost; the message says how to continue.
         """
         given = {"token": token, "revision": revision, "private": private, **kwargs}
         return push_result(self, commit_message or "End of training", blocking, **given)
@@ -555,11 +558,11 @@ class FTTrainer(Trainer):
             about: ``license``, ``tags``, ``dataset``, ``language`` for the card.
 
         Returns:
-            The commit; None on other processes than the first.
+            The commit; None on processes other than the first.
 
         Raises:
             CheckpointError: before training, or if the model supports no delta.
-            HubError: if it cannot be uploaded. It has been saved then; the message says how to go on.
+            HubError: if it cannot be uploaded. It has been saved by then; the message says how to continue.
         """
         folder = Path(path) if path is not None else Path(str(self.args.output_dir)) / DELTA_FOLDER
         self._checkpoints.save_delta(folder, repo_id, **about)

@@ -1,4 +1,4 @@
-"""Batches of the training data, the same wherever a run is interrupted."""
+"""Batches of the training data, independent of where a run is interrupted."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CHECKED = 8  # rows that are read several times to see whether they differ
 class TrainingBatches:
     """Reads and collates rows, given their indices; the collator of a loader over these.
 
-    The random numbers that augmentation draws for a batch from Python's, NumPy's and torch's generators depend on the
-    seed, the epoch and its rows alone; those that ``hf_ft.data`` draws for an image, on that image instead of the rows.
-    Drawn from the states that a checkpoint holds, they would not be those of an uninterrupted run: when it is saved,
-    the next batch has already been read.
+    The random numbers that augmentation draws for a batch from Python's, NumPy's and torch's generators depend only on
+    the seed, the epoch and the batch's rows; those that ``hf_ft.data`` draws for an image, on the image instead of the
+    rows. If they were drawn from the states in a checkpoint, they would differ from those of an uninterrupted run: when
+    the checkpoint is saved, the next batch has already been read.
 
     Args:
         dataset: rows by index.
@@ -71,7 +71,7 @@ class TrainingBatches:
 
 
 class StreamedBatches:
-    """Collates the rows of a stream; random numbers depend on the seed and on the numbers of the batch alone.
+    """Collates the rows of a stream; random numbers depend only on the seed and on the numbers of the batch.
 
     Args:
         collate, seed, mixing, classes: see :class:`TrainingBatches`.

@@ -26,8 +26,8 @@ logger = logging.get_logger(__name__)
 class TrainingStream:
     """Batches of a training data set that is read in order, during one training attempt.
 
-    They are full, pass after pass, and the same wherever the run is interrupted: the place of each rank is saved with
-    every checkpoint.
+    They are always full, pass after pass, and independent of where the run is interrupted: each rank's position is
+    saved with every checkpoint.
 
     Attributes:
         skip: number of batches that the Trainer will skip after resuming, because it has trained on them.
@@ -41,14 +41,14 @@ class TrainingStream:
 
     @property
     def used(self) -> bool:
-        """Whether training data are read in this way: in contrast to steps, epochs end with a pass."""
+        """Whether training data are read in this way: unlike steps, epochs end with a pass."""
         return is_stream(self._trainer.train_dataset) and self._args.max_steps > 0
 
     def begin(self, resuming: Path | None) -> None:
-        """Start from the beginning, or from the place that a checkpoint holds.
+        """Start from the beginning, or from the position in a checkpoint.
 
         Raises:
-            CheckpointError: if that is missing, damaged, or of another number of processes.
+            CheckpointError: if that is missing or damaged, or was saved by another number of processes.
         """
         args = self._args
         if not self.used:
@@ -59,7 +59,7 @@ class TrainingStream:
             self.position = self._saved(resuming, readers)
 
     def loader(self, batch_size: int) -> DataLoader:
-        """A loader for the Trainer, which neither splits these batches among ranks nor reads ahead."""
+        """A loader for the Trainer that neither splits these batches among ranks nor reads ahead."""
         batches = _Batches(self, batch_size)
         return DataLoader(batches, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
 
@@ -82,13 +82,13 @@ class TrainingStream:
         )
 
     def save(self, folder: Path) -> None:
-        """Save the place of this rank."""
+        """Save the position of this rank."""
         if not self.used:
             return
         saved = dataclasses.asdict(self.position) | {"ranks": self._args.world_size}
         try:
             text = json.dumps(saved)
-        except TypeError:  # a data set of another kind, whose state is no JSON: its samples will be read again
+        except TypeError:  # a data set of another kind, whose state is not JSON: its samples will be read again
             for place in saved["places"]:
                 place["state"] = None
             text = json.dumps(saved)
@@ -110,14 +110,14 @@ class TrainingStream:
         if (ranks, len(places)) != (self._args.world_size, readers):
             raise CheckpointError(
                 f"{folder}: its samples were read by {ranks} process(es) with {len(places)} reader(s) each, not "
-                f"{self._args.world_size} with {readers}. Resume with as many processes and the same "
+                f"{self._args.world_size} with {readers}. Resume with that many processes and the same "
                 "dataloader_num_workers, or set ignore_data_skip=True to read train_dataset from the beginning."
             )
         return position
 
 
 class _Batches(IterableDataset):
-    """The batches from the stream's position on, which it keeps up to date."""
+    """The batches from the stream's position on; the position is kept up to date."""
 
     def __init__(self, stream: TrainingStream, batch_size: int) -> None:
         self.stream, self.batch_size = stream, batch_size

@@ -17,7 +17,7 @@ from hf_ft.errors import CheckpointError
 
 PREFIX = "backbone."
 WIDTH, PRETRAINED_SIDE, PATCH = 384, 518, 14
-POSITIONS = ((1, 1, WIDTH), (1, (PRETRAINED_SIDE // PATCH) ** 2, WIDTH))  # of the class token, of the patches
+POSITIONS = ((1, 1, WIDTH), (1, (PRETRAINED_SIDE // PATCH) ** 2, WIDTH))  # of the class token and of the patches
 
 
 def read_onnx(path: Path) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def read_onnx(path: Path) -> dict[str, Tensor]:
     try:
         import onnx
     except ImportError as error:
-        raise ImportError("onnx is not installed, it reads the weights of dinov2-small: pip install onnx") from error
+        raise ImportError("onnx is not installed, but it is needed to read dinov2-small: pip install onnx") from error
     graph = onnx.load(str(path)).graph
     stored = {one.name: torch.from_numpy(onnx.numpy_helper.to_array(one).copy()) for one in graph.initializer}
     found = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items() if name.startswith(PREFIX)}
@@ -59,7 +59,7 @@ def dinov2_small(path: Path) -> Any:
         patch_size=PATCH,
     )
     tensors = {f"dinov2.{name}": tensor for name, tensor in read_onnx(path).items()}
-    # What replaces masked patches in pretraining is not in the file, as it plays no part afterwards.
+    # The token that replaces masked patches in pretraining is not in the file, as it is not used afterwards.
     tensors["dinov2.embeddings.mask_token"] = torch.zeros(1, WIDTH)
     # from_pretrained knows the names that layers had when the file was written.
     kind = hf.Dinov2ForImageClassification

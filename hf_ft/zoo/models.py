@@ -74,7 +74,7 @@ def _label_options(num_labels: int | None, id2label: Mapping[int, str] | None) -
 
 
 def task_of(config: hf.PreTrainedConfig) -> Task:
-    """The task of a classifier by its config; ``OptionError`` if it has none of a known task, or of several."""
+    """The task of a classifier by its config; ``OptionError`` if it fits no known task, or several."""
     if isinstance(config, CollaborativeConfig):
         return "image" if config.task == "image" else "text"
     found = tasks_of(config)
@@ -89,7 +89,10 @@ def _pretrained(
 ) -> Any:
     config = read_config(source, **hub)
     if not (keep and labels):
-        for key, value in labels.items():  # as arguments above, they would warn if the checkpoint has other classes
+        for (
+            key,
+            value,
+        ) in labels.items():  # as arguments above, they would cause a warning if the checkpoint has other classes
             setattr(config, key, value)
         with weights_of(source, hub.get("revision")):
             return auto.from_pretrained(source, config=config, ignore_mismatched_sizes=True, **hub)

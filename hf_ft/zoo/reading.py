@@ -1,4 +1,4 @@
-"""Reading a pretrained model's files: one line says which of them is wrong, and what to do."""
+"""Reading a pretrained model's files: an error says in one line which of them is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_config(name: str, **hub: Any) -> Any:
 
 @contextmanager
 def weights_of(name: str, revision: str | None = None) -> Iterator[None]:
-    """While the weights of a Hub id or folder are loaded: tell which file is damaged.
+    """Context in which the weights of a Hub id or folder are loaded: errors name the damaged file.
 
     Raises:
         CheckpointError: if they cannot be loaded.
@@ -61,21 +61,21 @@ def weights_of(name: str, revision: str | None = None) -> Iterator[None]:
         if file_of(name, DELTA_NAME, revision) is not None:
             raise CheckpointError(
                 f"{name} is a delta, without the weights of its base: save the model that hf_ft.load_delta({name!r}) "
-                "returns, with its processor, and name that folder."
+                "returns, with its processor, and use that folder."
             ) from error
         folder = _folder(name, revision)
         damaged = None if folder is None else damaged_file(folder)
         if damaged is None:
             raise CheckpointError(f"the weights of {name} cannot be loaded: {_reason(error)}") from error
         raise CheckpointError(
-            f"{damaged.file} is damaged ({damaged.reason}), perhaps only part of it was downloaded. Delete it, and "
+            f"{damaged.file} is damaged ({damaged.reason}); perhaps only part of it was downloaded. Delete it, and "
             "download or copy it again."
         ) from error
 
 
 @contextmanager
 def processor_of(name: str, what: str) -> Iterator[None]:
-    """While the image processor or tokenizer of a Hub id or folder is loaded.
+    """Context in which the image processor or tokenizer of a Hub id or folder is loaded.
 
     Raises:
         OptionError: if there is none, or it is damaged.

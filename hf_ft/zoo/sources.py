@@ -43,12 +43,12 @@ def load_sources(
         revision: revision of all Hub ids.
 
     Raises:
-        CheckpointError: if the weights of one cannot be loaded.
+        CheckpointError: if the weights of a source cannot be loaded.
         OptionError: if there are no sources, if they are incompatible, or if one has no processor.
     """
     names = [source_models] if isinstance(source_models, str) else list(source_models)
     if not names:
-        raise OptionError("source_models is empty: name at least one pretrained model.")
+        raise OptionError("source_models is empty: give at least one pretrained model.")
     options: dict[str, Any] = {"task": task, "image_size": image_size, "revision": revision}
     loaded = [_load(name, num_labels, id2label, seed=seed + j, **options) for j, name in enumerate(names)]
     models, processors = [list(part) for part in zip(*loaded, strict=True)]
@@ -73,11 +73,11 @@ def _load(name: str, num_labels: int | None, id2label: Mapping[int, str] | None,
     except (OSError, ValueError) as error:  # Transformers' messages may be long and may not name the source
         reason = str(error).strip().splitlines()[0]
         raise OptionError(
-            f"source_models: {name}: {reason} Name Hub ids, folders written by save_pretrained, or "
+            f"source_models: {name}: {reason} Give Hub ids, folders written by save_pretrained, or "
             f"{', '.join(SHORT_NAMES)}, all of one task."
         ) from error
     if isinstance(model, CollaborativeModel):
-        raise OptionError(f"source_models: {name} is itself an ensemble: name the sources of its members instead.")
+        raise OptionError(f"source_models: {name} is itself an ensemble: give the sources of its members instead.")
     vocabulary = getattr(processor, "get_vocab", None)
     # Transformers creates an empty tokenizer if a folder has none.
     if vocabulary is not None and set(vocabulary()) <= set(processor.all_special_tokens):

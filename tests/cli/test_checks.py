@@ -29,11 +29,11 @@ from hf_ft.errors import OptionError
         ),
         ("search-blocks", "--mixup 1", "--mixup 1.0 has no effect: candidates"),
         ("compare", "--trials 0 --learning_rates 1e-4,1", "--learning_rates 1e-4,1 has no effect: --trials is 0."),
-        ("compare", "--report x --seeds 3", "--seeds 3 has no effect: --report only makes the report"),
+        ("compare", "--report x --seeds 3", "--seeds 3 has no effect: --report only rebuilds the report"),
         ("compare", "--strategies l2_sp --source_dataset x", "--source_dataset x has no effect: no strategy chosen"),
         ("train", "--strategy l2_sp --source_dataset x", "--source_dataset x has no effect: no strategy chosen"),
         ("train", "--frozen_cache never --frozen_cache_disk_gb 3", "--frozen_cache_disk_gb 3.0 has no effect: --froz"),
-        ("train", "--revision main", "--revision main has no effect: it is of a model on the Hub"),
+        ("train", "--revision main", "--revision main has no effect: it refers to a model on the Hub"),
         ("advise", "--learning_rate 0.1", "--learning_rate 0.1 has no effect: advise trains nothing."),
         ("advise", "--class_weights balanced", "--class_weights balanced has no effect: advise trains nothing."),
         ("search-blocks", "--num_train_epochs 3", "--num_train_epochs 3.0 has no effect: each candidate trains for"),
@@ -49,7 +49,7 @@ def test_on_the_command_line(command, flags, message, capsys, tmp_path, monkeypa
 def test_a_report_of_nothing(tmp_path, capsys):
     for command in ("compare", "demo"):
         assert main([command, "--report", str(tmp_path)]) == 2
-        assert "there is no results.json" in capsys.readouterr().err
+        assert "it contains no results.json" in capsys.readouterr().err
 
 
 def test_in_a_file(tmp_path, capsys):

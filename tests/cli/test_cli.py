@@ -281,7 +281,7 @@ def test_train_text_from_a_file(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "gradual_unfreezing(stages=2)" in printed and "3 steps" in printed and "recommended" not in printed
     assert "augmentation: none" in words(printed) and "test no such split" in words(printed)
-    assert "temperature none: 5 validation samples are too few for a temperature, which takes 30" in words(printed)
+    assert "temperature none: 5 validation samples are too few for a temperature, which needs 30" in words(printed)
     assert not (tmp_path / "out" / "ft_calibration.json").exists()
     answer = make_pipeline("text-classification", model=str(tmp_path / "out"))("good film")
     assert answer[0]["label"] in ("good", "bad")
@@ -364,20 +364,20 @@ REFUSED = {
     "--model ''": "--model is missing: a Hub id, a folder or file, or one of mobilenet_v2",
     "--dataset ''": "--dataset is missing: a Hub id, a folder or file, or one of elpv",
     "no_such.yaml": "cannot read 'no_such.yaml': No such file or directory",
-    "a.yaml b.yaml": "one YAML file at most can be read, not a.yaml, b.yaml",
+    "a.yaml b.yaml": "at most one YAML file can be read, not a.yaml, b.yaml",
     "--output_dir PHOTOS": "is not empty: add --overwrite",
     "--output_dir CSV": "is a file: name a folder",
     "--dataset CSV --label_column stars": "no column 'stars', only ['text', 'label', 'score']: set --label_column",
     "--dataset CSV": "ResNetConfig) is not a classifier of text data",
-    "--dataset CSV --augment basic": "--augment basic changes images, and these data are text",
-    "--dataset CSV --cutmix 1": "cutmix=1: only images can be mixed, and these data are text",
+    "--dataset CSV --augment basic": "--augment basic changes images, but these data are text",
+    "--dataset CSV --cutmix 1": "cutmix=1: only images can be mixed, but these data are text",
     "--dataset /no/such/folder": "cannot read the data '/no/such/folder'",
     "--test_split exam": "has no split 'exam', only ['test', 'train']: set --test_split",
     "--model CSV": "cannot read the model",
     "--metrics accuracy no_such_metric": "metric 'no_such_metric' could not be loaded",
     "--strategy lp_ft --strategy linear_probe": "lp_ft and linear_probe both decide which parameters train when",
     "--strategy linear_probe --linear_probe.head nowhere": "the model has no module 'nowhere'",
-    "--strategy amcf --amcf.source_models a,b": "and --amcf.source_models both say what to load: give one.",
+    "--strategy amcf --amcf.source_models a,b": "and --amcf.source_models both say what to load: give only one.",
     "--strategy soft": "soft needs the pretraining data: pass source_dataset=... to FTTrainer (--source_dataset",
     "--source_dataset /no/such": "cannot read the data '/no/such'",
     "--source_dataset PHOTOS --source_split exam": "has no split 'exam', only",
@@ -406,7 +406,7 @@ def test_refused(flags, files, tmp_path, capsys):
         ("l2_sp: {alhpa: 1}", "run.yaml: l2_sp.alhpa: l2_sp has no option 'alhpa'"),
         ("learning_rate: fast", "run.yaml: argument --learning_rate/--learning-rate: invalid float value"),
         ("config: other.yaml", "run.yaml: config is unknown"),
-        ("- model", "keys and values are needed"),
+        ("- model", "expected keys and values"),
         ("{", "is not YAML"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_killed_worker_loses_nothing(files, tmp_path, alone):
     done = python("-m", "tests.comparison.small_comparison", *told)
     assert done.returncode == 0, done.stderr
     assert "workers: 2, 1 thread each" in done.stdout
-    assert "worker 2 was killed by SIGKILL; the others do its work" in done.stderr
+    assert "worker 2 was killed by SIGKILL; the others take over its work" in done.stderr
     assert results(tmp_path / "two") == alone
     log = tmp_path / "two.log"
     assert len(workers_in(log)) == 2 and log.read_text().count('"worker died"') == 1

@@ -41,7 +41,7 @@ def test_damaged_images_are_told_before_training_or_left_out(files, tmp_path, ca
     found = capsys.readouterr()
     out = " ".join(found.out.split())  # without the wrapping of a terminal
     assert "They are skipped." in found.err and ("15 train, 4 val" in out or "16 train, 3 val" in out)
-    assert "checks" in out and "equal to others of it" in out and "out/data_checks.json" in out.replace(" ", "")
+    assert "checks" in out and "equal to others in it" in out and "out/data_checks.json" in out.replace(" ", "")
     assert (tmp_path / "out" / "data_checks.json").is_file()
     assert run(files, tmp_path / "no", "--on_corrupt", "drop") == 2
     assert "--on_corrupt drop is unknown: choose one of refuse, skip." in capsys.readouterr().err
@@ -52,7 +52,7 @@ def test_duplicates_are_refused_or_left_out(files, tmp_path, capsys):
     whole = ["--dataset", str(files / "whole"), "--on_duplicates"]
     assert run(files, tmp_path / "out", *whole, "refuse") == 2
     error = capsys.readouterr().err
-    assert "14 samples of train equal to others of it" in error and "or set --on_duplicates" in error
+    assert "14 samples of train equal to others in it" in error and "or set --on_duplicates" in error
     assert run(files, tmp_path / "out", *whole, "drop") == 2  # the folder with the list is no obstacle
     assert "all training samples are duplicates that" in capsys.readouterr().err
     assert run(files, tmp_path / "out", *whole, "keep") == 2
@@ -64,7 +64,7 @@ def test_duplicates_among_many_samples_are_looked_for_if_asked(files, tmp_path, 
     flags = DataFlags(dataset=str(files / "whole"))
     data = prepare.read_data(flags)
     unasked = prepare.check_data(data, flags, prepare.prints_for(flags), tmp_path).checks
-    assert unasked.sentences()[0].startswith("duplicates are not looked for among 20 samples: add --on_duplicates")
+    assert unasked.sentences()[0].startswith("duplicates are not searched for in 20 samples: add --on_duplicates")
     flags = DataFlags(dataset=str(files / "whole"), on_duplicates="warn")
     asked = prepare.check_data(data, flags, prepare.prints_for(flags), tmp_path)
     assert asked.checks.duplicates and asked.splits is data.splits

@@ -39,7 +39,7 @@ def test_predictions_go_to_stdout_or_a_file_and_what_is_damaged_is_told(files, t
     notes = tmp_path / "notes.csv"
     notes.write_text("file,note\na,b\n")
     assert call("predict", files / "resnet", files / "photos", "--output", notes) == 2
-    assert "holds something else: name another file, or add --overwrite" in capsys.readouterr().err
+    assert "this command did not write it: give another file, or add --overwrite" in capsys.readouterr().err
     assert call("predict", files / "resnet", files / "photos", "--output", notes, "--overwrite") == 0
 
 
@@ -86,7 +86,7 @@ def test_what_has_no_effect_is_refused(more, told, files, capsys):
     ("model", "data", "told"),
     [
         ("nothing", "photos", "cannot read the model"),
-        ("resnet", "nothing", "is no file or folder here"),
+        ("resnet", "nothing", "is not a local file or folder"),
         ("resnet", "reviews.csv", "set --image_column"),
         ("resnet", "texts", "there are no images in"),
         ("bert", "reviews.csv", "no image, audio or text column"),

@@ -58,7 +58,7 @@ def test_strategies_are_compared_and_one_is_advised(files, tmp_path, capsys):
     [
         (["--image_size", "32"], "--image_size 32 has no effect"),
         (["--augment", "basic"], "these data are audio: use none"),
-        (["--max_seconds", "0"], "--max_seconds 0 is no length"),
+        (["--max_seconds", "0"], "--max_seconds 0 is not a length"),
     ],
 )
 def test_flags_for_other_data_are_refused(flags, told, files, tmp_path, capsys):

@@ -94,7 +94,7 @@ def test_it_imports_what_this_process_does(tmp_path, environment, capsys):
             reader.join()
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith(os.path.join("torch", "__init__.py"))
-    assert second == "note: worker 2 ended with status 3; the others do its work"
+    assert second == "note: worker 2 ended with status 3; the others take over its work"
 
 
 def test_one_worker_is_this_process():
@@ -176,7 +176,7 @@ def test_the_first_takes_its_share_before_torch_is_imported(environment):
             "--workers 3 exceeds the number of GPUs, 2.*Set --workers 2, or add",
         ),
         (2, 0, {"WORLD_SIZE": "3"}, "a launcher has started 3 processes .*: leave --workers out"),
-        (2, 0, {}, "give --workers 2 on the command line"),
+        (2, 0, {}, "Give --workers 2 on the command line"),
     ],
 )
 def test_refused(number, gpus, given, message, environment):
@@ -222,7 +222,7 @@ def test_refused_before_anything_is_read(command, environment, tmp_path, capsys)
     (tmp_path / "run.yaml").write_text("workers: 2\n")
     os.environ.pop("OMP_NUM_THREADS", None)
     assert main([command, str(tmp_path / "run.yaml"), *where, "--use_cpu", "true"]) == 2
-    assert "give --workers 2 on the command line" in capsys.readouterr().err
+    assert "Give --workers 2 on the command line" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -656,7 +656,7 @@ def test_a_full_disk_decides_nothing(tmp_path, monkeypatch, whole):
         return train(entrant, values, *more, **keywords)
 
     monkeypatch.setattr("hf_ft.comparison.runner.train", full)
-    with pytest.raises(MachineError, match=r"\w+, trial \d: OSError: .*No space left on device.*run the same again"):
+    with pytest.raises(MachineError, match=r"\w+, trial \d: OSError: .*No space left on device.*run it again"):
         run(tmp_path / "full", trials=2, **SHORT)
     monkeypatch.undo()
     assert lasting(run(tmp_path / "full", trials=2, **SHORT)) == whole

@@ -45,7 +45,9 @@ def test_few_samples_take_turns_unless_told_otherwise(given, count, expected):
 
 
 def test_more_folds_than_samples():
-    with pytest.raises(OptionError, match="folds=40 exceeds the 36 samples that can validate: give folds=1"):
+    with pytest.raises(
+        OptionError, match="folds=40 exceeds the 36 samples that can be used for validation: set folds=1"
+    ):
         folds_of(data(), 40)
     with pytest.raises(OptionError, match="folds must be at least 1, got 0"):
         run("unused", folds=0)
@@ -69,7 +71,9 @@ def test_groups_stay_whole():
         same = who[train][:, None] == who[train]
         groups = folds.groups(given, fold)
         assert np.array_equal(groups[:, None] == groups, same)  # what strategies hold out are whole groups again
-    with pytest.raises(OptionError, match="folds=30 exceeds the 20 groups that can validate: give folds=1"):
+    with pytest.raises(
+        OptionError, match="folds=30 exceeds the 20 groups that can be used for validation: set folds=1"
+    ):
         folds_of(given, 30)
 
 
@@ -82,7 +86,7 @@ def grouped(labels, groups):
 
 def test_one_group_alone_cannot_validate():
     assert folds_of(grouped([0, 0, 1], [0, 1, 1]), None) is None  # without group 1, class 1 could not be learned
-    with pytest.raises(OptionError, match="folds=2 exceeds the 1 groups that can validate"):
+    with pytest.raises(OptionError, match="folds=2 exceeds the 1 groups that can be used for validation"):
         folds_of(grouped([0, 0, 1], [0, 1, 1]), 2)
 
 

@@ -42,7 +42,7 @@ def test_gain_over_another_than_full_fine_tuning():
     for over in ("linear_probe", "full"):
         mean, error = gain(results, over)
         assert mean == pytest.approx(np.mean(scores["daft"]) - np.mean(scores[over])) and 0 < error < 0.05
-        assert f"less that of {'full fine-tuning' if over == 'full' else over}: +" in _gained(results, over)
+        assert f"minus that of {'full fine-tuning' if over == 'full' else over}: +" in _gained(results, over)
     assert gain(results, "daft") is None and gain(results, "nobody") is None
     assert "over daft: no strategy" in _gained(results, "daft")
     assert _gained(results, "nobody") == _gained(results, "full")

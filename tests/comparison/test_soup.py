@@ -68,7 +68,7 @@ def test_the_report_the_card_and_the_results_hold_it(made):
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "## The average of the final runs" in text
     assert (
-        "The weights of 4 of 4 final runs (all that are alike) averaged to one model, which costs one forward pass"
+        "The weights of 4 of 4 final runs (all that are alike) averaged into one model, which costs one forward pass"
         in text
     )
     assert load_trained(folder / "soup").calibration.rows == 12

@@ -269,7 +269,7 @@ def test_predictions_of_no_class_are_refused():
     """A chart of 10**30 classes would never be finished."""
     content = made_up_results.comparison()
     content["contenders"][0]["runs"][0]["predictions"]["test"][3] = 10**30
-    with pytest.raises(CheckpointError, match="predictions or labels of 'test' lie outside of the"):
+    with pytest.raises(CheckpointError, match="predictions or labels of 'test' lie outside the"):
         Results.from_dict(content)
 
 

@@ -188,7 +188,7 @@ def test_without_kornia_the_error_says_what_to_install(kind, monkeypatch):
 def test_text_and_sounds_have_no_augmentation():
     rows = DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})})
     for kind in set(AUGMENTATIONS) - {"none"}:
-        with pytest.raises(DataError, match=f"augment='{kind}' changes images, and these data are text: use none"):
+        with pytest.raises(DataError, match=f"augment='{kind}' changes images, but these data are text: use none"):
             prepare(rows, None, find_columns(rows), kind)
 
 
@@ -212,7 +212,7 @@ def test_a_frozen_part_is_computed_in_every_step_and_a_log_line_says_so(tmp_path
         trainer.train()
         said.append([record.getMessage() for record in caplog.records])
         assert recorded == [kind == "none"] * 6
-    assert said[0] == ["Training samples differ each time they are read: what is frozen is computed in every step."]
+    assert said[0] == ["Training samples differ each time they are read: the frozen part is computed in every step."]
     assert said[1] == said[0]
 
 

@@ -100,9 +100,9 @@ def splits(tmp_path):
 
 
 SAID = [
-    "1 sample of train equal to others of it",
+    "1 sample of train equal to others in it",
     "1 sample of test equal to train",
-    "1 sample of validation equal to others of it",
+    "1 sample of validation equal to others in it",
     "1 set of equal samples with different labels",
     "1 sample of test nearly equal to train",
 ]
@@ -134,7 +134,7 @@ def test_drop_and_refuse(splits, tmp_path):
     }
     gone = {"train/cat/1.png", "train/dog/copy.bmp", "train/cat/3.png", "train/dog/4.png"}
     assert len(files) == 10 and not files & gone and found.dropped == 4
-    assert "4 of 14 samples of train left out as duplicates" in found.sentences()
+    assert "4 of 14 samples of train dropped as duplicates" in found.sentences()
     assert len(kept["validation"]) == len(kept["test"]) == 3
     with pytest.raises(DataError, match=f"different labels.*{FILE} lists them.*on_duplicates='drop'"):
         checked(splits, columns, "refuse", folder=tmp_path / "out")

@@ -95,7 +95,7 @@ def test_folders_that_may_be_splits_are_refused(names, tmp_path):
     for split in names:
         for name in ("a", "b"):
             write(tmp_path / split / name)
-    with pytest.raises(DataError, match=r"contain folders of images.*and train_split, which is '\.' if they are"):
+    with pytest.raises(DataError, match=r"contain folders of images.*set train_split to '\.'"):
         load_splits(str(tmp_path))
     one = load_splits(str(tmp_path), train_split=names[0], test_split=names[1])
     assert len(paths({"": one["test"]})) == 8 and one["train"].features["label"].names == ["a", "b"]
@@ -106,7 +106,7 @@ def test_folders_that_may_be_splits_are_refused(names, tmp_path):
 def test_splits_without_classes_are_refused(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / split)
-    with pytest.raises(DataError, match="test, train are splits by name, but contain images in no class folders"):
+    with pytest.raises(DataError, match="test, train are splits by name, but contain images outside class folders"):
         load_splits(str(tmp_path))
     assert classes_of_whole(tmp_path) == ["test", "train"]
 
@@ -126,7 +126,7 @@ def test_two_training_splits_are_refused(tmp_path):
     for split in ("Training", "TRAINING_data"):
         for name in ("cat", "dog"):
             write(tmp_path / split / name)
-    with pytest.raises(DataError, match="may each be the train split: set train_split"):
+    with pytest.raises(DataError, match="could each be the train split: set train_split"):
         load_splits(str(tmp_path))
 
 
@@ -144,9 +144,9 @@ def test_what_is_left_out_is_told(tmp_path, caplog, monkeypatch):
     assert (
         "2 .heic files" in told
         and "1 .txt files" in told
-        and f"1 images in no class folder of {tmp_path}/train" in told
+        and f"1 images in {tmp_path}/train, outside class folders" in told
     )
-    assert f"2 images in {tmp_path}/extra, which is no split with class folders" in told and ".db" not in told
+    assert f"2 images in {tmp_path}/extra, which is not a split with class folders" in told and ".db" not in told
 
 
 @pytest.mark.parametrize("suffix", [".ppm", ".jfif", ".JPG", ".tga"])
@@ -189,14 +189,14 @@ def test_a_folder_that_is_no_data_set_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "FEW", 20)
     monkeypatch.setattr(files, "load_dataset", lambda *_, **__: pytest.fail("searched"))
     with pytest.raises(
-        DataError, match=r"of the first 30 files in it and its subfolders, [01] are images, sounds or tables"
+        DataError, match=r"of the first 30 files in it and its subfolders, only [01] are images, sounds or tables"
     ):
         load_splits(str(tmp_path))
 
 
 def test_a_table_with_a_chain_of_urls_in_its_name(tmp_path):
     (tmp_path / "a::b.csv").write_text("text,label\n" + "x,0\ny,1\n" * 5)
-    with pytest.raises(DataError, match=r"takes the '::' in '.*a::b\.csv' for a chain of URLs: rename"):
+    with pytest.raises(DataError, match=r"interprets the '::' in '.*a::b\.csv' as a chain of URLs: rename"):
         load_splits(str(tmp_path / "a::b.csv"))
     write(tmp_path / "images", *(f"x::{number}.png" for number in range(6)))
     rows = [f"images/x::{number}.png,{number % 2}" for number in range(6)]

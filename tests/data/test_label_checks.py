@@ -33,7 +33,7 @@ REFUSED = [
     ([[0.0, 1.0], [1.0, 0.0]] * 2, MULTI, "has 2 values, but the model's num_labels is 3"),
     ([[0, 1, 0], [2, 0, 0]] * 2, MULTI, r"labels \[2, 0, 0\] of row 1 has values outside \[0, 1\]"),
     ([0, 1, 2, 1], MULTI, "is a single value, but the model's problem_type"),
-    ([0.5, float("nan"), 1.0, 2.0], REGRESSION, "labels nan of row 1 is no finite number"),
+    ([0.5, float("nan"), 1.0, 2.0], REGRESSION, "labels nan of row 1 is not a finite number"),
 ]
 
 

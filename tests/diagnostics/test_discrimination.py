@@ -225,7 +225,7 @@ def test_bad_input_is_refused():
     refused(r"labels are torch.float32 of shape \(45,\)", labelled(inputs["labels"].float()))
     refused(r"labels are torch.int64 of shape \(45, 1\)", labelled(inputs["labels"][:, None]))
     refused(r"head's input is \(45, 16\), not one vector for each of 44 samples", labelled(inputs["labels"][:44]))
-    refused("all 45 samples are of class 8", labelled([8] * 45))
+    refused("all 45 samples belong to class 8", labelled([8] * 45))
     refused(r"class 5 has 3 samples, fewer than folds=5: .* or set folds=3", labelled([4] * 42 + [5] * 3))
     refused(r"class -5 has 1 sample, fewer than folds=2: add more or remove it", labelled([4] * 44 + [-5]), folds=2)
     refused("class 40 has 15 samples, fewer than folds=16", folds=16, loader=labelled([40] * 15 + [3] * 30))

@@ -26,13 +26,13 @@ def test_files_and_differences_are_told(files, tmp_path, capsys):
     assert call(files / "resnet", tmp_path / "a", "--overwrite") == 0
     out, told = capsys.readouterr()
     assert "samples of random samples" not in out and "6 random samples" in out
-    assert "name samples of your own with --dataset" in told
+    assert "give your own samples with --dataset" in told
 
 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--quantize", "int4"], "--quantize int4: only int8 is known"),
+        (["--quantize", "int4"], "--quantize int4: only int8 is supported"),
         (["--formats", "tflite"], "formats"),
         (["--split", "test"], "--split test has no effect: no --dataset"),
         (["--max_length", "8"], "--max_length 8 has no effect: the model classifies image data"),

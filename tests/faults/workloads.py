@@ -20,7 +20,7 @@ STEPS = 7  # an epoch has 4
 SAVING = ("--save_strategy", "steps", "--save_steps", "2", "--logging_strategy", "steps", "--logging_steps", "1")
 BEST = ("--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "true", "--save_total_limit", "2")
 LAST = ("--eval_strategy", "no")
-AUGMENTED, PLAIN = ("--augment", "basic"), ("--augment", "none")  # what is frozen is computed once of plain images
+AUGMENTED, PLAIN = ("--augment", "basic"), ("--augment", "none")  # the frozen part is computed once for plain images
 FEW = ("--blockwise.search_epochs", "1", "--blockwise.scheme", "stage")
 SWARM = ("--amcf.particles", "2", "--amcf.iterations", "1", "--amcf.search_epochs", "1")
 

@@ -98,7 +98,7 @@ def test_evaluate_keeps_it_and_predict_applies_it(files, tmp_path, capsys):
             "is one of multi_label_classification: a temperature is",
         ),
         ("regression", "text-classification", "is one of regression"),
-        (None, "image-to-text", "pipeline='image-to-text' gives no probabilities of classes: pass one of image-cl"),
+        (None, "image-to-text", "pipeline='image-to-text' gives no class probabilities: pass one of image-cl"),
         (None, "image-classification", "nowhere has no ft_calibration.json: fit a temperature with `hf-ft evaluate"),
     ],
 )
@@ -117,8 +117,11 @@ def test_what_samples_do_not_determine_has_no_temperature_unless_asked():
     labels = torch.multinomial((logits / 4).softmax(1), 1, generator=random)[:, 0]
     assert unasked_temperature(logits, labels)[0] == Calibration.fitted(logits, labels, "data", "x").temperature
     few = unasked_temperature(logits[:29], labels[:29])
-    assert few == (None, "29 validation samples are too few for a temperature, which takes 30")
-    assert unasked_temperature(logits, logits.argmax(1)) == (None, "40 validation samples determine no temperature")
+    assert few == (None, "29 validation samples are too few for a temperature, which needs 30")
+    assert unasked_temperature(logits, logits.argmax(1)) == (
+        None,
+        "40 validation samples do not determine a temperature",
+    )
     assert unasked_temperature(logits / 0.0, labels)[0] is None
     assert takes_temperature(logits.numpy(), labels.numpy())
     assert not takes_temperature(logits.numpy(), logits.softmax(1).numpy())  # shares of classes
@@ -142,6 +145,6 @@ def test_calibration_of_a_split_before_and_after():
 def test_where_it_cannot_be_kept_is_told(files, capsys):
     where = ["evaluate", "--model", "user/model", "--dataset", str(files / "photos")]
     assert main([*where, "--calibrate", str(files / "photos")]) == 2
-    assert "user/model is no folder here" in capsys.readouterr().err
+    assert "user/model is not a local folder" in capsys.readouterr().err
     assert main([*where, "--calibrate_split", "test"]) == 2
     assert "--calibrate_split test has no effect" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_a_block_search_of_the_trainer(tmp_path):
     trainer = make_trainer(tiny_resnet(), config, tmp_path, groups=np.array(PATIENTS, dtype=object), max_steps=2)
     trainer.train()
     assert trainer.states["blockwise"].info["scores"]["scores"]
-    with pytest.raises(OptionError, match="all 32 training samples are of one group"):
+    with pytest.raises(OptionError, match="all 32 training samples belong to one group"):
         make_trainer(tiny_resnet(), config, tmp_path / "one", groups=[1] * 32, max_steps=2).train()
 
 

@@ -185,7 +185,10 @@ def test_postgresql_that_does_not_open(server, driver):
     assert drivers()
     right = server.url(driver=driver)
     for url, message in (
-        (server.url(driver=driver, password="secret"), "password authentication failed .*are user and password right"),
+        (
+            server.url(driver=driver, password="secret"),
+            "password authentication failed .*are user and password correct",
+        ),
         (server.url("nosuch", driver=driver), 'database "nosuch" does not exist'),
         (right.replace(f":{server.port}/", ":1/"), "refused.*is its server running"),
         (right.replace(f":{server.port}/", ":1/") + "?password=secret", "refused.*is its server running"),
@@ -208,9 +211,9 @@ def test_postgresql_that_goes(server, database):
 
     options = {"storage": server.url(database), "name": "study", "signature": SIGNATURE}
     try:
-        with pytest.raises(OptionError, match=r"storage='postgresql://worker:\*\*\*@.*cannot be reached any more") as e:
+        with pytest.raises(OptionError, match=r"storage='postgresql://worker:\*\*\*@.*can no longer be reached") as e:
             run_trials(jobs(4), evaluate, heartbeat=0.1, **options)
-        assert "Start its server again" in str(e.value) and PASSWORD not in str(e.value)
+        assert "Restart its server" in str(e.value) and PASSWORD not in str(e.value)
     finally:
         server.start()
     assert [o.value for o in run_trials(jobs(4), evaluate, heartbeat=0.1, **options).values()] == [0.0, 1.0, 2.0, 3.0]
@@ -252,7 +255,7 @@ def _without_server(folder, url):
 @needs_grpc
 def test_grpc_that_does_not_open(tmp_path):
     last, _ = told_by(start(tmp_path, "grpc://127.0.0.1:1", target=_without_server), tmp_path)
-    assert "storage='grpc://127.0.0.1:1': no gRPC server answers there within 0.5 s" in last
+    assert "storage='grpc://127.0.0.1:1': no gRPC server answered there within 0.5 s" in last
 
 
 @needs_grpc
@@ -263,8 +266,8 @@ def test_grpc_that_goes(tmp_path):
             time.sleep(0.05)
         server.stop()
         last, _ = told_by(worker, tmp_path)
-        assert f"OptionError: storage={server.url!r} cannot be reached any more" in last.replace("Gone", "Option")
-        assert "Start its server again" in last
+        assert f"OptionError: storage={server.url!r} can no longer be reached" in last.replace("Gone", "Option")
+        assert "Restart its server" in last
         server.start()
         worker = start(tmp_path, server.url, 3, 0.0, 0.2)
         worker.join(60)

@@ -433,8 +433,8 @@ def test_scores_that_are_no_numbers(storage):
         ("://", "is not a URL"),
         ("postgresql://user:pass@secret@host/database", "write each @ of a name or password as %40"),
         ("postgresql://host:port/database?password=secret", "'postgresql://host:port/database' is not a URL"),
-        ("postgresql:/user:secret@host/database", r"'postgresql:\*\*\*@host/database' is of unknown kind"),
-        ("grpc://user:secret@host:13000", "lacks its host or port, or has more"),
+        ("postgresql:/user:secret@host/database", r"'postgresql:\*\*\*@host/database' is of an unknown kind"),
+        ("grpc://user:secret@host:13000", "lacks a host or port, or contains more"),
     ],
 )
 def test_storage_that_cannot_be_opened(storage, message, empty, tmp_path):

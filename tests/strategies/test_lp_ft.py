@@ -103,7 +103,7 @@ def test_a_loop_of_ones_own_is_told_to_pass_its_optimizer(monkeypatch):
     step = run.stepper(objective, 4, optimizer=optimizer)
     assert not messages
     run.stepper(objective, 4)
-    assert "lp_ft: a stage wants a fresh optimizer: pass optimizer=..." in messages[0]
+    assert "lp_ft: a stage requires a fresh optimizer: pass optimizer=..." in messages[0]
     for parameter in run.model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
     step(0), step(1)

@@ -447,7 +447,7 @@ def test_an_optimizer_of_ones_own_leaves_the_source_head(tmp_path, monkeypatch):
     trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=SOFT, optimizers=(optimizer, None), **data)
     trainer.train()
     assert any(
-        "the given one does not contain the extra parameters that source would train" in message for message in told
+        "this optimizer does not contain the extra parameters that source would train" in message for message in told
     )
     assert torch.equal(trainer._run.plan.terms[0].fn.head.module.weight, before)
 
@@ -598,7 +598,7 @@ def test_layers_that_a_joint_forward_cannot_divide():
     term = dataclasses.replace(run.plan.terms[0], layers=("classifier",))
     run = dataclasses.replace(run, plan=dataclasses.replace(run.plan, terms=(term,)))
     objective = run.objective().train()
-    with pytest.raises(OptionError, match="layer 'classifier' lies in the head.*source_forward='separate'"):
+    with pytest.raises(OptionError, match="layer 'classifier' is in the head.*source_forward='separate'"):
         objective(**tiny_batch(objective))
 
 

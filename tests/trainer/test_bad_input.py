@@ -341,15 +341,15 @@ def test_statistics_that_cannot_follow_are_told(momentum, steps, told, caplog):
     with caplog.at_level("WARNING", logger="hf_ft"):
         warn_slow_statistics(model, names, steps)
         warn_slow_statistics(model, ["classifier.1.weight"], steps)  # those of frozen layers stay as they are
-    assert ("in 8 steps, their running statistics go 8 % of the way" in caplog.text) == told
+    assert ("in 8 steps, their running statistics move 8 % of the way" in caplog.text) == told
     assert len(caplog.records) == told
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adam_beta1": 1e308}, "the optimizer cannot be made .*: Invalid beta parameter"),
-        ({"lr_scheduler_kwargs": "x"}, "the learning rate schedule cannot be made .*must be a mapping"),
+        ({"adam_beta1": 1e308}, "the optimizer cannot be created .*: Invalid beta parameter"),
+        ({"lr_scheduler_kwargs": "x"}, "the learning rate schedule cannot be created .*must be a mapping"),
     ],
 )
 def test_what_torch_refuses_is_an_option(arguments, message, tmp_path):

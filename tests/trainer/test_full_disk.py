@@ -70,7 +70,7 @@ def test_while_saving(number, checkpoints, command, full, tmp_path, capsys, monk
     resume = [*command, "--resume_from_checkpoint=true"]
     if checkpoints:
         assert main(command) == 2
-        assert "--resume_from_checkpoint true to go on" in capsys.readouterr().err
+        assert "--resume_from_checkpoint true to continue" in capsys.readouterr().err
         assert main(resume) == 0
     else:
         assert main(command) == 0  # nothing is in the way

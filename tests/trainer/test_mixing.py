@@ -310,7 +310,7 @@ def test_a_frozen_part_is_computed_in_every_step_and_a_log_line_says_so(tmp_path
         made.train()
         assert seen[-1] is recorded
     said = [r.getMessage() for r in caplog.records if "are mixed" in r.getMessage()]
-    assert said == ["Batches are mixed (mixup=0.4, cutmix=1): what is frozen is computed in every step."]
+    assert said == ["Batches are mixed (mixup=0.4, cutmix=1): the frozen part is computed in every step."]
 
 
 class Prefix(TrainerCallback):
@@ -343,7 +343,7 @@ class Endless(torch.utils.data.IterableDataset):
 REFUSED = {
     "a negative alpha": ({"mixup": -0.1}, "mixup=-0.1 must be 0, for none, or a positive number, such as 0.2"),
     "no number": ({"cutmix": float("nan")}, "cutmix=nan must be 0"),
-    "text": ({"model": tiny_bert, "mixup": 0.2}, "mixup=0.2: only images can be mixed, and Bert.*'input_ids'"),
+    "text": ({"model": tiny_bert, "mixup": 0.2}, "mixup=0.2: only images can be mixed, but Bert.*'input_ids'"),
     "rows that stream": ({"data": Endless(), "mixup": 0.2, "max_steps": 2}, "mixup=0.2: .*iterable train_dataset"),
     "recorded rows": ({"frozen_cache": "always", "mixup": 0.2}, "frozen_cache='always'.*mixup=0.2.*Use 'auto'"),
     "a loss of its own": ({"model": lambda: of_class(Focal), "cutmix": 1.0}, "cutmix=1: the model computes .* for cl"),

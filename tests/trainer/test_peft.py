@@ -70,7 +70,7 @@ def test_a_local_base_is_told_before_an_adapter_is_pushed(tmp_path, caplog, monk
     model = get_peft_model(type(tiny_vit()).from_pretrained(tmp_path / "base"), VIT)
     trainer = make_trainer(model, "full", tmp_path / "run", push_to_hub=True, hub_model_id="me/x", hub_token="x")
     trainer.save_model(_internal_call=True)
-    assert f"is a local folder, '{tmp_path / 'base'}': what is uploaded names it 'base' alone" in caplog.text
+    assert f"is a local folder, '{tmp_path / 'base'}': the upload refers to it only as 'base'" in caplog.text
 
 
 @pytest.mark.parametrize(("make", "config"), [(tiny_vit, VIT), (tiny_resnet, RESNET)])

@@ -152,7 +152,7 @@ def test_another_start_is_refused_where_it_matters(tmp_path):
 @pytest.mark.slow
 def test_an_earlier_run_is_not_overwritten(tmp_path):
     train(tiny_resnet(), "full", tmp_path, **SAVING)
-    with pytest.raises(OptionError, match="contains checkpoint-8 of an earlier run.*overwrite=True"):
+    with pytest.raises(OptionError, match="contains checkpoint-8 from an earlier run.*overwrite=True"):
         train(tiny_resnet(), "full", tmp_path, **SAVING)
     assert len(checkpoints(tmp_path)) == 4
     args = tiny_arguments(tmp_path, **{**SAVING, "save_steps": 8})

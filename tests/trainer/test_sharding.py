@@ -59,7 +59,7 @@ def test_strategies_that_need_the_whole_model_are_refused_by_name(sharding):
         ({"reshard_after_forward": False}, {}, "reshard_after_forward=False.*Set it to true"),
         ({"activation_checkpointing": True}, {}, "activation_checkpointing=True.*gradient_checkpointing"),
         ({"cpu_offload": True}, {}, "cpu_offload=.*leave it out"),
-        ({}, {}, "there is one"),
+        ({}, {}, "there is only one"),
     ],
 )
 def test_settings_that_are_not_carried(settings, more, message, sharding):
@@ -106,6 +106,6 @@ def test_the_launcher_asks_for_it(tmp_path, monkeypatch):
             monkeypatch.setenv(key, value)
     refused("cpu_ram_efficient_loading=True.*--fsdp_cpu_ram_efficient_loading false", given)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
-    refused("there is one", given)
+    refused("there is only one", given)
     with pytest.raises(OptionError, match="accelerate launch --use_fsdp .*FTTrainer"):
         read(["--model", "nobody/nothing", "--dataset", "nobody/nothing"])

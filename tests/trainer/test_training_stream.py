@@ -171,7 +171,10 @@ def test_places_that_do_not_fit_are_named(tmp_path):
     file = tmp_path / "checkpoint-2" / "ft_data_0.json"
     content = file.read_text()
     for text, message in (
-        (content.replace('"ranks": 1', '"ranks": 2'), "read by 2 process.*Resume with as many.*ignore_data_skip=True"),
+        (
+            content.replace('"ranks": 1', '"ranks": 2'),
+            "read by 2 process.*Resume with that many.*ignore_data_skip=True",
+        ),
         ("{}", "ft_data_0.json is damaged .*Restore it"),
     ):
         file.write_text(text)

@@ -27,8 +27,8 @@ def card_section(results: Results) -> str:
         headers += (f"difference on {split}", "95 % interval", "seconds")
         rows = tuple(_card_row(standing, split) for standing in ranked)
         about = (
-            f"Mean {metric} ± standard deviation over seeds; differences are to `{BASELINE}`; seconds are for one "
-            "training run."
+            f"Mean {metric} ± standard deviation over seeds; differences are relative to `{BASELINE}`; seconds are for "
+            "one training run."
         )
         parts += [pipe_table(Table(about, headers, rows)), about]
     calibrated = card_calibration(results, best) if best is not None else []

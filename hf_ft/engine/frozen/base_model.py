@@ -36,10 +36,10 @@ def switched_off(adapters: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def adapters_of(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The layers to switch off so that a model computes for good what it computes now.
+    """The layers to switch off so that a model keeps computing what it computes now.
 
-    Empty if there are none: the model is no PEFT model, or one whose base is trained as well, has statistics that move,
-    or whose adapters change its outputs already.
+    Empty if there are none: the model is not a PEFT model, or its base is also trained or has statistics that move, or
+    its adapters already change its outputs.
     """
     if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning or batch_norms(model):
         return ()
@@ -57,7 +57,7 @@ def _parts(layer: Any) -> Iterator[nn.Module]:
 
 
 def _idle(model: PeftModel, layers: Sequence[nn.Module]) -> bool:
-    """Whether the adapters change nothing, as when they are new: on one sample, bit for bit."""
+    """Whether the adapters change nothing, as when they are new: checked on one sample, bit for bit."""
     for batch in example_inputs(unwrap(model)[0]):
         try:
             with observing(model):

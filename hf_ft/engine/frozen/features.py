@@ -1,4 +1,4 @@
-"""Features of a frozen network's layer for all samples, computed once where they can be stored."""
+"""Features of a frozen network's layer for all samples, computed once if they can be stored."""
 
 from __future__ import annotations
 

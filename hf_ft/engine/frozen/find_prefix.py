@@ -29,7 +29,7 @@ def find_prefix(
     """Find the longest prefix that can be skipped.
 
     Args:
-        live: for each chain of the model, the parts that train or change; its borders lie before the first of them.
+        live: for each chain of the model, the parts that train or change; its borders are before the first of them.
         first: a batch to trace, on the model's device.
         second: a batch of other samples and another size, on which replaying is checked against the full forward
             before it is used.
@@ -156,7 +156,7 @@ class PrefixFinder:
 
         Skipped modules run in eval mode. An enclosing module may not, if something in it trains, and it may apply
         dropout or skip layers by itself, which activations recorded in evaluation mode would lack. A rare event may
-        not show in the outputs of one pass, so they must also draw no more random numbers than in eval mode.
+        not show in the outputs of one pass, so these modules must also draw no more random numbers than in eval mode.
         """
         prefix = self.prefix([cut], self.pixels)
         names = {parent for name in prefix.left_out for parent in _parents(name)}

@@ -85,8 +85,8 @@ def _resting(model: nn.Module, before: Sequence[str]) -> list[nn.Module]:
     as soon as all its parameters do. A container that also holds a trained module, or one behind it, stays in train
     mode, because:
 
-    - what it applies also acts on what trains: SpecAugment lies between wav2vec2's frozen convolutions and its layers.
-      Where it acts on frozen modules as well, nothing is recorded after it (see `PrefixFinder._steady`).
+    - what it applies also acts on what trains: SpecAugment is between wav2vec2's frozen convolutions and its layers.
+      Where it also acts on frozen modules, nothing is recorded after it (see `PrefixFinder._steady`).
     - gradients pass through what lies behind a trained module. Gradient checkpointing and Reformer's reversible layers
       need train mode there, and dropout there regularises what trains, e.g. adapters in frozen layers.
     """
@@ -149,7 +149,7 @@ class _Inside:
 
 
 def with_dropout(model: nn.Module, stage: Stage, trained: Collection[str], head: Names) -> bool:
-    """Whether dropout is active in a stage: if it wants it, or if gradients must pass through layers that need it.
+    """Whether dropout is active in a stage: if the stage uses it, or if gradients must pass through layers needing it.
 
     Args:
         trained: names of the parameters that the stage trains.
@@ -161,7 +161,7 @@ def with_dropout(model: nn.Module, stage: Stage, trained: Collection[str], head:
     if all(covered(name, set(head)) for name in trained):
         return False
     logger.warning_once(
-        f"Stage {stage.name!r} trains with dropout, though it is to train without: the layers of {type(base).__name__} "
-        "have gradients in train mode only. Set the dropout of the model's config to 0 instead."
+        f"Stage {stage.name!r} trains with dropout although it should not: the layers of {type(base).__name__} "
+        "have gradients only in train mode. Set the dropout of the model's config to 0 instead."
     )
     return True

@@ -39,7 +39,7 @@ def record(
 def share(batches: list[list[int]], ranks: int, rank: int) -> list[list[int]]:
     """The batches that a rank computes.
 
-    With fewer batches than ranks, a rank without one computes the first, to have something to send.
+    With fewer batches than ranks, a rank without a batch computes the first one, to have something to send.
     """
     return batches[rank::ranks] or batches[:1]
 
@@ -47,7 +47,7 @@ def share(batches: list[list[int]], ranks: int, rank: int) -> list[list[int]]:
 def record_shared(
     batches: Sequence[Sequence[int]], mine: Iterator[Columns], accelerator: Accelerator
 ) -> Iterator[tuple[Tensor, Columns]]:
-    """As :func:`record`, where each rank computes its :func:`share` and receives the columns of all others.
+    """Like :func:`record`, but each rank computes its :func:`share` and receives the columns of all others.
 
     Args:
         batches: the indices of all rows, the same on every rank.

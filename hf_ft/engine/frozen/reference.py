@@ -20,14 +20,14 @@ from hf_ft.models.source_head import attach_source_head, attached_source_head, b
 class Reference:
     """A model as it is now, in evaluation mode: a frozen copy.
 
-    Of a PEFT model whose adapters alone are trained, the base serves, without them: there is no copy then.
+    For a PEFT model of which only the adapters are trained, the base without them serves: no copy is made.
 
     It is not a module, so that a module that holds it does not register it as a child: it is not trained, saved or
     wrapped for distributed training. It follows the device of the model in training.
 
     Args:
         model: in its current state and dtype.
-        layouts: how its layers lay out their outputs; None for as (B, T, C) or (B, C, H, W).
+        layouts: how its layers lay out their outputs; None for (B, T, C) or (B, C, H, W).
     """
 
     def __init__(self, model: nn.Module, layouts: Layouts | None = None) -> None:

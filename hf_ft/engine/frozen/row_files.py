@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # by the file system, or by the C library for it
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # by the file system, or by the C library on its behalf
 ZEROS = bytes(2**20)
 
 
@@ -43,10 +43,10 @@ class RowFiles:
             self._delete = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def map(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor in a file of its own.
+        """A tensor in its own file.
 
         Raises:
-            OSError: if there is no room for it; the folder is deleted then.
+            OSError: if there is no room for it; the folder is then deleted.
         """
         file, size = self._folder / name, math.prod(shape)
         if self._creates:

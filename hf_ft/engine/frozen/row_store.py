@@ -61,7 +61,7 @@ class RowStore:
             if shared.creates:
                 self._check_disk(cache)
             self._files = RowFiles(cache.folder, shared)
-        # Convolutions on a CPU are up to 1.5 times faster with channels last, so that order is kept.
+        # Convolutions on a CPU are up to 1.5 times faster with channels last, so this order is kept.
         self._innermost = {
             name
             for name, column in first.items()

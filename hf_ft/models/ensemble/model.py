@@ -98,7 +98,7 @@ class CollaborativeModel(hf.PreTrainedModel):
             raise OptionError("members: the config lists none. Is it the config of an ensemble?")
         attention = config._attn_implementation
         super().__init__(config)
-        config._attn_implementation_internal = attention  # otherwise it would be chosen for the members, too
+        config._attn_implementation_internal = attention  # otherwise it would also be chosen for the members
         if members is None:
             build = auto_model(config.task).from_config
             members = [build(config.member(index), trust_remote_code=False) for index in range(len(config.members))]

@@ -20,8 +20,8 @@ def soup(
     r"""Average several models into one plain model, with :math:`\theta = \frac{1}{N} \sum_j \theta_j`.
 
     This can work for members fine-tuned from the same pretrained weights. It may work less well if their heads were
-    initialised differently, so compare its score with the ensemble's. BatchNorm statistics are averaged as well and
-    fit no data: ``torch.optim.swa_utils.update_bn`` re-estimates them, layer by layer.
+    initialised differently, so compare its score with the ensemble's. BatchNorm statistics are also averaged and
+    then fit no data: ``torch.optim.swa_utils.update_bn`` re-estimates them, layer by layer.
 
     Args:
         members: models of one class; left unchanged.

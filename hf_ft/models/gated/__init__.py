@@ -1,1 +1,1 @@
-"""Models with two paths: a classifier whose parts are computed twice, as fine-tuned and as pretrained, and gated."""
+"""Models with two paths: a classifier whose parts are computed both as fine-tuned and as pretrained, and gated."""

@@ -1,4 +1,4 @@
-"""The config of a model with two paths: that of its classifier, and what its gate is made of."""
+"""The config of a model with two paths: its classifier's config and the settings of its gate."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def gated_config(model: Any, gate: dict[str, Any], task: str) -> GatedConfig:
 
 
 def class_of(config: Any, task: str) -> Any:
-    """The class of a classifier: that which its config names, of those that Transformers has for the task.
+    """The class of a classifier: the one that its config names, among those that Transformers has for the task.
 
     Raises:
         OptionError: if Transformers has none.

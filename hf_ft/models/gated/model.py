@@ -48,7 +48,7 @@ class GatedModel:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise OptionError(
-            f"{type(self).__name__} with two paths cannot be created from a config, nor get another head: to train on "
+            f"{type(self).__name__} with two paths cannot be created from a config or given another head: to train on "
             "other classes, start from the pretrained model."
         )
 
@@ -141,7 +141,7 @@ class AddPaths:
     """Surgery: give a classifier a second path and a gate; the model stays the same object.
 
     Attributes:
-        settings: of the gate; completed for the model.
+        settings: the settings of the gate; completed for the model.
     """
 
     settings: Any
@@ -161,7 +161,7 @@ def check_not_computed_again(args: TrainingArguments) -> None:
     """
     if args.gradient_checkpointing:
         raise OptionError(
-            "gradient_checkpointing=True computes layers again when the decisions on them are gone, so a model with "
+            "gradient_checkpointing=True recomputes layers when the decisions about them are gone, so a model with "
             "two paths cannot be trained with it: set it to False."
         )
 
@@ -182,7 +182,7 @@ def check_plain(model: nn.Module) -> None:
     if isinstance(model, GatedModel):
         raise OptionError("the model has two paths already: pass the pretrained model, or train it with FullConfig.")
     if kind in TRAIN_MODE_ALONE:
-        raise OptionError(f"the layers of {type(model).__name__} are reversible, so they can have no second path.")
+        raise OptionError(f"the layers of {type(model).__name__} are reversible, so they cannot have a second path.")
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise OptionError("gradient checkpointing with two paths: call model.gradient_checkpointing_disable().")
     if _task_of(model) is None:
@@ -213,7 +213,7 @@ def _gated(classifier: type) -> type:
 
 
 def _built(saved: GatedConfig, dtype: Any) -> Any:
-    """A model of a saved config, in eval mode, with random weights."""
+    """A model built from a saved config, in eval mode, with random weights."""
     assert saved.base is not None and saved.gate is not None
     content = dict(saved.gate)
     settings_class, gate_class = _KINDS[content.pop("kind")]

@@ -22,7 +22,7 @@ _NOT_INPUTS = ("labels", "output_hidden_states", "output_attentions", "return_di
 
 
 class Gate(Protocol):
-    """What mixes the two paths; an ``nn.Module`` whose parameters train with the model."""
+    """The gate that mixes the two paths; an ``nn.Module`` whose parameters train with the model."""
 
     units: Names
 
@@ -100,7 +100,7 @@ def per_row(share: Tensor | None, output: Tensor, unit: str) -> Tensor:
     """A share per sample, (B,), in the shape of an output (B, ...).
 
     Raises:
-        OptionError: if there is none, or if the rows of the output are no samples.
+        OptionError: if there is none, or if the rows of the output are not samples.
     """
     if share is None:
         raise OptionError(f"{unit!r} was called outside of its model, which decides for each sample: call the model.")

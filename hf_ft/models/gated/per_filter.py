@@ -1,4 +1,4 @@
-"""A gate per sample and filter: a recurrent network over the layers decides which channels are fine-tuned ones."""
+"""A gate per sample and filter: a recurrent network over the layers decides which channels are the fine-tuned ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_ft.models.gated.paths import straight_through
 from hf_ft.models.gated.survey import SAMPLES, Seen, survey
 from hf_ft.models.names import Names
 
-Unit = tuple[str, int, int, bool]  # its name, numbers of channels that enter and leave it, and whether it convolves
+Unit = tuple[str, int, int, bool]  # its name, its numbers of input and output channels, and whether it convolves
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PerFilter:
         blocks: names of the modules of each block; layers in them are gated.
         width: number of units of the recurrent network.
         layers: the gated layers.
-        norms: BatchNorm layers outside of these, which the gate of the layer before decides about.
+        norms: BatchNorm layers outside these, which are decided by the gate of the layer before them.
     """
 
     blocks: tuple[Names, ...]
@@ -41,7 +41,7 @@ class PerFilter:
     def fitted(self, model: nn.Module) -> PerFilter:
         """The settings with the layers.
 
-        A layer is the largest module with a single weight, such as a convolution and its norm, that gives a row for
+        A layer is the largest module with a single weight, such as a convolution and its norm, that returns a row for
         each sample.
 
         Raises:
@@ -155,7 +155,7 @@ class PerFilterGate(nn.Module):
         return _along(self._last, output, 1 if convolves else -1)
 
     def _as_before(self, output: Tensor) -> Tensor:
-        """The share of a norm: that of the layer before; all fine-tuned where this has other channels."""
+        """The share of a norm: that of the layer before; all fine-tuned if that layer has other channels."""
         if self._last is None or self._last.shape != output.shape[:2]:
             return output.new_ones(())
         return _along(self._last, output, 1)

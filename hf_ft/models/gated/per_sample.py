@@ -1,4 +1,4 @@
-"""A gate per sample and block: a small network on the pretrained features decides which blocks are fine-tuned ones."""
+"""A gate per sample and block: a small network on the pretrained features chooses which blocks are fine-tuned ones."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class PerSample:
 
     Attributes:
         blocks: names of the modules of each block.
-        head: names of the head's modules; what enters them in the frozen copy is the gate's input.
+        head: names of the head's modules; their input in the frozen copy is the gate's input.
         logits: names of the layers that give the logits.
         features: number of features.
         width: number of hidden units.
-        temperature: of the Gumbel softmax.
+        temperature: temperature of the Gumbel softmax.
         noise: whether decisions are drawn in training.
     """
 
@@ -74,7 +74,7 @@ def decisions(logits: Tensor, temperature: float, noise: bool) -> Tensor:
     .. math:: I = \arg\max_k (z_k + g_k), \qquad
         \nabla I = \nabla \, \mathrm{softmax}\big((z + g) / \tau\big)_1, \qquad g_k \sim \mathrm{Gumbel}(0, 1)
 
-    Without noise :math:`g = 0`, and ties are decided for 1.
+    Without noise, :math:`g = 0`, and ties are resolved in favour of 1.
     """
     soft = gumbel_softmax(logits, tau=temperature) if noise else (logits / temperature).softmax(dim=-1)
     return straight_through((soft[..., 1] >= 0.5).to(soft.dtype), soft[..., 1])

@@ -1,4 +1,4 @@
-"""Whether modules of a classifier can have two paths: one forward pass on example inputs tells."""
+"""Whether modules of a classifier can have two paths, as found by one forward pass on example inputs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SAMPLES = 2
 
 @dataclass
 class Seen:
-    """What a module was seen to take and give.
+    """The observed inputs and outputs of a module.
 
     Attributes:
         calls: how often it was called.
         inputs: shape of the first tensor that it takes.
-        output: shape of the first tensor that it gives; empty if it gives none.
-        changes: whether it changes what it is given in place.
+        output: shape of the first tensor that it returns; empty if it returns none.
+        changes: whether it changes its input in place.
     """
 
     calls: int = 0
@@ -38,7 +38,7 @@ class Seen:
 
     @property
     def has_rows(self) -> bool:
-        """Whether it gives a row for each sample."""
+        """Whether it returns a row for each sample."""
         return self.output[:1] == (SAMPLES,)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -105,9 +105,9 @@ def _state(module: nn.Module) -> Iterator[Tensor]:
 
 
 def called_units(blocks: Sequence[Names], seen: Mapping[str, Seen]) -> tuple[Names, ...]:
-    """The modules of each block that give a row for each sample, of which a sample can choose one.
+    """The modules of each block that return a row for each sample, so that each sample can choose its path.
 
-    The last module of a block must; others, such as embeddings of positions that it needs, are not chosen.
+    The last module of a block must do so; others, such as position embeddings that it needs, are not chosen.
 
     Raises:
         OptionError: if a block has none, or one that changes its input in place.
@@ -129,7 +129,7 @@ def called_units(blocks: Sequence[Names], seen: Mapping[str, Seen]) -> tuple[Nam
         changing = [unit for unit in chosen[-1] if seen[unit].changes]
         if changing:
             raise OptionError(
-                f"{changing[0]!r} changes its input in place, so that a second path would see another one. Name other "
+                f"{changing[0]!r} changes its input in place, so a second path would see another one. Name other "
                 "blocks with blocks=..."
             )
     return tuple(chosen)

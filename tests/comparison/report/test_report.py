@@ -383,7 +383,7 @@ def test_mistakes_have_thumbnails_only_if_they_are_in_the_results(whole):
     content["mistakes"]["surest"][0]["shown"] = "https://example.org/x.png"
     assert html(document(Results.from_dict(content))).count("<img") == 1
     content["mistakes"]["surest"][0]["true"] = 2
-    with pytest.raises(CheckpointError, match="mistakes lie outside of the 2 classes"):
+    with pytest.raises(CheckpointError, match="mistakes lie outside the 2 classes"):
         Results.from_dict(content)
 
 
@@ -479,7 +479,7 @@ def test_verdicts_without_rivals_baseline_or_test():
     assert said(CONTENTS["nothing finished"]())[0].startswith("No strategy finished")
     content = made_up_results.comparison()
     content["contenders"] = [c for c in content["contenders"] if c["name"] != "full"]
-    assert "differences to it are unknown" in said(content)[1]
+    assert "differences from it are unknown" in said(content)[1]
     content = made_up_results.comparison()
     for contender in content["contenders"]:
         for run in contender["runs"]:

@@ -313,7 +313,7 @@ def test_named_targets_are_kept_to_the_block(tmp_path):
     assert surgery.targets == ("bert.encoder.layer.1.attention.self.query",)
     with pytest.raises(OptionError, match="supports an adapter"):
         BlockwiseConfig(block="stage1", tuner=LoraConfig(target_modules=["nowhere"])).plan(model, State())
-    with pytest.raises(OptionError, match="PromptTuningConfig adapts no modules"):
+    with pytest.raises(OptionError, match="PromptTuningConfig does not adapt modules"):
         BlockwiseConfig(block="stage1", tuner=PromptTuningConfig(num_virtual_tokens=2)).plan(model, State())
     with pytest.raises(OptionError, match="PEFT rejects LoraConfig"):
         make_trainer(model, BlockwiseConfig(block="stage1", tuner=LoraConfig(r=0)), tmp_path).train()

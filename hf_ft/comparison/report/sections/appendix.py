@@ -43,7 +43,7 @@ def data(results: Results) -> Section:
 
 
 def checks(found: FoundInData | None) -> list[Block]:
-    """What the checks of the data found."""
+    """The findings of the data checks."""
     if found is None:
         return []
     said = tuple(f"{sentence}." for sentence in found["said"])
@@ -122,7 +122,7 @@ def advice(results: Results) -> Section | None:
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    """Those in a list; the advice is kept as it was given, of no fixed form."""
+    """The mappings in a list; the advice is kept as it was given, without a fixed form."""
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list | tuple) else []
 
 

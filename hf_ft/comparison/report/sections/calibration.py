@@ -1,4 +1,4 @@
-"""Whether probabilities are frequencies: log loss, calibration error and reliability of each strategy."""
+"""Whether probabilities match frequencies: log loss, calibration error and reliability of each strategy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_ft.documents.text import NONE, code, names, score
 from hf_ft.inference.calibration import BINS, FEWEST, FILE, Bin, SplitCalibration
 
 SPLITS = ("test", "ood")
-DRAWN = 5  # samples from which a bin is drawn: the accuracy of fewer says nothing
+DRAWN = 5  # fewest samples for which a bin is drawn: the accuracy of fewer means nothing
 SHARES = ((0.0, "0"), (0.5, "0.5"), (1.0, "1"))
 AS_TRAINED, CALIBRATED = "as trained", "calibrated"
 Runs = Sequence[tuple[Training, SplitCalibration]]
@@ -28,10 +28,10 @@ def calibration(results: Results, standings: Sequence[Standing]) -> Section | No
         return None
     lead = (
         "Log loss is the mean of -log p of the true class (negative log likelihood). The expected calibration error "
-        f"(ECE) is how far confidence and accuracy differ on average, in {BINS} bins of confidence: it is 0 if of the "
-        "predictions with a probability of 0.8, 80 % are right, and so on. The temperature of each run, by which its "
-        "logits are divided, was fitted on validation alone; it changes probabilities but no prediction. Scores are "
-        "mean ± standard deviation over seeds."
+        f"(ECE) is the average difference between confidence and accuracy over {BINS} bins of confidence: it is 0 if "
+        "80 % of the predictions with a probability of 0.8 are right, and so on. The temperature of each run, by which "
+        "its logits are divided, was fitted on validation alone; it changes probabilities but no prediction. Scores "
+        "are mean ± standard deviation over seeds."
     )
     blocks: list[Block] = [Text(lead), *_remarks(results, standings), calibration_table(shown["test"], "test")]
     blocks.append(reliability_figure(shown["test"]))
@@ -52,7 +52,7 @@ def _calibrated(standings: Sequence[Standing], split: str) -> dict[str, Runs]:
 
 
 def _remarks(results: Results, standings: Sequence[Standing]) -> list[Text]:
-    """How large an error is by chance, and which strategies have runs without a temperature."""
+    """How large an error chance alone gives, and which strategies have runs without a temperature."""
     remarks = []
     best = winner(results, standings)
     run = None if best is None else saved_run(results, best)
@@ -67,8 +67,8 @@ def _remarks(results: Results, standings: Sequence[Standing]) -> list[Text]:
     if without:
         which = f"runs of {names(without)}" if not all(map(all, missing.values())) else "all runs"
         remarks.append(
-            f"Without a temperature: {which}. There are too few validation samples (it takes {FEWEST}), or they "
-            "determine none, as when all of them are right."
+            f"Without a temperature: {which}. There are too few validation samples ({FEWEST} are needed), or they "
+            "determine none, as when all predictions are right."
         )
     return [Text(" ".join(remarks))] if remarks else []
 
@@ -78,8 +78,8 @@ def by_chance(bins: Sequence[Bin]) -> float:
 
     .. math:: \sum_m \frac{n_m}{N} \sqrt{\frac{2 \, c_m (1 - c_m)}{\pi \, n_m}}
 
-    The accuracy of the :math:`n_m` samples in a bin then lies around their confidence :math:`c_m`; this is its mean
-    distance from it by the normal approximation.
+    The accuracy of the :math:`n_m` samples in a bin then varies around their confidence :math:`c_m`; this is its mean
+    distance from it, by the normal approximation.
     """
     total = sum(one.samples for one in bins)
     # A confidence may exceed 1 by rounding.
@@ -126,9 +126,9 @@ def reliability_figure(shown: Mapping[str, Runs]) -> Figure:
         about = f"ECE {before} {AS_TRAINED}, {after} {CALIBRATED}"
         charts.append(Plot(name, about, (diagonal, *(line for line in lines if line.points)), *axis, small=True))
     caption = (
-        "Reliability on test: the share of right predictions (upwards, 0 to 1) against the probability of the "
-        "predicted class, all seeds together. On the diagonal probabilities are frequencies; below it the model is too "
-        f"sure. Bins of fewer than {DRAWN} samples are in the table only."
+        "Reliability on test: the share of right predictions (vertical, 0 to 1) against the probability of the "
+        "predicted class, all seeds together. On the diagonal, probabilities match frequencies; below it, the model is "
+        f"overconfident. Bins with fewer than {DRAWN} samples are only in the table."
     )
     key = (
         ("other", AS_TRAINED),
@@ -139,7 +139,7 @@ def reliability_figure(shown: Mapping[str, Runs]) -> Figure:
 
 
 def pooled(runs: Sequence[Sequence[Bin]]) -> dict[int, Bin]:
-    """The bins of several runs as those of one, by number."""
+    """The bins of several runs merged into one set, by number."""
     found: dict[int, list[Bin]] = {}
     for one in (one for bins in runs for one in bins):
         found.setdefault(min(BINS, max(1, math.ceil(one.confidence * BINS))), []).append(one)

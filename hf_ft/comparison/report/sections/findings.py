@@ -28,7 +28,7 @@ def findings(standings: Sequence[Standing]) -> Section | None:
 
 
 def _chosen(contender: Contender) -> str:
-    """What the final runs chose after training."""
+    """The choices of the final runs after training."""
     runs = contender.finished_runs
     parts = [
         f"{name} {', '.join(plain(run.chosen[name]) for run in runs if name in run.chosen)}"

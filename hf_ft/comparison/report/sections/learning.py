@@ -126,7 +126,7 @@ def tuning_table(tuned: Sequence[Standing]) -> Table:
 
 
 def budget(contender: Contender) -> str:
-    """How much of the budget was used: as work, or in seconds where these were what counted."""
+    """How much of the budget was used: as work, or in seconds if the budget was in seconds."""
     if contender.allowed_seconds:
         return f"{seconds(contender.tuning_seconds)} s of {seconds(contender.allowed_seconds)} s"
     return f"{contender.used:.0%}, in {seconds(contender.tuning_seconds)} s"

@@ -1,4 +1,4 @@
-"""The winner's errors: confusions, and the mistakes of which it is most and least sure."""
+"""The winner's errors: confusions, and its most and least confident mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PICTURE = "data:image/"  # how a thumbnail begins; anything else that is shown i
 
 
 def mistakes(results: Results, standings: Sequence[Standing]) -> Section | None:
-    """Which classes the winner confuses, and where it is sure and wrong; None if no classes were predicted."""
+    """Which classes the winner confuses, and where it is confident but wrong; None if no classes were predicted."""
     best = winner(results, standings)
     table = confusion(results, best) if best is not None else None
     if best is None or table is None:

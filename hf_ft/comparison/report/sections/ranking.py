@@ -73,8 +73,8 @@ def ranking(results: Results, standings: Sequence[Standing]) -> Section:
     better = "higher is better" if results.greater_is_better else "lower is better"
     lead = (
         f"Ranked by mean validation {metric} ({better}); ties are broken by the later half of the epochs. Scores are "
-        "mean ± standard deviation over seeds. Differences are to full fine-tuning with the same seeds, with 95 % "
-        "intervals (Student's t)."
+        "mean ± standard deviation over seeds. Differences are relative to full fine-tuning with the same seeds, with "
+        "95 % intervals (Student's t)."
     )
     figure = difference_figure(results, standings, split)
     more = (figure,) if figure else ()
@@ -110,7 +110,7 @@ def _named(standing: Standing, best: Standing | None) -> str:
 
 
 def difference_figure(results: Results, standings: Sequence[Standing], split: str) -> Figure | None:
-    """Differences to full fine-tuning with intervals; scores if there are no differences."""
+    """Differences from full fine-tuning with intervals; scores if there are no differences."""
     best, metric = winner(results, standings), metric_name(results.metric)
     ranked = [standing for standing in standings if standing.rank and split in standing.spreads]
     compared = any(split in standing.differences for standing in ranked)
@@ -131,8 +131,8 @@ def difference_figure(results: Results, standings: Sequence[Standing], split: st
             row = Row(standing.name, scores.mean, score(scores.mean), ends, kind_of(standing, best))
         rows.append(row)
         values += [*(row.interval or ()), *([] if row.value is None else [row.value])]
-    what = f"difference in {metric} to full fine-tuning" if compared else f"{metric}, mean ± std"
-    axis = linear_axis(values, "difference to full" if compared else metric, include=[0.0] if compared else [])
+    what = f"difference in {metric} from full fine-tuning" if compared else f"{metric}, mean ± std"
+    axis = linear_axis(values, "difference from full" if compared else metric, include=[0.0] if compared else [])
     lines = ((0.0, BASELINE),) if compared else ()
     about = "; ".join(f"{row.label} {row.text}" for row in rows)
     chart = Rows(f"{what[0].upper()}{what[1:]}, by strategy", about, tuple(rows), axis, lines)
@@ -247,7 +247,7 @@ def out_of_distribution(results: Results, standings: Sequence[Standing]) -> Sect
         if standing.name == BASELINE:
             compared = ("baseline", NONE)
         rows.append((_named(standing, best), spread(test), spread(other), drop, *compared))
-    headers = ("strategy", "test", "out of distribution", "change", "difference to full", "95 % interval")
+    headers = ("strategy", "test", "out of distribution", "change", "difference from full", "95 % interval")
     figure = difference_figure(results, standings, "ood")
     lead = f"The same models on out-of-distribution data ({metric}), which was not used to select anything."
     table = Table("Scores out of distribution", headers, tuple(rows), frozenset())

@@ -1,4 +1,4 @@
-"""The average of trainings, and what went into it."""
+"""The average of training runs, and what went into it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SOUP_FOLDER = "soup"  # inside the report's folder
 
 
 def soup(results: Results) -> Section | None:
-    """Scores of the soup, beside the run that is saved as the winner; None if there is no soup."""
+    """Scores of the soup, alongside the run that is saved as the winner; None if there is no soup."""
     made = results.soup
     if made is None:
         return None
     lead = (
         f"{sentence(results)} It is saved in {code(SOUP_FOLDER)}, next to this report, and was scored on the test sets "
-        "once. Of several models that were chosen on the same validation data, each has a validation score that is "
-        "too good; compare on test, and mind that this is one model and no mean over seeds."
+        "once. Models that were chosen on the same validation data all have optimistic validation scores; compare "
+        "them on test, and note that this is one model, not a mean over seeds."
     )
     return Section(
         "soup", f"The average of the {_what(made)}", (Text(lead), _scores(results, made), _ingredients(made))
@@ -38,7 +38,7 @@ def sentence(results: Results) -> str:
         if split in made.scores
     ]
     return (
-        f"The weights of {members} of {usable} {_what(made)} ({how}) averaged to one model, which costs one forward "
+        f"The weights of {members} of {usable} {_what(made)} ({how}) averaged into one model, which costs one forward "
         f"pass: {', '.join(scored)}."
     )
 

@@ -13,7 +13,7 @@ from hf_ft.documents.text import SAME, code, metric_name, names, score_like
 
 
 def verdict(results: Results, standings: Sequence[Standing]) -> list[str]:
-    """The winner, its test score, and its difference to full fine-tuning."""
+    """The winner, its test score, and its difference from full fine-tuning."""
     best = winner(results, standings)
     if best is None:
         return ["No strategy finished, so there is no winner. The reasons are listed below."]
@@ -33,7 +33,7 @@ def verdict(results: Results, standings: Sequence[Standing]) -> list[str]:
     split = "test" if "test" in best.spreads else "validation"
     if split in best.differences:
         difference = best.differences[split]
-        sentences.append(f"Its difference to full fine-tuning on {split} is {against_full(difference)}.")
+        sentences.append(f"Its difference from full fine-tuning on {split} is {against_full(difference)}.")
         sentences += _judged(difference, split, results.greater_is_better)
     elif best.name == BASELINE and len(ranked) > 1:
         sentences.append("It is the baseline itself: no other strategy did better on validation.")
@@ -54,7 +54,7 @@ def _judged(difference: Difference, split: str, greater_is_better: bool) -> list
 
 
 def cautions(results: Results, standings: Sequence[Standing]) -> list[str]:
-    """What the figures do not show, and which differences to full fine-tuning they leave open."""
+    """What the figures do not show, and which differences from full fine-tuning they leave open."""
     ranked = _ranked(standings)
     if not ranked:
         return []
@@ -62,7 +62,7 @@ def cautions(results: Results, standings: Sequence[Standing]) -> list[str]:
     compared = [standing for standing in ranked if split in standing.differences]
     alone = len(ranked) > 1 and not compared
     return [
-        *(["Full fine-tuning has no scores, so differences to it are unknown."] if alone else []),
+        *(["Full fine-tuning has no scores, so differences from it are unknown."] if alone else []),
         *_distinguished(compared, split, results.greater_is_better),
         *_about_seeds(compared, split),
         *_about_the_set(results, ranked, split),
@@ -109,7 +109,9 @@ def _about_seeds(compared: Sequence[Standing], split: str) -> list[str]:
     known = [standing.differences[split].uncertainty for standing in compared]
     covered = all(uncertainty is not None and uncertainty.covers_samples for uncertainty in known)
     also = f" and which rows are in the {split} set" if covered else f", not which rows are in the {split} set"
-    sentences = [f"The intervals cover chance in training ({n} seeds){also}; other training data may change more."]
+    sentences = [
+        f"The intervals cover chance in training ({n} seeds){also}; other training data may change the result more."
+    ]
     if len(compared) > 1:
         sentences.append(
             f"Of {len(compared)} strategies equivalent to full fine-tuning, about {0.05 * len(compared):.1g} would be "
