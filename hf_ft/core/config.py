@@ -83,7 +83,8 @@ class Recommended:
         others = [
             f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
         ]
-        factor = [] if self.without_batch_norm == 1 else [f"times {self.without_batch_norm:g} without BatchNorm"]
+        fixed = self.without_batch_norm == 1 or isinstance(self.value, str)
+        factor = [] if fixed else [f"times {self.without_batch_norm:g} without BatchNorm"]
         return ", ".join([str(self.value), *others, *factor])
 
     def under(self, optim: str, batch_norm: bool = True, kept: bool = False) -> Recommended:
