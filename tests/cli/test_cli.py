@@ -279,7 +279,8 @@ def test_train_text_from_a_file(files, tmp_path, capsys):
     )
     assert main(["train", str(config), "--max_steps", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "gradual_unfreezing(stages=2)" in printed and "3 steps" in printed and "recommended" not in printed
+    assert "gradual_unfreezing(stages=2)" in printed and "3 steps" in printed
+    assert "recommended by gradual_unfreezing: warmup_steps=0.1 (ours)\n" in printed, "the rate is the user's"
     assert "augmentation: none" in words(printed) and "test no such split" in words(printed)
     assert "temperature none: 5 validation samples are too few for a temperature, which needs 30" in words(printed)
     assert not (tmp_path / "out" / "ft_calibration.json").exists()

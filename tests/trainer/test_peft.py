@@ -29,7 +29,7 @@ def lora(make=tiny_vit, config=VIT):
 
 # What has no meaning with adapters, and what tells so.
 REFUSED = {
-    "peft": "PEFT model already",
+    "peft": "already a PEFT model",
     "spot_tune": "cannot have two paths",
     "ada_filter": "cannot have two paths",
     "wise_ft": "factors of a product",
