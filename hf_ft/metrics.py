@@ -56,7 +56,12 @@ class _LocalMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: Any, references: Any) -> Scores:
-        return {self.key: float(type(self).function(np.asarray(references), np.asarray(predictions)))}
+        return {self.key: _rounded(type(self).function(np.asarray(references), np.asarray(predictions)))}
+
+
+def _rounded(score: float) -> float:
+    """To 12 digits. Beyond them, a mean depends on the order of the class scores, which would decide between ties."""
+    return float(f"{score:.12g}")
 
 
 def _mean_recall(references: Any, predictions: Any) -> float:
@@ -159,7 +164,7 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
 def _local_score(metric: type[_LocalMetric], predictions: np.ndarray, references: np.ndarray) -> float:
     """The result of ``metric().compute`` without its Arrow table, which takes most of a small evaluation's time."""
     exact = (x.astype(np.float64) if x.dtype.kind == "f" else x for x in (references, predictions))
-    return float(metric.function(*exact))
+    return _rounded(metric.function(*exact))
 
 
 def classification_metrics(eval_prediction: EvalPrediction) -> Scores:

@@ -1,5 +1,6 @@
 """The local metrics agree with scikit-learn, stay offline, and fail with a useful message."""
 
+import itertools
 import warnings
 
 import evaluate
@@ -106,3 +107,14 @@ def test_local_metrics_are_evaluate_metrics(name):
     assert isinstance(metric, evaluate.Metric)
     metric.add_batch(predictions=[0, 1], references=[0, 1])
     assert metric.compute()[name] in (0.0, 1.0)
+
+
+def test_equal_scores_are_ties_whichever_classes_they_come_from():
+    """Recalls of 1/5 to 1, in every order: their mean is the same."""
+    found = set()
+    for order in itertools.permutations(range(1, 6)):
+        labels = np.repeat(np.arange(5), 5)
+        predictions = np.concatenate([[c] * right + [(c + 1) % 5] * (5 - right) for c, right in enumerate(order)])
+        logits = np.eye(5)[predictions]
+        found.add(classification_metrics(EvalPrediction(logits, labels))["balanced_accuracy"])
+    assert found == {0.6}
