@@ -30,7 +30,7 @@ def kept(tmp_path, monkeypatch):
 
 def test_scores_and_differences_over_all_splits(kept):
     head, *lines = natural.table_of_natural(table, "defaults").split("\n\n")[0].splitlines()
-    assert head == "strategy|CIFAR-10|to full"
+    assert head == "strategy|CIFAR-10|vs. full"
     cells = {line.split("|")[0].strip("*"): line.split("|")[1:] for line in lines}
     runs = {name: [run for results in kept for run in results[name].finished_runs] for name in ("full", "daft")}
     scores = {name: [run.scores["test"]["balanced_accuracy"] for run in own] for name, own in runs.items()}
@@ -43,7 +43,7 @@ def test_scores_and_differences_over_all_splits(kept):
     recalls = {name: np.mean([[one[labels == c].mean() for c in (0, 1)] for one in own]) for name, own in right.items()}
     assert f"{abs(recalls['daft'] - recalls['full']):.3f} [" in cells["daft"][1] and cells["full"][1] == ""
     few = natural.table_of_natural(table, "defaults", few=True)
-    assert "**daft**" in few and "l2_sp" not in few and "2 splits and 3 seeds of each" in few
+    assert "**daft**" in few and "l2_sp" not in few and "2 splits with 3 seeds each" in few
     assert natural.table_of_natural(table, "tuned") == natural.NOT_YET
     assert "split" not in head + "".join(lines)
 

@@ -168,7 +168,7 @@ def test_the_table_is_made_of_the_results(tmp_path, monkeypatch):
     assert "| other: live | 1.234 (1.200 to 1.300) |  | 50 MB | 0.25 |" in lines
     assert "| no memory | 1.234 (1.200 to 1.300) | 1.23 (1.20 to 1.30) |  |  |" in lines
     assert "Left out: third (OptionError: why)." in lines
-    assert "The peak memory of 1 rows is not measured yet." in lines
+    assert "Rows whose peak memory is not measured yet: 1." in lines
     (tmp_path / "step_times.json").unlink()
     assert docs_measured.table_of_step_times(docs_tables._table) == docs_measured.NOT_YET
 

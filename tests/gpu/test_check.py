@@ -79,5 +79,5 @@ def test_the_table_says_what_was_measured(tmp_path, monkeypatch):
     assert "| one | fp16 | 2 | full | 3 |" in told
     times = "1.234 (1.200 to 1.300) | 1.23 (1.20 to 1.30)"
     assert f"| soft | {times} | 200 MB | 1.50 | 1.25 | a.py:1 (f) |" in told
-    assert "No time was left for: late." in told
+    assert "Time ran out before: late." in told
     assert "Card, torch 2.9, transformers 5.0, CUDA 12.8, driver 570.1; small; 7 rounds." in told
