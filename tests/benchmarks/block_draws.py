@@ -1,10 +1,10 @@
 """How many draws a search over blocks needs: `python tests/benchmarks/block_draws.py --natural FOLDER`.
 
 The tasks are those of results.py. Each candidate of `scheme="stage"` is trained eight times, as with
-`BlockwiseConfig(search_seeds=8)`: each time, another quarter of the training samples is held out. Printed is how often
-the mean over 1, 2 or 4 of the draws, by accuracy or by log loss, finds the candidate with the best mean accuracy over
-all eight, and by how much the accuracy of the candidate that it finds is lower. Scores are kept in
-tests/benchmarks/results/block_draws.jsonl; a task that is there is not searched again.
+`BlockwiseConfig(search_seeds=8)`: each time, a different quarter of the training samples is held out. The script prints
+how often the mean over 1, 2 or 4 of the draws, by accuracy or by log loss, finds the candidate with the best mean
+accuracy over all eight, and how much lower the accuracy of the candidate found is. Scores are kept in
+tests/benchmarks/results/block_draws.jsonl; tasks that are already there are not searched again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONFIG = BlockwiseConfig(storage="memory", search_seeds=DRAWS, baselines=False, 
 
 
 def searched(name: str, split: int, metric: str, folder: Path | None) -> Entry:
-    """The scores of each candidate, one for each draw; losses are negative."""
+    """The scores of each candidate, one per draw; losses are negated."""
     task, config = TASKS[name], replace(CONFIG, metric=metric)
     data = natural(folder, name, task, split) if task.pixels > 64 and folder else far(name, task, split)
     data = replace(data, source=None, source_columns=None)
@@ -55,7 +55,7 @@ def searched(name: str, split: int, metric: str, folder: Path | None) -> Entry:
 
 
 def table(entries: list[Entry]) -> str:
-    """The means over tasks and splits, for each metric and number of draws."""
+    """Means over tasks and splits, for each metric and number of draws."""
     true = {
         (entry["task"], entry["split"]): _scores(entry).mean(axis=1) for entry in entries if entry["metric"] == ACCURACY
     }
