@@ -157,9 +157,7 @@ def main() -> None:
                 print("the time limit was reached: start it again to continue", flush=True)
                 return
             kept.parent.mkdir(parents=True, exist_ok=True)
-            if (
-                earlier is not None
-            ):  # full fine-tuning was run again with the new strategies: the same split and seeds
+            if earlier is not None:  # full fine-tuning was run again with the new strategies: the same split and seeds
                 more = tuple(contender for contender in results.contenders if contender.name not in known)
                 results = replace(earlier, contenders=(*earlier.contenders, *more))
             results.save(kept)

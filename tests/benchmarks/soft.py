@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--sources", type=Path, default=Path("runs/benchmarks/soft"), help="folder of the source networks")
+    parser.add_argument("--sources", type=Path, default=Path("runs/benchmarks/soft"), help="source networks")
     parser.add_argument("--rates", help="try only these, with the final seeds, evaluated on validation")
     parser.add_argument("--plot", type=Path, help="train nothing, and plot the results file into this file")
     options = parser.parse_args()
