@@ -1,4 +1,4 @@
-"""The tables of natural images say what the kept trainings say."""
+"""The tables of natural images agree with the stored training runs."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def test_scores_and_differences_over_all_splits(kept):
     assert "split" not in head + "".join(lines)
 
 
-def test_what_is_of_some_splits_says_so(kept, tmp_path):
+def test_scores_of_some_splits_only_name_them(kept, tmp_path):
     without = dataclasses.replace(kept[1], contenders=tuple(c for c in kept[1].contenders if c.name != "tred"))
     without.save(tmp_path / "defaults" / "cifar10_1.json")
     rows = natural.table_of_natural(table, "defaults").splitlines()
@@ -57,7 +57,7 @@ def test_what_is_of_some_splits_says_so(kept, tmp_path):
 
 
 def test_an_interval_covers_splits_seeds_and_images():
-    """Each of the three, alone, widens it from nothing."""
+    """Each of the three alone gives it a width above zero."""
     labels = np.repeat([0, 1], 50)
     sure = np.ones((2, 100))
     assert natural.interval_over_splits([(sure, labels)] * 3) == (1.0, 1.0)
