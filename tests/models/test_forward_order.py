@@ -147,7 +147,7 @@ def test_an_encoder_and_a_decoder_are_two_stages():
     assert found.blocks[2].modules[0] == "model.decoder.embed_tokens" and found.stages == ((0, 1), (2, 3))
 
 
-# --- networks as in timm ----------------------------------------------------------------------------
+# --- networks as in timm ----------------------------------------------------------------------------------
 
 
 def conv(inside: int, outside: int, size: int = 1) -> nn.Sequential:

@@ -354,7 +354,7 @@ def test_evaluation_runs_no_source(tmp_path):
     assert len(source.read) == seen
 
 
-# --- the result -----------------------------------------------------------------------------------------
+# --- the result ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_mobilenet_v2])

@@ -96,7 +96,7 @@ def test_composed(make, strategy, tmp_path):
     torch.testing.assert_close(logits(trainer.model), watching.logits, atol=1e-5, rtol=1e-4)
 
 
-def test_it_begins_anew_where_weights_are_redrawn(tmp_path):
+def test_it_starts_over_when_weights_are_redrawn(tmp_path):
     trainer = make_trainer(tiny_vit(), [RIFLEConfig(times=1), "ema"], tmp_path, optim="sgd")
     watching, drawn = Watching(trainer), {}
     training_step = trainer.training_step
@@ -115,7 +115,7 @@ def test_it_begins_anew_where_weights_are_redrawn(tmp_path):
 @register("thawed_then_frozen")
 @dataclass(frozen=True, kw_only=True)
 class ThawedThenFrozenConfig(FTConfig):
-    """Trains everything, then the head alone, on features whose average has not come to rest."""
+    """Trains everything, then only the head, on features whose average still changes."""
 
     def plan(self, model, state):
         head = self.anatomy(model).head.modules

@@ -54,7 +54,7 @@ def searched(members, layers, score, pruned_below=-math.inf, iterations=2, parti
     return SwarmScores("balanced_accuracy", members, layers, tuple(generations), tuple(evaluations.values()))
 
 
-# --- what it reports -------------------------------------------------------------------------------------------
+# --- what it reports ----------------------------------------------------------------------------------------
 
 
 def test_best_was_trained_to_the_end_and_ties_go_to_the_first(some):

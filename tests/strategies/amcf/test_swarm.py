@@ -196,7 +196,7 @@ def test_step_remembers_then_moves():
         assert np.array_equal(getattr(both, field.name), getattr(halves, field.name)), field.name
 
 
-# --- training runs that diverge ---------------------------------------------------------------------------------
+# --- training runs that diverge -----------------------------------------------------------------------------
 
 
 def test_diverged_particle_is_pulled_by_the_leader_only():

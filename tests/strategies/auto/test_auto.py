@@ -268,7 +268,7 @@ def test_a_killed_choice_continues(tmp_path, monkeypatch, whole):
     assert found == whole
 
 
-# --- bad input, and what it can do without --------------------------------------------------------------------
+# --- bad input, and what it can do without ------------------------------------------------------------------
 
 
 def test_refusals(tmp_path):
