@@ -12,7 +12,7 @@ from tests.trainer.test_resume import Steps
 
 WATCHED = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 20}
 WATCHED |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1e-12}
-WATCHED |= {"restore_callback_states_from_checkpoint": True, "greater_is_better": True}  # a falling loss is no improvement
+WATCHED |= {"restore_callback_states_from_checkpoint": True, "greater_is_better": True}  # falling losses do not count
 
 
 def trainer(folder, patience=2):
