@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Avoids the CUDA build of torch, which machines without a GPU do not need; set CONSTRAINTS= (empty) to allow it.
+# A machine without a GPU needs no CUDA build of torch; set CONSTRAINTS= (empty) to lift the constraint.
 CONSTRAINTS ?= .ci/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Three workers, even on two cores: tests that wait for their own processes leave a core idle. Each file stays with one
@@ -35,7 +35,7 @@ lint: $(VENV)/.base
 	$(BIN)/ruff format --check --config .ci/ruff.toml hf_ft tests examples docs/tools
 	$(BIN)/mypy
 
-# Each takes up one core for a while.
+# In parallel: each occupies a core for a while.
 test: $(VENV)/.weights
 	@$(MAKE) --no-print-directory -j 2 pytest lint
 
@@ -75,7 +75,7 @@ docs: $(VENV)/.base
 	$(PIP) -e '.[docs]'
 	$(BIN)/python -m zensical build --clean --strict
 
-# Builds, checks, and tries the wheel alone with the demo's first strategy; prints how to upload it, but does not upload.
+# Builds, checks, and tries the wheel alone with the demo's first strategy; prints how to upload it, but does not do so.
 release:
 	PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) .ci/release.sh
 
