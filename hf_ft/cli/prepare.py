@@ -298,10 +298,11 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
 
 
 def _settle(args: TrainingArguments, request: Request, columns: Columns, model: nn.Module) -> None:
-    """Set what depends on the model, its learning rate, and on the data: the best model's metric, dropped columns."""
-    recommended = request.recommended(model)
-    if "learning_rate" in recommended:
-        args.learning_rate = recommended["learning_rate"].value
+    """Set what depends on the model (learning rate, warm-up) and on the data (best model's metric, dropped columns)."""
+    usual = request.recommended()
+    for name, wanted in request.recommended(model).items():
+        if name not in usual or wanted != usual[name]:
+            setattr(args, name, wanted.value)
     if columns.task != "text" or request.stream.streaming:
         args.remove_unused_columns = False  # images and sounds are opened on access
     if not torch.accelerator.is_available() and "dataloader_pin_memory" not in request.given:

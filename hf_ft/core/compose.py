@@ -151,6 +151,11 @@ UNDER_SGD = {
     "max_grad_norm": Recommended(0.0, why="under SGD, clipping the norm to 1 shrinks most steps"),
 }
 
+# Where all weights train; of what value this is, and at which rates, is in docs/rates.md.
+WITHOUT_BATCH_NORM = {
+    "warmup_steps": Recommended(0.1, why="without BatchNorm, the first steps of Adam destroy pretrained features")
+}
+
 
 def chooses_rate(config: FTConfig) -> bool:
     """Whether a strategy chooses its learning rate itself, where nobody sets one; no recommended rate is used then."""
@@ -165,7 +170,8 @@ def recommended_arguments(
     Args:
         optim: the optimizer in use; by default the recommended one, or else AdamW. The recommended learning rate, and
             what an optimizer needs beside it, are those for this optimizer.
-        model: the model to be trained, on whose normalisation the rate depends; by default, one with BatchNorm.
+        model: the model to be trained, on whose normalisation the rate and the warm-up depend; by default, one with
+            BatchNorm.
     """
     merged: dict[str, Recommended] = {}
     configs = tuple(configs)
@@ -178,10 +184,13 @@ def recommended_arguments(
         merged.pop("optim_args", None)  # these belong to the recommended optimizer
         merged.pop("max_grad_norm", None)
     optim = optim or own
-    if "learning_rate" in merged:
-        kept = explicit_option(configs, "norm_mode") == "eval"
-        merged["learning_rate"] = merged["learning_rate"].under(optim, model is None or bool(batch_norms(model)), kept)
-        if merged["learning_rate"].value in (FITTED, CHOSEN):  # by the strategy itself, where nobody sets one
+    rate = merged.get("learning_rate")
+    if rate is not None:
+        batch_norm = model is None or bool(batch_norms(model))
+        if not batch_norm and rate.without_batch_norm != 1:
+            merged = WITHOUT_BATCH_NORM | merged
+        merged["learning_rate"] = rate.under(optim, batch_norm, kept=explicit_option(configs, "norm_mode") == "eval")
+        if rate.value in (FITTED, CHOSEN):  # by the strategy itself, where nobody sets one
             del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}
 

@@ -96,7 +96,7 @@ class Recommended:
         other = self.sgd if optim == SGD else self.adam
         found = self if other is None else Recommended(other, "ours", self.why)
         factor = (self.statistics_kept if kept else 1.0) if batch_norm else self.without_batch_norm
-        if factor == 1:
+        if factor == 1 or isinstance(found.value, str):
             return found
         return Recommended(float(f"{factor * found.value:.3g}"), "ours", self.why)  # as people write it
 

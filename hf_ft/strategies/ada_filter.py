@@ -1,4 +1,4 @@
-"""AdaFilter: for each sample, a recurrent network decides which filters are fine-tuned and which pretrained ones."""
+"""AdaFilter: for each sample, a recurrent network decides which filters are the fine-tuned and which the pretrained."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from hf_ft.models.gated.per_filter import PerFilter
 class AdaFilterConfig(GatedStrategy):
     r"""Decide for each sample and filter whether the fine-tuned or the pretrained filter computes it.
 
-    Layer :math:`l` has its pretrained filters :math:`F_l`, which stay, and a copy :math:`\tilde F_l`, which trains:
+    Layer :math:`l` has its pretrained filters :math:`F_l`, which stay fixed, and a copy :math:`\tilde F_l`, which
+    trains:
 
     .. math::
         x_l = G_l \odot \tilde F_l(x_{l-1}) + (1 - G_l) \odot F_l(x_{l-1}), \qquad
         G_l = \mathbb 1[\sigma(O_l h_l) > \tfrac12], \qquad
         h_l = \mathrm{LSTM}(E_l \, \bar x_{l-1}, h_{l-1})
 
-    with the mean :math:`\bar x` of each channel over positions, and a :math:`G_l` for each channel of the output. Its
-    gradient is that of the sigmoid.
+    where :math:`\bar x` is the mean of each channel over positions, and :math:`G_l` has one entry per output channel.
+    Its gradient is that of the sigmoid.
     """
 
     paper = Paper(

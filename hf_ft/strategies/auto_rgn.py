@@ -43,7 +43,7 @@ class RelativeNorms:
 
 @dataclass(frozen=True)
 class ByLargest:
-    """Relative norms over the largest of them; 0 for the tensors that must not train."""
+    """Relative norms divided by the largest of them; 0 for the tensors that must not train."""
 
     still: Names
 
@@ -57,7 +57,7 @@ class ByLargest:
 @register("auto_rgn")
 @dataclass(frozen=True, kw_only=True)
 class AutoRGNConfig(FTConfig):
-    r"""Train each tensor at a rate in proportion to its relative gradient norm, measured anew in each epoch.
+    r"""Train each tensor at a rate proportional to its relative gradient norm, measured again in each epoch.
 
     At the beginning of an epoch, over ``batches`` batches of training samples,
 
@@ -77,7 +77,7 @@ class AutoRGNConfig(FTConfig):
     )
     formula = "lr_i = lr r_i / max_j r_j;  r_i = mean over 5 batches of ||g_i|| / ||theta_i||, in each epoch"
     recommended = {"learning_rate": Recommended(1e-3, sgd=1e-2, without_batch_norm=0.1)}
-    cost = advising.EVERYTHING + advising.DEARER  # five steps more in each epoch, and a group for each tensor
+    cost = advising.EVERYTHING + advising.DEARER  # five additional steps in each epoch, and a group for each tensor
     advice = {advising.ONE_PART_STANDS_OUT: 2, advising.NO_PART_STANDS_OUT: -1, advising.LOW_GRADIENT: 1}
 
     batches: int = option(
@@ -87,7 +87,7 @@ class AutoRGNConfig(FTConfig):
         True, "Start each epoch without the optimizer's momentum and moments.", source="code"
     )
     train_batch_norm: bool = option(
-        False, "Whether scale and shift of BatchNorm train; its statistics move in any case.", source="code"
+        False, "Whether scale and shift of BatchNorm train; its statistics are updated in any case.", source="code"
     )
     head_lr: float | None = option(None, "Learning rate of the head; None to use args.learning_rate.", range="(0, inf)")
 

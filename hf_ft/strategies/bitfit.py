@@ -27,7 +27,7 @@ from hf_ft.models.names import covered
 @register("bitfit")
 @dataclass(frozen=True, kw_only=True)
 class BitFitConfig(FittedHead):
-    r"""Train the bias of every layer, of norms too, and the head; all other weights stay as pretrained.
+    r"""Train the bias of every layer, including norms, and the head; all other weights stay as pretrained.
 
     .. math:: L = \mathrm{CE}(h(f(x; W^0, b)), y) \quad \text{over } b \text{ and } h
     """

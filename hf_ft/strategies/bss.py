@@ -36,9 +36,9 @@ class SmallestSingularValues:
         if features is None or features.dim() != 2:
             shape = None if features is None else tuple(features.shape)
             raise OptionError(
-                f"bss: the head's input is {shape}, not one vector per sample (B, d), nor does the model return one "
-                "row of logits per sample, so that it could be pooled as they are. Name a module with such an input "
-                "with head=..., or use L2SPConfig."
+                f"bss: the head's input is {shape}, not one vector per sample (B, d), nor can it be pooled as the "
+                "logits are, because the model does not return one row of logits per sample. Name a module with such "
+                "an input with head=..., or use L2SPConfig."
             )
         return functional.batch_spectral_shrinkage(features, self.k)
 

@@ -1,4 +1,4 @@
-"""Child-Tuning: update only a part of the network, drawn anew in each step (F) or chosen by Fisher information (D)."""
+"""Child-Tuning: update only a part of the network, redrawn in each step (F) or chosen by Fisher information (D)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RandomMask:
 
 
 def exact(p: float) -> float:
-    """The nearest probability that 16 bits can have, but not 0 or 1."""
+    """The nearest probability that 16 bits can represent, other than 0 and 1."""
     return min(max(round(p * 2**BITS), 1), 2**BITS - 1) / 2**BITS
 
 
@@ -112,7 +112,8 @@ def fisher_masks(fisher: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
 def fisher_information(model: nn.Module, names: Sequence[str], context: Context) -> dict[str, Tensor]:
     """Mean over the training batches of the squared gradient of their mean loss, each gradient clipped by its norm.
 
-    Batches have as many samples as an update, so that they are the same for any number of processes, which share them.
+    Batches have as many samples as an update, so that they are the same for any number of processes, which divide them
+    up.
     """
     found, recipe, parameters = context.samples, context.recipe, dict(model.named_parameters())
     chosen = [parameters[name] for name in names]
@@ -132,7 +133,7 @@ def fisher_information(model: nn.Module, names: Sequence[str], context: Context)
 
 
 def clip_each(gradients: Sequence[Tensor], most: float) -> None:
-    """Clip the norm of each gradient by itself, in place; 0 clips nothing."""
+    """Clip the norm of each gradient separately, in place; 0 clips nothing."""
     if most:
         factors = [(most / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(list(gradients))]
         torch._foreach_mul_(list(gradients), factors)
@@ -167,7 +168,7 @@ class ChildTuningConfig(FTConfig):
     mode: Literal["D", "F"] = option(
         "D",
         "'D' (task-driven): the weights of the blocks with the largest Fisher information, measured in a pass over the "
-        "training data, and everything outside the blocks. 'F' (task-free): any weight, drawn anew in each step.",
+        "training data, and everything outside the blocks. 'F' (task-free): any weights, redrawn in each step.",
     )
     p: float = option(
         0.2, "Fraction of the weights in the child network; 1 for full fine-tuning.", range="(0, 1]", source="code"

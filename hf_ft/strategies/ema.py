@@ -45,8 +45,8 @@ class EMAConfig(FTConfig):
     .. math::
         \bar w \leftarrow d_t \, \bar w + (1 - d_t) \, w, \qquad d_t = \min\Bigl(d, \frac{1 + t}{10 + t}\Bigr)
 
-    after each optimizer step, where :math:`t` counts the steps before and :math:`d` is ``decay``. Training itself is
-    left as it is.
+    after each optimizer step, where :math:`t` is the number of steps before it and :math:`d` is ``decay``. Training
+    itself is unchanged.
     """
 
     paper = Paper(
@@ -64,8 +64,8 @@ class EMAConfig(FTConfig):
 
     decay: float = option(
         0.99,
-        "Limit of the decay: the average reaches back over about 1 / (1 - decay) steps. It counts from step "
-        "9 / (1 - decay) - 10 on; before, the average reaches back over a ninth of the steps.",
+        "Limit of the decay: the average reaches back over about 1 / (1 - decay) steps. It applies from step "
+        "9 / (1 - decay) - 10 on; before that, the average reaches back over a ninth of the steps.",
         range="[0, 1)",
     )
 

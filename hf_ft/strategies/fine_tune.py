@@ -113,7 +113,7 @@ class FineTuneConfig(FTConfig):
     freeze: float = option(
         0.2,
         "Fraction of the optimizer steps spent on the first cycle, in which only the head and the norms train; 1 / "
-        "num_train_epochs for a single epoch, as theirs.",
+        "num_train_epochs for a single epoch, as in fastai.",
         range="[0, 1)",
     )
     lr_mult: float = option(

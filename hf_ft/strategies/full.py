@@ -56,8 +56,8 @@ class FullConfig(FTConfig):
     )
     norm_mode: NormMode = option(
         "auto",
-        "'eval' keeps the statistics of normalisation layers at their pretrained values; 'auto' and 'train' let those "
-        "that train, or all, move.",
+        "'eval' keeps the statistics of normalisation layers at their pretrained values; 'auto' updates those of "
+        "layers that train, 'train' those of all.",
     )
 
     def needs(self) -> Needs:

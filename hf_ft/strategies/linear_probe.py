@@ -51,16 +51,16 @@ class LinearProbeConfig(FTConfig):
 
     head_lr: HeadRate = option(
         "auto",
-        "Learning rate: 'auto' for args.learning_rate if it was set, and otherwise one that is fitted to the features; "
-        "None for args.learning_rate.",
+        "Learning rate: 'auto' uses args.learning_rate if it was set, and otherwise fits one to the features; None "
+        "always uses args.learning_rate.",
         range="(0, inf)",
         formerly=None,
     )
     probe_solver: Literal["sgd", "lbfgs"] = option(
         "sgd",
         "'sgd': train the head with the optimizer. 'lbfgs': fit it before training by logistic regression (L-BFGS) on "
-        "the features, with the best of 50 penalties on held-out samples; training then changes nothing, and one epoch "
-        "is enough.",
+        "the features, with the best of 50 penalties as judged on held-out samples; training then changes nothing, and "
+        "one epoch is enough.",
         formerly="sgd",
     )
 
@@ -71,7 +71,7 @@ class LinearProbeConfig(FTConfig):
         return self.probe_solver == "lbfgs" or self.head_lr == "auto"
 
     def with_head_rate(self, rate: float) -> LinearProbeConfig:
-        return self  # a rate that is given, is args.learning_rate
+        return self  # a given rate is args.learning_rate
 
     def must_measure(self) -> bool:
         return self.probe_solver == "lbfgs"

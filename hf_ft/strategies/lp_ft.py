@@ -63,20 +63,20 @@ class LPFTConfig(FTConfig):
     probe: float = option(0.5, "Fraction of the optimizer steps spent on the probe.", range="(0, 1)")
     head_lr: HeadRate = option(
         "auto",
-        "Learning rate of the head during the probe: 'auto' to fit it to the features, None for args.learning_rate.",
+        "Learning rate of the head during the probe: 'auto' to fit it to the features, None to use args.learning_rate.",
         range="(0, inf)",
     )
     norm_mode: NormMode = option(
         "eval",
-        "Mode of the normalisation layers: 'eval' keeps their statistics fixed, 'auto' lets those that train move, "
-        "'train' all, also during the probe.",
+        "Mode of the normalisation layers: 'eval' keeps their statistics fixed, 'auto' updates those of layers that "
+        "train, 'train' those of all, even during the probe.",
         source="code",
     )
     probe_solver: Literal["sgd", "lbfgs"] = option(
         "sgd",
         "'sgd': train the head with the optimizer. 'lbfgs': fit it before training by logistic regression (L-BFGS) on "
-        "the features, with the best of 50 penalties on held-out samples, as the authors do; the run is then "
-        "fine-tuning alone, and `probe` and `head_lr` are ignored.",
+        "the features, with the best of 50 penalties as judged on held-out samples, as the authors do; the run then "
+        "consists of fine-tuning alone, and `probe` and `head_lr` are ignored.",
         formerly="sgd",
     )
     dropout: bool = option(

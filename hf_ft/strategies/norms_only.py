@@ -28,7 +28,7 @@ from hf_ft.models.norms import norm_layers
 @register("norms_only")
 @dataclass(frozen=True, kw_only=True)
 class NormsOnlyConfig(FittedHead):
-    r"""Train scale and shift of every normalisation layer, and the head; all other weights stay as pretrained.
+    r"""Train the scale and shift of every normalisation layer, and the head; all other weights stay as pretrained.
 
     .. math:: L = \mathrm{CE}(h(f(x; W^0, \gamma, \beta)), y) \quad \text{over } \gamma, \beta \text{ and } h
 

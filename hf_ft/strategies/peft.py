@@ -31,7 +31,7 @@ from hf_ft.models.names import covered
 
 
 def _holders(model: nn.Module, head: Names) -> Names:
-    """The modules of the head that hold its weights: some tuners of PEFT cannot take a container back."""
+    """The modules of the head that hold its weights: some tuners of PEFT cannot restore a container."""
     inner = [(name, module) for name, module in model.named_modules() if covered(name, set(head))]
     return tuple(name for name, module in inner if next(module.parameters(recurse=False), None) is not None)
 
@@ -46,7 +46,7 @@ class PEFTConfig(FittedHead):
     .. math:: W^0 + \frac{\alpha}{r} B A, \qquad A \in \mathbb{R}^{r \times d}, \; B \in \mathbb{R}^{k \times r}
 
     with :math:`\alpha = 2 r` and :math:`B = 0` at the start. Any other config of PEFT (DoRA, IA3, VeRA, LN tuning, ...)
-    can take its place.
+    can be used instead.
     """
 
     paper = Paper(
@@ -67,7 +67,7 @@ class PEFTConfig(FittedHead):
         "A PEFT config; None for LoRA in all blocks. Without `target_modules`, it adapts every module of the blocks "
         'that it can. On the command line as JSON: \'{"peft_type": "IA3"}\'.',
     )
-    rank: int = option(8, "Rank of LoRA, where `tuner` is None.", range="[1, inf)")
+    rank: int = option(8, "Rank of LoRA, if `tuner` is None.", range="[1, inf)")
     norms: bool = option(False, "Train the blocks' normalisation layers as well.")
     merge: bool = option(
         True,
@@ -81,7 +81,7 @@ class PEFTConfig(FittedHead):
     )
 
     def needs(self) -> Needs:
-        return Needs(sharded=not self.merge)  # what is merged is another model, without shards
+        return Needs(sharded=not self.merge)  # the merged model is a different one, without shards
 
     def plan(self, model: nn.Module, state: State) -> Plan:
         head = _holders(model, self.anatomy(model).head.modules)
@@ -97,7 +97,7 @@ class PEFTConfig(FittedHead):
     def check_model(self, model: nn.Module) -> None:
         if isinstance(model, PeftModel):
             raise OptionError(
-                "peft: the model is a PEFT model already, whose adapters any strategy trains: use FullConfig, or pass "
+                "peft: the model is already a PEFT model, whose adapters any strategy trains: use FullConfig, or pass "
                 "the base model."
             )
 

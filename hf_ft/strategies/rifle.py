@@ -12,14 +12,14 @@ from hf_ft.core import USUAL_RATE, Choice, FTConfig, Paper, Plan, Rate, Stage, S
 @register("rifle")
 @dataclass(frozen=True, kw_only=True)
 class RIFLEConfig(FTConfig):
-    r"""Train everything, and draw the head's weights anew at equal intervals.
+    r"""Train everything, and re-initialise the head at equal intervals.
 
     A run of :math:`T` steps is divided into :math:`n + 1` cycles, where :math:`n` is ``times``. At the beginning of
     each but the first,
 
     .. math:: h \sim \text{initialisation}, \qquad t = \frac{k T}{n + 1}, \; k = 1, \dots, n
 
-    and the rest of the network trains on. The last cycle ends with a trained head.
+    and the rest of the network keeps training. The last cycle ends with a trained head.
     """
 
     paper = Paper(
@@ -28,13 +28,13 @@ class RIFLEConfig(FTConfig):
         "ICML 2020",
         "https://arxiv.org/abs/2007.03349",
     )
-    formula = "h is drawn anew at the steps k T / (n + 1), k = 1 ... n"
+    formula = "h is re-initialised at the steps k T / (n + 1), k = 1 ... n"
     recommended = USUAL_RATE
     tuned = {"times": Choice((1, 2, 3))}
     cost = advising.EVERYTHING + advising.DEARER / 2
     advice = {advising.GOOD_FEATURES_FEW_SAMPLES: -1, advising.POOR_FEATURES: 1}
 
-    times: int = option(3, "How often the head is drawn anew.", range="[1, inf)")
+    times: int = option(3, "Number of times the head is re-initialised.", range="[1, inf)")
     head_lr: float | None = option(
         None, "Learning rate of the head; None to use that of the backbone, args.learning_rate.", range="(0, inf)"
     )

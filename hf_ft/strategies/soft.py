@@ -49,8 +49,8 @@ class SourceDistillation(nn.Module):
     """Divergence of the source head's predictions on the target batch from those before training.
 
     Args:
-        teacher: the head that the reference model has. It is part of the term so that checkpoints contain it.
-        trains: whether the source head trains, or stays as pretrained like the teacher.
+        teacher: the reference model's head. It is part of the term so that checkpoints contain it.
+        trains: whether the source head trains or, like the teacher, stays as pretrained.
     """
 
     def __init__(self, head: SourceHead, teacher: SourceHead, temperature: float, trains: bool) -> None:

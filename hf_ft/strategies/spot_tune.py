@@ -18,7 +18,8 @@ from hf_ft.models.head_layers import logit_layers
 class SpotTuneConfig(GatedStrategy):
     r"""Decide for each sample and block whether the fine-tuned or the pretrained block computes it.
 
-    Block :math:`l` has its pretrained weights :math:`F_l`, which stay, and a copy :math:`\tilde F_l`, which trains:
+    Block :math:`l` has its pretrained weights :math:`F_l`, which stay fixed, and a copy :math:`\tilde F_l`, which
+    trains:
 
     .. math::
         x_l = I_l(x) \, \tilde F_l(x_{l-1}) + (1 - I_l(x)) \, F_l(x_{l-1}), \qquad
@@ -38,13 +39,13 @@ class SpotTuneConfig(GatedStrategy):
     tuned = {"policy_lr": LogRange(1e-4, 1e-2)}
 
     temperature: float = option(
-        5.0, "Temperature of the Gumbel softmax whose gradient the decisions have.", range="(0, inf)", source="code"
+        5.0, "Temperature of the Gumbel softmax, which gives decisions their gradient.", range="(0, inf)", source="code"
     )
     policy_lr: float = option(0.01, "Learning rate of the policy network.", range="(0, inf)", source="code")
     policy_width: int = option(128, "Number of hidden units of the policy network.", range="[1, inf)")
     noise: bool = option(
         True,
-        "Whether decisions are drawn in training, by Gumbel noise; if not, the likelier is taken, as in evaluation.",
+        "Whether to sample decisions in training, by Gumbel noise, or to take the more likely one, as in evaluation.",
         source="code",
     )
     head_lr: float | None = option(

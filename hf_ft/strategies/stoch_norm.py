@@ -25,7 +25,7 @@ from hf_ft.models.stoch_norm import AddStochNorm, convertible, remove_stoch_norm
 
 NO_BATCH_NORM = advising.Rule(
     (("batch_norm_layers", "<", 1),),
-    "it changes BatchNorm, of which there is none ({batch_norm_layers:.0f} layers)",
+    "it changes BatchNorm layers, and the model has none ({batch_norm_layers:.0f} layers)",
     "",
 )
 
@@ -33,7 +33,7 @@ NO_BATCH_NORM = advising.Rule(
 @register("stoch_norm")
 @dataclass(frozen=True, kw_only=True)
 class StochNormConfig(FTConfig):
-    r"""Normalise each channel by its batch's statistics or by the moving ones, at random in every step.
+    r"""Normalise each channel with the batch's statistics or with the moving ones, at random in every step.
 
     For channel :math:`c` of a BatchNorm layer in training,
 
@@ -52,14 +52,14 @@ class StochNormConfig(FTConfig):
         "NeurIPS 2020",
         "https://papers.nips.cc/paper/2020/hash/bc573864331a9e42e4511de6f678aa83-Abstract.html",
     )
-    formula = "x_c is normalised by its batch with probability p, else by the moving statistics"
+    formula = "x_c is normalised with its batch's statistics with probability p, else with the moving ones"
     recommended = USUAL_RATE
     tuned = {"p": LogRange(0.1, 1.0)}
     cost = advising.EVERYTHING + advising.DEARER
     advice = {advising.VERY_FEW_SAMPLES: 1, NO_BATCH_NORM: None}
 
     p: float = option(
-        0.5, "Probability that a channel is normalised by its batch's statistics.", range="[0, 1]", source="code"
+        0.5, "Probability that a channel is normalised with its batch's statistics.", range="[0, 1]", source="code"
     )
     head_lr: float | None = option(
         None, "Learning rate of the head; None to use that of the backbone, args.learning_rate.", range="(0, inf)"

@@ -35,7 +35,7 @@ class WiSEFTConfig(FTConfig):
         \alpha = \arg\max_{a \in \{0, 1/n, \dots, 1\}} \text{validation score of } w_a
 
     where :math:`n` is ``steps``. BatchNorm statistics are measured again for each candidate. Training itself is
-    unchanged: it is full fine-tuning, or whatever the strategies do that this one is combined with.
+    unchanged: it is full fine-tuning, or whatever the strategies combined with this one do.
     """
 
     paper = Paper(
@@ -59,7 +59,7 @@ class WiSEFTConfig(FTConfig):
     average_head: bool = option(
         False,
         "Average the head as well. Only for a head that is trained before the start, such as LPFTConfig's with "
-        "probe_solver='lbfgs'; a new one starts at random.",
+        "probe_solver='lbfgs'; a new one starts from random weights.",
     )
 
     def needs(self) -> Needs:

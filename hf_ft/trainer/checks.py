@@ -319,7 +319,7 @@ def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments, model
     configs = tuple(sorted(configs, key=lambda config: not chooses_rate(config)))
     present = recommended_arguments(configs, OptimizerNames(args.optim).value, model)
     # These are meant to be chosen, and depend on the optimizer: warn only if nobody set them.
-    chosen = {name: present[name] for name in ("learning_rate", "max_grad_norm") if name in present}
+    chosen = {name: present[name] for name in ("learning_rate", "max_grad_norm", "warmup_steps") if name in present}
     stated = {name: value for config in reversed(configs) for name, value in config.recommended.items()}
     differing = []
     for name, value in (stated | chosen).items():

@@ -78,6 +78,7 @@ LAST = BlockwiseConfig(block="last_quarter")
 STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "linear_probe": (LinearProbeConfig(head_lr=None), PROBE),
     "full": (FullConfig(), USUAL),
+    "full, warm-up": (FullConfig(), USUAL),
     "full, eval": (FullConfig(norm_mode="eval"), LOWER),
     "daft, one rate": (DAFTConfig(head_lr=None), USUAL),
     "daft": (DAFTConfig(), USUAL),
@@ -104,6 +105,7 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "spot_tune": (SpotTuneConfig(), USUAL),
     "ada_filter": (AdaFilterConfig(), USUAL),
 }
+ARGUMENTS: dict[str, dict[str, float]] = {"full, warm-up": {"warmup_steps": 0.1}}  # of a tenth of the steps
 
 
 @dataclass(frozen=True)
@@ -309,15 +311,17 @@ def write_page() -> None:
 
 def look_at_heads(tasks: Sequence[Task], models: Sequence[str]) -> None:
     """What the fitted head rates are derived from, for each task and model."""
-    found = []
+    known = json.loads(HEADS.read_text(encoding="utf-8")) if HEADS.is_file() else []
+    found = {tuple(entry["of"]): entry for entry in known}
     for model in models:
-        for task in tasks:
+        for task in (replace(task, pixels=OWN_PIXELS.get(model, task.pixels)) for task in tasks):
             bench = Bench(task, model)
             data, (loaded, _) = bench.ready.splits["train"], bench.load(1)
             samples = Samples(len(data), lambda rows, b=bench, d=data: dict(b.ready.collate(read_rows(d, rows))))  # type: ignore[misc]
             fit = fit_head(loaded, anatomy(loaded), samples)
-            found.append({"of": [task.name, model], "curvature": fit.curvature, "feature_norm": fit.feature_norm})
-    HEADS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            of = (task.name, model)
+            found[of] = {"of": list(of), "curvature": fit.curvature, "feature_norm": fit.feature_norm}
+    HEADS.write_text(json.dumps(list(found.values()), indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -349,7 +353,7 @@ def main() -> None:
                 def make(name: str = name, optim: str = optim, rate: float = rate, seed: int = seed) -> Entry:
                     nonlocal bench
                     bench = bench or Bench(task, model)  # noqa: B023
-                    return bench.run(STRATEGIES[name][0], optim, rate, seed)
+                    return bench.run(STRATEGIES[name][0], optim, rate, seed, **ARGUMENTS.get(name, {}))
 
                 key = {"task": task.name, "model": model, "strategy": name, "optim": optim, "rate": rate, "seed": seed}
                 runs.get(key, make)

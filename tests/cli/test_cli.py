@@ -9,6 +9,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -293,10 +294,11 @@ def test_regression_keeps_the_epoch_of_the_smallest_loss(files, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "regression" in printed and "mse" in printed and "macro_f1" not in printed
     # Transformers, which have no BatchNorm, train at a tenth.
-    assert "recommended by full: learning_rate=3e-05 (ours)" in words(printed)
+    assert "recommended by full: warmup_steps=0.1 (ours), learning_rate=3e-05 (ours)" in words(printed)
     state = json.loads(next(tmp_path.glob("checkpoint-*/trainer_state.json")).read_text())
     rates = [log["learning_rate"] for log in state["log_history"] if "learning_rate" in log]
     assert rates and all(rate <= 3e-5 for rate in rates)
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).warmup_steps == 0.1
     assert "temperature" not in printed and not (tmp_path / "ft_calibration.json").exists()
 
 

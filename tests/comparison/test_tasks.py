@@ -45,7 +45,8 @@ def test_text(label, classes, metric, tmp_path):
     results = run(tmp_path, "linear_probe,lp_ft", model=load_bert(classes), data=data, trials=2, seeds=1)
     assert results.metric == metric and {c.status for c in results.contenders} == {"finished"}
     assert results.greater_is_better == (metric != "mse")
-    assert results["full"].space.get("optim") is None and results["full"].trials[0].params["learning_rate"] == 3e-4
+    assert results["full"].space.get("optim") is None and results["full"].trials[0].params["learning_rate"] == 3e-5
+    assert results.settings["warmup_steps"] == 0.1, "it has no BatchNorm"
     better = min if metric == "mse" else max
     for contender in results.contenders:
         trials = [trial.validation for trial in contender.trials]

@@ -3,6 +3,7 @@
 import pytest
 
 from hf_ft import (
+    AutoStrategyConfig,
     BitFitConfig,
     FullConfig,
     L2SPConfig,
@@ -33,6 +34,13 @@ def test_a_tenth_without_batch_norm(config, optim, value):
     assert recommended_rate(config, optim, tiny_vit()) == rate(config, optim, tiny_vit())
 
 
+@pytest.mark.parametrize("config", [FullConfig(), L2SPConfig(), LPFTConfig(), AutoStrategyConfig()])
+def test_warm_up_without_batch_norm(config):
+    assert recommended_arguments([config], model=tiny_vit())["warmup_steps"].value == 0.1
+    assert "warmup_steps" not in recommended_arguments([config], model=tiny_resnet())
+    assert "warmup_steps" not in recommended_arguments([config])
+
+
 @pytest.mark.parametrize(("optim", "value"), [("adamw_torch", 1e-4), ("sgd", 1e-3)])
 def test_a_third_where_statistics_are_kept(optim, value):
     for config in (FullConfig(norm_mode="eval"), L2SPConfig(norm_mode="eval")):
@@ -43,7 +51,7 @@ def test_a_third_where_statistics_are_kept(optim, value):
 
 @pytest.mark.parametrize("config", [PEFTConfig(), BitFitConfig(), StockConfig()])
 def test_rates_for_few_parameters_and_of_other_strategies_stay(config):
-    assert rate(config, model=tiny_vit()) == rate(config, model=tiny_resnet())
+    assert recommended_arguments([config], model=tiny_vit()) == recommended_arguments([config], model=tiny_resnet())
 
 
 def test_what_is_fitted_is_not_multiplied():
@@ -66,3 +74,6 @@ def test_an_unset_rate_warns_by_the_kind_of_network(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
     make_trainer(tiny_vit(), "full", tmp_path, learning_rate=5e-5)
     assert "learning_rate=5e-05 (recommended: 3e-05, ours)" in said[0]
+    assert "warmup_steps=0 (recommended: 0.1, ours: without BatchNorm, the first steps of Adam" in said[0]
+    make_trainer(tiny_vit(), "full", tmp_path, learning_rate=1e-5, warmup_steps=3)  # chosen by the user
+    assert len(said) == 1

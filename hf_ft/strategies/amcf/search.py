@@ -68,8 +68,8 @@ class SwarmSearch:
 
     Every position starts from the same weights and heads, sees the data in the same order, and has the same budget.
     Its score is the ensemble's score at its best epoch, on a held-out split of the training samples. A generation
-    waits for all of its particles. These are trials of one Optuna study, which any number of processes may share; an
-    interrupted search resumes where it stopped.
+    waits for all of its particles. Evaluations are trials of one Optuna study, which any number of processes may
+    share; an interrupted search resumes where it stopped.
 
     Args:
         model: the source models with new heads; left unchanged.

@@ -19,18 +19,18 @@ from hf_ft.engine.short_training import Batches
 from hf_ft.engine.work import Work, training_work
 from hf_ft.models.preserve import evaluating, random_states_kept
 
-FORWARD = 1 / 3  # of a pass, where it cannot be counted: the backward pass computes two products for each
-STEP = 4  # samples whose step is counted
+FORWARD = 1 / 3  # of a pass, if it cannot be counted: the backward pass computes two products for each of its products
+STEP = 4  # number of samples in the step whose work is counted
 
 
 @dataclass
 class Budget:
-    """The passes that may be made in all, and those that were.
+    """How many passes are allowed, and how many have been made.
 
     Attributes:
-        allowed: in all.
+        allowed: in total.
         spent: on the choice so far.
-        finishing: what is set aside for the training that follows.
+        finishing: reserved for the training that follows.
     """
 
     allowed: float
@@ -38,19 +38,19 @@ class Budget:
     finishing: float = 0.0
 
     def fits(self, passes: float, finishing: float = 0.0) -> bool:
-        """Whether so many more can be made, if the training that follows may need ``finishing``."""
+        """Whether this many more can be made if the training that follows may need ``finishing``."""
         return self.spent + passes + max(self.finishing, finishing) <= self.allowed * (1 + 1e-9)
 
 
 @dataclass
 class Costs:
-    """The cost of trainings on a model, relative to full fine-tuning.
+    """The cost of training a model, relative to full fine-tuning.
 
     Attributes:
         recipe: the training recipe.
-        batches: the samples, with the recorded activations that all trainings share.
+        batches: the samples, with the recorded activations that all training runs share.
         full: work of full fine-tuning per sample; 0 until its run is known.
-        forward: the share of it that a forward pass makes up.
+        forward: the forward pass's share of it.
     """
 
     recipe: Recipe
@@ -63,7 +63,7 @@ class Costs:
         self.rows = list(range(min(STEP, self.batches.samples.count)))
 
     def set_full(self, model: nn.Module, run: Run) -> None:
-        """Count what a run of full fine-tuning costs."""
+        """Count the work of a full fine-tuning run."""
         self.full = training_work(run, self.recipe, self.batches, self.rows)
         copied = copy.deepcopy(model)
         with random_states_kept(0), torch.no_grad(), evaluating(copied), Work() as work, self.recipe.computing():
@@ -72,11 +72,11 @@ class Costs:
         self.forward = work.total / len(self.rows) / self.full if self.full else FORWARD
 
     def ratio(self, run: Run) -> float:
-        """The cost of a training, in passes per sample and epoch."""
+        """The cost of a training run, in passes per sample and epoch."""
         return training_work(run, self.recipe, self.batches, self.rows) / self.full if self.full else 1.0
 
     def guessed(self, config: FTConfig) -> float:
-        """The same before its run is known, by the cost that a strategy declares; rather too high."""
+        """The same before its run is known, from the cost that a strategy declares; rather too high than too low."""
         cost = advising.EVERYTHING if config.cost is None else config.cost
         if cost <= advising.HEAD_ALONE:
             return self.forward
@@ -85,7 +85,7 @@ class Costs:
         return 1 + self.forward if cost >= advising.WITH_A_FROZEN_COPY else 1.0
 
     def measuring(self, config: FTConfig, samples: int) -> float:
-        """The passes of a strategy's measurement, by the cost that it declares."""
+        """The passes that a strategy's measurement takes, from the cost that it declares."""
         cost = advising.EVERYTHING if config.cost is None else config.cost
         if not config.measures():
             return 0.0
@@ -95,6 +95,6 @@ class Costs:
         return self.forward * (passed + min(samples, LOOKED_AT))  # and a look at the head's features
 
     def advising(self, samples: int) -> float:
-        """The passes of ``hf-ft advise``."""
+        """The passes that ``hf-ft advise`` takes."""
         seen = min(samples, LIMIT)
         return self.forward * seen + min(seen, BATCH * GRADIENT_BATCHES)

@@ -1,4 +1,4 @@
-"""A recipe in the running, and how its brief trainings are judged."""
+"""A recipe in the running, and how its brief training runs are judged."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Candidate:
     """A recipe in the running.
 
     Attributes:
-        ratio: cost of its training, in passes per sample and epoch.
+        ratio: cost of training it, in passes per sample and epoch.
         states: what it measured on the training part of each fold so far.
-        outcomes: its brief trainings so far, one for each fold.
+        outcomes: its brief training runs so far, one for each fold.
     """
 
     recipe: Recipe
@@ -37,7 +37,7 @@ class Candidate:
 
 
 def held_out_loss(logits: Tensor, labels: Tensor, loss: float, task_loss: Any) -> tuple[float, float | None]:
-    """The log loss at the best temperature, and the accuracy; for other tasks, their loss as it is."""
+    """The log loss at the best temperature, and the accuracy; for other tasks, their own loss as is."""
     single = labels.dim() == 1 and not labels.is_floating_point() and logits.dim() == 2 and logits.shape[1] > 1
     several = labels.dim() == 2 and labels.shape == logits.shape and bool(((labels == 0) | (labels == 1)).all())
     if task_loss.compute_loss_func is not None or not (single or several):

@@ -1,8 +1,8 @@
 """Choose a strategy: train the most promising ones briefly, and compare them on held-out training samples.
 
-The folds of the training samples take turns as held-out samples. On the first, all recipes that the budget has room for
-are trained; on each further one the better half, at least two, while the budget lasts (successive halving). The lowest
-mean log loss wins, each taken at its best temperature: brief trainings are confident to different degrees.
+The folds of the training samples take turns being held out. For the first, all recipes that the budget allows are
+trained; for each further one, the better half, but at least two, while the budget lasts (successive halving). The
+lowest mean log loss wins, each taken at its best temperature, since brief training runs differ in confidence.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from hf_ft.strategies.auto.result import Choice, ranked
 
 logger = logging.get_logger(__name__)
 STORAGE = "auto.db"
-AVERAGES = 2  # with the initial weights, that are tried after training
-LEAST = 2  # recipes: with fewer there is nothing to compare
+AVERAGES = 2  # with the initial weights, tried after training
+LEAST = 2  # recipes: with fewer, there is nothing to compare
 LOOKING = 0.05  # share of the budget for what `hf-ft advise` measures
 NO_ROOM = "the budget has no room for it"
 
@@ -47,13 +47,13 @@ NO_ROOM = "the budget has no room for it"
 class Chooser:
     """The choice of a strategy for a model and its training data.
 
-    Brief trainings form an Optuna study: an interrupted choice resumes where it stopped, and the processes of a run
-    share them. All processes measure in step, and come to the same choice.
+    Brief training runs form an Optuna study: an interrupted choice resumes where it stopped, and the processes of a run
+    share them. All processes measure in step and arrive at the same choice.
 
     Args:
         model: the pretrained model with a new head; left unchanged.
         config: the strategy that chooses.
-        budget: of the whole run, in full fine-tunings.
+        budget: for the whole run, in full fine-tunings.
         context: samples and recipe.
 
     Raises:
@@ -108,7 +108,7 @@ class Chooser:
     # --- who takes part ------------------------------------------------------------------------------------
 
     def _admitted(self, found: Sequence[Recipe]) -> list[Candidate]:
-        """The recipes that the budget has room for, in the order of trying, measured on the first fold."""
+        """The recipes that the budget has room for, in the order to try them, measured on the first fold."""
         admitted: list[Candidate] = []
         for recipe in found:
             if len(admitted) == self.config.most:
@@ -127,17 +127,17 @@ class Chooser:
         return admitted
 
     def _candidate(self, recipe: Recipe) -> Candidate:
-        """Measure on the first fold, and count what a training costs; the first recipe is the baseline.
+        """Measure on the first fold, and count the cost of training; the first recipe is the baseline.
 
         Raises:
-            OptionError, AnatomyError: if the strategy cannot run on the model, or not in a brief training.
+            OptionError, AnatomyError: if the strategy cannot run on the model, or cannot be trained briefly.
         """
         state = self._measured(recipe, self.folds[0].train)
         self.budget.spent += self._measuring(recipe, 0)
         run = self._start(recipe, state)
         stage_borders(run.plan.stages, self._steps(min(len(part.train) for part in self.folds), self.epochs))
         if run.plan.streams:
-            raise OptionError("it trains on further data as well, which brief trainings do not read")
+            raise OptionError("it also trains on other data, which brief training runs do not read")
         passes = self.trainings.recordings.passes
         if recipe.name == BASELINE:
             self.costs.set_full(self.model, run)
@@ -149,13 +149,13 @@ class Chooser:
         return Candidate(recipe, ratio, [state])
 
     def _steps(self, samples: int, epochs: float) -> int:
-        """The optimizer steps of a training, at least; a last batch of one sample may be dropped."""
+        """The least number of optimizer steps in a training run: a last batch of one sample may be dropped."""
         recipe = self.trainings.recipe
         whole, rest = divmod(samples, recipe.batch_size * recipe.accumulation)
         return max(1, int(epochs * (whole + (rest > 1 or not whole))))
 
     def _check_room(self, recipe: Recipe, ratio: float, planned: float) -> None:
-        """Reject a recipe whose brief training does not fit beside what is planned.
+        """Reject a recipe whose brief training run does not fit into the budget in addition to what is planned.
 
         Raises:
             OptionError: if it does not.
@@ -164,7 +164,7 @@ class Chooser:
             raise OptionError(NO_ROOM)
 
     def _brief(self, ratio: float, fold: int) -> float:
-        """The passes of a brief training, with its evaluation."""
+        """The passes of a brief training run, including its evaluation."""
         part = self.folds[fold]
         return ratio * self.epochs * len(part.train) + self.costs.forward * len(part.held_out)
 
@@ -172,18 +172,18 @@ class Chooser:
         return self.costs.measuring(recipe.config, len(self.folds[fold].train))
 
     def _finishing(self, recipe: Recipe, ratio: float | None) -> float:
-        """The passes of the training that follows, if it is of this recipe, with its measurement."""
-        # Recorded activations may be of no use then, if samples are augmented.
+        """The passes of the final training with this recipe, including its measurement."""
+        # If samples are augmented, recorded activations are of no use there.
         ratio = max(self.costs.guessed(recipe.config), ratio or 0.0)
         count = self.context.samples.count
-        # Normalisation layers are measured anew for each average; evaluations do not count, here as during training.
+        # Normalisation layers are re-measured for each average; evaluations do not count, here as during training.
         averaging = AVERAGES * self.costs.forward * count if self.config.average else 0.0
         return ratio * self.whole + self.costs.measuring(recipe.config, count) + averaging
 
-    # --- brief trainings -----------------------------------------------------------------------------------
+    # --- brief training runs -------------------------------------------------------------------------------
 
     def _compare(self, candidates: Sequence[Candidate]) -> None:
-        """Train all on the first fold, and the better half on each further one, while the budget lasts."""
+        """Train all for the first fold, and the better half for each further one, while the budget lasts."""
         running = list(candidates)
         with Bar(len(running), "Choosing a strategy", "log loss", not self.context.progress) as bar:
             for fold in range(len(self.folds)):
@@ -227,7 +227,7 @@ class Chooser:
 
     @cached_property
     def _signature(self) -> dict[str, Any]:
-        """All that the score of a recipe on a fold depends on."""
+        """Everything that the score of a recipe on a fold depends on."""
         return self.trainings.describe({"folds": len(self.folds), "epochs": self.epochs})
 
     def _job(self, recipe: Recipe, fold: int) -> Job:
@@ -236,7 +236,7 @@ class Chooser:
         return Job(f"{recipe.name}-{digest}/fold{fold}", {"strategy": recipe.name, "fold": fold})
 
     def _score(self, candidate: Candidate, fold: int) -> tuple[float, dict[str, Any]]:
-        """Train briefly; the negative log loss on the held-out samples, and their accuracy."""
+        """Train briefly, and return the negative log loss on the held-out samples and the accuracy on them."""
         part, found = self.folds[fold], dict[str, Any]()
         recipe = self._at(candidate.recipe, self.trainings.recipe)
         run = self._start(candidate.recipe, candidate.states[fold])
@@ -275,7 +275,7 @@ class Chooser:
     def _best(self, found: Sequence[Recipe], candidates: Sequence[Candidate]) -> tuple[Recipe, State]:
         """The recipe with the lowest loss, and what it measures on all samples.
 
-        If nothing was compared, it is that with the highest expected gain of those that can run.
+        If nothing was compared, it is the one with the highest expected gain among those that can run.
         """
         tried = [candidate for candidate in candidates if candidate.outcomes]
         if tried:
@@ -292,4 +292,4 @@ class Chooser:
                 return recipe, state
             except REFUSED as error:
                 problem = error
-        raise OptionError(f"{self.config.ft_type}: no strategy can train this model; the last one: {problem}")
+        raise OptionError(f"{self.config.ft_type}: no strategy can train this model; the last one failed: {problem}")

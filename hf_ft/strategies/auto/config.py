@@ -44,12 +44,12 @@ SHARES = (1.0, 0.8, 0.6)  # of the trained weights; ties go to the first
 @register("auto")
 @dataclass(frozen=True, kw_only=True)
 class AutoStrategyConfig(FTConfig):
-    r"""Choose a strategy: train the most promising ones briefly, and the best of them to the end.
+    r"""Choose a strategy: train the most promising ones briefly, then the best of them to the end.
 
     .. math:: s^* = \arg\min_s \; \min_T \; \mathrm{CE}(z_s / T, \, y) \quad \text{on held-out training samples}
 
-    :math:`z_s` are the logits after a brief training with strategy :math:`s`. The run then trains :math:`s^*` as if it
-    had been asked for, at the learning rate that it recommends, unless one was set.
+    :math:`z_s` are the logits after a brief training run with strategy :math:`s`. The run then trains :math:`s^*` as if
+    it had been asked for, at the learning rate it recommends unless one was set.
     """
 
     paper = Paper(
@@ -59,9 +59,9 @@ class AutoStrategyConfig(FTConfig):
         "https://arxiv.org/abs/1502.07943",
         note="successive halving; here over folds of the training samples",
     )
-    formula = "s* = argmin_s min_T CE(z_s / T, y) on held-out training samples, z_s after a brief training with s"
+    formula = "s* = argmin_s min_T CE(z_s / T, y) on held-out training samples, z_s after a brief training run with s"
     recommended = {
-        "learning_rate": Recommended(CHOSEN),
+        "learning_rate": Recommended(CHOSEN, without_batch_norm=0.1),  # what it chooses among
         "lr_scheduler_type": Recommended("cosine", "ours"),
         "weight_decay": Recommended(0.0, "ours"),
     }
@@ -70,29 +70,29 @@ class AutoStrategyConfig(FTConfig):
 
     budget: float | str = option(
         "2x",
-        "What the whole run may cost, as a number of full fine-tunings of its length, such as '3x' or 3: choosing, and "
-        "the training that follows.",
+        "Limit on the cost of the whole run, choosing and training, as a multiple of a full fine-tuning of the same "
+        "length, such as '3x' or 3.",
         range=RANGE,
     )
     choose_from: tuple[str, ...] = option(
         (), "Names of the strategies to choose from, besides full fine-tuning; empty for all."
     )
     most: int = option(6, "Maximum number of strategies to train briefly.", range="[2, inf)")
-    share: float = option(1 / 3, "Length of a brief training, as a fraction of the run.", range="(0, 1]")
+    share: float = option(1 / 3, "Length of a brief training run, as a fraction of the whole run.", range="(0, 1]")
     folds: int = option(
         4,
-        "Parts of the training samples that take turns as held-out samples, while the budget lasts.",
+        "Number of folds of the training samples; they take turns being held out, while the budget lasts.",
         range="[2, inf)",
     )
     average: bool = option(
         True,
-        "Average the final weights with the pretrained ones, but for the head, if that scores higher on the validation "
-        "data; without these, they stay as trained. Shares of the final weights: 1, 0.8, 0.6.",
+        "Average the final weights, except the head's, with the pretrained ones if that scores higher on the "
+        "validation data; without such data, they stay as trained. Shares of the final weights: 1, 0.8, 0.6.",
     )
     storage: str | None = option(
         None,
         "Where to store the trials: a file *.db (SQLite) or *.log, an Optuna URL, or 'memory'; None for auto.db in the "
-        "output folder. Processes that share a storage share the trainings.",
+        "output folder. Processes that share a storage share the training runs.",
         local=True,
     )
 
@@ -119,7 +119,7 @@ class AutoStrategyConfig(FTConfig):
         if names:
             raise OptionError(
                 f"{self.ft_type} chooses the strategy itself, so it cannot be composed with {names}: use one or the "
-                f"other, or {self.ft_type}.choose_from to say what to choose from."
+                f"other, or set {self.ft_type}.choose_from to limit the choice."
             )
 
     def check_arguments(self, args: TrainingArguments) -> None:
@@ -169,7 +169,7 @@ class AutoStrategyConfig(FTConfig):
         return plan if selection is None else dataclasses.replace(plan, select=(selection,))
 
     def _averaging(self, model: nn.Module, plan: Plan) -> Selection | None:
-        """The choice of a share of the pretrained weights; None if there is nothing to average, or it is unknown."""
+        """The choice of a share of the trained weights; None if there is nothing to average, or it is unknown."""
         if isinstance(model, PeftModel) or any(isinstance(step, AddAdapters) for step in plan.surgery):
             return None  # an adapter's weights are factors of a product
         try:

@@ -24,7 +24,7 @@ def reasons(choice: Choice) -> str:
     rate = "" if choice.rate is None else f" at learning rate {choice.rate:g}"
     if not choice.tried:
         return (
-            f"`{choice.chosen}`{rate} was chosen by earlier comparisons: the budget of {choice.budget:g} full "
+            f"`{choice.chosen}`{rate} was chosen from earlier comparisons: the budget of {choice.budget:g} full "
             f"fine-tunings leaves no room to compare. {cost}"
         )
     best, *others = choice.ranking
@@ -34,19 +34,19 @@ def reasons(choice: Choice) -> str:
         f"`{choice.chosen}`{rate} was chosen: after {choice.epochs} epoch{'s' * (choice.epochs > 1)} it has the lowest "
         f"log loss on held-out training samples, {best.mean():.3f} on {_folds(len(best.losses))}"
     )
-    text += f", before {', '.join(said)}" if said else ""
+    text += f", ahead of {', '.join(said)}" if said else ""
     text += f"; dropped earlier: {', '.join(dropped)}" if dropped else ""
     return f"{text}. {cost}"
 
 
 def describe_average(record: Mapping[str, Any] | None) -> str:
-    """What the choice of averaged weights after training gave; empty before, and if there was none."""
+    """The result of choosing averaged weights after training; empty before that, and if there was no choice."""
     if record is None or len(record["scores"]) < 2:
         return ""
     scores = ", ".join(f"{value:g}: {'not finite' if s is None else f'{s:.3f}'}" for value, s in record["scores"])
     share = record["value"]
-    kept = "are those of training" if share == 1 else f"are {share:g} of the trained and {1 - share:.2g} of the first"
-    return f"The final weights {kept}, by {record['metric']} on validation data ({scores})."
+    kept = "as trained" if share == 1 else f"{share:g} of the trained and {1 - share:.2g} of the pretrained ones"
+    return f"The final weights are {kept}, chosen by {record['metric']} on validation data ({scores})."
 
 
 def choice_findings(choice: Choice, summary: str, chosen: Findings) -> Findings:
@@ -69,7 +69,7 @@ def choice_figure(choice: Choice, table: Table) -> Figure:
     rows = tuple(_bar(choice, one) for one in choice.ranking)
     axis = linear_axis([row.value for row in rows if row.value is not None] or [0.0], "log loss", include=[0.0])
     about = "; ".join(f"{row.label} {row.text}" for row in rows)
-    chart = Rows("Held-out log loss after a brief training", about, rows, axis, (), bars=True)
+    chart = Rows("Held-out log loss after a brief training run", about, rows, axis, (), bars=True)
     caption = f"Log loss on held-out samples, at the best temperature, after {choice.epochs} epochs; lower is better."
     key = [("win", "chosen"), ("other", "others")]
     if any(len(one.losses) < len(choice.ranking[0].losses) for one in choice.tried):

@@ -1,4 +1,4 @@
-"""The strategies to choose from, in the order of trying: as registered, in the form that fits model and data."""
+"""The strategies to choose from, in the order in which they are tried, in the form that fits the model and data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_ft.errors import AnatomyError
 from hf_ft.models.source_head import has_source_head
 
 REFUSED = (OptionError, AnatomyError)
-COMMON = ("head", "blocks", "batch_norm_momentum", "norm_mode")  # options that are handed on where they were set
+COMMON = ("head", "blocks", "batch_norm_momentum", "norm_mode")  # options that are passed on if set
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Recipe:
 
     @property
     def cheap(self) -> bool:
-        """Whether it declares that frozen parts are left out for much of the run."""
+        """Whether it declares that frozen parts are skipped for much of the run."""
         return self.config.cost is not None and self.config.cost <= advising.PART_OF_THE_RUN
 
 
 def measured_advice(model: nn.Module, context: Context | None) -> tuple[Mapping[str, float], dict[str, Any]]:
-    """The expected gain of each strategy, and what it follows from: as ``hf-ft advise``, on the training samples.
+    """The expected gain of each strategy, and what it is derived from, as in ``hf-ft advise``, on the training samples.
 
-    Without a context, or one class for each sample, nothing is measured, and earlier comparisons alone count.
+    Without a context, or without one class per sample, nothing is measured, and earlier comparisons alone count.
     """
     try:
         if context is None:
@@ -63,14 +63,15 @@ def measured_advice(model: nn.Module, context: Context | None) -> tuple[Mapping[
 def recipes(
     chooser: FTConfig, model: nn.Module, optim: str, rates: bool, expected: Mapping[str, float], wanted: Collection[str]
 ) -> tuple[list[Recipe], dict[str, str]]:
-    """The strategies that can run, in the order of trying, and why the others cannot.
+    """The strategies that can run, in the order in which they are tried, and why the others cannot.
 
-    The baseline comes first, then what is cheap to try, then the others; each by expected gain, equals by cost.
+    The baseline comes first, then those that are cheap to try, then the others; each group is sorted by expected gain,
+    then by cost.
 
     Args:
-        chooser: the strategy that chooses; not among them, and its common options apply to all.
+        chooser: the strategy that chooses; it is not among them, and its common options apply to all.
         optim: the optimizer in use, ``sgd`` or another.
-        rates: whether each is trained at the rate that it recommends.
+        rates: whether each is trained at the rate it recommends.
         wanted: names to choose from; empty for all.
     """
     found, declined = [], {}
@@ -90,7 +91,7 @@ def recipes(
 
 
 def recommended_rate(config: FTConfig, optim: str, model: nn.Module) -> float | None:
-    """The learning rate that a strategy, or else the baseline, recommends for a model; None if it fits one.
+    """The learning rate that a strategy, or else the baseline, recommends for a model; None if it fits its own.
 
     Args:
         optim: the optimizer in use, ``sgd`` or another.
@@ -113,13 +114,13 @@ def _fitting(name: str, chooser: FTConfig, model: nn.Module) -> FTConfig:
     if config.sources_option:
         raise OptionError("it trains several models")
     if not config.plain:
-        raise OptionError("the model that it leaves needs this package")
+        raise OptionError("the model it produces needs this package")
     if config.averages:
-        raise OptionError("it averages what another strategy trains: compose it")
+        raise OptionError("it averages what another strategy trains: compose the two")
     if config.cost is not None and config.cost >= advising.WITH_A_SEARCH:
-        raise OptionError("it searches itself")
+        raise OptionError("it runs a search of its own")
     if config.needs().source_data == "required":
-        raise OptionError("it needs data of the pretraining")
+        raise OptionError("it needs the pretraining data")
     if config.needs().source_head and not has_source_head(model):
         raise OptionError("it needs the pretrained head")
     fitting = config.adapted(model)

@@ -20,8 +20,8 @@ class Tried:
         rate: the learning rate; None for that of the arguments, or one fitted to the head.
         expected: expected gain over full fine-tuning by earlier comparisons, as a share of test samples.
         losses: log loss on the held-out samples of each fold, infinite if the training diverged.
-        accuracies: share of them that was classified correctly; empty if they have no single class.
-        cost: of one whole training, in full fine-tunings.
+        accuracies: share of them classified correctly; empty if they do not have one class each.
+        cost: of one complete training run, in full fine-tunings.
     """
 
     strategy: str
@@ -43,9 +43,9 @@ class Choice:
     Attributes:
         chosen: name of the chosen strategy.
         rate: its learning rate, as in :class:`Tried`.
-        tried: the recipes that were trained briefly, in the order of trying.
+        tried: the recipes that were trained briefly, in the order in which they were tried.
         declined: why others were not, by name.
-        epochs: length of a brief training.
+        epochs: length of a brief training run.
         budget: what the whole run may cost, in full fine-tunings.
         searching: what the choice cost.
         finishing: what the training that follows costs.
@@ -64,7 +64,7 @@ class Choice:
 
     @property
     def ranking(self) -> tuple[Tried, ...]:
-        """What was tried, best first: what lasted longer comes first, and among those the lower loss."""
+        """What was tried, best first: by the number of folds, then by the mean loss."""
         return ranked(self.tried)
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Choice:
 
 
 def ranked(tried: Iterable[Tried]) -> tuple[Tried, ...]:
-    """By the number of folds, and then by the mean loss on them; equals in the order of trying.
+    """By the number of folds, then by the mean loss on them; ties in the order in which they were tried.
 
     The loss is rounded: the last digits differ between machines, and with what is recorded.
     """

@@ -1,4 +1,4 @@
-"""Bi-tuning: contrastive losses on the classifier and on a projector, beside the cross-entropy."""
+"""Bi-tuning: contrastive losses on the classifier and on a projector, in addition to the cross-entropy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hf_ft.strategies.bi_tuning.encoder import BiTuningLoss, classifier_of
 @register("bi_tuning")
 @dataclass(frozen=True, kw_only=True)
 class BiTuningConfig(FTConfig):
-    r"""Contrast the samples with those of the other classes, as the classifier and as a projector see them.
+    r"""Contrast each sample with those of other classes, both in the classifier and in a projector.
 
     .. math::
         L = \mathrm{CE} + \lambda \, (L_\mathrm{CCE} + L_\mathrm{CCL}), \qquad
@@ -62,7 +62,7 @@ class BiTuningConfig(FTConfig):
     weight: float = option(
         1.0, "Weight of both contrastive losses; 0 is plain fine-tuning.", range="[0, inf)", source="code"
     )
-    queue_size: int = option(40, "Number of keys that are kept of each class.", range="[1, inf)", source="code")
+    queue_size: int = option(40, "Number of keys kept per class.", range="[1, inf)", source="code")
     momentum: float = option(
         0.999, "Share of the averaged weights that remains after each optimizer step.", range="[0, 1]", source="code"
     )
@@ -76,7 +76,7 @@ class BiTuningConfig(FTConfig):
         if self.weight and args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
             raise OptionError(
                 "accelerator_config.even_batches=False with bi_tuning: the processes exchange keys, so their batches "
-                "must be of one size. Set it to True."
+                "must have the same size. Set it to True."
             )
 
     def check_model(self, model: nn.Module) -> None:

@@ -17,21 +17,21 @@ from hf_ft.strategies.bi_tuning.loss import class_contrast, enqueue, next_slots,
 
 
 def classifier_of(model: nn.Module, head: Names) -> str:
-    """Name of the linear layer that gives a model's logits.
+    """Name of the linear layer that computes a model's logits.
 
     Raises:
-        OptionError: if they are not those of a single linear layer.
+        OptionError: if they do not come from a single linear layer.
     """
     modules = tuple(name for name in head if has_parameters(model, name))
     layers = logit_layers(model, modules) or logit_layers(model, modules, trainable=False)
-    # A wrapper, as PEFT puts around a head that trains, has the weight of the layer in it.
+    # A wrapper, such as PEFT puts around a head that trains, contains the weight of the layer.
     layers = tuple({model.get_submodule(name).weight: name for name in layers}.values())
     one = len(layers) == 1 and isinstance(model.get_submodule(layers[0]), nn.Linear)
     if not one or adapter_around(model, layers[0]) is not None:
         raise OptionError(
             f"bi_tuning compares features with the weights of the classes, but the logits of {type(model).__name__} "
             f"come from {', '.join(layers) or ', '.join(head)}, not from one linear layer. Name it with head=..., or "
-            "use BSSConfig, which looks at the features alone."
+            "use BSSConfig, which uses the features alone."
         )
     return layers[0]
 
@@ -40,13 +40,13 @@ class BiTuningLoss(nn.Module):
     """The contrastive losses on the classifier and on the projector.
 
     What a checkpoint must hold is in its parameters and buffers: the projector, which trains; the key encoder, an
-    average of model and projector; and the queues. All but the projector are frozen *parameters*, for DDP sends the
-    buffers of the first process to all others in every step.
+    average of model and projector; and the queues. All but the projector are frozen *parameters*, because DDP sends
+    the buffers of the first process to all others in every step.
 
     Args:
         head: names of the modules of a model's head.
         dimensions: of the projections.
-        size: keys that are kept of each class.
+        size: number of keys kept per class.
         momentum: share of the average that remains after a step.
     """
 
@@ -68,7 +68,7 @@ class BiTuningLoss(nn.Module):
         self._seen: tuple[float, int] | None = None
 
     def begin(self, model: nn.Module) -> None:
-        """Copy the model, and draw projector and queues: the same on every process, and where it is set up again."""
+        """Copy the model, and draw projector and queues: the same on every process, and whenever it is set up again."""
         self._classifier = classifier_of(model, self._head(model))
         layer: Any = model.get_submodule(self._classifier)
         classes, width = layer.weight.shape
@@ -117,8 +117,8 @@ class BiTuningLoss(nn.Module):
 
     @torch.no_grad()
     def _follow(self, view: View) -> None:
-        """Average the weights once in an optimizer step, in its first micro-batch; use the modes of the model."""
-        # The version tells of a step where nobody reports progress.
+        """Average the weights once per optimizer step, in its first micro-batch; adopt the modes of the model."""
+        # If nobody reports progress, the version of a weight reveals that a step was taken.
         now = view.progress, view.weights(EVERYTHING)[-1]._version
         if now != self._seen:
             self._seen = now

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def class_contrast(own: Tensor, others: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    r"""Divergence of similarities from equal shares for all of the sample's class, and none for others.
+    r"""Divergence of the similarities from equal shares for all keys of the sample's class, and none for others.
 
     With the similarities :math:`s_{i0}` of sample :math:`i` to its own key and :math:`s_{ick}` to key :math:`k` of
     class :math:`c`, and :math:`p_i = \operatorname{softmax}(s_i / T)` over all :math:`1 + CK` of them,
@@ -37,9 +37,9 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def with_bias(vectors: Tensor, bias: Tensor | float | None) -> Tensor:
-    """Vectors (n, d) with another entry, scaled to length 1: the biases of weights, 1 for what they multiply.
+    """Vectors (n, d) with an additional entry, scaled to length 1: the biases for weights, 1 for what they multiply.
 
-    Without that entry for None, if the layer has no bias.
+    With None, for a layer without a bias, there is no such entry.
     """
     if bias is None:
         return unit(vectors)
@@ -50,10 +50,11 @@ def with_bias(vectors: Tensor, bias: Tensor | float | None) -> Tensor:
 def enqueue(queues: Tensor, labels: Tensor, keys: Tensor, slots: Tensor) -> None:
     """Write keys (n, d) into their slots (n,) of the queues (C, K, d) of their classes, in place.
 
-    Of keys for the same slot the last one stays. Nothing here depends on values that a GPU would have to report.
+    If several keys have the same slot, the last one stays. Nothing here depends on values that a GPU would have to
+    report.
     """
     count, size = len(labels), queues.shape[1]
-    if count > size:  # only then can a class come round to a slot again
+    if count > size:  # only then can a class reach the same slot again
         taken = labels * size + slots
         place = torch.arange(count, device=labels.device)
         keys = keys[((taken[:, None] == taken) * place).amax(1)]

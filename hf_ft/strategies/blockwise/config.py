@@ -115,7 +115,7 @@ class BlockwiseConfig(FTConfig):
     search_epochs: int = option(5, "Training epochs per candidate.", range="[1, inf)")
     search_seeds: int = option(
         1,
-        "Training runs per candidate, each scored on other held-out samples; candidates are ranked by the mean score.",
+        "Training runs per candidate, each scored on different held-out samples; candidates are ranked by mean score.",
         range="[1, inf)",
     )
     validation: float = option(

@@ -41,9 +41,9 @@ def block_figure(scores: BlockScores) -> Figure:
     table = Table("Scores of the block search", headers, tuple(cells), folded=True)
     key = [("win", "the best, which is used"), ("other", "candidates")]
     if any(entry.pruned for entry in scores.scores):
-        key.append(("pruned", "pruned, so its score is not of a whole run"))
+        key.append(("pruned", "pruned, so its score is not that of a complete run"))
     caption = (
-        f"Each candidate trained together with the head only: {metric_name(scores.metric)} on held-out training "
+        f"Each candidate was trained together with only the head: {metric_name(scores.metric)} on held-out training "
         "samples."
     )
     return Figure(caption, (chart,), table, tuple(key))

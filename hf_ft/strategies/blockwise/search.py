@@ -62,7 +62,7 @@ class BlockSearch:
     """Score the candidates of a scheme on a held-out split of the training samples.
 
     Every candidate starts from the same weights and head, sees the data in the same order, and has the same budget.
-    Each further seed changes the samples held out, the data order, the dropout and the initial head.
+    Each additional seed changes the held-out samples, the data order, the dropout and the initial head.
 
     Trials form an Optuna study: an interrupted search resumes where it stopped, and all processes that run the same
     search on the same storage share the candidates.

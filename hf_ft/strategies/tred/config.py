@@ -103,14 +103,14 @@ class TREDConfig(FTConfig):
 
     criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
         "both",
-        "What separates P from N: a large MMD, a small mutual information, or both. 'none': no disentangling; the "
-        "features are kept close to all of F (plain feature regularisation).",
+        "What separates P from N: a large MMD, low mutual information, or both. 'none': no disentangling; the features "
+        "are kept close to all of F (plain feature regularisation).",
         source="paper",
     )
     disentangler: Literal["branches", "mask"] = option(
         "mask",
         "'mask': one gate per channel, P = m F and N = (1 - m) F. 'branches': P and N by a 1x1 convolution, BatchNorm "
-        "and ReLU each, which can also separate what is mixed within channels, but needs more images.",
+        "and ReLU each, which can also separate what is mixed across channels, but needs more images.",
     )
     alpha: float = option(
         0.001, "Weight of the distance from P; the paper tries 0.001, 0.01, 0.1.", range="[0, inf)", source="paper"
@@ -118,7 +118,7 @@ class TREDConfig(FTConfig):
     beta: float = option(0.01, "Weight of the squared norm of the head.", range="[0, inf)")
     reconstruction: float = option(10.0, "lambda_r, weight of the reconstruction of F by P + N.", range="[0, inf)")
     mmd: float = option(0.1, "lambda_m, weight of the MMD between P and N.", range="[0, inf)")
-    information: float = option(0.1, "lambda_i, weight of the mutual information of P and N.", range="[0, inf)")
+    information: float = option(0.1, "lambda_i, weight of the mutual information between P and N.", range="[0, inf)")
     bottleneck: float = option(
         1.0,
         "lambda_b, weight of the bottleneck, which removes from P what is unrelated to the label, and the label from "
@@ -176,7 +176,7 @@ class TREDConfig(FTConfig):
         return State(tensors={name: t.cpu() for name, t in result.module.state_dict().items()}, info=info)
 
     def check_state(self, model: nn.Module, state: State) -> None:
-        """Like any state's, but gates may be closed, by a logit of minus infinity."""
+        """As for any state, except that gates may be closed, with a logit of minus infinity."""
         if self.alpha and "layer" in state.info:
             layers_of(model, (state.info["layer"],), lambda: stage_outputs(self.anatomy(model))[-1:])
         if self.alpha and self.criterion != "none" and state.tensors:

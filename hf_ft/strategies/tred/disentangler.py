@@ -88,7 +88,7 @@ class Mask(Disentangler):
 
 
 class Branches(Disentangler):
-    """P and N by 1x1 convolution, BatchNorm and ReLU each; no ReLU if F has negative values. Both start as F / 2."""
+    """P and N, each by 1x1 convolution, BatchNorm and ReLU; no ReLU if F has negative values. Both start as F / 2."""
 
     def __init__(self, channels: int, non_negative: bool = True) -> None:
         super().__init__(channels, non_negative)
@@ -160,7 +160,7 @@ def check_disentangler(kind: Kind, tensors: Mapping[str, Tensor]) -> None:
 
 
 def channels_of(tensors: Mapping[str, Tensor]) -> int:
-    """The number of channels of the disentangler whose state this is; 0 if it is none's."""
+    """The number of channels of the disentangler with this state; 0 if the state is not a disentangler's."""
     return next((tensor.shape[-1] for tensor in tensors.values() if tensor.dim()), 0)
 
 

@@ -9,7 +9,7 @@ from hf_ft.core.findings import Block, Figure, Findings, Table
 from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis
 from hf_ft.documents.text import score
 
-# Labels of the figures in hf_ft.strategies.tred.train.Disentangled that are shares.
+# Labels of those figures in hf_ft.strategies.tred.train.Disentangled that are shares.
 SHARES = {
     "p_share": "norm of P / norm of F",
     "n_share": "norm of N / norm of F",

@@ -69,15 +69,15 @@ class Conditional(nn.Module):
 def class_variances(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Within-class and between-class variance of (B, C), summed over channels.
 
-    The means of half the squared distance over all pairs of a class, and over all pairs less that: unbiased even for
-    few samples per class, so the second may be negative. Both are 0 if no class has two samples, or if there is only
-    one class.
+    The first is the mean of half the squared distance over all pairs within a class, the second the same over all
+    pairs, minus the first. Both are unbiased even with few samples per class, so the second may be negative. Both are
+    0 if no class has two samples, or if there is only one class.
     """
     alike = (labels[:, None] == labels).to(values)
     sizes = alike.sum(dim=1)
     if bool((sizes == 1).all()) or bool((sizes == len(sizes)).all()):
         return values.sum() * 0.0, values.sum() * 0.0
-    # Squared distances to the mean of n samples, times n, have the sum of half those of their pairs.
+    # Over n samples, n times the squared distances to their mean sum to half the squared distances of ordered pairs.
     squares = (values - alike @ values / sizes[:, None]).square().sum(dim=1)
     within = sizes @ squares / (sizes - 1).sum()
     return within, values.var(dim=0).sum() - within

@@ -59,7 +59,7 @@ def disentangle(
     Args:
         read: returns the features of the given rows, their labels (B,), and for tokens a mask (B, T) or None.
         samples: number of rows; at least two.
-        classes: number of classes; labels lie below it.
+        classes: number of classes; labels lie in [0, classes).
         kind: ``"mask"`` or ``"branches"``.
         weights: weights of the terms; by default :class:`Weights`.
         epochs: passes over all rows; a last batch of one is dropped.

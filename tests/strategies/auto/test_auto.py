@@ -332,7 +332,7 @@ def test_shared_options_are_passed_on():
     assert (
         by_name["linear_probe"].rate is None and by_name["lp_ft"].rate == LPFTConfig.recommended["learning_rate"].value
     )
-    assert declined["ema"] == declined["wise_ft"] == "it averages what another strategy trains: compose it"
+    assert declined["ema"] == declined["wise_ft"] == "it averages what another strategy trains: compose the two"
     assert "spot_tune" in declined
     assert declined["amcf"] == "it trains several models" and "co_tuning" in declined
     assert type(by_name["linear_probe"].config) is LinearProbeConfig
