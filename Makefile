@@ -1,15 +1,15 @@
-# `make demo` and `make test` are each enough on a fresh machine: they make .venv, install, and run.
+# `make demo` and `make test` each work on a fresh machine: they create .venv, install, and run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A machine without a GPU needs no CUDA build of torch: CONSTRAINTS= (empty) lifts this.
+# A machine without a GPU needs no CUDA build of torch; set CONSTRAINTS= (empty) to lift the constraint.
 CONSTRAINTS ?= .ci/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# Three workers, also on two cores: tests that wait for processes of their own leave a core idle. A file stays with one
-# worker, which makes its fixtures once. tests/conftest.py orders the files.
+# Three workers, even on two cores: tests that wait for their own processes leave a core idle. Each file stays with one
+# worker, which creates its fixtures once. tests/conftest.py orders the files.
 PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
-# Modules are compiled once, not anew in each process that the tests start.
+# Modules are compiled once, not again in each process that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-oldest pytest lint bench faults docs generated release clean
@@ -35,19 +35,19 @@ lint: $(VENV)/.base
 	$(BIN)/ruff format --check --config .ci/ruff.toml hf_ft tests examples docs/tools
 	$(BIN)/mypy
 
-# Each takes up one core for a while.
+# In parallel: each occupies a core for a while.
 test: $(VENV)/.weights
 	@$(MAKE) --no-print-directory -j 2 pytest lint
 
 pytest: $(VENV)/.weights
 	$(PYTEST) $(ARGS)
 
-# For the inner loop: no test of more than half a second, no weights, no lint.
+# For quick iterations: no tests over half a second, no weights, no lint.
 test-fast: $(VENV)/.base
 	$(PYTEST) -m 'not slow and not real' $(ARGS)
 
-# The short tests on the oldest versions that setup.cfg admits. The oldest torch comes with CUDA: 6 GB. Set
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for one without.
+# The short tests on the oldest versions that setup.cfg allows. The oldest torch comes with CUDA (6 GB); set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a build without it.
 OLDEST := .venv-oldest
 $(OLDEST)/.base: setup.cfg pyproject.toml .ci/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -62,8 +62,8 @@ test-oldest: $(OLDEST)/.base
 bench: $(VENV)/.base
 	$(BIN)/python tests/benchmarks/steps.py $(ARGS)
 
-# Kills, damaged files and wrong flags by the hundred: half an hour on one core. Results are kept in runs/faults: stopped,
-# it goes on. `make faults ARGS=--page` writes the table of docs/reliability.md.
+# Hundreds of kills, damaged files and wrong flags: half an hour on one core. Results are kept in runs/faults, so it can
+# be stopped and continued. `make faults ARGS=--page` writes the table of docs/reliability.md.
 faults: $(VENV)/.base
 	$(BIN)/python -m tests.faults $(ARGS)
 
@@ -75,7 +75,7 @@ docs: $(VENV)/.base
 	$(PIP) -e '.[docs]'
 	$(BIN)/python -m zensical build --clean --strict
 
-# Builds, checks, and tries the wheel alone with the demo's first strategy; says how to upload, and does not.
+# Builds, checks, and tries the wheel alone with the demo's first strategy; prints how to upload it, but does not do so.
 release:
 	PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) .ci/release.sh
 

@@ -1,4 +1,4 @@
-"""A headless Chromium: the one that is installed, since Playwright's own needs a download."""
+"""A headless Chromium: the installed one, since Playwright's own would have to be downloaded."""
 
 import contextlib
 import shutil
@@ -7,7 +7,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def find_chromium():
-    """Its path; None where there is none."""
+    """Its path; None if there is none."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 

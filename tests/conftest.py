@@ -13,7 +13,7 @@ import pytest
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Import what takes long, but not in the process that only hands tests to workers, which wait for it."""
+    """Import slow modules, except in the process that only distributes tests to workers, which wait for it."""
     if session.config.getoption("dist", "no") != "no" and "PYTEST_XDIST_WORKER" not in os.environ:
         return
     from tests import forked
@@ -23,10 +23,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from tests import quick
 
     quick.set_up()
-    registry.strategies()  # ours register at the first look: before a test puts another table in place of this one
+    registry.strategies()  # ours register when first used: do it before a test replaces this table
 
 
-# Files of few tests that take long, each for itself or for processes of its own: the last of them would run alone.
+# Files of a few slow tests, whose processes also take long: the last of these files would run alone.
 FIRST = (
     "trainer/test_distributed.py",
     "docs/test_examples.py",
@@ -38,7 +38,7 @@ FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files in the order in which workers shall take them: those that take long first, the smallest last."""
+    """Order files as workers should run them: slow ones first, the smallest last."""
     weight: Counter[Path] = Counter()
     for item in items:
         weight[item.path] += 20 if item.get_closest_marker("slow") else 1
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def shipped_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the package's own strategies are registered: other tests add theirs when they are collected."""
+    """Register only the package's own strategies: other tests add theirs when they are collected."""
     from hf_ft.core import config as registry
 
     own = {name: config for name, config in registry.strategies().items() if config.__module__.startswith("hf_ft.")}
@@ -58,7 +58,7 @@ def shipped_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> None:
-    """What is imported stays: each training collects garbage, which would look through all of it."""
+    """Freeze imported objects: each training run collects garbage, which would scan all of them."""
     gc.collect()
     gc.freeze()
 

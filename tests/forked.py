@@ -1,4 +1,4 @@
-"""Python in processes of its own that need not import torch anew: they are forked from a server that has."""
+"""Python in separate processes that need not import torch again: they are forked from a server that has done so."""
 
 import gc
 import importlib
@@ -18,20 +18,20 @@ import huggingface_hub.constants
 import huggingface_hub.hf_api
 
 _context = multiprocessing.get_context("forkserver")
-# Libraries alone: each process imports hf_ft itself.
+# Only libraries: each process imports hf_ft itself.
 LIBRARIES = ["torch._dynamo", "transformers.trainer", "datasets", "peft", "optuna", "sklearn.svm"]
 _context.set_forkserver_preload(LIBRARIES)
 
 
 def start():
-    """Fork the server from this process, which needs the libraries too: another one would import them once more.
+    """Fork the server from this process, which needs the libraries too: a new process would have to import them again.
 
-    To be called before anything of ours is imported. As `multiprocessing` starts its server, but for the `exec`.
+    To be called before anything of hf_ft is imported. Like `multiprocessing`'s start of its server, but without `exec`.
     """
     for name in LIBRARIES:
         importlib.import_module(name)
     if sys.version_info >= (3, 14) or forkserver._forkserver._forkserver_pid is not None:
-        return  # there the server wants a key as well: `multiprocessing` starts it when it is needed
+        return  # in 3.14 the server also needs a key: `multiprocessing` starts it on demand
     address = arbitrary_address("AF_UNIX")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -51,10 +51,10 @@ def start():
 
 
 def python(*arguments, ranks=1, cwd=None):
-    """As ``python ARGUMENTS`` (a script, ``-m`` or ``-c``), and once for each rank where there are several.
+    """Run ``python ARGUMENTS`` (a script, ``-m`` or ``-c``), once for each rank if there are several.
 
     Returns:
-        What `subprocess.run` returns: of several ranks the joint output, and the exit code of one that failed.
+        What `subprocess.run` returns; for several ranks, their joint output and the exit code of one that failed.
     """
     command = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def python(*arguments, ranks=1, cwd=None):
 
 
 def _group(ranks):
-    """The environment of each rank, with what a launcher sets there."""
+    """The environment of each rank, with the variables that a launcher sets."""
     if ranks == 1:
         return [dict(os.environ)]
     with socket.socket() as free:
@@ -85,7 +85,7 @@ def _group(ranks):
 
 
 def _join(processes):
-    """The exit code, when all have ended, or one has failed: the others would wait for it."""
+    """The exit code once all have ended, or one has failed, for which the others would wait."""
     left = list(processes)
     while left:
         wait([process.sentinel for process in left])
@@ -97,22 +97,22 @@ def _join(processes):
 
 
 def _read_environment():
-    """Read again what `huggingface_hub` read of the server's environment."""
+    """Read again what `huggingface_hub` has read from the server's environment."""
     importlib.reload(huggingface_hub.constants)
     huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
 
 
 def _work(command, folder, environment, out, err):
-    """What a process does."""
+    """Run in the new process."""
     gc.freeze()
-    multiprocessing.set_start_method(None, force=True)  # what it starts is none of the server's
+    multiprocessing.set_start_method(None, force=True)  # processes that it starts do not belong to the server
     os.environ.clear()
     os.environ.update(environment)
     _read_environment()
     os.chdir(folder)
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
-    # Neither what pytest reads instead of these, nor its handlers.
+    # Neither pytest's replacements for these, nor its handlers.
     sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     logging.getLogger().handlers.clear()

@@ -1,4 +1,4 @@
-"""Tiny classifiers whose containers apply dropout, LayerDrop or SpecAugment themselves, in no module of its own."""
+"""Tiny classifiers whose containers apply dropout, LayerDrop or SpecAugment themselves, without a module for it."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def tiny(kind: str, **fields: Any) -> hf.PreTrainedModel:
-    """A model of this kind in eval mode; fields override those of its config."""
+    """A model of this kind in eval mode; ``fields`` override those of its config."""
     model, config, default = KINDS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

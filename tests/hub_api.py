@@ -1,4 +1,4 @@
-"""The answers of a Hub in memory: the endpoints that `huggingface_hub` calls to upload and download models."""
+"""The responses of an in-memory Hub: the endpoints that `huggingface_hub` calls to upload and download models."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ class Request:
     body: bytes
 
     def contents(self):
-        """All that it says, base64 decoded, without the header that has to hold the token."""
+        """Everything it contains, with base64 decoded, without the header that must contain the token."""
         shown = {name: value for name, value in self.headers.items() if name.lower() != "authorization"}
         yield f"{self.method} {unquote(self.path)} {shown}".encode()
         yield self.body
@@ -50,7 +50,7 @@ class Repo:
         return oid
 
     def at(self, revision):
-        """Id and files of a branch, tag or commit; None if there is none."""
+        """The id and files of a branch, tag or commit; None if there is none."""
         oid = self.refs.get(revision, revision)
         return next(((found, files) for found, _, files in self.commits if found == oid), None)
 
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         return re.search(pattern, f"{self.command} {self.path} {body[:300]}") is not None
 
     def _allowed(self, repo):
-        """Whether the token suffices; if not, the answer has been given."""
+        """Whether the token is sufficient; if not, the error response has been sent."""
         authorization = self.headers.get("Authorization")
         if authorization not in (None, f"Bearer {TOKEN}"):
             self._send(401, {"error": "Invalid credentials"}, {"X-Error-Message": "Invalid credentials"})
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _at(self, repo, revision):
-        """Id and files; None, with an error as the answer, if there are none."""
+        """The id and files; None if there are none, after sending an error response."""
         if repo not in self.hub.repos:
             return self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         found = self.hub.repos[repo].at(revision or "main")
@@ -259,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(200, data, {**headers, "ETag": f'"{_blob_id(data)}"'})
         oid = hashlib.sha256(data).hexdigest()
         self.hub.objects[oid] = data
-        # Elsewhere, as on the Hub: the client must not send its token there.
+        # On another host, as with the Hub: the client must not send its token there.
         linked = {"X-Linked-Size": len(data), "X-Linked-ETag": f'"{oid}"'}
         return self._send(302, b"", {**headers, **linked, "Location": f"http://localhost:{self.hub.port}/cdn/{oid}"})
 
@@ -276,7 +276,7 @@ def _blob_id(data):
 
 
 def _oid(name, data):
-    """By which a client sees that a file is there already."""
+    """The id by which a client sees that a file already exists."""
     if data is None:
         return None
     return hashlib.sha256(data).hexdigest() if name.endswith(LFS) else _blob_id(data)

@@ -1,6 +1,6 @@
-"""A Hub on loopback, in memory, and faults on request.
+"""An in-memory Hub on the loopback interface, with faults on request.
 
-Set ``HF_ENDPOINT`` of a new process to `Hub.endpoint`, and ``HF_HUB_DISABLE_XET``, so that large files go by LFS:
+For a new process, set ``HF_ENDPOINT`` to `Hub.endpoint`, and ``HF_HUB_DISABLE_XET`` so that large files use LFS:
 `Hub.environment` has both.
 """
 
@@ -22,7 +22,7 @@ from tests.hub_api import TOKEN, Handler, Repo
 
 @dataclass
 class Fault:
-    """What a request gets that matches, by its method, path and the beginning of its body, so many times."""
+    """The response to matching requests, by method, path and the beginning of the body, this many times."""
 
     pattern: str
     status: int | None
@@ -31,11 +31,11 @@ class Fault:
 
 
 class Hub:
-    """The server, in a thread of this process; a context manager.
+    """The server, running in a thread of this process; a context manager.
 
     Attributes:
         repos: by id.
-        requests: all that was received.
+        requests: everything received.
     """
 
     def __init__(self):
@@ -55,14 +55,14 @@ class Hub:
         self.server.server_close()
 
     def environment(self, home):
-        """What a process needs in its environment to use this Hub and nothing else."""
+        """The environment variables with which a process uses this Hub and nothing else."""
         own = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
         own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
         return own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
     @contextlib.contextmanager
     def fails(self, pattern, status=None, delay=0.0, times=float("inf")):
-        """While it holds: answer with this status after a delay; without both, drop the connection."""
+        """Within this context, respond with this status after a delay; without both, drop the connection."""
         fault = Fault(pattern, status, delay, times)
         self.faults.append(fault)
         try:
@@ -72,7 +72,7 @@ class Hub:
 
     @contextlib.contextmanager
     def used_here(self, home):
-        """While it holds, this process uses this Hub, as if it had been started in its environment."""
+        """Within this context, this process uses this Hub, as if started with its environment."""
         before = dict(os.environ)
         os.environ.update(self.environment(home))
         _read_environment()
@@ -85,7 +85,7 @@ class Hub:
             _read_environment()
 
     def add(self, repo, folder):
-        """A repository with the files of a folder."""
+        """Add a repository with the files of a folder."""
         self.repos[repo] = Repo()
         self.repos[repo].commit("all", {file.name: file.read_bytes() for file in Path(folder).iterdir()})
 
@@ -99,7 +99,7 @@ class Hub:
 
 
 def _read_environment():
-    """Read again what `huggingface_hub` reads when it is imported, and forget the clients that hold it."""
+    """Read again what `huggingface_hub` reads on import, and discard the clients that use it."""
     importlib.reload(huggingface_hub.constants)
     huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
     transformers.utils.hub._hf_api = None

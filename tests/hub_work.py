@@ -1,6 +1,6 @@
 """What processes do with the Hub of tests/hub_server.py: `python -m tests.hub_work upload|load|fail FOLDER`.
 
-Each prints JSON: what went wrong in each part, nothing where all is well.
+Each prints JSON: what went wrong in each part, nothing if all is well.
 """
 
 import json
@@ -59,7 +59,7 @@ def processor():
 
 
 def push_base(name, make, **more):
-    """A pretrained model of other classes, as anyone may upload it."""
+    """Push a pretrained model with other classes, as anyone might."""
     make(num_labels=7, **more).push_to_hub(name)
     processor().push_to_hub(name)
 
@@ -81,7 +81,7 @@ def trained(name, folder, strategy="full", **arguments):
 
 
 def upload(folder):
-    """Upload one of each kind, and note what each computes."""
+    """Upload one of each kind, and record what each computes."""
     runs, kept = Path.home() / "runs", {}
     push_base("org/resnet", tiny_resnet)
     push_base("org/vit", tiny_vit)
@@ -96,7 +96,7 @@ def upload(folder):
     arguments += f" --output_dir {runs / 'photos'} --push_to_hub true --hub_model_id ann/photos"
     assert main(["train", *arguments.split()]) == 0
     save_file(kept, folder / "expected.safetensors")
-    push_base("org/resnet", tiny_resnet, seed=5)  # the base moves on
+    push_base("org/resnet", tiny_resnet, seed=5)  # the base gets a new commit
     return {}
 
 
@@ -281,7 +281,7 @@ class Told(logging.Handler):
 
 
 def fail(folder):
-    """The server refuses what is for some repositories, as many times as there are uploads before the last one."""
+    """The server refuses requests for some repositories, as often as there are uploads before the last one."""
     told = Told()
     logging.getLogger("hf_ft").addHandler(told)
     found, runs = {}, Path.home() / "failed"

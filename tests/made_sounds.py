@@ -1,4 +1,4 @@
-"""Sounds that anyone can tell apart: tones of two pitches, in folders of a class each."""
+"""Sounds that are easy to tell apart: tones of two pitches, in one folder per class."""
 
 from pathlib import Path
 

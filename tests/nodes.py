@@ -1,4 +1,4 @@
-"""Two machines on this one: network namespaces that are joined by a cable, each with process numbers of its own.
+"""Two machines on this one: network namespaces that are joined by a virtual cable, each with its own process numbers.
 
 Host name and files are the same in both, as in containers with a shared folder.
 """
@@ -39,7 +39,7 @@ class Node:
     def start(self, *command, **environment):
         """Start a program, as the second process in its namespace: the first cannot be killed from inside.
 
-        Killing what is returned kills all in the namespace. A program that was killed ends with the status 137.
+        Killing the returned process kills everything in the namespace. A killed program ends with status 137.
         """
         space = ["ip", "netns", "exec", self.name, "unshare", "-pf", "--kill-child", "--mount-proc"]
         inside = [*space, "sh", "-c", '"$@"; exit $?', "sh", *map(str, command)]

@@ -1,4 +1,4 @@
-"""Type checkers see the names that ``hf_ft`` imports only when they are used: ``make lint`` checks this file."""
+"""Type checkers see the names that ``hf_ft`` imports lazily: ``make lint`` checks this file."""
 
 from typing import assert_type
 

@@ -1,4 +1,4 @@
-"""What makes tests quick and is no part of what they test: they wait for no disk and no idle worker."""
+"""Makes tests quick without affecting what they test: they wait neither for the disk nor for idle workers."""
 
 import functools
 import gc
@@ -16,25 +16,25 @@ from hf_ft.comparison import cost
 
 
 def set_up() -> None:
-    gc.set_threshold(10_000, 20, 20)  # from 700, 10, 10: a training leaves few cycles, and makes many objects
-    # A data loader that is garbage within a cycle, as a Trainer's is, waits this long for each worker: usually 5 s.
+    gc.set_threshold(10_000, 20, 20)  # instead of 700, 10, 10: training creates many objects, but few cycles
+    # A data loader that is collected as part of a cycle, as a Trainer's is, waits this long per worker; default: 5 s.
     _utils.MP_STATUS_CHECK_INTERVAL = 0.2
-    # Each training ends with a full collection, which takes as long as training a tiny model for some steps. The
-    # automatic ones are enough here.
+    # Each training run ends with a full collection, which takes as long as training a tiny model for some steps. The
+    # automatic collections are enough here.
     memory.gc = cost.gc = SimpleNamespace(collect=lambda: gc.collect(1))
-    # accelerate looks for a package at every step, and torch keeps a stack trace of every seed for an absent device.
+    # accelerate looks for a package in every step, and torch keeps a stack trace of every seed for absent devices.
     imports._is_package_available = functools.cache(imports._is_package_available)
     for devices in (torch.cuda, torch.xpu, torch.mtia):
         if not devices.is_available():
             devices._lazy_call = lambda *_, **__: None
     torch.nn.Module.named_modules = _named_modules
-    os.fsync = lambda _: None  # as below: a killed process has written what it has written
+    os.fsync = lambda _: None  # as below: a killed process does not lose what it has written
     _read_the_migrations_once()
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", _not_synchronous)
 
 
 def _named_modules(module: Any, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
-    """The same in the same order, where torch hands each module on through a generator for each level above it."""
+    """The same modules in the same order; torch passes each one through a generator per level above it."""
     memo = set() if memo is None else memo
     left = [(prefix, module)]
     while left:
@@ -49,7 +49,7 @@ def _named_modules(module: Any, memo: Any = None, prefix: str = "", remove_dupli
 
 
 def _read_the_migrations_once() -> None:
-    """Optuna compiles all of its scripts for older databases, twice for each database that it opens."""
+    """Optuna compiles all migration scripts for older databases, twice for each database it opens."""
     read, kept = _VersionManager._create_alembic_script, []
 
     def once(manager: _VersionManager) -> Any:
@@ -61,6 +61,6 @@ def _read_the_migrations_once() -> None:
 
 
 def _not_synchronous(connection: Any, _: Any) -> None:
-    """Trials need not outlive a failure of power: what a killed process has committed stays all the same."""
+    """Trials need not survive a power failure; what a killed process has committed is kept in any case."""
     if type(connection).__module__ == "sqlite3":
         connection.execute("PRAGMA synchronous=OFF")

@@ -1,4 +1,4 @@
-"""Servers of storages on this machine: PostgreSQL in a folder of its own, and Optuna's gRPC server."""
+"""Storage servers on this machine: PostgreSQL in its own folder, and Optuna's gRPC server."""
 
 import importlib.util
 import multiprocessing
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-PASSWORD = "pässwörd:/@%{1}"  # whatever has a meaning in a URL, in str.format or in SQL
+PASSWORD = "pässwörd:/@%{1}"  # whatever has a special meaning in a URL, in str.format or in SQL
 INSTALL_SERVER = "apt-get install postgresql"
 INSTALL_DRIVER = "pip install 'hf-ft[postgresql]'"
 INSTALL_GRPC = "pip install 'hf-ft[grpc]'"
@@ -50,13 +50,13 @@ def free_port(host="127.0.0.1"):
 
 @dataclass
 class PostgreSQL:
-    """A server that has a database for every name that is asked for."""
+    """A server that has a database for every requested name."""
 
     folder: Path
     host: str
     port: int
     user: str | None
-    inside: tuple[str, ...] = ()  # a command that runs another one in a namespace
+    inside: tuple[str, ...] = ()  # a command that runs another command in a namespace
 
     def run(self, *command):
         if self.inside:
@@ -66,7 +66,7 @@ class PostgreSQL:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self):
-        # Nothing has to survive a power cut.
+        # Nothing has to survive a power failure.
         options = f"-c listen_addresses={self.host} -p {self.port} -k {self.folder} -c fsync=off"
         log = self.folder / "server.log"
         self.run(_program("pg_ctl"), "-w", "-D", self.folder / "data", "-l", log, "-o", options, "start")
@@ -92,10 +92,10 @@ class PostgreSQL:
 
 @contextmanager
 def postgresql(host="127.0.0.1", inside=()):
-    """PostgreSQL refuses to run as root, so that it then runs as another user, in a folder of theirs.
+    """Run PostgreSQL, which refuses to run as root: then it runs as another user, in a folder owned by that user.
 
     Args:
-        inside: a command that runs another one where there is such a host.
+        inside: a command that runs another command on the host where the server should run.
     """
     user = None
     if os.geteuid() == 0:

@@ -83,7 +83,7 @@ def test_mmd2_gradient(unbiased, d):
 
 
 def test_unbiased_mmd2_is_zero_on_average():
-    """The biased one is positive on the same draws, by the pairs of a sample with itself."""
+    """The biased one is positive on the same draws, because of the pairs of each sample with itself."""
     pairs = draws(600, 8, 12, 2)
     values = torch.stack([mmd2(x, y, unbiased=True) for x, y in pairs])
     error = float(values.std()) / math.sqrt(len(values))
@@ -99,7 +99,7 @@ def test_biased_mmd2_of_a_set_with_itself_is_exactly_zero(dtype, shape):
 
 
 def test_the_gradient_between_equal_sets_is_exactly_zero():
-    """As where a mask begins, at one half: Adam would make full steps of what rounding leaves."""
+    """As at the start of a mask, at one half: Adam would make full steps from rounding errors."""
     features, gates = torch.rand(8, 16), torch.full((16,), 0.5, requires_grad=True)
     mmd2(features * gates, features * (1 - gates)).backward()
     assert torch.equal(gates.grad, torch.zeros(16))
@@ -135,7 +135,7 @@ def test_mmd2_of_equal_rows(unbiased, d):
 
 
 def test_mmd2_far_from_the_origin_is_the_same():
-    """Distances by a matrix product would cancel here; the offset loses no digit of eighths."""
+    """Distances by a matrix product would cancel here; multiples of 1/8 lose no digit with this offset."""
     x, y = ((8 * draw(20, 4, seed=seed, dtype=torch.float32)).round() / 8 for seed in range(2))
     assert float(mmd2(x + 4096, y + 4096)) == float(mmd2(x, y))
 
@@ -164,7 +164,7 @@ def test_gaussian_log_likelihood():
 
 @pytest.mark.parametrize("shape", [(6, 3), (4, 1), (1, 2)], ids=str)
 def test_club_against_a_table_of_log_densities(shape):
-    """The reference holds the log-variances, in both sums; they differ between samples, and still cancel."""
+    """The reference includes the log-variances in both sums; they differ between samples, but cancel."""
     mean, log_var, samples = draw(*shape), draw(*shape, seed=1), draw(*shape, seed=2)
     value = float(club_upper_bound(mean, log_var, samples))
     assert value == pytest.approx(reference_club(mean, log_var, samples), rel=1e-12, abs=1e-13)
@@ -179,7 +179,7 @@ def test_gradients_of_gaussian_functions(function):
 @pytest.mark.parametrize("d", [1, 6])
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
 def test_club_of_correlated_gaussians(rho, d):
-    """With the exact q: rho^2 / (1 - rho^2) a dimension, less the 1/B of all pairs that are matched ones."""
+    """With the exact q: rho^2 / (1 - rho^2) per dimension, less the share 1/B of all pairs that are matched."""
     batch, values = 500, []
     for seed in range(100):
         p, noise = draw(2, batch, d, seed=seed)

@@ -1,4 +1,4 @@
-"""The harness of `make faults`: what it keeps, how it damages, and that it sees what differs."""
+"""The harness of `make faults`: what it keeps, how it damages, and that it finds differences."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from tests.faults.mutants import damaged_bytes, damaged_json, damaged_tensors
 from tests.faults.results import Kept, Result, table
 
 
-def test_results_are_kept_and_a_line_cut_short_is_left_out(tmp_path):
+def test_results_are_kept_and_an_incomplete_line_is_ignored(tmp_path):
     file = tmp_path / "results.jsonl"
     results = [Result(f"kills/full/{number}", 0, "right", "", 1, 0.5) for number in range(3)]
     for result in results[:2]:
@@ -25,7 +25,7 @@ def test_the_table_counts_by_part_and_kind():
     assert rows == [("mutations", kind, "4", "6", "1", "1", "1") for kind in ("flags", "all")]
 
 
-def test_damage_follows_from_its_seed():
+def test_damage_is_determined_by_its_seed():
     content = json.dumps({"a": [1, {"b": None}], "c": "x"}).encode()
     for damage in (damaged_bytes, damaged_json):
         some = [damage(content, random.Random(seed)) for seed in range(20)]
@@ -34,7 +34,7 @@ def test_damage_follows_from_its_seed():
     assert damaged_tensors(tensors, random.Random(1)) != tensors
 
 
-def test_differences_are_told_by_file_and_place():
+def test_differences_are_reported_by_file_and_place():
     one = {"a.json": {"x": [1, 2]}, "b": ""}
     assert not differences(one, dict(one))
     told = differences(one, {"a.json": {"x": [1, 3]}, "c": ""})

@@ -1,4 +1,4 @@
-"""Pure maths against independent float64 references."""
+"""Functions of tensors against independent float64 references."""
 
 import math
 import re
@@ -58,7 +58,7 @@ def test_l2_sp_at_the_start_is_exactly_zero_with_a_finite_gradient():
 
 
 def test_l2_sp_of_half_precision_weights_is_computed_in_float32():
-    """In bfloat16, 256 + 1 is 256: the sum of many small squares would stand still."""
+    """In bfloat16, 256 + 1 is 256: the sum of many small squares would stop growing."""
     weight = torch.full((4096,), 0.125, dtype=torch.bfloat16, requires_grad=True)
     value = l2_sp([weight], [torch.zeros(4096)])
     assert value.dtype == torch.float32 and float(value) == 0.5 * 4096 * 0.125**2
@@ -157,7 +157,7 @@ def test_padding_does_not_count():
         torch.testing.assert_close(value, feature_distance(target, source, weights, reduction=reduction))
 
 
-def test_attention_may_differ_in_channels_only():
+def test_attention_may_differ_only_in_channels():
     assert float(attention_distance(draw(2, 3, 4, 4), draw(2, 7, 4, 4, seed=1))) > 0
     torch.testing.assert_close(attention_map(draw(2, 3, 4)), attention_map(7 * draw(2, 3, 4)))
     torch.testing.assert_close(attention_map(draw(2, 3, 4)).norm(dim=1), torch.ones(2, dtype=torch.float64))
@@ -287,7 +287,7 @@ def test_the_calibrated_log_loss_of_several_labels_and_at_its_ends():
         for t in (temperature, 0.98 * temperature, 1.02 * temperature)
     ]
     assert loss == pytest.approx(at[0], rel=1e-5) and at[0] < min(at[1:])
-    # Always right: as confident as may be. No better than chance: as cautious as may be.
+    # Always right: as confident as allowed. No better than chance: as cautious as allowed.
     loss, temperature = calibrated_log_loss(torch.eye(3), torch.arange(3))
     assert loss == pytest.approx(0.0, abs=1e-12) and temperature < 2e-3
     loss, temperature = calibrated_log_loss(torch.eye(2), torch.tensor([1, 0]))

@@ -10,7 +10,7 @@ import networkx
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# From the top down. A room imports what stands below it; rooms of one line do not know each other.
+# From the top down. A room imports from the floors below; rooms on one floor do not import each other.
 FLOORS = (
     "face",
     "cli testing",
@@ -28,7 +28,7 @@ FLOORS = (
     "errors lazy processes version",
 )
 FLOOR = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
-# Downwards, but forbidden all the same.
+# Downwards, but forbidden nevertheless.
 FORBIDDEN = {
     "models": "core data engine",
     "zoo": "core data engine",
@@ -38,7 +38,7 @@ FORBIDDEN = {
     "search": "trainer strategies",
     "strategies": "trainer comparison zoo",
     "trainer": "strategies search",
-    "inference": "strategies search advice diagnostics",  # a trained model is used without what trained it
+    "inference": "strategies search advice diagnostics",  # a trained model is used without the code that trained it
     "exports": "strategies trainer search advice diagnostics",
     "comparison": "strategies",
     "advice": "strategies",
@@ -70,7 +70,7 @@ TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MOD
 
 
 def imported(tree):
-    """Modules of the package that a tree imports, at whatever depth."""
+    """Modules of the package that a syntax tree imports, at any depth."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
@@ -110,7 +110,7 @@ def test_nothing_imports_the_face():
     assert [a for a, b in ARROWS if b == "hf_ft" and a not in ("hf_ft.__main__",)] == []
 
 
-def test_a_strategy_knows_no_other_and_neither_loss_nor_data():
+def test_a_strategy_imports_no_other_and_neither_loss_nor_data():
     for a, b in ARROWS:
         if room(a) == "strategies" and a != "hf_ft.strategies":
             own = ".".join(a.split(".")[:3])
@@ -119,14 +119,14 @@ def test_a_strategy_knows_no_other_and_neither_loss_nor_data():
             assert room(b) != "data" or b == "hf_ft.data.source_labels", f"{a} -> {b}"
 
 
-def test_there_is_no_import_circle():
+def test_there_is_no_import_cycle():
     graph = networkx.DiGraph((a, b) for a, b in ARROWS if a != b)
     circles = [sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1]
     assert circles == []
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_imports_inside_of_functions_are_for_optional_libraries(name):
+def test_imports_inside_functions_are_for_optional_libraries(name):
     for function in ast.walk(TREES[name]):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for node in ast.walk(function):

@@ -1,6 +1,6 @@
-"""Round trips through a Hub on loopback: uploaded by one process, loaded by another that has nothing else.
+"""Round trips through a Hub on loopback: uploaded by one process, loaded by another that shares nothing else.
 
-The client is `huggingface_hub` itself. tests/hub_work.py holds what the processes do.
+The client is `huggingface_hub` itself. tests/hub_work.py contains what the processes do.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(folder, patch):
-    """With all that was uploaded; the first commit is slow, so that training goes on meanwhile."""
+    """The Hub with all uploads; the first commit is slow, so that training continues meanwhile."""
     with Hub() as server:
         with server.fails("POST .*ann/cells/commit", delay=0.5, times=1):
             work(server, "upload", folder, patch)
@@ -120,7 +120,7 @@ def test_the_server_refuses_cards_as_the_hub_does(line):
 
 @pytest.fixture(scope="module")
 def failures(hub, folder, patch):
-    """For each repository, three uploads fail: of two saves and the result; the fourth is accepted."""
+    """For each repository, three uploads fail (two saves and the result); the fourth is accepted."""
     faults = [("refused/commit", 403, 3), ("broken/commit", 503, 3), ("dropped/commit", None, 3)]
     faults += [("ann/refused-delta", 403, 9), ("repos/create .*forbidden", 403, 9)]
     with contextlib.ExitStack() as planted:
@@ -131,7 +131,7 @@ def failures(hub, folder, patch):
 
 @pytest.mark.parametrize(("name", "why"), [("refused", "403"), ("broken", "503"), ("dropped", "RemoteProtocolError")])
 def test_a_failed_upload_says_how_to_go_on(name, why, failures, folder, hub):
-    """The command that it names was run, and what it uploaded was loaded, by the process that failed."""
+    """The process that failed ran the command in the message, and loaded what this uploaded."""
     place = folder / "home" / "plantedann" / "failed" / name
     assert failures[name].startswith(f"ann/{name} could not be uploaded: ") and why in failures[name]
     assert f"Nothing is lost, the files are in {place}." in failures[name]

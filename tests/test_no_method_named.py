@@ -1,4 +1,4 @@
-"""No method is named outside of its own folder: everything else goes by what its config declares."""
+"""No method is named outside its own folder: all other code relies on what its config declares."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ from hf_ft.core.config import strategies
 
 PACKAGE = Path(hf_ft.__file__).parent
 OWN = {name: kind for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.strategies.")}
-WORDS = {"auto"}  # also a value of options: in code, the class alone tells the method
+WORDS = {"auto"}  # also a value of options: in code, only the class identifies the method
 METHODS = set(OWN) - WORDS
 CONFIGS = {kind.__name__ for kind in OWN.values()}
 ALLOWED = {
@@ -25,7 +25,7 @@ ALLOWED = {
 
 
 def named(file: Path) -> set[str]:
-    """The methods that a file names in its code: by name, config class, or import; docstrings and prose are free."""
+    """The methods that a file names in code, by name, config class or import; docstrings and prose are exempt."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

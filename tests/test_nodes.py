@@ -1,4 +1,4 @@
-"""Two machines train one model, and share one comparison, as one machine does: in two namespaces of this one."""
+"""Two machines train one model, and share one comparison, like one machine: in two namespaces of this one."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ def test_two_nodes_train_what_two_local_ranks_do(nodes, tmp_path):
     "kind", [pytest.param("grpc", marks=needs_grpc), pytest.param("postgresql", marks=needs_postgresql)]
 )
 def test_two_nodes_share_a_comparison(kind, nodes, tmp_path):
-    """The storage is on the first; the worker of the second dies, as the first learns by its heartbeat alone."""
+    """The storage is on the first; the worker of the second dies, which the first notices only by its heartbeat."""
     whole = lasting(run(tmp_path / "whole", **SHORT))
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -86,7 +86,7 @@ def test_two_nodes_share_a_comparison(kind, nodes, tmp_path):
 
 def share(folder, storage, nodes):
     command = [sys.executable, "-m", "tests.comparison.small_comparison", folder]
-    # Two containers whose first process has the number 1: what they leave beside each other has names of its own.
+    # Two containers whose first process has the number 1: their files next to each other have distinct names.
     lives, dies = (node.start(*command, does, storage) for node, does in zip(nodes, ("lives", "dies"), strict=True))
     began = time.monotonic()
     told = [process.communicate(timeout=500)[0] for process in (lives, dies)]

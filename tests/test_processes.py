@@ -1,4 +1,4 @@
-"""Of a process it is told that it is gone only if that is certain."""
+"""A process is reported as gone only if that is certain."""
 
 import os
 import shutil
@@ -30,17 +30,17 @@ def test_a_process_that_ended_is_gone_also_before_its_parent_knows():
     assert is_gone(name)
 
 
-def test_a_number_given_to_another_process():
+def test_a_number_reused_by_another_process():
     place, number, started = process_name().split("-")
     assert is_gone(f"{place}-{number}-{int(started) + 1}")
 
 
-def test_what_says_nothing_here(monkeypatch):
+def test_records_that_mean_nothing_here(monkeypatch):
     _, number, started = process_name().split("-")
     elsewhere = f"{'0' * 12}-{2**22 + 1}-{started}"
     for name in ("", "None", str(2**22 + 1), elsewhere, f"{number}-{started}", "x-1-2"):
         assert not is_gone(name)
-    monkeypatch.setattr(processes, "_start", lambda number: None)  # of another user, where /proc hides it
+    monkeypatch.setattr(processes, "_start", lambda number: None)  # of another user, whom /proc hides
     assert not is_gone(f"{processes._place()}-1-5") and process_name() == number
 
 
@@ -53,7 +53,7 @@ PRINTED = "from hf_ft.processes import process_name; print(process_name(), flush
 )
 @pytest.mark.parametrize("proc", ["its own", "the machine's"])
 def test_containers_of_one_machine_and_one_name(proc):
-    """The first of a container's processes is 1, as is one of ours; there is none with the numbers of its others."""
+    """The first process of a container is 1, like one of ours; its other numbers do not exist here."""
     own = ["--mount-proc"] if proc == "its own" else []
     with subprocess.Popen(
         ["unshare", "-pf", *own, sys.executable, "-c", PRINTED],
@@ -69,4 +69,4 @@ def test_containers_of_one_machine_and_one_name(proc):
             assert inside[0] != process_name().split("-")[0]
             assert not is_gone(f"{inside[0]}-{2**22 + 1}-{inside[2]}")
         container.communicate("\n")
-    assert not is_gone(name)  # it is, which nothing here can tell
+    assert not is_gone(name)  # it is, which cannot be seen from here

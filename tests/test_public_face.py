@@ -1,4 +1,4 @@
-"""Every name that a user may import from version 0.1.0 on is still where it was."""
+"""Every name that a user may import since version 0.1.0 is still where it was."""
 
 import importlib
 import types
@@ -7,7 +7,7 @@ import pytest
 
 import hf_ft
 
-# By module. What is added to the package need not be added here; nothing here may be taken away.
+# By module. Additions to the package need not be added here; nothing here may be removed.
 NAMES = {
     "hf_ft": """
         AMCFConfig Anatomy AnatomyError AttentionTransferConfig BSSConfig BatchNormStatistics BlockScores
@@ -90,7 +90,7 @@ def test_functions_are_not_hidden_by_modules_of_their_names():
 
 
 def test_one_name_is_one_thing():
-    """What is in two places is the same object, so that `except` and `isinstance` work with either."""
+    """A name in two places is the same object, so that `except` and `isinstance` work with either."""
     pairs = [
         ("hf_ft", "hf_ft.advice", "advise"),
         ("hf_ft", "hf_ft.comparison", "compare"),

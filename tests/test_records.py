@@ -1,4 +1,4 @@
-"""Every reader of our own JSON raises one type of error, whatever the content."""
+"""Every reader of our own JSON files raises one type of error, whatever the content."""
 
 import json
 import random
@@ -72,7 +72,7 @@ def test_types_are_restored():
     assert restored(Inner, {"number": None}, "inners", null=-1.0) == Inner(-1.0)
 
 
-def test_what_is_stored_is_what_dataclasses_make_of_it():
+def test_stored_content_equals_asdict():
     record = Outer("x", "a", Inner(1.0), (Inner(0.5),), {"k": (1, 2)}, {"y": [(1, None), {"z": 2}]})
     content = stored(record)
     assert content == asdict(record) and content["table"]["k"] is record.table["k"]
@@ -123,7 +123,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 def test_results_are_refused_or_can_be_reported(tmp_path):
-    """What is read can be reported: an error comes at reading, with the name of the file."""
+    """What can be read can be reported: errors are raised when reading, with the name of the file."""
     whole = made_up_results.comparison(seeds=2)
     whole |= {"contenders": whole["contenders"][:2], "winner": "full", "winner_seed": None}
     for number, content in enumerate(damaged(whole, random.Random(1), 60)):

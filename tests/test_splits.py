@@ -45,7 +45,7 @@ def test_sizes_are_exact_and_no_class_is_lost_from_training(counts, fraction, se
     if sizes["train"] >= len(counts):
         assert found.min() >= 1  # so every class with a single row is there
     shares = np.array(counts) * sizes["train"] / len(labels)
-    lifted = int((shares < 1).sum())  # classes that got more than their share, at the others' expense
+    lifted = int((shares < 1).sum())  # classes that got more than their share, at the expense of others
     assert (np.abs(found - shares) < 1 + lifted).all()
     again = stratified_rows(labels, sizes, seed)
     assert all(np.array_equal(parts[name], again[name]) for name in sizes)
@@ -54,7 +54,7 @@ def test_sizes_are_exact_and_no_class_is_lost_from_training(counts, fraction, se
 
 
 @pytest.mark.parametrize("counts", IMBALANCES, ids=str)
-def test_a_small_draw_has_every_class_for_which_it_has_room(counts):
+def test_a_small_draw_has_every_class_that_fits(counts):
     labels = classes(counts)
     for size in range(1, min(len(labels), 60)):
         rows = stratified_rows(labels, {"train": size}, seed=size)["train"]
@@ -74,7 +74,7 @@ def test_several_splits_share_what_is_left():
 
 
 @pytest.mark.parametrize("counts", [(60, 40), (30, 20, 10, 10)], ids=str)
-def test_where_all_classes_can_be_split_the_draw_is_scikit_learns(counts):
+def test_if_all_classes_can_be_split_the_draw_is_scikit_learns(counts):
     labels = classes(counts)
     size = len(labels) * 4 // 5
     parts = stratified_rows(labels, {"train": size, "validation": 7}, seed=5)
@@ -84,7 +84,7 @@ def test_where_all_classes_can_be_split_the_draw_is_scikit_learns(counts):
     assert np.array_equal(parts["validation"], wanted)
 
 
-def test_rounding_and_rows_are_by_lot():
+def test_rounding_and_rows_are_random():
     labels, seeds = np.repeat(np.arange(10), 3), 300
     drawn = np.zeros(30)
     for seed in range(seeds):
@@ -94,7 +94,7 @@ def test_rounding_and_rows_are_by_lot():
     assert (np.abs(drawn.reshape(10, 3).sum(axis=1) - 150) < 35).all()
 
 
-def test_a_split_without_a_class_is_told_once_by_name(tmp_path, caplog, monkeypatch):
+def test_a_split_without_a_class_is_reported_once_by_name(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(load.logger, "propagate", True)
     rows = [f"text {row},{label}" for label, count in (("a", 50), ("b", 9), ("c", 1), ("d", 1)) for row in range(count)]

@@ -1,4 +1,4 @@
-"""What is imported when: the package and the light commands without torch, the rest by name when it is first used."""
+"""What is imported when: the package and light commands without torch, the rest by name on first use."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ pil = pytest.mark.skipif(
 
 
 def run(code, *arguments):
-    """What a fresh process prints."""
+    """The output of a fresh process."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr
@@ -37,7 +37,7 @@ def run(code, *arguments):
 
 
 def run_forked(code, *arguments):
-    """What a process prints that has imported the libraries before anything of ours, `transformers.Trainer` too."""
+    """The output of a process that has imported libraries, `transformers.Trainer` too, before anything of ours."""
     ran = python("-c", code, *arguments)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
@@ -114,7 +114,7 @@ def ensemble(tmp_path_factory):
     return folder
 
 
-# What is imported first, and what is looked for first after it.
+# What is imported first, and what is looked up first after that.
 ORDERS = [
     ("import hf_ft, transformers", "model"),
     ("import hf_ft; from transformers import Trainer; import transformers", "config"),
@@ -136,7 +136,7 @@ LOOKS = {
 }
 
 
-# Each in a process that has imported neither Transformers nor hf_ft, only what takes long and is neither.
+# Each in a process that has imported neither Transformers nor hf_ft, only other slow libraries.
 FORKS = """
 import json, os, sys
 import PIL.Image, accelerate, datasets, scipy.signal, sklearn.svm, torch._dynamo, torch.distributed.tensor
@@ -152,13 +152,13 @@ for index, code in enumerate(json.loads(sys.argv[2])):
 
 
 def in_order(first):
-    """That, then the others, but for the pipeline, which takes longest and looks where the others do."""
+    """That one, then the others, except the pipeline, which is slowest and looks where the others do."""
     return [first, *(name for name in LOOKS if name not in (first, "pipeline"))]
 
 
 @pytest.fixture(scope="module")
 def shown(ensemble):
-    """What each order of imports has printed, as far as it did not fail."""
+    """The output of each order of imports, up to a failure."""
     codes = [
         f"{imports}; print(json.dumps([index, {', '.join(LOOKS[name][0] for name in in_order(first))}]))"
         for imports, first in ORDERS
@@ -175,7 +175,7 @@ def test_transformers_loads_an_ensemble_after_a_plain_import(imports, first, sho
 
 
 @pytest.mark.slow
-def test_the_first_look_finds_every_strategy_in_its_order(tmp_path):
+def test_the_first_lookup_finds_every_strategy_in_order(tmp_path):
     write_configs(tmp_path, [L2SPConfig(), TREDConfig()])
     printed = run_forked(
         "import json, sys, hf_ft; print(json.dumps([config.ft_type for config in hf_ft.load_configs(sys.argv[1])]));"
@@ -204,7 +204,7 @@ def theirs(name):
 
 
 @pytest.mark.slow
-def test_anothers_strategy_comes_after_ours_and_takes_none_of_their_names():
+def test_third_party_strategies_come_after_ours_and_take_none_of_their_names():
     printed = run_forked(
         f"{THEIRS}\nkind = theirs('theirs')\n"
         "import hf_ft; from hf_ft.core.config import strategies\n"

@@ -1,4 +1,4 @@
-"""The oldest versions: what setup.cfg admits, what `make test-oldest` installs, and what the docs say are the same."""
+"""The oldest versions: setup.cfg, `make test-oldest` and the docs agree."""
 
 import configparser
 import re
@@ -30,7 +30,7 @@ def bounds(text):
     return found
 
 
-def test_the_oldest_that_are_admitted_are_those_that_are_tried():
+def test_the_oldest_allowed_versions_are_tested():
     config, tried = setup(), oldest()
     required = bounds(config["options"]["install_requires"])
     assert not required.keys() - tried.keys()

@@ -20,7 +20,7 @@ class Run:
     rename: object
 
     def series(self, name):
-        """The values of a name, in the order in which they were logged."""
+        """The values of a name, in logging order."""
         return self.values.get(self.rename(name), [])
 
 
@@ -58,7 +58,7 @@ def mlflow(folder):
 def trackio(folder):
     import trackio
 
-    if trackio.context_vars.current_run.get() is not None:  # what is logged after training opens the run again
+    if trackio.context_vars.current_run.get() is not None:  # logging after training reopens the run
         trackio.finish()
     runs = []
     for file in sorted((folder / "trackio").glob("*.db")):

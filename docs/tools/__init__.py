@@ -1,1 +1,1 @@
-"""What writes the generated pages."""
+"""Writes the generated parts of the documentation."""

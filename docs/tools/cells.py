@@ -1,8 +1,8 @@
-"""One cell of the matrix in docs/models.md: what a strategy makes of a tiny model of one class.
+"""One cell of the matrix in docs/models.md: whether a strategy works on a tiny model of one class.
 
-A cell trains for a few steps, and compares: the saved and reloaded model with the trained one; a run in which what is
-frozen is computed once with one that computes it in every step; in some cells, a resumed run with an uninterrupted
-one; ``full`` with the stock Trainer, bit for bit; a probe's frozen features in training with those in eval mode.
+A cell trains for a few steps, and compares: the saved and reloaded model with the trained one; a run that computes the
+frozen part once with one that computes it in every step; in some cells, a resumed run with an uninterrupted one;
+``full`` with the stock Trainer, bit for bit; a linear probe's frozen features in training with those in eval mode.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.testing.training import snapshot
 from hf_ft.trainer.trainer import FTTrainer
 
-RESUMED = 8  # one cell of so many
-# A search or measurement as long as the default takes most of the time here, and shows no more.
+RESUMED = 8  # one cell in this many
+# Searches and measurements of the default length would take most of the time, and show no more.
 OPTIONS: dict[str, dict[str, Any]] = {
     "blockwise": {"block": "last_quarter"},
     "amcf": {"frozen": (1,)},
@@ -38,11 +38,11 @@ MOST_STEPS = 40
 
 
 class Wrong(Exception):
-    """A strategy does not do what it promises, on this model."""
+    """A strategy does not do what it promises on this model."""
 
 
 def cell(subject: Subject, strategy: str) -> dict[str, Any]:
-    """What became of a strategy on a model: its outcome, and why, if it does not work."""
+    """The outcome of a strategy on a model, and the reason if it does not work."""
     row = {"model": subject.name, "strategy": strategy}
     if subject.fault:
         return row | {"outcome": "transformers", "reason": subject.fault}
@@ -56,13 +56,13 @@ def cell(subject: Subject, strategy: str) -> dict[str, Any]:
         return row | {"outcome": "refused", "reason": told(error)}
     except Wrong as error:
         return row | {"outcome": "wrong", "reason": str(error)}
-    except Exception as error:  # the report is of all cells
+    except Exception as error:  # the report covers all cells
         return row | {"outcome": "wrong", "reason": f"{type(error).__name__}: {told(error)}"}
     return row | {"outcome": "works"} | ({"cached": True} if seen.get("cached") else {})
 
 
 class Cell:
-    """The trainings of one cell, and what is compared."""
+    """The training runs of one cell, and the comparisons."""
 
     def __init__(self, subject: Subject, strategy: str, folder: Path, seen: dict[str, Any]) -> None:
         self.subject, self.strategy, self.folder, self.seen = subject, strategy, folder, seen
@@ -113,7 +113,7 @@ class Cell:
         return config.adapted(model) or config
 
     def _steps(self) -> int:
-        """The fewest steps, from four on, in which every stage gets one."""
+        """The smallest number of steps, at least four, in which every stage gets one."""
         plan = self._trainer("plan", MOST_STEPS, "never")._start_run().plan
         for steps in range(4, MOST_STEPS):
             try:
@@ -135,7 +135,7 @@ class Cell:
 
     def _equals_stock(self) -> None:
         weights, expected = self.subject.stock
-        # The momentum of a few families is TensorFlow's, and set right by default: the stock Trainer leaves it.
+        # A few families have TensorFlow's momentum, which is corrected by default; the stock Trainer keeps it.
         trainer = self._train("full", 4, use="auto", batch_norm_momentum="keep", optim="adamw_torch")
         found = snapshot(trainer.model)
         unequal = [name for name in weights if not torch.equal(weights[name], found[name])]
@@ -155,10 +155,10 @@ class Cell:
         if not moved:
             raise Wrong("trains nothing")
         if strays := [name for name in moved if name not in trained and not run.plan.surgery]:
-            raise Wrong(f"{strays[0]} moves, though it is frozen")
+            raise Wrong(f"{strays[0]} changes, although it is frozen")
 
     def _check_rest(self) -> None:
-        """What a probe's head is given in training is what it is given in eval mode."""
+        """A linear probe's head receives the same input in training as in eval mode."""
         trainer = self._trainer("rest", 4, "never")
         run = trainer._start_run()
         objective = run.objective()
@@ -187,11 +187,11 @@ class Cell:
             if (gap := gap_of(self.subject.logits(loaded), self.subject.logits(model))) > TOLERANCE:
                 raise Wrong(f"reloaded, logits differ by {gap:.2g}")
         except Exception:
-            if not self.subject.reload_fault:  # else the stock Trainer's model does not reload either
+            if not self.subject.reload_fault:  # otherwise the stock Trainer's model does not reload either
                 raise
 
     def _check_uncached(self, model: Any, steps: int) -> None:
-        """The same weights without a cache; or no further away than those of a start that differs by rounding."""
+        """Weights are the same without a cache, or differ no more than after a start that differs by rounding."""
         plain = self._train("uncached", steps, use="never").model
         gap, worst = largest_gap(plain, model)
         if gap <= TOLERANCE:
@@ -215,7 +215,7 @@ class Cell:
 
 
 class _Watch(TrainerCallback):
-    """Notes how far a training came, and whether anything frozen was recorded."""
+    """Notes how far a training run got, and whether anything frozen was recorded."""
 
     def __init__(self, trainer: FTTrainer, seen: dict[str, Any]) -> None:
         self.trainer, self.seen = trainer, seen
@@ -233,7 +233,7 @@ class _Watch(TrainerCallback):
 
 @torch.no_grad()
 def perturb(model: nn.Module, noise: float) -> None:
-    """Change every weight by a share of itself."""
+    """Change every weight by a random share of itself."""
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters() if noise else ():
         parameter.mul_(1 + noise * torch.randn(parameter.shape, generator=random))

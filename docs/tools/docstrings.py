@@ -34,13 +34,13 @@ def _declared(field: griffe.Attribute) -> None:
     call = field.value
     if isinstance(call, griffe.ExprCall) and str(call.function) in DECLARATIONS:
         field.value = call.arguments[0]
-        with contextlib.suppress(ValueError, SyntaxError):  # a text that is put together when the module is imported
+        with contextlib.suppress(ValueError, SyntaxError):  # a text that is assembled when the module is imported
             text = ast.literal_eval(str(call.arguments[1]))
             field.docstring = griffe.Docstring(text, parent=field)
 
 
 def _link(place: griffe.Object, label: str, name: str) -> str:
-    """A link where the name has an entry on the site; mkdocs-autorefs shows it as code where it has none."""
+    """A link if the name has an entry on the site; otherwise mkdocs-autorefs shows it as code."""
     try:
         target = place.resolve(name)
     except griffe.NameResolutionError:

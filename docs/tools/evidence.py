@@ -1,4 +1,4 @@
-"""hf_ft/advice/evidence.json and the tables of docs/advise.md, made of the comparisons in docs/results/."""
+"""hf_ft/advice/evidence.json and the tables of docs/advise.md, made from the comparisons in docs/results/."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["FILE", "fitted", "table_of_advice", "table_of_orders"]
 
 
 def kept() -> dict[str, list[Results]]:
-    """The results of all comparisons that have signals, by task; tuned ones go before those with defaults."""
+    """The results of all comparisons that have signals, by task; tuned ones take precedence over defaults."""
     found = {name: [results] for name, results in read().items()}
     for kind in ("tuned", "defaults"):
         for name, splits in natural.read(kind).items():
@@ -38,7 +38,7 @@ def kept_tasks() -> tuple[Task, ...]:
 
 
 def _task(name: str, splits: Sequence[Results]) -> Task:
-    """Scores and points are means over the splits; strategies that not every split has are left out."""
+    """Scores and points are means over the splits; strategies missing from any split are left out."""
     scores = [_scores(results) for results in splits]
     names = [one for one in scores[0] if all(one in own for own in scores)]
     points = [rule_points(Signals.from_dict(results.advice["signals"])) for results in splits if results.advice]
@@ -67,13 +67,13 @@ def fitted() -> str:
 
 
 def table_of_advice(table: Table) -> str:
-    """How often the advice was right on tasks that it was not fitted to."""
+    """How often the advice was right on tasks to which it was not fitted."""
     tasks = kept_tasks()
     return table(*judged_table(_judged(tasks, judged_without(tasks)))) if tasks else NOT_YET
 
 
 def table_of_orders(table: Table) -> str:
-    """What is lost with the first strategies of several orders, each learnt without the task that it is judged on."""
+    """The loss from trying the first strategies of several orders, each learnt without the task it is judged on."""
     tasks = kept_tasks()
     if not tasks:
         return NOT_YET
@@ -89,8 +89,8 @@ def table_of_orders(table: Table) -> str:
         first = f"{round(total['in_top_3'] * len(tasks))} of {len(tasks)}"
         rows.append((title, first, *(f"{total[f'regret_{k}']:.3f}" for k in FIRST)))
     total = summary(_judged(tasks, judged_without(tasks)))
-    rows.append(("a random order, expected", "", *(f"{total[f'random_{k}']:.3f}" for k in FIRST)))
-    return table(("order", "best among the first three", *(f"lost after {k}" for k in FIRST)), rows)
+    rows.append(("a random order, in expectation", "", *(f"{total[f'random_{k}']:.3f}" for k in FIRST)))
+    return table(("order", "best among the first three", *(f"regret after {k}" for k in FIRST)), rows)
 
 
 def _judged(tasks: Sequence[Task], orders: Mapping[str, Sequence[str]]) -> list[dict[str, object]]:

@@ -1,6 +1,6 @@
-"""Formulas as SVG, drawn while the site is built: no script, no fonts, the same picture in every browser.
+"""Formulas as SVG, drawn when the site is built: no scripts, no fonts, the same picture in every browser.
 
-A Python-Markdown extension on top of ``pymdownx.arithmatex`` with ``generic``, which finds them.
+A Python-Markdown extension on top of ``pymdownx.arithmatex`` with ``generic``, which finds the formulas.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from markdown import Extension, Markdown
 from markdown.treeprocessors import Treeprocessor
 
 SIZE = 20  # in the units of the drawing
-SCALE = 1.15  # beside the site's text: its letters are larger than the formulas' at the same size
+SCALE = 1.15  # to match the site's text, whose letters are larger than the formulas' at the same size
 
-ziamath.config.svg2 = False  # glyphs in place instead of references by ids, which other formulas of a page share
+ziamath.config.svg2 = False  # glyphs in place instead of references by id, which other formulas on a page share
 ziamath.config.precision = 1
 
 
@@ -30,13 +30,13 @@ class SVGTreeprocessor(Treeprocessor):
 
 
 def drawn(latex: str, inline: bool) -> Element:
-    """The drawing; on its line if inline. Screen readers get the LaTeX."""
+    """The drawing, aligned with the line of text if inline. Screen readers get the LaTeX."""
     svg = ziamath.Latex(latex, size=SIZE, inline=inline).svgxml()
     _, top, width, height = (float(value) * SCALE / SIZE for value in svg.attrib["viewBox"].split())
     for name in ("width", "height", "xmlns:xlink"):
         del svg.attrib[name]
     for part in svg.iter():
-        if part.get("fill") == "black":  # all of it, in the colour of the text around it
+        if part.get("fill") == "black":  # so that everything takes the colour of the surrounding text
             del part.attrib["fill"]
     style = f"width: {width:.2f}em; height: {height:.2f}em; vertical-align: {-top - height:.2f}em"
     svg.attrib |= {"fill": "currentColor", "role": "img", "aria-label": latex, "style": style}

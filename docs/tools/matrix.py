@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, made of what docs/tools/models.py left in docs/results/models.jsonl."""
+"""The tables of docs/models.md, made from what docs/tools/models.py wrote to docs/results/models.jsonl."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from hf_ft.testing.families import UNBUILDABLE, families
 
 NOT_YET = "Not measured yet."
 SIGNS = {"works": "✓", "refused": "r", "transformers": "t", "wrong": "w"}
-TOLD = {"refused": "refused", "transformers": "fault of Transformers", "wrong": "wrong"}
-LIKE = 50  # letters in which reasons of one kind agree
+TOLD = {"refused": "refused", "transformers": "fault in Transformers", "wrong": "wrong"}
+LIKE = 50  # characters in which reasons of one kind agree
 SHOWN = 220
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 Kind = tuple[str, str]
 
 
 def kind_of(row: Row) -> Kind:
-    """The outcome, and the reason without what belongs to one class: names, numbers, shapes."""
+    """The outcome, and the reason without what is specific to one class: names, numbers, shapes."""
     text = re.sub(r"^(members\.\d+: |\w+: )", "", row.get("reason", ""))
     text = re.sub(r"'[^']*'|\"[^\"]*\"|\([^)]*\)|\b\w+For\w+|\b\w+(\.\w+)+|\b[\d.,e+-]+\b", "…", text)
     return row["outcome"], re.sub(r"(…[ ,]*)+", "…", text)[:LIKE]
 
 
 def codes(rows: Iterable[Row]) -> dict[Kind, str]:
-    """A short name for every kind of outcome but the good one, frequent kinds first."""
+    """A short name for every kind of outcome except success, frequent kinds first."""
     counts = Counter(kind_of(row) for row in rows if row["outcome"] != "works")
     numbers: Counter[str] = Counter()
     named = {}
@@ -37,7 +37,7 @@ def codes(rows: Iterable[Row]) -> dict[Kind, str]:
 
 
 def table_of_models(table: Table, task: str) -> str:
-    """One task: a row for each class, a column for each strategy."""
+    """One task: a row per class, a column per strategy."""
     rows = read()
     if not rows:
         return NOT_YET
@@ -50,7 +50,7 @@ def table_of_models(table: Table, task: str) -> str:
 
 
 def table_of_reasons(table: Table) -> str:
-    """What each short name means: how often, for how many classes, and the message of one case."""
+    """What each short name means: how many cells and classes it occurs in, and the message of one of them."""
     rows = list(read().values())
     if not rows:
         return NOT_YET
@@ -61,11 +61,11 @@ def table_of_reasons(table: Table) -> str:
     for kind, code in sorted(codes(rows).items(), key=lambda pair: (list(SIGNS).index(pair[0][0]), int(pair[1][1:]))):
         members = by_kind[kind]
         lines.append((code, str(len(members)), str(len({row["model"] for row in members})), _example(members)))
-    return table(("", "cells", "classes", "in one of them"), lines)
+    return table(("", "cells", "classes", "example"), lines)
 
 
 def summary(table: Table) -> str:
-    """How many cells end how, by task; and the classes that are left out."""
+    """The number of cells with each outcome, by task; and the classes that are left out."""
     rows = list(read().values())
     if not rows:
         return NOT_YET
@@ -90,7 +90,7 @@ def _sign(cell: Row | None, named: Mapping[Kind, str]) -> str:
 
 
 def _example(members: Sequence[Row]) -> str:
-    """The shortest message, with names of folders left out."""
+    """The shortest message, without the names of folders."""
     row = min(members, key=lambda one: (len(one["reason"]), one["model"]))
     reason = re.sub(r"/\S+/(\w+)", r"\1", row["reason"])
     short = reason if len(reason) <= SHOWN else reason[:SHOWN].rpartition(" ")[0] + " …"

@@ -1,4 +1,4 @@
-"""Tables in docs/ of what the scripts in tests/benchmarks/ measured, made from the files that they left."""
+"""Tables in docs/ of what the scripts in tests/benchmarks/ measured, made from the files that they wrote."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def table_of_cpu_formats(table: Table) -> str:
     ]
     about = content["about"]
     where = (
-        f"Medians of {about['rounds']} rounds (smallest to largest), {about['images']} images a batch, one thread; a "
+        f"Medians of {about['rounds']} rounds (smallest to largest), {about['images']} images per batch, one thread; a "
         f"processor with {about['processor']}; torch {about['torch']}."
     )
     return table(("network", "", "channels last", "bfloat16", "both"), rows) + "\n\n" + where
@@ -95,7 +95,7 @@ def table_of_cpu_scores(table: Table) -> str:
 
 
 def table_of_augmentation(table: Table) -> str:
-    """What each way of changing or mixing images gives, from tests/benchmarks/augmentation.py."""
+    """The scores with each way of augmenting or mixing images, from tests/benchmarks/augmentation.py."""
     file = RESULTS / "augmentation.jsonl"
     if not file.is_file():
         return NOT_YET
@@ -114,7 +114,7 @@ def table_of_augmentation(table: Table) -> str:
 
 
 def _of_way(ways: dict[str, dict[int, float]], way: str) -> str:
-    """The mean score of a way; beside it, the mean difference to unchanged images by seed, and its standard error."""
+    """The mean score of a way, with its mean difference per seed from unchanged images and the standard error."""
     scores, plain = ways.get(way, {}), ways.get("none", {})
     if not scores:
         return ""
@@ -142,7 +142,7 @@ def table_of_step_times(table: Table) -> str:
     notes = [f"Left out: {name} ({reason})." for name, reason in content["left_out"].items()]
     unknown = sum("peak_mb" not in row for row in content["rows"].values())
     if unknown:
-        notes.append(f"The peak memory of {unknown} rows is not measured yet.")
+        notes.append(f"Rows whose peak memory is not measured yet: {unknown}.")
     notes.append(f"{content['about']['pairs']} rounds, {_where(content['about'])}")
     return "\n\n".join([table(headers, rows), *notes])
 
@@ -163,7 +163,7 @@ def table_of_gpu(table: Table, content: dict[str, Any] | None = None) -> str:
         parts.append(table(headers, rows))
     late = [name for name, row in content["rows"].items() if row is None]
     if late:
-        parts.append(f"No time was left for: {', '.join(late)}.")
+        parts.append(f"Time ran out before: {', '.join(late)}.")
     about = content["about"]
     versions = [f"torch {about['torch']}", f"transformers {about['transformers']}"]
     versions += [f"CUDA {about['cuda']}", f"driver {about.get('driver') or 'unknown'}"] if about.get("cuda") else []
@@ -199,12 +199,12 @@ def table_of_frozen(table: Table) -> str:
             rows.append((f"{part}, {epochs[part]} epochs: {name}", f"{ratio:.2f}", str(goal)))
     search = content.get("search")
     if search:
-        same = "the same" if search["same ranking with and without the cache"] else "another"
+        same = "the same order" if search["same ranking with and without the cache"] else "different orders"
         notes.append(
-            f"With and without the cache the search ranks the blocks in {same} order (largest difference of a score: "
-            f"{search['largest difference of a score']:.1e}). Exhaustive: {search['best']}, "
-            f"{search['exhaustive score of the best']:.3f}. Halving chose {search['chosen by halving']}, whose "
-            f"exhaustive score is {search['exhaustive score of that']:.3f}."
+            f"With and without the cache, the search ranks the blocks in {same} (largest difference in a score: "
+            f"{search['largest difference of a score']:.1e}). The exhaustive search chose {search['best']}, which "
+            f"scores {search['exhaustive score of the best']:.3f}; halving chose {search['chosen by halving']}, which "
+            f"the exhaustive search scores {search['exhaustive score of that']:.3f}."
         )
     runs = {part: len(next(iter(content[part]["seconds"].values()))) for part in epochs if part in content}
     counted = ", ".join(f"{part}: {number} run{'s' if number > 1 else ''}" for part, number in runs.items())
@@ -219,15 +219,15 @@ def table_of_strategies(table: Table, name: str) -> str:
     for task, (title, other) in TASKS.items():
         rows = [row for row in (_row(runs, task, strategy) for strategy in SHOWN[name]) if row]
         if rows:
-            headers = ("strategy", "validation", "test", f"out of distribution ({other})", "rates", "seconds a run")
+            headers = ("strategy", "validation", "test", f"out of distribution ({other})", "rates", "seconds per run")
             parts.append(f"**{title}**\n\n{table(headers, rows)}")
     return "\n\n".join(parts) or NOT_YET
 
 
 REGULARISED = {
-    "digits_5": "Near: digits 0-4 -> 5-9, 5 images a class",
-    "digits_10": "Near: digits 0-4 -> 5-9, 10 images a class",
-    "digits_20": "Near: digits 0-4 -> 5-9, 20 images a class",
+    "digits_5": "Near: digits 0-4 -> 5-9, 5 images per class",
+    "digits_10": "Near: digits 0-4 -> 5-9, 10 images per class",
+    "digits_20": "Near: digits 0-4 -> 5-9, 20 images per class",
     "poly_50": "Near: ELPV mono -> poly, 50 images",
     "poly_200": "Near: ELPV mono -> poly, 200 images",
     "elpv_100": "Far: ImageNet -> ELPV, 100 images",
@@ -245,7 +245,7 @@ def table_of_regularisers(table: Table) -> str:
     names = list(dict.fromkeys(run["strategy"] for run in runs))
     tasks = [task for task in REGULARISED if any(run["task"] == task for run in runs)]
     for title, chosen in (
-        ("BatchNorm in train mode, as papers and most users have it", [n for n in names if not n.startswith(EVAL)]),
+        ("BatchNorm in train mode, as in papers and for most users", [n for n in names if not n.startswith(EVAL)]),
         ("BatchNorm in eval mode, on both sides", [n for n in names if n.startswith(EVAL)]),
     ):
         rows = [_regularised(runs, name, tasks, chosen[0]) for name in chosen]
@@ -274,7 +274,7 @@ def _difference(values: list[float]) -> str:
 
 
 def table_of_disentangling(table: Table) -> str:
-    """What P and N hold of F on the tasks of regularisers.py."""
+    """How P and N share F between them, on the tasks of regularisers.py."""
     runs = [run for run in _read_lines("regularisers.jsonl") if run["final"] and "disentangled" in run]
     if not runs:
         return NOT_YET
@@ -292,10 +292,10 @@ def table_of_disentangling(table: Table) -> str:
 FIGURES = {
     "p_share": "norm of P / F",
     "n_share": "norm of N / F",
-    "f_label": "label's part of F",
+    "f_label": "label's share of the variance of F",
     "p_label": "of P",
     "n_label": "of N",
-    "accuracy": "classifier, train",
+    "accuracy": "classifier's training accuracy",
 }
 
 
@@ -303,14 +303,14 @@ SOFT = {
     "digits_50": "MNIST digits 0-6 -> UCI digits 0-6, 50 images",
     "digits_100": "the same, 100 images",
     "digits_200": "the same, 200 images",
-    "digits_100_biased": "the same, 100 images, each class two thirds of the one before (36 to 3)",
+    "digits_100_biased": "the same, 100 images, each class two thirds the size of the previous one (36 to 3)",
     "poly_100": "ELPV mono -> poly, 100 images",
     "poly_300": "ELPV mono -> poly, 300 images",
 }
 UNSEEN = {
     "uci_789": "digits 7-9 of UCI, the target's domain",
     "mnist_789": "digits 7-9 of MNIST, the source's domain",
-    "uci_digits": "ten UCI digits, a domain of neither",
+    "uci_digits": "all ten UCI digits, neither the source's nor the target's domain",
 }
 
 
@@ -346,11 +346,11 @@ def table_of_soft(table: Table) -> str:
         "\n".join(f"- `{task}`: {SOFT[task]}." for task in tasks),
         "**Balanced accuracy on test**",
         table(("method", *tasks, *(f"{kind}: mean difference from full" for kind in kinds)), accuracy),
-        "**Steps until the validation accuracy has 90 % of what plain fine-tuning has at the end**",
+        "**Steps until the validation accuracy reaches 90 % of plain fine-tuning's final one**",
         table(("method", *tasks), steps),
-        "**General discrimination at the end: linear probe / nearest class mean on classes of neither loss**",
+        "**General discrimination after training: linear probe / nearest class mean, on classes in neither loss**",
         _table_of_discrimination(table, tasks, methods, of),
-        "**What training changed in the linear probe's accuracy there, over all tasks, in points**",
+        "**Change in this linear probe's accuracy due to training, over all tasks, in points**",
         _table_of_changes(table, methods, runs),
     ]
     return "\n\n".join(parts)
@@ -384,7 +384,7 @@ def _table_of_changes(table: Table, methods: list[str], runs: list[dict[str, Any
 
 
 def _steps_to(runs: list[dict[str, Any]], plain: list[dict[str, Any]], share: float = 0.9) -> str:
-    """The mean first step that has this share of plain fine-tuning's last accuracy with the same seed."""
+    """The mean first step that reaches this share of plain fine-tuning's final accuracy with the same seed."""
     ends = {run["seed"]: run["curve"][-1][1] for run in plain}
     pairs = [(run, share * ends[run["seed"]]) for run in runs if run["seed"] in ends]
     reached = [next((step for step, value in run["curve"] if value >= goal), None) for run, goal in pairs]

@@ -1,6 +1,6 @@
-"""The tables of docs/scale.md on memory: what a process was measured to hold, and what a model of it says.
+"""The tables of docs/scale.md on memory: what a process was measured to hold, and what a model of memory predicts.
 
-tests/benchmarks/memory_ranks.py leaves both: the measured bytes, and the sizes that the model is applied to.
+tests/benchmarks/memory_ranks.py writes both: the measured bytes, and the sizes to which the model is applied.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from docs.tools.measured import NOT_YET, _read
 from hf_ft.core.config import BASELINE
 from hf_ft.engine.run import Run
 
-FLOAT, HALF = 4, 2  # bytes of a number in float32 and in bfloat16
-MOMENTS = 2  # numbers that AdamW keeps of each that trains
-GATHERED = 3  # copies of a layer while FSDP2 gathers: its own, and the buffers of this one and the next
+FLOAT, HALF = 4, 2  # bytes per number in float32 and in bfloat16
+MOMENTS = 2  # numbers that AdamW keeps for each trained one
+GATHERED = 3  # copies of a layer while FSDP2 gathers: its own, and the buffers of this layer and the next
 SHOWN = ((False, 1), (False, 2), (True, 2), (True, 4), (True, 8))  # sharded, processes
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 
@@ -27,18 +27,18 @@ Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many numbers a run consists of.
+    """How many numbers a run holds.
 
     Attributes:
         weights: parameters and buffers of the model and of the terms' modules.
-        trained: those that any stage trains.
-        starts: starting weights that terms compare with.
+        trained: parameters that any stage trains.
+        starts: starting weights with which terms compare.
         reference: parameters and buffers of the reference model.
         average: averaged weights.
         origin: starting weights that a choice among final models needs, in CPU memory.
         layer: parameters of the largest layer that FSDP2 gathers by itself.
-        layer_trained: those of it that train.
-        outside: parameters outside of such layers.
+        layer_trained: parameters of this layer that are trained.
+        outside: parameters outside such layers.
     """
 
     weights: int
@@ -53,7 +53,7 @@ class Sizes:
 
 
 def sizes(run: Run) -> Sizes:
-    """The sizes of a run whose model is whole; its tensors may be on the meta device."""
+    """The sizes of a run whose model is not sharded; its tensors may be on the meta device."""
     parameters, modules = dict(run.model.named_parameters()), run.plan.term_modules
     trained = [parameters[name] for name in run.trained]
     own = {id(parameter) for parameter in trained}
@@ -87,9 +87,9 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def held(of: Sizes, processes: int = 1, sharded: bool = False) -> dict[str, float]:
-    """Bytes that a process holds when the optimizer is about to take a step, by what they are for.
+    """Bytes that a process holds just before an optimizer step, by purpose.
 
-    All are float32. DDP sends gradients from buckets, which hold each of them once more.
+    All are float32. DDP sends gradients from buckets, which hold a second copy of each.
 
     Args:
         sharded: whether each process keeps a part of everything (FSDP2), or all of it (DDP).
@@ -109,9 +109,9 @@ def held(of: Sizes, processes: int = 1, sharded: bool = False) -> dict[str, floa
 def peak(of: Sizes, processes: int = 1, sharded: bool = False) -> float:
     """Bytes that a process needs in a step under bfloat16 autocast, without activations.
 
-    Whole weights are cast for the forward pass, and their copies are gone when all gradients are there. Shards are
-    gathered a layer at a time, while gradients of others are there already. A penalty on weights has its gradients
-    first, and keeps its differences from the start until then.
+    Unsharded weights are cast for the forward pass, and the copies are freed by the time all gradients exist. Shards
+    are gathered layer by layer, when the gradients of other layers already exist. A penalty on weights gets its
+    gradients first, and keeps its differences from the starting weights until then.
     """
     parts = held(of, processes, sharded)
     gradients = parts.pop("gradients")
@@ -128,7 +128,7 @@ def peak(of: Sizes, processes: int = 1, sharded: bool = False) -> float:
 
 
 def table_of_measured(table: Table) -> str:
-    """Measured bytes of each strategy, and how far the model is from them."""
+    """Measured bytes of each strategy, and how far the model is off."""
     content = _read("memory_ranks.json")
     if content is None:
         return NOT_YET
@@ -142,26 +142,26 @@ def table_of_measured(table: Table) -> str:
     whole, shards = (max(abs(gap) for sharded, _, gap in gaps if sharded == wanted) for wanted in (False, True))
     about = content["about"]
     note = (
-        "MB of a process: held just before the optimizer's step / at the peak of that step, activations included, but "
-        "not what is in CPU memory wherever the training runs. A "
-        f"ViT of {about['parameters'] / 1e6:.1f} million parameters in four layers, one image of five tokens a "
-        f"process, AdamW, `bf16`, gloo on a CPU; torch {about['torch']}. The model is off by at most "
-        f"{max(abs(gap) for _, gap, _ in gaps):.1%} in what is held, and in the peak by {whole:.0%} for whole and "
-        f"{shards:.0%} for sharded ones, which differ between equal trainings "
-        "(`full`, `lp_ft` and `wise_ft` at their end) by up to two layers."
+        "MB per process: held just before the optimizer's step / at the peak of that step. Activations are included; "
+        "what stays in CPU memory when training on a GPU is not. A ViT with "
+        f"{about['parameters'] / 1e6:.1f} million parameters in four layers, one image of five tokens per process, "
+        f"AdamW, `bf16`, gloo on a CPU; torch {about['torch']}. The model is off by at most "
+        f"{max(abs(gap) for _, gap, _ in gaps):.1%} for what is held; for the peak, by at most {whole:.0%} without "
+        f"sharding and {shards:.0%} with it, where peaks differ by up to two layers even between training runs that "
+        "should be equal (`full`, `lp_ft` and `wise_ft` at their end)."
     )
     return table(("strategy", *map(_way, ways)), rows) + "\n\n" + note
 
 
 def deviations(content: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
-    """By how much the model differs from each measured row: what is held, and the peak."""
+    """The relative error of the model for each measured row: of what is held, and of the peak."""
     for row in content["measured"]:
         of, how = Sizes(**content["small"][row["strategy"]]), (row["ranks"], row["sharded"])
         yield sum(held(of, *how).values()) / on_device(row["held"]) - 1, peak(of, *how) / row["peak"] - 1
 
 
 def on_device(parts: Mapping[str, int]) -> int:
-    """All but what is in CPU memory wherever the training runs."""
+    """Everything except what stays in CPU memory when training on a GPU."""
     return sum(parts.values()) - parts["origin"]
 
 
@@ -175,7 +175,7 @@ def _way(way: tuple[bool, int]) -> str:
 
 
 def table_of_modelled(table: Table) -> str:
-    """What the model says of large models."""
+    """What the model predicts for large models."""
     content = _read("memory_ranks.json")
     if content is None:
         return NOT_YET

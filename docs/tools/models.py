@@ -1,10 +1,10 @@
 """The matrix of docs/models.md: every classification class of Transformers, tiny, with every strategy.
 
-    python -m docs.tools.models                    run the cells that docs/results/models.jsonl lacks
-    python -m docs.tools.models --only NAME,NAME   only of these classes
-    python -m docs.tools.models --again            forget what is kept (of these classes), and run it again
+    python -m docs.tools.models                    run the cells that are missing from docs/results/models.jsonl
+    python -m docs.tools.models --only NAME,NAME   only for these classes
+    python -m docs.tools.models --again            discard the stored results (for these classes), and run them again
 
-Processes started side by side share the classes among them. ``python -m docs.tools.tables`` then writes the page.
+Processes that run at the same time share the classes. ``python -m docs.tools.tables`` then writes the page.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def names_of_strategies() -> list[str]:
     return [name for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.strategies.")]
 
 
-# --- what is kept -----------------------------------------------------------------------------------------
+# --- stored results ---------------------------------------------------------------------------------------
 
 
 def read(file: Path = KEPT) -> dict[tuple[str, str], Row]:
-    """The kept rows, by class and strategy."""
+    """The stored rows, by class and strategy."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     rows = (json.loads(line) for line in lines)
     return {(row["model"], row["strategy"]): row for row in rows}
 
 
 def write(rows: Iterable[Row], file: Path = KEPT) -> None:
-    """All rows, a line each, in the order of tasks, classes and strategies."""
+    """Write all rows, one per line, in the order of tasks, classes and strategies."""
     models, order = list(families()), names_of_strategies()
     known = [row for row in rows if row["model"] in models and row["strategy"] in order]
     known.sort(key=lambda row: (models.index(row["model"]), order.index(row["strategy"])))
@@ -59,7 +59,7 @@ def write(rows: Iterable[Row], file: Path = KEPT) -> None:
 
 
 def sample() -> list[tuple[str, str]]:
-    """A fixed sample of 40 cells: two of each of 20 classes, with every strategy in it."""
+    """A fixed sample of 40 cells: two for each of 20 classes, with every strategy included."""
     tasks, order = families(), itertools.cycle(names_of_strategies())
     models = []
     for task, count in SAMPLED.items():
@@ -72,7 +72,7 @@ def sample() -> list[tuple[str, str]]:
 
 
 def run(models: Sequence[str], file: Path = KEPT) -> None:
-    """Run the missing cells of these classes, but for classes that another process has in hand."""
+    """Run the missing cells of these classes, except classes that another process is running."""
     claims = Path(tempfile.gettempdir(), f"hf_ft_models_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}")
     claims.mkdir(exist_ok=True)
     for name in models:
@@ -99,7 +99,7 @@ def cells_of(name: str, chosen: Iterable[str]) -> Iterator[Row]:
 
 
 def quiet() -> None:
-    """No bars and no advice; and no search for garbage through all that is imported, after every training."""
+    """Turn off progress bars and warnings, and exclude everything imported so far from garbage collection."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     hf.utils.logging.disable_progress_bar()
@@ -110,12 +110,12 @@ def quiet() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME,NAME", help="names of classes, separated by commas")
-    parser.add_argument("--again", action="store_true", help="forget their kept results first")
+    parser.add_argument("--only", metavar="NAME,NAME", help="class names, separated by commas")
+    parser.add_argument("--again", action="store_true", help="discard their stored results first")
     given = parser.parse_args()
     models = given.only.split(",") if given.only else list(families())
     if unknown := set(models) - set(families()):
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}")
+        raise SystemExit(f"--only: unknown classes {', '.join(sorted(unknown))}")
     quiet()
     if given.again:
         write(row for row in read().values() if row["model"] not in models)

@@ -1,6 +1,6 @@
-"""The tables of several splits of a task in README.md and docs/results.md: of natural images, and of others.
+"""The tables in README.md and docs/results.md of tasks with several splits: natural images, and others.
 
-Made of what tests/benchmarks/results.py left in docs/results/defaults/ and docs/results/tuned/.
+Made from what tests/benchmarks/results.py wrote to docs/results/defaults/ and docs/results/tuned/.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read(kind: str, titles: Mapping[str, str] = TITLES) -> dict[str, list[Result
 
 
 def table_of_natural(table: Table, kind: str, few: bool = False, titles: Mapping[str, str] = TITLES) -> str:
-    """Mean test score of every strategy, or of a few, and the difference to full fine-tuning with its interval."""
+    """Mean test score of every strategy, or of a few, and the difference from full fine-tuning with its interval."""
     tasks = read(kind, titles)
     if not tasks:
         return NOT_YET
@@ -60,17 +60,18 @@ def table_of_natural(table: Table, kind: str, few: bool = False, titles: Mapping
             gap = "" if name == BASELINE or not scores else _difference(splits, name)
             cells += [f"{score(statistics.fmean(scores))}{spread}{_of_splits(splits, name)}" if scores else "", gap]
         rows.append((f"**{name}**" if name in FIVE else name, *cells))
-    headers = [head for task in tasks for head in (titles[task], "to full")]
+    headers = [head for task in tasks for head in (titles[task], "vs. full")]
     return table(("strategy", *headers), rows) + "\n\n" + " ".join(_size(titles[task], tasks[task]) for task in tasks)
 
 
 def interval_over_splits(gaps: Sequence[Gaps], seed: int = 0) -> tuple[float, float]:
-    """A hierarchical bootstrap's 95 % interval of the mean difference in balanced accuracy.
+    """The 95 % interval of the mean difference in balanced accuracy, by a hierarchical bootstrap.
 
-    Splits are drawn with replacement, of each its seeds, and of each its test samples within their classes. What the
-    samples and seeds do is in the differences between the splits too and so counts twice, which makes up for how
-    little a few splits, drawn again, differ: simulated with three splits, it holds the truth in 94 to 99 of 100 cases
-    where the gain differs by up to two points between splits, but in 83 where it differs by five.
+    Splits are drawn with replacement, and within each split its seeds, and its test samples by class. The variation
+    from samples and seeds is also part of the differences between splits, so it counts twice; this makes up for how
+    little a few splits vary when they are resampled. In simulations with three splits, the interval contains the true
+    value in 94 to 99 of 100 cases if the gain varies by up to two points between splits, but in 83 if it varies by
+    five.
 
     Args:
         gaps: for each split, (seeds, samples) of (ours is right) - (theirs is right), and (samples,) classes.
@@ -86,7 +87,7 @@ def interval_over_splits(gaps: Sequence[Gaps], seed: int = 0) -> tuple[float, fl
 
 
 def _redrawn(gaps: np.ndarray, classes: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The mean difference of one split, with seeds and samples drawn anew, (resamples,)."""
+    """The mean difference on one split with resampled seeds and samples, (resamples,)."""
     by_class = []
     for label in np.unique(classes):
         own = gaps[:, classes == label]
@@ -96,7 +97,7 @@ def _redrawn(gaps: np.ndarray, classes: np.ndarray, random: np.random.Generator)
 
 
 def gaps_of(results: Results, name: str) -> Gaps | None:
-    """What the interval is made of, over the seeds that a strategy shares with full fine-tuning."""
+    """What the interval is computed from, over the seeds that a strategy shares with full fine-tuning."""
     ours, theirs = (_runs(results, one) for one in (name, BASELINE))
     labels = np.asarray(results.labels["test"])
     right = [
@@ -123,7 +124,7 @@ def _runs(results: Results, name: str) -> dict[int, Training]:
 
 
 def _of_splits(splits: Sequence[Results], name: str) -> str:
-    """Which splits a score is of, unless it is of all: splits differ, so that only the difference to full compares."""
+    """The splits that a score covers, unless all: splits differ, so only differences from full are comparable then."""
     there = [str(number) for number, results in enumerate(splits, 1) if _runs(results, name)]
     return f" (split{'s' * (len(there) > 1)} {', '.join(there)})" if len(there) < len(splits) else ""
 
@@ -145,6 +146,7 @@ def _size(title: str, splits: Sequence[Results]) -> str:
     first = splits[0]
     sizes, seeds, pixels = first.data["sizes"], first.settings["seeds"], first.model["image_size"]
     return (
-        f"{title}: {sizes['train']} images to train, {sizes['validation']} to choose the epoch, {sizes['test']} "
-        f"to test, {pixels} px, {len(splits)} split{'s' * (len(splits) > 1)} and {seeds} seeds of each."
+        f"{title}: {sizes['train']} training, {sizes['validation']} validation (to choose the epoch) and "
+        f"{sizes['test']} test images, {pixels} px, {len(splits)} split{'s' * (len(splits) > 1)} with {seeds} seeds "
+        "each."
     )

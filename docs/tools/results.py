@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, made of what tests/benchmarks/results.py left in docs/results/."""
+"""The tables of docs/results.md, made from what tests/benchmarks/results.py wrote to docs/results/."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read(folder: Path = KEPT, tasks: Sequence[str] = TASKS) -> dict[str, Results
 
 
 def table_of_all(table: Table) -> str:
-    """The mean test score of every strategy on every task, and the mean difference to full fine-tuning."""
+    """The mean test score of every strategy on every task, and the mean difference from full fine-tuning."""
     tasks = read()
     if not tasks:
         return NOT_YET
@@ -43,13 +43,13 @@ def table_of_all(table: Table) -> str:
     for name in ranked:
         cells = [_test(by_name.get(name)) for by_name in found.values()]
         mean, count = _mean_difference(found.values(), name)
-        told = "" if name == BASELINE else f"{signed(mean)} ({count})"
-        rows.append((f"**{name}**" if name in FIVE else name, *cells, told))
-    return table(("strategy", *tasks, "mean difference to full (tasks)"), rows)
+        shown = "" if name == BASELINE else f"{signed(mean)} ({count})"
+        rows.append((f"**{name}**" if name in FIVE else name, *cells, shown))
+    return table(("strategy", *tasks, "mean difference from full (tasks)"), rows)
 
 
 def table_of_task(table: Table, task: str) -> str:
-    """One task in full: scores, differences, what tuning cost and chose."""
+    """One task in full: scores, differences, the cost of tuning and the chosen settings."""
     results = read(tasks=(task,)).get(task)
     if results is None:
         return NOT_YET
@@ -70,12 +70,12 @@ def table_of_task(table: Table, task: str) -> str:
                 chosen + (f" (edge: {', '.join(contender.on_edge)})" if contender.on_edge else ""),
             )
         )
-    headers = ("strategy", "validation", "test", "to full", "out of distribution", "s", "trials", "chosen")
-    return table(headers, rows) + "\n\n" + _said(results)
+    headers = ("strategy", "validation", "test", "vs. full", "out of distribution", "s", "trials", "chosen")
+    return table(headers, rows) + "\n\n" + _note(results)
 
 
 def table_of_five(table: Table) -> str:
-    """Where each of the five systems beats full fine-tuning, and where not."""
+    """Where each of the five systems beats full fine-tuning, and where it does not."""
     tasks = read()
     if not tasks:
         return NOT_YET
@@ -95,7 +95,7 @@ def table_of_five(table: Table) -> str:
 
 
 def table_of_choice(table: Table) -> str:
-    """What choosing by validation gave, beside what would have been best on test."""
+    """The test score of the strategy selected by validation, and that of the one that was best on test."""
     rows = []
     for task, results in read().items():
         found = [s for s in standings(results) if s.rank is not None and "test" in s.spreads]
@@ -111,7 +111,7 @@ def table_of_choice(table: Table) -> str:
                 spread(full.spreads["test"]),
             )
         )
-    headers = ("task", "validation images", "chosen by validation: its test score", "best on test", "full")
+    headers = ("task", "validation images", "selected by validation (test score)", "best on test", "full")
     return table(headers, rows) if rows else NOT_YET
 
 
@@ -138,14 +138,14 @@ def _options(params: Mapping[str, object]) -> str:
     )
 
 
-def _said(results: Results) -> str:
+def _note(results: Results) -> str:
     sizes, settings = results.data["sizes"], results.settings
     errors: Sequence[float] = [s.standard_errors["test"] for s in standings(results) if "test" in s.standard_errors]
-    noise = f" One standard error from so few test images is about {sum(errors) / len(errors):.3f}." if errors else ""
+    noise = f" With so few test images, one standard error is about {sum(errors) / len(errors):.3f}." if errors else ""
     return (
-        f"{results.data['name']}: {sizes['train']} images to train, {sizes['validation']} to choose, {sizes['test']} "
-        f"to test, {sizes.get('ood', 0)} out of distribution; {settings['num_train_epochs']:g} epochs, batches of "
-        f"{settings['per_device_train_batch_size']}; budget {settings['trials']} full fine-tuning runs, "
+        f"{results.data['name']}: {sizes['train']} training, {sizes['validation']} validation, {sizes['test']} test "
+        f"and {sizes.get('ood', 0)} out-of-distribution images; {settings['num_train_epochs']:g} epochs, batches of "
+        f"{settings['per_device_train_batch_size']}; a budget of {settings['trials']} full fine-tuning runs, "
         f"{settings['seeds']} seeds; {results.seconds / 60:.0f} minutes of one worker.{noise} "
         f"torch {results.versions['torch']}, transformers {results.versions['transformers']}."
     )

@@ -1,4 +1,4 @@
-"""Sphinx's formulas and roles, which docstrings are written with, in Markdown."""
+"""Converts the Sphinx formulas and roles used in docstrings to Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def markdown(text: str, link: Callable[[str, str], str] = lambda label, target: 
 
     Args:
         text: a docstring, or a part of one.
-        link: makes a reference from what the reader sees and the name as written; code without a link by default.
+        link: makes a reference from the label that readers see and the name as written; by default, code without a
+            link.
     """
 
     def role(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""The table of docs/scale.md: where each strategy runs, and what it holds beside the model."""
+"""The table of docs/scale.md: where each strategy runs, and what it keeps beside the model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from hf_ft.testing.training import equipped, make_trainer
 
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 LOOK = "`measure_samples`"
-CHOSEN = "as the strategy that it chooses"
+CHOSEN = "as for the strategy it chooses"
 
 
 def table_of_places(strategies: Mapping[str, type[FTConfig]], table: Table) -> str:
-    """For each strategy by its defaults: where it trains, what it keeps for it, and what is computed once."""
+    """For each strategy with its defaults: where it trains, what it keeps, and what is computed once."""
     rows = []
     for name, kind in strategies.items():
         config, link = kind(**OPTIONS.get(name, {})), f"[`{name}`](methods/{name}.md)"
@@ -48,7 +48,7 @@ def table_of_places(strategies: Mapping[str, type[FTConfig]], table: Table) -> s
 
 
 def _run(config: FTConfig, model: nn.Module) -> Run:
-    """The strategy set up for a tiny model, on which it has measured what it must."""
+    """The strategy set up for a tiny model, after its measurements."""
     fitting = suited(config, model)
     if not fitting.must_measure():
         return set_up(equipped(model, fitting), fitting)
@@ -57,7 +57,7 @@ def _run(config: FTConfig, model: nn.Module) -> Run:
 
 
 def _sharded(kind: type[FTConfig]) -> Iterator[str]:
-    """Whether it trains a model whose parameters are sharded, or the option with which it does."""
+    """Whether it trains a model with sharded parameters, or the option with which it does."""
     if kind().needs().sharded:
         yield "yes"
     for option in options(kind):
@@ -78,7 +78,7 @@ def _streamed(config: FTConfig, run: Run) -> str:
 
 
 def _beside(config: FTConfig, run: Run, size: int) -> Iterator[str]:
-    """What a process keeps beside the model, its gradients and the optimizer; the model had this size."""
+    """What a process keeps beside the model (originally of this size), its gradients and the optimizer's state."""
     if run.anchors:
         yield "starting weights"
     if run.reference is not None:
@@ -94,7 +94,7 @@ def _beside(config: FTConfig, run: Run, size: int) -> Iterator[str]:
 
 
 def _base_serves(config: FTConfig) -> bool:
-    """Whether the base of a model whose adapters alone are trained is the reference."""
+    """Whether the base of a model that trains only its adapters serves as the reference."""
     tuner = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
     reference = _run(config, get_peft_model(tiny_vit(), tuner)).reference
     return reference is not None and bool(reference.adapters)
@@ -105,7 +105,7 @@ def _size(model: nn.Module) -> int:
 
 
 def _recorded(name: str, run: Run) -> str:
-    """What a cache had recorded in how many of the classes of docs/models.md that train."""
+    """What was recorded in a cache, and for how many of the classes of docs/models.md that train."""
     trained = (row for (_, of), row in read().items() if of == name and row["outcome"] == "works")
     found = Counter(bool(row.get("cached")) for row in trained)
     if not found[True]:

@@ -1,4 +1,4 @@
-"""A tiny model of one class with its data, and what the stock Trainer makes of it: what a row of the matrix shares."""
+"""What a row of the matrix shares: a tiny model of one class, its data, and the stock Trainer's results with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE, ROUNDING = 2e-5, 1e-6
 
 
 class Rows(torch.utils.data.Dataset):
-    """Samples as a map-style data set."""
+    """Samples as a map-style dataset."""
 
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
         self.columns = dict(columns)
@@ -37,7 +37,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Subject:
-    """A tiny model of one class: what all cells of its row share."""
+    """A tiny model of one class, shared by all cells of its row."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.task, self.folder = name, families()[name], folder
@@ -54,7 +54,7 @@ class Subject:
         return Rows(columns | {"labels": torch.arange(SAMPLES) % SOURCE_CLASSES})
 
     def with_source_head(self) -> Any:
-        """A model that was pretrained on other classes, loaded with a new head beside the old one."""
+        """A model pretrained on other classes, loaded with a new head beside the old one."""
         if isinstance(self._loaded, Exception):
             raise self._loaded
         return copy.deepcopy(self._loaded)
@@ -65,11 +65,11 @@ class Subject:
         tiny(self.name, num_labels=SOURCE_CLASSES).save_pretrained(saved)
         try:
             return from_pretrained(str(saved), num_labels=CLASSES, task=self.task)
-        except Exception as error:  # the strategies that need the head are told
+        except Exception as error:  # raised again for the strategies that need the head
             return error
 
     def members(self) -> Any:
-        """Two models as one, where ensembles know the task; else the model alone."""
+        """Two models as one if ensembles support the task; otherwise the model alone."""
         if self.task not in ("image", "text"):
             return self.model()
         return CollaborativeModel.from_members([self.model(), tiny(self.name, seed=1)])
@@ -78,7 +78,7 @@ class Subject:
 
     @cached_property
     def stock(self) -> tuple[dict[str, Tensor], list[float]]:
-        """The weights and losses of the stock Trainer."""
+        """The weights and losses after training with the stock Trainer."""
         return self._trained_by_stock("stock")
 
     def _trained_by_stock(self, folder: str) -> tuple[dict[str, Tensor], list[float]]:
@@ -90,7 +90,7 @@ class Subject:
 
     @cached_property
     def reproducible(self) -> bool:
-        """Whether two runs of the stock Trainer end with the same weights: Reformer seeds itself by the clock."""
+        """Whether two runs of the stock Trainer end with the same weights: Reformer seeds itself from the clock."""
         again, _ = self._trained_by_stock("again")
         return all(torch.equal(value, again[name]) for name, value in self.stock[0].items())
 
@@ -101,7 +101,7 @@ class Subject:
             return FAULTY[self.name]
         try:
             _, found = self.stock
-        except Exception as error:  # whatever it is, it is none of ours
+        except Exception as error:  # whatever it is, it is not our fault
             return f"the stock Trainer fails: {told(error)}"
         return "" if all(map(math.isfinite, found)) else "the stock Trainer's loss is not finite"
 
@@ -113,7 +113,7 @@ class Subject:
         model.save_pretrained(self.folder / "stock" / "saved")
         try:
             gap = gap_of(self.logits(type(model).from_pretrained(self.folder / "stock" / "saved")), self.logits(model))
-        except Exception as error:  # likewise
+        except Exception as error:  # as above
             return told(error)
         return f"logits differ by {gap:.2g}" if gap > TOLERANCE else ""
 
@@ -142,6 +142,6 @@ def gap_of(one: Tensor, other: Tensor) -> float:
 
 
 def told(error: Exception) -> str:
-    """The first sentence of a message, in one line."""
+    """The beginning of a message, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:200]

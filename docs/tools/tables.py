@@ -1,11 +1,11 @@
-"""The generated places of README.md and docs/: tables of strategies and options, help texts, the API reference; and
-hf_ft/cli/catalogue.json, what ``hf-ft list`` and ``hf-ft describe`` show; and hf_ft/advice/evidence.json, what
-``hf-ft advise`` knows of earlier comparisons.
+"""The generated parts of README.md and docs/ (tables of strategies and options, help texts, the API reference),
+hf_ft/cli/catalogue.json (what ``hf-ft list`` and ``hf-ft describe`` show) and hf_ft/advice/evidence.json (what
+``hf-ft advise`` knows from earlier comparisons).
 
     python -m docs.tools.tables             rewrite them all
     python -m docs.tools.tables --check     exit with 1 and name the files that are out of date
 
-A place is what stands between ``<!-- begin: NAME arguments -->`` and ``<!-- end -->``; NAME is a key of ``PLACES``.
+A place is the text between ``<!-- begin: NAME arguments -->`` and ``<!-- end -->``; NAME is a key of ``PLACES``.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ from hf_ft.zoo.short_names import SHORT_NAMES
 ROOT = Path(__file__).parents[2]
 _PLACE = re.compile(r"(<!-- begin: (\w+)((?: \S+)*) -->\n).*?(<!-- end -->)", re.S)
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Reference):", re.M)
-# The options stand on the strategy's page, with what they mean.
+# The options are explained on the strategy's page.
 _ENTRY_OPTIONS = "    options: {members: false, show_signature: false, show_bases: false}"
 NO_PAPER = "No paper: this is a common baseline."
 SOURCES = "Source of a default: `code` = read in the authors' code, `paper` = stated there, `ours` = chosen here."
 
 
 def documented() -> dict[str, type[FTConfig]]:
-    """The strategies of this package; a test or a user may have registered others."""
+    """The strategies of this package, without others that a test or a user has registered."""
     return {name: kind for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.strategies.")}
 
 
@@ -78,7 +78,7 @@ def generated() -> list[Path]:
 
 
 def rendered(page: Path) -> str:
-    """A file's text with its generated places made anew."""
+    """A file's text with its generated places rewritten."""
     if page == CATALOGUE:
         return as_file(documented())
     if page == EVIDENCE:
@@ -95,7 +95,7 @@ def rendered(page: Path) -> str:
 
 
 def table_of_strategies(page: Path) -> str:
-    """Name with a link to its page, what it does, and where from."""
+    """Each strategy's name with a link to its page, what it does, and its paper."""
     folder = ROOT / "docs" / "methods"
     rows = []
     for name, kind in documented().items():
@@ -105,7 +105,7 @@ def table_of_strategies(page: Path) -> str:
 
 
 def about(page: Path, name: str) -> str:
-    """The head of a strategy's page: what the docstring of its config says, and the paper."""
+    """The head of a strategy's page: the docstring of its config, and the paper."""
     kind = config_class(name)
     cited = [str(one).replace(one.url, f"<{one.url}>") for one in (kind.paper, *kind.further_papers) if one]
     paper = " ".join(f"{'See also' if i else 'Paper'}: {one}" for i, one in enumerate(cited)) or NO_PAPER
@@ -113,11 +113,12 @@ def about(page: Path, name: str) -> str:
 
 
 def table_of_options(page: Path, name: str | None = None) -> str:
-    """A strategy's own options and its recommended arguments; without a name, the options common to all."""
+    """A strategy's own options and its recommended arguments; without a name, the options that all have."""
     kind = config_class(name) if name else FTConfig
     own = [field for field in options(kind) if field.name in kind.__annotations__]
     rows = [(f"`{f.name}`", f"`{f.default}`", _allowed(kind, f), f.metadata["source"], f.metadata["help"]) for f in own]
-    parts = [_table(("option", "default", "values", "source", "meaning"), rows)] if own else ["It has none of its own."]
+    headers = ("option", "default", "values", "source", "meaning")
+    parts = [_table(headers, rows)] if own else ["It has no options of its own."]
     if own:
         parts.append(SOURCES)
     if kind.recommended:
@@ -127,14 +128,14 @@ def table_of_options(page: Path, name: str | None = None) -> str:
 
 
 def table_of_tuned(page: Path) -> str:
-    """What a comparison tunes of each strategy beside the learning rate."""
+    """What a comparison tunes for each strategy besides the learning rate."""
     rows = []
     for name, kind in documented().items():
         defaults = {field.name: field.default for field in options(kind)}
         link = f"[`{name}`](methods/{name}.md)"
         rows += [(link, f"`{o}`", _range(part), f"`{defaults[o]}`") for o, part in kind.tuned.items()]
         rows += [] if kind.tuned else [(link, "", "", "")]
-    return _table(("strategy", "option", "values", "default, in the first trial"), rows)
+    return _table(("strategy", "option", "values", "default (first trial)"), rows)
 
 
 def table_of_laws(page: Path) -> str:
@@ -142,7 +143,7 @@ def table_of_laws(page: Path) -> str:
     from hf_ft.testing import LAWS
 
     rows = [(f"`{name}`", _description(law)[0]) for name, law in LAWS.items()]
-    return _table(("law", "what it says"), rows)
+    return _table(("law", "what it states"), rows)
 
 
 def _description(thing: Any) -> list[str]:
@@ -166,12 +167,12 @@ def _range(part: LogRange | Choice | FittedRate) -> str:
     if isinstance(part, LogRange):
         return f"{part.low:g} to {part.high:g}, logarithmic"
     factors = [part.rate_factor(value) for value in part.values]
-    said = [f", at {factor:g} times the learning rate" if factor != 1 else "" for factor in factors]
-    return ", ".join(f"`{value}`{more}" for value, more in zip(part.values, said, strict=True))
+    rates = [f" at {factor:g} times the learning rate" if factor != 1 else "" for factor in factors]
+    return ", ".join(f"`{value}`{rate}" for value, rate in zip(part.values, rates, strict=True))
 
 
 def table_of_short_names(page: Path) -> str:
-    """The models with a short name, what to install for each, and the licence of the weights."""
+    """The models that have a short name, what to install for each, and the licence of the weights."""
     rows = []
     for name, entry in SHORT_NAMES.items():
         rows.append((f"`{name}`", entry.task, f"`{entry.requirement}`", entry.licence))
@@ -263,13 +264,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
     check = parser.parse_args().check
     if not (ROOT / "docs").is_dir():
-        raise SystemExit("there is no docs folder beside the package: run this from a clone.")
+        raise SystemExit("there is no docs folder next to the package: run this from a clone of the repository.")
     stale = 0
     for page in generated():
         text = rendered(page)
         if not page.exists() or text != page.read_text(encoding="utf-8"):
             stale += 1
-            print(f"{page.relative_to(ROOT)} {'is out of date' if check else 'is rewritten'}")
+            print(f"{page.relative_to(ROOT)} {'is out of date' if check else 'was rewritten'}")
             if not check:
                 page.write_text(text, encoding="utf-8")
     return 1 if check and stale else 0

@@ -1,4 +1,4 @@
-"""``hf_ft.advice``: its figures against independent references, its rules, and how it is judged."""
+"""``hf_ft.advice``: its figures against independent references, its rules, and how it is evaluated."""
 
 import copy
 import itertools
@@ -105,7 +105,7 @@ def test_logme_does_not_depend_on_what_it_should_not():
 
 def test_logme_at_the_edges():
     rng = np.random.default_rng(2)
-    assert math.isfinite(logme(rng.normal(size=(3, 5)), np.array([0, 1, 2])))  # one sample a class
+    assert math.isfinite(logme(rng.normal(size=(3, 5)), np.array([0, 1, 2])))  # one sample per class
     assert math.isfinite(logme(rng.normal(size=(2, 1)), np.array([0, 1])))
     labels = np.array([0, 1] * 10)
     exact = logme(np.eye(2)[labels], labels)  # the features are the labels
@@ -153,7 +153,7 @@ def test_relationship_of_source_classes():
     assert cross_validated_relationship(sure, labels).balanced_accuracy == 1
     unrelated = cross_validated_relationship(rng.dirichlet(np.ones(50), 600), np.arange(600) % 3)
     assert abs(unrelated.balanced_accuracy - 1 / 3) < 0.06
-    # By hand, on two folds of two samples each: means of one sample a class, its shares, and the larger sum.
+    # By hand, on two folds of two samples each: means of one sample per class, its shares, and the larger sum.
     theta = np.array([[0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.9, 0.1]])
     found = cross_validated_relationship(theta, np.array([0, 1, 0, 1]), seed=0)
     right = []
@@ -168,7 +168,7 @@ def test_relationship_of_source_classes():
 @pytest.mark.parametrize("classes", [2, 4])
 def test_fitted_probe_gives_the_probabilities_of_the_regression(classes):
     features, labels = clusters(classes=classes)
-    features[:, 0] = 3.0  # a constant one divides by no zero
+    features[:, 0] = 3.0  # a constant feature causes no division by zero
     scaled = StandardScaler().fit(features)
     wanted = LogisticRegression(max_iter=200).fit(scaled.transform(features), labels)
     probe = fit_probe(features, labels + 5)
@@ -186,7 +186,7 @@ def batches(model, samples=32, seed=0, size=32):
 
 
 def test_shift_of_batch_norm():
-    """Against the formulas by hand, on the inputs as hooks see them."""
+    """Compared with the formulas by hand, on the inputs that hooks see."""
     model, inputs = tiny_resnet(), {}
     for name, norm in batch_norms(model):
         norm.register_forward_pre_hook(lambda module, args, name=name: inputs.update({name: args[0].double()}))
@@ -206,7 +206,7 @@ def test_shift_of_batch_norm():
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_bert])
 def test_relative_gradients(make):
-    """Against those of the model itself, with the probe as its classifier."""
+    """Compared with those of the model itself, with the probe as its classifier."""
     model, parts = make(), anatomy(make())
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     rng = np.random.default_rng(0)
@@ -244,7 +244,7 @@ def test_gradients_where_little_trains():
 
 
 def test_reversible_layers_have_no_gradients_in_eval_mode():
-    """They are not measured, rather than that Reformer refuses."""
+    """They are not measured, since Reformer would refuse."""
     found = look(tiny("reformer"))
     assert found.signals.gradients == {} and found.signals.probe_accuracy is not None
 
@@ -269,9 +269,9 @@ def test_model_and_random_states_are_left_alone():
     same_tensors(snapshot(model), before)
     assert [m.training for m in model.modules()] == modes and all(p.grad is None for p in model.parameters())
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
-    # Two samples tell how the head's input is laid out, then all pass, and some again with gradients.
+    # Two samples show the layout of the head's input; then all pass, and some again with gradients.
     assert len(calls) == 1 + 3 + 3 and (found.forward_samples, found.backward_samples) == (80, 80)
-    assert replace(look(model, 80).signals, seconds=found.seconds) == found  # and again the same
+    assert replace(look(model, 80).signals, seconds=found.seconds) == found  # and the same again
 
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert, tiny_roberta, tiny_distilbert])
@@ -335,7 +335,7 @@ def test_what_is_refused(monkeypatch):
 
 
 def signals(skill=0.5, each=50, classes=2, **changed):
-    """Signals of which no rule but the baseline's and the partly good features' holds, unless changed."""
+    """Signals for which only the rules of the baseline and of partly good features hold, unless changed."""
     chance = 1 / classes
     usual = {
         "samples": each * classes,
@@ -402,10 +402,10 @@ def test_other_rules_move_their_strategies():
     assert order(0.5, **related)[0] == "soft" and points("co_tuning", **related) > points("co_tuning")
     assert points("lwf", source_relation=0.5) < points("lwf")
     assert points("amcf", members=2) > 0 and order()[-1] == "amcf"  # it cannot run on a single model
-    assert points("l2_sp", 0.1, each=50) < points("l2_sp", 0.5, each=50)  # nothing there to hold on to
+    assert points("l2_sp", 0.1, each=50) < points("l2_sp", 0.5, each=50)  # nothing to preserve
 
 
-def test_what_cannot_run_stands_behind_what_can():
+def test_what_cannot_run_is_ranked_below_what_can():
     found = recommend(signals(batch_norm={}, source_head=False))
     assert [one.strategy for one in found if not one.usable] == [one.strategy for one in found][-6:]
     reasons = {one.strategy: one.reasons[0] for one in found if not one.usable}
@@ -414,14 +414,14 @@ def test_what_cannot_run_stands_behind_what_can():
     assert reasons["lwf"].figure_name == "source_head"
 
 
-def test_equals_stand_in_the_neutral_order():
+def test_ties_are_in_the_neutral_order():
     found = recommend(signals(None, batch_norm=shifted(0.3)), RULES_ALONE)
     same = [one.strategy for one in found if one.score == 0]
     assert len(same) > 5 and same == [name for name in neutral_order() if name in same]
     assert set(documented()) == set(neutral_order()) and set(fixed_order()) == set(neutral_order())
 
 
-def test_every_rule_can_hold_and_tells_its_figure():
+def test_every_rule_can_hold_and_reports_its_figure():
     figures = signals().figures()
     assert set(figures) == set(FIGURES)
     for rule, by_strategy in declared_rules().items():
@@ -441,7 +441,7 @@ def test_every_rule_can_hold_and_tells_its_figure():
         assert all(reason.value is not None and reason.figure_name for reason in found.reasons)
 
 
-def test_strategies_of_others_stand_at_the_end(monkeypatch):
+def test_third_party_strategies_are_ranked_last(monkeypatch):
     monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
 
     @register("new_one")
@@ -454,7 +454,7 @@ def test_strategies_of_others_stand_at_the_end(monkeypatch):
     assert last.strategy == "new_one" and last.usable and [r.text for r in last.reasons] == ["no rule covers it"]
 
 
-def test_strategies_of_others_can_declare_rules_and_a_cost(monkeypatch):
+def test_third_party_strategies_can_declare_rules_and_a_cost(monkeypatch):
     monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
     few = Rule((("class_median", "<", 60),), "{class_median:.0f} samples a class")
 
@@ -540,7 +540,7 @@ def test_expected_best_of_a_random_order(k):
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """Images in class folders and a checkpoint; no cache, and no handler of ours left behind."""
+    """Images in class folders and a checkpoint; no cache and none of our log handlers are left behind."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
@@ -577,7 +577,7 @@ def test_command(photos, capsys):
 
 
 def test_command_prints_source_free_forms(photos, monkeypatch, capsys):
-    """What is recommended without source data must train without them."""
+    """What is recommended without source data must train without source data."""
     from hf_ft.cli import COMMANDS
     from hf_ft.cli import advise as command
     from hf_ft.cli.flags import DataFlags
@@ -633,7 +633,7 @@ def test_docs_name_the_figures():
 
 @pytest.mark.slow
 def test_copies_of_a_model_are_not_needed():
-    """The same figures on a copy: nothing of the first look stays behind."""
+    """The figures are the same on a copy: the first measurement leaves nothing behind."""
     model = tiny_vit()
     first = look(copy.deepcopy(model)).signals
     look(model)

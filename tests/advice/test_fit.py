@@ -1,4 +1,4 @@
-"""The advice is fitted to finished comparisons, and no task judges an order that has seen it."""
+"""The advice is fitted to finished comparisons, and no task evaluates an order that was fitted to it."""
 
 import json
 import random
@@ -16,7 +16,7 @@ NAMES = ("full", "linear_probe", "lp_ft", "l2_sp", "daft", "bss")
 
 
 def tasks(right: bool, number: int = 12) -> list[Task]:
-    """Gains of two points a rule point, or points that say nothing; the strategies are equal on average."""
+    """Gains of two points per rule point, or uninformative points; the strategies are equal on average."""
     draw = random.Random(0)
     made = []
     for place in range(number):
@@ -26,7 +26,7 @@ def tasks(right: bool, number: int = 12) -> list[Task]:
     return made
 
 
-def test_expected_gain_is_the_mean_drawn_towards_that_of_all_strategies():
+def test_expected_gain_is_the_mean_shrunk_towards_that_of_all_strategies():
     evidence = Evidence({"full": Gain(0.0, 6), "daft": Gain(0.06, 6), "bss": Gain(-0.02, 1)}, worth=0.01)
     overall = (0.06 - 0.02) / 2
     assert evidence.expected("daft") == pytest.approx((6 * 0.06 + 2 * overall) / 8)
@@ -40,7 +40,7 @@ def test_expected_gain_is_the_mean_drawn_towards_that_of_all_strategies():
     assert Evidence.from_dict(json.loads(json.dumps(evidence.to_dict()))) == evidence
 
 
-def test_rules_that_are_right_get_a_worth_and_those_that_say_nothing_get_none():
+def test_rules_that_are_right_get_a_weight_and_uninformative_ones_get_none():
     assert fit(tasks(right=True)).worth > 0
     assert fit(tasks(right=False)).worth == 0
     assert fit(tasks(right=True)[:1]).worth == 0 and fit([]).gains == {}
@@ -48,7 +48,7 @@ def test_rules_that_are_right_get_a_worth_and_those_that_say_nothing_get_none():
     assert order.index("bss") < order.index("full")
 
 
-def test_a_task_has_no_say_in_the_order_that_it_judges():
+def test_a_task_does_not_affect_the_order_that_it_evaluates():
     known = tasks(right=True)
     changed = [replace(known[0], scores=dict.fromkeys(NAMES, 0.5) | {"bss": 1.0}), *known[1:]]
     before, after = judged_without(known), judged_without(changed)
@@ -65,7 +65,7 @@ def test_gains_of_strategies_that_took_part_in_some_tasks_only():
     assert gains["full"] == Gain(0.0, 2)
 
 
-def test_what_is_shipped_was_fitted_to_the_kept_comparisons():
+def test_the_shipped_evidence_is_fitted_to_the_stored_comparisons():
     evidence = shipped()
     assert json.loads(fitted()) == evidence.to_dict() and evidence.worth in WORTHS
     assert len(kept_tasks()) >= 6 and set(evidence.gains) <= set(neutral_order())

@@ -1,23 +1,23 @@
-"""AMCF beside each of its source models and their plain ensemble, on real images: `python tests/benchmarks/amcf.py`.
+"""AMCF compared with its source models and their plain ensemble, on real images: `python tests/benchmarks/amcf.py`.
 
-Source models, all at 64 px: A, the ImageNet MobileNetV2; B, the ImageNet EfficientNet-Lite0 (other images in: another
-normalisation); C, A after fine-tuning on 4,000 digits of MNIST, which this script does first. Targets: 100 UCI digits,
+Source models, all at 64 px: A, the ImageNet MobileNetV2; B, the ImageNet EfficientNet-Lite0 (whose input is normalised
+differently); C, A after fine-tuning on 4,000 digits of MNIST, which this script does first. Targets: 100 UCI digits,
 and 500 solar cells of ELPV (defective or not).
 
-A method is some of the sources, whether their first layers stay frozen (`chosen`: found by the swarm, once a set of
-sources, at rate 0.01 on the training images of the tuning split) or all train (`all`), and the weight of the members'
-disagreement. Two or three sources are also combined with no common training at all: each fine-tuned alone, at its own
-best rate, and the logits summed (`plain ensemble`).
+A method is a subset of the sources, whether their first layers stay frozen (`chosen`: found by the swarm, once per set
+of sources, at rate 0.01 on the training images of the tuning split) or all layers train (`all`), and the weight of the
+members' disagreement. Two or three sources are also combined without any joint training: each is fine-tuned alone, at
+its own best rate, and the logits are summed (`plain ensemble`).
 
-All BatchNorm layers have momentum 0.1. Most of B's have 0.01, right for long training: in the 80 to 100 steps of a run
-here their statistics stay behind the weights, and scores in evaluation mode fall. `--momentum auto`, with other
-`--results` and `--work`, shows by how much: it mends only what is TensorFlow's decay.
+All BatchNorm layers have momentum 0.1. Most of B's have 0.01, which suits long training: in the 80 to 100 steps of a
+run here, their statistics lag behind the weights, and scores in evaluation mode fall. `--momentum auto`, with other
+`--results` and `--work`, shows by how much: it corrects only TensorFlow's decay.
 
-Every method gets the same tuning budget: so many trials of its learning rate, drawn log-uniformly and judged by the
-mean balanced accuracy on validation over the last quarter of a run (seed 100). Then the best rate runs with three
-other seeds, each of which draws other training images, other heads and another order; the test split is looked at once
-for each. SGD, momentum 0.9, cosine, no clipping, no augmentation; evaluated eight times a run, the best is kept. Every
-run is a line of the results file; one that is there is not made again.
+Every method gets the same tuning budget: the same number of trials of its learning rate, drawn log-uniformly and
+evaluated by the mean balanced validation accuracy over the last quarter of a run (seed 100). The best rate then runs
+with three other seeds, each with its own training images, heads and order; the test split is used once per seed. SGD,
+momentum 0.9, cosine, no clipping, no augmentation; each run is evaluated eight times, and the best evaluation is kept.
+Every run is a line of the results file; runs that are already there are not repeated.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ EVALUATIONS = 8
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 # task -> training images, validation images, epochs, batch size
 TASKS = {"uci_100": (100, 200, 20, 20), "elpv_500": (500, 250, 8, 50)}
-# task -> options of the search where they are not the paper's
+# task -> options of the search that differ from the paper's
 SEARCH: dict[str, dict[str, int]] = {"uci_100": {}, "elpv_500": {"search_epochs": 3, "patience": 2}}
 
 
@@ -82,7 +82,7 @@ def target(task: str) -> Dataset:
 
 
 def source_models(folder: Path) -> dict[str, str]:
-    """The sources by letter; C is made where it is not there."""
+    """The sources by letter; C is trained if it is missing."""
     made = folder / "mnist"
     if not (made / "model.safetensors").is_file():
         size = f"--image_size {PIXELS} --augment none --seed 0 --disable_tqdm true"
@@ -100,7 +100,7 @@ class Task:
         self.name, self.runs, self.folder, self.trials, self.momentum = name, runs, folder, trials, momentum
         self.models = source_models(folder)
         self.size, self.validation, self.epochs, self.batch = TASKS[name]
-        self._kept: tuple[Any, Any] | None = None  # the last split, made ready
+        self._kept: tuple[Any, Any] | None = None  # the last split, prepared
 
     def run_all(self) -> None:
         for method in METHODS:
@@ -144,7 +144,7 @@ class Task:
         return found
 
     def ensemble(self, sources: str, frozen: str, seed: int) -> None:
-        """Sources that were fine-tuned alone, their logits summed."""
+        """The summed logits of sources that were fine-tuned alone."""
         name = f"{'+'.join(sources)} {frozen}, plain ensemble"
         entry = {"task": self.name, "method": name, "rate": 0.0, "seed": seed, "final": True}
 
@@ -162,13 +162,13 @@ class Task:
         return self.folder / "logits" / self.name / f"{method.replace(' ', '_').replace(',', '')}-{seed}.npz"
 
     def ready(self, sources: str, seed: int) -> tuple[Any, Mapping[str, Any]]:
-        """The sources with new heads, and the images of a split as they read them."""
+        """The sources with new heads, and the images of a split as they expect them."""
         names = [self.models[source] for source in sources]
         model, processor = load_sources(names, id2label=self._classes(), image_size=PIXELS, seed=seed)
         if self._kept is None or self._kept[0] != (sources, seed):
             splits = stratified_split(target(self.name), self.size, self.validation, seed=seed)
             if seed == TUNING_SEED:
-                splits.pop("test")  # never looked at
+                splits.pop("test")  # never used
             self._kept = (sources, seed), ready(splits, processor)
         return model, self._kept[1]
 
@@ -176,7 +176,7 @@ class Task:
         return dict(enumerate(target(self.name).features["label"].names))
 
     def chosen(self, sources: str) -> tuple[int, ...]:
-        """How many layers of each source stay frozen: the swarm's finding, kept with its plots."""
+        """How many layers of each source stay frozen: the swarm's result, saved with its plots."""
         folder = self.folder / "swarm" / self.name
         file = self.runs.file.parent / f"amcf_swarm_{self.name}_{sources}.json"
         config = AMCFConfig(
@@ -215,7 +215,7 @@ def finals(results: Path, task: str) -> dict[str, dict[int, float]]:
 
 
 def rows_of(results: Path, task: str) -> list[tuple[str, ...]]:
-    """A table's rows: mean and standard deviation, and what each is over the plain ensemble of the same sources."""
+    """A table's rows: mean and standard deviation, and the gain over the plain ensemble of the same sources."""
     found, rows = finals(results, task), []
     for method, scores in sorted(found.items(), key=lambda item: (len(item[0].split()[0]), item[0])):
         values = np.array([scores[seed] for seed in sorted(scores)])
@@ -266,8 +266,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/amcf"), help="source C, logits, trials")
-    parser.add_argument("--table", action="store_true", help="only print the tables of what is there")
-    parser.add_argument("--plot", type=Path, help="only draw what is there")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the stored runs")
+    parser.add_argument("--plot", type=Path, help="only plot the stored runs")
     options = parser.parse_args()
     if options.table or options.plot:
         print(table(options.results))

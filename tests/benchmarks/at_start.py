@@ -1,8 +1,8 @@
-"""What the terms are before the first step, on real images: `python tests/benchmarks/at_start.py`.
+"""The values of the terms before the first step, on real images: `python tests/benchmarks/at_start.py`.
 
 An ImageNet MobileNetV2 on 32 solar cells (ELPV) at 64 px, each term at its default weight (TRED's plain regulariser
-at 0.01): in eval mode, in train mode, there with BatchNorm converted first (to the statistics of 500 cells), and with
-BatchNorm alone in eval mode.
+at 0.01): in eval mode, in train mode, in train mode with BatchNorm converted first (to the statistics of 500 cells),
+and in train mode with only BatchNorm in eval mode.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What augmentation and mixing give: `python tests/benchmarks/augmentation.py FOLDER/cifar10`.
+"""The effect of augmentation and mixing: `python tests/benchmarks/augmentation.py FOLDER/cifar10`.
 
-Full fine-tuning and DAFT at their recommended rates (AdamW, 12 epochs, batches of 32), with each way of changing or
-mixing training images and the same seeds. `--epochs 12 36` trains longer as well, since changed images take longer to
-be learned. MobileNetV2 at 96 px on 200 photographs, and at 64 px on 200 of MNIST's digits, where a mirror image is no
-digit. Test scores of the last epoch. Runs are kept in tests/benchmarks/results/augmentation.jsonl; one that is there is
-not made again.
+Full fine-tuning and DAFT at their recommended rates (AdamW, 12 epochs, batches of 32), with each way of augmenting or
+mixing training images and the same seeds. `--epochs 12 36` adds longer runs, since augmented images take longer to
+learn. MobileNetV2 at 96 px on 200 photographs, and at 64 px on 200 of MNIST's digits, of which a mirror image is not a
+digit. Test scores are those of the last epoch. Runs are kept in tests/benchmarks/results/augmentation.jsonl; those that
+are already there are not repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_ft.core.compose import recommended_arguments
 
 RESULTS = Path(__file__).parent / "results" / "augmentation.jsonl"
 STRATEGIES: dict[str, FTConfig] = {"full": FullConfig(), "daft": DAFTConfig()}
-# The name of each way: how each image is changed, and how those of a batch are mixed.
+# The name of each way: how single images are augmented, and how those of a batch are mixed.
 WAYS: dict[str, tuple[str, dict[str, float]]] = {
     "none": ("none", {}),
     "basic": ("basic", {}),
@@ -34,7 +34,7 @@ WAYS: dict[str, tuple[str, dict[str, float]]] = {
 
 
 def main() -> None:
-    """Make the runs that are missing."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="*", help="natural tasks: " + ", ".join(NEAR))
     parser.add_argument("--far", nargs="*", default=["mnist"], choices=list(FAR), help="built-in tasks")

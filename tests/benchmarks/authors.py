@@ -1,10 +1,10 @@
-"""What the authors' settings change, on small natural-image tasks: `python tests/benchmarks/authors.py FOLDER`.
+"""The effect of the authors' settings on small natural-image tasks: `python tests/benchmarks/authors.py FOLDER`.
 
 FOLDER holds image folders with the splits train, validation and test. Each setting trains an ImageNet MobileNetV2 at 96
-px for 12 epochs (SGD with momentum 0.9, cosine, batches of 32, no augmentation), at one rate for all but the probes and
-LP-FT, with three seeds. Printed are the balanced accuracies of the last epoch on validation, which is to be looked at
-for a choice, and on test, mean ± standard deviation. Runs are kept in tests/benchmarks/results/authors.jsonl; a run
-that is there is not made again.
+px for 12 epochs (SGD with momentum 0.9, cosine, batches of 32, no augmentation), at the same rate except for the linear
+probes and LP-FT, with three seeds. It prints the balanced accuracies of the last epoch on validation, which any choice
+should be based on, and on test, mean ± standard deviation. Runs are kept in tests/benchmarks/results/authors.jsonl;
+those that are already there are not repeated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SETTINGS: dict[str, tuple[Any, float, float]] = {
 
 
 class Task:
-    """A folder of images, processed once."""
+    """A folder of images, preprocessed once."""
 
     def __init__(self, folder: Path) -> None:
         splits = load_splits(str(folder))
@@ -89,10 +89,10 @@ class Task:
 
 
 def main() -> None:
-    """Make the runs that are missing, and print the table."""
+    """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="+")
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), help="some of them only")
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), help="only these")
     options = parser.parse_args()
     quiet()
     runs = Runs(RESULTS, ("task", "setting", "seed"))

@@ -1,7 +1,7 @@
-"""Which decay an average of the weights needs in short trainings: `python tests/benchmarks/averages.py`.
+"""Which decay an average of the weights needs in short training runs: `python tests/benchmarks/averages.py`.
 
 Full fine-tuning at its recommended rate (AdamW, batches of 32), shorter and longer, under two schedules. Several
-averages are kept beside the same weights, so that a training tells of all decays; the warm-up is that of `ema`. Each is
+averages of the same weights are kept, so that one training run covers all decays; the warm-up is that of `ema`. Each is
 evaluated on the test split at the end. Runs are kept in results/averages.jsonl; `--table` prints their means.
 """
 

@@ -1,18 +1,18 @@
 """What predicts the best learning rate of full fine-tuning: `python tests/benchmarks/backbone_rates.py FOLDER/cifar10`.
 
-For each pair of a network and a task that `rates.py` has a grid of, three quantities at the pretrained weights under a
-new head:
+For each pair of a network and a task for which `rates.py` has a grid, three quantities are measured at the pretrained
+weights with a new head:
 
 - *sharpness*: the largest eigenvalue λ of the Hessian of the loss on 64 samples, by power iteration. Under SGD with
-  momentum m a quadratic loss is stable up to the rate 2 (1 + m) / λ. Under AdamW, λ is that of the Hessian scaled by
+  momentum m, a quadratic loss is stable up to the rate 2 (1 + m) / λ. Under AdamW, λ is that of the Hessian scaled by
   Adam's own preconditioner, and the limit is 38 / λ (Cohen et al., 2022, arXiv:2207.14484).
-- *stable*: the largest rate of a geometric grid at which the loss after 12 steps is below its start.
-- *fastest*: the rate of that grid with the least loss after 12 steps.
+- *stable*: the largest rate of a geometric grid at which the loss after 12 steps is lower than at the start.
+- *fastest*: the rate of that grid with the lowest loss after 12 steps.
 
-Each becomes a rate by one factor for an optimizer, fitted on the other pairs (the geometric mean of best / quantity).
-They are compared with a constant that is fitted in the same way, and with the recommended rate: by the test score that
-each loses to the best of the pair's grid, interpolated in the logarithm of the rate. The quantities are kept in
-tests/benchmarks/results/backbone_rates.jsonl.
+Each is converted to a rate by one factor per optimizer, fitted on the other pairs (the geometric mean of best /
+quantity). These rates are compared with a constant fitted in the same way, and with the recommended rate: by the test
+score that each loses relative to the best of the pair's grid, interpolated in the logarithm of the rate. The quantities
+are kept in tests/benchmarks/results/backbone_rates.jsonl.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Pair = tuple[str, str]
 
 
 def grids() -> dict[str, dict[Pair, dict[float, float]]]:
-    """The test scores of full fine-tuning by rate, for each optimizer and pair; the mean over seeds."""
+    """The test scores of full fine-tuning by rate, for each optimizer and pair, averaged over seeds."""
     rows: dict[str, dict[Pair, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
         if entry["strategy"] == "full":
@@ -55,7 +55,7 @@ def grids() -> dict[str, dict[Pair, dict[float, float]]]:
 
 
 class Start:
-    """The loss of a network at its pretrained weights under a new head, on training samples."""
+    """The loss of a network at its pretrained weights with a new head, on training samples."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -120,7 +120,7 @@ def quantities(start: Start, optim: str) -> Entry:
 
 
 def predictors(found: Entry) -> dict[str, float]:
-    """The rate that each quantity stands for, but for its factor."""
+    """The rate that each quantity predicts, up to its factor."""
     late = {float(rate): float(np.mean(curve[-LAST:])) for rate, curve in found["curves"].items()}
     late = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in late.items()}
     first = next(iter(found["curves"].values()))[0]
@@ -134,14 +134,14 @@ def predictors(found: Entry) -> dict[str, float]:
 
 
 def lost(grid: dict[float, float], rate: float) -> float:
-    """What a rate loses to the best of a grid."""
+    """The test score that a rate loses relative to the best of a grid."""
     rates = sorted(grid)
     score = float(np.interp(math.log(rate), np.log(rates), [grid[r] for r in rates]))
     return max(grid.values()) - score
 
 
 def table(optim: str, found: dict[Pair, Entry], scores: dict[Pair, dict[float, float]]) -> list[str]:
-    """A line for each predictor: what it loses on the pair that its factor was not fitted on."""
+    """A line for each predictor: what it loses on each pair, with its factor fitted on the others."""
     quantity = {pair: predictors(entry) for pair, entry in found.items()}
     best = {pair: max(scores[pair], key=scores[pair].__getitem__) for pair in found}
     recommended = FullConfig.recommended["learning_rate"]

@@ -1,10 +1,10 @@
 """How many draws a search over blocks needs: `python tests/benchmarks/block_draws.py --natural FOLDER`.
 
 The tasks are those of results.py. Each candidate of `scheme="stage"` is trained eight times, as with
-`BlockwiseConfig(search_seeds=8)`: each time, another quarter of the training samples is held out. Printed is how often
-the mean over 1, 2, 4 of these eight scores finds the candidate whose mean over all eight is best, over all choices of
-so many draws, and how far below it, in the mean over eight, the one that is found lies. Scores are kept in
-tests/benchmarks/results/block_draws.jsonl; a task that is there is not searched again.
+`BlockwiseConfig(search_seeds=8)`: each time, a different quarter of the training samples is held out. The script prints
+how often the mean over 1, 2 or 4 of these eight scores, over all choices of that many draws, finds the candidate with
+the best mean over all eight, and how far the found candidate's mean over all eight is below the best. Scores are kept
+in tests/benchmarks/results/block_draws.jsonl; tasks that are already there are not searched again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIG = BlockwiseConfig(
 
 
 def searched(name: str, split: int, folder: Path | None) -> Entry:
-    """The scores of each candidate, one for each draw."""
+    """The scores of each candidate, one per draw."""
     task = TASKS[name]
     data = natural(folder, name, task, split) if task.pixels > 64 and folder else far(name, task, split)
     data = replace(data, source=None, source_columns=None)
@@ -56,7 +56,7 @@ def searched(name: str, split: int, folder: Path | None) -> Entry:
 
 
 def table(entries: list[Entry]) -> str:
-    """The means over tasks and splits, for each number of draws."""
+    """Means over tasks and splits, for each number of draws."""
     lines = ["| draws | finds the best of 8 draws | below it |", "| --- | --- | --- |"]
     for number in (1, 2, 4):
         right, lost = [], []

@@ -1,4 +1,4 @@
-"""Images preprocessed once and kept in memory, so that trainings do not wait for them."""
+"""Images preprocessed once and kept in memory, so that training does not wait for them."""
 
 from __future__ import annotations
 

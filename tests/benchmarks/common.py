@@ -1,4 +1,4 @@
-"""What the comparisons of strategies share: images made ready, a run, a file of runs, and equal tuning budgets."""
+"""What the comparisons of strategies share: prepared images, a run, a file of runs, and equal tuning budgets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Entry = dict[str, Any]
 
 
 def ready(splits: Mapping[str, Dataset], processor: Any) -> dict[str, Cells]:
-    """Images resized and processed once."""
+    """Images, resized and preprocessed once."""
     return {key: Cells(split, processor, PIXELS, keep=True) for key, split in splits.items()}
 
 
@@ -41,7 +41,7 @@ def digits(data: Dataset, low: int, high: int) -> Dataset:
 
 
 def cells(kind: str | None) -> Dataset:
-    """The solar cells, of one kind."""
+    """The solar cells of one kind."""
     data = elpv()
     if kind is not None:
         data = data.select(np.flatnonzero(np.asarray(data["cell_type"][:]) == kind))
@@ -55,7 +55,7 @@ def quiet() -> None:
 
 
 def arguments(folder: str, **changes: Any) -> TrainingArguments:
-    """Quiet arguments of a run with SGD (momentum 0.9, cosine, no clipping, no decay); any of them can be changed."""
+    """Arguments of a quiet run with SGD (momentum 0.9, cosine, no clipping, no decay); any can be overridden."""
     usual: dict[str, Any] = {
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
@@ -90,10 +90,10 @@ def train(
     evaluations: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[FTTrainer, Entry]:
-    """One run with SGD (momentum 0.9, cosine, no clipping): the validation score of its best epoch, and test scores.
+    """Run SGD (momentum 0.9, cosine, no clipping); return the best epoch's validation score, and test scores.
 
     Args:
-        evaluations: how often to evaluate, at equal distances, instead of after every epoch; the best of these counts.
+        evaluations: how often to evaluate, at equal intervals, instead of after every epoch; the best one counts.
     """
     when: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
     if evaluations:
@@ -136,11 +136,11 @@ def train(
 
 
 class Runs:
-    """The results file: a line for each run. A run that is there is not made again.
+    """The results file, with one line per run. Runs that are already there are not repeated.
 
     Args:
         file: of JSON lines.
-        names: what tells one run from another.
+        names: the keys that identify a run.
     """
 
     def __init__(self, file: Path, names: tuple[str, ...]) -> None:
@@ -166,7 +166,7 @@ class Runs:
 
 
 def tune(score: Callable[[dict[str, float]], float], space: Mapping[str, tuple[float, float]], trials: int) -> Entry:
-    """The values with the best score, of the same number of log-uniform draws for every strategy."""
+    """The values with the best score among log-uniform draws, as many for every strategy."""
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.QMCSampler(scramble=True, seed=0))
 
     def objective(trial: optuna.Trial) -> float:

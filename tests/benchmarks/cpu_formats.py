@@ -1,9 +1,10 @@
 """What channels-last images and bfloat16 save on a CPU, as ratios in one run: `python tests/benchmarks/cpu_formats.py`.
 
-Steps of full fine-tuning (AdamW, float32 weights, bfloat16 by autocast) and predictions, one thread, 16 images a batch:
-the four ways take turns, and ratios are of the medians. `--scores FOLDER` trains instead: full fine-tuning and DAFT at
-their defaults on the image folder (splits train, validation, test) at 96 px, in float32 and in bfloat16, with the same
-seeds; test scores. Runs are kept in tests/benchmarks/results/; one that is there is not made again.
+Steps of full fine-tuning (AdamW, float32 weights, bfloat16 by autocast) and predictions, one thread, 16 images per
+batch: the four variants alternate, and ratios are of the medians. `--scores FOLDER` instead trains full fine-tuning and
+DAFT with their defaults on the image folder (splits train, validation, test) at 96 px, in float32 and in bfloat16, with
+the same seeds, and records test scores. Runs are kept in tests/benchmarks/results/; those that are already there are
+not repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ WAYS: dict[str, Way] = {
 
 
 def model_of(name: str, pixels: int) -> Any:
-    """A pretrained network, or, for ResNet-18, one with random weights: they do not matter for time."""
+    """A pretrained network, or a ResNet-18 with random weights, which do not affect the time."""
     if name != "resnet-18":
         return load_model(name, num_labels=10, image_size=pixels)[0]
     config = transformers.ResNetConfig(
@@ -49,7 +50,7 @@ def model_of(name: str, pixels: int) -> Any:
 
 
 def measured(name: str, pixels: int, rounds: int) -> Entry:
-    """Median ratios to the plain way, of training steps and of predictions, with the smallest and the largest."""
+    """Median ratios to plain float32, for training steps and predictions, with the smallest and the largest."""
     images, labels = torch.randn(IMAGES, 3, pixels, pixels), torch.arange(IMAGES) % 10
     seconds: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in ("train", "predict")}
     made = {}
@@ -94,7 +95,7 @@ def rate_of(config: FTConfig, model: Any) -> float:
 
 
 def processor() -> str:
-    """Which of the instructions that make bfloat16 fast the processor has."""
+    """The instructions for fast bfloat16 that the processor has."""
     info = Path("/proc/cpuinfo")
     words = set(info.read_text().split()) if info.is_file() else set()
     known = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}

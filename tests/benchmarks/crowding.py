@@ -1,9 +1,10 @@
-"""What it costs that trainings share a CPU's cores: `python tests/benchmarks/crowding.py`, with nothing else running.
+"""What sharing a CPU among training runs costs: `python tests/benchmarks/crowding.py`, with nothing else running.
 
-A process takes steps of full fine-tuning (MobileNetV2 with random weights, 16 images of 96 px, AdamW). First one alone,
-with a thread for each core; then as many at once as there are cores: each with all threads, as by default; the same
-with threads that sleep while they wait (`OMP_WAIT_POLICY=PASSIVE`); and each with one thread, as by `--workers`. Wall
-seconds for a step, as ratios to a fair share: that of one alone times the number of processes.
+A process takes steps of full fine-tuning (MobileNetV2 with random weights, 16 images of 96 px, AdamW). First, one
+process runs alone, with a thread per core; then as many run at once as there are cores: each with all threads, as by
+default; the same with threads that sleep while they wait (`OMP_WAIT_POLICY=PASSIVE`); and each with one thread, as with
+`--workers`. Reported are wall-clock seconds per step, as ratios to a fair share: the time of one process alone, times
+the number of processes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ WAYS = {
 
 
 def work() -> None:
-    """One process: wait for the word to start, take steps, print the seconds of each."""
+    """One process: wait for the signal to start, take steps, print the seconds per step."""
     import torch
     import transformers
 
@@ -52,7 +53,7 @@ def work() -> None:
 
 
 def seconds(processes: int, environment: dict[str, str]) -> float:
-    """Mean wall seconds for a step, of so many processes at once."""
+    """Mean wall-clock seconds per step, with this many processes at once."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     started = [
         subprocess.Popen(

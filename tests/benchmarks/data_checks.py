@@ -1,4 +1,4 @@
-"""What the data checks find in real data, and what they cost, as the tables of docs/data_checks.md.
+"""What the data checks find in real data, and what they cost: the tables of docs/data_checks.md.
 
 python -m tests.benchmarks.data_checks elpv mnist5k caltech40/ --model mobilenet_v2 --px 96
 python -m tests.benchmarks.data_checks --docstrings sklearn,numpy,torch
@@ -33,7 +33,7 @@ from hf_ft.data.progress import hide_bars
 from hf_ft.data.task import Data, process
 from hf_ft.documents.public import shareable_name
 
-CHANGED = 100  # images of each data set that are changed
+CHANGED = 100  # images of each dataset that are changed
 
 
 def _compressed(image: Image.Image, quality: int) -> Image.Image:
@@ -63,7 +63,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """The least processor time of three calls: other processes on the machine do not count."""
+    """The lowest processor time of three calls, so that other processes on the machine do not count."""
     times = []
     for _ in range(3):
         start = time.process_time()
@@ -109,7 +109,7 @@ def _epoch(splits: Any, columns: Any, model: str, px: int) -> float:
 
 
 def changed(name: str) -> list[str]:
-    """The share of changed copies that are found, by change."""
+    """The share of changed copies that are found, for each change."""
     split = load_splits(name, test_fraction=0.25)["train"]
     columns = find_columns(split)
     rows = np.random.default_rng(0).permutation(len(split))[:CHANGED].tolist()
@@ -123,7 +123,7 @@ def changed(name: str) -> list[str]:
 
 
 def docstrings(packages: str) -> str:
-    """Near pairs among the docstrings of packages, and how many of them share less than they should."""
+    """Near pairs among the docstrings of packages, and how many of them overlap less than they should."""
     texts = sorted({text for name in packages.split(",") for text in _docstrings(name)})
     start = time.process_time()
     prints = [text_print([text]) for text in texts]
@@ -163,9 +163,9 @@ def _jaccard(one: str, other: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the data checks find in real data, and what they cost.")
     parser.add_argument("data", nargs="*", help="as for hf-ft train")
-    parser.add_argument("--model", help="also the share of an epoch of full fine-tuning of this model")
-    parser.add_argument("--px", type=int, default=96, help="side of its images")
-    parser.add_argument("--docstrings", help="packages, joined by commas, whose docstrings are compared")
+    parser.add_argument("--model", help="also print the cost relative to an epoch of full fine-tuning with this model")
+    parser.add_argument("--px", type=int, default=96, help="side of the images in pixels")
+    parser.add_argument("--docstrings", help="packages, separated by commas, whose docstrings are compared")
     flags = parser.parse_args()
     hide_bars()
     warnings.simplefilter("ignore")

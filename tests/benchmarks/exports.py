@@ -1,9 +1,9 @@
 """How large and how fast exported models are: `python tests/benchmarks/exports.py`.
 
-Networks of usual sizes with random weights, which have no influence on either, are exported and run by one thread on
-one sample, in turns with the model itself in PyTorch, whose shortest time is the unit; times are those of the
-processor. With `--cells`, a head is trained on MobileNetV2 with ImageNet weights and images of solar cells, and what
-int8 costs is measured on others.
+Networks of common sizes with random weights, which affect neither, are exported and run with one thread on one sample,
+alternating with the model itself in PyTorch, whose shortest time is the unit; times are processor times. With
+`--cells`, a head is trained on MobileNetV2 with ImageNet weights on images of solar cells, and the loss from int8 is
+measured on other cells.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def measure(name: str, model: Any, processor: Any, inputs: dict[str, torch.Tenso
 
 
 def cells(folder: Path) -> None:
-    """The scores of MobileNetV2 with a head trained on solar cells, of 500 other cells."""
+    """The scores on 500 cells of a MobileNetV2 with a head trained on other solar cells."""
     splits = stratified_split(elpv().remove_columns("cell_type"), 500, 0, 500)
     names = tuple(splits["train"].features["label"].names)
     model, processor = load_model("mobilenet_v2", id2label=dict(enumerate(names)), image_size=96)
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--only", help="the name of one network")
-    parser.add_argument("--cells", action="store_true", help="what int8 costs, instead")
+    parser.add_argument("--cells", action="store_true", help="measure what int8 costs instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.cells:

@@ -1,8 +1,8 @@
 """The floor of a training step: a loop in plain torch that does what the method cannot do without, and nothing else.
 
-What counts: the forward pass of what is frozen (unless its output is recorded), further forward passes of frozen
-copies, forward and backward pass of what trains with the cross-entropy of each head, and SGD's update of it. What does
-not: the method's own terms, clipping, schedules, logs, data loading and hooks.
+Included: the forward pass of frozen parts (unless their output is recorded), further forward passes of frozen copies,
+the forward and backward pass of trained parts with the cross-entropy of each head, and their SGD update. Not included:
+the method's own terms, clipping, schedules, logs, data loading and hooks.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Floor:
     """What runs in a step.
 
     Attributes:
-        trains_from: the part from which on the model trains; what comes before runs forward only, in eval mode.
-        recorded: whether the output of what comes before is there already.
-        norms: mode of the BatchNorm layers that train.
-        batches: target batches' worth of samples; with two, the second is of the source and for the source head.
-        references: forward passes, without gradient, of frozen copies of all but the head.
-        source_head: whether a second head, of the 1,000 source classes, trains along.
-        members: models that train together, each on the same images with a loss of its own.
+        trains_from: the first part of the model that is trained; earlier parts run forward only, in eval mode.
+        recorded: whether the output of the earlier parts is already available.
+        norms: mode of the BatchNorm layers that are trained.
+        batches: number of batches of samples; with two, the second is source data, for the source head.
+        references: forward passes, without gradient, of frozen copies of everything but the head.
+        source_head: whether a second head, for the 1,000 source classes, is trained as well.
+        members: models that train together, each on the same images with its own loss.
     """
 
     trains_from: Literal["stem", "stage0", "stage1", "stage2", "stage3", "head"] = "stem"
@@ -60,7 +60,7 @@ def parts_of_resnet() -> nn.ModuleList:
 
 
 class Member:
-    """One model in a floor: its frozen parts, its trained parts, and what comes into these if that is recorded."""
+    """One model in a floor: its frozen parts, its trained parts, and the input of the latter if it is recorded."""
 
     def __init__(self, floor: Floor, pixels: Tensor) -> None:
         begin, parts = FIRST_PART[floor.trains_from], parts_of_resnet().to(pixels.device)
@@ -76,7 +76,7 @@ class Member:
                 self.recorded = self.frozen(pixels)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that train."""
+        """The trained parameters."""
         modules = [self.body, self.head, self.source_head]
         return [p for module in modules if module is not None for p in module.parameters()]
 
@@ -93,7 +93,7 @@ class Member:
 
 
 class FloorStepper:
-    """A floor, ready to take steps."""
+    """A floor that is ready to take steps."""
 
     def __init__(self, floor: Floor, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ class FloorStepper:
         self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
 
     def step(self) -> float:
-        """Seconds of a step."""
+        """Take a step, and return its time in seconds."""
         started = seconds()
         with torch.no_grad():
             for reference in self.references:

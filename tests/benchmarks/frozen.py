@@ -1,14 +1,14 @@
-"""What it saves to compute frozen parts once, as ratios in one run: `python tests/benchmarks/frozen.py`.
+"""What computing frozen parts once saves, as ratios in one run: `python tests/benchmarks/frozen.py`.
 
 MobileNetV2 at 96 px, 500 random images, batch 32, SGD with momentum, CPU.
 
-- A linear probe of 30 epochs: against its floor (one pass that computes the features, and 30 epochs of a linear layer
-  on them in the stock Trainer), and against the same probe without the cache.
-- The exhaustive search over the inverted residuals: against its floor (one pass that computes all borders, and the
-  steps and scores of what follows each, in a loop by hand), and against the same search without the cache.
-- The search with successive halving: against one full fine-tuning of the same epochs.
+- A linear probe of 30 epochs: compared with its floor (one pass that computes the features, and 30 epochs of a linear
+  layer on them in the stock Trainer), and with the same probe without the cache.
+- The exhaustive search over the inverted residuals: compared with its floor (one pass that computes all boundaries, and
+  the steps and scores of what follows each, in a hand-written loop), and with the same search without the cache.
+- The search with successive halving: compared with one full fine-tuning run of the same number of epochs.
 
-Each is run `--repeats` times, all in turn; ratios are of the medians.
+Each is run `--repeats` times, alternating; ratios are of the medians.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHANNELS_LAST = torch.channels_last
 
 
 class Images(torch.utils.data.Dataset):
-    """Noisy images of ten patterns, ready in memory: reading them costs nothing on either side."""
+    """Noisy images of ten patterns, kept in memory so that reading them costs neither side anything."""
 
     def __init__(self) -> None:
         random = torch.Generator().manual_seed(0)
@@ -98,7 +98,7 @@ def arguments(folder: str, epochs: int) -> Any:
 
 
 class Bench:
-    """All that is measured, on one model and one set of images."""
+    """All measurements on one model and one set of images."""
 
     def __init__(self, folder: str, probe_epochs: int, search_epochs: int) -> None:
         self.folder, self.probe_epochs, self.search_epochs = folder, probe_epochs, search_epochs
@@ -140,7 +140,7 @@ class Bench:
         return [backbone.conv_stem, *backbone.layer, backbone.conv_1x1]
 
     def search_floor(self) -> None:
-        """What any search over these blocks must compute: borders once, then each suffix, forward and backward."""
+        """What any search over these blocks must compute: boundaries once, then each suffix forward and backward."""
         train, validation = torch.arange(400), torch.arange(400, 500)
         model = copy.deepcopy(self.start).eval()
         borders: list[list[Tensor]] = []
@@ -182,7 +182,7 @@ class Bench:
                 (logits(validation).argmax(-1) == self.data.labels[validation]).float().mean().item()
 
     def full(self) -> None:
-        """One full fine-tuning of the search's epochs on the search's training rows, scored as often."""
+        """One full fine-tuning run on the search's training rows, with as many epochs and evaluations."""
         config = BlockwiseConfig(block="all", search_epochs=self.search_epochs, validation=0.2, storage="memory")
         model = copy.deepcopy(self.start)
         trainer = FTTrainer(

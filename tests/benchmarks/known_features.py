@@ -1,6 +1,7 @@
-"""TRED's first stage on features that are known: `python tests/benchmarks/known_features.py`.
+"""TRED's first stage on synthetic features: `python tests/benchmarks/known_features.py`.
 
-What held-out probes read of label (y) and nuisance (u) from P and N, also with every channel rescaled (*), by seed.
+How well held-out probes predict the label (y) and the nuisance (u) from P and N, also with every channel rescaled (*),
+by seed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Peak memory against the number of members: `python tests/benchmarks/members.py`.
 
-Training steps of one to four MobileNetV2 at 96 px, batch 32, SGD with momentum, CPU; all layers train, or the first 40
-of 52 of each stay frozen and are recorded. Every case runs in a process of its own; what is told is its peak of
-resident memory above that of the same process before the first step.
+Training steps of one to four MobileNetV2 at 96 px, batch 32, SGD with momentum, CPU; either all layers train, or the
+first 40 of each one's 52 stay frozen and are recorded. Every case runs in its own process; reported is the peak of its
+resident memory above the level before the first step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def peak() -> float:
 
 
 def one(members: int, frozen: int) -> dict[str, float]:
-    """MB of a case, in this process."""
+    """The memory of a case in MB, measured in this process."""
     torch.set_num_threads(1)
     model, _ = load_sources(["mobilenet_v2"] * members, num_labels=10, image_size=PIXELS)
     random = torch.Generator().manual_seed(0)

@@ -1,11 +1,11 @@
-"""What a process holds of a training, alone and of several, whole (DDP) and sharded (FSDP2), in bytes.
+"""The bytes that a process holds in training, alone and as one of several, unsharded (DDP) and sharded (FSDP2).
 
     python -m tests.benchmarks.memory_ranks
 
-Measured on CPU processes (gloo) with a small random ViT, when the optimizer is about to take its last step: every
-tensor's memory is counted once, by what it is for. The peak of that step is what torch's profiler adds to what was
-there before it, activations and temporary tensors included. Of large models, the sizes are found without memory for
-their weights; docs/tools/memory.py models the rest. It takes some ten minutes on two cores.
+Measured in CPU processes (gloo) with a small random ViT, just before the optimizer takes its last step: every tensor's
+memory is counted once, by purpose. The peak of that step is what torch's profiler adds to what existed before it,
+including activations and temporary tensors. The sizes of large models are determined without memory for their weights;
+docs/tools/memory.py models the rest. It takes about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tests.forked import python
 
 FILE = Path(__file__).with_name("results") / "memory_ranks.json"
 RANKS = (1, 2, 4)
-STEPS = 4  # two in each stage: moments exist from the second on
+STEPS = 4  # two in each stage: Adam's moments exist from the second step on
 STRATEGIES = (
     FullConfig(),
     L2SPConfig(),
@@ -78,13 +78,13 @@ def small_vit() -> nn.Module:
 
 
 def memory(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of some tensors, of which several may share their memory; of DTensors, those of this process."""
+    """Bytes of tensors, several of which may share memory; for DTensors, those of this process."""
     storages = [local(tensor.detach()).untyped_storage() for tensor in tensors if tensor is not None]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Count(TrainerCallback):
-    """Counts what is there when the optimizer is about to take the last step, and the peak of that step."""
+    """Counts what exists just before the optimizer's last step, and the peak of that step."""
 
     def __init__(self, trainer: FTTrainer) -> None:
         self.trainer, self.profiler = trainer, profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -128,7 +128,7 @@ class Count(TrainerCallback):
         }
 
     def _buckets(self) -> int:
-        """Those that DDP keeps beside the gradients."""
+        """The buckets that DDP keeps in addition to the gradients."""
         wrapped = self.trainer.model_wrapped
         if not isinstance(wrapped, DistributedDataParallel):
             return 0
@@ -137,7 +137,7 @@ class Count(TrainerCallback):
 
 
 def measure(folder: str) -> None:
-    """What this rank holds under each strategy; the first rank writes it."""
+    """Measure what this rank holds with each strategy; the first rank writes the result."""
     torch.set_num_threads(1)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rows = []
@@ -166,7 +166,7 @@ def measure(folder: str) -> None:
                     "peak": counted.peak,
                 }
             )
-    if int(os.environ.get("RANK", "0")) == 0:  # it holds the largest parts
+    if int(os.environ.get("RANK", "0")) == 0:  # it holds the largest shards
         Path(folder, "rows.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
@@ -174,7 +174,7 @@ def measure(folder: str) -> None:
 
 
 def sizes_of(model: nn.Module, config: Any) -> dict[str, int]:
-    # Starting weights for a choice go to the CPU, where meta tensors cannot go; fake ones can, but PEFT refuses them.
+    # Starting weights for a choice are moved to the CPU, which meta tensors do not allow; PEFT refuses fake tensors.
     with FakeTensorMode(allow_non_fake_inputs=True) if config.averages else nullcontext():
         return asdict(sizes(set_up(model, config)))
 

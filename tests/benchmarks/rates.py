@@ -1,10 +1,10 @@
 """Which learning rates suit which task: `python tests/benchmarks/rates.py FOLDER/caltech40 FOLDER/cifar10`.
 
 Each strategy trains for 12 epochs (batches of 32, cosine, BatchNorm momentum 0.1, no augmentation, no weight decay)
-over a grid of learning rates under SGD (momentum 0.9, no clipping) and under AdamW, on tasks near to ImageNet and far
-from it, with MobileNetV2 and EfficientNet-Lite0. FOLDERs hold image folders with the splits train, validation and test;
-the far tasks (solar cells, MNIST, UCI digits) are built in. Runs are kept in tests/benchmarks/results/rates.jsonl; a
-run that is there is not made again. `--page` writes their tables into docs/rates.md.
+over a grid of learning rates with SGD (momentum 0.9, no clipping) and with AdamW, on tasks near ImageNet and far from
+it, with MobileNetV2 and EfficientNet-Lite0. FOLDERs hold image folders with the splits train, validation and test; the
+far tasks (solar cells, MNIST, UCI digits) are built in. Runs are kept in tests/benchmarks/results/rates.jsonl; those
+that are already there are not repeated. `--page` writes their tables into docs/rates.md.
 """
 
 from __future__ import annotations
@@ -124,11 +124,11 @@ class Task:
 
 FAR = {"elpv": (500, 128), "mnist": (200, 64), "digits": (100, 64)}  # training images, pixels
 NEAR = {"caltech40": 128, "cifar10": 96}
-OWN_PIXELS = {"dinov2-small": 112}  # a multiple of its patches' side
+OWN_PIXELS = {"dinov2-small": 112}  # a multiple of its patch size
 
 
 def far_task(name: str) -> DatasetDict:
-    """Images of a built-in data set: as many for training as said above, 100 for validation, up to 500 for the test."""
+    """Images of a built-in dataset: the number above for training, 100 for validation, up to 500 for test."""
     data = {"elpv": elpv, "mnist": mnist5k, "digits": uci_digits}[name]()
     size = FAR[name][0]
     held = data.train_test_split(train_size=size, seed=0, stratify_by_column="label")
@@ -137,7 +137,7 @@ def far_task(name: str) -> DatasetDict:
 
 
 def scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Balanced accuracy, and the mean log loss; nan where training diverged."""
+    """Balanced accuracy and mean log loss; nan if training diverged."""
     logits = np.asarray(
         prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     )
@@ -149,7 +149,7 @@ def scores(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class Bench:
-    """A task processed for a model, once."""
+    """A task, preprocessed once for a model."""
 
     def __init__(self, task: Task, model: str, augment: str = "none") -> None:
         self.task, self.model = task, model
@@ -209,7 +209,7 @@ class Bench:
 
 
 def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
-    """Strategy, optimizer, rate and seed of each run, in an order in which a part is of use."""
+    """Strategy, optimizer, rate and seed of each run, ordered so that a part of the runs is already useful."""
     for seed in options.seeds:
         for name in options.strategies:
             for optim in options.optims:
@@ -218,7 +218,7 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]
 
 
 def tables() -> dict[str, str]:
-    """The runs as Markdown: of linear probes with the fitted rates beside them, and of everything else."""
+    """The runs as Markdown: linear probes with the fitted rates beside them, and everything else."""
     rows: dict[tuple[str, ...], dict[float, float]] = {}
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
         key = tuple(entry[name] for name in ("task", "model", "strategy", "optim"))
@@ -248,7 +248,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def regrets() -> str:
-    """What choosing a run of each grid by validation loses on test to the best run of it, by rule, as Markdown."""
+    """What choosing a run of each grid by validation loses on test relative to the best, per rule, as Markdown."""
 
     def late(values: Sequence[float]) -> float:
         return float(np.mean(values[len(values) // 2 :]))
@@ -280,7 +280,7 @@ def regrets() -> str:
 
 
 def _default(runs: Sequence[Entry]) -> Entry:
-    """The run of a grid under AdamW whose rate is nearest to what its strategy would take by itself."""
+    """The run of an AdamW grid whose rate is nearest to its strategy's default."""
     one = runs[0]
     if one["strategy"] == "linear_probe":
         heads = {tuple(entry["of"]): entry for entry in json.loads(HEADS.read_text(encoding="utf-8"))}
@@ -294,13 +294,13 @@ def _default(runs: Sequence[Entry]) -> Entry:
 
 
 def cautious(default: Entry, best: Entry) -> Entry:
-    """The default, unless the best is better on validation by more than a standard error of its accuracy."""
+    """The default, unless the best beats it on validation by more than one standard error of its accuracy."""
     score, images = max(best["curve"]), 200 if best["task"] == "caltech40" else 100
     return best if score - max(default["curve"]) > math.sqrt(score * (1 - score) / images) else default
 
 
 def write_page() -> None:
-    """Put the tables between the marks in docs/rates.md."""
+    """Write the tables between the markers in docs/rates.md."""
     text = PAGE.read_text(encoding="utf-8")
     for name, table in (tables() | {"regrets": regrets()}).items():
         begin, end = f"<!-- runs: {name} -->", "<!-- runs end -->"
@@ -310,7 +310,7 @@ def write_page() -> None:
 
 
 def look_at_heads(tasks: Sequence[Task], models: Sequence[str]) -> None:
-    """What the fitted rates of heads follow from, for each task and model."""
+    """What the fitted head rates are derived from, for each task and model."""
     known = json.loads(HEADS.read_text(encoding="utf-8")) if HEADS.is_file() else []
     found = {tuple(entry["of"]): entry for entry in known}
     for model in models:
@@ -325,7 +325,7 @@ def look_at_heads(tasks: Sequence[Task], models: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Make the runs that are missing."""
+    """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="*", help="natural tasks: " + ", ".join(NEAR))
     parser.add_argument("--far", nargs="*", default=list(FAR), choices=list(FAR), help="built-in tasks")
@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--optims", nargs="+", default=[SGD, ADAM])
     parser.add_argument("--rates", nargs="+", type=float, help="in place of the strategy's own grid")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--heads", action="store_true", help="look at the heads only")
+    parser.add_argument("--heads", action="store_true", help="only look at the heads")
     parser.add_argument("--page", action="store_true", help="only write the tables of docs/rates.md")
     options = parser.parse_args()
     if options.page:

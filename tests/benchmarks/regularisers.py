@@ -1,18 +1,18 @@
-"""TRED and the regularisers it is measured against, on real images: `python tests/benchmarks/regularisers.py`.
+"""TRED and the regularisers it is compared with, on real images: `python tests/benchmarks/regularisers.py`.
 
-Each strategy gets the same tuning budget: so many trials (seed 0) of its learning rate and of its own weight, drawn
-log-uniformly and judged on validation; then the best setting runs with each seed, which draws other training images,
-another head and another order, and the test split is looked at once for each. All train with SGD (momentum 0.9,
-cosine, no clipping, no augmentation), with the best epoch by validation. Every run is a line of the results file; a
-run that is there is not made again. What a strategy measures before training is measured once for each draw.
+Each strategy gets the same tuning budget: the same number of trials (seed 0) of its learning rate and of its own
+weight, drawn log-uniformly and evaluated on validation. The best setting then runs with each seed, which draws its own
+training images, head and order, and the test split is used once per seed. All train with SGD (momentum 0.9, cosine, no
+clipping, no augmentation), with the best epoch by validation. Every run is a line of the results file; runs that are
+already there are not repeated. What a strategy measures before training is measured once per draw.
 
 Tasks, all at 64 px with an ImageNet MobileNetV2. Far: ELPV with 100 and 500 cells. Near: the network is first trained
 on MNIST digits 0 to 4 and then on 5, 10 and 20 images of each of the digits 5 to 9; or first on all monocrystalline
 cells of ELPV and then on 50 and 200 polycrystalline ones. Scores are balanced accuracies.
 
-On some tasks TRED is tried at weaker weights, too, and the same is done with BatchNorm in eval mode, on both sides of
-the comparison: in train mode a network is at once another function than the reference, which terms that compare
-features see.
+On some tasks TRED is also tried with weaker weights, and the runs are repeated with BatchNorm in eval mode, on both
+sides of the comparison: in train mode, the network computes a different function than the reference from the start,
+which terms that compare features see.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TASKS = {
     "elpv_500": (500, 250, 8, 32),
 }
 Make = Callable[[float], FTConfig]
-STILL = ("digits_10", "poly_50", "elpv_100")  # tasks on which BatchNorm in eval mode is tried as well
+STILL = ("digits_10", "poly_50", "elpv_100")  # tasks on which BatchNorm in eval mode is also tried
 EVAL = "BatchNorm in eval mode: "
 
 
@@ -64,9 +64,9 @@ def _tred(criterion: Literal["max_mmd", "min_mi", "both", "none"], **options: An
     return lambda alpha: TREDConfig(criterion=criterion, alpha=alpha, **options)
 
 
-# strategy -> the config of a weight, the range of that
+# strategy -> the config for a weight, and the weight's range
 STRATEGIES: dict[str, tuple[Make, tuple[float, float]]] = {
-    "full": (lambda _: FullConfig(), (1.0, 10.0)),  # its trials are of rates alone
+    "full": (lambda _: FullConfig(), (1.0, 10.0)),  # its trials vary only the rate
     "linear_probe": (lambda _: LinearProbeConfig(), (1.0, 10.0)),  # how far the frozen features go
     "l2_sp": (lambda alpha: L2SPConfig(alpha=alpha), (1e-3, 1.0)),
     "attention_transfer": (lambda beta: AttentionTransferConfig(beta=beta), (10.0, 1e4)),
@@ -79,7 +79,7 @@ STRATEGIES: dict[str, tuple[Make, tuple[float, float]]] = {
     "tred, both": (_tred("both"), (1e-3, 1e-1)),
     "tred, both, no bottleneck": (_tred("both", bottleneck=0.0), (1e-3, 1e-1)),
 }
-# Below the paper's range: its sum over channels is of another size in every network.
+# Below the paper's range: its sum over channels has a different scale in every network.
 WEAK = {"tred, both, weaker": (_tred("both"), (1e-5, 1e-3))}
 
 
@@ -102,7 +102,7 @@ def strategies_of(task: str) -> list[str]:
 
 
 def source_model(task: str, folder: Path) -> str | None:
-    """The folder of the network first trained on the task's source; None for ImageNet's. Made where it is missing."""
+    """The folder of the network first trained on the task's source; None for ImageNet's. Trained if missing."""
     name = {"digits": "digits_0_4", "poly": "mono"}.get(task.split("_")[0])
     if name is None:
         return None
@@ -120,7 +120,7 @@ def source_model(task: str, folder: Path) -> str | None:
 
 
 class Task:
-    """A task: its images for each seed, its network, and what was measured on them."""
+    """A task: its images for each seed, its network, and the measurements on them."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -174,12 +174,12 @@ class Task:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--strategies", default="", help="those whose name begins with one of these, by commas")
+    parser.add_argument("--strategies", default="", help="only names that begin with one of these, separated by commas")
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--sources", type=Path, default=Path("runs/benchmarks"), help="where first networks are kept")
+    parser.add_argument("--sources", type=Path, default=Path("runs/benchmarks"), help="folder of the source networks")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     quiet()

@@ -5,19 +5,19 @@ FOLDER holds the image folders `caltech40` and `cifar10`, each with the splits t
 The tasks:
 
 - `caltech40` (128 px, MobileNetV2), `caltech40_lite` (EfficientNet-Lite0), `caltech40_dinov2` (112 px, DINOv2-small):
-  40 classes of Caltech-101, 10 images of each.
-- `cifar10` (96 px, MobileNetV2): 20 images of each class.
+  40 classes of Caltech-101, 10 images per class.
+- `cifar10` (96 px, MobileNetV2): 20 images per class.
 - `elpv_500`: 500 monocrystalline solar cells, defective or not; `mnist_200`: digits (64 px, MobileNetV2); far from
   ImageNet, and without source data. Out of distribution: polycrystalline cells; UCI's digits.
 
-Each is drawn anew for each of `--splits`: training, validation and test images, with the same numbers for each class.
-`--trials 0` trains every strategy with its own defaults; otherwise each is tuned with a budget of so many full
-fine-tuning runs. AMCF trains MobileNetV2 beside EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's
-term and search.
+Each of `--splits` draws training, validation and test images anew, with the same numbers per class. `--trials 0` trains
+every strategy with its own defaults; otherwise, each is tuned with a budget of that many full fine-tuning runs. AMCF
+trains MobileNetV2 together with EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and
+search.
 
-Prints an estimate, and may be stopped and started again, or started in several terminals, which then share the work.
-What every training gave is in docs/results/; strategies that a kept comparison lacks are added to it.
-`python -m docs.tools.tables` makes docs/results.md from that.
+Prints an estimate. It may be stopped and started again, or started in several terminals, which then share the work. The
+results of every training run are in docs/results/; strategies that a stored comparison lacks are added to it.
+`python -m docs.tools.tables` generates the tables of docs/results.md from them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SOURCE = "imagenet1k_one_each"
 
 @dataclass(frozen=True)
 class Task:
-    """A task; ``sizes``: images for training, validation and test; ``without``: what has no meaning there."""
+    """A task; ``sizes``: images for training, validation and test; ``without``: what does not apply to it."""
 
     title: str
     sizes: tuple[int, int, int]
@@ -73,7 +73,7 @@ TASKS = {
 
 
 def natural(folder: Path, name: str, task: Task, split: int) -> Data:
-    """A task whose images lie in a folder; its images are all dealt out again."""
+    """A task with images in a folder; all of them are split anew."""
     whole = concatenate_datasets(list(load_splits(str(folder / name.partition("_")[0])).values()))
     source = load_split(str(folder / SOURCE))
     columns = find_columns(whole)
@@ -87,7 +87,7 @@ def natural(folder: Path, name: str, task: Task, split: int) -> Data:
 
 
 def far(name: str, task: Task, split: int) -> Data:
-    """A task of a built-in data set."""
+    """A task from a built-in dataset."""
     elpv = name.startswith("elpv")
     own, other = (cells("mono"), cells("poly")) if elpv else (mnist5k(), uci_digits())
     splits = stratified_split(own, *task.sizes, seed=split)
@@ -97,7 +97,7 @@ def far(name: str, task: Task, split: int) -> Data:
 
 
 def who_takes_part(names: str, task: Task) -> dict[str, Any]:
-    """Strategies by name, without those that the task's model cannot take part in."""
+    """Strategies by name, without those that cannot run with the task's model."""
     both = (MOBILE, LITE)
     made = {
         "amcf": AMCFConfig(source_models=both),
@@ -111,12 +111,12 @@ def main() -> None:
     parser.add_argument("--natural", type=Path, help="the folder of the natural images")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--splits", default="0,1,2")
-    parser.add_argument("--strategies", default=ALL, help="beside full fine-tuning")
+    parser.add_argument("--strategies", default=ALL, help="in addition to full fine-tuning")
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=2, help="for each split")
-    parser.add_argument("--hours", type=float, default=2.5, help="of this sitting; the next one goes on")
+    parser.add_argument("--seeds", type=int, default=2, help="per split")
+    parser.add_argument("--hours", type=float, default=2.5, help="limit for this call; the next one continues")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--epochs", type=int, help="other than the task's, to try the script")
+    parser.add_argument("--epochs", type=int, help="instead of the task's, to try the script")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--kept", type=Path, default=KEPT)
     options = parser.parse_args()
@@ -149,17 +149,15 @@ def main() -> None:
             )
             print(f"{name}, split {split}: {prepared.estimate()}", flush=True)
             prepared.runner.run()
-            # What would have been advised is looked at afterwards: here every strategy has its turn.
+            # The advice is only recorded afterwards: here every strategy is run.
             advice = prepared.advised()
             command = f"python tests/benchmarks/results.py --natural FOLDER --tasks {name} --splits {split}"
             results = prepared.finish(command + (" --trials 0" if not options.trials else ""), advice)
             if any(contender.status in ("unfinished", "not reached") for contender in results.contenders):
-                print("the time of this sitting is up: start it again to go on", flush=True)
+                print("the time limit was reached: start it again to continue", flush=True)
                 return
             kept.parent.mkdir(parents=True, exist_ok=True)
-            if (
-                earlier is not None
-            ):  # full fine-tuning was run again beside the new strategies: the same split and seeds
+            if earlier is not None:  # full fine-tuning was run again with the new strategies: the same split and seeds
                 more = tuple(contender for contender in results.contenders if contender.name not in known)
                 results = replace(earlier, contenders=(*earlier.contenders, *more))
             results.save(kept)

@@ -2,9 +2,9 @@
 
 FOLDER holds image folders with the splits train and validation. Twelve positions of AMCF on ImageNet's MobileNetV2 and
 EfficientNet-Lite0 at 64 px are scored as in the search (5 epochs, a quarter of the training images held out), with the
-run's cosine and with a constant rate; then each is trained on all training images (12 epochs, SGD 0.01 with momentum,
-cosine), and scored on validation. Printed is Spearman's rank correlation of the two. Positions are kept in
-tests/benchmarks/results/schedules.jsonl; one that is there is not trained again.
+run's cosine and with a constant rate. Each is then trained on all training images (12 epochs, SGD 0.01 with momentum,
+cosine), and scored on validation. The script prints Spearman's rank correlation between the two. Positions are kept in
+tests/benchmarks/results/schedules.jsonl; those that are already there are not trained again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCHEDULES, METRICS = ("run", "constant"), ("accuracy", "loss")
 
 
 class Task:
-    """A folder of images, processed once, and what trains on it."""
+    """A folder of images, preprocessed once, and what is trained on it."""
 
     def __init__(self, folder: Path) -> None:
         splits = load_splits(str(folder))
@@ -72,7 +72,7 @@ class Task:
 
 
 def main() -> None:
-    """Make the runs that are missing, and print the correlations."""
+    """Run what is missing, and print the correlations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder

@@ -1,4 +1,4 @@
-"""A picture of the beginning of a report, for the docs.
+"""A screenshot of the beginning of a report, for the docs.
 
 python tests/benchmarks/screenshot.py runs/compare/results.json docs/report.png
 """

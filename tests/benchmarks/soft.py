@@ -1,22 +1,22 @@
-"""Soft fine-tuning beside its controls, on real images: `python tests/benchmarks/soft.py`.
+"""Soft fine-tuning compared with its controls, on real images: `python tests/benchmarks/soft.py`.
 
-The source network is an ImageNet MobileNetV2 that `hf-ft train` first trains on the source data, in this script; all
-at 64 px.
+The source network is an ImageNet MobileNetV2 that this script first trains on the source data by `hf-ft train`. All
+images are at 64 px.
 
-- `digits_*`: MNIST's digits 0 to 6 -> UCI's digits 0 to 6, 50, 100 and 200 images, and 100 of which each class has
-  about two thirds of the one before, 36 to 3 (a biased sample; validation and test are not). Classes that neither loss
-  sees: the digits 7, 8 and 9 of both.
-- `poly_*`: monocrystalline -> polycrystalline cells of ELPV (defective or not), 100 and 300 images. Classes that
+- `digits_*`: MNIST's digits 0 to 6 -> UCI's digits 0 to 6, with 50, 100 and 200 images, and with 100 images in which
+  each class has about two thirds as many as the previous one, 36 to 3 (a biased sample; validation and test are not
+  biased). Classes that neither loss sees: the digits 7, 8 and 9 of both.
+- `poly_*`: monocrystalline -> polycrystalline cells of ELPV (defective or not), with 100 and 300 images. Classes that
   neither loss sees: the ten UCI digits.
 
-Every method gets the same tuning budget: so many trials (seed 0) of its learning rate and of its weight, drawn
-log-uniformly and judged by the mean of the balanced validation accuracy over the last quarter of a run, since the best
-of many noisy values flatters. Then the best setting runs with three other seeds, each of which draws other
-training images, another new head and another order; the test split is looked at once for each. All train with SGD
-(momentum 0.9, cosine, no clipping, no augmentation), are evaluated 20 times a run, and keep the best of these. In the
-final runs the frozen features' general discrimination is measured four times as well. The source network with its own
-head, which all methods replace by a new one, is scored for comparison. Every run is a line of the
-results file; one that is there is not made again.
+Every method gets the same tuning budget: the same number of trials (seed 0) of its learning rate and of its weight,
+drawn log-uniformly and evaluated by the mean balanced validation accuracy over the last quarter of a run, since the
+best of many noisy values is too optimistic. The best setting then runs with three other seeds, each with its own
+training images, new head and order; the test split is used once per seed. All train with SGD (momentum 0.9, cosine, no
+clipping, no augmentation), are evaluated 20 times per run, and keep the best evaluation. In the final runs the frozen
+features' general discrimination is also measured four times. The source network with its own head, which all methods
+replace by a new one, is scored for comparison. Every run is a line of the results file; runs that are already there are
+not repeated.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from hf_ft.zoo.models import load_model
 RESULTS = Path(__file__).parent / "results" / "soft.jsonl"
 RATE = (3e-4, 2e-2)
 EVALUATIONS = 20
-MEASURED = 5  # every so many evaluations, the general discrimination
+MEASURED = 5  # evaluations between measurements of the general discrimination
 HELD_OUT = 200  # samples of each set of classes that neither loss sees
-KNOWN = 7  # digits below it are trained on
-# task -> training images, epochs, batch size. No batch is smaller: BatchNorm's statistics of two images are noise.
+KNOWN = 7  # training uses the digits below it
+# task -> training images, epochs, batch size. No smaller batches: BatchNorm statistics of two images are noise.
 TASKS = {
     "digits_50": (50, 20, 10),
     "digits_100": (100, 16, 20),
@@ -63,9 +63,9 @@ TASKS = {
 }
 VALIDATION, TEST = 140, 700
 Make = Callable[[float], FTConfig]
-# method -> the config of a weight, and the range of that: ten times the default and a tenth
+# method -> the config for a weight, and the weight's range: a tenth of the default to ten times it
 METHODS: dict[str, tuple[Make, tuple[float, float]]] = {
-    "full": (lambda _: FullConfig(), (0.1, 10.0)),  # its trials are of rates alone
+    "full": (lambda _: FullConfig(), (0.1, 10.0)),  # its trials vary only the rate
     "joint": (lambda weight: SoftConfig(schedule="constant", weight=weight), (0.1, 10.0)),
     "abrupt": (lambda weight: SoftConfig(schedule="step", weight=weight), (0.1, 10.0)),
     "soft, linear": (lambda weight: SoftConfig(weight=weight), (0.1, 10.0)),
@@ -95,7 +95,7 @@ def unseen_data(task: str) -> dict[str, Dataset]:
 
 
 def source_model(task: str, folder: Path) -> Path:
-    """The network trained on the task's source by `hf-ft train`; made where it is missing."""
+    """The network trained on the task's source by `hf-ft train`; trained if missing."""
     name = "mnist_0_6" if task.startswith("digits") else "mono"
     made = folder / name
     if not (made / "config.json").is_file():
@@ -117,7 +117,7 @@ def source_model(task: str, folder: Path) -> Path:
 
 
 def biased(data: Dataset, size: int, seed: int) -> np.ndarray:
-    """Rows of which each class has about two thirds of the one before."""
+    """Rows in which each class has about two thirds as many as the previous one."""
     labels, random = np.asarray(data["label"][:]), np.random.default_rng(seed)
     shares = 0.65 ** np.arange(labels.max() + 1)
     counts = np.round(size * shares / shares.sum()).astype(int)
@@ -174,7 +174,7 @@ class Task:
         return self._data[seed]
 
     def untouched(self, runs: Runs, seed: int) -> dict[str, Any]:
-        """What the source network scores with its own head: both sides have the same classes."""
+        """The score of the source network with its own head: source and target have the same classes."""
         entry = {
             "task": self.name,
             "method": UNTOUCHED,
@@ -229,7 +229,7 @@ class Task:
 
 
 def plot(results: Path, file: Path) -> None:
-    """Draw validation accuracy and general discrimination over training, as means over seeds, a row for each task."""
+    """Plot validation accuracy and general discrimination over training, as means over seeds, one row per task."""
     runs = [run for run in map(json.loads, results.read_text(encoding="utf-8").splitlines()) if run["final"]]
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
     figure = Figure(figsize=(13, 2.6 * len(tasks)), layout="constrained")
@@ -263,14 +263,14 @@ def plot(results: Path, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--methods", default="", help="those whose name begins with one of these, by commas")
+    parser.add_argument("--methods", default="", help="only names that begin with one of these, separated by commas")
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--sources", type=Path, default=Path("runs/benchmarks/soft"), help="where they are kept")
-    parser.add_argument("--rates", help="only these, with the final seeds, judged on validation: a look at a choice")
-    parser.add_argument("--plot", type=Path, help="train nothing: draw what the results file holds into this file")
+    parser.add_argument("--sources", type=Path, default=Path("runs/benchmarks/soft"), help="source networks")
+    parser.add_argument("--rates", help="try only these, with the final seeds, evaluated on validation")
+    parser.add_argument("--plot", type=Path, help="train nothing, and plot the results file into this file")
     options = parser.parse_args()
     if options.plot:
         plot(options.results, options.plot)

@@ -1,8 +1,8 @@
 """How long the package and its commands take to start: `python tests/benchmarks/startup.py`.
 
-Every case runs in a fresh process, in turns with the others, and so does `from transformers import Trainer`, whose time
-is the unit: what depends on the machine goes out of the ratio. Told is each case's shortest CPU time (user and system,
-one thread) and its shortest time on the clock, after one turn that warms the caches of files.
+Every case runs in a fresh process, alternating with the others and with `from transformers import Trainer`, whose time
+is the unit, so that the ratio does not depend on the machine. Reported are each case's lowest CPU time (user and
+system, one thread) and its lowest wall-clock time, after one round that warms the file caches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = {
 
 
 def once(arguments: list[str]) -> tuple[float, float]:
-    """CPU seconds and seconds on the clock of one process."""
+    """CPU seconds and wall-clock seconds of one process."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,15 +1,15 @@
 """Step time and peak memory of every strategy: `python tests/benchmarks/step_times.py`.
 
-A row is a strategy in one of its stages; "recorded" means that what is frozen, or what the reference model says, was
-computed once before, "live" that every step computes it. A trainer held in that stage, full fine-tuning and the row's
-floor (`floors.py`: a loop in plain torch that does the necessary passes alone) take a step each in turn, in random
-order; the figures are medians of the ratios of these rounds, with bootstrap 95 % intervals. Where the step is very
-short, it and its floor take a hundred times as many by themselves. The row of full fine-tuning compares it with
-itself: no ratio is worth more than that row's distance from 1.
+A row is a strategy in one of its stages; "recorded" means that the frozen part's or the reference model's output was
+computed once before, "live" that every step computes it. A trainer held in that stage, full fine-tuning, and the row's
+floor (`floors.py`: a loop in plain torch that does only the necessary passes) take one step each in turn, in random
+order; the figures are medians of the ratios of these rounds, with bootstrap 95 % intervals. If the step is very short,
+it and its floor take a hundred times as many rounds by themselves. The row of full fine-tuning compares it with itself:
+no ratio is more accurate than that row's distance from 1.
 
-Peak memory is taken in a process for each row: the peak of resident memory during the steps above what was resident
-before the trainer was made. It holds copies of the model, recorded rows, momentum, gradients and activations; what a
-strategy needs to measure before training is left out.
+Peak memory is measured in a separate process per row: the peak of resident memory during the steps, above what was
+resident before the trainer was created. It includes copies of the model, recorded rows, momentum, gradients and
+activations, but not what a strategy needs for measurements before training.
 
 Geometry: ResNet-18 (11 M parameters), 96 px, batch 32, SGD with momentum, float32, CPU.
 """
@@ -52,7 +52,7 @@ from hf_ft.core.config import strategies
 
 FULL = "full"
 SHORT, MORE = 0.05, 100  # of a step of full fine-tuning; rounds more
-STEPS = 3  # of which the peak is taken
+STEPS = 3  # over which the peak is taken
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Row:
     """A strategy in one of its stages.
 
     Attributes:
-        name: as shown; the strategy's name, and after a colon what tells its rows apart.
+        name: as shown; the strategy's name, and after a colon what distinguishes its rows.
         strategy: None for the Trainer of Transformers.
-        floor: what a step cannot do without; None where nobody has said so yet.
-        recorded: whether the frozen part, or the reference, is.
+        floor: what a step cannot do without; None if not yet defined.
+        recorded: whether the frozen part, or the reference, is recorded.
         steps: of the whole run.
-        at: the step of it that is taken again and again.
+        at: the step of the run that is repeated.
         members: models that train together; 0 for a plain one, -1 for a linear layer on features.
     """
 
@@ -89,7 +89,7 @@ class Row:
 
 
 def live_and_recorded(name: str, strategy: Any, floor: dict[str, Any], what: str, **where: Any) -> tuple[Row, Row]:
-    """Two rows: with the frozen part computed in each step, and recorded."""
+    """Two rows: with the frozen part computed in every step, and recorded."""
     sign = "," if ":" in name else ":"
     return (
         Row(f"{name}{sign} live", strategy, Floor(**floor), **where),
@@ -98,7 +98,7 @@ def live_and_recorded(name: str, strategy: Any, floor: dict[str, Any], what: str
 
 
 def referred(name: str, strategy: Any, **floor: Any) -> tuple[Row, Row]:
-    """Two rows: with a reference model that runs in each step, and with its states recorded."""
+    """Two rows: with a reference model that runs in every step, and with its states recorded."""
     sign = "," if ":" in name else ":"
     return (
         Row(f"{name}{sign} live reference", strategy, Floor(**floor, references=1)),
@@ -157,13 +157,13 @@ LEFT_OUT: dict[str, str] = {
 
 
 def rows_of(names: Iterable[str]) -> list[Row]:
-    """All rows, and one without a floor for each of these strategies that has none."""
+    """All rows, plus one without a floor for each of these strategies that has no row."""
     known = {row.name.partition(":")[0] for row in ROWS} | set(LEFT_OUT)
     return [*ROWS, *(Row(name, name, None) for name in names if name not in known)]
 
 
 def own_strategies() -> list[str]:
-    """Names of the package's strategies."""
+    """The names of the package's strategies."""
     return [name for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.")]
 
 
@@ -171,12 +171,12 @@ def own_strategies() -> list[str]:
 
 
 def times(row: Row, full: Stepper, folder: str, rounds: int) -> dict[str, Any]:
-    """Ratios of a row's step to full fine-tuning and to its floor."""
+    """Ratios of a row's step time to that of full fine-tuning and to its floor."""
     return times_of(row.stepper(folder), None if row.floor is None else FloorStepper(row.floor), full, rounds)
 
 
 def times_of(one: Stepper, floor: FloorStepper | None, full: Stepper, rounds: int) -> dict[str, Any]:
-    """Ratios of one's step to full fine-tuning and to its floor."""
+    """Ratios of one stepper's step time to that of full fine-tuning and to its floor."""
     seconds = in_turns([full, one, *([floor] if floor else [])], rounds)
     found: dict[str, Any] = {"full": ratio(seconds[:, 1], seconds[:, 0]), "seconds": float(np.median(seconds[:, 1]))}
     if floor is not None:
@@ -193,26 +193,26 @@ def times_of(one: Stepper, floor: FloorStepper | None, full: Stepper, rounds: in
 
 
 def resident(key: str) -> float:
-    """MB of resident memory at present (VmRSS), or at most since the last reset (VmHWM)."""
+    """Resident memory in MB: current (VmRSS), or the peak since the last reset (VmHWM)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
 def peak_of(row: Row) -> float:
-    """MB of a row, in this process."""
+    """The peak memory of a row in MB, measured in this process."""
     gc.collect()
     before = resident("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         stepper = row.stepper(folder)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
         for _ in range(STEPS):
             stepper.step()
         return resident("VmHWM") - before
 
 
 def peak_by_name(name: str, threads: int) -> float:
-    """MB of a row, in this process, which has done nothing before but import."""
+    """The peak memory of a row in MB, in this process, which has only done imports so far."""
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     return peak_of(next(row for row in rows_of(own_strategies()) if row.name == name))
@@ -222,7 +222,7 @@ def peak_by_name(name: str, threads: int) -> float:
 
 
 def run_times(results: dict[str, Any], chosen: list[Row], rounds: int, output: Path) -> None:
-    """Fill in the times of these rows, and write each as soon as it is there."""
+    """Measure the times of these rows, and write each as soon as it is available."""
     with tempfile.TemporaryDirectory() as folder:
         full = Row(FULL, FULL).stepper(folder)
         for row in chosen:
@@ -241,9 +241,9 @@ def run_times(results: dict[str, Any], chosen: list[Row], rounds: int, output: P
 
 
 def run_memory(results: dict[str, Any], chosen: list[Row], threads: int, output: Path) -> None:
-    """Fill in the peaks of these rows, each in a new process: copies of one that has imported the package and no more.
+    """Measure the peaks of these rows, each in a new process, forked from one that has only imported the package.
 
-    They give back to the system at once what they do not use any more.
+    These processes return memory that they no longer use to the system at once.
     """
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     context = multiprocessing.get_context("forkserver")
@@ -271,10 +271,10 @@ def write(results: dict[str, Any], output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=12, help="rounds in which each takes a step")
-    parser.add_argument("--only", default="", help="rows whose name holds this; the others stay as they are")
-    parser.add_argument("--no-memory", action="store_true", help="times alone")
-    parser.add_argument("--no-time", action="store_true", help="memory alone, of rows whose times are there")
+    parser.add_argument("--pairs", type=int, default=12, help="rounds in which each trainer takes a step")
+    parser.add_argument("--only", default="", help="only rows whose name contains this; the others are kept")
+    parser.add_argument("--no-memory", action="store_true", help="only measure times")
+    parser.add_argument("--no-time", action="store_true", help="only measure memory, for rows whose times are known")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step_times.json")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Steps of a training as things that can be timed one at a time, and in turn with those of another."""
+"""Training steps that can be timed one at a time, alternating with those of another trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GEOMETRY = "ResNet-18, 96 px, batch 32, SGD with momentum, float32"
 
 
 def seconds() -> float:
-    """The time, once the GPU, if there is one, has done what it was given."""
+    """The time, after the GPU, if there is one, has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -35,7 +35,7 @@ def resnet18() -> ResNetForImageClassification:
 
 
 class Images(torch.utils.data.Dataset):
-    """Random images, or other inputs of a model, ready in memory."""
+    """Random images, or other inputs of a model, kept in memory."""
 
     def __init__(self, images: int, name: str = "pixel_values", shape: tuple[int, ...] | None = None) -> None:
         self.name, generator = name, torch.Generator().manual_seed(0)
@@ -56,22 +56,22 @@ class OneStep(TrainerCallback):
 
 
 class Steps(Protocol):
-    """Whatever takes a step and tells how long that took."""
+    """Anything that takes a step and returns how long it took."""
 
     def step(self) -> float: ...
 
 
 class Stepper:
-    """One trainer, brought to a point of its run where the body of its training loop can be run by hand.
+    """One trainer, advanced to a point of its run where the body of its training loop can be run by hand.
 
-    It trains on the CPU, or as :func:`hf_ft.testing.conditions.under` says.
+    It trains on the CPU, or as :func:`hf_ft.testing.conditions.under` sets.
 
     Args:
         strategy: of an FTTrainer; None for the Trainer of Transformers.
-        recorded: whether what is frozen, and what reference models say, is recorded; else each step computes it.
-        batch: samples in a batch.
+        recorded: whether outputs of frozen parts and reference models are recorded; otherwise, each step computes them.
+        batch: samples per batch.
         steps: those of the whole run.
-        at: the one to stand at, from 0; by default, the run's end.
+        at: the step to stop at, from 0; by default, the run's end.
         model: instead of a ResNet-18.
         data: the training samples, instead of images.
     """
@@ -90,7 +90,7 @@ class Stepper:
     ) -> None:
         batch = BATCH if batch is None else batch
         model = resnet18() if model is None else model
-        model.accepts_loss_kwargs = False  # the cure of transformers#47688 on both sides
+        model.accepts_loss_kwargs = False  # the fix for transformers#47688 on both sides
         args = tiny_arguments(folder, max_steps=steps, per_device_train_batch_size=batch, optim="sgd",
                               logging_steps=10**6, seed=0)  # fmt: skip
         args.optim_args = "momentum=0.9"
@@ -106,20 +106,20 @@ class Stepper:
         self.trainer.remove_callback(OneStep)
         loader = self.trainer.get_train_dataloader()
         if strategy is not None:
-            self.trainer.state.global_step = steps if at is None else at  # where each step's callbacks look
-            self.trainer._attempt.stepper.stage = -1  # to enter the stage again
+            self.trainer.state.global_step = steps if at is None else at  # which the callbacks of each step read
+            self.trainer._attempt.stepper.stage = -1  # to re-enter the stage
             self.trainer._attempt.enter(self.trainer.state.global_step)
             self.trainer.optimizer.state.clear()  # momentum of another stage
         self.batch = next(iter(loader))
 
     def step(self) -> float:
-        """Seconds of one pass through the body of the Trainer's loop."""
+        """Run the body of the Trainer's loop once, and return the seconds it took."""
         started = seconds()
         self.body()
         return seconds() - started
 
     def body(self) -> None:
-        """One pass through the body of the Trainer's loop."""
+        """Run the body of the Trainer's loop once."""
         t = self.trainer
         t.callback_handler.on_step_begin(t.args, t.state, t.control)
         t.training_step(t.model_wrapped, dict(self.batch))
@@ -143,7 +143,7 @@ class Linear(nn.Module):
 
 
 def in_turns(steppers: Sequence[Steps], rounds: int) -> np.ndarray:
-    """Seconds (rounds, steppers): in each round every stepper takes a step, in random order; three rounds warm up."""
+    """Seconds, (rounds, steppers): each round, every stepper takes a step, in random order; three rounds warm up."""
     for stepper in (*steppers,) * 3:
         stepper.step()
     rng, seconds = random.Random(0), np.empty((rounds, len(steppers)))
@@ -164,6 +164,6 @@ def ratio(over: np.ndarray, under: np.ndarray) -> dict[str, float]:
 
 
 def compare(one: Steps, other: Steps, pairs: int) -> dict[str, float]:
-    """The ratio other / one."""
+    """The ratio of step times, other / one."""
     base, others = in_turns((one, other), pairs).T
     return {**ratio(others, base), "base_seconds": float(np.median(base))}

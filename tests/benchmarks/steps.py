@@ -1,11 +1,11 @@
 """Step times as ratios, measured in one run: `python tests/benchmarks/steps.py`.
 
-Two trainers take a step each in turn, in random order, on one batch; the figure is the median of the ratios of
-these pairs, with a bootstrap 95 % interval of that median. The first row compares a thing with itself: a ratio is
-worth no more than that row's distance from 1. Terms that compare with the model as it was are timed with that one's
-states computed in each step, and recorded. A step of soft fine-tuning, with as many source as target samples, is
-compared with a plain one on twice as many, and once its weight is 0 with a plain one. The last row compares whole
-trainings of ten epochs: TRED's disentangling, the pass that records the features included, with full fine-tuning.
+Two trainers take one step each in turn, in random order, on one batch; the figure is the median of the ratios of these
+pairs, with a bootstrap 95 % interval of that median. The first row compares a trainer with itself: no ratio is more
+accurate than that row's distance from 1. Terms that compare with the original model are timed with its states computed
+in every step, and with them recorded. A step of soft fine-tuning, with as many source as target samples, is compared
+with a plain one on twice as many samples and, once its weight is 0, with a plain one. The last row compares whole
+training runs of ten epochs: TRED's disentangling, including the pass that records the features, with full fine-tuning.
 
 Geometry: ResNet-18 (11 M parameters), 96 px, batch 32, SGD with momentum, float32, CPU.
 """
@@ -41,7 +41,7 @@ from hf_ft.testing.training import tiny_arguments
 
 
 class UsualLoop:
-    """L2-SP as it is usually written: a loop over the parameters."""
+    """L2-SP as it is usually implemented: a loop over the parameters."""
 
     def __call__(self, view):
         starts = dict(zip(map(id, view.weights(("",))), view.starts(("",)), strict=True))
@@ -57,7 +57,7 @@ class UsualLoopConfig(FTConfig):
 
 
 def disentangling(folder: str, epochs: int = 10, images: int = 320, repeats: int = 3) -> dict[str, float]:
-    """Seconds of TRED's disentangling over those of a full fine-tuning of as many epochs, in turn."""
+    """Ratios of the time of TRED's disentangling to full fine-tuning of as many epochs, alternating."""
     ratios, seconds = [], []
     data = Images(images)
     for _ in range(repeats):
@@ -90,13 +90,13 @@ def show(name: str, found: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--only", default="", help="rows whose name holds this; the others stay as they are")
+    parser.add_argument("--only", default="", help="only rows whose name contains this; the others are kept")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "steps.json")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
-    delta = DELTAConfig(weights="uniform")  # weights of channels are a multiplication more
+    delta = DELTAConfig(weights="uniform")  # channel weights cost one more multiplication
     rows = {
         "full / full (A/A)": (None, None, "full", "full"),
         "FTTrainer full / stock Trainer": (1.03, None, None, "full"),

@@ -1,12 +1,12 @@
 """DAFT, block-wise fine-tuning and their baselines on real images: `python tests/benchmarks/strategies.py`.
 
-Each strategy gets the same tuning budget: so many trials (seed 0) of its learning rates, drawn log-uniformly over
-the same ranges, judged on validation; then the best setting runs with each seed, and the test split is looked at
-once for each. All train with SGD (momentum 0.9, cosine, no clipping, no augmentation), with the best epoch by
-validation. Every run is a line of the results file; a run that is there is not made again.
+Each strategy gets the same tuning budget: the same number of trials (seed 0) of its learning rates, drawn log-uniformly
+from the same ranges and evaluated on validation; the best setting then runs with each seed, and the test split is used
+once per seed. All train with SGD (momentum 0.9, cosine, no clipping, no augmentation), with the best epoch by
+validation. Every run is a line of the results file; runs that are already there are not repeated.
 
-Tasks: ELPV at 64 px, 500 monocrystalline cells to train on, with polycrystalline ones as the data out of distribution;
-MNIST, 200 images, with UCI digits out of distribution. Scores are balanced accuracies.
+Tasks: ELPV at 64 px, with 500 monocrystalline cells for training, and polycrystalline ones as out-of-distribution data;
+MNIST with 200 images, and UCI digits as out-of-distribution data. Scores are balanced accuracies.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BACKBONE, HEAD = (1e-4, 1e-1), (1e-2, 3.0)  # the ranges of the learning rates
 
 
 def strategies(head_lr: float) -> dict[str, FTConfig]:
-    """The rows of the table; those without a head rate of their own leave it out."""
+    """The rows of the table; those without their own head rate ignore it."""
     search: dict[str, Any] = {
         "search_epochs": 4,
         "metric": "balanced_accuracy",
@@ -65,7 +65,7 @@ def task(name: str) -> dict[str, Dataset]:
 
 
 class Task:
-    """A task with its images made ready."""
+    """A task with its prepared images."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -77,7 +77,7 @@ class Task:
         return load_model(MODEL, id2label=dict(enumerate(self.labels)), image_size=PIXELS, seed=seed)
 
     def train(self, config: FTConfig, learning_rate: float, seed: int, final: bool) -> dict[str, Any]:
-        """One run: validation score of the best epoch; with ``final``, the scores on test and out of distribution."""
+        """Run once: the best epoch's validation score; with ``final``, also test and out-of-distribution scores."""
         trainer, found = train(
             self.model(seed)[0],
             config,
@@ -105,7 +105,7 @@ def run(runs: Runs, task: Task, name: str, rates: dict[str, float], seed: int, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="mnist,elpv")
-    parser.add_argument("--strategies", default="", help="those whose name holds this")
+    parser.add_argument("--strategies", default="", help="only those whose name contains this")
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -1,16 +1,16 @@
 """What the search over frozen layers costs, as ratios in one run: `python tests/benchmarks/swarm.py`.
 
-Two MobileNetV2 at 64 px, 200 images of MNIST (150 train, 50 score), batch 32, SGD with momentum, CPU; the paper's
-budget: 10 particles, 5 moves, 5 epochs.
+Two MobileNetV2 at 64 px, 200 images of MNIST (150 for training, 50 for scores), batch 32, SGD with momentum, CPU; the
+paper's budget: 10 particles, 5 moves, 5 epochs.
 
-- search: as it is. Every distinct position is trained once, and starts from recorded activations.
-- floor: the training steps and scoring passes of the same positions alone, from activations that are there already.
-- uncached: the same search, every forward pass from the pixels.
-- authors: every particle of every generation trained anew, from the pixels.
+- search: as implemented. Every distinct position is trained once, and starts from recorded activations.
+- floor: only the training steps and scoring passes of the same positions, from activations that already exist.
+- uncached: the same search, with every forward pass starting from the pixels.
+- authors: every particle of every generation is trained anew, from the pixels.
 - cheaper (`--cheaper`, instead of these): halving, fewer epochs, patience; the epochs that they train, and the score of
-  what they find, trained as long as in the whole search. Nothing is timed.
-- gap (`--gap`, likewise): the largest difference of the validation loss after any epoch, from recorded activations and
-  from the pixels, over twelve positions. Accuracy alone would hide small ones.
+  what they find, trained for as long as in the whole search. Nothing is timed.
+- gap (`--gap`, likewise): the largest difference between the validation loss after any epoch from recorded activations
+  and from the pixels, over twelve positions. Accuracy alone would hide small differences.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CHEAPER = {
 
 
 def searching(model: Any, data: Cells, config: AMCFConfig, cache: str) -> SwarmSearch:
-    """A search made ready; nothing is trained or recorded yet."""
+    """A prepared search; nothing is trained or recorded yet."""
     args = tiny_arguments(
         tempfile.mkdtemp(),
         optim="sgd",
@@ -73,7 +73,7 @@ def timed(search: SwarmSearch) -> tuple[float, SwarmScores]:
 
 
 def authors(search: SwarmSearch, scores: SwarmScores) -> float:
-    """Seconds of training every particle of every generation anew."""
+    """The seconds it takes to train every particle of every generation anew."""
     began = time.perf_counter()
     for generation in scores.generations:
         for position in generation.integers():
@@ -82,7 +82,7 @@ def authors(search: SwarmSearch, scores: SwarmScores) -> float:
 
 
 def floor(search: SwarmSearch, scores: SwarmScores) -> float:
-    """Seconds of the steps and scoring passes of all distinct positions, everything else done before the clock runs."""
+    """The seconds of the steps and scoring passes of all distinct positions; all else is done before timing."""
     trainings, total = search.trainings, 0.0
     recipe, batches = search.context.recipe, trainings._batches
     for evaluation in scores.evaluations:
@@ -158,7 +158,7 @@ def main() -> None:
 
 
 def cheaper(model: Any, data: Cells, config: AMCFConfig, judge: SwarmSearch) -> dict[str, Any]:
-    """The epochs and the finding of the cheaper searches; what each finds is trained as long as in the whole one."""
+    """The epochs and results of the cheaper searches; what each finds is trained as long as in the whole one."""
     found: dict[str, Any] = {}
     for name, changes in CHEAPER.items():
         scores = searching(model, data, dataclasses.replace(config, **changes), "always").run()
@@ -170,7 +170,7 @@ def cheaper(model: Any, data: Cells, config: AMCFConfig, judge: SwarmSearch) -> 
 
 
 def gap(model: Any, data: Cells, config: AMCFConfig) -> dict[str, Any]:
-    """Losses after each epoch of some positions, trained from recorded activations and from the pixels."""
+    """Losses after each epoch for some positions, trained from recorded activations and from the pixels."""
     searches = [searching(model, data, config, use) for use in ("always", "never")]
     found = []
     for position in begin(searches[0].layers, 12, 0).integers():

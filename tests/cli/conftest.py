@@ -1,4 +1,4 @@
-"""Commands run without traces of others."""
+"""Commands run without traces of earlier ones."""
 
 import logging
 
@@ -10,7 +10,7 @@ from tests.comparison.small_comparison import any_temperature
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path_factory, monkeypatch):
-    """No cache, no network, and no handler of ours left behind."""
+    """No cache, no network, and none of our log handlers left behind."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_FT_TRACEBACK", raising=False)

@@ -1,4 +1,4 @@
-"""`hf-ft list` and `describe`: the file they read says what the classes say; another's strategies are shown as well."""
+"""`hf-ft list` and `describe`: the file they read agrees with the classes; third-party strategies are also shown."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ def test_the_file_is_up_to_date(shipped_strategies):
     assert FILE.read_bytes() == as_file(registry.strategies()).encode(), "run `python -m docs.tools.tables`"
 
 
-def test_what_is_shown_is_text_alone(shipped_strategies):
+def test_only_plain_text_is_shown(shipped_strategies):
     for name, entry in entries().items():
         assert entry == entry_of(config_class(name))
         values = [value for part in (*entry.options, *entry.recommended) for value in part.values()]
@@ -46,7 +46,7 @@ def theirs(monkeypatch):
     return Theirs
 
 
-def test_anothers_strategy_is_listed_and_described(theirs, capsys, monkeypatch):
+def test_a_third_party_strategy_is_listed_and_described(theirs, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     assert main(["list"]) == 0
     *_, last = (line for line in capsys.readouterr().out.split("\n\n")[0].splitlines() if line)

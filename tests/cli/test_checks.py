@@ -1,4 +1,4 @@
-"""Flags that would have no effect, and values that would mean something else, are refused."""
+"""Flags that would have no effect, and values that would be misread, are refused."""
 
 import re
 import sys

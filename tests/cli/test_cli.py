@@ -1,4 +1,4 @@
-"""``hf-ft``: what is read, what is refused, what is printed, and that a run ends in a plain checkpoint."""
+"""``hf-ft``: what is read, refused and printed, and that a run ends with a plain checkpoint."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ from tests.forked import python
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Photos in class folders with a test split, reviews in a table, and a checkpoint for either."""
+    """Photos in class folders with a test split, reviews in a table, and a checkpoint for each."""
     root, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
     for split, number in (("train", 10), ("test", 4)):
         for index, name in enumerate(("cat", "dog")):
@@ -57,7 +57,7 @@ def files(tmp_path_factory):
 
 
 def words(text):
-    """Without the wrapping of a terminal."""
+    """Undo the terminal's line wrapping."""
     return " ".join(text.split())
 
 
@@ -97,7 +97,7 @@ def test_train_images(files, tmp_path, capsys, temperatures):
 
 @pytest.mark.slow
 def test_train_with_source_data(files, tmp_path, capsys):
-    """The pretrained head is kept beside the new one, and gone from what is saved."""
+    """The pretrained head is kept beside the new one, and is not saved."""
     names = {0: "dog", 1: "owl", 2: "cat"}
     tiny_resnet(id2label=names, label2id={v: k for k, v in names.items()}).save_pretrained(tmp_path / "named")
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "named")
@@ -133,7 +133,7 @@ def test_source_texts_are_mapped_by_name(files, tmp_path, capsys):
 
 
 def together(files, output, *more, sources="resnet,mobilenet"):
-    """AMCF on several source models, which are named in place of --model."""
+    """AMCF on several source models, which are given in place of --model."""
     named = ",".join(str(files / name) for name in sources.split(","))
     where = ["--dataset", str(files / "photos"), "--output_dir", str(output), "--use_cpu", "true", "--max_steps", "2"]
     return main(["train", "--strategy", "amcf", "--amcf.source_models", named, *where, *more])
@@ -144,7 +144,7 @@ SWARM = ["--amcf.particles", "2", "--amcf.iterations", "1", "--amcf.search_epoch
 
 @pytest.mark.slow
 def test_train_several_models(files, tmp_path, capsys, temperatures):
-    """The whole is an image classifier once hf_ft is imported, and each member is one without."""
+    """The ensemble is an image classifier once hf_ft is imported; each member is one without hf_ft."""
     out = tmp_path / "out"
     assert together(files, out, "--amcf.frozen", "2,1", "--amcf.prediction", "mean_probability") == 0
     printed = words(capsys.readouterr().out)
@@ -176,7 +176,7 @@ def test_train_searches_for_frozen_layers(files, tmp_path, monkeypatch, capsys):
     card = (out / "README.md").read_text()
     assert scores.verdict() in card and "Data: `photos` (" in card and "name: photos" in card
     assert all((out / name).is_file() for name in ("swarm.png", "swarm_scores.png", "swarm_search.db", "config.json"))
-    # Only the study is left: the search is done already, whatever else its flags say.
+    # Only the study is left: the search is already done, whatever its other flags say.
     monkeypatch.setattr("hf_ft.search.evaluate.fit", lambda *a, **k: pytest.fail("searched again"))
     again = tmp_path / "again"
     again.mkdir()
@@ -225,12 +225,12 @@ def test_source_models_in_a_file(files, tmp_path):
 )
 def test_several_models_refused(sources, flags, message, files, tmp_path, capsys):
     assert together(files, tmp_path / "out", *flags.split(), sources=sources) == 2
-    *_, line = capsys.readouterr().err.strip().splitlines()  # Transformers may have told of new heads before
+    *_, line = capsys.readouterr().err.strip().splitlines()  # Transformers may have reported new heads before
     assert line.startswith("hf-ft train: error: ") and message in line
 
 
 @pytest.mark.slow
-def test_resume_goes_on(files, tmp_path):
+def test_resume_continues(files, tmp_path):
     more = [
         "--max_steps",
         "-1",
@@ -248,7 +248,7 @@ def test_resume_goes_on(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_momentum_is_said(files, tmp_path, capsys):
+def test_momentum_is_reported(files, tmp_path, capsys):
     assert (
         photos(files, tmp_path, "--model", str(files / "mobilenet"), "--linear_probe.batch_norm_momentum", "keep") == 2
     )
@@ -313,7 +313,7 @@ def test_precedence(tmp_path):
         "both": arguments.read(["--learning_rate", "0.75", "--config", str(file), "--l2_sp.alpha", "0.75"]),
     }
     rates = {name: request.training_arguments().get("learning_rate") for name, request in values.items()}
-    # A probe fits its rate to the features where nobody sets one.
+    # A probe fits its rate to the features if none is set.
     assert rates == {"nothing": 3e-4, "strategy": None, "file": 0.5, "both": 0.75}
     assert set(values["nothing"].recommended()) == {"learning_rate"} and not values["file"].recommended()
     sgd = arguments.read(["--optim", "sgd"]).training_arguments()
@@ -470,7 +470,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         main(["describe", "full"])
 
 
-def test_arguments_become_flags_where_the_fix_is_told():
+def test_fixes_name_flags_instead_of_arguments():
     text = "test_split='x' is not there, nor label: set test_split, or leave it out with on_corrupt='skip'"
     shown = console.with_flags(text, ("test_split", "on_corrupt", "nothing"))
     assert shown == "test_split='x' is not there, nor label: set --test_split, or leave it out with --on_corrupt skip"
@@ -611,14 +611,14 @@ def test_search_blocks(files, tmp_path, monkeypatch, capsys):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "block_search.db", "blocks.json", "blocks.md", "blocks.png", "data_checks.json"
     }  # fmt: skip
-    # Again: all trials are there already, so none is run.
+    # Again: all trials are already there, so none is run.
     monkeypatch.setattr("hf_ft.search.evaluate.fit", lambda *a, **k: pytest.fail("run again"))
     assert main([*search, "--search_seeds", "2"]) == 0
     assert json.loads((tmp_path / "out" / "blocks.json").read_text()) == content
 
 
 @pytest.mark.slow
-def test_train_says_what_a_search_found(files, tmp_path, capsys):
+def test_train_reports_what_a_search_found(files, tmp_path, capsys):
     more = ["--strategy", "blockwise", "--blockwise.search_epochs", "1", "--blockwise.scheme", "block"]
     assert photos(files, tmp_path / "out", *more) == 0
     printed = capsys.readouterr().out
@@ -683,7 +683,7 @@ def test_table_wraps_its_last_column(monkeypatch):
 
 
 def test_sigterm_interrupts_what_workers_share(monkeypatch, capsys):
-    """So the trial is given back at once, and no death of a worker is counted."""
+    """So the trial is given back at once, and is not counted as a worker's death."""
     before = signal.getsignal(signal.SIGTERM)
 
     given_back = []

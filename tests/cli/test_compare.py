@@ -1,4 +1,4 @@
-"""``hf-ft compare``: from files to a report and a plain checkpoint; what is refused; several workers."""
+"""``hf-ft compare``: from files to a report and a plain checkpoint; refused input; several workers."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ from tests.forked import python
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Photos in class folders, without validation or test split; others of the same classes; a checkpoint."""
+    """Photos in class folders, without a validation or test split; others of the same classes; a checkpoint."""
     root, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
     for folder, number in (("photos", 24), ("drawings", 5)):
         for index, name in enumerate(("cat", "dog")):
@@ -146,7 +146,7 @@ def test_refused(more, message, files, tmp_path, capsys):
 
 
 def test_without_optuna(files, tmp_path, capsys, monkeypatch):
-    """The line that installs it comes before anything is read or trained."""
+    """The command that installs it is printed before anything is read or trained."""
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.setattr("hf_ft.cli.compare.comparison_data", lambda *args: pytest.fail("the data were read"))
     assert main(["compare", *flags(files, tmp_path / "out")]) == 2
@@ -161,7 +161,7 @@ def test_without_validation_and_test_split(files, tmp_path):
     assert sum(map(len, rows)) == len(set.union(*rows))
 
 
-def test_classes_out_of_distribution_are_told_by_their_names(tmp_path):
+def test_out_of_distribution_classes_are_matched_by_name(tmp_path):
     own = find_columns(images((3, 3, 3), 0))  # red, green, blue
     other = images((2, 2), 1).cast_column("label", datasets.ClassLabel(names=["blue", "red"]))
     datasets.DatasetDict({"test": other}).save_to_disk(str(tmp_path / "other"))

@@ -1,4 +1,4 @@
-"""``hf-ft train`` on a data set with damaged images: told before training, or left out by a flag."""
+"""``hf-ft train`` on a dataset with damaged images: reported before training, or left out by a flag."""
 
 import shutil
 
@@ -32,7 +32,7 @@ def run(files, output, *more):
 
 
 @pytest.mark.slow
-def test_damaged_images_are_told_before_training_or_left_out(files, tmp_path, capsys):
+def test_damaged_images_are_reported_before_training_or_left_out(files, tmp_path, capsys):
     assert run(files, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "1 of 20 images cannot be read: " in error and "dog/9.png" in error and "--on_corrupt skip" in error
@@ -53,13 +53,13 @@ def test_duplicates_are_refused_or_left_out(files, tmp_path, capsys):
     assert run(files, tmp_path / "out", *whole, "refuse") == 2
     error = capsys.readouterr().err
     assert "14 samples of train equal to others in it" in error and "or set --on_duplicates" in error
-    assert run(files, tmp_path / "out", *whole, "drop") == 2  # the folder with the list is no obstacle
+    assert run(files, tmp_path / "out", *whole, "drop") == 2  # the folder with the list may already exist
     assert "all training samples are duplicates that" in capsys.readouterr().err
     assert run(files, tmp_path / "out", *whole, "keep") == 2
     assert "choose one of warn, drop, refuse, ignore" in capsys.readouterr().err
 
 
-def test_duplicates_among_many_samples_are_looked_for_if_asked(files, tmp_path, monkeypatch):
+def test_duplicates_among_many_samples_are_looked_for_on_request(files, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "CHECKED_UNASKED", 19)
     flags = DataFlags(dataset=str(files / "whole"))
     data = prepare.read_data(flags)
@@ -70,7 +70,7 @@ def test_duplicates_among_many_samples_are_looked_for_if_asked(files, tmp_path, 
     assert asked.checks.duplicates and asked.splits is data.splits
 
 
-@pytest.mark.newest  # the oldest datasets read no metadata.csv of a folder
+@pytest.mark.newest  # the oldest datasets versions do not read a folder's metadata.csv
 def test_the_trainer_knows_the_groups(files, tmp_path, monkeypatch, capsys):
     rows = ["file_name,label,patient"]
     for number in range(24):
@@ -93,7 +93,7 @@ def test_the_trainer_knows_the_groups(files, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_damaged_source_images_are_told(files, tmp_path, capsys):
+def test_damaged_source_images_are_reported(files, tmp_path, capsys):
     source = ["--dataset", str(files / "whole"), "--source_dataset", str(files / "photos")]
     assert run(files, tmp_path / "out", *source) == 2
     assert run(files, tmp_path / "out", "--on_corrupt", "skip", *source) == 0
@@ -101,7 +101,7 @@ def test_damaged_source_images_are_told(files, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_many_images_are_checked_only_if_asked(files, tmp_path, capsys, monkeypatch):
+def test_many_images_are_checked_only_on_request(files, tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr(prepare, "CHECKED_UNASKED", 19)
     monkeypatch.setattr(
@@ -117,7 +117,7 @@ def test_many_images_are_checked_only_if_asked(files, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("command", ["train", "advise", "compare", "search-blocks"])
-def test_cut_off_weights_end_in_one_line(files, tmp_path, capsys, command):
+def test_truncated_weights_end_in_one_line(files, tmp_path, capsys, command):
     model = shutil.copytree(files / "resnet", tmp_path / "model")
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])

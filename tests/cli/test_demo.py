@@ -1,4 +1,4 @@
-"""``hf-ft demo`` on real weights and real images, reduced; its last lines work in a fresh process."""
+"""``hf-ft demo`` on real weights and images, scaled down; its last lines work in a fresh process."""
 
 import ast
 import importlib.util
@@ -24,7 +24,7 @@ SMALL = ["--num_train_epochs", "2", "--labelled", "64", "--validation_fraction",
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
-    """In a folder of its own, which "runs/demo" is relative to; loggers are left as they were."""
+    """In a separate folder, to which "runs/demo" is relative; loggers are left as they were."""
     monkeypatch.chdir(tmp_path)
     level = transformers_logging.get_verbosity()
     yield
@@ -34,7 +34,7 @@ def clean(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Two strategies beside the baseline, two seeds, two epochs: where it wrote and what it printed."""
+    """Two strategies besides the baseline, two seeds, two epochs: where it wrote and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     flags = [*SMALL, "--image_size", "32", "--strategies", "linear_probe,lp_ft", "--seeds", "2", "--folds", "1"]
     done = python("-m", "hf_ft", "demo", *flags, cwd=folder)
@@ -46,7 +46,7 @@ def small(tmp_path_factory):
 class TestReduced:
     pytestmark = real
 
-    def test_says_what_a_newcomer_must_know(self, small):
+    def test_prints_what_a_newcomer_must_know(self, small):
         _, done = small
         printed = " ".join(done.stdout.split())
         assert DATA_NOTICES["elpv"] in printed and "40 train, 24 validation, 24 test" in printed
@@ -103,7 +103,7 @@ class TestReduced:
             assert main(["demo", *SMALL]) == 2
             assert line in capsys.readouterr().err
 
-    def test_a_folder_that_holds_something_else_is_refused(self, small, capsys):
+    def test_a_folder_with_other_content_is_refused(self, small, capsys):
         folder, _ = small
         flags = [*SMALL, "--num_train_epochs", "1", "--output_dir", str(folder / "runs/demo")]
         before = (folder / "runs/demo/results.json").read_bytes()

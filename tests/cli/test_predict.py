@@ -1,4 +1,4 @@
-"""``hf-ft predict`` and ``hf-ft evaluate``: what is written, what is told, what is refused."""
+"""``hf-ft predict`` and ``hf-ft evaluate``: what is written, reported and refused."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def call(command, model, data, *more):
     return main([command, "--model", str(model), "--dataset", str(data), "--device", "cpu", *map(str, more)])
 
 
-def test_predictions_go_to_stdout_or_a_file_and_what_is_damaged_is_told(files, tmp_path, capsys):
+def test_predictions_go_to_stdout_or_a_file_and_damaged_files_are_reported(files, tmp_path, capsys):
     shutil.copytree(files / "photos", tmp_path / "photos")
     (tmp_path / "photos" / "cat" / "2.png").write_bytes(b"")
     assert call("predict", files / "resnet", tmp_path / "photos", "--top_k", "2", "--batch_size", "5") == 0
@@ -92,7 +92,7 @@ def test_what_has_no_effect_is_refused(more, told, files, capsys):
         ("bert", "reviews.csv", "no image, audio or text column"),
     ],
 )
-def test_what_is_not_there_is_told_in_a_line(model, data, told, files, capsys):
+def test_missing_files_are_reported_in_one_line(model, data, told, files, capsys):
     assert call("predict", files / model, files / data) == 2
     err = capsys.readouterr().err
     assert told in " ".join(err.split()) and len(err.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""What commands write for others to read names no folder and no user of this machine, and holds no secret."""
+"""What commands write for others to read names no folder or user of this machine, and contains no secret."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hf_ft.cli import main
 from hf_ft.testing.models import tiny_resnet
 
 USER, SECRET = "ann-on-this-machine", "hf_plantedplantedplanted"
-# Files for this machine alone: studies, and checkpoints to resume from.
+# Files for this machine only: studies, and checkpoints to resume from.
 LOCAL = (".db", ".lock", "trainer_state.json")
 
 
@@ -30,7 +30,7 @@ def home(tmp_path_factory):
 
 
 def leaks(folder):
-    """The files of a folder that hold the user's name or the secret."""
+    """The files in a folder that contain the user's name or the secret."""
     files = [file for file in folder.rglob("*") if file.is_file() and not file.name.endswith(LOCAL)]
     assert files
     return [

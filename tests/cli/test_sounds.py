@@ -1,4 +1,4 @@
-"""``hf-ft`` on a folder of sounds: train, compare and advise; the model comes out with its feature extractor."""
+"""``hf-ft`` on a folder of sounds: train, compare and advise; the model is saved with its feature extractor."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_a_trained_model_tells_the_sounds_apart_and_is_saved_with_its_extractor(
 
 
 @pytest.mark.slow
-def test_strategies_are_compared_and_one_is_advised(files, tmp_path, capsys):
+def test_strategies_are_compared_and_one_is_recommended(files, tmp_path, capsys):
     short = ["--strategies", "full,l2_sp", "--trials", "0", "--seeds", "1", "--num_train_epochs", "1"]
     assert call("compare", files, tmp_path / "out", *short) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""``hf-ft train --streaming``: rows that are read as they come end in the same kind of checkpoint."""
+"""``hf-ft train --streaming``: training on a stream of rows ends with the same kind of checkpoint."""
 
 import json
 import re
@@ -18,7 +18,7 @@ ROLES = {"train": "train", "validation": None, "test": None}
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory):
-    """Tables of texts with class names, a file per split; the last class comes late."""
+    """Tables of texts with class names, one file per split; the last class appears late."""
     folder = tmp_path_factory.mktemp("reviews")
     for split, count in (("train", 150), ("validation", 10)):
         rows = [{"text": f"good film {i}", "label": "good" if i % 2 else "bad "} for i in range(count)]
@@ -45,7 +45,7 @@ def test_texts_of_a_table(files, reviews, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_photos_of_a_folder_are_measured_without_augmentation_and_resumed(files, tmp_path, capsys):
-    """A folder of images is not copied in any case: rows can be held out of it."""
+    """A folder of images is never copied, so rows can be held out from it."""
     saving = [
         "--max_steps",
         "4",

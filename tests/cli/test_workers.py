@@ -1,4 +1,4 @@
-"""``--workers``: what each worker is given, how all of them end, and what is refused; cores that others need."""
+"""``--workers``: what each worker gets, how all of them end, what is refused, and cores that others need."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from hf_ft.cli.workers import check_workers, other_workers
 from hf_ft.comparison.worker import visible_gpus
 from hf_ft.errors import OptionError
 
-# A worker that says that it is there, and how it was ended.
+# A worker that reports that it has started, and how it was ended.
 WAITS = """
 import sys, time
 from pathlib import Path
@@ -30,7 +30,7 @@ except KeyboardInterrupt:
     time.sleep(0.1)  # a second interrupt would disturb what is done here
     place.write_text("interrupted")
 """
-# A process that starts two of them and waits. What runs in the background may have been told to ignore SIGINT.
+# A process that starts two of them and waits. Background processes may have been set to ignore SIGINT.
 STARTS = """
 import signal, sys, time
 from hf_ft.cli import workers
@@ -43,7 +43,7 @@ with workers.other_workers(3, [sys.executable, "-c", *sys.argv[1:]], []):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """As of a user who has set nothing, on four cores."""
+    """The environment of a user who has set nothing, on four cores."""
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     for module in (cores, workers):
@@ -70,7 +70,7 @@ def said(folder):
     return {file.name: file.read_text() for file in folder.iterdir()}
 
 
-def test_each_worker_has_its_share(environment, capsys):
+def test_each_worker_gets_its_share(environment, capsys):
     command = "import os; print(*(os.environ.get(n) for n in ('RANK', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY', {!r})))"
     for gpus, name in (([], "LOCAL_RANK"), (["3", "GPU-5"], "CUDA_VISIBLE_DEVICES")):
         with other_workers(2, [sys.executable, "-c", command.format(name)], gpus) as others:
@@ -240,11 +240,11 @@ def test_a_search_in_memory_is_not_shared(environment, tmp_path, capsys):
         (16, 10.2, 16, "active", "OMP_NUM_THREADS=6 "),
         (2, 0.4, 2, "", ""),  # a browser
         (16, 2.0, 16, "", ""),
-        (1, 2.0, 2, "", ""),  # nothing is left to set
+        (1, 2.0, 2, "", ""),  # nothing remains to be set
         (2, 2.0, 2, "passive", ""),
     ],
 )
-def test_whoever_starts_a_second_training_is_told(threads, load, machine, policy, advice):
+def test_starting_a_second_training_run_warns(threads, load, machine, policy, advice):
     text = crowding(threads, load, machine, {"OMP_WAIT_POLICY": policy})
     assert bool(text) == bool(advice) and advice in text
 
@@ -252,7 +252,7 @@ def test_whoever_starts_a_second_training_is_told(threads, load, machine, policy
 @pytest.mark.parametrize(
     ("command", "device"), [("train", "cpu"), ("compare", "cpu"), ("search_blocks", "cpu"), ("train", "cuda")]
 )
-def test_it_is_said_before_training_on_a_cpu(command, device, environment, tmp_path, capsys):
+def test_it_warns_before_training_on_a_cpu(command, device, environment, tmp_path, capsys):
     def train(*_, **__):
         raise OptionError("training")
 
@@ -277,5 +277,5 @@ def test_it_is_said_before_training_on_a_cpu(command, device, environment, tmp_p
     assert all(note.startswith("note: the machine is busy: its load is 40.0 on 8 cores") for note in notes)
 
 
-def test_the_load_is_that_of_others():
+def test_the_load_is_that_of_other_processes():
     assert 0 <= cores.load() < 10_000

@@ -1,4 +1,4 @@
-"""Small models and images for comparisons, and a process that can be killed in the middle of one."""
+"""Small models and images for comparisons, and a process that can be killed in the middle of a comparison."""
 
 import copy
 import json
@@ -23,14 +23,14 @@ from hf_ft.processes import process_name
 from hf_ft.testing.models import tiny_resnet
 
 NAMES = ("red", "green", "blue")
-# For tests that look neither at several seeds nor at epochs.
+# For tests that depend neither on several seeds nor on epochs.
 SHORT = {"seeds": 1, "num_train_epochs": 1}
 SETTINGS = ("hours", "metric", "learning_rates", "storage", "retry_failed", "folds", "patience", "mixup", "cutmix")
 SETTINGS += ("soup_of", "thumbnails")
 
 
 def images(counts, seed):
-    """Noise with a tint for each class; ``counts`` of each."""
+    """Noise with a tint for each class; ``counts`` images of each."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(len(counts)), counts)
     pixels = rng.integers(0, 120, (len(labels), 16, 16, 3))
@@ -47,7 +47,7 @@ def splits(train=(8, 8, 8), validation=(4, 4, 4), test=(6, 6, 6), **more):
 
 
 def load(classes=3):
-    """A loader for ``compare``, of a network of two blocks."""
+    """A loader for ``compare`` that makes a network of two blocks."""
     pretrained = tiny_resnet(num_labels=classes, seed=0, depths=[1, 1])
 
     def loader(seed, keep):
@@ -61,7 +61,7 @@ def load(classes=3):
 
 
 class Even(Clock):
-    """Every training costs the same, so that repetitions have as many trials."""
+    """Every training run costs the same, so that repetitions have the same number of trials."""
 
     def on_train_end(self, *args, **kwargs):
         super().on_train_end(*args, **kwargs)
@@ -69,12 +69,12 @@ class Even(Clock):
 
 
 def even():
-    """Trainings cost the same while it is entered."""
+    """Within this context, all training runs cost the same."""
     return mock.patch("hf_ft.comparison.training.Clock", Even)
 
 
 def any_temperature():
-    """A handful of validation samples is enough for a temperature, whatever it is, while it is entered."""
+    """Within this context, a handful of validation samples is enough for any temperature."""
     return mock.patch.multiple("hf_ft.inference.calibration", FEWEST=1, LOWEST=1e-4, HIGHEST=1e4)
 
 
@@ -97,7 +97,7 @@ def run(folder, strategies="linear_probe", *, trials=2, seeds=2, data=None, told
 
 
 def lasting(results):
-    """What is the same in every repetition: no times, no memory, no warnings told once a process."""
+    """What is the same in every repetition: no times, no memory, no warnings issued once per process."""
     content = json.loads(json.dumps(results.to_dict()))
     for contender in content["contenders"]:
         for training in (*contender["trials"], *contender["runs"]):
@@ -110,7 +110,7 @@ def lasting(results):
 
 
 def killed_after(folder, trainings):
-    """Dies by kill -9 when so many trainings are done."""
+    """Dies by kill -9 after this many training runs."""
     told = []
 
     def tell(line):
@@ -122,7 +122,7 @@ def killed_after(folder, trainings):
 
 
 def shared(folder, storage, dies):
-    """A worker, of two, that may die by kill -9 in the second of its trainings."""
+    """One of two workers, which may die by kill -9 in its second training run."""
     evaluate, begun = Runner._evaluate, []
 
     def begin(runner, *what):
@@ -136,7 +136,7 @@ def shared(folder, storage, dies):
 
 
 def outlive(runner):
-    """Kill the other worker in its first training."""
+    """Kill the other worker in its first training run."""
     storage, study = runner._storage, runner._storage.get_study_id_from_name("compare")
     for _ in range(3000):
         running = storage.get_all_trials(study, deepcopy=False, states=[TrialState.RUNNING])
@@ -149,7 +149,7 @@ def outlive(runner):
 
 
 def meet(runner):
-    """Wait for another worker, so that both have something to do."""
+    """Wait for the other worker, so that both have something to do."""
     (runner.folder / f"here-{process_name()}").touch()
     for _ in range(600):
         if len(list(runner.folder.glob("here-*"))) > 1:

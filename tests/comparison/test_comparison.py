@@ -1,4 +1,4 @@
-"""``hf_ft.compare``: equal budgets, what looks at which data, interruptions, failures."""
+"""``hf_ft.compare``: equal budgets, which data are used for what, interruptions, failures."""
 
 import base64
 import errno
@@ -47,7 +47,7 @@ from tests.forked import python
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Three strategies, one of which is two; data out of distribution as well."""
+    """Three strategies, one of which is a composition of two; with out-of-distribution data."""
     folder = tmp_path_factory.mktemp("compared")
     told = []
     data = splits(ood=(5, 5, 5))
@@ -57,7 +57,7 @@ def compared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What a short comparison gives that nothing has interrupted."""
+    """The results of a short, uninterrupted comparison."""
     return lasting(run(tmp_path_factory.mktemp("whole"), **SHORT))
 
 
@@ -75,7 +75,7 @@ def test_every_contender_is_tuned_and_then_runs_with_each_seed(compared):
 
 
 @pytest.mark.slow
-def test_only_final_runs_look_at_the_test_sets(compared):
+def test_only_final_runs_use_the_test_sets(compared):
     results, _, data, _ = compared
     for contender in results.contenders:
         assert all(not trial.scores and not trial.predictions for trial in contender.trials)
@@ -96,7 +96,7 @@ def test_the_budget_is_the_work_of_full_fine_tuning(compared):
 
 
 def known_ledger(cost, looking=0.0, shares=None, most=4):
-    """Of full fine-tuning with four units of work, and another contender; trials with a share are finished."""
+    """Full fine-tuning with four units of work, and another contender; trials with a share are finished."""
 
     class Known(Ledger):
         def settings_of(self, entrant):
@@ -118,7 +118,7 @@ def known_ledger(cost, looking=0.0, shares=None, most=4):
     [(4.0, 0.0, 8), (8.0, 0.0, 4), (8.5, 0.0, 3), (4.0, 17.0, 3), (0.1, 0.0, 32), (50.0, 0.0, 1)],
 )
 def test_how_many_trials_fit(cost, looking, trials):
-    """Of a budget of eight trainings of four units; four times as many at most, and one at least."""
+    """With a budget of eight training runs of four units; at most four times as many, and at least one."""
     ledger = known_ledger(cost, looking)
     assert ledger.trials_of("full") == 8
     assert ledger.trials_of("other") == trials
@@ -127,11 +127,11 @@ def test_how_many_trials_fit(cost, looking, trials):
 @pytest.mark.parametrize(
     ("shares", "trials"),
     [
-        ([0.25], 8),  # the first diverged: what a whole training takes is known all the same
+        ([0.25], 8),  # the first diverged: the work of a whole training run is known nevertheless
         ([1.0] * 7, 8),
         ([1.0] * 8, 8),
-        ([1.0, *[0.25] * 4, 1.0, 1.0, 1.0], 11),  # four that left three quarters each
-        ([1.0, *[0.25] * 4, 1.0, 1.0, 1.0, 0.5, 0.5, 1.0], 12),  # and of those three, two left a half
+        ([1.0, *[0.25] * 4, 1.0, 1.0, 1.0], 11),  # four that left three quarters of their work each
+        ([1.0, *[0.25] * 4, 1.0, 1.0, 1.0, 0.5, 0.5, 1.0], 12),  # and of those three, two left half
         ([0.1] * 32, 32),
     ],
 )
@@ -160,7 +160,7 @@ def test_the_second_trial_is_of_the_other_optimizer_at_the_same_share_of_its_ran
 
 
 @pytest.mark.slow
-def test_what_a_training_tells(compared):
+def test_what_a_training_run_records(compared):
     final = compared[0]["full"].runs[0]
     assert [point["epoch"] for point in final.curve] == [1.0, 2.0]
     assert final.best_epoch in (1.0, 2.0) and final.passes == 48
@@ -234,7 +234,7 @@ def test_the_winner_has_the_temperature_of_its_run_and_predicts_with_it(compared
 
 @pytest.mark.slow
 def test_mistakes_are_listed_and_have_thumbnails_on_request(compared, tmp_path):
-    """Asked for later, they cost no training; without logits, as after version 0.1.0, there is no list."""
+    """Requested later, they need no training; without logits, as after version 0.1.0, there is no list."""
     results, folder, data, _ = compared
     saved = next(r for r in results[results.winner].runs if r.seed == results.winner_seed)
     labels, found = data["test"]["label"][:], results.mistakes
@@ -264,7 +264,7 @@ def test_results_come_back_from_json(compared):
 
 
 @pytest.mark.slow
-def test_a_second_call_trains_nothing_and_says_the_same(compared, monkeypatch):
+def test_a_second_call_trains_nothing_and_returns_the_same(compared, monkeypatch):
     results, folder, data, _ = compared
     monkeypatch.setattr("hf_ft.comparison.runner.Runner._evaluate", None)
     told = []
@@ -279,7 +279,7 @@ def test_more_can_be_added_later(compared):
     more = run(folder, "linear_probe,lp_ft+l2_sp,layer_decay", data=data, seeds=1)
     assert lasting(more)["contenders"][0]["trials"] == lasting(results)["contenders"][0]["trials"]
     assert more["layer_decay"].status == "finished" and len(more["full"].runs) == 1
-    run(folder, "linear_probe,lp_ft+l2_sp", data=data)  # and the others are still there
+    run(folder, "linear_probe,lp_ft+l2_sp", data=data)  # and the others are kept
 
 
 @pytest.mark.slow
@@ -289,7 +289,7 @@ def test_an_estimate_comes_first(compared):
 
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path, whole):
-    for trainings in (2, 3):  # the second call kills itself three trainings later
+    for trainings in (2, 3):  # the second call kills itself three training runs later
         done = python("-m", "tests.comparison.small_comparison", tmp_path / "killed", trainings)
         assert done.returncode == -9, done.stderr
     assert lasting(run(tmp_path / "killed", **SHORT)) == whole
@@ -316,7 +316,7 @@ def test_the_time_is_up_and_then_there_is_more(tmp_path, monkeypatch):
 
 @pytest.fixture
 def odd_strategies():
-    """One that refuses, and one that breaks in training where its rate is high."""
+    """One that refuses, and one that fails in training if its rate is high."""
 
     def breaks(view):
         if breaks.rate is None or breaks.rate > 0.005:
@@ -353,7 +353,7 @@ def odd_strategies():
 
 
 @pytest.mark.slow
-def test_failures_end_nothing_and_are_told(tmp_path, odd_strategies):
+def test_failures_do_not_end_the_comparison_and_are_reported(tmp_path, odd_strategies):
     results = run(tmp_path, "refusing,breaking,soft", trials=4, **SHORT)
     refused, broken = results["refusing"], results["breaking"]
     assert refused.status == "cannot run" and refused.reason == "refusing.x=1: this model has no x."
@@ -384,7 +384,7 @@ def test_what_is_measured_is_measured_once_and_counted(tmp_path, monkeypatch):
 
         def measure(self, model, context):
             looked.append(context.samples.count)
-            for batch in [*context.batches(), *context.batches()]:  # two thirds of a training, which goes back as well
+            for batch in [*context.batches(), *context.batches()]:  # two thirds of the work of a training run
                 model(**batch)
             return State({"x": torch.tensor([3.0])}, {"seen": 24})
 
@@ -403,12 +403,12 @@ def test_what_is_measured_is_measured_once_and_counted(tmp_path, monkeypatch):
     found = results["looking"]
     assert found.found == {"seen": 24} and found.learned == "looked at 24"
     assert found.measure_seconds > 0 and found.used == pytest.approx((2 + 2 / 3) / 3, rel=0.1)
-    assert len(found.trials) == 2  # of three: the look took its share
+    assert len(found.trials) == 2  # of three: the measurement took its share
 
 
 @pytest.mark.slow
 def test_without_tuning_all_run_with_their_own_defaults(tmp_path):
-    """Measured once as well, in the first run, and not shortened to a share of a budget."""
+    """Measured once here too, in the first run, and not limited to a share of a budget."""
     search = BlockwiseConfig(search_epochs=2, validation=0.5, baselines=False)
     results = run(tmp_path, ["linear_probe", search], trials=0)
     for contender in results.contenders:
@@ -442,7 +442,7 @@ def test_unequal_classes(counts, classes, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_last_batch_holds_one_sample(tmp_path):
+def test_no_last_batch_has_a_single_sample(tmp_path):
     results = run(tmp_path, data=splits(train=(9, 8, 8)), seeds=1, trials=1)
     assert {c.status for c in results.contenders} == {"finished"}
     assert results.settings["per_device_train_batch_size"] == 7 and results["full"].runs[0].passes == 50
@@ -490,7 +490,7 @@ def test_names_for_variants():
     assert [config.ft_type for config in chosen["both"]] == ["lp_ft", "bss"]
 
 
-def test_each_optimizer_has_rates_and_arguments_of_its_own():
+def test_each_optimizer_has_its_own_rates_and_arguments():
     assert optimizers(training_arguments({}), "image") == ("adamw_torch", "sgd")
     assert optimizers(training_arguments({}), "text") == ("adamw_torch",)
     chosen = training_arguments({"optim": OptimizerNames.SGD, "max_grad_norm": 0.5})
@@ -509,7 +509,7 @@ def test_rates_lie_around_the_recommended_one_unless_the_user_says_where():
     assert Settings(learning_rates="1e-5,1e-1").rates(3e-4) == LogRange(1e-5, 1e-1)
 
 
-def test_the_clock_stands_between_epochs():
+def test_time_between_epochs_is_not_counted():
     clock = Clock()
     sum(range(200_000))
     clock.on_epoch_end(None, None, None)
@@ -521,7 +521,7 @@ def test_the_clock_stands_between_epochs():
     assert clock.paused > 0
 
 
-def test_peak_memory_sees_what_was_given_back():
+def test_peak_memory_includes_what_was_freed():
     with PeakMemory() as memory:
         held = torch.ones(64 * 2**20 // 4)
         time.sleep(0.3)
@@ -541,7 +541,7 @@ def test_only_the_best_model_of_a_contender_is_kept(tmp_path):
     assert [path.name for path in (kept.own / "models" / "a").iterdir()] == ["seed-2"]
     assert kept.has_model("a", 2) and not kept.has_model("a", 3)
     best = kept.crown("a", 2)
-    assert best == tmp_path / "best" and kept.model("a", 2).is_dir()  # others may still choose
+    assert best == tmp_path / "best" and kept.model("a", 2).is_dir()  # others may still be selected
     kept.clear()
     assert kept.has_model("a", 2) and not (kept.own / "models").exists()
     assert json.loads((best / "comparison.json").read_text()) == {"contender": "a", "seed": 2}
@@ -573,7 +573,7 @@ def test_what_others_put_into_its_folder_is_left_as_it_is(tmp_path):
 
 @pytest.mark.slow
 def test_the_winner_saved_is_the_one_that_the_results_name(tmp_path):
-    """Fewer trials choose another setting; the model of the larger comparison is not taken for that."""
+    """Fewer trials select another setting; the model of the larger comparison is not mistaken for it."""
     for trials in (1, 4, 1):
         results = run(tmp_path, trials=trials, seeds=1)
         saved = results[results.winner].runs[0]
@@ -586,7 +586,7 @@ def test_the_winner_saved_is_the_one_that_the_results_name(tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_comparison_trains_nothing_again(tmp_path):
-    """Not a step; and results, report and winner are the same."""
+    """Not a single step; results, report and winner are the same."""
     first = run(tmp_path, "linear_probe,daft", trials=2, **SHORT)
     files = ("results.json", "report.md", "report.html", "best/model.safetensors")
     before = {name: (tmp_path / name).read_bytes() for name in files}
@@ -602,7 +602,7 @@ def test_a_finished_comparison_trains_nothing_again(tmp_path):
 
 @pytest.mark.slow
 def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
-    """What a training costs is then unknown, and all have the same number of trials."""
+    """The cost of a training run is then unknown, and all have the same number of trials."""
     once = []
 
     def failing(entrant, values, *more, **keywords):
@@ -619,7 +619,7 @@ def test_the_baseline_fails_at_first(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_failed_is_tried_again_on_request(tmp_path, monkeypatch):
-    """And only that; the results are those of a comparison in which nothing failed."""
+    """Only what failed; the results are those of a comparison in which nothing failed."""
 
     def failing(entrant, values, *more, **keywords):
         if entrant.name == "l2_sp":
@@ -646,7 +646,7 @@ def test_what_failed_is_tried_again_on_request(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_full_disk_decides_nothing(tmp_path, monkeypatch, whole):
-    """It stops the comparison; the same call goes on, and gives what an uninterrupted one gives."""
+    """It stops the comparison; the same call continues it, with the results of an uninterrupted one."""
     calls = []
 
     def full(entrant, values, *more, **keywords):
@@ -663,7 +663,7 @@ def test_a_full_disk_decides_nothing(tmp_path, monkeypatch, whole):
 
 
 @pytest.mark.slow
-def test_what_diverges_ends_early_and_leaves_its_work_to_further_trials(tmp_path):
+def test_a_diverged_trial_ends_early_and_leaves_its_work_to_further_trials(tmp_path):
     rates = {"learning_rates": "1e4,1e6", "optim": "sgd"}
     results = run(tmp_path, trials=3, seeds=1, num_train_epochs=6, **rates)
     trials = results["full"].trials
@@ -679,7 +679,7 @@ def test_a_search_counts_though_its_training_fails(tmp_path):
     @register("looking")
     @dataclass(frozen=True, kw_only=True)
     class LookingConfig(FTConfig):
-        """Looks, and breaks at its first rate."""
+        """Measures, and fails at its first rate."""
 
         def measure(self, model, context):
             looked.append(1)
@@ -709,7 +709,7 @@ _breaks_once.times = 0
 
 
 @pytest.mark.slow
-def test_augmented_images_can_be_resumed_and_are_measured_plain(tmp_path):
+def test_augmented_images_can_be_resumed_and_are_measured_unaugmented(tmp_path):
     data = splits()
     given = Data(data, find_columns(data), augment="basic")
     first = run(tmp_path, "daft", data=given, trials=1, seeds=1)
@@ -737,7 +737,7 @@ def test_other_data_are_another_comparison(change, compared):
 
 
 @pytest.mark.slow
-def test_augmentation_and_mixing_are_told_and_make_another_comparison(tmp_path):
+def test_augmentation_and_mixing_are_reported_and_make_another_comparison(tmp_path):
     data = splits()
     given = Data(data, find_columns(data), augment="trivial")
     results = run(tmp_path, "linear_probe", data=given, trials=0, mixup=0.2, **SHORT)
@@ -773,7 +773,7 @@ def test_a_process_that_dies_in_a_training_is_given_up():
 
 
 @pytest.mark.slow
-def test_names_may_hold_anything(tmp_path):
+def test_names_may_contain_anything(tmp_path):
     results = run(tmp_path, {"../a/b: 1 %": "linear_probe"}, trials=1, **SHORT)
     assert results["../a/b: 1 %"].status == "finished"
     assert not (tmp_path.parent / "a").exists()
@@ -798,7 +798,7 @@ def test_what_a_user_sets_is_not_tuned(tmp_path):
 
 
 def test_what_is_chosen_after_training_counts(tmp_path):
-    """The score of a training is that of the averaged model, in its trials as in its final runs."""
+    """The score of a training run is that of the averaged model, in trials as in final runs."""
     results = run(tmp_path / "out", {"line": [WiSEFTConfig(steps=2)]}, trials=1, seeds=1)
     own = results["line"]
     for training in (*own.trials, *own.runs):

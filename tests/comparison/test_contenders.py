@@ -40,7 +40,7 @@ def test_without_batch_norm_daft_converts_none(convert):
     assert made.notes == (("daft runs with convert_batch_norm=False to fit this model",) if convert else ())
 
 
-def test_what_fits_runs_as_it_was_asked_for():
+def test_what_fits_runs_as_requested():
     made = entered(DAFTConfig(), tiny_resnet())
     assert made.configs[0].convert_batch_norm and not made.notes
     assert "source-free form" in entered(SoftConfig(), tiny_resnet()).notes[0]
@@ -88,7 +88,7 @@ def test_the_first_trial_is_the_default_and_the_others_alternate_between_optimiz
 
 @pytest.mark.parametrize("optims", [BOTH, ("sgd",)])
 def test_fewer_trials_are_the_first_of_more(optims):
-    """So the number of trials may grow, and workers may share them."""
+    """So the number of trials can be increased, and workers can share them."""
     made = with_head(DAFTConfig(), optims=optims)
     assert made.settings(5, seed=3) == made.settings(16, seed=3)[:5]
     assert made.settings(5, seed=3) != made.settings(5, seed=4)
@@ -115,7 +115,7 @@ def test_the_recommended_optimizer_is_tried_first():
 def test_a_probe_is_tried_around_the_rate_that_fits_its_head():
     made = with_head(LinearProbeConfig())
     assert made.first == {"optim": "adamw_torch", "learning_rate": FIT.rate("adamw_torch")}
-    assert made.with_settings(made.first)[0].head_lr == "auto"  # which takes the learning rate that is given
+    assert made.with_settings(made.first)[0].head_lr == "auto"  # which uses the given learning rate
     unknown = with_head(LinearProbeConfig(), fit=None)
     assert unknown.first["learning_rate"] == 1e-3 and not unknown.notes
 
@@ -173,5 +173,5 @@ def test_work_is_counted_and_changes_nothing():
 
     first, again = Work(), Work()
     gradients = [trained(work) for work in (first, again, None)]
-    assert first.total == again.total == 2 * 5 * 6 * 3 * 2  # forward, and backward to the weights alone
+    assert first.total == again.total == 2 * 5 * 6 * 3 * 2  # forward, and backward only to the weights
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])

@@ -1,4 +1,4 @@
-"""Parts of a few labelled samples take turns as validation."""
+"""Cross-validation for few labelled samples: each part is the validation split once."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def test_a_class_with_one_sample_always_trains():
 
 
 @pytest.mark.parametrize(("given", "count", "expected"), [(24, None, 5), (24, 3, 3), (24, 1, 1), (FEW, None, 1)])
-def test_few_samples_take_turns_unless_told_otherwise(given, count, expected):
+def test_few_samples_use_folds_by_default(given, count, expected):
     found = folds_of(data(train=(given - 12, 0, 0), validation=(12, 0, 0)), count)
     assert (1 if found is None else len(found.parts)) == expected
 
@@ -54,7 +54,7 @@ def test_more_folds_than_samples():
 
 
 def test_groups_stay_whole():
-    """Samples of 20 patients, in training and validation alike."""
+    """Samples of 20 patients, in both training and validation."""
     given = data(train=(20, 16, 12), validation=(4, 4, 4))
     who = np.random.default_rng(0).permutation(np.arange(60) % 20)
     parts, start = {}, 0
@@ -101,7 +101,7 @@ def test_columns_that_differ():
 
 
 def test_trials_are_means_over_folds_and_runs_take_turns(tmp_path, monkeypatch):
-    """Each training sees the rows of its fold, and what a strategy measures is measured there."""
+    """Each training run sees only the rows of its fold, and strategies measure on those."""
     import hf_ft.comparison.runner as runner
 
     train, seen = runner.train, []
@@ -140,7 +140,7 @@ def test_interrupted_between_folds_it_ends_the_same(tmp_path):
 
 
 def interrupting(after):
-    """A loader that is interrupted when it made so many models."""
+    """A loader that is interrupted after making this many models."""
     made, loader = [], load()
 
     def interrupted(seed, keep):

@@ -35,7 +35,7 @@ def test_no_gain_where_full_fine_tuning_wins_or_no_error_where_none_is_known():
     assert difference is not None and error is None
 
 
-def test_gain_over_another_than_full_fine_tuning():
+def test_gain_over_a_strategy_other_than_full_fine_tuning():
     results = Results.from_dict(made_up_results.comparison())
     scores = {one.name: [run.scores["test"][results.metric] for run in one.finished_runs] for one in results.contenders}
     assert results.winner == "daft"

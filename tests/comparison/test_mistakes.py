@@ -1,4 +1,4 @@
-"""Mistakes are told by names that say no more of a machine than they must, and shown on request."""
+"""Mistakes are listed by names that reveal no more about the machine than necessary, and shown on request."""
 
 import base64
 from io import BytesIO

@@ -1,4 +1,4 @@
-"""The average of a comparison's final runs: what goes in, its scores, its folder, and continuing."""
+"""The average of a comparison's final runs: its members, its scores, its folder, and continuing."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from tests.comparison.small_comparison import any_temperature, lasting, load, ru
 
 
 def models(folder):
-    """Weights of the kept models of final runs, by folder of the contender and seed."""
+    """Weights of the stored models of final runs, by contender's folder and seed."""
     found = sorted((folder / ".comparison" / "models").glob("*/seed-*/best"))
     return {path.parent: AutoModelForImageClassification.from_pretrained(path).state_dict() for path in found}
 
@@ -62,7 +62,7 @@ def test_its_scores_are_those_of_the_saved_model(made):
     assert results.soup.scores["test"]["balanced_accuracy"] == pytest.approx(float(np.mean(recalls)))
 
 
-def test_the_report_the_card_and_the_results_hold_it(made):
+def test_it_is_in_the_report_the_card_and_the_results(made):
     folder, results = made
     assert Results.load(folder / "results.json").soup == results.soup
     text = (folder / "report.md").read_text(encoding="utf-8")
@@ -109,7 +109,7 @@ def test_greedy_does_at_least_as_well_on_validation_as_the_best_run(tmp_path):
 
 
 def test_trials_go_in_too(tmp_path, monkeypatch):
-    """All of them, each from its own kept model, which is not scored on the test split."""
+    """All of them, each from its own stored model, which is not scored on the test split."""
     tested = count_tests(monkeypatch)
     results = run(tmp_path / "out", [], trials=2, seeds=1, soup="uniform", soup_of="trials")
     assert [(one.number, one.member) for one in results.soup.ingredients] == [
@@ -127,7 +127,7 @@ def test_trials_go_in_too(tmp_path, monkeypatch):
         "## The average of the trials and final runs" in text
         and "trial 2" in text.rpartition("and which of them are averaged")[2]
     )
-    # A comparison that kept no trials makes the same soup: it trains them again, and still tests them not.
+    # A comparison that kept no trials makes the same soup: it trains them again, and still does not test them.
     tested.clear()
     run(tmp_path / "plain", [], trials=2, seeds=1)
     again = run(tmp_path / "plain", [], trials=2, seeds=1, soup="uniform", soup_of="trials")
@@ -135,7 +135,7 @@ def test_trials_go_in_too(tmp_path, monkeypatch):
 
 
 def count_tests(monkeypatch):
-    """How often models are scored on the test split, by who does it."""
+    """How often models are scored on the test split, by caller."""
     counts = Counter()
 
     def counted(module, who):
@@ -154,7 +154,7 @@ def count_tests(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process to kill")
 def test_a_kill_while_it_is_made_loses_nothing(made, tmp_path):
-    """By kill -9 just before the finished soup is put in its place."""
+    """By kill -9 just before the finished soup is moved into place."""
     folder, results = tmp_path / "out", made[1]
     shutil.copytree(made[0], folder)
     shutil.rmtree(folder / "soup")
@@ -178,7 +178,7 @@ def test_nothing_of_others_is_overwritten(tmp_path):
     with pytest.raises(OptionError, match="soup was not written by a comparison"):
         run(folder, [], trials=0, seeds=1, soup="uniform")
     assert (folder / "soup" / "recipe.txt").read_text() == "leek"
-    run(folder, [], trials=0, seeds=1)  # without a soup it is in nobody's way
+    run(folder, [], trials=0, seeds=1)  # without a soup, it is not in the way
 
 
 def test_folds_are_refused(tmp_path):

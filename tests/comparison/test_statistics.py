@@ -96,8 +96,8 @@ def test_standard_error_of_accuracy_and_of_balanced_accuracy():
     assert standard_error("accuracy", (), labels) is None and standard_error("accuracy", (), ()) is None
 
 
-def test_standard_error_is_what_balanced_accuracy_varies():
-    """Of many test sets that are drawn from the same recalls."""
+def test_standard_error_is_how_much_balanced_accuracy_varies():
+    """Over many test sets drawn with the same recalls."""
     random, sizes, recalls = np.random.default_rng(0), (40, 160), (0.6, 0.9)
     labels = np.repeat([0, 1], sizes)
     scores, errors = [], []
@@ -209,7 +209,7 @@ def test_the_saved_run_and_its_confusion():
 
 
 def test_the_made_up_comparison_has_its_scores():
-    """Means, differences and standard errors once more, from the dict alone."""
+    """Means, differences and standard errors, computed again from the dict alone."""
     content = made_up_results.comparison()
     found = {s.name: s for s in standings(Results.from_dict(content))}
     raw = {c["name"]: c for c in content["contenders"]}
@@ -233,7 +233,7 @@ def test_the_made_up_comparison_has_its_scores():
 
 
 def test_differences_are_as_certain_as_seeds_and_samples_make_them():
-    """On test, where predictions are kept, both; on validation, chance in training alone."""
+    """On test, where predictions are kept, both count; on validation, only the seeds."""
     content = made_up_results.comparison()
     content["labels"].pop("validation")
     results = Results.from_dict(content)

@@ -1,4 +1,4 @@
-"""Two workers, of which one is killed, share a comparison through each storage that is meant for several machines."""
+"""Two workers, one of which is killed, share a comparison through each storage meant for several machines."""
 
 import os
 import subprocess

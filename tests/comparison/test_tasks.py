@@ -1,4 +1,4 @@
-"""``hf_ft.compare`` on text, numbers, several labels a row, and several source models."""
+"""``hf_ft.compare`` on text, numbers, several labels per row, and several source models."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ WORDS = ("[PAD]", "[UNK]", "good", "bad", "film")
 
 
 def reviews(count, label):
-    """Reviews of two kinds, with a label made of the kind and the number."""
+    """Reviews of two kinds, with a label made from the kind and the number."""
     random = np.random.default_rng(count)
     kinds = random.integers(0, 2, count)
     texts = [f"{WORDS[2 + kind]} film" for kind in kinds]
@@ -70,7 +70,7 @@ def test_mistakes_without_one_class_per_sample_have_no_thumbnails(label):
 
 
 @pytest.mark.slow
-def test_several_source_models_and_one_that_cannot_be_had(tmp_path):
+def test_several_source_models_and_one_that_is_unavailable(tmp_path):
     for name, depths in (("one", [1, 2]), ("two", [1, 1])):
         tiny_resnet(depths=depths).save_pretrained(tmp_path / name)
         ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / name)
@@ -85,7 +85,7 @@ def test_several_source_models_and_one_that_cannot_be_had(tmp_path):
 
 @pytest.mark.slow
 def test_a_head_is_new_for_all_alike(tmp_path):
-    """Of a checkpoint with other classes too: those that keep its head beside the new one start as the others."""
+    """Also for a checkpoint with other classes: strategies that keep its head start with the same new one."""
     from hf_ft.comparison.task import Benches, Data
     from hf_ft.data.columns import find_columns
 

@@ -1,4 +1,4 @@
-"""What experiment trackers store of a comparison: a run for each training, all in one place."""
+"""What experiment trackers store for a comparison: a run per training run, all in one place."""
 
 import pytest
 from transformers import TrainerCallback

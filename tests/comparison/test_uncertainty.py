@@ -1,4 +1,4 @@
-"""Intervals of differences: by the definition, and by how often they hold the truth."""
+"""Intervals of differences: by definition, and by how often they contain the true value."""
 
 import math
 
@@ -47,8 +47,8 @@ def test_error_and_freedom_by_hand(metric, seeds):
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 8])
-def test_intervals_hold_the_truth_over_seeds_and_samples(seeds):
-    """Two strategies whose skill varies with the seed, on samples of varying difficulty, of which some are drawn."""
+def test_intervals_contain_the_true_value_over_seeds_and_samples(seeds):
+    """Two strategies whose skill varies with the seed, on random samples of varying difficulty."""
     random = np.random.default_rng(0)
     labels, held, errors, means = np.repeat([0, 1], [40, 80]), [], [], []
     truth = 0.1 / math.sqrt(2 * math.pi * (1 + 0.2**2 + 0.05**2))  # difficulty, noise and skill are normal
@@ -70,7 +70,7 @@ def test_intervals_hold_the_truth_over_seeds_and_samples(seeds):
 
 def test_no_uncertainty_from_predictions():
     assert from_predictions("macro_f1", [[0, 1]], [[0, 1]], [0, 1]) is None
-    assert from_predictions("balanced_accuracy", [[0, 1, 1]], [[0, 1, 1]], [0, 1, 1]) is None  # a class of one
+    assert from_predictions("balanced_accuracy", [[0, 1, 1]], [[0, 1, 1]], [0, 1, 1]) is None  # a class with one sample
     assert from_predictions("accuracy", [[0, 1]], [[0, 1, 1]], [0, 1, 1]) is None  # not all predictions were kept
     same = from_predictions("accuracy", [[0, 1, 1]], [[0, 1, 1]], [0, 1, 1])
     assert same.interval(0.0) == (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""The learning rate that is fitted to a head: the bound behind it, and what strategies make of it."""
+"""The learning rate that is fitted to a head: the bound behind it, and how strategies use it."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_the_curvature_is_the_largest_eigenvalue_of_the_second_moment():
     ],
 )
 def test_no_hessian_of_a_head_exceeds_it(kind, classes, loss):
-    """Of weights of every size, the largest eigenvalue of the exact Hessian; that of the squared error is met."""
+    """For weights of every size, the largest eigenvalue of the exact Hessian; the squared error's reaches it."""
     f, model = features(), nn.Linear(1, 1)
     model.config = type("Config", (), {"problem_type": kind, "num_labels": classes})()
     labels = torch.arange(40) % classes
@@ -64,7 +64,7 @@ def test_no_hessian_of_a_head_exceeds_it(kind, classes, loss):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_descent_is_stable_up_to_the_rate_and_not_above(momentum):
-    """On the quadratic of a head with squared errors."""
+    """On the quadratic loss of a head with squared errors."""
     f = features()
     z = nn.functional.pad(f, (0, 1), value=1.0)
     target = torch.rand(40, 1, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_the_features_are_those_of_eval_mode_and_nothing_changes():
     assert fit.feature_norm == pytest.approx(float(seen.abs().sum(dim=1).mean()), rel=1e-6)
 
 
-def test_of_several_members_the_most_curved_decides():
+def test_of_several_members_the_one_with_most_curvature_decides():
     ensemble = CollaborativeModel.from_members([tiny_resnet(), tiny_resnet(hidden_sizes=[8, 24])])
     parts = anatomy(ensemble)
     fits = [fit_head(ensemble, member, samples_of(ensemble)) for _, member in parts.members]
@@ -142,8 +142,8 @@ def test_inputs_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("config", [LinearProbeConfig(), LPFTConfig(), DAFTConfig(), BlockwiseConfig(block="stage1")])
 @pytest.mark.parametrize("arguments", [SGD, {"optim": "adamw_torch"}], ids=["sgd", "adam"])
-def test_the_head_trains_at_the_rate_that_is_told(config, arguments, tmp_path):
-    # TrainingArguments' own rate counts as none set.
+def test_the_head_trains_at_the_reported_rate(config, arguments, tmp_path):
+    # TrainingArguments' default rate counts as not set.
     rate = 5e-5 if isinstance(config, LinearProbeConfig) else 1e-3
     trainer = make_trainer(tiny_resnet(), config, tmp_path, learning_rate=rate, **arguments)
     trainer.train()
@@ -170,7 +170,7 @@ def test_a_probe_takes_the_learning_rate_that_was_set(tmp_path):
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.125}
 
 
-def test_that_nobody_set_a_rate_which_is_fitted_is_no_reason_to_warn(tmp_path, monkeypatch):
+def test_no_warning_if_an_unset_rate_is_fitted(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
     make_trainer(tiny_resnet(), LinearProbeConfig(), tmp_path, learning_rate=5e-5)

@@ -32,7 +32,7 @@ def test_the_mode_holds_in_all_stages():
     assert modes(FullConfig(norm_mode="eval")) == modes(FullConfig(norm_mode="eval", head_lr=0.1)) == ["eval"]
 
 
-def test_what_is_chosen_for_one_strategy_holds_for_those_beside_it():
+def test_what_is_set_for_one_strategy_holds_for_those_composed_with_it():
     daft = DAFTConfig(convert_batch_norm=False)
     assert modes(daft, L2SPConfig()) == ["train"]  # DAFT's own default
     assert modes(daft, L2SPConfig(norm_mode="eval")) == ["eval"]

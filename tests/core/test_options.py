@@ -1,4 +1,4 @@
-"""Options added later: what was done before them is still known by its old key."""
+"""Options added later: earlier work is still found under its old key."""
 
 import pytest
 

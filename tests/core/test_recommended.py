@@ -50,7 +50,7 @@ def test_a_third_where_statistics_are_kept(optim, value):
 
 
 @pytest.mark.parametrize("config", [PEFTConfig(), BitFitConfig(), StockConfig()])
-def test_what_trains_few_parameters_and_what_others_do_stays(config):
+def test_rates_for_few_parameters_and_of_other_strategies_stay(config):
     assert recommended_arguments([config], model=tiny_vit()) == recommended_arguments([config], model=tiny_resnet())
 
 
@@ -69,7 +69,7 @@ def test_rates_are_shown_as_people_write_them(name):
     assert str(factor) == "0.0003, 0.003 under SGD, times 0.1 without BatchNorm"
 
 
-def test_a_rate_that_nobody_set_is_warned_about_by_the_kind_of_network(tmp_path, monkeypatch):
+def test_an_unset_rate_warns_by_the_kind_of_network(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
     make_trainer(tiny_vit(), "full", tmp_path, learning_rate=5e-5)

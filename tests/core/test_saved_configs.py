@@ -1,4 +1,4 @@
-"""What a saved config says, and what is read from one."""
+"""What a saved config contains, and what is read from one."""
 
 import json
 

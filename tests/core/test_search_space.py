@@ -1,4 +1,4 @@
-"""Spaces that are tuned, and the points spread over them."""
+"""Search spaces, and the points spread over them."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_the_first_part_is_the_same_in_every_space():
     assert [p["rate"] for p in alone] == [p["rate"] for p in spread(SPACE, 9, seed=0)]
 
 
-def test_a_choice_that_asks_for_another_learning_rate():
+def test_a_choice_that_changes_the_learning_rate():
     space = {"learning_rate": LogRange(1e-4, 1e-2), "mode": Choice(("a", "b"), rates=(1.0, 0.1))}
     plain = spread({"learning_rate": LogRange(1e-4, 1e-2), "mode": Choice(("a", "b"))}, 16, seed=0)
     for point, usual in zip(spread(space, 16, seed=0), plain, strict=True):
@@ -70,7 +70,7 @@ def test_edges_of_what_was_not_set():
 
 
 @pytest.mark.parametrize("name", strategies())
-def test_declared_spaces_are_of_options_and_in_their_ranges(name):
+def test_declared_spaces_are_for_options_and_within_their_ranges(name):
     config = strategies()[name]
     known = {field.name for field in options(config)} - {"head", "blocks"}
     assert set(config.tuned) <= known
@@ -78,4 +78,4 @@ def test_declared_spaces_are_of_options_and_in_their_ranges(name):
     for option, part in config.tuned.items():
         part = part.around(0.01) if isinstance(part, FittedRate) else part
         for share in (0.0, 0.5, 1 - 1e-9):
-            config(**{option: part.at(share)})  # raises where it may not be
+            config(**{option: part.at(share)})  # raises if it is not allowed

@@ -22,7 +22,7 @@ class NoLoss(hf.ViTForImageClassification):
 
 
 class NoLogits(hf.ViTForImageClassification):
-    """Calls its logits otherwise and ignores labels, like ``PPLCNetForImageClassification``."""
+    """Names its logits differently and ignores labels, like ``PPLCNetForImageClassification``."""
 
     def forward(self, pixel_values, **kwargs):
         return {"last_hidden_state": super().forward(pixel_values).logits}
@@ -105,7 +105,7 @@ class Bare(nn.Module):
         return copy.copy(self.outputs)
 
 
-def test_what_cannot_be_scored_is_one_message():
+def test_what_cannot_be_scored_gives_one_message():
     batch = {"x": torch.zeros(4, 2), "labels": torch.zeros(4, dtype=torch.long)}
     with pytest.raises(OptionError, match="Bare returns neither a loss nor logits, only .'states'.*compute_loss_func"):
         TaskLoss()(Bare({"states": torch.zeros(4, 5)}), batch)

@@ -1,4 +1,4 @@
-"""What reads files leaves no cache behind, and looks for nothing on the Hub."""
+"""Reading files leaves no cache behind and does not access the Hub."""
 
 import datasets
 import pytest

@@ -1,4 +1,4 @@
-"""The policies: their operations beside Pillow's, what they draw, and that it is the same wherever an image is read."""
+"""The policies: their operations against Pillow's, what they draw, and that draws do not depend on the process."""
 
 import collections
 import itertools
@@ -35,7 +35,7 @@ def affine(image, *numbers):
     return image.transform(image.size, Image.Transform.AFFINE, numbers, fillcolor=(128, 128, 128))
 
 
-# The papers' experiments were made with Pillow; strengths as they count them.
+# The papers' experiments used Pillow; strengths are on the papers' scale.
 PILLOW = {
     "auto_contrast": (0, ImageOps.autocontrast),
     "equalize": (0, ImageOps.equalize),
@@ -100,7 +100,7 @@ def test_what_the_policies_draw():
     assert {steps[1][0] for steps in rand} == set(STANDARD)
     assert 150 < sum(steps[0][0] == steps[1][0] for steps in rand) < 280  # drawn with replacement: one in 14
     auto = {tuple(POLICIES["auto"].steps()) for _ in range(1000)}
-    # From the table of the paper's appendix; five of its 25 pairs are there twice.
+    # From the table in the paper's appendix; five of its 25 pairs appear twice.
     assert len(auto) == 20 and all(len(pair) == 2 for pair in auto)
     assert (("posterize", 0.4, 0.8), ("rotate", 0.6, 0.9)) in auto
     assert (("sharpness", 0.4, 0.7), ("invert", 0.6, 0.0)) in auto
@@ -132,7 +132,7 @@ def prepared(kind, numbered=True, rows=10):
 
 
 def read(kind, batches, epoch=0, seed=3, workers=0, numbered=True):
-    """Pixels by row, of training batches with these rows."""
+    """The pixels of each row, from training batches with these rows."""
     data, stack = prepared(kind, numbered)
     loader = torch.utils.data.DataLoader(
         range(len(data)),
@@ -168,7 +168,7 @@ def test_it_leaves_the_random_states_but_differs_at_each_read_elsewhere():
     states = random_states()
     TrainingBatches(data, stack, 3, torch.tensor(0))([0, 1])
     assert random_states() == states
-    with pytest.raises(ValueError, match="differ each time they are read"):  # as the frozen cache finds out, too
+    with pytest.raises(ValueError, match="differ each time they are read"):  # which the frozen cache also detects
         held(data)
     random.seed(1)
     one = data[:4]["pixel_values"]

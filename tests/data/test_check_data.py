@@ -54,7 +54,7 @@ def test_simple_images_are_compared_exactly_only():
 
 
 def test_no_near_pair_is_lost():
-    """The tree finds what comparing each with each finds."""
+    """The tree finds the same pairs as comparing all with all."""
     rng = np.random.default_rng(0)
     some = rng.integers(0, 256, (150, 768)).astype(float)
     nearly = some[:60] + rng.normal(0, rng.uniform(1, 8, (60, 1)), (60, 768))
@@ -80,7 +80,7 @@ def test_texts():
 
 
 def folder(tmp_path, **splits):
-    """An image folder: by split the files, and the image of each."""
+    """An image folder: the files of each split, and the image in each."""
     for split, files in splits.items():
         for name, image in files.items():
             file = tmp_path / "data" / split / name
@@ -91,7 +91,7 @@ def folder(tmp_path, **splits):
 
 @pytest.fixture
 def splits(tmp_path):
-    """A copy within train with another label, one in test in another format, and one that is nearly the same there."""
+    """A copy within train with another label, one in test in another format, and a near copy in test."""
     train = {f"{'cat' if n % 2 else 'dog'}/{n}.png": picture(n) for n in range(12)}
     train |= {"dog/copy.bmp": picture(1), "eel/1.png": picture(90)}
     validation = {"cat/a.png": picture(50), "dog/b.png": picture(51), "dog/c.png": picture(51)}
@@ -175,7 +175,7 @@ def test_what_was_found_before_is_not_looked_for_again(splits, tmp_path, monkeyp
     again, same = checked(splits, columns, "drop", folder=tmp_path / "out")
     assert same == found and len(again["train"]) == 10 and not looked
     file = next((tmp_path / "data" / "train" / "cat").iterdir())
-    picture(99).save(file)  # the same name, another content
+    picture(99).save(file)  # the same name, different content
     checked(splits, columns, "warn", folder=tmp_path / "out")
     assert looked == [1]
     (tmp_path / "out" / FILE).write_text("{")  # as by a full disk
@@ -201,7 +201,7 @@ def table(tmp_path, rows, name="data.csv"):
 
 
 def test_texts_with_groups(tmp_path):
-    """Each patient has rows of one or two classes, in all splits that are made, and in one of them only."""
+    """Each patient has rows of one or two classes, and is in only one of the splits that are made."""
     rng = np.random.default_rng(0)
     rows = [
         (f"text {n} {p}", "abc"[(p + n // 4) % 3], f"p{p}") for p in range(30) for n in range(int(rng.integers(1, 8)))
@@ -226,7 +226,7 @@ def test_texts_with_groups(tmp_path):
     )
 
 
-def test_groups_that_cannot_be_parted(tmp_path):
+def test_groups_that_cannot_be_split(tmp_path):
     source = table(tmp_path, [(f"t{n}", "ab"[n % 2], "p") for n in range(10)])
     with pytest.raises(DataError, match="all 10 training rows have the same 'patient'"):
         load_splits(source, group_column="patient")

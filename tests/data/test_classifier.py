@@ -1,4 +1,4 @@
-"""Models loaded for a data set: what cannot process its samples is refused at once."""
+"""Models loaded for a dataset: a processor that cannot process its samples is refused at once."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Real files in, batches out: what is found, what is carved, what is augmented, and what the errors say."""
+"""Real files in, batches out: what is found, split off and augmented, and what the errors say."""
 
 import random
 
@@ -345,7 +345,7 @@ def test_flip_and_shift_keeps_the_size_and_reflects():
     assert shifted == reflect
 
 
-def test_damaged_image_is_named_by_row_and_path(tmp_path, processor):
+def test_a_damaged_image_is_named_by_row_and_path(tmp_path, processor):
     folder = write_images(tmp_path / "pets", 5)
     damaged = folder / "dog" / "test_2.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
@@ -370,7 +370,7 @@ def test_transform_works_on_a_plain_data_set_and_refuses_unknown_augmentation(pr
 # Text
 
 
-def test_prepared_text_is_cut_and_padded(tmp_path, tokenizer):
+def test_prepared_text_is_truncated_and_padded(tmp_path, tokenizer):
     splits = load_splits(write_csv(tmp_path / "a.csv", [*REVIEWS, "good good good good good,positive"]))
     columns = find_columns(splits)
     assert (columns.task, columns.inputs, columns.names) == ("text", ("text",), ("negative", "positive"))

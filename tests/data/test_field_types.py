@@ -1,4 +1,4 @@
-"""Types of columns come from all fields of a file, whatever their order."""
+"""Column types are inferred from all fields of a file, whatever their order."""
 
 import pytest
 

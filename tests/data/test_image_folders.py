@@ -50,7 +50,7 @@ def test_files_of_any_name_are_read(tmp_path):
     assert not any(unreadable.values())
 
 
-def test_what_tools_made_is_no_class_and_told_if_it_contains_images(tmp_path, caplog, monkeypatch):
+def test_folders_made_by_tools_are_no_classes_and_reported_if_they_contain_images(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_ft"), "propagate", True)
     for name in ("cat", "dog"):
         write(tmp_path / name)
@@ -130,7 +130,7 @@ def test_two_training_splits_are_refused(tmp_path):
         load_splits(str(tmp_path))
 
 
-def test_what_is_left_out_is_told(tmp_path, caplog, monkeypatch):
+def test_what_is_left_out_is_reported(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_ft"), "propagate", True)
     for split in ("train", "test"):
         for name in ("cat", "dog"):

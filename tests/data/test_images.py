@@ -1,4 +1,4 @@
-"""Images of every kind open as they look, and those that cannot be opened are found, refused or left out."""
+"""Images of every kind are opened as they look; those that cannot be opened are found, refused or left out."""
 
 import re
 
@@ -39,7 +39,7 @@ def few_colours():
 
 
 def kinds():
-    """Each kind of image: the file's name, the image, options of saving, and its pixels in RGB."""
+    """Each kind of image: file name, image, options for saving, and its pixels in RGB."""
     palette, colours = few_colours()
     deep = RNG.integers(0, 65536, (6, 9), dtype=np.uint16)
     cmyk = np.concatenate([255 - RGB, np.zeros((6, 9, 1), dtype=np.uint8)], axis=2)
@@ -90,7 +90,7 @@ def test_kinds_of_images_open_as_they_look(tmp_path, kind):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_as_their_exif_data_say(tmp_path, orientation):
-    # From the specification: where row 0 and column 0 of the stored pixels are in the picture.
+    # From the specification: where row 0 and column 0 of the stored pixels belong in the picture.
     turned = {
         1: RGB,
         2: RGB[:, ::-1],
@@ -124,7 +124,7 @@ def photo(path, size=(24, 20)):
 
 
 def folder_with_damage(folder):
-    """Ten images of two classes and, in the second, three files that are none."""
+    """Ten images of two classes and, in the second, three files that are not images."""
     for name, count in (("cat", 5), ("dog", 5)):
         for number in range(count):
             photo(folder / name / f"{number}.jpg")
@@ -149,7 +149,7 @@ def test_damaged_files_are_refused_by_number_row_and_path(tmp_path):
         assert re.search(rf"(train|validation), row 1\d \(.*dog/{name}\.jpg\): .*{reason}", message)
 
 
-def test_damaged_files_are_skipped_told_and_returned(tmp_path, caplog, monkeypatch):
+def test_damaged_files_are_skipped_reported_and_returned(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(images.logger, "propagate", True)
     splits = load_splits(str(folder_with_damage(tmp_path / "pets")))
     columns = find_columns(splits)
@@ -215,7 +215,7 @@ def test_many_images_are_checked_in_their_order(tmp_path, monkeypatch):
         check_images(splits, columns)
 
 
-def test_a_class_and_a_split_without_images_are_told(tmp_path, caplog, monkeypatch):
+def test_a_class_and_a_split_without_images_are_reported(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(images.logger, "propagate", True)
     path, none = str(photo(tmp_path / "1.png")), str(tmp_path / "no.png")
     good = datasets.Dataset.from_dict({"image": [path, none, path], "label": ["a", "b", "c"]})

@@ -1,4 +1,4 @@
-"""Samples kept in memory are the ones of the data set, bit for bit, and train a model to the same weights."""
+"""Samples kept in memory equal those of the dataset, bit for bit, and train a model to the same weights."""
 
 import datasets
 import numpy as np
@@ -168,7 +168,7 @@ def test_what_does_not_fit_stays_as_it_is(caplog, monkeypatch):
         held.held(dataset, -1)
     reads = Counting([dataset[row] for row in range(20)])
     held.held(reads, 0)
-    assert reads.reads == 3 * 8  # a few samples tell
+    assert reads.reads == 3 * 8  # a few samples suffice to see it
 
 
 def test_a_data_loader_with_workers_reads_the_same():
@@ -199,7 +199,7 @@ def weights(rows, folder, make=models.tiny_resnet, strategy="full", **arguments)
         ("full", {"dataloader_num_workers": 1}),
     ],
 )
-def test_a_training_ends_at_the_same_weights(tmp_path, strategy, arguments):
+def test_training_ends_with_the_same_weights(tmp_path, strategy, arguments):
     dataset = ready(processor())
     loss, plain = weights(dataset, tmp_path / "plain", strategy=strategy, **arguments)
     reads = Counting(Held(dataset))
@@ -208,7 +208,7 @@ def test_a_training_ends_at_the_same_weights(tmp_path, strategy, arguments):
         assert other_loss == loss
         same(other, plain)
     if "max_steps" in arguments:
-        assert reads.reads < arguments["max_steps"] * 8  # the frozen part was computed once a sample
+        assert reads.reads < arguments["max_steps"] * 8  # the frozen part was computed once per sample
 
 
 def test_columns_that_the_model_does_not_take_are_dropped(tmp_path):

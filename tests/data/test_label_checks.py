@@ -1,4 +1,4 @@
-"""Labels that cannot be trained on are refused before the first step, by data set, column, row, value and fix."""
+"""Invalid labels are refused before the first step, naming the dataset, column, row, value and fix."""
 
 import datasets
 import pytest
@@ -51,7 +51,7 @@ def test_evaluation_data_are_checked_too(name, tmp_path):
         trainer(images([0, 1, 2, 1]), tmp_path, evaluated=bad if "far" not in name else {"far": bad})
 
 
-def test_data_that_are_read_row_by_row(tmp_path):
+def test_data_read_row_by_row(tmp_path):
     class Rows(torch.utils.data.Dataset):
         def __len__(self):
             return 8

@@ -1,4 +1,4 @@
-"""Large images: JPEGs are decoded at a reduced size, in threads, and it is shown how far they are read."""
+"""Large images: JPEGs are decoded at a reduced size, in threads, with a progress bar."""
 
 import threading
 from contextlib import nullcontext
@@ -45,20 +45,20 @@ def test_a_large_jpeg_is_decoded_at_no_less_than_twice_the_size_needed(large, si
     assert open_rgb({"path": None, "bytes": large.read_bytes()}, 0, side).size == size
 
 
-def test_resized_it_looks_as_if_decoded_whole(large):
+def test_resized_it_looks_as_if_fully_decoded(large):
     whole, reduced = (np.asarray(open_rgb(str(large), 0, side).resize((64, 64))).astype(int) for side in (None, 64))
     assert np.abs(whole - reduced).mean() < 0.6 and np.abs(whole - reduced).max() <= 8
 
 
 def test_small_images_and_other_formats_are_decoded_whole(tmp_path):
-    """Bit for bit, whatever the side."""
+    """Bit for bit, whatever the size."""
     for name, size in (("small.jpg", (300, 200)), ("large.png", (500, 400)), ("narrow.jpg", (40, 9000))):
         photo(*size).save(tmp_path / name, **({"quality": 95} if name.endswith("jpg") else {}))
         opened = open_rgb(str(tmp_path / name), 0, 32)
         assert np.array_equal(opened, open_rgb(str(tmp_path / name), 0)) and opened.size == size
 
 
-def test_a_large_jpeg_is_turned_and_a_cut_off_one_found(large, tmp_path):
+def test_a_large_jpeg_is_rotated_and_a_truncated_one_found(large, tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.open(large).save(tmp_path / "turned.jpg", quality=95, exif=turned)

@@ -1,4 +1,4 @@
-"""Every row of the table in docs/data.md: its input is made, read, and compared with what the row says."""
+"""Every row of the table in docs/data.md: its input is created, read, and compared with what the row says."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Sounds: how they are opened, where they are found, and the batches they make for every kind of extractor."""
+"""Sounds: how they are opened, where they are found, and their batches for every kind of feature extractor."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ def folder(tmp_path_factory):
     return sounds(tmp_path_factory.mktemp("data") / "sounds")
 
 
-def test_two_channels_of_another_rate_become_one_of_the_models(tmp_path):
-    """The mean of both channels, at a third of the rate, is the tone that it was made of."""
+def test_two_channels_of_another_rate_become_one_at_the_models_rate(tmp_path):
+    """The mean of both channels, at a third of the rate, is the original tone."""
     times = np.arange(24000) / 48000
     left, right = 0.6 * np.sin(2 * np.pi * 440 * times), 0.2 * np.sin(2 * np.pi * 440 * times)
     write(tmp_path / "a.wav", np.stack([left, right], axis=1), rate=48000)
@@ -109,7 +109,7 @@ def test_unreadable_sounds_are_refused_or_left_out(tmp_path):
     assert sum(map(len, kept.values())) == 19
 
 
-def test_a_long_sound_is_cut(folder):
+def test_a_long_sound_is_truncated(folder):
     splits = load_splits(str(folder))
     ready = prepare(splits, Wav2Vec2FeatureExtractor(sampling_rate=RATE), find_columns(splits), seconds=0.1)
     assert {len(row["input_values"]) for row in ready["train"]} == {RATE // 10}

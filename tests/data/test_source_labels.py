@@ -21,7 +21,7 @@ def mapped(prepare, labels):
     return prepare({"labels": torch.tensor(labels), "pixel_values": None})["labels"].tolist()
 
 
-def test_numbers_and_equal_names_are_taken_as_they_are():
+def test_numbers_and_equal_names_are_kept():
     for labels in (data([0, 2]), data([0, 2], PETS), [{"labels": 1}]):
         assert mapped(SourceLabels(3, PETS)(labels), [2, 0, 1]) == [2, 0, 1]
     assert mapped(SourceLabels(3)(data([0, 1], ("a", "b", "c"))), [2]) == [2]  # the head's classes have no names

@@ -1,4 +1,4 @@
-"""Folders of tables: each file is read as it is, and belongs to the split that it names."""
+"""Folders of tables: each file is read on its own, and belongs to the split in its name."""
 
 import datasets
 import pytest
@@ -89,7 +89,7 @@ def test_trailing_separators_are_no_fields(tmp_path):
     assert set(splits["train"]["text"][:]) == {"film"} and find_columns(splits).names == ("a", "b")
 
 
-def test_the_fault_in_a_file_is_told(tmp_path):
+def test_the_fault_in_a_file_is_reported(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "film", "label": 1}\n' * 3 + '{"text": "film", "la\n')
     with pytest.raises(DataError, match="JSON parse error"):
         load_splits(str(tmp_path / "a.jsonl"))

@@ -42,7 +42,7 @@ def test_separators_are_found(separator, written):
     assert find_columns(splits).names == ("x", "y") and splits["train"]["text"][0] == f"a{separator} b"
 
 
-def test_encodings_are_named(written):
+def test_encodings_are_reported(written):
     source = written("text,label\n" + "gut,x\nschön,y\n" * 5, encoding="latin-1")
     with pytest.raises(DataError, match="is not utf-8: line 3 has the byte 0xf6. Set encoding, such as 'latin-1'"):
         load_splits(source)
@@ -51,7 +51,7 @@ def test_encodings_are_named(written):
         load_splits(source, encoding="latin-7x")
 
 
-def test_an_encoding_of_what_has_none(tmp_path):
+def test_an_encoding_for_files_that_have_none(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"] * 4, "label": [0, 1] * 2}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="encoding='latin-1' has no effect"):
         load_splits(str(tmp_path / "a.parquet"), encoding="latin-1")

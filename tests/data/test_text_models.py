@@ -1,4 +1,4 @@
-"""Text models as they are found: without a padding token, or with lengths that are none; numbers read as text."""
+"""Text models as found on the Hub: no padding token, or meaningless maximum lengths; numbers read as text."""
 
 import datasets
 import pytest
@@ -55,7 +55,7 @@ def test_a_tokenizer_without_either_is_refused_before_training(reviews, tmp_path
 
 @pytest.mark.parametrize("wrong", [None, -1, 5])
 def test_a_decoder_reads_the_last_token_before_the_padding(wrong, tmp_path):
-    """Whatever number its config gives the padding: Llama's says -1."""
+    """Whatever padding id its config gives: Llama's is -1."""
     folder = gpt2(tmp_path / "gpt2", eos_token="<end>")
     config = hf.AutoConfig.from_pretrained(folder)
     config.pad_token_id = wrong
@@ -81,7 +81,7 @@ def test_a_tokenizer_with_more_tokens_than_its_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("positions", "longest", "expected"), [(-1, 10**30, 512), (0, 64, 64), (40, -1, 40)])
-def test_lengths_that_are_none(positions, longest, expected):
+def test_meaningless_lengths(positions, longest, expected):
     model = tiny_bert(num_labels=2)
     model.config.max_position_embeddings = positions
     words = tokenizer(eos_token="<end>")

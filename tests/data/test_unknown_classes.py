@@ -1,4 +1,4 @@
-"""Labels come from training; what other splits hold beyond is refused or dropped, and always named."""
+"""Labels come from training data; others in other splits are refused or dropped, and always named."""
 
 import datasets
 import pytest
@@ -61,7 +61,7 @@ def test_of_columns_given_as_they_are():
 
 
 def test_a_test_column_of_minus_one_has_no_labels(tmp_path):
-    """As contests ship it."""
+    """As in data from competitions."""
     splits = load_splits(table(tmp_path, train=[0, 1] * 4, test=[-1] * 3))
     assert find_columns(splits).names == ("0", "1")
     source = table(tmp_path, train=[-1, 1] * 4, test=[-1] * 3)  # here it is a class

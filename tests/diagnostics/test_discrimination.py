@@ -1,4 +1,4 @@
-"""General discrimination against folds, means and a regression worked out here, and its callback."""
+"""General discrimination compared with folds, means and a regression computed here; its callback."""
 
 import builtins
 import math
@@ -31,7 +31,7 @@ CLASSES = torch.tensor([907, -3, 40])  # none of them a class of a tiny model's 
 
 
 def samples(model, count=45, shift=0.0, seed=0, classes=CLASSES):
-    """Inputs of classes of 15 each; ``shift`` is how far pictures of one class stand from those of the next."""
+    """Inputs with 15 samples per class; ``shift`` is the distance between the images of consecutive classes."""
     inputs = tiny_inputs(model, count, seed)
     numbers = torch.arange(count) % len(classes)
     if "pixel_values" in inputs:
@@ -48,7 +48,7 @@ def batches(inputs, size=16):
 
 
 def features_of(model, inputs):
-    """What goes into the head, by the names of Transformers."""
+    """The input of the head, by the names of Transformers."""
     inputs = {name: values for name, values in inputs.items() if name != "labels"}
     with torch.no_grad():
         out = model.base_model(**inputs)
@@ -58,7 +58,7 @@ def features_of(model, inputs):
 
 
 def regression(features, targets, classes):
-    """Multinomial, with half the squared norm of its weights, (d + 1, classes)."""
+    """Multinomial regression, penalised by half the squared norm of its weights, (d + 1, classes)."""
     x = torch.cat([torch.from_numpy(features), torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
     weights = torch.zeros(x.shape[1], classes, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
@@ -104,7 +104,7 @@ def test_figures_against_folds_worked_out_by_hand(make, folds, seed):
     assert 0 < found.linear_probe < 1 and found.linear_probe != found.nearest_class_mean
 
 
-def test_classes_apart_are_all_told():
+def test_separated_classes_are_all_recognised():
     model = tiny_resnet()
     assert general_discrimination(model, batches(samples(model, shift=5.0))) == Discrimination(1.0, 1.0, 45, 3)
 
@@ -158,7 +158,7 @@ def test_nearest_mean_is_that_of_scikit_learn():
     assert (mine.predict(features) == theirs.predict(features)).all()
 
 
-def test_a_collapsed_network_is_measured_and_nobody_warned():
+def test_a_collapsed_network_is_measured_without_a_warning():
     model = tiny_resnet()
     with torch.no_grad():
         for parameter in model.resnet.parameters():
@@ -302,7 +302,7 @@ def test_plot_names_the_extra(monkeypatch, tmp_path):
 
 
 class Keep(TrainerCallback):
-    """The metrics of each evaluation, and the weights that were evaluated."""
+    """Keeps the metrics of each evaluation, and the weights that were evaluated."""
 
     def __init__(self):
         self.metrics, self.weights = [], []
@@ -354,7 +354,7 @@ def test_callback_logs_what_the_function_gives(tmp_path):
 
 @pytest.mark.slow
 def test_training_is_the_same_with_the_callback(tmp_path):
-    """With dropout, whose masks are random, and BatchNorm, whose statistics follow what passes through."""
+    """With dropout, whose masks are random, and BatchNorm, whose statistics follow its inputs."""
     model = tiny_efficientnet()
     assert any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
     rows = [dict(zip(samples(model), row, strict=True)) for row in zip(*samples(model).values(), strict=True)]

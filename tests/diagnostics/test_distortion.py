@@ -1,4 +1,4 @@
-"""Feature distortion against vectors pooled by hand, and its callback."""
+"""Feature distortion compared with vectors pooled by hand, and its callback."""
 
 import builtins
 import random
@@ -95,7 +95,7 @@ def test_blocks_against_vectors_pooled_by_hand(make):
     assert found["block0"].l2 > 0 and found["block2"].cosine < 1
 
 
-def test_features_are_what_goes_into_the_head():
+def test_features_are_the_input_of_the_head():
     before, after = tiny_resnet(), moved(tiny_resnet)
     vectors = []
     for batch in loader(before):
@@ -241,7 +241,7 @@ def test_training_is_the_same_with_the_callback(tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_compares_with_the_reference_it_is_given(tmp_path, monkeypatch):
     said = []
-    module = sys.modules[FeatureDistortionCallback.__module__]  # the package has a function of its name
+    module = sys.modules[FeatureDistortionCallback.__module__]  # the package has a function of the same name
     monkeypatch.setattr(module.logger, "warning", said.append)
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole = FeatureDistortionCallback({"id": loader(tiny_resnet())})

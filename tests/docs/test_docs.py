@@ -1,9 +1,9 @@
-"""README and docs: all code runs and prints what is shown, links resolve, generated places are up to date.
+"""README and docs: all code runs and prints what is shown, links resolve, generated parts are up to date.
 
-The blocks of a page run in order, in one namespace and one empty folder. ``<!-- setup: ... -->`` is Python that the
-reader does not see: it makes the files that a page speaks of, with the functions of ``SETUP``, or asserts what the
-text says. A ``text`` block after code shows some lines of what it prints. A ``yaml`` block is a file, named in its
-first line. A launcher's command runs in one process here.
+The blocks of a page run in order, in one namespace and one empty folder. ``<!-- setup: ... -->`` is Python that readers
+do not see: it creates the files that a page mentions, with the functions of ``SETUP``, or asserts what the text says. A
+``text`` block after code shows some lines of its output. A ``yaml`` block is a file, named in its first line. A
+launcher's command runs in one process here.
 """
 
 import contextlib
@@ -39,17 +39,17 @@ from tests.hub_server import Hub
 ROOT = docs_tables.ROOT
 PAGES = [page.relative_to(ROOT).as_posix() for page in docs_tables.pages()]
 BLOCK = re.compile(r"^<!-- setup:(?P<hidden>.*?)-->$|^```(?P<kind>\w*)\n(?P<shown>.*?)^```$", re.M | re.S)
-# Tried elsewhere, or not by a test: they install, or run for minutes.
+# Tested elsewhere or not at all: they install packages, or run for minutes.
 EXEMPT = ("make demo", "make test", "pip install", "git clone", "hf-ft demo")
 LAUNCHER = "accelerate launch --multi_gpu --num_processes 2 "
 FOREIGN = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|usr)/|\b(?:TODO|FIXME)\b", re.I)
 
 
-# What pages speak of
+# What pages mention
 
 
 def image_checkpoint(folder, make=tiny_resnet, classes=20):
-    """A small random model with classes of its own where the page names one of the Hub."""
+    """A small random model with its own classes, where the page names one from the Hub."""
     make(num_labels=classes).save_pretrained(folder)
     ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(folder)
 
@@ -78,14 +78,14 @@ def reviews(file, rows=20):
 
 
 def tiny_run(**arguments):
-    """Model, training arguments, and two data sets."""
+    """Model, training arguments, and two datasets."""
     model = tiny_resnet()
     args = TrainingArguments("runs/tiny", max_steps=6, **{"learning_rate": 1e-3, **arguments})
     return model, args, tiny_data(model), tiny_data(model, 16, seed=1)
 
 
 def hub(opened, home, **models):
-    """A Hub with models from folders, which this process uses until the page is done."""
+    """A Hub with models from folders, which this process uses until the page has run."""
     server = opened.enter_context(Hub())
     opened.enter_context(server.used_here(home))
     for name, folder in models.items():
@@ -100,11 +100,11 @@ SETUP = {f.__name__: f for f in (image_checkpoint, photos, text_checkpoint, revi
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder to work in; registry and logging are as before when the page is done."""
+    """An empty working folder; registry and logging are restored when the page has run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(folds, "FEW", 0)  # as with more photos: no training of a comparison is repeated on five folds
+    monkeypatch.setattr(folds, "FEW", 0)  # as with more photos: comparisons do not repeat training on five folds
     monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
     monkeypatch.setattr(sys, "argv", sys.argv)
     # A module, because dataclasses look up the names of their annotations in one.
@@ -143,7 +143,7 @@ def run_command(command, line):
 
 
 def assert_printed(expected, printed):
-    """Every expected line was printed, in this order."""
+    """Check that every expected line was printed, in this order."""
     lines = iter(line.strip() for line in printed.splitlines())
     for line in expected.splitlines():
         assert line.strip() in lines, f"not printed: {line!r}\n--- printed:\n{printed}"
@@ -221,7 +221,7 @@ def test_every_public_name_is_in_the_reference():
     assert not missing, f"{missing}: add `::: hf_ft.NAME` to a page of docs/api/"
     for entry in entries:
         assert callable(pkgutil.resolve_name(entry)), entry
-        # Where a module has the same address, Griffe shows the module.
+        # If a module has the same path, Griffe shows the module.
         assert not (ROOT / entry.replace(".", "/")).with_suffix(".py").exists(), f"{entry} is a module as well"
 
 

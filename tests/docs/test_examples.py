@@ -1,4 +1,4 @@
-"""The examples run, those for several processes with two."""
+"""The examples run; those for several processes run with two."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def run(folder, example, *arguments, ranks=1):
     return done.stdout
 
 
-def test_none_is_long():
+def test_all_are_short():
     for example in EXAMPLES.glob("*.py"):
         limit = {"raw_accelerate_loop": 60, "own_strategy": 60}.get(example.stem, 120)
         assert len(example.read_text().splitlines()) <= limit, example.name
@@ -108,7 +108,7 @@ def test_compare_with_two_workers(tmp_path):
     assert names == {0: "dark", 1: "light"}
     study = optuna.load_study(study_name="compare", storage=open_storage(str(tmp_path / "out.log")))
     done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    assert len(done) == 6  # two strategies, a trial and two final runs of each: none was trained by both
+    assert len(done) == 6  # two strategies, each with a trial and two final runs: no run was trained by both workers
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_train_text_on_two_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_own_search_shows_its_table_and_plot(tmp_path):
-    """As the package's own do: printed, in the card with the picture beside it, and in the report with its chart."""
+    """As the package's own do: printed, in the model card with the picture, and in the report with its chart."""
     photos(tmp_path / "photos")
     tiny_resnet().save_pretrained(tmp_path / "base")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "base")

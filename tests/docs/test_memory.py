@@ -1,4 +1,4 @@
-"""Memory of each process: the model in docs/tools/memory.py beside what was measured."""
+"""Memory of each process: the model in docs/tools/memory.py compared with the measurements."""
 
 import json
 

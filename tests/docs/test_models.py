@@ -1,4 +1,4 @@
-"""docs/models.md says what happens: a fixed sample of its cells is run again."""
+"""docs/models.md is true: a fixed sample of its cells is run again."""
 
 import gc
 
@@ -21,9 +21,9 @@ def table(headers, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_cell_is_as_on_the_page(name):
-    """The outcome and the kind of reason; with another version of Transformers, that it is not wrong."""
+    """The outcome and the kind of reason; with other versions of Transformers, only that it is not wrong."""
     kept = read()
-    gc.freeze()  # each training collects garbage
+    gc.freeze()  # each training run collects garbage
     for row in cells_of(name, SAMPLE[name]):
         known = kept[name, row["strategy"]]
         if known["transformers"] == transformers.__version__:
@@ -40,7 +40,7 @@ def test_the_sample_has_every_strategy_and_every_kind_of_data():
     assert {families()[model] for model, _ in cells} == {"image", "text", "audio", "video"}
 
 
-def test_a_table_shows_what_is_kept(monkeypatch):
+def test_a_table_shows_the_stored_results(monkeypatch):
     outcomes = {
         ("Vivit", "full"): ("works", ""),
         ("Vivit", "bss"): ("refused", "bss: it is (4, 3)"),

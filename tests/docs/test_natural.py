@@ -1,4 +1,4 @@
-"""The tables of natural images say what the kept trainings say."""
+"""The tables of natural images agree with the stored training runs."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def kept(tmp_path, monkeypatch):
 
 def test_scores_and_differences_over_all_splits(kept):
     head, *lines = natural.table_of_natural(table, "defaults").split("\n\n")[0].splitlines()
-    assert head == "strategy|CIFAR-10|to full"
+    assert head == "strategy|CIFAR-10|vs. full"
     cells = {line.split("|")[0].strip("*"): line.split("|")[1:] for line in lines}
     runs = {name: [run for results in kept for run in results[name].finished_runs] for name in ("full", "daft")}
     scores = {name: [run.scores["test"]["balanced_accuracy"] for run in own] for name, own in runs.items()}
@@ -43,12 +43,12 @@ def test_scores_and_differences_over_all_splits(kept):
     recalls = {name: np.mean([[one[labels == c].mean() for c in (0, 1)] for one in own]) for name, own in right.items()}
     assert f"{abs(recalls['daft'] - recalls['full']):.3f} [" in cells["daft"][1] and cells["full"][1] == ""
     few = natural.table_of_natural(table, "defaults", few=True)
-    assert "**daft**" in few and "l2_sp" not in few and "2 splits and 3 seeds of each" in few
+    assert "**daft**" in few and "l2_sp" not in few and "2 splits with 3 seeds each" in few
     assert natural.table_of_natural(table, "tuned") == natural.NOT_YET
     assert "split" not in head + "".join(lines)
 
 
-def test_what_is_of_some_splits_says_so(kept, tmp_path):
+def test_scores_of_some_splits_only_name_them(kept, tmp_path):
     without = dataclasses.replace(kept[1], contenders=tuple(c for c in kept[1].contenders if c.name != "tred"))
     without.save(tmp_path / "defaults" / "cifar10_1.json")
     rows = natural.table_of_natural(table, "defaults").splitlines()
@@ -57,7 +57,7 @@ def test_what_is_of_some_splits_says_so(kept, tmp_path):
 
 
 def test_an_interval_covers_splits_seeds_and_images():
-    """Each of the three, alone, widens it from nothing."""
+    """Each of the three alone gives it a width above zero."""
     labels = np.repeat([0, 1], 50)
     sure = np.ones((2, 100))
     assert natural.interval_over_splits([(sure, labels)] * 3) == (1.0, 1.0)

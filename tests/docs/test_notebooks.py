@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run without a screen, and are kept without outputs."""
+"""The notebooks in examples/ run without a display, and are stored without outputs."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_it_is_kept_without_outputs(notebook):
         assert not cell.get("outputs") and cell.get("execution_count") is None, "".join(cell["source"])
         assert not cell["metadata"], cell["metadata"]
     assert set(content["metadata"]) == {"kernelspec", "language_info"}
-    assert content["metadata"]["language_info"] == {"name": "python"}  # without the version of who saved it
+    assert content["metadata"]["language_info"] == {"name": "python"}  # without the Python version that saved it
 
 
 @pytest.mark.slow

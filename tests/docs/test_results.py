@@ -1,4 +1,4 @@
-"""The tables of docs/results.md say what the kept trainings say."""
+"""The tables of docs/results.md agree with the stored training runs."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_a_task_names_what_was_chosen(kept):
     assert docs_results.table_of_task(table, "elpv_100") == docs_results.NOT_YET
 
 
-def test_the_five_beside_full_fine_tuning(kept):
+def test_the_five_systems_against_full_fine_tuning(kept):
     header, *rows = docs_results.table_of_five(table).splitlines()
     assert header == "system|digits" and [row.split("|")[0] for row in rows] == list(docs_results.FIVE)
     scores, full = scores_of(kept, "daft"), scores_of(kept, "full")
@@ -57,7 +57,7 @@ def test_the_five_beside_full_fine_tuning(kept):
     assert rows[1].split("|")[1].endswith("on all" if same_sign else "mixed")
 
 
-def test_what_validation_chose_beside_the_best_on_test(kept):
+def test_what_validation_selected_against_the_best_on_test(kept):
     row = docs_results.table_of_choice(table).splitlines()[1].split("|")
     means = {c.name: np.mean(list(scores_of(kept, c.name).values())) for c in kept.contenders if c.status == "finished"}
     assert row[2].startswith(f"{kept.winner}: {means[kept.winner]:.3f}")

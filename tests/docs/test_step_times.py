@@ -1,4 +1,4 @@
-"""The comparison of step times: it covers the registry, and its floors are what the strategies' plans say."""
+"""The comparison of step times covers the registry, and its floors agree with the strategies' plans."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from hf_ft.testing.training import equipped
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 LAST_MAP = "resnet.encoder.stages.3"
-# What is measured before training, as far as a plan needs it to be made.
+# Measurements before training, as far as they are needed to make a plan.
 MEASURED = {
     "daft": ({"convert_batch_norm": False}, State()),
     "delta": ({"weights": "uniform"}, State()),
@@ -127,7 +127,7 @@ def test_a_floor_trains_what_it_says(recorded, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"trains_from": "neck"}, {"recorded": True}, {"batches": 2}])
-def test_a_floor_that_makes_no_sense_is_refused(wrong):
+def test_a_meaningless_floor_is_refused(wrong):
     with pytest.raises(ValueError, match=f"Floor.{next(iter(wrong))}="):
         floors.Floor(**wrong)
 
@@ -152,7 +152,7 @@ def test_ratios_are_of_the_same_round():
     assert spread["ratio"] == 5.0 and 1.0 < spread["low"] < 5.0 < spread["high"] < 9.0
 
 
-def test_the_table_is_made_of_the_results(tmp_path, monkeypatch):
+def test_the_table_is_made_from_the_results(tmp_path, monkeypatch):
     about = {"pairs": 7, "torch": "2.0", "transformers": "5.0", "threads": 1, "geometry": "small"}
     ratio = {"ratio": 1.2345, "low": 1.2, "high": 1.3}
     rows = {
@@ -168,7 +168,7 @@ def test_the_table_is_made_of_the_results(tmp_path, monkeypatch):
     assert "| other: live | 1.234 (1.200 to 1.300) |  | 50 MB | 0.25 |" in lines
     assert "| no memory | 1.234 (1.200 to 1.300) | 1.23 (1.20 to 1.30) |  |  |" in lines
     assert "Left out: third (OptionError: why)." in lines
-    assert "The peak memory of 1 rows is not measured yet." in lines
+    assert "Rows whose peak memory is not measured yet: 1." in lines
     (tmp_path / "step_times.json").unlink()
     assert docs_measured.table_of_step_times(docs_tables._table) == docs_measured.NOT_YET
 
@@ -177,6 +177,6 @@ def test_the_page_names_every_row_far_above_its_floor():
     content = json.loads((FOLDER / "results" / "step_times.json").read_text(encoding="utf-8"))
     page = (docs_tables.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     said = page.partition("## Step times of all strategies")[2].partition("\n## ")[0]
-    said = said.partition("<!-- end -->")[2]  # what is said of the table
+    said = said.partition("<!-- end -->")[2]  # the text about the table
     above = [name for name, row in content["rows"].items() if row["floor"] and row["floor"]["ratio"] > 1.10]
     assert [name for name in above if f"`{name}`" not in said] == []

@@ -16,7 +16,7 @@ from hf_ft.documents.public import shareable, shareable_command, shareable_name,
         ("mysql+pymysql://ann:secret@host/studies", "mysql+pymysql://***@host/studies"),
         ("https://hub?token=secret&x=1", "https://hub?token=***&x=1"),
         ("401 for hf_abcdefghijkl", "401 for hf_***"),
-        # What is no path of this machine stays.
+        # What is not a path of this machine is kept.
         ("https://huggingface.co/google/vit", "https://huggingface.co/google/vit"),
         ("google/vit and 3/4 of a/b/c; lr 1e-3 / 2", "google/vit and 3/4 of a/b/c; lr 1e-3 / 2"),
     ],

@@ -1,4 +1,4 @@
-"""A run is resumed only from a checkpoint whose files are all there and intact."""
+"""A run is resumed only from a checkpoint whose files are complete and intact."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def checkpoint(run, tmp_path):
     return shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
 
 
-FILES = (  # each holds a part of what resuming needs
+FILES = (  # each contains a part of what resuming needs
     "model.safetensors config.json ft_config.json ft_state.safetensors ft_modules.safetensors ft_streams_0.json "
     "optimizer.pt scheduler.pt rng_state.pth trainer_state.json"
 )
@@ -48,7 +48,7 @@ def emptied(file):
 
 
 def zeroed(file):
-    """As a failure of power may leave it: of its full length, without its content."""
+    """As a power failure may leave it: with its full length, without its content."""
     file.write_bytes(bytes(file.stat().st_size))
 
 
@@ -64,7 +64,7 @@ def test_a_file_that_is_missing_or_damaged_is_named(name, checkpoint):
     assert is_complete(checkpoint)
 
 
-def test_a_changed_byte_of_the_optimizer_is_seen(checkpoint):
+def test_a_changed_byte_of_the_optimizer_is_noticed(checkpoint):
     file = checkpoint / "optimizer.pt"
     with zipfile.ZipFile(file) as archive:
         inside = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -75,7 +75,7 @@ def test_a_changed_byte_of_the_optimizer_is_seen(checkpoint):
         check_complete(checkpoint)
 
 
-def test_the_one_before_is_taken_and_the_reason_said(run, tmp_path, caplog):
+def test_the_previous_one_is_used_and_the_reason_reported(run, tmp_path, caplog):
     copy = shutil.copytree(run, tmp_path / "run")
     (copy / "checkpoint-2" / "optimizer.pt").unlink()
     with caplog.at_level("WARNING", logger="hf_ft"):

@@ -1,4 +1,4 @@
-"""In float16, gradients too small for it are scaled: in measurements, and in the trainings of a search."""
+"""With float16, gradients are scaled so that they do not underflow: in measurements and in a search's training runs."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Levit's attention keeps its biases between evaluation passes: never those of other weights."""
+"""Levit's attention caches its biases between evaluation passes: never those of other weights."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def fresh_loss(model, batch):
 
 
 @pytest.mark.parametrize("best", [False, True])
-def test_evaluation_is_that_of_the_present_weights(best, tmp_path):
+def test_evaluation_uses_the_current_weights(best, tmp_path):
     """Also in the stage of LP-FT that trains in eval mode, and after the best weights are loaded."""
     model = tiny_levit()
     batch = tiny_inputs(model, 8, seed=1)

@@ -1,4 +1,4 @@
-"""Layers that a model skips at random in training (LayerDrop) are left out of the terms of that step."""
+"""Layers that a model randomly skips in training (LayerDrop) are left out of the terms in that step."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_a_skipped_layer_is_left_out_for_the_step(kind, strategy):
     assert 0 in skipped and len(skipped) > 1, "nothing is tested"
 
 
-def test_training_ends_though_the_only_layer_is_skipped(tmp_path):
+def test_training_ends_although_the_only_layer_is_skipped(tmp_path):
     model = dropping("opt", 0.5)
     data = tiny_data(model, 16)
     FTTrainer(model, tiny_arguments(tmp_path), strategy=TREDConfig(epochs=1), train_dataset=data).train()
@@ -75,7 +75,7 @@ def test_layers_of_a_stream(forward):
         with_stream(model, "model.encoder.layers", forward)(**batch, stream_source=source)
 
 
-def test_a_term_that_looks_at_a_skipped_layer_is_told_the_way_out():
+def test_a_term_that_reads_a_skipped_layer_gets_an_error_with_the_fix():
     with pytest.raises(OptionError, match="'b' did not run.*LayerDrop.*called.*layerdrop to 0"):
         LayerStates(a=torch.zeros(1))["b"]
 

@@ -1,4 +1,4 @@
-"""Layers of any layout are compared at their real tokens: a padded batch gives what its texts give alone."""
+"""Layers of any layout are compared at their real tokens: a padded batch gives the same as its texts alone."""
 
 import copy
 
@@ -32,12 +32,12 @@ CASES = {
     ),
     "XLNet": (["transformer.layer.0", "transformer.layer.1"], (1, 0, 2), lambda n: [n, n]),
     "SqueezeBert": (["transformer.encoder.layers.1.output.conv1d"], (0, 2, 1), lambda n: [n]),
-    # Not named in any rule.
+    # Not covered by any rule.
     "XLM": (["transformer.layer_norm1.1"], (0, 1, 2), lambda n: [n]),
     "T5": (["transformer.encoder.final_layer_norm", "transformer.decoder.block.1"], (0, 1, 2), lambda n: [n, n]),
     "prompted BERT": (["base_model.bert.encoder.layer.1"], (0, 1, 2), lambda n: [n + 3]),
 }
-LENGTHS = {"Funnel": (8, 12, 16)}  # it drops odd tokens at each pooling; the others may end anywhere
+LENGTHS = {"Funnel": (8, 12, 16)}  # it drops odd tokens at each pooling; the others may have any length
 
 
 def model_of(name):
@@ -75,7 +75,7 @@ def padded(model, lengths):
 
 
 def alone(batch, row, length):
-    """One text of it without padding."""
+    """One text of the batch, without padding."""
     width = batch["attention_mask"].shape[1]
     one = {name: value[row : row + 1] for name, value in batch.items()}
     return {n: v[:, :length] if v.dim() > 1 and v.shape[1] == width else v for n, v in one.items()}
@@ -149,16 +149,16 @@ def test_channels_of_feature_maps():
     assert layouts["last"].arranged(torch.zeros(2, 6, 5, 4)).shape == (2, 4, 6, 5)
 
 
-def test_one_warning_where_padding_cannot_be_found(monkeypatch):
+def test_one_warning_if_padding_cannot_be_found(monkeypatch):
     warnings = []
     monkeypatch.setattr(logger, "warning_once", warnings.append)
-    model, layer = small("Longformer"), "longformer.encoder.layer.1.attention.self"  # sets padding to zero, and mixes
+    model, layer = small("Longformer"), "longformer.encoder.layer.1.attention.self"  # zeroes padding, and mixes tokens
     layout = find_layouts(model, [layer], small_inputs(model))[layer]
     assert layout.tokens is None and len(warnings) == 1 and repr(layer) in warnings[0]
 
 
 def test_looking_leaves_the_model_and_random_states_alone():
-    """BigBird replaces its attention for good when it sees a short text."""
+    """BigBird permanently replaces its attention when it sees a short text."""
     model = small("BigBird").train()
     before, state, batch = copy.deepcopy(model), torch.get_rng_state(), small_inputs(model)
     find_layouts(model, ["bert.encoder.layer.1"], batch)
@@ -188,7 +188,7 @@ def test_layers_are_looked_at_once_before_training(make, tmp_path, monkeypatch):
 
 
 def test_recorded_reference_states_are_arranged_as_well(tmp_path, monkeypatch):
-    """Rows of states are of samples, which are XLNet's second axis."""
+    """Rows of states are samples, which are XLNet's second axis."""
     losses, stores, record = [], [], StageCache._record_reference
     monkeypatch.setattr(StageCache, "_record_reference", lambda *a: stores.append(record(*a)) or stores[-1])
     for use in ("always", "never"):

@@ -1,4 +1,4 @@
-"""The base rate of a plan takes the place of the arguments' rate, for parameters and terms, in every stage."""
+"""The base rate of a plan replaces the arguments' rate, for parameters and terms, in every stage."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The probe by logistic regression: the minimum of its formula, in float64, on the features of the head's layer."""
+"""The probe by logistic regression: the minimum of its formula, in float64, on the input of the head's layer."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_the_solution_is_a_minimum_of_the_formula(classes, weighted, monkeypatch
     found = logistic_probe(features, labels, classes, class_weights)
     mean, spread = features.double().mean(), features.double().std(correction=0)
     x = (features.double() - mean) / spread
-    # Back from the features to their normalised form.
+    # Back to the normalised form of the features.
     weight = found.weight.double() * spread
     bias = found.bias.double() + found.weight.double().sum(dim=1) * mean
     if classes == 2:  # scikit-learn's single row is the difference of the two

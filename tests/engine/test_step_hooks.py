@@ -1,4 +1,4 @@
-"""Changes of gradients and rates at an optimizer's steps: after unscaling, once, through wrappers."""
+"""Changes to gradients and rates at an optimizer's steps: after unscaling, once, and through wrappers."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ def linear():
 
 
 def seen(model, optimizer, on=("weight",)):
-    """What a change saw, which halves the gradient; it is attached to the optimizer."""
+    """What a hook saw that halves the gradient; it is attached to the optimizer."""
     calls = []
 
     def halve(names, gradients, seed):
@@ -46,7 +46,7 @@ def test_only_the_named_gradients_change_just_before_the_step():
         optimizer.zero_grad()
     assert [names for names, *_ in calls] == [("weight",)] * 2
     assert [seed for *_, seed in calls] == [step_seed(0, 0), step_seed(1, 0)] and step_seed(0, 0) != step_seed(1, 0)
-    once = 1 - (0.5 + 0.1)  # the optimizer's own decay is whole
+    once = 1 - (0.5 + 0.1)  # the optimizer's own decay is not halved
     assert torch.allclose(model.weight, torch.full((2, 3), once - (0.5 + 0.1 * once)))
     assert torch.allclose(model.bias, (bias - (1 + 0.1 * bias)) * 0.9 - 1)
 

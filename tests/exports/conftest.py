@@ -37,20 +37,20 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def program(files, tmp_path_factory):
-    """The export of ``resnet`` by torch alone."""
+    """The export of ``resnet`` with torch alone."""
     return export(files / "resnet", tmp_path_factory.mktemp("program"), formats="pt2").folder / "model.pt2"
 
 
 @pytest.fixture
 def traced_before(program, monkeypatch):
-    """Exports of ``resnet`` that take its graph as it was traced once."""
+    """Exports of ``resnet`` copy a program that was traced once."""
     module = importlib.import_module("hf_ft.exports.export")
     monkeypatch.setattr(module, "_write", lambda trained, example, folder, chosen: shutil.copy(program, folder))
 
 
 @pytest.fixture(scope="session")
 def onnx():
-    """What ONNX needs is there. The table of operators, which takes seconds to build, is built once."""
+    """Skip without the ONNX packages. The table of operators, which takes seconds, is built once."""
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name)
     registration = pytest.importorskip("torch.onnx._internal.exporter._registration")
@@ -62,7 +62,7 @@ def onnx():
 
 @pytest.fixture(scope="session")
 def trained(files, tmp_path_factory):
-    """A function that trains a model for a step by a strategy and saves it."""
+    """A function that trains a model for one step with a strategy and saves it."""
 
     def train(make, strategy):
         folder = tmp_path_factory.mktemp("trained")

@@ -1,4 +1,4 @@
-"""``hf-ft export``: what is told and what is refused."""
+"""``hf-ft export``: what is reported and what is refused."""
 
 import json
 
@@ -13,7 +13,7 @@ def call(model, out, *more):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced_before")
-def test_files_and_differences_are_told(files, tmp_path, capsys):
+def test_files_and_differences_are_reported(files, tmp_path, capsys):
     assert call(files / "resnet", tmp_path / "a", "--dataset", files / "photos", "--samples", 6) == 0
     out = capsys.readouterr().out
     content = json.loads((tmp_path / "a" / "export.json").read_text())
@@ -40,7 +40,7 @@ def test_files_and_differences_are_told(files, tmp_path, capsys):
         (["--sample", "2"], "Did you mean --samples?"),
     ],
 )
-def test_what_cannot_work_is_refused_in_a_line(more, told, files, tmp_path, capsys):
+def test_what_cannot_work_is_refused_in_one_line(more, told, files, tmp_path, capsys):
     assert call(files / "resnet", tmp_path / "out", *more) == 2
     err = capsys.readouterr().err
     assert told in " ".join(err.split()) and len(err.strip().splitlines()) == 1

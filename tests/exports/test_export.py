@@ -1,4 +1,4 @@
-"""What is exported gives the logits of the model, whatever the batch; what cannot be exported leaves nothing behind."""
+"""Exports give the logits of the model for any batch size; what cannot be exported leaves nothing behind."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ from hf_ft.models.ensemble.processor import combined
 from hf_ft.testing.models import tiny_resnet, tiny_vit
 from tests.trained import CLASSES, NAMES, TRUTH
 
-module = importlib.import_module("hf_ft.exports.export")  # its name is that of the function, too
+module = importlib.import_module("hf_ft.exports.export")  # the function has the same name
 
 
 pytestmark = pytest.mark.slow  # they trace
@@ -54,7 +54,7 @@ def test_onnx_is_the_model_at_any_batch_size(which, request):
     assert done.content["check"]["samples"] == 12 and done.content["files"]["model.onnx"]["largest_difference"] < 1e-4
 
 
-def test_a_program_is_the_model_after_reloading(convolutional):
+def test_a_reloaded_program_gives_the_models_logits(convolutional):
     folder, done = convolutional
     program = torch.export.load(done.folder / "model.pt2").module()
     for size in (1, 4):
@@ -116,7 +116,7 @@ def test_the_record_describes_all_files_and_no_file_names_this_machine(convoluti
 
 
 @pytest.mark.usefixtures("traced_before")
-def test_what_is_there_is_kept_unless_it_may_be_replaced(files, tmp_path):
+def test_existing_files_are_kept_unless_they_may_be_replaced(files, tmp_path):
     model, processor = tiny_resnet(**NAMES), AutoImageProcessor.from_pretrained(files / "resnet")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     done = hf_ft.export(model, tmp_path, processor=processor, formats="pt2")
@@ -148,7 +148,7 @@ def test_a_model_with_two_paths_and_an_ensemble_are_one_graph(files, trained, tm
 
 
 class Decides(nn.Module):
-    """Computes one of two things, as its input demands."""
+    """Computes one of two things, depending on its input."""
 
     def forward(self, values):
         return values * 2 if values.sum() > 0 else values

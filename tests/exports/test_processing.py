@@ -1,4 +1,4 @@
-"""The exported values are those by which the processors of Transformers prepare images; random samples."""
+"""The exported values are those with which Transformers' processors prepare images; random samples."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_images_are_prepared_as_by_the_processor(name, size):
     np.testing.assert_allclose(found, wanted, atol=2e-5 if wanted.max() > 10 else 1e-6)
 
 
-def test_steps_of_another_kind_are_none():
+def test_unsupported_processing_steps_give_none():
     assert image_steps(hf.ViTImageProcessorPil(size={"shortest_edge": 20, "longest_edge": 40})) is None
 
 

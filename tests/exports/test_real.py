@@ -16,7 +16,7 @@ MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 @pytest.mark.slow
 @pytest.mark.usefixtures("onnx")
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-def test_mobilenet_is_itself_in_onnxruntime(tmp_path):
+def test_mobilenet_gives_the_same_logits_in_onnxruntime(tmp_path):
     model, processor = load_model("mobilenet_v2", image_size=64)
     cells = elpv().select(range(0, 1200, 100)).select_columns(["image"])
     done = hf_ft.export(model, tmp_path, data=cells, processor=processor)

@@ -1,1 +1,1 @@
-"""Crashes and damaged files at scale: `make faults`, or `python -m tests.faults`. No part of the suite."""
+"""Crashes and damaged files at scale: `make faults`, or `python -m tests.faults`. Not part of the suite."""

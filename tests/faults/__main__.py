@@ -1,14 +1,14 @@
 """Crashes and damaged files at scale: `python -m tests.faults`, or `make faults`.
 
-Four parts: `kills` ends trainings, searches and comparisons with SIGKILL at random moments and lets them go on;
+Four parts: `kills` ends training runs, searches and comparisons with SIGKILL at random moments and lets them continue;
 `workers` ends some of the processes that share a comparison or a search, and perhaps the one that started the others;
-`operations` ends a comparison and a training that saves checkpoints before and within each of their file operations;
-`mutations` gives the commands wrong flags and damaged files. After a kill, what a run leaves in the end must be that of
-an undisturbed run, bit for bit but for times; a command with a wrong input must end with status 0 or 2, without a
-traceback, within a minute.
+`operations` ends a comparison and a training run that saves checkpoints before and within each of their file
+operations; `mutations` gives the commands wrong flags and damaged files. After a kill, what a run finally leaves must
+be that of an undisturbed run, bit for bit except for times; a command with a wrong input must end within a minute with
+status 0 or 2, without a traceback.
 
-Results are kept, one a line; a case that is there is not tried again, so that a run can be stopped and goes on. What a
-failed case leaves is kept beside them. `--page` writes the table into docs/reliability.md.
+Results are kept, one per line; cases that are already there are not tried again, so a run can be stopped and continued.
+What a failed case leaves is kept next to them. `--page` writes the table into docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BEGIN, END = "<!-- faults -->", "<!-- faults end -->"
 
 
 def cases(options: argparse.Namespace, scratch: Path) -> Iterator[Case]:
-    """The cases that are asked for."""
+    """The requested cases."""
     from tests.faults import kills, mutations, operations, workers
     from tests.faults.materials import Materials
     from tests.faults.workloads import Wholes
@@ -70,7 +70,7 @@ def tried(case: Case, seed: int, failures: Path) -> Result:
 
 
 def go(options: argparse.Namespace) -> None:
-    """Try the cases that are missing."""
+    """Try the missing cases."""
     kept = Kept(options.folder / "results.jsonl")
     preload()
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,7 +86,7 @@ def go(options: argparse.Namespace) -> None:
 
 
 def summary(results: list[Result]) -> str:
-    """The table, and what failed with what reproduces it."""
+    """The table, and each failure with the command that reproduces it."""
     failures = [result for result in results if result.verdict != RIGHT]
     lines = [aligned(kept_results.table(results), HEADS), ""]
     lines += [f"--case '{result.name}' --seed {result.seed}: {result.verdict}: {result.detail}" for result in failures]
@@ -94,7 +94,7 @@ def summary(results: list[Result]) -> str:
 
 
 def write_page(results: list[Result]) -> None:
-    """Put the table between the marks in docs/reliability.md."""
+    """Write the table between the markers in docs/reliability.md."""
     rows = [HEADS, ("---",) * len(HEADS), *kept_results.table(results)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
@@ -102,7 +102,7 @@ def write_page(results: list[Result]) -> None:
 
 
 def main() -> None:
-    """Read the flags; see the top of this file."""
+    """Parse the flags; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="default: all parts")
     parser.add_argument(

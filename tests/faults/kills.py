@@ -1,4 +1,4 @@
-"""Commands killed by SIGKILL at random moments, once or several times, that then go on to their end."""
+"""Commands killed by SIGKILL at random moments, once or several times, that then continue to their end."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.faults.results import Case, Outcome
 from tests.faults.workloads import Wholes, Workload, failed, judged, workloads
 
 NUMBER = 100
-TIMES = (1, 1, 1, 2, 3)  # how often one run may be killed
+TIMES = (1, 1, 1, 2, 3)  # the maximum number of kills per run
 
 
 def cases(number: int, seed: int, materials: Materials, wholes: Wholes) -> Iterator[Case]:
-    """So many kills, over all workloads in turn."""
+    """This many kills, over all workloads in turn."""
     chosen = workloads(materials)
     for index in range(number):
         workload = chosen[index % len(chosen)]
@@ -34,7 +34,7 @@ def _killed(workload: Workload, wholes: Wholes, folder: Path, chance: random.Ran
     kills, where = 0, f"killed after {', '.join(f'{moment:.2f}' for moment in moments)} s: "
     while not kills:
         ended, kills = _tried(workload, folder, moments)
-        if failed(ended, (0, -9)) is None and not kills:  # it had ended before
+        if failed(ended, (0, -9)) is None and not kills:  # it had already ended
             shutil.rmtree(folder / "out")
             moments = [0.8 * moment for moment in moments]
         elif not kills:
@@ -45,7 +45,7 @@ def _killed(workload: Workload, wholes: Wholes, folder: Path, chance: random.Ran
 
 
 def _tried(workload: Workload, folder: Path, moments: list[float]) -> tuple[Ended, int]:
-    """Run until killed, and on until killed again."""
+    """Run until killed, and continue until killed again."""
     kills = 0
     for moment in moments:
         ended = run(workload.goes_on(folder), folder, kill_after=moment)

@@ -1,4 +1,4 @@
-"""What is the same in every repetition of a command: all that it leaves, but for times, memory and the like."""
+"""What is the same in every repetition of a command: everything it leaves, except times, memory and the like."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOREIGN = ("notes.txt", "checkpoint-notes/keep.txt")  # what a user put into the
 
 
 def lasting(folder: Path) -> dict[str, Any]:
-    """The content of all files in a folder, by name; of files that hold times, only that they are there."""
+    """The content of all files in a folder, by name; for files that contain times, only that they exist."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     names = {file.relative_to(folder).as_posix(): file for file in files}
     return {name: _content_or_reason(file) for name, file in names.items() if name not in FOREIGN}
@@ -33,7 +33,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def _where(one: Any, other: Any) -> str:
-    """The first place in which two contents differ."""
+    """The first place where two contents differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in {**one, **other}:
             if one.get(key) != other.get(key):

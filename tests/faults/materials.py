@@ -1,4 +1,4 @@
-"""Small models, images and texts that the commands work on, and finished runs to damage."""
+"""Small models, images and texts for the commands, and finished runs to damage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUIET = ("--use_cpu", "true", "--disable_tqdm", "true")
 
 
 class Materials:
-    """Files in a folder, made when they are first asked for.
+    """Files in a folder, created when they are first needed.
 
     Args:
         folder: an empty folder.
@@ -45,7 +45,7 @@ class Materials:
 
     @cached_property
     def resnet(self) -> Path:
-        """Its pretrained head knows the classes of the images, and one more."""
+        """A ResNet whose pretrained head has the classes of the images, and one more."""
         names = dict(enumerate(("owl", *NAMES)))
         model = tiny_resnet(id2label=names, label2id={name: index for index, name in names.items()})
         return self._saved(model, "resnet")
@@ -148,5 +148,5 @@ class Materials:
 
 
 def copied(folder: Path, to: Path) -> None:
-    """Copy what a finished run left in ``out``."""
+    """Copy the files of a finished run in ``out``."""
     shutil.copytree(folder / "out", to / "out")

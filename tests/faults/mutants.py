@@ -1,4 +1,4 @@
-"""Damage: to bytes, to JSON content, to the formats of tensors, images and studies. All of it follows from a seed."""
+"""Damage to bytes, JSON content, and the formats of tensors, images and studies, all determined by a seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def damaged_bytes(content: bytes, chance: Chance) -> bytes:
-    """One of the ways in which a disk, a copy or an editor damages a file."""
+    """Damage a file in one of the ways in which a disk, a copy or an editor does."""
     size = len(content)
     start = chance.randrange(size + 1)
     end = min(size, start + chance.choice((1, 4, 64, 1024)))
@@ -59,14 +59,14 @@ def _flipped(content: bytes, chance: Chance) -> bytes:
 
 
 def damaged_json(content: bytes, chance: Chance) -> bytes:
-    """JSON of another shape, or damaged bytes."""
+    """JSON with another structure, or damaged bytes."""
     if chance.random() < 0.25:
         return damaged_bytes(content, chance)
     return json.dumps(reshaped(json.loads(content), chance)).encode()
 
 
 def reshaped(content: Any, chance: Chance) -> Any:
-    """Content for JSON or YAML in which one or two values are others, renamed, or gone."""
+    """Content for JSON or YAML in which one or two values are changed, renamed or missing."""
     for _ in range(chance.choice((1, 1, 2))):
         places = list(_places(content))
         if not places or chance.random() < 0.05:
@@ -83,7 +83,7 @@ def reshaped(content: Any, chance: Chance) -> Any:
 
 def _nested(depth: int) -> Any:
     content: Any = []
-    for _ in range(min(depth, 900)):  # what json can write
+    for _ in range(min(depth, 900)):  # what json can serialise
         content = [content]
     return content
 
@@ -95,7 +95,7 @@ def _places(content: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def damaged_tensors(content: bytes, chance: Chance) -> bytes:
-    """A safetensors file with another header, or damaged bytes."""
+    """A safetensors file with a changed header, or damaged bytes."""
     if chance.random() < 0.4:
         return damaged_bytes(content, chance)
     size = struct.unpack("<Q", content[:8])[0]
@@ -115,7 +115,7 @@ def damaged_tensors(content: bytes, chance: Chance) -> bytes:
 
 
 def damaged_image(content: bytes, chance: Chance) -> bytes:
-    """An image of another type or size than it says, or damaged bytes."""
+    """An image whose type or size is not what it claims, or damaged bytes."""
     kind = chance.randrange(6)
     if kind == 0:
         return chance.choice((b"no image", b"GIF89a", b"\xff\xd8\xff\xe0", b"<svg/>", b"RIFF\0\0\0\0WEBP", b"%PDF-1.4"))
@@ -125,7 +125,7 @@ def damaged_image(content: bytes, chance: Chance) -> bytes:
 
 
 def _png(width: int, height: int) -> bytes:
-    """A PNG whose header is sound and whose content is missing."""
+    """A PNG with a valid header but no content."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = (header, b"IDAT" + zlib.compress(b""), b"IEND")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -134,7 +134,7 @@ def _png(width: int, height: int) -> bytes:
 
 
 class Planted:
-    """Unpickled, it leaves a file named ``executed``: nothing may unpickle it."""
+    """Leaves a file named ``executed`` when it is unpickled: nothing may unpickle it."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
         return open, ("executed", "w")
@@ -178,7 +178,7 @@ def damaged_database(file: Path, chance: Chance) -> None:
 
 
 def damaged_lines(content: bytes, chance: Chance) -> bytes:
-    """A file of lines, such as an Optuna journal or a table: lines gone, twice, in another order, or damaged."""
+    """A file of lines, such as an Optuna journal or a table: lines missing, repeated, reordered or damaged."""
     lines = content.splitlines(keepends=True)
     place = chance.randrange(len(lines))
     kind = chance.randrange(6)

@@ -1,4 +1,4 @@
-"""Commands given wrong flags and damaged files: they must end with status 0 or 2, and say why in a line."""
+"""Commands with wrong flags and damaged files: they must end with status 0 or 2, and say why in one line."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from tests.faults.results import RIGHT, WRONG, Case, Outcome
 from tests.faults.workloads import failed
 
 NUMBER = 1000
-SHARE = 10  # of how many trainings one also looks at other splits, and the like
-# Flags whose large values rightly take long, and those that ask for hardware, other programs or compilers.
+SHARE = 10  # one training run in this many also uses other splits, and the like
+# Flags whose large values rightly take long, and those that need hardware, other programs or compilers.
 LONG = ("max_steps", "num_train_epochs", "trials", "seeds", "most_trials", "search_epochs", "search_seeds", "particles",
         "iterations", "gradient_accumulation_steps", "dataloader_num_workers", "dataloader_prefetch_factor",
         "relationship_steps", "disentangling_epochs", "hours")  # fmt: skip
@@ -49,7 +49,7 @@ Make = Callable[[Materials, Path, Chance], Sequence[str]]
 
 
 def cases(number: int, seed: int, materials: Materials) -> Iterator[Case]:
-    """So many damaged inputs, of all kinds in turn."""
+    """This many damaged inputs, of all kinds in turn."""
     kinds = list(KINDS)
     for index in range(number):
         kind = kinds[index % len(kinds)]
@@ -215,7 +215,7 @@ def _images(materials: Materials, folder: Path, chance: Chance) -> Sequence[str]
 
 
 def _damage(file: Path, chance: Chance) -> None:
-    """Damage a file in the way of its format; one in twenty is gone, or a folder."""
+    """Damage a file according to its format; one in twenty is missing, or a folder."""
     if chance.random() < 0.05:
         file.unlink()
         if chance.random() < 0.5:

@@ -1,8 +1,8 @@
-"""Commands that die just before, or within, each of their file operations in turn, and then go on to their end.
+"""Commands that die just before, or within, each of their file operations in turn, and then continue to their end.
 
 Python reports what it opens, renames and deletes to audit hooks; the writers of safetensors, of ``torch.save`` and of
-SQLite work outside Python, so that their calls are counted. Flushes to the disk are not: they change nothing that a
-killed process leaves.
+SQLite work outside Python, so their calls are counted instead. Flushes to disk are not counted: they do not change what
+a killed process leaves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROCESS = re.compile(r"\b\d{2,}(?=-|/|$)")
 
 
 def workloads(materials: Materials) -> list[Workload]:
-    """A comparison, and a training that saves, deletes old checkpoints, and loads the best."""
+    """A comparison, and a training run that saves, deletes old checkpoints, and loads the best."""
     saves = materials.train("--strategy", "l2_sp", "--overwrite", *SAVING, *BEST, steps=4)
     return [Workload("compare", tuple(materials.compare()), ()), Workload("checkpoints", tuple(saves))]
 
@@ -53,7 +53,7 @@ def cases(materials: Materials, wholes: Wholes, scratch: Path) -> Iterator[Case]
 
 
 def _operations(workload: Workload, scratch: Path) -> list[tuple[str, str]]:
-    """Every file operation of an undisturbed run: what, and of which file."""
+    """Every file operation of an undisturbed run: which operation, on which file."""
     return _counted(workload, scratch)
 
 
@@ -70,7 +70,7 @@ def _counted(workload: Workload, scratch: Path) -> list[tuple[str, str]]:
 
 
 def _put_foreign(workload: Workload, folder: Path) -> None:
-    """Files of the user, where the command takes a folder with such files: at once, or when it has begun."""
+    """Put the user's files where the command accepts a folder with such files: at once, or after it has begun."""
     if workload.name == "compare" and not (folder / "out" / ".comparison").is_dir():
         return
     for name in FOREIGN:
@@ -103,9 +103,9 @@ class Counter:
     """Counts the file operations of this process inside a folder, and dies at one of them.
 
     Args:
-        log: where each operation is written down.
+        log: where each operation is recorded.
         at: number of the operation before which it dies.
-        within: die within it instead: the file is there and empty.
+        within: die within it instead: the file exists and is empty.
     """
 
     def __init__(self, folder: Path, log: Path | None, at: int | None = None, within: bool = False) -> None:
@@ -113,7 +113,7 @@ class Counter:
         self.log = None if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def start(self) -> None:
-        """Count from now on; there is no end to it."""
+        """Count from now on; counting never stops."""
         safetensors.torch.serialize_file = self._counted(
             "safetensors", safetensors.torch.serialize_file, lambda tensors, file, *rest: file
         )
@@ -136,7 +136,7 @@ class Counter:
             os.write(self.log, json.dumps([what, shown]).encode() + b"\n")
         if self.count == self.at:
             if self.within and not os.path.isdir(name):
-                self.at = None  # what it opens now is no operation of the command
+                self.at = None  # what it opens now is not an operation of the command
                 os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
             os.kill(os.getpid(), signal.SIGKILL)
         self.count += 1

@@ -1,4 +1,4 @@
-"""Commands of ``hf-ft`` in processes of their own, forked from one that has imported everything: they start at once."""
+"""``hf-ft`` commands in separate processes, forked from one that has imported everything so that they start fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIMIT = 60.0  # seconds until a command counts as hanging
-MEMORY = 24 * 2**30  # of addresses: a command that asks for more gets a MemoryError, and the machine stays usable
+MEMORY = 24 * 2**30  # of address space: a command that requests more gets a MemoryError, and the machine stays usable
 LIBRARIES = ("datasets", "matplotlib.pyplot", "optuna", "peft", "sklearn.svm", "torch._dynamo", "transformers.trainer")
 
 
@@ -28,7 +28,7 @@ class Ended:
 
     Attributes:
         code: its exit status, negative if a signal ended it; None if it hung.
-        killed: whether it was killed as wanted.
+        killed: whether it was killed as intended.
     """
 
     code: int | None
@@ -39,7 +39,7 @@ class Ended:
 
 
 def preload() -> None:
-    """Import once what commands need, offline and on one thread."""
+    """Import what commands need once, offline and with one thread."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
     import optuna
     import torch
@@ -58,7 +58,7 @@ def preload() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     quick.set_up()
-    optuna.storages.RDBStorage("sqlite://")  # reads its scripts once
+    optuna.storages.RDBStorage("sqlite://")  # reads its migration scripts once
     gc.collect()
     gc.freeze()
 
@@ -71,7 +71,7 @@ def run(
     first: Callable[[], None] = lambda: None,
     limit: float = LIMIT,
 ) -> Ended:
-    """Run one command in a folder, in a process group of its own.
+    """Run one command in a folder, in its own process group.
 
     Args:
         kill_after: seconds until it is killed with SIGKILL.
@@ -83,10 +83,10 @@ def run(
     process = os.fork()
     if not process:
         _command(arguments, folder, logs, first, limit)
-    with suppress(OSError):  # the child does it, too: whoever is first
+    with suppress(OSError):  # the child does it too, whichever is first
         os.setpgid(process, process)
     ended = _ends(process, limit if kill_after is None else kill_after)
-    with suppress(ProcessLookupError):  # with what it started
+    with suppress(ProcessLookupError):  # including the processes it started
         os.killpg(process, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     seconds = time.monotonic() - began
@@ -97,7 +97,7 @@ def run(
 
 
 def _ends(process: int, seconds: float) -> bool:
-    """Whether a process ends within so many seconds."""
+    """Whether a process ends within this many seconds."""
     handle = os.pidfd_open(process)
     try:
         return bool(select.select([handle], [], [], seconds)[0])
@@ -108,12 +108,12 @@ def _ends(process: int, seconds: float) -> bool:
 def _command(
     arguments: Sequence[str], folder: Path, logs: Sequence[Path], first: Callable[[], None], limit: float
 ) -> None:
-    """What the new process does; it does not return."""
+    """Run the command in the new process; does not return."""
     code = 1
     try:
         with suppress(OSError):
             os.setpgid(0, 0)
-        signal.alarm(int(2 * limit) + 1)  # should its parent be killed
+        signal.alarm(int(2 * limit) + 1)  # in case its parent is killed
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for stream, log in enumerate(logs, 1):

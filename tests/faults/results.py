@@ -1,4 +1,4 @@
-"""The cases, how they end, and the file that keeps what has ended."""
+"""The cases, how they end, and the file that keeps the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RIGHT, WRONG, TRACEBACK, HANG = VERDICTS = ("right", "wrong result", "traceback"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case ended, and with what; ``kills`` counts the processes killed in it."""
+    """How a case ended, and with what message; ``kills`` counts the processes killed in it."""
 
     verdict: str
     detail: str = ""
@@ -22,10 +22,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Case:
-    """One try: its name says all that it depends on, beside the seed.
+    """One try: its name contains everything it depends on, except the seed.
 
     Attributes:
-        run: does it in an empty folder.
+        run: runs the case in an empty folder.
     """
 
     part: str
@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What is kept of a case."""
+    """What is stored about a case."""
 
     name: str
     seed: int
@@ -59,10 +59,10 @@ class Result:
 
 
 class Kept:
-    """Results in a file, one JSON object a line; a line that a killed process cut short is left out.
+    """Results in a file, one JSON object per line; a line that a killed process left incomplete is ignored.
 
     Args:
-        file: made if it is missing.
+        file: created if it is missing.
     """
 
     def __init__(self, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands with ``--workers 3``, of whose processes some are killed by SIGKILL at a random moment."""
+"""Commands with ``--workers 3``, some of whose processes are killed by SIGKILL at a random moment."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRIALS = (
 
 
 def cases(number: int, seed: int, materials: Materials, wholes: Wholes) -> Iterator[Case]:
-    """So many rounds, three of a comparison for one of a search."""
+    """This many rounds, three with a comparison for each one with a search."""
     few = ("--trials", "2", "--seeds", "3", "--strategies", "lp_ft,l2_sp,linear_probe")
     compared = Workload("compare", tuple(materials.compare(*few)), ())
     searched = Workload("search-blocks", tuple(materials.search("--scheme", "layer", "--search_seeds", "2")), ())
@@ -49,7 +49,7 @@ def cases(number: int, seed: int, materials: Materials, wholes: Wholes) -> Itera
 
 
 def _round(workload: Workload, wholes: Wholes, folder: Path, chance: random.Random) -> Outcome:
-    """Kill one to three of the workers at once, and go on if the first was among them."""
+    """Kill one to three of the workers at once, and continue the command if the first was among them."""
     whole = wholes.get(workload)  # of one worker
     shared, note = [*workload.command, "--workers", str(WORKERS)], folder / "killed"
     victims = sorted(chance.sample(range(WORKERS), chance.randint(1, WORKERS)))
@@ -58,7 +58,7 @@ def _round(workload: Workload, wholes: Wholes, folder: Path, chance: random.Rand
         ended = run(shared, folder, first=partial(_prepare, folder, victims, moment), limit=LIMIT)
         if note.exists() or ended.code != 0:
             break
-        shutil.rmtree(folder / "out")  # it had ended before
+        shutil.rmtree(folder / "out")  # it had already ended
         moment *= 0.5
     where = f"workers {victims} killed after {moment:.2f} s: "
     if ended.killed:
@@ -72,7 +72,7 @@ def _round(workload: Workload, wholes: Wholes, folder: Path, chance: random.Rand
 
 
 def _prepare(folder: Path, victims: list[int], moment: float) -> None:
-    """In the first worker: make it wait for another in its first job, and some be killed so much later."""
+    """In the first worker: make its first job wait for another worker, and kill some of them this much later."""
     os.environ["HF_DATASETS_CACHE"] = str(folder.with_name(f"{folder.name}.cache"))
     start, perform, processes = workers._start, _Search.perform, [os.getpid()]
 
@@ -99,7 +99,7 @@ def _prepare(folder: Path, victims: list[int], moment: float) -> None:
 
 
 def _trials(folder: Path, attribute: str, *states: str) -> Counter[str]:
-    """How many trials there are of each job or worker."""
+    """The number of trials of each job or worker."""
     file = next((folder / "out").glob("*.db"))
     with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=60)) as opened:
         rows = opened.execute(TRIALS, (attribute,)).fetchall()
@@ -107,7 +107,7 @@ def _trials(folder: Path, attribute: str, *states: str) -> Counter[str]:
 
 
 def _left(processes: list[int]) -> list[int]:
-    """Those that still run after a while."""
+    """The processes that are still running after a while."""
     end = time.monotonic() + 2 * workers.GRACE
     while left := [process for process in processes if Path(f"/proc/{process}").exists()]:
         if time.monotonic() > end:

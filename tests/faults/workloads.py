@@ -1,4 +1,4 @@
-"""What is killed: a training with each strategy, both searches and a comparison; and what each leaves otherwise."""
+"""What is killed: training with each strategy, both searches and a comparison; and what each leaves otherwise."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.faults.materials import Materials
 from tests.faults.processes import Ended, run
 from tests.faults.results import HANG, RIGHT, TRACEBACK, WRONG, Outcome
 
-STEPS = 7  # an epoch has 4
+STEPS = 7  # an epoch has four
 SAVING = ("--save_strategy", "steps", "--save_steps", "2", "--logging_strategy", "steps", "--logging_steps", "1")
 BEST = ("--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "true", "--save_total_limit", "2")
 LAST = ("--eval_strategy", "no")
-AUGMENTED, PLAIN = ("--augment", "basic"), ("--augment", "none")  # the frozen part is computed once for plain images
+AUGMENTED, PLAIN = ("--augment", "basic"), ("--augment", "none")  # frozen parts are computed once for plain images
 FEW = ("--blockwise.search_epochs", "1", "--blockwise.scheme", "stage")
 SWARM = ("--amcf.particles", "2", "--amcf.iterations", "1", "--amcf.search_epochs", "1")
 
@@ -30,8 +30,8 @@ class Workload:
     """A command that can be killed.
 
     Attributes:
-        command: with which it starts.
-        resumes: what is added to go on from a checkpoint; empty where the same command goes on by itself.
+        command: the command that starts it.
+        resumes: the arguments added to continue from a checkpoint; empty if the same command continues by itself.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Workload:
     resumes: tuple[str, ...] = ("--resume_from_checkpoint", "true")
 
     def goes_on(self, folder: Path) -> list[str]:
-        """The command that goes on with what is in a folder."""
+        """The command that continues with what is in a folder."""
         return [*self.command, *(self.resumes if checkpoints(folder / "out") else ())]
 
 
 def workloads(materials: Materials) -> list[Workload]:
-    """All of them, in an order in which neighbours differ."""
+    """All workloads, in an order in which neighbours differ."""
     trainings = []
     for number, name in enumerate(strategies()):
         more = [*SAVING, *(LAST if number % 3 == 2 else BEST), *(AUGMENTED if number % 2 else PLAIN)]
@@ -77,7 +77,7 @@ def _training(name: str, more: list[str], materials: Materials) -> Workload:
 
 @dataclass(frozen=True)
 class Whole:
-    """What a workload leaves when nothing disturbs it."""
+    """What an undisturbed workload leaves."""
 
     content: dict[str, Any]
     seconds: float
@@ -106,7 +106,7 @@ class Wholes:
 
 
 def judged(ended: Ended, whole: Whole, folder: Path, kills: int, where: str = "") -> Outcome:
-    """Whether a run that was killed and went on to its end left what it should."""
+    """Whether a run that was killed and continued to its end left what it should."""
     failure = failed(ended, (0,))
     if failure is not None:
         return Outcome(failure[0], f"{where}{failure[1]}", kills)
@@ -115,7 +115,7 @@ def judged(ended: Ended, whole: Whole, folder: Path, kills: int, where: str = ""
 
 
 def failed(ended: Ended, allowed: tuple[int, ...]) -> tuple[str, str] | None:
-    """The verdict on a command that did not end as it should, and its last words."""
+    """The verdict on a command that did not end as it should, and its last output."""
     last = " | ".join(ended.err.strip().splitlines()[-3:])[-600:]
     if ended.code is None:
         return HANG, f"after {ended.seconds:.0f} s: {last}"

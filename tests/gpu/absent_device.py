@@ -1,8 +1,8 @@
-"""A device that is not there: tensors on it have shapes and no values.
+"""A device that does not exist: tensors on it have shapes but no values.
 
-Whatever mixes them with tensors of the CPU, reads a value of them, or copies to them fails, as on a GPU it would fail
-or wait: so that steps can be checked for it without a GPU. Torch runs operations on such tensors by their shapes alone
-(``FakeTensorMode``); the device is the one that it keeps for backends of others (``PrivateUse1``).
+Mixing them with CPU tensors, reading their values, or copying to them fails, where it would fail or wait on a GPU, so
+that steps can be checked for this without a GPU. Torch runs operations on such tensors by their shapes alone
+(``FakeTensorMode``); the device is the one reserved for third-party backends (``PrivateUse1``).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NAME = "absent"
 @functools.cache
 def device() -> torch.device:
     """The device, registered at the first call."""
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # not in old versions
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # missing in old versions
 
     module = SimpleNamespace(
-        is_available=lambda: False,  # nothing but what asks for it shall compute there
+        is_available=lambda: False,  # only what requests it should compute there
         device_count=lambda: 1,
         current_device=lambda: 0,
         is_initialized=lambda: True,
@@ -42,7 +42,7 @@ def device() -> torch.device:
 
 
 class Copies(TorchFunctionMode):
-    """Lets tensors of the CPU be copied to the device, until ``refused``."""
+    """Lets CPU tensors be copied to the device, until ``refused``."""
 
     refused = False
 
@@ -61,14 +61,14 @@ class Copies(TorchFunctionMode):
 
 @contextmanager
 def there() -> Iterator[Copies]:
-    """Within it, new tensors have no values, and modules can be moved to the device."""
+    """Within this context, new tensors have no values, and modules can be moved to the device."""
     device()
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies, mock.patch.object(nn.Module, "to", _to):
         yield copies
 
 
 def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """Like ``nn.Module.to``, which cannot replace parameters by such without values."""
+    """Like ``nn.Module.to``, which cannot replace parameters by ones without values."""
     wanted, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
     made: dict[int, Tensor] = {}
     for inner in module.modules():
@@ -86,5 +86,5 @@ def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def moved(value: Any) -> Any:
-    """Tensors in a nested structure, on the device."""
+    """The tensors of a nested structure, moved to the device."""
     return tree_map(lambda leaf: leaf.to(device()) if isinstance(leaf, Tensor) else leaf, value)

@@ -1,12 +1,12 @@
-"""What this package promises, on a GPU: `python -m tests.gpu.check` from the root of a clone.
+"""Checks this package's promises on a GPU: `python -m tests.gpu.check` from the root of a clone.
 
-It checks the laws of `hf_ft.testing` and those of `tests/gpu/laws.py`, each strategy on one of the tiny models, in
-float32, in bfloat16 and in float16 with scaled gradients; then that no step waits for the GPU; then it measures step
-time and peak memory of every strategy against full fine-tuning and against its floor, as
-`tests/benchmarks/step_times.py` does on a CPU. It prints a table, and ends with 1 if a law is broken.
+It checks the laws of `hf_ft.testing` and of `tests/gpu/laws.py`, each strategy on one of the tiny models, in float32,
+in bfloat16 and in float16 with scaled gradients; then that no step waits for the GPU. Finally it measures the step time
+and peak memory of every strategy relative to full fine-tuning and to its floor, as `tests/benchmarks/step_times.py`
+does on a CPU. It prints a table, and exits with 1 if a law is broken.
 
-Without a GPU, or with `--tiny`, the same runs on the CPU with a tiny network: whether the script works is all that it
-tells there. Some five minutes on a GPU; what `--minutes` leaves no time for is counted as not run.
+Without a GPU, or with `--tiny`, the same runs on the CPU with a tiny network, which only shows that the script works.
+It takes about five minutes on a GPU; what does not fit into `--minutes` is counted as not run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product: the same result each time
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for reproducible results; read at the first product
 
 import torch
 import transformers
@@ -50,13 +50,13 @@ import step_times
 import stepper
 from floors import FloorStepper
 
-# The kit's tolerances are for float32. A step's gradients have the relative error of the type that they are computed
+# The kit's tolerances are for float32. A step's gradients have the relative error of the type they are computed
 # in, 2^-8 or 2^-11, which rates of up to 0.15 turn into differences of weights.
 SLACK = {"fp32": 10.0, "bf16": 2_000.0, "fp16": 500.0}
-# So that no first step of a tiny model overflows: a skipped one would be another training, not a broken law.
+# So that no first step of a tiny model overflows: a skipped step would make a different run, not a broken law.
 FIRST_SCALE = 256.0
-NETWORK_OF_LAWS = 3  # tiny models, of which each law takes another one
-# Rows whose step has to wait for the GPU, each with the reason.
+NETWORK_OF_LAWS = 3  # tiny models; each law uses a different one
+# Rows whose step must wait for the GPU, each with the reason.
 WAITS = {
     "bss": "LAPACK reports whether the singular values were found",
     "soft: with source data": "a step fetches its source batch",
@@ -88,7 +88,7 @@ def on_gpu() -> bool:
 
 
 def precisions() -> list[str]:
-    """Those of this machine: on a CPU, gradients cannot be scaled, so there is no float16."""
+    """The precisions of this machine: on a CPU, gradients cannot be scaled, so there is no float16."""
     if not on_gpu():
         return ["fp32", "bf16"]
     return ["fp32", *(["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []), "fp16"]
@@ -101,14 +101,14 @@ def smaller_scale(trainer: Any) -> None:
 
 
 def in_precision(precision: str, gpu: bool) -> AbstractContextManager[None]:
-    """All tiny trainings in this precision, on the GPU if there is one."""
+    """Within this context, tiny models train in this precision, on the GPU if there is one."""
     arguments = {"use_cpu": not gpu} | ({} if precision == "fp32" else {precision: True})
     return under(arguments, SLACK[precision] if gpu or precision != "fp32" else 1.0, smaller_scale)
 
 
 @contextlib.contextmanager
 def the_same_each_time() -> Iterator[None]:
-    """Algorithms that give the same result bit for bit, and float32 that is float32."""
+    """Use deterministic algorithms, and real float32 instead of TF32."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends], torch.backends.cudnn.benchmark
     for backend in backends:
@@ -126,7 +126,7 @@ def the_same_each_time() -> Iterator[None]:
 
 
 def plan_of(strategies: Iterable[str], laws: Iterable[str], chosen: Iterable[str]) -> Iterator[tuple[Checked, Any]]:
-    """What to check, with the factory of the model, precision by precision."""
+    """What to check, with the model's factory, precision by precision."""
     strategies, wanted = set(strategies), set(laws)
     for precision in chosen:
         for turn, law in enumerate(laws_of(precision)):
@@ -137,7 +137,7 @@ def plan_of(strategies: Iterable[str], laws: Iterable[str], chosen: Iterable[str
 
 
 def check_laws(strategies: Iterable[str], laws: Iterable[str], gpu: bool, until: float) -> list[Checked]:
-    """Check laws until a time; what is left is marked as not run."""
+    """Check laws until a given time; the rest are marked as not run."""
     checked = []
     with the_same_each_time():
         for one, make in plan_of(strategies, laws, precisions()):
@@ -153,12 +153,12 @@ def check_laws(strategies: Iterable[str], laws: Iterable[str], gpu: bool, until:
 
 
 def broken(one: Checked, make: Any, gpu: bool) -> str | None:
-    """What is wrong, in a line; None if the law holds."""
+    """What is wrong, in one line; None if the law holds."""
     config = documented()[one.strategy](**OPTIONS.get(one.strategy, {}))
     with tempfile.TemporaryDirectory() as folder, in_precision(one.precision, gpu), quiet():
         try:
             laws_of(one.precision)[one.law](suited(config, make()), make, Path(folder))
-        except Exception as error:  # also what is no assertion, such as tensors on two devices
+        except Exception as error:  # also other errors than assertions, such as tensors on two devices
             place = traceback.extract_tb(error.__traceback__)[-1]
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             said = (str(error).splitlines() or [""])[0]
@@ -168,7 +168,7 @@ def broken(one: Checked, make: Any, gpu: bool) -> str | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Trainers print and warn of."""
+    """Suppress the Trainer's output and warnings."""
     logs.disable(logs.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
@@ -198,7 +198,7 @@ def waits(one: Any) -> str | None:
 
 
 def peak_of(make: Any, device: str) -> tuple[Any, float]:
-    """What takes steps, and the MB that it needs for some of them."""
+    """The stepper, and the MB that it needs for some steps."""
     before = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else 0.0
     with PeakMemory(device) as memory:
         one = make()
@@ -215,7 +215,7 @@ def a_small_network() -> Iterator[None]:
 
 
 def measure(rows: list[Any], rounds: int, device: str, until: float) -> tuple[dict[str, Any], list[Checked]]:
-    """Times, peaks, and whether a step waits, of these rows."""
+    """Times, peaks, and whether a step waits, for these rows."""
     found: dict[str, Any] = {}
     checked: list[Checked] = []
     with tempfile.TemporaryDirectory() as folder, under({"use_cpu": device == "cpu"}):
@@ -254,7 +254,7 @@ def about(gpu: bool, tiny: bool, rounds: int) -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """Version of the driver, None where nobody tells."""
+    """The version of the driver; None if unknown."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
@@ -263,7 +263,7 @@ def driver() -> str | None:
 
 
 def summary(checked: list[Checked]) -> list[dict[str, Any]]:
-    """For each precision and law: how many strategies kept it, which broke it, and how many were not tried."""
+    """For each precision and law: how many strategies keep it, which break it, and how many were not run."""
     groups: dict[tuple[str, str], list[Checked]] = {}
     for one in checked:
         groups.setdefault((one.precision, one.law), []).append(one)
@@ -296,7 +296,7 @@ def main(given: list[str] | None = None) -> int:
     unknown = sorted({*names} - {*documented()} | {*laws} - {*laws_of("fp32")})
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}. Choose of {', '.join([*documented(), *laws_of('fp32')])}.")
-    # A third of the time is for the steps.
+    # A third of the time is reserved for the steps.
     share = 2 / 3 if options.rounds else 1.0
     checked = check_laws(names, laws, gpu, began + 60 * options.minutes * share)
     rows: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Laws that matter on a GPU, beside those of `hf_ft.testing`: each takes a config, a model factory and a folder."""
+"""Laws that matter on a GPU, besides those of `hf_ft.testing`; each takes a config, a model factory and a folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hf_ft.testing.conditions import conditions
 from hf_ft.testing.laws import LAWS, Law, Maker, _fewest_steps
 from hf_ft.testing.training import make_trainer, same_tensors, snapshot, still, train
 
-# Recorded in batches of another size than those of a step: kernels for another size round otherwise.
+# Recorded with another batch size than that of a step, for which kernels round differently.
 CACHE_TOLERANCE = 1e-5
 COMPILED = ("full", "l2_sp")
-# By how much an element of a step's weights may differ from what is compiled, which fuses and so rounds otherwise.
+# How far a weight after a step may be from the compiled one's: compilation fuses, and so rounds differently.
 COMPILER_TOLERANCE = 1e-4
 
 
 def frozen_cache_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
-    """What is frozen, and what a reference model says, gives the same weights recorded as computed in each step."""
+    """Recorded outputs of frozen parts and reference models give the same weights as computing them in every step."""
     trained = []
     for use in ("never", "always"):
         trainer = make_trainer(still(make()), config, folder / use, frozen_cache=use, optim="sgd")
@@ -37,7 +37,7 @@ def best_model_is_loaded(config: FTConfig, make: Maker, folder: Path) -> None:
     trainer = make_trainer(make(), config, folder)
     run = trainer._start_run()
     if run.plan.finalise or run.plan.select or run.plan.average:
-        return  # the final model is another one than any that was saved
+        return  # the final model is not one of those that were saved
     steps = _fewest_steps(run.plan, 4)
     each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
@@ -65,7 +65,7 @@ def trained_states_are_finite(config: FTConfig, make: Maker, folder: Path) -> No
 
 
 def everything_is_on_the_device(config: FTConfig, make: Maker, folder: Path) -> None:
-    """After a step, model, terms, reference model, anchors, averages and momentum are where the model trains."""
+    """After a step, model, terms, reference model, anchors, averages and momentum are on the training device."""
     trainer = make_trainer(make(), config, folder, frozen_cache="never", optim="sgd", optim_args="momentum=0.9")
     trainer.args.max_steps = _fewest_steps(trainer._start_run().plan, 2)
     look = Look(trainer)
@@ -102,7 +102,7 @@ def _tensors(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def compiling_changes_nothing(config: FTConfig, make: Maker, folder: Path) -> None:
-    """With ``torch_compile``, the weights are the same but for rounding."""
+    """With ``torch_compile``, the weights are the same up to rounding."""
     backend = "inductor" if conditions().device.type == "cuda" else "aot_eager"  # which needs no C++ compiler
     trained = []
     for compiled in (False, True):
@@ -117,12 +117,12 @@ ON_GPU: dict[str, Law] = {
     law.__name__: law
     for law in (frozen_cache_changes_nothing, best_model_is_loaded, trained_states_are_finite, *FLOAT32_ONLY.values())
 }
-# Of the kit's, those that train with a Trainer, and so in the precision of its arguments.
+# The kit's laws that train with a Trainer, and thus in the precision of its arguments.
 IN_ANY_PRECISION = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload", "mixed_images_train")
 
 
 def laws_of(precision: str) -> dict[str, Callable[[FTConfig, Maker, Path], None]]:
-    """The laws to check in a precision."""
+    """The laws to check in this precision."""
     if precision == "fp32":
         return {**LAWS, **ON_GPU}
     of_kit = {name: LAWS[name] for name in IN_ANY_PRECISION}

@@ -1,7 +1,7 @@
-"""Steps of the strategies on a device that is not there: `python -m tests.gpu.steps [NAME ...]`, without a GPU.
+"""Steps of the strategies on a device that does not exist: `python -m tests.gpu.steps [NAME ...]`, without a GPU.
 
-No step may mix tensors of two devices, wait for a value, or copy from the host: see `tests/gpu/absent_device.py`. A
-process of its own, for torch can have one such device for good.
+No step may mix tensors of two devices, wait for a value, or copy from the host: see `tests/gpu/absent_device.py`. It
+runs in its own process, because torch can register such a device only once.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from hf_ft.testing.training import equipped, tiny_batch
 from tests.gpu import absent_device
 from tests.testing.test_laws import OPTIONS, in_turn
 
-STEPS = 2  # in each stage, of which the first may copy what a term keeps
-# Their steps are those of what they choose, or of plain networks.
+STEPS = 2  # in each stage; the first step may copy what a term keeps
+# Their steps are those of the strategies they choose, or of plain networks.
 LEFT_OUT = ("auto", "amcf", "blockwise")
 
 
 def take_steps(config: FTConfig, make: Maker, folder: Path) -> None:
-    """Steps in each stage: measured, planned and looked at on the CPU, then set up and run on the device."""
-    absent_device.device()  # before the first backward pass: torch then counts the devices that it has threads for
+    """Take steps in each stage: measure, plan and inspect on the CPU, then set up and run on the device."""
+    absent_device.device()  # before the first backward pass, when torch counts the devices for which it needs threads
     model, configs = equipped(make(), config), resolve(config)
     states = _states(config, model, folder)
     plan = check(configs, model, states, tuple(name for name, _ in model.named_parameters()))
@@ -62,7 +62,7 @@ def take_steps(config: FTConfig, make: Maker, folder: Path) -> None:
 
 
 def failures(names: list[str]) -> Iterator[tuple[str, str]]:
-    """Strategies whose steps fail there, and why."""
+    """The strategies whose steps fail there, and why."""
     for name, make in in_turn():
         if name in LEFT_OUT or (names and name not in names):
             continue

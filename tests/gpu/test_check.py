@@ -1,4 +1,4 @@
-"""The check for a GPU runs on a CPU too, and tells of a broken law."""
+"""The check for a GPU also runs on a CPU, and reports a broken law."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_a_broken_law_is_named(tmp_path, capsys, monkeypatch):
     assert "l2_sp breaks anchored_terms_start_at_zero on tiny_" in told and "at the start" in told
 
 
-def test_what_there_is_no_time_for_counts_as_not_run(tmp_path):
+def test_what_does_not_fit_into_the_time_counts_as_not_run(tmp_path):
     given = "--strategies", "full", "--laws", "plan_is_pure", "--rounds", "0", "--minutes", "0"
     status, found = run(tmp_path, *given)
     assert status == 0 and [(e["kept"], e["not_run"]) for e in found["laws"]] == [(0, 1)]
@@ -59,11 +59,11 @@ def test_names_that_do_not_exist_are_refused(tmp_path, capsys):
     assert "unknown: ful" in capsys.readouterr().err
 
 
-def test_reasons_are_of_rows_that_exist():
+def test_reasons_are_for_existing_rows():
     assert set(check.WAITS) <= {row.name for row in check.step_times.ROWS}
 
 
-def test_the_table_says_what_was_measured(tmp_path, monkeypatch):
+def test_the_table_shows_what_was_measured(tmp_path, monkeypatch):
     ratio = {"ratio": 1.2345, "low": 1.2, "high": 1.3}
     memory = {"mb": 200.4, "full": 1.5, "floor": 1.25}
     about = {"device": "Card", "torch": "2.9", "transformers": "5.0", "cuda": "12.8", "driver": "570.1"}
@@ -79,5 +79,5 @@ def test_the_table_says_what_was_measured(tmp_path, monkeypatch):
     assert "| one | fp16 | 2 | full | 3 |" in told
     times = "1.234 (1.200 to 1.300) | 1.23 (1.20 to 1.30)"
     assert f"| soft | {times} | 200 MB | 1.50 | 1.25 | a.py:1 (f) |" in told
-    assert "No time was left for: late." in told
+    assert "Time ran out before: late." in told
     assert "Card, torch 2.9, transformers 5.0, CUDA 12.8, driver 570.1; small; 7 rounds." in told

@@ -1,4 +1,4 @@
-"""Without a GPU, a device that is not there tells what would fail or wait on one.
+"""Without a GPU, a device that does not exist shows what would fail or wait on one.
 
 `python -m tests.gpu.steps` takes the steps of all strategies.
 """
@@ -8,7 +8,7 @@ import pytest
 from tests import forked
 
 pytestmark = pytest.mark.newest  # of torch
-FEW = ("delta",)  # with a reference network, and tensors that were measured
+FEW = ("delta",)  # with a reference network, and measured tensors
 WRONG = """
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The temperature is the one of the lowest log loss, belongs to its weights, and is applied by predictions."""
+"""The temperature minimises the log loss, belongs to its weights, and is applied to predictions."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_evaluate_keeps_it_and_predict_applies_it(files, tmp_path, capsys):
     with torch.no_grad():
         next(trained.model.parameters()).add_(1e-3)
     trained.model.save_pretrained(model)
-    assert load_trained(model).calibration is None  # of other weights
+    assert load_trained(model).calibration is None  # for other weights
     other = pipeline("image-classification", model=str(model), device="cpu")
     with pytest.raises(OptionError, match="fitted to other weights"):
         hf_ft.calibrated(other)
@@ -111,7 +111,7 @@ def test_pipelines_that_have_no_temperature(kind, task, message):
         hf_ft.calibrated(given, temperature=0)
 
 
-def test_what_samples_do_not_determine_has_no_temperature_unless_asked():
+def test_no_temperature_by_default_if_samples_do_not_determine_it():
     random = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(40, 3, generator=random, dtype=torch.float64)
     labels = torch.multinomial((logits / 4).softmax(1), 1, generator=random)[:, 0]
@@ -142,7 +142,7 @@ def test_calibration_of_a_split_before_and_after():
     assert SplitCalibration.of(logits, labels).log_loss == found.log_loss[:1]
 
 
-def test_where_it_cannot_be_kept_is_told(files, capsys):
+def test_it_is_reported_if_it_cannot_be_saved(files, capsys):
     where = ["evaluate", "--model", "user/model", "--dataset", str(files / "photos")]
     assert main([*where, "--calibrate", str(files / "photos")]) == 2
     assert "user/model is not a local folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Deltas, adapters and models with two paths are predicted with as the model that was trained."""
+"""Deltas, adapters and models with two paths predict like the model that was trained."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def outputs(model, files, **more):
     return np.stack([one.outputs for one in predict(model, files / "photos", device="cpu", **more)])
 
 
-def test_a_delta_is_put_on_its_base(files, tmp_path):
+def test_a_delta_is_applied_to_its_base(files, tmp_path):
     trainer = trained(files, tmp_path, tiny_resnet, "linear_probe")
     trainer.save_delta(tmp_path / "delta")
     found = load_trained(tmp_path / "delta", base=str(tmp_path / "base"))
@@ -52,7 +52,7 @@ def test_a_model_with_two_paths_is_loaded_as_it_was(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_is_put_on_its_base_with_its_head(files, tmp_path):
+def test_an_adapter_is_applied_to_its_base_with_its_head(files, tmp_path):
     tuner = LoraConfig(r=2, init_lora_weights=False)
     trainer = trained(files, tmp_path, tiny_vit, PEFTConfig(tuner=tuner, merge=False))
     trainer.save_model(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""Answers are those of the model on single samples in float64, whatever the batch size, and damage is told."""
+"""Predictions equal the model's on single samples in float64, for any batch size; damaged files are reported."""
 
 import shutil
 
@@ -68,7 +68,7 @@ def test_texts_of_other_lengths_do_not_change_an_answer(files, batch_size):
 
 
 def test_sounds_of_other_lengths_do_not_change_an_answer(tmp_path):
-    """Wav2Vec2 normalises over time, so that padding would change features even where a mask hides it."""
+    """Wav2Vec2 normalises over time, so padding would change features even if a mask hides it."""
     soundfile = pytest.importorskip("soundfile")
     from transformers import Wav2Vec2FeatureExtractor
 
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_trainer(files, tmp_path):
     assert found.scores["log_loss"] == pytest.approx(wanted["eval_loss"], abs=1e-5)
 
 
-def test_a_damaged_image_is_told_and_the_others_are_predicted(files, tmp_path):
+def test_a_damaged_image_is_reported_and_the_others_are_predicted(files, tmp_path):
     shutil.copytree(files / "photos", tmp_path / "photos")
     damaged = tmp_path / "photos" / "dog" / "1.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
@@ -140,7 +140,7 @@ def test_an_ensemble_is_predicted_as_one(files, tmp_path):
     np.testing.assert_allclose(found, sum(wanted) / 2, atol=1e-6)
 
 
-def test_what_is_no_trained_classifier_is_refused(files, tmp_path):
+def test_what_is_not_a_trained_classifier_is_refused(files, tmp_path):
     model = tiny_resnet(**NAMES)
     model.base_model.save_pretrained(tmp_path / "bare")
     shutil.copy(files / "resnet" / "preprocessor_config.json", tmp_path / "bare")

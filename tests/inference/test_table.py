@@ -16,7 +16,7 @@ NUMBER = Wanted("text", "regression", ("LABEL_0",))
 
 
 def lines(wanted, outputs, **more):
-    """The lines of two samples, of which the second cannot be read."""
+    """The lines of two samples, the second of which cannot be read."""
     given = [Prediction(0, None, np.array(outputs)), Prediction(1, None, None, error="no text")]
     return [line.rstrip("\n") for line in Layout(wanted, **more).lines(given)]
 
@@ -46,19 +46,19 @@ def test_a_true_label_may_come_late():
         (SEVERAL, {"threshold": 1.0}, "threshold=1.0: set it between"),
     ],
 )
-def test_what_cannot_be_told_is_refused(wanted, more, told):
+def test_options_that_do_not_fit_the_model_are_refused(wanted, more, told):
     with pytest.raises(OptionError, match=told):
         Layout(wanted, **more)
 
 
 @pytest.mark.parametrize("wanted", [SINGLE, SEVERAL, NUMBER])
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_what_this_wrote_may_be_replaced(wanted, form, tmp_path):
+def test_own_files_may_be_replaced(wanted, form, tmp_path):
     (tmp_path / "a").write_text("\n".join(lines(wanted, [0.5] * len(wanted.names), format=form)))
     assert is_ours(tmp_path / "a")
 
 
 @pytest.mark.parametrize("text", ["file,label\na,b\n", '{"row": 1}\n', '["file"]\n', "{", "\x80", "text,label,error\n"])
-def test_what_others_wrote_may_not(text, tmp_path):
+def test_files_of_others_may_not_be_replaced(text, tmp_path):
     (tmp_path / "a").write_text(text, encoding="latin-1")
     assert not is_ours(tmp_path / "a")

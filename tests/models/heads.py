@@ -1,4 +1,4 @@
-"""Tiny classifiers with heads of every kind: several modules, per token, after pooling; and padded samples for each."""
+"""Tiny classifiers with all kinds of heads (several modules, per token, after pooling), and padded samples."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-_SPREAD = {"initializer_range": 0.2}  # ten times the usual, which lets the signal of so few channels die out
+_SPREAD = {"initializer_range": 0.2}  # ten times the usual, with which the signal of so few channels dies out
 _TEXT = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **_SPREAD}
 _BERT = {**_TEXT, **_SIZES, "max_position_embeddings": 40}
 _SOUND = {"conv_dim": (8, 8), "conv_kernel": (10, 4), "conv_stride": (5, 4), "num_feat_extract_layers": 2}
@@ -49,7 +49,7 @@ def headed(name, classes=3, dtype=torch.float32):
 
 
 def padded(name, more=0):
-    """Four samples of several lengths, and their labels; the longest is followed by ``more`` padding."""
+    """Four samples of different lengths, and their labels; the longest is followed by ``more`` padding."""
     random = torch.Generator().manual_seed(1)
     labels = torch.tensor([0, 1, 2, 1])
     if name == "timesformer":
@@ -73,6 +73,6 @@ def padded(name, more=0):
 
 
 def without_labels(batch, dtype=torch.float32):
-    """The inputs alone, in this type."""
+    """The inputs without labels, in this dtype."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}

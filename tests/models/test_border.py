@@ -1,4 +1,4 @@
-"""The model's own forward from where its head begins: source heads of every kind, against untouched source models."""
+"""The model's own forward pass from where its head begins: all kinds of source heads, against the original models."""
 
 import copy
 
@@ -25,7 +25,7 @@ def pair(name, dtype=torch.float32):
 
 @torch.no_grad()
 def move(model, *others):
-    """Change the backbone of a model, and with it those of others."""
+    """Change the backbone of a model, and those of others in the same way."""
     head, random = head_modules(model), torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if not name.startswith(head):
@@ -36,7 +36,7 @@ def move(model, *others):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_source_logits_are_those_of_the_untouched_model(name):
-    """In float64: before training, and with a backbone that has moved and a new head that has its own weights."""
+    """In float64: before training, and with changed backbone weights and a new head with its own weights."""
     source, model = pair(name, torch.float64)
     inputs = without_labels(padded(name), torch.float64)
     for step in range(2):
@@ -66,7 +66,7 @@ def test_the_terms(name, form):
     objective = run.objective().train()
     move(model, source)
     batch, other = padded(name), padded(name)
-    if name in TEXTS and name != "xlnet":  # of another length, though not where the last token is padding then
+    if name in TEXTS and name != "xlnet":  # of another length, except where the last token would then be padding
         other = {key: value[:, :8] if value.dim() == 2 else value for key, value in other.items()}
     model.eval()
     outputs = objective(**batch, **({"stream_source": other} if isinstance(config, SoftConfig) else {}))
@@ -135,7 +135,7 @@ def test_the_source_head_drops_out_where_the_new_head_does():
 
 
 def test_a_head_that_has_two_names():
-    """Registered on its own and in a list, by which it is called."""
+    """Registered on its own and in a list, through which it is called."""
     config = HGNetV2Config(
         stem_channels=[3, 8, 8], stage_in_channels=[8, 8, 16, 32], stage_mid_channels=[4, 4, 8, 8],
         stage_out_channels=[8, 16, 32, 64], stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[1, 1, 1, 1],

@@ -1,4 +1,4 @@
-"""Parts of models whose definition does not tell how they run: found by one forward pass, and only where needed."""
+"""Parts of models whose definition does not show how they run: found by one forward pass, only where needed."""
 
 import copy
 
@@ -103,7 +103,7 @@ EXPECTED: dict[str, tuple[dict, str, str, str, str, str]] = {
         "encoder.layer_norm",
         "projector classifier",
     ),
-    # Named by no one: two kinds of layers one after the other, and reversible layers with a backward of their own.
+    # Not named anywhere: two kinds of layers in sequence, and reversible layers with their own backward pass.
     "VideoPrismForVideoClassification": (
         {},
         "vision_model.spatial_embeddings",
@@ -147,7 +147,7 @@ def test_an_encoder_and_a_decoder_are_two_stages():
     assert found.blocks[2].modules[0] == "model.decoder.embed_tokens" and found.stages == ((0, 1), (2, 3))
 
 
-# --- networks as timm has them ----------------------------------------------------------------------------
+# --- networks as in timm ----------------------------------------------------------------------------------
 
 
 def conv(inside: int, outside: int, size: int = 1) -> nn.Sequential:
@@ -171,7 +171,7 @@ class Cell(nn.Module):
 
 
 class Late(nn.Module):
-    """What is defined first runs last, and a class token joins after the first block."""
+    """The first-defined module runs last, and a class token joins after the first block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class InTurn(nn.Module):
 
 
 class Network(hf.PreTrainedModel):
-    """A network laid out as Transformers wraps those of timm."""
+    """A network structured like those of timm in Transformers' wrapper."""
 
     config_class = hf.PreTrainedConfig
     base_model_prefix = "timm_model"
@@ -308,8 +308,8 @@ def test_a_module_that_trains_and_is_not_called_is_not_skipped():
     assert sooner is None or sooner.borders == ("timm_model.borrowed.stem",)
 
 
-def test_names_that_match_a_detail_are_not_believed():
-    """As with timm's HRNet, whose `layer1` holds 1 % of the weights."""
+def test_names_that_match_a_detail_are_ignored():
+    """As with timm's HRNet, whose `layer1` has 1 % of the weights."""
     small, large = nn.Sequential(conv(4, 4), conv(4, 4)), nn.Sequential(Cell(4, 64), Cell(64, 64))
     found = anatomy(Network([("stem", conv(3, 4)), ("layer1", small), ("stage2", large)]))
     assert [block.modules for block in found.blocks] == [("timm_model.stage2.0",), ("timm_model.stage2.1",)]
@@ -319,7 +319,7 @@ def test_names_that_match_a_detail_are_not_believed():
 
 
 class Opaque(nn.Module):
-    """No inputs of its own are known, and nothing in it repeats."""
+    """A model with unknown inputs, in which nothing repeats."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -340,7 +340,7 @@ def test_head_only_needs_no_blocks(monkeypatch):
                 assert run.objective().alive.trained_from == (1,)
 
 
-def test_an_untraceable_model_names_the_way_out():
+def test_the_error_for_an_untraceable_model_names_the_fix():
     with pytest.raises(AnatomyError, match=r"could not be traced \(ValueError: no graph\).*blocks=r") as error:
         set_up(Opaque(), GradualUnfreezingConfig())
     assert "\n" not in str(error.value)
@@ -354,7 +354,7 @@ def test_a_known_architecture_is_not_traced(monkeypatch):
 
 
 def test_tracing_leaves_no_trace():
-    model = tiny("LevitForImageClassification")  # which keeps attention biases after a forward pass
+    model = tiny("LevitForImageClassification")  # which caches attention biases after a forward pass
     next(model.parameters()).requires_grad_(False)
     torch.manual_seed(3)
     before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
@@ -391,7 +391,7 @@ def test_a_stage_may_name_a_buffer(name, buffer):
 
 
 def test_the_head_is_what_the_base_lacks():
-    """Not for a model with a backbone beside its head, where that is enough."""
+    """Except for a model with a backbone beside its head, where that is enough."""
     assert find_head.find_head(tiny("CLIPForImageClassification")) == ["classifier"]
     model = tiny("WhisperForAudioClassification")
     trained = set_up(model, LinearProbeConfig(head_lr=0.1)).trained

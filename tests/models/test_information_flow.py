@@ -1,4 +1,4 @@
-"""The last layer through which all information passes, in networks whose last module is none of them."""
+"""The last layer through which all information passes, in networks whose last module is not such a layer."""
 
 import copy
 
@@ -12,15 +12,15 @@ from hf_ft.models.parts import Anatomy, Part
 from tests.models.small_models import small, small_inputs
 
 LAYERS = {
-    "Siglip": "vision_model.post_layernorm",  # the pooling after it is computed in vain
+    "Siglip": "vision_model.post_layernorm",  # the pooling after it is not used
     "Siglip2": "vision_model.post_layernorm",
-    "Lilt": "lilt.encoder.layer.1.output",  # its boxes have a stream of their own, which ends beside the logits
+    "Lilt": "lilt.encoder.layer.1.output",  # its boxes have a separate path, which ends beside the logits
     "Canine": "canine.encoder.layer.1.output",  # the pooler reads the middle one of three encoders
     "DonutSwin": "donut.encoder.layers.1.blocks.1",  # not the branch beside the shortcut
     "IBert": "ibert.encoder.layer.1.output.LayerNorm",
     "T5": "transformer.decoder.final_layer_norm",  # the dropout after it is called twice
     "Hiera": "hiera.encoder.stages.2.layers.0",
-    # Not named in any rule.
+    # Not covered by any rule.
     "Albert": "albert.encoder",  # its layers are called several times, and it returns a tuple
     "XLM": "transformer",  # sets padding to zero in place after its last norm
     "PvtV2": "pvt_v2.encoder",
@@ -33,7 +33,7 @@ def found_in(model, batch):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_all_that_the_logits_tell_passes_through_the_layer(name):
+def test_all_information_in_the_logits_passes_through_the_layer(name):
     model = small(name)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     layer = found_in(model.train(), small_inputs(model))

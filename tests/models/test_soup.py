@@ -1,4 +1,4 @@
-"""Uniform and greedy soups against sums in float64, and which models go into one."""
+"""Uniform and greedy soups against sums in float64, and which models can be in one."""
 
 import copy
 
@@ -15,7 +15,7 @@ KEY = "classifier.weight"
 
 
 def moved(make, count, size=0.1):
-    """Models on different sides of the same one."""
+    """Models on opposite sides of the same one."""
     models = [make() for _ in range(count)]
     for seed, model in enumerate(models):
         random = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ def test_statistics_that_differ_are_measured(tmp_path):
 @pytest.mark.parametrize("greater_is_better", [True, False])
 def test_greedy_adds_what_does_not_lower_the_score(greater_is_better):
     sign = 1 if greater_is_better else -1
-    # Best first: 0.4, then 0.2 (mean 0.3: as good, and added), 0.8 (mean 0.467: worse), 0.0 (mean 0.2: better).
+    # Best first: 0.4, then 0.2 (mean 0.3: equally good, so added), 0.8 (mean 0.467: worse), 0.0 (mean 0.2: better).
     values = {0.0: 0.5, 0.2: 0.7, 0.4: 0.8, 0.8: 0.6}
     values = {key: sign * value for key, value in values.items()}
     models = marked(0.0, 0.2, 0.4, 0.8)
@@ -105,7 +105,7 @@ def test_a_score_that_is_not_finite_never_leads():
     same_tensors(snapshot(made.model), snapshot(models[1]))
 
 
-def test_only_models_that_are_alike_go_in(tmp_path):
+def test_only_compatible_models_go_in(tmp_path):
     odd_classes = tiny_bert()
     odd_classes.config.id2label = {0: "b", 1: "a", 2: "c"}
     wide, half = tiny_bert(intermediate_size=24), copy.deepcopy(tiny_bert()).half()

@@ -1,4 +1,4 @@
-"""The pretrained head is kept beside a new one: nothing is loaded twice, nothing of it is saved."""
+"""The pretrained head is kept beside a new one: nothing is loaded twice, and none of it is saved."""
 
 import copy
 
@@ -18,7 +18,7 @@ from tests.models.heads import headed, padded, without_labels
 
 
 @pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS)
-def test_the_old_head_gives_what_the_checkpoint_gave(make, tmp_path):
+def test_the_old_head_gives_the_checkpoints_logits(make, tmp_path):
     old = make(num_labels=7)
     hf_ft.models.source_head.renew_head(new := copy.deepcopy(old), {"num_labels": 4})
     inputs = {name: value for name, value in tiny_inputs(old).items() if name != "labels"}
@@ -44,13 +44,13 @@ def test_loaded_once_from_a_folder(tmp_path, monkeypatch):
     assert source_head(model).names[3] == "c3" and source_head(model).classes == 7
     assert not any("source" in name for name in model.state_dict())
     same = hf_ft.from_pretrained(str(tmp_path), id2label={0: "a", 1: "b"})
-    same_tensors(snapshot(model), snapshot(same))  # the new head too, whatever was drawn in between
+    same_tensors(snapshot(model), snapshot(same))  # also for the new head, whatever was drawn in between
     assert hf_ft.from_pretrained(str(tmp_path), num_labels=2, dtype=torch.bfloat16).dtype == torch.bfloat16
     other = hf_ft.from_pretrained(str(tmp_path), num_labels=2, seed=1)
     assert not torch.equal(other.classifier.weight, model.classifier.weight)
 
 
-def test_a_head_that_would_fit_is_new_all_the_same(tmp_path):
+def test_even_a_head_that_would_fit_is_replaced(tmp_path):
     old = tiny_resnet(num_labels=3)
     old.save_pretrained(tmp_path)
     model = hf_ft.from_pretrained(str(tmp_path), num_labels=3)

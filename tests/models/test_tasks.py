@@ -1,4 +1,4 @@
-"""Audio and video classifiers are loaded as image and text classifiers are, with or without the old head."""
+"""Audio and video classifiers are loaded like image and text classifiers, with or without the old head."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_an_audio_or_video_checkpoint_gets_a_new_head_beside_the_old_one(name, t
         assert torch.equal(tensor, pretrained.base_model.state_dict()[key]), key
 
 
-def test_a_config_of_several_tasks_is_told_by_the_class_that_it_names():
+def test_a_config_for_several_tasks_is_resolved_by_the_class_it_names():
     with pytest.raises(OptionError, match="image and text"):
         task_of(PerceiverConfig())
     assert task_of(PerceiverConfig(architectures=["PerceiverForImageClassificationLearned"])) == "image"

@@ -1,4 +1,4 @@
-"""Which errors are those of the machine."""
+"""Which errors are caused by the machine."""
 
 import errno
 

@@ -1,4 +1,4 @@
-"""Folds hold out every sample once, and a context on one of them sees the others alone."""
+"""Folds hold out every sample once, and a context on one fold sees only the others."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from hf_ft.testing import tiny_resnet
 from hf_ft.testing.training import make_trainer
 
 
-def test_every_sample_is_held_out_once_but_single_ones():
+def test_every_sample_but_single_ones_is_held_out_once():
     labels = np.array([0] * 20 + [1] * 10 + [2])
     folds = folds_of(31, labels, 5)
     held_out = [row for fold in folds for row in fold.held_out]

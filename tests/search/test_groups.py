@@ -1,4 +1,4 @@
-"""What strategies hold out for choices of their own are whole groups, such as all samples of a patient."""
+"""What strategies hold out for their own choices are whole groups, such as all samples of a patient."""
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from hf_ft.search.folds import context_on, folds_of
 from hf_ft.testing import tiny_data, tiny_resnet
 from hf_ft.testing.training import make_trainer, tiny_arguments
 
-PATIENTS = [f"patient {row * 7 % 8}" for row in range(31)] + [None]  # none has all samples of a class
+PATIENTS = [f"patient {row * 7 % 8}" for row in range(31)] + [None]  # no group has all samples of a class
 
 
 def context(tmp_path, groups=PATIENTS):
@@ -38,7 +38,7 @@ def test_searches_hold_out_whole_groups(tmp_path):
     assert shared(*rows.rows(0))
     draws = [trainings.rows(seed) for seed in range(8)]
     assert not any(shared(*draw) for draw in draws) and len({tuple(held_out) for _, held_out in draws}) > 1
-    assert trainings.describe({}) != rows.describe({})  # trials of one are no trials of the other
+    assert trainings.describe({}) != rows.describe({})  # trials of one are not trials of the other
 
 
 def test_folds_consist_of_whole_groups(tmp_path):
@@ -56,7 +56,7 @@ def test_folds_consist_of_whole_groups(tmp_path):
 
 
 def known_patients():
-    """Features that tell the patient exactly and the class hardly, labels, and patients."""
+    """Features that identify the patient exactly but hardly predict the class, labels, and patients."""
     draw = np.random.default_rng(0)
     patients = np.repeat(np.arange(20), 10)
     labels = np.repeat(np.arange(20) % 2, 10)
@@ -66,13 +66,13 @@ def known_patients():
 
 
 @pytest.mark.parametrize("score", [cross_validated_probe, cross_validated_relationship])
-def test_advice_judges_features_on_groups_that_were_not_seen(score):
+def test_advice_scores_features_on_unseen_groups(score):
     features, labels, patients = known_patients()
     features = np.exp(features) / np.exp(features).sum(axis=1, keepdims=True)
     assert score(features, labels).balanced_accuracy > 0.9
     found = score(features, labels, groups=patients)
     assert found.balanced_accuracy < 0.65 and found.folds == 5
-    # Four patients, two of each class: two folds. A class of one patient is left out; nothing is left to judge then.
+    # Four patients, two of each class: two folds. A class with one patient is left out; then nothing is left to score.
     some = patients < 4
     assert score(features[some], labels[some], groups=patients[some]).folds == 2
     assert score(features[some], labels[some], groups=patients[some] // 2 * 2 + labels[some]).folds == 2
@@ -90,7 +90,7 @@ def test_advise_takes_groups():
 
 
 def test_the_probe_does_not_choose_its_penalty_on_groups_that_it_has_seen():
-    """On unseen patients, only a strong penalty is harmless."""
+    """On unseen patients, only a strong penalty does no harm."""
     features, labels, patients = known_patients()
     given = torch.from_numpy(features), torch.from_numpy(labels), 2
     assert probe.logistic_probe(*given).accuracy > 0.9
@@ -121,8 +121,8 @@ def test_a_sample_without_a_value_is_a_group_of_its_own(groups):
     assert given_groups(groups, range(6)).tolist() == [0, 1, 0, 2, 3, 4]
 
 
-def test_groups_of_a_formatted_data_set():
-    """Its values are tensors, of which no two are equal keys."""
+def test_groups_of_a_formatted_dataset():
+    """Its values are tensors, which never count as equal keys."""
     data = Dataset.from_dict({"patient": [7, 7, 8, 7]}).with_format("torch")
     for groups in (data["patient"], list(data["patient"]), data["patient"][:], np.array([7, 7, 8, 7])):
         assert given_groups(groups, data).tolist() == [0, 0, 1, 0]

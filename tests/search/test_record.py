@@ -1,4 +1,4 @@
-"""What trials say about jobs, and that a study of many trials costs no more at each step than one of few."""
+"""What trials say about jobs; a study with many trials costs no more per step than one with few."""
 
 import optuna
 import pytest
@@ -35,7 +35,7 @@ def test_owners_and_failures():
     assert record.failures("a", "worker died") == 1 and record.failures("b", "error") == 0
 
 
-def test_trials_are_looked_at_once(monkeypatch):
+def test_trials_are_read_once(monkeypatch):
     looked = []
     monkeypatch.setattr(record_module, "job_of", lambda trial: looked.append(trial.number) or trial.user_attrs["job"])
     record, trials = Record(), [trial(number, f"job{number}") for number in range(200)]
@@ -62,7 +62,7 @@ def test_one_reading_for_each_job_that_takes_no_time(tmp_path, monkeypatch, name
     )
     assert [outcome.value for outcome in outcomes.values()] == list(range(12))
     assert told == [(number, 12) for number in range(13)]
-    assert len(readings) <= len(jobs) + 4  # one that claims each job; and at the start and the end
+    assert len(readings) <= len(jobs) + 4  # one for claiming each job, and one each at the start and the end
 
 
 def test_a_trial_ends_in_one_transaction(tmp_path):
@@ -79,7 +79,7 @@ def test_a_trial_ends_in_one_transaction(tmp_path):
     assert not claims.finish(trial_id, "FAIL", failure="late")
 
 
-def test_a_transaction_that_is_broken_off_leaves_nothing(tmp_path):
+def test_an_aborted_transaction_leaves_nothing(tmp_path):
     storage = open_storage(str(tmp_path / "study.db"))
     study = open_study(storage, "s", None)
     with pytest.raises(RuntimeError), one_transaction(storage, 0):

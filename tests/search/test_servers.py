@@ -1,4 +1,4 @@
-"""Several workers share one study on each storage that is meant for several machines."""
+"""Several workers share one study on each storage meant for several machines."""
 
 import importlib.util
 import os
@@ -51,9 +51,9 @@ def url_of(request):
 
 @pytest.fixture
 def storage(request, tmp_path):
-    """What workers are told, and the storage behind it.
+    """The URL given to workers, and the storage behind it.
 
-    This process makes no connection by gRPC: those that it forks could use none.
+    This process makes no gRPC connection: processes that it forks could not use any.
     """
     behind = url_of(request) if "postgresql" in request.param else str(tmp_path / "study.db")
     with ExitStack() as stack:
@@ -77,7 +77,7 @@ def seed(job, report):
 
 
 def told_by(process, folder):
-    """The last line and all lines of what a process wrote when it failed."""
+    """The last line and the whole output of a process that failed."""
     process.join(60)
     assert process.exitcode == 1
     text = (folder / f"error{process.pid}").read_text()
@@ -86,7 +86,7 @@ def told_by(process, folder):
 
 @pytest.mark.parametrize("storage", HERE, indirect=True)
 def test_three_workers_of_which_one_is_killed_do_what_one_does(storage, tmp_path):
-    """Of the killed one the others learn by its heartbeat alone, as of another machine."""
+    """The others notice the killed one only by its heartbeat, as if it were on another machine."""
     told, behind = storage
     options = {"number": 8, "seconds": 0.05, "heartbeat": 0.2, "start": time.time() + 0.3}
     killed = start(tmp_path, told, machine="0" * 12, signals=[None, signal.SIGKILL], **options)
@@ -124,7 +124,7 @@ def _lists_with_other_values(folder, storage):
 
 @pytest.mark.parametrize("storage", HERE, indirect=True)
 def test_lists_with_other_values_at_once(storage, tmp_path):
-    """Optuna keeps a parameter's choices for good; its gRPC server does not say that this is the reason."""
+    """Optuna fixes a parameter's choices; its gRPC server does not give this as the reason."""
     told, behind = storage
     process = start(tmp_path, told, target=_lists_with_other_values)
     process.join(60)
@@ -161,7 +161,7 @@ def test_of_two_that_finish_a_trial_neither_waits_for_the_other(server, database
 @needs_postgresql
 @pytest.mark.parametrize("isolation", ["read committed", "repeatable read"])
 def test_trials_are_numbered_in_the_order_in_which_they_can_be_seen(server, database, isolation):
-    """Also where the server's sessions read as of their beginning, unless told otherwise."""
+    """Also if the server's sessions read a snapshot from their beginning by default."""
     server.execute(f"ALTER DATABASE {database} SET default_transaction_isolation = '{isolation}'")
     storages = [open_storage(server.url(database)) for _ in range(3)]
     study_id, seen = open_study(storages[0], "study", None)._study_id, []
@@ -174,7 +174,7 @@ def test_trials_are_numbered_in_the_order_in_which_they_can_be_seen(server, data
     _joined(*(threading.Thread(target=add, args=(storage,)) for storage in storages))
     whole = max(seen, key=len)
     assert [number for number, _ in whole] == list(range(24)) and whole == sorted(whole, key=lambda pair: pair[1])
-    assert all(part == whole[: len(part)] for part in seen)  # never one that has not its number's predecessors
+    assert all(part == whole[: len(part)] for part in seen)  # never one without its predecessors
 
 
 @needs_postgresql

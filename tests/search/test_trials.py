@@ -1,4 +1,4 @@
-"""Every job once: in one process, in several, after interruptions, kills and pauses."""
+"""Every job runs once: in one process, in several, after interruptions, kills and pauses."""
 
 import contextlib
 import logging
@@ -68,13 +68,13 @@ def finish(*processes):
 
 
 def claim(claims, key, params):
-    """The trial of a worker that has just read the others', if it owns the job."""
+    """The trial of a worker that has just read the others' trials, if it owns the job."""
     claims.read()
     return claims.claim(key, params)
 
 
 def add_by_hand(storage, job, number=1):
-    """Trials of a worker that was killed as soon as it had claimed."""
+    """Trials of a worker that was killed as soon as it had claimed a job."""
     opened = open_storage(storage)
     claims = Claims(opened, open_study(opened, "study", None), WORKERS, 0.2, [job.params])
     claims.read()
@@ -83,7 +83,7 @@ def add_by_hand(storage, job, number=1):
 
 @pytest.fixture(scope="session")
 def empty(tmp_path_factory):
-    """A database with its tables: to create them takes longer than most of the tests."""
+    """A database with its tables: creating them takes longer than most of the tests."""
     path = tmp_path_factory.mktemp("storage") / "study.db"
     open_storage(str(path))
     return path
@@ -139,7 +139,7 @@ def test_finished_jobs_are_read_and_more_may_come(storage):
 
 
 def test_lists_with_other_values_at_once(storage):
-    """Optuna keeps a parameter's choices for good: who comes second shows none."""
+    """Optuna fixes a parameter's choices: the second worker shows none."""
     opened = open_storage(storage)
     lists = [{"block": "a", "seed": 0}], [{"block": "b", "seed": 0}]
     one, two = (Claims(opened, open_study(opened, "study", None), WORKERS, 9.0, params) for params in lists)
@@ -152,7 +152,7 @@ def test_lists_with_other_values_at_once(storage):
 @pytest.mark.parametrize(
     ("error", "name"), [(ValueError, "study.db"), (KeyboardInterrupt, "study.log"), (SystemExit, "study.log")]
 )
-def test_an_exception_stops_the_worker_and_the_next_call_goes_on(tmp_path, error, name):
+def test_an_exception_stops_the_worker_and_the_next_call_continues(tmp_path, error, name):
     storage, seen = str(tmp_path / name), []
 
     def evaluate(job, report):
@@ -168,11 +168,11 @@ def test_an_exception_stops_the_worker_and_the_next_call_goes_on(tmp_path, error
     began = time.monotonic()
     assert len(run(jobs(4), evaluate, storage, heartbeat=100.0)) == 4
     assert seen == [0, 1, 2, 2, 3]
-    assert time.monotonic() - began < 10  # the failed trial is no stale one, to be waited for
+    assert time.monotonic() - began < 10  # the failed trial is not a stale one, for which to wait
 
 
 def test_three_workers_that_start_together_share_the_jobs(storage, tmp_path):
-    """They create the study at once, and meet at each job, since these take no time."""
+    """They create the study at the same time, and compete for each job, since jobs take no time."""
     finish(*(start(tmp_path, storage, 15, 0.0, 2.0, start=time.time() + 0.3) for _ in range(3)))
     assert completed(storage) == {job.key: 1 for job in jobs(15)}
     assert Counter(key for key, _ in started(tmp_path)) == {job.key: 1 for job in jobs(15)}
@@ -182,9 +182,9 @@ def test_three_workers_that_start_together_share_the_jobs(storage, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["study{}.db", "study{}.log"])
-def test_a_storage_may_be_created_by_several_at_once(tmp_path, name):
+def test_several_may_create_a_storage_at_once(tmp_path, name):
     storages = [str(tmp_path / name.format(index)) for index in range(4)]
-    open_storage(str(tmp_path / "first.db"))  # imports what opening needs
+    open_storage(str(tmp_path / "first.db"))  # imports what is needed for opening
     when = time.time() + 0.3
     finish(*(start(tmp_path, storages, when, target=open_all) for _ in range(3)))
     assert [optuna.get_all_study_names(open_storage(storage)) for storage in storages] == [["study"]] * 4
@@ -214,7 +214,7 @@ def test_a_restart_after_all_were_killed(database, tmp_path):
 
 
 def test_the_job_of_a_killed_worker_of_this_machine_is_free_at_once(storage, tmp_path):
-    """Its mark would have to stay the same for ten minutes."""
+    """Otherwise its mark would have to stay unchanged for ten minutes."""
     killed = start(tmp_path, storage, 3, 0.0, 100.0, signals=[None, signal.SIGKILL])
     killed.join()
     assert len(run(jobs(3), seed, storage, heartbeat=100.0)) == 3
@@ -238,7 +238,7 @@ def test_a_paused_worker_that_comes_back_does_not_complete_again(storage, tmp_pa
     assert read == (tmp_path / f"done{other.pid}").read_text() and str(paused.pid) not in read
 
 
-def test_a_worker_taken_for_dead_learns_it_at_its_next_report(storage):
+def test_a_worker_taken_for_dead_notices_at_its_next_report(storage):
     calls = []
 
     def evaluate(job, report):
@@ -255,7 +255,7 @@ def test_a_worker_taken_for_dead_learns_it_at_its_next_report(storage):
 
 
 def test_claims_of_workers_killed_at_once_are_taken_over(storage):
-    """One owns the job, the other came second and had no time to withdraw: none may be left running."""
+    """One owns the job, the other came second and had no time to withdraw: neither may be left running."""
     add_by_hand(storage, jobs(2)[0], 2)
     began = time.monotonic()
     assert len(run(jobs(2), seed, storage)) == 2
@@ -263,7 +263,7 @@ def test_claims_of_workers_killed_at_once_are_taken_over(storage):
     assert completed(storage) == {job.key: 1 for job in jobs(2)}
     assert Counter(t.state.name for t in trials_of(storage)) == {"COMPLETE": 2, "FAIL": 2}
     failures = [t.user_attrs["failure"] for t in trials_of(storage) if t.state.name == "FAIL"]
-    assert failures == ["worker died", "withdrawn"]  # one death, of the two after which a comparison gives up
+    assert failures == ["worker died", "withdrawn"]  # one death; a comparison gives up after two
 
 
 def test_the_lowest_trial_owns_the_job(storage):
@@ -282,7 +282,7 @@ def test_the_lowest_trial_owns_the_job(storage):
 
 @pytest.mark.parametrize(("name", "heartbeat"), [("study.log", 0.25), ("study.db", 60.0)])
 def test_a_worker_that_lives_is_left_alone(tmp_path, name, heartbeat):
-    """Its job takes longer than six beats of its own, or than six of the worker that waits for it."""
+    """Its job takes longer than six of its own heartbeats, or of those of the worker that waits for it."""
     storage = str(tmp_path / name)
     busy = start(tmp_path, storage, 1, 2.0, heartbeat)
     wait(lambda: started(tmp_path))
@@ -291,8 +291,8 @@ def test_a_worker_that_lives_is_left_alone(tmp_path, name, heartbeat):
     assert len(started(tmp_path)) == 1 and len(trials_of(storage)) == 1
 
 
-def test_of_two_that_finish_a_trial_at_once_one_is_told_no(database):
-    """The second comes between the moment in which the first reads the state and the one in which it writes."""
+def test_of_two_that_finish_a_trial_at_once_one_is_refused(database):
+    """The second comes between the first's reading of the state and its writing."""
     [trial_id] = add_by_hand(database, jobs(1)[0])
     one, two = open_storage(database), open_storage(database)
     check, answers, threads = one.check_trial_is_updatable, [], []
@@ -320,7 +320,7 @@ def test_a_job_that_raises_in_other_workers_is_given_up_last(storage, monkeypatc
     monkeypatch.setattr(trials_module, "FRESH", 0.0)  # the job after which they are read again takes no time
 
     def others_raise(job, report):
-        """While we do the other job, two workers fail at the first."""
+        """While we run the other job, two workers fail in the first."""
         opened = open_storage(storage)
         for trial_id in add_by_hand(storage, jobs(2)[0], 2):
             opened.set_trial_user_attr(trial_id, "failure", "error")
@@ -357,7 +357,7 @@ def test_of_two_signatures_at_once_the_first_claim_decides(storage):
     one, two = (
         Claims(opened, open_study(opened, "study", None), {"model": model}, 9.0, [job.params]) for model in "ab"
     )
-    two.read()  # before there is any trial
+    two.read()  # before any trial exists
     assert claim(one, job.key, job.params) is not None
     with pytest.raises(OptionError, match="model .'a' there, 'b' here"):
         two.claim(job.key, job.params)
@@ -373,12 +373,12 @@ def test_relative_urls(storage, tmp_path, monkeypatch):
 
 
 def test_a_journal_needs_no_symbolic_links(tmp_path, monkeypatch):
-    """Not every shared file system has them, and where they lead differs between machines."""
+    """Not every shared file system supports them, and their targets differ between machines."""
     monkeypatch.setattr(os, "symlink", None)
     run(jobs(1), seed, str(tmp_path / "study.log"))
 
 
-def test_a_study_that_is_not_ours(database):
+def test_a_foreign_study(database):
     study = optuna.create_study(study_name="study", storage=open_storage(database), direction="maximize")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     with pytest.raises(OptionError, match="already exists with other trials"):
@@ -392,7 +392,7 @@ def test_halving_stops_the_worse(storage):
         return 100.0 * job.params["seed"]
 
     listed = [Job(f"seed{n}", {"seed": n}) for n in (5, 1, 9, 4)]
-    for _ in range(2):  # evaluated, and read
+    for _ in range(2):  # evaluated, and read from the study
         outcomes = run(listed, evaluate, storage, pruner=Halving(min_steps=2, factor=2))
         assert [o.pruned for o in outcomes.values()] == [False, True, False, True]
         assert [o.value for o in outcomes.values()] == [500.0, 2.0, 900.0, 8.0]
@@ -408,7 +408,7 @@ def test_pruned_by_evaluate_itself():
     assert outcome.pruned and math.isnan(outcome.value)
 
 
-def test_scores_that_are_no_numbers(storage):
+def test_scores_that_are_not_numbers(storage):
     with pytest.raises(ValueError, match="nan for job 'stage0/seed0'"):
         run(jobs(1), lambda job, report: math.nan, storage)
     with pytest.raises(OptionError, match="info of job 'stage0/seed0'"):
@@ -468,7 +468,7 @@ def test_leaves_logging_and_random_numbers_alone(monkeypatch):
     records, claim = [], Claims.claim
     handler = logging.Handler()
     handler.emit = records.append
-    # As if another worker were first: then the next job is drawn.
+    # As if another worker were faster: then the next job is drawn.
     monkeypatch.setattr(Claims, "claim", lambda *args: monkeypatch.setattr(Claims, "claim", claim))
     optuna.logging.set_verbosity(optuna.logging.INFO)
     logging.getLogger("optuna").addHandler(handler)
@@ -486,7 +486,7 @@ def test_without_optuna(monkeypatch):
 
 
 def test_a_study_that_another_process_holds(database, monkeypatch):
-    """One patience, at opening and in the middle of a search, and the words of neither SQLAlchemy nor Optuna."""
+    """The same patience when opening and in the middle of a search, without messages of SQLAlchemy or Optuna."""
     monkeypatch.setattr(storage_module, "LOCK_TIMEOUT", 0.2)
     other = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
     seen = []
@@ -507,7 +507,7 @@ def test_a_study_that_another_process_holds(database, monkeypatch):
     assert len(run(jobs(3), seed, database, heartbeat=0.05)) == 3
 
 
-# What each of them damages in the trials of a study that is fine otherwise.
+# What each damages in the trials of an otherwise intact study.
 DAMAGE = {
     "seconds": "DELETE FROM trial_user_attributes WHERE key = 'seconds'",
     "info": "UPDATE trial_user_attributes SET value_json = '3' WHERE key = 'info'",

@@ -1,4 +1,4 @@
-"""A process that works on a study, and writes down each evaluation it starts as ``key pid``."""
+"""A process that works on a study, and records each evaluation that it starts as ``key pid``."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ def jobs(number):
 
 
 def work(folder, storage, number, seconds, heartbeat, start=0.0, signals=(), machine=None, waits=False):
-    """Run the jobs; in each evaluation send this process the next of ``signals``, where there is one.
+    """Run the jobs; in each evaluation, send this process the next of ``signals``, if there is one.
 
     Args:
         machine: name of the machine that this process pretends to run on.
@@ -52,7 +52,7 @@ def work(folder, storage, number, seconds, heartbeat, start=0.0, signals=(), mac
 
 
 def open_all(folder, storages, start):
-    """Open new storages, each at the moment at which others do."""
+    """Open new storages, each at the same moment as other processes."""
     for index, storage in enumerate(storages):
         while time.time() < start + 0.3 * index:
             pass

@@ -1,4 +1,4 @@
-"""A model as after some training, without training it."""
+"""A model as if after some training, without training it."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 
 @torch.no_grad()
 def moved(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter moved by noise, in place; all modules in eval mode, which their owner is not told."""
+    """Add noise to every parameter in place, and put all modules in eval mode without calling ``eval``."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))

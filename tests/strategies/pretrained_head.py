@@ -1,4 +1,4 @@
-"""What a pretrained head makes of a network, by the network itself: its own forward, with the head put in for good."""
+"""The logits of a pretrained head on a network, by the network's own forward pass with that head in place."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 @torch.no_grad()
 def logits_with(model, head, inputs):
-    """Source logits (B, C_s) in evaluation mode; nothing that is given changes."""
+    """Source logits, (B, C_s), in evaluation mode; the arguments are not changed."""
     network = copy.deepcopy(model).eval()
     for path, module in head.modules_by_path.items():
         network.set_submodule(path, copy.deepcopy(module).eval())

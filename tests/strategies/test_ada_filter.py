@@ -68,7 +68,7 @@ def test_a_resnet_by_hand():
 
 @pytest.mark.parametrize("all_of", ["fine-tuned", "pretrained"])
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_bert, tiny_swin])
-def test_at_the_ends_it_is_one_of_the_two(make, all_of):
+def test_at_the_extremes_it_is_one_of_the_two_networks(make, all_of):
     model, batch = gated(make), double(tiny_inputs(make(), 4))
     plain = make().double().eval()
     tuned = {name: value for name, value in model.state_dict().items() if "two_paths" not in name}
@@ -112,7 +112,7 @@ def test_means_over_positions():
     assert pooled_channels(states[:, 0], False).shape == (2, 4)
 
 
-def test_evaluation_depends_on_the_sample_alone():
+def test_evaluation_depends_only_on_the_sample():
     model = gated(tiny_bert)
     batch = double(tiny_inputs(model, 4))
     with torch.no_grad():
@@ -148,10 +148,10 @@ def test_the_layers_are_the_largest_modules_of_one_weight():
     assert f"{name}.convolution" in dict((one, rest) for one, *rest in found.layers)
     assert found.norms == (f"{name}.normalization",)
     swin = AdaFilterConfig().gate(tiny_swin()).fitted(tiny_swin())
-    assert {one.rpartition(".")[2] for one, *_ in swin.layers} == {"fc1", "fc2", "downsample"}  # windows are no samples
+    assert {one.rpartition(".")[2] for one, *_ in swin.layers} == {"fc1", "fc2", "downsample"}  # windows aren't samples
 
 
-def test_rates_and_what_stays(tmp_path):
+def test_rates_and_what_stays_frozen(tmp_path):
     run = set_up(tiny_resnet(), AdaFilterConfig(gate_lr=0.5, head_lr=0.25))
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in run.param_groups(0.125) for p in group["params"]}

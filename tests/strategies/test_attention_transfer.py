@@ -1,4 +1,4 @@
-"""Attention transfer: the formula on maps and tokens, and where there are no places to look at."""
+"""Attention transfer: the formula on maps and tokens, and layers without several positions."""
 
 import copy
 

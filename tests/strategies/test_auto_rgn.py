@@ -1,4 +1,4 @@
-"""Each tensor's rate follows its relative gradient norm, found anew in each epoch, by a reference in float64."""
+"""Each tensor's rate follows its relative gradient norm, measured in each epoch, against a float64 reference."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from hf_ft.models.norms import batch_norms
 from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_bert, tiny_data, tiny_resnet
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 
-RATE, BATCH = 0.02, 8  # 32 samples: 4 steps an epoch
+RATE, BATCH = 0.02, 8  # 32 samples: 4 steps per epoch
 PLAIN = {"max_steps": 8, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": RATE, "max_grad_norm": 0.0}
 
 RECIPE = Recipe(torch.optim.SGD, lambda _: lambda _: 1.0, RATE, batch_size=BATCH)
@@ -46,7 +46,7 @@ def watched(model, config, folder, **arguments):
 
 
 def relative_norms(model, weights, data, seed, epoch):
-    """One tensor and one batch at a time."""
+    """Relative norms, computed one tensor and one batch at a time."""
     model = copy.deepcopy(model)
     model.load_state_dict(weights)
     model.double().train()
@@ -80,7 +80,7 @@ def test_rates_follow_relative_norms_in_each_epoch(name, tmp_path):
 
 
 class SameRates(AutoRGNConfig):
-    """All factors are 1, so that only the look at the batches is left."""
+    """All factors are 1, so that only the reading of the batches is left."""
 
     def plan(self, model, state):
         ones = TensorRates("ones", _ones, lambda names, norms: torch.ones_like(norms))
@@ -91,15 +91,15 @@ def _ones(names, parameters, gradients):
     return torch.ones(len(names))
 
 
-def test_what_is_frozen_stays_in_eval_mode_after_the_look(tmp_path):
+def test_frozen_modules_stay_in_eval_mode_after_the_measurement(tmp_path):
     model = tiny_resnet().train()
     trainer = watched(model, [AutoRGNConfig(), GradualUnfreezingConfig(stages=2)], tmp_path)
-    for step in range(4):  # the head alone trains
+    for step in range(4):  # only the head trains
         moved = [n for n, v in trainer.before[step + 1].items() if not torch.equal(v, trainer.before[step][n])]
         assert moved and all(name.startswith("classifier") for name in moved)
 
 
-def test_a_data_set_without_an_index_is_refused(tmp_path):
+def test_a_dataset_without_an_index_is_refused(tmp_path):
     trainer = make_trainer(tiny_bert(), AutoRGNConfig(), tmp_path)
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     with pytest.raises(OptionError, match="must be map-style"):
@@ -120,7 +120,7 @@ def test_each_epoch_starts_without_moments(tmp_path):
         assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {steps}
 
 
-def test_in_a_loop_of_ones_own(tmp_path):
+def test_in_a_custom_loop(tmp_path):
     model, data = still(tiny_bert()), tiny_data(tiny_bert())
     run = set_up(model, AutoRGNConfig(fresh_optimizer=False))
     objective, optimizer = run.objective(), torch.optim.SGD(run.param_groups(lr=RATE))
@@ -137,7 +137,7 @@ def test_in_a_loop_of_ones_own(tmp_path):
     assert {group["lr"] for group in optimizer.param_groups} == {RATE}
 
 
-def test_short_trainings_find_the_rates_too(tmp_path):
+def test_short_runs_measure_the_rates_too(tmp_path):
     model = still(tiny_bert())
     context = make_trainer(model, "full", tmp_path, **PLAIN).context()
     made, seen = [], []

@@ -22,7 +22,7 @@ CONFIG = BiTuningConfig(queue_size=2, momentum=0.6, projection_dim=5, temperatur
 
 
 class Reference:
-    """The method, sample by sample, with lists as queues; it takes what is drawn at random from the term."""
+    """The method, sample by sample, with lists as queues; it takes random draws from the term."""
 
     def __init__(self, model, term, config, classifier):
         self.config, self.classifier, self.model = config, classifier, model
@@ -46,7 +46,7 @@ class Reference:
         outputs = model(**batch)
         handle.remove()
         inputs = seen[0]
-        if inputs.dim() == 3:  # of each token, the last that is no padding decides
+        if inputs.dim() == 3:  # with a head per token, the last token that is not padding decides
             inputs = inputs[torch.arange(len(inputs)), batch["attention_mask"].sum(1) - 1]
         z = projector(inputs)
         return outputs.loss, inputs, z / z.norm(dim=1, keepdim=True)
@@ -101,8 +101,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_queues_and_average_are_the_methods(name):
-    """BatchNorm in train mode, a head of two layers, and one for each token, without biases."""
+def test_losses_queues_and_average_follow_the_method(name):
+    """BatchNorm in train mode, a head of two layers, and a head per token without biases."""
     make, batch_of, classifier = MODELS[name]
     model, other = make().double(), make().double()
     objective = set_up(model, CONFIG).objective().train()
@@ -115,7 +115,7 @@ def test_losses_queues_and_average_are_the_methods(name):
         second = {name: value + 0.1 * step if value.is_floating_point() else value for name, value in batch.items()}
         reference.follow()
         losses = []
-        for _ in range(2):  # two micro-batches: the average moves once
+        for _ in range(2):  # two micro-batches: the average is updated once
             columns = {f"second_view_{name}": value for name, value in second.items() if name != "labels"}
             outputs = objective(**batch, **columns)
             (outputs["loss"] / 2).backward()
@@ -143,7 +143,7 @@ def test_a_class_that_fills_its_queue_within_a_batch_keeps_the_last_keys():
 
 
 class Augmented(torch.utils.data.Dataset):
-    """Images, made brighter or darker whenever they are read."""
+    """Images that are made brighter or darker whenever they are read."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -175,13 +175,13 @@ def test_a_resumed_run_has_the_same_views_keys_and_queues(tmp_path):
     assert "second_view_pixel_values" in next(iter(whole.get_train_dataloader()))
 
 
-def test_a_batch_holds_two_views_of_its_samples_where_they_differ():
+def test_a_batch_has_two_views_of_its_samples_if_they_differ():
     rows, epoch = tiny_data(tiny_resnet()), torch.zeros((), dtype=torch.int64)
     read = TrainingBatches(Augmented(rows), default_data_collator, 3, epoch, twice=True)
     before, batch = torch.get_rng_state(), read([5, 2, 9])
     first, second = batch["pixel_values"], batch["second_view_pixel_values"]
     for view in (first, second):
-        shifts = (view - rows[[5, 2, 9]]["pixel_values"]).flatten(1)  # of the same samples: a number for each
+        shifts = (view - rows[[5, 2, 9]]["pixel_values"]).flatten(1)  # of the same samples: one number per sample
         assert shifts.std(1).max() < 1e-5 and shifts.mean(1).abs().min() > 1e-4
     assert (first - second).abs().amin() > 1e-4 and "second_view_labels" not in batch
     again = read([5, 2, 9])
@@ -217,7 +217,7 @@ def test_a_model_in_half_precision_has_an_average_in_single():
     torch.testing.assert_close(moved, 0.001 * (model.classifier.weight.float() - before), atol=1e-6, rtol=0)
 
 
-def test_the_copy_runs_in_the_modes_of_the_model():
+def test_the_copy_has_the_modes_of_the_model():
     model = tiny_resnet()
     objective = set_up(model, BiTuningConfig(norm_mode="eval")).objective().train()
     term = objective.plan.terms[0].fn
@@ -227,8 +227,8 @@ def test_the_copy_runs_in_the_modes_of_the_model():
     assert [m.training for m in term.network.modules()] == [m.training for m in model.modules()]
 
 
-def test_it_acts_where_what_enters_the_logits_changes(monkeypatch):
-    for make, active in ((tiny_resnet, [False, True]), (tiny_roberta, [True, True])):  # whose head has another layer
+def test_it_acts_if_the_input_of_the_logits_changes(monkeypatch):
+    for make, active in ((tiny_resnet, [False, True]), (tiny_roberta, [True, True])):  # its head has another layer
         objective = set_up(make(), ["lp_ft", "bi_tuning"]).objective()
         acts = []
         for stage in objective.plan.stages:
@@ -243,7 +243,7 @@ def test_it_acts_where_what_enters_the_logits_changes(monkeypatch):
 
 @pytest.mark.slow
 def test_a_probe_before_it_may_be_recorded(tmp_path):
-    """Its last batch is read again in the form of the next stage; and a run is resumed where that begins."""
+    """Its last batch is read again in the next stage's form; a run can be resumed where that stage begins."""
     arguments = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
     found = []
     for use, resume in (("always", None), ("never", None), ("always", str(tmp_path / "always" / "checkpoint-5"))):
@@ -255,7 +255,7 @@ def test_a_probe_before_it_may_be_recorded(tmp_path):
     same_tensors(found[0], found[2])
 
 
-def test_with_adapters_it_compares_with_the_head_that_trains():
+def test_with_adapters_it_compares_with_the_trained_head():
     run = set_up(tiny_bert(), ["peft", "bi_tuning"])
     objective, term = run.objective().train(), run.plan.terms[0].fn
     for stage in run.plan.stages:

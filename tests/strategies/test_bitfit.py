@@ -1,4 +1,4 @@
-"""The biases and the head take the steps of full fine-tuning, and nothing else moves."""
+"""The biases and the head take the steps of full fine-tuning, and nothing else changes."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_one_step_of_gradient_descent_on_biases_and_head(name, tmp_path):
     )
 
 
-def test_a_model_without_any_is_refused():
+def test_a_model_without_biases_is_refused():
     model = TINY_MODELS["resnet"]()
     for module in model.resnet.modules():
         if getattr(module, "bias", None) is not None:

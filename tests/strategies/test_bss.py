@@ -1,4 +1,4 @@
-"""BSS: the formula on every architecture, in half precision, and where there is nothing to shrink."""
+"""BSS: the formula on every architecture, in half precision, and if there is nothing to shrink."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ from tests.models.heads import headed, padded, without_labels
 
 
 def features_of(model, batch):
-    """What the last linear layer, or the one layer before it, takes in: found apart from the package."""
+    """The input of the last linear layer, or of the layer before it, found independently of the package."""
     seen = []
     head = [m for m in model.modules() if isinstance(m, nn.Linear)]
     name = type(model).__name__
@@ -127,7 +127,7 @@ def test_settings_that_can_never_work(tmp_path):
 
 
 def pooled_by_hand(model, name, batch):
-    """What the model pools of the states before the layer that gives the logits, from its hidden states."""
+    """What the model pools from the states before the layer that gives the logits, from its hidden states."""
     inputs = without_labels(batch, torch.float64)
     if name == "timesformer":
         return model.timesformer(**inputs)[0][:, 0]
@@ -140,7 +140,7 @@ def pooled_by_hand(model, name, batch):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "wav2vec2", "timesformer"])
 def test_heads_per_token(name):
-    """Tokens are pooled as the model does: the value is that of float64, however much padding the batch has."""
+    """Tokens are pooled like in the model: the value equals float64's, however much padding the batch has."""
     model = still(headed(name))
     batch = padded(name)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_heads_per_token(name):
 
 
 def test_heads_per_token_on_recorded_features(tmp_path):
-    """A probe's stage runs from recorded states, with the same weights as without."""
+    """A probe's stage runs on recorded states, with the same weights as without them."""
     found = []
     for cache in ("never", "always"):
         config = BSSConfig(eta=0.5)
@@ -169,7 +169,7 @@ def test_heads_per_token_on_recorded_features(tmp_path):
     same_tensors(*found, 1e-6)
 
 
-def test_a_head_that_takes_tokens_says_so(tmp_path):
+def test_the_error_for_a_head_that_takes_tokens(tmp_path):
     model = tiny_vit()
     model.classifier = nn.Sequential(nn.Identity(), nn.Linear(16, 3))
     forward = model.forward

@@ -17,7 +17,7 @@ PLAIN = {"max_steps": STEPS, "optim": "sgd", "lr_scheduler_type": "constant", "l
 
 
 class Watched(FTTrainer):
-    """Keeps the weights before each step, and the gradients of the step before they are clipped."""
+    """Keeps the weights before each step, and the step's gradients before clipping."""
 
     def training_step(self, model, *args, **kwargs):
         self.before = [*getattr(self, "before", ()), weights_of(self.model)]
@@ -61,7 +61,7 @@ def test_f_keeps_each_entry_with_probability_p_after_clipping(tmp_path):
 
 
 def fisher_of(model, batches, clip):
-    """Of the blocks, one parameter at a time."""
+    """The Fisher information of the blocks, one parameter at a time."""
     fisher = {name: 0.0 for name, _ in model.named_parameters() if ".layer." in name}
     for batch in batches:
         model.zero_grad()
@@ -115,7 +115,7 @@ def test_ties_stay_and_bits_are_kept():
 def test_coins_are_fair_and_independent(p):
     found = coins(1_000_003, p, torch.Generator().manual_seed(0))
     assert found.shape == (1_000_003,) and abs(exact(p) - p) <= 2**-16
-    for lane in range(4):  # of the four from one number
+    for lane in range(4):  # of the four coins from one number
         assert abs(float(found[lane::4].double().mean()) - exact(p)) < 4 * (p / 250_000) ** 0.5 + 1e-5
     pairs = found[:-1] & found[1:]
     assert abs(float(pairs.double().mean()) - exact(p) ** 2) < 2e-3

@@ -26,7 +26,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
 def shifted(model, samples=32):
-    """Data that the model's statistics are not of."""
+    """Data from a different distribution than the model's statistics."""
     rows = tiny_inputs(model, samples)
     rows["pixel_values"] = 2 * rows["pixel_values"] + 1
     return [{key: value[i] for key, value in rows.items()} for i in range(samples)]
@@ -38,7 +38,7 @@ def trainer_on_shifted(model, folder, strategy=None, **options):
 
 
 def started(model, folder, strategy=None, **options):
-    """A trainer whose run is set up and whose model has not moved."""
+    """A trainer whose run is set up and whose model is unchanged."""
     trainer = trainer_on_shifted(model, folder, strategy, **options)
     trainer._start_run()
     return trainer
@@ -71,7 +71,7 @@ def test_the_start_is_the_pretrained_backbone_under_the_target_s_statistics(tmp_
 
 
 def test_the_statistics_are_within_batches_or_pooled(tmp_path):
-    """Within-batch variances weigh batches alike and are unbiased; pooled ones are of all values."""
+    """Within-batch variances weigh batches equally and are unbiased; pooled ones are over all values."""
     found = {}
     for statistics in ("batch", "pooled"):
         trainer = trainer_on_shifted(tiny_resnet(), tmp_path, DAFTConfig(statistics=statistics))
@@ -114,7 +114,7 @@ def test_no_gradient_reaches_the_backbone_at_first(tmp_path):
 
 
 def displacement(folder, optim, **options):
-    """How far the backbone's weights are from their start after two steps, norms left out."""
+    """How far the backbone's weights, without norms, are from their start after two steps."""
     trainer = trainer_on_shifted(tiny_resnet(), folder, optim=optim, max_steps=2, **options)
     trainer._start_run()
     before = snapshot(trainer.model)
@@ -136,7 +136,7 @@ def test_adam_voids_the_gentle_start(tmp_path):
     assert adam > 10 * sgd > 0
 
 
-def test_no_optimizer_is_warned_about_but_a_rate_that_nobody_set(tmp_path, monkeypatch):
+def test_an_unset_rate_warns_but_no_optimizer_does(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
     for optim in ("adamw_torch", "sgd"):
@@ -224,7 +224,7 @@ def test_each_ablation_is_one_flag(tmp_path):
 
 
 @pytest.mark.parametrize("flag", [{"convert_batch_norm": False}, {"zero_head": False}])
-def test_an_ablation_leaves_the_rest_as_it_is(flag, tmp_path):
+def test_an_ablation_leaves_the_rest_unchanged(flag, tmp_path):
     model, pretrained = tiny_resnet(), snapshot(tiny_resnet())
     started(model, tmp_path, DAFTConfig(**flag))
     changed = {name for name, value in snapshot(model).items() if not torch.equal(value, pretrained[name])}
@@ -257,7 +257,7 @@ def test_the_layer_that_gives_the_logits_is_zero(make, expected, tmp_path):
 
 
 class TwoHeads(nn.Module):
-    """As distilled models in training: the logits are the mean of two heads'."""
+    """Like distilled models in training: the logits are the mean of two heads'."""
 
     def __init__(self, features, classes, shared=8):
         super().__init__()
@@ -270,7 +270,7 @@ class TwoHeads(nn.Module):
 
 
 @pytest.mark.parametrize(("shared", "zero"), [(8, {"one", "two"}), (3, {"two"})])
-def test_parallel_heads_are_zero_and_a_square_layer_stands_alone(shared, zero):
+def test_parallel_heads_are_zero_and_a_square_layer_counts_alone(shared, zero):
     model = tiny_resnet()
     model.classifier = TwoHeads(16, 3, shared)
     set_up(model, DAFTConfig(convert_batch_norm=False))
@@ -291,7 +291,7 @@ def test_a_head_that_cannot_train_is_refused():
 
 
 @pytest.mark.slow
-def test_a_second_train_goes_on_from_the_trained_head(tmp_path):
+def test_a_second_train_continues_from_the_trained_head(tmp_path):
     model = tiny_resnet()
     trainer = trainer_on_shifted(model, tmp_path)
     trainer.train()
@@ -340,7 +340,7 @@ def test_best_model_and_reload_have_the_converted_norms(tmp_path):
 
 
 def test_converting_a_converted_model_again_moves_it_by_rounding_only(tmp_path):
-    """Reloaded before any training and measured anew, it has its target's statistics already."""
+    """Reloaded before any training and measured again, it already has its target's statistics."""
     once = started(tiny_resnet(), tmp_path).model
     once.save_pretrained(tmp_path / "saved")
     twice = started(ResNetForImageClassification.from_pretrained(tmp_path / "saved"), tmp_path).model
@@ -367,7 +367,7 @@ def test_l2_sp_pulls_to_the_converted_weights(tmp_path):
     assert logged[0] == 0 and logged[-1] > 0
 
 
-def test_two_that_own_the_stages_are_refused(tmp_path):
+def test_two_strategies_that_define_stages_are_refused(tmp_path):
     trainer = trainer_on_shifted(tiny_resnet(), tmp_path, ["daft", "lp_ft"])
     with pytest.raises(OptionError, match="daft and lp_ft both decide"):
         trainer.train()
@@ -377,7 +377,7 @@ def test_two_that_own_the_stages_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_without_batch_norm_is_told_the_way_out(tmp_path):
+def test_the_error_for_a_model_without_batch_norm_names_the_fix(tmp_path):
     model = tiny_vit()
     before = snapshot(model)
     trainer = make_trainer(model, "daft", tmp_path)
@@ -418,7 +418,7 @@ def test_an_adapter_that_would_lose_the_conversion_is_refused(tmp_path):
         trainer_on_shifted(adapted(), tmp_path).train()
     trainer = started(adapted(), tmp_path, DAFTConfig(convert_batch_norm=False))
     assert float(logits(trainer.model).abs().max()) == 0
-    # Trained whole, norms are converted and saved; the originals, which do not run, stay as they are.
+    # As whole trained modules, norms are converted and saved; the originals, which do not run, are unchanged.
     model = adapted(save=["normalization"])
     untouched = {n: v for n, v in snapshot(model).items() if "original_module" in n}
     trainer = started(model, tmp_path)

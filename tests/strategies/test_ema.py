@@ -1,4 +1,4 @@
-"""The average of the weights, step by step, is what is evaluated, saved and left in the model; training ignores it."""
+"""The weights' average, step by step, is evaluated, saved and left in the model; training ignores it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_ft.testing.training import snapshot, tiny_batch
 
 
 def averages(history, decay, parameters):
-    """The average of weights (steps + 1 of them), in float64; what is no parameter is that of the last step."""
+    """The average of weights (steps + 1 of them), in float64; other tensors are those of the last step."""
     average = {name: value.double() for name, value in history[0].items()}
     for step, weights in enumerate(history[1:]):
         d = min(decay, (1 + step) / (10 + step))
@@ -20,7 +20,7 @@ def averages(history, decay, parameters):
 
 
 def loop(model, strategy, steps=12):
-    """A loop of one's own; the run, and the live weights before and after each step."""
+    """A custom loop; returns the run, and the live weights before and after each step."""
     run = set_up(model, strategy)
     objective, history = run.objective(), [snapshot(model)]
     optimizer = torch.optim.SGD(run.param_groups(lr=0.05))
@@ -51,13 +51,13 @@ def test_the_formula_step_by_step(name, decay):
     head = next(key for key in inside if key.startswith("classifier") and key.endswith("weight"))
     assert float((inside[head] - history[-1][head]).abs().max()) > 1e-3
     same_tensors(snapshot(run.finish()), inside)
-    with run.averaged():  # it has ended: what becomes of the model later is left alone
+    with run.averaged():  # it has ended: later changes of the model are left alone
         same_tensors(snapshot(run.model), inside)
 
 
 class ScheduleFree(torch.optim.SGD):
     def eval(self):
-        """Would put the optimizer's own average in the place of the weights."""
+        """Would replace the weights by the optimizer's own average."""
 
 
 def test_a_loop_must_name_its_optimizer_and_two_averages_are_refused():

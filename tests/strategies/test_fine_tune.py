@@ -1,4 +1,4 @@
-"""Two cycles with fastai's rates, momenta and Adam, followed step by step by a reference in float64."""
+"""Two cycles with fastai's rates, momenta and Adam, checked step by step against a float64 reference."""
 
 import math
 
@@ -114,7 +114,7 @@ def test_momentum_of_sgd_follows_and_plain_sgd_has_none():
         assert found == pytest.approx([wanted if momentum else 0.0] * len(found))
 
 
-def test_a_scheduler_of_ones_own_is_refused(tmp_path):
+def test_a_custom_scheduler_is_refused(tmp_path):
     model = tiny_resnet()
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)

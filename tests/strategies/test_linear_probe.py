@@ -1,4 +1,4 @@
-"""The probe is softmax regression on the pretrained features: against one written out in NumPy."""
+"""The probe is softmax regression on the pretrained features: against one written in NumPy."""
 
 import copy
 
@@ -10,7 +10,7 @@ from hf_ft.testing import TINY_MODELS, same_tensors, tiny_data
 from hf_ft.testing.training import make_trainer, snapshot
 
 STEPS, RATE = 6, 0.5
-# All 32 samples in each batch, so that their order is no matter.
+# All 32 samples in each batch, so that their order does not matter.
 WHOLE = {"per_device_train_batch_size": 32, "max_steps": STEPS, "optim": "sgd", "lr_scheduler_type": "constant"}
 WHOLE |= {"learning_rate": RATE, "max_grad_norm": 0.0, "weight_decay": 0.0}
 

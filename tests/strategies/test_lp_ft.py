@@ -48,7 +48,7 @@ def reference(model, stages, momentum=0.0, fresh=True):
         (LPFTConfig(head_lr=HEAD, probe=1 / 3, norm_mode="auto"), [(2, None, HEAD, False), (4, BODY, BODY, True)]),
     ],
 )
-def test_stages_written_by_hand(config, stages, tmp_path):
+def test_stages_against_a_handwritten_loop(config, stages, tmp_path):
     as_by_hand(config, stages, tmp_path)
 
 
@@ -57,7 +57,7 @@ TWO_STAGES = [(STEPS // 2, None, HEAD, False), (STEPS // 2, BODY, BODY, False)]
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_momentum_of_the_head_at_the_border(fresh, tmp_path):
-    """The authors start the second stage with an optimizer of its own; a run resumed there, or later, does the same."""
+    """The authors start the second stage with a new optimizer; a run resumed there, or later, does the same."""
     config, saving = LPFTConfig(head_lr=HEAD, fresh_optimizer=fresh), {"save_strategy": "steps", "save_steps": 1}
     as_by_hand(config, TWO_STAGES, tmp_path, momentum=0.9, fresh=fresh, **saving)
     whole = load_file(tmp_path / f"checkpoint-{STEPS}" / "model.safetensors")
@@ -70,7 +70,7 @@ def test_momentum_of_the_head_at_the_border(fresh, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_is_silent_in_both_stages(checkpointing, tmp_path):
-    """As in the authors' evaluation mode; what checkpoints gradients stays in train mode, or it would not."""
+    """As in the authors' evaluation mode; modules with gradient checkpointing stay in train mode, which it needs."""
     model = tiny_vit(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     arguments = {**WHOLE, "max_steps": 4, "gradient_checkpointing": checkpointing}
     losses = {}
@@ -94,7 +94,7 @@ def test_dropout_is_silent_in_both_stages(checkpointing, tmp_path):
     assert losses[False] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_loop_of_ones_own_is_told_to_pass_its_optimizer(monkeypatch):
+def test_a_custom_loop_must_pass_its_optimizer(monkeypatch):
     messages = []
     monkeypatch.setattr(hf_ft.engine.run.logger, "warning_once", messages.append)
     run = set_up(tiny_resnet(), LPFTConfig())

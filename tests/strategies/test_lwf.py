@@ -141,11 +141,11 @@ def test_recorded_predictions_are_not_read_once_the_weight_is_0(tmp_path, monkey
     monkeypatch.setattr(StageCache, "present_form", note)
     trainer.train()
     assert brought[:6] == [True] * 6
-    assert brought[8:] == [False] * 4  # those of the two steps before had been fetched
+    assert brought[8:] == [False] * 4  # those of the two previous steps had been fetched
 
 
 def test_text_of_all_lengths_is_recorded(tmp_path, monkeypatch):
-    """What comes into the head is one vector per sample, however long the batch is that it is in."""
+    """The head's input is one vector per sample, however long its batch is."""
     generator = torch.Generator().manual_seed(0)
     rows = [
         {"input_ids": torch.randint(1, 64, (int(n),), generator=generator), "labels": int(n) % 3}
@@ -178,7 +178,7 @@ def test_text_of_all_lengths_is_recorded(tmp_path, monkeypatch):
 
 
 def test_the_teacher_survives_a_resume(tmp_path):
-    """It is what the head was at the start, not what it had become."""
+    """It is the head at the start, not at the checkpoint."""
     saving = {"save_strategy": "steps", "save_steps": 4}
     config = LwFConfig(train_source_head=True)
     whole = train(tiny_vit(), config, tmp_path, **saving)
@@ -193,7 +193,7 @@ def test_the_teacher_survives_a_resume(tmp_path):
 @pytest.mark.parametrize("name", ["gpt2", "distilbert"])
 @pytest.mark.parametrize("config", [LwFConfig(train_source_head=True), CoTuningConfig(), SoftConfig()])
 def test_heads_per_token_and_of_several_modules(name, config, tmp_path):
-    """The same weights with and without recorded predictions, and where a run is resumed; nothing of the head stays."""
+    """The same weights with and without recorded predictions, and after resuming; nothing of the head is left."""
     found = []
     for kind in ("never", "auto", "resumed"):
         model = equipped(headed(name, 3), config)
@@ -207,7 +207,7 @@ def test_heads_per_token_and_of_several_modules(name, config, tmp_path):
 
 
 def test_half_precision_compares_like_with_like():
-    """Under autocast the loss is exactly 0 at the start: pretrained predictions are computed as the head's own are."""
+    """Under autocast, the loss is exactly 0 at the start: pretrained predictions are computed like the head's own."""
     model = equipped(headed("gpt2"), LwFConfig())
     objective = set_up(model, LwFConfig()).objective().train()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Scale and shift of the norms and the head take the steps of full fine-tuning, and nothing else moves."""
+"""Scale and shift of the norms and the head take the steps of full fine-tuning, and nothing else changes."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_one_step_of_gradient_descent_on_norms_and_head(name, tmp_path):
     )
 
 
-def test_a_model_without_any_is_refused():
+def test_a_model_without_norms_is_refused():
     model = TINY_MODELS["resnet"]()
     for name, module in list(model.resnet.named_modules()):
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -75,7 +75,7 @@ def test_unmerged_it_is_an_adapter_of_peft(make, tmp_path):
 def test_other_tuners(tuner, make, tmp_path):
     base = make()
     config = PEFTConfig(tuner=tuner)
-    if make is tiny_resnet and isinstance(tuner, VeraConfig):  # it has linear layers in its head alone
+    if make is tiny_resnet and isinstance(tuner, VeraConfig):  # it has linear layers only in its head
         with pytest.raises(OptionError, match="supports an adapter"):
             config.plan(base, State())
         return
@@ -93,7 +93,7 @@ def test_other_tuners(tuner, make, tmp_path):
     assert only_norms == isinstance(tuner, LNTuningConfig)
 
 
-def test_targets_that_the_tuner_names_may_lie_outside_the_blocks():
+def test_targets_that_the_tuner_names_may_be_outside_the_blocks():
     model = tiny_resnet()
     stem = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     (surgery,) = PEFTConfig(tuner=LoraConfig(target_modules=[stem])).plan(model, State()).surgery

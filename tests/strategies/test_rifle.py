@@ -1,4 +1,4 @@
-"""Everything trains throughout; the head, and only the head, is drawn anew at equal intervals."""
+"""Everything trains throughout; only the head is reinitialised, at equal intervals."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class Watched(FTTrainer):
 
 @pytest.mark.parametrize("name", ["resnet", "bert"])
 @pytest.mark.parametrize("times", [1, 3])
-def test_the_head_alone_is_drawn_anew(name, times, tmp_path):
+def test_only_the_head_is_reinitialised(name, times, tmp_path):
     model = TINY_MODELS[name]()
     args = tiny_arguments(tmp_path, **PLAIN)
     trainer = Watched(model, args, strategy=RIFLEConfig(times=times), train_dataset=tiny_data(model))

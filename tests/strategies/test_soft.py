@@ -1,4 +1,4 @@
-"""L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S), against loops written by hand."""
+"""L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S), against handwritten loops."""
 
 import copy
 import dataclasses
@@ -39,7 +39,7 @@ class Kept:
 
 
 def soft_trainer(model, config, folder, source=None, **arguments):
-    """A trainer whose two collators keep what they made."""
+    """A trainer whose two collators keep their batches."""
     equipped(model, config)
     return FTTrainer(
         model,
@@ -53,21 +53,21 @@ def soft_trainer(model, config, folder, source=None, **arguments):
 
 
 def trained_on(trainer, source_steps):
-    """The batches of each; one was looked at before."""
+    """The batches of each; one was read before training."""
     source, target = trainer.source_data_collator.batches, trainer.data_collator.batches
     assert (len(source), len(target)) == (source_steps + 1, 9)
     return source[1:], target[1:]
 
 
 def body(model):
-    """Images to what comes into the head."""
+    """Compute the head's input from images."""
     if hasattr(model, "vit"):
         return lambda images: model.vit(images).last_hidden_state[:, 0]
     return lambda images: model.resnet(images).pooler_output
 
 
 def by_hand(model, head, target, source, weights, joint=True, lr=0.05):
-    """SGD on both losses, with a weight for each step; the source is left out where that is 0."""
+    """SGD on both losses, with a weight for each step; the source is left out if it is 0."""
     model.train()
     parameters = [*model.parameters(), *head.parameters()]
     for batch, weight in zip(target, weights, strict=True):
@@ -112,7 +112,7 @@ def test_schedules_are_the_formulas():
 
 
 @pytest.mark.parametrize("until", [0.1, 0.3, 0.6, 0.7, 1 / 3, 1.0])
-def test_the_weight_is_0_from_the_very_step(until):
+def test_the_weight_is_0_from_the_exact_step(until):
     """Whatever the rounding of step / total / until."""
     for total in (10, 30, 70, 90, 110):
         end = round(until * total)
@@ -167,7 +167,7 @@ def test_linear_is_the_formula(tmp_path):
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
 @pytest.mark.parametrize("forward", ["joint", "separate"])
 def test_terms_in_float64(make, forward):
-    """Each summand alone, from logits that the plain models give."""
+    """Each term separately, from logits of the plain models."""
     config = SoftConfig(weight=0.3, source_forward=forward)
     model = equipped(still(make()), config)
     objective = set_up(model, config).objective().train()
@@ -222,7 +222,7 @@ def test_texts_of_other_lengths_are_padded():
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
 @pytest.mark.parametrize("forward", ["joint", "separate"])
 def test_both_parts_in_bf16(make, forward, tmp_path):
-    """The first step's summands are those of float32 to bf16's digits; the last step's are finite."""
+    """The first step's terms equal float32's to bf16's precision; the last step's are finite."""
     config = SoftConfig(source_forward=forward, until=1.0)
     logged = []
     for bf16 in (False, True):
@@ -231,13 +231,13 @@ def test_both_parts_in_bf16(make, forward, tmp_path):
         logged.append([entry for entry in trainer.state.log_history if "loss/source" in entry])
     for name in ("loss/task", "loss/source"):
         assert logged[1][0][name] == pytest.approx(logged[0][0][name], rel=3e-2)
-        assert logged[1][0][name] != logged[0][0][name]  # it was another precision
+        assert logged[1][0][name] != logged[0][0][name]  # the precision differed
         assert math.isfinite(logged[1][-1][name])
 
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
 def test_accumulated_logs_are_of_both_parts(make, tmp_path):
-    """One batch of 8, or four micro-batches of 2 with 2 source samples each: the same summands are logged."""
+    """One batch of 8, or four micro-batches of 2 with 2 source samples each: the same terms are logged."""
     logged = []
     for steps in (1, 4):
         more = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
@@ -252,7 +252,7 @@ def test_accumulated_logs_are_of_both_parts(make, tmp_path):
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_targets_of_other_kinds(kind):
-    """The target's loss is the model's own, whatever it is; the source's labels are classes."""
+    """The target's loss is the model's own, whatever kind it is; the source's labels are classes."""
     config = SoftConfig(schedule="constant")
     labels = torch.rand(4, 3) if kind == "regression" else (torch.rand(4, 3) > 0.5).float()
     found = []
@@ -271,7 +271,7 @@ def test_targets_of_other_kinds(kind):
 
 @pytest.mark.parametrize("forward", ["joint", "separate"])
 def test_what_moves_which_statistics(forward):
-    """Joint: one update, by the moments of both batches together. Separate: one by each, the source's last."""
+    """Joint: one update, with the moments of both batches together. Separate: one per batch, the source's last."""
     config = SoftConfig(schedule="constant", source_forward=forward)
     model = equipped(tiny_resnet(), config)
     objective = set_up(model, config).objective().train()
@@ -303,7 +303,7 @@ def test_the_target_sees_the_source_in_a_joint_forward_only(forward):
     assert torch.equal(found[0], found[1]) == (forward == "separate")
 
 
-# --- nothing more once the weight is 0 ----------------------------------------------------------------------
+# --- nothing else once the weight is 0 ----------------------------------------------------------------------
 
 
 class Counted(torch.utils.data.Dataset):
@@ -333,7 +333,7 @@ def test_nothing_is_loaded_or_computed_once_the_weight_is_0(forward, tmp_path, m
     trainer.train()
     first = [12] * 4 if forward == "joint" else [8, 4] * 4
     assert rows == first + [8] * 4
-    looked_at = reads[0]  # a batch, to see whether it fits
+    looked_at = reads[0]  # one batch, to see whether it fits
     assert looked_at == 4
     assert [n - looked_at for n in reads] == [0, 4, 8, 12, 16, 16, 16, 16]
     assert len(source.read) == reads[-1]
@@ -354,7 +354,7 @@ def test_evaluation_runs_no_source(tmp_path):
     assert len(source.read) == seen
 
 
-# --- what comes out -----------------------------------------------------------------------------------------
+# --- the result ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_mobilenet_v2])
@@ -375,8 +375,8 @@ def test_the_result_is_a_plain_checkpoint(make, tmp_path):
         source_head(trainer.model)
 
 
-def test_training_on_goes_on_with_the_source(tmp_path):
-    """From the present weights, the source head's too, as a run of its own."""
+def test_further_training_continues_with_the_source(tmp_path):
+    """From the current weights, including the source head's, as a separate run."""
     trainer = train(tiny_resnet(), SoftConfig(until=0.5), tmp_path, save_strategy="steps", save_steps=4)
     head = copy.deepcopy(trainer._run.plan.terms[0].fn.head)
     trainer.train()
@@ -394,7 +394,7 @@ def test_the_source_head_is_gone_whatever_was_trained(strategy, tmp_path):
 
 
 def test_the_best_model_is_loaded(tmp_path):
-    """Of a step before the source was gone, with what was saved of the source head."""
+    """From a step before the source was dropped, with the saved source head."""
     kept = {}
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(
@@ -429,7 +429,7 @@ def test_smaller_batches_after_running_out_of_memory(tmp_path, monkeypatch):
 
 
 def test_a_last_batch_of_one(tmp_path):
-    """Of a network whose maps have several positions, one sample has a variance."""
+    """In a network whose maps have several positions, one sample has a variance."""
     model = equipped(tiny_resnet(), SOFT)
     given = {"train_dataset": tiny_data(model, 33), "source_dataset": tiny_data(model, 20, seed=2)}
     trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=SoftConfig(), **given)
@@ -437,7 +437,7 @@ def test_a_last_batch_of_one(tmp_path):
     assert trainer.state.global_step == 8
 
 
-def test_an_optimizer_of_ones_own_leaves_the_source_head(tmp_path, monkeypatch):
+def test_a_custom_optimizer_leaves_the_source_head_unchanged(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(hf_ft.trainer.checks.logger, "warning", told.append)
     model = equipped(tiny_vit(), SOFT)
@@ -453,7 +453,7 @@ def test_an_optimizer_of_ones_own_leaves_the_source_head(tmp_path, monkeypatch):
 
 
 def test_the_source_head_decays_as_other_weights_do(tmp_path):
-    """By args.weight_decay, but for its bias; not by the optimizer's own default."""
+    """By args.weight_decay, except for its bias; not by the optimizer's own default."""
     for strength in (0.0, 0.3):
         trainer = make_trainer(tiny_vit(), SOFT, tmp_path, optim="adamw_torch", weight_decay=strength)
         trainer.train()
@@ -472,8 +472,8 @@ def test_composes(tmp_path):
 
 
 @pytest.mark.parametrize(("until", "idle"), [(0.5, True), (0.75, False)])
-def test_a_source_loss_that_never_counts_is_told(until, idle, monkeypatch):
-    """LP-FT's probe, in which all that the source loss looks at is frozen, takes half of the run."""
+def test_a_source_loss_without_effect_is_reported(until, idle, monkeypatch):
+    """LP-FT's probe stage, in which everything in the source loss is frozen, takes half of the run."""
     told = []
     monkeypatch.setattr(hf_ft.engine.run.logger, "warning_once", told.append)
     config = SoftConfig(until=until)
@@ -482,7 +482,7 @@ def test_a_source_loss_that_never_counts_is_told(until, idle, monkeypatch):
     assert len(told) == idle
 
 
-def test_terms_on_layers_see_the_target_alone():
+def test_terms_on_layers_see_only_the_target():
     configs = [SoftConfig(schedule="constant"), DELTAConfig(weights="uniform")]
     found = []
     for chosen in (configs, configs[1:]):
@@ -496,7 +496,7 @@ def test_terms_on_layers_see_the_target_alone():
 
 
 def test_head_modules_take_part_as_the_model_has_them():
-    """A dropout before the last layer drops the source's features as well, once."""
+    """Dropout before the last layer also drops the source's features, once."""
     config = SoftConfig(schedule="constant")
     model = equipped(tiny_mobilenet_v2(classifier_dropout_prob=1.0), config)
     objective = set_up(model, config).objective().train()
@@ -562,13 +562,13 @@ def test_empty_source(tmp_path):
     ],
 )
 @pytest.mark.parametrize("forward", ["joint", "separate"])
-def test_no_source_data_set(source, message, forward, tmp_path):
+def test_no_source_dataset(source, message, forward, tmp_path):
     with pytest.raises(OptionError, match=message):
         config = SoftConfig(source_forward=forward)
         soft_trainer(tiny_resnet(), config, tmp_path, source, remove_unused_columns=False).train()
 
 
-def test_a_source_that_nobody_uses_is_told(tmp_path, monkeypatch):
+def test_unused_source_data_are_reported(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(hf_ft.trainer.checks.logger, "warning", told.append)
     model = tiny_resnet()
@@ -592,7 +592,7 @@ def test_texts_without_masks_are_not_padded():
 
 
 def test_layers_that_a_joint_forward_cannot_divide():
-    """What comes out of the head has the target's rows alone."""
+    """The head's output has only the target's rows."""
     config = SoftConfig(schedule="constant")
     run = set_up(equipped(tiny_resnet(), config), config)
     term = dataclasses.replace(run.plan.terms[0], layers=("classifier",))
@@ -635,7 +635,7 @@ def test_no_labels_in_the_source(tmp_path):
 
 
 def test_gradient_checkpointing(tmp_path):
-    """The same weights, though the second forward pass ends before the head."""
+    """The same weights, although the second forward pass ends before the head."""
     found = []
     for checkpointing in (False, True):
         config = SoftConfig(schedule="constant", source_forward="separate")

@@ -1,4 +1,4 @@
-"""Each sample takes its own way through fine-tuned and pretrained blocks; what is saved is one folder of both."""
+"""Each sample takes its own path through fine-tuned and pretrained blocks; both are saved in one folder."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def double(batch):
 
 
 @pytest.mark.parametrize("name", ["resnet", "bert", "swin", "mobilenet_v1"])
-def test_each_sample_takes_its_own_way(name):
+def test_each_sample_takes_its_own_path(name):
     make = TINY_MODELS[name]
     model, batch = gated(make), double(tiny_inputs(make(), 6))
     torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_the_gradient_of_a_share_is_that_of_the_weighted_sum():
         assert float(share.grad[place]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
 
 
-def test_evaluation_depends_on_the_sample_alone():
+def test_evaluation_depends_only_on_the_sample():
     model = gated(tiny_bert)
     batch = double(tiny_inputs(model, 6))
     before = random_states()
@@ -133,7 +133,7 @@ def test_evaluation_depends_on_the_sample_alone():
     assert len({float(model(**batch).loss.detach()) for _ in range(6)}) > 1
 
 
-def test_the_frozen_copy_stays_even_where_all_statistics_move(tmp_path):
+def test_the_frozen_copy_stays_even_if_all_statistics_move(tmp_path):
     start = snapshot(tiny_resnet())
     model = train(tiny_resnet(), SpotTuneConfig(norm_mode="train"), tmp_path, max_steps=3).model
     same_tensors(snapshot(model.two_paths.pretrained), start)
@@ -186,7 +186,7 @@ assert again(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in batc
 @pytest.mark.parametrize(
     ("make", "auto"),
     [
-        (tiny_vit, "AutoModelForImageClassification"),  # whose checkpoints have other names than its modules
+        (tiny_vit, "AutoModelForImageClassification"),  # its checkpoints have other names than its modules
         (tiny_bert, "AutoModelForSequenceClassification"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A state that was damaged, or measured on another model, is refused before it can spoil a training."""
+"""A state that was damaged, or measured on another model, is refused before it can spoil a training run."""
 
 import dataclasses
 import math
@@ -64,16 +64,16 @@ def test_what_was_measured_is_accepted_and_what_was_damaged_is_not(name, measure
                 start(config, dataclasses.replace(state, tensors={**state.tensors, key: damaged}))
 
 
-# One gate per channel could be those of another layer: that shows when they are applied.
+# Gates per channel could belong to another layer, which shows only when they are applied.
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"measured", "tred"}))
-def test_one_of_another_shape_is_refused(name, measured):
+def test_a_state_of_another_shape_is_refused(name, measured):
     config, state = CONFIGS[name], measured[name]
     wider = {key: torch.cat((tensor, tensor)) if tensor.dim() else tensor for key, tensor in state.tensors.items()}
     with pytest.raises(OptionError, match="shape"):
         start(config, dataclasses.replace(state, tensors=wider))
 
 
-def test_a_closed_gate_is_no_damage(measured):
+def test_a_closed_gate_is_not_damage(measured):
     state = measured["tred"]
     logits = torch.full_like(state.tensors["logits"], -math.inf)
     start(CONFIGS["tred"], dataclasses.replace(state, tensors={**state.tensors, "logits": logits}))
@@ -95,7 +95,7 @@ def test_negative_variances_and_scales_and_another_disentangler_are_refused(name
 
 
 @pytest.mark.parametrize("rate", [math.nan, -0.1, 100.0, "fast", None])
-def test_a_head_rate_that_no_fit_gives_is_refused(rate):
+def test_an_impossible_head_rate_is_refused(rate):
     with pytest.raises(OptionError, match="'head_lr' is"):
         start(LPFTConfig(), State(info={"head_lr": rate}))
     start(LPFTConfig(head_lr=0.1), State(info={"head_lr": rate}))
@@ -115,7 +115,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 @pytest.mark.parametrize("info", ["[]", "3", "null", '{"l2_sp": 3}', '{"l2_sp": ' + DEEP + "}", DEEP, "{"])
-def test_a_header_that_is_no_dictionary_is_damage(info, tmp_path):
+def test_a_header_that_is_not_a_dictionary_is_damage(info, tmp_path):
     train(tiny_resnet(), "l2_sp", tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     save_file({}, tmp_path / "checkpoint-2" / STATE_NAME, metadata={"format": "pt", "info": info})
     with pytest.raises(CheckpointError, match=f"{STATE_NAME} is damaged"):

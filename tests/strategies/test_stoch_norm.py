@@ -36,7 +36,7 @@ def test_the_formula_channel_by_channel(kind, size):
     wanted = torch.where(chosen.view(1, -1, *(1,) * len(size)), batch, moving)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
     assert 0 < chosen.sum() < 40
-    plain(x)  # the moving statistics move as ever
+    plain(x)  # the moving statistics move as usual
     torch.testing.assert_close(norm.state_dict(), plain.state_dict())
     torch.testing.assert_close(model.eval()(x), plain.eval()(x))
     remove_stoch_norm(model)
@@ -44,7 +44,7 @@ def test_the_formula_channel_by_channel(kind, size):
 
 
 @pytest.mark.parametrize(("p", "like"), [(1.0, "train"), (0.0, "eval")])
-def test_at_the_ends_it_is_full_fine_tuning_with_either_kind_of_statistics(p, like, tmp_path):
+def test_at_the_extremes_it_is_full_fine_tuning_with_either_kind_of_statistics(p, like, tmp_path):
     ours, theirs = tiny_resnet(), tiny_resnet()
     make_trainer(ours, StochNormConfig(p=p), tmp_path).train()
     make_trainer(theirs, "full", tmp_path / "full").train() if like == "train" else None

@@ -1,4 +1,4 @@
-"""Its recommendations are what TrainingArguments has when nothing is set, and it trains as the stock Trainer does."""
+"""Its recommendations are the defaults of TrainingArguments, and it trains like the stock Trainer."""
 
 import torch
 from transformers import Trainer, TrainingArguments

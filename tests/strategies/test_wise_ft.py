@@ -1,4 +1,4 @@
-"""The final weights lie on the line between the initial and the trained ones, and validation says where."""
+"""The final weights are on the line between the initial and the trained ones, and validation determines where."""
 
 import copy
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Told(TrainerCallback):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLast(FTConfig):
-    """Everything trains, then the head alone, on what was recorded of the rest."""
+    """Everything trains, then only the head, on recorded outputs of the rest."""
 
     ft_type = "head_last"
 
@@ -44,7 +44,7 @@ def trained_alone(make, folder, strategy="full", **arguments):
 
 
 def reference_statistics(model, batches):
-    """Means of the batch means and of the unbiased batch variances, layer by layer in float64, in eval mode else."""
+    """Means of batch means and unbiased batch variances, layer by layer, in float64, with other layers in eval mode."""
     model = copy.deepcopy(model).double().eval()
     norms = dict(batch_norms(model))
     seen = {name: [] for name in norms}
@@ -114,14 +114,14 @@ def test_the_best_by_the_trainers_metric_is_chosen_and_recorded(tmp_path):
     told = Told()
     trainer.add_callback(told)
     trainer.train()
-    assert not told.evaluations  # the scores of candidates are nobody's business
+    assert not told.evaluations  # the scores of candidates are not logged
     best = min(scores, key=scores.get)
     choice = trainer.states["wise_ft"].info["choice"]
     assert choice["value"] == best and choice["metric"] == "eval_loss"
     assert {alpha: score for alpha, score in choice["scores"]} == pytest.approx(scores)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(scores[best])
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert [entry.get("choice/wise_ft") for entry in entries] == [best, None]  # one entry, then that of this test
+    assert [entry.get("choice/wise_ft") for entry in entries] == [best, None]  # one entry, then the one from this test
     trainer.save_model(str(tmp_path / "saved"))
     assert read_states(tmp_path / "saved")["wise_ft"].info["choice"] == choice
     card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
@@ -153,7 +153,7 @@ def test_scores_that_are_not_finite_are_never_chosen(tmp_path):
 
 @pytest.mark.parametrize("checkpoint", [2, 4])
 def test_resumed_runs_choose_the_same(checkpoint, tmp_path):
-    """In the middle, and when nothing is left to train."""
+    """Resumed in the middle, and when nothing is left to train."""
     make = TINY_MODELS["resnet"]
     whole = make_trainer(make(), WiSEFTConfig(steps=2), tmp_path, **EVERY)
     whole.train()
@@ -164,7 +164,7 @@ def test_resumed_runs_choose_the_same(checkpoint, tmp_path):
 
 
 def test_the_best_model_is_averaged(tmp_path):
-    """Not the last one: as the average of the best checkpoint, without the average."""
+    """Not the last one: the result equals averaging the best checkpoint of a run without the average."""
     best = {**EVERY, "save_steps": 1, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
     best |= {"learning_rate": 0.3, "metric_for_best_model": "loss"}
     before, after, alone = trained_alone(TINY_MODELS["bert"], tmp_path / "full", **best)
@@ -220,7 +220,7 @@ def test_without_evaluation_data_alpha_must_be_a_number(tmp_path):
     assert trainer.states["wise_ft"].info["choice"] == {"value": 0.5, "metric": "", "scores": [[0.5, None]]}
 
 
-def test_parts_of_evaluation_data_need_a_metric_of_one(tmp_path):
+def test_several_evaluation_sets_need_a_metric_of_one(tmp_path):
     model = TINY_MODELS["bert"]()
     data = {"train_dataset": tiny_data(model), "eval_dataset": {"a": tiny_data(model, 8), "b": tiny_data(model, 8)}}
     with pytest.raises(OptionError, match="set metric_for_best_model to a metric of one of them, such as a_loss"):
@@ -255,7 +255,7 @@ def step(run):
     return [data[:8], data[8:]]
 
 
-def test_a_hand_written_loop_hands_in_the_evaluation():
+def test_a_handwritten_loop_passes_the_evaluation():
     run = set_up(TINY_MODELS["resnet"](), WiSEFTConfig(steps=2))
     batches, seen = step(run), []
 

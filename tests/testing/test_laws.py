@@ -8,7 +8,7 @@ import pytest
 from docs.tools.tables import documented
 from hf_ft.testing import LAWS, suited, tiny_bert, tiny_resnet, tiny_vit, train
 
-# A search or measurement as long as the default takes most of the time here, and shows no more.
+# Searches and measurements of the default length would take most of the time, and show no more.
 OPTIONS = {
     "blockwise": {"search_epochs": 1, "storage": "memory", "baselines": False},
     "amcf": {"search_epochs": 1, "storage": "memory", "particles": 2, "iterations": 1},
@@ -17,15 +17,15 @@ OPTIONS = {
     "delta": {"head_epochs": 1, "batches": 2},
 }
 TRAINING = ("accumulation_changes_nothing", "resume_changes_nothing", "plain_reload", "mixed_images_train")
-# Each on one of a strategy's models, another for each law; the other laws on all of them.
+# Each on one of a strategy's models, a different one per law; the other laws on all of them.
 IN_TURN = (*TRAINING, "weightless_terms_change_nothing", "term_order_is_irrelevant", "frozen_stays_frozen")
-IN_TURN += ("config_round_trip", "out_of_range_raises")  # which take nothing of a model but the form for it
+IN_TURN += ("config_round_trip", "out_of_range_raises")  # which depend on the model only for its form
 SEARCHING = ("auto", "blockwise", "amcf", "tred")
 
 
 @functools.cache
 def fitting():
-    """Strategies with the models that they have a form for."""
+    """Strategies with the models for which they have a form."""
     models = {make: make() for make in (tiny_resnet, tiny_vit, tiny_bert)}
     kinds = documented().items()
     return [(name, make) for name, kind in kinds for make, model in models.items() if kind().adapted(model) is not None]
@@ -39,7 +39,7 @@ def pairs(slow=()):
 
 
 def in_turn(first=0):
-    """Every strategy with one of its models, each model as often; with another one for another ``first``."""
+    """Every strategy with one of its models, each equally often; a different one for a different ``first``."""
     by_name = {}
     for name, make in fitting():
         by_name.setdefault(name, []).append((name, make))

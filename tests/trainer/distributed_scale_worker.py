@@ -1,6 +1,6 @@
-"""Two ranks train on a stream: each sample once a pass, the same look, resumed where each rank was.
+"""Two ranks train on a stream: each sample once per pass, the same measured samples, resumed where each rank was.
 
-The base of a PEFT model serves as its reference there too: it trains what a copy trains.
+The base of a PEFT model also serves as its reference there, and trains the same as a copy.
 """
 
 import sys
@@ -29,7 +29,7 @@ KNOWN = {total: number for number, total in enumerate(sums(tiny_data(tiny_resnet
 
 
 def made(name, shards, **more):
-    """Two passes in 6 steps; what is read is noted."""
+    """Two passes in 6 steps; what is read is recorded."""
     read = []
 
     def collate(rows):

@@ -1,4 +1,4 @@
-"""Runs every strategy on one or two ranks and writes what came out: `distributed_worker.py FOLDER RANKS`."""
+"""Runs every strategy on one or two ranks and writes the results: `distributed_worker.py FOLDER RANKS`."""
 
 import gc
 import json
@@ -36,7 +36,7 @@ from tests.trainer.measuring_strategy import MeasuredConfig
 quick.set_up()
 strategies()  # imported before the freeze
 gc.collect()
-gc.freeze()  # each training collects garbage, which would look through all that is imported
+gc.freeze()  # each training run collects garbage, which would scan everything that is imported
 folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 logs, weights = {}, {}
@@ -55,25 +55,25 @@ def run(label, model, strategy, **arguments):
 for turn, name in enumerate(strategies()):
     if name == "measured":
         continue
-    # A term of a whole batch is the same on the same micro-batches alone: two ranks, or two steps accumulated.
+    # A term of a whole batch is the same only on the same micro-batches: two ranks, or two accumulated steps.
     couples = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // ranks} if name == "bss" else {}
-    # One with BatchNorm or one without, in turn; where there is no form for it, the other.
+    # A model with BatchNorm or one without, in turn; if a strategy has no form for it, the other.
     for make in (tiny_resnet, tiny_vit)[:: 1 if turn % 2 else -1]:
-        # Variances within batches are others where batches are smaller; pooled ones are not.
+        # Variances within batches change with the batch size; pooled ones do not.
         options = {"daft": {"statistics": "pooled"}}
         short = {"search_epochs": 1, "storage": str(folder / f"{name}-{make.__name__}-{ranks}.log")}
         options |= {"blockwise": short, "amcf": {**short, "particles": 2, "iterations": 1}}
         few = {"choose_from": ("lp_ft", "linear_probe"), "budget": "3x"}
         options |= {"auto": {**few, "storage": short["storage"]}}
-        # Its layers compute batch statistics whatever their mode, unless all stay as pretrained.
+        # Its layers compute batch statistics in any mode, unless all stay pretrained.
         options |= {"stoch_norm": {"norm_mode": "eval"}}
-        options |= {"spot_tune": {"noise": False}}  # which is drawn for each sample of a rank
+        options |= {"spot_tune": {"noise": False}}  # it is drawn for each sample of a rank
         config = strategies()[name](**options.get(name, {}))
         if config.adapted(make()) is None:
             continue
         run(f"{name}-{make.__name__}", still(make()), suited(config, make()), **couples)
         break
-# BatchNorm sees smaller batches on two ranks, so only what the ranks agree on, and what they measured, can be checked.
+# BatchNorm sees smaller batches on two ranks, so only agreement between ranks, and measurements, can be checked.
 averaged = make_trainer(
     tiny_resnet(), WiSEFTConfig(alpha=0.5), folder / f"averaged-{ranks}", per_device_train_batch_size=8 // ranks
 )
@@ -94,7 +94,7 @@ run("a head per token", still(headed("gpt2")), LwFConfig(train_source_head=True)
 run("several members", still(tiny_collaborative()), AMCFConfig(frozen=(2, 10)))
 run("several members, one still", still(tiny_collaborative()), AMCFConfig(frozen=(0, 21)), frozen_cache="never")
 
-# A swarm's positions are shared by the ranks: each is trained once, in steps as large as on one.
+# A swarm's positions are shared by the ranks: each is trained once, with the same step size as on one rank.
 searching = AMCFConfig(particles=3, iterations=1, search_epochs=1, metric="loss")
 searched = run("several members, searched", still(tiny_collaborative()), searching)
 url = f"sqlite:///{searched.args.output_dir}/swarm_search.db"
@@ -111,7 +111,7 @@ run(
     gradient_accumulation_steps=2,
 )
 
-# Two batches a step, then one: parameters of the source head get no gradient any more.
+# Two batches per step, then one: parameters of the source head no longer get a gradient.
 run("soft, separate", still(tiny_resnet()), SoftConfig(source_forward="separate", source_ratio=0.5, schedule="step"))
 run(
     "soft, accumulated",
@@ -121,10 +121,10 @@ run(
     gradient_accumulation_steps=2,
 )
 
-# A term that trains, and is left out since all that it looks at is frozen.
+# A term that trains, and is left out because all its inputs are frozen.
 run("lwf, linear probe", still(tiny_resnet()), [LwFConfig(train_source_head=True), "linear_probe"])
 
-# What is frozen is computed once, each rank its share: as without that (of 37 samples, the shares are unequal).
+# Frozen parts are computed once, each rank its share, with the same result (the shares of 37 samples are unequal).
 for name in ("linear_probe", "gradual_unfreezing"):
     found = {}
     for use in ("never", "always"):
@@ -151,13 +151,13 @@ trainer = make_trainer(still(tiny_resnet()), "linear_probe", folder / "one", "al
 trainer.train()
 assert bool(torch.isfinite(torch.tensor(trainer.state.log_history[-2]["eval_loss"])))
 
-# The last batch of 37 samples is filled up on the first rank, that of 45 on the second: each sample counts once.
+# The last batch of 37 samples is padded on the first rank, that of 45 on the second: each sample counts once.
 trainer = make_trainer(tiny_vit(), "full", folder / "evaluated", per_device_eval_batch_size=8)
 for samples in (37, 45):
     loss = trainer.evaluate(tiny_data(tiny_vit(), samples, seed=3))["eval_loss"]
     weights[f"evaluation/{samples}"] = torch.tensor(loss)
 
-# Each of 37 samples is looked at once, and all ranks hold the same state, bit for bit.
+# Each of 37 samples is read once, and all ranks have the same state, bit for bit.
 trainer = make_trainer(tiny_vit(), MeasuredConfig(), folder / "measured")
 trainer.train_dataset = trainer.train_dataset.select([i % 32 for i in range(37)])
 state = trainer._states()["measured"]
@@ -167,7 +167,7 @@ assert bool((gathered == gathered[0]).all())
 weights["measured/mean"] = state.tensors["mean"].float()
 run("term that trains", still(tiny_vit()), MeasuredConfig())
 
-# BatchNorm statistics: 500 images in batches of 32, and 20, which leave the second rank without a batch.
+# BatchNorm statistics: 500 images in batches of 32, and 20 images, which leave the second rank without a batch.
 for statistics in ("batch", "pooled"):
     for samples in (500, 20):
         trainer = make_trainer(tiny_resnet(), DAFTConfig(statistics=statistics), folder / "daft",
@@ -178,7 +178,7 @@ for statistics in ("batch", "pooled"):
             assert bool((trainer.accelerator.gather(value[None]) == value).all()), key
             weights[f"moments/{statistics}-{samples}/{key}"] = value
 
-# Saved, the best loaded, and resumed across a stage's border.
+# Saved, the best loaded, and resumed across a stage boundary.
 saving = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
 whole = run("saved", still(tiny_resnet()), "lp_ft", load_best_model_at_end=True, metric_for_best_model="loss", **saving)
 trainer = make_trainer(still(tiny_resnet()), "lp_ft", folder / f"saved-{ranks}", optim="sgd",
@@ -187,7 +187,7 @@ trainer = make_trainer(still(tiny_resnet()), "lp_ft", folder / f"saved-{ranks}",
 trainer.train(resume_from_checkpoint=str(folder / f"saved-{ranks}" / "checkpoint-3"))
 same_tensors(snapshot(trainer.model), snapshot(whole.model))
 
-# So with an average of the weights, which is what is saved, loaded and left; the live weights go on.
+# Likewise with an average of the weights, which is saved, loaded and left; the live weights continue.
 averaged = ["lp_ft", "l2_sp", "ema"]
 whole = run("averaged", still(tiny_resnet()), averaged, load_best_model_at_end=True, **saving)
 trainer = make_trainer(still(tiny_resnet()), averaged, folder / f"averaged-{ranks}", optim="sgd",
@@ -197,7 +197,7 @@ same_tensors(snapshot(trainer.model), snapshot(whole.model))
 for tensor in snapshot(trainer.model).values():
     assert bool((trainer.accelerator.gather(tensor[None].float()) == tensor).all()), "the ranks differ"
 
-# A stream goes on where each rank left it.
+# A stream continues where each rank left it.
 for source in ("rows", "streaming"):
     ends = []
     for resume in (None, str(folder / f"soft-{source}-{ranks}" / "checkpoint-3")):

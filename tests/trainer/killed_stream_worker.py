@@ -1,4 +1,4 @@
-"""Trains with a source stream, and kills itself: `killed_stream_worker.py FOLDER STEP [resume]`; step 0 for never."""
+"""Trains with a source stream, and kills itself: `killed_stream_worker.py FOLDER STEP [resume]`; step 0: never."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Trains in a folder of its own, and then in one that another process holds: `locked_worker.py OWN HELD`."""
+"""Trains in its own folder, and then in one that another process holds: `locked_worker.py OWN HELD`."""
 
 import os
 import sys

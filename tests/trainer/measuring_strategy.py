@@ -1,4 +1,4 @@
-"""A strategy for tests that uses what the registered ones do not yet: it measures, and its term trains."""
+"""A strategy for tests with features that the registered ones do not use yet: it measures, and its term trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_ft import Context, FTConfig, Plan, State, Term, View, option, register
 
 
 class CentreLoss(nn.Module):
-    """Squared distance of the features from a centre that trains; it starts where the inputs' mean is."""
+    """Squared distance of the features from a trained centre, which starts at the inputs' mean."""
 
     def __init__(self, centre: float) -> None:
         super().__init__()

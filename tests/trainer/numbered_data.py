@@ -1,4 +1,4 @@
-"""Data sets whose samples say which they are, and what random augmentation drew for them."""
+"""Datasets whose samples record their number, and what random augmentation drew for them."""
 
 import json
 import random
@@ -31,5 +31,5 @@ class NumberedPasses(torch.utils.data.IterableDataset):
 
 
 def numbers(file):
-    """What was written of each batch that was trained on."""
+    """What was recorded for each batch that was trained on."""
     return [json.loads(line) for line in file.read_text().splitlines()]

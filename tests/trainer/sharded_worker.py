@@ -1,4 +1,4 @@
-"""Two gloo ranks train with sharded parameters (FSDP2) what two ranks train without: `sharded_worker.py FOLDER`."""
+"""Two gloo ranks train the same with sharded parameters (FSDP2) as without: `sharded_worker.py FOLDER`."""
 
 import os
 import sys
@@ -38,7 +38,7 @@ begun = time.perf_counter()
 
 
 def vit():
-    """The ranks begin with different heads, as from a checkpoint without one: all train the first rank's."""
+    """The ranks start with different heads, as with a checkpoint that has none: all train the first rank's."""
     model = still(tiny_vit())
     torch.nn.init.normal_(model.classifier.weight, std=0.5, generator=torch.Generator().manual_seed(rank))
     return model
@@ -79,7 +79,7 @@ def alike(name, strategy, make=vit, tolerance=1e-5, **arguments):
     return plain, sharded
 
 
-# All of the penalty's gradient on each rank's shards: as large as that of the task, and clipped with it.
+# The whole penalty gradient on each rank's shards: on the same scale as the task's, and clipped with it.
 l2_sp = L2SPConfig(alpha=0.5, beta=0.5)
 alike("l2_sp", l2_sp)
 alike("accumulated", l2_sp, per_device_train_batch_size=2, gradient_accumulation_steps=2)
@@ -92,7 +92,7 @@ alike("wise_ft", ["full", WiSEFTConfig(steps=2)])
 alike("lp_ft, fitted", LPFTConfig(probe_solver="lbfgs"))
 alike("rms norms", "lp_ft", make=lambda: still(headed("llama")))
 
-# Adapters alone are saved, and what is frozen is sharded as well.
+# Only adapters are saved, and frozen parameters are sharded as well.
 adapters = PEFTConfig(merge=False, head_lr=None)
 _, sharded = alike("adapters", adapters, **SAVING)
 files = [folder / f"adapters-{kind}" / "checkpoint-2" for kind in ("plain", "sharded")]
@@ -100,7 +100,7 @@ same_tensors(*(load_file(file / "adapter_model.safetensors") for file in files),
 resumed = train("adapters-again", vit(), adapters, files[1], **FSDP, **SAVING)
 same_tensors(whole(resumed), whole(sharded))
 
-# The best model, the last batch that is filled up on one rank, and files that know of no shards.
+# The best model, the last batch that is padded on one rank, and files without traces of shards.
 plain, sharded = alike(
     "lp_ft", [LPFTConfig(head_lr="auto"), l2_sp], load_best_model_at_end=True, per_device_eval_batch_size=3, **SAVING
 )
@@ -118,7 +118,7 @@ for trainer in (plain, sharded):
 losses = [trainer.evaluate(tiny_data(tiny_vit(), 37, seed=3))["eval_loss"] for trainer in (plain, sharded)]
 assert abs(losses[0] - losses[1]) < 1e-6, losses
 
-# Bit for bit after a resume, in each stage; and on from where a training without shards stopped.
+# Bit for bit after resuming in each stage; and continued from a run without shards.
 for name, border in (("within", 2), ("at the border", 3)):
     arguments = {**SAVING, "optim": "adamw_torch_fused", "save_steps": border}
     whole_run = train(name, vit(), ["lp_ft", l2_sp], **FSDP, **arguments)
@@ -131,7 +131,7 @@ end = whole(train("lp_ft-plain", vit(), [LPFTConfig(head_lr="auto"), l2_sp], fol
                   per_device_eval_batch_size=3, **FSDP, **SAVING))  # fmt: skip
 same_tensors(end, whole(train("again", vit(), [LPFTConfig(head_lr="auto"), l2_sp])), 1e-5)
 
-# Half precision where nothing but the head trains at first (pytorch#186998), with master weights and sums in float32.
+# Half precision if only the head trains at first (pytorch#186998), with master weights and sums in float32.
 for strategy in ("lp_ft", "full"):
     _, sharded = alike(f"half, {strategy}", strategy, tolerance=2e-2, bf16=True)
     assert all(parameter.dtype == torch.float32 for parameter in sharded.model.parameters())
@@ -143,7 +143,7 @@ shard(tied, torch.device("cpu"), lambda module: False)
 state = whole_state(tied)
 assert not state or (state["0.weight"] is state["1.weight"] and state["0.bias"] is not state["1.bias"])
 
-# As a launcher asks for it.
+# As requested by a launcher.
 os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 launched = train("launched", vit(), "full")
 assert is_sharded(launched.model) and bool(whole_state(launched.model)) == (rank == 0)

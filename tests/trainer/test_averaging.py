@@ -1,4 +1,4 @@
-"""Wherever a Trainer evaluates, saves or ends, its model is the average of the weights; training goes on without it."""
+"""Wherever a Trainer evaluates, saves or ends, its model is the weights' average; training continues without it."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ EACH = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "sa
 
 
 class Watching(TrainerCallback):
-    """Keeps the live weights at the start and after each step, and what is in place of them in the end."""
+    """Keeps the live weights at the start and after each step, and what replaces them in the end."""
 
     def __init__(self, trainer):
         self.trainer, self.live = trainer, []
@@ -87,7 +87,7 @@ def test_what_is_evaluated_and_saved(tmp_path):
     ids=lambda value: "+".join(getattr(s, "ft_type", s) for s in value) if isinstance(value, list) else value.__name__,
 )
 def test_composed(make, strategy, tmp_path):
-    """What undoes a strategy's changes to the model after training acts on the average."""
+    """Undoing a strategy's changes to the model after training acts on the average."""
     trainer = make_trainer(make(), strategy, tmp_path, optim="sgd", max_steps=4)
     watching = Watching(trainer)
     trainer.train()
@@ -96,7 +96,7 @@ def test_composed(make, strategy, tmp_path):
     torch.testing.assert_close(logits(trainer.model), watching.logits, atol=1e-5, rtol=1e-4)
 
 
-def test_it_begins_anew_where_weights_are_redrawn(tmp_path):
+def test_it_starts_over_when_weights_are_redrawn(tmp_path):
     trainer = make_trainer(tiny_vit(), [RIFLEConfig(times=1), "ema"], tmp_path, optim="sgd")
     watching, drawn = Watching(trainer), {}
     training_step = trainer.training_step
@@ -115,7 +115,7 @@ def test_it_begins_anew_where_weights_are_redrawn(tmp_path):
 @register("thawed_then_frozen")
 @dataclass(frozen=True, kw_only=True)
 class ThawedThenFrozenConfig(FTConfig):
-    """Trains everything, then the head alone, on features whose average has not come to rest."""
+    """Trains everything, then only the head, on features whose average still changes."""
 
     def plan(self, model, state):
         head = self.anatomy(model).head.modules

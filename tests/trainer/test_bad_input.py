@@ -1,4 +1,4 @@
-"""Each mistake gets a message with field, value and fix, before anything is trained or written."""
+"""Each mistake raises a message with field, value and fix, before anything is trained or written."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_two_stage_owners(tmp_path):
     )
 
 
-def test_common_options_that_contradict(tmp_path):
+def test_contradicting_common_options(tmp_path):
     pair = [L2SPConfig(batch_norm_momentum=0.2), LinearProbeConfig(batch_norm_momentum="keep")]
     refused(
         "l2_sp.batch_norm_momentum=0.2 and linear_probe.batch_norm_momentum='keep'",
@@ -155,15 +155,15 @@ def unknown_data():
     return datasets.Dataset.from_dict({"x": torch.randn(16, 4).numpy(), "labels": [0, 1] * 8}).with_format("torch")
 
 
-def test_no_head_and_the_way_out(tmp_path):
+def test_no_head_and_the_fix(tmp_path):
     arguments = {"train_dataset": unknown_data(), "args": tiny_arguments(tmp_path)}
     refused("Found no head.*first.*last.*head=", FTTrainer, Unknown(), strategy="linear_probe", **arguments)
-    FTTrainer(Unknown(), strategy="full", **arguments).train()  # needs to know nothing
+    FTTrainer(Unknown(), strategy="full", **arguments).train()  # needs to know nothing about the model
     refused("no module 'lats'", FTTrainer, Unknown(), strategy=LinearProbeConfig(head="lats"), **arguments)
 
 
 def test_a_head_and_blocks_that_the_model_lacks(tmp_path):
-    """Also where the strategy needs neither."""
+    """Even if the strategy needs neither."""
     refused("head='NaN': the model has no module 'NaN'", make_trainer, tiny_resnet(), FullConfig(head="NaN"), tmp_path)
     refused("Found no blocks by blocks='NaN'", make_trainer, tiny_resnet(), FullConfig(blocks="NaN"), tmp_path)
     make_trainer(tiny_resnet(), FullConfig(head="classifier"), tmp_path)
@@ -197,7 +197,7 @@ def deepspeed(args):
     return prepare_deepspeed_cmd_env(args)[1]
 
 
-# What `accelerate launch` hands down, by flags and from config files.
+# What `accelerate launch` passes on, from flags and config files.
 LAUNCHES = [
     ("fsdp", ["--use_fsdp"], prepare_multi_gpu_env),
     ("fsdp", {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, prepare_multi_gpu_env),
@@ -217,7 +217,7 @@ def test_sharding_set_by_the_launcher_is_refused_before_anything_is_loaded(
         (tmp_path / "config.yaml").write_text(json.dumps(config))
         asked = ["--config_file", str(tmp_path / "config.yaml")]
     with monkeypatch.context() as patched:
-        patched.setenv("OMP_NUM_THREADS", "1")  # validation sets it where it is not set
+        patched.setenv("OMP_NUM_THREADS", "1")  # validation sets it if it is not set
         args, *_ = _validate_launch_command(launch_command_parser().parse_args([*asked, "--num_processes=2", "t.py"]))
     given = tiny_arguments(tmp_path / "out")
     handed = {key: value for key, value in environment(args).items() if os.environ.get(key) != value}
@@ -234,7 +234,7 @@ def test_sharding_flags_are_refused_before_anything_is_loaded():
         refused(f"args.{flag[2:6]}.*sharded training", read, ["--model=nobody/nothing", "--dataset=none", flag])
 
 
-def test_a_sharding_accelerator_or_model_is_refused_however_it_came_about():
+def test_a_sharding_accelerator_or_model_is_always_refused():
     sharding = SimpleNamespace(distributed_type=DistributedType.FSDP)
     refused("set up for FSDP: sharded training .* is not supported", check_accelerator, sharding)
     check_accelerator(SimpleNamespace(distributed_type=DistributedType.MULTI_CPU))
@@ -292,7 +292,7 @@ def test_several_configs_are_loaded_as_several(tmp_path):
     assert load_configs(tmp_path) == (LPFTConfig(), L2SPConfig())
 
 
-def test_config_is_pushed_as_peft_pushes_it(monkeypatch):
+def test_config_is_pushed_like_a_peft_config(monkeypatch):
     pushed = {}
 
     def upload(self, folder, repo_id, **kwargs):
@@ -323,7 +323,7 @@ def test_parse_refuses():
     refused("norm_mode='on' is not", parse, "on", annotation(LPFTConfig, "norm_mode"), "norm_mode")
 
 
-def test_plan_of_nothing_is_plain():
+def test_an_empty_plan_is_plain_fine_tuning():
     assert build_plan([FullConfig()], tiny_resnet(), {}).stages == (Stage("train"),)
 
 
@@ -333,14 +333,14 @@ def test_parse_a_list_or_none(text, value):
 
 
 @pytest.mark.parametrize(("momentum", "steps", "told"), [(0.01, 8, True), (0.01, 300, False), (0.1, 8, False)])
-def test_statistics_that_cannot_follow_are_told(momentum, steps, told, caplog):
+def test_statistics_that_cannot_follow_are_reported(momentum, steps, told, caplog):
     model = tiny_resnet()
     for _, norm in batch_norms(model):
         norm.momentum = momentum
     names = [name for name, _ in model.named_parameters()]
     with caplog.at_level("WARNING", logger="hf_ft"):
         warn_slow_statistics(model, names, steps)
-        warn_slow_statistics(model, ["classifier.1.weight"], steps)  # those of frozen layers stay as they are
+        warn_slow_statistics(model, ["classifier.1.weight"], steps)  # those of frozen layers do not change
     assert ("in 8 steps, their running statistics move 8 % of the way" in caplog.text) == told
     assert len(caplog.records) == told
 
@@ -352,7 +352,7 @@ def test_statistics_that_cannot_follow_are_told(momentum, steps, told, caplog):
         ({"lr_scheduler_kwargs": "x"}, "the learning rate schedule cannot be created .*must be a mapping"),
     ],
 )
-def test_what_torch_refuses_is_an_option(arguments, message, tmp_path):
+def test_what_torch_refuses_raises_an_option_error(arguments, message, tmp_path):
     args = tiny_arguments(tmp_path)
     for name, value in arguments.items():  # as from a file
         setattr(args, name, value)

@@ -1,4 +1,4 @@
-"""A checkpoint has its name when it is whole, and no sooner."""
+"""A checkpoint gets its name when it is complete, not before."""
 
 import os
 
@@ -23,13 +23,13 @@ def write(final, text, waits, writes=True):
         (folder / "file").write_text(text)
 
 
-def test_it_is_renamed_when_all_have_written(tmp_path, waits):
+def test_it_is_renamed_when_all_processes_have_written(tmp_path, waits):
     write(tmp_path / "checkpoint-1", "one", waits)
     assert waits == [False, False, True]
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "one"
 
 
-def test_one_of_its_name_is_replaced(tmp_path, waits):
+def test_one_with_its_name_is_replaced(tmp_path, waits):
     for text in ("one", "two"):
         write(tmp_path / "checkpoint-1", text, waits)
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "two"
@@ -45,7 +45,7 @@ def test_what_fails_leaves_no_checkpoint_and_the_old_one(tmp_path, waits):
         (folder / "file").write_text("two")
         raise RuntimeError("no space left")
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "one"
-    write(tmp_path / "checkpoint-1", "three", waits)  # what was left behind is no hindrance
+    write(tmp_path / "checkpoint-1", "three", waits)  # what was left behind does not interfere
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 

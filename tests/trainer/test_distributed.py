@@ -1,4 +1,4 @@
-"""Two gloo ranks give what one process gives, for every strategy. One pair of processes runs them all."""
+"""Two gloo ranks give the same as one process, for every strategy. One pair of processes runs them all."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_two_ranks_train_the_same_weights(results):
 
 @pytest.mark.slow
 def test_two_ranks_measure_the_same(results):
-    """Each sample counts once, in the same batches: what BatchNorm sees agrees to the last digits of float32."""
+    """Each sample counts once, in the same batches: BatchNorm's inputs agree up to float32 rounding."""
     one, two = ({k: v for k, v in results[n][0].items() if k.startswith("moments/")} for n in (1, 2))
     assert len(one) == 4 * 16
     same_tensors(one, two, 1e-6)

@@ -1,4 +1,4 @@
-"""A disk that is full while a model is saved: one line, status 2, nothing half, no resume where none is possible."""
+"""A full disk while a model is saved: one line, status 2, nothing incomplete, no resuming without a checkpoint."""
 
 import errno
 import logging
@@ -40,7 +40,7 @@ def command(tmp_path):
 
 @pytest.fixture
 def full(monkeypatch):
-    """The disk is full from the n-th file of weights on."""
+    """The disk is full from the n-th weights file on."""
     written = []
 
     def fill(number):

@@ -1,4 +1,4 @@
-"""Mixup and CutMix in training: what the loss is, that it is the same however a run is read, and what refuses."""
+"""Mixup and CutMix in training: the loss, that it does not depend on how data are read, and what is refused."""
 
 import itertools
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def trainer(folder, model=None, strategy="full", samples=24, data=None, callback
 
 
 def in_float64(logits, one, other, share, weights=None, smoothing=0.0):
-    """lam CE(z, y_a) + (1 - lam) CE(z, y_b), row by row, with weights w_y; smoothing gives every class a part."""
+    """lam CE(z, y_a) + (1 - lam) CE(z, y_b), row by row, with weights w_y; smoothing gives every class a share."""
     total, classes = 0.0, logits.shape[1]
     for row, a, b in zip(logits.double(), one.tolist(), other.tolist(), strict=True):
         log_p = row - row.exp().sum().log()
@@ -104,7 +104,7 @@ def test_an_ensemble_sums_the_losses_of_its_members():
 
 
 def test_a_relationship_of_classes_is_mixed_like_the_classes():
-    """Co-Tuning's soft source labels, for shares of the target's classes."""
+    """Co-Tuning's soft source labels, for mixed target classes."""
     logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     term = RelationshipLoss(None, torch.rand(3, 7).softmax(1))
     one, other = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 1, 0, 2])
@@ -152,7 +152,7 @@ def test_labels_that_are_numbers_are_mixed_themselves(kind, tmp_path):
     rows = [{"pixel_values": torch.full((3, 32, 32), float(k)), "labels": y} for k, y in enumerate(given)]
     made = trained(trainer(tmp_path, model, data=rows, mixup=1.0, max_steps=1, per_device_train_batch_size=4))
     batch = next(iter(made.get_train_dataloader()))
-    # Pixels are shares of the row's number, so that they say which labels were mixed: here all are linear in it.
+    # Pixels are multiples of the row's number, so they show which labels were mixed: all are linear in it here.
     one, share, partners = matched(batch["pixel_values"][:, 0, 0, 0])
     expected = share * given[one] + (1 - share) * given[partners]
     assert torch.allclose(batch["labels"].reshape(4, -1), expected, atol=1e-5) and 0 < share < 1
@@ -181,7 +181,7 @@ def trained(made, resume=None):
 
 
 def constant(rows=6, side=20):
-    """Images whose pixels are all the number of their row."""
+    """Images whose pixels all equal the number of their row."""
     images = torch.arange(float(rows))[:, None, None, None].expand(rows, 3, side, side)
     return {"pixel_values": images.contiguous(), "labels": torch.arange(rows) % 3}
 
@@ -192,7 +192,7 @@ def test_labels_are_the_shares_of_the_pixels(kind):
     for seed in range(30):
         batch = mixing(given, 3, seed)
         assert torch.allclose(batch["labels"].sum(1), torch.ones(6))
-        # The mean of the pixels is share * row + (1 - share) * partner; so is that of the labels' classes.
+        # The mean of the pixels is share * row + (1 - share) * partner, like that of the labels' classes.
         means = batch["pixel_values"].mean((1, 2, 3))
         seen = [round(float(s), 4) for s in batch["labels"].max(1).values]
         shares.update(seen)
@@ -272,7 +272,7 @@ def test_a_batch_is_mixed_alike_in_every_process():
         assert not any(torch.equal(one["labels"], two["labels"]) for one, two in zip(whole, other, strict=True))
 
 
-# An epoch has 3 steps of two micro-batches each: checkpoint-2 lies within it.
+# An epoch has 3 steps of two micro-batches each: checkpoint-2 is within it.
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_it_goes_on_within_an_epoch(workers, tmp_path):
@@ -285,7 +285,7 @@ def test_it_goes_on_within_an_epoch(workers, tmp_path):
     assert not torch.equal(*(t.model.classifier[-1].weight for t in (plain, whole)))
 
 
-# --- what it goes with --------------------------------------------------------------------------------------
+# --- what it can be combined with ---------------------------------------------------------------------------
 
 
 def test_measurements_and_evaluation_see_unmixed_images(tmp_path):
@@ -322,7 +322,7 @@ class Prefix(TrainerCallback):
 
 
 class Focal(type(tiny_resnet())):
-    """A loss of its own, which knows classes only."""
+    """A model with its own loss, which only supports classes."""
 
     def forward(self, pixel_values, labels=None):
         outputs = super().forward(pixel_values, labels=labels)
@@ -369,7 +369,7 @@ def test_a_strategy_that_needs_classes_is_refused_by_name(tmp_path, monkeypatch)
     trainer(tmp_path, strategy="l2_sp")
 
 
-def test_the_card_tells(tmp_path):
+def test_the_model_card_reports_it(tmp_path):
     made = trained(trainer(tmp_path, max_steps=1, cutmix=1.0))
     made.save_model(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text()

@@ -51,7 +51,7 @@ def metadata(text):
     return ModelCard(text).data.to_dict()
 
 
-def test_the_data_are_those_that_were_given():
+def test_the_data_are_those_that_were_passed():
     info = DataInfo.of("elpv", {"train": 500, "validation": 250}, ("CC-BY-NC-SA-4.0.",))
     text = card(data=info, metrics={"eval_loss": 0.5, "eval_macro_f1": 0.75, "eval_top5": 0.9})
     assert "Data: `elpv` (500 train, 250 validation). CC-BY-NC-SA-4.0." in text and "datasets" not in metadata(text)
@@ -77,7 +77,7 @@ def test_a_folder_is_named_without_its_path(tmp_path, monkeypatch):
     assert (gone.name, gone.hub_id, str(gone)) == ("cells", None, "Data: `cells`.")
 
 
-def test_a_data_set_of_the_hub_is_linked():
+def test_a_dataset_on_the_hub_is_linked():
     text = card(data=DataInfo.of("ethz/food101", {}), metrics={"eval_accuracy": 0.5})
     assert "Data: [ethz/food101](https://huggingface.co/datasets/ethz/food101)." in text
     assert metadata(text)["datasets"] == "ethz/food101"

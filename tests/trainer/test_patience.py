@@ -12,7 +12,7 @@ from tests.trainer.test_resume import Steps
 
 WATCHED = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 20}
 WATCHED |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1e-12}
-WATCHED |= {"restore_callback_states_from_checkpoint": True, "greater_is_better": True}  # so a falling loss is no gain
+WATCHED |= {"restore_callback_states_from_checkpoint": True, "greater_is_better": True}  # falling losses do not count
 
 
 def trainer(folder, patience=2):
@@ -46,7 +46,7 @@ def test_refused(patience, more, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_comparison_ends_trainings_and_says_so(tmp_path):
+def test_a_comparison_ends_runs_and_reports_it(tmp_path):
     results = run(tmp_path, trials=0, seeds=1, num_train_epochs=6, patience=1)
     assert results.settings["patience"] == 1
     for contender in results.contenders:

@@ -1,4 +1,4 @@
-"""A PEFT model is a valid model: strategies act on what it trains, and it is saved as PEFT saves it."""
+"""A PEFT model is a valid model: strategies act on what it trains, and it is saved the way PEFT does."""
 
 import logging
 
@@ -27,7 +27,7 @@ def lora(make=tiny_vit, config=VIT):
     return get_peft_model(model, config)
 
 
-# What has no meaning with adapters, and what tells so.
+# What is not applicable to adapters, and the message that says so.
 REFUSED = {
     "peft": "already a PEFT model",
     "spot_tune": "cannot have two paths",
@@ -53,7 +53,7 @@ def test_only_what_peft_trains_is_trained(name, tmp_path):
 
 @pytest.mark.parametrize(("make", "config"), [(tiny_vit, VIT), (tiny_resnet, RESNET)])
 def test_saved_adapter_is_peft_s_own(make, config, tmp_path):
-    """BatchNorm statistics under frozen layers do not move, so the adapter alone gives the same logits."""
+    """BatchNorm statistics of frozen layers do not move, so the adapter alone gives the same logits."""
     trainer = train(lora(make, config), "l2_sp", tmp_path)
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(make(), tmp_path / "saved").eval()
@@ -63,7 +63,7 @@ def test_saved_adapter_is_peft_s_own(make, config, tmp_path):
     assert (tmp_path / "saved" / "ft_config.json").is_file()
 
 
-def test_a_local_base_is_told_before_an_adapter_is_pushed(tmp_path, caplog, monkeypatch):
+def test_a_local_base_is_reported_before_an_adapter_is_pushed(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_ft"), "propagate", True)
     monkeypatch.setattr("hf_ft.models.sharing.created", lambda *_, **__: "me/x")
     tiny_vit().save_pretrained(tmp_path / "base")

@@ -35,7 +35,7 @@ STRATEGY = [LPFTConfig(), L2SPConfig(), EMAConfig()]
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
-# The probe ends at step 4: killed within it, just after its end, and while saving on either side.
+# The probe ends at step 4: killed within it, just after its end, and while saving before and after it.
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "at", "last"), [("step", 3, 2), ("step", 5, 4), ("save", 4, 2), ("save", 6, 4)])
 def test_killed_and_resumed(where, at, last, tmp_path):
@@ -83,7 +83,7 @@ class DoublingConfig(FTConfig):
 
 
 class Steps(TrainerCallback):
-    """Counts the steps that are trained."""
+    """Counts the training steps."""
 
     def __init__(self):
         self.taken = 0
@@ -184,8 +184,8 @@ def test_damaged_files_are_named(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_does_not_depend_on_where_the_folder_lies(tmp_path):
-    """A run copied to another machine goes on; the best checkpoint that is gone is forgotten."""
+def test_resume_does_not_depend_on_where_the_folder_is(tmp_path):
+    """A run copied to another machine continues; a missing best checkpoint is forgotten."""
     arguments = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     train(tiny_resnet(), "full", tmp_path / "here", **arguments)
     shutil.move(tmp_path / "here", tmp_path / "there")
@@ -196,7 +196,7 @@ def test_resume_does_not_depend_on_where_the_folder_lies(tmp_path):
 
 
 class Noisy(torch.utils.data.Dataset):
-    """Rows that draw from the global random states whenever they are read, as augmentation does."""
+    """Rows that draw from the global random states whenever they are read, like augmentation."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -209,7 +209,7 @@ class Noisy(torch.utils.data.Dataset):
         return {**row, "pixel_values": torch.as_tensor(row["pixel_values"]) + torch.randn(()) + random.random()}
 
 
-# An epoch has 4 steps: checkpoint-2 lies within it, when the batch of step 3 has been read.
+# An epoch has 4 steps: checkpoint-2 is within it, when the batch of step 3 has been read.
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_goes_on_within_an_epoch(workers, tmp_path):
@@ -226,7 +226,7 @@ def test_augmentation_goes_on_within_an_epoch(workers, tmp_path):
 
 
 class Planted:
-    """Unpickled, it would leave a file."""
+    """Would leave a file if it were unpickled."""
 
     def __init__(self, file):
         self.file = str(file)
@@ -247,7 +247,7 @@ def _with_group(**changes):
     return changed
 
 
-# Whole files whose content is that of no run: the checksums say nothing against them.
+# Complete files whose content belongs to no run: the checksums do not detect them.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"),
@@ -281,7 +281,7 @@ def test_no_code_in_a_checkpoint_is_executed(name, tmp_path):
 
 @pytest.mark.slow
 def test_what_a_killed_process_had_to_rotate_is_deleted(tmp_path):
-    """Killed between the last checkpoint and the deletion of the oldest."""
+    """The run was killed between the last checkpoint and the deletion of the oldest."""
     train(tiny_resnet(), "full", tmp_path, **SAVING)
     assert len(checkpoints(tmp_path)) == 4
     train(tiny_resnet(), "full", tmp_path, resume=True, save_total_limit=2, **SAVING)

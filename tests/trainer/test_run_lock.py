@@ -1,4 +1,4 @@
-"""Two trainings never share an output folder."""
+"""Two training runs never share an output folder."""
 
 import os
 import subprocess
@@ -59,7 +59,7 @@ def test_it_is_released_after_an_error(tmp_path):
         assert (tmp_path / LOCK).exists()
 
 
-def test_a_training_that_saves_nothing_needs_no_lock(tmp_path):
+def test_a_run_that_saves_nothing_needs_no_lock(tmp_path):
     with held(tmp_path):
         train(tiny_resnet(), "full", tmp_path, max_steps=1)
 

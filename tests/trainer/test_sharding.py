@@ -1,4 +1,4 @@
-"""Sharded parameters (FSDP2): what they train, and what is rejected by name before anything is loaded."""
+"""Sharded parameters (FSDP2): their training, and what is rejected by name before anything is loaded."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_two_ranks_train_shards_as_two_ranks_train_the_whole(tmp_path):
 
 @pytest.fixture
 def sharding(tmp_path, monkeypatch):
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the plugin sets
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it
 
     def arguments(settings=(), **more):
         return tiny_arguments(tmp_path / "out", fsdp=True, fsdp_config={"version": 2, **dict(settings)}, **more)
@@ -62,12 +62,12 @@ def test_strategies_that_need_the_whole_model_are_refused_by_name(sharding):
         ({}, {}, "there is only one"),
     ],
 )
-def test_settings_that_are_not_carried(settings, more, message, sharding):
+def test_unsupported_settings(settings, more, message, sharding):
     refused(message, sharding(settings, **more))
 
 
 @pytest.mark.parametrize("name", ["optim", "torch_compile", "auto_find_batch_size"])
-def test_arguments_that_are_not_carried(name, sharding):
+def test_unsupported_arguments(name, sharding):
     value = {"optim": "adafactor"}.get(name, True)
     args = sharding()
     args.distributed_state.num_processes = 2
@@ -94,10 +94,10 @@ def test_models_that_cannot_be_sharded(sharding):
         check_shardable(sharding(), tiny_vit(), own)
 
 
-def test_the_launcher_asks_for_it(tmp_path, monkeypatch):
-    """FSDP2 alone, and with the weights of every process; the command line does not shard."""
+def test_the_launcher_requests_it(tmp_path, monkeypatch):
+    """Only FSDP2, with the weights on every process; the command line does not shard."""
     with monkeypatch.context() as patched:
-        patched.setenv("OMP_NUM_THREADS", "1")  # validation sets it where it is not set
+        patched.setenv("OMP_NUM_THREADS", "1")  # validation sets it if it is not set
         asked = ["--use_fsdp", "--fsdp_version=2", "--num_processes=2", "t.py"]
         args, *_ = _validate_launch_command(launch_command_parser().parse_args(asked))
     given = tiny_arguments(tmp_path / "out")

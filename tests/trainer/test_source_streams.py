@@ -1,4 +1,4 @@
-"""Streams: endless, shuffled anew, shared among ranks, and the same batches wherever a run is taken up."""
+"""Streams: endless, reshuffled, shared among ranks, and the same batches wherever a run is resumed."""
 
 import json
 import random
@@ -29,16 +29,16 @@ def opened(dataset, size=4, start=(0, 0), workers=0, **share):
     return open_stream(dataset, default_data_collator, Share(size, **share), start, workers=workers)
 
 
-def test_each_pass_holds_every_sample_once_in_another_order():
+def test_each_pass_has_every_sample_once_in_another_order():
     rows = sum(rows_of(opened(Numbered(10), 4), 10), [])  # four passes; batches cross their borders
     passes = [rows[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(one) == list(range(10)) for one in passes)
     assert len({tuple(one) for one in passes}) == 4
     assert rows_of(opened(Numbered(10), 4, seed=1), 2) != rows_of(opened(Numbered(10), 4), 2)
-    assert len(rows_of(opened(Numbered(3), 8), 1)[0]) == 8  # larger than the data set
+    assert len(rows_of(opened(Numbered(3), 8), 1)[0]) == 8  # larger than the dataset
 
 
-def test_ranks_share_what_one_process_has():
+def test_ranks_share_the_batches_of_one_process():
     whole = rows_of(opened(Numbered(10), 6), 7)
     ranks = [rows_of(opened(Numbered(10), 3, rank=rank, ranks=2), 7) for rank in (0, 1)]
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
@@ -52,8 +52,8 @@ def test_accumulated_micro_batches_are_the_whole_batch():
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [Numbered, NumberedPasses])
-def test_taken_up_anywhere_the_same_batches_follow(kind, workers):
-    """Random augmentation as well, in whatever process it is drawn."""
+def test_resumed_anywhere_the_same_batches_follow(kind, workers):
+    """Also with random augmentation, in any process."""
     stream = opened(kind(10), workers=workers)
     batches = [next(stream) for _ in range(9)]
     for done in range(1, 8):
@@ -82,8 +82,8 @@ def streaming(samples, shards=4):
     return datasets.Dataset.from_list(parts).to_iterable_dataset(num_shards=shards)
 
 
-def test_streaming_data_sets():
-    """Shuffled anew in each pass, shared among ranks, and taken up where it was."""
+def test_streaming_datasets():
+    """Reshuffled in each pass, shared among ranks, and resumed where it was."""
     rows = sum(rows_of(opened(streaming(20), 5), 12), [])
     passes = [rows[i : i + 20] for i in range(0, 60, 20)]
     assert all(sorted(one) == list(range(20)) for one in passes)
@@ -93,7 +93,7 @@ def test_streaming_data_sets():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streaming_data_sets_are_taken_up(workers):
+def test_streaming_datasets_are_resumed(workers):
     stream = opened(streaming(20), 3, workers=workers)
     batches = [next(stream) for _ in range(16)]
     assert len({number for _, batch in batches[:6] for number in batch["number"].tolist()}) == 18
@@ -134,7 +134,7 @@ def test_a_source_that_runs_dry_stops_training(tmp_path):
 
         def __iter__(self):
             Dry.passes += 1
-            return iter(rows if Dry.passes < 3 else [])  # one pass to look at it, one to train on
+            return iter(rows if Dry.passes < 3 else [])  # one pass to inspect it, one to train on
 
     trainer = FTTrainer(
         model, tiny_arguments(tmp_path), strategy=SOFT, train_dataset=tiny_data(model), source_dataset=Dry()
@@ -143,7 +143,7 @@ def test_a_source_that_runs_dry_stops_training(tmp_path):
         trainer.train()
 
 
-def test_streams_of_one_name_must_agree():
+def test_streams_with_one_name_must_agree():
     plan = Plan(streams=(Stream("source", 2.0),))
     assert compose([plan, plan]).streams == plan.streams
     with pytest.raises(OptionError, match="two strategies request the stream 'source' with different settings"):
@@ -167,13 +167,13 @@ def test_killed_and_resumed_the_same_source_batches_follow(tmp_path):
     read = {name: numbers(tmp_path / name / "read.jsonl") for name in ("whole", "killed")}
     assert len(read["whole"]) == 6  # of 8 steps
     assert read["killed"][:3] == read["whole"][:3]
-    assert read["killed"][3:] == read["whole"][2:]  # from step 2 on once more
+    assert read["killed"][3:] == read["whole"][2:]  # again from step 2 on
     weights = [torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("whole", "killed")]
     same_tensors(*weights)
 
 
 @pytest.mark.slow
-def test_taken_up_after_the_source_is_gone(tmp_path):
+def test_resumed_after_the_source_is_dropped(tmp_path):
     whole = train(tiny_resnet(), SoftConfig(until=0.25), tmp_path, **SAVING)
     resumed = make_trainer(tiny_resnet(), SoftConfig(until=0.25), tmp_path / "again", **SAVING)
     resumed._open = lambda stream: pytest.fail("a stream was opened")
@@ -185,7 +185,7 @@ def test_taken_up_after_the_source_is_gone(tmp_path):
 def test_a_damaged_position_is_named(tmp_path):
     train(tiny_resnet(), SOFT, tmp_path, **SAVING)
     file = tmp_path / "checkpoint-4" / "ft_streams_0.json"
-    assert json.loads(file.read_text()) == {"source": [1, 12]}  # four batches of 8, of 20 samples
+    assert json.loads(file.read_text()) == {"source": [1, 12]}  # four batches of 8, from 20 samples
     file.write_text('{"source": [1')
     trainer = make_trainer(tiny_resnet(), SOFT, tmp_path / "again", **SAVING)
     with pytest.raises(CheckpointError, match=r"ft_streams_0.json is damaged"):
@@ -230,7 +230,7 @@ def test_iterables_that_know_their_length(tmp_path):
 
 
 def test_worker_processes_leave_cuda_alone(monkeypatch):
-    """A forked process must not touch what its parent has on a GPU: torch refuses that."""
+    """A forked process must not access its parent's GPU memory: torch refuses that."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("CUDA was touched"))
     assert rows_of(opened(Numbered(10), workers=1), 2) == rows_of(opened(Numbered(10)), 2)
@@ -258,7 +258,7 @@ def test_an_iterable_target_loses_no_sample(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_resumed_at_the_border(step, tmp_path):
-    """At the very step at which the weight becomes 0, and before it."""
+    """At the step at which the weight becomes 0, and before it."""
     whole = train(tiny_vit(), SoftConfig(schedule="step", until=0.5), tmp_path, **SAVING)
     resumed = make_trainer(tiny_vit(), SoftConfig(schedule="step", until=0.5), tmp_path / "again", **SAVING)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))

@@ -1,4 +1,4 @@
-"""Trained from recorded activations, a model is the same as trained on the inputs, whatever else is asked for."""
+"""A model trained from recorded activations is the same as one trained on the inputs, with any other settings."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from hf_ft.testing import TINY_MODELS, same_tensors, still, tiny_bert, tiny_inpu
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.trainer.stage_cache import StageCache
 
-# Twelve steps of 8 are three epochs of the 32 samples; a second stage begins amid an epoch.
+# Twelve steps of 8 are three epochs of the 32 samples; a second stage begins in the middle of an epoch.
 LONG = {"max_steps": 12, "optim": "sgd", "lr_scheduler_type": "constant"}
 
 
@@ -31,7 +31,7 @@ def run(model, strategy, folder, use, resume=None, **arguments):
 
 
 def starts_noted(trainer, resume=None):
-    """Trains; whether each stage started from recorded activations."""
+    """Train; return whether each stage started from recorded activations."""
     used, start = [], StageCache.start
 
     def noted(cache, steps):
@@ -45,7 +45,7 @@ def starts_noted(trainer, resume=None):
 
 
 def alike(one, other):
-    """Weights to 1e-6, relative to a tensor's largest entry where that is above 1; running statistics to 5e-6."""
+    """Weights agree to 1e-6, relative to a tensor's largest entry if above 1; running statistics to 5e-6."""
     for name, tensor in snapshot(one).items():
         tolerance = (5e-6 if "running" in name else 1e-6) * max(1.0, float(tensor.abs().max()))
         same_tensors({name: tensor}, {name: snapshot(other)[name]}, tolerance)
@@ -123,7 +123,7 @@ def counted_run(folder, use="auto", jitter=0.0, model=None, **arguments):
 @pytest.mark.slow
 def test_inputs_are_read_once(tmp_path):
     train, evaluate = counted_run(tmp_path)
-    # Once for the record; a few are read more often: to check labels, to see whether they stay the same, and to probe.
+    # Once for recording; a few are read again: to check labels and whether samples stay the same, and to probe.
     assert sorted(train.reads)[20] == 1 and max(train.reads) <= 7
     assert sorted(evaluate.reads) == [1] * 8 + [2] * 4
 
@@ -140,7 +140,7 @@ def test_samples_that_differ_each_time_are_never_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("every", [2, 3, 4])
-def test_samples_of_which_some_differ_at_intervals_are_never_recorded(every, tmp_path):
+def test_samples_that_differ_at_intervals_are_never_recorded(every, tmp_path):
     class Periodic(Counted):
         def __getitem__(self, row):
             self.jitter = 0.0 if row % every == 0 else 0.1
@@ -208,7 +208,7 @@ def test_text_of_any_length(strategy, expected, tmp_path, caplog):
 
 @register("with_inputs")
 class WithInputsConfig(FTConfig):
-    """A probe with a term that looks at the inputs."""
+    """A probe with a term that reads the inputs."""
 
     def plan(self, model, state):
         term = Term("brightness", brightness, needs=frozenset({"inputs"}), weight=0.0)
@@ -225,7 +225,7 @@ def test_a_term_that_needs_the_inputs_gets_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_takes_what_memory_may_not(tmp_path):
+def test_a_file_holds_what_exceeds_the_memory_limit(tmp_path):
     (tmp_path / "files").mkdir()
     cache = FrozenCache("always", memory_gb=0.0, folder=str(tmp_path / "files"))
     seen = []
@@ -245,7 +245,7 @@ def test_a_file_takes_what_memory_may_not(tmp_path):
     assert not list((tmp_path / "files").iterdir()), "the file was left behind"
 
 
-def test_more_than_the_disk_may_take_is_not_kept(tmp_path, caplog):
+def test_what_exceeds_the_disk_limit_is_not_kept(tmp_path, caplog):
     cache = FrozenCache("always", memory_gb=0.0, disk_gb=0.0)
     from hf_ft.trainer import stage_cache as cached_stages
 
@@ -292,12 +292,12 @@ def test_stores():
 
 
 def size(rows):
-    """Bytes of all that is recorded for a prefix."""
+    """Bytes of everything recorded for a prefix."""
     return sum(store.bytes for store in rows.stores.values())
 
 
-def test_several_borders_share_the_room(tmp_path):
-    """One pass records all that were planned: in memory together no more than allowed, the rest in files."""
+def test_several_borders_share_the_space(tmp_path):
+    """One pass records all planned borders: in memory, together, no more than allowed; the rest in files."""
     model = tiny_resnet()
     data = tiny_inputs(model, 24)
     samples = Samples(24, lambda rows: {name: column[list(rows)] for name, column in data.items()})

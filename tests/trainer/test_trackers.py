@@ -1,4 +1,4 @@
-"""What experiment trackers store of a training, read back from their files: the names that docs/trackers.md states."""
+"""What experiment trackers store for a run, read back from their files: the names that docs/trackers.md lists."""
 
 import importlib.util
 
@@ -22,8 +22,8 @@ def small():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_all_of_a_training_is_in_one_run(name, tmp_path, monkeypatch):
-    """Two stages with a term of their own; scores of the model that is left are logged after training."""
+def test_everything_is_in_one_tracked_run(name, tmp_path, monkeypatch):
+    """Two stages with their own term; scores of the final model are logged after training."""
     read = tracker(name, tmp_path, monkeypatch)
     given = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "run_name": "named"}
     trainer = make_trainer(small(), STRATEGY, tmp_path / "out", report_to=name, **given)
@@ -40,8 +40,8 @@ def test_all_of_a_training_is_in_one_run(name, tmp_path, monkeypatch):
     assert name == "tensorboard" or run.name == "named"
 
 
-def test_the_range_of_rates_is_logged_where_there_are_several(tmp_path):
-    """Those of the update whose loss is logged, as the Trainer's own ``learning_rate``."""
+def test_the_range_of_rates_is_logged_if_there_are_several(tmp_path):
+    """The rates of the update whose loss is logged, like the Trainer's own ``learning_rate``."""
     trainer = make_trainer(small(), "layer_decay", tmp_path, max_steps=2)
     trainer.train()
     first, second = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -52,7 +52,7 @@ def test_the_range_of_rates_is_logged_where_there_are_several(tmp_path):
     assert second["learning_rate_max"] == pytest.approx(max(rates) / 2)
 
 
-def test_trackers_that_are_unknown_or_missing_are_told_before_training(tmp_path, monkeypatch):
+def test_unknown_or_missing_trackers_are_reported_before_training(tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="report_to='tensorbord' is unknown"):
         trackers.check(["tensorbord"])
     find = importlib.util.find_spec
@@ -64,8 +64,8 @@ def test_trackers_that_are_unknown_or_missing_are_told_before_training(tmp_path,
     trackers.check("none")
 
 
-def test_callbacks_of_the_user_stay(tmp_path):
-    """Ours replace those that the Trainer made for ``report_to`` alone."""
+def test_the_users_callbacks_stay(tmp_path):
+    """Ours replace only those that the Trainer made for ``report_to``."""
     pytest.importorskip("tensorboard")
     own, model = TensorBoardCallback(), small()
     args = make_trainer(model, "full", tmp_path, report_to="tensorboard").args

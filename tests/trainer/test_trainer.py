@@ -1,4 +1,4 @@
-"""FTTrainer: what it shares with Trainer works as there, and the traps of that ground are closed."""
+"""FTTrainer: what it shares with Trainer works the same, and Trainer's known pitfalls are fixed."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_weight_zero_is_full_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
 def test_accumulation_reports_the_same_loss(make, tmp_path):
-    """The stock Trainer's loss comes out times the steps on many models (transformers#47688)."""
+    """With many models, the stock Trainer's loss is multiplied by the steps (transformers#47688)."""
     losses = []
     for steps in (1, 4):
         arguments = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
@@ -77,7 +77,7 @@ def test_accumulation_reports_the_same_loss(make, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_users_model_comes_back_as_it_was(tmp_path):
+def test_the_users_model_is_restored(tmp_path):
     model = tiny_resnet()
     model.resnet.embedder.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
@@ -128,7 +128,7 @@ def test_stages_share_one_axis(tmp_path):
     assert all("loss/task" in entry for entry in logs)
 
 
-def test_probe_holds_optimizer_state_for_the_head_alone(tmp_path):
+def test_a_probe_has_optimizer_state_only_for_the_head(tmp_path):
     class Look(TrainerCallback):
         sizes: list = []
 
@@ -183,7 +183,7 @@ def test_plateau_runs_in_one_stage_and_is_refused_in_two(tmp_path):
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_swin])
 @pytest.mark.parametrize("strategy", ["full", LPFTConfig(probe=0.25)])
 def test_best_model_is_loaded(make, strategy, tmp_path):
-    """The stock Trainer leaves the last weights of a ViT or Swin in the model, with a warning only."""
+    """The stock Trainer leaves the last weights of a ViT or Swin in the model, with only a warning."""
     best = 4
     kept = {}
 
@@ -281,7 +281,7 @@ def test_class_weights(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["full", "l2_sp"])
 def test_class_weights_with_accumulation_of_uneven_batches(strategy, tmp_path):
-    """30 samples in batches of 8, or in two micro-batches of 4: the last update has 6, as 4 and 2."""
+    """30 samples in batches of 8, or in two micro-batches of 4: the last update has 6 samples, as 4 and 2."""
     ends = []
     for steps in (1, 2):
         arguments = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
@@ -299,7 +299,7 @@ def test_class_weights_with_accumulation_of_uneven_batches(strategy, tmp_path):
 
 
 def test_class_weights_are_relative(tmp_path):
-    """Twice the weights are the same weights; their mean over the samples is 1."""
+    """Doubled weights are the same weights; their mean over the samples is 1."""
     data = tiny_data(tiny_vit())
     given = [FTTrainer(tiny_vit(), tiny_arguments(tmp_path), class_weights=[w, 2 * w, 5 * w], train_dataset=data)
              for w in (1.0, 2.0)]  # fmt: skip
@@ -366,7 +366,7 @@ def test_eval_loss_is_the_task_alone(tmp_path):
 # --- what else the Trainer can do ---------------------------------------------------------------------------
 
 
-def test_model_init_starts_anew_each_time(tmp_path):
+def test_model_init_makes_a_new_model_each_time(tmp_path):
     args = tiny_arguments(tmp_path)
     trainer = FTTrainer(
         None, args, strategy=LINE, model_init=lambda: tiny_resnet(), train_dataset=tiny_data(tiny_resnet())
@@ -378,11 +378,11 @@ def test_model_init_starts_anew_each_time(tmp_path):
     assert first.training_loss == second.training_loss
 
 
-def test_training_again_goes_on_from_the_weights(tmp_path):
+def test_training_again_continues_from_the_weights(tmp_path):
     trainer = train(tiny_resnet(), LINE, tmp_path, save_strategy="steps", save_steps=4)
     anchors = trainer._run.anchors
     trainer.train()
-    assert trainer._run.anchors is anchors  # the start stays the pretrained one
+    assert trainer._run.anchors is anchors  # the reference is still the pretrained model
     assert trainer.state.global_step == 8
 
 
@@ -440,7 +440,7 @@ def test_torch_compile(tmp_path):
 
 
 class Perceptron(nn.Module):
-    """Two layers and a head: so little that the default compiler takes seconds only."""
+    """Two layers and a head: so small that the default compiler takes only seconds."""
 
     main_input_name = "pixel_values"
 
@@ -463,11 +463,11 @@ class Perceptron(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_border_that_frees_parameters_and_changes_nothing_else_compiles_anew(backend, tmp_path):
-    """Otherwise the graph of the first stage would run on, and what the second one frees would never train."""
+def test_a_stage_that_only_unfreezes_parameters_compiles_again(backend, tmp_path):
+    """Otherwise the first stage's graph would be reused, and what the second unfreezes would never train."""
     if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         pytest.skip("no C++ compiler")
-    strategy = LPFTConfig(head="classifier", blocks=r"body\.\d+")  # no dropout and no BatchNorm: no flag but one
+    strategy = LPFTConfig(head="classifier", blocks=r"body\.\d+")  # no dropout and no BatchNorm: only one flag changes
     start, found = snapshot(Perceptron()), []
     for compiled in (False, True):
         arguments = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1}
@@ -506,7 +506,7 @@ def test_users_optimizer(tmp_path):
 
 
 @pytest.mark.slow
-def test_batch_norm_momentum_is_set_said_and_can_be_left(tmp_path, caplog):
+def test_batch_norm_momentum_is_set_and_can_be_kept(tmp_path, caplog):
     trainer = train(tiny_mobilenet_v2(), "full", tmp_path)
     assert {norm.momentum for _, norm in batch_norms(trainer.model)} == {0.1}
     kept = train(tiny_mobilenet_v2(), FullConfig(batch_norm_momentum="keep"), tmp_path)
@@ -532,7 +532,7 @@ def test_l2_sp_replaces_the_optimizers_decay(tmp_path):
 
 
 @pytest.mark.slow
-def test_last_batch_of_one_is_told_before_training(tmp_path):
+def test_a_last_batch_of_one_sample_is_refused_before_training(tmp_path):
     model = tiny_mobilenet_v2()  # its last maps are 1x1
     data = tiny_data(model, 33)
     trainer = FTTrainer(model, tiny_arguments(tmp_path), train_dataset=data)
@@ -549,11 +549,11 @@ def test_recommended_arguments_are_warned_about(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ft.trainer.checks.logger.warning", said.append)
     make_trainer(tiny_resnet(), "l2_sp", tmp_path, learning_rate=5e-5)
     assert len(said) == 1 and "learning_rate=5e-05" in said[0] and "l2_sp" in said[0]
-    make_trainer(tiny_resnet(), "l2_sp", tmp_path, learning_rate=0.02)  # chosen by the user: nothing to say
+    make_trainer(tiny_resnet(), "l2_sp", tmp_path, learning_rate=0.02)  # set by the user: no warning
     assert len(said) == 1
 
 
-def test_saved_config_is_json_a_person_can_read(tmp_path):
+def test_saved_config_is_readable_json(tmp_path):
     train(tiny_resnet(), LINE, tmp_path).save_model()
     saved = json.loads((tmp_path / "ft_config.json").read_text())
     assert [s["ft_type"] for s in saved["strategies"]] == ["l2_sp", "lp_ft"] and saved["strategies"][0]["alpha"] == 0.01

@@ -41,7 +41,7 @@ def doubled(batch):
 
 
 class Counted(torch.utils.data.IterableDataset):
-    """Any other iterable, without a place."""
+    """Any other iterable, without a stored position."""
 
     def __iter__(self):
         return ({"number": number} for number in range(COUNT))
@@ -72,29 +72,29 @@ def opened(make, block=0, position=None, workers=0, rank=0, ranks=1):
 
 
 def written(position):
-    """As a checkpoint holds it."""
+    """The state in the form of a checkpoint."""
     saved = json.loads(json.dumps({"batches": position.batches, "places": [vars(p) for p in position.places]}))
     return Position(saved["batches"], tuple(Place(**place) for place in saved["places"]))
 
 
 @pytest.mark.parametrize("kind", STREAMS)
-def test_taken_up_anywhere_the_same_batches_follow(kind):
+def test_resumed_anywhere_the_same_batches_follow(kind):
     make = STREAMS[kind]
     for block, rank, ranks in ((0, 0, 1), (10, 1, 2)):
         whole = list(itertools.islice(opened(make, block, rank=rank, ranks=ranks), 13))
-        for done in (1, 5, 9):  # with 18 samples of a rank, the first pass ends within the fifth batch
+        for done in (1, 5, 9):  # with 18 samples per rank, the first pass ends within the fifth batch
             again = opened(make, block, written(whole[done - 1][0]), rank=rank, ranks=ranks)
             assert [b for _, b in itertools.islice(again, 13 - done)] == [b for _, b in whole[done:]]
 
 
-def test_only_a_stream_without_a_place_is_read_again():
+def test_only_a_stream_without_a_position_is_read_again():
     kept = {kind for kind, make in STREAMS.items() if keeps_place(make())}
     changed = {"augmented", "in batches", "filtered"} if training_stream.FORGETFUL else set()
     assert set(STREAMS) - kept == {"a buffer", "others"} | changed
 
 
 @pytest.mark.parametrize("kind", ["rows", "one shard", "others"])
-def test_two_ranks_read_each_sample_once_a_pass(kind):
+def test_two_ranks_read_each_sample_once_per_pass(kind):
     orders = {}
     for block in (0, 10):
         read = [itertools.islice(opened(STREAMS[kind], block, rank=rank, ranks=2), 9) for rank in (0, 1)]
@@ -166,7 +166,7 @@ def test_killed_and_resumed_it_reads_on_where_it_was(tmp_path):
     assert _losses(other) != _losses(whole), "the order matters"
 
 
-def test_places_that_do_not_fit_are_named(tmp_path):
+def test_positions_that_do_not_fit_are_named(tmp_path):
     made(tmp_path, max_steps=2, **SAVING).train()
     file = tmp_path / "checkpoint-2" / "ft_data_0.json"
     content = file.read_text()
@@ -186,8 +186,8 @@ def test_places_that_do_not_fit_are_named(tmp_path):
 # --- strategies that measure -----------------------------------------------------------------------------------
 
 
-def test_a_look_measures_what_the_same_rows_measure(tmp_path):
-    """The first samples; measured once, whatever is resumed."""
+def test_measured_samples_give_the_same_as_those_rows(tmp_path):
+    """The first samples; measured once, even if the run is resumed."""
     options = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1e-2, "max_steps": 2}
     data = tiny_data(tiny_resnet(), 24)
     streamed = made(tmp_path / "a", DAFTConfig(), data.to_iterable_dataset(num_shards=1), measure_samples=16, **options)
@@ -198,7 +198,7 @@ def test_a_look_measures_what_the_same_rows_measure(tmp_path):
     streamed.train()
 
 
-def test_labels_and_a_draw_of_the_look(tmp_path):
+def test_labels_and_the_draw_of_measured_samples(tmp_path):
     data = tiny_data(tiny_resnet(), 24)
     drawn = [made(tmp_path, data=data.to_iterable_dataset(num_shards=shards), measure_samples=8, shuffle_buffer=20)
              for shards in (1, 1)]  # fmt: skip
@@ -236,7 +236,7 @@ def test_what_needs_rows_by_index_is_refused_before_anything_runs(given, message
     assert not (tmp_path / "out").exists() or "class_weights" in given
 
 
-def test_with_a_look_they_run(tmp_path):
+def test_with_measured_samples_they_run(tmp_path):
     made(tmp_path / "a", "auto_rgn", measure_samples=16, max_steps=2).train()
     made(tmp_path / "b", "full", measure_samples=16, max_steps=2, mixup=0.2).train()
 

@@ -1,8 +1,8 @@
-"""Write the files of this folder, which later versions must go on reading: `python -m tests.v0_1_0.make`.
+"""Write the files of this folder, which later versions must still be able to read: `python -m tests.v0_1_0.make`.
 
 Run with hf_ft 0.1.0 at commit f6b4b33. Do not run it again with a later version: files written by the version under
-test show nothing. Models, data and settings below are also what tests/test_v0_1_0.py loads the files with. Data are
-whole numbers over a power of two and searches start from weights in files: their hashes are the same everywhere.
+test prove nothing. tests/test_v0_1_0.py loads the files with the models, data and settings below. Data are whole
+numbers over a power of two, and searches start from weights in files, so that hashes are the same everywhere.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ SMALL = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}
 
 
 def as_before(config):
-    """A config of later versions, with what 0.1.0 did in options that were added since."""
+    """A config of later versions, in which options added since have the behaviour of 0.1.0."""
     fields = [field for field in dataclasses.fields(config) if field.metadata.get("formerly", UNKNOWN) is not UNKNOWN]
     default = [field for field in fields if getattr(config, field.name) == field.default]
     return dataclasses.replace(config, **{field.name: field.metadata["formerly"] for field in default})
@@ -58,7 +58,7 @@ COMPARE = [
     *("--num_train_epochs", "3", "--per_device_train_batch_size", "4", "--use_cpu", "true"),
 ]
 
-# Every registered strategy, with no option at its default.
+# Every registered strategy, with every option different from its default.
 COMMON = {"batch_norm_momentum": 0.25, "head": "classifier", "blocks": r"stages\.\d+"}
 CONFIGS = (
     hf_ft.AMCFConfig(
@@ -150,7 +150,7 @@ CONFIGS = (
 )
 
 
-# What the files are loaded with
+# For loading the files
 
 
 def pixels(count, seed=0):
@@ -159,7 +159,7 @@ def pixels(count, seed=0):
 
 
 def data(count, classes=CLASSES, seed=0, columns=("pixel_values",)):
-    """Samples for training; every class is a little brighter than the one before."""
+    """Training samples; every class is a little brighter than the previous one."""
     labels = np.arange(count) % classes
     rows = {name: pixels(count, seed + place) + labels[:, None, None, None] / 2 for place, name in enumerate(columns)}
     return datasets.Dataset.from_dict({**rows, "labels": labels}).with_format("torch")
@@ -201,7 +201,7 @@ def arguments(folder, **more):
 
 
 def base(folder="resnet"):
-    """The pretrained model with a new head, and its old one of five classes beside it."""
+    """The pretrained model with a new head, and its old head with five classes beside it."""
     return hf_ft.from_pretrained(str(folder), num_labels=CLASSES)
 
 
@@ -221,13 +221,13 @@ def searching(name, folder, root="."):
 
 
 def drawn():
-    """What torch draws for a new head: not the same on every kind of processor."""
+    """What torch draws for a new head, which differs between processors."""
     return torch.empty(24).uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def logits(model, inputs):
-    """What a model in evaluation mode says of fixed inputs."""
+    """The logits of a model in evaluation mode for fixed inputs."""
     return model.eval()(**inputs).logits
 
 
@@ -276,7 +276,7 @@ def write_interrupted(name):
 
 
 def write_configs():
-    """As a checkpoint of all of them would hold them."""
+    """Write configs in the form of a checkpoint with all of them."""
     content = {"strategies": []}
     for config in CONFIGS:
         config.save_pretrained("configs")
@@ -308,7 +308,7 @@ def write_comparison():
 
 
 def pack(file):
-    """A file of SQLite is mostly empty pages."""
+    """Compress an SQLite file, which consists mostly of empty pages."""
     file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
     file.unlink()
 
@@ -327,7 +327,7 @@ def write_all():
     write_configs()
     Path("searches.json").write_text(json.dumps({name: write_study(name) for name in SEARCHES}, indent=1) + "\n")
     write_comparison()
-    # Only for people, of this machine, or made again by the tests.
+    # Only for people, specific to this machine, or created by the tests.
     for file in Path().rglob("training_args.bin"):
         file.unlink()
     for name in INTERRUPTED:
@@ -339,7 +339,7 @@ def write_all():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # Names in files are as short as they can be: those of folders beside this script.
+    # Names in files are as short as possible: those of folders next to this script.
     with mock.patch("socket.gethostname", return_value="host"), contextlib.chdir(HERE):
         os.environ["HF_HUB_OFFLINE"] = "1"
         write_all()

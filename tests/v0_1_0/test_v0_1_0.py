@@ -1,4 +1,4 @@
-"""Files that version 0.1.0 wrote load, and mean the same; tests/v0_1_0/make.py wrote them."""
+"""Files written by version 0.1.0 load and mean the same; tests/v0_1_0/make.py wrote them."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from tests.v0_1_0 import make
 
 DATA = make.HERE
 DOCS = Path(hf_ft.__file__).parents[1] / "docs" / "results"
-NEAR = 1e-5  # what rounding on another processor may change
+NEAR = 1e-5  # the change allowed by rounding on another processor
 pil = pytest.mark.skipif(
     getattr(hf.AutoImageProcessor, "is_dummy", False),
     reason="this version of Transformers has no image processors without torchvision",
@@ -42,7 +42,7 @@ def expected():
 
 @pytest.fixture
 def steps():
-    """The optimizer steps that are taken, of whatever training."""
+    """The optimizer steps taken in any training run."""
     taken = []
     handle = register_optimizer_step_post_hook(lambda *_: taken.append(1))
     yield taken
@@ -58,7 +58,7 @@ def assert_near(found, wanted):
 
 
 def assert_kept(found, saved, path=""):
-    """All that was saved is there and the same; a later version may say more."""
+    """Assert that everything saved is present and the same; later versions may add more."""
     if isinstance(saved, dict):
         for name, value in saved.items():
             assert name in found, f"{path}.{name} is gone"
@@ -87,8 +87,8 @@ def test_every_config():
 
 
 @pytest.mark.newest
-def test_an_option_is_written_as_it_was():
-    """What resumes a run, or names a study, compares these dictionaries."""
+def test_an_option_is_written_in_the_same_form():
+    """Resuming a run and naming a study compare these dictionaries."""
     saved = json.loads((DATA / "configs" / "ft_config.json").read_text())["strategies"]
     for config, content in zip(make.CONFIGS, saved, strict=True):
         assert_kept(json.loads(json.dumps(config.to_dict())), content, config.ft_type)
@@ -106,8 +106,8 @@ def test_a_trained_checkpoint(expected):
 
 @pytest.mark.parametrize("name", make.INTERRUPTED)
 @pytest.mark.newest
-def test_an_interrupted_run_goes_on(name, tmp_path, expected, steps):
-    """With its optimizer, schedule, order of the data and streams, and reaches what the whole run did."""
+def test_an_interrupted_run_continues(name, tmp_path, expected, steps):
+    """With its optimizer, schedule, data order and streams, to the same result as the whole run."""
     shutil.copytree(DATA / name, tmp_path / name)
     trainer = make.interrupted(name, tmp_path / name, DATA / "resnet")
     trainer.train(resume_from_checkpoint=True)
@@ -159,7 +159,7 @@ def test_a_finished_search_trains_nothing_again(name, tmp_path, steps):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder as `hf-ft compare` left it, with model and data beside it."""
+    """A folder as left by `hf-ft compare`, with model and data next to it."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     for name in ("compare", "resnet"):
@@ -183,7 +183,7 @@ def test_results_are_read(folder):
 
 @pil
 def test_a_comparison_with_other_rates_is_refused_and_left_as_it_is(folder, steps, capsys):
-    """It was tuned in other ranges and under SGD alone: its trainings are not those of today."""
+    """It was tuned in other ranges and only with SGD: its training runs differ from today's."""
     before = {file: file.read_bytes() for file in Path("compare").rglob("*") if file.is_file() and file.suffix != ".db"}
     assert main(copy.copy(make.COMPARE)) == 2
     said = capsys.readouterr().err
@@ -203,7 +203,7 @@ def test_a_report_is_made_again(folder, capsys):
 
 
 @pil
-def test_the_winner_predicts_what_the_results_say(folder):
+def test_the_winner_predicts_what_the_results_contain(folder):
     results = Results.load("compare/results.json")
     [run] = [run for run in results[results.winner].runs if run.seed == results.winner_seed]
     model = hf.AutoModelForImageClassification.from_pretrained("compare/best")
@@ -213,7 +213,7 @@ def test_the_winner_predicts_what_the_results_say(folder):
 
 
 @pytest.mark.parametrize("file", sorted(DOCS.glob("*.json")), ids=lambda file: file.stem)
-def test_kept_results_are_read(file):
+def test_stored_results_are_read(file):
     results, saved = Results.load(file), json.loads(file.read_text())
     assert results.contenders[0].name == "full" and results[results.winner].finished_runs
     for contender, content in zip(results.contenders, saved["contenders"], strict=True):

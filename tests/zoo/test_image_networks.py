@@ -1,4 +1,4 @@
-"""Image networks by short name: what is read of their files, and how they treat image sizes."""
+"""Image networks by short name: what is read from their files, and how they treat image sizes."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Damaged files of a pretrained model: one type of error for each kind of file, which names it."""
+"""Damaged files of a pretrained model: each kind of file has one type of error, which names the file."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def cut(file, size):
 
 
 @pytest.mark.parametrize("load", [load_model, lambda name: load_sources([name, name])])
-def test_cut_off_weights_are_named(model, load):
+def test_truncated_weights_are_named(model, load):
     file = model / "model.safetensors"
     whole = file.read_bytes()
     for content in (b"", whole[:100], whole[: len(whole) // 2], whole[:-1], POINTER):
@@ -54,7 +54,7 @@ def test_cut_off_weights_are_named(model, load):
             load(str(model))
 
 
-def test_cut_off_shards_and_index_are_named(shards):
+def test_truncated_shards_and_index_are_named(shards):
     load_model(str(shards))
     index = shards / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -73,7 +73,7 @@ def test_cut_off_shards_and_index_are_named(shards):
         load_model(str(shards))
 
 
-def test_a_cut_off_pickle_is_named(model):
+def test_a_truncated_pickle_is_named(model):
     (model / "model.safetensors").unlink()
     file = model / "pytorch_model.bin"
     torch.save(tiny_resnet().state_dict(), file)
@@ -98,7 +98,7 @@ def test_a_damaged_config_is_refused_or_read(model, name):
             assert str(model) in str(error) and "\n" not in str(error)
 
 
-def test_a_model_that_is_nowhere():
+def test_a_model_that_does_not_exist():
     with pytest.raises(OptionError, match="cannot read the model './nowhere'.*It may be a Hub id"):
         load_model("./nowhere")
 

@@ -1,4 +1,4 @@
-"""Members from pretrained sources: their heads, their processor, and what is known of where they came from."""
+"""Members from pretrained sources: their heads, their processor, and what is known about their origin."""
 
 import importlib.util
 

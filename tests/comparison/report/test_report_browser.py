@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 PHONE, DESKTOP, PAPER = 360, 1280, 680  # pixels; paper: the width of A4 within its margins
 CONTRAST = 4.5  # WCAG 2, AA
 
-# Texts too faint for their background. A canvas turns whatever a colour is called into red, green and blue.
+# Texts too faint for their background. A canvas converts any colour notation into red, green and blue.
 FAINT = """(() => {
   const pen = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
   const over = (colors) => {
@@ -46,7 +46,7 @@ FAINT = """(() => {
   return {seen, faint};
 })()""".replace("LEAST", str(CONTRAST))
 
-# Texts of charts that lie on each other, or leave the screen.
+# Chart labels that overlap or leave the screen.
 CROWDED = """(() => {
   const crowded = [], outside = [];
   for (const chart of document.querySelectorAll('svg[role=img]')) {
@@ -64,7 +64,7 @@ CROWDED = """(() => {
   return {crowded, outside};
 })()"""
 
-# How far content reaches to the right, but for what scrolls by itself.
+# How far content extends to the right, except for what scrolls by itself.
 WIDTH = """(() => {
   const own = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, .plain, svg, .skip'));
   return [document.documentElement.scrollWidth, Math.max(...own.map(e => e.getBoundingClientRect().right))];
@@ -94,7 +94,7 @@ def screen(browser):
 
 
 def show(screen, address, width=DESKTOP, height=900, dark=False):
-    """Load a page on a screen of this size."""
+    """Load a page in a window of this size."""
     screen.emulate_media(color_scheme="dark" if dark else "light")
     screen.set_viewport_size({"width": width, "height": height})
     screen.goto(address)
@@ -149,7 +149,7 @@ def test_texts_stand_out_from_their_background(screen, pages, dark):
 
 
 def test_faint_text_is_found(screen, pages):
-    """The measuring itself."""
+    """The measurement itself."""
     show(screen, pages["smallest"])
     screen.evaluate("document.querySelector('h1').style.color = '#888'")
     assert [text for text, _ in screen.evaluate(FAINT)["faint"]] == ["tiny on numbers"]
@@ -159,7 +159,7 @@ def test_keyboard(screen, pages):
     show(screen, pages["whole"], PHONE, 740)
     screen.keyboard.press("Tab")
     first = screen.evaluate(FOCUSED)
-    assert first["name"] == "skip" and first["left"] >= 0  # it shows when it has the focus
+    assert first["name"] == "skip" and first["left"] >= 0  # it is visible when it has the focus
     screen.keyboard.press("Enter")
     assert screen.evaluate("document.activeElement.id || location.hash") in ("main", "#main")
     stops = []
@@ -193,7 +193,7 @@ def test_paper(screen, pages):
     assert screen.evaluate(f"{folded}.length") == 0
     screen.emulate_media(media="print")
     there = screen.evaluate("document.querySelectorAll('details table').length")
-    assert screen.evaluate(f"{folded}.length") == there > 5  # what is folded is printed
+    assert screen.evaluate(f"{folded}.length") == there > 5  # collapsed parts are printed
     right = "Math.max(...[...document.querySelectorAll('table, svg, pre')].map(e => e.getBoundingClientRect().right))"
     assert screen.evaluate(right) <= PAPER
     assert screen.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -1,4 +1,4 @@
-"""Containers that hold frozen modules alone rest with them: what they apply themselves is off in training, too."""
+"""Containers that hold only frozen modules rest with them: what they apply themselves is off in training, too."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_a_probe_sees_the_features_of_evaluation(kind):
         assert torch.equal(head_inputs(objective.train().model, batch, seed), still)
 
 
-def test_a_container_that_trains_in_part_is_in_train_mode():
+def test_a_partly_trained_container_is_in_train_mode():
     """Its SpecAugment lies between the frozen convolutions and the layers that train."""
     model = tiny("wav2vec2")
     model.freeze_feature_encoder()
@@ -43,7 +43,7 @@ def test_a_container_that_trains_in_part_is_in_train_mode():
 
 
 @pytest.mark.parametrize("kind", ["biogpt", "opt"])
-def test_a_probe_on_recorded_features_ends_as_without(kind, tmp_path):
+def test_a_probe_on_recorded_features_ends_the_same(kind, tmp_path):
     heads = []
     for use in ("never", "always"):
         model = tiny(kind)

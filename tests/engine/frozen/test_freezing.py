@@ -1,4 +1,4 @@
-"""What rests in a stage, and where a model comes alive."""
+"""Which modules rest in a stage, and where a model comes alive."""
 
 import pytest
 from torch import nn
@@ -11,7 +11,7 @@ from hf_ft.testing import TINY_MODELS, tiny_bert, tiny_collaborative, tiny_resne
 
 
 def found(model, *trains, norm_mode="auto"):
-    """Liveness where these modules or parameters train, and the names of what rests."""
+    """The liveness if these modules or parameters train, and the names of those that rest."""
     trained = {n for n, _ in model.named_parameters() if any(n == t or n.startswith(f"{t}.") for t in trains)}
     assert trained
     moving = moving_norms(model, Stage("stage", norm_mode=norm_mode), trained)

@@ -1,4 +1,4 @@
-"""Replaying a frozen prefix gives what the whole model gives, bit for bit, or is refused."""
+"""Replaying a frozen prefix gives the whole model's results, bit for bit, or is refused."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_model(name):
         activation = prefix.record(batch)
         assert len(activation) == 1 and not activation[0].requires_grad and not model.training
         suffix = [p for part in live[0].parts for m in part.modules for p in model.get_submodule(m).parameters()]
-        model.requires_grad_(False)  # as in training: some kernels are chosen by whether their input needs a gradient
+        model.requires_grad_(False)  # as in training: some kernels depend on whether their input needs a gradient
         for parameter in suffix:
             parameter.requires_grad_(True)
         results = []
@@ -59,7 +59,7 @@ def test_nothing_before_the_border_runs(name):
                 for parameter in model.get_submodule(module).parameters():
                     parameter.fill_(float("nan"))
     if "pixel_values" in batch:
-        batch["pixel_values"] = None  # never asked for
+        batch["pixel_values"] = None  # never requested
         assert "pixel_values" in prefix.skipped
     assert prefix(activation, rows(prefix, batch)).logits.isfinite().all()
 
@@ -90,7 +90,7 @@ def test_a_forward_that_was_patched_stays_patched():
 
 
 class Skipping(nn.Module):
-    """The head reads the first layer's output again, so that only a border before it can stand for the rest."""
+    """The head reads the first layer's output again, so only a border before that layer captures everything."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ def test_several_borders_in_one_pass():
 
 
 def after_layers(model, *frozen):
-    """What is alive where so many layers of each member are frozen, and the plan's run."""
+    """What is alive if this many layers of each member are frozen, and the plan's run."""
     run = set_up(model, AMCFConfig(frozen=list(frozen)))
     objective = run.objective()
     objective.enter(run.plan.stages[0])
@@ -194,7 +194,7 @@ def test_a_shortcut_across_the_border_needs_two():
 
 
 class Adapted(nn.Module):
-    """An adapter that reads what came before the border, and has no effect yet."""
+    """An adapter that reads the values before the border, and has no effect yet."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +218,7 @@ def test_what_feeds_an_adapter_without_effect_is_not_lost():
 
 
 @pytest.mark.parametrize("frozen", [(2, 10), (0, 10), (6, 0), (3, 21)])
-def test_members_are_cut_each_for_itself(frozen):
+def test_each_member_is_cut_separately(frozen):
     model = tiny_collaborative()
     _, live = after_layers(model, *frozen)
     prefix = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
@@ -233,7 +233,7 @@ def test_members_are_cut_each_for_itself(frozen):
 
 @pytest.mark.slow
 def test_members_that_share_their_images():
-    """They are kept as long as one member needs them."""
+    """Images are kept as long as one member needs them."""
     for frozen, kept in (((2, 10), ()), ((2, 0), ("pixel_values",))):
         model = CollaborativeModel.from_members(list(tiny_collaborative().members))
         _, live = after_layers(model, *frozen)
@@ -252,7 +252,7 @@ def test_a_finder_serves_many_stages():
 
 
 class InPlace(nn.Module):
-    """A block whose own code changes what its first layer gave."""
+    """A block whose own code changes its first layer's output."""
 
     def __init__(self):
         super().__init__()
@@ -262,7 +262,7 @@ class InPlace(nn.Module):
         return x + self.conv2(nn.functional.silu(self.conv1(x), inplace=True))
 
 
-def test_what_changes_in_place_is_recorded_as_it_was_given():
+def test_what_changes_in_place_is_recorded_before_the_change():
     torch.manual_seed(0)
     model, x = nn.Sequential(InPlace(), InPlace()), torch.randn(2, 3, 4, 4)
     model.forward = lambda pixel_values: nn.Sequential.forward(model, pixel_values)
@@ -272,7 +272,7 @@ def test_what_changes_in_place_is_recorded_as_it_was_given():
 
 
 class Dropping(nn.Module):
-    """Values are dropped by a function of the model itself, between two layers."""
+    """A function of the model itself drops values between two layers."""
 
     def __init__(self, p):
         super().__init__()

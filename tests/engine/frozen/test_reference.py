@@ -1,4 +1,4 @@
-"""The reference model: one frozen copy outside of the module tree, whose states are computed once where they can be."""
+"""The reference model: one frozen copy outside the module tree, whose states are computed once if possible."""
 
 import copy
 import gc
@@ -37,7 +37,7 @@ from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.trainer.stage_cache import StageCache
 from hf_ft.zoo.models import SHORT_NAMES, load_model
 
-# Slow, so that the last digits in which a batch of another size differs do not grow.
+# A low rate, so that rounding differences from another batch size do not grow.
 LONG = {"max_steps": 12, "optim": "sgd", "learning_rate": 1e-3}
 # The second block of a ViT, whose names differ between versions of Transformers, and a module inside it.
 BLOCK = anatomy(tiny_vit()).blocks[1].modules[0]
@@ -49,7 +49,7 @@ BOTH = [UNIFORM, AttentionTransferConfig(beta=1.0)]
 
 
 def run(model, strategy, folder, use, resume=None, **arguments):
-    """A training, and whether each batch brought reference states."""
+    """A training run, and whether each batch contained reference states."""
     trainer = make_trainer(model, strategy, folder, use, **{**LONG, **arguments})
     brought = []
     compute = trainer.compute_loss
@@ -72,7 +72,7 @@ def test_recorded_states_train_the_same(name, strategy, tmp_path):
     cached, all_of_them = run(TINY_MODELS[name](), strategy, tmp_path, "auto")
     assert none == [False] * 12 and all_of_them == [True] * 12
     for key, value in snapshot(plain.model).items():
-        # Running variances of the tiny MobileNetV2, whose last maps have one position, differ most.
+        # The running variances of the tiny MobileNetV2, whose last maps have one position, differ most.
         tolerance = (5e-5 if name == "mobilenet_v2" else 1e-5) * max(1.0, float(value.double().abs().max()))
         same_tensors({key: value}, {key: snapshot(cached.model)[key]}, tolerance)
 
@@ -102,7 +102,7 @@ def test_stages_with_recorded_prefix_and_recorded_reference(tmp_path):
 
 
 def test_random_samples_are_never_recorded(tmp_path, monkeypatch):
-    """The reference sees the very sample that the model sees."""
+    """The reference sees exactly the sample that the model sees."""
 
     class Jitter(torch.utils.data.Dataset):
         def __init__(self, model):
@@ -159,7 +159,7 @@ def copies_of(model_class):
     return sum(1 for thing in gc.get_objects() if type(thing) is model_class)
 
 
-def test_one_copy_serves_all_terms_outside_of_the_tree(tmp_path):
+def test_one_copy_outside_the_tree_serves_all_terms(tmp_path):
     model = tiny_resnet()
     before = copies_of(type(model))
     trainer = make_trainer(model, [*BOTH, TREDConfig(criterion="none")], tmp_path)
@@ -175,7 +175,7 @@ def test_one_copy_serves_all_terms_outside_of_the_tree(tmp_path):
     same_tensors(snapshot(reference.model), snapshot(tiny_resnet()))
 
 
-def test_none_where_start_weights_suffice(tmp_path):
+def test_no_copy_if_starting_weights_suffice(tmp_path):
     for strategy in (L2SPConfig(), "bss", "full", DELTAConfig(alpha=0.0), AttentionTransferConfig(beta=0.0)):
         assert set_up(tiny_resnet(), strategy).reference is None
 
@@ -202,7 +202,7 @@ def lora(**more):
 
 @pytest.mark.parametrize("strategy", [UNIFORM, SoftConfig(source="head")], ids=["delta", "soft"])
 def test_the_base_of_adapters_serves_without_a_copy(strategy, tmp_path, monkeypatch):
-    """In two stages, under bf16 and resumed, it trains what a copy trains, bit for bit."""
+    """In two stages, with bf16 and resumed, it trains the same weights as with a copy, bit for bit."""
     given = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "bf16": True}
     strategy = ["lp_ft", strategy]
 
@@ -265,7 +265,7 @@ def test_resuming_from_another_start_is_refused(tmp_path):
 
 @register("probe_of_states")
 class ProbeConfig(FTConfig):
-    """Hands the view to a function of the test."""
+    """Passes the view to a function of the test."""
 
     look = None
     layers = (BLOCK,)
@@ -298,7 +298,7 @@ def test_the_view_shows_both_states_in_float32_under_autocast():
 @pytest.mark.parametrize("layer", [BLOCK, INNER])
 @pytest.mark.newest
 def test_gradient_checkpointing(reentrant, layer, tmp_path):
-    """Reentrant checkpointing hides what is computed inside a block: refused, not ignored."""
+    """Reentrant checkpointing hides what is computed inside a block, so it is refused, not ignored."""
     config = DELTAConfig(weights="uniform", alpha=1.0, layers=(layer,))
     arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     if reentrant and layer == INNER:
@@ -311,7 +311,7 @@ def test_gradient_checkpointing(reentrant, layer, tmp_path):
 
 
 def test_terms_are_computed_outside_autocast():
-    """A product of two float32 matrices would come out in bfloat16 inside."""
+    """Inside, the product of two float32 matrices would be bfloat16."""
     seen = []
 
     def look(view):
@@ -372,7 +372,7 @@ def test_a_layer_is_compared_as_it_was_before_the_next_overwrites_it(make, optio
     torch.testing.assert_close(objective(**batch)["terms"]["delta"], expected)
 
 
-def test_shared_layers_have_no_one_output(tmp_path):
+def test_shared_layers_have_no_single_output(tmp_path):
     config = transformers.AlbertConfig(
         hidden_size=16, embedding_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
         vocab_size=64, max_position_embeddings=40, num_labels=3,
@@ -383,8 +383,8 @@ def test_shared_layers_have_no_one_output(tmp_path):
             train(copy.deepcopy(model), strategy, tmp_path)
 
 
-def test_a_layer_before_the_first_that_trains_is_a_constant(tmp_path):
-    """In one part with it, so that the term stays: no gradient comes from there, and that is right."""
+def test_a_layer_before_the_first_trained_one_is_a_constant(tmp_path):
+    """It is in the same part, so the term stays: it rightly gets no gradient from there."""
     model = tiny_resnet().requires_grad_(False)
     for trained in (model.classifier, model.resnet.encoder.stages[1].layers[1].layer[1].normalization):
         trained.requires_grad_(True)
@@ -393,7 +393,7 @@ def test_a_layer_before_the_first_that_trains_is_a_constant(tmp_path):
 
 
 class Boxes(torch.utils.data.Dataset):
-    """Has a column that the model does not take, of another length in each row."""
+    """Has a column that the model does not accept, with a different length in each row."""
 
     def __init__(self):
         self.inputs = tiny_inputs(tiny_resnet(), 16)
@@ -412,7 +412,7 @@ def test_unused_columns_are_dropped_beside_recorded_states(tmp_path):
     assert trainer.state.global_step == 12
 
 
-def test_in_a_loop_by_hand():
+def test_in_a_handwritten_loop():
     """The reference follows the model without a Trainer, as set_up and the objective do."""
     model = tiny_resnet()
     run = set_up(model, BOTH)
@@ -431,7 +431,7 @@ def test_in_a_loop_by_hand():
 
 @pytest.mark.parametrize("tuner", ["lora", "prompt"])
 def test_peft(tuner, tmp_path):
-    """Adapters: trained, saved, resumed as without these terms. Prompts: tokens of their own before the text's."""
+    """Adapters: trained, saved and resumed as without these terms. Prompts: their own tokens before the text's."""
     if tuner == "lora":
         lora = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["classifier"])
         make = lambda: peft_model(tiny_resnet(), lora)  # noqa: E731
@@ -451,7 +451,7 @@ def peft_model(model, config):
     return get_peft_model(model, config)
 
 
-def test_terms_of_what_is_frozen_throughout_are_told(tmp_path, monkeypatch):
+def test_terms_on_parts_that_are_always_frozen_are_reported(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("hf_ft.engine.run.logger.warning_once", said.append)
     trainer = train(tiny_vit(), ["linear_probe", UNIFORM], tmp_path)
@@ -468,7 +468,7 @@ def test_a_layer_that_is_never_called(tmp_path):
         train(tiny_vit(), DELTAConfig(weights="uniform", layers=(blocks,)), tmp_path)
 
 
-def test_a_last_batch_of_one_is_looked_at_without_gradients(tmp_path):
+def test_a_last_batch_of_one_sample_is_read_without_gradients(tmp_path):
     trainer = make_trainer(tiny_resnet(), BOTH, tmp_path)
     trainer.train_dataset = trainer.train_dataset.select(range(9))
     trainer.train()

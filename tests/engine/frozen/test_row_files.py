@@ -1,4 +1,4 @@
-"""A file of recorded rows has its room before it is written, or there is none."""
+"""A file of recorded rows has its disk space allocated before it is written, or is not created."""
 
 import errno
 import os
@@ -56,21 +56,21 @@ def test_the_rows_of_a_store_have_their_blocks(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_where_the_disk_is_full_nothing_is_kept_or_left(tmp_path, monkeypatch):
+def test_if_the_disk_is_full_nothing_is_kept_or_left(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(RowsDiffer, match="a file of 0.0 GB cannot be written: No space left on device"):
         RowStore(ROWS, FIRST, cache(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_less_room_than_it_takes_is_seen_before(tmp_path, monkeypatch):
+def test_too_little_space_is_noticed_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     with pytest.raises(RowsDiffer, match="0.0 GB of disk space are free"):
         RowStore(ROWS, FIRST, cache(tmp_path))
 
 
 class Ranks:
-    """An accelerator of one of two ranks of a machine; the other reports this."""
+    """An accelerator for one of two ranks on a machine; the other rank reports this."""
 
     num_processes, device = 2, torch.device("cpu")
 
@@ -98,7 +98,7 @@ def test_the_ranks_of_a_machine_share_a_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()) and second.take(torch.tensor([2]))["a"][0, 0] == 8.0
 
 
-def test_where_one_machine_has_no_room_no_rank_keeps_anything(tmp_path, monkeypatch):
+def test_if_one_machine_has_no_space_no_rank_keeps_anything(tmp_path, monkeypatch):
     for ranks in (Ranks(first=True, other=0), Ranks(first=False, other=0)):
         with pytest.raises(RowsDiffer, match="no room"):
             filled(tmp_path, ranks)
@@ -108,6 +108,6 @@ def test_where_one_machine_has_no_room_no_rank_keeps_anything(tmp_path, monkeypa
         filled(tmp_path, Ranks(first=True))
 
 
-def test_a_limit_is_of_gigabytes(tmp_path):
+def test_a_limit_is_in_gigabytes(tmp_path):
     with pytest.raises(RowsDiffer, match="allow"):
         RowStore(2 * GB, {"a": torch.zeros(1, 3)}, cache(tmp_path))

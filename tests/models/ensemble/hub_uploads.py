@@ -18,7 +18,7 @@ class _Api:
 
 
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that fills with the names of the files that `push_to_hub` commits."""
+    """A list that is filled with the names of the files that `push_to_hub` commits."""
     api = _Api()
     monkeypatch.setattr(hub, "hf_api", lambda: api, raising=False)
     for name in ("create_repo", "create_commit"):  # as of older versions

@@ -150,7 +150,7 @@ def labels_for(problem_type, batch=4):
 @pytest.mark.parametrize("problem_type", LOSSES)
 def test_problem_type_of_the_ensemble_is_that_of_its_members(problem_type):
     model = ensemble(prediction="mean_probability")
-    model(**images())  # members take note of what their labels look like
+    model(**images())  # members remember what their labels look like
     model.config.problem_type = problem_type
     labels = labels_for(problem_type)
     outputs = model(**images() | {"labels": labels})
@@ -159,7 +159,7 @@ def test_problem_type_of_the_ensemble_is_that_of_its_members(problem_type):
     assert torch.equal(outputs.logits, joint_logits(outputs.member_logits, "mean_probability", problem_type))
 
 
-def test_problem_type_is_told_from_labels_as_by_any_classifier():
+def test_problem_type_is_inferred_from_labels_as_by_any_classifier():
     several = ensemble(prediction="mean_probability")
     several(**images() | {"labels": labels_for("multi_label_classification")})
     assert several.config.problem_type == "multi_label_classification"
@@ -173,7 +173,7 @@ def test_inputs_and_options_go_where_they_are_known():
     assert model.input_names == ("pixel_values", "pixel_values_1") and model.main_input_name == "pixel_values"
     with pytest.raises(OptionError, match="member 1 needs 'pixel_values_1', but the inputs are .'pixel_values'"):
         model(pixel_values=batch["pixel_values"])
-    larger = torch.randn(2, 3, 48, 48)  # which only the ViT must be told
+    larger = torch.randn(2, 3, 48, 48)  # which only the ViT needs
     outputs = model(pixel_values=batch["pixel_values"][:2], pixel_values_1=larger, interpolate_pos_encoding=True)
     wanted = model.members[1](larger, interpolate_pos_encoding=True).logits
     assert torch.equal(outputs.member_logits[1], wanted)
@@ -195,7 +195,7 @@ def test_given_modules_are_the_members():
     assert CollaborativeModel.from_members([tiny_vit().train()]).training
 
 
-def test_a_copy_is_another_model():
+def test_a_copy_is_independent():
     model, batch = ensemble(), images()
     twin = copy.deepcopy(model)
     wanted = twin(**batch).logits
@@ -289,7 +289,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def damaged(saved, tmp_path):
-    """A copy of its folder."""
+    """A copy of the saved ensemble's folder."""
     return Path(shutil.copytree(saved[1], tmp_path / "ensemble"))
 
 
@@ -423,7 +423,7 @@ def test_new_labels_give_new_heads(saved):
 
 
 def test_read_from_the_cache_of_the_hub(saved, tmp_path):
-    """By revision, and offline: every member is looked for there."""
+    """By revision, and offline: every member is looked up in the cache."""
     model, folder = saved
     repo, commit = tmp_path / "models--org--ensemble", "0123456789" * 4
     (repo / "refs").mkdir(parents=True)
@@ -433,7 +433,7 @@ def test_read_from_the_cache_of_the_hub(saved, tmp_path):
     for loader in (CollaborativeModel, hf.AutoModelForImageClassification):
         same_tensors(snapshot(loader.from_pretrained("org/ensemble", revision="v1", **where)), snapshot(model))
     with pytest.raises(OSError):
-        CollaborativeModel.from_pretrained("org/ensemble", **where)  # there is no main
+        CollaborativeModel.from_pretrained("org/ensemble", **where)  # there is no main branch
 
 
 def truncate(file):
@@ -496,7 +496,7 @@ def test_push_to_hub_uploads_the_members(saved, monkeypatch):
     def commit(*_, repo_id, operations, **__):
         commits.append((repo_id, {operation.path_in_repo for operation in operations}))
 
-    # One version of Transformers calls functions, the other one methods.
+    # Some versions of Transformers call functions, others methods.
     for name, stub in (("create_commit", commit), ("create_repo", lambda repo_id, **_: Repo(repo_id))):
         monkeypatch.setattr(hf.utils.hub, name, stub, raising=False)
         monkeypatch.setattr(HfApi, name, lambda self, *args, stub=stub, **options: stub(*args, **options))

@@ -1,4 +1,4 @@
-"""One processor of several: every tensor is that of its part, files give it back, and what is wrong is named."""
+"""Several processors as one: every tensor is that of its part, files restore it, and errors name the cause."""
 
 import copy
 import json
@@ -99,7 +99,7 @@ def test_each_tensor_is_that_of_its_part(tmp_path):
 
 
 @pil
-def test_grey_images_become_what_each_part_makes_of_them():
+def test_grey_images_are_processed_by_each_part():
     grey = [photo.convert("L") for photo in PHOTOS]
     parts = [mobilenet(do_convert_rgb=True), vit()]
     parts[1].do_convert_rgb = True
@@ -127,7 +127,7 @@ def test_images_are_opened_once_and_processed_once_per_distinct_processor(tmp_pa
 
 @pil
 @alone
-def test_files_give_it_back(tmp_path):
+def test_files_restore_it(tmp_path):
     both = combined([mobilenet(), efficientnet(), vit()])
     both.save_pretrained(tmp_path)
     (file,) = tmp_path.iterdir()
@@ -204,7 +204,7 @@ def test_no_code_from_files_is_run(tmp_path):
 
 @pil
 @pytest.mark.parametrize("name", ["BertModel", "pipeline", "CollaborativeImageProcessor", "ViT"])
-def test_a_class_that_is_no_image_processor_is_named(name):
+def test_a_class_that_is_not_an_image_processor_is_named(name):
     with pytest.raises(OptionError, match=rf"processors\[1\] is a '{name}'"):
         CollaborativeImageProcessor([mobilenet(), {"image_processor_type": name}])
 
@@ -250,7 +250,7 @@ def rows():
 
 @pil
 @pytest.mark.parametrize("sides", [(16, 16), (16, 24)])
-def test_prepared_rows_are_what_each_part_makes_of_the_photos(rows, sides):
+def test_prepared_rows_are_each_parts_output_for_the_photos(rows, sides):
     both = combined([mobilenet(sides[0]), efficientnet(sides[1])])
     items = prepare(datasets.DatasetDict({"train": rows}), both, find_columns(rows))["train"].__getitems__([0, 2])
     assert [item["labels"] for item in items] == [2, 1]

@@ -1,4 +1,4 @@
-"""The soup: the mean of the members' weights as one plain model, where it has a meaning."""
+"""The soup: the mean of the members' weights as one plain model, where this is meaningful."""
 
 import copy
 
@@ -16,7 +16,7 @@ from hf_ft.testing.training import snapshot
 
 
 def related(make, count=3, ancestor="org/base", **options):
-    """Members of one class with other weights, which descend from one model."""
+    """Members of one class with different weights, derived from one model."""
     model = CollaborativeModel.from_members([make(seed=seed, **options) for seed in range(count)])
     model.config.ancestors = [ancestor] * count
     return model
@@ -54,7 +54,7 @@ def test_the_mean_is_taken_in_float64():
     assert made.dtype == torch.bfloat16 and torch.equal(made.classifier.bias, torch.full((3,), 86.0).bfloat16())
 
 
-def test_members_that_are_equal_give_themselves():
+def test_equal_members_give_the_same_model():
     one = tiny_resnet()
     model = CollaborativeModel.from_members([one, copy.deepcopy(one)])
     same_tensors(snapshot(soup(model.members, model.config.ancestors, same_ancestor=True)), snapshot(one))
@@ -89,7 +89,7 @@ def test_the_random_state_is_left_alone():
         (["org/base", "org/other"], "org/base, org/other"),
     ],
 )
-def test_other_ancestors_are_refused_unless_said_to_be_one(ancestors, told):
+def test_other_ancestors_are_refused_unless_declared_the_same(ancestors, told):
     model = related(tiny_resnet, 2)
     model.config.ancestors = ancestors
     with pytest.raises(OptionError, match=f"the members descend from {told}: .* pass same_ancestor=True"):

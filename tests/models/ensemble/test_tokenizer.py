@@ -1,4 +1,4 @@
-"""Several tokenizers as one: every tensor is that of its part, files give it back, and what is wrong is named."""
+"""Several tokenizers as one: every tensor is that of its part, files restore it, and errors name the cause."""
 
 import copy
 import shutil
@@ -77,7 +77,7 @@ def test_each_part_pads_by_its_own_tokenizer(words, tmp_path):
         _ = both.padding_side
 
 
-def test_tokenizer_files_give_it_back(words, pieces, tmp_path, monkeypatch):
+def test_tokenizer_files_restore_it(words, pieces, tmp_path, monkeypatch):
     both = combined([words, pieces])
     files = both.save_pretrained(tmp_path / "saved")
     assert {Path(file) for file in files} == {path for path in (tmp_path / "saved").rglob("*") if path.is_file()}
@@ -133,7 +133,7 @@ def test_what_cannot_be_combined_is_named(words):
 
 @pytest.mark.slow
 def test_a_trainer_pads_with_it(words, pieces, tmp_path):
-    """Without a collator of one's own, as the Trainer does for one tokenizer."""
+    """Without a custom collator, as the Trainer does for a single tokenizer."""
     model = CollaborativeModel.from_members([tiny_bert(), tiny_bert(seed=1)], inputs=[0, 1])
     both = CollaborativeTokenizer([words, pieces])
     rows = [{**both(text), "labels": number % 2} for number, text in enumerate(["good film", "bad"] * 4)]

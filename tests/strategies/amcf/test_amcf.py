@@ -1,4 +1,4 @@
-"""AMCF: its loss, what stays frozen, and that members learn as if they were alone but for the term between them."""
+"""AMCF: its loss, what stays frozen, and that members learn as if alone, except for the term between them."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def logits(members=3, batch=5, classes=4, seed=0):
 
 
 def reference(members, labels, consistency):
-    """The formula in plain Python, float64."""
+    """The formula in plain Python, in float64."""
     total = 0.0
     for z in members:
         for row, label in zip(z.tolist(), labels.tolist(), strict=True):
@@ -87,7 +87,7 @@ def test_the_mean_is_not_detached():
     one, other = (z.requires_grad_() for z in drawn)
     disagreement([one, other]).backward()
     assert torch.allclose(one.grad, -other.grad) and one.grad.abs().max() > 0
-    # |z_1 - mean| = |z_2 - mean| = |z_1 - z_2| / 2, so that the mean over both has the gradient of that.
+    # |z_1 - mean| = |z_2 - mean| = |z_1 - z_2| / 2, so the mean over both has the gradient of the latter.
     apart = (one - other).detach()
     expected = apart / apart.norm(dim=1, keepdim=True) / 2 / len(apart)
     assert torch.allclose(one.grad, expected)
@@ -199,7 +199,7 @@ def test_layers_count_the_main_path():
         resnet50 = hf.ResNetForImageClassification(hf.ResNetConfig())
     assert len(main_path_layers(resnet50)) == 49, "as the authors count"
     assert len(main_path_layers(TINY_MODELS["mobilenet_v2"]())) == 52
-    # A shortcut goes with the first layer of its block, a gate with the layer before it.
+    # A shortcut belongs to the first layer of its block, a gate to the layer before it.
     layers = [layer.modules for layer in main_path_layers(TINY_MODELS["regnet"]())]
     shortcut = next(modules for modules in layers if any("shortcut" in name for name in modules))
     assert any(name.endswith("layer.0.convolution") for name in shortcut)
@@ -284,7 +284,7 @@ def test_composes_with_a_penalty(tmp_path):
 
 
 def resnet_and_vit():
-    """Depthwise convolutions round otherwise where weights lie elsewhere in memory; in these, logits are equal."""
+    """Depthwise convolutions round differently with weights elsewhere in memory; these models' logits are equal."""
     return CollaborativeModel.from_members([tiny_resnet(), tiny_vit()], inputs=[0, 1])
 
 
@@ -309,7 +309,7 @@ def test_bfloat16_and_the_best_model(use, tmp_path):
 
 @pytest.mark.slow
 def test_recorded_members_train_as_computed_ones(tmp_path):
-    """Also where one member is frozen to its last layer and the other not at all."""
+    """Also if one member is frozen up to its last layer and the other not at all."""
     for frozen in ([2, 10], [0, 21], [6, 0]):
         config = AMCFConfig(frozen=frozen)
         ends = {
@@ -354,7 +354,7 @@ def test_bad_options(options, message):
         AMCFConfig(**options)
 
 
-def test_statistics_cannot_move_where_there_are_none(tmp_path):
+def test_statistics_cannot_move_if_there_are_none(tmp_path):
     model = CollaborativeModel.from_members([tiny_resnet(), tiny_vit()])
     with pytest.raises(OptionError, match=r"freeze_norm_statistics=False: members.1 has no BatchNorm"):
         make_trainer(model, AMCFConfig(frozen=[0, 0], freeze_norm_statistics=False), tmp_path)
@@ -362,8 +362,8 @@ def test_statistics_cannot_move_where_there_are_none(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", documented())
-def test_only_what_fits_several_members_takes_them(name, tmp_path):
-    """The others go by the depth, or the head, of one network; one member alone is such a network."""
+def test_only_strategies_for_several_members_accept_them(name, tmp_path):
+    """The others depend on the depth, or the head, of one network; a single member is such a network."""
     options = {"particles": 2, "iterations": 1, "search_epochs": 1, "storage": "memory"} if name == "amcf" else {}
     kind = documented()[name]
     if kind(**options).needs().several_members:
@@ -378,14 +378,14 @@ def test_only_what_fits_several_members_takes_them(name, tmp_path):
             set_up(tiny_collaborative(), kind(**options), states={})
 
 
-def test_a_named_head_counts_where_it_fits():
+def test_a_named_head_is_used_where_it_fits():
     model = CollaborativeModel.from_members([tiny_resnet(), tiny_vit()])
     assert AMCFConfig(frozen=[1, 2], head="classifier.1").layers(model) == (7, 19)
     with pytest.raises(AnatomyError, match="members.0: head='nothing'"):
         AMCFConfig(frozen=[1, 2], head="nothing").layers(model)
 
 
-def test_lists_come_back_from_a_file(tmp_path):
+def test_lists_are_restored_from_a_file(tmp_path):
     config = AMCFConfig(source_models=["a", "b"], frozen=[3, 4])
     config.save_pretrained(tmp_path)
     assert FTConfig.from_pretrained(tmp_path) == config and config.frozen == (3, 4)

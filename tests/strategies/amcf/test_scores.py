@@ -1,4 +1,4 @@
-"""The record of a swarm's search: what is best, what the file, the table and the verdict hold, and its plots."""
+"""The record of a swarm's search: its best position, file, table, verdict and plots."""
 
 import json
 import math
@@ -54,10 +54,10 @@ def searched(members, layers, score, pruned_below=-math.inf, iterations=2, parti
     return SwarmScores("balanced_accuracy", members, layers, tuple(generations), tuple(evaluations.values()))
 
 
-# --- what it says -------------------------------------------------------------------------------------------
+# --- what it reports ----------------------------------------------------------------------------------------
 
 
-def test_best_was_trained_to_the_end_and_of_equals_is_the_first(some):
+def test_best_was_trained_to_the_end_and_ties_go_to_the_first(some):
     assert some.best is some.evaluations[0]
     assert record(some.evaluations[::-1]).best is some.evaluations[4]
     for left in (some.evaluations[2:4], ()):
@@ -65,7 +65,7 @@ def test_best_was_trained_to_the_end_and_of_equals_is_the_first(some):
             _ = record(left).best
 
 
-def test_visits_count_each_generation_and_what_a_stopped_one_trained(some):
+def test_visits_count_each_generation_and_the_trained_part_of_a_stopped_one(some):
     assert some.visits == 6
     assert record(some.evaluations, some.generations[:1]).visits == 3 + 2  # (20, 20) and (13, 29)
 
@@ -81,7 +81,7 @@ def test_verdict(some):
     assert stopped.endswith("1 distinct positions were trained in 1 visits. The search ended early: after 2 hours.")
 
 
-def test_verdict_where_trainings_were_pruned_or_diverged():
+def test_verdict_if_runs_were_pruned_or_diverged():
     pruned = record([Evaluation((0, 0), 0.5, pruned=True)])
     assert pruned.verdict().startswith("no position was trained to the end with a finite score; 1 distinct")
     assert pruned.verdict().endswith("with nothing frozen: 0.500 (pruned).")
@@ -130,7 +130,7 @@ def test_round_trip_through_strict_json(some):
     assert SwarmScores.from_dict(json.loads(json.dumps(stopped.to_dict()))) == stopped
 
 
-def test_generation_holds_the_very_numbers_of_the_swarm():
+def test_generation_has_the_exact_numbers_of_the_swarm():
     swarm = begin(LAYERS, particles=3)
     made = Generation.of(swarm, [0.1, np.float32(0.5), -math.inf])
     (back,) = SwarmScores.from_dict(json.loads(json.dumps(record([], [made]).to_dict()))).generations
@@ -182,7 +182,7 @@ def test_errors_name_the_value(make, message):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Every figure that is saved."""
+    """Every saved figure."""
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
@@ -236,7 +236,7 @@ def test_line_of_the_best_so_far_leaves_out_what_was_pruned(drawn, tmp_path):
     assert list(line.get_ydata()) == [1, 2, 2, 5]  # a tie keeps the older
 
 
-def test_heat_map_has_a_colour_where_a_particle_was(some, drawn, tmp_path):
+def test_heat_map_is_coloured_where_a_particle_was(some, drawn, tmp_path):
     plot_scores(some, tmp_path / "scores.svg")
     axes, bar = drawn[0].axes
     cells = axes.images[0].get_array()
@@ -251,7 +251,7 @@ def test_heat_map_has_a_colour_where_a_particle_was(some, drawn, tmp_path):
     assert legend(drawn[0]) == list(places) and bar.get_ylabel() == "balanced accuracy"
 
 
-def test_heat_map_calls_a_pruned_training_that_diverged_diverged(drawn, tmp_path):
+def test_heat_map_shows_a_pruned_run_that_diverged_as_diverged(drawn, tmp_path):
     plot_scores(record([Evaluation((3, 4), -math.inf, pruned=True)]), tmp_path / "scores.png")
     assert legend(drawn[0]) == ["diverged"]
 
@@ -280,10 +280,10 @@ def test_plots_of_a_search_that_found_little(layers, score, drawn, tmp_path):
         plot(found, tmp_path / f"{plot.__name__}.png")
     assert len(list(tmp_path.iterdir())) == 2
     with_bar = [len(figure.axes) > panels for figure, panels in zip(drawn, (len(layers), 1), strict=True)]
-    assert with_bar == [score((1,)) > -math.inf] * 2  # no scale where there is no score
+    assert with_bar == [score((1,)) > -math.inf] * 2  # no colour scale if there are no scores
     for figure in drawn:
         shown = [tick for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis) for tick in axis.get_majorticklocs()]
-        assert all(tick == round(tick) for tick in shown) or len(layers) == 1  # a curve's heights are scores
+        assert all(tick == round(tick) for tick in shown) or len(layers) == 1  # a curve's heights are the scores
 
 
 def test_plots_refuse_what_they_cannot_show(some, tmp_path):
@@ -296,7 +296,7 @@ def test_plots_refuse_what_they_cannot_show(some, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["swarm.png"]
 
 
-def test_a_search_that_ended_within_its_first_generation_is_shown_as_far_as_it_came(some, tmp_path):
+def test_a_search_that_ended_in_its_first_generation_is_shown_as_far_as_it_got(some, tmp_path):
     found = swarm_findings(record(some.evaluations))
     assert found.blocks and found.write(tmp_path) == ["swarm.json", "swarm_scores.png"]
     assert found.summary == record(some.evaluations).verdict()

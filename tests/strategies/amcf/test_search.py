@@ -1,4 +1,4 @@
-"""The search over frozen layers: each position once, nothing frozen computed twice, kept, resumed and shared."""
+"""The search over frozen layers: each position is trained once, nothing frozen is computed twice; resuming, sharing."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ SMALL = AMCFConfig(particles=3, iterations=2, search_epochs=1, metric="loss", st
 
 
 def pair():
-    """The members of most searches here: few layers, so that what is tested takes most of the time."""
+    """The members of most searches here: few layers, so that the tested code takes most of the time."""
     return CollaborativeModel.from_members([tiny_resnet(), tiny_resnet(depths=[1, 1], seed=1)])
 
 
@@ -32,7 +32,7 @@ def searching(folder, model=None, cache="always", **options):
 
 @pytest.fixture
 def fitted(monkeypatch):
-    """The positions that were really trained, as the sets of their trained parameters; may raise at the nth."""
+    """The positions that were actually trained, as sets of trained parameters; may raise at the nth."""
     calls, fit = [], short_trainings.fit
 
     def spy(run, *args, **kwargs):
@@ -75,7 +75,7 @@ def test_each_score_is_that_of_its_position_trained_alone(tmp_path):
 
 @pytest.mark.slow
 def test_the_searchs_schedule_is_that_of_the_run_or_constant(tmp_path, monkeypatch):
-    """Constant is the authors'; a study made before the option was there is still known."""
+    """Constant is the authors' choice; studies from before the option existed are still recognised."""
     fit, rates = short_trainings.fit, {}
     for schedule in ("run", "constant"):
         search = searching(tmp_path / schedule, tiny_collaborative(), search_schedule=schedule, search_epochs=2)
@@ -100,8 +100,8 @@ def test_recorded_and_computed_give_the_same_scores(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_frozen_is_computed_in_a_training(tmp_path, monkeypatch):
-    """While a position trains, no layer that is frozen in it runs, of either member."""
+def test_nothing_frozen_is_computed_during_training(tmp_path, monkeypatch):
+    """While a position trains, none of its frozen layers runs, in either member."""
     search = searching(tmp_path, tiny_collaborative())
     position = (5, 14)
     fit, ran = short_trainings.fit, set()
@@ -151,12 +151,12 @@ def test_the_model_is_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_goes_on(tmp_path, fitted):
+def test_an_interrupted_search_continues(tmp_path, fitted):
     calls, spy = fitted
     whole = searching(tmp_path).run()
     storage, trained = str(tmp_path / "swarm.db"), len(calls)
     calls.clear()
-    spy.stop = trained - 2  # in the last generation but for luck
+    spy.stop = trained - 2  # most likely in the last generation
     with pytest.raises(KeyboardInterrupt):
         searching(tmp_path, storage=storage).run()
     spy.stop = None
@@ -164,7 +164,7 @@ def test_an_interrupted_search_goes_on(tmp_path, fitted):
     assert len(calls) == trained + 1, "only the one that was interrupted runs twice"
     assert [(e.position, e.score) for e in resumed.evaluations] == [(e.position, e.score) for e in whole.evaluations]
     assert searching(tmp_path, storage=storage).run() == resumed and len(calls) == trained + 1
-    # A longer swarm finds what was trained; other options make another study.
+    # A longer search reuses what was trained; other options make another study.
     searching(tmp_path, storage=storage, particles=4).run()
     assert trained + 1 < len(calls) < trained + 1 + 12
     assert len(optuna.get_all_study_names(f"sqlite:///{storage}")) == 1
@@ -199,7 +199,7 @@ def test_the_storage_changes_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_steps_are_as_large_as_in_the_run(tmp_path, monkeypatch):
-    """Accumulated batches make one step of the search as well, and the study knows."""
+    """Accumulated batches also make one step of the search, and are part of the study's identity."""
     steps, found = [], {}
     step = torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
@@ -216,7 +216,7 @@ def test_steps_are_as_large_as_in_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_study_knows_optimizer_and_data(tmp_path):
+def test_the_study_depends_on_optimizer_and_data(tmp_path):
     signatures = []
     for arguments, rows in (({}, 32), ({"optim_args": "momentum=0.5"}, 32), ({}, 31)):
         trainer = make_trainer(tiny_collaborative(), SMALL, tmp_path, optim="sgd", **arguments)
@@ -229,7 +229,7 @@ def test_the_study_knows_optimizer_and_data(tmp_path):
 
 
 @pytest.mark.slow
-def test_halving_gives_up_the_worse(tmp_path):
+def test_halving_stops_the_worse(tmp_path):
     scores = searching(tmp_path, halving=True, particles=6, search_epochs=4).run()
     pruned = [evaluation for evaluation in scores.evaluations if evaluation.pruned]
     assert any(evaluation.epochs < 4 for evaluation in pruned) and not scores.best.pruned
@@ -270,7 +270,7 @@ def test_a_trainer_searches_keeps_and_resumes(tmp_path, fitted):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     same_tensors(snapshot(resumed.model), snapshot(trainer.model))
     assert len(fitted[0]) == calls and resumed.states["amcf"].info == state.info
-    # A new run on the same storage finds all trials there.
+    # A new run on the same storage finds all trials.
     make_trainer(pair(), config, tmp_path, optim="sgd").train()
     assert len(fitted[0]) == calls
 
@@ -283,7 +283,7 @@ def test_one_model_is_a_swarm_of_one_coordinate(tmp_path):
 
 
 @pytest.mark.slow
-def test_samples_that_change_are_computed(tmp_path):
+def test_changing_samples_are_computed_in_every_step(tmp_path):
     search = searching(tmp_path, cache=FrozenCache("never"), iterations=1)
     assert not search.trainings.recordings.usable
     assert search.run().best.score > float("-inf")

@@ -1,4 +1,4 @@
-"""The particle swarm: each step against plain arithmetic, what is remembered, and that it finds an optimum."""
+"""The particle swarm: each step against plain arithmetic, its memory, and that it finds an optimum."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ LAYERS = (49, 20)  # velocity bounds 5 and 2
 
 
 def swarm(positions, velocities, best=None, best_scores=None, leader=None, leader_score=0.0, generation=0):
-    """By default all particles are where they scored best, and so is the leader."""
+    """A swarm; by default, all particles are at their best position, and so is the leader."""
     best = positions if best is None else best
     best_scores = [0.0] * len(positions) if best_scores is None else best_scores
     leader = positions[0] if leader is None else leader
@@ -35,7 +35,7 @@ def clipped(value, low, high):
 
 
 def moved(state, layers, iterations, seed):
-    """Positions and velocities after a move, by the formula, one number at a time."""
+    """Positions and velocities after a move, computed by the formula, one number at a time."""
     positions, velocities = [], []
     for i, here in enumerate(state.positions):
         r1, r2 = np.random.default_rng([seed, state.generation + 1, i]).random(2)
@@ -54,7 +54,7 @@ def moved(state, layers, iterations, seed):
 
 
 def wave(position):
-    """Some score that prefers no corner."""
+    """A score that favours no corner."""
     return sum(math.sin(0.3 * k + j) for j, k in enumerate(position))
 
 
@@ -109,7 +109,7 @@ def test_start_is_the_documented_draws():
     assert state.generation == 0 and state.leader_score == -math.inf and set(state.best_scores) == {-math.inf}
 
 
-def test_each_particle_has_draws_of_its_own_in_each_generation():
+def test_each_particle_has_its_own_draws_in_each_generation():
     keys = [(seed, generation, i) for seed in range(3) for generation in range(6) for i in range(10)]
     assert len({generator(*key).random() for key in keys}) == len(keys)
 
@@ -148,7 +148,7 @@ def test_one_random_number_serves_all_coordinates_of_a_particle():
     shared = move(swarm(here, 0 * here, leader=here[0] + pulls), (200,) * 3)
     for after in (own, shared):
         assert after.velocities / pulls == pytest.approx(np.repeat(after.velocities[:, :1], 3, axis=1))
-        assert len(set(after.velocities[:, 0])) == 4  # and another one each particle
+        assert len(set(after.velocities[:, 0])) == 4  # and a different one for each particle
 
 
 @pytest.mark.parametrize("iterations", [1, 5, 8])
@@ -163,7 +163,7 @@ def test_whole_search_follows_the_formula(iterations):
         assert after.positions == pytest.approx(np.array(positions))
         assert after.velocities == pytest.approx(np.array(velocities))
         edges += int((np.abs(after.velocities) == velocity_bound(layers)).sum())
-    assert edges  # the clip of the velocity was at work
+    assert edges  # velocities were clipped
 
 
 # --- what is remembered -------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_step_remembers_then_moves():
         assert np.array_equal(getattr(both, field.name), getattr(halves, field.name)), field.name
 
 
-# --- trainings that diverge ---------------------------------------------------------------------------------
+# --- training runs that diverge -----------------------------------------------------------------------------
 
 
 def test_diverged_particle_is_pulled_by_the_leader_only():
@@ -207,7 +207,7 @@ def test_diverged_particle_is_pulled_by_the_leader_only():
     assert after.best_scores.tolist() == [0.5, -math.inf] and after.velocities[0, 0] == 0.0
 
 
-def test_where_all_diverge_particles_fly_on():
+def test_if_all_diverge_particles_keep_moving():
     states = run(LAYERS, lambda position: -math.inf)
     for before, after in zip(states[:-1], states[1:], strict=True):
         free = np.clip(inertia(before.generation) * before.velocities, [-5, -2], [5, 2])
@@ -225,7 +225,7 @@ def test_same_seed_same_search_and_another_seed_another():
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-def test_particle_does_not_depend_on_how_many_there_are():
+def test_a_particle_does_not_depend_on_how_many_there_are():
     few, many = begin(LAYERS, 3, seed=6), begin(LAYERS, 10, seed=6)
     for _ in range(3):
         assert np.array_equal(few.positions, many.positions[:3])
@@ -233,7 +233,7 @@ def test_particle_does_not_depend_on_how_many_there_are():
         many = step(many, [3, 2, 1, *[0] * 7], LAYERS, seed=6)  # the leader is among the three
 
 
-def test_order_of_the_models_does_not_matter_from_one_start_on():
+def test_order_of_the_models_does_not_matter_from_the_same_start():
     order, layers = [2, 0, 1], (49, 20, 7)
     state = begin(layers, 5)
     turned = dataclasses.replace(
@@ -246,7 +246,7 @@ def test_order_of_the_models_does_not_matter_from_one_start_on():
         assert np.array_equal(turned.positions, state.positions[:, order])
 
 
-def test_nothing_given_is_changed():
+def test_arguments_are_not_changed():
     positions, scores = np.array([[3.0, 4.0], [5.0, 6.0]]), [0.1, 0.2]
     state = swarm(positions, np.ones((2, 2)))
     before = {field.name: np.copy(getattr(state, field.name)) for field in dataclasses.fields(Swarm)}

@@ -1,4 +1,4 @@
-"""It finds the strategy that a planted task calls for, within its budget, and trains it as if it had been asked for."""
+"""It finds the strategy that suits a planted task, within its budget, and trains it as if it had been requested."""
 
 import copy
 import dataclasses
@@ -48,8 +48,8 @@ def knowing():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("broken", "best"), [(None, "linear_probe"), (2, "full")])
-def test_what_the_task_calls_for_is_found(knowing, broken, best, tmp_path):
-    """With perfect features the head is enough; with an early block broken, all that follows sees a constant."""
+def test_the_strategy_that_suits_the_task_is_found(knowing, broken, best, tmp_path):
+    """With perfect features, the head is enough; with a broken early block, everything after it sees a constant."""
     model = copy.deepcopy(knowing)
     if broken is not None:
         break_block(model, broken)
@@ -97,7 +97,7 @@ def test_the_run_is_that_of_the_chosen_strategy(tmp_path):
     alone = make_trainer(tiny_vit(), config, tmp_path / "alone", "always", **LONG, optim="adamw_torch", **UNSET | rate)
     alone.train()
     same_tensors(snapshot(trainer.model), snapshot(alone.model))
-    # What a checkpoint keeps is enough to go on.
+    # What a checkpoint contains is enough to continue.
     state = read_states(tmp_path / "auto" / "checkpoint-20")["auto"]
     assert trainer.configs[0].chosen(state)[0] == config and set(inner.tensors) == set(state.tensors)
     resumed = trainer_of(tiny_vit(), tmp_path / "auto", save_strategy="steps", save_steps=20)
@@ -111,7 +111,7 @@ def test_the_run_is_that_of_the_chosen_strategy(tmp_path):
 
 
 @pytest.mark.newest
-def test_more_is_tried_with_more_and_the_budget_is_kept(tmp_path):
+def test_a_larger_budget_tries_more_and_is_kept(tmp_path):
     tried = []
     for budget in (1, "2x", "4x"):
         model = tiny_resnet()
@@ -123,7 +123,7 @@ def test_more_is_tried_with_more_and_the_budget_is_kept(tmp_path):
         full = trainer_of(tiny_resnet(), tmp_path / "full", "full", samples=64, max_steps=4)
         with Work() as whole:
             full.train()
-        # What is not counted are a few samples each to find and to check what can be recorded.
+        # A few samples per attempt, to find and check what can be recorded, are not counted.
         assert work.total <= (found.searching + 0.2) * 10 * whole.total
         tried.append(sum(len(one.losses) for one in found.tried))
         assert {"full", *config.choose_from} == {one.strategy for one in found.tried} | set(found.declined)
@@ -131,7 +131,7 @@ def test_more_is_tried_with_more_and_the_budget_is_kept(tmp_path):
     assert "leaves no room to compare" in reasons(dataclasses.replace(found, tried=()))
 
 
-def test_brief_trainings_see_neither_the_fold_nor_other_data(tmp_path, monkeypatch):
+def test_short_trials_see_neither_the_fold_nor_other_data(tmp_path, monkeypatch):
     trainer = trainer_of(tiny_resnet(), tmp_path, AutoStrategyConfig(**FEW, budget="4x"), max_steps=40)
     seen, fit, predict = [], choose.fit, choose.predict
 
@@ -174,7 +174,7 @@ def test_a_rate_that_was_set_wins(tmp_path):
     found = chosen(trainer)
     assert found.rate is None and all(one.rate is None for one in found.tried)
     assert trainer._start_run().plan.learning_rate is None
-    # An optimizer of one's own has rates that were set as well.
+    # A user's own optimizer has rates that were set, too.
     model = tiny_resnet()
     own = torch.optim.SGD(model.parameters(), lr=0.02)
     args = tiny_arguments(tmp_path / "own", **UNSET, max_steps=2)
@@ -192,7 +192,7 @@ def test_a_rate_that_was_set_wins(tmp_path):
 
 
 @pytest.mark.parametrize(("validated", "choose_from"), [(True, "full"), (False, "full"), (True, "linear_probe")])
-def test_weights_are_averaged_where_that_scores_higher(validated, choose_from, tmp_path):
+def test_weights_are_averaged_if_that_scores_higher(validated, choose_from, tmp_path):
     model = tiny_resnet()
     config = AutoStrategyConfig(budget=1 if choose_from == "full" else "3x", choose_from=(choose_from,))
     args = tiny_arguments(tmp_path, **UNSET, max_steps=6, metric_for_best_model="loss", save_strategy="no")
@@ -218,13 +218,13 @@ def test_weights_are_averaged_where_that_scores_higher(validated, choose_from, t
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A choice that nothing has interrupted."""
+    """An uninterrupted choice."""
     config = AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])
     return chosen(trainer_of(tiny_resnet(), tmp_path_factory.mktemp("whole"), config))
 
 
 @pytest.mark.slow
-def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch, whole):
+def test_an_interrupted_choice_continues(tmp_path, monkeypatch, whole):
     config = AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])
     calls, fit = [], choose.fit
 
@@ -258,7 +258,7 @@ chosen(trainer_of(tiny_resnet(), sys.argv[1], AutoStrategyConfig(budget="3x", ch
 
 
 @pytest.mark.slow
-def test_a_killed_choice_goes_on(tmp_path, monkeypatch, whole):
+def test_a_killed_choice_continues(tmp_path, monkeypatch, whole):
     assert python("-c", KILLED, tmp_path / "run").returncode == -signal.SIGKILL
     config = AutoStrategyConfig(budget="3x", choose_from=FEW["choose_from"])
     calls, fit = [], choose.fit
@@ -268,7 +268,7 @@ def test_a_killed_choice_goes_on(tmp_path, monkeypatch, whole):
     assert found == whole
 
 
-# --- bad input, and what it does without --------------------------------------------------------------------
+# --- bad input, and what it can do without ------------------------------------------------------------------
 
 
 def test_refusals(tmp_path):
@@ -294,7 +294,7 @@ def test_a_damaged_state_is_refused(content):
 
 
 def test_a_state_opens_no_storage():
-    """A file from elsewhere chooses no place on this machine."""
+    """A file from elsewhere does not choose a location on this machine."""
     config = {**AutoStrategyConfig().to_dict(), "ft_type": "blockwise", "storage": "elsewhere.db"}
     content = {"config": {k: v for k, v in config.items() if k in ("ft_type", "storage")}, "state": {}}
     found, _ = AutoStrategyConfig().chosen(State({}, content))
@@ -302,7 +302,7 @@ def test_a_state_opens_no_storage():
 
 
 def test_what_has_too_few_steps_is_not_tried(tmp_path):
-    """One step cannot be divided between a probe and a training of everything."""
+    """A single step cannot be divided between a probe and training everything."""
     config = AutoStrategyConfig(**FEW, budget="3x")
     trainer = trainer_of(tiny_resnet(), tmp_path, config, per_device_train_batch_size=32, max_steps=3)
     found = chosen(trainer)
@@ -321,7 +321,7 @@ def test_regression_is_judged_by_its_loss(tmp_path):
     assert found.tried and not any(one.accuracies for one in found.tried) and not found.signals
 
 
-def test_the_options_that_it_shares_are_handed_on():
+def test_shared_options_are_passed_on():
     found = AutoStrategyConfig(norm_mode="eval", batch_norm_momentum=0.2)
     from hf_ft.strategies.auto.recipes import recipes
 

@@ -1,4 +1,4 @@
-"""A tiny network that knows its task, but for one block: which one is known."""
+"""A tiny network that knows its task, except for one known block."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ CLASSES = 4
 
 
 def images(samples, seed):
-    """Noisy images of four fixed patterns, and which one each is."""
+    """Noisy images of four fixed patterns, and the pattern of each."""
     patterns = torch.nn.functional.interpolate(
         torch.randn(CLASSES, 3, 4, 4, generator=torch.Generator().manual_seed(0)), size=32, mode="bilinear"
     )
@@ -58,6 +58,6 @@ def accuracy(model, samples=256):
 
 @torch.no_grad()
 def break_block(model, block):
-    """A block's output is constant: what every other candidate sees or gives is then worth nothing."""
+    """Make a block's output constant, so that every other candidate's inputs or outputs become worthless."""
     model.mobilenet_v1.layer[2 * block + 1].convolution.weight.zero_()
     return model

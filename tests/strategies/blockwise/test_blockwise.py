@@ -1,4 +1,4 @@
-"""The search finds the block that was broken; every candidate has the same start; what comes out trains that alone."""
+"""The search finds the broken block; every candidate has the same start; the result trains only that block."""
 
 import copy
 import hashlib
@@ -107,7 +107,7 @@ def test_all_start_alike_and_the_model_is_left_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_search_continues(tmp_path, monkeypatch):
     storage = str(tmp_path / "search.db")
     whole = searched(tiny_resnet(), tmp_path, metric="loss").run()
     calls = []
@@ -133,8 +133,8 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     assert len(calls) == 16 and len(optuna.get_all_study_names(f"sqlite:///{storage}")) == 3
 
 
-def test_another_process_knows_the_search_again(tmp_path):
-    """What names the study is a function of model, data and options alone, also where no labels can be read."""
+def test_another_process_recognises_the_search(tmp_path):
+    """The study's name depends only on model, data and options, even if no labels can be read."""
     model = TINY_MODELS["mobilenet_v1"](num_labels=4)
     data = Images(20)
     search = searched(model, tmp_path, data=data)
@@ -242,7 +242,7 @@ TUNED = {
     "resnet": tiny_resnet,
     "vit": tiny_vit,
     "bert": tiny_bert,
-    "mobilenet_v2": lambda: TINY_MODELS["mobilenet_v2"](tf_padding=False),  # with it, code reads what a wrapper hides
+    "mobilenet_v2": lambda: TINY_MODELS["mobilenet_v2"](tf_padding=False),  # code accesses what a wrapper hides
 }
 
 
@@ -266,14 +266,14 @@ def test_adapters_in_the_block_alone(name, tmp_path):
     convolutions = [base.get_submodule(n) for n in adapted if isinstance(base.get_submodule(n), nn.Conv2d)]
     assert all(convolution.groups == 1 for convolution in convolutions)
     assert "| tuner | `LoraConfig(r=2, init_lora_weights=False)` |" in str(card_of(trainer, None, tmp_path))
-    # Saved as PEFT saves it, and loaded by PEFT alone: adapter, head, the block's norms and their buffers.
+    # Saved like PEFT, and loaded with PEFT alone: adapter, head, the block's norms and their buffers.
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "saved").eval()
     inputs = tiny_inputs(base)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
         assert not torch.equal(base(**inputs).logits, loaded(**inputs).logits)
-    # Whatever is no adapter and no saved module is bit for bit the base's.
+    # Everything except adapters and saved modules equals the base, bit for bit.
     plain = {n.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", ""): t
              for n, t in model.state_dict().items() if ".lora_" not in n and ".modules_to_save" not in n}  # fmt: skip
     same_tensors(plain, before)
@@ -351,7 +351,7 @@ def test_a_block_that_does_not_exist(options, message, tmp_path):
         ({"tuner": {"r": 8}}, "tuner=.*is not PeftConfig or None"),
     ],
 )
-def test_options_that_cannot_be(options, message):
+def test_invalid_options(options, message):
     with pytest.raises(OptionError, match=message):
         BlockwiseConfig(**options)
 
@@ -371,7 +371,7 @@ def test_a_search_that_cannot_work(options, message, tmp_path):
         searched(tiny_resnet(), tmp_path, **options).run()
 
 
-def test_data_that_cannot_be_read_by_number(tmp_path):
+def test_data_that_cannot_be_read_by_index(tmp_path):
     model = tiny_resnet()
     stream = tiny_data(model).to_iterable_dataset()
     with pytest.raises(OptionError, match="map-style"):

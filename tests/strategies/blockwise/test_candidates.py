@@ -1,4 +1,4 @@
-"""Layers, segments and candidates: as the architecture has them, each weight in one place, and every quarter right."""
+"""Layers, segments and candidates: they follow the architecture, with each weight in one place and correct quarters."""
 
 import dataclasses
 import logging
@@ -31,7 +31,7 @@ from hf_ft.zoo.models import load_model
 FORMED = [scheme for scheme in SCHEMES if scheme != "top_layers"]
 
 # name -> layers, segments, stages with the stem, and blocks with stem and neck where they have layers; counted by hand:
-# segments are one more than the activations and poolings that stand between two layers.
+# there is one segment more than activations and poolings between two layers.
 COUNTS = {
     "resnet": (8, 7, 3, 4),  # the shortcut shares a segment with the first convolution of its block
     "regnet": (18, 16, 3, 4),  # 1 + 6 + 6 + 5, two shortcuts
@@ -47,13 +47,13 @@ COUNTS = {
     "distilbert": (20, 4, 4, 4),
     "timm": (5, 3, 3, 3),
 }
-# Parameters of the stem that sit on no layer.
+# Parameters of the stem that belong to no layer.
 LOOSE = {
     "vit": {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"},
     "deit": {f"deit.embeddings.{name}" for name in ("cls_token", "distillation_token", "position_embeddings")},
     "timm": {"timm_model.cls_token", "timm_model.pos_embed"},
 }
-# Their shortcuts run after the main path, but are defined before it.
+# Their shortcuts run after the main path, although they are defined before it.
 SHORTCUTS = ("resnet", "regnet")
 
 
@@ -74,7 +74,7 @@ def backbone_names(model):
 
 
 def assert_exact(model, found):
-    """What a candidate says it trains is what the engine trains; no name is listed twice."""
+    """Assert that the engine trains exactly what a candidate lists, and that no name is listed twice."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     for candidate in found:
         assert candidate.parameters == sum(sizes[name] for name in names_of(model, candidate.modules)) > 0
@@ -147,7 +147,7 @@ def test_candidates_do_not_overlap_and_leave_nothing_out(scheme, tiny):
     assert [i for c in reversed(found) for i in c.layers] == list(range(len(weight_layers(model))))
 
 
-def test_windows_are_all_the_runs(tiny):
+def test_windows_are_all_runs_of_consecutive_layers(tiny):
     _, model = tiny
     layers = weight_layers(model)
     found = candidates(model, "window", length=2)[::-1]
@@ -241,7 +241,7 @@ def test_loose_parameters_and_norms_of_a_neck():
     every = {module for layer in weight_layers(vit) for module in layer.modules}
     assert not {"vit.embeddings", "vit.embeddings.cls_token"} & every
     assert "vit.embeddings.cls_token" in names_of(vit, find_candidate(candidates(vit, "stage"), "stem").modules)
-    # The last norm is the neck, has no layer, and follows the last one.
+    # The last norm is the neck, has no layer of its own, and follows the last layer.
     assert weight_layers(vit)[-1].modules == ("vit.layers.2.mlp.fc2", "vit.layernorm")
     assert candidates(vit, "stage")[0].modules == ("vit.layers.2", "vit.layernorm")
     convnext = TINY_MODELS["convnext"]()
@@ -253,7 +253,7 @@ def test_loose_parameters_and_norms_of_a_neck():
 
 
 class Plain(nn.Module):
-    """A classifier whose blocks are given, with a stem before and a head after."""
+    """A classifier with given blocks, a stem before them and a head after them."""
 
     def __init__(self, *blocks, stem=None, **more):
         super().__init__()
@@ -265,7 +265,7 @@ class Plain(nn.Module):
 
 
 class Functional(nn.Module):
-    """Two convolutions, and a ReLU that is no module."""
+    """Two convolutions, and a ReLU that is not a module."""
 
     def __init__(self):
         super().__init__()
@@ -296,7 +296,7 @@ def test_functional_activations_cut_at_the_ends_of_blocks(caplog):
     )
 
 
-def test_no_warning_where_activations_are_modules(caplog):
+def test_no_warning_if_activations_are_modules(caplog):
     model = Plain(nn.Sequential(conv(), nn.ReLU(), conv()), nn.Sequential(conv(), nn.ReLU(), conv()))
     with caplog.at_level(logging.WARNING):
         assert segments(model) == [(0, 1), (2, 3), (4,)]
@@ -306,7 +306,7 @@ def test_no_warning_where_activations_are_modules(caplog):
 @pytest.mark.parametrize(
     ("block", "expected"),
     [
-        # A pooling cuts; dropout, identity and norms do not, and a segment is never empty.
+        # Pooling starts a segment; dropout, identity and norms do not, and a segment is never empty.
         ((conv, nn.AvgPool2d, conv, nn.Dropout, nn.Identity, conv), [(0, 1), (2, 3)]),
         ((nn.ReLU, conv, conv), [(0,), (1, 2)]),  # a Sequential runs in order
         ((conv, conv, nn.ReLU, nn.MaxPool2d), [(0, 1, 2)]),
@@ -328,7 +328,7 @@ def test_a_pooling_beside_the_blocks_cuts():
 def test_the_head_cuts_nothing():
     head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     model = Late(stem=conv(), head=head, blocks=nn.ModuleList([nn.Sequential(conv(), nn.ReLU(), conv())]))
-    assert segments(model) == [(0, 1), (2,)]  # though it is defined between the stem and the block
+    assert segments(model) == [(0, 1), (2,)]  # although it is defined between the stem and the block
 
 
 class Late(nn.Module):
@@ -348,7 +348,7 @@ class Late(nn.Module):
         ("a b act act2", [(0, 1), (2,)]),
         ("a b c act act2", [(0, 1), (2,), (3,)]),
         ("a act b c", [(0, 1), (2, 3)]),
-        ("a b c act", [(0, 1, 2, 3)]),  # three layers, one activation: nothing to tell where it is called
+        ("a b c act", [(0, 1, 2, 3)]),  # three layers, one activation: nothing shows where it is called
     ],
 )
 def test_activations_defined_apart_from_their_layers(names, expected):
@@ -370,7 +370,7 @@ def test_what_is_a_layer():
         ),
         ("blocks.0.fc", "blocks.0.scale"),
     ]
-    # A container with nothing but a norm in it is a layer, as is one with a bare parameter.
+    # A container with only a norm is a layer, as is one with a bare parameter.
     bare = Late(norm=nn.LayerNorm(4))
     bare.weight = nn.Parameter(torch.ones(4))
     assert layer_names(Plain(bare, conv()))[1:] == [("blocks.0",), ("blocks.1",)]
@@ -383,7 +383,7 @@ def test_a_stem_of_a_norm_joins_the_first_block():
     assert layer_names(model)[0] == ("stem", "blocks.0.a")
 
 
-def test_a_frozen_block_is_no_candidate_and_keeps_its_number():
+def test_a_frozen_block_is_not_a_candidate_and_keeps_its_number():
     model = Plain(conv(), conv(), conv())
     model.blocks[1].requires_grad_(False)
     model.stem.bias.requires_grad_(False)
@@ -439,7 +439,7 @@ def test_top_layers_are_unions():
 
 
 @pytest.mark.parametrize("ranked", [[], [0, 0], [8], [-1], [0, 1, 99]])
-def test_top_layers_refuses_what_is_no_ranking(ranked):
+def test_top_layers_refuses_what_is_not_a_ranking(ranked):
     with pytest.raises(OptionError, match="distinct layer indices from 0 to 7"):
         top_layers(tiny_resnet(), ranked)
 
@@ -482,7 +482,7 @@ def test_find_shortens_a_long_list():
 def test_last_quarter():
     found = candidates(tiny_mobilenet_v2(), "window", length=3)
     assert last_quarter(found).name == last_quarter(found[::-1]).name == "window49-51"
-    # Seven of eight layers make the last stage: its centre is in the third quarter, and there is nothing behind.
+    # Seven of eight layers form the last stage: its centre is in the third quarter, and nothing follows it.
     wide = last_quarter(candidates(tiny_resnet(), "stage"))
     assert (wide.name, wide.quarter) == ("stage1", 3)
     # top2's last layer is 6 too, but its centre is 3.5.
@@ -514,7 +514,7 @@ def test_refused(keywords, message):
     assert message in str(error.value)
 
 
-def test_refused_where_all_is_frozen():
+def test_refused_if_everything_is_frozen():
     model = tiny_resnet()
     model.resnet.requires_grad_(False)
     with pytest.raises(OptionError, match="all parameters outside the head are frozen"):
@@ -545,6 +545,6 @@ def test_real_models(name, numbers):
     for made in found.values():
         assert_exact(model, made)
         assert not any(".squeeze_excite" in module for c in made for module in c.modules)
-        # No loose parameters here: each scheme has all that can train outside the head.
+        # No loose parameters here: each scheme covers everything trainable outside the head.
         held = [name for candidate in made for name in names_of(model, candidate.modules)]
         assert sorted(held) == sorted(backbone_names(model))

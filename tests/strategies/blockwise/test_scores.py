@@ -1,4 +1,4 @@
-"""The result of a search: what is best, what the file and the tables hold, and that the plot shows it."""
+"""The result of a search: its best candidate, file, tables and plot."""
 
 import builtins
 import json
@@ -53,8 +53,8 @@ def test_mean_and_std():
         score("a", (0,))
 
 
-def test_best_is_not_pruned_nor_diverged_and_of_equals_the_last(some):
-    assert some.best.candidate.name == "window6-7"  # 0.8 as window4-5 has, nearer the output
+def test_best_is_neither_pruned_nor_diverged_and_ties_go_to_the_last(some):
+    assert some.best.candidate.name == "window6-7"  # 0.8 like window4-5, but nearer the output
     assert found(*some.scores[::-1]).best is some.scores[0]
     assert found(*some.scores[2:]).best is some.scores[2]
     for left in (some.scores[1:2], some.scores[3:], ()):
@@ -68,7 +68,7 @@ def test_best_in_a_quarter(some):
     assert found(*some.scores, better).best_in(4) is better
 
 
-def test_last_quarter_looks_at_no_score(some):
+def test_last_quarter_does_not_depend_on_scores(some):
     worst = score("layer7", (7,), 0.1, pruned=True)
     assert found(*some.scores, worst).last_quarter is worst
     assert found(*some.scores[2:]).last_quarter is some.scores[2]  # none in the fourth: the nearest to the output
@@ -151,7 +151,7 @@ def searched(scheme, seeds=2):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Every figure that is saved."""
+    """Every saved figure."""
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig

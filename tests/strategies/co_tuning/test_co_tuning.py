@@ -38,7 +38,7 @@ def test_the_term(make):
 @pytest.mark.slow
 @pytest.mark.parametrize("relationship", ["reverse", "direct"])
 def test_the_relationship_is_learned_on_the_training_samples(relationship, tmp_path):
-    """Each once, without augmentation, in eval mode, before anything moves."""
+    """Each sample once, without augmentation, in eval mode, before any weight changes."""
     config = CoTuningConfig(relationship=relationship)
     model = equipped(tiny_resnet(), config)
     start, before = copy.deepcopy(model), snapshot(model)
@@ -59,7 +59,7 @@ def test_the_relationship_is_learned_on_the_training_samples(relationship, tmp_p
 
 @pytest.mark.slow
 def test_source_data_calibrate_the_source_head(tmp_path):
-    """A head that is five times too sure of itself gives the same relationship as one that is not."""
+    """A head that is five times overconfident gives the same relationship as one that is not."""
     found = []
     for scale in (1.0, 5.0):
         model = equipped(tiny_vit(), CoTuningConfig())
@@ -87,7 +87,7 @@ def test_source_data_calibrate_the_source_head(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_comes_out(tmp_path):
+def test_the_result(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 4}
     whole = train(tiny_vit(), CoTuningConfig(), tmp_path, **saving)
     assert not has_source_head(whole.model)
@@ -106,7 +106,7 @@ def test_what_comes_out(tmp_path):
 
 
 def test_calibrating_disturbs_nothing(tmp_path):
-    """Augmented source data draw numbers of their own."""
+    """Augmented source data draw their own random numbers."""
     drawn = []
     for source in (False, True):
         model = equipped(tiny_resnet(), CoTuningConfig())

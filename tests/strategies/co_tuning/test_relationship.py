@@ -39,7 +39,7 @@ def cross_entropy(logits, labels):
 
 
 def reference_temperature(logits, labels):
-    """Where the derivative in 1 / T, the mean of E[z] - z_y, crosses zero: by bisection."""
+    """The temperature at which the derivative in 1 / T, the mean of E[z] - z_y, is zero, by bisection."""
 
     def slope(beta):
         total = 0.0
@@ -63,7 +63,7 @@ def reference_direct(logits, labels, classes, temperature=1.0):
 
 
 def reference_regression(features, labels, classes, strength):
-    """Softmax regression with a row of weights for every class, also for two, and no intercept, as the authors' is."""
+    """Softmax regression with a row of weights per class, even for two, and no intercept, like the authors'."""
     features, hot = numpy.asarray(features), numpy.eye(classes)[labels]
 
     def objective(flat):
@@ -134,7 +134,7 @@ def test_temperature_stays_within_its_bounds():
     logits = torch.eye(3, dtype=torch.float64)
     assert fit_temperature(logits, torch.arange(3)) == pytest.approx(0.05, rel=1e-3)
     assert fit_temperature(logits, torch.tensor([1, 2, 0])) == pytest.approx(20, rel=1e-3)
-    assert 0.05 <= fit_temperature(torch.zeros(3, 3), torch.arange(3)) <= 20  # any is as good
+    assert 0.05 <= fit_temperature(torch.zeros(3, 3), torch.arange(3)) <= 20  # any temperature is equally good
 
 
 # --- relationships --------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def test_a_planted_relationship_is_recovered(relationship, classes):
     assert float(rows.max(dim=1).values.min()) > 0.8
 
 
-def test_reverse_tells_classes_further_apart_where_it_has_the_samples():
-    """Source class 0 is predicted for all target classes alike: it keeps its marginal, and the telling ones grow."""
+def test_reverse_separates_classes_further_if_it_has_the_samples():
+    """Source class 0 is predicted equally for all target classes: it keeps its marginal; informative ones grow."""
     logits, labels = samples(per_class=1000, source=7, signal=2.0)
     logits[:, 0] += 1.0
     direct, reverse = direct_relationship(logits, labels, 3), reverse_relationship(logits, labels, 3)
@@ -216,7 +216,7 @@ def test_reverse_tells_classes_further_apart_where_it_has_the_samples():
 
 
 @pytest.mark.parametrize("relationship", RELATIONSHIPS)
-def test_a_source_head_that_tells_nothing_gives_the_marginal(relationship):
+def test_an_uninformative_source_head_gives_the_marginal(relationship):
     _, labels = samples()
     torch.testing.assert_close(relationship(torch.zeros(30, 5), labels, 3), torch.full((3, 5), 0.2))
     same = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0]).expand(30, 5)
@@ -259,7 +259,7 @@ def test_extreme_and_half_precision_logits(relationship):
 @pytest.mark.slow
 @pytest.mark.parametrize("relationship", RELATIONSHIPS)
 def test_fewer_samples_than_source_classes(relationship):
-    """Of ImageNet's size: every row is a distribution, and the planted class leads it."""
+    """With as many classes as ImageNet: every row is a distribution, led by the planted class."""
     logits, labels = samples(per_class=50, classes=10, source=1000, signal=8.0)
     rows = relationship(logits, labels, 10)
     torch.testing.assert_close(rows.sum(1), torch.ones(10), rtol=0, atol=1e-6)

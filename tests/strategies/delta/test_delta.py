@@ -1,4 +1,4 @@
-"""DELTA: the formula, and the weights of channels against networks whose channels are zeroed one at a time."""
+"""DELTA: the formula, and channel weights compared with networks whose channels are zeroed one at a time."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from tests.strategies.perturbed_model import moved
 
 
 def term_values(config, model, states=None):
-    """The loss's summands for a changed model in eval mode, and the layers' states before and after."""
+    """The terms of the loss for a changed model in eval mode, and the layers' states before and after."""
     start = copy.deepcopy(model)
     run = set_up(model, config, states=states or {})
     objective = run.objective()
@@ -66,7 +66,7 @@ def test_uniform_weights_are_one_over_the_number_of_channels():
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
 def test_with_64_samples_both_plain_and_weighted_are_the_authors_terms(make):
-    """Theirs: 0.01 times half the sum over batch, channels and positions, by h w where channels are weighted."""
+    """Theirs: 0.01 times half the sum over batch, channels and positions, divided by h w if channels are weighted."""
     model, start = make(), make()
     moved(model)
     layers = DELTAConfig(weights="uniform").plan(make(), State()).terms[0].layers
@@ -103,7 +103,7 @@ def test_attention_weights_against_float64():
 
 
 def zeroed(model, layer, channel):
-    """A copy whose layer's filter is zero."""
+    """A copy in which a filter of the layer is zero."""
     model = copy.deepcopy(model)
     module = model.get_submodule(layer)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def zeroed(model, layer, channel):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2", "efficientnet"])
 def test_channels_left_out_are_zeroed_filters(name):
-    """Several at a time, from the border before their block, as a network with that one filter at zero."""
+    """Several at a time, from the border before their block, equal networks with that one filter set to zero."""
     model = TINY_MODELS[name]()
     batch = tiny_inputs(model, 6)
     config = DELTAConfig()
@@ -145,7 +145,7 @@ def test_measured_weights(make, tmp_path):
 
 @pytest.mark.slow
 def test_growth_is_the_loss_without_a_channel_less_the_loss(tmp_path):
-    """Over all batches, for each channel; the sign counts: what is missed most weighs most."""
+    """Over all batches, for each channel, with its sign: channels whose loss hurts most weigh most."""
     model = tiny_resnet()
     layer = DELTAConfig()._layers(model)[-1]
     batches = [tiny_inputs(model, 6, seed) for seed in range(2)]
@@ -176,7 +176,7 @@ def test_alpha_zero_measures_nothing():
 
 
 def test_an_adapter_and_its_layer_are_one():
-    """On a LoRA model the same feature maps are compared, and names may leave PEFT's prefix out."""
+    """On a LoRA model, the same feature maps are compared, and names may omit PEFT's prefix."""
     tuner = LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["classifier"])
     adapted = get_peft_model(tiny_resnet(), tuner)
     prefix = "base_model.model."
@@ -196,7 +196,7 @@ def test_tuples_and_model_outputs(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_frozen_head_is_the_one_to_come(tmp_path):
+def test_a_frozen_head_is_not_replaced_for_measuring(tmp_path):
     tuner = LoraConfig(r=2, target_modules=["convolution"])
     trainer = train(get_peft_model(tiny_resnet(), tuner), DELTAConfig(), tmp_path)
     assert len(trainer.states["delta"].tensors) == 2
@@ -209,7 +209,7 @@ def test_layers_are_checked_when_the_trainer_is_made(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_layers_that_cannot_be():
+def test_invalid_layers():
     with pytest.raises(OptionError, match="no module 'resnet.layer9'.*default would be.*The modules are resnet, "):
         DELTAConfig(layers=("resnet.layer9",), weights="uniform").plan(tiny_resnet(), State())
     with pytest.raises(OptionError, match="no weights were measured for layer"):
@@ -236,7 +236,7 @@ def test_regression_cannot_weigh_channels(tmp_path):
 
 @pytest.mark.slow
 def test_with_lp_ft_the_probe_stage_has_no_such_term(tmp_path):
-    """What is frozen cannot move away from the reference: the term is left out, and the probe's cache stays in use."""
+    """Frozen weights cannot move away from the reference: the term is left out, and the probe's cache stays in use."""
     config = [LPFTConfig(), DELTAConfig(weights="uniform")]
     trainer = train(tiny_resnet(), config, tmp_path, max_steps=16)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]

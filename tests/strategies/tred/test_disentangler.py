@@ -1,4 +1,4 @@
-"""TRED's first stage, on features whose label and nuisance are known."""
+"""TRED's first stage, on features with known label and nuisance."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ def one_thread():
 
 @cache
 def synthetic(seed: int, mixed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps of 32 channels, 16 of the label and 16 of the nuisance; ``mixed``: 32 non-negative sums of these."""
+    """Maps with 32 channels, 16 for the label and 16 for the nuisance; ``mixed``: 32 non-negative sums of these."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -73,10 +73,10 @@ def read_from_f(seed: int, factor: str, mixed: bool) -> float:
 
 
 class Read(dict):
-    """What held-out probes read from F, P and N of label (y) and nuisance (u); each is trained when it is asked for.
+    """How well held-out probes predict label (y) and nuisance (u) from F, P and N; each is trained on request.
 
-    In F's deviations, one unit for all three; and rescaled, where each channel has unit deviation of its own, so that
-    whatever is let through is read, however small (*).
+    In F's standard deviations, one unit for all three; and rescaled (*), where each channel has its own unit
+    deviation, so that whatever is let through can be read, however small.
     """
 
     def __init__(self, found: Disentangled, seed: int, mixed: bool) -> None:
@@ -148,7 +148,7 @@ def test_the_papers_min_mi_alone_leaves_the_nuisance_to_chance():
 
 
 @pytest.mark.slow
-def test_where_every_channel_has_both_branches_divide_the_variance_and_a_mask_cannot():
+def test_if_every_channel_has_both_branches_divide_the_variance_and_a_mask_cannot():
     figures, branches = read_back(0, "branches", MIN_MI, mixed=True)
     _, mask = read_back(0, "mask", MIN_MI, mixed=True)
     assert figures["Py"] >= 0.95 * figures["Fy"]
@@ -160,7 +160,7 @@ def test_where_every_channel_has_both_branches_divide_the_variance_and_a_mask_ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bottleneck", [0.3, 3.0])
-def test_a_wide_range_of_bottlenecks_does(bottleneck):
+def test_a_wide_range_of_bottlenecks_works(bottleneck):
     figures, _ = read_back(0, "mask", Weights(bottleneck=bottleneck))
     assert figures["Py"] > 0.95 and figures["Pu"] < 0.5
 
@@ -256,7 +256,7 @@ def test_class_variances_are_unbiased_in_small_batches():
     assert between == pytest.approx(float(moments.between.sum()), rel=0.1)
 
 
-def test_batches_without_pairs_tell_nothing():
+def test_batches_without_pairs_give_zero():
     for labels in (torch.arange(4), torch.zeros(4)):
         assert [float(x) for x in class_variances(torch.randn(4, 3), labels)] == [0, 0]
 
@@ -287,7 +287,7 @@ def test_minimising_the_information_lowers_it(kind):
         learn(features, labels, weights=Weights(mmd=0, information=weight, bottleneck=0), **options).history
         for weight in (0.0, 3.0)
     )
-    # q has to learn first: its best epoch is what there was to lower.
+    # q has to learn first: its best epoch is the value to lower.
     assert low[-1]["information"] < 0.7 * max(epoch["information"] for epoch in low)
     assert low[-1]["information"] < 0.7 * without[-1]["information"]
 
@@ -390,7 +390,7 @@ def test_figures_of_constructed_collapses(logit, bias, verdict):
         module: Disentangler = Mask(32)
         module.logits.data.fill_(logit)
     else:
-        # What a network with negative features can do: P = F + c and N = -c.
+        # Possible with negative features: P = F + c and N = -c.
         module = Branches(32, non_negative=False)
         cov = torch.cov(x.transpose(0, 1).flatten(1))
         module.start(x.mean(dim=(0, 2, 3)), cov)
@@ -407,14 +407,14 @@ def test_figures_of_constructed_collapses(logit, bias, verdict):
 
 
 @pytest.mark.slow
-def test_runs_that_collapse_say_so():
+def test_runs_that_collapse_report_it():
     features, labels, _ = synthetic(0)
     options = {"samples": 200, "epochs": 10}
     kept = learn(features, labels, weights=Weights(mmd=1, information=0, bottleneck=0), **options)
     assert kept.verdict.startswith("P equals F")
     apart = learn(features, labels, kind="branches", weights=Weights(reconstruction=0, mmd=3), **options)
     assert apart.verdict.startswith(("P + N does not reconstruct F", "P and N are F plus"))
-    # Labels at random: nothing of the features is theirs.
+    # Random labels: the features contain nothing about them.
     noise = torch.randint(2, (1000,), generator=torch.Generator().manual_seed(99))
     empty = learn(features[:1000], noise, weights=MIN_MI, epochs=10)
     assert empty.verdict.startswith(("P is zero", "P does not predict")) and empty.figures["p_share"] < 0.2
@@ -422,7 +422,7 @@ def test_runs_that_collapse_say_so():
     assert gone.verdict.startswith("P is zero")
 
 
-def test_an_offset_gains_nothing_where_features_are_negative():
+def test_an_offset_gains_nothing_if_features_are_negative():
     features, labels, _ = synthetic(0)
     x, y = features[:40], labels[:40]
     for non_negative in (False, True):

