@@ -89,9 +89,11 @@ def speed_up(plain: list[float], other: list[float]) -> list[float]:
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def rate_of(config: FTConfig, model: Any) -> float:
-    """The recommended learning rate under AdamW."""
-    return float(recommended_arguments([config], ADAM, model)["learning_rate"].value)
+def trained(bench: Bench, config: FTConfig, seed: int, low: bool) -> Entry:
+    """A training run at the recommended learning rate and warm-up under AdamW."""
+    wanted = {name: one.value for name, one in recommended_arguments([config], ADAM, bench.load(seed)[0]).items()}
+    warmup = wanted.get("warmup_steps", 0)
+    return bench.run(config, ADAM, wanted["learning_rate"], seed, bf16=low, use_cpu=True, warmup_steps=warmup)
 
 
 def processor() -> str:
@@ -132,10 +134,8 @@ def main() -> None:
                     key = {"model": name, "strategy": strategy, "bf16": low, "seed": seed}
                     runs.get(
                         key,
-                        lambda c=config, low=low, s=seed, b=bench: b.run(
-                            c, ADAM, rate_of(c, b.load(s)[0]), s, bf16=low, use_cpu=True
-                        ),
-                    )  # type: ignore[misc]
+                        lambda c=config, low=low, s=seed, b=bench: trained(b, c, s, low),  # type: ignore[misc]
+                    )
 
 
 if __name__ == "__main__":
