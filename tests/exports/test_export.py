@@ -100,7 +100,7 @@ def test_images_are_prepared_and_int8_is_scored_as_the_record_says(files, convol
     shares = np.exp(found["model.onnx"]) / np.exp(found["model.onnx"]).sum(1, keepdims=True)
     np.testing.assert_allclose(shares, wanted, atol=1e-5)
     right = found["model.int8.onnx"].argmax(1) == TRUTH
-    assert small["scores"]["accuracy"] == right.mean()
+    assert small["scores"]["accuracy"] == pytest.approx(right.mean())
     assert small["agreement"] == (found["model.int8.onnx"].argmax(1) == shares.argmax(1)).mean()
 
 

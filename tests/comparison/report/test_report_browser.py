@@ -90,6 +90,7 @@ def browser():
 def screen(browser):
     """A new tab."""
     with browser.new_page() as page:
+        page.set_default_timeout(120_000)  # a loaded machine takes more than the usual 30 s
         yield page
 
 
