@@ -55,7 +55,8 @@ def test_an_evaluation_is_a_page_with_its_scores(files, tmp_path, capsys):
     content = json.loads((out / "evaluation.json").read_text())
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     right = sum(row["label"] == row["true_label"] for row in rows)
-    assert content["scores"]["accuracy"] == pytest.approx(right / 12) and content["confusion"]["classes"] == list(CLASSES)
+    assert content["scores"]["accuracy"] == pytest.approx(right / 12)
+    assert content["confusion"]["classes"] == list(CLASSES)
     assert f"{content['scores']['log_loss']:.4f}" in capsys.readouterr().out
     page = (out / "evaluation.html").read_text()
     assert "Made by <code>hf-ft evaluate</code>" in page and "hf-ft compare" not in page
