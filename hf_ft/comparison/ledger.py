@@ -115,7 +115,7 @@ class Ledger:
         if any(trial is None for trial in trials):
             return None
         scored = [(i, t.training) for i, t in enumerate(trials) if t and t.training.validation is not None]
-        ranks = [(self.score(training), self._late(training), -i) for i, training in scored]
+        ranks = [(round(self.score(t), DIGITS), round(self._late(t), DIGITS), -i) for i, t in scored]
         return -max(ranks)[-1] if ranks else None
 
     def score(self, training: Training) -> float:

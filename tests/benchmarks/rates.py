@@ -288,7 +288,6 @@ def _default(runs: Sequence[Entry]) -> Entry:
         rate = HeadFit(fit["curvature"], fit["feature_norm"]).rate(ADAM)
     else:
         rate = float(recommended_arguments(resolve(STRATEGIES[one["strategy"]][0]), ADAM)["learning_rate"].value)
-        rate *= 0.2 if one["strategy"] == "full, eval" else 1.0  # as comparisons try it
         rate *= 0.1 if one["model"] in OWN_PIXELS else 1.0  # without BatchNorm
     return min((r for r in runs if r["optim"] == ADAM), key=lambda r: abs(math.log(r["rate"] / rate)))
 
