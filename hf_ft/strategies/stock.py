@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core import FTConfig, Needs, Plan, Recommended, State, advising, register
+from hf_ft.core import FTConfig, Needs, Plan, Recommended, Stage, State, advising, register
+
+
+def linear_decay(progress: float) -> float:
+    """The Trainer's default schedule, without a warm-up."""
+    return 1 - progress
 
 
 @register("stock")
@@ -32,4 +37,5 @@ class StockConfig(FTConfig):
         return Needs(several_members=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        return Plan()
+        # A comparison gives all strategies one schedule and warm-up; this one stands for the Trainer's.
+        return Plan(stages=(Stage("train", schedule=linear_decay),))

@@ -23,3 +23,13 @@ def test_it_is_the_stock_trainer(tmp_path):
     Trainer(theirs, tiny_arguments(tmp_path, learning_rate=5e-5), train_dataset=tiny_data(theirs)).train()
     same_tensors(snapshot(ours), snapshot(theirs))
     assert any(not torch.equal(value, before[name]) for name, value in snapshot(theirs).items())
+
+
+def test_it_decays_linearly_whatever_the_schedule_of_a_comparison(tmp_path, caplog):
+    ours, theirs = tiny_vit(), tiny_vit()
+    make_trainer(
+        ours, "stock", tmp_path / "ours", learning_rate=5e-5, lr_scheduler_type="cosine", warmup_steps=2
+    ).train()
+    Trainer(theirs, tiny_arguments(tmp_path, learning_rate=5e-5), train_dataset=tiny_data(theirs)).train()
+    same_tensors(snapshot(ours), snapshot(theirs))
+    assert "stock: lr_scheduler_type='cosine', warmup_steps=2 has no effect in the stages train" in caplog.text

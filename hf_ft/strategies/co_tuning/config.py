@@ -128,9 +128,12 @@ class CoTuningConfig(FTConfig):
         recorded = RecordedFeatures(model, SOURCE_LOGITS, context)
         read = [recorded(rows)[:2] for rows in batches_of(recorded.count)]
         logits, labels = ([part[i].cpu() for part in read] for i in range(2))
-        learn = reverse_relationship if self.relationship == "reverse" else direct_relationship
         config: Any = model.config
-        relationship = learn(torch.cat(logits), torch.cat(labels), config.num_labels, temperature)
+        known = torch.cat(logits), torch.cat(labels), config.num_labels, temperature
+        if self.relationship == "reverse":
+            relationship = reverse_relationship(*known, groups=context.groups)
+        else:
+            relationship = direct_relationship(*known)
         names = {str(place): name for place, name in head.names.items()}
         return State({RELATIONSHIP: relationship}, {"temperature": temperature, "names": names})
 

@@ -10,6 +10,7 @@ Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_ft.errors import OptionError
 from hf_ft.functional import wide
+from hf_ft.splits import grouped_folds
 
 __all__ = ["direct_relationship", "fit_temperature", "relationship_loss", "reverse_relationship"]
 
@@ -83,7 +85,13 @@ def direct_relationship(logits: Tensor, labels: Tensor, classes: int, temperatur
 
 
 def reverse_relationship(
-    logits: Tensor, labels: Tensor, classes: int, temperature: float = 1.0, folds: int = 5, seed: int = 0
+    logits: Tensor,
+    labels: Tensor,
+    classes: int,
+    temperature: float = 1.0,
+    folds: int = 5,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> Tensor:
     r"""Predict the target class from the source head's prediction, and invert this by Bayes' rule.
 
@@ -94,7 +102,8 @@ def reverse_relationship(
     g is a multinomial logistic regression without intercept from source probabilities to target classes, and
     :math:`e_s` the one-hot distribution on source class s. Cross-validation selects the strength of its L2 penalty by
     likelihood, and yields the held-out logits on which its temperature :math:`T_g` is fitted. If some class has a
-    single sample, nothing can be held out: the penalty is scikit-learn's C = 1, and :math:`T_g = 1`.
+    single sample, or all its samples are in one group, nothing can be held out: the penalty is scikit-learn's C = 1,
+    and :math:`T_g = 1`.
 
     No sample's prediction is as confident as :math:`e_s`, so g extrapolates: with a few dozen samples per class, its
     rows vary much more between draws of samples than those of :func:`direct_relationship`.
@@ -104,8 +113,9 @@ def reverse_relationship(
         labels: (N,), the target classes, in [0, classes).
         classes: number of target classes.
         temperature: T, by which the source head is calibrated (:func:`fit_temperature` on source samples).
-        folds: number of cross-validation folds; reduced to the size of the smallest class.
+        folds: number of cross-validation folds; at most the number of samples, or groups, of each class.
         seed: seed of the split into folds.
+        groups: (N,), numbers of groups that are held out as a whole; None if each sample stands for itself.
 
     Returns:
         (classes, C_s), float32 on the CPU; rows sum to 1.
@@ -117,7 +127,7 @@ def reverse_relationship(
     Reference: You, Kou, Long, Wang, "Co-Tuning for Transfer Learning", NeurIPS 2020.
     """
     logits, labels = _checked("reverse_relationship", logits, labels)
-    counts = _counts("reverse_relationship", labels, classes)
+    _counts("reverse_relationship", labels, classes)
     if folds < 2:
         raise OptionError(f"reverse_relationship: folds={folds} leaves nothing to hold out: use 2 or more, such as 5.")
     if classes == 1:  # a single class: p(y_t | y_s) is 1
@@ -127,17 +137,19 @@ def reverse_relationship(
     rows = logits.numpy()
     order = sorted(range(len(rows)), key=lambda n: (int(labels[n]), rows[n].tobytes()))
     labels = labels[order]
+    groups = None if groups is None else groups[order]
     log_source = _log_source("reverse_relationship", logits[order], temperature)
     # The L2 penalty keeps the weights in the span of the samples and is rotation-invariant: in coordinates of that
     # span the fits are the same, and cheaper if there are fewer samples than source classes.
     left, scale, one_hot = np.linalg.svd(log_source.exp().numpy(), full_matrices=False)
     features = left * scale
 
-    folds = min(folds, int(counts.min()))
     strength, calibration = 1.0, 1.0
-    if folds > 1:
-        strength, held_out = _cross_validated(features, labels, classes, folds, seed)
-        calibration = fit_temperature(held_out, labels)
+    parts = _folds(labels.numpy(), folds, seed, groups)
+    if parts:
+        strength, held_out = _cross_validated(features, labels, classes, parts)
+        rows = np.sort(np.concatenate(parts))
+        calibration = fit_temperature(held_out[rows], labels[rows])
     g = _regression().set_params(C=_sklearn_c(strength, classes)).fit(features, labels.numpy())
     log_target = (_logits(g, one_hot.T) / calibration).log_softmax(dim=1)
     # In log space: products of small probabilities would underflow to 0 for every source class.
@@ -195,18 +207,34 @@ def _logits(regression: LogisticRegression, features: np.ndarray) -> Tensor:
     return torch.stack((-scores / 2, scores / 2), dim=1) if scores.dim() == 1 else scores
 
 
-def _cross_validated(features: np.ndarray, labels: Tensor, classes: int, folds: int, seed: int) -> tuple[float, Tensor]:
-    """The strength with the highest held-out likelihood, and its held-out logits (N, classes)."""
-    targets = labels.numpy()
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, targets)
-    parts = [(train, test, _regression()) for train, test in split]
+def _folds(labels: np.ndarray, most: int, seed: int, groups: np.ndarray | None) -> list[np.ndarray]:
+    """The rows of each fold; none if a class would be missing from what remains."""
+    units = np.stack([labels, np.arange(len(labels)) if groups is None else groups])
+    folds = min(most, int(np.unique(np.unique(units, axis=1)[0], return_counts=True)[1].min()))
+    if folds < 2:
+        return []
+    if groups is None:
+        split = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
+        return [held_out for _, held_out in split]
+    # All groups of a class may end up in one fold, which then cannot be predicted from the others.
+    classes = np.unique(labels)
+    parts = grouped_folds(labels, groups, folds, seed)
+    return [part for part in parts if np.array_equal(np.unique(np.delete(labels, part)), classes)]
+
+
+def _cross_validated(
+    features: np.ndarray, labels: Tensor, classes: int, parts: Sequence[np.ndarray]
+) -> tuple[float, Tensor]:
+    """The strength with the highest held-out likelihood, and its logits (N, classes), of the rows held out."""
+    targets, rows = labels.numpy(), np.sort(np.concatenate(parts))
+    fits = [(np.setdiff1d(np.arange(len(targets)), part), part, _regression()) for part in parts]
     losses: dict[float, float] = {}
     for strength in STRENGTHS:  # warm start from the previous fit
         logits = torch.empty(len(targets), classes, dtype=torch.float64)
-        for train, test, regression in parts:
+        for train, test, regression in fits:
             regression.set_params(C=_sklearn_c(strength, classes)).fit(features[train], targets[train])
             logits[test] = _logits(regression, features[test])
-        losses[strength] = nn.functional.cross_entropy(logits, labels).item()
+        losses[strength] = nn.functional.cross_entropy(logits[rows], labels[rows]).item()
         lowest = min(losses, key=losses.__getitem__)
         if lowest == strength:
             best = logits

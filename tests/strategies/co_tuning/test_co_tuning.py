@@ -1,6 +1,7 @@
 """L = CE(h_T(f(x)), y) + 2.3 CE(h_S(f(x)), p(y_s | y)), against float64 sums written out."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -43,12 +44,14 @@ def test_the_relationship_is_learned_on_the_training_samples(relationship, tmp_p
     model = equipped(tiny_resnet(), config)
     start, before = copy.deepcopy(model), snapshot(model)
     data = tiny_data(model, 40)
-    trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=config, train_dataset=data)
+    groups = np.arange(40) // 2
+    trainer = FTTrainer(model, tiny_arguments(tmp_path), strategy=config, train_dataset=data, groups=groups)
     found = trainer._states()["co_tuning"]
     same_tensors(before, snapshot(model))
     rows = {name: data[:][name] for name in ("pixel_values", "labels")}
     logits = logits_with(start, source_head(start), rows)
-    learn = {"reverse": reverse_relationship, "direct": direct_relationship}[relationship]
+    grouped = functools.partial(reverse_relationship, groups=groups)
+    learn = {"reverse": grouped, "direct": direct_relationship}[relationship]
     assert torch.allclose(found.tensors["relationship"], learn(logits, rows["labels"], 3), atol=1e-5)
     assert found.info["temperature"] == 1.0
     probabilities = softmax(logits.double().numpy(), axis=1)

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from scipy.optimize import minimize
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from hf_ft.errors import OptionError
 from hf_ft.strategies.co_tuning import relationship as category_relationship
@@ -81,14 +81,19 @@ def reference_regression(features, labels, classes, strength):
     return lambda x: (numpy.asarray(x) @ rows.T).tolist()
 
 
-def reference_reverse(logits, labels, classes, temperature=1.0, folds=5, seed=0):
-    paired = sorted(zip(labels, logits, strict=True), key=lambda pair: (pair[0], numpy.array(pair[1]).tobytes()))
-    labels = [y for y, _ in paired]
-    features = [softmax([v / temperature for v in z]) for _, z in paired]
-    folds = min(folds, *(labels.count(t) for t in range(classes)))
+def reference_reverse(logits, labels, classes, temperature=1.0, folds=5, seed=0, groups=None):
+    groups = range(len(labels)) if groups is None else groups
+    order = sorted(range(len(labels)), key=lambda n: (labels[n], numpy.array(logits[n]).tobytes()))
+    labels, groups = [labels[n] for n in order], [groups[n] for n in order]
+    features = [softmax([v / temperature for v in logits[n]]) for n in order]
+    folds = min(folds, *(len({g for g, y in zip(groups, labels, strict=True) if y == t}) for t in range(classes)))
     strength, calibration = 1.0, 1.0
     if folds > 1:
-        splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels))
+        alone = len({*groups}) == len(labels)
+        kind = StratifiedKFold if alone else StratifiedGroupKFold
+        splits = kind(folds, shuffle=True, random_state=seed).split(features, labels, None if alone else groups)
+        splits = [(train, test) for train, test in splits if len({labels[i] for i in train}) == classes]
+        tested = [i for _, test in splits for i in test]
         found = []
         for power in range(-2, 5):
             held_out = [None] * len(labels)
@@ -96,9 +101,10 @@ def reference_reverse(logits, labels, classes, temperature=1.0, folds=5, seed=0)
                 g = reference_regression([features[i] for i in train], [labels[i] for i in train], classes, 10.0**power)
                 for i in test:
                     held_out[i] = g(features[i])
-            found.append((cross_entropy(held_out, labels), 10.0**power, held_out))
-        _, strength, held_out = min(found)
-        calibration = reference_temperature(held_out, labels)
+            kept = [held_out[i] for i in tested], [labels[i] for i in tested]
+            found.append((cross_entropy(*kept), 10.0**power, kept))
+        _, strength, kept = min(found)
+        calibration = reference_temperature(*kept)
     g = reference_regression(features, labels, classes, strength)
     sources = range(len(features[0]))
     marginal = [sum(p[s] for p in features) / len(features) for s in sources]
@@ -154,6 +160,26 @@ def test_reverse_against_loops(classes, case):
     expected = reference_reverse(logits.tolist(), labels.tolist(), classes, **case)
     found = reverse_relationship(logits, labels, classes, **case)
     torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [[n % 6 for n in range(24)], [n % 8 // 4 * 3 + n // 8 for n in range(24)]], ids=str)
+def test_reverse_holds_out_whole_groups(groups):
+    """In the second case, each class has two groups of its own."""
+    logits, labels = samples(per_class=8, signal=0.5)
+    groups = numpy.array(groups)
+    for seed in range(3):
+        expected = reference_reverse(logits.tolist(), labels.tolist(), 3, groups=groups.tolist(), seed=seed)
+        found = reverse_relationship(logits, labels, 3, groups=groups, seed=seed)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(found, reverse_relationship(logits, labels, 3, seed=seed), rtol=1e-3, atol=1e-5)
+
+
+def test_reverse_with_a_single_group_of_a_class_is_not_cross_validated():
+    logits, labels = samples(per_class=8)
+    groups = numpy.where(labels == 0, -1, numpy.arange(24))
+    expected = reference_reverse(logits.tolist(), labels.tolist(), 3, groups=groups.tolist())
+    found = reverse_relationship(logits, labels, 3, groups=groups)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
