@@ -120,7 +120,7 @@ def _help(own: Parser) -> str:
 
 def _one_line(flag: Any) -> str:
     text = " ".join(str(flag.metadata["help"]).split()).partition("; several: ")[0]
-    return text if flag.default in (None, "") or "default" in text else f"{text} (default: {flag.default})"
+    return text if flag.default in (None, "") or "default: " in text else f"{text} (default: {flag.default})"
 
 
 def _check(request: Request) -> None:

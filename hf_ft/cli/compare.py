@@ -247,7 +247,7 @@ def show(results: Results, folder: Path, example: str | None = None, over: str =
                 contender.status if contender.status != "finished" else "",
             )
         )
-    headers = ("strategy", "validation", "test", "to full", "s/run", "trials", "tuning s", "")
+    headers = ("strategy", "validation", "test", "vs. full", "s/run", "trials", "tuning s", "")
     say(f"\n{results.metric}, mean ± std of {results.settings['seeds']} seeds; * is best on validation:\n")
     say(table(rows, headers))
     say(f"\n{_gained(results, over)}")

@@ -245,5 +245,6 @@ def _help(flag: Field, words: Mapping[str, str], defaults: Mapping[str, Any]) ->
     text = words.get(flag.name) or " ".join(str(flag.metadata.get("help", "")).split())
     default = defaults.get(flag.name, flag.default)
     default = getattr(default, "value", default)  # for enumerations
-    silent = any(default is nothing for nothing in (None, MISSING, "", False)) or "default" in text
+    told = "default: " in text or "efaults to" in text
+    silent = told or any(default is nothing for nothing in (None, MISSING, "", False))
     return text if silent else f"{text} (default: {default})"

@@ -79,13 +79,14 @@ class Recommended:
     statistics_kept: float = 1.0
 
     def __str__(self) -> str:
-        """For display: the value, those for the other optimizers, and the factor without BatchNorm."""
+        """For display: the value, those for the other optimizers, and the factors for other networks and modes."""
         others = [
             f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
         ]
-        fixed = self.without_batch_norm == 1 or isinstance(self.value, str)
-        factor = [] if fixed else [f"times {self.without_batch_norm:g} without BatchNorm"]
-        return ", ".join([str(self.value), *others, *factor])
+        factors = {"without BatchNorm": self.without_batch_norm, "if norm_mode='eval'": self.statistics_kept}
+        factors = {} if isinstance(self.value, str) else factors
+        changed = [f"times {factor:.2g} {where}" for where, factor in factors.items() if factor != 1]
+        return ", ".join([str(self.value), *others, *changed])
 
     def under(self, optim: str, batch_norm: bool = True, kept: bool = False) -> Recommended:
         """The recommendation for this optimizer.

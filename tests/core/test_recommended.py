@@ -65,8 +65,8 @@ def test_rates_are_shown_as_people_write_them(name):
         found = None if wanted is None else wanted.under(optim, batch_norm=False).value
         if isinstance(found, float):
             assert len(f"{found!r}") < 8
-    factor = Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1)
-    assert str(factor) == "0.0003, 0.003 under SGD, times 0.1 without BatchNorm"
+    rate = Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3)
+    assert str(rate) == "0.0003, 0.003 under SGD, times 0.1 without BatchNorm, times 0.33 if norm_mode='eval'"
 
 
 def test_an_unset_rate_warns_by_the_kind_of_network(tmp_path, monkeypatch):
