@@ -98,8 +98,12 @@ def _redrawn(gaps: np.ndarray, classes: np.ndarray, random: np.random.Generator)
 
 def gaps_of(results: Results, name: str) -> Gaps | None:
     """What the interval is computed from, over the seeds that a strategy shares with full fine-tuning."""
-    ours, theirs = (_runs(results, one) for one in (name, BASELINE))
-    labels = np.asarray(results.labels["test"])
+    return gaps_between(_runs(results, name), _runs(results, BASELINE), results.labels["test"])
+
+
+def gaps_between(ours: Mapping[int, Training], theirs: Mapping[int, Training], test: Sequence[int]) -> Gaps | None:
+    """What the interval is computed from, over the seeds that two strategies share; ``test``: (samples,) classes."""
+    labels = np.asarray(test)
     right = [
         (np.asarray(ours[seed].predictions["test"]) == labels).astype(float)
         - (np.asarray(theirs[seed].predictions["test"]) == labels)
@@ -109,8 +113,59 @@ def gaps_of(results: Results, name: str) -> Gaps | None:
     return (np.stack(right), labels) if right else None
 
 
+def table_of_auto(table: Table) -> str:
+    """``auto`` at its defaults against the winner of a tuned comparison, and against the Trainer's defaults."""
+    titles = TITLES | FAR
+    defaults, tuned = read("defaults", titles), read("tuned", titles)
+    rows: list[tuple[str, ...]] = []
+    means: list[list[float]] = []
+    for task in titles:
+        both = [(one, other) for one in defaults.get(task, ()) for other in tuned.get(task, ()) if _same(one, other)]
+        if not both:
+            continue
+        winners = [_winner(other) for _, other in both]
+        autos = [_runs(one, "auto") for one, _ in both]
+        theirs = [_runs(other, winner) for (_, other), winner in zip(both, winners, strict=True)]
+        stocks = [_runs(one, "stock") for one, _ in both]
+        test = [one.labels["test"] for one, _ in both]
+        metric = both[0][0].metric
+        mean = [
+            statistics.fmean(run.scores["test"][metric] for runs in every for run in runs.values())
+            for every in (autos, theirs, stocks)
+        ]
+        means.append(mean)
+        beside = [_gain(filter(None, map(gaps_between, autos, other, test))) for other in (theirs, stocks)]
+        shown = f"{score(mean[1])} ({', '.join(winners)})"
+        rows.append((titles[task], score(mean[0]), shown, beside[0], score(mean[2]), beside[1]))
+    if not rows:
+        return NOT_YET
+    ours, winner, stock = np.mean(means, axis=0)
+    rows.append(("mean", score(ours), score(winner), signed(ours - winner), score(stock), signed(ours - stock)))
+    heads = ("task", "auto", "winner of a comparison, by split", "auto − winner", "stock", "auto − stock")
+    return table(heads, rows)
+
+
+def _same(one: Results, other: Results) -> bool:
+    """Whether two comparisons are of the same split."""
+    return one.labels["test"] == other.labels["test"]
+
+
+def _winner(results: Results) -> str:
+    """The strategy with the highest mean validation score of its final runs."""
+
+    def mean(name: str) -> float:
+        return statistics.fmean(run.validation or 0.0 for run in _runs(results, name).values())
+
+    names = sorted(contender.name for contender in results.contenders if contender.finished_runs)
+    return max(names, key=lambda name: round(mean(name), 9))
+
+
 def _difference(splits: Sequence[Results], name: str) -> str:
-    gaps = [found for results in splits if (found := gaps_of(results, name)) is not None]
+    return _gain(found for results in splits if (found := gaps_of(results, name)) is not None)
+
+
+def _gain(found: Iterable[Gaps]) -> str:
+    gaps = list(found)
     means = [np.mean([own[:, classes == label].mean() for label in np.unique(classes)]) for own, classes in gaps]
     if not means:
         return ""

@@ -31,6 +31,7 @@ import torch
 import transformers
 from common import Entry, Runs, quiet
 from rates import ADAM, BATCH, FAR, NEAR, RESULTS, SGD, Bench, Task
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_ft import FullConfig
 from hf_ft.data.rows import read_rows
@@ -74,7 +75,8 @@ class Start:
         """The largest eigenvalue of the Hessian; under AdamW, of the preconditioned one."""
         model, batch = self.model(), self.batch(self.rows[:SAMPLES])
         parameters = [p for p in model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(model(**batch).loss, parameters, create_graph=True)
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no second derivative
+            gradients = torch.autograd.grad(model(**batch).loss, parameters, create_graph=True)
         scale = [torch.ones_like(p) for p in parameters]
         if optim == ADAM:  # the square root of Adam's denominator after its first step
             scale = [(g.detach().abs() + 1e-8).sqrt() for g in gradients]

@@ -74,3 +74,25 @@ def test_the_gap_is_of_the_seeds_in_common(kept):
     one_seed = dataclasses.replace(kept[0], contenders=(dataclasses.replace(full, runs=full.runs[:1]), *others))
     gaps, labels = natural.gaps_of(one_seed, "daft")
     assert gaps.shape == (1, len(labels)) and set(np.unique(gaps)) <= {-1.0, 0.0, 1.0}
+
+
+def test_auto_is_compared_with_the_winner_on_validation(kept, tmp_path):
+    """The winner is chosen among tuned strategies by validation; auto and stock ran at their defaults."""
+    (tmp_path / "tuned").mkdir()
+    tuned = kept[0]
+    tuned.save(tmp_path / "tuned" / "cifar10_0.json")
+    renamed = {"daft": "auto", "l2_sp": "stock"}
+    own = tuple(dataclasses.replace(c, name=renamed.get(c.name, c.name)) for c in tuned.contenders)
+    for file in (tmp_path / "defaults").glob("*.json"):
+        file.unlink()
+    dataclasses.replace(tuned, contenders=own, winner="auto").save(tmp_path / "defaults" / "cifar10_0.json")
+    head, task, mean = natural.table_of_auto(table).splitlines()
+    validation = {c.name: np.mean([r.validation for r in c.finished_runs]) for c in tuned.contenders if c.finished_runs}
+    winner = max(validation, key=validation.get)
+    test = {
+        name: np.mean([run.scores["test"]["balanced_accuracy"] for run in tuned[name].finished_runs])
+        for name in ("daft", "l2_sp", winner)
+    }
+    cells = task.split("|")
+    assert cells[:3] == ["CIFAR-10", f"{test['daft']:.3f}", f"{test[winner]:.3f} ({winner})"]
+    assert cells[4] == f"{test['l2_sp']:.3f}" and len(cells) == len(head.split("|")) == len(mean.split("|"))
