@@ -60,9 +60,9 @@ usage: hf-ft compare --model MODEL --dataset DATA [--strategies NAME,NAME] [flag
 
 Every strategy gets the same tuning budget: the work of --trials training runs of full fine-tuning, including the
 strategy's own search. Its first trial uses its defaults; optimizer, learning rate and a few declared options are tuned
-on validation data, around values that suit the method, the model and the data. The best setting is then trained again
-with several seeds, and only these runs are scored on the test data. Run the same command again to continue an
-interrupted comparison.
+on validation data, around values that suit the method, the model and the data. The best setting and the defaults are
+then trained again, and the better of the two with several seeds; only these runs are scored on the test data. Run the
+same command again to continue an interrupted comparison.
 
 example:
   hf-ft compare --model microsoft/resnet-18 --dataset my_photos/ --strategies linear_probe,lp_ft,l2_sp,lp_ft+l2_sp \\

@@ -63,6 +63,7 @@ def contender(ledger: Ledger, entrant: Entrant) -> Contender:
         chosen=chosen,
         on_edge=() if chosen is None else entrant.edges(there[chosen].params, [trial.params for trial in there]),
         runs=tuple(map(_shareable, runs)),
+        rejected=tuple(map(_shareable, ledger.rejected(entrant))),
         found={} if first is None else first.found,
         learned="" if first is None else first.learned,
     )

@@ -19,6 +19,26 @@ DIGITS = 9  # means that agree to this many digits are equal
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A training run of a comparison.
+
+    Attributes:
+        kind: "trial" or "run" (a final run).
+        number: of the trial, from 0, or the seed of the run, from 1.
+        setting: index of the values that it is trained with; those of the first trial are the defaults.
+    """
+
+    entrant: Entrant
+    kind: str
+    number: int
+    setting: int
+
+    @property
+    def seed(self) -> int:
+        return TUNING_SEED if self.kind == "trial" else self.number
+
+
+@dataclass(frozen=True)
 class Done:
     """A finished job: a training run and its further results.
 
@@ -104,7 +124,7 @@ class Ledger:
         """Number of trials, given those that are done and the work that they used."""
         return max(1, done + math.floor((self.allowed - used) / each + 1e-9))
 
-    def chosen(self, entrant: Entrant) -> int | None:
+    def best_trial(self, entrant: Entrant) -> int | None:
         """The trial with the best score; None while trials are missing, or if all failed. Without tuning: the defaults.
 
         Ties, common on small validation sets, are broken by the score over the later half of the epochs, then by order.
@@ -117,6 +137,42 @@ class Ledger:
         scored = [(i, t.training) for i, t in enumerate(trials) if t and t.training.validation is not None]
         ranks = [(round(self.score(t), DIGITS), round(self._late(t), DIGITS), -i) for i, t in scored]
         return -max(ranks)[-1] if ranks else None
+
+    def confirming(self, entrant: Entrant) -> list[Planned]:
+        """The runs that decide between the best trial and the defaults; none if these are the same.
+
+        The best of several trials is best partly by chance, so its score is not what to expect of the next run.
+        """
+        best = self.best_trial(entrant)
+        seeds = range(1, self.settings.confirmed + 1)
+        return [Planned(entrant, "run", seed, setting) for setting in (best, 0) for seed in seeds] if best else []
+
+    def chosen(self, entrant: Entrant) -> int | None:
+        """The setting of the final runs: the best trial's, or the defaults if these score higher with other seeds.
+
+        None while it is unknown, or if all trials failed.
+        """
+        halves = self.confirmed(entrant)
+        if halves is None:
+            return None
+        best, defaults = halves
+        return 0 if best and self._mean(defaults) > self._mean(best) else self.best_trial(entrant)
+
+    def confirmed(self, entrant: Entrant) -> tuple[list[Training], list[Training]] | None:
+        """The runs that decide: of the best trial's setting, and of the defaults; None while any is missing."""
+        found = [self.done.get(self.key(run)) for run in self.confirming(entrant)]
+        runs = [done.training for done in found if done is not None]
+        half = len(found) // 2
+        return (runs[:half], runs[half:]) if len(runs) == len(found) else None
+
+    def rejected(self, entrant: Entrant) -> list[Training]:
+        """The runs of the setting that was not chosen; none before the choice."""
+        best, defaults = self.confirmed(entrant) or ([], [])
+        return best if self.chosen(entrant) == 0 else defaults
+
+    def _mean(self, runs: Sequence[Training]) -> tuple[float, float]:
+        """Their mean score, and that over the later half of the epochs, which decides between equal means."""
+        return tuple(round(fmean(map(of, runs)), DIGITS) for of in (self.score, self._late))  # type: ignore[return-value]
 
     def score(self, training: Training) -> float:
         """The metric with a sign such that higher is better."""
@@ -131,7 +187,7 @@ class Ledger:
 
     def trial(self, entrant: Entrant, number: int) -> Done | None:
         """A trial, if it is finished."""
-        return self.done.get(self.key(entrant, "trial", number))
+        return self.done.get(self.key(Planned(entrant, "trial", number, number)))
 
     def first(self, entrant: Entrant) -> Done | None:
         """Its first training run, in which its strategies measure the data, if it is finished."""
@@ -139,20 +195,18 @@ class Ledger:
 
     def final(self, entrant: Entrant, seed: int) -> Done | None:
         """A final run, if it is finished."""
-        return None if self.chosen(entrant) is None else self.done.get(self.key(entrant, "run", seed))
+        chosen = self.chosen(entrant)
+        return None if chosen is None else self.done.get(self.key(Planned(entrant, "run", seed, chosen)))
 
     def settings_of(self, entrant: Entrant) -> list[dict[str, Any]]:
         most = max(1, self.settings.trials * self.settings.most_trials)
         return entrant.settings(most, self.settings.sampling_seed)
 
-    def values(self, entrant: Entrant, kind: str, number: int) -> dict[str, Any]:
-        chosen = number if kind == "trial" else self.chosen(entrant)
-        assert chosen is not None
-        return self.settings_of(entrant)[chosen]
+    def values(self, planned: Planned) -> dict[str, Any]:
+        return self.settings_of(planned.entrant)[planned.setting]
 
-    def key(self, entrant: Entrant, kind: str, number: int) -> str:
-        seed = TUNING_SEED if kind == "trial" else number
-        return entrant.key(f"{kind} {number}", self.values(entrant, kind, number), seed)
+    def key(self, planned: Planned) -> str:
+        return planned.entrant.key(f"{planned.kind} {planned.number}", self.values(planned), planned.seed)
 
     def runs(self, entrant: Entrant) -> list[Training]:
         """The finished final runs."""
@@ -169,13 +223,12 @@ class Ledger:
             runs = [run for run in self.runs(entrant) if not run.error]
             if len(runs) == self.settings.seeds:
                 best = max(runs, key=lambda run: (self.score(run), -run.seed))
-                scores, late = ([of(run) for run in runs] for of in (self.score, self._late))
-                ranks.append((round(fmean(scores), DIGITS), round(fmean(late), DIGITS), -place, entrant, best))
-        return max(ranks, key=lambda rank: rank[:3])[3:] if ranks else None
+                ranks.append((self._mean(runs), -place, entrant, best))
+        return max(ranks, key=lambda rank: rank[:2])[2:] if ranks else None
 
     @property
     def complete(self) -> bool:
         """Whether all training runs are finished."""
-        wanted = [e for e in self.entrants if self.chosen(e) is not None]
+        wanted = [e for e in self.entrants if self.best_trial(e) is not None]
         tried = all(self.trial(e, i) is not None for e in self.entrants for i in range(self.trials_of(e)))
         return tried and all(len(self.runs(e)) == self.settings.seeds for e in wanted)

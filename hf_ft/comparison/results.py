@@ -134,9 +134,12 @@ class Contender:
         allowed_seconds: the tuning budget in compute seconds, in results of version 0.1.0.
         used: share of the tuning budget that was used, as work; see :class:`hf_ft.engine.work.Work`.
         trials: all trials in order; the first uses the strategy's defaults.
-        chosen: index of the trial with the best validation score; None if none has a score.
+        chosen: index of the trial whose setting the final runs use, the best one or the first; None if none has a
+            score.
         on_edge: chosen values at the edge of their range, or of the values tried.
         runs: final runs, one per seed.
+        rejected: runs with the first seeds and the other setting, the defaults or the best trial's, which scored lower
+            on validation; empty if these are the same.
         found: the measurement, from the ``info`` of its states; merged for several strategies.
         learned: the same as a sentence.
     """
@@ -154,6 +157,7 @@ class Contender:
     chosen: int | None = None
     on_edge: tuple[str, ...] = ()
     runs: tuple[Training, ...] = ()
+    rejected: tuple[Training, ...] = ()
     found: Mapping[str, Any] = field(default_factory=dict)
     learned: str = ""
 

@@ -3,8 +3,9 @@
 Each strategy is first trained once with its defaults, which also counts its work. The budget is the work of ``trials``
 such runs of full fine-tuning; every strategy gets as many trials as fit into it, after deducting the work of its
 measurement. The settings of all trials are determined in advance, so the training runs do not depend on
-the number of workers or on interruptions. The best trial by validation is retrained with each seed, and only these runs
-are evaluated on the test sets.
+the number of workers or on interruptions. The best trial by validation and the defaults are trained again with two
+seeds; the better of the two is trained with the other seeds as well. Only these final runs are evaluated on the test
+sets, which decide nothing.
 
 If parts of a few labelled samples take turns as validation (:mod:`hf_ft.comparison.folds`), a trial is trained once
 for each of them, and the final runs use them in turn.
@@ -25,7 +26,7 @@ from transformers.utils import logging
 
 from hf_ft.comparison.contenders import OPTIM, Entrant
 from hf_ft.comparison.folder import STORAGE, Kept
-from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, done_from
+from hf_ft.comparison.ledger import TUNING_SEED, Done, Ledger, Planned, done_from
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.tracking import run_name
@@ -95,14 +96,16 @@ class Runner:
         for wave in waves:
             if self.settings.trials:
                 self._tune(wave)
+            self._perform([run for entrant in wave for run in ledger.confirming(entrant)])
+            chosen = [(entrant, found) for entrant in wave if (found := ledger.chosen(entrant)) is not None]
             seeds = range(1, self.settings.seeds + 1)
-            self._perform([(e, "run", seed) for e in wave if ledger.chosen(e) is not None for seed in seeds])
+            self._perform([Planned(entrant, "run", seed, setting) for entrant, setting in chosen for seed in seeds])
 
     def _tune(self, wave: Sequence[Entrant]) -> None:
         ledger = self.ledger
-        self._perform([(entrant, "trial", 0) for entrant in wave])
+        self._perform([Planned(entrant, "trial", 0, 0) for entrant in wave])
         while wanted := [
-            (e, "trial", i) for e in wave for i in range(1, ledger.trials_of(e)) if ledger.trial(e, i) is None
+            Planned(e, "trial", i, i) for e in wave for i in range(1, ledger.trials_of(e)) if ledger.trial(e, i) is None
         ]:
             self._perform(wanted)
             if time.monotonic() >= self._deadline:
@@ -117,23 +120,23 @@ class Runner:
 
     # --- jobs ----------------------------------------------------------------------------------------------
 
-    def _perform(self, wanted: Sequence[tuple[Entrant, str, int]]) -> None:
+    def _perform(self, wanted: Sequence[Planned]) -> None:
         jobs, what = [], {}
-        for entrant, kind, number in wanted:
-            key = self.ledger.key(entrant, kind, number)
-            what[key] = (entrant, kind, number)
-            shown = {k: v for k, v in self.ledger.values(entrant, kind, number).items() if v is not None}
-            jobs.append(Job(key, {"strategy": entrant.name, "kind": kind, **shown}))
+        for planned in wanted:
+            key = self.ledger.key(planned)
+            what[key] = planned
+            shown = {k: v for k, v in self.ledger.values(planned).items() if v is not None}
+            jobs.append(Job(key, {"strategy": planned.entrant.name, "kind": planned.kind, **shown}))
 
         def evaluate(job: Job, report: Report) -> tuple[float, dict[str, Any]]:
             if not self._warm:  # not before it is known that there is something to train
                 self._warm_up()
                 self._warm = True
-            return self._evaluate(*what[job.key])
+            return self._evaluate(what[job.key])
 
         def progress(finished: int, all_jobs: int, outcome: Outcome | None) -> None:
             if outcome is not None:
-                self._told(finished, all_jobs, *what[outcome.key], done_from(outcome))
+                self._told(finished, all_jobs, what[outcome.key], done_from(outcome))
 
         outcomes = run_trials(
             jobs,
@@ -149,11 +152,11 @@ class Runner:
         self.ledger.done |= {key: done_from(outcome) for key, outcome in outcomes.items()}
         if time.monotonic() < self._deadline:
             for key in what.keys() - outcomes.keys():
-                entrant, kind, number = what[key]
-                self.ledger.done[key] = Done(self._failed(entrant, kind, number, DIED), 0.0)
+                self.ledger.done[key] = Done(self._failed(what[key], DIED), 0.0)
 
-    def _evaluate(self, entrant: Entrant, kind: str, number: int) -> tuple[float, dict[str, Any]]:
-        name = entrant.file_name(self.ledger.values(entrant, kind, number))
+    def _evaluate(self, planned: Planned) -> tuple[float, dict[str, Any]]:
+        entrant, kind, number = planned.entrant, planned.kind, planned.number
+        name = entrant.file_name(self.ledger.values(planned))
         info: dict[str, Any] = {"refused": False, "measured_compute": 0.0, "found": {}, "learned": ""}
         # Compiled code is not counted: there, the budget is one of seconds.
         counts = kind == "trial" and number == 0 and not self.common.arguments.get("torch_compile")
@@ -162,9 +165,9 @@ class Runner:
             if entrant.refusal:
                 raise OptionError(entrant.refusal)
             if kind == "trial":
-                training = self._trial(entrant, number, info, counted)
+                training = self._trial(planned, info, counted)
             else:
-                training = self._train(entrant, kind, number, number - 1, info)
+                training = self._train(planned, number - 1, info)
             if kind == "run" and not training.error:
                 training = dataclasses.replace(training, logits=self.kept.keep_logits(name, number))
             if (kind == "run" or self.settings.keeps_trials) and not training.error:
@@ -179,35 +182,26 @@ class Runner:
                 ) from error
             logger.info(f"{entrant.name}: {error}", exc_info=True)
             refused = isinstance(error, REFUSED)
-            training = self._failed(
-                entrant, kind, number, str(error) if refused else f"{type(error).__name__}: {error}"
-            )
+            training = self._failed(planned, str(error) if refused else f"{type(error).__name__}: {error}")
             info["refused"] = refused
         info["measured_work"] = info["measured_compute"] if counted is None else counted.measured
         info["work"] = training.compute if counted is None else counted.trained
         return self.ledger.score(training), {"training": dataclasses.asdict(training), **info}
 
-    def _trial(self, entrant: Entrant, number: int, info: dict[str, Any], counted: Work | None) -> Training:
+    def _trial(self, planned: Planned, info: dict[str, Any], counted: Work | None) -> Training:
         """Train once on each fold; the work is counted on the first, and the others take the same."""
         trainings: list[Training] = []
-        for fold in range(len(entrant.bench.folds)):
-            trainings.append(self._train(entrant, "trial", number, fold, info, counted if fold == 0 else None))
+        for fold in range(len(planned.entrant.bench.folds)):
+            trainings.append(self._train(planned, fold, info, counted if fold == 0 else None))
             if trainings[-1].error:
                 break
         return averaged(trainings)
 
-    def _train(
-        self,
-        entrant: Entrant,
-        kind: str,
-        number: int,
-        fold: int,
-        info: dict[str, Any],
-        counted: Work | None = None,
-    ) -> Training:
+    def _train(self, planned: Planned, fold: int, info: dict[str, Any], counted: Work | None = None) -> Training:
         """Train on a fold; what the first run measures there is kept for the others."""
-        values = self.ledger.values(entrant, kind, number)
-        seed, name = TUNING_SEED if kind == "trial" else number, entrant.file_name(values)
+        entrant, kind, number = planned.entrant, planned.kind, planned.number
+        values = self.ledger.values(planned)
+        name = entrant.file_name(values)
 
         def on_measured(measured: Measured) -> None:
             if entrant.looks:
@@ -217,15 +211,14 @@ class Runner:
 
         known = None if kind == "trial" and number == 0 else self._measured(entrant, fold)
         final = kind == "run"
-        save_to = self.kept.model(name, seed) if final or self.settings.keeps_trials else None
+        save_to = self.kept.model(name, planned.seed) if final or self.settings.keeps_trials else None
         work = self.kept.work(f"{name}-{kind}-{number}")
         run = run_name(entrant.name, _shown(kind, number), None if final or not entrant.bench.others else fold)
         on = entrant.on_fold(fold)
-        return train(on, values, seed, self.common, work, known, save_to, final, on_measured, counted, run)
+        return train(on, values, planned.seed, self.common, work, known, save_to, final, on_measured, counted, run)
 
-    def _failed(self, entrant: Entrant, kind: str, number: int, error: str) -> Training:
-        seed = TUNING_SEED if kind == "trial" else number
-        return Training(seed, self.ledger.values(entrant, kind, number), None, error=error, versions=versions())
+    def _failed(self, planned: Planned, error: str) -> Training:
+        return Training(planned.seed, self.ledger.values(planned), None, error=error, versions=versions())
 
     def _measured(self, entrant: Entrant, fold: int) -> Measured | None:
         """The measurement of the contender's first run on a fold, reused by all others; None if there is none."""
@@ -236,16 +229,16 @@ class Runner:
         number = fold % len(entrant.bench.folds)
         return entrant.file_name() + (f"-fold-{number}" if number else "")
 
-    def _told(self, finished: int, all_jobs: int, entrant: Entrant, kind: str, number: int, done: Done) -> None:
+    def _told(self, finished: int, all_jobs: int, planned: Planned, done: Done) -> None:
         training = done.training
         names = {RATE: "lr", OPTIM: ""}
         named = ", ".join(
             f"{names.get(key, key.rpartition('.')[2])} {_short(value)}".strip()
             for key, value in training.params.items()
         )
-        what = _shown(kind, number)
+        what = f"{planned.entrant.name} {_shown(planned.kind, planned.number)}"
         score = training.error or f"{self.common.metric} {training.validation:.3f}"
-        self.tell(f"[{finished}/{all_jobs}] {entrant.name} {what} ({named}): {score}, {done.seconds:.0f} s")
+        self.tell(f"[{finished}/{all_jobs}] {what} ({named}): {score}, {done.seconds:.0f} s")
 
     # --- the winner ----------------------------------------------------------------------------------------
 

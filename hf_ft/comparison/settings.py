@@ -22,6 +22,7 @@ from hf_ft.search.storage import MISSING
 # The optimizers that each strategy tries, unless the user chooses one.
 OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,), "audio": (ADAM,)}
 LOCAL = ("storage", "study_name", "retry_failed", "thumbnails")  # settings of a call, not of the comparison
+CONFIRMED = 2  # seeds with which the best trial and the defaults are trained before one of them is chosen
 WIDTH = 30.0  # width of the range of learning rates, around the recommended one
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 16,
@@ -74,7 +75,10 @@ class Settings:
         "tuning budget per strategy, as the work of this many full fine-tuning runs; 0: no tuning, each strategy runs "
         "once per seed",
     )
-    seeds: int = setting(5, "final runs per strategy with its best settings")
+    seeds: int = setting(
+        5,
+        "final runs per strategy with its best setting, or with its defaults if these score higher in the first two",
+    )
     metric: str | None = setting(
         None,
         f"metric for tuning and ranking: {', '.join(LOCAL_METRICS)} (default: balanced_accuracy for classes, macro_f1 "
@@ -161,6 +165,11 @@ class Settings:
     def keeps_trials(self) -> bool:
         """Whether the models of trials are kept."""
         return self.soup != "none" and self.soup_of == "trials"
+
+    @property
+    def confirmed(self) -> int:
+        """Seeds with which the best trial is confirmed; none with folds: a trial is then the mean of several runs."""
+        return min(CONFIRMED, self.seeds) if self.trials > 1 and (self.folds or 1) == 1 else 0
 
     @property
     def mixing(self) -> Mixing:

@@ -76,7 +76,9 @@ class Start:
         model, batch = self.model(), self.batch(self.rows[:SAMPLES])
         parameters = [p for p in model.parameters() if p.requires_grad]
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no second derivative
-            gradients = torch.autograd.grad(model(**batch).loss, parameters, create_graph=True)
+            found = torch.autograd.grad(model(**batch).loss, parameters, create_graph=True, allow_unused=True)
+        used = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+        parameters, gradients = [p for p, _ in used], [g for _, g in used]
         scale = [torch.ones_like(p) for p in parameters]
         if optim == ADAM:  # the square root of Adam's denominator after its first step
             scale = [(g.detach().abs() + 1e-8).sqrt() for g in gradients]

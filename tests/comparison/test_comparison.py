@@ -26,7 +26,7 @@ from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.contenders import Entrant, chosen_strategies
 from hf_ft.comparison.cost import Clock, PeakMemory
 from hf_ft.comparison.folder import Kept
-from hf_ft.comparison.ledger import Done, Ledger
+from hf_ft.comparison.ledger import Done, Ledger, Planned
 from hf_ft.comparison.prepare import batch_size
 from hf_ft.comparison.runner import Runner
 from hf_ft.comparison.settings import Settings, optimizers, training_arguments, under
@@ -69,8 +69,10 @@ def test_every_contender_is_tuned_and_then_runs_with_each_seed(compared):
         assert contender.status == "finished" and not contender.reason
         assert [run.seed for run in contender.runs] == [1, 2]
         assert all(trial.seed == 0 for trial in contender.trials)
-        best = max(trial.validation for trial in contender.trials)
-        assert contender.trials[contender.chosen].validation == best
+        best = max(contender.trials, key=lambda trial: trial.validation)
+        mean = [np.mean([run.validation for run in runs]) for runs in (contender.runs, contender.rejected) if runs]
+        assert len(mean) == 1 or mean[0] >= mean[1]
+        assert contender.trials[contender.chosen].validation == best.validation or contender.chosen == 0 < len(mean) - 1
         assert all(run.params == contender.trials[contender.chosen].params for run in contender.runs)
 
 
@@ -122,6 +124,55 @@ def test_how_many_trials_fit(cost, looking, trials):
     ledger = known_ledger(cost, looking)
     assert ledger.trials_of("full") == 8
     assert ledger.trials_of("other") == trials
+
+
+class Alone:
+    """A contender of three settings."""
+
+    def settings(self, most, seed):
+        return [{"rate": number} for number in range(3)]
+
+    def key(self, *parts):
+        return str(parts)
+
+
+def confirmed(again, trials=(0.6, 0.7, 0.8), seeds=3, folds=1, greater=True):
+    """A ledger with three trials, and with runs of the best one and of the defaults whose scores are ``again``."""
+    alone = Alone()
+    ledger = Ledger([alone], Settings(trials=3, seeds=seeds, folds=folds), greater)
+    for number, score in enumerate(trials):
+        planned = Planned(alone, "trial", number, number)
+        ledger.done[ledger.key(planned)] = Done(Training(0, {}, score), 0.0, work=1.0)
+    for planned, score in zip(ledger.confirming(alone), again, strict=False):
+        ledger.done[ledger.key(planned)] = Done(Training(planned.seed, {}, score), 0.0)
+    return ledger, alone
+
+
+def test_the_best_trial_is_confirmed_against_the_defaults():
+    ledger, alone = confirmed([])
+    assert [(run.setting, run.seed) for run in ledger.confirming(alone)] == [(2, 1), (2, 2), (0, 1), (0, 2)]
+    assert ledger.best_trial(alone) == 2 and ledger.chosen(alone) is None and not ledger.runs(alone)
+    for again, chosen in (
+        ([0.75, 0.6, 0.6, 0.7], 2),
+        ([0.6, 0.6, 0.6, 0.7], 0),
+        ([0.65, 0.65, 0.6, 0.7], 2),  # equal
+        ([None, 0.9, 0.6, 0.7], 0),  # one failed
+        ([None, None, None, 0.7], 2),  # nothing to go by
+    ):
+        ledger, alone = confirmed(again)
+        assert ledger.chosen(alone) == chosen
+        assert not ledger.complete and len(ledger.runs(alone)) == 2  # the third seed is still missing
+        assert [run.validation for run in ledger.rejected(alone)] == (again[2:] if chosen else again[:2])
+    assert confirmed([0.6, 0.6, 0.6])[0].chosen(alone) is None
+    assert confirmed([0.6, 0.6, 0.6, 0.7], trials=(0.8, 0.7, 0.6), greater=False)[0].chosen(alone) == 2
+
+
+def test_what_needs_no_confirmation():
+    for case in ({"trials": (0.8, 0.7, 0.6)}, {"folds": 5}):
+        ledger, alone = confirmed([], **case)
+        assert not ledger.confirming(alone) and ledger.chosen(alone) == ledger.best_trial(alone)
+    ledger, alone = confirmed([0.6, 0.7], seeds=1)
+    assert ledger.chosen(alone) == 0 and ledger.complete
 
 
 @pytest.mark.parametrize(
@@ -284,7 +335,7 @@ def test_more_can_be_added_later(compared):
 
 @pytest.mark.slow
 def test_an_estimate_comes_first(compared):
-    assert compared[3][0].startswith("estimate: 3 strategies x (2 trials + 2 final runs)")
+    assert compared[3][0].startswith("estimate: 3 strategies x (2 trials + 2 final runs + 2 of the defaults)")
 
 
 @pytest.mark.slow

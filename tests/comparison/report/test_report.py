@@ -309,6 +309,24 @@ def test_features_of_several_models_have_a_line_each():
     assert cells in figure.table.rows
 
 
+def test_a_best_trial_that_was_not_confirmed():
+    """The final runs then use the defaults, and the table says what the best trial scored when it was repeated."""
+    content = made_up_results.comparison()
+    daft = next(contender for contender in content["contenders"] if contender["name"] == "daft")
+    daft["rejected"] = [run | {"validation": value} for run, value in zip(daft["runs"], (0.7, 0.71), strict=False)]
+
+    def remarks():
+        results = Results.from_dict(content)
+        section = tuning(results, standings(results))
+        table = next(block for block in section.blocks if getattr(block, "headers", ())[-1:] == ("remarks",))
+        return next(row for row in table.rows if row[0] == "daft")[-1]
+
+    daft["chosen"] = 1
+    assert "trained again" not in remarks()
+    daft["chosen"] = 0
+    assert "trained again, the best trial scored 0.705 only: these are the defaults" in remarks()
+
+
 def test_a_failed_trial_is_drawn_at_the_worst_end_and_a_score_of_zero_at_its_place():
     content = made_up_results.smallest()
     full = content["contenders"][0]

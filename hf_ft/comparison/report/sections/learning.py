@@ -89,7 +89,8 @@ def tuning(results: Results, standings: Sequence[Standing]) -> Section | None:
         return None
     lead = (
         "Each strategy had the same budget for its trials, including its measurements on the data. The "
-        "final runs use the options of the trial with the best validation score."
+        "final runs use the options of the trial with the best validation score, or the defaults where these score "
+        "higher when both are trained again."
     )
     edges = [standing.name for standing in tuned if standing.contender.on_edge]
     warning = (
@@ -108,9 +109,12 @@ def tuning_table(tuned: Sequence[Standing]) -> Table:
     for standing in tuned:
         contender, failed = standing.contender, standing.failed_trials
         chosen = None if contender.chosen is None else contender.trials[contender.chosen]
-        edge = "; ".join(
-            f"{name} is on the edge of {contender.space.get(name, 'its range')}" for name in contender.on_edge
-        )
+        remarks = [f"{name} is on the edge of {contender.space.get(name, 'its range')}" for name in contender.on_edge]
+        again = [run.validation for run in contender.rejected if run.validation is not None]
+        if contender.chosen == 0 and again:
+            remarks.insert(
+                0, f"trained again, the best trial scored {score(statistics.fmean(again))} only: these are the defaults"
+            )
         rows.append(
             (
                 standing.name,
@@ -118,10 +122,10 @@ def tuning_table(tuned: Sequence[Standing]) -> Table:
                 budget(contender),
                 NONE if chosen is None else score(chosen.validation),
                 NONE if chosen is None else options(chosen.params),
-                edge or NONE,
+                "; ".join(remarks) or NONE,
             )
         )
-    headers = ("strategy", "trials", "of budget", "validation", "chosen", "warning")
+    headers = ("strategy", "trials", "of budget", "validation", "chosen", "remarks")
     return Table("Budget and chosen options", headers, tuple(rows))
 
 
