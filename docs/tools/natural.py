@@ -145,6 +145,39 @@ def table_of_auto(table: Table) -> str:
     return table(heads, rows)
 
 
+def table_of_confirmed(table: Table) -> str:
+    """How often two further seeds confirmed the best trial against the defaults, and what each was worth on test."""
+    rows = []
+    titles = TITLES | FAR
+    for task, splits in read("tuned", titles).items():
+        gains: dict[bool, list[float]] = {True: [], False: []}  # of the best trial over the defaults, by who was chosen
+        same = 0
+        for results in splits:
+            for contender in results.contenders:
+                if not contender.rejected:
+                    same += contender.chosen == 0 and bool(contender.runs)
+                    continue
+                seeds = {run.seed for run in contender.rejected}
+                final = [run for run in contender.runs if run.seed in seeds]
+                chosen, other = (_test(runs, results.metric) for runs in (final, contender.rejected))
+                confirmed = contender.chosen != 0
+                gains[confirmed].append(chosen - other if confirmed else other - chosen)
+        if any(gains.values()):
+            shown = [f"{len(own)}, {signed(statistics.fmean(own))}" if own else "0" for own in gains.values()]
+            rows.append((titles[task], str(same), *shown))
+    heads = (
+        "task",
+        "defaults are the best trial",
+        "best trial confirmed, its gain on test",
+        "rejected, its gain on test",
+    )
+    return table(heads, rows) if rows else NOT_YET
+
+
+def _test(runs: Iterable[Training], metric: str) -> float:
+    return statistics.fmean(run.scores["test"][metric] for run in runs if "test" in run.scores)
+
+
 def _same(one: Results, other: Results) -> bool:
     """Whether two comparisons are of the same split."""
     return one.labels["test"] == other.labels["test"]

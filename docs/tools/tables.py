@@ -41,7 +41,7 @@ from docs.tools.measured import (
 from docs.tools.measured import table_of_strategies as table_of_measured
 from docs.tools.memory import table_of_measured as table_of_measured_memory
 from docs.tools.memory import table_of_modelled as table_of_modelled_memory
-from docs.tools.natural import FAR, table_of_auto, table_of_natural
+from docs.tools.natural import FAR, table_of_auto, table_of_confirmed, table_of_natural
 from docs.tools.results import table_of_all, table_of_choice, table_of_five, table_of_task
 from docs.tools.roles import markdown
 from docs.tools.scale import table_of_places
@@ -242,6 +242,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "natural": lambda page, kind: table_of_natural(_table, kind),
     "far": lambda page, kind: table_of_natural(_table, kind, titles=FAR),
     "auto": lambda page: table_of_auto(_table),
+    "confirmed": lambda page: table_of_confirmed(_table),
     "natural_few": lambda page, kind: table_of_natural(_table, kind, few=True),
     "models": lambda page, task: table_of_models(_table, task),
     "memory_measured": lambda page: table_of_measured_memory(_table),

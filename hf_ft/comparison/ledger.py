@@ -172,7 +172,7 @@ class Ledger:
 
     def _mean(self, runs: Sequence[Training]) -> tuple[float, float]:
         """Their mean score, and that over the later half of the epochs, which decides between equal means."""
-        return tuple(round(fmean(map(of, runs)), DIGITS) for of in (self.score, self._late))  # type: ignore[return-value]
+        return round(fmean(map(self.score, runs)), DIGITS), round(fmean(map(self._late, runs)), DIGITS)
 
     def score(self, training: Training) -> float:
         """The metric with a sign such that higher is better."""

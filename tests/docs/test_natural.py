@@ -96,3 +96,21 @@ def test_auto_is_compared_with_the_winner_on_validation(kept, tmp_path):
     cells = task.split("|")
     assert cells[:3] == ["CIFAR-10", f"{test['daft']:.3f}", f"{test[winner]:.3f} ({winner})"]
     assert cells[4] == f"{test['l2_sp']:.3f}" and len(cells) == len(head.split("|")) == len(mean.split("|"))
+
+
+def test_confirmed_trials_are_counted_with_what_they_gained(kept, tmp_path):
+    """One best trial was confirmed and one rejected; the rejected runs score four points less on test."""
+    (tmp_path / "tuned").mkdir()
+
+    def lower(run):
+        test = {**run.scores["test"], "balanced_accuracy": run.scores["test"]["balanced_accuracy"] - 0.04}
+        return dataclasses.replace(run, scores={**run.scores, "test": test})
+
+    own = []
+    for contender in kept[0].contenders:
+        rejected = tuple(map(lower, contender.runs[:2])) if contender.name in ("daft", "tred") else ()
+        chosen = {"full": 0, "tred": 0, "daft": 1}.get(contender.name)
+        own.append(dataclasses.replace(contender, rejected=rejected, chosen=chosen))
+    dataclasses.replace(kept[0], contenders=tuple(own)).save(tmp_path / "tuned" / "cifar10_0.json")
+    _, row = natural.table_of_confirmed(table).splitlines()
+    assert row == "CIFAR-10|1|1, +0.040|1, −0.040"
