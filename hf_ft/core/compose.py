@@ -170,8 +170,8 @@ def recommended_arguments(
     Args:
         optim: the optimizer in use; by default the recommended one, or else AdamW. The recommended learning rate, and
             whatever else the optimizer needs, are those for this optimizer.
-        model: the model to be trained, whose normalisation affects the rate and the warm-up; by default, one with
-            BatchNorm.
+        model: the model to be trained, whose family and normalisation affect the rate and the warm-up; by default, one
+            with BatchNorm.
     """
     merged: dict[str, Recommended] = {}
     configs = tuple(configs)
@@ -189,7 +189,9 @@ def recommended_arguments(
         batch_norm = model is None or bool(batch_norms(model))
         if not batch_norm and rate.without_batch_norm != 1:
             merged = WITHOUT_BATCH_NORM | merged
-        merged["learning_rate"] = rate.under(optim, batch_norm, kept=explicit_option(configs, "norm_mode") == "eval")
+        kept = explicit_option(configs, "norm_mode") == "eval"
+        family = getattr(getattr(model, "config", None), "model_type", "")
+        merged["learning_rate"] = rate.under(optim, batch_norm, kept, family)
         if rate.value in (FITTED, CHOSEN):  # by the strategy itself, if the user sets none
             del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}

@@ -67,7 +67,8 @@ class Recommended:
     ``value`` applies to the recommended optimizer, which is AdamW unless the strategy says otherwise; for a learning
     rate, ``sgd`` or ``adam`` is the value for the other family of optimizers, if known. If all weights train, networks
     without BatchNorm (such as transformers) need lower rates, and so do those whose BatchNorm keeps its statistics
-    (``norm_mode="eval"``): ``without_batch_norm`` and ``statistics_kept`` are the factors for them.
+    (``norm_mode="eval"``): ``without_batch_norm`` and ``statistics_kept`` are the factors for them. ``families`` has
+    other rates under AdamW, by family of networks (``config.model_type``).
     """
 
     value: Any
@@ -77,25 +78,28 @@ class Recommended:
     adam: float | None = None
     without_batch_norm: float = 1.0
     statistics_kept: float = 1.0
+    families: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """For display: the value, those for the other optimizers, and the factors for other networks and modes."""
         others = [
             f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
         ]
+        others += [f"{rate:g} for {name}" for name, rate in self.families.items()]
         factors = {"without BatchNorm": self.without_batch_norm, "if norm_mode='eval'": self.statistics_kept}
         factors = {} if isinstance(self.value, str) else factors
         changed = [f"times {factor:.2g} {where}" for where, factor in factors.items() if factor != 1]
         return ", ".join([str(self.value), *others, *changed])
 
-    def under(self, optim: str, batch_norm: bool = True, kept: bool = False) -> Recommended:
+    def under(self, optim: str, batch_norm: bool = True, kept: bool = False, family: str = "") -> Recommended:
         """The recommendation for this optimizer.
 
         Args:
             batch_norm: whether the network has BatchNorm.
             kept: whether BatchNorm keeps its statistics.
+            family: the network's ``config.model_type``.
         """
-        other = self.sgd if optim == SGD else self.adam
+        other = self.sgd if optim == SGD else self.families.get(family, self.adam)
         found = self if other is None else Recommended(other, "ours", self.why)
         factor = (self.statistics_kept if kept else 1.0) if batch_norm else self.without_batch_norm
         if factor == 1 or isinstance(found.value, str):
@@ -106,7 +110,11 @@ class Recommended:
 SGD, ADAM = "sgd", "adamw_torch"
 FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
 # For pretrained weights that all train: measured, see docs/rates.md.
-USUAL_RATE = {"learning_rate": Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3)}
+USUAL_RATE = {
+    "learning_rate": Recommended(
+        3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3, families={"efficientnet": 1e-3}
+    )
+}
 CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to the strategy
 
 

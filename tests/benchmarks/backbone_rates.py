@@ -37,6 +37,12 @@ from hf_ft import FullConfig
 from hf_ft.data.rows import read_rows
 
 FOUND = RESULTS.with_name("backbone_rates.jsonl")
+# What FTTrainer knows of the networks: their family, and whether they have BatchNorm.
+KINDS = {
+    "mobilenet_v2": ("mobilenet_v2", True),
+    "efficientnet-lite0": ("efficientnet", True),
+    "dinov2-small": ("", False),
+}
 STEPS, LAST, SAMPLES, ROUNDS = 12, 4, 64, 12
 PROBED = {SGD: np.geomspace(1e-4, 1e-1, 7), ADAM: np.geomspace(3e-5, 3e-2, 7)}
 MOMENTUM = 0.9
@@ -155,7 +161,8 @@ def table(optim: str, found: dict[Pair, Entry], scores: dict[Pair, dict[float, f
         for pair in found:
             others = [other for other in found if other != pair]
             ratios = [] if name == "recommended" else [math.log(best[o] / quantity[o][name]) for o in others]
-            own = recommended.value if optim == ADAM else recommended.sgd
+            family, batch_norm = KINDS[pair[0]]
+            own = recommended.under(optim, batch_norm, family=family).value
             rate = own if name == "recommended" else quantity[pair][name] * math.exp(float(np.mean(ratios)))
             losses.append(lost(scores[pair], rate))
         each = " | ".join(f"{value:.3f}" for value in losses)

@@ -5,6 +5,7 @@ import pytest
 from hf_ft import (
     AutoStrategyConfig,
     BitFitConfig,
+    DAFTConfig,
     FullConfig,
     L2SPConfig,
     LinearProbeConfig,
@@ -49,6 +50,17 @@ def test_a_third_where_statistics_are_kept(optim, value):
     assert rate(LPFTConfig(), optim, tiny_resnet()) == rate(LPFTConfig(norm_mode="auto"), optim, tiny_resnet())
 
 
+@pytest.mark.parametrize(("optim", "value"), [("adamw_torch", 1e-3), ("sgd", 3e-3)])
+def test_a_family_of_networks_with_a_rate_of_its_own(optim, value):
+    """Measured under AdamW only, and where the pretrained weights all train from the start."""
+    model = tiny_resnet()
+    model.config.model_type = "efficientnet"
+    assert rate(FullConfig(), optim, model) == value
+    assert rate(FullConfig(norm_mode="eval"), optim, model) == float(f"{value / 3:.3g}")
+    for config in (DAFTConfig(), LPFTConfig(), StockConfig()):
+        assert rate(config, optim, model) == rate(config, optim, tiny_resnet())
+
+
 @pytest.mark.parametrize("config", [PEFTConfig(), BitFitConfig(), StockConfig()])
 def test_rates_for_few_parameters_and_of_other_strategies_stay(config):
     assert recommended_arguments([config], model=tiny_vit()) == recommended_arguments([config], model=tiny_resnet())
@@ -65,8 +77,10 @@ def test_rates_are_shown_as_people_write_them(name):
         found = None if wanted is None else wanted.under(optim, batch_norm=False).value
         if isinstance(found, float):
             assert len(f"{found!r}") < 8
-    rate = Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3)
-    assert str(rate) == "0.0003, 0.003 under SGD, times 0.1 without BatchNorm, times 0.33 if norm_mode='eval'"
+    wanted = Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3, families={"efficientnet": 1e-3})
+    assert str(wanted) == (
+        "0.0003, 0.003 under SGD, 0.001 for efficientnet, times 0.1 without BatchNorm, times 0.33 if norm_mode='eval'"
+    )
 
 
 def test_an_unset_rate_warns_by_the_kind_of_network(tmp_path, monkeypatch):
