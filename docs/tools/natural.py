@@ -121,6 +121,7 @@ def table_of_auto(table: Table) -> str:
     means: list[list[float]] = []
     for task in titles:
         both = [(one, other) for one in defaults.get(task, ()) for other in tuned.get(task, ()) if _same(one, other)]
+        both = [(one, other) for one, other in both if all(_runs(one, name) for name in ("auto", "stock"))]
         if not both:
             continue
         winners = [_winner(other) for _, other in both]
