@@ -22,11 +22,11 @@ __all__ = ["FILE", "fitted", "table_of_advice", "table_of_orders"]
 
 
 def kept() -> dict[str, list[Results]]:
-    """The results of all comparisons that have signals, by task; tuned ones take precedence over defaults."""
+    """The results of all comparisons that have signals, by task: of the kind with more splits, tuned ones if equal."""
     found = {name: [results] for name, results in read().items()}
-    for kind in ("tuned", "defaults"):
-        for name, splits in natural.read(kind).items():
-            found.setdefault(name, splits)
+    tuned, defaults = (natural.read(kind) for kind in ("tuned", "defaults"))
+    for name in dict.fromkeys((*tuned, *defaults)):
+        found.setdefault(name, max(tuned.get(name, []), defaults.get(name, []), key=len))
     with_signals = {name: [one for one in splits if one.advice is not None] for name, splits in found.items()}
     return {name: splits for name, splits in with_signals.items() if splits}
 
