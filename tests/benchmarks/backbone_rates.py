@@ -30,20 +30,15 @@ import numpy as np
 import torch
 import transformers
 from common import Entry, Runs, quiet
-from rates import ADAM, BATCH, FAR, NEAR, RESULTS, SGD, Bench, Task
+from rates import ADAM, BATCH, FAR, KINDS, NEAR, RESULTS, SGD, Bench, Task
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_ft import FullConfig
 from hf_ft.data.rows import read_rows
 
 FOUND = RESULTS.with_name("backbone_rates.jsonl")
-# What FTTrainer knows of the networks: their family, and whether they have BatchNorm.
-KINDS = {
-    "mobilenet_v2": ("mobilenet_v2", True),
-    "efficientnet-lite0": ("efficientnet", True),
-    "dinov2-small": ("", False),
-}
 STEPS, LAST, SAMPLES, ROUNDS = 12, 4, 64, 12
+LEAST = 3  # rates of a grid
 PROBED = {SGD: np.geomspace(1e-4, 1e-1, 7), ADAM: np.geomspace(3e-5, 3e-2, 7)}
 MOMENTUM = 0.9
 Pair = tuple[str, str]
@@ -56,7 +51,11 @@ def grids() -> dict[str, dict[Pair, dict[float, float]]]:
         if entry["strategy"] == "full":
             rows[entry["optim"]][entry["model"], entry["task"]][entry["rate"]].append(entry["test"])
     return {
-        optim: {pair: {rate: float(np.mean(found)) for rate, found in grid.items()} for pair, grid in pairs.items()}
+        optim: {
+            pair: {rate: float(np.mean(found)) for rate, found in grid.items()}
+            for pair, grid in pairs.items()
+            if len(grid) >= LEAST
+        }
         for optim, pairs in rows.items()
     }
 

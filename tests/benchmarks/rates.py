@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 import transformers
 from common import Entry, Runs, arguments, quiet
 from datasets import DatasetDict
+from torch import nn
 from transformers import EvalPrediction, PrinterCallback
 
 from hf_ft import (
@@ -69,6 +71,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "rates.md"
 EPOCHS, BATCH = 12, 32
 SGD, ADAM = "sgd", "adamw_torch"
 MOBILE = "mobilenet_v2"
+# The family of each network (``config.model_type``), and whether it has BatchNorm.
+KINDS = {
+    MOBILE: ("mobilenet_v2", True),
+    "efficientnet-lite0": ("efficientnet", True),
+    "dinov2-small": ("dinov2", False),
+}
 Grid = dict[str, tuple[float, ...]]
 PROBE: Grid = {SGD: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ADAM: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 USUAL: Grid = {SGD: (3e-4, 1e-3, 3e-3, 1e-2), ADAM: (3e-5, 1e-4, 3e-4, 1e-3)}
@@ -279,6 +287,14 @@ def regrets() -> str:
     return _table((f"chosen by, of {len(whole)} grids", "mean loss on test", "largest"), rows)
 
 
+def stand_in(model: str) -> nn.Module:
+    """A module of the network's family and with its kind of normalisation: what recommended rates depend on."""
+    family, batch_norm = KINDS[model]
+    made = nn.Sequential(nn.BatchNorm1d(1)) if batch_norm else nn.Sequential(nn.LayerNorm(1))
+    made.config = SimpleNamespace(model_type=family)
+    return made
+
+
 def _default(runs: Sequence[Entry]) -> Entry:
     """The run of an AdamW grid whose rate is nearest to its strategy's default."""
     one = runs[0]
@@ -287,8 +303,8 @@ def _default(runs: Sequence[Entry]) -> Entry:
         fit = heads[one["task"], one["model"]]
         rate = HeadFit(fit["curvature"], fit["feature_norm"]).rate(ADAM)
     else:
-        rate = float(recommended_arguments(resolve(STRATEGIES[one["strategy"]][0]), ADAM)["learning_rate"].value)
-        rate *= 0.1 if one["model"] in OWN_PIXELS else 1.0  # without BatchNorm
+        configs = resolve(STRATEGIES[one["strategy"]][0])
+        rate = float(recommended_arguments(configs, ADAM, stand_in(one["model"]))["learning_rate"].value)
     return min((r for r in runs if r["optim"] == ADAM), key=lambda r: abs(math.log(r["rate"] / rate)))
 
 
