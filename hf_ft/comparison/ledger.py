@@ -144,7 +144,7 @@ class Ledger:
         The best of several trials is best partly by chance, so its score is not what to expect of the next run.
         """
         best = self.best_trial(entrant)
-        seeds = range(1, self.settings.confirmed + 1)
+        seeds = range(1, self.settings.confirming_seeds + 1)
         return [Planned(entrant, "run", seed, setting) for setting in (best, 0) for seed in seeds] if best else []
 
     def chosen(self, entrant: Entrant) -> int | None:

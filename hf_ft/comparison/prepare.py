@@ -77,11 +77,11 @@ class Prepared:
             return "no estimate: the model computes no loss of its own"
         each = cost.training_seconds(self.bench, arguments["num_train_epochs"])
         trials, folds = settings.trials, len(self.bench.folds)
-        runs = settings.seeds + settings.confirmed
+        runs = settings.seeds + settings.confirming_seeds
         one = (trials * folds + runs) * each + runs * cost.test_seconds(self.bench)
         count = len(runner.ledger.entrants)
         tried = f"{trials} trials" + (f" x {folds} folds" if folds > 1 and trials else "")
-        again = f" + {settings.confirmed} of the defaults" if settings.confirmed else ""
+        again = f" + {settings.confirming_seeds} of the defaults" if settings.confirming_seeds else ""
         return (
             f"estimate: {count} strategies x ({tried} + {settings.seeds} final runs{again}) x {each:.0f} s "
             f"= about {_duration(count * one)} on one worker, less what is already done"

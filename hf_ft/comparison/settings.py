@@ -167,8 +167,8 @@ class Settings:
         return self.soup != "none" and self.soup_of == "trials"
 
     @property
-    def confirmed(self) -> int:
-        """Seeds with which the best trial is confirmed; none with folds: a trial is then the mean of several runs."""
+    def confirming_seeds(self) -> int:
+        """Seeds that confirm the best trial; none with folds: a trial is then the mean of several runs."""
         return min(CONFIRMED, self.seeds) if self.trials > 1 and (self.folds or 1) == 1 else 0
 
     @property
