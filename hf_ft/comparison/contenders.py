@@ -16,7 +16,7 @@ from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.task import Bench
 from hf_ft.core.compose import chooses_rate, recommended_arguments, resolve, shared_option
 from hf_ft.core.config import ADAM, BASELINE, FITTED, SGD, FTConfig, config_class, strategies
-from hf_ft.core.head_rate import HeadFit
+from hf_ft.core.head_rate import HEAD_LR, HeadFit
 from hf_ft.core.options import options
 from hf_ft.core.search_space import RATE, Choice, Declared, FittedRate, LogRange, Space, edges, spread, within
 from hf_ft.errors import AnatomyError, OptionError
@@ -90,7 +90,8 @@ class Entrant:
     def with_settings(self, values: Mapping[str, Any]) -> tuple[FTConfig, ...]:
         """The strategies with their tuned options; optimizer and learning rate are passed to the trainer."""
         made = []
-        rate = self.head_rates.get(self.optim(values))
+        tuned = (value for name, value in values.items() if name.endswith(f".{HEAD_LR}"))
+        rate = next(tuned, self.head_rates.get(self.optim(values)))  # the same for all strategies that fit it
         for config in self.configs:
             own = {name.partition(".")[2]: v for name, v in values.items() if name.startswith(f"{config.ft_type}.")}
             chosen = dataclasses.replace(config, **own)
@@ -192,12 +193,7 @@ def entrant(
     """
     configs = tuple(configs)
     made, notes, refusal = _prepared(configs, bench, settings, metric, epochs, model)
-    tuned: Declared = {
-        f"{config.ft_type}.{option}": part
-        for config in configs
-        for option, part in type(config).tuned.items()
-        if _at_default(config, option) and f"{config.ft_type}.{option}" not in untuned
-    }
+    tuned = _tuned(configs, untuned)
     if not batch_norms(model):  # it would change nothing
         tuned = {option: part for option, part in tuned.items() if not option.endswith(".norm_mode")}
     if settings.learning_rates is not None:
@@ -222,6 +218,18 @@ def entrant(
         firsts.append(_first(spaces[optim], rate, configs, head_rates.get(optim)))
     first = ({OPTIM: order[0]} if len(order) > 1 else {}) | firsts[0]
     return Entrant(name, tuple(made), spaces, first, bench, head_rates, tuple(notes), refusal)
+
+
+def _tuned(configs: Iterable[FTConfig], untuned: Collection[str]) -> dict[str, LogRange | Choice | FittedRate]:
+    """The options to tune, as ``strategy.option``; strategies that fit the head's learning rate share one."""
+    found: dict[str, LogRange | Choice | FittedRate] = {}
+    for config in configs:
+        for option, part in type(config).tuned.items():
+            name = f"{config.ft_type}.{option}"
+            shared = isinstance(part, FittedRate) and any(isinstance(other, FittedRate) for other in found.values())
+            if _at_default(config, option) and name not in untuned and not shared:
+                found[name] = part
+    return found
 
 
 def _untuned(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from transformers.utils import logging
 from hf_ft.core.config import ADAM, CHOSEN, FITTED, SGD, FTConfig, Recommended, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
-from hf_ft.core.plan import Plan, Stage, Stream
+from hf_ft.core.plan import Plan, Rate, Stage, Stream, sets_weights
 from hf_ft.errors import OptionError
+from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms, tensorflow_momentum
 
 logger = logging.get_logger(__name__)
@@ -201,9 +203,9 @@ def compose(plans: Iterable[Plan]) -> Plan:
     """Compose plans: terms add up, surgery and finalise run in order, at most one plan owns stages, one averages.
 
     Raises:
-        OptionError: if two plans own stages, average the weights, or set the learning rate or the rates of tensors
-            (both are named), two terms share a name, two streams of the same name differ, or stage durations do not
-            sum to 1.
+        OptionError: if two plans own stages, average the weights, or set the learning rate, the rates or initial
+            weights of the same modules or the rates of tensors (both are named), two terms share a name, two streams
+            of the same name differ, or stage durations do not sum to 1.
     """
     plans = tuple(plans)
     owner = _only(plans, "stages", "decide which parameters train when")
@@ -212,13 +214,15 @@ def compose(plans: Iterable[Plan]) -> Plan:
     terms = tuple(term for plan in plans for term in plan.terms)
     names = [term.name for term in terms]
     twice = sorted({name for name in names if names.count(name) > 1})
+    stages = _checked(owner.stages if owner else (Stage("train"),))
+    _check_set_once(plans)
     if twice:
         raise OptionError(f"two strategies add a term named {twice[0]!r}; use one of them.")
     return Plan(
         # Equal surgery requested by several strategies is done once.
         surgery=tuple(dict.fromkeys(s for plan in plans for s in plan.surgery)),
         terms=terms,
-        stages=_checked(owner.stages if owner else (Stage("train"),)),
+        stages=tuple(dataclasses.replace(stage, rates=_rates(stage, owner, plans)) for stage in stages),
         streams=_streams(plans),
         select=tuple(s for plan in plans for s in plan.select),
         finalise=tuple(s for plan in plans for s in plan.finalise),
@@ -244,6 +248,39 @@ def _checked(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     if abs(sum(shares) - 1) > 1e-6 or min(shares) <= 0:
         raise OptionError(f"stage durations {shares} must be positive and sum to 1.")
     return stages
+
+
+def _check_set_once(plans: Iterable[Plan]) -> None:
+    """Reject different surgery of two plans that sets the same weights: the second would undo the first."""
+    surgery = [(part, plan.owner) for plan in plans for part in plan.surgery]
+    for (one, owner), (other, second) in itertools.combinations(surgery, 2):
+        both = sorted(sets_weights(one) & sets_weights(other))
+        if both and one != other and owner != second:
+            raise OptionError(
+                f"{owner} and {second} both set the initial weights of {', '.join(both)}: use one of them. An option "
+                "zero_head=False leaves the head's to the other."
+            )
+
+
+def _rates(stage: Stage, owner: Plan | None, plans: Iterable[Plan]) -> tuple[Rate, ...]:
+    """The learning rates of a stage: its own and those that plans set in every stage."""
+    found = {rate: owner.owner if owner else None for rate in stage.rates}
+    for plan in plans:
+        for rate in plan.rates:
+            for other, name in found.items():
+                if other != rate and name != plan.owner and (both := _overlap(rate, other)):
+                    raise OptionError(
+                        f"{name} and {plan.owner} both set the learning rate of {both!r}: use one of them. An option "
+                        "head_lr=None leaves the head's to the other."
+                    )
+            found.setdefault(rate, plan.owner)
+    return tuple(found)
+
+
+def _overlap(one: Rate, other: Rate) -> str:
+    """A module or parameter that two rates apply to; empty if there is none."""
+    pairs = ((a, b) for a in one.names for b in other.names)
+    return next((a if covers(b, a) else b for a, b in pairs if covers(a, b) or covers(b, a)), "")
 
 
 def _streams(plans: Iterable[Plan]) -> tuple[Stream, ...]:

@@ -180,6 +180,10 @@ class FTConfig(PushToHubMixin):
             OptionError: naming them and the fix.
         """
 
+    def adds_adapters(self) -> bool:
+        """Whether it adds adapters, which rename the layers and are saved without them."""
+        return False
+
     def measure(self, model: nn.Module, context: Context) -> State:
         """Look at the data once, before training. The model is left unchanged."""
         return State()

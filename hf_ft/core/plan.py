@@ -236,6 +236,11 @@ class Average:
 Surgery = Callable[[nn.Module], nn.Module]
 
 
+def sets_weights(surgery: Surgery) -> set[str]:
+    """The modules whose weights it sets to values of its own, if it names them in an attribute ``sets``."""
+    return set(getattr(surgery, "sets", ()))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Change the model, train it in stages under a sum of terms, and change it back.
@@ -244,6 +249,7 @@ class Plan:
         surgery: functions applied in order before training; each takes the model and returns it or a replacement.
         terms: summands added to the task loss.
         stages: consecutive stages; empty means a single stage that trains everything.
+        rates: learning rates in every stage, in addition to those of the stage itself.
         streams: additional data for terms that name them.
         select: choices among final models, made in order after training, once the best model is loaded.
         finalise: functions applied in order after that.
@@ -259,6 +265,7 @@ class Plan:
     surgery: tuple[Surgery, ...] = ()
     terms: tuple[Term, ...] = ()
     stages: tuple[Stage, ...] = ()
+    rates: tuple[Rate, ...] = ()
     streams: tuple[Stream, ...] = ()
     select: tuple[Selection, ...] = ()
     finalise: tuple[Surgery, ...] = ()

@@ -55,8 +55,12 @@ def split_groups(
 
     Returns:
         The groups, ordered by their first parameter.
+
+    Raises:
+        OptionError: if a rate's names match nothing.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    _check_rates(plan, model)
     names_by_stage = [set(trained_by(stage, model, trainable)) for stage in plan.stages]
     undecayed: Names = tuple(prefix for term in plan.terms for prefix in term.replaces_decay)
     alone = plan.tensor_rates.on if plan.tensor_rates is not None else ()
@@ -75,6 +79,16 @@ def split_groups(
             new |= {FACTOR: 1.0, EPOCH: -1} if single else {}
             new_groups.setdefault((index, rates, decay, name if single else ""), new)["params"].append(parameter)
     return list(new_groups.values())
+
+
+def _check_rates(plan: Plan, model: nn.Module) -> None:
+    known = {name for found in (model.named_modules(), model.named_parameters()) for name, _ in found}
+    for rate in (rate for stage in plan.stages for rate in stage.rates):
+        if rate.names and not known.intersection(rate.names):
+            raise OptionError(
+                f"a strategy sets the learning rate of {', '.join(rate.names)}, which the model does not have: if "
+                "another one has renamed it, as adapters do, use one of the two."
+            )
 
 
 def regroup(optimizer: Optimizer, model: nn.Module, plan: Plan, trainable: Collection[str]) -> None:

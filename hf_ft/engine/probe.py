@@ -29,6 +29,7 @@ from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.engine.frozen.record import batches_of
 from hf_ft.errors import OptionError
 from hf_ft.models.feature_hooks import INPUT
+from hf_ft.models.names import Names
 from hf_ft.splits import hold_out
 
 STRENGTHS = np.logspace(-7, 2, 50)  # values of C, as in the authors' code
@@ -45,6 +46,10 @@ class SetHead:
     # Excluded from comparison: the truth value of a tensor is ambiguous.
     weight: Tensor = field(compare=False, repr=False)
     bias: Tensor = field(compare=False, repr=False)
+
+    @property
+    def sets(self) -> Names:
+        return (self.layer,)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> nn.Module:

@@ -17,12 +17,10 @@ from hf_ft.core import (
     HeadRate,
     Names,
     Needs,
-    NormMode,
     OptionError,
     Paper,
     Plan,
     Recommended,
-    Stage,
     State,
     advising,
     check_tensor,
@@ -51,13 +49,13 @@ class ConvertBatchNorm:
 
 @dataclass(frozen=True)
 class ZeroHead:
-    """Surgery: set weight and bias of the named layers to zero."""
+    """Surgery: set weight and bias of the layers ``sets`` to zero."""
 
-    names: Names
+    sets: Names
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> nn.Module:
-        for name in self.names:
+        for name in self.sets:
             for parameter in model.get_submodule(name).parameters(recurse=False):
                 parameter.zero_()
         return model
@@ -148,15 +146,17 @@ class DAFTConfig(FTConfig):
         "use that of the backbone.",
         range="(0, inf)",
     )
-    norm_mode: NormMode = option(
-        "train",
-        "Which BatchNorm layers use and update batch statistics: all ('train'), only those that train ('auto'), or "
-        "none ('eval').",
-        source="code",
-    )
 
     def needs(self) -> Needs:
         return Needs(several_members=True)
+
+    def check_beside(self, others: tuple[FTConfig, ...]) -> None:
+        names = ", ".join(other.ft_type for other in others if other.adds_adapters())
+        if names:
+            raise OptionError(
+                f"daft changes layers of the model, and {names} adds adapters to them, which are saved without these "
+                "layers: use one of them."
+            )
 
     def adapted(self, model: nn.Module) -> DAFTConfig:
         """For models without BatchNorm, the other half of the method: a zero head and two learning rates."""
@@ -195,8 +195,7 @@ class DAFTConfig(FTConfig):
             surgery.append(_conversion(state))
         if self.zero_head:
             surgery.append(ZeroHead(zeroed_layers(model, head)))
-        rates = head_rates(self, head, state)
-        return Plan(surgery=tuple(surgery), stages=(Stage("train", rates=rates, norm_mode=self.norm_mode),))
+        return Plan(surgery=tuple(surgery), rates=head_rates(self, head, state))
 
 
 def _conversion(state: State) -> ConvertBatchNorm:

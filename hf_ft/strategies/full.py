@@ -13,10 +13,9 @@ from hf_ft.core import (
     Needs,
     NormMode,
     Plan,
-    Rate,
-    Stage,
     State,
     advising,
+    head_rates,
     option,
     register,
 )
@@ -65,6 +64,5 @@ class FullConfig(FTConfig):
         return Needs(several_members=True, sharded=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        if self.head_lr is None:
-            return Plan()  # a plan without stages trains everything in one stage
-        return Plan(stages=(Stage("train", rates=(Rate(self.anatomy(model).head.modules, lr=self.head_lr),)),))
+        # A plan without stages trains everything in one stage.
+        return Plan(rates=head_rates(self, self.anatomy(model).head.modules, state))

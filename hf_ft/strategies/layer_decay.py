@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core import Choice, FTConfig, Needs, Paper, Plan, Rate, Recommended, Stage, State, advising, option, register
+from hf_ft.core import Choice, FTConfig, Needs, Paper, Plan, Rate, Recommended, State, advising, option, register
 
 
 @register("layer_decay")
@@ -47,6 +47,6 @@ class LayerDecayConfig(FTConfig):
         return Needs(sharded=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        parts = self.anatomy(model).parts
-        rates = tuple(Rate(part.modules, scale=self.decay ** (len(parts) - 1 - i)) for i, part in enumerate(parts))
-        return Plan(stages=(Stage("train", rates=rates),))
+        *others, _ = self.anatomy(model).parts  # the last one, the head, trains at the full rate
+        scales = (self.decay ** (len(others) - i) for i in range(len(others)))
+        return Plan(rates=tuple(Rate(part.modules, scale=s) for part, s in zip(others, scales, strict=True)))

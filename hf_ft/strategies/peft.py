@@ -80,6 +80,9 @@ class PEFTConfig(FittedHead):
         range="(0, inf)",
     )
 
+    def adds_adapters(self) -> bool:
+        return True
+
     def needs(self) -> Needs:
         return Needs(sharded=not self.merge)  # the merged model is a different one, without shards
 

@@ -14,10 +14,9 @@ from hf_ft.core import (
     OptionError,
     Paper,
     Plan,
-    Rate,
-    Stage,
     State,
     advising,
+    head_rates,
     option,
     register,
 )
@@ -78,5 +77,4 @@ class StochNormConfig(FTConfig):
                 "FullConfig, or BSSConfig by the same authors."
             )
         head = self.anatomy(model).head.modules
-        stages = () if self.head_lr is None else (Stage("train", rates=(Rate(head, lr=self.head_lr),)),)
-        return Plan(surgery=(AddStochNorm(self.p),), stages=stages, finalise=(remove_stoch_norm,))
+        return Plan(surgery=(AddStochNorm(self.p),), rates=head_rates(self, head, state), finalise=(remove_stoch_norm,))

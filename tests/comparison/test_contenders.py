@@ -129,6 +129,17 @@ def test_a_head_that_is_not_tuned_gets_the_rate_of_each_optimizer():
     assert fixed.with_settings(fixed.settings(2, seed=0)[1])[0].head_lr == 0.5
 
 
+def test_composed_strategies_share_the_rate_of_the_head():
+    made = with_head(BlockwiseConfig(block="stage1"), DAFTConfig())
+    assert [name for name in made.spaces["adamw_torch"] if "head_lr" in name] == ["blockwise.head_lr"]
+    for values in made.settings(3, seed=0):
+        rates = [config.head_lr for config in made.with_settings(values)]
+        assert rates == [values["blockwise.head_lr"]] * 2
+    fixed = with_head(BlockwiseConfig(block="stage1", head_lr=None), DAFTConfig())
+    assert [name for name in fixed.spaces["adamw_torch"] if "head_lr" in name] == ["daft.head_lr"]
+    assert [config.head_lr for config in fixed.with_settings(fixed.first)] == [None, FIT.rate("adamw_torch")]
+
+
 @pytest.mark.parametrize("config", [DAFTConfig(), FullConfig()])
 def test_rates_of_the_user_hold_for_all(config):
     made = with_head(config, learning_rates="1e-3,1e-2")

@@ -34,8 +34,10 @@ def test_the_mode_holds_in_all_stages():
 
 def test_what_is_set_for_one_strategy_holds_for_those_composed_with_it():
     daft = DAFTConfig(convert_batch_norm=False)
-    assert modes(daft, L2SPConfig()) == ["train"]  # DAFT's own default
+    assert modes(daft, L2SPConfig()) == ["auto"]
     assert modes(daft, L2SPConfig(norm_mode="eval")) == ["eval"]
+    assert modes(daft, LPFTConfig()) == ["auto", "eval"]  # LP-FT's own default
+    assert modes(DAFTConfig(convert_batch_norm=False, norm_mode="train"), LPFTConfig()) == ["train", "train"]
     assert modes(FullConfig(norm_mode="eval"), L2SPConfig()) == ["eval"]
     with pytest.raises(OptionError, match=r"full\.norm_mode='eval' and l2_sp\.norm_mode='train' conflict"):
         modes(FullConfig(norm_mode="eval"), L2SPConfig(norm_mode="train"))

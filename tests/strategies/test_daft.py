@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import ResNetForImageClassification
 
-from hf_ft import DAFTConfig, FTTrainer, L2SPConfig, OptionError, State, set_up
+from hf_ft import BlockwiseConfig, DAFTConfig, FTTrainer, L2SPConfig, OptionError, State, set_up
 from hf_ft.cli import request as arguments
 from hf_ft.models.norms import batch_norms
 from hf_ft.strategies.daft import ConvertBatchNorm, ZeroHead
@@ -220,7 +220,7 @@ def test_each_ablation_is_one_flag(tmp_path):
     assert (kinds(bare := plan(convert_batch_norm=False, head_lr=0.1)), rates(bare)) == ([ZeroHead], head)
     assert (kinds(warm := plan(zero_head=False, head_lr=0.1)), rates(warm)) == ([ConvertBatchNorm], head)
     assert (kinds(even := plan(head_lr=None)), rates(even)) == ([ConvertBatchNorm, ZeroHead], [])
-    assert {p.stages[0].norm_mode for p in (whole, bare, warm, even)} == {"train"}
+    assert {p.stages[0].norm_mode for p in (whole, bare, warm, even)} == {"auto"}
 
 
 @pytest.mark.parametrize("flag", [{"convert_batch_norm": False}, {"zero_head": False}])
@@ -367,10 +367,25 @@ def test_l2_sp_pulls_to_the_converted_weights(tmp_path):
     assert logged[0] == 0 and logged[-1] > 0
 
 
-def test_two_strategies_that_define_stages_are_refused(tmp_path):
-    trainer = trainer_on_shifted(tiny_resnet(), tmp_path, ["daft", "lp_ft"])
-    with pytest.raises(OptionError, match="daft and lp_ft both decide"):
-        trainer.train()
+@pytest.mark.parametrize("order", [1, -1])
+def test_with_block_wise_fine_tuning_it_converts_the_network_and_one_block_trains(order, tmp_path):
+    """Where nothing trains, conversion changes nothing; the block starts from its pretrained function, as in DAFT."""
+    block, pretrained = "resnet.encoder.stages.1", tiny_resnet()
+    configs = [BlockwiseConfig(block="stage1"), DAFTConfig()][::order]
+    trainer = started(model := tiny_resnet(), tmp_path, configs, num_train_epochs=3)
+    [stage] = trainer._run.plan.stages
+    assert [rate.names for rate in stage.rates] == [("classifier",)]  # both fit the same
+    assert torch.allclose(features(model), features(pretrained), rtol=1e-4, atol=1e-5)
+    assert not logits(model).any()
+    before = snapshot(model)
+    trainer.train()
+    moved = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith((block, "classifier")) for name in moved)
+    assert f"{block}.layers.0.layer.0.normalization.running_mean" in moved
+    batch = tiny_inputs(model)["pixel_values"]
+    with torch.no_grad():
+        inputs = [net.eval().resnet.encoder.stages[0](net.resnet.embedder(batch)) for net in (model, pretrained)]
+    assert torch.allclose(*inputs, rtol=1e-4, atol=1e-5)
 
 
 # --- refused, before anything changes

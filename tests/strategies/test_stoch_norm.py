@@ -59,4 +59,4 @@ def test_a_model_without_batch_norm_is_refused():
     assert StochNormConfig().adapted(tiny_vit()) is None and StochNormConfig().adapted(tiny_resnet()) is not None
     with pytest.raises(OptionError, match="no BatchNorm layers"):
         set_up(tiny_vit(), "stoch_norm")
-    assert StochNormConfig(head_lr=0.1).plan(tiny_resnet(), State()).stages[0].rates[0].lr == 0.1
+    assert StochNormConfig(head_lr=0.1).plan(tiny_resnet(), State()).rates[0].lr == 0.1

@@ -38,7 +38,8 @@ def as_before(config):
     return dataclasses.replace(config, **{field.name: field.metadata["formerly"] for field in default})
 
 
-TRAINED = (hf_ft.DAFTConfig(head_lr=0.05, statistics="pooled"), hf_ft.L2SPConfig(alpha=0.2, beta=0.05))
+DAFT = hf_ft.DAFTConfig(head_lr=0.05, statistics="pooled", norm_mode="train")  # then its default mode
+TRAINED = (DAFT, hf_ft.L2SPConfig(alpha=0.2, beta=0.05))
 CHANGED = hf_ft.BlockwiseConfig(block="stage1", head_lr=0.02)
 # What is interrupted, and after which of its eight steps.
 INTERRUPTED = {

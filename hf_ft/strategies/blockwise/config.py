@@ -137,6 +137,9 @@ class BlockwiseConfig(FTConfig):
         local=True,
     )
 
+    def adds_adapters(self) -> bool:
+        return self.tuner is not None
+
     def within(self, epochs: float, model: nn.Module) -> BlockwiseConfig:
         """A copy whose search fits into ``epochs``: no baselines, fewer epochs per candidate (at least one)."""
         place = {"head": self.head, "blocks": self.blocks}
