@@ -64,5 +64,6 @@ class FullConfig(FTConfig):
         return Needs(several_members=True, sharded=True)
 
     def plan(self, model: nn.Module, state: State) -> Plan:
-        # A plan without stages trains everything in one stage.
+        if self.head_lr is None:
+            return Plan()  # a plan without stages trains everything in one stage
         return Plan(rates=head_rates(self, self.anatomy(model).head.modules, state))
