@@ -24,7 +24,7 @@ from hf_ft.records import read_json
 STORAGE = "compare.db"
 OWN = ".comparison"  # files of a running comparison; marks the output folder as one of ours
 OUTPUTS = "logits"  # folder of the outputs of final runs
-SCORE, ORIGIN = "score.json", "comparison.json"
+SCORE, ORIGIN, COST = "score.json", "comparison.json", "cost.json"
 SHOWN = 3  # foreign files named in a message
 
 
@@ -94,17 +94,19 @@ class Kept:
         """The folder of the soup."""
         return self.folder / "soup"
 
-    def states(self, name: str) -> dict[str, State] | None:
-        """The measurements of a contender; None if missing or damaged."""
+    def states(self, name: str) -> tuple[dict[str, State], float] | None:
+        """The measurements of a contender and their cost in compute seconds; None if missing or damaged."""
+        folder = self.own / "states" / name
         try:
-            return read_states(self.own / "states" / name)
-        except (CheckpointError, OSError):
+            return read_states(folder), float(json.loads((folder / COST).read_text(encoding="utf-8")))
+        except (CheckpointError, OSError, ValueError, TypeError):
             return None
 
-    def keep_states(self, name: str, states: Mapping[str, State]) -> None:
-        """Save the measurements atomically."""
+    def keep_states(self, name: str, states: Mapping[str, State], compute: float) -> None:
+        """Save the measurements and their cost atomically."""
         with files_written_whole(self.own / "states" / name) as written:
             write_states(written, states)
+            (written / COST).write_text(json.dumps(compute), encoding="utf-8")
 
     def keep_best(self, name: str, seed: int, score: float) -> None:
         """Keep only the best saved model of a contender, unless all are wanted; the lowest seed wins ties."""

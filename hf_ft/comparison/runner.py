@@ -205,12 +205,15 @@ class Runner:
 
         def on_measured(measured: Measured) -> None:
             if entrant.looks:
-                self.kept.keep_states(self._name_of_states(entrant, fold), measured.states)
+                self.kept.keep_states(self._name_of_states(entrant, fold), measured.states, measured.compute)
                 if not info["measured_compute"]:
                     info.update(measured_compute=measured.compute, **_findings(entrant, measured))
 
         known = None if kind == "trial" and number == 0 else self._measured(entrant, fold)
         final = kind == "run"
+        if known is not None and final and number == 1 and not self.settings.trials:
+            # The contender's first run, which was interrupted after it had measured.
+            info.update(measured_compute=known.compute, **_findings(entrant, known))
         save_to = self.kept.model(name, planned.seed) if final or self.settings.keeps_trials else None
         work = self.kept.work(f"{name}-{kind}-{number}")
         run = run_name(entrant.name, _shown(kind, number), None if final or not entrant.bench.others else fold)
@@ -222,8 +225,10 @@ class Runner:
 
     def _measured(self, entrant: Entrant, fold: int) -> Measured | None:
         """The measurement of the contender's first run on a fold, reused by all others; None if there is none."""
-        states = self.kept.states(self._name_of_states(entrant, fold)) if entrant.looks else {}
-        return None if states is None else Measured(states, 0.0)
+        if not entrant.looks:
+            return Measured({}, 0.0)
+        kept = self.kept.states(self._name_of_states(entrant, fold))
+        return None if kept is None else Measured(*kept)
 
     def _name_of_states(self, entrant: Entrant, fold: int) -> str:
         number = fold % len(entrant.bench.folds)

@@ -477,6 +477,27 @@ def test_without_tuning_all_run_with_their_own_defaults(tmp_path):
 
 
 @pytest.mark.slow
+def test_interrupted_after_its_measurement_it_reports_the_same(tmp_path, monkeypatch):
+    search = BlockwiseConfig(search_epochs=1, validation=0.5, baselines=False)
+    short = {"trials": 0, "seeds": 2, "num_train_epochs": 1}
+    whole = run(tmp_path / "whole", [search], **short)
+    keep = Kept.keep_states
+
+    def interrupted(*given):
+        keep(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Kept, "keep_states", interrupted)
+        run(tmp_path / "two", [search], **short)
+    again = run(tmp_path / "two", [search], **short)
+    found, expected = again["blockwise"], whole["blockwise"]
+    assert found.found["block"] == expected.found["block"] and found.learned == expected.learned != ""
+    assert [run.validation for run in found.runs] == [run.validation for run in expected.runs]
+    assert found.measure_seconds > 0
+
+
+@pytest.mark.slow
 def test_a_folder_with_another_comparison_is_refused(compared):
     with pytest.raises(OptionError, match="arguments.num_train_epochs"):
         run(compared[1], data=compared[2], num_train_epochs=3)
