@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from hf_ft.core.compose import compose as compose
     from hf_ft.core.config import FTConfig as FTConfig
     from hf_ft.core.config import Paper as Paper
-    from hf_ft.core.config import Recommended as Recommended
     from hf_ft.core.config import config_class as config_class
     from hf_ft.core.config import load_configs as load_configs
     from hf_ft.core.config import register as register
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from hf_ft.core.plan import Stream as Stream
     from hf_ft.core.plan import TensorRates as TensorRates
     from hf_ft.core.plan import Term as Term
+    from hf_ft.core.recommended import LearningRate as LearningRate
+    from hf_ft.core.recommended import Recommended as Recommended
     from hf_ft.core.task_loss import TaskLoss as TaskLoss
     from hf_ft.core.view import View as View
     from hf_ft.data.checking import check_data as check_data

@@ -17,8 +17,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_ft.cli.checks import check_flags
 from hf_ft.cli.flags import BUDGET, BUDGETED, DEFAULTS, EVALUATIONS, DataFlags, MethodFlags, StreamFlags
 from hf_ft.core.compose import recommended_arguments, sources_of
-from hf_ft.core.config import BASELINE, FTConfig, Recommended, config_class, strategies
+from hf_ft.core.config import BASELINE, FTConfig, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
+from hf_ft.core.recommended import Recommended
 from hf_ft.data.mixing import Mixing
 from hf_ft.errors import OptionError
 

@@ -15,9 +15,10 @@ from torch import nn
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.task import Bench
 from hf_ft.core.compose import chooses_rate, recommended_arguments, resolve, shared_option
-from hf_ft.core.config import ADAM, BASELINE, FITTED, SGD, FTConfig, config_class, strategies
+from hf_ft.core.config import BASELINE, FTConfig, config_class, strategies
 from hf_ft.core.head_rate import HEAD_LR, HeadFit
 from hf_ft.core.options import options
+from hf_ft.core.recommended import ADAM, FITTED, SGD
 from hf_ft.core.search_space import RATE, Choice, Declared, FittedRate, LogRange, Space, edges, spread, within
 from hf_ft.errors import AnatomyError, OptionError
 from hf_ft.models.norms import batch_norms

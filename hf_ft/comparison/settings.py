@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_ft.core.compose import UNDER_SGD
-from hf_ft.core.config import ADAM, SGD
+from hf_ft.core.recommended import ADAM, SGD
 from hf_ft.core.search_space import LogRange
 from hf_ft.data.mixing import Mixing
 from hf_ft.errors import OptionError

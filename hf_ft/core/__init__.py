@@ -6,17 +6,7 @@
 from hf_ft import functional
 from hf_ft.core import advising
 from hf_ft.core.compose import compose
-from hf_ft.core.config import (
-    CHOSEN,
-    FITTED,
-    USUAL_RATE,
-    FTConfig,
-    Paper,
-    Recommended,
-    config_class,
-    register,
-    strategies,
-)
+from hf_ft.core.config import FTConfig, Paper, config_class, register, strategies
 from hf_ft.core.context import Context, FrozenCache, Recipe, Samples, Source, State
 from hf_ft.core.findings import Findings
 from hf_ft.core.fitted_head import FittedHead
@@ -35,6 +25,7 @@ from hf_ft.core.plan import (
     TensorRates,
     Term,
 )
+from hf_ft.core.recommended import CHOSEN, FITTED, USUAL_RATE, LearningRate, Recommended
 from hf_ft.core.schedules import Decay, decay
 from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
 from hf_ft.core.state_checks import LARGEST, check_tensor
@@ -49,6 +40,7 @@ __all__ = [
     "EVERYTHING",
     "FITTED",
     "LARGEST",
+    "LearningRate",
     "Average",
     "Choice",
     "Context",

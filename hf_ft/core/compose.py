@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from hf_ft.core.config import ADAM, CHOSEN, FITTED, SGD, FTConfig, Recommended, config_class, strategies
+from hf_ft.core.config import FTConfig, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
 from hf_ft.core.plan import Plan, Rate, Stage, Stream, sets_weights
+from hf_ft.core.recommended import ADAM, CHOSEN, FITTED, SGD, LearningRate, Recommended
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms, tensorflow_momentum
@@ -187,15 +188,15 @@ def recommended_arguments(
         merged.pop("max_grad_norm", None)
     optim = optim or own
     rate = merged.get("learning_rate")
-    if rate is not None:
+    if isinstance(rate, LearningRate):
         batch_norm = model is None or bool(batch_norms(model))
         if not batch_norm and rate.without_batch_norm != 1:
             merged = WITHOUT_BATCH_NORM | merged
         kept = explicit_option(configs, "norm_mode") == "eval"
         family = getattr(getattr(model, "config", None), "model_type", "")
         merged["learning_rate"] = rate.under(optim, batch_norm, kept, family)
-        if rate.value in (FITTED, CHOSEN):  # by the strategy itself, if the user sets none
-            del merged["learning_rate"]
+    if rate is not None and rate.value in (FITTED, CHOSEN):  # by the strategy itself, if the user sets none
+        del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -22,6 +22,7 @@ from hf_ft.core.head_rate import check_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import UNKNOWN, from_json, local_options, option, options, to_json, validate
 from hf_ft.core.plan import NormMode, Plan
+from hf_ft.core.recommended import Recommended
 from hf_ft.core.search_space import Declared
 from hf_ft.core.state_checks import check_tensor
 from hf_ft.documents.public import shareable_name
@@ -58,64 +59,6 @@ class Paper:
         first, *others = self.authors.split(", ")
         authors = f"{first} et al." if len(others) > 1 else " and ".join([first, *others])
         return f"{authors}, {self.venue}"
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """A recommended training argument, its source (code, paper, ours), and the reason if it is not obvious.
-
-    ``value`` applies to the recommended optimizer, which is AdamW unless the strategy says otherwise; for a learning
-    rate, ``sgd`` or ``adam`` is the value for the other family of optimizers, if known. If all weights train, networks
-    without BatchNorm (such as transformers) need lower rates, and so do those whose BatchNorm keeps its statistics
-    (``norm_mode="eval"``): ``without_batch_norm`` and ``statistics_kept`` are the factors for them. ``families`` has
-    other rates under AdamW, by family of networks (``config.model_type``).
-    """
-
-    value: Any
-    source: str = "ours"
-    why: str = field(default="", repr=False)
-    sgd: float | None = None
-    adam: float | None = None
-    without_batch_norm: float = 1.0
-    statistics_kept: float = 1.0
-    families: Mapping[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """For display: the value, those for the other optimizers, and the factors for other networks and modes."""
-        others = [
-            f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
-        ]
-        others += [f"{rate:g} for {name}" for name, rate in self.families.items()]
-        factors = {"without BatchNorm": self.without_batch_norm, "if norm_mode='eval'": self.statistics_kept}
-        factors = {} if isinstance(self.value, str) else factors
-        changed = [f"times {factor:.2g} {where}" for where, factor in factors.items() if factor != 1]
-        return ", ".join([str(self.value), *others, *changed])
-
-    def under(self, optim: str, batch_norm: bool = True, kept: bool = False, family: str = "") -> Recommended:
-        """The recommendation for this optimizer.
-
-        Args:
-            batch_norm: whether the network has BatchNorm.
-            kept: whether BatchNorm keeps its statistics.
-            family: the network's ``config.model_type``.
-        """
-        other = self.sgd if optim == SGD else self.families.get(family, self.adam)
-        found = self if other is None else Recommended(other, "ours", self.why)
-        factor = (self.statistics_kept if kept else 1.0) if batch_norm else self.without_batch_norm
-        if factor == 1 or isinstance(found.value, str):
-            return found
-        return Recommended(float(f"{factor * found.value:.3g}"), "ours", self.why)  # as one would write it
-
-
-SGD, ADAM = "sgd", "adamw_torch"
-FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
-# For pretrained weights that all train: measured, see docs/rates.md.
-USUAL_RATE = {
-    "learning_rate": Recommended(
-        3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3, families={"efficientnet": 1e-3}
-    )
-}
-CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to the strategy
 
 
 @dataclass(frozen=True, kw_only=True)

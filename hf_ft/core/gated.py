@@ -8,9 +8,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_ft.core import advising
-from hf_ft.core.config import USUAL_RATE, FTConfig
+from hf_ft.core.config import FTConfig
 from hf_ft.core.context import State
 from hf_ft.core.plan import Plan, Rate, Stage
+from hf_ft.core.recommended import USUAL_RATE
 from hf_ft.models.gated.model import AddPaths, check_not_computed_again, check_plain
 from hf_ft.models.gated.paths import GATE
 

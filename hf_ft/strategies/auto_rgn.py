@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from hf_ft.core import (
     FTConfig,
+    LearningRate,
     Names,
     Paper,
     Plan,
     Rate,
-    Recommended,
     Stage,
     State,
     TensorRates,
@@ -76,7 +76,7 @@ class AutoRGNConfig(FTConfig):
         "https://arxiv.org/abs/2210.11466",
     )
     formula = "lr_i = lr r_i / max_j r_j;  r_i = mean over 5 batches of ||g_i|| / ||theta_i||, in each epoch"
-    recommended = {"learning_rate": Recommended(1e-3, sgd=1e-2, without_batch_norm=0.1)}
+    recommended = {"learning_rate": LearningRate(1e-3, sgd=1e-2, without_batch_norm=0.1)}
     cost = advising.EVERYTHING + advising.DEARER  # five additional steps in each epoch, and a group for each tensor
     advice = {advising.ONE_PART_STANDS_OUT: 2, advising.NO_PART_STANDS_OUT: -1, advising.LOW_GRADIENT: 1}
 

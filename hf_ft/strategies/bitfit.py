@@ -9,11 +9,11 @@ from torch import nn
 from hf_ft.core import (
     FittedHead,
     HeadRate,
+    LearningRate,
     Needs,
     OptionError,
     Paper,
     Plan,
-    Recommended,
     Stage,
     State,
     advising,
@@ -39,7 +39,7 @@ class BitFitConfig(FittedHead):
         "https://arxiv.org/abs/2106.10199",
     )
     formula = "L = CE over the biases b and the head h; all other weights stay at W0"
-    recommended = {"learning_rate": Recommended(1e-2, sgd=3e-2)}
+    recommended = {"learning_rate": LearningRate(1e-2, sgd=3e-2)}
     cost = advising.EVERYTHING - advising.DEARER  # gradients of activations, but of few weights
     advice = {advising.FEW_SAMPLES_PER_WEIGHT: 1, advising.POOR_FEATURES: -1}
 

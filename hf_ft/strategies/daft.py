@@ -15,6 +15,7 @@ from hf_ft.core import (
     FittedRate,
     FTConfig,
     HeadRate,
+    LearningRate,
     Names,
     Needs,
     OptionError,
@@ -114,7 +115,7 @@ class DAFTConfig(FTConfig):
     )
     # The authors use SGD; AdamW scored higher on all tasks of tests/benchmarks/rates.py.
     recommended = {
-        "learning_rate": Recommended(2e-4, sgd=2e-3, without_batch_norm=0.1),
+        "learning_rate": LearningRate(2e-4, sgd=2e-3, without_batch_norm=0.1),
         "lr_scheduler_type": Recommended("cosine", "code"),
         "weight_decay": Recommended(0.0, "code"),
     }

@@ -7,7 +7,21 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core import Choice, FTConfig, Names, Paper, Plan, Rate, Recommended, Stage, State, advising, option, register
+from hf_ft.core import (
+    Choice,
+    FTConfig,
+    LearningRate,
+    Names,
+    Paper,
+    Plan,
+    Rate,
+    Recommended,
+    Stage,
+    State,
+    advising,
+    option,
+    register,
+)
 from hf_ft.models.names import covered
 from hf_ft.models.norms import norm_layers
 from hf_ft.models.parts import Anatomy
@@ -95,7 +109,7 @@ class FineTuneConfig(FTConfig):
     )
     formula = "one cycle for the head at lr, then one for everything: lr/2 (head), lr/(2 sqrt(m)), lr/(2 m) (stem)"
     recommended = {
-        "learning_rate": Recommended(2e-3, "code", sgd=2e-2),
+        "learning_rate": LearningRate(2e-3, "code", sgd=2e-2),
         "weight_decay": Recommended(0.01, "code"),
         "adam_beta2": Recommended(0.99, "code"),
         "adam_epsilon": Recommended(1e-5, "code"),

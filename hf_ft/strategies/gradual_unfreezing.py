@@ -9,13 +9,13 @@ from torch import nn
 from hf_ft.core import (
     Choice,
     FTConfig,
+    LearningRate,
     Names,
     Needs,
     OptionError,
     Paper,
     Plan,
     Rate,
-    Recommended,
     Stage,
     State,
     advising,
@@ -60,7 +60,7 @@ class GradualUnfreezingConfig(FTConfig):
         "https://arxiv.org/abs/1801.06146",
     )
     formula = "group g from the top trains from stage g on, at lr / decay^g"
-    recommended = {"learning_rate": Recommended(1e-3, sgd=1e-2, without_batch_norm=0.1)}
+    recommended = {"learning_rate": LearningRate(1e-3, sgd=1e-2, without_batch_norm=0.1)}
     tuned = {"decay": Choice((1.0, 1.6, 2.6))}
     cost = advising.PART_OF_THE_RUN + advising.DEARER  # the head-only stage is shorter
     advice = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core import Choice, FTConfig, Needs, Paper, Plan, Rate, Recommended, State, advising, option, register
+from hf_ft.core import Choice, FTConfig, LearningRate, Needs, Paper, Plan, Rate, State, advising, option, register
 
 
 @register("layer_decay")
@@ -28,7 +28,7 @@ class LayerDecayConfig(FTConfig):
         "https://arxiv.org/abs/2003.10555",
     )
     formula = "lr_l = lr * decay^(L - l), parts l = 0 (stem) ... L (head)"
-    recommended = {"learning_rate": Recommended(1e-3, sgd=1e-2, without_batch_norm=0.1)}
+    recommended = {"learning_rate": LearningRate(1e-3, sgd=1e-2, without_batch_norm=0.1)}
     tuned = {"decay": Choice((0.65, 0.8, 0.9))}
     cost = advising.EVERYTHING + advising.DEARER  # many parameter groups
     advice = {

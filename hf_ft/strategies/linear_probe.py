@@ -13,10 +13,10 @@ from hf_ft.core import (
     Context,
     FTConfig,
     HeadRate,
+    LearningRate,
     Needs,
     Plan,
     Rate,
-    Recommended,
     Stage,
     State,
     advising,
@@ -36,7 +36,7 @@ class LinearProbeConfig(FTConfig):
     """
 
     formula = "L = CE(h(f(x)), y) over the head h; f is frozen, in eval mode"
-    recommended = {"learning_rate": Recommended(FITTED)}
+    recommended = {"learning_rate": LearningRate(FITTED)}
     cost = advising.HEAD_ALONE
     advice = {
         advising.GOOD_FEATURES_FEW_SAMPLES: 3,

@@ -14,11 +14,11 @@ from hf_ft.core import (
     FittedRate,
     FTConfig,
     HeadRate,
+    LearningRate,
     Needs,
     NormMode,
     Paper,
     Plan,
-    Recommended,
     Stage,
     State,
     advising,
@@ -48,7 +48,7 @@ class LPFTConfig(FTConfig):
         "https://arxiv.org/abs/2202.10054",
     )
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
-    recommended = {"learning_rate": Recommended(1e-4, sgd=3e-4, without_batch_norm=0.1)}
+    recommended = {"learning_rate": LearningRate(1e-4, sgd=3e-4, without_batch_norm=0.1)}
     tuned = {"head_lr": FittedRate(), "norm_mode": Choice(("auto", "eval"))}
     cost = advising.PART_OF_THE_RUN
     advice = {

@@ -9,11 +9,11 @@ from torch import nn
 from hf_ft.core import (
     FittedHead,
     HeadRate,
+    LearningRate,
     Needs,
     OptionError,
     Paper,
     Plan,
-    Recommended,
     Stage,
     State,
     advising,
@@ -42,7 +42,7 @@ class NormsOnlyConfig(FittedHead):
         "https://arxiv.org/abs/2003.00152",
     )
     formula = "L = CE over the norms' gamma and beta, and the head h; all other weights stay at W0"
-    recommended = {"learning_rate": Recommended(3e-3, sgd=1e-2)}
+    recommended = {"learning_rate": LearningRate(3e-3, sgd=1e-2)}
     cost = advising.EVERYTHING - advising.DEARER  # gradients of activations, but of few weights
     advice = {advising.FEW_SAMPLES_PER_WEIGHT: 1, advising.POOR_FEATURES: -1, advising.SHIFTED_MEANS: 1}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core import FTConfig, Needs, Plan, Recommended, Stage, State, advising, register
+from hf_ft.core import FTConfig, LearningRate, Needs, Plan, Recommended, Stage, State, advising, register
 
 
 def linear_decay(progress: float) -> float:
@@ -26,7 +26,7 @@ class StockConfig(FTConfig):
 
     formula = "L = CE(h(f(x)), y) over all parameters, with AdamW at 5e-5"
     recommended = {
-        "learning_rate": Recommended(5e-5, "code"),
+        "learning_rate": LearningRate(5e-5, "code"),
         "optim": Recommended("adamw_torch", "code"),
         "lr_scheduler_type": Recommended("linear", "code"),
         "weight_decay": Recommended(0.0, "code"),

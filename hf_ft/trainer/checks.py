@@ -15,8 +15,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_ft.core.compose import check_composed, chooses_rate, recommended_arguments, shared_option
-from hf_ft.core.config import CHOSEN, FITTED, FTConfig
+from hf_ft.core.config import FTConfig
 from hf_ft.core.plan import Plan
+from hf_ft.core.recommended import CHOSEN, FITTED
 from hf_ft.data.label_checks import check_labels
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style

@@ -8,9 +8,10 @@ from hf_ft.cli import main
 from hf_ft.cli.catalog import FILE, describe, entries
 from hf_ft.cli.entries import as_file, entry_of
 from hf_ft.core import config as registry
-from hf_ft.core.config import FTConfig, Paper, Recommended, config_class, register
+from hf_ft.core.config import FTConfig, Paper, config_class, register
 from hf_ft.core.options import option
 from hf_ft.core.plan import Plan
+from hf_ft.core.recommended import LearningRate
 
 
 def test_the_file_is_up_to_date(shipped_strategies):
@@ -37,7 +38,7 @@ def theirs(monkeypatch):
         """
 
         paper = Paper("One, Two", "Theirs", "Conf 2020")
-        recommended = {"learning_rate": Recommended(0.5, "paper")}
+        recommended = {"learning_rate": LearningRate(0.5, "paper")}
         often: int | None = option(None, "How often.", range="[1, inf)")
 
         def plan(self, model, state):

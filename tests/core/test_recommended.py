@@ -15,7 +15,8 @@ from hf_ft import (
     TREDConfig,
 )
 from hf_ft.core.compose import recommended_arguments
-from hf_ft.core.config import Recommended, config_class, strategies
+from hf_ft.core.config import config_class, strategies
+from hf_ft.core.recommended import LearningRate
 from hf_ft.strategies.auto.recipes import recommended_rate
 from hf_ft.testing import tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer
@@ -77,7 +78,9 @@ def test_rates_are_shown_as_people_write_them(name):
         found = None if wanted is None else wanted.under(optim, batch_norm=False).value
         if isinstance(found, float):
             assert len(f"{found!r}") < 8
-    wanted = Recommended(3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3, families={"efficientnet": 1e-3})
+    wanted = LearningRate(
+        3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3, families={"efficientnet": 1e-3}
+    )
     assert str(wanted) == (
         "0.0003, 0.003 under SGD, 0.001 for efficientnet, times 0.1 without BatchNorm, times 0.33 if norm_mode='eval'"
     )

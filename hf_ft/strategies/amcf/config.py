@@ -13,6 +13,7 @@ from hf_ft.core import (
     Context,
     Findings,
     FTConfig,
+    LearningRate,
     LogRange,
     Names,
     Needs,
@@ -79,7 +80,7 @@ class AMCFConfig(FTConfig):
     recommended = {
         "optim": Recommended("sgd", "code"),
         "optim_args": Recommended("momentum=0.9", "code"),
-        "learning_rate": Recommended(0.01, "code", adam=3e-4, without_batch_norm=0.1),
+        "learning_rate": LearningRate(0.01, "code", adam=3e-4, without_batch_norm=0.1),
         "weight_decay": Recommended(5e-4, "code"),
         "lr_scheduler_type": Recommended("cosine", "ours"),  # Transformers has no schedule like the authors' steps
         "max_grad_norm": Recommended(0.0, "ours", "clipping the global gradient norm couples the members"),

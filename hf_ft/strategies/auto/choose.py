@@ -21,8 +21,9 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_ft.core import UNSET_RATE, Context, OptionError, State
-from hf_ft.core.config import ADAM, BASELINE, SGD
+from hf_ft.core.config import BASELINE
 from hf_ft.core.plan import stage_borders
+from hf_ft.core.recommended import ADAM, SGD
 from hf_ft.engine.run import Run
 from hf_ft.engine.set_up import set_up
 from hf_ft.engine.short_training import fit, predict

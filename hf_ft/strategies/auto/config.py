@@ -15,6 +15,7 @@ from hf_ft.core import (
     Context,
     Findings,
     FTConfig,
+    LearningRate,
     OptionError,
     Paper,
     Plan,
@@ -61,7 +62,7 @@ class AutoStrategyConfig(FTConfig):
     )
     formula = "s* = argmin_s min_T CE(z_s / T, y) on held-out training samples, z_s after a brief training run with s"
     recommended = {
-        "learning_rate": Recommended(CHOSEN, without_batch_norm=0.1),  # what it chooses among
+        "learning_rate": LearningRate(CHOSEN, without_batch_norm=0.1),  # what it chooses among
         "lr_scheduler_type": Recommended("cosine", "ours"),
         "weight_decay": Recommended(0.0, "ours"),
     }

@@ -1,0 +1,79 @@
+"""The training arguments that a strategy recommends; a learning rate depends on the optimizer and the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SGD, ADAM = "sgd", "adamw_torch"
+FITTED = "fitted"  # a recommended learning rate that is fitted to the features of the head
+CHOSEN = "chosen"  # one that the strategy chooses together with what it trains; a comparison leaves it to the strategy
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """A recommended training argument, its source (code, paper, ours), and the reason if it is not obvious."""
+
+    value: Any
+    source: str = "ours"
+    why: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True)
+class LearningRate(Recommended):
+    """A recommended learning rate.
+
+    Attributes:
+        value: the rate for the recommended optimizer, which is AdamW unless the strategy says otherwise; or
+            :data:`FITTED` or :data:`CHOSEN`.
+        sgd: the rate under SGD with momentum, if that is not the recommended optimizer.
+        adam: the rate under AdamW, if that is not the recommended optimizer.
+        without_batch_norm: factor for networks without BatchNorm, such as transformers: if all weights train, they need
+            lower rates.
+        statistics_kept: factor for networks whose BatchNorm keeps its statistics (``norm_mode="eval"``).
+        families: other rates under AdamW, by family of networks (``config.model_type``).
+    """
+
+    sgd: float | None = None
+    adam: float | None = None
+    without_batch_norm: float = 1.0
+    statistics_kept: float = 1.0
+    families: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """For display: the value, those for the other optimizers, and the factors for other networks and modes."""
+        others = [
+            f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
+        ]
+        others += [f"{rate:g} for {name}" for name, rate in self.families.items()]
+        factors = {"without BatchNorm": self.without_batch_norm, "if norm_mode='eval'": self.statistics_kept}
+        factors = {} if isinstance(self.value, str) else factors
+        changed = [f"times {factor:.2g} {where}" for where, factor in factors.items() if factor != 1]
+        return ", ".join([str(self.value), *others, *changed])
+
+    def under(self, optim: str, batch_norm: bool = True, kept: bool = False, family: str = "") -> Recommended:
+        """The rate for an optimizer and a network.
+
+        Args:
+            batch_norm: whether the network has BatchNorm.
+            kept: whether BatchNorm keeps its statistics.
+            family: the network's ``config.model_type``.
+        """
+        other = self.sgd if optim == SGD else self.families.get(family, self.adam)
+        found = Recommended(self.value, self.source, self.why) if other is None else Recommended(other, why=self.why)
+        factor = (self.statistics_kept if kept else 1.0) if batch_norm else self.without_batch_norm
+        if factor == 1 or isinstance(found.value, str):
+            return found
+        return Recommended(float(f"{factor * found.value:.3g}"), why=self.why)  # as one would write it
+
+
+# For pretrained weights that all train: measured, see docs/rates.md.
+USUAL_RATE = {
+    "learning_rate": LearningRate(
+        3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3, families={"efficientnet": 1e-3}
+    )
+}
