@@ -226,11 +226,12 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]
 
 
 def tables() -> dict[str, str]:
-    """The runs as Markdown: linear probes with the fitted rates beside them, and everything else."""
-    rows: dict[tuple[str, ...], dict[float, float]] = {}
+    """The runs as Markdown, as means over seeds: linear probes with the fitted rates beside them, and everything else."""
+    tested: dict[tuple[str, ...], dict[float, list[float]]] = {}
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
         key = tuple(entry[name] for name in ("task", "model", "strategy", "optim"))
-        rows.setdefault(key, {})[entry["rate"]] = entry["test"]
+        tested.setdefault(key, {}).setdefault(entry["rate"], []).append(entry["test"])
+    rows = {key: {rate: float(np.mean(each)) for rate, each in scores.items()} for key, scores in tested.items()}
     heads = {tuple(entry["of"]): entry for entry in json.loads(HEADS.read_text(encoding="utf-8"))}
     probes, others = [], []
     for (task, model, strategy, optim), scores in rows.items():
@@ -256,7 +257,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def regrets() -> str:
-    """What choosing a run of each grid by validation loses on test relative to the best, per rule, as Markdown."""
+    """What choosing a run of each grid by validation loses on test relative to the best, per rule, as Markdown.
+
+    Each grid is that of the first seed.
+    """
 
     def late(values: Sequence[float]) -> float:
         return float(np.mean(values[len(values) // 2 :]))
@@ -272,7 +276,8 @@ def regrets() -> str:
     }
     grids: dict[tuple[str, ...], list[Entry]] = {}
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
-        grids.setdefault(tuple(entry[name] for name in ("task", "model", "strategy")), []).append(entry)
+        if entry["seed"] == 1:
+            grids.setdefault(tuple(entry[name] for name in ("task", "model", "strategy")), []).append(entry)
     whole = [runs for runs in grids.values() if len(runs) > 3]
     usual = next(iter(rules.values()))
     chosen = {name: [max(runs, key=rule) for runs in whole] for name, rule in rules.items()}
