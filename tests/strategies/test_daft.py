@@ -6,7 +6,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import ResNetForImageClassification
 
-from hf_ft import BlockwiseConfig, DAFTConfig, FTTrainer, L2SPConfig, OptionError, State, set_up
+from hf_ft import (
+    AMCFConfig,
+    BlockwiseConfig,
+    CollaborativeModel,
+    DAFTConfig,
+    FTTrainer,
+    L2SPConfig,
+    OptionError,
+    State,
+    set_up,
+)
 from hf_ft.cli import request as arguments
 from hf_ft.models.norms import batch_norms
 from hf_ft.strategies.daft import ConvertBatchNorm, ZeroHead
@@ -386,6 +396,17 @@ def test_with_block_wise_fine_tuning_it_converts_the_network_and_one_block_train
     with torch.no_grad():
         inputs = [net.eval().resnet.encoder.stages[0](net.resnet.embedder(batch)) for net in (model, pretrained)]
     assert torch.allclose(*inputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_with_amcf_it_converts_all_members(order, tmp_path):
+    model = CollaborativeModel.from_members([tiny_resnet(), tiny_resnet(depths=[1, 1], seed=1)])
+    configs = [AMCFConfig(source_models=("one", "other"), frozen=(1, 1)), DAFTConfig()][::order]
+    plan = started(model, tmp_path, configs)._run.plan
+    [convert] = [part for part in plan.surgery if isinstance(part, ConvertBatchNorm)]
+    assert {name.split(".")[1] for name in convert.names} == {"0", "1"}
+    assert [rate.names for rate in plan.stages[0].rates] == [("members.0.classifier", "members.1.classifier")]
+    assert plan.stages[0].name == "collaborative" and len(plan.terms) == 1
 
 
 # --- refused, before anything changes
