@@ -226,7 +226,7 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]
 
 
 def tables() -> dict[str, str]:
-    """The runs as Markdown, as means over seeds: linear probes with the fitted rates beside them, and everything else."""
+    """The runs as Markdown, means over seeds: linear probes with the fitted rates beside them, and everything else."""
     tested: dict[tuple[str, ...], dict[float, list[float]]] = {}
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
         key = tuple(entry[name] for name in ("task", "model", "strategy", "optim"))
