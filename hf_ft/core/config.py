@@ -155,6 +155,10 @@ class FTConfig(PushToHubMixin):
         """Whether this strategy measures the data before training."""
         return type(self).measure is not FTConfig.measure
 
+    def searches(self) -> bool:
+        """Whether its measurement trains candidates, which start from the model as other strategies change it."""
+        return False
+
     def must_measure(self) -> bool:
         """Whether :meth:`plan` needs the measurement; if not, it works without one when there is no context."""
         return self.measures()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -89,16 +90,33 @@ def measure(
     context: Callable[[], Context] | None,
     known: Mapping[str, State] | None = None,
 ) -> dict[str, State]:
-    """The state of each strategy that measures the data, by ``ft_type``: known, or measured in a fresh context."""
-    states = {}
-    for config in configs:
+    """The state of each strategy that measures the data, by ``ft_type``: known, or measured in a fresh context.
+
+    Searches come last: their candidates start from the model as the other strategies change it.
+    """
+    states: dict[str, State] = {}
+    configs = tuple(configs)
+    searching = [config for config in configs if config.searches()]
+    others = [config for config in configs if config not in searching]
+    for config in (*others, *searching):
         if known and config.ft_type in known:
             states[config.ft_type] = known[config.ft_type]
         elif config.measures() and context is not None:
-            states[config.ft_type] = config.measure(model, context())
+            start_from = _changed(model, others, states) if config in searching else model
+            states[config.ft_type] = config.measure(start_from, context())
         elif config.must_measure():
             raise OptionError(f"{config.ft_type} measures the data before training: pass a context, or states.")
     return states
+
+
+def _changed(model: nn.Module, configs: Iterable[FTConfig], states: Mapping[str, State]) -> nn.Module:
+    """A copy of the model after the surgery of these strategies; the model itself if there is none."""
+    plans = [config.plan(model, states.get(config.ft_type, State())) for config in configs]
+    surgery = [operation for plan in plans for operation in plan.surgery]
+    changed = copy.deepcopy(model) if surgery else model
+    for operation in surgery:
+        changed = operation(changed)
+    return changed
 
 
 def check(

@@ -399,6 +399,28 @@ def test_with_block_wise_fine_tuning_it_converts_the_network_and_one_block_train
 
 
 @pytest.mark.parametrize("order", [1, -1])
+def test_a_search_trains_its_candidates_in_the_converted_network(order, tmp_path, monkeypatch):
+    """With the head's seed too: a head that starts at zero is not drawn anew."""
+    starts = []
+    begun = BlockwiseConfig.start
+
+    def start(self, model, candidate):
+        starts.append(snapshot(model))
+        return begun(self, model, candidate)
+
+    monkeypatch.setattr(BlockwiseConfig, "start", start)
+    search = BlockwiseConfig(search_epochs=1, search_seeds=2, validation=0.5, baselines=False, storage="memory")
+    trainer = trainer_on_shifted(model := tiny_resnet(), tmp_path, [search, DAFTConfig()][::order])
+    states = trainer.measure()  # and set up the run
+    assert len(starts) >= 6
+    for one in starts:
+        same_tensors(one, snapshot(model))
+    alone = trainer_on_shifted(tiny_resnet(), tmp_path / "alone", search).measure()["blockwise"]
+    scores = [[one.scores for one in search.scores(state).scores] for state in (states["blockwise"], alone)]
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize("order", [1, -1])
 def test_with_amcf_it_converts_all_members(order, tmp_path):
     model = CollaborativeModel.from_members([tiny_resnet(), tiny_resnet(depths=[1, 1], seed=1)])
     configs = [AMCFConfig(source_models=("one", "other"), frozen=(1, 1)), DAFTConfig()][::order]

@@ -197,6 +197,9 @@ class AMCFConfig(FTConfig):
     def measures(self) -> bool:
         return self.frozen == "search"
 
+    def searches(self) -> bool:
+        return self.measures()
+
     def measure(self, model: nn.Module, context: Context) -> State:
         scores = SwarmSearch(model, self, context).run()
         return State(info={"swarm": scores.to_dict(), "frozen": list(scores.best.position)})

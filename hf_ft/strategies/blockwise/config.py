@@ -150,6 +150,9 @@ class BlockwiseConfig(FTConfig):
     def measures(self) -> bool:
         return self.block == "auto" or self.head_lr == "auto"
 
+    def searches(self) -> bool:
+        return self.block == "auto"
+
     def must_measure(self) -> bool:
         return self.block == "auto"
 

@@ -158,8 +158,7 @@ class BlockSearch:
         if seed and hasattr(model, "_init_weights"):
             with random_states_kept(seed):
                 for name in self.options.anatomy(model).head.modules:
-                    model.get_submodule(name).apply(_uninitialised)
-                    model.get_submodule(name).apply(model._init_weights)
+                    model.get_submodule(name).apply(lambda module: _redraw(module, model))
         return self.options.start(model, candidate)
 
     def _collect(self, candidate: Candidate, found: dict[str, Outcome]) -> BlockScore:
@@ -173,8 +172,12 @@ class BlockSearch:
         )
 
 
-def _uninitialised(module: nn.Module) -> None:
-    """Clear the flag by which Transformers skips the initialisation of loaded weights."""
-    marked: list[Any] = [module, *module.parameters(recurse=False), *module.buffers(recurse=False)]
-    for item in marked:
+def _redraw(module: nn.Module, model: Any) -> None:
+    """Draw a module's weights as Transformers initialises them; zeros stay, since another strategy set them."""
+    own = list(module.parameters(recurse=False))
+    if own and not any(bool(weight.any()) for weight in own):
+        return
+    marked: list[Any] = [module, *own, *module.buffers(recurse=False)]
+    for item in marked:  # Transformers skips the initialisation of what was loaded
         item._is_hf_initialized = False
+    model._init_weights(module)
