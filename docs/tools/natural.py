@@ -26,7 +26,7 @@ TITLES = {
 }
 FAR = {"elpv_500": "ELPV solar cells", "mnist_200": "MNIST"}  # from ImageNet
 FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
-FEW = (BASELINE, "linear_probe", "lp_ft", "peft", *FIVE)
+FEW = (BASELINE, "linear_probe", "lp_ft", "peft", *FIVE, "blockwise+daft")
 RESAMPLES = 1000
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 Gaps = tuple[np.ndarray, np.ndarray]  # (seeds, samples): ours is right - theirs is right; and the samples' classes

@@ -34,6 +34,7 @@ STARTS: dict[str, list[FTConfig]] = {
     "converted": [LAST, DAFTConfig(zero_head=False)],
     "converted, zero head": [LAST, DAFTConfig()],
 }
+TITLES = {"cifar10": "CIFAR-10", "caltech40": "Caltech-101", "mnist_200": "MNIST", "elpv_500": "ELPV solar cells"}
 SEEDS = (1, 2)
 
 
@@ -56,7 +57,7 @@ def table(entries: list[Entry]) -> str:
     """Test scores by task, and the difference from the pretrained start, paired by split and seed."""
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
     scores = {tuple(entry[name] for name in ("start", "task", "split", "seed")): entry["test"] for entry in entries}
-    lines = [f"| the block starts | {' | '.join(tasks)} |", f"| --- {'| --- ' * len(tasks)}|"]
+    lines = [f"| the block starts | {' | '.join(TITLES[task] for task in tasks)} |", f"| --- {'| --- ' * len(tasks)}|"]
     for start in STARTS:
         cells = []
         for task in tasks:
