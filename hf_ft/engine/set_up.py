@@ -112,7 +112,7 @@ def measure(
 def _changed(model: nn.Module, configs: Iterable[FTConfig], states: Mapping[str, State]) -> nn.Module:
     """A copy of the model after the surgery of these strategies; the model itself if there is none."""
     plans = [config.plan(model, states.get(config.ft_type, State())) for config in configs]
-    surgery = [operation for plan in plans for operation in plan.surgery]
+    surgery = dict.fromkeys(operation for plan in plans for operation in plan.surgery)  # equal ones once, as in a run
     changed = copy.deepcopy(model) if surgery else model
     for operation in surgery:
         changed = operation(changed)
