@@ -222,12 +222,13 @@ def entrant(
 
 
 def _tuned(configs: Iterable[FTConfig], untuned: Collection[str]) -> dict[str, LogRange | Choice | FittedRate]:
-    """The options to tune, as ``strategy.option``; strategies that fit the head's learning rate share one."""
+    """The options to tune, as ``strategy.option``; composed strategies share the head's rate and common options."""
+    common = {field.name for field in options(FTConfig)} | {HEAD_LR}
     found: dict[str, LogRange | Choice | FittedRate] = {}
     for config in configs:
         for option, part in type(config).tuned.items():
             name = f"{config.ft_type}.{option}"
-            shared = isinstance(part, FittedRate) and any(isinstance(other, FittedRate) for other in found.values())
+            shared = option in common and any(other.endswith(f".{option}") for other in found)
             if _at_default(config, option) and name not in untuned and not shared:
                 found[name] = part
     return found

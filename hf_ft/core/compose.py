@@ -82,6 +82,18 @@ def explicit_option(configs: Iterable[FTConfig], name: str, otherwise: Any = Non
     return next(iter(owners), otherwise)
 
 
+def sharing(configs: Iterable[FTConfig]) -> tuple[FTConfig, ...]:
+    """The strategies of a run, each with the common options that any of them sets.
+
+    Raises:
+        OptionError: if two strategies set different values; both are named.
+    """
+    configs = tuple(configs)
+    found = {field.name: explicit_option(configs, field.name) for field in options(FTConfig)}
+    common: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+    return tuple(dataclasses.replace(config, **common) for config in configs)
+
+
 def check_composed(configs: Iterable[FTConfig]) -> None:
     """Reject strategies that one of them cannot be composed with.
 
@@ -89,19 +101,42 @@ def check_composed(configs: Iterable[FTConfig]) -> None:
         OptionError: naming both.
     """
     configs = tuple(configs)
+    names = [config.ft_type for config in configs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise OptionError(f"{twice} is given twice: use one config with all its options.")
     for config in configs:
         config.check_beside(tuple(other for other in configs if other is not config))
 
 
+def check_examples(configs: Iterable[FTConfig], model: nn.Module) -> None:
+    """Reject conflicts between the plans of strategies before anything is measured, as far as they are known then.
+
+    Raises:
+        OptionError: naming the strategies.
+    """
+    configs = sharing(configs)
+    if len(configs) > 1:
+        with_common_options(configs, [_owned(config.example_plan(model), config) for config in configs], model)
+
+
 def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> Plan:
     """Compose the plans of all strategies, with the options that they share."""
-    configs = tuple(configs)
+    configs = sharing(configs)
     check_states(configs, model, states)
-    plans = [
-        dataclasses.replace(config.plan(model, states.get(config.ft_type, State())), owner=config.ft_type)
-        for config in configs
-    ]
-    return with_common_options(configs, plans, model)
+    plans = [_owned(config.plan(model, states.get(config.ft_type, State())), config) for config in configs]
+    plan = with_common_options(configs, plans, model)
+    for config in configs:
+        if config.needs_batch_statistics() and plan.stages[-1].norm_mode == "eval":
+            logger.warning_once(
+                f"{config.ft_type} changes nothing: BatchNorm keeps its statistics. Set norm_mode='auto' in "
+                f"{plan.owner or config.ft_type}."
+            )
+    return plan
+
+
+def _owned(plan: Plan, config: FTConfig) -> Plan:
+    return dataclasses.replace(plan, owner=config.ft_type)
 
 
 def check_states(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[str, State]) -> None:
@@ -122,7 +157,8 @@ def check_states(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[
 
 def with_common_options(configs: Iterable[FTConfig], plans: Iterable[Plan], model: nn.Module) -> Plan:
     """Compose plans, with the momentum of BatchNorm and, if one was chosen, the mode of normalisation layers."""
-    configs = tuple(configs)
+    configs, plans = tuple(configs), tuple(plans)
+    _check_renamed(configs, plans)
     plan = compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
     mode = explicit_option(configs, "norm_mode")
     if mode is None:
@@ -251,6 +287,16 @@ def _checked(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return stages
 
 
+def _check_renamed(configs: Iterable[FTConfig], plans: Iterable[Plan]) -> None:
+    """Reject learning rates for layers that another strategy's adapters rename: they would be lost."""
+    adapting = [config.ft_type for config in configs if config.adds_adapters()]
+    for plan in plans if adapting else ():
+        if plan.rates and plan.owner not in adapting:
+            raise OptionError(
+                f"{plan.owner} sets learning rates of layers to which {adapting[0]} adds adapters: use one of them."
+            )
+
+
 def _check_set_once(plans: Iterable[Plan]) -> None:
     """Reject different surgery of two plans that sets the same weights: the second would undo the first."""
     surgery = [(part, plan.owner) for plan in plans for part in plan.surgery]
@@ -271,8 +317,8 @@ def _rates(stage: Stage, owner: Plan | None, plans: Iterable[Plan]) -> tuple[Rat
             for other, name in found.items():
                 if other != rate and name != plan.owner and (both := _overlap(rate, other)):
                     raise OptionError(
-                        f"{name} and {plan.owner} both set the learning rate of {both!r}: use one of them. An option "
-                        "head_lr=None leaves the head's to the other."
+                        f"{name} and {plan.owner} both set the learning rate of {both!r}: use one of them, or, if it "
+                        "is the head, set head_lr=None in one."
                     )
             found.setdefault(rate, plan.owner)
     return tuple(found)

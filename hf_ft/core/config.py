@@ -18,7 +18,7 @@ from hf_ft.core.advising import Rule
 from hf_ft.core.config_files import CONFIG_NAME, read_config_file
 from hf_ft.core.context import Context, State
 from hf_ft.core.findings import Findings
-from hf_ft.core.head_rate import check_head_rate
+from hf_ft.core.head_rate import HEAD_LR, LEAST, check_head_rate
 from hf_ft.core.needs import Needs
 from hf_ft.core.options import UNKNOWN, from_json, local_options, option, options, to_json, validate
 from hf_ft.core.plan import NormMode, Plan
@@ -155,6 +155,10 @@ class FTConfig(PushToHubMixin):
         """Whether this strategy measures the data before training."""
         return type(self).measure is not FTConfig.measure
 
+    def needs_batch_statistics(self) -> bool:
+        """Whether it changes nothing where BatchNorm keeps its statistics."""
+        return False
+
     def searches(self) -> bool:
         """Whether its measurement trains candidates, which start from the model as other strategies change it."""
         return False
@@ -185,6 +189,10 @@ class FTConfig(PushToHubMixin):
     def plan(self, model: nn.Module, state: State) -> Plan:
         """Build the plan. Cheap, deterministic, and without side effects on the model."""
         raise NotImplementedError(f"{type(self).__name__} does not define plan().")
+
+    def example_plan(self, model: nn.Module) -> Plan:
+        """A plan like that of :meth:`plan` before anything is measured, in which conflicts with others show early."""
+        return Plan() if self.must_measure() else self.plan(model, State(info={HEAD_LR: LEAST}))
 
     def learned(self, state: State) -> str:
         """A sentence on the measurement for the model card; empty if there is nothing to say."""

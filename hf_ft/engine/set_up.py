@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
-from hf_ft.core.compose import build_plan, check_composed, resolve, shared_option
+from hf_ft.core.compose import build_plan, check_composed, check_examples, resolve, shared_option, sharing
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context, State
 from hf_ft.core.plan import CopiesModel, Plan, trained_by
@@ -85,7 +85,7 @@ def start(
 
 
 def measure(
-    configs: Iterable[FTConfig],
+    configs: tuple[FTConfig, ...],
     model: nn.Module,
     context: Callable[[], Context] | None,
     known: Mapping[str, State] | None = None,
@@ -95,7 +95,8 @@ def measure(
     Searches come last: their candidates start from the model as the other strategies change it.
     """
     states: dict[str, State] = {}
-    configs = tuple(configs)
+    check_examples(configs, model)
+    configs = sharing(configs)
     searching = [config for config in configs if config.searches()]
     others = [config for config in configs if config not in searching]
     for config in (*others, *searching):

@@ -14,11 +14,10 @@ from hf_ft.core import (
     Names,
     Paper,
     Plan,
-    Rate,
-    Stage,
     State,
     TensorRates,
     advising,
+    head_rates,
     option,
     register,
 )
@@ -96,8 +95,7 @@ class AutoRGNConfig(FTConfig):
         head = anatomy.head.modules
         body = tuple(name for part in anatomy.backbone for name in part.modules)
         still = () if self.train_batch_norm else tuple(name for name, _ in batch_norms(model))
-        rates = TensorRates(
+        tensors = TensorRates(
             "auto_rgn", RelativeNorms(), ByLargest(still), body, self.batches, fresh_optimizer=self.fresh_optimizer
         )
-        stages = () if self.head_lr is None else (Stage("train", rates=(Rate(head, lr=self.head_lr),)),)
-        return Plan(stages=stages, tensor_rates=rates)
+        return Plan(rates=head_rates(self, head, state), tensor_rates=tensors)

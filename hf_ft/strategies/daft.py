@@ -163,6 +163,13 @@ class DAFTConfig(FTConfig):
         """For models without BatchNorm, the other half of the method: a zero head and two learning rates."""
         return self if batch_norms(model) else dataclasses.replace(self, convert_batch_norm=False)
 
+    def needs_batch_statistics(self) -> bool:
+        return self.convert_batch_norm
+
+    def example_plan(self, model: nn.Module) -> Plan:
+        kept = dataclasses.replace(self, convert_batch_norm=False)
+        return super(DAFTConfig, kept).example_plan(model)
+
     def measures(self) -> bool:
         return self.convert_batch_norm or self.head_lr == "auto"
 

@@ -67,6 +67,9 @@ class StochNormConfig(FTConfig):
     def needs(self) -> Needs:
         return Needs(several_members=True)
 
+    def needs_batch_statistics(self) -> bool:
+        return True
+
     def adapted(self, model: nn.Module) -> FTConfig | None:
         return self if convertible(model) else None
 

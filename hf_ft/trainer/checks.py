@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_ft.core.compose import check_composed, chooses_rate, recommended_arguments, shared_option
+from hf_ft.core.compose import check_composed, check_examples, chooses_rate, recommended_arguments, shared_option
 from hf_ft.core.config import FTConfig
 from hf_ft.core.plan import Plan
 from hf_ft.core.recommended import CHOSEN, FITTED
@@ -94,6 +94,7 @@ def check_model(
     if any(config.must_measure() for config in configs):  # the plan depends on the measurement
         for config in configs:
             config.check_model(model)
+        check_examples(configs, model)
         return
     trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     plan = check(configs, model, {}, trainable)

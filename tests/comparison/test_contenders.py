@@ -135,6 +135,8 @@ def test_composed_strategies_share_the_rate_of_the_head():
     for values in made.settings(3, seed=0):
         rates = [config.head_lr for config in made.with_settings(values)]
         assert rates == [values["blockwise.head_lr"]] * 2
+    modes = with_head(FullConfig(), LPFTConfig())
+    assert [name for name in modes.spaces["adamw_torch"] if "norm_mode" in name] == ["full.norm_mode"]
     fixed = with_head(BlockwiseConfig(block="stage1", head_lr=None), DAFTConfig())
     assert [name for name in fixed.spaces["adamw_torch"] if "head_lr" in name] == ["daft.head_lr"]
     assert [config.head_lr for config in fixed.with_settings(fixed.first)] == [None, FIT.rate("adamw_torch")]

@@ -1,5 +1,8 @@
 """Learning rates and initial weights of composed strategies: they add up, or the strategies are refused by name."""
 
+import re
+import sys
+
 import pytest
 from peft import LoraConfig
 
@@ -7,14 +10,18 @@ from hf_ft import (
     BlockwiseConfig,
     DAFTConfig,
     FullConfig,
+    GradualUnfreezingConfig,
     LayerDecayConfig,
     LPFTConfig,
     OptionError,
     PEFTConfig,
     State,
+    StochNormConfig,
     set_up,
 )
-from hf_ft.core.compose import build_plan
+from hf_ft.core import Plan, Rate
+from hf_ft.core.compose import build_plan, compose
+from hf_ft.engine.param_groups import split_groups
 from hf_ft.testing import tiny_resnet
 from hf_ft.testing.training import make_trainer
 
@@ -55,10 +62,18 @@ def test_different_rates_are_refused(order):
     assert rates(*[LPFTConfig(), daft(head_lr=None)][::order]) == [(0.5, 1.0), (0.0, 1.0)]
 
 
+@pytest.mark.parametrize("other", [LayerDecayConfig(), FullConfig(head_lr=0.1)])
+@pytest.mark.parametrize("adapting", [PEFTConfig(), BlockwiseConfig(tuner=LoraConfig(r=2))])
+def test_rates_of_what_adapters_rename_are_refused(adapting, other, tmp_path):
+    """They would be lost."""
+    with pytest.raises(OptionError, match=f"{other.ft_type} sets learning rates of layers to which {adapting.ft_type}"):
+        make_trainer(tiny_resnet(), [adapting, other], tmp_path)
+
+
 def test_a_rate_for_nothing_is_refused():
-    """Adapters rename the layers: without an error, the decay would be lost."""
-    with pytest.raises(OptionError, match=r"sets the learning rate of resnet\.embedder.*adapters"):
-        rates(PEFTConfig(), LayerDecayConfig(), states={})
+    wrong = Plan(rates=(Rate(("backbone",), lr=0.1),))
+    with pytest.raises(OptionError, match="sets the learning rate of backbone, which the model does not have"):
+        split_groups([], tiny_resnet(), compose([wrong]), ())
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -78,6 +93,52 @@ def test_a_fitted_head_is_not_zeroed(order, tmp_path):
 def test_daft_and_adapters(other):
     with pytest.raises(OptionError, match=f"daft changes layers of the model, and {other.ft_type} adds adapters"):
         make_trainer(tiny_resnet(), [other, DAFTConfig()], "unused")
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([BlockwiseConfig(), LPFTConfig()], "blockwise and lp_ft both decide which parameters train when"),
+        ([BlockwiseConfig(), DAFTConfig(head_lr=0.1)], "blockwise and daft both set the learning rate"),
+        ([DAFTConfig(), GradualUnfreezingConfig()], "gradual_unfreezing and daft both set the learning rate"),
+        ([DAFTConfig(), FullConfig(head_lr=0.1)], "daft and full both set the learning rate"),
+        ([DAFTConfig(head_lr=0.1), DAFTConfig(head_lr=0.3)], "daft is given twice: use one config"),
+    ],
+)
+def test_conflicts_are_found_before_anything_is_measured(configs, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
+        make_trainer(tiny_resnet(), configs, tmp_path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_common_options_hold_for_all(order, tmp_path, monkeypatch):
+    """Candidates of a search train as the run will."""
+    searched = []
+    monkeypatch.setattr(BlockwiseConfig, "search", lambda self, *given: searched.append(self) or 1 / 0)
+    configs = [BlockwiseConfig(), DAFTConfig(norm_mode="eval", batch_norm_momentum=0.5, head="classifier.1")][::order]
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tiny_resnet(), configs, tmp_path).measure()
+    assert (searched[0].norm_mode, searched[0].batch_norm_momentum, searched[0].head) == ("eval", 0.5, "classifier.1")
+    assert rates(*[LPFTConfig(head_lr=0.1), daft(head="classifier.1", head_lr=0.1)][::order]) == [
+        (0.1, 0.1),
+        (0.0, 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("configs", "warned"),
+    [
+        ([DAFTConfig(), LPFTConfig()], "daft changes nothing.*norm_mode='auto' in lp_ft"),
+        ([StochNormConfig(), FullConfig(norm_mode="eval")], "stoch_norm changes nothing.*in stoch_norm"),
+        ([DAFTConfig(), LPFTConfig(norm_mode="auto")], None),
+        ([DAFTConfig()], None),
+    ],
+)
+def test_what_statistics_kept_make_useless_is_told(configs, warned, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(sys.modules["hf_ft.core.compose"].logger, "warning_once", said.append)
+    make_trainer(tiny_resnet(), configs, tmp_path).measure()
+    assert bool(said) is bool(warned) and all(re.search(warned or "", one) for one in said)
 
 
 def test_plans_without_rates_are_unchanged():

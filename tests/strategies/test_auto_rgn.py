@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_ft import AutoRGNConfig, DAFTConfig, FTTrainer, GradualUnfreezingConfig, L2SPConfig, OptionError, State, set_up
-from hf_ft.core import Plan, TensorRates
+from hf_ft.core import Plan, TensorRates, compose
 from hf_ft.core.context import Recipe, Samples
 from hf_ft.data.streams import mixed
 from hf_ft.engine.param_groups import FACTOR
@@ -158,7 +158,7 @@ def test_it_composes_with_stages_and_terms_but_not_with_itself(tmp_path):
     factors = [group[FACTOR] for group in trainer.optimizer.param_groups if FACTOR in group]
     assert max(factors) == 1.0 and min(factors) == 0.0
     with pytest.raises(OptionError, match="both set the learning rate of each tensor"):
-        set_up(tiny_bert(), [AutoRGNConfig(), AutoRGNConfig()])
+        compose([AutoRGNConfig().plan(tiny_bert(), State()) for _ in range(2)])
     with pytest.raises(OptionError, match="which the model no longer has"):
         make_trainer(tiny_bert(), [AutoRGNConfig(), "peft"], tmp_path).train()
-    assert AutoRGNConfig(head_lr=0.1).plan(tiny_resnet(), State()).stages[0].rates[0].lr == 0.1
+    assert AutoRGNConfig(head_lr=0.1).plan(tiny_resnet(), State()).rates[0].lr == 0.1

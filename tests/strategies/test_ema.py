@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_ft import EMAConfig, OptionError, set_up
+from hf_ft import EMAConfig, OptionError, State, compose, set_up
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_resnet
 from hf_ft.testing.training import snapshot, tiny_batch
 
@@ -64,8 +64,8 @@ def test_a_loop_must_name_its_optimizer_and_two_averages_are_refused():
     run = set_up(tiny_resnet(), "ema")
     with pytest.raises(OptionError, match=r"pass optimizer=\.\.\. to stepper"):
         run.stepper(run.objective(), 4)
-    with pytest.raises(OptionError, match="ema and ema both average the weights"):
-        set_up(tiny_resnet(), ["ema", EMAConfig(decay=0.5)])
+    with pytest.raises(OptionError, match="both average the weights"):
+        compose([EMAConfig(decay=decay).plan(tiny_resnet(), State()) for decay in (0.5, 0.9)])
     optimizer = ScheduleFree(run.param_groups(lr=0.05))
     with pytest.raises(OptionError, match="optim: ScheduleFree averages the weights itself"):
         run.stepper(run.objective(), 4, optimizer=optimizer)(0)

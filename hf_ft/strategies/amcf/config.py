@@ -209,6 +209,10 @@ class AMCFConfig(FTConfig):
     def plan(self, model: nn.Module, state: State) -> Plan:
         return self._plan(model, self._members(model), self.chosen(state))
 
+    def example_plan(self, model: nn.Module) -> Plan:
+        members = self._members(model)
+        return self._plan(model, members, (0,) * len(members) if self.frozen == "search" else self.frozen)
+
     def chosen(self, state: State) -> Frozen:
         """Number of frozen layers of each member.
 

@@ -173,6 +173,14 @@ class BlockwiseConfig(FTConfig):
     def plan(self, model: nn.Module, state: State) -> Plan:
         return self._plan(model, self.chosen(model, state), state)
 
+    def example_plan(self, model: nn.Module) -> Plan:
+        if self.block != "auto":
+            return super().example_plan(model)
+        place = {"head": self.head, "blocks": self.blocks}
+        fitting = (c for c in candidates(model, self.scheme, length=self.length, **place) if self.adaptable(model, c))
+        found = next(fitting, None)
+        return Plan() if found is None else dataclasses.replace(self, block=found.name).example_plan(model)
+
     def chosen(self, model: nn.Module, state: State) -> Candidate:
         """The block to train.
 
