@@ -22,11 +22,11 @@ __all__ = ["FILE", "fitted", "table_of_advice", "table_of_orders"]
 
 
 def kept() -> dict[str, list[Results]]:
-    """The results of all comparisons that have signals, by task: of the kind with more splits, tuned ones if equal."""
+    """The results of all comparisons that have signals, by task: of the kind with more splits or, if equal, strategies."""
     found = {name: [results] for name, results in read().items()}
     tuned, defaults = (natural.read(kind) for kind in ("tuned", "defaults"))
     for name in dict.fromkeys((*tuned, *defaults)):
-        found.setdefault(name, max(tuned.get(name, []), defaults.get(name, []), key=len))
+        found.setdefault(name, max(tuned.get(name, []), defaults.get(name, []), key=_size))
     with_signals = {name: [one for one in splits if one.advice is not None] for name, splits in found.items()}
     return {name: splits for name, splits in with_signals.items() if splits}
 
@@ -35,6 +35,12 @@ def kept() -> dict[str, list[Results]]:
 def kept_tasks() -> tuple[Task, ...]:
     """What the advice is fitted to."""
     return tuple(_task(name, splits) for name, splits in kept().items())
+
+
+def _size(splits: Sequence[Results]) -> tuple[int, int]:
+    """The number of splits, and of strategies that are in all of them."""
+    names = [{contender.name for contender in results.contenders} for results in splits]
+    return len(splits), len(set.intersection(*names)) if names else 0
 
 
 def _task(name: str, splits: Sequence[Results]) -> Task:
