@@ -22,7 +22,7 @@ __all__ = ["FILE", "fitted", "table_of_advice", "table_of_orders"]
 
 
 def kept() -> dict[str, list[Results]]:
-    """The results of all comparisons that have signals, by task: of the kind with more splits or, if equal, strategies."""
+    """The results of comparisons that have signals, by task: of the kind with more splits or, if equal, strategies."""
     found = {name: [results] for name, results in read().items()}
     tuned, defaults = (natural.read(kind) for kind in ("tuned", "defaults"))
     for name in dict.fromkeys((*tuned, *defaults)):
