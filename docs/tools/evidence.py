@@ -18,15 +18,18 @@ from hf_ft.advice.signals import Signals
 from hf_ft.comparison.results import Results
 from hf_ft.core.config import BASELINE, strategies
 
+SEVERAL = 5  # strategies: fewer say little about the order of all
+
 __all__ = ["FILE", "fitted", "table_of_advice", "table_of_orders"]
 
 
 def kept() -> dict[str, list[Results]]:
-    """The results of comparisons that have signals, by task: of the kind with more splits or, if equal, strategies."""
+    """The results of all comparisons that have signals, by task: tuned ones, unless they hold few strategies."""
     found = {name: [results] for name, results in read().items()}
     tuned, defaults = (natural.read(kind) for kind in ("tuned", "defaults"))
     for name in dict.fromkeys((*tuned, *defaults)):
-        found.setdefault(name, max(tuned.get(name, []), defaults.get(name, []), key=_size))
+        several = len(_common(tuned.get(name, []))) >= SEVERAL
+        found.setdefault(name, (tuned if several else defaults).get(name, []))
     with_signals = {name: [one for one in splits if one.advice is not None] for name, splits in found.items()}
     return {name: splits for name, splits in with_signals.items() if splits}
 
@@ -37,10 +40,10 @@ def kept_tasks() -> tuple[Task, ...]:
     return tuple(_task(name, splits) for name, splits in kept().items())
 
 
-def _size(splits: Sequence[Results]) -> tuple[int, int]:
-    """The number of splits, and of strategies that are in all of them."""
+def _common(splits: Sequence[Results]) -> set[str]:
+    """The strategies that are in all splits."""
     names = [{contender.name for contender in results.contenders} for results in splits]
-    return len(splits), len(set.intersection(*names)) if names else 0
+    return set.intersection(*names) if names else set()
 
 
 def _task(name: str, splits: Sequence[Results]) -> Task:

@@ -11,6 +11,7 @@ from hf_ft import (
     DAFTConfig,
     FullConfig,
     GradualUnfreezingConfig,
+    L2SPConfig,
     LayerDecayConfig,
     LPFTConfig,
     OptionError,
@@ -145,3 +146,9 @@ def test_plans_without_rates_are_unchanged():
     model = tiny_resnet()
     assert build_plan([LPFTConfig(head_lr=None)], model, {}).rates == ()
     assert [stage.rates for stage in build_plan([LPFTConfig(head_lr=None)], model, {}).stages] == [(), ()]
+
+
+def test_two_terms_of_one_name_are_refused():
+    plans = [L2SPConfig(alpha=alpha).plan(tiny_resnet(), State()) for alpha in (0.1, 0.2)]
+    with pytest.raises(OptionError, match="two strategies add a term named"):
+        compose(plans)

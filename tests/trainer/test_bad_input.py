@@ -98,9 +98,7 @@ def test_nothing_is_written_before_the_checks(tmp_path):
 
 def test_two_stage_owners(tmp_path):
     refused("linear_probe and lp_ft both decide", make_trainer, tiny_resnet(), ["linear_probe", "lp_ft"], tmp_path)
-    refused(
-        "adds? a term named 'l2_sp' twice|two strategies add", make_trainer, tiny_resnet(), ["l2_sp", "l2_sp"], tmp_path
-    )
+    refused("l2_sp is given twice", make_trainer, tiny_resnet(), ["l2_sp", "l2_sp"], tmp_path)
 
 
 def test_contradicting_common_options(tmp_path):
