@@ -167,8 +167,7 @@ class DAFTConfig(FTConfig):
         return self.convert_batch_norm
 
     def example_plan(self, model: nn.Module) -> Plan:
-        kept = dataclasses.replace(self, convert_batch_norm=False)
-        return super(DAFTConfig, kept).example_plan(model)
+        return FTConfig.example_plan(dataclasses.replace(self, convert_batch_norm=False), model)
 
     def measures(self) -> bool:
         return self.convert_batch_norm or self.head_lr == "auto"

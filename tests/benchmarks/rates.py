@@ -292,6 +292,26 @@ def regrets() -> str:
     return _table((f"chosen by, of {len(whole)} grids", "mean loss on test", "largest"), rows)
 
 
+def from_head() -> str:
+    """What rates for DAFT lose on test relative to the best of its grids: fixed ones, and fractions of the head's."""
+    heads = {tuple(entry["of"]): entry for entry in json.loads(HEADS.read_text(encoding="utf-8"))}
+    grids: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
+        if (entry["strategy"], entry["optim"]) == ("daft", ADAM):
+            scores = grids.setdefault((entry["task"], entry["model"]), {})
+            scores.setdefault(entry["rate"], []).append(entry["test"])
+    losses: dict[str, list[float]] = {}
+    for of, tested in grids.items():
+        scores = {rate: float(np.mean(each)) for rate, each in tested.items()}
+        fitted = HeadFit(heads[of]["curvature"], heads[of]["feature_norm"]).rate(ADAM)
+        wanted = {"2e-4": 2e-4, "5e-4": 5e-4, "a tenth of the head's": fitted / 10, "a twentieth": fitted / 20}
+        for name, rate in wanted.items():
+            near = min(scores, key=lambda one, rate=rate: abs(math.log(one / rate)))
+            losses.setdefault(name, []).append(max(scores.values()) - scores[near])
+    rows = [(name, f"{np.mean(each):.3f}", f"{max(each):.3f}") for name, each in losses.items()]
+    return _table((f"rate of DAFT, {len(grids)} grids", "mean loss on test", "largest"), rows)
+
+
 def stand_in(model: str) -> nn.Module:
     """A module of the network's family and with its kind of normalisation: what recommended rates depend on."""
     family, batch_norm = KINDS[model]
@@ -322,7 +342,7 @@ def cautious(default: Entry, best: Entry) -> Entry:
 def write_page() -> None:
     """Write the tables between the markers in docs/rates.md."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (tables() | {"regrets": regrets()}).items():
+    for name, table in (tables() | {"regrets": regrets(), "from head": from_head()}).items():
         begin, end = f"<!-- runs: {name} -->", "<!-- runs end -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"

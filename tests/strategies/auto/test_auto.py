@@ -164,7 +164,7 @@ def base_rates(trainer):
 
 @pytest.mark.parametrize(("optim", "rate"), [("adamw_torch", 3e-4), ("sgd", 3e-3)])
 def test_the_chosen_strategy_trains_at_its_own_rate(optim, rate, tmp_path):
-    config = AutoStrategyConfig(budget=1, storage="memory")
+    config = AutoStrategyConfig(budget=1, storage="memory", choose_from=("l2_sp",))  # at the same rate as full
     assert base_rates(trainer_of(tiny_resnet(), tmp_path, config, optim=optim, max_steps=2)) == {rate}
 
 
@@ -181,7 +181,7 @@ def test_a_rate_that_was_set_wins(tmp_path):
     trainer = FTTrainer(
         model,
         args,
-        strategy=AutoStrategyConfig(budget=1, storage="memory"),
+        strategy=AutoStrategyConfig(budget=1, storage="memory", choose_from=("l2_sp",)),
         train_dataset=tiny_data(model),
         optimizers=(own, None),
     )
