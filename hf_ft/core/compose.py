@@ -129,8 +129,8 @@ def build_plan(configs: Iterable[FTConfig], model: nn.Module, states: Mapping[st
     for config in configs:
         if config.needs_batch_statistics() and plan.stages[-1].norm_mode == "eval":
             logger.warning_once(
-                f"{config.ft_type} changes nothing: BatchNorm keeps its statistics. Set norm_mode='auto' in "
-                f"{plan.owner or config.ft_type}."
+                f"{config.ft_type}: BatchNorm keeps its statistics, so what is changed there has no effect. Set "
+                f"norm_mode='auto' in {plan.owner or config.ft_type}."
             )
     return plan
 

@@ -156,7 +156,7 @@ class FTConfig(PushToHubMixin):
         return type(self).measure is not FTConfig.measure
 
     def needs_batch_statistics(self) -> bool:
-        """Whether it changes nothing where BatchNorm keeps its statistics."""
+        """Whether a part of it has no effect where BatchNorm keeps its statistics."""
         return False
 
     def searches(self) -> bool:

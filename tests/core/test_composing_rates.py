@@ -129,8 +129,8 @@ def test_common_options_hold_for_all(order, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("configs", "warned"),
     [
-        ([DAFTConfig(), LPFTConfig()], "daft changes nothing.*norm_mode='auto' in lp_ft"),
-        ([StochNormConfig(), FullConfig(norm_mode="eval")], "stoch_norm changes nothing.*in stoch_norm"),
+        ([DAFTConfig(), LPFTConfig()], "daft: BatchNorm keeps .*no effect.*norm_mode='auto' in lp_ft"),
+        ([StochNormConfig(), FullConfig(norm_mode="eval")], "stoch_norm: BatchNorm keeps .*no effect.*in stoch_norm"),
         ([DAFTConfig(), LPFTConfig(norm_mode="auto")], None),
         ([DAFTConfig()], None),
     ],
