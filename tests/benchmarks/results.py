@@ -7,12 +7,15 @@ The tasks:
 - `caltech40` (128 px, MobileNetV2), `caltech40_lite` (EfficientNet-Lite0), `caltech40_dinov2` (112 px, DINOv2-small):
   40 classes of Caltech-101, 10 images per class.
 - `cifar10` (96 px, MobileNetV2): 20 images per class.
-- `elpv_500`: 500 monocrystalline solar cells, defective or not; `mnist_200`: digits (64 px, MobileNetV2); far from
-  ImageNet, and without source data. Out of distribution: polycrystalline cells; UCI's digits.
+- Far from ImageNet (64 px, MobileNetV2), and without source data: `elpv_500` and `elpv_100`, monocrystalline solar
+  cells, defective or not (out of distribution: polycrystalline ones); `mnist_200` and `uci_100`, digits of MNIST and of
+  UCI (out of distribution: those of the other).
+- `digits` (64 px): the digits 5 to 9 of MNIST, 10 images per class (out of distribution: UCI's), from a MobileNetV2
+  that this script first trains on the digits 0 to 4, which are the source data as well.
 
 Each of `--splits` draws training, validation and test images anew, with the same numbers per class. `--trials 0` trains
 every strategy with its own defaults; otherwise, each is tuned with a budget of that many full fine-tuning runs. AMCF
-trains MobileNetV2 together with EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and
+trains the network together with EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and
 search.
 
 Prints an estimate. It may be stopped and started again, or started in several terminals, which then share the work. The
@@ -23,16 +26,18 @@ results of every training run are in docs/results/; strategies that a stored com
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import cells, quiet
-from datasets import concatenate_datasets
+from common import cells, digits, quiet
+from datasets import DatasetDict, concatenate_datasets
 
 from hf_ft import AMCFConfig
+from hf_ft.cli import main as hf_ft
 from hf_ft.comparison import Data, Settings
 from hf_ft.comparison.prepare import prepare_comparison
 from hf_ft.comparison.results import Results
@@ -44,6 +49,7 @@ from hf_ft.zoo.datasets import DATA_NOTICES, mnist5k, uci_digits
 ROOT = Path(__file__).parents[2]
 WORK, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 MOBILE, LITE, DINO = "mobilenet_v2", "efficientnet-lite0", "dinov2-small"
+LOW_DIGITS = WORK / "digits_source"  # the network trained on the digits 0 to 4
 # DINOv2 has neither BatchNorm nor a pretrained head, and no other model to work with.
 NEEDS_MORE = ("daft", "soft", "daft+l2_sp", "daft+tred", "amcf", "plain ensemble")
 ALL = "linear_probe,lp_ft,peft,l2_sp,delta,blockwise,daft,soft,tred,daft+l2_sp,daft+tred,amcf,plain ensemble"
@@ -52,7 +58,12 @@ SOURCE = "imagenet1k_one_each"
 
 @dataclass(frozen=True)
 class Task:
-    """A task; ``sizes``: images for training, validation and test; ``without``: what does not apply to it."""
+    """A task.
+
+    ``sizes``: images for training, validation and test; ``without``: strategies that do not apply to it; ``bf16``:
+    mixed precision, where it is faster and scores the same (docs/performance.md); ``batch``: its size, so that no last
+    batch of an epoch is small, because BatchNorm's statistics of three images are noise.
+    """
 
     title: str
     sizes: tuple[int, int, int]
@@ -60,15 +71,21 @@ class Task:
     epochs: int
     model: str = MOBILE
     without: tuple[str, ...] = ()
+    bf16: bool = False
+    batch: int = 32
 
 
+CALTECH = "Caltech-101, 40 classes, 10 images a class"
 TASKS = {
     "cifar10": Task("CIFAR-10, 20 images a class", (200, 100, 600), 96, 12),
-    "caltech40": Task("Caltech-101, 40 classes, 10 images a class", (400, 200, 640), 128, 12),
-    "caltech40_lite": Task("Caltech-101, 40 classes, 10 images a class", (400, 200, 640), 128, 12, LITE),
-    "caltech40_dinov2": Task("Caltech-101, 40 classes, 10 images a class", (400, 200, 640), 112, 12, DINO, NEEDS_MORE),
+    "caltech40": Task(CALTECH, (400, 200, 640), 128, 12),
+    "caltech40_lite": Task(CALTECH, (400, 200, 640), 128, 12, LITE),
+    "caltech40_dinov2": Task(CALTECH, (400, 200, 640), 112, 12, DINO, NEEDS_MORE, True),
     "elpv_500": Task("ELPV solar cells, 500 images", (350, 150, 400), 64, 8),
     "mnist_200": Task("MNIST, 200 images", (140, 60, 400), 64, 15),
+    "elpv_100": Task("ELPV solar cells, 100 images", (100, 100, 400), 64, 25, batch=25),
+    "uci_100": Task("UCI digits, 100 images", (100, 100, 400), 64, 25, batch=25),
+    "digits": Task("MNIST digits 0-4 -> 5-9, 10 a class", (50, 100, 400), 64, 30, str(LOW_DIGITS), batch=25),
 }
 
 
@@ -88,22 +105,60 @@ def natural(folder: Path, name: str, task: Task, split: int) -> Data:
 
 def far(name: str, task: Task, split: int) -> Data:
     """A task from a built-in dataset."""
-    elpv = name.startswith("elpv")
-    own, other = (cells("mono"), cells("poly")) if elpv else (mnist5k(), uci_digits())
+    of = name.partition("_")[0]
+    own, other = {
+        "elpv": lambda: (cells("mono"), cells("poly")),
+        "mnist": lambda: (mnist5k(), uci_digits()),
+        "uci": lambda: (uci_digits(), mnist5k()),
+        "digits": lambda: (digits(mnist5k(), 5, 9), digits(uci_digits(), 5, 9)),
+    }[of]()
     splits = stratified_split(own, *task.sizes, seed=split)
     splits["ood"] = stratified_split(other, task.sizes[2], 0, 0, seed=split)["train"]
-    notice = DATA_NOTICES["elpv" if elpv else "mnist5k"]
-    return Data(splits, find_columns(splits["train"]), name=task.title, notices=(notice,))
+    source = digits(mnist5k(), 0, 4) if of == "digits" else None
+    return Data(
+        splits,
+        find_columns(splits["train"]),
+        name=task.title,
+        source=source,
+        source_columns=None if source is None else find_columns(source),
+        notices=(DATA_NOTICES[{"elpv": "elpv", "uci": "uci_digits"}.get(of, "mnist5k")],),
+    )
+
+
+def trained_on_low_digits() -> None:
+    """Train the network of `digits` on MNIST's digits 0 to 4 by `hf-ft train`, unless that is done."""
+    if (LOW_DIGITS / "config.json").is_file():
+        return
+    rows = LOW_DIGITS.with_name("digits_source_data")
+    DatasetDict({"train": digits(mnist5k(), 0, 4)}).save_to_disk(str(rows))
+    flags = {
+        "model": MOBILE,
+        "dataset": rows,
+        "image_size": 64,
+        "augment": "none",
+        "num_train_epochs": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "output_dir": LOW_DIGITS,
+        "overwrite": True,
+    }
+    if hf_ft(["train", *(f"--{key}={value}" for key, value in flags.items())]):
+        raise SystemExit("the source network was not trained")
 
 
 def who_takes_part(names: str, task: Task) -> dict[str, Any]:
     """Strategies by name, without those that cannot run with the task's model."""
-    both = (MOBILE, LITE)
+    both = (_recorded(task.model), LITE)
     made = {
         "amcf": AMCFConfig(source_models=both),
         "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
     }
     return {name: made.get(name, name) for name in names.split(",") if name not in task.without}
+
+
+def _recorded(model: str) -> str:
+    """A model as the results name it: a folder relative to the current one, since results are shared."""
+    return os.path.relpath(model) if Path(model).is_absolute() else model
 
 
 def main() -> None:
@@ -135,16 +190,20 @@ def main() -> None:
             }
             if not wanted:
                 continue
+            if task.model == str(LOW_DIGITS):
+                trained_on_low_digits()
             data = far(name, task, split) if task.pixels == 64 else natural(options.natural, name, task, split)
             prepared = prepare_comparison(
-                task.model,
+                _recorded(task.model),
                 data,
                 wanted,
                 output_dir=options.work / kind / f"{name}_{split}",
                 settings=Settings(options.trials, options.seeds, hours=max(1e-3, (end - time.monotonic()) / 3600)),
                 image_size=task.pixels,
                 num_train_epochs=options.epochs or task.epochs,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=task.batch,
+                bf16=task.bf16,
+                use_cpu=not torch.cuda.is_available(),
                 tell=lambda line: print(line, flush=True),
             )
             print(f"{name}, split {split}: {prepared.estimate()}", flush=True)
