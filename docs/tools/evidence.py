@@ -7,8 +7,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from docs.tools import natural
-from docs.tools.results import NOT_YET, Table, read
+from docs.tools.results import FAR, NOT_YET, TITLES, Table, read
 from hf_ft.advice import how_often_right
 from hf_ft.advice.evidence import FILE, RULES_ALONE, Evidence
 from hf_ft.advice.fit import Task, fit, judged_without, mean_gains
@@ -18,19 +17,15 @@ from hf_ft.advice.signals import Signals
 from hf_ft.comparison.results import Results
 from hf_ft.core.config import BASELINE, strategies
 
-SEVERAL = 5  # strategies: fewer say little about the order of all
-
 __all__ = ["FILE", "fitted", "table_of_advice", "table_of_orders"]
 
 
 def kept() -> dict[str, list[Results]]:
-    """The results of all comparisons that have signals, by task: tuned ones, unless they hold few strategies."""
-    found = {name: [results] for name, results in read().items()}
-    tuned, defaults = (natural.read(kind) for kind in ("tuned", "defaults"))
-    for name in dict.fromkeys((*tuned, *defaults)):
-        several = len(_common(tuned.get(name, []))) >= SEVERAL
-        found.setdefault(name, (tuned if several else defaults).get(name, []))
-    with_signals = {name: [one for one in splits if one.advice is not None] for name, splits in found.items()}
+    """The results of each task with every strategy at its defaults, one for each split."""
+    with_signals = {
+        name: [one for one in splits if one.advice is not None]
+        for name, splits in read("defaults", TITLES | FAR).items()
+    }
     return {name: splits for name, splits in with_signals.items() if splits}
 
 
@@ -38,12 +33,6 @@ def kept() -> dict[str, list[Results]]:
 def kept_tasks() -> tuple[Task, ...]:
     """What the advice is fitted to."""
     return tuple(_task(name, splits) for name, splits in kept().items())
-
-
-def _common(splits: Sequence[Results]) -> set[str]:
-    """The strategies that are in all splits."""
-    names = [{contender.name for contender in results.contenders} for results in splits]
-    return set.intersection(*names) if names else set()
 
 
 def _task(name: str, splits: Sequence[Results]) -> Task:

@@ -41,8 +41,7 @@ from docs.tools.measured import (
 from docs.tools.measured import table_of_strategies as table_of_measured
 from docs.tools.memory import table_of_measured as table_of_measured_memory
 from docs.tools.memory import table_of_modelled as table_of_modelled_memory
-from docs.tools.natural import FAR, table_of_auto, table_of_confirmed, table_of_natural
-from docs.tools.results import table_of_all, table_of_choice, table_of_five, table_of_task
+from docs.tools.results import CELLS, DIGITS, table_of_auto, table_of_confirmed, table_of_results
 from docs.tools.roles import markdown
 from docs.tools.scale import table_of_places
 from hf_ft.advice.rules import neutral_order, rules_table
@@ -239,11 +238,12 @@ PLACES: dict[str, Callable[..., str]] = {
     "soft": lambda page: table_of_soft(_table),
     "disentangling": lambda page: table_of_disentangling(_table),
     "measured": lambda page, name: table_of_measured(_table, name),
-    "natural": lambda page, kind: table_of_natural(_table, kind),
-    "far": lambda page, kind: table_of_natural(_table, kind, titles=FAR),
+    "natural": lambda page, kind: table_of_results(_table, kind),
+    "cells": lambda page, kind: table_of_results(_table, kind, titles=CELLS),
+    "digits": lambda page, kind: table_of_results(_table, kind, titles=DIGITS),
     "auto": lambda page: table_of_auto(_table),
     "confirmed": lambda page: table_of_confirmed(_table),
-    "natural_few": lambda page, kind: table_of_natural(_table, kind, few=True),
+    "natural_few": lambda page, kind: table_of_results(_table, kind, few=True),
     "models": lambda page, task: table_of_models(_table, task),
     "memory_measured": lambda page: table_of_measured_memory(_table),
     "memory_modelled": lambda page: table_of_modelled_memory(_table),
@@ -252,10 +252,6 @@ PLACES: dict[str, Callable[..., str]] = {
     "models_reasons": lambda page: table_of_reasons(_table),
     "rules": lambda page: _table(*rules_table()),
     "costs": lambda page: f"If scores are equal, the cheaper strategy comes first: `{'`, `'.join(neutral_order())}`.",
-    "results": lambda page: table_of_all(_table),
-    "results_of": lambda page, task: table_of_task(_table, task),
-    "results_five": lambda page: table_of_five(_table),
-    "results_choice": lambda page: table_of_choice(_table),
     "results_advice": lambda page: table_of_advice(_table),
     "results_orders": lambda page: table_of_orders(_table),
 }

@@ -85,7 +85,7 @@ TASKS = {
     "mnist_200": Task("MNIST, 200 images", (140, 60, 400), 64, 15),
     "elpv_100": Task("ELPV solar cells, 100 images", (100, 100, 400), 64, 25, batch=25),
     "uci_100": Task("UCI digits, 100 images", (100, 100, 400), 64, 25, batch=25),
-    "digits": Task("MNIST digits 0-4 -> 5-9, 10 a class", (50, 100, 400), 64, 30, str(LOW_DIGITS), batch=25),
+    "digits": Task("MNIST digits 0-4 -> 5-9, 10 a class", (50, 150, 400), 64, 30, str(LOW_DIGITS), batch=25),
 }
 
 

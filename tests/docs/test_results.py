@@ -1,9 +1,11 @@
 """The tables of docs/results.md agree with the stored training runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from docs.tools import results as docs_results
+from docs.tools import results as tables
 from hf_ft.comparison.results import Results
 from tests.comparison.report.made_up_results import comparison
 
@@ -14,57 +16,104 @@ def table(headers, rows):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    results = Results.from_dict(comparison())
-    results.settings.update(num_train_epochs=8, per_device_train_batch_size=32)
-    results.versions.update(torch="2", transformers="5")
-    results.save(tmp_path / "digits.json")
-    monkeypatch.setattr(docs_results, "KEPT", tmp_path)
-    monkeypatch.setattr(docs_results.read, "__defaults__", (tmp_path, docs_results.TASKS))
-    return results
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
+    monkeypatch.setattr(tables, "RESAMPLES", 200)
+    (tmp_path / "defaults").mkdir()
+    splits = []
+    for split in range(2):
+        content = comparison()
+        for contender in content["contenders"]:
+            for run in contender["runs"]:
+                run["scores"]["test"]["balanced_accuracy"] += 0.01 * split
+        content["model"]["image_size"] = 96
+        splits.append(Results.from_dict(content))
+        splits[-1].save(tmp_path / "defaults" / f"cifar10_{split}.json")
+    return splits
 
 
-def scores_of(results, name):
-    return {run.seed: run.scores["test"]["balanced_accuracy"] for run in results[name].runs if not run.error}
+def test_scores_and_differences_over_all_splits(kept):
+    head, *lines = tables.table_of_results(table, "defaults").split("\n\n")[0].splitlines()
+    assert head == "strategy|CIFAR-10|vs. full"
+    cells = {line.split("|")[0].strip("*"): line.split("|")[1:] for line in lines}
+    runs = {name: [run for results in kept for run in results[name].finished_runs] for name in ("full", "daft")}
+    scores = {name: [run.scores["test"]["balanced_accuracy"] for run in own] for name, own in runs.items()}
+    for name, own in scores.items():
+        assert cells[name][0].startswith(f"{np.mean(own):.3f}") and cells[name][0].endswith(
+            f"{np.std(own, ddof=1):.3f}"
+        )
+    labels = np.asarray(kept[0].labels["test"])
+    right = {name: [np.asarray(run.predictions["test"]) == labels for run in own] for name, own in runs.items()}
+    recalls = {name: np.mean([[one[labels == c].mean() for c in (0, 1)] for one in own]) for name, own in right.items()}
+    assert f"{abs(recalls['daft'] - recalls['full']):.3f} [" in cells["daft"][1] and cells["full"][1] == ""
+    few = tables.table_of_results(table, "defaults", few=True)
+    assert "**daft**" in few and "l2_sp" not in few and "2 splits with 3 seeds each" in few
+    assert tables.table_of_results(table, "tuned") == tables.NOT_YET
+    assert "split" not in head + "".join(lines)
 
 
-def test_every_strategy_with_its_difference(kept):
-    lines = docs_results.table_of_all(table).splitlines()
-    cells = {line.split("|")[0].strip("*"): line.split("|") for line in lines[1:]}
-    full = scores_of(kept, "full")
-    for name in ("full", "daft", "linear_probe"):
-        scores = scores_of(kept, name)
-        assert cells[name][1].startswith(f"{np.mean(list(scores.values())):.3f}")
-        if name != "full":
-            difference = np.mean([scores[seed] - full[seed] for seed in scores])
-            assert f"{abs(difference):.3f}" in cells[name][2]
-    assert cells["daft"][0] == "**daft**" and cells["full"][0] == "full"
+def test_scores_of_some_splits_only_name_them(kept, tmp_path):
+    without = dataclasses.replace(kept[1], contenders=tuple(c for c in kept[1].contenders if c.name != "tred"))
+    without.save(tmp_path / "defaults" / "cifar10_1.json")
+    rows = tables.table_of_results(table, "defaults").splitlines()
+    assert "(split 1)" in next(row for row in rows if row.startswith("**tred**"))
+    assert "(split" not in next(row for row in rows if row.startswith("full"))
 
 
-def test_a_task_names_what_was_chosen(kept):
-    text = docs_results.table_of_task(table, "digits")
-    chosen = kept["l2_sp"].trials[kept["l2_sp"].chosen].params["learning_rate"]
-    line = next(line for line in text.splitlines() if line.startswith("l2_sp"))
-    assert f"lr {chosen:.2g}" in line and f"|{len(kept['l2_sp'].trials)}|" in line
-    assert docs_results.table_of_task(table, "elpv_100") == docs_results.NOT_YET
+def test_an_interval_covers_splits_seeds_and_images():
+    """Each of the three alone gives it a width above zero."""
+    labels = np.repeat([0, 1], 50)
+    sure = np.ones((2, 100))
+    assert tables.interval_over_splits([(sure, labels)] * 3) == (1.0, 1.0)
+    seeds = sure * [[0.0], [1.0]]
+    images = np.tile(np.arange(100) % 2, (2, 1)).astype(float)
+    for gaps in ([sure, sure, 0 * sure], [seeds] * 3, [images] * 3):
+        low, high = tables.interval_over_splits([(one, labels) for one in gaps])
+        assert low < np.mean(gaps) - 0.05 and high > np.mean(gaps) + 0.05
 
 
-def test_the_five_systems_against_full_fine_tuning(kept):
-    header, *rows = docs_results.table_of_five(table).splitlines()
-    assert header == "system|digits" and [row.split("|")[0] for row in rows] == list(docs_results.FIVE)
-    scores, full = scores_of(kept, "daft"), scores_of(kept, "full")
-    differences = [scores[seed] - full[seed] for seed in scores]
-    same_sign = min(differences) > 0 or max(differences) < 0
-    assert rows[1].split("|")[1].endswith("on all" if same_sign else "mixed")
+def test_the_gap_is_of_the_seeds_in_common(kept):
+    full = next(c for c in kept[0].contenders if c.name == "full")
+    others = [c for c in kept[0].contenders if c.name != "full"]
+    one_seed = dataclasses.replace(kept[0], contenders=(dataclasses.replace(full, runs=full.runs[:1]), *others))
+    gaps, labels = tables.gaps_of(one_seed, "daft")
+    assert gaps.shape == (1, len(labels)) and set(np.unique(gaps)) <= {-1.0, 0.0, 1.0}
 
 
-def test_what_validation_selected_against_the_best_on_test(kept):
-    row = docs_results.table_of_choice(table).splitlines()[1].split("|")
-    means = {c.name: np.mean(list(scores_of(kept, c.name).values())) for c in kept.contenders if c.status == "finished"}
-    assert row[2].startswith(f"{kept.winner}: {means[kept.winner]:.3f}")
-    assert row[3].startswith(f"{max(means, key=means.get)}: ")
+def test_auto_is_compared_with_the_winner_on_validation(kept, tmp_path):
+    """The winner is chosen among tuned strategies by validation; auto and stock ran at their defaults."""
+    (tmp_path / "tuned").mkdir()
+    tuned = kept[0]
+    tuned.save(tmp_path / "tuned" / "cifar10_0.json")
+    renamed = {"daft": "auto", "l2_sp": "stock"}
+    own = tuple(dataclasses.replace(c, name=renamed.get(c.name, c.name)) for c in tuned.contenders)
+    for file in (tmp_path / "defaults").glob("*.json"):
+        file.unlink()
+    dataclasses.replace(tuned, contenders=own, winner="auto").save(tmp_path / "defaults" / "cifar10_0.json")
+    head, task, mean = tables.table_of_auto(table).splitlines()
+    validation = {c.name: np.mean([r.validation for r in c.finished_runs]) for c in tuned.contenders if c.finished_runs}
+    winner = max(validation, key=validation.get)
+    test = {
+        name: np.mean([run.scores["test"]["balanced_accuracy"] for run in tuned[name].finished_runs])
+        for name in ("daft", "l2_sp", winner)
+    }
+    cells = task.split("|")
+    assert cells[:3] == ["CIFAR-10", f"{test['daft']:.3f}", f"{test[winner]:.3f} ({winner})"]
+    assert cells[4] == f"{test['l2_sp']:.3f}" and len(cells) == len(head.split("|")) == len(mean.split("|"))
 
 
-def test_nothing_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(docs_results.read, "__defaults__", (tmp_path, docs_results.TASKS))
-    for made in (docs_results.table_of_all, docs_results.table_of_five, docs_results.table_of_choice):
-        assert made(table) == docs_results.NOT_YET
+def test_confirmed_trials_are_counted_with_what_they_gained(kept, tmp_path):
+    """One best trial was confirmed and one rejected; the rejected runs score four points less on test."""
+    (tmp_path / "tuned").mkdir()
+
+    def lower(run):
+        test = {**run.scores["test"], "balanced_accuracy": run.scores["test"]["balanced_accuracy"] - 0.04}
+        return dataclasses.replace(run, scores={**run.scores, "test": test})
+
+    own = []
+    for contender in kept[0].contenders:
+        rejected = tuple(map(lower, contender.runs[:2])) if contender.name in ("daft", "tred") else ()
+        chosen = {"full": 0, "tred": 0, "daft": 1}.get(contender.name)
+        own.append(dataclasses.replace(contender, rejected=rejected, chosen=chosen))
+    dataclasses.replace(kept[0], contenders=tuple(own)).save(tmp_path / "tuned" / "cifar10_0.json")
+    _, row = tables.table_of_confirmed(table).splitlines()
+    assert row == "CIFAR-10|1|1, +0.040|1, −0.040"
