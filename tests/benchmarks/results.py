@@ -202,8 +202,7 @@ def main() -> None:
                 image_size=task.pixels,
                 num_train_epochs=options.epochs or task.epochs,
                 per_device_train_batch_size=task.batch,
-                bf16=task.bf16,
-                use_cpu=not torch.cuda.is_available(),
+                **({"bf16": True, "use_cpu": not torch.cuda.is_available()} if task.bf16 else {}),
                 tell=lambda line: print(line, flush=True),
             )
             print(f"{name}, split {split}: {prepared.estimate()}", flush=True)

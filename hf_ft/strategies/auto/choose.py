@@ -1,8 +1,9 @@
 """Choose a strategy: train the most promising ones briefly, and compare them on held-out training samples.
 
-The folds of the training samples take turns being held out. For the first, all recipes that the budget allows are
-trained; for each further one, the better half, but at least two, while the budget lasts (successive halving). The
-lowest mean log loss wins, each taken at its best temperature, since brief training runs differ in confidence.
+The folds of the training samples take turns being held out. As many recipes as the budget allows are trained for the
+first two, since one fold alone often decides by chance; for each further fold, the better half, but at least two, while
+the budget lasts (successive halving). The lowest mean log loss wins, each taken at its best temperature, since brief
+training runs differ in confidence.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ logger = logging.get_logger(__name__)
 STORAGE = "auto.db"
 AVERAGES = 2  # with the initial weights, tried after training
 LEAST = 2  # recipes: with fewer, there is nothing to compare
+FIRST = 2  # folds for which all recipes are trained, unless there are only two
 LOOKING = 0.05  # share of the budget for what `hf-ft advise` measures
 NO_ROOM = "the budget has no room for it"
 
@@ -87,6 +89,7 @@ class Chooser:
         self.declined |= declined
         if signals:
             self.budget.spent += looking
+        self._count_full(found)
         candidates = self._admitted(found)
         if len(candidates) >= LEAST:
             self._compare(candidates)
@@ -108,6 +111,13 @@ class Chooser:
 
     # --- who takes part ------------------------------------------------------------------------------------
 
+    def _count_full(self, found: Sequence[Recipe]) -> None:
+        """Count the work of full fine-tuning, in which the budget is given."""
+        for recipe in found:
+            if recipe.name == BASELINE:
+                self.costs.set_full(self.model, self._start(recipe, State()))
+                self.budget.spent += len(self.costs.rows) * (1 + self.costs.forward)
+
     def _admitted(self, found: Sequence[Recipe]) -> list[Candidate]:
         """The recipes that the budget has room for, in the order to try them, measured on the first fold."""
         admitted: list[Candidate] = []
@@ -115,11 +125,15 @@ class Chooser:
             if len(admitted) == self.config.most:
                 self.declined[recipe.name] = f"{self.config.most} others are more promising, or cheaper to try"
                 continue
-            planned = sum(self._brief(candidate.ratio, 0) for candidate in admitted)
+            folds = FIRST if len(admitted) >= LEAST else 1
+            planned = sum(self._judging(candidate.recipe, candidate.ratio, folds) for candidate in admitted)
             try:
-                self._check_room(recipe, self.costs.guessed(recipe.config), planned + self._measuring(recipe, 0))
+                # What measures the data must fit by its declared cost; to count what does not takes a few samples.
+                measuring = self._measuring(recipe, 0)
+                guessed = self.costs.guessed(recipe.config) if measuring else 0.0
+                self._check_room(recipe, guessed, planned + measuring, folds)
                 candidate = self._candidate(recipe)
-                self._check_room(recipe, candidate.ratio, planned)
+                self._check_room(recipe, candidate.ratio, planned, folds)
             except REFUSED as error:
                 self.declined[recipe.name] = str(error)
                 continue
@@ -128,7 +142,7 @@ class Chooser:
         return admitted
 
     def _candidate(self, recipe: Recipe) -> Candidate:
-        """Measure on the first fold, and count the cost of training; the first recipe is the baseline.
+        """Measure on the first fold, and count the cost of training.
 
         Raises:
             OptionError, AnatomyError: if the strategy cannot run on the model, or cannot be trained briefly.
@@ -140,11 +154,8 @@ class Chooser:
         if run.plan.streams:
             raise OptionError("it also trains on other data, which brief training runs do not read")
         passes = self.trainings.recordings.passes
-        if recipe.name == BASELINE:
-            self.costs.set_full(self.model, run)
-            ratio = 1.0
-        else:
-            ratio = self.costs.ratio(run)
+        ratio = self.costs.ratio(run)
+        self.budget.spent += len(self.costs.rows) * ratio
         recorded = self.trainings.recordings.passes - passes
         self.budget.spent += recorded * self.costs.forward * self.context.samples.count
         return Candidate(recipe, ratio, [state])
@@ -155,14 +166,18 @@ class Chooser:
         whole, rest = divmod(samples, recipe.batch_size * recipe.accumulation)
         return max(1, int(epochs * (whole + (rest > 1 or not whole))))
 
-    def _check_room(self, recipe: Recipe, ratio: float, planned: float) -> None:
-        """Reject a recipe whose brief training run does not fit into the budget in addition to what is planned.
+    def _check_room(self, recipe: Recipe, ratio: float, planned: float, folds: int) -> None:
+        """Reject a recipe whose brief training runs for so many folds do not fit in addition to what is planned.
 
         Raises:
-            OptionError: if it does not.
+            OptionError: if they do not.
         """
-        if not self.budget.fits(planned + self._brief(ratio, 0), self._finishing(recipe, ratio)):
+        if not self.budget.fits(planned + self._judging(recipe, ratio, folds), self._finishing(recipe, ratio)):
             raise OptionError(NO_ROOM)
+
+    def _judging(self, recipe: Recipe, ratio: float, folds: int) -> float:
+        """The passes of a recipe's brief training runs for the first folds, once it was measured on the first one."""
+        return folds * self._brief(ratio, 0) + (folds - 1) * self._measuring(recipe, 0)
 
     def _brief(self, ratio: float, fold: int) -> float:
         """The passes of a brief training run, including its evaluation."""
@@ -184,15 +199,16 @@ class Chooser:
     # --- brief training runs -------------------------------------------------------------------------------
 
     def _compare(self, candidates: Sequence[Candidate]) -> None:
-        """Train all for the first fold, and the better half for each further one, while the budget lasts."""
+        """Train all for the first folds, and the better half for each further one, while the budget lasts."""
         running = list(candidates)
         with Bar(len(running), "Choosing a strategy", "log loss", not self.context.progress) as bar:
             for fold in range(len(self.folds)):
-                if fold:
+                if fold >= FIRST:
                     order = ranked(candidate.tried() for candidate in running)
                     places = {one.strategy: place for place, one in enumerate(order)}
                     running = [c for c in running if places[c.recipe.name] < max(LEAST, math.ceil(len(running) / 2))]
                     self.budget.finishing = max(self._finishing(c.recipe, c.ratio) for c in running)
+                if fold:
                     cost = sum(self._brief(c.ratio, fold) + self._measuring(c.recipe, fold) for c in running)
                     if not self.budget.fits(cost):
                         return

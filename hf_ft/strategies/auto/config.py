@@ -79,7 +79,7 @@ class AutoStrategyConfig(FTConfig):
         (), "Names of the strategies to choose from, besides full fine-tuning; empty for all."
     )
     most: int = option(6, "Maximum number of strategies to train briefly.", range="[2, inf)")
-    share: float = option(1 / 3, "Length of a brief training run, as a fraction of the whole run.", range="(0, 1]")
+    share: float = option(0.25, "Length of a brief training run, as a fraction of the whole run.", range="(0, 1]")
     folds: int = option(
         4,
         "Number of folds of the training samples; they take turns being held out, while the budget lasts.",

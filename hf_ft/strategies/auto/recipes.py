@@ -65,8 +65,8 @@ def recipes(
 ) -> tuple[list[Recipe], dict[str, str]]:
     """The strategies that can run, in the order in which they are tried, and why the others cannot.
 
-    The baseline comes first, then those that are cheap to try, then the others; each group is sorted by expected gain,
-    then by cost.
+    The one with the highest expected gain comes first, so that any budget has room for it, then those that are cheap to
+    try, then the others; each group is sorted by expected gain, then by cost.
 
     Args:
         chooser: the strategy that chooses; it is not among them, and its common options apply to all.
@@ -87,7 +87,7 @@ def recipes(
             continue
         rate = recommended_rate(config, optim, model) if rates else None
         found.append(Recipe(config, rate, expected.get(name, 0.0)))
-    return sorted(found, key=lambda one: (one.name != BASELINE, not one.cheap)), declined
+    return found[:1] + sorted(found[1:], key=lambda one: not one.cheap), declined
 
 
 def recommended_rate(config: FTConfig, optim: str, model: nn.Module) -> float | None:

@@ -27,7 +27,7 @@ UNSET = {"learning_rate": 5e-5}
 
 
 def trainer_of(model, folder, config=None, samples=32, **arguments):
-    config = config or AutoStrategyConfig(**FEW, budget="3x")
+    config = config or AutoStrategyConfig(**FEW, budget="4x")
     args = tiny_arguments(folder, **{**LONG, **UNSET, "optim": "adamw_torch", **arguments})
     return FTTrainer(model, args, strategy=config, train_dataset=tiny_data(model, samples), frozen_cache="always")
 
@@ -127,6 +127,8 @@ def test_a_larger_budget_tries_more_and_is_kept(tmp_path):
         assert work.total <= (found.searching + 0.2) * 10 * whole.total
         tried.append(sum(len(one.losses) for one in found.tried))
         assert {"full", *config.choose_from} == {one.strategy for one in found.tried} | set(found.declined)
+        # Two or more folds judge each of them, unless there was only room for two candidates.
+        assert len(found.tried) <= 2 or min(len(one.losses) for one in found.tried) >= 2
     assert tried[0] == 0 < tried[1] < tried[2]
     assert "leaves no room to compare" in reasons(dataclasses.replace(found, tried=()))
 
@@ -325,10 +327,12 @@ def test_shared_options_are_passed_on():
     found = AutoStrategyConfig(norm_mode="eval", batch_norm_momentum=0.2)
     from hf_ft.strategies.auto.recipes import recipes
 
-    listed, declined = recipes(found, tiny_resnet(), "adamw_torch", True, {"lp_ft": 0.1}, ())
+    listed, declined = recipes(found, tiny_resnet(), "adamw_torch", True, {"lp_ft": 0.1, "daft": 0.2, "bss": -1.0}, ())
     assert all(one.config.norm_mode == "eval" and one.config.batch_norm_momentum == 0.2 for one in listed)
     by_name = {one.name: one for one in listed}
-    assert [one.name for one in listed][:2] == ["full", "lp_ft"] and "auto" not in by_name
+    # The most promising comes first, then those that are cheap to try, then the others, each by expected gain.
+    assert [one.name for one in listed[:3]] == ["daft", "lp_ft", "linear_probe"] and listed[-1].name == "bss"
+    assert "full" in by_name and "auto" not in by_name
     assert (
         by_name["linear_probe"].rate is None and by_name["lp_ft"].rate == LPFTConfig.recommended["learning_rate"].value
     )
