@@ -212,7 +212,7 @@ def test_the_winner_predicts_what_the_results_contain(folder):
     assert make.logits(model, inputs).argmax(-1).tolist() == list(run.predictions["test"])
 
 
-@pytest.mark.parametrize("file", sorted(DOCS.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(DOCS.glob("*/*.json")), ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_stored_results_are_read(file):
     results, saved = Results.load(file), json.loads(file.read_text())
     assert results.contenders[0].name == "full" and results[results.winner].finished_runs
