@@ -178,6 +178,7 @@ class Bench:
     ) -> Entry:
         configs = [replace(config, batch_norm_momentum=0.1) for config in resolve(strategy)]
         keep = any(config.needs().source_head for config in configs)
+        source = any(config.needs().source_data == "required" for config in configs)
         transformers.set_seed(seed)
         with tempfile.TemporaryDirectory() as folder:
             args = arguments(
@@ -198,6 +199,7 @@ class Bench:
                 train_dataset=self.ready.splits["train"],
                 plain_train_dataset=self.ready.plain,
                 eval_dataset=self.ready.splits["validation"],
+                source_dataset=self.ready.source if source else None,
                 data_collator=self.ready.collate,
                 compute_metrics=scores,
                 **(mixing or {}),

@@ -1,0 +1,174 @@
+"""What makes a method gain or not, one factor at a time: `python tests/benchmarks/one_factor.py --natural FOLDER`.
+
+On the tasks and splits of results.py, two seeds each, with AdamW; the scores are those of the last epoch.
+
+- `blockwise`: what the block starts from. The last block alone (`block="last_quarter"`), at the learning rate
+  recommended for it: as it is; with the pretrained BatchNorm statistics kept; with BatchNorm converted to the target's
+  statistics (DAFT); and with the zero head of DAFT as well.
+- `soft`: soft fine-tuning with one image of each ImageNet class as its source data, each variant at the learning rate
+  recommended for it: with one forward pass each for the two batches; with the pretrained statistics kept; with
+  converted BatchNorm; with other weights and times; and without source data. Beside them, the same without soft
+  fine-tuning.
+
+Runs are kept in tests/benchmarks/results/one_factor.jsonl; those that are already there are not repeated. The tables
+are written into docs/methods/blockwise.md and docs/methods/soft.md (with `--page` only that).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+from common import Entry, Runs, quiet
+from rates import ADAM, Bench, stand_in
+from rates import Task as Images
+from results import MOBILE, TASKS, far, natural
+
+from hf_ft import BlockwiseConfig, DAFTConfig, FTConfig, FullConfig, SoftConfig
+from hf_ft.core.compose import recommended_arguments
+from hf_ft.data.task import Data
+
+RESULTS = Path(__file__).parent / "results" / "one_factor.jsonl"
+PAGES = Path(__file__).parents[2] / "docs" / "methods"
+LAST, SOFT = BlockwiseConfig(block="last_quarter"), SoftConfig()
+TITLES = {"cifar10": "CIFAR-10", "caltech40": "Caltech-101", "mnist_200": "MNIST", "elpv_500": "ELPV solar cells"}
+SEEDS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants of a method, the first of which is the one that the others are compared with.
+
+    Args:
+        what: the first column of the table.
+        rate_of: the strategies whose recommended learning rate all variants use; ``None`` for each its own.
+    """
+
+    what: str
+    variants: Mapping[str, list[FTConfig]]
+    tasks: tuple[str, ...]
+    rate_of: list[FTConfig] | None = None
+
+    def rate(self, variant: str) -> float:
+        return float(
+            recommended_arguments(self.rate_of or self.variants[variant], ADAM, stand_in(MOBILE))["learning_rate"].value
+        )
+
+
+STUDIES = {
+    "blockwise": Study(
+        "the block starts",
+        {
+            "pretrained": [LAST],
+            "statistics kept": [replace(LAST, norm_mode="eval")],
+            "converted": [LAST, DAFTConfig(zero_head=False)],
+            "converted, zero head": [LAST, DAFTConfig()],
+        },
+        ("cifar10", "caltech40", "mnist_200", "elpv_500"),
+        [LAST],
+    ),
+    "soft": Study(
+        "variant",
+        {
+            "full": [FullConfig()],
+            "soft": [SOFT],
+            "full, statistics kept": [FullConfig(norm_mode="eval")],
+            "soft, statistics kept": [replace(SOFT, norm_mode="eval")],
+            "daft": [DAFTConfig()],
+            "daft+soft": [DAFTConfig(), SOFT],
+            "soft, source_forward='separate'": [replace(SOFT, source_forward="separate")],
+            "soft, until=1": [replace(SOFT, until=1.0)],
+            "soft, weight=0.3": [replace(SOFT, weight=0.3)],
+            "soft, weight=3": [replace(SOFT, weight=3.0)],
+            "soft, source='head'": [replace(SOFT, source="head")],
+        },
+        ("cifar10", "caltech40"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Split(Images):
+    """A task and split of results.py; ``folder`` holds the natural images."""
+
+    split: int = 0
+
+    @cached_property
+    def data(self) -> Data:
+        task = TASKS[self.name]
+        if task.pixels == 64:
+            return far(self.name, task, self.split)
+        assert self.folder is not None, "--natural FOLDER"
+        return natural(self.folder, self.name, task, self.split)
+
+
+def table(study: Study, entries: list[Entry]) -> str:
+    """Test scores by task, and the difference from the first variant, paired by split and seed."""
+    tasks = [task for task in study.tasks if any(entry["task"] == task for entry in entries)]
+    scores = {tuple(entry[name] for name in ("variant", "task", "split", "seed")): entry["test"] for entry in entries}
+    lines = [f"| {study.what} | {' | '.join(TITLES[task] for task in tasks)} |", f"| --- {'| --- ' * len(tasks)}|"]
+    base = next(iter(study.variants))
+    for variant in study.variants:
+        cells = []
+        for task in tasks:
+            found = [key for key in scores if key[:2] == (variant, task)]
+            gains = [scores[key] - scores[base, *key[1:]] for key in found]
+            gain = ""
+            if variant != base and len(gains) > 1:
+                gain = f" ({np.mean(gains):+.3f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.3f})"
+            cells.append(f"{np.mean([scores[key] for key in found]):.3f}{gain}".replace("-", "−") if found else "")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(name: str, entries: list[Entry]) -> None:
+    page = PAGES / f"{name}.md"
+    before, rest = page.read_text(encoding="utf-8").split(begin := "<!-- runs: one factor -->")
+    rest = rest.partition(end := "<!-- runs end -->")[2]
+    page.write_text(f"{before}{begin}\n\n{table(STUDIES[name], entries)}\n\n{end}{rest}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--natural", type=Path, help="the folder of the natural images")
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES))
+    parser.add_argument("--tasks", nargs="+", help="instead of all of a study")
+    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", help="instead of all of a study")
+    parser.add_argument("--page", action="store_true", help="only write the tables of the pages")
+    options = parser.parse_args()
+    runs = Runs(RESULTS, ("study", "task", "split", "variant", "seed"))
+    for name in options.studies:
+        study = STUDIES[name]
+        if not options.page:
+            quiet()
+            for task in options.tasks or study.tasks:
+                for split in options.splits:
+                    run_split(runs, name, Split(task, TASKS[task].pixels, options.natural, split), options.variants)
+        entries = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+        write(name, [entry for entry in entries if entry["study"] == name])
+
+
+def run_split(runs: Runs, name: str, images: Split, variants: list[str] | None) -> None:
+    study = STUDIES[name]
+    bench: Bench | None = None  # prepared once there is something to run
+
+    def train(entry: Entry) -> Entry:
+        nonlocal bench
+        bench = bench or Bench(images, MOBILE)
+        configs, rate = study.variants[entry["variant"]], study.rate(entry["variant"])
+        return bench.run(configs, ADAM, rate, entry["seed"], num_train_epochs=TASKS[images.name].epochs)
+
+    for variant in variants or study.variants:
+        for seed in SEEDS:
+            entry = {"study": name, "task": images.name, "split": images.split, "variant": variant, "seed": seed}
+            runs.get(entry, partial(train, entry))
+
+
+if __name__ == "__main__":
+    main()
