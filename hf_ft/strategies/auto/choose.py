@@ -128,12 +128,7 @@ class Chooser:
             folds = FIRST if len(admitted) >= LEAST else 1
             planned = sum(self._judging(candidate.recipe, candidate.ratio, folds) for candidate in admitted)
             try:
-                # What measures the data must fit by its declared cost; to count what does not takes a few samples.
-                measuring = self._measuring(recipe, 0)
-                guessed = self.costs.guessed(recipe.config) if measuring else 0.0
-                self._check_room(recipe, guessed, planned + measuring, folds)
-                candidate = self._candidate(recipe)
-                self._check_room(recipe, candidate.ratio, planned, folds)
+                candidate = self._candidate(recipe, planned, folds)
             except REFUSED as error:
                 self.declined[recipe.name] = str(error)
                 continue
@@ -141,14 +136,33 @@ class Chooser:
             admitted.append(candidate)
         return admitted
 
-    def _candidate(self, recipe: Recipe) -> Candidate:
-        """Measure on the first fold, and count the cost of training.
+    def _candidate(self, recipe: Recipe, planned: float, folds: int) -> Candidate:
+        """Count the cost of training and measure on the first fold, if there is room besides what is planned.
 
         Raises:
-            OptionError, AnatomyError: if the strategy cannot run on the model, or cannot be trained briefly.
+            OptionError, AnatomyError: if the strategy cannot run on the model, cannot be trained briefly, or does not
+                fit into the budget.
         """
-        state = self._measured(recipe, self.folds[0].train)
-        self.budget.spent += self._measuring(recipe, 0)
+        state, measuring = State(), self._measuring(recipe, 0)
+        if needed := recipe.config.must_measure():  # its run is not known before: its declared cost has to fit
+            self._check_room(recipe, self.costs.guessed(recipe.config), planned + measuring, folds)
+            state, measuring = self._measured_first(recipe, measuring), 0.0
+        ratio = self._counted(recipe, state)
+        self._check_room(recipe, ratio, planned + measuring, folds)
+        if not needed:
+            state = self._measured_first(recipe, measuring)
+        return Candidate(recipe, ratio, [state])
+
+    def _measured_first(self, recipe: Recipe, passes: float) -> State:
+        self.budget.spent += passes
+        return self._measured(recipe, self.folds[0].train)
+
+    def _counted(self, recipe: Recipe, state: State) -> float:
+        """The cost of training, in passes per sample and epoch; counting it and recording activations are charged.
+
+        Raises:
+            OptionError: if the strategy cannot be trained briefly.
+        """
         run = self._start(recipe, state)
         stage_borders(run.plan.stages, self._steps(min(len(part.train) for part in self.folds), self.epochs))
         if run.plan.streams:
@@ -158,7 +172,7 @@ class Chooser:
         self.budget.spent += len(self.costs.rows) * ratio
         recorded = self.trainings.recordings.passes - passes
         self.budget.spent += recorded * self.costs.forward * self.context.samples.count
-        return Candidate(recipe, ratio, [state])
+        return ratio
 
     def _steps(self, samples: int, epochs: float) -> int:
         """The least number of optimizer steps in a training run: a last batch of one sample may be dropped."""

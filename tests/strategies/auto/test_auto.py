@@ -133,6 +133,14 @@ def test_a_larger_budget_tries_more_and_is_kept(tmp_path):
     assert "leaves no room to compare" in reasons(dataclasses.replace(found, tried=()))
 
 
+def test_what_can_be_counted_need_not_fit_by_its_declared_cost(tmp_path):
+    """BitFit declares nearly the cost of full fine-tuning, but trains few weights."""
+    config = AutoStrategyConfig(budget=1.6, storage="memory", choose_from=("bitfit",))
+    found = chosen(trainer_of(tiny_vit(), tmp_path, config, samples=64, max_steps=40))
+    assert [one.strategy for one in found.tried] == ["full", "bitfit"] and found.tried[1].cost < 0.7
+    assert found.searching + found.finishing <= 1.6
+
+
 def test_short_trials_see_neither_the_fold_nor_other_data(tmp_path, monkeypatch):
     trainer = trainer_of(tiny_resnet(), tmp_path, AutoStrategyConfig(**FEW, budget="4x"), max_steps=40)
     seen, fit, predict = [], choose.fit, choose.predict
