@@ -7,7 +7,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from docs.tools.results import FAR, NOT_YET, TITLES, Table, read
+from docs.tools.results import NOT_YET, TITLES, Table, read
 from hf_ft.advice import how_often_right
 from hf_ft.advice.evidence import FILE, RULES_ALONE, Evidence
 from hf_ft.advice.fit import Task, fit, judged_without, mean_gains
@@ -23,8 +23,7 @@ __all__ = ["FILE", "fitted", "table_of_advice", "table_of_orders"]
 def kept() -> dict[str, list[Results]]:
     """The results of each task with every strategy at its defaults, one for each split."""
     with_signals = {
-        name: [one for one in splits if one.advice is not None]
-        for name, splits in read("defaults", TITLES | FAR).items()
+        name: [one for one in splits if one.advice is not None] for name, splits in read("defaults", TITLES).items()
     }
     return {name: splits for name, splits in with_signals.items() if splits}
 
