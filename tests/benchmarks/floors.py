@@ -13,6 +13,7 @@ from typing import Literal
 
 import stepper
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from stepper import SOURCE_CLASSES, resnet18, seconds
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ class Floor:
 
     Attributes:
         trains_from: the first part of the model that is trained; earlier parts run forward only, in eval mode.
+        trains: which of the weights from there on are trained, besides the head: all, the biases (of norms, too), those
+            of norms, or LoRA adapters of rank 8 in the blocks.
         recorded: whether the output of the earlier parts is already available.
         norms: mode of the BatchNorm layers that are trained.
         batches: number of batches of samples; with two, the second is source data, for the source head.
@@ -35,6 +38,7 @@ class Floor:
     """
 
     trains_from: Literal["stem", "stage0", "stage1", "stage2", "stage3", "head"] = "stem"
+    trains: Literal["all", "biases", "norms", "lora"] = "all"
     recorded: bool = False
     norms: Literal["train", "eval"] = "train"
     batches: Literal[1, 2] = 1
@@ -59,13 +63,36 @@ def parts_of_resnet() -> nn.ModuleList:
     return nn.ModuleList([model.resnet.embedder, *blocks, pooling, model.classifier[-1]])
 
 
+def trained(body: nn.Module, what: str) -> nn.Module:
+    """The body with only a part of its weights trainable, or with adapters."""
+    if what == "lora":
+        _, *blocks = body.named_children()
+        names = [
+            f"{part}.{name}" for part, block in blocks for name, layer in block.named_modules() if adaptable(layer)
+        ]
+        return inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=names), body)
+    if what != "all":
+        body.requires_grad_(False)
+        for layer in body.modules():
+            if what == "norms" and isinstance(layer, nn.BatchNorm2d):
+                layer.requires_grad_(True)
+            bias = getattr(layer, "bias", None)
+            if what == "biases" and bias is not None:
+                bias.requires_grad_(True)
+    return body
+
+
+def adaptable(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d | nn.Linear)
+
+
 class Member:
     """One model in a floor: its frozen parts, its trained parts, and the input of the latter if it is recorded."""
 
     def __init__(self, floor: Floor, pixels: Tensor) -> None:
         begin, parts = FIRST_PART[floor.trains_from], parts_of_resnet().to(pixels.device)
         self.frozen = nn.Sequential(*parts[:begin]).eval().requires_grad_(False)
-        self.body = nn.Sequential(*parts[begin:-1]).train(floor.norms == "train")
+        self.body = trained(nn.Sequential(*parts[begin:-1]), floor.trains).train(floor.norms == "train")
         self.head = parts[-1]
         self.source_head = None
         if floor.source_head:
@@ -78,7 +105,7 @@ class Member:
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters."""
         modules = [self.body, self.head, self.source_head]
-        return [p for module in modules if module is not None for p in module.parameters()]
+        return [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
 
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
         state = self.recorded

@@ -45,6 +45,7 @@ from hf_ft import (
     CollaborativeModel,
     DELTAConfig,
     GradualUnfreezingConfig,
+    PEFTConfig,
     SoftConfig,
     TREDConfig,
 )
@@ -62,7 +63,7 @@ class Row:
     Attributes:
         name: as shown; the strategy's name, and after a colon what distinguishes its rows.
         strategy: None for the Trainer of Transformers.
-        floor: what a step cannot do without; None if not yet defined.
+        floor: what a step cannot do without; None for a strategy that computes every layer or block twice.
         recorded: whether the frozen part, or the reference, is recorded.
         steps: of the whole run.
         at: the step of the run that is repeated.
@@ -127,6 +128,11 @@ ROWS = (
     Row("bss", "bss"),
     Row("bi_tuning", "bi_tuning", Floor(references=1)),
     Row("stoch_norm", "stoch_norm"),
+    Row("spot_tune", "spot_tune", None),
+    Row("ada_filter", "ada_filter", None),
+    Row("bitfit", "bitfit", Floor(trains="biases")),
+    Row("norms_only", "norms_only", Floor(trains="norms")),
+    Row("peft", PEFTConfig(merge=False), Floor(trains="lora", norms="eval")),
     Row("ema", "ema"),
     Row("daft", "daft"),
     *referred("delta", DELTAConfig(head_epochs=1, batches=1)),
@@ -142,17 +148,11 @@ ROWS = (
     Row("amcf: two members, all layers train", AMCFConfig(frozen=(0, 0)), Floor(members=2), members=2),
 )  # fmt: skip
 # Strategies without a row, each with the reason.
-_PARTS = "trains parts of layers all over the network, for which there is no floor in whole layers"
 LEFT_OUT: dict[str, str] = {
     "stock": "full fine-tuning with other arguments",
     "auto": "the strategy that it chooses",
     "rifle": "full fine-tuning but for the few steps before which the head is drawn anew",
     "wise_ft": "full fine-tuning; what it adds follows the last step",
-    "ada_filter": "computes every layer twice, for which there is no floor",
-    "spot_tune": "computes every block twice and the pretrained network besides, for which there is no floor",
-    "bitfit": _PARTS,
-    "norms_only": _PARTS,
-    "peft": _PARTS,
 }
 
 
