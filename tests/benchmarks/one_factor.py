@@ -5,8 +5,8 @@ On the tasks and splits of results.py, two seeds each, with AdamW; the scores ar
 - `blockwise`: what the block starts from. The last block alone (`block="last_quarter"`), at the learning rate
   recommended for it: as it is; with the pretrained BatchNorm statistics kept; with BatchNorm converted to the target's
   statistics (DAFT); and with the zero head of DAFT as well.
-- `soft`: soft fine-tuning with one image of each ImageNet class as its source data, each variant at the learning rate
-  recommended for it: with one forward pass each for the two batches; with the pretrained statistics kept; with
+- `soft`: soft fine-tuning with one image of each ImageNet class, or the digits 0 to 4, as its source data, each variant
+  at the learning rate recommended for it: with one forward pass each for the two batches; with the pretrained statistics kept; with
   converted BatchNorm; with other weights and times; and without source data. Beside them, the same without soft
   fine-tuning.
 
@@ -27,7 +27,7 @@ import numpy as np
 from common import Entry, Runs, quiet
 from rates import ADAM, Bench, stand_in
 from rates import Task as Images
-from results import MOBILE, TASKS, far, natural
+from results import MOBILE, TASKS, far, natural, trained_on_low_digits
 
 from hf_ft import BlockwiseConfig, DAFTConfig, FTConfig, FullConfig, SoftConfig
 from hf_ft.core.compose import recommended_arguments
@@ -36,7 +36,13 @@ from hf_ft.data.task import Data
 RESULTS = Path(__file__).parent / "results" / "one_factor.jsonl"
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 LAST, SOFT = BlockwiseConfig(block="last_quarter"), SoftConfig()
-TITLES = {"cifar10": "CIFAR-10", "caltech40": "Caltech-101", "mnist_200": "MNIST", "elpv_500": "ELPV solar cells"}
+TITLES = {
+    "cifar10": "CIFAR-10",
+    "caltech40": "Caltech-101",
+    "mnist_200": "MNIST",
+    "elpv_500": "ELPV solar cells",
+    "digits": "MNIST's digits 5 to 9",
+}
 SEEDS = (1, 2)
 
 
@@ -87,7 +93,7 @@ STUDIES = {
             "soft, weight=3": [replace(SOFT, weight=3.0)],
             "soft, source='head'": [replace(SOFT, source="head")],
         },
-        ("cifar10", "caltech40"),
+        ("cifar10", "caltech40", "digits"),
     ),
 }
 
@@ -148,6 +154,8 @@ def main() -> None:
         if not options.page:
             quiet()
             for task in options.tasks or study.tasks:
+                if task == "digits":
+                    trained_on_low_digits()
                 for split in options.splits:
                     run_split(runs, name, Split(task, TASKS[task].pixels, options.natural, split), options.variants)
         entries = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
@@ -155,14 +163,15 @@ def main() -> None:
 
 
 def run_split(runs: Runs, name: str, images: Split, variants: list[str] | None) -> None:
-    study = STUDIES[name]
+    study, task = STUDIES[name], TASKS[images.name]
     bench: Bench | None = None  # prepared once there is something to run
 
     def train(entry: Entry) -> Entry:
         nonlocal bench
-        bench = bench or Bench(images, MOBILE)
+        bench = bench or Bench(images, task.model)
         configs, rate = study.variants[entry["variant"]], study.rate(entry["variant"])
-        return bench.run(configs, ADAM, rate, entry["seed"], num_train_epochs=TASKS[images.name].epochs)
+        more = {"num_train_epochs": task.epochs, "per_device_train_batch_size": task.batch}
+        return bench.run(configs, ADAM, rate, entry["seed"], **more)
 
     for variant in variants or study.variants:
         for seed in SEEDS:

@@ -183,14 +183,13 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             args = arguments(
                 folder,
-                per_device_train_batch_size=BATCH,
                 learning_rate=rate,
                 eval_strategy="epoch",
                 logging_strategy="epoch",
                 logging_nan_inf_filter=False,
                 seed=seed,
                 **({} if optim == SGD else {"optim": optim, "optim_args": None, "max_grad_norm": 1.0}),
-                **{"num_train_epochs": EPOCHS, **more},
+                **{"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, **more},
             )
             trainer = FTTrainer(
                 self.load(seed, keep)[0],
