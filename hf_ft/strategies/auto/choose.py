@@ -143,6 +143,9 @@ class Chooser:
             OptionError, AnatomyError: if the strategy cannot run on the model, cannot be trained briefly, or does not
                 fit into the budget.
         """
+        # What others are admitted for must still fit after this one's work was counted and its frozen part recorded.
+        if not self.budget.fits(planned + len(self.costs.rows) + self.costs.forward * self.context.samples.count):
+            raise OptionError(NO_ROOM)
         state, measuring = State(), self._measuring(recipe, 0)
         if needed := recipe.config.must_measure():  # its run is not known before: its declared cost has to fit
             self._check_room(recipe, self.costs.guessed(recipe.config), planned + measuring, folds)

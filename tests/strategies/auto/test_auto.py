@@ -141,6 +141,15 @@ def test_what_can_be_counted_need_not_fit_by_its_declared_cost(tmp_path):
     assert found.searching + found.finishing <= 1.6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("budget", "tried"), [(2.6, 3), (3.4, 5)])
+def test_counting_others_leaves_room_for_both_folds(budget, tried, tmp_path):
+    others = ("daft", "lp_ft", "linear_probe", "peft", "bitfit", "norms_only", "l2_sp", "bss")
+    config = AutoStrategyConfig(budget=budget, storage="memory", choose_from=others)
+    found = chosen(trainer_of(tiny_resnet(), tmp_path, config, samples=64, max_steps=40))
+    assert [len(one.losses) for one in found.tried] == tried * [2]
+
+
 def test_short_trials_see_neither_the_fold_nor_other_data(tmp_path, monkeypatch):
     trainer = trainer_of(tiny_resnet(), tmp_path, AutoStrategyConfig(**FEW, budget="4x"), max_steps=40)
     seen, fit, predict = [], choose.fit, choose.predict
