@@ -504,12 +504,29 @@ def calibrated_log_loss(logits: Tensor, labels: Tensor, weights: Tensor | None =
     for _ in range(60):  # from an interval of length 14, only rounding errors are left
         middle = (low + high) / 2
         low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
-    scale = math.exp((low + high) / 2)
-    if several:
-        loss = nn.functional.binary_cross_entropy_with_logits(scale * z, y.double())
-    else:
-        loss = (share * nn.functional.cross_entropy(scale * z, y, reduction="none")).mean()
-    return float(loss), 1 / scale
+    temperature = math.exp(-(low + high) / 2)
+    return float(log_losses(logits, labels, temperature, weights).mean()), temperature
+
+
+def log_losses(logits: Tensor, labels: Tensor, temperature: float = 1.0, weights: Tensor | None = None) -> Tensor:
+    r"""The log loss of each row at a temperature, in float64: :math:`w_{y_i} \, \mathrm{CE}(z_i / T, \, y_i)`.
+
+    With several labels per row, the mean binary cross-entropy over them.
+
+    Args:
+        logits: (n, C).
+        labels: (n,), classes, -100 for none; or (n, C), each 0 or 1.
+        weights: (C,), weights of the classes; only for labels (n,).
+
+    Returns:
+        (m,), without the rows that have no label.
+    """
+    z, y = logits.detach().double().cpu() / temperature, labels.detach().cpu()
+    if y.dim() == 2:
+        return nn.functional.binary_cross_entropy_with_logits(z, y.double(), reduction="none").mean(dim=1)
+    z, y = z[y != -100], y[y != -100].long()
+    losses = nn.functional.cross_entropy(z, y, reduction="none")
+    return losses if weights is None else weights.double().cpu()[y] * losses
 
 
 def head_curvature(features: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def table(study: Study, entries: list[Entry]) -> str:
         cells = []
         for task in tasks:
             found = [key for key in scores if key[:2] == (variant, task)]
-            gains = [scores[key] - scores[base, *key[1:]] for key in found]
+            gains = [scores[key] - scores[base, *key[1:]] for key in found if (base, *key[1:]) in scores]
             gain = ""
             if variant != base and len(gains) > 1:
                 gain = f" ({np.mean(gains):+.3f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.3f})"

@@ -3,7 +3,7 @@
 The folds of the training samples take turns being held out. As many recipes as the budget allows are trained for the
 first two, since one fold alone often decides by chance; for each further fold, the better half, but at least two, while
 the budget lasts (successive halving). The lowest mean log loss wins, each taken at its best temperature, since brief
-training runs differ in confidence.
+training runs differ in confidence; the most promising strategy is only overruled by more than a standard error.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from hf_ft.search.evaluate import Bar, ShortTrainings
 from hf_ft.search.folds import context_on, folds_of
 from hf_ft.search.trials import Job, Report, run_trials
 from hf_ft.strategies.auto.budget import Budget, Costs
-from hf_ft.strategies.auto.candidate import Candidate, held_out_loss
+from hf_ft.strategies.auto.candidate import Candidate, compared, held_out
 from hf_ft.strategies.auto.findings import reasons
 from hf_ft.strategies.auto.recipes import REFUSED, Recipe, measured_advice, recipes
-from hf_ft.strategies.auto.result import Choice, ranked
+from hf_ft.strategies.auto.result import Choice, ranked, winner
 
 logger = logging.get_logger(__name__)
 STORAGE = "auto.db"
@@ -98,7 +98,7 @@ class Chooser:
         choice = Choice(
             chosen=best.name,
             rate=best.rate,
-            tried=tuple(candidate.tried() for candidate in candidates if candidate.outcomes),
+            tried=compared(candidates),
             declined=self.declined,
             epochs=self.epochs,
             budget=self.budget.allowed / self.whole,
@@ -281,8 +281,9 @@ class Chooser:
 
         fit(run, recipe, self.trainings.batches, part.train, self.epochs, fold, after_epoch)
         logits, labels, task = found["held out"]
-        loss, accuracy = held_out_loss(logits, labels, task, recipe.task_loss)
-        return (-loss if math.isfinite(loss) else -math.inf), {"accuracy": accuracy}
+        judged = held_out(logits, labels, task, recipe.task_loss)
+        value = -judged.loss if math.isfinite(judged.loss) else -math.inf
+        return value, {"accuracy": judged.accuracy, "losses": list(judged.losses)}
 
     def _start(self, recipe: Recipe, state: State) -> Run:
         """A copy of the model, prepared for training a recipe."""
@@ -307,14 +308,13 @@ class Chooser:
     # --- the choice ----------------------------------------------------------------------------------------
 
     def _best(self, found: Sequence[Recipe], candidates: Sequence[Candidate]) -> tuple[Recipe, State]:
-        """The recipe with the lowest loss, and what it measures on all samples.
+        """The recipe that wins, and what it measures on all samples.
 
         If nothing was compared, it is the one with the highest expected gain among those that can run.
         """
-        tried = [candidate for candidate in candidates if candidate.outcomes]
-        if tried:
-            first = ranked(candidate.tried() for candidate in tried)[0].strategy
-            order = [candidate.recipe for candidate in tried if candidate.recipe.name == first]
+        if tried := compared(candidates):
+            first = winner(tried).strategy
+            order = [candidate.recipe for candidate in candidates if candidate.recipe.name == first]
         else:
             order = sorted(found, key=lambda one: -one.expected)
         problem: Exception | None = None

@@ -28,15 +28,29 @@ def reasons(choice: Choice) -> str:
             f"fine-tunings leaves no room to compare. {cost}"
         )
     best, *others = choice.ranking
-    said = [f"`{one.strategy}` {one.mean():.3f}" for one in others if len(one.losses) == len(best.losses)]
+    said = [one for one in others if len(one.losses) == len(best.losses) and one.strategy != choice.chosen]
     dropped = [f"`{one.strategy}`" for one in others if len(one.losses) < len(best.losses)]
-    text = (
-        f"`{choice.chosen}`{rate} was chosen: after {choice.epochs} epoch{'s' * (choice.epochs > 1)} it has the lowest "
-        f"log loss on held-out training samples, {best.mean():.3f} on {_folds(len(best.losses))}"
-    )
-    text += f", ahead of {', '.join(said)}" if said else ""
+    after = f"after {choice.epochs} epoch{'s' * (choice.epochs > 1)}"
+    if best.strategy == choice.chosen:
+        text = (
+            f"`{choice.chosen}`{rate} was chosen: {after} it has the lowest log loss on held-out training samples, "
+            f"{best.mean():.3f} on {_folds(len(best.losses))}"
+        )
+        text += f", ahead of {', '.join(map(_mean, said))}" if said else ""
+    else:
+        (chosen,) = (one for one in others if one.strategy == choice.chosen)
+        text = (
+            f"`{choice.chosen}`{rate} was chosen: earlier comparisons expect most of it, and no other has a certainly "
+            f"lower log loss on held-out training samples {after}. On {_folds(len(best.losses))}, its log loss is "
+            f"{chosen.mean():.3f}, that of {_mean(best)}; the standard error of the difference is {best.error:.3f}"
+        )
+        text += f"; others: {', '.join(map(_mean, said))}" if said else ""
     text += f"; dropped earlier: {', '.join(dropped)}" if dropped else ""
     return f"{text}. {cost}"
+
+
+def _mean(one: Tried) -> str:
+    return f"`{one.strategy}` {one.mean():.3f}"
 
 
 def describe_average(record: Mapping[str, Any] | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ class Tried:
         losses: log loss on the held-out samples of each fold, infinite if the training diverged.
         accuracies: share of them classified correctly; empty if they do not have one class each.
         cost: of one complete training run, in full fine-tunings.
+        error: standard error of the difference of its mean loss from that of the most promising strategy, the one with
+            the highest expected gain; 0 if it is unknown.
     """
 
     strategy: str
@@ -30,6 +32,7 @@ class Tried:
     losses: tuple[float, ...]
     accuracies: tuple[float, ...]
     cost: float
+    error: float = 0.0
 
     def mean(self, folds: int | None = None) -> float:
         """The mean loss of the first folds."""
@@ -90,3 +93,17 @@ def ranked(tried: Iterable[Tried]) -> tuple[Tried, ...]:
     The loss is rounded: the last digits differ between machines, and with what is recorded.
     """
     return tuple(sorted(tried, key=lambda one: (-len(one.losses), round(one.mean(), 4))))
+
+
+def winner(tried: Sequence[Tried]) -> Tried:
+    """The one with the lowest loss, if it is below that of the most promising one by more than a standard error.
+
+    Otherwise, the most promising one: the more strategies are tried, the more likely one of them is ahead by chance.
+    One that was dropped before the last fold does not win.
+    """
+    order = ranked(tried)
+    last = [one for one in order if len(one.losses) == len(order[0].losses)]
+    favourite = max(tried, key=lambda one: one.expected)
+    if favourite not in last:
+        return order[0]
+    return next(one for one in last if one is favourite or favourite.mean() - one.mean() > one.error)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hf_ft import AutoStrategyConfig, FTConfig, FTTrainer, LinearProbeConfig, LP
 from hf_ft.core import State
 from hf_ft.engine.checkpoint import read_states
 from hf_ft.engine.work import Work
+from hf_ft.search.trials import Outcome
 from hf_ft.strategies.auto import choose
+from hf_ft.strategies.auto.candidate import Candidate, compared, held_out
 from hf_ft.strategies.auto.findings import reasons
-from hf_ft.strategies.auto.result import Choice
+from hf_ft.strategies.auto.result import Choice, Tried, winner
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.trainer.model_card import card_of
@@ -107,6 +110,55 @@ def test_the_run_is_that_of_the_chosen_strategy(tmp_path):
     assert f"`{found.chosen}`" in card and "| strategy | held-out log loss |" in card
 
 
+def tried(name, expected, losses, error=0.0):
+    return Tried(name, None, expected, losses, (), 1.0, error)
+
+
+def test_the_most_promising_strategy_is_overruled_by_more_than_a_standard_error():
+    first, second = tried("a", 0.02, (0.5, 0.6)), tried("b", 0.0, (0.4, 0.5), 0.09)
+    assert winner((second, first)).strategy == "b"
+    assert winner((first, dataclasses.replace(second, error=0.11))).strategy == "a"
+    # Of those that overrule it, the lowest loss wins; a lower one that is uncertain does not.
+    third, fourth = tried("c", 0.0, (0.3, 0.3), 0.5), tried("d", 0.0, (0.44, 0.44), 0.0)
+    assert winner((first, second, third, fourth)).strategy == "d"
+    # One that was dropped does not win.
+    assert winner((tried("a", 0.02, (0.1,)), second)).strategy == "b"
+    lost = tried("a", 0.02, (math.inf, math.inf))
+    assert winner((lost, dataclasses.replace(second, error=0.0))).strategy == "b"
+    choice = Choice("a", None, (first, tried("b", 0.0, (0.4, 0.5), 0.11)), {}, 3, 2.0, 1.0, 1.0)
+    assert "expect most of it" in reasons(choice) and "is 0.550, that of `b` 0.450" in reasons(choice)
+    assert "of the difference is 0.110" in reasons(choice)
+
+
+def test_differences_are_paired_by_sample():
+    """Against a reference in float64: the standard error of the mean of paired differences."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (40,), generator=random)
+    task = SimpleNamespace(compute_loss_func=None, class_weights=None)
+    right = torch.nn.functional.one_hot(labels, 3)
+    logits = [torch.randn(40, 3, generator=random) + right for _ in range(2)]
+    judged = [held_out(one, labels, 0.0, task) for one in logits]
+    sure = [held_out(7 * one, labels, 0.0, task) for one in logits]
+    for one, other in zip(judged, sure, strict=True):
+        assert one.losses == pytest.approx(other.losses, abs=2e-4)
+    assert [sum(one.losses) / 40 for one in judged] == pytest.approx([one.loss for one in judged], abs=1e-4)
+    names = zip(("a", "b"), (0.1, 0.0), judged, strict=True)
+    candidates = [
+        Candidate(
+            SimpleNamespace(name=name, rate=None, expected=gain),
+            1.0,
+            [],
+            [Outcome(name, -one.loss, False, (), 0.0, vars(one))],
+        )
+        for name, gain, one in names
+    ]
+    gaps = torch.tensor(judged[1].losses).double() - torch.tensor(judged[0].losses).double()
+    first, second = compared(candidates)
+    assert first.error == 0.0 and second.error == pytest.approx(float(gaps.std()) / 40**0.5)
+    regression = held_out(torch.randn(40, 1), torch.randn(40), 0.3, task)
+    assert (regression.loss, regression.accuracy, regression.losses) == (0.3, None, ())
+
+
 # --- the budget -------------------------------------------------------------------------------------------
 
 
@@ -166,9 +218,9 @@ def test_short_trials_see_neither_the_fold_nor_other_data(tmp_path, monkeypatch)
     monkeypatch.setattr(choose, "predict", held)
     found = chosen(trainer)
     assert len(seen) == sum(len(one.losses) for one in found.tried) > 3
-    for train, held_out in seen:
-        assert not train & held_out and train | held_out == set(range(32))
-    of_folds = {tuple(sorted(held_out)) for _, held_out in seen}
+    for train, rest in seen:
+        assert not train & rest and train | rest == set(range(32))
+    of_folds = {tuple(sorted(rest)) for _, rest in seen}
     assert len(of_folds) == len(found.ranking[0].losses)
     assert sum(map(len, of_folds)) == len(set().union(*of_folds)), "no sample is held out twice"
 
@@ -263,7 +315,9 @@ def test_an_interrupted_choice_continues(tmp_path, monkeypatch, whole):
 
 KILLED = """
 import os, signal, sys
+from hf_ft.search.trials import Outcome
 from hf_ft.strategies.auto import choose
+from hf_ft.strategies.auto.candidate import Candidate, compared, held_out
 from tests.strategies.auto.test_auto import FEW, AutoStrategyConfig, chosen, tiny_resnet, trainer_of
 fit, calls = choose.fit, []
 def dying(*args, **kwargs):
