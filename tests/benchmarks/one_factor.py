@@ -43,7 +43,7 @@ TITLES = {
     "elpv_500": "ELPV solar cells",
     "digits": "MNIST's digits 5 to 9",
 }
-SEEDS = (1, 2)
+SPLITS, SEEDS = (0, 1, 2), (1, 2)
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,27 @@ class Split(Images):
 
 
 def table(study: Study, entries: list[Entry]) -> str:
-    """Test scores by task, and the difference from the first variant, paired by split and seed."""
-    tasks = [task for task in study.tasks if any(entry["task"] == task for entry in entries)]
+    """Test scores by task, and the difference from the first variant, paired by split and seed.
+
+    A variant that was not run on all splits is left out.
+    """
     scores = {tuple(entry[name] for name in ("variant", "task", "split", "seed")): entry["test"] for entry in entries}
-    lines = [f"| {study.what} | {' | '.join(TITLES[task] for task in tasks)} |", f"| --- {'| --- ' * len(tasks)}|"]
+    keys = {(name, task): [key for key in scores if key[:2] == (name, task)] for name, task, *_ in scores}
+    keys = {of: found for of, found in keys.items() if len(found) == len(SPLITS) * len(SEEDS)}
     base = next(iter(study.variants))
+    tasks = [task for task in study.tasks if (base, task) in keys]
+    lines = [f"| {study.what} | {' | '.join(TITLES[task] for task in tasks)} |", f"| --- {'| --- ' * len(tasks)}|"]
     for variant in study.variants:
         cells = []
         for task in tasks:
-            found = [key for key in scores if key[:2] == (variant, task)]
-            gains = [scores[key] - scores[base, *key[1:]] for key in found if (base, *key[1:]) in scores]
-            gain = ""
-            if variant != base and len(gains) > 1:
-                gain = f" ({np.mean(gains):+.3f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.3f})"
-            cells.append(f"{np.mean([scores[key] for key in found]):.3f}{gain}".replace("-", "−") if found else "")
+            found = keys.get((variant, task))
+            if not found:
+                cells.append("")
+                continue
+            gains = [scores[key] - scores[base, *key[1:]] for key in found]
+            gain = f" ({np.mean(gains):+.3f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.3f})"
+            mean = f"{np.mean([scores[key] for key in found]):.3f}"
+            cells.append(f"{mean}{gain if variant != base else ''}".replace("-", "−"))
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -144,7 +151,7 @@ def main() -> None:
     parser.add_argument("--natural", type=Path, help="the folder of the natural images")
     parser.add_argument("--studies", nargs="+", default=list(STUDIES))
     parser.add_argument("--tasks", nargs="+", help="instead of all of a study")
-    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--splits", nargs="+", type=int, default=SPLITS)
     parser.add_argument("--variants", nargs="+", help="instead of all of a study")
     parser.add_argument("--page", action="store_true", help="only write the tables of the pages")
     options = parser.parse_args()
