@@ -40,9 +40,9 @@ def reasons(choice: Choice) -> str:
     else:
         (chosen,) = (one for one in others if one.strategy == choice.chosen)
         text = (
-            f"`{choice.chosen}`{rate} was chosen: earlier comparisons expect most of it, and no other has a certainly "
-            f"lower log loss on held-out training samples {after}. On {_folds(len(best.losses))}, its log loss is "
-            f"{chosen.mean():.3f}, that of {_mean(best)}; the standard error of the difference is {best.error:.3f}"
+            f"`{choice.chosen}`{rate} was chosen: earlier comparisons expect most of it, and {after} its log loss on "
+            f"held-out training samples, {chosen.mean():.3f} on {_folds(len(best.losses))}, is above the lowest, "
+            f"{_mean(best)}, by less than the standard error of the difference, {best.error:.3f}"
         )
         text += f"; others: {', '.join(map(_mean, said))}" if said else ""
     text += f"; dropped earlier: {', '.join(dropped)}" if dropped else ""

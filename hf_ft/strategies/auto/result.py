@@ -98,12 +98,10 @@ def ranked(tried: Iterable[Tried]) -> tuple[Tried, ...]:
 def winner(tried: Sequence[Tried]) -> Tried:
     """The one with the lowest loss, if it is below that of the most promising one by more than a standard error.
 
-    Otherwise, the most promising one: the more strategies are tried, the more likely one of them is ahead by chance.
-    One that was dropped before the last fold does not win.
+    Otherwise, the most promising one, unless it was dropped before the last fold: the more strategies are tried, the
+    more likely one of them is ahead by chance.
     """
-    order = ranked(tried)
-    last = [one for one in order if len(one.losses) == len(order[0].losses)]
+    best = ranked(tried)[0]
     favourite = max(tried, key=lambda one: one.expected)
-    if favourite not in last:
-        return order[0]
-    return next(one for one in last if one is favourite or favourite.mean() - one.mean() > one.error)
+    dropped = len(favourite.losses) < len(best.losses)
+    return best if dropped or favourite.mean() - best.mean() > best.error else favourite
