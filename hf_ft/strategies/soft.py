@@ -101,11 +101,7 @@ class SoftConfig(FTConfig):
         "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
     )
     recommended = USUAL_RATE
-    tuned = {
-        "weight": LogRange(0.1, 3.0),
-        "until": Choice((0.25, 0.5, 1.0)),
-        "norm_mode": Choice(("auto", "eval"), rates=(1.0, 0.2)),  # as for full fine-tuning
-    }
+    tuned = {"weight": LogRange(0.1, 3.0), "until": Choice((0.25, 0.5, 1.0))}
     cost = advising.TWICE_THE_SAMPLES
     advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, advising.UNRELATED_SOURCE: -1}
 

@@ -265,14 +265,14 @@ def test_resuming_from_another_start_is_refused(tmp_path):
 
 @register("probe_of_states")
 class ProbeConfig(FTConfig):
-    """Passes the view to a function of the test."""
+    """Passes the view to a function of the test; without one, it is full fine-tuning, to other tests that try all."""
 
     look = None
     layers = (BLOCK,)
 
     def plan(self, model, state):
         fn = ProbeConfig.look
-        return Plan(terms=(Term("probe", fn, layers=self.layers, needs=frozenset({"reference"})),))
+        return Plan(terms=(Term("probe", fn, layers=self.layers, needs=frozenset({"reference"})),) if fn else ())
 
 
 def test_the_view_shows_both_states_in_float32_under_autocast():
