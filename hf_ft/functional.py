@@ -27,6 +27,7 @@ __all__ = [
     "head_curvature",
     "interpolated",
     "l2_sp",
+    "log_losses",
     "mirrored_probabilities",
     "mmd2",
     "pooled",

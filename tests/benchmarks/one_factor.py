@@ -60,6 +60,10 @@ class Study:
     tasks: tuple[str, ...]
     rate_of: list[FTConfig] | None = None
 
+    @property
+    def needs_source(self) -> bool:
+        return any(one.needs().source_data == "required" for configs in self.variants.values() for one in configs)
+
     def rate(self, variant: str) -> float:
         return float(
             recommended_arguments(self.rate_of or self.variants[variant], ADAM, stand_in(MOBILE))["learning_rate"].value
@@ -100,17 +104,20 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Split(Images):
-    """A task and split of results.py; ``folder`` holds the natural images."""
+    """A task and split of results.py, with or without its source data; ``folder`` holds the natural images."""
 
     split: int = 0
+    with_source: bool = False
 
     @cached_property
     def data(self) -> Data:
         task = TASKS[self.name]
         if task.pixels == 64:
-            return far(self.name, task, self.split)
-        assert self.folder is not None, "--natural FOLDER"
-        return natural(self.folder, self.name, task, self.split)
+            data = far(self.name, task, self.split)
+        else:
+            assert self.folder is not None, "--natural FOLDER"
+            data = natural(self.folder, self.name, task, self.split)
+        return data if self.with_source else replace(data, source=None, source_columns=None)
 
 
 def table(study: Study, entries: list[Entry]) -> str:
@@ -164,7 +171,8 @@ def main() -> None:
                 if task == "digits":
                     trained_on_low_digits()
                 for split in options.splits:
-                    run_split(runs, name, Split(task, TASKS[task].pixels, options.natural, split), options.variants)
+                    images = Split(task, TASKS[task].pixels, options.natural, split, study.needs_source)
+                    run_split(runs, name, images, options.variants)
         entries = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
         write(name, [entry for entry in entries if entry["study"] == name])
 

@@ -101,8 +101,9 @@ def resnet():
 
 def with_adapters(model, plan):
     """A copy of the model with the plan's adapters, of which PEFT leaves only what trains trainable."""
+    model = copy.deepcopy(model)
     for surgery in plan.surgery:
-        model = surgery(copy.deepcopy(model))
+        model = surgery(model)
     return model
 
 
