@@ -129,7 +129,7 @@ def table(study: Study, entries: list[Entry]) -> str:
     keys = {(name, task): [key for key in scores if key[:2] == (name, task)] for name, task, *_ in scores}
     keys = {of: found for of, found in keys.items() if len(found) == len(SPLITS) * len(SEEDS)}
     base = next(iter(study.variants))
-    tasks = [task for task in study.tasks if (base, task) in keys]
+    tasks = [task for task in study.tasks if any(of[1] == task for of in keys)]
     lines = [f"| {study.what} | {' | '.join(TITLES[task] for task in tasks)} |", f"| --- {'| --- ' * len(tasks)}|"]
     for variant in study.variants:
         cells = []
@@ -138,10 +138,11 @@ def table(study: Study, entries: list[Entry]) -> str:
             if not found:
                 cells.append("")
                 continue
-            gains = [scores[key] - scores[base, *key[1:]] for key in found]
-            gain = f" ({np.mean(gains):+.3f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.3f})"
-            mean = f"{np.mean([scores[key] for key in found]):.3f}"
-            cells.append(f"{mean}{gain if variant != base else ''}".replace("-", "−"))
+            gain = ""
+            if variant != base and (base, task) in keys:
+                gains = [scores[key] - scores[base, *key[1:]] for key in found]
+                gain = f" ({np.mean(gains):+.3f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.3f})"
+            cells.append(f"{np.mean([scores[key] for key in found]):.3f}{gain}".replace("-", "−"))
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
