@@ -18,6 +18,7 @@ from hf_ft.comparison.results import Results
 from hf_ft.core.config import BASELINE, strategies
 
 __all__ = ["FILE", "fitted", "table_of_advice", "table_of_orders"]
+SAME_DATA = {"digits": "mnist"}  # other tasks from the same data begin with the same word
 
 
 def kept() -> dict[str, list[Results]]:
@@ -39,7 +40,8 @@ def _task(name: str, splits: Sequence[Results]) -> Task:
     scores = [_scores(results) for results in splits]
     names = [one for one in scores[0] if all(one in own for own in scores)]
     points = [rule_points(Signals.from_dict(results.advice["signals"])) for results in splits if results.advice]
-    return Task(name, _mean(scores, names), _mean(points, points[0]))
+    data = name.partition("_")[0]
+    return Task(name, _mean(scores, names), _mean(points, points[0]), SAME_DATA.get(data, data))
 
 
 def _mean(of: Sequence[Mapping[str, float]], names: Iterable[str]) -> dict[str, float]:

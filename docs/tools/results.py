@@ -12,17 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_ft.comparison.results import Results, Training
+from hf_ft.comparison.results import Contender, Results, Training
 from hf_ft.core.config import BASELINE
 from hf_ft.documents.text import PLUS_MINUS, score, score_like, signed
 
 KEPT = Path(__file__).parents[1] / "results"
 NOT_YET = "Not measured yet."
 NATURAL = {"caltech40": "Caltech-101, 40 classes", "cifar10": "CIFAR-10"}
+# The same images, by other networks:
+NETWORKS = {"caltech40_lite": "EfficientNet-Lite0", "caltech40_dinov2": "DINOv2-small"}
 # Far from ImageNet:
 CELLS = {"elpv_500": "solar cells, 500 images", "elpv_100": "solar cells, 100 images"}
 DIGITS = {"mnist_200": "MNIST, 200 images", "uci_100": "UCI digits, 100 images", "digits": "MNIST's 5 to 9, 50 images"}
-TITLES = NATURAL | CELLS | DIGITS
+TITLES = NATURAL | NETWORKS | CELLS | DIGITS
 FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
 FEW = (BASELINE, "linear_probe", "lp_ft", "peft", *FIVE, "blockwise+daft")
 RESAMPLES = 1000
@@ -61,15 +63,20 @@ def table_of_results(table: Table, kind: str, few: bool = False, titles: Mapping
         for splits in tasks.values():
             scores = _scores(splits, name)
             spread = f"{PLUS_MINUS}{score_like(statistics.stdev(scores))}" if len(scores) > 1 else ""
-            gap = "" if name == BASELINE or not scores else _difference(splits, name)
+            gap = "" if name == BASELINE else _difference([splits], name)
             cells += [f"{score(statistics.fmean(scores))}{spread}{_of_splits(splits, name)}" if scores else "", gap]
+        if len(tasks) > 1:
+            cells.append("" if name == BASELINE else _difference(tasks.values(), name))
         rows.append((f"**{name}**" if name in FIVE else name, *cells))
     headers = [head for task in tasks for head in (titles[task], "vs. full")]
+    headers += ["mean vs. full"] if len(tasks) > 1 else []
     return table(("strategy", *headers), rows) + "\n\n" + " ".join(_size(titles[task], tasks[task]) for task in tasks)
 
 
-def interval_over_splits(gaps: Sequence[Gaps], seed: int = 0) -> tuple[float, float]:
+def interval_over_splits(*tasks: Sequence[Gaps], seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of the mean difference in balanced accuracy, by a hierarchical bootstrap.
+
+    Of several tasks, it is that of the mean over them; each is resampled on its own.
 
     Splits are drawn with replacement, and within each split its seeds, and its test samples by class. The variation
     from samples and seeds is also part of the differences between splits, so it counts twice; this makes up for how
@@ -78,16 +85,22 @@ def interval_over_splits(gaps: Sequence[Gaps], seed: int = 0) -> tuple[float, fl
     five.
 
     Args:
-        gaps: for each split, (seeds, samples) of (ours is right) - (theirs is right), and (samples,) classes.
+        tasks: for each split of a task, (seeds, samples) of (ours is right) - (theirs is right), and the (samples,)
+            classes.
     """
     random = np.random.default_rng(seed)
+    low, high = np.quantile(np.mean([_resampled(gaps, random) for gaps in tasks], axis=0), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _resampled(gaps: Sequence[Gaps], random: np.random.Generator) -> np.ndarray:
+    """The mean difference on one task with resampled splits, seeds and samples, (resamples,)."""
     chosen = random.integers(len(gaps), size=(RESAMPLES, len(gaps)))
     means = np.empty(chosen.shape)
     for place in range(len(gaps)):
         drawn = np.stack([_redrawn(*one, random) for one in gaps])  # (splits, resamples)
         means[:, place] = drawn[chosen[:, place], np.arange(RESAMPLES)]
-    low, high = np.quantile(means.mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    return means.mean(axis=1)
 
 
 def _redrawn(gaps: np.ndarray, classes: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -138,7 +151,7 @@ def table_of_auto(table: Table) -> str:
             for every in (autos, theirs, stocks)
         ]
         means.append(mean)
-        beside = [_gain(filter(None, map(gaps_between, autos, other, test))) for other in (theirs, stocks)]
+        beside = [_gain(list(filter(None, map(gaps_between, autos, other, test)))) for other in (theirs, stocks)]
         shown = f"{score(mean[1])} ({', '.join(winners)})"
         rows.append((TITLES[task], score(mean[0]), shown, beside[0], score(mean[2]), beside[1]))
     if not rows:
@@ -157,14 +170,11 @@ def table_of_confirmed(table: Table) -> str:
         same = 0
         for results in splits:
             for contender in results.contenders:
-                if not contender.rejected:
+                if contender.rejected:
+                    confirmed = contender.chosen != 0
+                    gains[confirmed].append(_gained(contender, results.metric) * (1 if confirmed else -1))
+                else:
                     same += contender.chosen == 0 and bool(contender.runs)
-                    continue
-                seeds = {run.seed for run in contender.rejected}
-                final = [run for run in contender.runs if run.seed in seeds]
-                chosen, other = (_test(runs, results.metric) for runs in (final, contender.rejected))
-                confirmed = contender.chosen != 0
-                gains[confirmed].append(chosen - other if confirmed else other - chosen)
         if any(gains.values()):
             shown = [f"{len(own)}, {signed(statistics.fmean(own))}" if own else "0" for own in gains.values()]
             rows.append((TITLES[task], str(same), *shown))
@@ -175,6 +185,36 @@ def table_of_confirmed(table: Table) -> str:
         "rejected, its gain on test",
     )
     return table(heads, rows) if rows else NOT_YET
+
+
+def table_of_tuning(table: Table) -> str:
+    """What tuning gained over the defaults on test, by strategy and task; nothing where it chose the defaults."""
+    tasks = read("tuned", TITLES)
+    gains: dict[str, dict[str, list[float]]] = {}
+    for task, splits in tasks.items():
+        for results in splits:
+            for contender in results.contenders:
+                if contender.chosen == 0 or contender.rejected:
+                    gained = 0.0 if contender.chosen == 0 else _gained(contender, results.metric)
+                    gains.setdefault(contender.name, {}).setdefault(task, []).append(gained)
+    means = {name: {task: statistics.fmean(own) for task, own in of.items()} for name, of in gains.items()}
+    overall = {name: statistics.fmean(of.values()) for name, of in means.items()}
+    rows = [
+        (
+            f"**{name}**" if name in FIVE else name,
+            *(signed(means[name][task]) if task in means[name] else "" for task in tasks),
+            signed(overall[name]),
+        )
+        for name in sorted(means, key=lambda name: (-round(overall[name], 9), name))
+    ]
+    return table(("strategy", *(TITLES[task] for task in tasks), "mean"), rows) if rows else NOT_YET
+
+
+def _gained(contender: Contender, metric: str) -> float:
+    """How much more the chosen settings scored on test than the rejected ones, with the same seeds."""
+    seeds = {run.seed for run in contender.rejected}
+    chosen = [run for run in contender.runs if run.seed in seeds]
+    return _test(chosen, metric) - _test(contender.rejected, metric)
 
 
 def _test(runs: Iterable[Training], metric: str) -> float:
@@ -196,17 +236,22 @@ def _winner(results: Results) -> str:
     return max(names, key=lambda name: round(mean(name), 9))
 
 
-def _difference(splits: Sequence[Results], name: str) -> str:
-    return _gain(found for results in splits if (found := gaps_of(results, name)) is not None)
+def _difference(tasks: Iterable[Sequence[Results]], name: str) -> str:
+    """The difference from full fine-tuning, in the mean over tasks."""
+    return _gain(*([found for one in splits if (found := gaps_of(one, name)) is not None] for splits in tasks))
 
 
-def _gain(found: Iterable[Gaps]) -> str:
-    gaps = list(found)
-    means = [np.mean([own[:, classes == label].mean() for label in np.unique(classes)]) for own, classes in gaps]
-    if not means:
+def _gain(*tasks: Sequence[Gaps]) -> str:
+    """The mean difference and its interval; nothing if there is a task without any."""
+    if not all(tasks):
         return ""
-    low, high = interval_over_splits(gaps)
+    means = [np.mean([_balanced(*gaps) for gaps in splits]) for splits in tasks]
+    low, high = interval_over_splits(*tasks)
     return f"{signed(float(np.mean(means)))} [{signed(low)}, {signed(high)}]"
+
+
+def _balanced(gaps: np.ndarray, classes: np.ndarray) -> float:
+    return float(np.mean([gaps[:, classes == label].mean() for label in np.unique(classes)]))
 
 
 def _runs(results: Results, name: str) -> dict[int, Training]:

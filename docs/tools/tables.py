@@ -41,7 +41,15 @@ from docs.tools.measured import (
 from docs.tools.measured import table_of_strategies as table_of_measured
 from docs.tools.memory import table_of_measured as table_of_measured_memory
 from docs.tools.memory import table_of_modelled as table_of_modelled_memory
-from docs.tools.results import CELLS, DIGITS, table_of_auto, table_of_confirmed, table_of_results
+from docs.tools.results import (
+    CELLS,
+    DIGITS,
+    NETWORKS,
+    table_of_auto,
+    table_of_confirmed,
+    table_of_results,
+    table_of_tuning,
+)
 from docs.tools.roles import markdown
 from docs.tools.scale import table_of_places
 from hf_ft.advice.rules import neutral_order, rules_table
@@ -239,10 +247,12 @@ PLACES: dict[str, Callable[..., str]] = {
     "disentangling": lambda page: table_of_disentangling(_table),
     "measured": lambda page, name: table_of_measured(_table, name),
     "natural": lambda page, kind: table_of_results(_table, kind),
+    "networks": lambda page, kind: table_of_results(_table, kind, titles=NETWORKS),
     "cells": lambda page, kind: table_of_results(_table, kind, titles=CELLS),
     "digits": lambda page, kind: table_of_results(_table, kind, titles=DIGITS),
     "auto": lambda page: table_of_auto(_table),
     "confirmed": lambda page: table_of_confirmed(_table),
+    "tuning": lambda page: table_of_tuning(_table),
     "natural_few": lambda page, kind: table_of_results(_table, kind, few=True),
     "models": lambda page, task: table_of_models(_table, task),
     "memory_measured": lambda page: table_of_measured_memory(_table),

@@ -27,19 +27,21 @@ class Task:
         name: its name.
         scores: mean test score by strategy, with that of full fine-tuning; higher is better.
         points: rule points by strategy (:func:`hf_ft.advice.rules.rule_points`).
+        data: where its samples come from. Tasks from the same data are held out together; empty for no other task's.
     """
 
     name: str
     scores: Mapping[str, float]
     points: Mapping[str, float]
+    data: str = ""
 
 
 def fit(tasks: Sequence[Task]) -> Evidence:
     """The mean gains, and the worth of a rule point that loses least on held-out tasks.
 
-    Each task is held out in turn, and the regrets of trying the first 1, 3 and 5 strategies on it are averaged. A worth
-    is preferred to 0, the fixed order, only if it loses significantly less: a one-sided paired t-test over the tasks,
-    at 5 % divided by the number of worths that were tried.
+    Each task is held out in turn, with all others from the same data, and the regrets of trying the first 1, 3 and 5
+    strategies on it are averaged. A worth is preferred to 0, the fixed order, only if it loses significantly less: a
+    one-sided paired t-test over the tasks, at 5 % divided by the number of worths that were tried.
     """
     learnt = [(task, mean_gains(_others(tasks, task))) for task in tasks]
     lost = {worth: [_regret(task, gains, worth) for task, gains in learnt] for worth in WORTHS}
@@ -71,12 +73,12 @@ def advised_order(evidence: Evidence, points: Mapping[str, float]) -> list[str]:
 def judged_without(
     tasks: Sequence[Task], learn: Callable[[Sequence[Task]], Evidence] = fit
 ) -> dict[str, tuple[str, ...]]:
-    """For each task, the advised order if everything, including the worth of points, is learnt from the others."""
+    """For each task, the advised order if everything, the worth of points too, is learnt from other data."""
     return {task.name: tuple(advised_order(learn(_others(tasks, task)), task.points)) for task in tasks}
 
 
 def _others(tasks: Sequence[Task], left_out: Task) -> list[Task]:
-    return [task for task in tasks if task is not left_out]
+    return [task for task in tasks if (task.data or task.name) != (left_out.data or left_out.name)]
 
 
 def _regret(task: Task, gains: Mapping[str, Gain], worth: float) -> float:

@@ -55,6 +55,14 @@ def test_a_task_does_not_affect_the_order_that_it_evaluates():
     assert before["0"] == after["0"] and any(before[name] != after[name] for name in before)
 
 
+def test_tasks_from_the_same_data_are_held_out_together():
+    known = tasks(right=True)
+    sizes = [replace(known[0], data="photos"), replace(known[1], data="photos"), *known[2:]]
+    for place in (0, 1):
+        assert judged_without(sizes)[str(place)] == judged_without([sizes[place], *known[2:]])[str(place)]
+    assert judged_without(sizes)["0"] != judged_without(known)["0"]
+
+
 def test_gains_of_strategies_that_took_part_in_some_tasks_only():
     two = [
         Task("a", {"full": 0.5, "daft": 0.6}, {}),

@@ -9,9 +9,10 @@ On the tasks and splits of results.py, two seeds each, with AdamW; the scores ar
   at the learning rate recommended for it: with one forward pass each for the two batches; with the pretrained
   statistics kept; with converted BatchNorm; with other weights and times; and without source data. Beside them, the
   same without soft fine-tuning.
+- `tred`: the weight of the distance from the disentangled features, and the same without disentangling.
 
 Runs are kept in tests/benchmarks/results/one_factor.jsonl; those that are already there are not repeated. The tables
-are written into docs/methods/blockwise.md and docs/methods/soft.md (with `--page` only that).
+are written into the pages of these methods in docs/methods (with `--page` only that).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rates import ADAM, Bench, stand_in
 from rates import Task as Images
 from results import MOBILE, TASKS, far, natural, trained_on_low_digits
 
-from hf_ft import BlockwiseConfig, DAFTConfig, FTConfig, FullConfig, SoftConfig
+from hf_ft import BlockwiseConfig, DAFTConfig, FTConfig, FullConfig, SoftConfig, TREDConfig
 from hf_ft.core.compose import recommended_arguments
 from hf_ft.data.task import Data
 
@@ -98,6 +99,19 @@ STUDIES = {
             "soft, source='head'": [replace(SOFT, source="head")],
         },
         ("cifar10", "caltech40", "digits"),
+    ),
+    "tred": Study(
+        "variant",
+        {
+            "full": [FullConfig()],
+            "tred": [TREDConfig()],
+            "tred, alpha=0.003": [TREDConfig(alpha=0.003)],
+            "tred, alpha=0.01": [TREDConfig(alpha=0.01)],
+            "tred, alpha=0.03": [TREDConfig(alpha=0.03)],
+            "tred, criterion='none'": [TREDConfig(criterion="none")],
+            "tred, criterion='none', alpha=0.01": [TREDConfig(criterion="none", alpha=0.01)],
+        },
+        ("cifar10", "caltech40", "mnist_200", "elpv_500"),
     ),
 }
 

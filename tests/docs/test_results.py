@@ -71,6 +71,27 @@ def test_an_interval_covers_splits_seeds_and_images():
         assert low < np.mean(gaps) - 0.05 and high > np.mean(gaps) + 0.05
 
 
+def test_the_interval_of_a_mean_over_tasks():
+    """Tasks vary independently, so the mean of two varies less than each; only strategies of all tasks have one."""
+    labels = np.repeat([0, 1], 50)
+    images = np.tile(np.arange(100) % 2, (2, 1)).astype(float)
+    task, sure = [(images, labels)] * 3, [(np.ones((2, 100)), labels)] * 3
+    low, high = tables.interval_over_splits(task)
+    of_two, of_sure = tables.interval_over_splits(task, task), tables.interval_over_splits(task, sure)
+    assert of_two[1] - of_two[0] < 0.9 * (high - low)
+    assert of_sure == pytest.approx(((low + 1) / 2, (high + 1) / 2), abs=0.03)
+
+
+def test_tasks_have_a_column_for_their_mean(kept, tmp_path):
+    other = tuple(c for c in kept[0].contenders if c.name != "tred")
+    dataclasses.replace(kept[0], contenders=other).save(tmp_path / "defaults" / "caltech40_0.json")
+    head, *lines = tables.table_of_results(table, "defaults").split("\n\n")[0].splitlines()
+    cells = {line.split("|")[0].strip("*"): line.split("|")[1:] for line in lines}
+    assert head.split("|")[-1] == "mean vs. full" and cells["full"][-1] == cells["tred"][-1] == ""
+    apart, both = (float(cells["daft"][place].split(" ")[0].replace("−", "-")) for place in (1, 4))
+    assert cells["daft"][1].split(" ")[0] == cells["daft"][3].split(" ")[0] and both == apart
+
+
 def test_the_gap_is_of_the_seeds_in_common(kept):
     full = next(c for c in kept[0].contenders if c.name == "full")
     others = [c for c in kept[0].contenders if c.name != "full"]
@@ -117,3 +138,6 @@ def test_confirmed_trials_are_counted_with_what_they_gained(kept, tmp_path):
     dataclasses.replace(kept[0], contenders=tuple(own)).save(tmp_path / "tuned" / "cifar10_0.json")
     _, row = tables.table_of_confirmed(table).splitlines()
     assert row == "CIFAR-10|1|1, +0.040|1, −0.040"
+    head, *rows = tables.table_of_tuning(table).splitlines()
+    assert head == "strategy|CIFAR-10|mean"
+    assert rows == ["**daft**|+0.040|+0.040", "full|0.000|0.000", "**tred**|0.000|0.000"]
