@@ -16,9 +16,10 @@ from hf_ft.core import State
 from hf_ft.functional import calibrated_log_loss, log_losses
 from hf_ft.search.trials import Outcome
 from hf_ft.strategies.auto.recipes import Recipe
-from hf_ft.strategies.auto.result import Tried
+from hf_ft.strategies.auto.result import Tried, ranked, winner
 
 COMPARED = 1000  # samples of a fold, at most
+LEAST = 2  # candidates: with fewer, there is nothing to compare
 
 
 @dataclass
@@ -88,3 +89,10 @@ def compared(candidates: Sequence[Candidate]) -> tuple[Tried, ...]:
         return ()
     favourite = max(tried, key=lambda one: one.recipe.expected)
     return tuple(dataclasses.replace(one.tried(), error=one.error_of_difference(favourite)) for one in tried)
+
+
+def better_half(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The half with the lowest losses, but at least two, and the one that would win now."""
+    tried = compared(candidates)
+    kept = {one.strategy for one in ranked(tried)[: max(LEAST, math.ceil(len(tried) / 2))]} | {winner(tried).strategy}
+    return [candidate for candidate in candidates if candidate.recipe.name in kept]

@@ -1,9 +1,10 @@
 """Choose a strategy: train the most promising ones briefly, and compare them on held-out training samples.
 
 The folds of the training samples take turns being held out. As many recipes as the budget allows are trained for the
-first two, since one fold alone often decides by chance; for each further fold, the better half, but at least two, while
-the budget lasts (successive halving). The lowest mean log loss wins, each taken at its best temperature, since brief
-training runs differ in confidence; the most promising strategy is only overruled by more than a standard error.
+first two, since one fold alone often decides by chance; for each further fold, the better half, but at least two, and
+whichever would win now, while the budget lasts (successive halving). The lowest mean log loss wins, each taken at its
+best temperature, since brief training runs differ in confidence; the most promising strategy is only overruled by more
+than a standard error.
 """
 
 from __future__ import annotations
@@ -33,15 +34,14 @@ from hf_ft.search.evaluate import Bar, ShortTrainings
 from hf_ft.search.folds import context_on, folds_of
 from hf_ft.search.trials import Job, Report, run_trials
 from hf_ft.strategies.auto.budget import Budget, Costs
-from hf_ft.strategies.auto.candidate import Candidate, compared, held_out
+from hf_ft.strategies.auto.candidate import LEAST, Candidate, better_half, compared, held_out
 from hf_ft.strategies.auto.findings import reasons
 from hf_ft.strategies.auto.recipes import REFUSED, Recipe, measured_advice, recipes
-from hf_ft.strategies.auto.result import Choice, ranked, winner
+from hf_ft.strategies.auto.result import Choice, winner
 
 logger = logging.get_logger(__name__)
 STORAGE = "auto.db"
 AVERAGES = 2  # with the initial weights, tried after training
-LEAST = 2  # recipes: with fewer, there is nothing to compare
 FIRST = 2  # folds for which all recipes are trained, unless there are only two
 LOOKING = 0.05  # share of the budget for what `hf-ft advise` measures
 NO_ROOM = "the budget has no room for it"
@@ -221,9 +221,7 @@ class Chooser:
         with Bar(len(running), "Choosing a strategy", "log loss", not self.context.progress) as bar:
             for fold in range(len(self.folds)):
                 if fold >= FIRST:
-                    order = ranked(candidate.tried() for candidate in running)
-                    places = {one.strategy: place for place, one in enumerate(order)}
-                    running = [c for c in running if places[c.recipe.name] < max(LEAST, math.ceil(len(running) / 2))]
+                    running = better_half(running)
                     self.budget.finishing = max(self._finishing(c.recipe, c.ratio) for c in running)
                 if fold:
                     cost = sum(self._brief(c.ratio, fold) + self._measuring(c.recipe, fold) for c in running)

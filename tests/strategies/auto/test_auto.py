@@ -15,7 +15,7 @@ from hf_ft.engine.checkpoint import read_states
 from hf_ft.engine.work import Work
 from hf_ft.search.trials import Outcome
 from hf_ft.strategies.auto import choose
-from hf_ft.strategies.auto.candidate import Candidate, compared, held_out
+from hf_ft.strategies.auto.candidate import Candidate, HeldOut, better_half, compared, held_out
 from hf_ft.strategies.auto.findings import reasons
 from hf_ft.strategies.auto.result import Choice, Tried, winner
 from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit
@@ -130,6 +130,23 @@ def test_the_most_promising_strategy_is_overruled_by_more_than_a_standard_error(
     assert "of the difference, 0.110" in reasons(choice)
 
 
+def candidate(name, expected, judged):
+    recipe = SimpleNamespace(name=name, rate=None, expected=expected)
+    return Candidate(recipe, 1.0, [], [Outcome(name, -judged.loss, False, (), 0.0, vars(judged))])
+
+
+@pytest.mark.parametrize(("apart", "kept"), [(0.6, "abcd"), (0.0, "bcd")])
+def test_halving_keeps_what_would_win(apart, kept):
+    """The most promising of six is fourth, but within a standard error of the best if its losses are far apart."""
+    losses = {"a": 0.6, "b": 0.5, "c": 0.4, "d": 0.3, "e": 0.7, "f": 0.65}
+    found = [
+        candidate(name, 0.1 * (name == "a"), HeldOut(loss, None, (loss - width, loss + width)))
+        for name, loss, width in zip(losses, losses.values(), (apart, 0, 0, 0, 0, 0), strict=True)
+    ]
+    assert "".join(one.recipe.name for one in better_half(found)) == kept
+    assert [one.recipe.name for one in better_half(found[1:3])] == ["b", "c"]
+
+
 def test_differences_are_paired_by_sample():
     """Against a reference in float64: the standard error of the mean of paired differences."""
     random = torch.Generator().manual_seed(0)
@@ -142,16 +159,7 @@ def test_differences_are_paired_by_sample():
     for one, other in zip(judged, sure, strict=True):
         assert one.losses == pytest.approx(other.losses, abs=2e-4)
     assert [sum(one.losses) / 40 for one in judged] == pytest.approx([one.loss for one in judged], abs=1e-4)
-    names = zip(("a", "b"), (0.1, 0.0), judged, strict=True)
-    candidates = [
-        Candidate(
-            SimpleNamespace(name=name, rate=None, expected=gain),
-            1.0,
-            [],
-            [Outcome(name, -one.loss, False, (), 0.0, vars(one))],
-        )
-        for name, gain, one in names
-    ]
+    candidates = [candidate(*one) for one in zip(("a", "b"), (0.1, 0.0), judged, strict=True)]
     gaps = torch.tensor(judged[1].losses).double() - torch.tensor(judged[0].losses).double()
     first, second = compared(candidates)
     assert first.error == 0.0 and second.error == pytest.approx(float(gaps.std()) / 40**0.5)
@@ -317,7 +325,7 @@ KILLED = """
 import os, signal, sys
 from hf_ft.search.trials import Outcome
 from hf_ft.strategies.auto import choose
-from hf_ft.strategies.auto.candidate import Candidate, compared, held_out
+from hf_ft.strategies.auto.candidate import Candidate, HeldOut, better_half, compared, held_out
 from tests.strategies.auto.test_auto import FEW, AutoStrategyConfig, chosen, tiny_resnet, trainer_of
 fit, calls = choose.fit, []
 def dying(*args, **kwargs):
