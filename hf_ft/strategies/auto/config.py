@@ -49,9 +49,10 @@ class AutoStrategyConfig(FTConfig):
 
     .. math:: s^* = \arg\min_s \; \min_T \; \mathrm{CE}(z_s / T, \, y) \quad \text{on held-out training samples}
 
-    :math:`z_s` are the logits after a brief training run with strategy :math:`s`. The strategy from which
-    earlier comparisons expect most is overruled only if the difference exceeds its standard error. The run then trains
-    :math:`s^*` as if it had been asked for, at the learning rate it recommends unless one was set.
+    :math:`z_s` are the logits after a brief training run with strategy :math:`s`. The strategy with the
+    highest expected gain, according to earlier comparisons, is replaced only if the loss of another is lower by more
+    than the standard error of the difference. The run then trains :math:`s^*` as if it had been asked for, at the
+    learning rate it recommends unless one was set.
     """
 
     paper = Paper(

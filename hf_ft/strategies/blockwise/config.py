@@ -34,6 +34,7 @@ from hf_ft.core.plan import Surgery
 from hf_ft.engine.adapters import PREFIX, adapter_targets, add_adapters
 from hf_ft.engine.run import Run
 from hf_ft.engine.set_up import start
+from hf_ft.models.weight_layers import weight_layers
 from hf_ft.strategies.blockwise.candidates import (
     SCHEMES,
     Candidate,
@@ -45,7 +46,7 @@ from hf_ft.strategies.blockwise.candidates import (
 from hf_ft.strategies.blockwise.describe import describe_candidates
 from hf_ft.strategies.blockwise.findings import block_findings
 from hf_ft.strategies.blockwise.scores import BlockScores
-from hf_ft.strategies.blockwise.search import BASELINES, STORAGE, BlockSearch
+from hf_ft.strategies.blockwise.search import BASELINES, MOST_DRAWS, STORAGE, BlockSearch
 
 
 @register("blockwise")
@@ -113,9 +114,10 @@ class BlockwiseConfig(FTConfig):
         'the command line as JSON: \'{"peft_type": "LORA", "r": 8}\'.',
     )
     search_epochs: int = option(5, "Training epochs per candidate.", range="[1, inf)")
-    search_seeds: int = option(
-        1,
-        "Training runs per candidate, each scored on different held-out samples; candidates are ranked by mean score.",
+    search_seeds: int | Literal["auto"] = option(
+        "auto",
+        "Training runs per candidate, each scored on different held-out samples; candidates are ranked by mean score. "
+        "'auto': as many as it takes to score 200 samples, at most 4.",
         range="[1, inf)",
     )
     validation: float = option(
@@ -141,11 +143,17 @@ class BlockwiseConfig(FTConfig):
         return self.tuner is not None
 
     def within(self, epochs: float, model: nn.Module) -> BlockwiseConfig:
-        """A copy whose search fits into ``epochs``: no baselines, fewer epochs per candidate (at least one)."""
-        place = {"head": self.head, "blocks": self.blocks}
-        trainings = self.search_seeds * len(candidates(model, self.scheme, length=self.length, **place))
-        each = max(1, min(self.search_epochs, int(epochs / trainings)))
-        return dataclasses.replace(self, search_epochs=each, baselines=False)
+        """A copy whose search fits into ``epochs``: no baselines, fewer draws and epochs per candidate."""
+        found = candidates(model, self.scheme, length=self.length, head=self.head, blocks=self.blocks)
+        layers = len(weight_layers(model, self.head, self.blocks))
+        # What lies before a candidate is computed once.
+        work = (1 - self.validation) * sum(1 - min(one.layers, default=0) / layers for one in found)
+        seeds: int | Literal["auto"] = self.search_seeds
+        if seeds == "auto" and (fitting := int(epochs / (work * self.search_epochs))) < MOST_DRAWS:
+            seeds = max(1, fitting)
+        draws = MOST_DRAWS if seeds == "auto" else seeds
+        each = max(1, min(self.search_epochs, int(epochs / (work * draws))))
+        return dataclasses.replace(self, search_epochs=each, search_seeds=seeds, baselines=False)
 
     def measures(self) -> bool:
         return self.block == "auto" or self.head_lr == "auto"

@@ -7,9 +7,10 @@ arXiv:2301.06133. Candidates, baselines and quarters: :mod:`hf_ft.strategies.blo
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
@@ -24,6 +25,7 @@ from hf_ft.strategies.blockwise.scores import BlockScore, BlockScores
 
 STORAGE = "block_search.db"
 BASELINES = ("head", "all")
+SCORED, MOST_DRAWS = 200, 4  # held-out samples to score by default, and the largest number of draws for it
 
 
 class BlockOptions(SearchOptions, Protocol):
@@ -45,7 +47,7 @@ class BlockOptions(SearchOptions, Protocol):
     def blocks(self) -> str | None: ...
 
     @property
-    def search_seeds(self) -> int: ...
+    def search_seeds(self) -> int | Literal["auto"]: ...
 
     @property
     def baselines(self) -> bool: ...
@@ -93,10 +95,14 @@ class BlockSearch:
         blocks = candidates(self.model, scheme, length=options.length, **place)
         self.candidates = [candidate for candidate in blocks if options.adaptable(self.model, candidate)]
         self.baselines = baseline_candidates(self.model, **place) if options.baselines else {}
-        self.seeds = tuple(range(options.search_seeds))
+        self.seeds = tuple(range(self._draws()))
         unused = ("block", "storage", "search_seeds", "top", "baselines")
         settings = {key: value for key, value in options.identity().items() if key not in unused}
         self._signature = self.trainings.describe(settings)
+
+    def _draws(self) -> int:
+        wanted = self.options.search_seeds
+        return min(MOST_DRAWS, math.ceil(SCORED / len(self.trainings.rows(0)[1]))) if wanted == "auto" else wanted
 
     # --- the search ----------------------------------------------------------------------------------------
 

@@ -13,13 +13,15 @@ from torch import nn
 from hf_ft import BlockScores, BlockSearch, BlockwiseConfig, FTConfig, FTTrainer, OptionError
 from hf_ft.core import State
 from hf_ft.engine.checkpoint import read_states
+from hf_ft.models.weight_layers import weight_layers
 from hf_ft.search import evaluate as short_trainings
+from hf_ft.strategies.blockwise.candidates import candidates
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.trainer.model_card import card_of
 from tests.strategies.blockwise.known_block import Images, accuracy, break_block, knowing_model
 
-QUICK = {"search_epochs": 2, "storage": "memory"}
+QUICK = {"search_epochs": 2, "search_seeds": 1, "storage": "memory"}
 
 
 def searched(model, folder, frozen_cache="auto", data=None, **options):
@@ -104,6 +106,29 @@ def test_all_start_alike_and_the_model_is_left_alone(tmp_path, monkeypatch):
     same_tensors(snapshot(model), before)
     assert [p.requires_grad for p in model.parameters()] == flags and model.training
     assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
+
+
+@pytest.mark.parametrize(("samples", "draws"), [(32, 4), (300, 3), (400, 2), (800, 1)])
+def test_fewer_samples_are_drawn_more_often(samples, draws, tmp_path):
+    """A quarter of them is held out; 200 are to be scored."""
+    model = tiny_resnet()
+    search = searched(model, tmp_path, data=tiny_data(model, samples), search_seeds="auto")
+    assert search.seeds == tuple(range(draws))
+
+
+def test_a_search_that_must_be_short_draws_less_before_it_trains_less():
+    model, config = tiny_resnet(), BlockwiseConfig()
+    firsts = [min(one.layers) for one in candidates(model, "stage")]
+    draw = 5 * 0.75 * sum(1 - first / len(weight_layers(model)) for first in firsts)  # in epochs of the whole network
+
+    def fitted(epochs, config=config):
+        found = config.within(epochs, model)
+        assert not found.baselines
+        return found.search_seeds, found.search_epochs
+
+    assert fitted(4.01 * draw) == ("auto", 5) and fitted(2.01 * draw) == (2, 5)
+    assert fitted(0.61 * draw) == (1, 3) and fitted(0.01) == (1, 1)
+    assert fitted(2.01 * draw, BlockwiseConfig(search_seeds=5)) == (5, 2)
 
 
 @pytest.mark.slow
