@@ -22,6 +22,7 @@ __all__ = [
     "disagreement",
     "distillation_loss",
     "feature_distance",
+    "feature_spread",
     "gaussian_bandwidths",
     "gaussian_log_likelihood",
     "head_curvature",
@@ -550,6 +551,21 @@ def head_curvature(features: Tensor) -> Tensor:
     """
     z = nn.functional.pad(features.double(), (0, 1), value=1.0)
     return torch.linalg.matrix_norm(z, ord=2).square() / len(z)
+
+
+def feature_spread(features: Tensor) -> Tensor:
+    r"""The mean L1 distance of features from their mean.
+
+    .. math:: \tfrac1N \sum_n \lVert f_n - \bar f \rVert_1
+
+    Args:
+        features: (N, d), inputs of a head.
+
+    Returns:
+        A scalar in float64.
+    """
+    values = features.double()
+    return (values - values.mean(dim=0)).abs().sum(dim=1).mean()
 
 
 def stable_rate(curvature: float, momentum: float = 0.0) -> float:

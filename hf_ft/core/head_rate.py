@@ -3,10 +3,13 @@ r"""The learning rate of a head, fitted to the features that it sees: the value 
 Under SGD with momentum m, a linear head diverges above :math:`\eta_{\max} = 2 (1 + m) / (c \lambda)`, where
 :math:`\lambda` is the largest eigenvalue of the features' second moment and c depends on the loss (see
 :func:`hf_ft.functional.head_curvature`). Features of different networks and data differ in :math:`\lambda` by a
-factor of more than ten, so no single rate suits all of them; a fixed fraction of :math:`\eta_{\max}` does.
+factor of more than ten, so no single rate suits all of them; :math:`\eta_{\max}` does, since c is a bound that is
+rarely reached.
 
 Under Adam and its variants, a step changes each weight by about the rate, hence a logit by up to the rate times
-:math:`\lVert f \rVert_1`; the fitted rate makes this a fixed number.
+:math:`\lVert f \rVert_1`. What all samples have in common changes all their logits alike, as a bias does, and in some
+networks it is most of the norm (two thirds in DINOv2). So the fitted rate makes the rate times
+:math:`\lVert f - \bar f \rVert_1` a fixed number.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from transformers.utils import logging
 from hf_ft.core.context import Context, Samples, State
 from hf_ft.core.plan import Rate
 from hf_ft.errors import OptionError
-from hf_ft.functional import head_curvature, stable_rate
+from hf_ft.functional import feature_spread, head_curvature, stable_rate
 from hf_ft.models.feature_hooks import INPUT, activations
 from hf_ft.models.head_layers import adapter_around, logit_layers
 from hf_ft.models.names import Names
@@ -33,9 +36,9 @@ from hf_ft.models.preserve import random_states_kept
 HeadRate = float | Literal["auto"] | None
 LOOKED_AT = 256  # samples
 READ = 64  # of them at a time
-# Both from tests/benchmarks/rates.py; see docs/rates.md.
-FRACTION = 0.5  # of the largest stable rate under SGD
-STEP = 2.0  # the largest change of a logit in a step of Adam
+# Both from tests/benchmarks/head_rates.py; see docs/rates.md.
+FRACTION = 1.0  # of the largest stable rate under SGD
+STEP = 2.0  # the largest change of a sample's logit in a step of Adam, relative to those of others
 LEAST, MOST = 1e-6, 1.0  # whatever the features, zeros included
 HEAD_LR = "head_lr"
 UNSET_RATE = 5e-5  # learning_rate of TrainingArguments if the user does not set it
@@ -59,12 +62,12 @@ class HeadFit:
 
     Attributes:
         curvature: the largest eigenvalue of the features' second moment.
-        feature_norm: their mean L1 norm.
+        feature_spread: their mean L1 distance from their mean.
         loss_curvature: the largest second derivative of the loss in the logits.
     """
 
     curvature: float
-    feature_norm: float
+    feature_spread: float
     loss_curvature: float = 0.5
 
     def rate(self, optim: str, momentum: float = 0.9) -> float:
@@ -73,7 +76,7 @@ class HeadFit:
         It is rounded to two digits, so that it is the same on every machine.
         """
         stable = stable_rate(self.loss_curvature * self.curvature, momentum)
-        rate = FRACTION * stable if optim == "sgd" else STEP / self.feature_norm
+        rate = FRACTION * stable if optim == "sgd" else STEP / self.feature_spread
         return float(f"{min(max(rate, LEAST), MOST):.2g}")
 
 
@@ -90,7 +93,7 @@ def fit_head(model: nn.Module, parts: Anatomy, samples: Samples, computing: Any 
     features = _features(model, tuple(adapter_around(model, layer) or layer for layer in layers), samples, computing)
     return HeadFit(
         max(float(head_curvature(values)) for values in features),
-        max(float(values.double().abs().sum(dim=1).mean()) for values in features),
+        max(float(feature_spread(values)) for values in features),
         loss_curvature(model),
     )
 
@@ -119,7 +122,7 @@ def measure_head_rate(strategy: WithHeadRate, model: nn.Module, context: Context
     optimizer = context.recipe.optimizer([{"params": [torch.zeros(1, requires_grad=True)]}])
     sgd = isinstance(optimizer, torch.optim.SGD)
     rate = fit.rate("sgd", optimizer.defaults["momentum"]) if sgd else fit.rate("adam")
-    found = {HEAD_LR: rate, "curvature": fit.curvature, "feature_norm": fit.feature_norm}
+    found = {HEAD_LR: rate, "curvature": fit.curvature, "feature_spread": fit.feature_spread}
     logger.info(f"{strategy.ft_type}: {describe_head_rate(State(info=found))}")
     return found
 
@@ -149,9 +152,11 @@ def describe_head_rate(state: State) -> str:
     if HEAD_LR not in state.info:
         return ""
     info: Mapping[str, float] = state.info
+    # Earlier versions recorded another norm.
+    spread = f"; mean L1 distance from their mean: {info['feature_spread']:.3g}" if "feature_spread" in info else ""
     return (
         f"The learning rate of the head, {info[HEAD_LR]:g}, was fitted to its features (largest eigenvalue of their "
-        f"second moment: {info['curvature']:.3g}; mean L1 norm: {info['feature_norm']:.3g})."
+        f"second moment: {info['curvature']:.3g}{spread})."
     )
 
 

@@ -226,31 +226,22 @@ def wanted(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]
                     yield name, optim, rate, seed
 
 
-def tables() -> dict[str, str]:
-    """The runs as Markdown, means over seeds: linear probes with the fitted rates beside them, and everything else."""
+def grids() -> str:
+    """The runs as Markdown, means over seeds; linear probes are in those of head_rates.py."""
     tested: dict[tuple[str, ...], dict[float, list[float]]] = {}
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
-        key = tuple(entry[name] for name in ("task", "model", "strategy", "optim"))
+        key = tuple(entry[name] for name in ("strategy", "task", "model", "optim"))
         tested.setdefault(key, {}).setdefault(entry["rate"], []).append(entry["test"])
-    rows = {key: {rate: float(np.mean(each)) for rate, each in scores.items()} for key, scores in tested.items()}
-    heads = {tuple(entry["of"]): entry for entry in json.loads(HEADS.read_text(encoding="utf-8"))}
-    probes, others = [], []
-    for (task, model, strategy, optim), scores in rows.items():
-        shown = (task, model, "AdamW" if optim == ADAM else "SGD")
-        best = max(scores.values())
-        shown_scores = {rate: f"**{score:.3f}**" if score == best else f"{score:.3f}" for rate, score in scores.items()}
-        grid = ", ".join(f"{rate:.0e}: {text}".replace("e-0", "e-") for rate, text in sorted(shown_scores.items()))
+    rows = []
+    for (strategy, task, model, optim), runs in tested.items():
         if strategy == "linear_probe":
-            fit = heads[task, model]
-            fitted = HeadFit(fit["curvature"], fit["feature_norm"]).rate(optim)
-            probes.append((*shown, f"{fit['curvature']:.0f}", f"{fit['feature_norm']:.0f}", f"{fitted:g}", grid))
-        else:
-            others.append((strategy, *shown, grid))
-    head = ("task", "model", "optimizer", "λ", "mean L1 norm", "fitted rate", "test score by rate")
-    return {
-        "probes": _table(head, sorted(probes)),
-        "grids": _table(("strategy", *head[:3], *head[6:]), sorted(others)),
-    }
+            continue
+        scores = {rate: float(np.mean(each)) for rate, each in runs.items()}
+        best = max(scores.values())
+        shown = {rate: f"**{score:.3f}**" if score == best else f"{score:.3f}" for rate, score in scores.items()}
+        grid = ", ".join(f"{rate:.0e}: {text}".replace("e-0", "e-") for rate, text in sorted(shown.items()))
+        rows.append((strategy, task, model, "AdamW" if optim == ADAM else "SGD", grid))
+    return _table(("strategy", "task", "model", "optimizer", "test score by rate"), sorted(rows))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -304,7 +295,7 @@ def from_head() -> str:
     losses: dict[str, list[float]] = {}
     for of, tested in grids.items():
         scores = {rate: float(np.mean(each)) for rate, each in tested.items()}
-        fitted = HeadFit(heads[of]["curvature"], heads[of]["feature_norm"]).rate(ADAM)
+        fitted = HeadFit(heads[of]["curvature"], heads[of]["feature_spread"]).rate(ADAM)
         wanted = {"2e-4": 2e-4, "5e-4": 5e-4, "a tenth of the head's": fitted / 10, "a twentieth": fitted / 20}
         for name, rate in wanted.items():
             near = min(scores, key=lambda one, rate=rate: abs(math.log(one / rate)))
@@ -327,7 +318,7 @@ def _default(runs: Sequence[Entry]) -> Entry:
     if one["strategy"] == "linear_probe":
         heads = {tuple(entry["of"]): entry for entry in json.loads(HEADS.read_text(encoding="utf-8"))}
         fit = heads[one["task"], one["model"]]
-        rate = HeadFit(fit["curvature"], fit["feature_norm"]).rate(ADAM)
+        rate = HeadFit(fit["curvature"], fit["feature_spread"]).rate(ADAM)
     else:
         configs = resolve(STRATEGIES[one["strategy"]][0])
         rate = float(recommended_arguments(configs, ADAM, stand_in(one["model"]))["learning_rate"].value)
@@ -341,9 +332,13 @@ def cautious(default: Entry, best: Entry) -> Entry:
 
 
 def write_page() -> None:
-    """Write the tables between the markers in docs/rates.md."""
+    write_tables({"grids": grids(), "regrets": regrets(), "from head": from_head()})
+
+
+def write_tables(tables: Mapping[str, str]) -> None:
+    """Write tables between their markers in docs/rates.md."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (tables() | {"regrets": regrets(), "from head": from_head()}).items():
+    for name, table in tables.items():
         begin, end = f"<!-- runs: {name} -->", "<!-- runs end -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
@@ -361,7 +356,7 @@ def look_at_heads(tasks: Sequence[Task], models: Sequence[str]) -> None:
             samples = Samples(len(data), lambda rows, b=bench, d=data: dict(b.ready.collate(read_rows(d, rows))))  # type: ignore[misc]
             fit = fit_head(loaded, anatomy(loaded), samples)
             of = (task.name, model)
-            found[of] = {"of": list(of), "curvature": fit.curvature, "feature_norm": fit.feature_norm}
+            found[of] = {"of": list(of), "curvature": fit.curvature, "feature_spread": fit.feature_spread}
     HEADS.write_text(json.dumps(list(found.values()), indent=1) + "\n", encoding="utf-8")
 
 

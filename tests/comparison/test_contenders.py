@@ -64,7 +64,7 @@ def test_what_has_no_form_for_the_model_is_refused():
 
 
 BOTH = ("adamw_torch", "sgd")
-FIT = HeadFit(curvature=800.0, feature_norm=1000.0)
+FIT = HeadFit(curvature=800.0, feature_spread=1000.0)
 
 
 TOLD = {"metric": "accuracy", "epochs": 1.0, "model": tiny_resnet(), "head": lambda bench, name: None}

@@ -27,7 +27,7 @@ from hf_ft.testing import tiny_resnet
 from hf_ft.testing.training import make_trainer
 
 HEAD, STEM = "classifier.1.weight", "resnet.embedder.embedder.convolution.weight"
-FITTED = {name: State(info={"head_lr": 0.5, "curvature": 1.0, "feature_norm": 1.0}) for name in ("daft", "lp_ft")}
+FITTED = {name: State(info={"head_lr": 0.5, "curvature": 1.0, "feature_spread": 1.0}) for name in ("daft", "lp_ft")}
 
 
 def rates(*configs, states=FITTED):

@@ -9,7 +9,7 @@ from torch import nn
 from hf_ft import BlockwiseConfig, CollaborativeModel, DAFTConfig, FTTrainer, LinearProbeConfig, LPFTConfig, OptionError
 from hf_ft.core.context import Samples
 from hf_ft.core.head_rate import FRACTION, STEP, HeadFit, fit_head, loss_curvature
-from hf_ft.functional import head_curvature, stable_rate
+from hf_ft.functional import feature_spread, head_curvature, stable_rate
 from hf_ft.models.anatomy import anatomy
 from hf_ft.testing import same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments, train
@@ -93,7 +93,7 @@ def samples_of(model, count=24):
 
 
 def test_rates_under_both_families_of_optimizers():
-    fit = HeadFit(curvature=885.0, feature_norm=987.0)
+    fit = HeadFit(curvature=885.0, feature_spread=987.0)
     assert fit.rate("sgd") == pytest.approx(FRACTION * 2 * 1.9 / (885 / 2), rel=0.02)
     assert fit.rate("sgd", momentum=0.0) == pytest.approx(FRACTION * 2 / (885 / 2), rel=0.02)
     assert fit.rate("adamw_torch") == fit.rate("adafactor") == pytest.approx(STEP / 987, rel=0.03)
@@ -109,7 +109,10 @@ def test_the_features_are_those_of_eval_mode_and_nothing_changes():
     with torch.no_grad():
         seen = model.eval().resnet(tiny_inputs(model, 24)["pixel_values"]).pooler_output.flatten(1)
     assert fit.curvature == pytest.approx(float(head_curvature(seen)), rel=1e-6)
-    assert fit.feature_norm == pytest.approx(float(seen.abs().sum(dim=1).mean()), rel=1e-6)
+    spread = sum((one - sum(seen) / len(seen)).abs().sum() for one in seen.double()) / len(seen)
+    assert fit.feature_spread == pytest.approx(float(spread), rel=1e-6)
+    shifted = feature_spread(seen + 100 * torch.randn(seen.shape[1]))
+    assert float(shifted) == pytest.approx(float(spread), rel=1e-4), "what all samples share does not count"
 
 
 def test_of_several_members_the_one_with_most_curvature_decides():
