@@ -126,10 +126,7 @@ def measured(task: Task, model: str) -> Entry:
 def tables(entries: list[Entry]) -> dict[str, str]:
     """The fitted rates with their scores beside the best of the grid, and what each rule loses, as Markdown."""
     rows, lost = [], {optim: {name: [] for name in RULES[optim]} for optim in RULES}
-    own = {
-        ADAM: next(n for n in RULES[ADAM] if n.startswith(f"{STEP:g} / mean L1 d")),
-        SGD: f"{FRACTION:g} of the bound",
-    }
+    own = {ADAM: f"{STEP:g} / {SPREAD}", SGD: f"{FRACTION:g} of the bound"}  # the rules in use
     for entry in entries:
         fit = HeadFit(entry["curvature"], entry["spread"])
         cells = [entry["task"], entry["model"], f"{entry['curvature']:.0f}", f"{entry['spread']:.0f}"]
