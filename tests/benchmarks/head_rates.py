@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from rates import ADAM, FAR, NEAR, OWN_PIXELS, SGD, Bench, Task, write_tables
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hf_ft.core.head_rate import FRACTION, LOOKED_AT, STEP, HeadFit
+from hf_ft.core.head_rate import LOOKED_AT, STEP, HeadFit
 from hf_ft.functional import feature_spread, head_curvature, stable_rate
 from hf_ft.models.anatomy import anatomy
 from hf_ft.models.head_layers import logit_layers
@@ -42,7 +43,7 @@ MEASURES: dict[str, Callable[[Tensor], float]] = {
     "spread": lambda f: float(feature_spread(f)),
     "norm": lambda f: float(f.double().abs().sum(dim=1).mean()),
 }
-SPREAD = "mean L1 distance from the mean"
+SPREAD, BOUND = "mean L1 distance from the mean", "the bound"
 Rule = Callable[[Entry], float]
 
 
@@ -58,8 +59,9 @@ RULES: dict[str, dict[str, Rule]] = {
     ADAM: {f"{size:g} / {SPREAD}": step_of(size, "spread") for size in (1, STEP, 4)}
     | {f"{size:g} / mean L1 norm": step_of(size, "norm") for size in (2, 4)}
     | {"0.003 for all": lambda entry: 3e-3, "0.005 for all": lambda entry: 5e-3},
-    SGD: {f"{part:g} of the bound": part_of(part, "curvature") for part in (0.5, FRACTION, 2)}
-    | {f"{part:g} of the bound from centred features": part_of(part, "centred curvature") for part in (0.1, 0.25)}
+    SGD: {f"half {BOUND}": part_of(0.5, "curvature"), BOUND: part_of(1, "curvature")}
+    | {f"twice {BOUND}": part_of(2, "curvature")}
+    | {f"{part:g} of the bound for centred features": part_of(part, "centred curvature") for part in (0.1, 0.25)}
     | {"0.01 for all": lambda entry: 1e-2},
 }
 
@@ -112,6 +114,7 @@ def probe(data: dict[str, tuple[Tensor, Tensor]], optim: str, rate: float) -> fl
 
 
 def measured(task: Task, model: str) -> Entry:
+    began = time.perf_counter()
     data = features_of(task, model)
     features, _ = data["train"]
     looked_at = features[torch.linspace(0, len(features) - 1, min(LOOKED_AT, len(features))).round().long()]
@@ -120,13 +123,13 @@ def measured(task: Task, model: str) -> Entry:
     entry["rules"] = {
         optim: {name: probe(data, optim, rule(entry)) for name, rule in RULES[optim].items()} for optim in RULES
     }
-    return entry
+    return entry | {"seconds": time.perf_counter() - began}
 
 
 def tables(entries: list[Entry]) -> dict[str, str]:
     """The fitted rates with their scores beside the best of the grid, and what each rule loses, as Markdown."""
     rows, lost = [], {optim: {name: [] for name in RULES[optim]} for optim in RULES}
-    own = {ADAM: f"{STEP:g} / {SPREAD}", SGD: f"{FRACTION:g} of the bound"}  # the rules in use
+    own = {ADAM: f"{STEP:g} / {SPREAD}", SGD: BOUND}  # the rules in use
     for entry in entries:
         fit = HeadFit(entry["curvature"], entry["spread"])
         cells = [entry["task"], entry["model"], f"{entry['curvature']:.0f}", f"{entry['spread']:.0f}"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_ft import BlockwiseConfig, CollaborativeModel, DAFTConfig, FTTrainer, LinearProbeConfig, LPFTConfig, OptionError
 from hf_ft.core.context import Samples
-from hf_ft.core.head_rate import FRACTION, STEP, HeadFit, fit_head, loss_curvature
+from hf_ft.core.head_rate import STEP, HeadFit, fit_head, loss_curvature
 from hf_ft.functional import feature_spread, head_curvature, stable_rate
 from hf_ft.models.anatomy import anatomy
 from hf_ft.testing import same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet
@@ -94,8 +94,8 @@ def samples_of(model, count=24):
 
 def test_rates_under_both_families_of_optimizers():
     fit = HeadFit(curvature=885.0, feature_spread=987.0)
-    assert fit.rate("sgd") == pytest.approx(FRACTION * 2 * 1.9 / (885 / 2), rel=0.02)
-    assert fit.rate("sgd", momentum=0.0) == pytest.approx(FRACTION * 2 / (885 / 2), rel=0.02)
+    assert fit.rate("sgd") == pytest.approx(2 * 1.9 / (885 / 2), rel=0.02)
+    assert fit.rate("sgd", momentum=0.0) == pytest.approx(2 / (885 / 2), rel=0.02)
     assert fit.rate("adamw_torch") == fit.rate("adafactor") == pytest.approx(STEP / 987, rel=0.03)
     assert HeadFit(1e-30, 1e-30).rate("sgd") == HeadFit(1e-30, 1e-30).rate("adam") == 1.0
 
