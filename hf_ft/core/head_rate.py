@@ -75,7 +75,8 @@ class HeadFit:
         It is rounded to two digits, so that it is the same on every machine.
         """
         stable = stable_rate(self.loss_curvature * self.curvature, momentum)
-        rate = stable if optim == "sgd" else STEP / self.feature_spread
+        # Features of a single sample have no spread.
+        rate = stable if optim == "sgd" else STEP / max(self.feature_spread, STEP / MOST)
         return float(f"{min(max(rate, LEAST), MOST):.2g}")
 
 

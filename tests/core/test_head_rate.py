@@ -97,7 +97,7 @@ def test_rates_under_both_families_of_optimizers():
     assert fit.rate("sgd") == pytest.approx(2 * 1.9 / (885 / 2), rel=0.02)
     assert fit.rate("sgd", momentum=0.0) == pytest.approx(2 / (885 / 2), rel=0.02)
     assert fit.rate("adamw_torch") == fit.rate("adafactor") == pytest.approx(STEP / 987, rel=0.03)
-    assert HeadFit(1e-30, 1e-30).rate("sgd") == HeadFit(1e-30, 1e-30).rate("adam") == 1.0
+    assert HeadFit(1e-30, 1e-30).rate("sgd") == HeadFit(1e-30, 0.0).rate("adam") == 1.0
 
 
 def test_the_features_are_those_of_eval_mode_and_nothing_changes():
