@@ -41,6 +41,7 @@ from hf_ft.cli import main as hf_ft
 from hf_ft.comparison import Data, Settings
 from hf_ft.comparison.prepare import prepare_comparison
 from hf_ft.comparison.results import Results
+from hf_ft.comparison.statistics import standings
 from hf_ft.data.columns import find_columns
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.splits import stratified_split
@@ -161,6 +162,13 @@ def _recorded(model: str) -> str:
     return os.path.relpath(model) if Path(model).is_absolute() else model
 
 
+def with_winner(results: Results) -> Results:
+    """Results with the winner among all strategies, whenever they were added, and the seed that is its best."""
+    first = standings(results)[0].contender
+    best = max(first.finished_runs, key=lambda run: run.validation or 0.0)
+    return replace(results, winner=first.name, winner_seed=best.seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--natural", type=Path, help="the folder of the natural images")
@@ -217,7 +225,7 @@ def main() -> None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             if earlier is not None:  # full fine-tuning was run again with the new strategies: the same split and seeds
                 more = tuple(contender for contender in results.contenders if contender.name not in known)
-                results = replace(earlier, contenders=(*earlier.contenders, *more))
+                results = with_winner(replace(earlier, contenders=(*earlier.contenders, *more)))
             results.save(kept)
             print(f"{name}, split {split}: {len(results.contenders)} strategies", flush=True)
 
