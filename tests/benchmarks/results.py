@@ -166,7 +166,8 @@ def with_winner(results: Results) -> Results:
     """Results with the winner among all strategies, whenever they were added, and the seed that is its best."""
     first = standings(results)[0].contender
     best = max(first.finished_runs, key=lambda run: run.validation or 0.0)
-    return replace(results, winner=first.name, winner_seed=best.seed)
+    same = (first.name, best.seed) == (results.winner, results.winner_seed)
+    return replace(results, winner=first.name, winner_seed=best.seed, mistakes=results.mistakes if same else None)
 
 
 def main() -> None:
