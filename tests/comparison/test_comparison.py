@@ -47,10 +47,13 @@ from tests.forked import python
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Three strategies, one of which is a composition of two; with out-of-distribution data."""
+    """Three strategies, one of which is a composition of two; with out-of-distribution data and a wrong label."""
     folder = tmp_path_factory.mktemp("compared")
     told = []
     data = splits(ood=(5, 5, 5))
+    test, (first, *others) = data["test"], data["test"]["label"][:]
+    labels = [(first + 1) % len(NAMES), *others]
+    data["test"] = test.remove_columns("label").add_column("label", labels).cast(test.features)
     with any_temperature():
         return run(folder, "linear_probe,lp_ft+l2_sp", data=data, told=told.append), folder, data, told
 

@@ -40,15 +40,16 @@ def as_before(config):
 
 DAFT = hf_ft.DAFTConfig(head_lr=0.05, statistics="pooled", norm_mode="train")  # then its default mode
 TRAINED = (DAFT, hf_ft.L2SPConfig(alpha=0.2, beta=0.05))
-CHANGED = hf_ft.BlockwiseConfig(block="stage1", head_lr=0.02)
+ONCE = {"search_seeds": 1}  # then the default
+CHANGED = hf_ft.BlockwiseConfig(**ONCE, block="stage1", head_lr=0.02)
 # What is interrupted, and after which of its eight steps.
 INTERRUPTED = {
     "soft": (as_before(hf_ft.SoftConfig(until=0.75, weight=0.5)), 4),
     "lp_ft": ((as_before(hf_ft.LPFTConfig(head_lr=1e-2)), hf_ft.L2SPConfig()), 6),
-    "adapters": (as_before(hf_ft.BlockwiseConfig(block="stage1", head_lr=None, tuner=LoraConfig(r=2))), 4),
+    "adapters": (as_before(hf_ft.BlockwiseConfig(**ONCE, block="stage1", head_lr=None, tuner=LoraConfig(r=2))), 4),
 }
 SEARCHES = {
-    "blockwise": as_before(hf_ft.BlockwiseConfig(metric="loss", search_epochs=1, head_lr=None)),
+    "blockwise": as_before(hf_ft.BlockwiseConfig(**ONCE, metric="loss", search_epochs=1, head_lr=None)),
     "amcf": hf_ft.AMCFConfig(metric="loss", search_epochs=1, particles=3, iterations=2),
 }
 SEARCHED = {"blockwise": "trained", "amcf": "ensemble"}
