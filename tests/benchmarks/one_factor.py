@@ -12,7 +12,7 @@ On the tasks and splits of results.py, two seeds each, with AdamW; the scores ar
 - `tred`: the weight of the distance from the disentangled features, and the same without disentangling.
 
 Runs are kept in tests/benchmarks/results/one_factor.jsonl; those that are already there are not repeated. The tables
-are written into the pages of these methods in docs/methods (with `--page` only that).
+are written into the pages of these methods in docs/methods, where there is a place for one (with `--page` only that).
 """
 
 from __future__ import annotations
@@ -162,10 +162,13 @@ def table(study: Study, entries: list[Entry]) -> str:
 
 
 def write(name: str, entries: list[Entry]) -> None:
-    page = PAGES / f"{name}.md"
-    before, rest = page.read_text(encoding="utf-8").split(begin := "<!-- runs: one factor -->")
+    """Write the table between its markers on the method's page; if there are none, print it."""
+    page, made = PAGES / f"{name}.md", table(STUDIES[name], entries)
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- runs: one factor -->")
+    if not begin:
+        return print(made)
     rest = rest.partition(end := "<!-- runs end -->")[2]
-    page.write_text(f"{before}{begin}\n\n{table(STUDIES[name], entries)}\n\n{end}{rest}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n\n{made}\n\n{end}{rest}", encoding="utf-8")
 
 
 def main() -> None:
