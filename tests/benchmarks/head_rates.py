@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import Entry, Runs, quiet
-from rates import ADAM, FAR, NEAR, OWN_PIXELS, SGD, Bench, Task, write_tables
+from rates import ADAM, FAR, NEAR, OWN_PIXELS, SGD, Bench, Task, markdown_table, write_tables
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -149,13 +149,9 @@ def tables(entries: list[Entry]) -> dict[str, str]:
             shown = f"**{rule}**" if rule == own[optim] else rule
             rules.append([name, shown, *(f"{mean:.3f}" for mean in means), f"{max(loss for _, loss in losses):.3f}"])
     return {
-        "probes": markdown(heads, rows),
-        "head rules": markdown(("optimizer", "rate", *MODELS, "largest"), rules),
+        "probes": markdown_table(heads, rows),
+        "head rules": markdown_table(("optimizer", "rate", *MODELS, "largest"), rules),
     }
-
-
-def markdown(heads: tuple[str, ...], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 
 def main() -> None:

@@ -241,10 +241,10 @@ def grids() -> str:
         shown = {rate: f"**{score:.3f}**" if score == best else f"{score:.3f}" for rate, score in scores.items()}
         grid = ", ".join(f"{rate:.0e}: {text}".replace("e-0", "e-") for rate, text in sorted(shown.items()))
         rows.append((strategy, task, model, "AdamW" if optim == ADAM else "SGD", grid))
-    return _table(("strategy", "task", "model", "optimizer", "test score by rate"), sorted(rows))
+    return markdown_table(("strategy", "task", "model", "optimizer", "test score by rate"), sorted(rows))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 
@@ -281,7 +281,7 @@ def regrets() -> str:
     for name, each in chosen.items():
         lost = [max(r["test"] for r in runs) - one["test"] for runs, one in zip(whole, each, strict=True)]
         rows.append((name, f"{np.mean(lost):.4f}", f"{max(lost):.3f}"))
-    return _table((f"chosen by, of {len(whole)} grids", "mean loss on test", "largest"), rows)
+    return markdown_table((f"chosen by, of {len(whole)} grids", "mean loss on test", "largest"), rows)
 
 
 def from_head() -> str:
@@ -301,7 +301,7 @@ def from_head() -> str:
             near = min(scores, key=lambda one, rate=rate: abs(math.log(one / rate)))
             losses.setdefault(name, []).append(max(scores.values()) - scores[near])
     rows = [(name, f"{np.mean(each):.3f}", f"{max(each):.3f}") for name, each in losses.items()]
-    return _table((f"rate of DAFT, {len(grids)} grids", "mean loss on test", "largest"), rows)
+    return markdown_table((f"rate of DAFT, {len(grids)} grids", "mean loss on test", "largest"), rows)
 
 
 def stand_in(model: str) -> nn.Module:
