@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     Choice,
     Decay,
@@ -101,7 +102,7 @@ class SoftConfig(FTConfig):
         "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
     )
     recommended = USUAL_RATE
-    tuned = {"weight": LogRange(0.1, 3.0), "until": Choice((0.25, 0.5, 1.0))}
+    tuned = {"norm_mode": NORM_MODES, "until": Choice((0.5, 1.0))}
     cost = advising.TWICE_THE_SAMPLES
     advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, advising.UNRELATED_SOURCE: -1}
 
@@ -111,7 +112,10 @@ class SoftConfig(FTConfig):
     )
     weight: float = option(1.0, "Initial weight of the source loss; 0 is plain fine-tuning.", range="[0, inf)")
     until: float = option(
-        0.5, "Fraction of the run after which the weight is 0; ignored by 'constant'.", range="(0, 1]"
+        1.0,
+        "Fraction of the run after which the weight is 0; 'step' needs less than 1 to drop the source loss at all, "
+        "'constant' ignores it.",
+        range="(0, 1]",
     )
     source_ratio: float = option(1.0, "Source samples per target sample in a batch.", range="(0, inf)")
     source_forward: Literal["joint", "separate"] = option(
@@ -141,7 +145,7 @@ class SoftConfig(FTConfig):
         if isinstance(self.until, (int, float)) and self.until > 1:
             raise OptionError(
                 f"SoftConfig.until={self.until!r} lies outside (0, 1]: the run would end before the source loss has "
-                "decayed. Default: 0.5. To keep the source loss, set schedule='constant'."
+                "decayed. Default: 1.0. To keep the source loss, set schedule='constant'."
             )
         super().__post_init__()
         object.__setattr__(self, "source_label_map", as_json(self.source_label_map))
