@@ -6,9 +6,9 @@ On the tasks and splits of results.py, two seeds each, with AdamW; the scores ar
   recommended for it: as it is; with the pretrained BatchNorm statistics kept; with BatchNorm converted to the target's
   statistics (DAFT); and with the zero head of DAFT as well.
 - `soft`: soft fine-tuning with one image of each ImageNet class, or the digits 0 to 4, as its source data, each variant
-  at the learning rate recommended for it: with one forward pass each for the two batches; with the pretrained
-  statistics kept; with converted BatchNorm; with other weights and times; and without source data. Beside them, the
-  same without soft fine-tuning.
+  at the learning rate recommended for it and with `until=0.5`: as it is; with one forward pass each for the two
+  batches; with the pretrained statistics kept; with converted BatchNorm; with other weights and times; and without
+  source data. Beside them, the same without soft fine-tuning.
 - `tred`: the weight of the distance from the disentangled features, and the same without disentangling.
 
 Runs are kept in tests/benchmarks/results/one_factor.jsonl; those that are already there are not repeated. The tables
@@ -36,7 +36,7 @@ from hf_ft.data.task import Data
 
 RESULTS = Path(__file__).parent / "results" / "one_factor.jsonl"
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
-LAST, SOFT = BlockwiseConfig(block="last_quarter"), SoftConfig()
+LAST, SOFT = BlockwiseConfig(block="last_quarter"), SoftConfig(until=0.5)
 TITLES = {
     "cifar10": "CIFAR-10",
     "caltech40": "Caltech-101",

@@ -67,9 +67,9 @@ Make = Callable[[float], FTConfig]
 METHODS: dict[str, tuple[Make, tuple[float, float]]] = {
     "full": (lambda _: FullConfig(), (0.1, 10.0)),  # its trials vary only the rate
     "joint": (lambda weight: SoftConfig(schedule="constant", weight=weight), (0.1, 10.0)),
-    "abrupt": (lambda weight: SoftConfig(schedule="step", weight=weight), (0.1, 10.0)),
-    "soft, linear": (lambda weight: SoftConfig(weight=weight), (0.1, 10.0)),
-    "soft, cosine": (lambda weight: SoftConfig(schedule="cosine", weight=weight), (0.1, 10.0)),
+    "abrupt": (lambda weight: SoftConfig(schedule="step", until=0.5, weight=weight), (0.1, 10.0)),
+    "soft, linear": (lambda weight: SoftConfig(until=0.5, weight=weight), (0.1, 10.0)),
+    "soft, cosine": (lambda weight: SoftConfig(schedule="cosine", until=0.5, weight=weight), (0.1, 10.0)),
     "lwf": (lambda weight: LwFConfig(weight=weight), (0.4, 40.0)),
     "co_tuning, direct": (lambda weight: CoTuningConfig(weight=weight), (0.23, 23.0)),
     "co_tuning, reverse": (lambda weight: CoTuningConfig(weight=weight, relationship="reverse"), (0.23, 23.0)),
