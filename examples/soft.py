@@ -22,7 +22,7 @@ class Arguments:
     model: str = field(metadata={"help": "Hub id or folder of a classifier, whose head is kept alongside the new one."})
     data: str = field(metadata={"help": "Target data: folder of class folders."})
     source: str = field(metadata={"help": "Source data: folder of class folders, all or part of the pretraining data."})
-    schedule: str = field(default="linear", metadata={"help": "linear, cosine, exponential or constant."})
+    schedule: str = field(default="linear", metadata={"help": "linear, cosine, exponential, step or constant."})
 
 
 def main() -> None:

@@ -161,9 +161,18 @@ def with_common_options(configs: Iterable[FTConfig], plans: Iterable[Plan], mode
     _check_renamed(configs, plans)
     plan = compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
     mode = explicit_option(configs, "norm_mode")
+    if mode is None and not any(one.stages for one in plans):
+        mode = _usual_norm_mode(configs)
     if mode is None:
         return plan
     return dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, norm_mode=mode) for s in plan.stages))
+
+
+def _usual_norm_mode(configs: Iterable[FTConfig]) -> str | None:
+    """The mode that a strategy without stages prefers, unless another one needs batch statistics."""
+    configs = tuple(configs)
+    preferred = [config.norm_mode for config in configs if config.norm_mode != FTConfig.norm_mode]
+    return preferred[0] if preferred and not any(config.needs_batch_statistics() for config in configs) else None
 
 
 def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:

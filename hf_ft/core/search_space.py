@@ -59,11 +59,6 @@ class Choice:
         return self.rates[self.values.index(value)] if self.rates and value in self.values else 1.0
 
 
-# With pretrained statistics, 1e-4 (SGD: 3e-4 to 1e-3) is best, and 3e-4 (3e-3) often diverges: docs/rates.md. A range
-# is centred lower than that, since it extends to five times its centre.
-NORM_MODES = Choice(("auto", "eval"), rates=(1.0, 0.2))
-
-
 @dataclass(frozen=True)
 class FittedRate:
     """Learning rates of a head around the one that is fitted to its features (:mod:`hf_ft.core.head_rate`).

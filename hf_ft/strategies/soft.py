@@ -9,13 +9,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 from hf_ft.core import (
-    NORM_MODES,
     USUAL_RATE,
     Choice,
     Decay,
     FTConfig,
+    LearningRate,
     LogRange,
     Needs,
+    NormMode,
     OptionError,
     Paper,
     Plan,
@@ -101,8 +102,9 @@ class SoftConfig(FTConfig):
     formula = (
         "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
     )
-    recommended = USUAL_RATE
-    tuned = {"norm_mode": NORM_MODES, "until": Choice((0.5, 1.0))}
+    # With pretrained statistics, twice the rate of full fine-tuning: docs/methods/soft.md.
+    recommended = {"learning_rate": LearningRate(2e-4, sgd=2e-3, without_batch_norm=0.15)}
+    tuned = {"norm_mode": Choice(("auto", "eval"), rates=(1.5, 1.0)), "until": Choice((0.25, 0.5, 1.0))}
     cost = advising.TWICE_THE_SAMPLES
     advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, advising.UNRELATED_SOURCE: -1}
 
@@ -111,11 +113,15 @@ class SoftConfig(FTConfig):
         "Decay of the source loss: 'step' drops it abruptly, 'constant' keeps it (joint training).",
     )
     weight: float = option(1.0, "Initial weight of the source loss; 0 is plain fine-tuning.", range="[0, inf)")
+    norm_mode: NormMode = option(
+        "eval",
+        "Mode of the normalisation layers: 'eval' keeps their pretrained statistics (unless it is combined with a "
+        "strategy that has stages or, like daft, needs batch statistics), 'auto' updates those of layers that train, "
+        "'train' those of all.",
+        formerly="auto",
+    )
     until: float = option(
-        1.0,
-        "Fraction of the run after which the weight is 0; 'step' needs less than 1 to drop the source loss at all, "
-        "'constant' ignores it.",
-        range="(0, 1]",
+        0.5, "Fraction of the run after which the weight is 0; ignored by 'constant'.", range="(0, 1]"
     )
     source_ratio: float = option(1.0, "Source samples per target sample in a batch.", range="(0, inf)")
     source_forward: Literal["joint", "separate"] = option(
@@ -145,7 +151,7 @@ class SoftConfig(FTConfig):
         if isinstance(self.until, (int, float)) and self.until > 1:
             raise OptionError(
                 f"SoftConfig.until={self.until!r} lies outside (0, 1]: the run would end before the source loss has "
-                "decayed. Default: 1.0. To keep the source loss, set schedule='constant'."
+                "decayed. Default: 0.5. To keep the source loss, set schedule='constant'."
             )
         super().__post_init__()
         object.__setattr__(self, "source_label_map", as_json(self.source_label_map))

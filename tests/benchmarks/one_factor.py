@@ -5,10 +5,10 @@ On the tasks and splits of results.py, two seeds each, with AdamW; the scores ar
 - `blockwise`: what the block starts from. The last block alone (`block="last_quarter"`), at the learning rate
   recommended for it: as it is; with the pretrained BatchNorm statistics kept; with BatchNorm converted to the target's
   statistics (DAFT); and with the zero head of DAFT as well.
-- `soft`: soft fine-tuning with one image of each ImageNet class, or the digits 0 to 4, as its source data, each variant
-  at the learning rate recommended for it and with `until=0.5`: as it is; with one forward pass each for the two
-  batches; with the pretrained statistics kept; with converted BatchNorm; with other weights and times; and without
-  source data. Beside them, the same without soft fine-tuning.
+- `soft`: soft fine-tuning with one image of each ImageNet class, or the digits 0 to 4, as its source data: with batch
+  statistics; with one forward pass each for the two batches; with the pretrained statistics kept, at several learning
+  rates; with converted BatchNorm; with other weights and times; and without source data. Beside them, the same without
+  soft fine-tuning.
 - `tred`: the weight of the distance from the disentangled features, and the same without disentangling.
 
 Runs are kept in tests/benchmarks/results/one_factor.jsonl; those that are already there are not repeated. The tables
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -36,7 +36,8 @@ from hf_ft.data.task import Data
 
 RESULTS = Path(__file__).parent / "results" / "one_factor.jsonl"
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
-LAST, SOFT = BlockwiseConfig(block="last_quarter"), SoftConfig(until=0.5)
+LAST, SOFT = BlockwiseConfig(block="last_quarter"), SoftConfig(norm_mode="auto")
+KEPT, RATES = "statistics kept", ("1e-4", "2e-4", "4e-4")
 TITLES = {
     "cifar10": "CIFAR-10",
     "caltech40": "Caltech-101",
@@ -54,19 +55,21 @@ class Study:
     Args:
         what: the first column of the table.
         rate_of: the strategies whose recommended learning rate all variants use; ``None`` for each its own.
+        rates: other learning rates, by variant.
     """
 
     what: str
     variants: Mapping[str, list[FTConfig]]
     tasks: tuple[str, ...]
     rate_of: list[FTConfig] | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs_source(self) -> bool:
         return any(one.needs().source_data == "required" for configs in self.variants.values() for one in configs)
 
     def rate(self, variant: str) -> float:
-        return float(
+        return self.rates.get(variant) or float(
             recommended_arguments(self.rate_of or self.variants[variant], ADAM, stand_in(MOBILE))["learning_rate"].value
         )
 
@@ -88,8 +91,8 @@ STUDIES = {
         {
             "full": [FullConfig()],
             "soft": [SOFT],
-            "full, statistics kept": [FullConfig(norm_mode="eval")],
-            "soft, statistics kept": [replace(SOFT, norm_mode="eval")],
+            **{f"full, {KEPT}, {rate}": [FullConfig(norm_mode="eval")] for rate in RATES},
+            **{f"soft, {KEPT}, {rate}": [SoftConfig()] for rate in RATES},
             "daft": [DAFTConfig()],
             "daft+soft": [DAFTConfig(), SOFT],
             "soft, source_forward='separate'": [replace(SOFT, source_forward="separate")],
@@ -97,8 +100,16 @@ STUDIES = {
             "soft, weight=0.3": [replace(SOFT, weight=0.3)],
             "soft, weight=3": [replace(SOFT, weight=3.0)],
             "soft, source='head'": [replace(SOFT, source="head")],
+            f"soft, source='head', {KEPT}, 2e-4": [SoftConfig(source="head")],
         },
         ("cifar10", "caltech40", "digits"),
+        [FullConfig()],
+        {
+            "daft": 2e-4,
+            "daft+soft": 2e-4,
+            f"soft, source='head', {KEPT}, 2e-4": 2e-4,
+            **{f"{name}, {KEPT}, {rate}": float(rate) for name in ("full", "soft") for rate in RATES},
+        },
     ),
     "tred": Study(
         "variant",

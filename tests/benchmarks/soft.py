@@ -66,10 +66,10 @@ Make = Callable[[float], FTConfig]
 # method -> the config for a weight, and the weight's range: a tenth of the default to ten times it
 METHODS: dict[str, tuple[Make, tuple[float, float]]] = {
     "full": (lambda _: FullConfig(), (0.1, 10.0)),  # its trials vary only the rate
-    "joint": (lambda weight: SoftConfig(schedule="constant", weight=weight), (0.1, 10.0)),
-    "abrupt": (lambda weight: SoftConfig(schedule="step", until=0.5, weight=weight), (0.1, 10.0)),
-    "soft, linear": (lambda weight: SoftConfig(until=0.5, weight=weight), (0.1, 10.0)),
-    "soft, cosine": (lambda weight: SoftConfig(schedule="cosine", until=0.5, weight=weight), (0.1, 10.0)),
+    "joint": (lambda weight: SoftConfig(schedule="constant", weight=weight, norm_mode="auto"), (0.1, 10.0)),
+    "abrupt": (lambda weight: SoftConfig(schedule="step", weight=weight, norm_mode="auto"), (0.1, 10.0)),
+    "soft, linear": (lambda weight: SoftConfig(weight=weight, norm_mode="auto"), (0.1, 10.0)),
+    "soft, cosine": (lambda weight: SoftConfig(schedule="cosine", weight=weight, norm_mode="auto"), (0.1, 10.0)),
     "lwf": (lambda weight: LwFConfig(weight=weight), (0.4, 40.0)),
     "co_tuning, direct": (lambda weight: CoTuningConfig(weight=weight), (0.23, 23.0)),
     "co_tuning, reverse": (lambda weight: CoTuningConfig(weight=weight, relationship="reverse"), (0.23, 23.0)),

@@ -124,7 +124,7 @@ def main() -> None:
             ("linear", "soft once its weight is 0 / full", 1.02, BATCH),  # where the steppers are: at the run's end
         ):
             if options.only in name:
-                soft = Stepper(SoftConfig(schedule=schedule), folder)
+                soft = Stepper(SoftConfig(schedule=schedule, norm_mode="auto"), folder)
                 results[name] = {**compare(Stepper("full", folder, batch=batch), soft, options.pairs), "goal": goal}
                 show(name, results[name])
         name = "disentangling of TRED / full fine-tuning, 10 epochs each"

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from hf_ft import DAFTConfig, FullConfig, L2SPConfig, LinearProbeConfig, LPFTConfig, OptionError
+from hf_ft import (
+    DAFTConfig,
+    FullConfig,
+    L2SPConfig,
+    LinearProbeConfig,
+    LPFTConfig,
+    OptionError,
+    SoftConfig,
+    StochNormConfig,
+)
 from hf_ft.core.compose import build_plan
 from hf_ft.testing import tiny_resnet, train
 
@@ -41,3 +50,15 @@ def test_what_is_set_for_one_strategy_holds_for_those_composed_with_it():
     assert modes(FullConfig(norm_mode="eval"), L2SPConfig()) == ["eval"]
     with pytest.raises(OptionError, match=r"full\.norm_mode='eval' and l2_sp\.norm_mode='train' conflict"):
         modes(FullConfig(norm_mode="eval"), L2SPConfig(norm_mode="train"))
+
+
+def test_a_default_other_than_auto_gives_way_to_stages_and_to_what_needs_batch_statistics():
+    soft = SoftConfig(weight=0.0)
+    assert modes(soft) == modes(FullConfig(), soft) == modes(soft, L2SPConfig()) == ["eval"]
+    assert modes(soft, LPFTConfig(norm_mode="train")) == ["train", "train"]
+    assert modes(soft, LinearProbeConfig()) == ["auto"]
+    assert modes(soft, DAFTConfig(convert_batch_norm=False)) == ["eval"]
+    assert modes(soft, StochNormConfig()) == ["auto"]
+    assert modes(SoftConfig(weight=0.0, norm_mode="auto")) == ["auto"]
+    with pytest.raises(OptionError, match=r"soft\.norm_mode='auto' and l2_sp\.norm_mode='eval' conflict"):
+        modes(SoftConfig(weight=0.0, norm_mode="auto"), L2SPConfig(norm_mode="eval"))

@@ -60,7 +60,7 @@ def test_the_term(make, trains):
 
 def test_it_is_soft_fine_tuning_from_the_head_at_a_constant_weight(tmp_path):
     one = train(tiny_resnet(), LwFConfig(), tmp_path / "lwf")
-    soft = SoftConfig(source="head", schedule="constant", train_source_head=False)
+    soft = SoftConfig(source="head", schedule="constant", train_source_head=False, norm_mode="auto")
     other = train(tiny_resnet(), soft, tmp_path / "soft")
     same_tensors(snapshot(one.model), snapshot(other.model))
     full = train(tiny_resnet(), "full", tmp_path / "full")

@@ -128,7 +128,8 @@ def test_the_weight_is_0_from_the_exact_step(until):
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
 @pytest.mark.parametrize("joint", [True, False])
 def test_constant_is_a_joint_loop(make, joint, tmp_path):
-    config = SoftConfig(schedule="constant", weight=0.7, source_forward="joint" if joint else "separate")
+    forward = "joint" if joint else "separate"
+    config = SoftConfig(schedule="constant", weight=0.7, source_forward=forward, norm_mode="auto")
     trainer = soft_trainer(make(), config, tmp_path)
     model, head = copy.deepcopy(trainer.model), source_head(trainer.model).module
     before = snapshot(model)
@@ -145,7 +146,7 @@ def test_constant_is_a_joint_loop(make, joint, tmp_path):
 
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit])
 def test_abrupt_is_two_runs_glued(make, tmp_path):
-    trainer = soft_trainer(make(), SoftConfig(schedule="step", until=0.5), tmp_path)
+    trainer = soft_trainer(make(), SoftConfig(schedule="step", until=0.5, norm_mode="auto"), tmp_path)
     model, head = copy.deepcopy(trainer.model), source_head(trainer.model).module
     trainer.train()
     source, target = trained_on(trainer, 4)
@@ -194,12 +195,13 @@ def test_terms_in_float64(make, forward):
 @pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
 def test_weight_0_is_full_fine_tuning(make, tmp_path):
     full = train(make(), "full", tmp_path / "full")
-    soft = train(make(), SoftConfig(weight=0.0), tmp_path / "soft")
+    config = SoftConfig(weight=0.0, norm_mode="auto")
+    soft = train(make(), config, tmp_path / "soft")
     same_tensors(snapshot(full.model), snapshot(soft.model))
     model = equipped(make(), SOFT)
     args = tiny_arguments(tmp_path / "data")
     given = {"train_dataset": tiny_data(model), "source_dataset": tiny_data(model, 20, seed=2)}
-    unused = FTTrainer(model, args, strategy=SoftConfig(weight=0.0), **given)
+    unused = FTTrainer(model, args, strategy=config, **given)
     unused.train()
     same_tensors(snapshot(full.model), snapshot(unused.model))
 
@@ -272,7 +274,7 @@ def test_targets_of_other_kinds(kind):
 @pytest.mark.parametrize("forward", ["joint", "separate"])
 def test_what_moves_which_statistics(forward):
     """Joint: one update, with the moments of both batches together. Separate: one per batch, the source's last."""
-    config = SoftConfig(schedule="constant", source_forward=forward)
+    config = SoftConfig(schedule="constant", source_forward=forward, norm_mode="auto")
     model = equipped(tiny_resnet(), config)
     objective = set_up(model, config).objective().train()
     batch = tiny_batch(objective)
@@ -291,9 +293,21 @@ def test_what_moves_which_statistics(forward):
     assert torch.allclose(stem.normalization.running_mean.double(), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("source", ["data", "head"])
+def test_by_default_no_statistics_move(source, tmp_path):
+    config = SoftConfig(source=source)
+    trainer = soft_trainer(tiny_resnet(), config, tmp_path)
+    before = snapshot(trainer.model)
+    trainer.train()
+    after = snapshot(trainer.model)
+    statistics = [name for name in before if "running" in name]
+    assert statistics and all(torch.equal(before[name], after[name]) for name in statistics)
+    assert not torch.equal(before["classifier.1.weight"], after["classifier.1.weight"])
+
+
 @pytest.mark.parametrize("forward", ["joint", "separate"])
 def test_the_target_sees_the_source_in_a_joint_forward_only(forward):
-    config = SoftConfig(schedule="constant", source_forward=forward)
+    config = SoftConfig(schedule="constant", source_forward=forward, norm_mode="auto")
     model = equipped(tiny_resnet(), config)
     objective = set_up(model, config).objective().train()
     batch, found = tiny_batch(objective), []
