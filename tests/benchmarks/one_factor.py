@@ -20,9 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from common import Entry, Runs, quiet
@@ -37,7 +38,7 @@ from hf_ft.data.task import Data
 RESULTS = Path(__file__).parent / "results" / "one_factor.jsonl"
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 LAST, SOFT = BlockwiseConfig(block="last_quarter"), SoftConfig(norm_mode="auto")
-KEPT, RATES = "statistics kept", ("1e-4", "2e-4", "4e-4")
+KEPT_FULL, KEPT_SOFT = FullConfig(norm_mode="eval"), SoftConfig()
 TITLES = {
     "cifar10": "CIFAR-10",
     "caltech40": "Caltech-101",
@@ -48,6 +49,14 @@ TITLES = {
 SPLITS, SEEDS = (0, 1, 2), (1, 2)
 
 
+class Variant(NamedTuple):
+    """Strategies, the learning rate (``None``: the recommended one) and the share of the run that warms it up."""
+
+    configs: list[FTConfig]
+    rate: float | None = None
+    warmup: float = 0.0
+
+
 @dataclass(frozen=True)
 class Study:
     """Variants of a method, the first of which is the one that the others are compared with.
@@ -55,22 +64,20 @@ class Study:
     Args:
         what: the first column of the table.
         rate_of: the strategies whose recommended learning rate all variants use; ``None`` for each its own.
-        rates: other learning rates, by variant.
     """
 
     what: str
-    variants: Mapping[str, list[FTConfig]]
+    variants: Mapping[str, Variant]
     tasks: tuple[str, ...]
     rate_of: list[FTConfig] | None = None
-    rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs_source(self) -> bool:
-        return any(one.needs().source_data == "required" for configs in self.variants.values() for one in configs)
+        return any(one.needs().source_data == "required" for made in self.variants.values() for one in made.configs)
 
-    def rate(self, variant: str) -> float:
-        return self.rates.get(variant) or float(
-            recommended_arguments(self.rate_of or self.variants[variant], ADAM, stand_in(MOBILE))["learning_rate"].value
+    def rate(self, variant: Variant) -> float:
+        return variant.rate or float(
+            recommended_arguments(self.rate_of or variant.configs, ADAM, stand_in(MOBILE))["learning_rate"].value
         )
 
 
@@ -78,10 +85,10 @@ STUDIES = {
     "blockwise": Study(
         "the block starts",
         {
-            "pretrained": [LAST],
-            "statistics kept": [replace(LAST, norm_mode="eval")],
-            "converted": [LAST, DAFTConfig(zero_head=False)],
-            "converted, zero head": [LAST, DAFTConfig()],
+            "pretrained": Variant([LAST]),
+            "statistics kept": Variant([replace(LAST, norm_mode="eval")]),
+            "converted": Variant([LAST, DAFTConfig(zero_head=False)]),
+            "converted, zero head": Variant([LAST, DAFTConfig()]),
         },
         ("cifar10", "caltech40", "mnist_200", "elpv_500"),
         [LAST],
@@ -89,38 +96,37 @@ STUDIES = {
     "soft": Study(
         "variant",
         {
-            "full": [FullConfig()],
-            "soft": [SOFT],
-            **{f"full, {KEPT}, {rate}": [FullConfig(norm_mode="eval")] for rate in RATES},
-            **{f"soft, {KEPT}, {rate}": [SoftConfig()] for rate in RATES},
-            "daft": [DAFTConfig()],
-            "daft+soft": [DAFTConfig(), SOFT],
-            "soft, source_forward='separate'": [replace(SOFT, source_forward="separate")],
-            "soft, until=1": [replace(SOFT, until=1.0)],
-            "soft, weight=0.3": [replace(SOFT, weight=0.3)],
-            "soft, weight=3": [replace(SOFT, weight=3.0)],
-            "soft, source='head'": [replace(SOFT, source="head")],
-            f"soft, source='head', {KEPT}, 2e-4": [SoftConfig(source="head")],
+            "full": Variant([FullConfig()]),
+            "soft": Variant([SOFT]),
+            "full, statistics kept": Variant([KEPT_FULL], 1e-4),
+            "soft, statistics kept": Variant([KEPT_SOFT], 1e-4),
+            "full, statistics kept, warm-up": Variant([KEPT_FULL], 1e-4, 0.1),
+            "full, statistics kept, warm-up, twice the rate": Variant([KEPT_FULL], 2e-4, 0.1),
+            "soft, statistics kept, warm-up, twice the rate": Variant([KEPT_SOFT], 2e-4, 0.1),
+            "daft": Variant([DAFTConfig()], 2e-4),
+            "daft+soft": Variant([DAFTConfig(), SOFT], 2e-4),
+            "soft, source_forward='separate'": Variant([replace(SOFT, source_forward="separate")]),
+            "soft, until=1": Variant([replace(SOFT, until=1.0)]),
+            "soft, weight=0.3": Variant([replace(SOFT, weight=0.3)]),
+            "soft, weight=3": Variant([replace(SOFT, weight=3.0)]),
+            "soft, source='head'": Variant([replace(SOFT, source="head")]),
+            "soft, source='head', statistics kept, warm-up, twice the rate": Variant(
+                [replace(KEPT_SOFT, source="head")], 2e-4, 0.1
+            ),
         },
         ("cifar10", "caltech40", "digits"),
         [FullConfig()],
-        {
-            "daft": 2e-4,
-            "daft+soft": 2e-4,
-            f"soft, source='head', {KEPT}, 2e-4": 2e-4,
-            **{f"{name}, {KEPT}, {rate}": float(rate) for name in ("full", "soft") for rate in RATES},
-        },
     ),
     "tred": Study(
         "variant",
         {
-            "full": [FullConfig()],
-            "tred": [TREDConfig()],
-            "tred, alpha=0.003": [TREDConfig(alpha=0.003)],
-            "tred, alpha=0.01": [TREDConfig(alpha=0.01)],
-            "tred, alpha=0.03": [TREDConfig(alpha=0.03)],
-            "tred, criterion='none'": [TREDConfig(criterion="none")],
-            "tred, criterion='none', alpha=0.01": [TREDConfig(criterion="none", alpha=0.01)],
+            "full": Variant([FullConfig()]),
+            "tred": Variant([TREDConfig()]),
+            "tred, alpha=0.003": Variant([TREDConfig(alpha=0.003)]),
+            "tred, alpha=0.01": Variant([TREDConfig(alpha=0.01)]),
+            "tred, alpha=0.03": Variant([TREDConfig(alpha=0.03)]),
+            "tred, criterion='none'": Variant([TREDConfig(criterion="none")]),
+            "tred, criterion='none', alpha=0.01": Variant([TREDConfig(criterion="none", alpha=0.01)]),
         },
         ("cifar10", "caltech40", "mnist_200", "elpv_500"),
     ),
@@ -213,9 +219,10 @@ def run_split(runs: Runs, name: str, images: Split, variants: list[str] | None) 
     def train(entry: Entry) -> Entry:
         nonlocal bench
         bench = bench or Bench(images, task.model)
-        configs, rate = study.variants[entry["variant"]], study.rate(entry["variant"])
+        variant = study.variants[entry["variant"]]
         more = {"num_train_epochs": task.epochs, "per_device_train_batch_size": task.batch}
-        return bench.run(configs, ADAM, rate, entry["seed"], **more)
+        more |= {"warmup_steps": variant.warmup} if variant.warmup else {}
+        return bench.run(variant.configs, ADAM, study.rate(variant), entry["seed"], **more)
 
     for variant in variants or study.variants:
         for seed in SEEDS:
