@@ -174,7 +174,8 @@ def table(study: Study, entries: list[Entry]) -> str:
                 gains = [scores[key] - scores[base, *key[1:]] for key in found]
                 gain = f" ({np.mean(gains):+.3f} ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.3f})"
             cells.append(f"{np.mean([scores[key] for key in found]):.3f}{gain}".replace("-", "−"))
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+        if any(cells):
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
