@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_ft.core.compose import UNDER_SGD
+from hf_ft.core import FTConfig
+from hf_ft.core.compose import UNDER_SGD, recommended_arguments
 from hf_ft.core.recommended import ADAM, SGD
 from hf_ft.core.search_space import LogRange
 from hf_ft.data.mixing import Mixing
@@ -21,6 +22,7 @@ from hf_ft.search.storage import MISSING
 
 # The optimizers that each strategy tries, unless the user chooses one.
 OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,), "audio": (ADAM,)}
+WARMUP = "warmup_steps"
 LOCAL = ("storage", "study_name", "retry_failed", "thumbnails")  # settings of a call, not of the comparison
 CONFIRMED = 2  # seeds with which the best trial and the defaults are trained before one of them is chosen
 WIDTH = 30.0  # width of the range of learning rates, around the recommended one
@@ -244,7 +246,12 @@ def optimizers(arguments: Mapping[str, Any], task: str) -> tuple[str, ...]:
     return (arguments["optim"],) if "optim" in arguments else OPTIMIZERS[task]
 
 
-def under(arguments: Mapping[str, Any], optim: str) -> dict[str, Any]:
-    """The shared training arguments with an optimizer and whatever else it needs that the user did not set."""
+def under(arguments: Mapping[str, Any], optim: str, configs: Sequence[FTConfig] = ()) -> dict[str, Any]:
+    """The shared training arguments with an optimizer, and what it and the strategies need that the user did not set.
+
+    Args:
+        configs: strategies, of whose recommended arguments only the warm-up is used.
+    """
     beside = {name: wanted.value for name, wanted in UNDER_SGD.items()} if optim == SGD else {}
-    return beside | dict(arguments) | {"optim": optim}
+    warmup = recommended_arguments(configs, optim).get(WARMUP)
+    return ({} if warmup is None else {WARMUP: warmup.value}) | beside | dict(arguments) | {"optim": optim}

@@ -173,10 +173,11 @@ def trainer_for(
     tracking: Mapping[str, Any] = MappingProxyType({}),
 ) -> FTTrainer:
     """A trainer with the settings of the comparison, and training arguments for trackers."""
-    data = entrant.bench.data
+    data, configs = entrant.bench.data, entrant.with_settings(values)
+    shared = under(common.arguments, entrant.optim(values), configs)
     args = TrainingArguments(
         str(work),
-        **{"dataloader_pin_memory": common.device == "cuda"} | under(common.arguments, entrant.optim(values)) | FIXED,
+        **{"dataloader_pin_memory": common.device == "cuda"} | shared | FIXED,
         **tracking,
         learning_rate=values.get(RATE, UNSET_RATE),
         seed=seed,
@@ -186,7 +187,7 @@ def trainer_for(
     trainer = FTTrainer(
         model,
         args,
-        strategy=entrant.with_settings(values),
+        strategy=configs,
         states=None if measured is None else measured.states,
         class_weights=common.class_weights,
         train_dataset=data["train"],

@@ -21,7 +21,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
 from transformers.training_args import OptimizerNames
 
-from hf_ft import BlockwiseConfig, FTConfig, L2SPConfig, LPFTConfig, OptionError, Plan, State, Term, WiSEFTConfig
+from hf_ft import (
+    BlockwiseConfig,
+    FTConfig,
+    FullConfig,
+    L2SPConfig,
+    LPFTConfig,
+    OptionError,
+    Plan,
+    SoftConfig,
+    State,
+    Term,
+    WiSEFTConfig,
+)
 from hf_ft.comparison import Data, Results, Training
 from hf_ft.comparison.contenders import Entrant, chosen_strategies
 from hf_ft.comparison.cost import Clock, PeakMemory
@@ -576,6 +588,13 @@ def test_each_optimizer_has_its_own_rates_and_arguments():
     assert "optim_args" not in adam and "max_grad_norm" not in adam
     with pytest.raises(OptionError, match="optim_args='nesterov=True' belongs to an optimizer"):
         training_arguments({"optim_args": "nesterov=True"})
+
+
+def test_a_strategy_is_warmed_up_as_it_recommends_unless_the_user_decides():
+    soft = [SoftConfig()]
+    assert under(training_arguments({}), "adamw_torch", soft)["warmup_steps"] == 0.1
+    assert under(training_arguments({"warmup_steps": 5}), "adamw_torch", soft)["warmup_steps"] == 5
+    assert "warmup_steps" not in under(training_arguments({}), "adamw_torch", [FullConfig()])
 
 
 def test_rates_lie_around_the_recommended_one_unless_the_user_says_where():
