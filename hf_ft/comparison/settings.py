@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_ft.core import FTConfig
-from hf_ft.core.compose import UNDER_SGD, recommended_arguments
-from hf_ft.core.recommended import ADAM, SGD
+from hf_ft.core.compose import UNDER_SGD
+from hf_ft.core.recommended import ADAM, SGD, Recommended
 from hf_ft.core.search_space import LogRange
 from hf_ft.data.mixing import Mixing
 from hf_ft.errors import OptionError
@@ -246,12 +245,14 @@ def optimizers(arguments: Mapping[str, Any], task: str) -> tuple[str, ...]:
     return (arguments["optim"],) if "optim" in arguments else OPTIMIZERS[task]
 
 
-def under(arguments: Mapping[str, Any], optim: str, configs: Sequence[FTConfig] = ()) -> dict[str, Any]:
+def under(
+    arguments: Mapping[str, Any], optim: str, recommended: Mapping[str, Recommended] | None = None
+) -> dict[str, Any]:
     """The shared training arguments with an optimizer, and what it and the strategies need that the user did not set.
 
     Args:
-        configs: strategies, of whose recommended arguments only the warm-up is used.
+        recommended: the arguments that the strategies recommend, of which only the warm-up is used.
     """
-    beside = {name: wanted.value for name, wanted in UNDER_SGD.items()} if optim == SGD else {}
-    warmup = recommended_arguments(configs, optim).get(WARMUP)
-    return ({} if warmup is None else {WARMUP: warmup.value}) | beside | dict(arguments) | {"optim": optim}
+    wanted = {name: one for name, one in (recommended or {}).items() if name == WARMUP}
+    wanted |= UNDER_SGD if optim == SGD else {}
+    return {name: one.value for name, one in wanted.items()} | dict(arguments) | {"optim": optim}

@@ -25,6 +25,7 @@ from hf_ft.comparison.outputs import LOGITS, TESTS, scored
 from hf_ft.comparison.results import Distance, Point, Training
 from hf_ft.comparison.settings import FIXED, under
 from hf_ft.comparison.tracking import Tracking
+from hf_ft.core.compose import recommended_arguments
 from hf_ft.core.context import State
 from hf_ft.core.head_rate import UNSET_RATE
 from hf_ft.core.search_space import RATE
@@ -174,7 +175,8 @@ def trainer_for(
 ) -> FTTrainer:
     """A trainer with the settings of the comparison, and training arguments for trackers."""
     data, configs = entrant.bench.data, entrant.with_settings(values)
-    shared = under(common.arguments, entrant.optim(values), configs)
+    optim = entrant.optim(values)
+    shared = under(common.arguments, optim, recommended_arguments(configs, optim))
     args = TrainingArguments(
         str(work),
         **{"dataloader_pin_memory": common.device == "cuda"} | shared | FIXED,

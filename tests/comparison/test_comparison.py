@@ -44,6 +44,7 @@ from hf_ft.comparison.runner import Runner
 from hf_ft.comparison.settings import Settings, optimizers, training_arguments, under
 from hf_ft.comparison.task import Bench
 from hf_ft.comparison.training import finite_metrics, train
+from hf_ft.core.compose import recommended_arguments
 from hf_ft.core.config import _CONFIGS, register
 from hf_ft.core.search_space import LogRange
 from hf_ft.data.columns import find_columns
@@ -591,10 +592,10 @@ def test_each_optimizer_has_its_own_rates_and_arguments():
 
 
 def test_a_strategy_is_warmed_up_as_it_recommends_unless_the_user_decides():
-    soft = [SoftConfig()]
+    soft = recommended_arguments([SoftConfig()])
     assert under(training_arguments({}), "adamw_torch", soft)["warmup_steps"] == 0.1
     assert under(training_arguments({"warmup_steps": 5}), "adamw_torch", soft)["warmup_steps"] == 5
-    assert "warmup_steps" not in under(training_arguments({}), "adamw_torch", [FullConfig()])
+    assert "warmup_steps" not in under(training_arguments({}), "adamw_torch", recommended_arguments([FullConfig()]))
 
 
 def test_rates_lie_around_the_recommended_one_unless_the_user_says_where():
