@@ -590,8 +590,8 @@ def test_unused_source_data_are_reported(tmp_path, monkeypatch):
     FTTrainer(model, tiny_arguments(tmp_path), strategy="l2_sp", **given)
     assert told == ["source_dataset is ignored: l2_sp does not use source data."]
     for strategy in (SOFT, "co_tuning", SoftConfig(source="head")):
-        FTTrainer(equipped(model, SOFT), tiny_arguments(tmp_path), strategy=strategy, **given)
-    assert sum("is ignored" in line for line in told) == 1
+        FTTrainer(equipped(model, SOFT), tiny_arguments(tmp_path, warmup_steps=0.1), strategy=strategy, **given)
+    assert len(told) == 1
 
 
 def test_texts_without_masks_are_not_padded():
