@@ -197,8 +197,6 @@ def entrant(
     tuned = _tuned(configs, untuned)
     if not batch_norms(model):  # it would change nothing
         tuned = {option: part for option, part in tuned.items() if not option.endswith(".norm_mode")}
-    if settings.learning_rates is not None:
-        tuned = {option: _at_any_rate(part) for option, part in tuned.items()}
     recommended = recommended_arguments(configs)
     own = recommended["optim"].value if "optim" in recommended else ADAM
     order = sorted(optims, key=lambda optim: optim != own)  # its own first
@@ -215,7 +213,11 @@ def entrant(
     spaces, firsts = {}, []
     for optim in order:
         rate = rates[optim] or head_rates.get(optim, UNKNOWN_HEAD[optim == SGD])
-        spaces[optim] = _space(settings.rates(rate), tuned, head_rates.get(optim))
+        parts = {
+            option: _at_any_rate(part) if settings.learning_rates else _at_its_rate(option, part, configs, optim, model)
+            for option, part in tuned.items()
+        }
+        spaces[optim] = _space(settings.rates(rate), parts, head_rates.get(optim))
         firsts.append(_first(spaces[optim], rate, configs, head_rates.get(optim)))
     first = ({OPTIM: order[0]} if len(order) > 1 else {}) | firsts[0]
     return Entrant(name, tuple(made), spaces, first, bench, head_rates, tuple(notes), refusal)
@@ -241,6 +243,21 @@ def _untuned(
     space = {option: part for option, part in tuned.items() if not isinstance(part, FittedRate)}
     first = {option: _default(made, option) for option in space}
     return Entrant(name, tuple(made), {optim: space}, first, bench, {}, tuple(notes), refusal)
+
+
+def _at_its_rate(
+    name: str, part: LogRange | Choice | FittedRate, configs: Sequence[FTConfig], optim: str, model: nn.Module
+) -> LogRange | Choice | FittedRate:
+    """With the rate that is recommended for each of its values, as a factor of that for the default."""
+    usual = _recommended_rate(configs, optim, model)
+    if not isinstance(part, Choice) or part.rates or usual is None:
+        return part
+    ft_type, _, option = name.partition(".")
+    factors = []
+    for value in part.values:
+        made = [dataclasses.replace(c, **{option: value}) if c.ft_type == ft_type else c for c in configs]
+        factors.append(float(f"{(_recommended_rate(made, optim, model) or usual) / usual:.3g}"))
+    return dataclasses.replace(part, rates=tuple(factors))
 
 
 def _at_any_rate(part: LogRange | Choice | FittedRate) -> LogRange | Choice | FittedRate:

@@ -27,7 +27,7 @@ from hf_ft.comparison.soup import make_soup
 from hf_ft.comparison.task import Bench, Benches, Loader
 from hf_ft.comparison.tracking import tracking_of
 from hf_ft.comparison.training import CommonSettings
-from hf_ft.core.compose import WITHOUT_BATCH_NORM, sources_of
+from hf_ft.core.compose import sources_of
 from hf_ft.core.config import FTConfig
 from hf_ft.data.check_results import DataChecks
 from hf_ft.data.columns import Columns, find_columns
@@ -185,8 +185,6 @@ def prepare_comparison(
         values["per_device_train_batch_size"] = size = batch_size(len(plain.data["train"]), wanted)
         if size != wanted:
             tell(f"batch size {size} instead of {wanted}: the last batch of an epoch would hold a single sample")
-    elif "warmup_steps" not in arguments:
-        values["warmup_steps"] = WITHOUT_BATCH_NORM["warmup_steps"].value
     greater = "regression" not in LOCAL_METRICS[metric].kinds
     common = CommonSettings(
         values,

@@ -176,7 +176,7 @@ def trainer_for(
     """A trainer with the settings of the comparison, and training arguments for trackers."""
     data, configs = entrant.bench.data, entrant.with_settings(values)
     optim = entrant.optim(values)
-    shared = under(common.arguments, optim, recommended_arguments(configs, optim))
+    shared = under(common.arguments, optim, recommended_arguments(configs, optim, model))
     args = TrainingArguments(
         str(work),
         **{"dataloader_pin_memory": common.device == "cuda"} | shared | FIXED,

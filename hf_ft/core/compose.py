@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_ft.core.config import FTConfig, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
-from hf_ft.core.plan import Plan, Rate, Stage, Stream, sets_weights
+from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, sets_weights
 from hf_ft.core.recommended import ADAM, CHOSEN, FITTED, SGD, LearningRate, Recommended
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
@@ -160,17 +160,17 @@ def with_common_options(configs: Iterable[FTConfig], plans: Iterable[Plan], mode
     configs, plans = tuple(configs), tuple(plans)
     _check_renamed(configs, plans)
     plan = compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
-    mode = explicit_option(configs, "norm_mode")
-    if mode is None and not any(one.stages for one in plans):
-        mode = _usual_norm_mode(configs)
+    mode = explicit_option(configs, "norm_mode") if any(one.stages for one in plans) else _norm_mode(configs)
     if mode is None:
         return plan
     return dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, norm_mode=mode) for s in plan.stages))
 
 
-def _usual_norm_mode(configs: Iterable[FTConfig]) -> str | None:
-    """The mode that a strategy without stages prefers, unless another one needs batch statistics."""
+def _norm_mode(configs: Iterable[FTConfig]) -> NormMode | None:
+    """The mode that is set, or else the one that a strategy prefers, unless another one needs batch statistics."""
     configs = tuple(configs)
+    if mode := explicit_option(configs, "norm_mode"):
+        return mode
     preferred = [config.norm_mode for config in configs if config.norm_mode != FTConfig.norm_mode]
     return preferred[0] if preferred and not any(config.needs_batch_statistics() for config in configs) else None
 
@@ -199,9 +199,12 @@ UNDER_SGD = {
     "max_grad_norm": Recommended(0.0, why="under SGD, clipping the norm to 1 shrinks most steps"),
 }
 
-# If all weights train. docs/rates.md has the scores with and without it.
-WITHOUT_BATCH_NORM = {
-    "warmup_steps": Recommended(0.1, why="without BatchNorm, the first steps of Adam destroy pretrained features")
+# If all weights train without batch statistics, because there is no BatchNorm or it keeps its statistics, but not under
+# SGD. docs/rates.md has the scores with and without it.
+WITHOUT_BATCH_STATISTICS = {
+    "warmup_steps": Recommended(
+        0.1, why="without batch statistics, the first steps of Adam destroy pretrained features"
+    )
 }
 
 
@@ -235,9 +238,9 @@ def recommended_arguments(
     rate = merged.get("learning_rate")
     if isinstance(rate, LearningRate):
         batch_norm = model is None or bool(batch_norms(model))
-        if not batch_norm and rate.without_batch_norm != 1:
-            merged = WITHOUT_BATCH_NORM | merged
-        kept = explicit_option(configs, "norm_mode") == "eval"
+        kept = batch_norm and rate.kept is not None and _norm_mode(configs) == "eval"
+        if optim != SGD and (kept or (not batch_norm and rate.without_batch_norm != 1)):
+            merged = WITHOUT_BATCH_STATISTICS | merged
         family = getattr(getattr(model, "config", None), "model_type", "")
         merged["learning_rate"] = rate.under(optim, batch_norm, kept, family)
     if rate is not None and rate.value in (FITTED, CHOSEN):  # by the strategy itself, if the user sets none

@@ -34,26 +34,29 @@ class LearningRate(Recommended):
         adam: the rate under AdamW, if that is not the recommended optimizer.
         without_batch_norm: factor for networks without BatchNorm, such as transformers: if all weights train, they need
             lower rates.
-        statistics_kept: factor for networks whose BatchNorm keeps its statistics (``norm_mode="eval"``).
+        kept: the rate under AdamW if BatchNorm keeps its statistics (``norm_mode="eval"``), for all families.
+        kept_sgd: the same under SGD.
         families: other rates under AdamW, by family of networks (``config.model_type``).
     """
 
     sgd: float | None = None
     adam: float | None = None
     without_batch_norm: float = 1.0
-    statistics_kept: float = 1.0
+    kept: float | None = None
+    kept_sgd: float | None = None
     families: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """For display: the value, those for the other optimizers, and the factors for other networks and modes."""
+        """For display: the value, and those for other optimizers, networks and modes."""
         others = [
             f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
         ]
         others += [f"{rate:g} for {name}" for name, rate in self.families.items()]
-        factors = {"without BatchNorm": self.without_batch_norm, "if norm_mode='eval'": self.statistics_kept}
-        factors = {} if isinstance(self.value, str) else factors
-        changed = [f"times {factor:.2g} {where}" for where, factor in factors.items() if factor != 1]
-        return ", ".join([str(self.value), *others, *changed])
+        if self.without_batch_norm != 1 and not isinstance(self.value, str):
+            others.append(f"times {self.without_batch_norm:.2g} without BatchNorm")
+        if self.kept is not None:
+            others.append(f"{self.kept:g} (SGD: {self.kept_sgd:g}) if norm_mode='eval'")
+        return ", ".join([str(self.value), *others])
 
     def under(self, optim: str, batch_norm: bool = True, kept: bool = False, family: str = "") -> Recommended:
         """The rate for an optimizer and a network.
@@ -64,16 +67,17 @@ class LearningRate(Recommended):
             family: the network's ``config.model_type``.
         """
         other = self.sgd if optim == SGD else self.families.get(family, self.adam)
+        if kept and batch_norm and self.kept is not None:
+            other = self.kept_sgd if optim == SGD else self.kept
         found = Recommended(self.value, self.source, self.why) if other is None else Recommended(other, why=self.why)
-        factor = (self.statistics_kept if kept else 1.0) if batch_norm else self.without_batch_norm
-        if factor == 1 or isinstance(found.value, str):
+        if batch_norm or self.without_batch_norm == 1 or isinstance(found.value, str):
             return found
-        return Recommended(float(f"{factor * found.value:.3g}"), why=self.why)  # as one would write it
+        return Recommended(float(f"{self.without_batch_norm * found.value:.3g}"), why=self.why)  # as one would write it
 
 
 # For pretrained weights that all train: measured, see docs/rates.md.
 USUAL_RATE = {
     "learning_rate": LearningRate(
-        3e-4, sgd=3e-3, without_batch_norm=0.1, statistics_kept=1 / 3, families={"efficientnet": 1e-3}
+        3e-4, sgd=3e-3, without_batch_norm=0.1, kept=2e-4, kept_sgd=3e-4, families={"efficientnet": 1e-3}
     )
 }

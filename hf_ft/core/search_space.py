@@ -36,7 +36,8 @@ class Choice:
     """One of a few values.
 
     Attributes:
-        rates: for each value, a factor of the learning rate with which it trains well; by default all are 1.
+        rates: for each value, a factor of the learning rate with which it trains well. By default, a comparison uses
+            the rates that the strategy recommends with each value.
 
     Raises:
         OptionError: if ``rates`` are given, but not a positive one for each value.

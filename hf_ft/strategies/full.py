@@ -33,9 +33,7 @@ class FullConfig(FTConfig):
 
     formula = "L = CE(h(f(x)), y) over all parameters"
     recommended = USUAL_RATE
-    # With pretrained statistics, 1e-4 (SGD: 3e-4 to 1e-3) is best, and 3e-4 (3e-3) often diverges: docs/rates.md.
-    # A range is centred lower than that, since it extends to five times its centre.
-    tuned = {"norm_mode": Choice(("auto", "eval"), rates=(1.0, 0.2))}
+    tuned = {"norm_mode": Choice(("auto", "eval"))}
     cost = advising.EVERYTHING
     advice = {
         BASELINE_ALWAYS: 1,

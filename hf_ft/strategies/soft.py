@@ -13,14 +13,12 @@ from hf_ft.core import (
     Choice,
     Decay,
     FTConfig,
-    LearningRate,
     LogRange,
     Needs,
     NormMode,
     OptionError,
     Paper,
     Plan,
-    Recommended,
     State,
     Stream,
     Term,
@@ -103,11 +101,8 @@ class SoftConfig(FTConfig):
     formula = (
         "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
     )
-    recommended = {
-        "learning_rate": LearningRate(2e-4, sgd=3e-4, without_batch_norm=0.15),
-        "warmup_steps": Recommended(0.1, why="with BatchNorm's statistics kept, the first steps destroy features"),
-    }
-    tuned = {"norm_mode": Choice(("auto", "eval"), rates=(1.5, 1.0)), "until": Choice((0.25, 0.5, 1.0))}
+    recommended = USUAL_RATE
+    tuned = {"norm_mode": Choice(("auto", "eval")), "until": Choice((0.25, 0.5, 1.0))}
     cost = advising.TWICE_THE_SAMPLES
     advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, advising.UNRELATED_SOURCE: -1}
 

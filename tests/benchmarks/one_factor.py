@@ -9,6 +9,7 @@ On the tasks and splits of results.py, two seeds each, with AdamW; the scores ar
   statistics; with one forward pass each for the two batches; with the pretrained statistics kept, at several learning
   rates; with converted BatchNorm; with other weights and times; and without source data. Beside them, the same without
   soft fine-tuning.
+- `lp_ft`: LP-FT, whose second stage keeps the statistics, with and without a warm-up of each stage.
 - `tred`: the weight of the distance from the disentangled features, and the same without disentangling.
 
 Runs are kept in tests/benchmarks/results/one_factor.jsonl; those that are already there are not repeated. The tables
@@ -31,7 +32,15 @@ from rates import ADAM, Bench, stand_in
 from rates import Task as Images
 from results import MOBILE, TASKS, far, natural, trained_on_low_digits
 
-from hf_ft import BlockwiseConfig, DAFTConfig, FTConfig, FullConfig, SoftConfig, TREDConfig
+from hf_ft import (
+    BlockwiseConfig,
+    DAFTConfig,
+    FTConfig,
+    FullConfig,
+    LPFTConfig,
+    SoftConfig,
+    TREDConfig,
+)
 from hf_ft.core.compose import recommended_arguments
 from hf_ft.data.task import Data
 
@@ -116,6 +125,17 @@ STUDIES = {
         },
         ("cifar10", "caltech40", "digits"),
         [FullConfig()],
+    ),
+    "lp_ft": Study(
+        "variant",
+        {
+            "lp_ft, 1e-4": Variant([LPFTConfig()], 1e-4),
+            "lp_ft, warm-up, 1e-4": Variant([LPFTConfig()], 1e-4, 0.1),
+            "lp_ft, warm-up, 2e-4": Variant([LPFTConfig()], 2e-4, 0.1),
+            "lp_ft, warm-up, 3e-4": Variant([LPFTConfig()], 3e-4, 0.1),
+            "lp_ft, batch statistics, 3e-4": Variant([LPFTConfig(norm_mode="auto")], 3e-4),
+        },
+        ("cifar10",),
     ),
     "tred": Study(
         "variant",

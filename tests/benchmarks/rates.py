@@ -88,6 +88,7 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "full": (FullConfig(), USUAL),
     "full, warm-up": (FullConfig(), USUAL),
     "full, eval": (FullConfig(norm_mode="eval"), LOWER),
+    "full, eval, warm-up": (FullConfig(norm_mode="eval"), {SGD: (1e-3, 2e-3, 3e-3), ADAM: (1e-4, 2e-4, 3e-4, 5e-4)}),
     "daft, one rate": (DAFTConfig(head_lr=None), USUAL),
     "daft": (DAFTConfig(), USUAL),
     "daft+l2_sp": ([DAFTConfig(), L2SPConfig()], USUAL),
@@ -113,7 +114,9 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "spot_tune": (SpotTuneConfig(), USUAL),
     "ada_filter": (AdaFilterConfig(), USUAL),
 }
-ARGUMENTS: dict[str, dict[str, float]] = {"full, warm-up": {"warmup_steps": 0.1}}  # of a tenth of the steps
+WARM_UP = {"warmup_steps": 0.1}  # over a tenth of the steps
+ARGUMENTS = {name: WARM_UP for name in ("full, warm-up", "full, eval, warm-up")}
+NOT_AS_RECOMMENDED = ("full, warm-up", "full, eval")  # the one with, the other without a warm-up
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def regrets() -> str:
     """What choosing a run of each grid by validation loses on test relative to the best, per rule, as Markdown.
 
-    Each grid is that of the first seed.
+    Each grid is that of the first seed, and of runs that are warmed up if that is recommended.
     """
 
     def late(values: Sequence[float]) -> float:
@@ -268,7 +271,7 @@ def regrets() -> str:
     }
     grids: dict[tuple[str, ...], list[Entry]] = {}
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
-        if entry["seed"] == 1:
+        if entry["seed"] == 1 and entry["strategy"] not in NOT_AS_RECOMMENDED:
             grids.setdefault(tuple(entry[name] for name in ("task", "model", "strategy")), []).append(entry)
     whole = [runs for runs in grids.values() if len(runs) > 3]
     usual = next(iter(rules.values()))

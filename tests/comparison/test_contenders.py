@@ -149,15 +149,23 @@ def test_rates_of_the_user_hold_for_all(config):
     assert all(1e-3 <= values["learning_rate"] <= 1e-2 for values in made.settings(8, seed=0))
 
 
-def test_statistics_are_kept_at_a_fifth_of_the_rate():
-    made = with_head(FullConfig())
-    modes = {values["full.norm_mode"] for values in made.settings(8, seed=0)}
-    assert modes == {"auto", "eval"} and made.first["full.norm_mode"] == "auto"
+@pytest.mark.parametrize(
+    ("config", "default", "shown"),
+    [
+        (FullConfig(), "auto", "auto, eval (lr x 0.667) (adamw_torch); auto, eval (lr x 0.1) (sgd)"),
+        (SoftConfig(weight=0.0), "eval", "auto (lr x 1.5), eval (adamw_torch); auto (lr x 10), eval (sgd)"),
+    ],
+)
+def test_statistics_are_kept_at_the_rate_recommended_for_that(config, default, shown):
+    name = f"{config.ft_type}.norm_mode"
+    made = with_head(config)
+    modes = {values[name] for values in made.settings(8, seed=0)}
+    assert modes == {"auto", "eval"} and made.first[name] == default
     for values in made.settings(8, seed=0):
-        centre = {"adamw_torch": 3e-4, "sgd": 3e-3}[values["optim"]]
-        centre *= {"auto": 1.0, "eval": 0.2}[values["full.norm_mode"]]
+        mode, optim = values[name], values["optim"]
+        centre = {"auto": {"adamw_torch": 3e-4, "sgd": 3e-3}, "eval": {"adamw_torch": 2e-4, "sgd": 3e-4}}[mode][optim]
         assert 1 / 5.6 < values["learning_rate"] / centre < 5.6
-    assert made.described_space()["full.norm_mode"] == "auto, eval (lr x 0.2)"
+    assert made.described_space()[name] == shown
 
 
 def test_norm_mode_is_not_tuned_without_batch_norm():

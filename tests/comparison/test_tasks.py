@@ -7,7 +7,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from hf_ft import AMCFConfig, OptionError
+from hf_ft import AMCFConfig, FTTrainer, L2SPConfig, OptionError
+from hf_ft.comparison import training
 from hf_ft.testing.models import tiny_bert, tiny_resnet
 from tests.comparison.small_comparison import images, run, splits
 
@@ -33,6 +34,25 @@ def load_bert(classes):
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
     return lambda seed, keep: (tiny_bert(num_labels=classes, seed=seed), tokenizer)
+
+
+def test_a_warm_up_where_pretrained_weights_train_without_batch_statistics(tmp_path, monkeypatch):
+    seen = {}
+
+    class Trainer(FTTrainer):
+        def __init__(self, model, args, strategy, **given):
+            seen.setdefault("+".join(config.ft_type for config in strategy), args.warmup_steps)
+            super().__init__(model, args, strategy=strategy, **given)
+
+    monkeypatch.setattr(training, "FTTrainer", Trainer)
+    once = {"trials": 0, "seeds": 1, "num_train_epochs": 1}
+    run(tmp_path / "bert", "linear_probe,lp_ft", model=load_bert(2), data=DatasetDict(
+        {name: reviews(count, "class") for name, count in (("train", 16), ("validation", 8), ("test", 10))}
+    ), **once)  # fmt: skip
+    assert seen == {"full": 0.1, "linear_probe": 0, "lp_ft": 0.1}
+    seen.clear()
+    run(tmp_path / "resnet", {"kept": L2SPConfig(norm_mode="eval"), "lp_ft": "lp_ft"}, **once)
+    assert seen == {"full": 0, "l2_sp": 0.1, "lp_ft": 0}
 
 
 @pytest.mark.slow
