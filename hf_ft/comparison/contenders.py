@@ -224,13 +224,20 @@ def entrant(
 
 
 def _tuned(configs: Iterable[FTConfig], untuned: Collection[str]) -> dict[str, LogRange | Choice | FittedRate]:
-    """The options to tune, as ``strategy.option``; composed strategies share the head's rate and common options."""
+    """The options to tune, as ``strategy.option``; composed strategies share the head's rate and common options.
+
+    The mode of BatchNorm is not tuned if one of them needs batch statistics.
+    """
+    configs = tuple(configs)
+    batch_statistics = any(config.needs_batch_statistics() for config in configs)
     common = {field.name for field in options(FTConfig)} | {HEAD_LR}
     found: dict[str, LogRange | Choice | FittedRate] = {}
     for config in configs:
         for option, part in type(config).tuned.items():
             name = f"{config.ft_type}.{option}"
             shared = option in common and any(other.endswith(f".{option}") for other in found)
+            if option == "norm_mode" and batch_statistics:
+                continue
             if _at_default(config, option) and name not in untuned and not shared:
                 found[name] = part
     return found

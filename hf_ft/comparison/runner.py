@@ -17,7 +17,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,26 +73,33 @@ class Runner:
         self._warm = False
         self._deadline = math.inf if settings.hours is None else time.monotonic() + 3600 * settings.hours
 
-    def run(self) -> None:
-        """Run all unfinished training runs, or as many as the time limit allows."""
+    def run(self, only: Collection[str] | None = None) -> None:
+        """Run all unfinished training runs, or as many as the time limit allows.
+
+        Args:
+            only: names of the contenders to run; of full fine-tuning, only the trial on which the budget depends.
+        """
         # Otherwise garbage collection during each run would traverse the objects of all imported modules.
         ours = not gc.get_freeze_count()  # unfreezing would also thaw what the caller froze
         if ours:
             gc.collect()
             gc.freeze()
         try:
-            self._run()
+            self._run(only)
         finally:
             if ours:
                 gc.unfreeze()
 
-    def _run(self) -> None:
+    def _run(self, only: Collection[str] | None) -> None:
         ledger = self.ledger
-        waves = [list(ledger.entrants)]
+        entrants = [entrant for entrant in ledger.entrants if only is None or entrant.name in only]
+        if only is not None and self.settings.trials:
+            self._perform([Planned(ledger.entrants[0], "trial", 0, 0)])
+        waves = [entrants]
         if self.settings.hours is not None:
             # One contender after the other, so that finished contenders can be compared when time runs out. The loop
             # then continues, but only reads finished results.
-            waves = [[entrant] for entrant in ledger.entrants]
+            waves = [[entrant] for entrant in entrants]
         for wave in waves:
             if self.settings.trials:
                 self._tune(wave)

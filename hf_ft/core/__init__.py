@@ -27,7 +27,7 @@ from hf_ft.core.plan import (
 )
 from hf_ft.core.recommended import CHOSEN, FITTED, USUAL_RATE, LearningRate, Recommended
 from hf_ft.core.schedules import Decay, decay
-from hf_ft.core.search_space import Choice, FittedRate, LogRange, Space
+from hf_ft.core.search_space import NORM_MODES, Choice, FittedRate, LogRange, Space
 from hf_ft.core.state_checks import LARGEST, check_tensor
 from hf_ft.core.task_loss import TaskLoss
 from hf_ft.core.terms import DistanceFromStart, SquaredNorm
@@ -54,6 +54,7 @@ __all__ = [
     "FrozenCache",
     "LearningRate",
     "LogRange",
+    "NORM_MODES",
     "Names",
     "Needs",
     "NormMode",

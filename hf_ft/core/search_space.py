@@ -76,6 +76,8 @@ class FittedRate:
 
 
 RATE = "learning_rate"
+# Tuned by strategies that train all weights: which suits depends on the data, see docs/rates.md.
+NORM_MODES = {"norm_mode": Choice(("auto", "eval"))}
 Space = Mapping[str, LogRange | Choice]  # of one model and optimizer
 Declared = Mapping[str, LogRange | Choice | FittedRate]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     FTConfig,
     LogRange,
@@ -63,7 +64,7 @@ class AttentionTransferConfig(FTConfig):
     )
     formula = "L = CE + beta * sum over layers of mean (A - A0)^2;  A = flatten(mean_c F^2), of unit length per sample"
     recommended = USUAL_RATE
-    tuned = {"beta": LogRange(10.0, 1e4)}
+    tuned = NORM_MODES | {"beta": LogRange(10.0, 1e4)}
     cost = advising.WITH_A_FROZEN_COPY + advising.DEARER  # compared at several layers
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}
 

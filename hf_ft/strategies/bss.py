@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     FTConfig,
     LogRange,
@@ -61,7 +62,7 @@ class BSSConfig(FTConfig):
     )
     formula = "L = CE + eta * sum of the k smallest squared singular values of the (B, d) features"
     recommended = USUAL_RATE
-    tuned = {"eta": LogRange(1e-4, 1e-2)}
+    tuned = NORM_MODES | {"eta": LogRange(1e-4, 1e-2)}
     cost = advising.WITH_A_TERM + advising.DEARER  # a singular value decomposition in each step
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 2, advising.VERY_FEW_SAMPLES: 1}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     Context,
     FTConfig,
@@ -162,6 +163,7 @@ class ChildTuningConfig(FTConfig):
     )
     formula = "F: g <- g m / p, m ~ Bernoulli(p) in each step;  D: g <- g [F >= its (1 - p) quantile], F = mean of g^2"
     recommended = USUAL_RATE
+    tuned = NORM_MODES
     cost = advising.WITH_A_PASS_BEFORE
     advice = {advising.VERY_FEW_SAMPLES: 1, advising.FEW_SAMPLES_PER_WEIGHT: 1}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     Average,
     Choice,
@@ -59,7 +60,7 @@ class EMAConfig(FTConfig):
     formula = "w_avg = d_t w_avg + (1 - d_t) w after each step, d_t = min(d, (1 + t) / (10 + t))"
     recommended = USUAL_RATE
     averages = True
-    tuned = {"decay": Choice((0.5, 0.9, 0.99))}
+    tuned = NORM_MODES | {"decay": Choice((0.5, 0.9, 0.99))}
     cost = advising.EVERYTHING + advising.DEARER / 2
 
     decay: float = option(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
-    Choice,
     FTConfig,
     Needs,
     NormMode,
@@ -33,7 +33,7 @@ class FullConfig(FTConfig):
 
     formula = "L = CE(h(f(x)), y) over all parameters"
     recommended = USUAL_RATE
-    tuned = {"norm_mode": Choice(("auto", "eval"))}
+    tuned = NORM_MODES
     cost = advising.EVERYTHING
     advice = {
         BASELINE_ALWAYS: 1,

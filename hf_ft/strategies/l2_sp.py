@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     DistanceFromStart,
     FTConfig,
@@ -43,7 +44,7 @@ class L2SPConfig(FTConfig):
     )
     formula = "L = CE + alpha/2 ||w_S - w0_S||^2 + beta/2 ||w_new||^2"
     recommended = USUAL_RATE
-    tuned = {"alpha": LogRange(1e-3, 1.0)}
+    tuned = NORM_MODES | {"alpha": LogRange(1e-3, 1.0)}
     cost = advising.WITH_A_TERM
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 2}
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from hf_ft.core import (
-    Choice,
+    NORM_MODES,
     Context,
     FittedRate,
     FTConfig,
@@ -49,7 +49,7 @@ class LPFTConfig(FTConfig):
     )
     formula = "probe: min_h CE(h(f0(x)), y);  finetune: min_{h,f} CE(h(f(x)), y) from the probe's h"
     recommended = {"learning_rate": LearningRate(1e-4, sgd=3e-4, without_batch_norm=0.1)}
-    tuned = {"head_lr": FittedRate(), "norm_mode": Choice(("auto", "eval"))}
+    tuned = {"head_lr": FittedRate(), **NORM_MODES}
     cost = advising.PART_OF_THE_RUN
     advice = {
         advising.GOOD_FEATURES_FEW_SAMPLES: 3,

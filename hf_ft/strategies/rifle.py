@@ -6,7 +6,20 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_ft.core import USUAL_RATE, Choice, FTConfig, Paper, Plan, Rate, Stage, State, advising, option, register
+from hf_ft.core import (
+    NORM_MODES,
+    USUAL_RATE,
+    Choice,
+    FTConfig,
+    Paper,
+    Plan,
+    Rate,
+    Stage,
+    State,
+    advising,
+    option,
+    register,
+)
 
 
 @register("rifle")
@@ -30,7 +43,7 @@ class RIFLEConfig(FTConfig):
     )
     formula = "h is re-initialised at the steps k T / (n + 1), k = 1 ... n"
     recommended = USUAL_RATE
-    tuned = {"times": Choice((1, 2, 3))}
+    tuned = NORM_MODES | {"times": Choice((1, 2, 3))}
     cost = advising.EVERYTHING + advising.DEARER / 2
     advice = {advising.GOOD_FEATURES_FEW_SAMPLES: -1, advising.POOR_FEATURES: 1}
 

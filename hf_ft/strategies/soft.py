@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     Choice,
     Decay,
@@ -102,7 +103,7 @@ class SoftConfig(FTConfig):
         "L(t) = CE(h_T(f(x_T)), y_T) + lambda(t) CE(h_S(f(x_S)), y_S);  lambda(t) = weight s(t / until), s from 1 to 0"
     )
     recommended = USUAL_RATE
-    tuned = {"norm_mode": Choice(("auto", "eval")), "until": Choice((0.25, 0.5, 1.0))}
+    tuned = NORM_MODES | {"until": Choice((0.25, 0.5, 1.0))}
     cost = advising.TWICE_THE_SAMPLES
     advice = {SOURCE_DATA: 1, RELATED_SOURCE_DATA: 2, advising.UNRELATED_SOURCE: -1}
 
@@ -220,7 +221,7 @@ class LwFConfig(FTConfig):
     )
     formula = "L = CE(h_T(f(x)), y) + weight KL(softmax(h0_S(f0(x)) / T) || softmax(h_S(f(x)) / T))"
     recommended = USUAL_RATE
-    tuned = {"weight": LogRange(0.3, 10.0)}
+    tuned = NORM_MODES | {"weight": LogRange(0.3, 10.0)}
     cost = advising.WITH_A_FROZEN_COPY
     advice = {advising.RELATED_SOURCE: 1, advising.UNRELATED_SOURCE: -1}
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_ft.core import (
     EVERYTHING,
+    NORM_MODES,
     USUAL_RATE,
     Findings,
     FTConfig,
@@ -46,6 +47,7 @@ class WiSEFTConfig(FTConfig):
     )
     formula = "w_a = (1 - a) w0 + a w after training; a in {0, 1/n, ..., 1} by validation"
     recommended = USUAL_RATE
+    tuned = NORM_MODES
     averages = True
     cost = advising.EVERYTHING + advising.DEARER / 2
     advice = {advising.GOOD_FEATURES_FEW_SAMPLES: 1, advising.POOR_FEATURES: -1}

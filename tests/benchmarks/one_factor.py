@@ -3,8 +3,8 @@
 On the tasks and splits of results.py, two seeds each, with AdamW; the scores are those of the last epoch.
 
 - `blockwise`: what the block starts from. The last block alone (`block="last_quarter"`), at the learning rate
-  recommended for it: as it is; with the pretrained BatchNorm statistics kept; with BatchNorm converted to the target's
-  statistics (DAFT); and with the zero head of DAFT as well.
+  recommended for it: as it is; with the pretrained BatchNorm statistics kept, also at a lower rate and with a warm-up;
+  with BatchNorm converted to the target's statistics (DAFT); and with the zero head of DAFT as well.
 - `soft`: soft fine-tuning with one image of each ImageNet class, or the digits 0 to 4, as its source data: with batch
   statistics; with one forward pass each for the two batches; with the pretrained statistics kept, at several learning
   rates; with converted BatchNorm; with other weights and times; and without source data. Beside them, the same without
@@ -96,6 +96,7 @@ STUDIES = {
         {
             "pretrained": Variant([LAST]),
             "statistics kept": Variant([replace(LAST, norm_mode="eval")]),
+            "statistics kept, warm-up, 2e-4": Variant([replace(LAST, norm_mode="eval")], 2e-4, 0.1),
             "converted": Variant([LAST, DAFTConfig(zero_head=False)]),
             "converted, zero head": Variant([LAST, DAFTConfig()]),
         },

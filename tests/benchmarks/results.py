@@ -16,7 +16,8 @@ The tasks:
 Each of `--splits` draws training, validation and test images anew, with the same numbers per class. `--trials 0` trains
 every strategy with its own defaults; otherwise, each is tuned with a budget of that many full fine-tuning runs. AMCF
 trains the network together with EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and
-search.
+search. "full (statistics kept)" is full fine-tuning with BatchNorm's pretrained statistics, which is among the trials
+of full fine-tuning if this is tuned.
 
 Prints an estimate. It may be stopped and started again, or started in several terminals, which then share the work. The
 results of every training run are in docs/results/; strategies that a stored comparison lacks are added to it.
@@ -36,12 +37,13 @@ import torch
 from common import cells, digits, quiet
 from datasets import DatasetDict, concatenate_datasets
 
-from hf_ft import AMCFConfig
+from hf_ft import AMCFConfig, FullConfig
 from hf_ft.cli import main as hf_ft
 from hf_ft.comparison import Data, Settings
 from hf_ft.comparison.prepare import prepare_comparison
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
+from hf_ft.core.config import BASELINE
 from hf_ft.data.columns import find_columns
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.splits import stratified_split
@@ -153,6 +155,7 @@ def who_takes_part(names: str, task: Task) -> dict[str, Any]:
     made = {
         "amcf": AMCFConfig(source_models=both),
         "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
+        "full (statistics kept)": FullConfig(norm_mode="eval"),
     }
     return {name: made.get(name, name) for name in names.split(",") if name not in task.without}
 
@@ -215,18 +218,19 @@ def main() -> None:
                 tell=lambda line: print(line, flush=True),
             )
             print(f"{name}, split {split}: {prepared.estimate()}", flush=True)
-            prepared.runner.run()
+            known_baseline = BASELINE in known
+            prepared.runner.run(only=wanted if known_baseline else None)
             # The advice is only recorded afterwards: here every strategy is run.
             advice = prepared.advised()
             command = f"python tests/benchmarks/results.py --natural FOLDER --tasks {name} --splits {split}"
             results = prepared.finish(command + (" --trials 0" if not options.trials else ""), advice)
-            if any(contender.status in ("unfinished", "not reached") for contender in results.contenders):
+            ran = [one for one in results.contenders if one.name in wanted or not known_baseline]
+            if any(contender.status in ("unfinished", "not reached") for contender in ran):
                 print("the time limit was reached: start it again to continue", flush=True)
                 return
             kept.parent.mkdir(parents=True, exist_ok=True)
-            if earlier is not None:  # full fine-tuning was run again with the new strategies: the same split and seeds
-                more = tuple(contender for contender in results.contenders if contender.name not in known)
-                results = with_winner(replace(earlier, contenders=(*earlier.contenders, *more)))
+            if earlier is not None:
+                results = with_winner(replace(earlier, contenders=(*earlier.contenders, *ran)))
             results.save(kept)
             print(f"{name}, split {split}: {len(results.contenders)} strategies", flush=True)
 

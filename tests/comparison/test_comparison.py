@@ -39,7 +39,7 @@ from hf_ft.comparison.contenders import Entrant, chosen_strategies
 from hf_ft.comparison.cost import Clock, PeakMemory
 from hf_ft.comparison.folder import Kept
 from hf_ft.comparison.ledger import Done, Ledger, Planned
-from hf_ft.comparison.prepare import batch_size
+from hf_ft.comparison.prepare import batch_size, prepare_comparison
 from hf_ft.comparison.runner import Runner
 from hf_ft.comparison.settings import Settings, optimizers, training_arguments, under
 from hf_ft.comparison.task import Bench
@@ -904,3 +904,17 @@ def test_what_is_chosen_after_training_counts(tmp_path):
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert f"after training, by seed: wise_ft {own.runs[0].chosen['wise_ft']:g}" in text.replace("\\", "")
     assert not results["full"].runs[0].chosen
+
+
+def test_some_contenders_alone_have_the_same_budget_and_scores(tmp_path):
+    told = {"settings": Settings(trials=2, seeds=1, most_trials=1, distortion_samples=0, folds=1)}
+    told |= {"num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True, "tell": lambda line: None}
+    both = prepare_comparison(load(), splits(), "linear_probe,l2_sp", output_dir=tmp_path / "all", **told)
+    both.runner.run()
+    alone = prepare_comparison(load(), splits(), "linear_probe,l2_sp", output_dir=tmp_path / "one", **told)
+    alone.runner.run(only={"l2_sp"})
+    baseline, probe, l2_sp = alone.runner.ledger.entrants
+    ledger, whole = alone.runner.ledger, both.runner.ledger
+    assert ledger.trial(baseline, 0) and not ledger.trial(baseline, 1) and not ledger.trial(probe, 0)
+    assert ledger.allowed == whole.allowed > 0 and ledger.trials_of(l2_sp) == whole.trials_of(l2_sp)
+    assert [run.validation for run in ledger.runs(l2_sp)] == [run.validation for run in whole.runs(l2_sp)] != []

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     FTConfig,
     LogRange,
@@ -56,7 +57,7 @@ class BiTuningConfig(FTConfig):
     )
     formula = "L = CE + weight (CCE + CCL);  each KL(equal shares for the sample's class || softmax(similarities / T))"
     recommended = USUAL_RATE
-    tuned = {"weight": LogRange(0.1, 3.0)}
+    tuned = NORM_MODES | {"weight": LogRange(0.1, 3.0)}
     cost = advising.WITH_A_FROZEN_COPY + advising.DEARER  # a second network that runs in every step
 
     weight: float = option(

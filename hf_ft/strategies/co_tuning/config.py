@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     Context,
     FTConfig,
@@ -86,7 +87,7 @@ class CoTuningConfig(FTConfig):
     )
     formula = "L = CE(h_T(f(x)), y) + weight CE(h_S(f(x)), p(y_s | y))"
     recommended = USUAL_RATE
-    tuned = {"weight": LogRange(0.3, 6.0)}
+    tuned = NORM_MODES | {"weight": LogRange(0.3, 6.0)}
     cost = advising.WITH_A_PASS_BEFORE + advising.DEARER  # and a second head
     advice = {advising.RELATED_SOURCE: 2, FEW_SAMPLES_AND_HEAD: 1, advising.UNRELATED_SOURCE: -1}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     Context,
     FTConfig,
@@ -84,7 +85,7 @@ class DELTAConfig(FTConfig):
         "z_c = standardised growth of the loss without channel c"
     )
     recommended = USUAL_RATE
-    tuned = {"alpha": LogRange(1e-2, 1e1)}  # the authors' two values are 0.64 and 6.4
+    tuned = NORM_MODES | {"alpha": LogRange(1e-2, 1e1)}  # the authors' two values are 0.64 and 6.4
     cost = advising.WITH_A_TRAINING_BEFORE
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: -1, advising.VERY_FEW_SAMPLES: 1}
 

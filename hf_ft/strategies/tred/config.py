@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ft.core import (
+    NORM_MODES,
     USUAL_RATE,
     Context,
     Findings,
@@ -97,7 +98,7 @@ class TREDConfig(FTConfig):
         "then: L2 = CE + alpha ||F(x; w) - P(x)||^2 / (h w) + beta/2 ||w_head||^2"
     )
     recommended = USUAL_RATE
-    tuned = {"alpha": LogRange(1e-3, 1e-1)}
+    tuned = NORM_MODES | {"alpha": LogRange(1e-3, 1e-1)}
     cost = advising.WITH_A_TRAINING_BEFORE + advising.DEARER  # trains a disentangler first
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 1, advising.VERY_FEW_SAMPLES: 1}
 
