@@ -10,7 +10,8 @@ On the tasks and splits of results.py, two seeds each, with AdamW; the scores ar
   rates; with converted BatchNorm; with other weights and times; and without source data. Beside them, the same without
   soft fine-tuning.
 - `lp_ft`: LP-FT, whose second stage keeps the statistics, with and without a warm-up of each stage.
-- `tred`: the weight of the distance from the disentangled features, and the same without disentangling.
+- `tred`: the weight of the distance from the disentangled features; the same without disentangling; and with the
+  pretrained statistics kept.
 
 Runs are kept in tests/benchmarks/results/one_factor.jsonl; those that are already there are not repeated. The tables
 are written into the pages of these methods in docs/methods, where there is a place for one (with `--page` only that).
@@ -142,7 +143,9 @@ STUDIES = {
         "variant",
         {
             "full": Variant([FullConfig()]),
+            "full, statistics kept": Variant([KEPT_FULL], warmup=0.1),
             "tred": Variant([TREDConfig()]),
+            "tred, statistics kept": Variant([TREDConfig(norm_mode="eval")], warmup=0.1),
             "tred, alpha=0.003": Variant([TREDConfig(alpha=0.003)]),
             "tred, alpha=0.01": Variant([TREDConfig(alpha=0.01)]),
             "tred, alpha=0.03": Variant([TREDConfig(alpha=0.03)]),
