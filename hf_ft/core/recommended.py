@@ -47,16 +47,20 @@ class LearningRate(Recommended):
     families: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """For display: the value, and those for other optimizers, networks and modes."""
+        """For display: the value, those for other optimizers, networks and modes, and where a warm-up goes with it."""
         others = [
             f"{rate:g} under {name}" for name, rate in (("SGD", self.sgd), ("Adam", self.adam)) if rate is not None
         ]
         others += [f"{rate:g} for {name}" for name, rate in self.families.items()]
-        if self.without_batch_norm != 1 and not isinstance(self.value, str):
-            others.append(f"times {self.without_batch_norm:.2g} without BatchNorm")
+        warmed_up = []
+        if self.without_batch_norm != 1:
+            warmed_up.append("without BatchNorm")
+            others += [] if isinstance(self.value, str) else [f"times {self.without_batch_norm:.2g} without BatchNorm"]
         if self.kept is not None:
+            warmed_up.append("if norm_mode='eval'")
             others.append(f"{self.kept:g} (SGD: {self.kept_sgd:g}) if norm_mode='eval'")
-        return ", ".join([str(self.value), *others])
+        shown = ", ".join([str(self.value), *others])
+        return f"{shown}; under Adam, warmup_steps=0.1 {' or '.join(warmed_up)}" if warmed_up else shown
 
     def under(self, optim: str, batch_norm: bool = True, kept: bool = False, family: str = "") -> Recommended:
         """The rate for an optimizer and a network.

@@ -104,7 +104,7 @@ def test_rates_are_shown_as_people_write_them(name):
     )
     assert str(wanted) == (
         "0.0003, 0.003 under SGD, 0.001 for efficientnet, times 0.1 without BatchNorm, 0.0002 (SGD: 0.0003) if "
-        "norm_mode='eval'"
+        "norm_mode='eval'; under Adam, warmup_steps=0.1 without BatchNorm or if norm_mode='eval'"
     )
 
 
