@@ -226,9 +226,10 @@ def entrant(
 def _tuned(configs: Iterable[FTConfig], untuned: Collection[str]) -> dict[str, LogRange | Choice | FittedRate]:
     """The options to tune, as ``strategy.option``; composed strategies share the head's rate and common options.
 
-    The mode of BatchNorm is not tuned if one of them needs batch statistics.
+    The mode of BatchNorm is not tuned if one of them needs batch statistics. Otherwise it is that of a strategy with a
+    default of its own, if there is one: "auto" for another strategy would leave the choice to that default.
     """
-    configs = tuple(configs)
+    configs = sorted(configs, key=lambda config: type(config).norm_mode == FTConfig.norm_mode)
     batch_statistics = any(config.needs_batch_statistics() for config in configs)
     common = {field.name for field in options(FTConfig)} | {HEAD_LR}
     found: dict[str, LogRange | Choice | FittedRate] = {}

@@ -73,7 +73,7 @@ def test_from_files_to_a_report(files, tmp_path, capsys):
     assert make_pipeline("image-classification", model=str(tmp_path / "out" / "best"))
     results = Results.load(tmp_path / "out" / "results.json")
     assert {c.status for c in results.contenders} == {"finished"}
-    assert results["l2_sp"].trials[1].params.keys() == {"optim", "learning_rate", "l2_sp.norm_mode"}  # not what was set
+    assert results["l2_sp"].trials[1].params.keys() == {"optim", "learning_rate", "l2_sp.norm_mode"}  # alpha was set
     assert results["l2_sp"].configs[0]["alpha"] == 0.3
     assert results.data["sizes"]["ood"] == 10 and sum(results.data["skipped"].values()) == 1
     assert results.command.startswith("hf-ft compare --model") and results.advice["order"]

@@ -15,6 +15,7 @@ from hf_ft import (
     BlockwiseConfig,
     DAFTConfig,
     FullConfig,
+    L2SPConfig,
     LinearProbeConfig,
     LPFTConfig,
     SoftConfig,
@@ -22,6 +23,7 @@ from hf_ft import (
 )
 from hf_ft.comparison.contenders import entrant
 from hf_ft.comparison.settings import Settings
+from hf_ft.core.compose import build_plan
 from hf_ft.core.head_rate import HeadFit
 from hf_ft.core.search_space import within
 from hf_ft.engine.work import Work
@@ -135,8 +137,11 @@ def test_composed_strategies_share_the_rate_of_the_head():
     for values in made.settings(3, seed=0):
         rates = [config.head_lr for config in made.with_settings(values)]
         assert rates == [values["blockwise.head_lr"]] * 2
-    modes = with_head(FullConfig(), LPFTConfig())
-    assert [name for name in modes.spaces["adamw_torch"] if "norm_mode" in name] == ["full.norm_mode"]
+    for others in ([FullConfig()], [L2SPConfig()]):
+        modes = with_head(*others, LPFTConfig())
+        assert [name for name in modes.spaces["adamw_torch"] if "norm_mode" in name] == ["lp_ft.norm_mode"]
+        tried = [build_plan(modes.with_settings(values), tiny_resnet(), {}) for values in modes.settings(8, seed=0)]
+        assert {plan.stages[-1].norm_mode for plan in tried} == {"auto", "eval"}
     fixed = with_head(BlockwiseConfig(block="stage1", head_lr=None), DAFTConfig())
     assert [name for name in fixed.spaces["adamw_torch"] if "head_lr" in name] == ["daft.head_lr"]
     assert [config.head_lr for config in fixed.with_settings(fixed.first)] == [None, FIT.rate("adamw_torch")]
