@@ -21,6 +21,12 @@ from hf_ft.core import (
 )
 
 BASELINE_ALWAYS = advising.Rule((("samples", ">=", 0),), "the baseline of every comparison ({samples:.0f} samples)")
+KEEP_STATISTICS = advising.Rule(
+    (("batch_norm_layers", ">=", 1),),
+    "with the statistics of its {batch_norm_layers:.0f} BatchNorm layers kept (--full.norm_mode eval), it was better "
+    "on five of six tasks: try that too",
+    "docs/results.md",
+)
 
 
 @register("full")
@@ -45,6 +51,7 @@ class FullConfig(FTConfig):
         advising.OTHER_SPREADS: 1,
         advising.NO_PART_STANDS_OUT: 1,
         advising.LOW_GRADIENT: 1,
+        KEEP_STATISTICS: 0,
     }
 
     head_lr: float | None = option(

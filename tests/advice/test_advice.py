@@ -414,6 +414,15 @@ def test_what_cannot_run_is_ranked_below_what_can():
     assert reasons["lwf"].figure_name == "source_head"
 
 
+def test_full_names_kept_statistics_where_there_are_any():
+    def reasons(**measured):
+        return [one.reasons for one in recommend(signals(**measured)) if one.strategy == "full"][0]
+
+    said = [one for one in reasons(batch_norm=shifted(0.3)) if one.figure_name == "batch_norm_layers"]
+    assert len(said) == 1 and "--full.norm_mode eval" in said[0].text and said[0].points == 0
+    assert not any(one.figure_name == "batch_norm_layers" for one in reasons(batch_norm={}))
+
+
 def test_ties_are_in_the_neutral_order():
     found = recommend(signals(None, batch_norm=shifted(0.3)), RULES_ALONE)
     same = [one.strategy for one in found if one.score == 0]
