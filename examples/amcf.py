@@ -35,7 +35,8 @@ class Arguments:
 def main() -> None:
     parser = HfArgumentParser((Arguments, TrainingArguments))
     parser.set_defaults(output_dir="runs/amcf", remove_unused_columns=False, eval_strategy="epoch")
-    parser.set_defaults(**{name: wanted.value for name, wanted in AMCFConfig.recommended.items()})
+    # As AMCF recommends for networks with BatchNorm.
+    parser.set_defaults(learning_rate=2e-4, warmup_steps=0.1, lr_scheduler_type="cosine", max_grad_norm=0.0)
     script, args = parser.parse_args_into_dataclasses()
 
     splits = load_dataset("imagefolder", data_dir=script.data, split="train")

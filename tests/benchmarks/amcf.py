@@ -46,6 +46,15 @@ from hf_ft.zoo.datasets import uci_digits
 from hf_ft.zoo.sources import load_sources
 
 RESULTS = Path(__file__).parent / "results" / "amcf.jsonl"
+# The search's training arguments.
+AS_THE_AUTHORS = {
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.01,
+    "weight_decay": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 0.0,
+}
 RATE = (1e-3, 1e-1)
 EVALUATIONS = 8
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
@@ -122,7 +131,9 @@ class Task:
     def _run(self, method: Method, rate: float, seed: int, final: bool) -> dict[str, Any]:
         frozen = self.chosen(method.sources) if method.frozen == "chosen" else (0,) * len(method.sources)
         model, data = self.ready(method.sources, seed)
-        config = AMCFConfig(frozen=frozen, consistency=method.consistency, batch_norm_momentum=self.momentum)
+        config = AMCFConfig(
+            frozen=frozen, norm_mode="auto", consistency=method.consistency, batch_norm_momentum=self.momentum
+        )
         trainer, found = train(
             model,
             config,
@@ -180,6 +191,7 @@ class Task:
         folder = self.folder / "swarm" / self.name
         file = self.runs.file.parent / f"amcf_swarm_{self.name}_{sources}.json"
         config = AMCFConfig(
+            norm_mode="auto",
             storage=str(self.folder / "swarm.db"),
             metric="balanced_accuracy",
             batch_norm_momentum=self.momentum,
@@ -189,7 +201,7 @@ class Task:
             model, data = self.ready(sources, TUNING_SEED)
             args = tiny_arguments(
                 folder,
-                **{key: wanted.value for key, wanted in config.recommended.items()},
+                **AS_THE_AUTHORS,
                 per_device_train_batch_size=self.batch,
                 remove_unused_columns=False,
             )

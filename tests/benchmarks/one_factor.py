@@ -1,6 +1,6 @@
 """What makes a method gain or not, one factor at a time: `python tests/benchmarks/one_factor.py --natural FOLDER`.
 
-On the tasks and splits of results.py, two seeds each, with AdamW; the scores are those of the last epoch.
+On the tasks and splits of results.py, two seeds each, with AdamW unless said; the scores are those of the last epoch.
 
 - `blockwise`: what the block starts from. The last block alone (`block="last_quarter"`), at the learning rate
   recommended for it: as it is; with the pretrained BatchNorm statistics kept, also at a lower rate and with a warm-up;
@@ -12,6 +12,8 @@ On the tasks and splits of results.py, two seeds each, with AdamW; the scores ar
 - `lp_ft`: LP-FT, whose second stage keeps the statistics, with and without a warm-up of each stage.
 - `tred`: the weight of the distance from the disentangled features; the same without disentangling; and with the
   pretrained statistics kept.
+- `amcf`: MobileNetV2 and EfficientNet-Lite0 together, without the search: AMCF's term, the optimizer, the pretrained
+  statistics kept, and layers that stay frozen.
 
 Runs are kept in tests/benchmarks/results/one_factor.jsonl; those that are already there are not repeated. The tables
 are written into the pages of these methods in docs/methods, where there is a place for one (with `--page` only that).
@@ -29,11 +31,12 @@ from typing import NamedTuple
 
 import numpy as np
 from common import Entry, Runs, quiet
-from rates import ADAM, Bench, stand_in
+from rates import ADAM, SGD, Bench, stand_in
 from rates import Task as Images
-from results import MOBILE, TASKS, far, natural, trained_on_low_digits
+from results import LITE, MOBILE, TASKS, far, natural, trained_on_low_digits
 
 from hf_ft import (
+    AMCFConfig,
     BlockwiseConfig,
     DAFTConfig,
     FTConfig,
@@ -49,6 +52,8 @@ RESULTS = Path(__file__).parent / "results" / "one_factor.jsonl"
 PAGES = Path(__file__).parents[2] / "docs" / "methods"
 LAST, SOFT = BlockwiseConfig(block="last_quarter"), SoftConfig(norm_mode="auto")
 KEPT_FULL, KEPT_SOFT = FullConfig(norm_mode="eval"), SoftConfig()
+TERM = AMCFConfig(frozen=(0, 0), norm_mode="auto")  # AMCF without its search, and the same without its term
+PLAIN, KEPT_TERM = replace(TERM, consistency=0.0), replace(TERM, norm_mode="eval")
 TITLES = {
     "cifar10": "CIFAR-10",
     "caltech40": "Caltech-101",
@@ -65,6 +70,7 @@ class Variant(NamedTuple):
     configs: list[FTConfig]
     rate: float | None = None
     warmup: float = 0.0
+    optim: str = ADAM
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,14 @@ class Study:
     Args:
         what: the first column of the table.
         rate_of: the strategies whose recommended learning rate all variants use; ``None`` for each its own.
+        model: several for an ensemble; ``None`` for the task's own.
     """
 
     what: str
     variants: Mapping[str, Variant]
     tasks: tuple[str, ...]
     rate_of: list[FTConfig] | None = None
+    model: tuple[str, ...] | None = None
 
     @property
     def needs_source(self) -> bool:
@@ -87,7 +95,9 @@ class Study:
 
     def rate(self, variant: Variant) -> float:
         return variant.rate or float(
-            recommended_arguments(self.rate_of or variant.configs, ADAM, stand_in(MOBILE))["learning_rate"].value
+            recommended_arguments(self.rate_of or variant.configs, variant.optim, stand_in(MOBILE))[
+                "learning_rate"
+            ].value
         )
 
 
@@ -153,6 +163,21 @@ STUDIES = {
             "tred, criterion='none', alpha=0.01": Variant([TREDConfig(criterion="none", alpha=0.01)]),
         },
         ("cifar10", "caltech40", "mnist_200", "elpv_500"),
+    ),
+    "amcf": Study(
+        "variant",
+        {
+            "plain ensemble, SGD, 0.01": Variant([PLAIN], 0.01, optim=SGD),
+            "its term, SGD, 0.01": Variant([TERM], 0.01, optim=SGD),
+            "20 layers frozen, SGD, 0.01": Variant([replace(TERM, frozen=(20, 20))], 0.01, optim=SGD),
+            "its term, AdamW, 3e-4": Variant([TERM], 3e-4),
+            "plain ensemble, statistics kept, AdamW, 2e-4": Variant([replace(PLAIN, norm_mode="eval")], 2e-4, 0.1),
+            "its term, statistics kept, AdamW, 2e-4": Variant([KEPT_TERM], 2e-4, 0.1),
+            "20 layers frozen, statistics kept, AdamW, 2e-4": Variant([replace(KEPT_TERM, frozen=(20, 20))], 2e-4, 0.1),
+            "its term, statistics kept, SGD, 3e-4": Variant([KEPT_TERM], 3e-4, optim=SGD),
+        },
+        ("cifar10", "caltech40", "mnist_200", "elpv_500"),
+        model=(MOBILE, LITE),
     ),
 }
 
@@ -243,11 +268,11 @@ def run_split(runs: Runs, name: str, images: Split, variants: list[str] | None) 
 
     def train(entry: Entry) -> Entry:
         nonlocal bench
-        bench = bench or Bench(images, task.model)
+        bench = bench or Bench(images, study.model or task.model)
         variant = study.variants[entry["variant"]]
         more = {"num_train_epochs": task.epochs, "per_device_train_batch_size": task.batch}
         more |= {"warmup_steps": variant.warmup} if variant.warmup else {}
-        return bench.run(variant.configs, ADAM, study.rate(variant), entry["seed"], **more)
+        return bench.run(variant.configs, variant.optim, study.rate(variant), entry["seed"], **more)
 
     for variant in variants or study.variants:
         for seed in SEEDS:

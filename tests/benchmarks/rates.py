@@ -57,7 +57,7 @@ from hf_ft import (
 from hf_ft.core.compose import recommended_arguments, resolve
 from hf_ft.core.context import Samples
 from hf_ft.core.head_rate import HeadFit, fit_head
-from hf_ft.data.classifier import load_classifier
+from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.columns import find_columns
 from hf_ft.data.load import load_splits
 from hf_ft.data.rows import read_rows
@@ -160,14 +160,16 @@ def scores(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class Bench:
-    """A task, preprocessed once for a model."""
+    """A task, preprocessed once for a model, or for an ensemble with a member from each of several."""
 
-    def __init__(self, task: Task, model: str, augment: str = "none") -> None:
+    def __init__(self, task: Task, model: str | tuple[str, ...], augment: str = "none") -> None:
         self.task, self.model = task, model
         loaded, processor = self.load(0)
         self.ready = process(replace(task.data, augment=augment), loaded, processor, in_memory=True)
 
     def load(self, seed: int, keep: bool = False) -> tuple[Any, Any]:
+        if isinstance(self.model, tuple):
+            return load_ensemble(self.model, self.task.data.columns, seed, self.task.pixels)
         return load_classifier(self.model, self.task.data.columns, seed, self.task.pixels, keep_source_head=keep)
 
     def run(

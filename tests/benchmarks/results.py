@@ -17,7 +17,7 @@ Each of `--splits` draws training, validation and test images anew, with the sam
 every strategy with its own defaults; otherwise, each is tuned with a budget of that many full fine-tuning runs. AMCF
 trains the network together with EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and
 search. "full (statistics kept)" is full fine-tuning with BatchNorm's pretrained statistics, which is among the trials
-of full fine-tuning if this is tuned.
+of full fine-tuning if this is tuned; the same goes for any other strategy.
 
 Prints an estimate. It may be stopped and started again, or started in several terminals, which then share the work. The
 results of every training run are in docs/results/; strategies that a stored comparison lacks are added to it.
@@ -37,13 +37,13 @@ import torch
 from common import cells, digits, quiet
 from datasets import DatasetDict, concatenate_datasets
 
-from hf_ft import AMCFConfig, FullConfig
+from hf_ft import AMCFConfig
 from hf_ft.cli import main as hf_ft
 from hf_ft.comparison import Data, Settings
 from hf_ft.comparison.prepare import prepare_comparison
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
-from hf_ft.core.config import BASELINE
+from hf_ft.core.config import BASELINE, config_class
 from hf_ft.data.columns import find_columns
 from hf_ft.data.load import load_split, load_splits
 from hf_ft.splits import stratified_split
@@ -56,6 +56,7 @@ LOW_DIGITS = WORK / "digits_source"  # the network trained on the digits 0 to 4
 # DINOv2 has neither BatchNorm nor a pretrained head, and no other model to work with.
 NEEDS_MORE = ("daft", "soft", "daft+l2_sp", "daft+tred", "amcf", "plain ensemble")
 ALL = "linear_probe,lp_ft,peft,l2_sp,delta,blockwise,daft,soft,tred,daft+l2_sp,daft+tred,amcf,plain ensemble"
+KEPT_STATISTICS = " (statistics kept)"
 SOURCE = "imagenet1k_one_each"
 
 
@@ -152,11 +153,13 @@ def trained_on_low_digits() -> None:
 def who_takes_part(names: str, task: Task) -> dict[str, Any]:
     """Strategies by name, without those that cannot run with the task's model."""
     both = (_recorded(task.model), LITE)
-    made = {
+    made: dict[str, Any] = {
         "amcf": AMCFConfig(source_models=both),
         "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
-        "full (statistics kept)": FullConfig(norm_mode="eval"),
     }
+    for name in names.split(","):
+        if name.endswith(KEPT_STATISTICS):
+            made[name] = config_class(name.removesuffix(KEPT_STATISTICS))(norm_mode="eval")
     return {name: made.get(name, name) for name in names.split(",") if name not in task.without}
 
 

@@ -60,12 +60,12 @@ class Task:
         return trainer
 
     def search(self, schedule: str, metric: str) -> SwarmSearch:
-        config = AMCFConfig(search_schedule=schedule, metric=metric, storage="memory")
+        config = AMCFConfig(norm_mode="auto", search_schedule=schedule, metric=metric, storage="memory")
         trainer = self.trainer(config)
         return SwarmSearch(trainer.model, config, trainer.context(), progress=False)
 
     def final(self, position: tuple[int, ...]) -> Entry:
-        trainer = self.trainer(AMCFConfig(frozen=position))
+        trainer = self.trainer(AMCFConfig(norm_mode="auto", frozen=position))
         trainer.train()
         metrics: Any = trainer.predict(self.data.splits["validation"]).metrics
         return {"accuracy": metrics["test_accuracy"], "loss": -metrics["test_loss"]}

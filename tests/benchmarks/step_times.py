@@ -143,9 +143,10 @@ ROWS = (
     *referred("soft: source='head'", SoftConfig(source="head", norm_mode="auto"), source_head=True),
     Row("soft: with source data", SoftConfig(norm_mode="auto"), Floor(batches=2, source_head=True)),
     Row("soft: once its weight is 0", SoftConfig(norm_mode="auto"), at=1),
-    *live_and_recorded("amcf: one member, 9 of 17 layers frozen", AMCFConfig(frozen=(9,)), {"trains_from": "stage2"},
-                       "activations"),
-    Row("amcf: two members, all layers train", AMCFConfig(frozen=(0, 0)), Floor(members=2), members=2),
+    *live_and_recorded("amcf: one member, 9 of 17 layers frozen", AMCFConfig(frozen=(9,), norm_mode="auto"),
+                       {"trains_from": "stage2"}, "activations"),
+    Row("amcf: two members, all layers train", AMCFConfig(frozen=(0, 0), norm_mode="auto"), Floor(members=2),
+        members=2),
 )  # fmt: skip
 # Strategies without a row, each with the reason.
 LEFT_OUT: dict[str, str] = {

@@ -38,7 +38,7 @@ from hf_ft.zoo.datasets import mnist5k
 from hf_ft.zoo.sources import load_sources
 
 IMAGES, BATCH = 200, 32
-CONFIG = AMCFConfig(storage="memory", validation=0.25)
+CONFIG = AMCFConfig(storage="memory", validation=0.25, norm_mode="auto")
 CHEAPER = {
     "halving": {"halving": True},
     "2 epochs": {"search_epochs": 2},

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from hf_ft import (
-    AMCFConfig,
     AutoStrategyConfig,
     BlockwiseConfig,
     DAFTConfig,
@@ -25,6 +24,7 @@ from hf_ft.comparison.contenders import entrant
 from hf_ft.comparison.settings import Settings
 from hf_ft.core.compose import build_plan
 from hf_ft.core.head_rate import HeadFit
+from hf_ft.core.recommended import Recommended
 from hf_ft.core.search_space import within
 from hf_ft.engine.work import Work
 from hf_ft.testing import tiny_resnet, tiny_vit
@@ -108,10 +108,11 @@ def test_all_contenders_try_the_same_shares_of_their_ranges():
     assert shares(with_head(FullConfig())) == pytest.approx(shares(with_head(LPFTConfig())), abs=1e-3)
 
 
-def test_the_recommended_optimizer_is_tried_first():
-    assert with_head(AMCFConfig()).first["optim"] == "sgd"
+def test_the_recommended_optimizer_is_tried_first(monkeypatch):
     assert with_head(FullConfig()).first["optim"] == "adamw_torch"
-    assert "optim" not in with_head(AMCFConfig(), optims=("adamw_torch",)).first
+    monkeypatch.setattr(L2SPConfig, "recommended", L2SPConfig.recommended | {"optim": Recommended("sgd")})
+    assert with_head(L2SPConfig()).first["optim"] == "sgd"
+    assert "optim" not in with_head(L2SPConfig(), optims=("adamw_torch",)).first
 
 
 def test_a_probe_is_tried_around_the_rate_that_fits_its_head():

@@ -50,7 +50,7 @@ INTERRUPTED = {
 }
 SEARCHES = {
     "blockwise": as_before(hf_ft.BlockwiseConfig(**ONCE, metric="loss", search_epochs=1, head_lr=None)),
-    "amcf": hf_ft.AMCFConfig(metric="loss", search_epochs=1, particles=3, iterations=2),
+    "amcf": as_before(hf_ft.AMCFConfig(metric="loss", search_epochs=1, particles=3, iterations=2)),
 }
 SEARCHED = {"blockwise": "trained", "amcf": "ensemble"}
 STUDIES = {"blockwise": "block_search.db", "amcf": "swarm_search.db"}

@@ -17,6 +17,7 @@ from hf_ft.core import (
     LogRange,
     Names,
     Needs,
+    NormMode,
     OptionError,
     Paper,
     Plan,
@@ -77,10 +78,9 @@ class AMCFConfig(FTConfig):
         "member j trains from its layer k_j on; (k_1, ..., k_N) from a particle swarm\n"
         "prediction: argmax sum_j z_j"
     )
+    # The authors' rate is for SGD, with statistics that move.
     recommended = {
-        "optim": Recommended("sgd", "code"),
-        "optim_args": Recommended("momentum=0.9", "code"),
-        "learning_rate": LearningRate(0.01, "code", adam=3e-4, without_batch_norm=0.1),
+        "learning_rate": LearningRate(3e-4, sgd=0.01, without_batch_norm=0.1, kept=2e-4, kept_sgd=3e-4),
         "weight_decay": Recommended(5e-4, "code"),
         "lr_scheduler_type": Recommended("cosine", "ours"),  # Transformers has no schedule like the authors' steps
         "max_grad_norm": Recommended(0.0, "ours", "clipping the global gradient norm couples the members"),
@@ -105,9 +105,13 @@ class AMCFConfig(FTConfig):
     prediction: Literal["sum", "mean_probability"] = option(
         "sum", "How to combine the members' logits: their sum, or the log of the mean probability.", source="code"
     )
-    freeze_norm_statistics: bool = option(
-        True, "Keep the BatchNorm statistics of frozen layers fixed; False lets them move, as in the authors' code."
+    norm_mode: NormMode = option(
+        "eval",
+        "Mode of the normalisation layers: 'eval' keeps their pretrained statistics, 'auto' updates those of layers "
+        "that train, 'train' those of all, as in the authors' code.",
+        formerly="auto",
     )
+    freeze_norm_statistics: bool = option(True, "False is the same as norm_mode='train'.")
     particles: int = option(10, "Number of particles in the swarm.", range="[1, inf)", source="code")
     iterations: int = option(5, "Number of swarm iterations.", range="[1, inf)", source="code")
     search_epochs: int = option(5, "Epochs per training run of the search.", range="[1, inf)", source="code")
@@ -149,6 +153,8 @@ class AMCFConfig(FTConfig):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        if not self.freeze_norm_statistics:
+            object.__setattr__(self, "norm_mode", "train")
         super().__post_init__()
         if self.metric != "loss" and self.metric not in LOCAL_METRICS:
             raise OptionError(f"AMCFConfig.metric={self.metric!r} is unknown: choose loss, {', '.join(LOCAL_METRICS)}.")
@@ -253,8 +259,8 @@ class AMCFConfig(FTConfig):
             surgery = (SetPrediction(self.prediction),)
         if len(members) > 1:
             terms = (Term("consistency", _disagreement, weight=self.consistency),)
-        norm_mode: Any = "auto" if self.freeze_norm_statistics else "train"
-        return Plan(surgery=surgery, terms=terms, stages=(Stage("collaborative", trains, norm_mode=norm_mode),))
+        stage = Stage("collaborative", trains, norm_mode=self.norm_mode)
+        return Plan(surgery=surgery, terms=terms, stages=(stage,))
 
     # --- members -------------------------------------------------------------------------------------------
 

@@ -240,17 +240,26 @@ def test_a_class_token_stays_with_the_first_layer(tmp_path):
         assert torch.equal(model.vit.embeddings.cls_token, token) == stays
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-def test_statistics_of_frozen_layers(freeze, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "moves"),
+    [
+        ({}, (False, False)),
+        ({"norm_mode": "auto"}, (False, True)),
+        ({"norm_mode": "train"}, (True, True)),
+        ({"freeze_norm_statistics": False}, (True, True)),
+    ],
+)
+def test_which_statistics_move(options, moves, tmp_path):
     model = tiny_collaborative()
     before = snapshot(model)
-    trainer = train(model, AMCFConfig(frozen=[3, 20], freeze_norm_statistics=freeze), tmp_path, max_steps=3)
+    trainer = train(model, AMCFConfig(frozen=[3, 20], **options), tmp_path, max_steps=3)
     after = snapshot(trainer.model)
-    first = [name for name, _ in batch_norms(model) if name.startswith("members.0.resnet.embedder")]
-    assert first
-    for name in first:
-        moved = not torch.equal(before[f"{name}.running_mean"], after[f"{name}.running_mean"])
-        assert moved != freeze, f"{name}: the authors let them move"
+    names = [name for name, _ in batch_norms(model)]
+    frozen, last = [n for n in names if n.startswith("members.0.resnet.embedder")], names[-1]
+    assert frozen and last not in frozen
+    for name, wanted in [(name, moves[0]) for name in frozen] + [(last, moves[1])]:
+        assert torch.equal(before[f"{name}.running_mean"], after[f"{name}.running_mean"]) != wanted, name
+    for name in frozen:
         assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
 
 
