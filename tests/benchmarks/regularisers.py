@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,13 +87,9 @@ WEAK = {"tred, both, weaker": (_tred("both"), (1e-5, 1e-3))}
 STILL_STRATEGIES = ("full", "l2_sp", "delta, uniform", "tred, none", "tred, max_mmd", "tred, both")
 
 
-def configs(strategy: str, weight: float) -> list[FTConfig]:
-    make, _ = (STRATEGIES | WEAK)[strategy.removeprefix(EVAL)]
-    config = make(weight)
-    if not strategy.startswith(EVAL):
-        return [config]
-    still = FullConfig(norm_mode="eval")
-    return [still] if isinstance(config, FullConfig) else [still, config]
+def config(strategy: str, weight: float) -> FTConfig:
+    made = (STRATEGIES | WEAK)[strategy.removeprefix(EVAL)][0](weight)
+    return replace(made, norm_mode="eval") if strategy.startswith(EVAL) else made
 
 
 def strategies_of(task: str) -> list[str]:
@@ -149,11 +146,10 @@ class Task:
         entry = {"task": self.name, "strategy": strategy, **rates, "seed": seed, "final": final}
 
         def make() -> dict[str, Any]:
-            chosen = configs(strategy, rates["weight"])
             key = (strategy, seed)
             trainer, found = train(
                 self.model(seed)[0],
-                chosen,
+                config(strategy, rates["weight"]),
                 self.data(seed),
                 epochs=self.epochs,
                 batch_size=self.batch_size,
