@@ -16,8 +16,8 @@ The tasks:
 Each of `--splits` draws training, validation and test images anew, with the same numbers per class. `--trials 0` trains
 every strategy with its own defaults; otherwise, each is tuned with a budget of that many full fine-tuning runs. AMCF
 trains the network together with EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and
-search. "full (statistics kept)" is full fine-tuning with BatchNorm's pretrained statistics, which is among the trials
-of full fine-tuning if this is tuned; the same goes for any other strategy.
+search. "full (statistics kept)" is full fine-tuning with BatchNorm's pretrained statistics, and "tred (batch
+statistics)" is TRED without them; both are among the trials if the strategy is tuned. Other strategies likewise.
 
 Prints an estimate. It may be stopped and started again, or started in several terminals, which then share the work. The
 results of every training run are in docs/results/; strategies that a stored comparison lacks are added to it.
@@ -56,7 +56,7 @@ LOW_DIGITS = WORK / "digits_source"  # the network trained on the digits 0 to 4
 # DINOv2 has neither BatchNorm nor a pretrained head, and no other model to work with.
 NEEDS_MORE = ("daft", "soft", "daft+l2_sp", "daft+tred", "amcf", "plain ensemble")
 ALL = "linear_probe,lp_ft,peft,l2_sp,delta,blockwise,daft,soft,tred,daft+l2_sp,daft+tred,amcf,plain ensemble"
-KEPT_STATISTICS = " (statistics kept)"
+MODES = {" (statistics kept)": "eval", " (batch statistics)": "auto"}  # of BatchNorm, by the end of a name
 SOURCE = "imagenet1k_one_each"
 
 
@@ -158,8 +158,9 @@ def who_takes_part(names: str, task: Task) -> dict[str, Any]:
         "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
     }
     for name in names.split(","):
-        if name.endswith(KEPT_STATISTICS):
-            made[name] = config_class(name.removesuffix(KEPT_STATISTICS))(norm_mode="eval")
+        for suffix, mode in MODES.items():
+            if name.endswith(suffix):
+                made[name] = config_class(name.removesuffix(suffix))(norm_mode=mode)
     return {name: made.get(name, name) for name in names.split(",") if name not in task.without}
 
 
