@@ -24,7 +24,7 @@ from hf_ft.zoo.models import load_model
 TERMS = {
     "attention_transfer": AttentionTransferConfig(),
     "delta": DELTAConfig(weights="uniform"),
-    "tred": TREDConfig(norm_mode="auto", criterion="none", alpha=0.01),
+    "tred": TREDConfig(criterion="none", alpha=0.01),
     "bss": BSSConfig(),
 }
 WITH: dict[str, list[FTConfig]] = {

@@ -100,7 +100,7 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "delta": (DELTAConfig(), USUAL),
     "l2_sp": (L2SPConfig(), USUAL),
     "bss": (BSSConfig(), USUAL),
-    "tred": (TREDConfig(norm_mode="auto"), USUAL),
+    "tred": (TREDConfig(), USUAL),
     "layer_decay": (LayerDecayConfig(), USUAL),
     "gradual_unfreezing": (GradualUnfreezingConfig(), USUAL),
     "bitfit": (BitFitConfig(), HIGHER),

@@ -62,7 +62,7 @@ EVAL = "BatchNorm in eval mode: "
 
 
 def _tred(criterion: Literal["max_mmd", "min_mi", "both", "none"], **options: Any) -> Make:
-    return lambda alpha: TREDConfig(norm_mode="auto", criterion=criterion, alpha=alpha, **options)
+    return lambda alpha: TREDConfig(criterion=criterion, alpha=alpha, **options)
 
 
 # strategy -> the config for a weight, and the weight's range

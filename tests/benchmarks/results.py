@@ -16,8 +16,8 @@ The tasks:
 Each of `--splits` draws training, validation and test images anew, with the same numbers per class. `--trials 0` trains
 every strategy with its own defaults; otherwise, each is tuned with a budget of that many full fine-tuning runs. AMCF
 trains the network together with EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and
-search. "full (statistics kept)" is full fine-tuning with BatchNorm's pretrained statistics, and "tred (batch
-statistics)" is TRED without them; both are among the trials if the strategy is tuned. Other strategies likewise.
+search. "full (statistics kept)" is full fine-tuning with BatchNorm's pretrained statistics, and "soft (batch
+statistics)" is soft fine-tuning without them; both are among the trials if a strategy is tuned. Others likewise.
 
 Prints an estimate. It may be stopped and started again, or started in several terminals, which then share the work. The
 results of every training run are in docs/results/; strategies that a stored comparison lacks are added to it.

@@ -137,7 +137,7 @@ ROWS = (
     Row("daft", "daft"),
     *referred("delta", DELTAConfig(head_epochs=1, batches=1)),
     *referred("attention_transfer", "attention_transfer"),
-    *referred("tred", TREDConfig(norm_mode="auto", epochs=1)),
+    *referred("tred", TREDConfig(epochs=1)),
     Row("co_tuning", "co_tuning", Floor(source_head=True)),
     *referred("lwf", "lwf", source_head=True),
     *referred("soft: source='head'", SoftConfig(source="head", norm_mode="auto"), source_head=True),

@@ -62,7 +62,7 @@ def disentangling(folder: str, epochs: int = 10, images: int = 320, repeats: int
     data = Images(images)
     for _ in range(repeats):
         taken = []
-        for strategy in ("full", TREDConfig(norm_mode="auto", epochs=epochs)):
+        for strategy in ("full", TREDConfig(epochs=epochs)):
             args = tiny_arguments(folder, max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=BATCH,
                                   optim="sgd", logging_strategy="no", remove_unused_columns=False)  # fmt: skip
             trainer = FTTrainer(resnet18(), args, strategy=strategy, train_dataset=data)
@@ -108,14 +108,9 @@ def main() -> None:
         "DELTA, recorded reference / full": (1.10, True, "full", delta),
         "attention transfer / full": (1.35, False, "full", AttentionTransferConfig()),
         "attention transfer, recorded reference / full": (1.10, True, "full", AttentionTransferConfig()),
-        "TRED, branches / full": (1.35, False, "full", TREDConfig(norm_mode="auto", epochs=1)),
-        "TRED, branches, recorded reference / full": (1.10, True, "full", TREDConfig(norm_mode="auto", epochs=1)),
-        "TRED, mask, recorded reference / full": (
-            1.10,
-            True,
-            "full",
-            TREDConfig(norm_mode="auto", epochs=1, disentangler="mask"),
-        ),
+        "TRED, branches / full": (1.35, False, "full", TREDConfig(epochs=1)),
+        "TRED, branches, recorded reference / full": (1.10, True, "full", TREDConfig(epochs=1)),
+        "TRED, mask, recorded reference / full": (1.10, True, "full", TREDConfig(epochs=1, disentangler="mask")),
     }
     results = json.loads(options.output.read_text())["rows"] if options.only and options.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:

@@ -178,8 +178,8 @@ def test_norm_mode_is_not_tuned_without_batch_norm():
     told = TOLD | {"model": tiny_vit()}
     made = entrant("it", [FullConfig()], SimpleNamespace(source=None), Settings(), optims=BOTH, **told)
     assert list(made.spaces["sgd"]) == ["learning_rate"]
-    assert "full.norm_mode" in with_head(FullConfig()).spaces["sgd"]
-    assert "tred.norm_mode" in with_head(FullConfig(), TREDConfig()).spaces["sgd"]  # its default is the one that counts
+    assert "full.norm_mode" in with_head(FullConfig(), TREDConfig()).spaces["sgd"]
+    assert "tred.norm_mode" in with_head(TREDConfig()).spaces["sgd"]
     assert "tred.norm_mode" not in with_head(DAFTConfig(), TREDConfig()).spaces["sgd"]  # DAFT needs batch statistics
 
 

@@ -19,7 +19,6 @@ from hf_ft.core import (
     Findings,
     FTConfig,
     LogRange,
-    NormMode,
     OptionError,
     Paper,
     Plan,
@@ -103,13 +102,6 @@ class TREDConfig(FTConfig):
     cost = advising.WITH_A_TRAINING_BEFORE + advising.DEARER  # trains a disentangler first
     advice = {advising.POOR_FEATURES_FEW_SAMPLES: 1, advising.VERY_FEW_SAMPLES: 1}
 
-    norm_mode: NormMode = option(
-        "eval",
-        "Mode of the normalisation layers: 'eval' keeps their pretrained statistics, with which the pretrained "
-        "features are computed (unless it is combined with a strategy that has stages or, like daft, needs batch "
-        "statistics), 'auto' updates those of layers that train, 'train' those of all.",
-        formerly="auto",
-    )
     criterion: Literal["max_mmd", "min_mi", "both", "none"] = option(
         "both",
         "What separates P from N: a large MMD, low mutual information, or both. 'none': no disentangling; the features "
