@@ -99,11 +99,10 @@ class Study:
         return any(one.needs().source_data == "required" for made in self.variants.values() for one in made.configs)
 
     def rate(self, variant: Variant) -> float:
-        return variant.rate or float(
-            recommended_arguments(self.rate_of or variant.configs, variant.optim, stand_in(MOBILE))[
-                "learning_rate"
-            ].value
-        )
+        if variant.rate is not None:
+            return variant.rate
+        wanted = recommended_arguments(self.rate_of or variant.configs, variant.optim, stand_in(MOBILE))
+        return float(wanted["learning_rate"].value)
 
 
 STUDIES = {
