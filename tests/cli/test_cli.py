@@ -150,7 +150,8 @@ def test_train_several_models(files, tmp_path, capsys, temperatures):
     printed = words(capsys.readouterr().out)
     assert f"model {files / 'resnet'} + {files / 'mobilenet'}," in printed
     assert "frozen=(2, 1), prediction=mean_probability" in printed and "import hf_ft" in printed
-    assert "recommended by amcf: optim=sgd (code), optim_args=momentum=0.9 (code), learning_rate=0.01 (code)" in printed
+    recommended = "warmup_steps=0.1 (ours), learning_rate=0.0002 (ours), weight_decay=0.0005 (code)"
+    assert f"recommended by amcf: {recommended}" in printed
     assert load_configs(out)[0].frozen == (2, 1) and not (out / "swarm.json").exists()
     picture = str(files / "photos/test/cat/0.png")
     assert load_trained(out).calibration is not None
@@ -338,9 +339,8 @@ def test_defaults_follow_what_is_set():
     assert arguments.read(["--eval_strategy", "steps", "--eval_steps", "5"]).training_arguments()["save_steps"] == 5
     assert arguments.read(["--bf16", "--no_ignore_data_skip"][:1]).given == {"bf16": True}
     assert arguments.read(["--resume_from_checkpoint", "true"]).resume is True
-    amcf = ["--strategy", "amcf"]
-    assert arguments.read(amcf).training_arguments()["optim_args"] == "momentum=0.9"
-    assert "optim_args" not in arguments.read([*amcf, "--optim", "adamw_torch"]).training_arguments()
+    assert "optim_args" not in arguments.read([]).training_arguments()
+    assert arguments.read(["--optim", "sgd"]).training_arguments()["optim_args"] == "momentum=0.9"
     assert arguments.read(["--resume_from_checkpoint", "some/folder"]).resume == "some/folder"
 
 
