@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers import pipeline as make_pipeline
 
-from hf_ft import CollaborativeModel, FTConfig, SwarmScores, load_configs
+from hf_ft import CollaborativeModel, FTConfig, L2SPConfig, Recommended, SwarmScores, load_configs
 from hf_ft.cli import console, main
 from hf_ft.cli import request as arguments
 from hf_ft.core.config import strategies
@@ -327,7 +327,7 @@ def test_precedence(tmp_path):
     assert config.ft_type == "full"
 
 
-def test_defaults_follow_what_is_set():
+def test_defaults_follow_what_is_set(monkeypatch):
     def settled(*flags):
         values = arguments.read(flags).training_arguments()
         return values["eval_strategy"], values["save_strategy"], values["load_best_model_at_end"]
@@ -339,8 +339,11 @@ def test_defaults_follow_what_is_set():
     assert arguments.read(["--eval_strategy", "steps", "--eval_steps", "5"]).training_arguments()["save_steps"] == 5
     assert arguments.read(["--bf16", "--no_ignore_data_skip"][:1]).given == {"bf16": True}
     assert arguments.read(["--resume_from_checkpoint", "true"]).resume is True
-    assert "optim_args" not in arguments.read([]).training_arguments()
-    assert arguments.read(["--optim", "sgd"]).training_arguments()["optim_args"] == "momentum=0.9"
+    own = {"optim": Recommended("sgd"), "optim_args": Recommended("momentum=0.9")}
+    monkeypatch.setattr(L2SPConfig, "recommended", L2SPConfig.recommended | own)
+    l2_sp = ["--strategy", "l2_sp"]
+    assert arguments.read(l2_sp).training_arguments()["optim_args"] == "momentum=0.9"
+    assert "optim_args" not in arguments.read([*l2_sp, "--optim", "adamw_torch"]).training_arguments()
     assert arguments.read(["--resume_from_checkpoint", "some/folder"]).resume == "some/folder"
 
 

@@ -78,7 +78,7 @@ class AMCFConfig(FTConfig):
         "member j trains from its layer k_j on; (k_1, ..., k_N) from a particle swarm\n"
         "prediction: argmax sum_j z_j"
     )
-    # The authors' rate is for SGD, with statistics that move.
+    # The authors' rate is 0.01, for SGD and statistics that move; where they are kept, those of full fine-tuning.
     recommended = {
         "learning_rate": LearningRate(3e-4, sgd=0.01, without_batch_norm=0.1, kept=2e-4, kept_sgd=3e-4),
         "weight_decay": Recommended(5e-4, "code"),
