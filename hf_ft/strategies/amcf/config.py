@@ -10,10 +10,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from hf_ft.core import (
+    USUAL_RATE,
     Context,
     Findings,
     FTConfig,
-    LearningRate,
     LogRange,
     Names,
     Needs,
@@ -78,9 +78,9 @@ class AMCFConfig(FTConfig):
         "member j trains from its layer k_j on; (k_1, ..., k_N) from a particle swarm\n"
         "prediction: argmax sum_j z_j"
     )
-    # The authors' rate is 0.01, for SGD and statistics that move; where they are kept, those of full fine-tuning.
     recommended = {
-        "learning_rate": LearningRate(3e-4, sgd=0.01, without_batch_norm=0.1, kept=2e-4, kept_sgd=3e-4),
+        # Those of full fine-tuning, except for the authors' own: under SGD, with statistics that move.
+        "learning_rate": dataclasses.replace(USUAL_RATE["learning_rate"], sgd=0.01),
         "weight_decay": Recommended(5e-4, "code"),
         "lr_scheduler_type": Recommended("cosine", "ours"),  # Transformers has no schedule like the authors' steps
         "max_grad_norm": Recommended(0.0, "ours", "clipping the global gradient norm couples the members"),
