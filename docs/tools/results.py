@@ -27,7 +27,7 @@ DIGITS = {"mnist_200": "MNIST, 200 images", "uci_100": "UCI digits, 100 images",
 TITLES = NATURAL | NETWORKS | CELLS | DIGITS
 FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
 FEW = (BASELINE, "full (statistics kept)", "linear_probe", "lp_ft", "peft", *FIVE, "blockwise+daft")
-RESAMPLES = 1000
+RESAMPLES = 2000
 Table = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 Gaps = tuple[np.ndarray, np.ndarray]  # (seeds, samples): ours is right - theirs is right; and the samples' classes
 
@@ -97,19 +97,22 @@ def _resampled(gaps: Sequence[Gaps], random: np.random.Generator) -> np.ndarray:
     """The mean difference on one task with resampled splits, seeds and samples, (resamples,)."""
     chosen = random.integers(len(gaps), size=(RESAMPLES, len(gaps)))
     means = np.empty(chosen.shape)
-    for place in range(len(gaps)):
-        drawn = np.stack([_redrawn(*one, random) for one in gaps])  # (splits, resamples)
-        means[:, place] = drawn[chosen[:, place], np.arange(RESAMPLES)]
+    for split, (own, classes) in enumerate(gaps):
+        here = chosen == split
+        means[here] = _redrawn(own, classes, int(here.sum()), random)
     return means.mean(axis=1)
 
 
-def _redrawn(gaps: np.ndarray, classes: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The mean difference on one split with resampled seeds and samples, (resamples,)."""
+def _redrawn(gaps: np.ndarray, classes: np.ndarray, times: int, random: np.random.Generator) -> np.ndarray:
+    """The mean difference on one split with resampled seeds and samples, (times,)."""
     by_class = []
     for label in np.unique(classes):
         own = gaps[:, classes == label]
-        by_class.append(own[:, random.integers(own.shape[1], size=(RESAMPLES, own.shape[1]))].mean(axis=2))
-    seeds = random.integers(len(gaps), size=(len(gaps), RESAMPLES))
+        # Of samples with equal columns, only the number that is drawn matters.
+        values, counts = np.unique(own, axis=1, return_counts=True)
+        drawn = random.multinomial(own.shape[1], counts / own.shape[1], size=times)
+        by_class.append(values @ drawn.T / own.shape[1])
+    seeds = random.integers(len(gaps), size=(len(gaps), times))
     return np.take_along_axis(np.mean(by_class, axis=0), seeds, axis=0).mean(axis=0)
 
 
