@@ -47,7 +47,7 @@ def knowing():
 def test_the_broken_block_is_found(knowing, tmp_path, broken=2, quarter=1):
     model = break_block(copy.deepcopy(knowing), broken)
     assert accuracy(model) < 0.5
-    config = BlockwiseConfig(scheme="block", search_epochs=5, storage="memory", baselines=False)
+    config = BlockwiseConfig(scheme="block", search_epochs=5, search_seeds=1, storage="memory", baselines=False)
     args = tiny_arguments(tmp_path, learning_rate=1e-2, per_device_train_batch_size=16, optim="adamw_torch")
     trainer = FTTrainer(model, args, strategy=config, train_dataset=Images(160))
     scores = BlockSearch(model, config, trainer.context(), progress=False).run()
