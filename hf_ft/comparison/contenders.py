@@ -14,7 +14,14 @@ from torch import nn
 
 from hf_ft.comparison.settings import Settings
 from hf_ft.comparison.task import Bench
-from hf_ft.core.compose import chooses_rate, recommended_arguments, resolve, shared_option
+from hf_ft.core.compose import (
+    chooses_rate,
+    owner_of_stages,
+    prefers_norm_mode,
+    recommended_arguments,
+    resolve,
+    shared_option,
+)
 from hf_ft.core.config import BASELINE, FTConfig, config_class, strategies
 from hf_ft.core.head_rate import HEAD_LR, HeadFit
 from hf_ft.core.options import options
@@ -194,7 +201,7 @@ def entrant(
     """
     configs = tuple(configs)
     made, notes, refusal = _prepared(configs, bench, settings, metric, epochs, model)
-    tuned = _tuned(configs, untuned)
+    tuned = _tuned(configs, untuned, model)
     if not batch_norms(model):  # it would change nothing
         tuned = {option: part for option, part in tuned.items() if not option.endswith(".norm_mode")}
     recommended = recommended_arguments(configs)
@@ -223,13 +230,17 @@ def entrant(
     return Entrant(name, tuple(made), spaces, first, bench, head_rates, tuple(notes), refusal)
 
 
-def _tuned(configs: Iterable[FTConfig], untuned: Collection[str]) -> dict[str, LogRange | Choice | FittedRate]:
+def _tuned(
+    configs: Iterable[FTConfig], untuned: Collection[str], model: nn.Module
+) -> dict[str, LogRange | Choice | FittedRate]:
     """The options to tune, as ``strategy.option``; composed strategies share the head's rate and common options.
 
     The mode of BatchNorm is not tuned if one of them needs batch statistics. Otherwise it is that of a strategy with a
-    default of its own, if there is one: "auto" for another strategy would leave the choice to that default.
+    default of its own, if there is one: "auto" for another strategy would leave the choice to that default. If
+    another strategy has stages, that default has no effect.
     """
-    configs = sorted(configs, key=lambda config: type(config).norm_mode == FTConfig.norm_mode)
+    configs = sorted(configs, key=lambda config: not prefers_norm_mode(type(config)))
+    owner = owner_of_stages(configs, model)
     batch_statistics = any(config.needs_batch_statistics() for config in configs)
     common = {field.name for field in options(FTConfig)} | {HEAD_LR}
     found: dict[str, LogRange | Choice | FittedRate] = {}
@@ -237,7 +248,8 @@ def _tuned(configs: Iterable[FTConfig], untuned: Collection[str]) -> dict[str, L
         for option, part in type(config).tuned.items():
             name = f"{config.ft_type}.{option}"
             shared = option in common and any(other.endswith(f".{option}") for other in found)
-            if option == "norm_mode" and batch_statistics:
+            without_effect = prefers_norm_mode(type(config)) and owner not in (None, config.ft_type)
+            if option == "norm_mode" and (batch_statistics or without_effect):
                 continue
             if _at_default(config, option) and name not in untuned and not shared:
                 found[name] = part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,18 +161,40 @@ def with_common_options(configs: Iterable[FTConfig], plans: Iterable[Plan], mode
     configs, plans = tuple(configs), tuple(plans)
     _check_renamed(configs, plans)
     plan = compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
-    mode = explicit_option(configs, "norm_mode") if any(one.stages for one in plans) else _norm_mode(configs)
+    mode = explicit_option(configs, "norm_mode") if any(one.stages for one in plans) else _norm_mode(configs, None)
     if mode is None:
         return plan
     return dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, norm_mode=mode) for s in plan.stages))
 
 
-def _norm_mode(configs: Iterable[FTConfig]) -> NormMode | None:
-    """The mode that is set, or else the one that a strategy prefers, unless another one needs batch statistics."""
+def owner_of_stages(configs: Iterable[FTConfig], model: nn.Module) -> str | None:
+    """The strategy that decides which parameters train when, if one does, and the mode of the normalisation layers."""
+    configs = tuple(configs)
+    if len(configs) == 1:
+        return configs[0].ft_type
+    for config in configs:
+        with suppress(OptionError):  # a model that it cannot train is refused elsewhere
+            if config.example_plan(model).stages:
+                return config.ft_type
+    return None
+
+
+def prefers_norm_mode(config: type[FTConfig]) -> bool:
+    """Whether a strategy has a default of its own for the mode of the normalisation layers."""
+    return config.norm_mode != FTConfig.norm_mode
+
+
+def _norm_mode(configs: Iterable[FTConfig], owner: str | None) -> NormMode | None:
+    """The mode that is set, or else the one that a strategy prefers, unless another one needs batch statistics.
+
+    Args:
+        owner: the strategy whose stages decide it, unless it is set; None if any may.
+    """
     configs = tuple(configs)
     if mode := explicit_option(configs, "norm_mode"):
         return mode
-    preferred = [config.norm_mode for config in configs if config.norm_mode != FTConfig.norm_mode]
+    deciding = [config for config in configs if owner in (None, config.ft_type)]
+    preferred = [config.norm_mode for config in deciding if config.norm_mode != FTConfig.norm_mode]
     return preferred[0] if preferred and not any(config.needs_batch_statistics() for config in configs) else None
 
 
@@ -238,7 +261,8 @@ def recommended_arguments(
     rate = merged.get("learning_rate")
     if isinstance(rate, LearningRate):
         batch_norm = model is None or bool(batch_norms(model))
-        kept = batch_norm and rate.kept is not None and _norm_mode(configs) == "eval"
+        owner = owner_of_stages(configs, model) if model is not None else None
+        kept = batch_norm and rate.kept is not None and _norm_mode(configs, owner) == "eval"
         if optim != SGD and (kept or (not batch_norm and rate.without_batch_norm != 1)):
             merged = WITHOUT_BATCH_STATISTICS | merged
         family = getattr(getattr(model, "config", None), "model_type", "")

@@ -17,12 +17,13 @@ from hf_ft import (
     L2SPConfig,
     LinearProbeConfig,
     LPFTConfig,
+    RIFLEConfig,
     SoftConfig,
     TREDConfig,
 )
 from hf_ft.comparison.contenders import entrant
 from hf_ft.comparison.settings import Settings
-from hf_ft.core.compose import build_plan
+from hf_ft.core.compose import build_plan, recommended_arguments
 from hf_ft.core.head_rate import HeadFit
 from hf_ft.core.recommended import Recommended
 from hf_ft.core.search_space import within
@@ -172,6 +173,17 @@ def test_statistics_are_kept_at_the_rate_recommended_for_that(config, default, s
         centre = {"auto": {"adamw_torch": 3e-4, "sgd": 3e-3}, "eval": {"adamw_torch": 2e-4, "sgd": 3e-4}}[mode][optim]
         assert 1 / 5.6 < values["learning_rate"] / centre < 5.6
     assert made.described_space()[name] == shown
+
+
+def test_a_default_mode_that_gives_way_to_stages_neither_is_tuned_nor_determines_the_rate():
+    made = with_head(SoftConfig(weight=0.0), RIFLEConfig())
+    assert "soft.norm_mode" not in made.first and made.first["rifle.norm_mode"] == "auto"
+    assert made.first["learning_rate"] == 3e-4
+    assert "warmup_steps" not in recommended_arguments(made.configs, "adamw_torch", tiny_resnet())
+    modes = {
+        build_plan(made.with_settings(v), tiny_resnet(), {}).stages[-1].norm_mode for v in made.settings(8, seed=0)
+    }
+    assert modes == {"auto", "eval"}
 
 
 def test_norm_mode_is_not_tuned_without_batch_norm():
