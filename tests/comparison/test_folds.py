@@ -11,6 +11,7 @@ from hf_ft.comparison.folds import FEW, class_of_rows, folds_of
 from hf_ft.comparison.results import Training
 from hf_ft.comparison.training import averaged
 from hf_ft.data.columns import find_columns
+from hf_ft.data.labels import class_labels
 from tests.comparison.small_comparison import lasting, load, run, splits
 
 
@@ -109,6 +110,7 @@ def test_trials_are_means_over_folds_and_runs_take_turns(tmp_path, monkeypatch):
     def watched(entrant, values, seed, common, work, known=None, *more):
         sets = entrant.bench.data
         rows = [tuple(np.sort(sets[name].indices).tolist()) for name in ("train", "validation")]
+        assert np.bincount(class_labels(sets["train"])).tolist() == [6, 6, 6]  # for class weights and searches
         seen.append((entrant.name, seed, rows, known is None or not known.states))
         training = train(entrant, values, seed, common, work, known, *more)
         seen[-1] = (*seen[-1], training.validation)

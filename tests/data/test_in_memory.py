@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import MobileNetV2ImageProcessorPil, default_data_collator
 
 from hf_ft import FTTrainer
@@ -141,6 +141,10 @@ def test_labels_and_class_names_are_found_as_in_the_data_set():
     assert Held([{"labels": 0.5}, {"labels": 1.5}]).class_labels is None
     assert Held([{"labels": [0.0, 1.0]}, {"labels": [1.0]}]).class_labels is None
     assert Held([{"x": torch.ones(1)}]).class_labels is None
+    for whole in (dataset, kept):
+        part = Subset(Subset(whole, [4, 2, 0, 1]), [0, 3])
+        np.testing.assert_array_equal(class_labels(part), class_labels(dataset)[[4, 1]])
+    assert class_labels(Subset([{"labels": 0}], [0])) is None
 
 
 def test_wrong_samples_are_named():
