@@ -8,16 +8,16 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from hf_ft.core.config_files import read_config_file
-from hf_ft.engine.checkpoint import read_states
+from hf_ft.engine.checkpoint import BUFFERS_NAME, read_states
 from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.models.weight_files import has_whole_weights
 from hf_ft.processes import is_gone, process_name
@@ -29,6 +29,14 @@ FILE_LIST = "ft_files.json"
 INCOMPLETE = "incomplete-"
 _ARCHIVES = (".pt", ".pth")  # as written by torch.save
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+# What a model is loaded from.
+_LOADED = (
+    ADAPTER_CONFIG_NAME,
+    "adapter_model*.safetensors",
+    BUFFERS_NAME,
+    "model*.safetensors",
+    SAFE_WEIGHTS_INDEX_NAME,
+)
 # As named by `incomplete`.
 _WRITER = re.compile(rf"^{INCOMPLETE}((?:[0-9a-f]{{12}}-\d+-)?\d+)-(?:old-.+|checkpoint-\d+|files)$")
 
@@ -173,6 +181,24 @@ def files_written_whole(folder: Path) -> Iterator[Path]:
                 os.replace(path, final)
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def remove_replaced(folder: Path, saved: Collection[str], ours: bool) -> None:
+    """Remove the weights that an earlier save left, since loaders prefer an adapter, and one file to several.
+
+    Args:
+        saved: names of the files that were saved now.
+        ours: whether the earlier save was ours; otherwise, there is only a warning.
+    """
+    left = [path for pattern in _LOADED for path in sorted(folder.glob(pattern)) if path.name not in saved]
+    if ours:
+        for path in left:
+            path.unlink()
+    elif left:
+        logger.warning(
+            f"{folder} also contains {', '.join(path.name for path in left)}, not written by hf_ft: loaders may use "
+            "it in place of what was saved now. Move it, or save to another folder."
+        )
 
 
 def move_into_place(written: Path, final: Path) -> None:

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from hf_ft.core.compose import resolve
 from hf_ft.core.config import BASELINE, FTConfig
+from hf_ft.core.config_files import CONFIG_NAME
 from hf_ft.core.context import Context, FrozenCache, State
 from hf_ft.core.plan import Plan, stage_borders
 from hf_ft.core.task_loss import TaskLoss
@@ -30,7 +31,7 @@ from hf_ft.data.prepare import collate
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.averaging import averaged
 from hf_ft.engine.batch import fills_up, leading, own_rows, rows_of, starts_at_borders
-from hf_ft.engine.checkpoint_folders import files_written_whole
+from hf_ft.engine.checkpoint_folders import files_written_whole, remove_replaced
 from hf_ft.engine.objective import Objective
 from hf_ft.engine.param_groups import (
     STAGE_RATES,
@@ -478,10 +479,13 @@ class FTTrainer(Trainer):
             state_dict = whole_state(self.model)
             if not self.args.should_save:
                 return
+        ours = (folder / CONFIG_NAME).is_file()
         with files_written_whole(folder) as written, self._averaged():
             super()._save(str(written), state_dict)
             self._checkpoints.save_beside_weights(written)
             write_card(card_of(self, self._checkpoints.base_name, folder), written)
+            saved = {path.name for path in written.iterdir()}
+        remove_replaced(folder, saved, ours)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if is_sharded(self.model):

@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageClassification
 
 from docs.tools.tables import documented
-from hf_ft import CheckpointError, L2SPConfig, OptionError
+from hf_ft import CheckpointError, L2SPConfig, OptionError, PEFTConfig
 from hf_ft.testing import same_tensors, suited, tiny_inputs, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, snapshot
 
@@ -98,3 +99,25 @@ def test_no_delta_of_a_delta(tmp_path):
     trainer = train(lora(), "full", tmp_path)
     with pytest.raises(CheckpointError, match="already a delta"):
         trainer.save_delta(tmp_path / "delta")
+
+
+def test_a_save_replaces_the_weights_of_another_kind(tmp_path):
+    saved = tmp_path / "saved"
+    adapter = train(tiny_vit(), PEFTConfig(merge=False), tmp_path / "adapter")
+    whole = train(tiny_vit(), "full", tmp_path / "whole")
+    adapter.save_model(str(saved))
+    whole.save_model(str(saved))
+    assert not list(saved.glob("adapter*")) and not (saved / "ft_buffers.safetensors").exists()
+    loaded = AutoModelForImageClassification.from_pretrained(saved)
+    same_tensors(loaded.state_dict(), whole.model.cpu().state_dict())
+    adapter.save_model(str(saved))
+    assert not (saved / "model.safetensors").exists() and (saved / "adapter_model.safetensors").is_file()
+
+
+def test_weights_that_another_program_saved_are_kept(tmp_path, caplog):
+    saved = tmp_path / "saved"
+    lora().save_pretrained(saved)
+    with caplog.at_level(logging.WARNING):
+        train(tiny_vit(), "full", tmp_path / "whole").save_model(str(saved))
+    assert (saved / "adapter_model.safetensors").is_file()
+    assert "also contains adapter_config.json, adapter_model.safetensors, not written by hf_ft" in caplog.text
