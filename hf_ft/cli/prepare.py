@@ -307,9 +307,19 @@ def _settle(args: TrainingArguments, request: Request, columns: Columns, model: 
         args.remove_unused_columns = False  # images and sounds are opened on access
     if not torch.accelerator.is_available() and "dataloader_pin_memory" not in request.given:
         args.dataloader_pin_memory = False
-    if not args.load_best_model_at_end or "metric_for_best_model" in request.given:
+    if args.load_best_model_at_end:
+        _settle_best_metric(args, request, columns)
+
+
+def _settle_best_metric(args: TrainingArguments, request: Request, columns: Columns) -> None:
+    """Set the best model's metric, unless it is given, and whether higher is better, unless that is."""
+    if "metric_for_best_model" not in request.given:
+        names = request.method.metrics or ([] if columns.problem_type == "regression" else ["accuracy"])
+        args.metric_for_best_model = names[0] if names and names[0] in LOCAL_METRICS else "loss"
+    best = str(args.metric_for_best_model).removeprefix("eval_")
+    if "greater_is_better" in request.given:
         return
-    names = request.method.metrics or ([] if columns.problem_type == "regression" else ["accuracy"])
-    best = names[0] if names and names[0] in LOCAL_METRICS else "loss"
-    args.metric_for_best_model = best
-    args.greater_is_better = best != "loss" and LOCAL_METRICS[best].kinds != ("regression",)
+    if best in LOCAL_METRICS:
+        args.greater_is_better = LOCAL_METRICS[best].kinds != ("regression",)
+    elif best == "loss":
+        args.greater_is_better = False

@@ -265,6 +265,7 @@ def _signature(bench: Bench, data: Data, settings: Settings, common: CommonSetti
         "learning_rates": settings.learning_rates,
         "tuner": TUNER,
         **({"folds": settings.folds} if settings.folds != 1 else {}),
+        **({"patience": settings.patience} if settings.patience is not None else {}),
         **settings.mixing.given,
     }
 

@@ -98,6 +98,20 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def precision_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the tensors of the model on exit, where ``model.to(dtype)`` put rounded ones in their place."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, held in buffers:
+            module._buffers.update(held)
+
+
+@contextlib.contextmanager
 def untouched(*models: nn.Module) -> Iterator[None]:
     """Like :func:`observing`; whatever modules set on themselves meanwhile is also undone.
 

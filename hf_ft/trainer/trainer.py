@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +47,7 @@ from hf_ft.engine.set_up import measure, set_up
 from hf_ft.errors import accepted
 from hf_ft.models.anatomy import unwrap
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
+from hf_ft.models.preserve import precision_kept
 from hf_ft.models.sharding import is_sharded, whole, whole_state
 from hf_ft.models.sharing import push_to_hub
 from hf_ft.trainer import checks, mixing_checks, sharding, stream_checks, trackers
@@ -459,12 +460,17 @@ class FTTrainer(Trainer):
         """In training, the average in place of the weights, if there is one; afterwards the model is the average."""
         return averaged(None if self._run is None else self._run.average)
 
+    def _precision_kept(self) -> AbstractContextManager[None]:
+        """For evaluation in half precision outside training, for which ``Trainer`` converts the model for good."""
+        half = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
+        return precision_kept(self.model) if half else nullcontext()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._averaged():
+        with self._averaged(), self._precision_kept():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._averaged():
+        with self._averaged(), self._precision_kept():
             return super().predict(*args, **kwargs)
 
     # --- saving and loading --------------------------------------------------------------------------------

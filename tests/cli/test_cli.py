@@ -24,6 +24,7 @@ from transformers import pipeline as make_pipeline
 from hf_ft import CollaborativeModel, FTConfig, L2SPConfig, Recommended, SwarmScores, load_configs
 from hf_ft.cli import console, main
 from hf_ft.cli import request as arguments
+from hf_ft.cli.prepare import make
 from hf_ft.core.config import strategies
 from hf_ft.core.options import options
 from hf_ft.inference import load_trained
@@ -302,6 +303,24 @@ def test_regression_keeps_the_epoch_of_the_smallest_loss(files, tmp_path, capsys
     assert rates and all(rate <= 3e-5 for rate in rates)
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).warmup_steps == 0.1
     assert "temperature" not in printed and not (tmp_path / "ft_calibration.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "greater"),
+    [
+        ([], False),
+        (["--metric_for_best_model", "mse"], False),
+        (["--metric_for_best_model", "eval_mae"], False),
+        (["--metric_for_best_model", "mse", "--greater_is_better", "true"], True),
+        (["--metric_for_best_model", "loss"], False),
+        (["--label_column", "label"], True),
+        (["--label_column", "label", "--metric_for_best_model", "macro_f1"], True),
+    ],
+)
+def test_the_best_model_has_the_lowest_error_and_the_highest_score(flags, greater, files, tmp_path):
+    where = ["--model", str(files / "bert"), "--dataset", str(files / "reviews.csv"), "--output_dir", str(tmp_path)]
+    request = arguments.read([*where, "--use_cpu", "true", "--label_column", "score", *flags])
+    assert make(request).trainer.args.greater_is_better is greater
 
 
 def test_precedence(tmp_path):

@@ -517,6 +517,8 @@ def test_interrupted_after_its_measurement_it_reports_the_same(tmp_path, monkeyp
 def test_a_folder_with_another_comparison_is_refused(compared):
     with pytest.raises(OptionError, match="arguments.num_train_epochs"):
         run(compared[1], data=compared[2], num_train_epochs=3)
+    with pytest.raises(OptionError, match="patience"):
+        run(compared[1], data=compared[2], patience=1)
 
 
 @pytest.mark.slow

@@ -394,6 +394,17 @@ def test_bf16(tmp_path):
     assert before == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
+def test_evaluation_in_half_precision_leaves_the_weights_as_they_are(tmp_path):
+    trainer = train(tiny_bert(), "full", tmp_path, bf16_full_eval=True)
+    before, data = snapshot(trainer.model), tiny_data(trainer.model)
+    rounded = trainer.evaluate(data)["eval_loss"]
+    trainer.predict(data)
+    same_tensors(snapshot(trainer.model), before)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    trainer.args.bf16_full_eval = False
+    assert 0 < abs(trainer.evaluate(data)["eval_loss"] - rounded) < 0.01
+
+
 def test_activation_checkpointing_changes_nothing(tmp_path):
     results = []
     for on in (False, True):
