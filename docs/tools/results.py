@@ -20,11 +20,12 @@ KEPT = Path(__file__).parents[1] / "results"
 NOT_YET = "Not measured yet."
 NATURAL = {"caltech40": "Caltech-101, 40 classes", "cifar10": "CIFAR-10"}
 # The same images, by other networks:
-NETWORKS = {"caltech40_lite": "EfficientNet-Lite0", "caltech40_dinov2": "DINOv2-small"}
+LITE = {"caltech40_lite": "EfficientNet-Lite0"}
+DINOV2 = {"caltech40_dinov2": "DINOv2-small"}
 # Far from ImageNet:
 CELLS = {"elpv_500": "solar cells, 500 images", "elpv_100": "solar cells, 100 images"}
 DIGITS = {"mnist_200": "MNIST, 200 images", "uci_100": "UCI digits, 100 images", "digits": "MNIST's 5 to 9, 50 images"}
-TITLES = NATURAL | NETWORKS | CELLS | DIGITS
+TITLES = NATURAL | LITE | DINOV2 | CELLS | DIGITS
 FIVE = ("blockwise", "daft", "soft", "tred", "amcf")
 FEW = (BASELINE, "full (statistics kept)", "linear_probe", "lp_ft", "peft", *FIVE, "blockwise+daft")
 RESAMPLES = 2000
