@@ -13,11 +13,12 @@ The tasks:
 - `digits` (64 px): the digits 5 to 9 of MNIST, 10 images per class (out of distribution: UCI's), from a MobileNetV2
   that this script first trains on the digits 0 to 4, which are the source data as well.
 
-Each of `--splits` draws training, validation and test images anew, with the same numbers per class. `--trials 0` trains
-every strategy with its own defaults; otherwise, each is tuned with a budget of that many full fine-tuning runs. AMCF
-trains the network together with EfficientNet-Lite0; "plain ensemble" trains the same two without AMCF's term and
-search. "full (statistics kept)" is full fine-tuning with BatchNorm's pretrained statistics, and "soft (batch
-statistics)" is soft fine-tuning without them; both are among the trials if a strategy is tuned. Others likewise.
+Each of `--splits` draws training, validation and test images anew, with the same numbers per class. `--trials 0`
+trains every strategy with its own defaults; otherwise, each is tuned with a budget of that many full fine-tuning runs.
+AMCF trains the network together with EfficientNet-Lite0; "amcf (all layers)" trains the same two without its search,
+and "plain ensemble" without its term as well. "full (statistics kept)" is full fine-tuning with BatchNorm's pretrained
+statistics, and "soft (batch statistics)" is soft fine-tuning without them; both are among the trials if a strategy is
+tuned. Others likewise.
 
 Prints an estimate. It may be stopped and started again, or started in several terminals, which then share the work. The
 results of every training run are in docs/results/; strategies that a stored comparison lacks are added to it.
@@ -54,8 +55,11 @@ WORK, KEPT = ROOT / "runs" / "results", ROOT / "docs" / "results"
 MOBILE, LITE, DINO = "mobilenet_v2", "efficientnet-lite0", "dinov2-small"
 LOW_DIGITS = WORK / "digits_source"  # the network trained on the digits 0 to 4
 # DINOv2 has neither BatchNorm nor a pretrained head, and no other model to work with.
-NEEDS_MORE = ("daft", "soft", "daft+l2_sp", "daft+tred", "amcf", "plain ensemble")
-ALL = "linear_probe,lp_ft,peft,l2_sp,delta,blockwise,daft,soft,tred,daft+l2_sp,daft+tred,amcf,plain ensemble"
+NEEDS_MORE = ("daft", "soft", "daft+l2_sp", "daft+tred", "amcf", "amcf (all layers)", "plain ensemble")
+ALL = (
+    "linear_probe,lp_ft,peft,l2_sp,delta,blockwise,daft,soft,tred,daft+l2_sp,daft+tred,amcf,amcf (all layers),"
+    "plain ensemble"
+)
 MODES = {" (statistics kept)": "eval", " (batch statistics)": "auto"}  # of BatchNorm, by the end of a name
 SOURCE = "imagenet1k_one_each"
 
@@ -155,6 +159,7 @@ def who_takes_part(names: str, task: Task) -> dict[str, Any]:
     both = (_recorded(task.model), LITE)
     made: dict[str, Any] = {
         "amcf": AMCFConfig(source_models=both),
+        "amcf (all layers)": AMCFConfig(source_models=both, frozen=(0, 0)),
         "plain ensemble": AMCFConfig(source_models=both, frozen=(0, 0), consistency=0.0),
     }
     for name in names.split(","):
