@@ -53,13 +53,14 @@ class Run:
         plan: their composed plan.
         model: the model after surgery (the same object if nothing had to be replaced).
         chains: its parts in forward order; empty if they are unknown and not needed.
-        trainable: names of the parameters that were not frozen before.
+        trainable: names of the parameters that surgery left trainable.
         anchors: initial values of the parameters that terms anchor.
         reference: the initial model, if a term compares with it.
         layouts: how the terms' layers lay out their outputs, once known.
         average: the running average of the weights, if the plan has one.
         origin: initial values that the plan's selections refer to.
         selected: whether these have been made.
+        unfrozen: names of the parameters that were not frozen before surgery.
     """
 
     configs: tuple[FTConfig, ...]
@@ -74,6 +75,7 @@ class Run:
     average: RunningAverage | None = None
     origin: Origin | None = None
     selected: bool = False
+    unfrozen: tuple[str, ...] = ()
 
     @property
     def trained(self) -> list[str]:
@@ -229,6 +231,9 @@ class Run:
         model = drop_source_head(self.model)
         for operation in self.plan.finalise:
             model = operation(model)
+        for name, parameter in model.named_parameters():
+            if name in self.unfrozen:  # merged adapters leave the weights frozen
+                parameter.requires_grad_(True)
         return model
 
 

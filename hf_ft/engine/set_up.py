@@ -47,8 +47,7 @@ def set_up(
     check_composed(configs)
     if states is None:
         states = measure(configs, model, None if context is None else lambda: context)
-    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    run = start(configs, model, check(configs, model, states, trainable), states, place)
+    run = start(configs, model, check(configs, model, states, _unfrozen(model)), states, place)
     if context is not None:
         run.find_layouts(context)
     return run
@@ -62,9 +61,10 @@ def start(
     place: Callable[[nn.Module], None] = lambda model: None,
 ) -> Run:
     """Apply a plan's surgery, and record the anchors of its terms."""
+    unfrozen = _unfrozen(model)
     for operation in plan.surgery:
         model = operation(model)
-    trainable = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    trainable = _unfrozen(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     place(model)
     anchor_names = [prefix for term in plan.terms for prefix in term.anchors]
@@ -81,7 +81,13 @@ def start(
     trained = ever_trained(plan, model, trainable)
     average = None if plan.average is None else RunningAverage(model, trained, plan.average)
     origin = origin_of(plan, model, trainable)
-    return Run(configs, states, plan, model, chains, trainable, anchors, reference, layouts, average, origin)
+    return Run(
+        configs, states, plan, model, chains, trainable, anchors, reference, layouts, average, origin, unfrozen=unfrozen
+    )
+
+
+def _unfrozen(model: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def measure(

@@ -215,7 +215,7 @@ class FTTrainer(Trainer):
                 self._resuming = None
                 if self._attempt is not None:
                     self._attempt.end()
-                if self._run is not None:
+                if self._run is not None and not self._finished:
                     self._run.thaw()
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:

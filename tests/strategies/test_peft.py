@@ -66,6 +66,16 @@ def test_unmerged_it_is_an_adapter_of_peft(make, tmp_path):
     assert any(covers(name, key) for name in names for key in moved)
 
 
+def test_after_merging_all_but_what_was_frozen_can_be_trained_again(tmp_path):
+    model = tiny_resnet()
+    model.resnet.embedder.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    trainer = make_trainer(model, "peft", tmp_path, max_steps=2)
+    for _ in range(2):
+        trainer.train()
+        assert {name: parameter.requires_grad for name, parameter in trainer.model.named_parameters()} == flags
+
+
 @pytest.mark.parametrize(
     "tuner",
     [LoraConfig(r=2, use_dora=True), IA3Config(feedforward_modules=[]), VeraConfig(r=4), LNTuningConfig()],
