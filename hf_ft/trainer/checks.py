@@ -18,7 +18,7 @@ from hf_ft.core.compose import check_composed, check_examples, chooses_rate, rec
 from hf_ft.core.config import FTConfig
 from hf_ft.core.plan import Plan
 from hf_ft.core.recommended import CHOSEN, FITTED
-from hf_ft.data.label_checks import check_labels
+from hf_ft.data.label_checks import IGNORED, check_labels
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style
 from hf_ft.engine.objective import Objective
@@ -231,10 +231,11 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
         )
     classes = config.num_labels
     labels = class_labels(dataset)
+    labels = None if labels is None else labels[labels != IGNORED]
     if isinstance(wanted, str):
         if wanted != "balanced":
             raise OptionError(f"class_weights={wanted!r} must be 'balanced' or one number per class.")
-        if labels is None:
+        if labels is None or not len(labels):
             raise OptionError("class_weights='balanced' needs a label column in train_dataset; pass numbers instead.")
         present = np.unique(labels)
         wanted = np.ones(classes)  # the weight of a class without samples is never used
@@ -244,7 +245,7 @@ def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any,
         raise OptionError(f"class_weights={wanted!r} must be {classes} non-negative numbers, one per class.")
     if labels is None or not len(labels):
         return weights
-    mean = float(weights[torch.as_tensor(labels[labels >= 0])].double().mean())
+    mean = float(weights[torch.as_tensor(labels)].double().mean())
     if mean == 0:
         raise OptionError(f"class_weights={wanted!r} are 0 for all classes that occur in train_dataset.")
     return weights / mean

@@ -324,6 +324,13 @@ def test_balanced_class_weights_and_their_refusals(tmp_path):
         )
 
 
+def test_balanced_class_weights_ignore_rows_without_label(tmp_path):
+    labels = [0, 0, 0, 1, 1, 2, -100, -100]
+    data = tiny_data(tiny_vit(), 8).remove_columns("labels").add_column("labels", labels).with_format("torch")
+    trainer = FTTrainer(tiny_vit(), tiny_arguments(tmp_path), class_weights="balanced", train_dataset=data)
+    assert trainer.task_loss.class_weights.tolist() == pytest.approx([6 / (3 * n) for n in (3, 2, 1)])
+
+
 @pytest.mark.parametrize("divide", [True, False])
 def test_compute_loss_func_means_the_same_with_accumulation(divide, tmp_path):
     def loss(outputs, labels, num_items_in_batch=None):
