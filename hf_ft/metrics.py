@@ -136,13 +136,13 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
 
     One output column means regression, as in Transformers. Labels with the shape of the logits are multi-label if
     they are all 0 or 1 (logits are thresholded at 0, i.e. at probability 0.5), otherwise regression. Everything else
-    is single-label.
+    is single-label; samples without a label (-100) are then left out.
 
     Args:
         eval_prediction: logits (B, C) or (B, 1, C), or a tuple that starts with them; labels (B,) or (B, C).
 
     Raises:
-        OptionError: if the shapes fit none of these kinds.
+        OptionError: if the shapes fit none of these kinds, or no sample has a label.
     """
     logits, labels = _first(eval_prediction.predictions), _first(eval_prediction.label_ids)
     if logits.ndim == 3 and logits.shape[1] == 1:
@@ -158,7 +158,10 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
             f"cannot score logits of shape {logits.shape} against labels of shape {labels.shape}: "
             "expected logits (B, C) with labels (B,) or (B, C)"
         )
-    return "single_label", logits.argmax(-1), labels.astype(np.int64)
+    known = labels != -100  # as in cross-entropy
+    if not known.any():
+        raise OptionError(f"cannot score: none of the {len(labels)} samples has a label; all are -100")
+    return "single_label", logits.argmax(-1)[known], labels[known].astype(np.int64)
 
 
 def _local_score(metric: type[_LocalMetric], predictions: np.ndarray, references: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import pytest
 from sklearn import metrics as sk
 from transformers import EvalPrediction
 
+from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
 
 
@@ -54,6 +55,16 @@ def test_class_absent_from_references_is_silent_and_left_out(batch):
         scores = classification_metrics(EvalPrediction(logits, labels))
     with pytest.warns(UserWarning, match="not in y_true"):
         assert scores["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, logits.argmax(-1)))
+
+
+def test_samples_without_label_do_not_count(batch):
+    logits, labels = batch
+    some, known = np.where(np.arange(40) % 3, labels, -100), np.arange(40) % 3 > 0
+    wanted = classification_metrics(EvalPrediction(logits[known], labels[known]))
+    assert classification_metrics(EvalPrediction(logits, some)) == wanted
+    assert compute_metrics(["accuracy"])(EvalPrediction(logits, some)) == {"accuracy": wanted["accuracy"]}
+    with pytest.raises(OptionError, match="none of the 40 samples has a label"):
+        classification_metrics(EvalPrediction(logits, np.full(40, -100)))
 
 
 def test_multi_label_cuts_logits_at_zero():
