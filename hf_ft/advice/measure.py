@@ -22,6 +22,7 @@ from hf_ft.advice.transferability import (
     logme,
 )
 from hf_ft.data.groups import given_groups
+from hf_ft.data.label_checks import IGNORED
 from hf_ft.data.labels import class_labels
 from hf_ft.data.rows import read_rows
 from hf_ft.errors import OptionError
@@ -46,15 +47,17 @@ GRADIENT_BATCHES = 4
 
 @dataclass
 class Recorded:
-    """Values recorded in one pass over the data.
+    """Values recorded in one pass over the data; statistics of all samples, the rest of the n that have a label.
 
     Attributes:
+        rows: their rows in the data set, (n,).
         features: inputs of the head, (n, D).
         labels: (n,).
         source: class probabilities of the pretrained head, (n, C_s), if there is one.
         statistics: statistics of each BatchNorm layer's input, by layer name.
     """
 
+    rows: NDArray[Any]
     features: Array
     labels: NDArray[Any]
     source: Array | None = None
@@ -95,27 +98,29 @@ def measure_signals(
     with random_states_kept(seed):
         layout = _head_layout(model, dataset, collate, rows, parts.head.modules)
         recorded = record(model, dataset, collate, rows, parts.head.modules, layout)
+        labelled = recorded.rows.tolist()
         if len(np.unique(recorded.labels)) < 2:
             raise OptionError(
-                f"advise: all {len(rows)} samples have the same label, but at least two classes are needed. Check the "
-                "labels."
+                f"advise: all {len(labelled)} samples have the same label, but at least two classes are needed. Check "
+                "the labels."
             )
-        few = rows[: BATCH * GRADIENT_BATCHES]
+        few = labelled[: BATCH * GRADIENT_BATCHES]
         backbone = parts.backbone
         probe = fit_probe(recorded.features, recorded.labels)
         batches = _batches(dataset, collate, few)
         gradients = relative_gradients(model, probe, batches, backbone, parts.head.modules, layout)
-    held = None if numbers is None else numbers[rows]
+    held = None if numbers is None else numbers[labelled]
     score = cross_validated_probe(recorded.features, recorded.labels, seed, held)
     source = recorded.source
     related = None if source is None else cross_validated_relationship(source, recorded.labels, seed, held)
+    samples = _labelled(dataset, len(labelled) / len(rows))
     return Signals(
-        samples=len(dataset),
-        class_counts=_class_counts(dataset, recorded.labels),
+        samples=samples,
+        class_counts=_class_counts(dataset, recorded.labels, samples),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         feature_size=recorded.features.shape[1],
         logme=logme(recorded.features, recorded.labels),
-        logme_constant=logme(np.ones((len(rows), 1)), recorded.labels),
+        logme_constant=logme(np.ones((len(labelled), 1)), recorded.labels),
         probe_accuracy=score.accuracy if score else None,
         probe_balanced_accuracy=score.balanced_accuracy if score else None,
         probe_std=score.std if score else None,
@@ -170,11 +175,13 @@ def record(
         with observing(model):
             for batch in batches():
                 model(**model_inputs(batch, device))
-    inputs = np.concatenate(features)
+    inputs, classes = np.concatenate(features), np.concatenate(labels)
     if not np.isfinite(inputs).all():
         raise OptionError("advise: the head's input is not finite: check the inputs for NaN or infinite values.")
     source = np.concatenate(probabilities) if kept else None
-    return Recorded(inputs, np.concatenate(labels), source, statistics)
+    known = classes != IGNORED
+    source = None if source is None else source[known]
+    return Recorded(np.asarray(rows)[known], inputs[known], classes[known], source, statistics)
 
 
 def _head_layout(
@@ -291,9 +298,15 @@ def _probabilities(head: SourceHead, border: Border) -> Array:
     return nn.functional.softmax(head(border), dim=-1).cpu().double().numpy()
 
 
-def _class_counts(dataset: Any, seen: NDArray[Any]) -> tuple[int, ...]:
+def _labelled(dataset: Any, share: float) -> int:
+    """Number of samples with a label; an estimate from their share of those seen if not all labels can be read."""
+    known = class_labels(dataset)
+    return round(len(dataset) * share) if known is None else int((known != IGNORED).sum())
+
+
+def _class_counts(dataset: Any, seen: NDArray[Any], samples: int) -> tuple[int, ...]:
     """Samples per non-empty class, smallest first; an estimate if not all labels were seen."""
     known = class_labels(dataset)
-    counts = np.unique(seen if known is None else known, return_counts=True)[1]
-    scale = len(dataset) / counts.sum()
+    counts = np.unique(seen if known is None else known[known != IGNORED], return_counts=True)[1]
+    scale = samples / counts.sum()
     return tuple(sorted(max(1, round(float(count * scale))) for count in counts))

@@ -34,7 +34,7 @@ class Signals:
     r"""Cheap figures of a pretrained model on the target's training data.
 
     Attributes:
-        samples: number of training samples.
+        samples: number of training samples, without those that have no label (-100).
         class_counts: samples per non-empty class, smallest first.
         trainable_parameters: number of trainable parameters of the model.
         feature_size: dimension D of the head's input.

@@ -314,6 +314,17 @@ def test_more_samples_than_the_limit(monkeypatch):
     assert s.samples == 60 and abs(sum(s.class_counts) - 60) <= 2
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_samples_without_label_count_for_nothing_but_batch_norm(as_list):
+    model = tiny_resnet()
+    data = tiny_data(model, 90)
+    labels = [-100 if i % 3 == 0 else int(label) for i, label in enumerate(data["labels"])]
+    some = data.remove_columns("labels").add_column("labels", labels).with_format("torch")
+    counts = sorted(labels.count(c) for c in range(3))
+    s = advise(model, [some[i] for i in range(90)] if as_list else some, default_data_collator).signals
+    assert (s.samples, list(s.class_counts), s.forward_samples, s.backward_samples) == (60, counts, 90, 60)
+
+
 def test_what_is_refused(monkeypatch):
     model = tiny_resnet()
     data = [tiny_data(model)[i] for i in range(32)]
