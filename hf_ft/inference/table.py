@@ -18,6 +18,7 @@ from hf_ft.inference.predictor import Prediction
 
 Format = Literal["csv", "jsonl"]
 SAMPLE, ERROR, TRUE = ("file", "row"), "error", "true_label"
+SEVERAL = ["labels", "probabilities"]
 JOIN = ";"  # between the labels of a sample in csv
 
 
@@ -72,7 +73,7 @@ class Layout:
     def _columns(self) -> list[str]:
         kind = self.wanted.problem_type
         if kind == "multi_label_classification":
-            return ["labels", "probabilities"]
+            return SEVERAL
         if kind == "regression":
             return _value_names(len(self.wanted.names))
         return [name for place in range(1, self.top_k + 1) for name in _pair(place)]
@@ -137,11 +138,19 @@ def is_ours(file: Path) -> bool:
         return True
     if first.startswith("{"):
         try:
-            keys = list(json.loads(first))
+            return _as_written(list(json.loads(first)))
         except ValueError:
             return False
-    else:
-        keys = next(csv.reader([first]), [])
-        if keys[-1:] != [ERROR]:
-            return False
-    return keys[:1] in ([SAMPLE[0]], [SAMPLE[1]]) and bool({"label", "labels", "value", "value_1", ERROR} & {*keys})
+    keys = next(csv.reader([first]), [])
+    return keys[-1:] == [ERROR] and _as_written(keys)
+
+
+def _as_written(names: list[str]) -> bool:
+    """Whether these are the names of :meth:`Layout.lines`, in order: those of a table of the user may be similar."""
+    sample, answer = names[:1], names[1:]
+    failed = answer[-1:] == [ERROR]
+    answer = answer[:-1] if failed else answer
+    answer = answer[:-1] if answer[-1:] == [TRUE] else answer
+    classes = [name for place in range(1, len(answer) // 2 + 1) for name in _pair(place)]
+    known = answer in (classes, SEVERAL, _value_names(len(answer))) if answer else failed
+    return sample in ([SAMPLE[0]], [SAMPLE[1]]) and known

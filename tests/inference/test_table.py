@@ -54,11 +54,17 @@ def test_options_that_do_not_fit_the_model_are_refused(wanted, more, told):
 @pytest.mark.parametrize("wanted", [SINGLE, SEVERAL, NUMBER])
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_own_files_may_be_replaced(wanted, form, tmp_path):
-    (tmp_path / "a").write_text("\n".join(lines(wanted, [0.5] * len(wanted.names), format=form)))
-    assert is_ours(tmp_path / "a")
+    written = lines(wanted, [0.5] * len(wanted.names), format=form, labelled=True)
+    for number in range(len(written) if form == "jsonl" else 1):  # the first sample may be unreadable
+        (tmp_path / "a").write_text("\n".join(written[number:]))
+        assert is_ours(tmp_path / "a")
 
 
-@pytest.mark.parametrize("text", ["file,label\na,b\n", '{"row": 1}\n', '["file"]\n', "{", "\x80", "text,label,error\n"])
+OTHERS = ("file,label\na,b\n", '{"row": 1}\n', '["file"]\n', "{", "\x80", "text,label,error\n", "file,label,error\n")
+LABELS = ('{"file": "a", "label": "cat", "rater": "me"}\n', '{"file": "a", "label": "cat"}\n')
+
+
+@pytest.mark.parametrize("text", OTHERS + LABELS)
 def test_files_of_others_may_not_be_replaced(text, tmp_path):
     (tmp_path / "a").write_text(text, encoding="latin-1")
     assert not is_ours(tmp_path / "a")
