@@ -179,8 +179,8 @@ def _with_ood(data: Data, flags: DataFlags, more: CompareFlags, prints: Prints |
     notes = ["validation and test rows are those of the data set, or were held out from its training rows"]
     if more.ood_dataset is None:
         return replace(data, notes=tuple(notes))
-    other = DatasetDict({"ood": other_distribution(more.ood_dataset, more.ood_split, data.columns)})
-    other, skipped = readable(other, data.columns, flags.on_corrupt, prints)
+    found = other_distribution(more.ood_dataset, more.ood_split, data.columns, flags.encoding)
+    other, skipped = readable(DatasetDict({"ood": found}), data.columns, flags.on_corrupt, prints)
     return replace(
         data,
         splits=DatasetDict({**data.splits, **other}),

@@ -21,11 +21,12 @@ from hf_ft.cli.request import Request
 from hf_ft.cli.streaming import process_streamed, read_streamed, stream_options
 from hf_ft.core.compose import shared_option
 from hf_ft.core.context import FrozenCache
+from hf_ft.data.align import find_like, load_further
 from hf_ft.data.check_results import FILE, DataChecks
 from hf_ft.data.classifier import load_classifier, load_ensemble
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.images import check_images
-from hf_ft.data.load import load_split, load_splits
+from hf_ft.data.load import load_splits
 from hf_ft.data.mixing import Mixing
 from hf_ft.data.on_duplicates import checked
 from hf_ft.data.prints import Prints
@@ -143,7 +144,9 @@ def read_data(
     """
     with reading or nullcontext():
         rows = _read_splits(flags, **more)
-        source = None if flags.source_dataset is None else load_split(flags.source_dataset, flags.source_split)
+        source = None
+        if flags.source_dataset is not None:
+            source = load_further(flags.source_dataset, flags.source_split, flags.encoding)
     columns = find_columns(rows, flags.image_column, flags.text_column, flags.label_column, flags.audio_column)
     check_task(flags, columns.task)
     if splits is not None:
@@ -270,7 +273,7 @@ def _source(rows: Dataset, flags: DataFlags, target: Columns) -> tuple[Dataset, 
         OptionError: if they are of another kind than the target data.
     """
     splits = DatasetDict({"train": rows})
-    columns = find_columns(splits)
+    columns = find_like(str(flags.source_dataset), splits, target)
     if columns.task != target.task:
         raise OptionError(f"--source_dataset {flags.source_dataset} holds {columns.task}, --dataset {target.task}.")
     return readable(splits, columns, flags.on_corrupt)[0]["train"], columns

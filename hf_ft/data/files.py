@@ -81,6 +81,13 @@ def is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
+def is_encoded(source: str) -> bool:
+    """Whether it is a csv or tsv file, or a folder with such files: what ``encoding`` applies to."""
+    path = Path(source).expanduser()
+    found = files(path) if path.is_dir() and not is_saved(path) else [path]
+    return any(Path(file).suffix.lower() in TABLES for file in found)
+
+
 def _check_encoding(encoding: str | None, source: str, tables: Iterable[Path]) -> None:
     """Reject an encoding if there is nothing to decode."""
     if encoding is not None and not any(file.suffix.lower() in TABLES for file in tables):

@@ -18,6 +18,7 @@ from hf_ft.comparison import Results
 from hf_ft.data.align import other_distribution
 from hf_ft.data.check_results import FILE
 from hf_ft.data.columns import find_columns
+from hf_ft.errors import DataError
 from hf_ft.testing.models import tiny_resnet
 from tests.comparison.small_comparison import even, images, lasting
 from tests.forked import python
@@ -172,6 +173,30 @@ def test_out_of_distribution_classes_are_matched_by_name(tmp_path):
     datasets.DatasetDict({"train": strange}).save_to_disk(str(tmp_path / "strange"))
     with pytest.raises(ValueError, match="the class 'pink'"):
         other_distribution(str(tmp_path / "strange"), None, own)
+
+
+def test_further_data_are_read_with_the_same_columns_and_encoding(tmp_path):
+    for name, number in (("own", 12), ("other", 3)):
+        rows = [f"{word} café {i},{word}" for i in range(number) for word in ("good", "bad")]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["body,quality", *rows]), encoding="latin-1")
+    own, other = (str(tmp_path / f"{name}.csv") for name in ("own", "other"))
+    given = {"text_column": "body", "label_column": "quality", "encoding": "latin-1"}
+    flags = DataFlags(dataset=own, source_dataset=other, **given)
+    data = comparison_data(flags, CompareFlags(ood_dataset=other), tmp_path)
+    assert data.source_columns.inputs == ("body",) and data.source_columns.label == "quality"
+    assert data.source["body"][0] == data.splits["ood"]["body"][0] == "good café 0"
+    (tmp_path / "renamed.csv").write_text("body,verdict\na,good\nb,bad\n")
+    with pytest.raises(DataError, match="has no label column among .*'verdict'.: name it 'quality'"):
+        comparison_data(flags, CompareFlags(ood_dataset=str(tmp_path / "renamed.csv")), tmp_path)
+    other_distribution(str(images_in_folders(tmp_path)), None, find_columns(images((3, 3), 0)), encoding="latin-1")
+
+
+def images_in_folders(folder):
+    """Nothing in it has an encoding."""
+    for name in ("red", "green"):
+        (folder / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "images" / name / "0.png")
+    return folder / "images"
 
 
 def test_help_teaches(capsys):
