@@ -18,6 +18,7 @@ from hf_ft.data.mixing import Mixing
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.search.storage import MISSING
+from hf_ft.trainer.checks import check_counts
 
 # The optimizers that each strategy tries, unless the user chooses one.
 OPTIMIZERS = {"image": (ADAM, SGD), "text": (ADAM,), "audio": (ADAM,)}
@@ -232,9 +233,10 @@ def training_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if "optim" in values:
             values["optim"] = OptimizerNames(values["optim"]).value
-        TrainingArguments("unused", **values | FIXED | {"metric_for_best_model": "loss"})
+        args = TrainingArguments("unused", **values | FIXED | {"metric_for_best_model": "loss"})
     except ValueError as error:
         raise OptionError(f"training arguments: {error}") from error
+    check_counts(args)
     if "optim" not in values and "optim_args" in values:
         raise OptionError(f"optim_args={values['optim_args']!r} belongs to an optimizer: choose it with optim.")
     return values

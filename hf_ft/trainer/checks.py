@@ -35,6 +35,7 @@ from hf_ft.trainer.source_streams import data_of
 from hf_ft.trainer.trackers import check as check_trackers
 
 logger = logging.get_logger(__name__)
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 def preflight(
@@ -179,8 +180,9 @@ def check_arguments(args: TrainingArguments, configs: Sequence[FTConfig] = ()) -
     """Reject training arguments that this trainer or one of the strategies does not support.
 
     Raises:
-        OptionError: for sharded training, or for arguments that a strategy rejects.
+        OptionError: for sharded training, a batch without samples, or arguments that a strategy rejects.
     """
+    check_counts(args)
     for config in configs:
         config.check_arguments(args)
     check_sharding(args, configs)
@@ -190,6 +192,17 @@ def check_arguments(args: TrainingArguments, configs: Sequence[FTConfig] = ()) -
             "Start with `accelerate launch` to use all of them."
         )
         args._n_gpu = 1
+
+
+def check_counts(args: TrainingArguments) -> None:
+    """Check how many samples and batches make an update.
+
+    Raises:
+        OptionError: if a number is less than 1.
+    """
+    for name in COUNTS:
+        if getattr(args, name) < 1:
+            raise OptionError(f"{name}={getattr(args, name)} must be at least 1.")
 
 
 def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> None:

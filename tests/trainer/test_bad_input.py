@@ -27,13 +27,14 @@ from hf_ft import (
     compose,
 )
 from hf_ft.cli.request import read
+from hf_ft.comparison.settings import training_arguments
 from hf_ft.core.compose import build_plan
 from hf_ft.core.config import load_configs
 from hf_ft.core.options import annotation, parse
 from hf_ft.models.norms import batch_norms
 from hf_ft.testing import tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.training import make_trainer, tiny_arguments
-from hf_ft.trainer.checks import warn_slow_statistics
+from hf_ft.trainer.checks import COUNTS, warn_slow_statistics
 from hf_ft.trainer.sharding import check_accelerator, check_whole
 
 
@@ -176,6 +177,13 @@ def test_labels_outside_the_head(tmp_path):
         tiny_arguments(tmp_path),
         train_dataset=data,
     )
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_batches_without_samples(name, tmp_path):
+    refused(f"{name}=0 must be at least 1", make_trainer, tiny_vit(), "full", tmp_path / "out", **{name: 0})
+    refused(f"{name}=-2 must be at least 1", training_arguments, {name: -2})
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_labels_at_all(tmp_path):
