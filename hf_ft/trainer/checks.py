@@ -67,6 +67,7 @@ def preflight(
         check_shardable(args, model, optimizer)
         data = given.get("train_dataset"), given.get("eval_dataset")
         check_model(configs, args, model, *data, scheduler, source_dataset, looks)
+        check_smoothing(args, model, given.get("compute_loss_func"))
 
 
 def check_model(
@@ -225,6 +226,20 @@ def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> N
         kind = check_labels(dataset, where, classes, getattr(config, "problem_type", None))
         if kind is not None:
             config.problem_type = kind
+
+
+def check_smoothing(args: TrainingArguments, model: nn.Module, function: Any) -> None:
+    """Check that labels can be smoothed.
+
+    Raises:
+        OptionError: if samples do not have one class each.
+    """
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    if args.label_smoothing_factor and function is None and kind in ("regression", "multi_label_classification"):
+        raise OptionError(
+            f"label_smoothing_factor={args.label_smoothing_factor} needs single-label classification, but the model's "
+            f"problem_type is {kind}: leave it out."
+        )
 
 
 def class_weights_of(wanted: Any, dataset: Any, model: nn.Module, function: Any, label_smoother: Any) -> Tensor | None:

@@ -159,6 +159,7 @@ class FTTrainer(Trainer):
             data = self.train_dataset, self.eval_dataset
             sharding.check_shardable(args, self.model, self.optimizer)
             checks.check_model(self.configs, args, self.model, *data, self.lr_scheduler, source_dataset, looks)
+            checks.check_smoothing(args, self.model, self.compute_loss_func)
         if args.label_names is None and not self.label_names:
             self.label_names = ["labels"]  # the model's forward names none: the task loss takes them
         # Both belong to the task loss: if set here, the Trainer would count items and scale the loss again.

@@ -186,6 +186,14 @@ def test_batches_without_samples(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_smoothing_needs_one_class_per_sample(tmp_path):
+    smoothed = {"label_smoothing_factor": 0.1}
+    message = "label_smoothing_factor=0.1 needs single-label classification, but .* is regression"
+    refused(message, make_trainer, tiny_vit(num_labels=1), "full", tmp_path / "out", **smoothed)
+    assert not (tmp_path / "out").exists()
+    make_trainer(tiny_vit(), "full", tmp_path, **smoothed)
+
+
 def test_no_labels_at_all(tmp_path):
     data = tiny_data(tiny_vit()).remove_columns("labels")
     trainer = FTTrainer(tiny_vit(), tiny_arguments(tmp_path), train_dataset=data)
