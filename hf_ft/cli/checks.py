@@ -47,6 +47,7 @@ def check_flags(values: Mapping[str, Any]) -> None:
         if values.get(name) not in (None, *choices):
             raise OptionError(f"--{name} {values[name]} is unknown: choose one of {', '.join(choices)}.")
     check_augmentation(values.get("augment") or "none")
+    _check_scored(values)
     for name, other in ABOUT.items():
         if values.get(name) is not None and values.get(other) is None:
             raise OptionError(f"--{name} {values[name]} has no effect without --{other}: add that, or leave it out.")
@@ -57,6 +58,18 @@ def check_flags(values: Mapping[str, Any]) -> None:
     if model in SHORT_NAMES or (model is not None and Path(model).is_dir()):
         what = "a folder" if Path(model).is_dir() else "a short name"
         refuse(values, ["revision"], f"it refers to a model on the Hub, but --model {model} is {what}")
+
+
+def _check_scored(values: Mapping[str, Any]) -> None:
+    """Refuse training arguments with which an evaluation would have no logits or labels to score."""
+    if values.get("prediction_loss_only"):
+        raise OptionError("--prediction_loss_only True leaves no logits to score: leave it out.")
+    names = values.get("label_names")
+    if names not in (None, ["labels"]):
+        raise OptionError(
+            f"--label_names {' '.join(names)}: models call them labels, whatever the column. Leave it out; "
+            "--label_column names the column."
+        )
 
 
 def check_task(flags: DataFlags, task: Task) -> None:

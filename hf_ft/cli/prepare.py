@@ -77,6 +77,7 @@ def make(request: Request) -> Made:
             processed = process_streamed(streamed, data, model, processor)
         else:
             processed = process(data, model, processor)
+    _check_metric(args, request, data.columns)
     _settle(args, request, data.columns, model)
     method = request.method
     cache = FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb)
@@ -298,6 +299,23 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
         keep_source_head=any(config.needs().source_head for config in request.configs),
         head=shared_option(request.configs, "head"),
     )
+
+
+def _check_metric(args: TrainingArguments, request: Request, columns: Columns) -> None:
+    """Check that an evaluation has the score that chooses the best model.
+
+    Raises:
+        OptionError: if it does not.
+    """
+    wanted, metrics = request.given.get("metric_for_best_model"), request.method.metrics
+    if wanted is None or any(name not in LOCAL_METRICS for name in metrics):  # which may name their scores freely
+        return
+    kind = columns.problem_type.removesuffix("_classification")
+    known = ["loss", *(metrics or [name for name, metric in LOCAL_METRICS.items() if kind in metric.kinds])]
+    if wanted.removeprefix("eval_") not in known:
+        raise OptionError(
+            f"--metric_for_best_model {wanted} is no score of an evaluation: choose one of {', '.join(known)}."
+        )
 
 
 def _settle(args: TrainingArguments, request: Request, columns: Columns, model: nn.Module) -> None:

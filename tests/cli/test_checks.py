@@ -33,6 +33,12 @@ from hf_ft.errors import OptionError
         ("compare", "--strategies l2_sp --source_dataset x", "--source_dataset x has no effect: no strategy chosen"),
         ("train", "--strategy l2_sp --source_dataset x", "--source_dataset x has no effect: no strategy chosen"),
         ("train", "--frozen_cache never --frozen_cache_disk_gb 3", "--frozen_cache_disk_gb 3.0 has no effect: --froz"),
+        (
+            "train",
+            "--prediction_loss_only true",
+            "--prediction_loss_only True leaves no logits to score: leave it out.",
+        ),
+        ("train", "--label_names label", "--label_names label: models call them labels, whatever the column. Leave"),
         ("train", "--revision main", "--revision main has no effect: it refers to a model on the Hub"),
         ("advise", "--learning_rate 0.1", "--learning_rate 0.1 has no effect: advise trains nothing."),
         ("advise", "--class_weights balanced", "--class_weights balanced has no effect: advise trains nothing."),
