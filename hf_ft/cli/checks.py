@@ -19,6 +19,7 @@ from hf_ft.trainer.sharding import check_sharding
 from hf_ft.zoo.models import SHORT_NAMES
 
 CHOICES = {"augment": tuple(AUGMENTATIONS), "on_corrupt": get_args(OnCorrupt), "on_duplicates": get_args(OnDuplicates)}
+SEEDS = 2**32  # number of seeds that NumPy and scikit-learn accept
 # Flags that say something about what another one names.
 ABOUT = {"source_split": "source_dataset", "ood_split": "ood_dataset"}
 ABOUT |= {"shuffle_buffer": "streaming", "measure_samples": "streaming"}
@@ -48,6 +49,7 @@ def check_flags(values: Mapping[str, Any]) -> None:
             raise OptionError(f"--{name} {values[name]} is unknown: choose one of {', '.join(choices)}.")
     check_augmentation(values.get("augment") or "none")
     _check_scored(values)
+    _check_numbers(values)
     for name, other in ABOUT.items():
         if values.get(name) is not None and values.get(other) is None:
             raise OptionError(f"--{name} {values[name]} has no effect without --{other}: add that, or leave it out.")
@@ -70,6 +72,15 @@ def _check_scored(values: Mapping[str, Any]) -> None:
             f"--label_names {' '.join(names)}: models call them labels, whatever the column. Leave it out; "
             "--label_column names the column."
         )
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """Refuse numbers with which data cannot be read or processed."""
+    seed, length = values.get("split_seed"), values.get("max_length")
+    if seed is not None and not 0 <= seed < SEEDS:
+        raise OptionError(f"--split_seed {seed} is not a seed: use a number from 0 to {SEEDS - 1}.")
+    if length is not None and length < 1:
+        raise OptionError(f"--max_length {length} is not a number of tokens: use at least 1, or leave it out.")
 
 
 def check_task(flags: DataFlags, task: Task) -> None:

@@ -56,9 +56,10 @@ class ModelAndData(Sources):
         for name, what in (("model", "the folder that training wrote, or a Hub id"), ("dataset", "files or data")):
             if not getattr(self, name):
                 raise OptionError(f"--{name} is missing: {what}.")
-        for name, least in (("batch_size", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise OptionError(f"--{name} {getattr(self, name)} is too small: set it to at least {least}.")
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("max_length", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionError(f"--{name} {value} is too small: set it to at least {least}.")
 
     def probability_threshold(self) -> float:
         """Above which one of several labels is predicted."""

@@ -60,6 +60,10 @@ OURS = (
 )
 
 
+# Settings that are numbers, and the lowest value of each.
+LOWEST = {"trials": 0, "seeds": 1, "most_trials": 1, "distortion_samples": 0, "sampling_seed": 0}
+
+
 def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -138,7 +142,7 @@ class Settings:
     def check(self) -> None:
         if importlib.util.find_spec("optuna") is None:
             raise ImportError(MISSING)
-        for name, least in (("trials", 0), ("seeds", 1), ("most_trials", 1), ("distortion_samples", 0)):
+        for name, least in LOWEST.items():
             if getattr(self, name) < least:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)!r}.")
         if self.folds is not None and self.folds < 1:

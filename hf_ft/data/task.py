@@ -16,6 +16,7 @@ from hf_ft.data.in_memory import held
 from hf_ft.data.info import DataInfo
 from hf_ft.data.prepare import collate, prepare, usual_length
 from hf_ft.data.sounds import SECONDS
+from hf_ft.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Data:
         skipped: number of unreadable rows by split.
         notices: licences and sources, for the report.
         notes: remarks for the report, such as which splits were carved.
+
+    Raises:
+        OptionError: if ``max_length`` is less than 1.
     """
 
     splits: DatasetDict
@@ -51,6 +55,10 @@ class Data:
     skipped: Mapping[str, int] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise OptionError(f"max_length={self.max_length} must be at least 1 token, or None.")
 
     @property
     def groups(self) -> np.ndarray | None:

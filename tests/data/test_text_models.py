@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from hf_ft.cli import main
 from hf_ft.data.classifier import load_classifier
 from hf_ft.data.columns import find_columns
+from hf_ft.data.load import load_splits
 from hf_ft.data.prepare import collate, prepare, usual_length
-from hf_ft.errors import DataError
+from hf_ft.data.task import Data
+from hf_ft.errors import DataError, OptionError
 from hf_ft.testing.models import tiny_bert
 
 WORDS = ["[UNK]", "<end>", "good", "bad", "film", "7", "8"]
@@ -93,3 +95,9 @@ def test_numbers_are_read_as_text():
     splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"age": [7, 8, 7], "label": ["a", "b", "a"]}))
     ready = prepare(splits, tokenizer(eos_token="<end>"), find_columns(splits, text_column="age"), max_length=4)
     assert ready["train"]["input_ids"][:] == [[5], [6], [5]]
+
+
+def test_a_length_of_no_tokens_is_refused(reviews):
+    splits = load_splits(reviews)
+    with pytest.raises(OptionError, match="max_length=0 must be at least 1 token, or None."):
+        Data(splits, find_columns(splits), max_length=0)
