@@ -37,14 +37,23 @@ class SharedGroups:
         return f"{first} and {second} share {groups} ({self.rows[0]:,} and {self.rows[1]:,} samples)"
 
 
-def check_group_column(split: Dataset, column: str | None) -> None:
+def check_group_column(split: Dataset, column: str | None, label: str | None = None) -> None:
     """Check that the column can define groups.
 
+    Args:
+        label: the label column, if known.
+
     Raises:
-        DataError: if there is no such column, or its values cannot be compared.
+        DataError: if there is no such column, its values cannot be compared, or they are the labels.
     """
     if column is None:
         return
+    if column == label:
+        raise DataError(
+            f"column {column!r} holds the labels, so whole classes would be held out: set group_column to another, "
+            "or leave it out",
+            arguments=("group_column",),
+        )
     if column not in split.column_names:
         raise DataError(
             f"there is no column {column!r}, only {shown_columns(split)}: set group_column", arguments=("group_column",)

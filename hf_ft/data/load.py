@@ -75,7 +75,7 @@ def load_splits(
     check_names(parts["train"], label)
     parts = known_rows(parts, label, unknown_classes)
     whole = parts["train"]
-    check_group_column(whole, group_column)
+    check_group_column(whole, group_column, label)
     by = _stratify_by(whole, label)
     if test_fraction is not None and "test" in parts and not _has_labels(parts["test"], label, whole):
         logger.warning("the test split has rows without a label: part of train is held out instead")

@@ -83,7 +83,7 @@ def data_keys(splits: Mapping[str, Dataset], columns: Columns, group_column: str
     media = next((media for media in MEDIA if media.task == columns.task), None)
     keys = {}
     for name, split in splits.items():
-        wanted = [ROW, columns.label, group_column, *columns.inputs]
+        wanted = dict.fromkeys([ROW, columns.label, group_column, *columns.inputs])  # groups may be files
         split = split.with_format(None).select_columns([c for c in wanted if c in split.column_names])
         split = split if media is None else split.cast_column(columns.inputs[0], media.unopened)
         seen = hashlib.sha256(repr((VERSION, len(split), split.column_names)).encode())

@@ -232,6 +232,18 @@ def test_groups_that_cannot_be_split(tmp_path):
         load_splits(source, group_column="patient")
     with pytest.raises(DataError, match=r"no column 'ward', only \['text', 'label', 'patient'\]: set group_column"):
         load_splits(source, group_column="ward")
+    with pytest.raises(DataError, match="column 'label' holds the labels, so whole classes would be held out: set"):
+        load_splits(source, group_column="label")
+
+
+def test_each_file_may_be_a_group(tmp_path):
+    """The column of the groups is also that of the inputs."""
+    rows = [(tmp_path / f"{number}.png", "ab"[number % 2]) for number in range(10)]
+    for path, _ in rows:
+        picture(1).save(path)
+    (tmp_path / "table.csv").write_text("\n".join(["image,label", *(f"{path},{label}" for path, label in rows)]))
+    splits = load_splits(str(tmp_path / "table.csv"), group_column="image")
+    assert set(on_duplicates.data_keys(splits, find_columns(splits), "image")) == {"train", "validation"}
 
 
 def test_shared_groups_are_counted_and_rows_without_a_group_are_alone():
