@@ -122,6 +122,14 @@ def fitting_labels(labels: Tensor, config: Any) -> Tensor:
     return labels.long() if labels.dtype == torch.bool and labels.dim() == 1 else labels
 
 
+def are_classes(labels: Any, config: Any) -> bool:
+    """Whether labels (B,) are the classes of a task that has one class per sample; numbers may be integers as well."""
+    usual = "regression" if getattr(config, "num_labels", None) == 1 else "single_label_classification"  # Transformers'
+    kind = getattr(config, "problem_type", None) or usual
+    integers = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    return integers and kind == "single_label_classification"
+
+
 def are_shares(labels: Any, config: Any) -> bool:
     """Whether labels are shares (B, C) of the classes of a task that has one class per sample."""
     kind = getattr(config, "problem_type", None)

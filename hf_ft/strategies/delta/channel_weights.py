@@ -23,7 +23,7 @@ from hf_ft.core.compose import compose
 from hf_ft.core.config import FTConfig
 from hf_ft.core.context import Context
 from hf_ft.core.plan import Plan, Stage
-from hf_ft.core.task_loss import classifier_outputs
+from hf_ft.core.task_loss import are_classes, classifier_outputs
 from hf_ft.engine.frozen.find_prefix import find_prefix
 from hf_ft.engine.frozen.prefix import FrozenPrefix
 from hf_ft.engine.frozen.recorder import Recordings
@@ -70,8 +70,7 @@ def channel_weights(
     Raises:
         OptionError: if the task is not single-label classification, or a layer's output has no channels.
     """
-    labels = context.samples.read([0]).get("labels")
-    if labels is None or labels.dim() != 1 or labels.is_floating_point():
+    if not are_classes(context.samples.read([0]).get("labels"), getattr(model, "config", None)):
         raise OptionError(
             "delta: weights='attention' needs class labels, whose cross-entropy weights the channels. Set "
             "weights='uniform'."

@@ -31,6 +31,7 @@ from hf_ft.core import (
     option,
     register,
 )
+from hf_ft.core.task_loss import are_classes
 from hf_ft.core.terms import compared
 from hf_ft.engine.frozen.features import RecordedFeatures
 from hf_ft.engine.frozen.record import batches_of
@@ -145,9 +146,9 @@ class TREDConfig(FTConfig):
         return self.alpha > 0
 
     def measure(self, model: nn.Module, context: Context) -> State:
-        labels = context.samples.read([0]).get("labels")
-        classes = getattr(getattr(model, "config", None), "num_labels", None)
-        if labels is None or labels.dim() != 1 or labels.is_floating_point() or classes is None:
+        config = getattr(model, "config", None)
+        classes = getattr(config, "num_labels", None)
+        if classes is None or not are_classes(context.samples.read([0]).get("labels"), config):
             raise OptionError(
                 "tred: class labels (B,) are needed to find the target-relevant features, and this task has none. Use "
                 "DELTAConfig."

@@ -225,11 +225,12 @@ def test_a_layer_without_channels(tmp_path):
         train(tiny_resnet(), DELTAConfig(layers=("classifier",)), tmp_path)
 
 
-def test_regression_cannot_weigh_channels(tmp_path):
+@pytest.mark.parametrize("label", [0.5, 4])
+def test_regression_cannot_weigh_channels(label, tmp_path):
     model = tiny_resnet(num_labels=1)
     model.config.problem_type = "regression"
     trainer = make_trainer(model, DELTAConfig(), tmp_path)
-    trainer.train_dataset = [{"pixel_values": torch.randn(3, 32, 32), "labels": 0.5} for _ in range(8)]
+    trainer.train_dataset = [{"pixel_values": torch.randn(3, 32, 32), "labels": label} for _ in range(8)]
     with pytest.raises(OptionError, match="weights='uniform'"):
         trainer.train()
 

@@ -247,11 +247,12 @@ def test_what_can_never_work(tmp_path):
         TREDConfig(criterion="mmd")
 
 
-def test_regression_has_no_classes(tmp_path):
+@pytest.mark.parametrize("label", [0.5, 4])
+def test_regression_has_no_classes(label, tmp_path):
     model = tiny_resnet(num_labels=1)
     model.config.problem_type = "regression"
     trainer = make_trainer(model, "tred", tmp_path)
-    trainer.train_dataset = [{"pixel_values": torch.randn(3, 32, 32), "labels": 0.5} for _ in range(8)]
+    trainer.train_dataset = [{"pixel_values": torch.randn(3, 32, 32), "labels": label} for _ in range(8)]
     with pytest.raises(OptionError, match="class labels"):
         trainer.train()
 
