@@ -77,7 +77,7 @@ def make(request: Request) -> Made:
             processed = process_streamed(streamed, data, model, processor)
         else:
             processed = process(data, model, processor)
-    _check_metric(args, request, data.columns)
+    _check_metric(request, data.columns)
     _settle(args, request, data.columns, model)
     method = request.method
     cache = FrozenCache(method.frozen_cache, method.frozen_cache_memory_gb, method.frozen_cache_disk_gb)
@@ -301,7 +301,7 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
     )
 
 
-def _check_metric(args: TrainingArguments, request: Request, columns: Columns) -> None:
+def _check_metric(request: Request, columns: Columns) -> None:
     """Check that an evaluation has the score that chooses the best model.
 
     Raises:
