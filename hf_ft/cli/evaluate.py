@@ -14,7 +14,7 @@ from hf_ft.cli.predict import check_output, prepared, tell_unreadable, write_lin
 from hf_ft.cli.request import read_own
 from hf_ft.errors import OptionError
 from hf_ft.inference.checkpoint import Trained
-from hf_ft.inference.evaluation import calibrate, data_name, evaluation
+from hf_ft.inference.evaluation import FILES, calibrate, data_name, evaluation, is_ours
 from hf_ft.inference.predictor import predictions
 from hf_ft.inference.scores import Scorer
 from hf_ft.inference.table import Layout
@@ -34,6 +34,8 @@ def run_evaluate(arguments: list[str]) -> None:
         raise OptionError(f"--output_dir {folder} is a file: name a folder.")
     _check_calibration(flags)
     check_output(folder / PREDICTIONS, flags.overwrite, "output_dir")
+    for name in FILES:
+        check_output(folder / name, flags.overwrite, "output_dir", is_ours)
     if not is_main():  # of several processes, one predicts
         return
     quieten()

@@ -100,7 +100,7 @@ class EvaluateFlags(ModelAndData):
         "ft_calibration.json and used from then on"
     )
     calibrate_split: str | None = _flag("split of these data, like --split")
-    overwrite: bool = _flag("replace predictions.csv even if this command did not write it", False)
+    overwrite: bool = _flag("replace files in --output_dir even if this command did not write them", False)
 
 
 @dataclass

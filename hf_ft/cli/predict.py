@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -86,17 +86,18 @@ def _check_fitting(flags: ModelAndData, trained: Trained) -> None:
         )
 
 
-def check_output(file: Path, overwrite: bool, flag: str) -> None:
-    """Refuse to replace a file that this command did not write.
+def check_output(file: Path, overwrite: bool, flag: str, ours: Callable[[Path], bool] = is_ours) -> None:
+    """Refuse to replace a file that this command did not write, by what ``ours`` says.
 
     Raises:
         OptionError: naming the fix.
     """
     if file.is_dir():
         raise OptionError(f"--{flag} {file} is a folder: name a file.")
-    if file.exists() and not (overwrite or is_ours(file)):
+    if file.exists() and not (overwrite or ours(file)):
+        other = "folder" if flag == "output_dir" else "file"
         raise OptionError(
-            f"--{flag} {file} exists, and this command did not write it: give another file, or add --overwrite."
+            f"--{flag} {file} exists, and this command did not write it: give another {other}, or add --overwrite."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,9 @@ from hf_ft.metrics import Scores
 from hf_ft.records import stored
 
 NAME = "evaluation"
-_ABOUT = ("Evaluation of a classifier", "hf-ft evaluate", f"{NAME}.json", f"{NAME}.md")
+FILES = tuple(f"{NAME}{suffix}" for suffix in (".json", ".html", ".md"))
+COMMAND = "hf-ft evaluate"
+_ABOUT = ("Evaluation of a classifier", COMMAND, f"{NAME}.json", f"{NAME}.md")
 LISTED = 100  # unreadable samples on the page
 
 
@@ -103,16 +106,25 @@ class Evaluation:
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``evaluation.json``, ``evaluation.html`` and ``evaluation.md``; returns their paths."""
         page = self.document()
-        texts = {
-            ".json": json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n",
-            ".html": html(page),
-            ".md": markdown(page),
-        }
+        texts = (json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", html(page), markdown(page))
         Path(folder).mkdir(parents=True, exist_ok=True)
-        written = [Path(folder) / f"{NAME}{suffix}" for suffix in texts]
-        for file, text in zip(written, texts.values(), strict=True):
+        written = [Path(folder) / name for name in FILES]
+        for file, text in zip(written, texts, strict=True):
             write_whole(file, text)
         return written
+
+
+def is_ours(file: Path) -> bool:
+    """Whether :meth:`Evaluation.save` wrote this one of its files, so that it may be replaced."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            return {"model", "data", "rows", "scores", "confusion"} <= set(json.loads(text))
+    except (OSError, TypeError, ValueError):
+        return False
+    if file.suffix == ".html":
+        return f"Made by <code>{COMMAND}</code>" in text
+    return re.match(r"# .*\n\nEvaluation on [\d,]+ samples\.\n", text) is not None
 
 
 def evaluate(

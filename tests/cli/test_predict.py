@@ -63,6 +63,15 @@ def test_an_evaluation_is_a_page_with_its_scores(files, tmp_path, capsys):
     assert "Confusion matrix" in page and str(tmp_path) not in page and "predicted eel" in page
     assert f"{right} of 12 predictions are correct" in (out / "evaluation.md").read_text()
     assert call("evaluate", files / "resnet", files / "photos", "--output_dir", out) == 0  # once more
+    for name in ("evaluation.json", "evaluation.html", "evaluation.md"):
+        written = (out / name).read_text()
+        (out / name).write_text('{"mine": 1}')
+        assert call("evaluate", files / "resnet", files / "photos", "--output_dir", out) == 2
+        assert f"{name} exists, and this command did not write it: give another folder" in capsys.readouterr().err
+        assert (out / name).read_text() == '{"mine": 1}'
+        (out / name).write_text(written)
+    (out / name).write_text("# Mine\n")
+    assert call("evaluate", files / "resnet", files / "photos", "--output_dir", out, "--overwrite") == 0
 
 
 @pytest.mark.parametrize(
