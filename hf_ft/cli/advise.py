@@ -139,10 +139,21 @@ def _check(request: Request) -> None:
         "advise trains nothing",
     )
     check_request(replace(request, method=replace(request.method, overwrite=True)))
+    file = request.output_dir / FILE
+    if file.exists() and not _is_ours(file):
+        raise OptionError(f"--output_dir {file} exists, and this command did not write it: name another folder.")
     if request.data.augment not in (None, "none"):
         raise OptionError(
             f"--augment {request.data.augment}: advise uses the samples without augmentation; leave it out."
         )
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file holds advice, so that it may be replaced."""
+    try:
+        return {"order", "signals", "recommendations"} <= set(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def _advise(request: Request, args: TrainingArguments, members: int) -> tuple[Advice, Data]:
