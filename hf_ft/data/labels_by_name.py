@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,7 +24,8 @@ logger = logging.get_logger(__name__)
 def labels_by_name(split: Dataset, column: str, names: Sequence[str], problem_type: ProblemType) -> list[Any]:
     """The labels of a column: class numbers of the model, rows of zeros and ones (C,), or floats; None where missing.
 
-    None, NaN, empty texts, and the negative numbers that hide a benchmark's test classes count as missing.
+    None, NaN, empty texts, and the negative numbers that hide a benchmark's test classes count as missing. A negative
+    number is a class if the model has one of this name, as after training on -1 and 1.
 
     Args:
         names: the C class names of the model, in order. If Transformers made them up (``LABEL_0``), numbers count.
@@ -43,19 +44,21 @@ def labels_by_name(split: Dataset, column: str, names: Sequence[str], problem_ty
         return _multi_hot(values, feature, column, names)
     if not isinstance(feature, ClassLabel | Value) or "float" in getattr(feature, "dtype", ""):
         raise _of_another_kind(column, feature, "one class per row")
-    given = [_name(value, feature) for value in values]
+    known = set(map(plain, names))
+    given = [_name(value, feature, known) for value in values]
     index = _index(names, feature, {name for name in given if name is not None})
     _check_known((name for name in given if name is not None), index, column, names)
     return [None if name is None else index[name] for name in given]
 
 
-def _name(value: Any, feature: Any) -> str | None:
+def _name(value: Any, feature: Any, known: Set[str]) -> str | None:
     """A label as text; None if it is missing."""
     if value is None or (isinstance(value, str) and not plain(value)):
         return None
-    if isinstance(value, int) and not isinstance(value, bool) and value < 0:
-        return None
-    return plain(feature.names[value] if isinstance(feature, ClassLabel) else str(value))
+    if isinstance(feature, ClassLabel):
+        return None if value < 0 else plain(feature.names[value])
+    hidden = isinstance(value, int) and value < 0 and str(value) not in known
+    return None if hidden else plain(str(value))
 
 
 def _index(names: Sequence[str], feature: Any, given: set[str]) -> Mapping[str, int]:
@@ -98,7 +101,8 @@ def _multi_hot(values: Sequence[Any], feature: Any, column: str, names: Sequence
     inner, classes = feature.feature, len(names)
     if all(row is None or (len(row) == classes and all(value in (0, 1) for value in row)) for row in values):
         return [None if row is None else [float(value) for value in row] for row in values]
-    rows = [None if row is None else [_name(value, inner) for value in row] for row in values]
+    known = set(map(plain, names))
+    rows = [None if row is None else [_name(value, inner, known) for value in row] for row in values]
     given = [name for row in rows for name in row or () if name is not None]
     index = _index(names, inner, set(given))
     _check_known(given, index, column, names)
