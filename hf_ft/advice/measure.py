@@ -125,6 +125,7 @@ def measure_signals(
         probe_balanced_accuracy=score.balanced_accuracy if score else None,
         probe_std=score.std if score else None,
         probe_folds=score.folds if score else 0,
+        probe_classes=score.classes if score else None,
         source_relation=related.balanced_accuracy if related else None,
         batch_norm=shifts(model, recorded.statistics),
         gradients=gradients,

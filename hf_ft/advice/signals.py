@@ -44,6 +44,8 @@ class Signals:
         probe_balanced_accuracy: balanced accuracy of the same probe.
         probe_std: standard deviation of the balanced accuracy over the folds.
         probe_folds: number of folds.
+        probe_classes: number of classes that the probe distinguishes: not those with a single sample or, if folds
+            consist of whole groups, in a single group. None if unknown, in files of earlier versions.
         source_relation: cross-validated balanced accuracy of predicting the target classes from the pretrained head's
             classes alone; None if the model carries no pretrained head.
         batch_norm: shift of each BatchNorm layer, by name; empty if the model has none.
@@ -67,6 +69,7 @@ class Signals:
     probe_balanced_accuracy: float | None
     probe_std: float | None
     probe_folds: int
+    probe_classes: int | None = None
     source_relation: float | None = None
     batch_norm: Mapping[str, Shift] = field(default_factory=dict)
     gradients: Mapping[str, float] = field(default_factory=dict)
@@ -105,7 +108,8 @@ class Signals:
     @property
     def chance(self) -> float:
         """Balanced accuracy of guessing or of always predicting one class: 1 / (number of classes probed)."""
-        return 1 / max(1, sum(count > 1 for count in self.class_counts))  # the probe drops singletons
+        several = sum(count > 1 for count in self.class_counts)
+        return 1 / max(1, several if self.probe_classes is None else self.probe_classes)
 
     @property
     def majority(self) -> float:

@@ -104,12 +104,14 @@ class ProbeScore:
         balanced_accuracy: mean class recall, averaged over the folds.
         std: standard deviation of the balanced accuracy over the folds.
         folds: number of folds.
+        classes: number of classes that were not left out.
     """
 
     accuracy: float
     balanced_accuracy: float
     std: float
     folds: int
+    classes: int
 
 
 def cross_validated_probe(
@@ -177,7 +179,7 @@ def _cross_validated(
     if len(balanced) < 2:
         return None
     std = float(np.std(balanced, ddof=1))
-    return ProbeScore(float(np.mean(accuracies)), float(np.mean(balanced)), std, len(balanced))
+    return ProbeScore(float(np.mean(accuracies)), float(np.mean(balanced)), std, len(balanced), int(usual.sum()))
 
 
 class _Relationship:

@@ -314,6 +314,16 @@ def test_more_samples_than_the_limit(monkeypatch):
     assert s.samples == 60 and abs(sum(s.class_counts) - 60) <= 2
 
 
+def test_classes_of_a_single_group_are_neither_probed_nor_guessed():
+    model = tiny_resnet(num_labels=4)
+    labels = [i // 20 for i in range(80)]
+    data = tiny_data(model, 80).remove_columns("labels").add_column("labels", labels).with_format("torch")
+    groups = [i if i < 40 else f"of class {labels[i]}" for i in range(80)]
+    s = advise(model, data, default_data_collator, groups=list(map(str, groups))).signals
+    assert (s.classes, s.probe_classes, s.chance) == (4, 2, 0.5)
+    assert s.probe_skill == pytest.approx(2 * s.probe_balanced_accuracy - 1)
+
+
 @pytest.mark.parametrize("as_list", [False, True])
 def test_samples_without_label_count_for_nothing_but_batch_norm(as_list):
     model = tiny_resnet()
