@@ -65,7 +65,7 @@ class PEFTConfig(FittedHead):
     tuner: PeftConfig | None = option(
         None,
         "A PEFT config; None for LoRA in all blocks. Without `target_modules`, it adapts every module of the blocks "
-        'that it can. On the command line as JSON: \'{"peft_type": "IA3"}\'.',
+        'that it can. On the command line as JSON: \'{"peft_type": "IA3", "feedforward_modules": []}\'.',
     )
     rank: int = option(8, "Rank of LoRA, if `tuner` is None.", range="[1, inf)")
     norms: bool = option(False, "Train the blocks' normalisation layers as well.")

@@ -1,6 +1,9 @@
 """Adapters in the blocks, and the head, take the steps of gradient descent; merged, the model is plain again."""
 
 import copy
+import dataclasses
+import json
+import re
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, PromptTuningC
 from torch import nn
 
 from hf_ft import OptionError, PEFTConfig, State, anatomy
+from hf_ft.core.options import tuner_from_json
 from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
 from hf_ft.testing import TINY_MODELS, same_tensors, tiny_bert, tiny_data, tiny_inputs, tiny_resnet, tiny_vit
@@ -101,6 +105,15 @@ def test_other_tuners(tuner, make, tmp_path):
     norms = [name for name, _ in norm_layers(base)]
     only_norms = all(any(covers(n, key) for n in norms) for key in changed if not key.startswith("classifier"))
     assert only_norms == isinstance(tuner, LNTuningConfig)
+
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vit, tiny_bert])
+def test_the_example_in_the_help_works(make):
+    (field,) = (field for field in dataclasses.fields(PEFTConfig) if field.name == "tuner")
+    (example,) = re.findall(r"'(\{.*\})'", field.metadata["help"])
+    model = make()
+    (surgery,) = PEFTConfig(tuner=tuner_from_json(json.loads(example))).plan(model, State()).surgery
+    assert any("ia3" in key for key in surgery(model).state_dict())
 
 
 def test_targets_that_the_tuner_names_may_be_outside_the_blocks():
