@@ -161,7 +161,7 @@ def with_common_options(configs: Iterable[FTConfig], plans: Iterable[Plan], mode
     configs, plans = tuple(configs), tuple(plans)
     _check_renamed(configs, plans)
     plan = compose([momentum_plan(shared_option(configs, "batch_norm_momentum"), model), *plans])
-    mode = explicit_option(configs, "norm_mode") if any(one.stages for one in plans) else _norm_mode(configs, None)
+    mode = explicit_option(configs, "norm_mode") if any(one.stages for one in plans) else _norm_mode(configs)
     if mode is None:
         return plan
     return dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, norm_mode=mode) for s in plan.stages))
@@ -184,18 +184,20 @@ def prefers_norm_mode(config: type[FTConfig]) -> bool:
     return config.norm_mode != FTConfig.norm_mode
 
 
-def _norm_mode(configs: Iterable[FTConfig], owner: str | None) -> NormMode | None:
+def _norm_mode(configs: Iterable[FTConfig], model: nn.Module | None = None) -> NormMode | None:
     """The mode that is set, or else the one that a strategy prefers, unless another one needs batch statistics.
 
     Args:
-        owner: the strategy whose stages decide it, unless it is set; None if any may.
+        model: the model to be trained, if the preference of a strategy gives way to the stages of another.
     """
     configs = tuple(configs)
     if mode := explicit_option(configs, "norm_mode"):
         return mode
-    deciding = [config for config in configs if owner in (None, config.ft_type)]
-    preferred = [config.norm_mode for config in deciding if config.norm_mode != FTConfig.norm_mode]
-    return preferred[0] if preferred and not any(config.needs_batch_statistics() for config in configs) else None
+    preferring = [config for config in configs if config.norm_mode != FTConfig.norm_mode]
+    if not preferring or any(config.needs_batch_statistics() for config in configs):
+        return None
+    owner = None if model is None else owner_of_stages(configs, model)
+    return next((config.norm_mode for config in preferring if owner in (None, config.ft_type)), None)
 
 
 def momentum_plan(momentum: float | str, model: nn.Module) -> Plan:
@@ -261,8 +263,7 @@ def recommended_arguments(
     rate = merged.get("learning_rate")
     if isinstance(rate, LearningRate):
         batch_norm = model is None or bool(batch_norms(model))
-        owner = owner_of_stages(configs, model) if model is not None else None
-        kept = batch_norm and rate.kept is not None and _norm_mode(configs, owner) == "eval"
+        kept = batch_norm and rate.kept is not None and _norm_mode(configs, model) == "eval"
         if optim != SGD and (kept or (not batch_norm and rate.without_batch_norm != 1)):
             merged = WITHOUT_BATCH_STATISTICS | merged
         family = getattr(getattr(model, "config", None), "model_type", "")
