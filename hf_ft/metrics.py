@@ -142,7 +142,7 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
         eval_prediction: logits (B, C) or (B, 1, C), or a tuple that starts with them; labels (B,) or (B, C).
 
     Raises:
-        OptionError: if the shapes fit none of these kinds, or no sample has a label.
+        OptionError: if the shapes fit none of these kinds.
     """
     logits, labels = _first(eval_prediction.predictions), _first(eval_prediction.label_ids)
     if logits.ndim == 3 and logits.shape[1] == 1:
@@ -159,8 +159,6 @@ def predictions_and_references(eval_prediction: EvalPrediction) -> tuple[Kind, n
             "expected logits (B, C) with labels (B,) or (B, C)"
         )
     known = labels != -100  # as in cross-entropy
-    if not known.any():
-        raise OptionError(f"cannot score: none of the {len(labels)} samples has a label; all are -100")
     return "single_label", logits.argmax(-1)[known], labels[known].astype(np.int64)
 
 
@@ -175,15 +173,21 @@ def classification_metrics(eval_prediction: EvalPrediction) -> Scores:
 
     Returns:
         ``accuracy``, ``balanced_accuracy`` and ``macro_f1``; without ``balanced_accuracy`` for multi-label;
-        ``mse`` and ``mae`` for regression.
+        ``mse`` and ``mae`` for regression; none if no sample has a label.
     """
     return local_scores(*predictions_and_references(eval_prediction))
 
 
 def local_scores(kind: Kind, predictions: np.ndarray, references: np.ndarray) -> Scores:
     """All local metrics for this kind of task: of classes (B,), zeros and ones (B, C), or numbers."""
-    fitting = (metric for metric in LOCAL_METRICS.values() if kind in metric.kinds)
-    return {metric.key: _local_score(metric, predictions, references) for metric in fitting}
+    if not len(references):
+        return {}
+    return {name: _local_score(LOCAL_METRICS[name], predictions, references) for name in fitting_metrics(kind)}
+
+
+def fitting_metrics(kind: Kind) -> list[str]:
+    """Names of the local metrics for this kind of task."""
+    return [name for name, metric in LOCAL_METRICS.items() if kind in metric.kinds]
 
 
 def _load(name: str) -> evaluate.EvaluationModule:
@@ -216,8 +220,10 @@ def compute_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], Scores]:
         scores: Scores = {}
         for name, module in modules.items():
             if name in LOCAL_METRICS and kind not in LOCAL_METRICS[name].kinds:
-                fitting = [key for key, metric in LOCAL_METRICS.items() if kind in metric.kinds]
-                raise OptionError(f"metric {name!r} does not suit a {kind} task; these do: {', '.join(fitting)}")
+                fitting = ", ".join(fitting_metrics(kind))
+                raise OptionError(f"metric {name!r} does not suit a {kind} task; these do: {fitting}")
+            if not len(references):
+                continue
             if name in LOCAL_METRICS:
                 scores[name] = _local_score(LOCAL_METRICS[name], predictions, references)
             else:

@@ -113,10 +113,10 @@ def measure_signals(
     score = cross_validated_probe(recorded.features, recorded.labels, seed, held)
     source = recorded.source
     related = None if source is None else cross_validated_relationship(source, recorded.labels, seed, held)
-    samples = _labelled(dataset, len(labelled) / len(rows))
+    samples, class_counts = _population(dataset, recorded.labels, len(labelled) / len(rows))
     return Signals(
         samples=samples,
-        class_counts=_class_counts(dataset, recorded.labels, samples),
+        class_counts=class_counts,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         feature_size=recorded.features.shape[1],
         logme=logme(recorded.features, recorded.labels),
@@ -299,15 +299,14 @@ def _probabilities(head: SourceHead, border: Border) -> Array:
     return nn.functional.softmax(head(border), dim=-1).cpu().double().numpy()
 
 
-def _labelled(dataset: Any, share: float) -> int:
-    """Number of samples with a label; an estimate from their share of those seen if not all labels can be read."""
-    known = class_labels(dataset)
-    return round(len(dataset) * share) if known is None else int((known != IGNORED).sum())
+def _population(dataset: Any, seen: NDArray[Any], share: float) -> tuple[int, tuple[int, ...]]:
+    """Number of samples with a label, and of those per non-empty class, smallest first.
 
-
-def _class_counts(dataset: Any, seen: NDArray[Any], samples: int) -> tuple[int, ...]:
-    """Samples per non-empty class, smallest first; an estimate if not all labels were seen."""
+    Estimates if not all labels can be read: from the labels seen, and their share of the samples seen.
+    """
     known = class_labels(dataset)
-    counts = np.unique(seen if known is None else known[known != IGNORED], return_counts=True)[1]
+    labels = seen if known is None else known[known != IGNORED]
+    samples = round(len(dataset) * share) if known is None else len(labels)
+    counts = np.unique(labels, return_counts=True)[1]
     scale = samples / counts.sum()
-    return tuple(sorted(max(1, round(float(count * scale))) for count in counts))
+    return samples, tuple(sorted(max(1, round(float(count * scale))) for count in counts))

@@ -36,7 +36,7 @@ from hf_ft.data.streamed import Streamed
 from hf_ft.data.task import Data, process
 from hf_ft.documents.public import shareable_name
 from hf_ft.errors import OptionError
-from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics
+from hf_ft.metrics import LOCAL_METRICS, classification_metrics, compute_metrics, fitting_metrics
 from hf_ft.trainer.patience import patience_callback
 from hf_ft.trainer.trainer import FTTrainer
 from hf_ft.zoo.datasets import DATA_NOTICES
@@ -310,8 +310,8 @@ def _check_metric(request: Request, columns: Columns) -> None:
     wanted, metrics = request.given.get("metric_for_best_model"), request.method.metrics
     if wanted is None or any(name not in LOCAL_METRICS for name in metrics):  # which may name their scores freely
         return
-    kind = columns.problem_type.removesuffix("_classification")
-    known = ["loss", *(metrics or [name for name, metric in LOCAL_METRICS.items() if kind in metric.kinds])]
+    kind: Any = columns.problem_type.removesuffix("_classification")
+    known = ["loss", *(metrics or fitting_metrics(kind))]
     if wanted.removeprefix("eval_") not in known:
         raise OptionError(
             f"--metric_for_best_model {wanted} is no score of an evaluation: choose one of {', '.join(known)}."

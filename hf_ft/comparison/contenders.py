@@ -17,7 +17,6 @@ from hf_ft.comparison.task import Bench
 from hf_ft.core.compose import (
     chooses_rate,
     owner_of_stages,
-    prefers_norm_mode,
     recommended_arguments,
     resolve,
     shared_option,
@@ -239,7 +238,7 @@ def _tuned(
     default of its own, if there is one: "auto" for another strategy would leave the choice to that default. If
     another strategy has stages, that default has no effect.
     """
-    configs = sorted(configs, key=lambda config: not prefers_norm_mode(type(config)))
+    configs = sorted(configs, key=lambda config: not _prefers_mode(config))
     owner = owner_of_stages(configs, model)
     batch_statistics = any(config.needs_batch_statistics() for config in configs)
     common = {field.name for field in options(FTConfig)} | {HEAD_LR}
@@ -248,12 +247,17 @@ def _tuned(
         for option, part in type(config).tuned.items():
             name = f"{config.ft_type}.{option}"
             shared = option in common and any(other.endswith(f".{option}") for other in found)
-            without_effect = prefers_norm_mode(type(config)) and owner not in (None, config.ft_type)
+            without_effect = _prefers_mode(config) and owner not in (None, config.ft_type)
             if option == "norm_mode" and (batch_statistics or without_effect):
                 continue
             if _at_default(config, option) and name not in untuned and not shared:
                 found[name] = part
     return found
+
+
+def _prefers_mode(config: FTConfig) -> bool:
+    """Whether the strategy has a default of its own for ``norm_mode``."""
+    return type(config).norm_mode != FTConfig.norm_mode
 
 
 def _untuned(

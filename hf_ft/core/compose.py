@@ -179,11 +179,6 @@ def owner_of_stages(configs: Iterable[FTConfig], model: nn.Module) -> str | None
     return None
 
 
-def prefers_norm_mode(config: type[FTConfig]) -> bool:
-    """Whether a strategy has a default of its own for the mode of the normalisation layers."""
-    return config.norm_mode != FTConfig.norm_mode
-
-
 def _norm_mode(configs: Iterable[FTConfig], model: nn.Module | None = None) -> NormMode | None:
     """The mode that is set, or else the one that a strategy prefers, unless another one needs batch statistics.
 

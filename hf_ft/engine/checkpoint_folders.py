@@ -14,7 +14,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
-from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    logging,
+)
 
 from hf_ft.core.config_files import read_config_file
 from hf_ft.engine.checkpoint import BUFFERS_NAME, read_states
@@ -29,13 +35,10 @@ FILE_LIST = "ft_files.json"
 INCOMPLETE = "incomplete-"
 _ARCHIVES = (".pt", ".pth")  # as written by torch.save
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-# What a model is loaded from.
+# What a model is loaded from, as `save_pretrained` names it: other files may be the user's.
 _LOADED = (
-    ADAPTER_CONFIG_NAME,
-    "adapter_model*.safetensors",
-    BUFFERS_NAME,
-    "model*.safetensors",
-    SAFE_WEIGHTS_INDEX_NAME,
+    *(ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, BUFFERS_NAME),
+    *(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-?????-of-?????.safetensors"),
 )
 # As named by `incomplete`.
 _WRITER = re.compile(rf"^{INCOMPLETE}((?:[0-9a-f]{{12}}-\d+-)?\d+)-(?:old-.+|checkpoint-\d+|files)$")

@@ -106,8 +106,12 @@ def test_a_save_replaces_the_weights_of_another_kind(tmp_path):
     adapter = train(tiny_vit(), PEFTConfig(merge=False), tmp_path / "adapter")
     whole = train(tiny_vit(), "full", tmp_path / "whole")
     adapter.save_model(str(saved))
+    for name in ("model-mine.safetensors", "adapter_model_old.safetensors"):
+        (saved / name).touch()
     whole.save_model(str(saved))
-    assert not list(saved.glob("adapter*")) and not (saved / "ft_buffers.safetensors").exists()
+    assert (saved / "model-mine.safetensors").exists() and (saved / "adapter_model_old.safetensors").exists()
+    assert not (saved / "adapter_config.json").exists() and not (saved / "adapter_model.safetensors").exists()
+    assert not (saved / "ft_buffers.safetensors").exists()
     loaded = AutoModelForImageClassification.from_pretrained(saved)
     same_tensors(loaded.state_dict(), whole.model.cpu().state_dict())
     adapter.save_model(str(saved))
