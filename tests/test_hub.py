@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_ft.models.sharing import model_files
+from hf_ft.models.sharing import model_files, shareable_file
 from tests.forked import python, start
 from tests.hub_api import TOKEN
 from tests.hub_rules import metadata_errors
@@ -77,7 +77,7 @@ def test_nothing_uploaded_tells_of_the_machine(hub, folder):
 
 def test_only_the_model_is_uploaded(hub):
     plain = {".gitattributes", "README.md", "config.json", "ft_config.json", "ft_state.safetensors"}
-    plain |= {"model.safetensors", "preprocessor_config.json", "training_args.bin"}
+    plain |= {"model.safetensors", "preprocessor_config.json"}
     assert set(hub.files("ann/cells")) == plain
     assert set(hub.files("ann/photos")) - {"ft_calibration.json"} == plain | {"all_results.json"}
     delta = {".gitattributes", "README.md", "config.json", "ft_config.json", "ft_delta.safetensors"}
@@ -87,9 +87,18 @@ def test_only_the_model_is_uploaded(hub):
 
 
 def test_a_temperature_is_part_of_the_model_and_what_was_found_in_the_data_is_not(tmp_path):
-    for name in ("model.safetensors", "ft_calibration.json", "data_checks.json", "optimizer.pt", "_part.json"):
+    others = ("data_checks.json", "optimizer.pt", "_part.json", "training_args.bin")
+    for name in ("model.safetensors", "ft_calibration.json", *others):
         (tmp_path / name).touch()
     assert model_files(tmp_path) == ["ft_calibration.json", "model.safetensors"]
+
+
+def test_a_long_log_names_no_folder_either(tmp_path):
+    file = tmp_path / "trainer_state.json"
+    history = [{"step": step, "loss": 0.5} for step in range(50_000)]
+    file.write_text(json.dumps({"best_model_checkpoint": "/home/ann/runs/checkpoint-3", "log_history": history}))
+    uploaded = json.loads(shareable_file(file))
+    assert uploaded == {"best_model_checkpoint": "checkpoint-3", "log_history": history}
 
 
 def test_each_save_is_a_commit(hub):

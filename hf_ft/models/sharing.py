@@ -17,10 +17,10 @@ from hf_ft.errors import Error, HubError, OptionError
 from hf_ft.models.weight_files import member_folder
 from hf_ft.version import __version__
 
-# A folder may also hold logs, studies and other files whose names or contents reveal things about the machine.
+# A folder may also hold logs, studies and other files whose names or contents reveal things about the machine, such as
+# the `training_args.bin` of a plain Trainer, a pickle that holds the token.
 KINDS = (".safetensors", ".json", ".md", ".txt", ".model", ".spm", ".codes", ".jinja", ".png", ".svg")
 _DATA_CHECKS = "data_checks.json"  # names files of the training data
-_TRAINING_ARGUMENTS = "training_args.bin"
 # In checkpoints: files that only a resumed run needs.
 _FOR_RESUMING = ("trainer_state.json", "ft_files.json", "ft_live.safetensors", "ft_modules.safetensors")
 _LOCAL_KEYS = {
@@ -32,7 +32,6 @@ _LOCAL_KEYS = {
     "special_tokens_map_file": shareable_text,
     "vocab_file": shareable_text,
 }
-_SMALL = 2**20  # bytes; larger files of JSON hold vocabularies
 
 
 def push_to_hub(
@@ -85,7 +84,7 @@ def model_files(folder: Path) -> list[str]:
 def _belongs(file: Path) -> bool:
     if file.name.startswith((".", "_")) or file.name in (*_FOR_RESUMING, _DATA_CHECKS):
         return False
-    return file.name.endswith(KINDS) or file.name == _TRAINING_ARGUMENTS
+    return file.name.endswith(KINDS)
 
 
 @contextmanager
@@ -182,7 +181,7 @@ def everything_in(folder: Path, under: str = "") -> dict[str, Path]:
 
 def shareable_file(file: Path) -> str | bytes:
     """A file to upload: its path, or its content without local paths if it is JSON that holds some."""
-    if file.suffix != ".json" or file.stat().st_size > _SMALL:
+    if file.suffix != ".json":
         return str(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

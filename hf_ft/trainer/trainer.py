@@ -524,8 +524,7 @@ class FTTrainer(Trainer):
     ) -> Any:
         """Save the model in ``output_dir`` and upload it with its card; see ``Trainer.push_to_hub``.
 
-                None of the other files there are uploaded: no logs, and nothing that reveals anything about this
-                    machine.
+        None of the other files there are uploaded: no logs, and nothing that reveals anything about this machine.
 
         Raises:
             HubError: if it cannot be uploaded. Nothing is lost; the message says how to continue.
