@@ -40,8 +40,7 @@ def fit(
     objective = run.objective(recipe.task_loss)
     model = run.model
     optimizer = recipe.optimizer(run.param_groups(recipe.learning_rate, recipe.weight_decay))
-    size = recipe.batch_size * recipe.accumulation
-    order = [_epoch(rows, size, seed, epoch, model) for epoch in range(epochs)]
+    order = [_epoch(rows, recipe, seed, epoch, model) for epoch in range(epochs)]
     total = sum(map(len, order))
     borders = stage_borders(run.plan.stages, total)
     scheduler = stage_scheduler(optimizer, run.plan.stages, borders, recipe.curve)
@@ -77,12 +76,13 @@ def fit(
                 after_epoch(epoch + 1, objective)
 
 
-def _epoch(rows: Sequence[int], size: int, seed: int, epoch: int, model: nn.Module) -> list[list[int]]:
-    """The batches of an epoch. A last batch of one sample is dropped if BatchNorm could not train on it."""
+def _epoch(rows: Sequence[int], recipe: Recipe, seed: int, epoch: int, model: nn.Module) -> list[list[int]]:
+    """The rows of each update. A last row that would be a batch of its own is left out if the model has BatchNorm."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 7919 + epoch)).tolist()
-    chunks = [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows), size)]
-    alone = len(chunks) > 1 and len(chunks[-1]) == 1 and batch_norms(model)
-    return chunks[:-1] if alone else chunks
+    if len(order) > 1 and len(order) % recipe.batch_size == 1 and batch_norms(model):
+        order.pop()
+    size = recipe.batch_size * recipe.accumulation
+    return [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
 
 
 class Batches:

@@ -93,7 +93,7 @@ def floor(search: SwarmSearch, scores: SwarmScores) -> float:
         optimizer = recipe.optimizer(run.param_groups(recipe.learning_rate, recipe.weight_decay))
         for epoch in range(CONFIG.search_epochs):
             train_rows, held = trainings.rows(0)
-            chunks = _epoch(train_rows, BATCH, 0, epoch, run.model)
+            chunks = _epoch(train_rows, recipe, 0, epoch, run.model)
             steps = [batches.take(rows) for rows in chunks]
             scored = [batches.take(held[i : i + BATCH]) for i in range(0, len(held), BATCH)]
             objective.train()

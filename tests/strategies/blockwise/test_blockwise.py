@@ -108,6 +108,19 @@ def test_all_start_alike_and_the_model_is_left_alone(tmp_path, monkeypatch):
     assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
 
 
+@pytest.mark.slow
+def test_a_last_row_on_its_own_trains_no_batch_norm(tmp_path):
+    """With accumulation, an update may be large and its last batch still have one row, whose feature map is 1x1."""
+    model = TINY_MODELS["mobilenet_v2"]()
+    arguments = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    config = BlockwiseConfig(**QUICK, validation=0.26)
+    args = tiny_arguments(tmp_path, **arguments)
+    trainer = FTTrainer(model, args, strategy=config, train_dataset=tiny_data(model, 34))
+    search = BlockSearch(model, config, trainer.context(), progress=False)
+    assert len(search.trainings.rows(0)[0]) == 25  # 16 and 8 + 1
+    search.trainings.train(search._start(search.candidates[0], 0), 0)
+
+
 @pytest.mark.parametrize(("samples", "draws"), [(32, 4), (300, 3), (400, 2), (800, 1)])
 def test_fewer_samples_are_drawn_more_often(samples, draws, tmp_path):
     """A quarter of them is held out; 200 are to be scored."""
