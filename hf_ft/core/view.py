@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_ft.errors import OptionError
+from hf_ft.models.anatomy import parameters_under
 from hf_ft.models.border import Border
-from hf_ft.models.names import Names, covers
+from hf_ft.models.names import Names
 from hf_ft.models.sharding import local, parts
 
 
@@ -142,8 +143,8 @@ class View:
         if names not in self._pairs:  # once per stage: walking the module tree every step is slow
             pairs = [
                 (parameter, self._anchors.get(name))
-                for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad and any(covers(prefix, name) for prefix in names)
+                for name, parameter in parameters_under(self.model, names)
+                if parameter.requires_grad
             ]
             weights: list[Tensor] = [parameter for parameter, _ in pairs]
             starts = [local(start).to(parameter.device) for parameter, start in pairs if start is not None]

@@ -13,7 +13,8 @@ from transformers import get_scheduler
 
 from hf_ft.core.plan import Plan, Rate, Stage, stage_index, trained_by
 from hf_ft.errors import OptionError
-from hf_ft.models.names import Names, covers
+from hf_ft.models.anatomy import parameters_under
+from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
 
 STAGE_RATES = "stage_rates"
@@ -62,7 +63,8 @@ def split_groups(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     _check_rates(plan, model)
     names_by_stage = [set(trained_by(stage, model, trainable)) for stage in plan.stages]
-    undecayed: Names = tuple(prefix for term in plan.terms for prefix in term.replaces_decay)
+    decayed_by_terms = (prefix for term in plan.terms for prefix in term.replaces_decay)
+    undecayed = {name for name, _ in parameters_under(model, decayed_by_terms)}
     alone = plan.tensor_rates.on if plan.tensor_rates is not None else ()
     new_groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for index, group in enumerate(groups):
@@ -73,7 +75,7 @@ def split_groups(
                 rate_of(name, stage, base) if name in stage_names or not name else 0.0
                 for stage, stage_names in zip(plan.stages, names_by_stage, strict=True)
             )
-            decay = 0.0 if any(covers(prefix, name) for prefix in undecayed) else group.get("weight_decay", 0.0)
+            decay = 0.0 if name in undecayed else group.get("weight_decay", 0.0)
             new = {**group, "params": [], "weight_decay": decay, "lr": _first_rate(rates), STAGE_RATES: rates}
             single = bool(name) and any(covers(prefix, name) for prefix in alone)
             new |= {FACTOR: 1.0, EPOCH: -1} if single else {}

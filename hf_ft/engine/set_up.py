@@ -18,9 +18,9 @@ from hf_ft.engine.param_groups import ever_trained
 from hf_ft.engine.run import Run
 from hf_ft.engine.selection import check_selections, origin_of
 from hf_ft.errors import OptionError
-from hf_ft.models.anatomy import anatomy, is_traced, members_of, unwrap
+from hf_ft.models.anatomy import anatomy, is_traced, members_of, parameters_under, unwrap
 from hf_ft.models.layouts import Layouts
-from hf_ft.models.names import covered, covers
+from hf_ft.models.names import covered
 from hf_ft.models.parts import Anatomy, Chain
 
 
@@ -67,11 +67,11 @@ def start(
     trainable = _unfrozen(model)
     chains, layouts = _chains(configs, model, plan, trainable), Layouts()
     place(model)
-    anchor_names = [prefix for term in plan.terms for prefix in term.anchors]
+    anchored = [prefix for term in plan.terms for prefix in term.anchors]
     anchors = {
         name: parameter.detach().clone().to(torch.promote_types(parameter.dtype, torch.float32))
-        for name, parameter in model.named_parameters()
-        if name in trainable and any(covers(prefix, name) for prefix in anchor_names)
+        for name, parameter in parameters_under(model, anchored)
+        if name in trainable
     }
     compares = any("reference" in term.needs for term in plan.terms)
     for module in plan.term_modules.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from hf_ft.errors import AnatomyError
 from hf_ft.models.architectures import _FEEDS_BLOCKS, _FOLLOWS_BLOCKS
 from hf_ft.models.find_blocks import find_blocks, is_known
 from hf_ft.models.find_head import find_head, has_parameters
-from hf_ft.models.names import BESIDE, matches, parents
+from hf_ft.models.names import BESIDE, covers, matches, parents
 from hf_ft.models.norms import is_dropout
 from hf_ft.models.parts import Anatomy, Body, Part, joined
 from hf_ft.models.repeated_modules import parent_of
@@ -156,6 +156,17 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
         return model, ""
     base = cast(Any, model).get_base_model()
     return base, next(name for name, module in model.named_modules() if module is base) + "."
+
+
+def parameters_under(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of these modules; in a PeftModel, the names may also be those in its base model.
+
+    A plan is made for the model as it is, and the surgery of another strategy may then add adapters.
+    """
+    prefixes, wrapper = tuple(names), unwrap(model)[1]
+    for name, parameter in model.named_parameters():
+        if any(covers(prefix, name) or covers(prefix, name.removeprefix(wrapper)) for prefix in prefixes):
+            yield name, parameter
 
 
 def _units(model: nn.Module, ends: set[str], order: Order | None) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig
 from torch import nn
 
-from hf_ft import OptionError, PEFTConfig, State, anatomy
+from hf_ft import L2SPConfig, OptionError, PEFTConfig, State, anatomy
 from hf_ft.core.options import tuner_from_json
 from hf_ft.models.names import covers
 from hf_ft.models.norms import norm_layers
@@ -68,6 +68,21 @@ def test_unmerged_it_is_an_adapter_of_peft(make, tmp_path):
     moved = {n for n, value in snapshot(merged.model).items() if not torch.equal(value, snapshot(base)[n])}
     names = [name for name, _ in norm_layers(base)]
     assert any(covers(name, key) for name in names for key in moved)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_penalties_on_weights_reach_what_adapters_rename(order, tmp_path):
+    """The head becomes a module of PEFT's, and the layers of the blocks hold the factors of LoRA."""
+    strategies = [PEFTConfig(head_lr=None), L2SPConfig(alpha=1.0, beta=2.0)][::order]
+    trainer = make_trainer(tiny_vit(), strategies, tmp_path, **{**ONE_STEP, "max_steps": 2, "weight_decay": 0.1})
+    run = trainer._start_run()
+    start = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+    head = [value for name, value in start.items() if "classifier" in name]
+    trainer.train()
+    first, second = (entry for entry in trainer.state.log_history if "loss/task" in entry)
+    assert first["loss/l2_sp"] == 0 and second["loss/l2_sp"] > 0
+    assert first["loss/l2_head"] == pytest.approx(sum(float(w.square().sum()) for w in head), rel=1e-5)
+    assert all(group["weight_decay"] == 0 for group in trainer.optimizer.param_groups)
 
 
 def test_after_merging_all_but_what_was_frozen_can_be_trained_again(tmp_path):
