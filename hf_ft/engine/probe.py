@@ -187,7 +187,7 @@ def logistic_probe(
         groups: (N,), numbers of groups that are held out as a whole.
 
     Raises:
-        OptionError: if all samples belong to one class or one group.
+        OptionError: if all samples, or all that are not held out, belong to one class or one group.
     """
     known = labels != -100
     x, y = features[known].double().numpy(), labels[known].numpy()
@@ -197,7 +197,17 @@ def logistic_probe(
     if len(present) < 2:
         raise OptionError("probe_solver='lbfgs' needs samples of at least two classes.")
     size = max(round(HELD_OUT * len(y)), len(present))
+    if size >= len(y):
+        raise OptionError(
+            f"probe_solver='lbfgs' holds out {size} samples, and there are only {len(y)}. Use more, or set "
+            "probe_solver='sgd'."
+        )
     rows = hold_out(len(y), size, y, None if groups is None else groups[known.numpy()])
+    if len(np.unique(y[rows[0]])) < 2:
+        raise OptionError(
+            f"probe_solver='lbfgs': without the {len(rows[1])} samples that are held out, only one class is left. Use "
+            "more samples or groups of each class, or set probe_solver='sgd'."
+        )
     weights = None if class_weights is None else {int(c): float(class_weights[c]) for c in present}
     path = _path(x[rows[0]], y[rows[0]], len(STRENGTHS), weights)
     accuracies = [fit.accuracy(x[rows[1]], y[rows[1]]) for fit in path]

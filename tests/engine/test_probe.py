@@ -104,3 +104,8 @@ def test_what_it_cannot_fit_is_refused(tmp_path):
         set_up(tiny_resnet(), config, states={})
     with pytest.raises(OptionError, match="at least two classes"):
         logistic_probe(torch.randn(10, 3), torch.zeros(10, dtype=torch.int64), 2)
+    with pytest.raises(OptionError, match="holds out 3 samples, and there are only 3"):
+        logistic_probe(torch.randn(3, 3), torch.arange(3), 3)
+    labels = torch.arange(10) % 2
+    with pytest.raises(OptionError, match="without the 5 samples that are held out, only one class is left"):
+        logistic_probe(torch.randn(10, 3), labels, 2, groups=labels.numpy())
