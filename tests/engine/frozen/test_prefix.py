@@ -17,6 +17,16 @@ def borders(model):
     return [[Chain("", parts[index:])] for index in range(1, len(parts))]
 
 
+def test_samples_without_a_label_have_no_loss():
+    model, small = tiny_resnet(), []
+    for samples in (2, 3):
+        batch = tiny_inputs(model, samples, seed=samples)
+        small.append({**batch, "labels": torch.full_like(batch["labels"], -100)})
+    for live in borders(model):
+        labelled = find_prefix(model, live, tiny_inputs(model, 2), tiny_inputs(model, 3, seed=1))
+        assert find_prefix(model, live, *small).borders == labelled.borders
+
+
 HEAD = [Chain("", (Part("head", ("head",)),))]
 
 
