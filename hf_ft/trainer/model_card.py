@@ -174,7 +174,13 @@ def _training(arguments: Mapping[str, Any], data: DataInfo | None) -> str:
 
 
 def _table(rows: Mapping[str, Any], title: str) -> str:
-    return "\n".join([f"| {title} | value |", "| --- | --- |", *(f"| {k} | `{v}` |" for k, v in rows.items())])
+    return "\n".join([f"| {title} | value |", "| --- | --- |", *(f"| {k} | {_code(v)} |" for k, v in rows.items())])
+
+
+def _code(value: Any) -> str:
+    """A value as code in a table, where an unescaped | would end the cell even within code."""
+    text = str(value).replace("|", "\\|")
+    return f"`{text}`"
 
 
 def _task(model: Any) -> str | None:

@@ -31,8 +31,11 @@ FOUND = Findings(
 )
 
 
+EMPTY = {"metrics": {}, "arguments": {}}
+
+
 def card(**more):
-    about = {"model_name": "mine", "base_model": None, "metrics": {}, "arguments": {}}
+    about = {"model_name": "mine", "base_model": None, **EMPTY}
     return str(model_card([Searching()], tiny_resnet(), **about | more))
 
 
@@ -45,6 +48,13 @@ def test_findings_of_any_strategy_are_shown():
 
 def test_without_findings_there_is_nothing_to_show():
     assert "**searching**: Searches.\n\n## Training" in card() == card(findings={"searching": Findings()})
+
+
+def test_a_bar_in_an_option_does_not_end_its_cell():
+    text = str(
+        model_card([Searching(blocks="nodes|edges")], tiny_resnet(), model_name="mine", base_model=None, **EMPTY)
+    )
+    assert "| blocks | `nodes\\|edges` |" in text
 
 
 def metadata(text):
