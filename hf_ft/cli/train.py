@@ -127,7 +127,8 @@ def _finish(made: Made, calibrates: bool) -> None:
     with collected_outputs(trainer) as outputs:
         metrics = trainer.evaluate()
     if "test" in ready:
-        metrics |= trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
+        trainer.test_metrics = trainer.predict(ready["test"], metric_key_prefix="test").metrics or {}
+        metrics |= trainer.test_metrics
     folder, temperature = str(trainer.args.output_dir), ""
     if trainer.is_world_process_zero():  # before the model is saved, which may be uploaded then
         calibration, temperature = calibrated_on(trainer, outputs[-1]) if calibrates else (None, "")

@@ -85,7 +85,7 @@ def model_card(
         configs: the strategies whose options and papers are listed.
         model: determines task and class.
         base_model: name or path of the base model; local paths are not shown. Ensembles know their own members.
-        metrics: evaluation results to show.
+        metrics: scores to show: ``eval_*`` on the validation data, ``test_*`` on the test data.
         arguments: training arguments to show.
         data: the data set.
         findings: findings of the strategies' measurements, by ``ft_type``.
@@ -119,7 +119,7 @@ def model_card(
             _describe(config, (findings or {}).get(config.ft_type, Findings()), beside) for config in configs
         ),
         training=_training(arguments, data),
-        results=_table({k: f"{v:.4f}" for k, v in metrics.items()}, "metric") if metrics else "Not evaluated.",
+        results=_scores(metrics),
         usage=delta_usage(model_name, bool(pages)) if delta else usage(model, model_name),
     )
 
@@ -173,6 +173,15 @@ def _training(arguments: Mapping[str, Any], data: DataInfo | None) -> str:
     return table if data is None else f"{data}\n\n{table}"
 
 
+def _scores(metrics: Mapping[str, float]) -> str:
+    if not metrics:
+        return "Not evaluated."
+    splits = {"eval_": "on the validation data", "test_": "on the test data"}
+    meant = ", ".join(f"`{p}`: {data}" for p, data in splits.items() if any(key.startswith(p) for key in metrics))
+    table = _table({key: f"{value:.4f}" for key, value in metrics.items()}, "metric")
+    return f"{meant}.\n\n{table}" if meant else table
+
+
 def _table(rows: Mapping[str, Any], title: str) -> str:
     return "\n".join([f"| {title} | value |", "| --- | --- |", *(f"| {k} | {_code(v)} |" for k, v in rows.items())])
 
@@ -198,7 +207,7 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
         return None
     results = []
     for key, value in metrics.items():
-        plain = key.removeprefix("eval_")
+        plain = key.removeprefix("eval_").removeprefix("test_")
         kind, name = _METRICS.get(plain, (plain, plain))
         if not math.isfinite(value):  # not a number in JSON
             continue
@@ -207,7 +216,7 @@ def _results(metrics: Mapping[str, float], task: str | None, data: DataInfo | No
                 task_type=task,
                 dataset_type="unknown" if data is None else data.hub_id or _as_id(data.name),
                 dataset_name="unknown" if data is None else data.name,
-                dataset_split="validation",
+                dataset_split="test" if key.startswith("test_") else "validation",
                 metric_type=kind,
                 metric_name=name,
                 metric_value=value,
@@ -247,7 +256,8 @@ def card_of(
         model_name=(not delta and (trainer.hub_model_id or args.hub_model_id)) or name or folder.name,
         delta=delta,
         base_model=base_model,
-        metrics=_last_metrics(trainer.state, args.load_best_model_at_end),
+        metrics=_last_metrics(trainer.state, args.load_best_model_at_end)
+        | _without_speed(trainer.test_metrics, "test_"),
         arguments={key: arguments[key] for key in kept.split() if key in arguments} | trainer.mixing.given,
         tags=[tags] if isinstance(tags, str) else tags,
         data=trainer.data_info,
@@ -270,6 +280,6 @@ def _last_metrics(state: TrainerState, of_best: bool) -> dict[str, float]:
     return {name: v for entry in ((best if of_best else []) or logs)[-1:] for name, v in _without_speed(entry).items()}
 
 
-def _without_speed(entry: Mapping[str, float]) -> dict[str, float]:
+def _without_speed(entry: Mapping[str, float], prefix: str = "eval_") -> dict[str, float]:
     speed = ("runtime", "per_second", "preparation_time")
-    return {k: v for k, v in entry.items() if k.startswith("eval_") and not k.endswith(speed)}
+    return {k: v for k, v in entry.items() if k.startswith(prefix) and not k.endswith(speed)}

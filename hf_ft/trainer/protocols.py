@@ -114,6 +114,7 @@ class ForCard(Protocol):
     model: Any
     state: TrainerState
     data_info: DataInfo | None
+    test_metrics: Mapping[str, float]
     hub_model_id: str | None
     mixing: Mixing
 

@@ -110,6 +110,7 @@ class FTTrainer(Trainer):
     train_dataset: Any
     hub_model_id: Any  # a full id, once there is a repository
     data_info: Any = None  # a DataInfo, for the model card
+    test_metrics: Mapping[str, float] = {}  # scores on the test data, such as test_accuracy, for the model card
     quiet: bool = False  # whether nothing is logged
     _rates: Sequence[float] = ()  # of the groups trained in the last update
     _signature_columns: Any

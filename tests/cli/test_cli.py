@@ -79,6 +79,9 @@ def test_train_images(files, tmp_path, capsys, temperatures):
     lp_ft, l2_sp = load_configs(out)
     assert lp_ft.norm_mode == "auto" and l2_sp.alpha == 0.5
     scores = json.loads((out / "all_results.json").read_text())
+    card = (out / "README.md").read_text()
+    assert f"| test_accuracy | `{scores['test_accuracy']:.4f}` |" in card and "split: test" in card
+    assert "`eval_`: on the validation data, `test_`: on the test data." in card and "test_runtime" not in card
     assert 0 <= scores["test_balanced_accuracy"] <= 1 and f"accuracy {scores['test_accuracy']:.4g}" in printed
     answer = make_pipeline("image-classification", model=str(out))(str(files / "photos/test/cat/0.png"))
     assert {item["label"] for item in answer} == {"cat", "dog"}
