@@ -73,6 +73,10 @@ def accepted(what: str) -> Iterator[None]:
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Message for an unknown name, with the closest match and all known names."""
     known = list(known)
-    guess = get_close_matches(name, known, n=1)
-    hint = f" Did you mean {guess[0]!r}?" if guess else ""
-    return f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}."
+    return f"unknown {what} {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence with the closest match, after a space; empty if nothing is close."""
+    guess = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {guess[0]!r}?" if guess else ""

@@ -21,7 +21,7 @@ from hf_ft.core.config import BASELINE, FTConfig, config_class, strategies
 from hf_ft.core.options import annotation, options, parse
 from hf_ft.core.recommended import Recommended
 from hf_ft.data.mixing import Mixing
-from hf_ft.errors import OptionError
+from hf_ft.errors import OptionError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,9 @@ def _unknown(key: str, where: str, kinds: Kinds, command: str) -> NoReturn:
     name, dot, option = key.partition(".")
     if dot:
         own = [o.name for o in options(config_class(name))]  # raises if the strategy is unknown
-        raise OptionError(f"{where}{key}: {name} has no option {option!r}, only {', '.join(own)}.")
-    guess = get_close_matches(key, [*_plain_flags(kinds), *strategies()], n=1)
-    hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        hint = did_you_mean(option, own)
+        raise OptionError(f"{where}{key}: {name} has no option {option!r}, only {', '.join(own)}.{hint}")
+    hint = did_you_mean(key, [*_plain_flags(kinds), *strategies()])
     raise OptionError(f"{where}{key} is unknown.{hint} `hf-ft {command} --help-all` lists all.")
 
 

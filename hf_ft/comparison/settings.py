@@ -161,7 +161,9 @@ class Settings:
                 f"soup_of='trials' averages tuning trials, but {missing}: set soup='greedy' and trials=8."
             )
         if self.metric is not None and self.metric not in LOCAL_METRICS:
-            raise OptionError(f"metric={self.metric!r} is unknown: choose one of {', '.join(LOCAL_METRICS)}.")
+            raise OptionError(
+                f"metric={self.metric!r} is unknown: choose one of {', '.join(LOCAL_METRICS)}.", arguments=("metric",)
+            )
         if not 0 <= self.batch_norm_momentum <= 1:
             raise OptionError(f"batch_norm_momentum={self.batch_norm_momentum!r} lies outside [0, 1]. Default: 0.1.")
         self.rates(1.0)

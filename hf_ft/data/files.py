@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_ft.data.image_folders import files, holds_metadata, read_image_folder
 from hf_ft.data.media import MEDIA
@@ -41,7 +42,7 @@ def read_files(
             return DatasetDict({train_split: DATASETS[source]()})
         if path.is_file():
             return DatasetDict({train_split: read_table(path, encoding)})
-        if source.startswith((".", "/", "~")):
+        if not _may_be_on_the_hub(source):
             raise FileNotFoundError("no such file or folder")
         return load_dataset(source, name=config_name)
     except (DataError, ImportError):
@@ -50,10 +51,21 @@ def read_files(
         raise read_error(source, error) from error
 
 
+def _may_be_on_the_hub(source: str) -> bool:
+    """Whether a name is spelled like the id or the address of a repository, not like a path."""
+    if "://" in source:
+        return True
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
+
+
 def read_error(source: str, error: Exception) -> DataError:
     """The error to raise in place of one from ``datasets``."""
     cause = _cause(error)
-    absent = "" if Path(source).expanduser().exists() else ", which is not a local file or folder,"
+    absent = "" if Path(source).expanduser().exists() else ", which is not a local file or folder"
     return DataError(
         f"cannot read the data {source!r}{absent} ({type(cause).__name__}: {cause}); expected one of "
         f"{', '.join(DATASETS)}, a folder of images or sounds, a file or folder of {', '.join(READERS)}, a folder "

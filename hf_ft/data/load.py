@@ -187,9 +187,12 @@ def _carve(
     """Hold out a fraction of the training rows, or of their groups."""
     size = round(len(train) * fraction)
     if not 0 < size < len(train):
+        change = "larger" if size == 0 else "smaller"
+        fix = f"give more rows, set a {change} {name}_fraction"
+        fix = fix if 0 < fraction < 1 else f"set {name}_fraction between 0 and 1"
         raise DataError(
-            f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: set {name}_fraction between 0 and "
-            f"1, or set {name}_split (columns: {', '.join(sorted({*train.column_names} - {ROW}))})",
+            f"{name}_fraction={fraction} of {len(train)} rows leaves a split empty: {fix}, or set {name}_split "
+            f"(columns: {', '.join(sorted({*train.column_names} - {ROW}))})",
             arguments=(f"{name}_fraction", f"{name}_split"),
         )
     if by is not None and max(Counter(values_of(train, by)).values()) == 1:

@@ -71,8 +71,8 @@ def check_signature(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any], n
     differences = _differences(theirs, ours)
     if differences:
         raise OptionError(
-            f"the study {name!r} was created with other settings: {', '.join(differences)}. Give another name or "
-            "storage, or the same settings."
+            f"the study {name!r} was created with other settings: {', '.join(differences)}. Give the same "
+            "settings, or another output folder, study name or storage."
         )
 
 

@@ -11,7 +11,7 @@ import transformers as hf
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import CONFIG_NAME, cached_file
 
-from hf_ft.errors import CheckpointError, Error, OptionError
+from hf_ft.errors import CheckpointError, Error, OptionError, did_you_mean
 from hf_ft.models.weight_files import DELTA_NAME, damaged_file
 from hf_ft.zoo.short_names import SHORT_NAMES
 
@@ -40,9 +40,10 @@ def read_config(name: str, **hub: Any) -> Any:
     try:
         return hf.AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **hub})
     except Exception as error:  # a config of another shape makes Transformers raise almost anything
+        absent = "" if Path(name).exists() else ", which is not a local folder"
         raise OptionError(
-            f"cannot read the model {name!r}: {_reason(error)} It may be a Hub id, a folder written by "
-            f"save_pretrained, or one of {', '.join(SHORT_NAMES)}."
+            f"cannot read the model {name!r}{absent}: {_reason(error)}{did_you_mean(name, SHORT_NAMES)} It may be a "
+            f"Hub id, a folder written by save_pretrained, or one of {', '.join(SHORT_NAMES)}."
         ) from error
 
 

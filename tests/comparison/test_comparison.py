@@ -829,7 +829,7 @@ def test_other_data_are_another_comparison(change, compared):
         given = Data(data, columns, source=data["test"], source_columns=columns)
     else:
         given = Data(data, columns, augment="basic")
-    with pytest.raises(OptionError, match="created with other settings"):
+    with pytest.raises(OptionError, match="created with other settings: .*another output folder"):
         run(folder, data=given)
 
 

@@ -135,6 +135,15 @@ def test_a_test_part_is_carved_first_and_stays_the_same(tmp_path):
         assert rows(test_fraction=0.3, **options)["test"] == found["test"]
     with pytest.raises(ValueError, match="test_fraction=1.0 of 100 rows leaves a split empty: set test_fraction"):
         rows(test_fraction=1.0)
+    with pytest.raises(ValueError, match=r"of 100 rows leaves a split empty: give more rows, set a larger test_fract"):
+        rows(test_fraction=0.001)
+
+
+def test_what_cannot_be_a_hub_id_is_not_looked_up(monkeypatch):
+    monkeypatch.setattr("hf_ft.data.files.load_dataset", lambda *_, **__: pytest.fail("looked up on the Hub"))
+    for source in ("nowhere/", "photos/cat/1.jpg", "./nowhere"):
+        with pytest.raises(ValueError, match="which is not a local file or folder .*no such file or folder"):
+            load_splits(source)
 
 
 def test_a_test_split_of_the_source_wins(tmp_path):
