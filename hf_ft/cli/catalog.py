@@ -39,9 +39,11 @@ def run_list(arguments: list[str]) -> None:
     """Print all strategies with name, paper and description."""
     parser = Parser(prog="hf-ft list", description="List all strategies: name, what each does, and its paper.")
     parser.parse_args(arguments)
-    # The description is the longest column: it comes last and is wrapped.
-    rows = [(entry.name, entry.short_paper, entry.summary) for entry in entries().values()]
-    say(table(rows, ("strategy", "paper", "what it does")))
+    rows = [
+        (entry.name, f"{entry.summary} ({entry.short_paper})" if entry.short_paper else entry.summary)
+        for entry in entries().values()
+    ]
+    say(table(rows, ("strategy", "what it does")))
     say("\n`hf-ft describe NAME` shows a strategy's formula and options; `hf-ft train --strategy NAME` uses it.")
     say("Strategies compose: give --strategy several times (at most one of them may decide what trains when).")
 

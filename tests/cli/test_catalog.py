@@ -51,7 +51,7 @@ def test_a_third_party_strategy_is_listed_and_described(theirs, capsys, monkeypa
     monkeypatch.setenv("COLUMNS", "110")
     assert main(["list"]) == 0
     *_, last = (line for line in capsys.readouterr().out.split("\n\n")[0].splitlines() if line)
-    assert last.split() == ["theirs", "One", "and", "Two,", "Conf", "2020", "Do", "as", "they", "do"]
+    assert last.split() == ["theirs", "Do", "as", "they", "do", "(One", "and", "Two,", "Conf", "2020)"]
     assert main(["describe", "theirs"]) == 0
     shown = capsys.readouterr().out
     assert shown == describe(entry_of(theirs)) + "\n" and f"{theirs.__module__}.Theirs" in shown
