@@ -65,6 +65,16 @@ def test_light_commands_import_nothing_heavy(arguments, code):
     assert json.loads(printed.splitlines()[-1]) == [code, []]
 
 
+def test_output_that_nobody_reads_is_no_error():
+    ran = subprocess.Popen(
+        [sys.executable, "-m", "hf_ft", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert ran.stdout is not None and ran.stderr is not None
+    ran.stdout.close()  # as `head` does
+    assert (ran.stderr.read(), ran.wait()) == ("", 0)
+    ran.stderr.close()
+
+
 def test_importing_the_package_imports_nothing_heavy_and_knows_its_names():
     printed = run(
         "import json, sys, hf_ft; hidden = {*hf_ft.__all__} - {*dir(hf_ft)}; hf_ft.documents, hf_ft.cli;"

@@ -26,9 +26,14 @@ def is_main() -> bool:
 
 
 def say(text: str = "", error: bool = False) -> None:
-    """Print on the main process only."""
-    if is_main():
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    """Print on the main process only; what nobody reads any more, as after ``| head``, is dropped."""
+    if not is_main():
+        return
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Parser(argparse.ArgumentParser):
