@@ -38,6 +38,7 @@ from hf_ft.data.align import other_distribution
 from hf_ft.data.prints import Prints
 from hf_ft.data.progress import hide_bars
 from hf_ft.documents.public import shareable_command, shareable_name
+from hf_ft.documents.text import counted
 from hf_ft.errors import OptionError
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
@@ -193,7 +194,7 @@ def _with_ood(data: Data, flags: DataFlags, more: CompareFlags, prints: Prints |
 def _announce(model: str, prepared: Prepared) -> None:
     data, settings = prepared.data, prepared.runner.settings
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
-    arguments = prepared.runner.common.arguments
+    arguments, trials = prepared.runner.common.arguments, settings.trials
     chosen = " ".join(str(arguments[name]) for name in ("optim", "optim_args") if arguments.get(name))
     optimizer = chosen or " or ".join(optimizers(arguments, data.columns.task))
     rows = [
@@ -202,10 +203,13 @@ def _announce(model: str, prepared: Prepared) -> None:
         ("strategies", ", ".join(entrant.name for entrant in prepared.runner.ledger.entrants)),
         (
             "budget",
-            (f"tuning worth {settings.trials} runs of full fine-tuning each" if settings.trials else "no tuning")
-            + f", then {settings.seeds} final run{'s' if settings.seeds > 1 else ''}",
+            (f"tuning worth {counted(trials, 'run')} of full fine-tuning each" if trials else "no tuning")
+            + f", then {counted(settings.seeds, 'final run')}",
         ),
-        ("training", f"{arguments['num_train_epochs']:g} epochs, {optimizer}, {arguments['lr_scheduler_type']}"),
+        (
+            "training",
+            f"{counted(arguments['num_train_epochs'], 'epoch')}, {optimizer}, {arguments['lr_scheduler_type']}",
+        ),
         ("chosen by", f"{prepared.runner.common.metric} on validation; test is scored in the final runs only"),
     ]
     kind = "sounds" if data.columns.task == "audio" else "images"
@@ -248,7 +252,9 @@ def show(results: Results, folder: Path, example: str | None = None, over: str =
             )
         )
     headers = ("strategy", "validation", "test", "vs. full", "s/run", "trials", "tuning s", "")
-    say(f"\n{results.metric}, mean ± std of {results.settings['seeds']} seeds; * is best on validation:\n")
+    seeds = results.settings["seeds"]
+    averaged = f"mean ± std of {seeds} seeds" if seeds > 1 else "one seed"
+    say(f"\n{results.metric}, {averaged}; * is best on validation:\n")
     say(table(rows, headers))
     say(f"\n{_gained(results, over)}")
     reasons = [(c.name, f"{c.status}: {c.reason}") for c in results.contenders if c.status != "finished" and c.reason]

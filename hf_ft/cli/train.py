@@ -24,6 +24,7 @@ from hf_ft.core.config import strategies
 from hf_ft.core.context import FrozenCache
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.check_results import FILE
+from hf_ft.documents.text import counted
 from hf_ft.documents.usage import pipeline_usage
 from hf_ft.engine.checkpoint_folders import INCOMPLETE, checkpoints, is_complete
 from hf_ft.errors import OptionError
@@ -94,7 +95,7 @@ def _announce(request: Request, made: Made) -> None:
     classes = f"{columns.num_labels} classes" if columns.names else "regression"
     if columns.problem_type == "multi_label_classification":
         classes += ", several per row"
-    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    length = counted(args.max_steps, "step") if args.max_steps > 0 else counted(args.num_train_epochs, "epoch")
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''} on {args.device.type}"
     named = request.data.model or " + ".join(request.sources)
     rows = [

@@ -32,6 +32,7 @@ from hf_ft.core.config import FTConfig
 from hf_ft.data.check_results import DataChecks
 from hf_ft.data.columns import Columns, find_columns
 from hf_ft.data.task import Data
+from hf_ft.documents.text import counted
 from hf_ft.errors import OptionError
 from hf_ft.metrics import LOCAL_METRICS
 from hf_ft.models.norms import batch_norms
@@ -80,11 +81,12 @@ class Prepared:
         runs = settings.seeds + settings.confirming_seeds
         one = (trials * folds + runs) * each + runs * cost.test_seconds(self.bench)
         count = len(runner.ledger.entrants)
-        tried = f"{trials} trials" + (f" x {folds} folds" if folds > 1 and trials else "")
+        tried = counted(trials, "trial") + (f" x {folds} folds" if folds > 1 and trials else "")
         again = f" + {settings.confirming_seeds} of the defaults" if settings.confirming_seeds else ""
         return (
-            f"estimate: {count} strategies x ({tried} + {settings.seeds} final runs{again}) x {each:.0f} s "
-            f"= about {_duration(count * one)} on one worker, less what is already done"
+            f"estimate: {count} strateg{'y' if count == 1 else 'ies'} x "
+            f"({tried} + {counted(settings.seeds, 'final run')}{again}) x {each:.0f} s, and the scores on test: "
+            f"about {_duration(count * one)} on one worker, less what is already done"
         )
 
     def advised(self) -> Advice:

@@ -21,6 +21,12 @@ def code_parts(text: str) -> list[tuple[bool, str]]:
     return [(i % 2 == 1, part) for i, part in enumerate(parts) if part] if len(parts) % 2 else [(False, text)]
 
 
+def counted(number: float, noun: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
+
+
 def names(items: Iterable[str]) -> str:
     """``a, b and c``, each as code."""
     codes = [code(item) for item in items]

@@ -69,7 +69,11 @@ def test_from_files_to_a_report(files, tmp_path, capsys):
     said = capsys.readouterr()
     out = " ".join(said.out.split())
     assert "skipped 1 unreadable images of" in out and "advised order: full, " in out
-    assert "estimate: 3 strategies" in out and "report.html" in out
+    assert (
+        "estimate: 3 strategies x (2 trials + 1 final run" in out
+        and "one seed; * is best" in out
+        and "report.html" in out
+    )
     assert "checks 1 sample of ood equal to " in out and "1 set of equal samples with different labels" in out
     assert make_pipeline("image-classification", model=str(tmp_path / "out" / "best"))
     results = Results.load(tmp_path / "out" / "results.json")
