@@ -40,7 +40,7 @@ _TRAIN_FIRST = {
     "weight_decay": "weight decay of the optimizer",
     "per_device_train_batch_size": "samples per step and process",
     "gradient_accumulation_steps": "batches per optimizer step",
-    "bf16": "mixed precision",
+    "bf16": "mixed precision (without a GPU, add --use_cpu true)",
     "seed": "seed of the new head, the data order and the augmentation",
     "resume_from_checkpoint": "true for the latest checkpoint in output_dir, or the folder of a checkpoint",
     "report_to": "log to tensorboard, mlflow, trackio, ... (docs/trackers.md)",
