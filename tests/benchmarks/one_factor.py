@@ -12,7 +12,6 @@ On the tasks and splits of results.py, two seeds each, with AdamW unless said; t
 - `lp_ft`: LP-FT, whose second stage keeps the statistics, with and without a warm-up of each stage.
 - `tred`: the weight of the distance from the disentangled features; the same without disentangling; and with the
   pretrained statistics kept.
-- `peft`: LoRA at several learning rates and ranks, with a warm-up, and with the normalisation layers trained as well.
 - `amcf`: MobileNetV2 and EfficientNet-Lite0 together, without the search: AMCF's term, the optimizer, the pretrained
   statistics kept, and layers that stay frozen. Beside them, each network alone.
 
@@ -44,7 +43,6 @@ from hf_ft import (
     FTConfig,
     FullConfig,
     LPFTConfig,
-    PEFTConfig,
     SoftConfig,
     TREDConfig,
 )
@@ -169,19 +167,6 @@ STUDIES = {
             "tred, criterion='none', alpha=0.01": Variant([TREDConfig(criterion="none", alpha=0.01)]),
         },
         ("cifar10", "caltech40", "mnist_200", "elpv_500"),
-    ),
-    "peft": Study(
-        "variant",
-        {
-            "LoRA": Variant([PEFTConfig()]),
-            "warm-up": Variant([PEFTConfig()], warmup=0.1),
-            "3e-4": Variant([PEFTConfig()], 3e-4),
-            "3e-3, warm-up": Variant([PEFTConfig()], 3e-3, 0.1),
-            "rank 32": Variant([PEFTConfig(rank=32)]),
-            "norms too": Variant([PEFTConfig(norms=True)]),
-            "norms too, warm-up": Variant([PEFTConfig(norms=True)], warmup=0.1),
-        },
-        ("caltech40", "cifar10", "mnist_200", "elpv_500"),
     ),
     "amcf": Study(
         "variant",
