@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from hf_ft.core.findings import Figure, Findings, Table
+from hf_ft.core.findings import Figure, Findings, Table, Text
 from hf_ft.documents.chart import Row, Rows, linear_axis
 from hf_ft.strategies.auto.result import Choice, Tried
 
@@ -66,9 +66,8 @@ def describe_average(record: Mapping[str, Any] | None) -> str:
 def choice_findings(choice: Choice, summary: str, chosen: Findings) -> Findings:
     """The table of what was tried, a chart, ``auto.json``, and what the chosen strategy found."""
     table = Table("Strategies trained briefly", HEADERS, tuple(_row(choice, one) for one in choice.ranking))
-    left_out = Table("Not tried", (), tuple(choice.declined.items()))
     own = (choice_figure(choice, table),) if choice.tried else ()
-    short = (table, left_out) if choice.tried else (left_out,)
+    short = (*((table,) if choice.tried else ()), Text(summary), _left_out(choice.declined))
     return Findings(
         summary,
         blocks=(*own, *chosen.blocks),
@@ -98,6 +97,18 @@ def _bar(choice: Choice, one: Tried) -> Row:
     kind = "pruned" if len(one.losses) < len(choice.ranking[0].losses) else kind
     note = {"win": " chosen", "pruned": " dropped"}.get(kind, "")
     return Row(one.strategy, one.mean(), f"{one.mean():.3f}{note}", None, kind)
+
+
+def _left_out(declined: Mapping[str, str]) -> Table:
+    """What was not tried: a row for each reason."""
+    sharing: dict[str, list[str]] = {}
+    for name, why in declined.items():
+        sharing.setdefault(why, []).append(name)
+    rows = (
+        (names[0], why) if len(names) == 1 else (f"{len(names)} strategies", f"{why}: {', '.join(names)}")
+        for why, names in sharing.items()
+    )
+    return Table("Not tried", (), tuple(rows))
 
 
 def _row(choice: Choice, one: Tried) -> tuple[str, ...]:

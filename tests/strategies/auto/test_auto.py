@@ -108,6 +108,10 @@ def test_the_run_is_that_of_the_chosen_strategy(tmp_path):
     same_tensors(snapshot(resumed.model), snapshot(trainer.model))
     card = str(card_of(trainer, None, tmp_path))
     assert f"`{found.chosen}`" in card and "| strategy | held-out log loss |" in card
+    # The command prints why, and what was not tried, in a row for each reason.
+    shown = trainer.configs[0].findings(trainer.states["auto"])
+    *_, said, left_out = shown.short[:3]
+    assert said.text == shown.summary and len(left_out.rows) == len(set(found.declined.values()))
 
 
 def tried(name, expected, losses, error=0.0):
