@@ -81,11 +81,11 @@ class Prepared:
         runs = settings.seeds + settings.confirming_seeds
         one = (trials * folds + runs) * each + runs * cost.test_seconds(self.bench)
         count = len(runner.ledger.entrants)
-        tried = counted(trials, "trial") + (f" x {folds} folds" if folds > 1 and trials else "")
+        tried = f"{counted(trials, 'trial')}{f' x {folds} folds' if folds > 1 else ''} + " if trials else ""
         again = f" + {settings.confirming_seeds} of the defaults" if settings.confirming_seeds else ""
         return (
             f"estimate: {count} strateg{'y' if count == 1 else 'ies'} x "
-            f"({tried} + {counted(settings.seeds, 'final run')}{again}) x {each:.0f} s, and the scores on test: "
+            f"({tried}{counted(settings.seeds, 'final run')}{again}) x {each:.0f} s, and the scores on test: "
             f"about {_duration(count * one)} on one worker, less what is already done"
         )
 

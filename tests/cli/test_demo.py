@@ -50,7 +50,12 @@ class TestReduced:
         _, done = small
         printed = " ".join(done.stdout.split())
         assert DATA_NOTICES["elpv"] in printed and "40 train, 24 validation, 24 test" in printed
-        assert "hf-ft compare" in printed and "--dataset=elpv" in printed and "no tuning, then 2 final runs" in printed
+        assert (
+            "hf-ft compare" in printed
+            and "--dataset=elpv" in printed
+            and "no tuning, then 2 final runs" in printed
+            and " x (2 final runs) x " in printed
+        )
         assert "* is best on validation" in printed and "mean ± std of 2 seeds" in printed
         assert done.stderr.count("BatchNorm momentum") <= 1 and len(done.stderr.splitlines()) <= 1, done.stderr
         assert len(done.stdout.splitlines()) < 70
