@@ -60,7 +60,7 @@ from hf_ft.trainer.patience import stopped_early
 from hf_ft.trainer.pushing import DELTA_FOLDER, create_repository, push_result, refused_repository
 from hf_ft.trainer.run_lock import alone_in
 from hf_ft.trainer.selection import select
-from hf_ft.trainer.training_batches import TrainingBatches
+from hf_ft.trainer.training_batches import TrainingBatches, ordered_by_epoch
 
 logger = logging.get_logger(__name__)
 ClassWeights = Sequence[float] | Tensor | Literal["balanced"]
@@ -388,11 +388,11 @@ class FTTrainer(Trainer):
         seeded = is_training and is_map_style(dataset)
         if attempt is None or (rows is None and not seeded):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = None if sampler_fn is None else lambda _: ordered_by_epoch(sampler_fn(dataset), seed, attempt.epoch)
         read: Any = dataset if rows is None else rows
         batched: Any = attempt.cache.collator_for(read, description)
         if seeded:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             how = attempt.objective.plan.second_view, self.mixing, mixing_checks.classes_of(self.model)
             batched, read = TrainingBatches(read, batched, seed, attempt.epoch, *how), range(len(dataset))
         users, self.data_collator = self.data_collator, batched

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_ft.data.augment import drawn_for
 from hf_ft.data.mixing import Mixing
@@ -68,6 +70,34 @@ class TrainingBatches:
 
     def _read(self, rows: Sequence[int]) -> Any:
         return self.collate(read_rows(self.dataset, rows))
+
+
+class EpochOrder(Sampler[int]):
+    """The order of a sampler that draws from torch's global generator, which then depends only on seed and epoch.
+
+    If it depended on the global state, it would differ after a resume within an epoch, and possibly between processes.
+
+    Args:
+        sampler: draws an order whenever it is iterated.
+        seed: seed of all orders.
+        epoch: number of the epoch, in memory that is updated.
+    """
+
+    def __init__(self, sampler: Sampler[int], seed: int, epoch: Tensor) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        with random_states_kept(mixed(self.seed, int(self.epoch))):
+            return iter(list(self.sampler))
+
+
+def ordered_by_epoch(sampler: Any, seed: int, epoch: Tensor) -> Any:
+    """The sampler, or its :class:`EpochOrder` if it groups by length, for which Trainer uses the global generator."""
+    by_length = isinstance(sampler, LengthGroupedSampler) and sampler.generator is None
+    return EpochOrder(sampler, seed, epoch) if by_length else sampler
 
 
 class StreamedBatches:

@@ -24,7 +24,7 @@ from hf_ft import (
     register,
 )
 from hf_ft.engine.checkpoint_folders import checkpoints, last_checkpoint
-from hf_ft.testing import same_tensors, tiny_data, tiny_resnet, tiny_vit, train
+from hf_ft.testing import same_tensors, tiny_bert, tiny_data, tiny_resnet, tiny_vit, train
 from hf_ft.testing.laws import _losses, _same_optimizers
 from hf_ft.testing.training import make_trainer, snapshot, tiny_arguments
 from hf_ft.trainer.stage_cache import StageCache
@@ -221,6 +221,22 @@ def test_augmentation_goes_on_within_an_epoch(workers, tmp_path):
 
     whole = trained(tmp_path / "whole")
     resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    same_tensors(snapshot(resumed.model), snapshot(whole.model))
+    assert _losses(resumed) == _losses(whole)
+
+
+# Two epochs of 4 steps: checkpoint-6 is within the second.
+@pytest.mark.slow
+def test_an_order_by_length_goes_on_within_an_epoch(tmp_path):
+    def trained(folder, resume=None):
+        by_length = {"train_sampling_strategy": "group_by_length"}
+        args = tiny_arguments(folder, **SAVING, **by_length)
+        trainer = FTTrainer(tiny_bert(), args, train_dataset=tiny_data(tiny_bert()))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-6"))
     same_tensors(snapshot(resumed.model), snapshot(whole.model))
     assert _losses(resumed) == _losses(whole)
 
