@@ -89,6 +89,7 @@ def check_model(
         OptionError: naming what does not fit.
     """
     check_whole(model)
+    check_some_batch(args, train_dataset)
     check_datasets(model, train_dataset, eval_dataset)
     check_evaluation(configs, args, eval_dataset)
     check_members(configs, model)
@@ -204,6 +205,21 @@ def check_counts(args: TrainingArguments) -> None:
     for name in COUNTS:
         if getattr(args, name) < 1:
             raise OptionError(f"{name}={getattr(args, name)} must be at least 1.")
+
+
+def check_some_batch(args: TrainingArguments, dataset: Any) -> None:
+    """Check that an epoch has a batch for each process, if incomplete ones are dropped.
+
+    Raises:
+        OptionError: if it has none: the Trainer would train nothing, without an error if ``max_steps`` is set.
+    """
+    size = args.per_device_train_batch_size
+    if args.dataloader_drop_last and is_map_style(dataset) and len(dataset) < size * args.world_size:
+        processes = f" on {args.world_size} processes" if args.world_size > 1 else ""
+        raise OptionError(
+            f"dataloader_drop_last=True: {len(dataset)} samples do not fill a batch of per_device_train_batch_size="
+            f"{size}{processes}. Set it to False, or use smaller batches."
+        )
 
 
 def check_datasets(model: nn.Module, train_dataset: Any, eval_dataset: Any) -> None:

@@ -186,6 +186,15 @@ def test_batches_without_samples(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_complete_batch(tmp_path):
+    """If incomplete ones are dropped, an epoch would have no step."""
+    dropped = {"dataloader_drop_last": True, "per_device_train_batch_size": 33}  # there are 32 samples
+    message = "dataloader_drop_last=True: 32 samples do not fill a batch of per_device_train_batch_size=33"
+    refused(message, make_trainer, tiny_vit(), "full", tmp_path / "out", **dropped)
+    assert not (tmp_path / "out").exists()
+    make_trainer(tiny_vit(), "full", tmp_path, **dropped | {"per_device_train_batch_size": 32})
+
+
 def test_smoothing_needs_one_class_per_sample(tmp_path):
     smoothed = {"label_smoothing_factor": 0.1}
     message = "label_smoothing_factor=0.1 needs single-label classification, but .* is regression"
