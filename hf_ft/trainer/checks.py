@@ -299,12 +299,14 @@ def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
     """Check the last batch: BatchNorm in train mode fails on a single sample with 1x1 feature maps.
 
     Raises:
-        OptionError: if the last batch of an epoch has one sample and the model cannot train on it.
+        OptionError: if the last batch of an epoch, or each of them, has one sample and the model cannot train on it.
     """
-    args, dataset = trainer.args, trainer.train_dataset
+    args, dataset, size = trainer.args, trainer.train_dataset, trainer._train_batch_size
     norms = [norm for _, norm in batch_norms(objective) if norm.training]
-    alone = is_map_style(dataset) and len(dataset) % trainer._train_batch_size == 1
-    if not alone or not norms or args.dataloader_drop_last or args.world_size > 1:
+    if not norms or not is_map_style(dataset) or not len(dataset):
+        return
+    last = len(dataset) % size == 1 and not args.dataloader_drop_last and args.world_size == 1
+    if size > 1 and not last:
         return
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     try:
@@ -313,10 +315,11 @@ def check_last_batch(trainer: ForProbe, objective: Objective) -> None:
             objective.train()
             objective.task_loss(objective.model, trainer._prepare_inputs(next(iter(rows))))
     except ValueError as error:
+        which = f"with {len(dataset)} samples, the last batch has" if size > 1 else "each batch has"
+        remedy = "Set dataloader_drop_last=True, or use another size." if size > 1 else "Use larger batches."
         raise OptionError(
-            f"per_device_train_batch_size={trainer._train_batch_size}: with {len(dataset)} samples, the last batch has "
-            f"a single sample, on which BatchNorm cannot train ({error}). Set dataloader_drop_last=True, or use "
-            "another size."
+            f"per_device_train_batch_size={size}: {which} a single sample, on which BatchNorm cannot train ({error}). "
+            f"{remedy}"
         ) from error
     finally:
         for norm, buffers in zip(norms, kept, strict=True):

@@ -560,6 +560,10 @@ def test_a_last_batch_of_one_sample_is_refused_before_training(tmp_path):
     same_tensors(snapshot(model), before)
     FTTrainer(model, tiny_arguments(tmp_path, dataloader_drop_last=True), train_dataset=data).train()
     FTTrainer(model, tiny_arguments(tmp_path), strategy=LinearProbeConfig(), train_dataset=data).train()
+    for dropped in (False, True):
+        single = tiny_arguments(tmp_path, per_device_train_batch_size=1, dataloader_drop_last=dropped)
+        with pytest.raises(OptionError, match="per_device_train_batch_size=1: each batch has a single sample"):
+            FTTrainer(model, single, train_dataset=data).train()
 
 
 def test_recommended_arguments_are_warned_about(tmp_path, monkeypatch):
