@@ -219,8 +219,8 @@ UNDER_SGD = {
     "max_grad_norm": Recommended(0.0, why="under SGD, clipping the norm to 1 shrinks most steps"),
 }
 
-# If all weights train without batch statistics, because there is no BatchNorm or it keeps its statistics, but not under
-# SGD. docs/rates.md has the scores with and without it.
+# If pretrained layers train without batch statistics, because there is no BatchNorm or it keeps its statistics, but not
+# under SGD. docs/rates.md has the scores with and without it.
 WITHOUT_BATCH_STATISTICS = {
     "warmup_steps": Recommended(
         0.1, why="without batch statistics, the first steps of Adam destroy pretrained features"
@@ -231,6 +231,11 @@ WITHOUT_BATCH_STATISTICS = {
 def chooses_rate(config: FTConfig) -> bool:
     """Whether a strategy chooses its learning rate itself if the user sets none; no recommended rate is used then."""
     return "learning_rate" in config.recommended and config.recommended["learning_rate"].value == CHOSEN
+
+
+def finds_rate(config: FTConfig) -> bool:
+    """Whether a strategy chooses its learning rate itself, or fits it to the head, if the user sets none."""
+    return "learning_rate" in config.recommended and config.recommended["learning_rate"].value in (FITTED, CHOSEN)
 
 
 def recommended_arguments(
@@ -259,7 +264,7 @@ def recommended_arguments(
     if isinstance(rate, LearningRate):
         batch_norm = model is None or bool(batch_norms(model))
         kept = batch_norm and rate.kept is not None and _norm_mode(configs, model) == "eval"
-        if optim != SGD and (kept or (not batch_norm and rate.without_batch_norm != 1)):
+        if optim != SGD and rate.warms_up(batch_norm, kept):
             merged = WITHOUT_BATCH_STATISTICS | merged
         family = getattr(getattr(model, "config", None), "model_type", "")
         merged["learning_rate"] = rate.under(optim, batch_norm, kept, family)

@@ -37,6 +37,8 @@ class LearningRate(Recommended):
         kept: the rate under AdamW if BatchNorm keeps its statistics (``norm_mode="eval"``), for all families.
         kept_sgd: the same under SGD.
         families: other rates under AdamW, by family of networks (``config.model_type``).
+        warm_up: whether a warm-up goes with it under AdamW whatever the network; otherwise, only where
+            ``without_batch_norm`` or ``kept`` changes the rate.
     """
 
     sgd: float | None = None
@@ -45,6 +47,7 @@ class LearningRate(Recommended):
     kept: float | None = None
     kept_sgd: float | None = None
     families: Mapping[str, float] = field(default_factory=dict)
+    warm_up: bool = False
 
     def __str__(self) -> str:
         """For display: the value, those for other optimizers, networks and modes, and where a warm-up goes with it."""
@@ -60,7 +63,13 @@ class LearningRate(Recommended):
             warmed_up.append("if norm_mode='eval'")
             others.append(f"{self.kept:g} (SGD: {self.kept_sgd:g}) if norm_mode='eval'")
         shown = ", ".join([str(self.value), *others])
+        if self.warm_up:
+            return f"{shown}; under Adam, warmup_steps=0.1"
         return f"{shown}; under Adam, warmup_steps=0.1 {' or '.join(warmed_up)}" if warmed_up else shown
+
+    def warms_up(self, batch_norm: bool, kept: bool) -> bool:
+        """Whether a warm-up goes with the rate under AdamW; see :meth:`under` for the arguments."""
+        return self.warm_up or kept or (not batch_norm and self.without_batch_norm != 1)
 
     def under(self, optim: str, batch_norm: bool = True, kept: bool = False, family: str = "") -> Recommended:
         """The rate for an optimizer and a network.

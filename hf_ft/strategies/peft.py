@@ -57,7 +57,8 @@ class PEFTConfig(FittedHead):
         "the default tuner",
     )
     formula = "W = W0 + alpha / r * B A in the blocks (LoRA), or any other tuner of PEFT; W0 stays"
-    recommended = {"learning_rate": LearningRate(1e-3, sgd=1e-2)}
+    # The layers that are adapted keep their statistics, as if there were no BatchNorm.
+    recommended = {"learning_rate": LearningRate(1e-3, sgd=1e-2, warm_up=True)}
     tuned = {"rank": Choice((4, 8, 16))}
     cost = advising.EVERYTHING + advising.DEARER
     advice = {advising.FEW_SAMPLES_PER_WEIGHT: 1, advising.POOR_FEATURES: -1}

@@ -12,8 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import TrainerState
 
+from hf_ft.core.compose import finds_rate
 from hf_ft.core.config import FTConfig, as_saved
 from hf_ft.core.findings import Findings, Table
+from hf_ft.core.head_rate import UNSET_RATE
 from hf_ft.core.options import describe_value, options
 from hf_ft.data.info import DataInfo
 from hf_ft.documents.markdown import blocks
@@ -250,6 +252,8 @@ def card_of(
     kept += "gradient_accumulation_steps seed num_train_epochs max_steps"
     args, configs, states = trainer.args, trainer.configs, trainer.states
     arguments = args.to_dict()
+    if args.learning_rate == UNSET_RATE and any(map(finds_rate, configs)):
+        del arguments["learning_rate"]  # what the strategy found is among its findings
     return model_card(
         configs,
         trainer.model,

@@ -106,6 +106,7 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "bitfit": (BitFitConfig(), HIGHER),
     "norms_only": (NormsOnlyConfig(), HIGHER),
     "peft": (PEFTConfig(), HIGHER),
+    "peft, warm-up": (PEFTConfig(), HIGHER),
     "rifle": (RIFLEConfig(), USUAL),
     "stoch_norm": (StochNormConfig(), USUAL),
     "auto_rgn": (AutoRGNConfig(), {SGD: (1e-3, 3e-3, 1e-2, 3e-2), ADAM: (1e-4, 3e-4, 1e-3, 3e-3)}),
@@ -115,8 +116,8 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
     "ada_filter": (AdaFilterConfig(), USUAL),
 }
 WARM_UP = {"warmup_steps": 0.1}  # over a tenth of the steps
-ARGUMENTS = {name: WARM_UP for name in ("full, warm-up", "full, eval, warm-up")}
-NOT_AS_RECOMMENDED = ("full, warm-up", "full, eval")  # the one with, the other without a warm-up
+ARGUMENTS = {name: WARM_UP for name in ("full, warm-up", "full, eval, warm-up", "peft, warm-up")}
+NOT_AS_RECOMMENDED = ("full, warm-up", "full, eval", "peft")  # the one with, the other without a warm-up
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def test_warm_up_without_batch_norm(config):
         ([SoftConfig(norm_mode="auto")], False),
         ([L2SPConfig(), SoftConfig()], True),
         ([DAFTConfig(), SoftConfig()], False),  # DAFT needs batch statistics
+        ([PEFTConfig()], True),  # the layers that it adapts keep theirs
         ([LinearProbeConfig(norm_mode="eval")], False),  # the pretrained weights are frozen
     ],
 )

@@ -10,7 +10,8 @@ from hf_ft import FTConfig, Plan
 from hf_ft.core.findings import Findings, Table, Text
 from hf_ft.data.info import DataInfo
 from hf_ft.testing import tiny_resnet
-from hf_ft.trainer.model_card import model_card
+from hf_ft.testing.training import make_trainer
+from hf_ft.trainer.model_card import card_of, model_card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +112,11 @@ def test_only_what_is_known_to_be_on_the_hub_is_linked(base, commit, linked):
     assert (f"[{base}](https://huggingface.co/{base}) fine-tuned" in text) == linked
     assert (f"`{base}` fine-tuned with hf_ft" in text) != linked
     assert metadata(text).get("base_model") == (base if linked else None)
+
+
+@pytest.mark.parametrize(("rate", "shown"), [(5e-5, False), (1e-3, True)])
+def test_a_fitted_rate_is_not_given_as_the_unused_default(rate, shown, tmp_path):
+    trainer = make_trainer(tiny_resnet(), "linear_probe", tmp_path, learning_rate=rate)
+    trainer.train()
+    text = str(card_of(trainer, None, tmp_path))
+    assert ("| learning_rate |" in text) is shown and "| optim |" in text
