@@ -231,12 +231,13 @@ def _same(one: Results, other: Results) -> bool:
 
 
 def _winner(results: Results) -> str:
-    """The strategy with the highest mean validation score of its final runs."""
+    """The strategy with the highest mean validation score of its final runs, among those that train one network."""
 
     def mean(name: str) -> float:
         return statistics.fmean(run.validation or 0.0 for run in _runs(results, name).values())
 
-    names = sorted(contender.name for contender in results.contenders if contender.finished_runs)
+    alone = [one for one in results.contenders if all(config["ft_type"] != "amcf" for config in one.configs)]
+    names = sorted(contender.name for contender in alone if contender.finished_runs)
     return max(names, key=lambda name: round(mean(name), 9))
 
 
