@@ -74,6 +74,18 @@ def table_of_results(table: Table, kind: str, few: bool = False, titles: Mapping
     return table(("strategy", *headers), rows) + "\n\n" + " ".join(_size(titles[task], tasks[task]) for task in tasks)
 
 
+def table_of_statistics(table: Table) -> str:
+    """What becomes of BatchNorm's statistics, at the defaults: mean test score, and the gain over batch statistics."""
+    names = (BASELINE, "full (statistics kept)", "daft")
+    rows = []
+    for task, splits in read("defaults", TITLES).items():
+        if all(_scores(splits, name) for name in names):
+            means = [_mean(splits, name) for name in names]
+            others = [f"{score(mean)} ({signed(mean - means[0])})" for mean in means[1:]]
+            rows.append((TITLES[task], score(means[0]), *others))
+    return table(("task", "those of each batch", "kept", "converted (`daft`)"), rows) if rows else NOT_YET
+
+
 def interval_over_splits(*tasks: Sequence[Gaps], seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of the mean difference in balanced accuracy, by a hierarchical bootstrap.
 

@@ -49,6 +49,7 @@ from docs.tools.results import (
     table_of_auto,
     table_of_confirmed,
     table_of_results,
+    table_of_statistics,
     table_of_tuning,
 )
 from docs.tools.roles import markdown
@@ -252,6 +253,7 @@ PLACES: dict[str, Callable[..., str]] = {
     "dinov2": lambda page, kind: table_of_results(_table, kind, titles=DINOV2),
     "cells": lambda page, kind: table_of_results(_table, kind, titles=CELLS),
     "digits": lambda page, kind: table_of_results(_table, kind, titles=DIGITS),
+    "statistics": lambda page: table_of_statistics(_table),
     "auto": lambda page: table_of_auto(_table),
     "confirmed": lambda page: table_of_confirmed(_table),
     "tuning": lambda page: table_of_tuning(_table),
