@@ -341,7 +341,7 @@ def test_signature(storage):
     study = optuna.load_study(study_name="study", storage=open_storage(storage))
     assert study.user_attrs["signature"]["options"] == nested["options"]
     other = {**nested, "options": {"lr": 0.2, "epochs": 2}, "seeds": 3}
-    with pytest.raises(OptionError, match=r"'study'.*options.lr \(0.1 there, 0.2 here\), seeds \(None .*another name"):
+    with pytest.raises(OptionError, match=r"'study'.*options.lr \(0.1 there, 0.2 here\), seeds \(None .*study name"):
         run(jobs(2), seed, storage, signature=other)
     with pytest.raises(OptionError, match="pruner"):
         run(jobs(2), seed, storage, signature=nested, pruner=Halving())
