@@ -16,7 +16,7 @@ from hf_ft.core.config import FTConfig, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
 from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, sets_weights
-from hf_ft.core.recommended import ADAM, CHOSEN, FITTED, SGD, LearningRate, Recommended
+from hf_ft.core.recommended import ADAM, CHOSEN, SGD, LearningRate, Recommended
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
 from hf_ft.models.norms import batch_norms, tensorflow_momentum
@@ -235,7 +235,7 @@ def chooses_rate(config: FTConfig) -> bool:
 
 def finds_rate(config: FTConfig) -> bool:
     """Whether a strategy chooses its learning rate itself, or fits it to the head, if the user sets none."""
-    return "learning_rate" in config.recommended and config.recommended["learning_rate"].value in (FITTED, CHOSEN)
+    return "learning_rate" in config.recommended and config.recommended["learning_rate"].found
 
 
 def recommended_arguments(
@@ -268,7 +268,7 @@ def recommended_arguments(
             merged = WITHOUT_BATCH_STATISTICS | merged
         family = getattr(getattr(model, "config", None), "model_type", "")
         merged["learning_rate"] = rate.under(optim, batch_norm, kept, family)
-    if rate is not None and rate.value in (FITTED, CHOSEN):  # by the strategy itself, if the user sets none
+    if rate is not None and rate.found:
         del merged["learning_rate"]
     return merged | {name: wanted for name, wanted in UNDER_SGD.items() if optim == SGD and name not in merged}
 

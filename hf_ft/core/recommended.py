@@ -19,6 +19,11 @@ class Recommended:
     source: str = "ours"
     why: str = field(default="", repr=False)
 
+    @property
+    def found(self) -> bool:
+        """Whether the strategy finds the value itself, if the user sets none."""
+        return self.value in (FITTED, CHOSEN)
+
     def __str__(self) -> str:
         return str(self.value)
 

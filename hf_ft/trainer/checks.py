@@ -17,7 +17,6 @@ from transformers.utils import logging
 from hf_ft.core.compose import check_composed, check_examples, chooses_rate, recommended_arguments, shared_option
 from hf_ft.core.config import FTConfig
 from hf_ft.core.plan import Plan
-from hf_ft.core.recommended import CHOSEN, FITTED
 from hf_ft.data.label_checks import IGNORED, check_labels
 from hf_ft.data.labels import class_labels
 from hf_ft.data.streams import is_map_style
@@ -373,7 +372,7 @@ def warn_recommended(configs: Iterable[FTConfig], args: TrainingArguments, model
     stated = {name: value for config in reversed(configs) for name, value in config.recommended.items()}
     differing = []
     for name, value in (stated | chosen).items():
-        if value.value in (FITTED, CHOSEN):
+        if value.found:
             continue
         given = getattr(args, name)
         given = getattr(given, "value", given)

@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="per split")
     parser.add_argument("--hours", type=float, default=2.5, help="limit for this call; the next one continues")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--warmup", type=float, help="share of the steps, instead of what is recommended")
     parser.add_argument("--epochs", type=int, help="instead of the task's, to try the script")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--kept", type=Path, default=KEPT)
@@ -223,6 +224,7 @@ def main() -> None:
                 image_size=task.pixels,
                 num_train_epochs=options.epochs or task.epochs,
                 per_device_train_batch_size=task.batch,
+                **({} if options.warmup is None else {"warmup_steps": options.warmup}),
                 **({"bf16": True, "use_cpu": not torch.cuda.is_available()} if task.bf16 else {}),
                 tell=lambda line: print(line, flush=True),
             )
