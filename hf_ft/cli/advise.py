@@ -24,6 +24,7 @@ from hf_ft.cli.prepare import check_data, check_rows, prints_for, read_data
 from hf_ft.cli.request import Request, read
 from hf_ft.cli.train import check_request
 from hf_ft.core.compose import shared_option
+from hf_ft.core.config import BASELINE
 from hf_ft.data.classifier import load_classifier
 from hf_ft.data.columns import Columns
 from hf_ft.data.progress import hide_bars
@@ -36,6 +37,7 @@ DEFAULT_FOLDER = "runs/advice"
 FILE = "advice.json"
 TAKEN = ("output_dir", "seed", "use_cpu", "disable_tqdm", "ddp_backend", "ddp_timeout")  # training arguments
 TOLD = 3  # number of strategies for which the next command is printed
+SHOWN = 5  # number of strategies that are printed without --all, besides the baseline
 GAIN = (
     "gain: expected difference from full fine-tuning, in points of balanced accuracy. It says what to try first, not "
     "what will win (docs/advise.md)."
@@ -95,7 +97,8 @@ def run_advise(arguments: list[str]) -> None:
     if flags.json:
         say(json.dumps(found.to_dict(), indent=2))
     else:
-        say(_report(found, request, others, folder, check_rows(data, folder)))
+        shown = None if flags.all else SHOWN
+        say(_report(found, request, others, folder, check_rows(data, folder), shown))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -103,6 +106,7 @@ def run_advise(arguments: list[str]) -> None:
 def _own_flags() -> Parser:
     parser = Parser(prog="hf-ft advise", add_help=False)
     parser.add_argument("--json", action="store_true", help="print advice.json instead of tables")
+    parser.add_argument("--all", action="store_true", help=f"print all strategies instead of the first {SHOWN}")
     parser.add_argument(
         "--source_models",
         metavar="A,B",
@@ -199,7 +203,12 @@ def _load(request: Request, columns: Columns, seed: int) -> tuple[Any, Any]:
 
 
 def _report(
-    found: Advice, request: Request, others: Sequence[str], folder: Path, checks: Sequence[tuple[str, str]]
+    found: Advice,
+    request: Request,
+    others: Sequence[str],
+    folder: Path,
+    checks: Sequence[tuple[str, str]],
+    shown: int | None,
 ) -> str:
     """The statistics, the order and the next steps as text, after the findings of the data checks."""
     s = found.signals
@@ -212,16 +221,36 @@ def _report(
     lines.append(
         f"\n{s.forward_samples:,} samples forward, {s.backward_samples:,} forward and backward, {s.seconds:.0f} s.\n"
     )
-    lines.append(table(order_rows(found), ("", "strategy", "gain", "why")))
+    lines.append(table(order_rows(found, shown), ("", "strategy", "gain", "why")))
+    if shown is not None:
+        lines.append(f"\n{_left_out(found, shown)}")
     lines.append(f"\n{GAIN}{'' if shipped().worth else ' ' + SAME_ORDER} Next:\n")
     lines += [f"  {command}" for command in _next(found, request.data, others)]
     return "\n".join([*lines, f"\nIn {folder}: {FILE}."])
 
 
-def order_rows(found: Advice) -> list[tuple[str, str, str, str]]:
-    """One row per reason; only the first row of a strategy shows rank, name and gain."""
+def _shows(place: int, strategy: str, shown: int | None) -> bool:
+    """Whether a strategy is printed: the first ones, and the baseline that the gains refer to."""
+    return shown is None or place <= shown or strategy == BASELINE
+
+
+def _left_out(found: Advice, shown: int) -> str:
+    """What the table leaves out, and what the strategies that cannot run would need."""
+    rest = [one for place, one in enumerate(found.recommendations, 1) if not _shows(place, one.strategy, shown)]
+    lines = [f"{len(rest)} more with --all, and in {FILE}."]
+    lines += [f"{one.strategy} cannot run: {one.reasons[0].text}." for one in rest if not one.usable]
+    return "\n".join(lines)
+
+
+def order_rows(found: Advice, shown: int | None = None) -> list[tuple[str, str, str, str]]:
+    """One row per reason, of the first ``shown`` strategies and the baseline, or of all.
+
+    Only the first row of a strategy shows rank, name and gain.
+    """
     rows = []
     for place, one in enumerate(found.recommendations, 1):
+        if not _shows(place, one.strategy, shown):
+            continue
         score = _points(one.score) if one.usable else "-"
         for index, reason in enumerate(one.reasons):
             first = (str(place), one.strategy, score) if index == 0 else ("", "", "")

@@ -38,6 +38,7 @@ from hf_ft.advice.transferability import (
     log_evidence,
     logme,
 )
+from hf_ft.cli import advise as command
 from hf_ft.cli import main
 from hf_ft.core import config as registry
 from hf_ft.core.advising import DEARER, HEAD_ALONE, Rule
@@ -588,7 +589,7 @@ def photos(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_command(photos, capsys):
     where = ["--model", "model", "--dataset", "photos", "--use_cpu", "true"]
-    assert main(["advise", *where, "--source_models", "other"]) == 0
+    assert main(["advise", *where, "--source_models", "other", "--all"]) == 0
     printed = capsys.readouterr().out
     found = Advice.from_dict(json.loads((photos / "runs/advice/advice.json").read_text()))
     assert found.signals.samples == 16 and found.signals.members == 2 and found.signals.source_relation is not None
@@ -608,10 +609,19 @@ def test_command(photos, capsys):
     assert content == json.loads((photos / "elsewhere/advice.json").read_text()) and content["signals"]["samples"] == 10
 
 
+def test_first_strategies_are_printed_with_the_baseline():
+    found = Advice(signals(), recommend(signals()))
+    names = [row[1] for row in command.order_rows(found, 5) if row[1]]
+    assert names[:5] == list(found.order[:5]) and set(names[5:]) <= {"full"} and "full" in names
+    assert [row[1] for row in command.order_rows(found) if row[1]] == list(found.order)
+    told = command._left_out(found, 5)
+    assert told.startswith(f"{len(found.order) - len(names)} more with --all")
+    assert "amcf cannot run: 1 source model is available" in told
+
+
 def test_command_prints_source_free_forms(photos, monkeypatch, capsys):
     """What is recommended without source data must train without source data."""
     from hf_ft.cli import COMMANDS
-    from hf_ft.cli import advise as command
     from hf_ft.cli.flags import DataFlags
 
     found = recommend(signals())
