@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_ft.core.config import FTConfig, config_class, strategies
 from hf_ft.core.context import State
 from hf_ft.core.options import options
-from hf_ft.core.plan import NormMode, Plan, Rate, Stage, Stream, sets_weights
+from hf_ft.core.plan import EVERYTHING, NormMode, Plan, Rate, Stage, Stream, sets_weights
 from hf_ft.core.recommended import ADAM, CHOSEN, SGD, LearningRate, Recommended
 from hf_ft.errors import OptionError
 from hf_ft.models.names import covers
@@ -325,12 +325,14 @@ def _checked(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
 
 
 def _check_renamed(configs: Iterable[FTConfig], plans: Iterable[Plan]) -> None:
-    """Reject learning rates for layers that another strategy's adapters rename: they would be lost."""
+    """Reject learning rates and gradients of layers that another strategy's adapters rename: they would be lost."""
     adapting = [config.ft_type for config in configs if config.adds_adapters()]
     for plan in plans if adapting else ():
-        if plan.rates and plan.owner not in adapting:
+        names = plan.rates or plan.tensor_rates or any(change.on != EVERYTHING for change in plan.gradients)
+        if names and plan.owner not in adapting:
+            what = "learning rates" if plan.rates or plan.tensor_rates else "gradients"
             raise OptionError(
-                f"{plan.owner} sets learning rates of layers to which {adapting[0]} adds adapters: use one of them."
+                f"{plan.owner} sets {what} of layers to which {adapting[0]} adds adapters: use one of them."
             )
 
 

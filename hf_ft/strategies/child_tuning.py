@@ -218,6 +218,11 @@ class ChildTuningConfig(FTConfig):
         masks = FixedMask({name: state.tensors[name] for name in names})
         return Plan(gradients=(GradientChange("child_tuning", masks, on=names),))
 
+    def example_plan(self, model: nn.Module) -> Plan:
+        if not self.measures():
+            return super().example_plan(model)
+        return Plan(gradients=(GradientChange("child_tuning", RandomMask(self.p), on=self._masked(model)),))
+
     def _masked(self, model: nn.Module) -> tuple[str, ...]:
         """The parameters of the blocks that may train."""
         blocks = {name for block in self.anatomy(model).blocks for name in block.modules}

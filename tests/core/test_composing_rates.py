@@ -7,7 +7,9 @@ import pytest
 from peft import LoraConfig
 
 from hf_ft import (
+    AutoRGNConfig,
     BlockwiseConfig,
+    ChildTuningConfig,
     DAFTConfig,
     FullConfig,
     GradualUnfreezingConfig,
@@ -63,12 +65,21 @@ def test_different_rates_are_refused(order):
     assert rates(*[LPFTConfig(), daft(head_lr=None)][::order]) == [(0.5, 1.0), (0.0, 1.0)]
 
 
-@pytest.mark.parametrize("other", [LayerDecayConfig(), FullConfig(head_lr=0.1)])
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (LayerDecayConfig(), "learning rates"),
+        (FullConfig(head_lr=0.1), "learning rates"),
+        (AutoRGNConfig(), "learning rates"),
+        (ChildTuningConfig(), "gradients"),
+    ],
+)
 @pytest.mark.parametrize("adapting", [PEFTConfig(), BlockwiseConfig(tuner=LoraConfig(r=2))])
-def test_rates_of_what_adapters_rename_are_refused(adapting, other, tmp_path):
-    """They would be lost."""
-    with pytest.raises(OptionError, match=f"{other.ft_type} sets learning rates of layers to which {adapting.ft_type}"):
+def test_what_names_layers_that_adapters_rename_is_refused(adapting, other, what, tmp_path):
+    """It would be lost."""
+    with pytest.raises(OptionError, match=f"{other.ft_type} sets {what} of layers to which {adapting.ft_type} adds"):
         make_trainer(tiny_resnet(), [adapting, other], tmp_path)
+    make_trainer(tiny_resnet(), [adapting, ChildTuningConfig(mode="F")], tmp_path)  # names none
 
 
 def test_a_rate_for_nothing_is_refused():
