@@ -196,6 +196,7 @@ def test_the_first_lookup_finds_every_strategy_in_order(tmp_path):
     loaded, (looked, *names) = map(json.loads, printed.splitlines())
     assert loaded == ["l2_sp", "tred"] and looked == "soft"
     assert names == [name for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.")]
+    assert names == sorted(names)  # whatever module they share
 
 
 THEIRS = """

@@ -76,6 +76,20 @@ def documented() -> dict[str, type[FTConfig]]:
     return {name: kind for name, kind in strategies().items() if kind.__module__.startswith("hf_ft.strategies.")}
 
 
+# The strategies of README.md, each once.
+GROUPS = {
+    "the focus of this package": "daft, soft, blockwise, tred, amcf",
+    "baselines": "full, linear_probe, stock",
+    "a part of the network, or in stages": "lp_ft, gradual_unfreezing, fine_tune, peft, bitfit, norms_only",
+    "close to the pretrained network": "l2_sp, delta, attention_transfer, lwf, wise_ft",
+    "another loss, or another head": "bss, bi_tuning, co_tuning, rifle",
+    "rates and gradients by layer": "layer_decay, auto_rgn, child_tuning",
+    "layers chosen for each sample": "spot_tune, ada_filter",
+    "normalisation and averages": "stoch_norm, ema",
+    "chosen for you": "auto",
+}
+
+
 def pages(root: Path = ROOT) -> list[Path]:
     """README.md and every page of docs/."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
@@ -105,12 +119,24 @@ def rendered(page: Path) -> str:
 
 def table_of_strategies(page: Path) -> str:
     """Each strategy's name with a link to its page, what it does, and its paper."""
-    folder = ROOT / "docs" / "methods"
-    rows = []
-    for name, kind in documented().items():
-        link = Path(os.path.relpath(folder / f"{name}.md", page.parent)).as_posix()
-        rows.append((f"[`{name}`]({link})", _description(kind)[0], _source(kind.paper)))
+    rows = [(_linked(name, page), _description(kind)[0], _source(kind.paper)) for name, kind in documented().items()]
     return _table(("strategy", "what it does", "paper"), rows)
+
+
+def table_of_groups(page: Path) -> str:
+    """The names of all strategies in groups, with links to their pages."""
+    groups = {title: names.split(", ") for title, names in GROUPS.items()}
+    named = sorted(name for names in groups.values() for name in names)
+    if named != sorted(documented()):
+        raise ValueError(f"GROUPS must name every strategy once: {sorted(set(named) ^ set(documented()))}")
+    rows = [(title, ", ".join(_linked(name, page) for name in names)) for title, names in groups.items()]
+    return _table(("group", "strategies"), rows)
+
+
+def _linked(name: str, page: Path) -> str:
+    """A strategy's name with a link to its page."""
+    target = ROOT / "docs" / "methods" / f"{name}.md"
+    return f"[`{name}`]({Path(os.path.relpath(target, page.parent)).as_posix()})"
 
 
 def about(page: Path, name: str) -> str:
@@ -230,6 +256,7 @@ def entries_of_configs(page: Path) -> str:
 
 PLACES: dict[str, Callable[..., str]] = {
     "strategies": table_of_strategies,
+    "groups": table_of_groups,
     "about": about,
     "options": table_of_options,
     "tuned": table_of_tuned,

@@ -337,8 +337,10 @@ def register(name: str) -> Callable[[C], C]:
 
 
 def strategies() -> dict[str, type[FTConfig]]:
-    """All registered strategies, in the order of registration."""
-    return dict(_registered())
+    """All registered strategies: those of this package by name, then others in the order of registration."""
+    found = _registered()
+    own = sorted(name for name, kind in found.items() if kind.__module__.startswith(f"{_OWN}."))
+    return {name: found[name] for name in (*own, *(name for name in found if name not in own))}
 
 
 def config_class(name: str) -> type[FTConfig]:
