@@ -1,8 +1,6 @@
-"""Models for the commands that only look at them, and how to load an adapter."""
+"""Models for the commands that only look at them."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,12 +21,3 @@ def skeleton(name: str) -> nn.Module:
         raise OptionError(f"{name} ({type(config).__name__}) is not an image, text, audio or video classifier.")
     with torch.device("meta"):
         return auto_model(tasks[0]).from_config(config)
-
-
-def adapter_usage(folder: str | Path) -> str:
-    """How to load an adapter onto its base model with PEFT alone."""
-    return (
-        "from peft import PeftModel\n\n"
-        "# base: the pretrained model with a head for the same number of classes\n"
-        f'model = PeftModel.from_pretrained(base, "{folder}")'
-    )

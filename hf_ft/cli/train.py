@@ -16,7 +16,6 @@ from hf_ft.cli.cores import warn_if_crowded
 from hf_ft.cli.findings import show_findings
 from hf_ft.cli.flags import SOURCES_FLAGS
 from hf_ft.cli.help import train_help
-from hf_ft.cli.models import adapter_usage
 from hf_ft.cli.prepare import Made, augmentation_of, check_rows, make
 from hf_ft.cli.request import Request, read
 from hf_ft.cli.streaming import check_streaming
@@ -31,10 +30,12 @@ from hf_ft.errors import OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
 from hf_ft.models.ensemble.processor import CollaborativeTokenizer
 from hf_ft.models.gated.model import GatedModel
+from hf_ft.trainer.card_usage import usage
 from hf_ft.trainer.mixing_checks import check_settings
 from hf_ft.trainer.run_lock import LOCK
 from hf_ft.zoo.datasets import DATASETS
 from hf_ft.zoo.models import SHORT_NAMES
+from hf_ft.zoo.short_names import short_name
 
 
 def run_train(arguments: list[str]) -> None:
@@ -147,8 +148,12 @@ def _finish(made: Made, calibrates: bool) -> None:
     registers = "the ensemble" if ensemble else "the model" if gated else ""
     say(f"saved       {folder}, {'a PEFT adapter' if adapter else what}:\n")
     several = isinstance(trainer.processing_class, CollaborativeTokenizer)
-    usage = pipeline_usage(folder, columns.task, registers=registers, tokenizers=several)
-    say(indent(adapter_usage(folder) if adapter else usage, "  "))
+    if adapter:
+        name = next(iter(trainer.model.peft_config.values())).base_model_name_or_path
+        used = usage(trainer.model, folder, base=None if short_name(name) else name)
+    else:
+        used = pipeline_usage(folder, columns.task, registers=registers, tokenizers=several)
+    say(indent(used, "  "))
     found = [c.findings(trainer.states[c.ft_type]) for c in trainer.configs if c.ft_type in trainer.states]
     for findings in found:
         show_findings(findings, Path(folder))

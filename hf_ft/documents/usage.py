@@ -32,3 +32,25 @@ def pipeline_usage(
             f'print(classify("{given}"))',
         ]
     )
+
+
+def adapter_usage(folder: str | Path, kind: str, base: str | None = None) -> str:
+    """How to load the PEFT adapter of a classifier: with ``hf_ft``, and if its base is known, with PEFT alone.
+
+    Args:
+        kind: name of the base's class.
+        base: Hub id or folder of the base.
+    """
+    lines = ["from hf_ft.inference import load_trained", "", f'model = load_trained("{folder}").model']
+    if base is not None:
+        lines += [
+            "",
+            "# With PEFT alone: the base gets a head for these classes, which that of the adapter then replaces.",
+            "from peft import PeftModel",
+            f"from transformers import AutoConfig, {kind}",
+            "",
+            f'config = AutoConfig.from_pretrained("{folder}")',
+            f'base = {kind}.from_pretrained("{base}", config=config, ignore_mismatched_sizes=True)',
+            f'model = PeftModel.from_pretrained(base, "{folder}")',
+        ]
+    return "\n".join(lines)

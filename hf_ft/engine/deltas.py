@@ -26,6 +26,7 @@ from hf_ft.models.anatomy import anatomy
 from hf_ft.models.names import covers
 from hf_ft.models.sharding import plain_class
 from hf_ft.models.weight_files import COLLABORATIVE, DELTA_NAME
+from hf_ft.zoo.bases import load_base
 
 
 @dataclass(frozen=True)
@@ -181,15 +182,14 @@ def _load_base(given: str | None, needed: Base, folder: Path, path: str, token: 
     if name is None:
         raise OptionError(f"{path} does not name its base: pass the base's Hub id or folder before the delta's.")
     config = AutoConfig.from_pretrained(folder)
-    options: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     loader = _model_class(config, path)
     try:
         if needed.revision is not None and name == needed.name:
             try:
-                return loader.from_pretrained(name, revision=needed.revision, token=token, **options)
+                return load_base(name, config, loader, needed.revision, token=token)[0]
             except OSError:  # the commit may be gone, or only another one cached: the hash decides
                 pass
-        return loader.from_pretrained(name, token=token, **options)
+        return load_base(name, config, loader, token=token)[0]
     except OSError as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise CheckpointError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from hf_ft.models.preserve import random_states_kept
 from hf_ft.models.sharing import KINDS
 from hf_ft.models.tasks import auto_model, tasks_of
 from hf_ft.models.weight_files import DELTA_NAME
+from hf_ft.zoo.bases import load_base
 from hf_ft.zoo.models import SHORT_NAMES, load_processor, task_of
 from hf_ft.zoo.reading import file_of, read_config, weights_of
+from hf_ft.zoo.short_names import short_name
 
 REPLACED = "original_module"  # in the names of PEFT
 READ = ("image", "text", "audio")  # tasks whose data can be read
@@ -203,14 +205,11 @@ def _adapted(folder: Path, name: str, base: str | None) -> Trained:
         )
     config = read_config(str(folder))
     _check_classifier(name, config)
-    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
-    if base is None and adapter.revision:
-        options["revision"] = adapter.revision
+    revision = adapter.revision if base is None else None
     with random_states_kept():  # the new head is replaced by that of the adapter
         with weights_of(source):
-            loader = auto_model(task_of(config))
-            plain, info = loader.from_pretrained(source, config=config, output_loading_info=True, **options)
-        _check_head(name, info, getattr(adapter, "modules_to_save", None) or ())
+            plain, random = load_base(source, config, auto_model(task_of(config)), revision, use_safetensors=True)
+        _check_head(name, random, getattr(adapter, "modules_to_save", None) or ())
         with weights_of(str(folder)):
             model = PeftModel.from_pretrained(plain, str(folder), use_safetensors=True)
     if (folder / BUFFERS_NAME).is_file():
@@ -218,13 +217,12 @@ def _adapted(folder: Path, name: str, base: str | None) -> Trained:
     return Trained.of(model, _processor_beside(folder, source, config, task_of(config)), name)
 
 
-def _check_head(name: str, info: Mapping[str, Any], saved: Collection[str]) -> None:
+def _check_head(name: str, random: Collection[str], saved: Collection[str]) -> None:
     """Refuse an adapter if parts that its base lacks would stay random."""
-    names = [*info.get("missing_keys", ()), *(str(entry[0]) for entry in info.get("mismatched_keys", ()))]
-    random = sorted(name for name in names if not any(covers(module, name) for module in saved))
-    if random:
+    missing = [weight for weight in random if not any(covers(module, weight) for module in saved)]
+    if missing:
         raise CheckpointError(
-            f"neither the adapter {name} nor its base has weights for {random[0]}: set base to the model that it "
+            f"neither the adapter {name} nor its base has weights for {missing[0]}: set base to the model that it "
             "belongs to."
         )
 
@@ -234,4 +232,4 @@ def _processor_beside(folder: Path, base: str, config: Any, task: Any) -> Any:
     try:
         return load_processor(str(folder), config, task, None, None)
     except OptionError:
-        return load_processor(base, config, task, None, None)
+        return load_processor(short_name(base) or base, config, task, None, None)

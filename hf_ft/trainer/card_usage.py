@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from hf_ft.documents.usage import adapter_usage, pipeline_usage
 from hf_ft.models.gated.model import GatedModel
 from hf_ft.models.sharding import plain_class
 from hf_ft.models.tasks import auto_name
@@ -16,8 +18,15 @@ def is_ensemble(model: Any) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) == COLLABORATIVE
 
 
-def usage(model: Any, model_name: str) -> str:
-    """How to load a saved model."""
+def usage(model: Any, model_name: str, task: str | None = None, base: str | None = None) -> str:
+    """How to use a saved model.
+
+    Args:
+        task: ``image``, ``text`` or ``audio``, if a pipeline can do it: if its processor is saved with it.
+        base: Hub id of an adapter's base.
+    """
+    if isinstance(model, PeftModel):
+        return adapter_usage(model_name, plain_class(model.get_base_model()).__name__, base)
     if isinstance(model, PreTrainedModel) and is_ensemble(model):
         return _ensemble_usage(model, model_name)
     if isinstance(model, GatedModel):
@@ -27,9 +36,8 @@ def usage(model: Any, model_name: str) -> str:
             f'model = {name}.from_pretrained("{model_name}")'
         )
     name = plain_class(model).__name__
-    if isinstance(model, PreTrainedModel):
-        return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
-    return f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("{model_name}")'
+    alone = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{model_name}")'
+    return alone if task is None else f"{pipeline_usage(model_name, task)}\n\n# The model alone:\n{alone}"
 
 
 def delta_usage(model_name: str, base_on_hub: bool) -> str:

@@ -79,6 +79,7 @@ def model_card(
     findings: Mapping[str, Findings] | None = None,
     beside: Collection[str] = (),
     delta: bool = False,
+    processor: bool = False,
     **card_fields: Any,
 ) -> ModelCard:
     """Build the card of a fine-tuned model.
@@ -93,6 +94,7 @@ def model_card(
         findings: findings of the strategies' measurements, by ``ft_type``.
         beside: names of the files in the card's folder; only plots among them are shown.
         delta: whether only what training changed is saved there.
+        processor: whether the model's processor is saved there.
         card_fields: further metadata (license, language, datasets, ...).
     """
     bases = _bases(model, base_model)
@@ -103,6 +105,7 @@ def model_card(
     if card_fields.get("license"):
         card_fields["license"] = str(card_fields["license"]).lower()  # as the Hub spells all licenses
     pages = [base for base in bases if _on_the_hub(model, base)]
+    piped = task.removesuffix("-classification") if task and processor else None
     metadata = ModelCardData(
         library_name="hf_ft" if delta else _PEFT if isinstance(model, PeftModel) else "transformers",
         pipeline_tag=task,
@@ -122,7 +125,7 @@ def model_card(
         ),
         training=_training(arguments, data),
         results=_scores(metrics),
-        usage=delta_usage(model_name, bool(pages)) if delta else usage(model, model_name),
+        usage=delta_usage(model_name, bool(pages)) if delta else usage(model, model_name, piped, *pages[:1]),
     )
 
 
@@ -259,6 +262,7 @@ def card_of(
         trainer.model,
         model_name=(not delta and (trainer.hub_model_id or args.hub_model_id)) or name or folder.name,
         delta=delta,
+        processor=trainer.processing_class is not None,
         base_model=base_model,
         metrics=_last_metrics(trainer.state, args.load_best_model_at_end)
         | _without_speed(trainer.test_metrics, "test_"),

@@ -117,6 +117,7 @@ class ForCard(Protocol):
     test_metrics: Mapping[str, float]
     hub_model_id: str | None
     mixing: Mixing
+    processing_class: Any
 
     @property
     def states(self) -> Mapping[str, State]: ...

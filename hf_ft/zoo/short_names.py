@@ -68,3 +68,8 @@ SHORT_NAMES = {
         licence="Apache-2.0 (the package around it: MIT)",
     ),
 }
+
+
+def short_name(name: str | None) -> str | None:
+    """The short name of a model, given as such or as the public name that its config records; None for any other."""
+    return next((short for short, entry in SHORT_NAMES.items() if name in (short, entry.public_name)), None)

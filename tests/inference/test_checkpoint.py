@@ -9,9 +9,11 @@ from transformers import AutoImageProcessor, TrainingArguments
 from hf_ft import FTTrainer
 from hf_ft.errors import OptionError
 from hf_ft.inference import load_trained, predict
+from hf_ft.strategies.linear_probe import LinearProbeConfig
 from hf_ft.strategies.peft import PEFTConfig
-from hf_ft.testing import tiny_data
+from hf_ft.testing import tiny_data, tiny_inputs
 from hf_ft.testing.models import tiny_resnet, tiny_vit
+from hf_ft.trainer.card_usage import usage
 from hf_ft.zoo.models import load_model
 from tests.trained import NAMES
 
@@ -61,6 +63,30 @@ def test_an_adapter_is_applied_to_its_base_with_its_head(files, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
     wanted = outputs(trainer.model, files, processor=found.processor)
     np.testing.assert_allclose(outputs(tmp_path / "adapter", files), wanted, atol=1e-7)
+    shown = usage(trainer.model, str(tmp_path / "adapter"), base=str(tmp_path / "base"))  # another number of classes
+    for code in shown.split("\n\n# With PEFT alone: "):
+        exec(code if code.startswith("from") else f"# {code}", used := {})
+        np.testing.assert_allclose(outputs(used["model"], files, processor=found.processor), wanted, atol=1e-7)
     (tmp_path / "adapter" / "config.json").unlink()
     with pytest.raises(OptionError, match="adapter without config.json"):
         load_trained(tmp_path / "adapter")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("strategy", "save"), [(PEFTConfig(merge=False), "save_model"), (LinearProbeConfig(), "save_delta")]
+)
+def test_the_base_may_have_a_short_name(strategy, save, tmp_path):
+    """Configs record its public name, under which there is nothing on the Hub."""
+    model, processor = load_model("mobilenet_v2", 3, image_size=64)
+    args = TrainingArguments(tmp_path / "out", max_steps=1, use_cpu=True, report_to="none")
+    trainer = FTTrainer(model, args, strategy=strategy, train_dataset=tiny_data(model), processing_class=processor)
+    trainer.train()
+    getattr(trainer, save)(str(tmp_path / "saved"))
+    pixels = tiny_inputs(model)["pixel_values"]
+    with torch.no_grad():
+        wanted = trainer.model.eval()(pixels).logits
+        for base in (None, "mobilenet_v2"):
+            found = load_trained(tmp_path / "saved", base=base)
+            torch.testing.assert_close(found.model(pixels).logits, wanted)
+            assert found.processor.size == processor.size

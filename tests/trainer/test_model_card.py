@@ -58,6 +58,13 @@ def test_a_bar_in_an_option_does_not_end_its_cell():
     assert "| blocks | `nodes\\|edges` |" in text
 
 
+def test_a_model_with_its_processor_is_used_in_a_pipeline():
+    pipe = 'classify = pipeline("image-classification", model="mine")\nprint(classify("photo.png"))'
+    alone = 'model = ResNetForImageClassification.from_pretrained("mine")\n```'
+    assert pipe in card(processor=True) and alone in card(processor=True)
+    assert "pipeline(" not in card() and alone in card()
+
+
 def metadata(text):
     return ModelCard(text).data.to_dict()
 
