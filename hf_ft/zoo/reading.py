@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers as hf
 from huggingface_hub import try_to_load_from_cache
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
 from hf_ft.errors import CheckpointError, Error, OptionError, did_you_mean
 from hf_ft.models.weight_files import DELTA_NAME, damaged_file
@@ -63,6 +63,11 @@ def weights_of(name: str, revision: str | None = None) -> Iterator[None]:
             raise CheckpointError(
                 f"{name} is a delta, without the weights of its base: save the model that hf_ft.load_delta({name!r}) "
                 "returns, with its processor, and use that folder."
+            ) from error
+        if file_of(name, ADAPTER_CONFIG_NAME, revision) is not None:
+            raise CheckpointError(
+                f"{name} is a PEFT adapter, without the weights of its base: save the model that hf_ft.inference."
+                f"load_trained({name!r}).model.merge_and_unload() returns, with its processor, and use that folder."
             ) from error
         folder = _folder(name, revision)
         damaged = None if folder is None else damaged_file(folder)

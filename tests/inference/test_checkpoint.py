@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoImageProcessor, TrainingArguments
 
 from hf_ft import FTTrainer
-from hf_ft.errors import OptionError
+from hf_ft.errors import CheckpointError, OptionError
 from hf_ft.inference import load_trained, predict
 from hf_ft.strategies.linear_probe import LinearProbeConfig
 from hf_ft.strategies.peft import PEFTConfig
@@ -67,6 +67,8 @@ def test_an_adapter_is_applied_to_its_base_with_its_head(files, tmp_path):
     for code in shown.split("\n\n# With PEFT alone: "):
         exec(code if code.startswith("from") else f"# {code}", used := {})
         np.testing.assert_allclose(outputs(used["model"], files, processor=found.processor), wanted, atol=1e-7)
+    with pytest.raises(CheckpointError, match="adapter is a PEFT adapter, without the weights of its base: save"):
+        load_model(str(tmp_path / "adapter"), 5)
     (tmp_path / "adapter" / "config.json").unlink()
     with pytest.raises(OptionError, match="adapter without config.json"):
         load_trained(tmp_path / "adapter")

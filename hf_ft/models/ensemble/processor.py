@@ -57,6 +57,11 @@ def combined(processors: Sequence[Any]) -> Any:
     return parts[0] if len(parts) == 1 else kind(parts)
 
 
+def parts_of(processor: Any) -> list[Any]:
+    """The distinct processors that an ensemble's processor combines; of any other processor, itself."""
+    return getattr(processor, "processors", None) or getattr(processor, "tokenizers", None) or [processor]
+
+
 class CollaborativeImageProcessor(BaseImageProcessor):
     """Several image processors as one: each image is opened once and yields one tensor per processor.
 

@@ -142,3 +142,7 @@ def test_a_trainer_pads_with_it(words, pieces, tmp_path):
     trainer = FTTrainer(model, args, strategy="full", train_dataset=data, processing_class=both)
     trainer.train()
     assert trainer.state.global_step == 2, "and none of the numbered columns was dropped"
+    trainer.save_model(tmp_path / "saved")
+    for index, own in enumerate((words, pieces)):  # each member can be used without the others
+        alone = hf.AutoTokenizer.from_pretrained(tmp_path / "saved" / f"member_{index}")
+        assert alone("good film")["input_ids"] == own("good film")["input_ids"]
