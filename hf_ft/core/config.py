@@ -127,6 +127,10 @@ class FTConfig(PushToHubMixin):
         """Whether it adds adapters, which rename the layers and are saved without them."""
         return False
 
+    def keeps_adapters(self) -> bool:
+        """Whether the trained model is an adapter, rather than merged with its base."""
+        return self.adds_adapters()
+
     def measure(self, model: nn.Module, context: Context) -> State:
         """Look at the data once, before training. The model is left unchanged."""
         return State()

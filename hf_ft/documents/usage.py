@@ -34,7 +34,7 @@ def pipeline_usage(
     )
 
 
-def adapter_usage(folder: str | Path, kind: str, base: str | None = None) -> str:
+def adapter_usage(folder: str | Path, kind: str = "", base: str | None = None) -> str:
     """How to load the PEFT adapter of a classifier: with ``hf_ft``, and if its base is known, with PEFT alone.
 
     Args:

@@ -84,6 +84,9 @@ class PEFTConfig(FittedHead):
     def adds_adapters(self) -> bool:
         return True
 
+    def keeps_adapters(self) -> bool:
+        return not self.merge
+
     def needs(self) -> Needs:
         return Needs(sharded=not self.merge)  # the merged model is a different one, without shards
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_ft import FTConfig, option, register
+from hf_ft import FTConfig, FullConfig, PEFTConfig, SpotTuneConfig, option, register
 from hf_ft.comparison.report import write, write_report
 from hf_ft.comparison.report.build import document
 from hf_ft.comparison.report.card import card_section
@@ -21,6 +21,7 @@ from hf_ft.comparison.report.sections.calibration import by_chance, calibration
 from hf_ft.comparison.report.sections.distortions import distortion
 from hf_ft.comparison.report.sections.findings import findings
 from hf_ft.comparison.report.sections.learning import tuning
+from hf_ft.comparison.report.sections.ranking import usage
 from hf_ft.comparison.report.sections.verdict import cautions, largest_standard_error, verdict
 from hf_ft.comparison.results import Results
 from hf_ft.comparison.statistics import standings
@@ -693,3 +694,18 @@ def test_names_without_room_are_dropped():
     found = [label for _, label in placed(points, labels)]
     assert found[-1] == labels[-1] and "7" in found
     assert all(short in (label, label.split()[0]) for short, label in zip(found, labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        (FullConfig(), 'pipeline("image-classification", model="best")'),
+        (PEFTConfig(), 'pipeline("image-classification", model="best")'),
+        (PEFTConfig(merge=False), 'load_trained("best").model'),
+        (SpotTuneConfig(), "import hf_ft  # registers the model"),
+    ],
+)
+def test_the_code_that_loads_the_winner_fits_it(config, shown):
+    results = Results.from_dict(made_up_results.comparison())
+    contenders = [dataclasses.replace(one, configs=(config.to_dict(),)) for one in results.contenders]
+    assert shown in usage(dataclasses.replace(results, contenders=tuple(contenders)))

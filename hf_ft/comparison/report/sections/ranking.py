@@ -15,7 +15,7 @@ from hf_ft.core.config import BASELINE, FTConfig, strategies
 from hf_ft.documents.chart import Plot, Row, Rows, Series, linear_axis, log_axis
 from hf_ft.documents.document import Block, Bullets, Figure, Listing, Section, Table, Text
 from hf_ft.documents.text import NONE, code, duration, metric_name, names, score, seconds, signed
-from hf_ft.documents.usage import pipeline_usage
+from hf_ft.documents.usage import adapter_usage, pipeline_usage
 
 BEST_FOLDER = "best"  # the winner's folder, inside the report's folder
 
@@ -59,9 +59,11 @@ def result(results: Results, standings: Sequence[Standing]) -> Section:
 
 
 def usage(results: Results, folder: str | Path = BEST_FOLDER, example: Path | None = None) -> str:
-    """How to load the winner with Transformers alone."""
+    """How to use the winner: with Transformers alone, unless it is an adapter or a model of this package."""
     best = next(contender for contender in results.contenders if contender.name == results.winner)
     known = [FTConfig.from_dict(config) for config in best.configs if config["ft_type"] in strategies()]
+    if any(config.keeps_adapters() for config in known):
+        return adapter_usage(folder)
     ensemble, plain = any(config.sources() for config in known), all(config.plain for config in known)
     registers = "the ensemble" if ensemble else "" if plain else "the model"
     return pipeline_usage(folder, str(results.data.get("task", "image")), example, registers=registers)
