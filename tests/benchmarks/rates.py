@@ -117,7 +117,7 @@ STRATEGIES: dict[str, tuple[FTConfig | list[FTConfig], Grid]] = {
 }
 WARM_UP = {"warmup_steps": 0.1}  # over a tenth of the steps
 ARGUMENTS = {name: WARM_UP for name in ("full, warm-up", "full, eval, warm-up", "peft, warm-up")}
-NOT_AS_RECOMMENDED = ("full, warm-up", "full, eval", "peft")  # the one with, the other without a warm-up
+WARMED_UP = ("full, eval", "peft")  # for these, a warm-up is recommended under AdamW
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def regrets() -> str:
     """What choosing a run of each grid by validation loses on test relative to the best, per rule, as Markdown.
 
-    Each grid is that of the first seed, and of runs that are warmed up if that is recommended.
+    Each grid is that of the first seed, and of runs that are warmed up if and only if that is recommended.
     """
 
     def late(values: Sequence[float]) -> float:
@@ -274,8 +274,10 @@ def regrets() -> str:
     }
     grids: dict[tuple[str, ...], list[Entry]] = {}
     for entry in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
-        if entry["seed"] == 1 and entry["strategy"] not in NOT_AS_RECOMMENDED:
-            grids.setdefault(tuple(entry[name] for name in ("task", "model", "strategy")), []).append(entry)
+        name = entry["strategy"].removesuffix(", warm-up")
+        recommended = (name != entry["strategy"]) == (name in WARMED_UP and entry["optim"] == ADAM)
+        if entry["seed"] == 1 and recommended:
+            grids.setdefault((entry["task"], entry["model"], name), []).append(entry)
     whole = [runs for runs in grids.values() if len(runs) > 3]
     usual = next(iter(rules.values()))
     chosen = {name: [max(runs, key=rule) for runs in whole] for name, rule in rules.items()}
