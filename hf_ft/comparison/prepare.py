@@ -86,7 +86,8 @@ class Prepared:
         return (
             f"estimate: {count} strateg{'y' if count == 1 else 'ies'} x "
             f"({tried}{counted(settings.seeds, 'final run')}{again}) x {each:.0f} s, and the scores on test: "
-            f"about {_duration(count * one)} on one worker, less what is already done"
+            f"about {_duration(count * one)} on one worker, less what is already done, and not counting loading, "
+            "saving and what strategies search or measure first"
         )
 
     def advised(self) -> Advice:
