@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_ft.zoo.datasets import _package_path
-from hf_ft.zoo.models import _short_image_model
+from hf_ft.zoo.models import _short_image_model, _source
 from hf_ft.zoo.short_names import SHORT_NAMES, short_name
 
 
@@ -22,22 +21,14 @@ def load_base(name: str, config: Any, loader: Any, revision: str | None = None, 
     Raises:
         ImportError: if a short name's package is missing; the message contains the pip command.
     """
-    short = None if revision else short_name(name)
+    short = short_name(name)
     if short and SHORT_NAMES[short].task == "image":
         labels = {key: getattr(config, key) for key in ("num_labels", "id2label", "label2id", "problem_type")}
         model = _short_image_model(short, labels, getattr(config, "image_size", None), keep=False)
         model.config.name_or_path = model.name_or_path = SHORT_NAMES[short].public_name
         return model.eval(), [f"classifier.{name}" for name, _ in model.classifier.named_parameters()]
-    where = name
-    if short:
-        try:
-            where = str(_package_path(SHORT_NAMES[short].requirement, SHORT_NAMES[short].path))
-        except ImportError:
-            if short == name:
-                raise
-    if revision is not None:
-        hub["revision"] = revision
-    options: dict[str, Any] = {"ignore_mismatched_sizes": True, "trust_remote_code": False, "output_loading_info": True}
-    model, info = loader.from_pretrained(where, config=config, **options, **hub)
+    where, options = _source(name, {"revision": revision, **hub})
+    options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = loader.from_pretrained(where, config=config, **options)
     mismatched = (entry[0] for entry in info.get("mismatched_keys", ()))
     return model, sorted(map(str, (*info.get("missing_keys", ()), *mismatched)))

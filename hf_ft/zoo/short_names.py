@@ -71,5 +71,8 @@ SHORT_NAMES = {
 
 
 def short_name(name: str | None) -> str | None:
-    """The short name of a model, given as such or as the public name that its config records; None for any other."""
-    return next((short for short, entry in SHORT_NAMES.items() if name in (short, entry.public_name)), None)
+    """The short name of a model, given as such or as its public name in a config, unless that is an id on the Hub."""
+    for short, entry in SHORT_NAMES.items():
+        if name == short or (name == entry.public_name and "/" not in name):
+            return short
+    return None

@@ -31,6 +31,7 @@ from hf_ft.splits import stratified_split
 from hf_ft.zoo import dinov2, image_networks
 from hf_ft.zoo.datasets import DATA_NOTICES, DATASETS
 from hf_ft.zoo.models import SHORT_NAMES, load_by_position, load_model
+from hf_ft.zoo.short_names import short_name
 
 
 def real_marks(package):
@@ -292,3 +293,18 @@ def test_too_few_rows_to_stratify_are_drawn_at_random(caplog, monkeypatch):
     digits = DATASETS["uci_digits"]().select(range(30))
     parts = stratified_split(digits, 25, 5)
     assert [len(part) for part in parts.values()] == [25, 5, 0] and "too few rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("mobilenet_v2", "mobilenet_v2"),
+        ("mobilenet_v2-torchvision-imagenet1k-v1", "mobilenet_v2"),
+        ("minilm", "minilm"),
+        ("sentence-transformers/all-MiniLM-L6-v2", None),  # an id on the Hub, whatever is installed
+        ("org/mobilenet_v2", None),
+        (None, None),
+    ],
+)
+def test_short_names_are_found_by_what_configs_record(name, short):
+    assert short_name(name) == short
