@@ -46,6 +46,7 @@ def adapter_usage(folder: str | Path, kind: str = "", base: str | None = None) -
         lines += [
             "",
             "# With PEFT alone: the base gets a head for these classes, which that of the adapter then replaces.",
+            "# (BatchNorm statistics stay those of the base.)",
             "from peft import PeftModel",
             f"from transformers import AutoConfig, {kind}",
             "",

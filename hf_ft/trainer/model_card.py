@@ -105,7 +105,8 @@ def model_card(
     if card_fields.get("license"):
         card_fields["license"] = str(card_fields["license"]).lower()  # as the Hub spells all licenses
     pages = [base for base in bases if _on_the_hub(model, base)]
-    piped = task.removesuffix("-classification") if task and processor else None
+    kind = (task or "").removesuffix("-classification")
+    piped = kind if processor and kind in ("image", "text", "audio") else None
     metadata = ModelCardData(
         library_name="hf_ft" if delta else _PEFT if isinstance(model, PeftModel) else "transformers",
         pipeline_tag=task,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import VivitConfig, VivitForVideoClassification
 
 from hf_ft import FTConfig, Plan
 from hf_ft.core.findings import Findings, Table, Text
@@ -63,6 +64,10 @@ def test_a_model_with_its_processor_is_used_in_a_pipeline():
     alone = 'model = ResNetForImageClassification.from_pretrained("mine")\n```'
     assert pipe in card(processor=True) and alone in card(processor=True)
     assert "pipeline(" not in card() and alone in card()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    video = VivitForVideoClassification(VivitConfig(image_size=32, num_frames=2, **sizes))
+    text = str(model_card([Searching()], video, model_name="mine", base_model=None, processor=True, **EMPTY))
+    assert metadata(text)["pipeline_tag"] == "video-classification" and "pipeline(" not in text
 
 
 def metadata(text):
