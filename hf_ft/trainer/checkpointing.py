@@ -30,7 +30,7 @@ from hf_ft.engine import deltas
 from hf_ft.engine.averaging import RunningAverage, averaged
 from hf_ft.errors import CheckpointError, Error, OptionError
 from hf_ft.models.ensemble.model import CollaborativeModel
-from hf_ft.models.ensemble.processor import parts_of
+from hf_ft.models.ensemble.processor import of_members
 from hf_ft.models.hub import base_model_id, loaded_commit
 from hf_ft.models.sharding import whole_state
 from hf_ft.models.weight_files import member_folder
@@ -172,9 +172,9 @@ class Checkpoints:
             tensors = {name: tensor.contiguous().cpu() for name, tensor in average.state_dict().items()}
             save_file(tensors, folder / files.LIVE_NAME)
         if isinstance(trainer.model, CollaborativeModel) and trainer.processing_class is not None:
-            used, parts = trainer.model.config.inputs, parts_of(trainer.processing_class)
-            for index in range(len(used)) if len(parts) == len(set(used)) else ():  # each member can be used alone
-                parts[used[index]].save_pretrained(folder / member_folder(index))
+            own = of_members(trainer.processing_class, trainer.model.config.inputs)
+            for index, processor in enumerate(own):  # so that each member can be used alone
+                processor.save_pretrained(folder / member_folder(index))
         if isinstance(trainer.model, PeftModel):
             files.save_buffers(trainer.model, folder)
             files.save_base_config(trainer.model, folder)

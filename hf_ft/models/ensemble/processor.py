@@ -57,9 +57,14 @@ def combined(processors: Sequence[Any]) -> Any:
     return parts[0] if len(parts) == 1 else kind(parts)
 
 
-def parts_of(processor: Any) -> list[Any]:
-    """The distinct processors that an ensemble's processor combines; of any other processor, itself."""
-    return getattr(processor, "processors", None) or getattr(processor, "tokenizers", None) or [processor]
+def of_members(processor: Any, inputs: Sequence[int]) -> list[Any]:
+    """Each member's own processor, out of the one that serves all; empty if that does not fit the members.
+
+    Args:
+        inputs: for each member, the index of its distinct processor.
+    """
+    parts = getattr(processor, "processors", None) or getattr(processor, "tokenizers", None) or [processor]
+    return [parts[index] for index in inputs] if len(parts) == len(set(inputs)) else []
 
 
 class CollaborativeImageProcessor(BaseImageProcessor):
